@@ -1,0 +1,5 @@
+"""What both panels share: types, configuration, the wire, KV blocks, the model and the one step loop.
+
+The modules `types`, `errors`, `config`, `pb`, `rpc`, `telemetry`, `checkpoint` and `cache.layout` never import
+torch: they are all that the coordinator may use.
+"""

@@ -1,0 +1,86 @@
+"""The shape of a KV block, and what must agree before two workers exchange one. No torch here.
+
+    pool   [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
+            |<------------------ one block: one contiguous extent ------------------>|
+
+One block of all layers is one extent and so one NIXL descriptor; adjacent blocks coalesce. A layer's view
+`pool[:, layer]` is strided, which FlashInfer's paged wrappers take (HND).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.types import PROTOCOL_VERSION
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+HASH_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Geometry of the KV pool of one model."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int  # tokens a block
+    dtype: str  # of the cache: float32, bfloat16 or float16
+
+    @property
+    def block_shape(self) -> tuple[int, int, int, int, int]:
+        """(num_layers, 2, num_kv_heads, block_size, head_dim); index 0 of the second axis is K, 1 is V."""
+        return (self.num_layers, 2, self.num_kv_heads, self.block_size, self.head_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        """Size of one block of all layers."""
+        n = DTYPE_BYTES[self.dtype]
+        for extent in self.block_shape:
+            n *= extent
+        return n
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Blocks that `num_tokens` positions occupy."""
+        return -(-num_tokens // self.block_size)
+
+
+def _digest(person: bytes, *fields: bytes) -> bytes:
+    """BLAKE2b-128 over length-prefixed fields."""
+    h = hashlib.blake2b(digest_size=HASH_BYTES, person=person)
+    for field in fields:
+        h.update(len(field).to_bytes(8, "little"))
+        h.update(field)
+    return h.digest()
+
+
+def compatibility_digest(*, numeric_profile: str, tokenizer_digest: str, layout: KVLayout, rope: str) -> str:
+    """Hex digest of everything that two workers must share before one reads the other's blocks.
+
+    Compared at registration and at every handshake, before anything else is decoded.
+    """
+    fields = (str(PROTOCOL_VERSION), numeric_profile, tokenizer_digest, repr(layout), rope)
+    return _digest(b"diptych-compat", *(f.encode() for f in fields)).hex()
+
+
+def name_salt(*, digest: str, adapter: str = "", cache_salt: str = "") -> bytes:
+    """The root that a chain of block names grows from: names of different salts never meet."""
+    return _digest(b"diptych-salt", digest.encode(), adapter.encode(), cache_salt.encode())
+
+
+def block_name(parent: bytes, token_ids: Sequence[int], salt: bytes) -> bytes:
+    """Content name of one full block: H(parent's name, its tokens, salt); `parent` is b"" for the first."""
+    tokens = b"".join(t.to_bytes(4, "little") for t in token_ids)
+    return _digest(b"diptych-block", parent, tokens, salt)
+
+
+def block_names(token_ids: Sequence[int], block_size: int, salt: bytes) -> list[bytes]:
+    """Names of the whole blocks of `token_ids`, in order; a last partial block has no name."""
+    names: list[bytes] = []
+    parent = b""
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        parent = block_name(parent, token_ids[start : start + block_size], salt)
+        names.append(parent)
+    return names

@@ -1,0 +1,292 @@
+"""Options: flags > environment (DIPTYCH_...) > TOML file (--config) > defaults. The only reader of the environment.
+
+Each subject has its own small frozen dataclass, and a component is handed only those it needs. A field
+`kv_cache_memory` is the flag `--kv-cache-memory`, the variable `DIPTYCH_KV_CACHE_MEMORY` and the TOML key
+`kv_cache_memory` (dashes work too).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engine.errors import ConfigError
+
+ENV_PREFIX = "DIPTYCH_"
+_T = TypeVar("_T")
+_SIZE = re.compile(r"^\s*([0-9.]+)\s*([kmgt]?)i?b?\s*$", re.IGNORECASE)
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from "2GiB", "512M" or a plain number (units are powers of 1024)."""
+    match = _SIZE.match(str(text))
+    if not match:
+        raise ValueError("expected a size such as 2GiB or 512MiB")
+    return int(float(match[1]) * 1024 ** "_kmgt".index(match[2].lower() or "_"))
+
+
+def parse_address(text: str) -> str:
+    """HOST:PORT, checked; port 0 means any free one."""
+    host, sep, port = text.rpartition(":")
+    if not sep or not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError("expected HOST:PORT, for example 127.0.0.1:50051")
+    return text
+
+
+def _parse_bool(text: str | bool) -> bool:
+    if isinstance(text, bool):
+        return text
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("expected true or false")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    parse: Callable[[str], Any] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A dataclass field that is also a flag."""
+    meta = {"help": help, "choices": tuple(choices), "parse": parse, "min": minimum, "max": maximum}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which model, and in which precision."""
+
+    model: str = option("smollm2", "hub id, folder in Hugging Face layout, or .gguf file; smollm2: the default model")
+    model_name: str = option("", "name that clients use; default: the last part of --model")
+    dtype: str = option(
+        "auto",
+        "precision of weights, activations and KV cache; float32 is the exact mode",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    weights: str = option(
+        "auto", "packing of the weights in memory", choices=("auto", "bf16", "int8", "int4")
+    )
+    max_model_len: int = option(0, "longest prompt plus answer, in tokens; 0: the model's own", minimum=0)
+    device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
+    seed_weights: int = option(-1, "for tests: random weights from this seed instead of the checkpoint's; -1: off")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOptions:
+    """The KV pool."""
+
+    block_size: int = option(16, "tokens a KV block", minimum=1, maximum=256)
+    kv_cache_memory: int = option(
+        0, "size of the KV pool, such as 2GiB; 0: chosen from the memory there is", parse=parse_size, minimum=0
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StepOptions:
+    """The two budgets of a step, and what bounds a pool's queue."""
+
+    max_batched_tokens: int = option(0, "prompt tokens a step; 0: chosen by role", minimum=0)
+    max_num_seqs: int = option(64, "answers written at once by one worker", minimum=1)
+    num_threads: int = option(0, "compute threads; 0: chosen by role and cores", minimum=0)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftOptions:
+    """Speculative decoding; it changes when a token arrives, never which."""
+
+    drafter: str = option("ngram", "who proposes draft tokens", choices=("none", "ngram", "model"))
+    draft_tokens: int = option(4, "longest draft a step", minimum=0, maximum=64)
+    draft_model: str = option("", "model of the drafter `model`")
+
+
+@dataclass(frozen=True, slots=True)
+class TransferOptions:
+    """KV blocks between workers."""
+
+    lease_ttl_s: float = option(20.0, "a pin on announced blocks ends after this long without renewal", minimum=0.1)
+    pull_timeout_s: float = option(30.0, "a read of blocks that takes longer has failed", minimum=0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """Where a worker listens, and whom it serves."""
+
+    listen: str = option("127.0.0.1:0", "HOST:PORT of the worker's gRPC services", parse=parse_address)
+    http: str = option("127.0.0.1:0", "HOST:PORT of /metrics and /health", parse=parse_address)
+    advertise: str = option("", "HOST by which peers reach this worker; default: the host of --listen")
+    coordinator: str = option("127.0.0.1:50051", "HOST:PORT[,HOST:PORT...] of all coordinators")
+    worker_id: str = option("", "stable name of this place; default: role and a random part")
+
+
+@dataclass(frozen=True, slots=True)
+class LogOptions:
+    """Log lines: readable on a terminal, JSON elsewhere."""
+
+    log_format: str = option("auto", "shape of log lines", choices=("auto", "console", "json"))
+    log_level: str = option("info", "least level that is written", choices=("debug", "info", "warning", "error"))
+
+
+@dataclass(frozen=True, slots=True)
+class FrontOptions:
+    """The public side of a coordinator."""
+
+    listen: str = option("127.0.0.1:50051", "HOST:PORT of the gRPC API", parse=parse_address)
+    http: str = option("127.0.0.1:8000", "HOST:PORT of /metrics and /health", parse=parse_address)
+    internal_listen: str = option("", "HOST:PORT for workers alone; default: they use --listen")
+    routing: str = option("load", "how workers are picked", choices=("load",))
+    max_request_s: float = option(600.0, "deadline of a request that brings none", minimum=0.1)
+    worker_wait_s: float = option(20.0, "how long a request waits for a worker to appear", minimum=0)
+    max_queued_requests: int = option(256, "admitted requests at once; more are told to retry", minimum=1)
+    max_queued_tokens: int = option(1_000_000, "their prompt tokens at once", minimum=1)
+
+
+@dataclass(frozen=True, slots=True)
+class FleetOptions:
+    """Workers that a coordinator starts and supervises on its own machine."""
+
+    workers: str = option("local", "local: start them here; external: they dial in", choices=("local", "external"))
+    prefill_workers: int = option(1, "prefill workers to start here", minimum=0)
+    decode_workers: int = option(1, "decode workers to start here", minimum=0)
+    log_dir: str = option("", "folder for the local workers' logs; default: under the user's state folder")
+
+
+def _base_type(annotation: Any) -> type:
+    """The plain type of a field's annotation (`int | None` is int)."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    return typing.cast(type, annotation)
+
+
+def _parse(field: dataclasses.Field[Any], base: type, raw: Any, where: str) -> Any:
+    """One value from any source, checked; errors name the source."""
+    meta = field.metadata
+    try:
+        if meta.get("parse"):
+            value = meta["parse"](raw)
+        elif base is bool:
+            value = _parse_bool(raw)
+        elif isinstance(raw, bool):
+            raise ValueError(f"expected {base.__name__}")
+        else:
+            value = base(raw)
+    except (TypeError, ValueError) as error:
+        reason = str(error) if "expected" in str(error) else f"expected {base.__name__}"
+        raise ConfigError(f"{where}: {reason}, got {raw!r}") from None
+    if meta.get("choices") and value not in meta["choices"]:
+        raise ConfigError(f"{where}: expected one of {', '.join(meta['choices'])}, got {raw!r}")
+    low, high = meta.get("min"), meta.get("max")
+    if low is not None and not value >= low:
+        raise ConfigError(f"{where}: expected at least {low:g}, got {raw!r}")
+    if high is not None and not value <= high:
+        raise ConfigError(f"{where}: expected at most {high:g}, got {raw!r}")
+    return value
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    try:
+        data = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+    return {key.replace("-", "_"): value for key, value in data.items()}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports bad usage as a ConfigError, so that every command ends the same way."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(message)
+
+
+def add_flags(parser: argparse.ArgumentParser, *groups: type) -> None:
+    """Give `parser` one flag a field, grouped by dataclass, with defaults shown in --help."""
+    parser.add_argument("--config", metavar="FILE", help="TOML file with any of these options")
+    for cls in groups:
+        section = parser.add_argument_group((cls.__doc__ or "").strip().rstrip("."))
+        for field in dataclasses.fields(cls):
+            meta = field.metadata
+            text = meta["help"] + (f" ({', '.join(meta['choices'])})" if meta["choices"] else "")
+            if field.default not in ("", None):
+                text += f" [{field.default}]"
+            flag = "--" + field.name.replace("_", "-")
+            section.add_argument(flag, dest=field.name, metavar="X", help=text.replace("%", "%%"))
+
+
+def resolve(
+    args: argparse.Namespace, *groups: type[Any], environ: Mapping[str, str] | None = None
+) -> tuple[Any, ...]:
+    """One instance of each group from flags, environment, file and defaults. Raises ConfigError."""
+    environ = os.environ if environ is None else environ
+    path = args.config or environ.get(ENV_PREFIX + "CONFIG")
+    file = _read_toml(path) if path else {}
+    known = {field.name for cls in groups for field in dataclasses.fields(cls)}
+    for key in file:
+        if key not in known:
+            raise ConfigError(f"--config {path}: unknown option {key!r}")
+    out = []
+    for cls in groups:
+        hints = typing.get_type_hints(cls)
+        values = {}
+        for field in dataclasses.fields(cls):
+            flag, env = "--" + field.name.replace("_", "-"), ENV_PREFIX + field.name.upper()
+            base = _base_type(hints[field.name])
+            if getattr(args, field.name, None) is not None:
+                values[field.name] = _parse(field, base, getattr(args, field.name), flag)
+            elif env in environ:
+                values[field.name] = _parse(field, base, environ[env], env)
+            elif field.name in file:
+                values[field.name] = _parse(field, base, file[field.name], f"{path}: {field.name}")
+        out.append(cls(**values))
+    return tuple(out)
+
+
+def parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """An argument parser that raises ConfigError instead of exiting on bad usage."""
+    return _Parser(prog=prog, description=description)
+
+
+def to_flags(*options: Any) -> list[str]:
+    """The command line that gives a child process these options; defaults are left out."""
+    flags: list[str] = []
+    for group in options:
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            if value != field.default:
+                flags += ["--" + field.name.replace("_", "-"), str(value)]
+    return flags
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: $DIPTYCH_CACHE_DIR, else the user's cache folder."""
+    if base := os.environ.get(ENV_PREFIX + "CACHE_DIR"):
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diptych"
+
+
+def state_dir() -> Path:
+    """Where logs are kept: $DIPTYCH_STATE_DIR, else the user's state folder."""
+    if base := os.environ.get(ENV_PREFIX + "STATE_DIR"):
+        return Path(base)
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "diptych"
+
+
+def set_default_env(defaults: Mapping[str, str]) -> dict[str, str]:
+    """Set variables of libraries (OMP_*, UCX_*) where the user set none; returns those in force."""
+    for key, value in defaults.items():
+        os.environ.setdefault(key, value)
+    return {key: os.environ[key] for key in defaults}

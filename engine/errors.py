@@ -1,0 +1,68 @@
+"""The errors a caller can do something about. Each knows its gRPC meaning; `engine.rpc.status` writes it out.
+
+A message is one sentence that names the field or file and says what would be right.
+"""
+
+from __future__ import annotations
+
+
+class DiptychError(Exception):
+    """Base of all errors that are answers, not bugs."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ConfigError(DiptychError):
+    """A flag, file or environment value that cannot be used; ends a command with status 2."""
+
+
+class CheckpointError(DiptychError):
+    """A model file or folder that is missing, truncated or of an unknown kind."""
+
+
+class InvalidRequest(DiptychError):
+    """INVALID_ARGUMENT + BadRequest naming `field`."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.description = message
+
+
+class NotFound(DiptychError):
+    """NOT_FOUND: an unknown model or adapter."""
+
+
+class NotOffered(DiptychError):
+    """UNIMPLEMENTED: `field` is part of the protocol and not served yet."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(f"{field} is not implemented yet; leave it unset")
+        self.field = field
+
+
+class Overloaded(DiptychError):
+    """RESOURCE_EXHAUSTED + RetryInfo: try again after `retry_after_s`."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Unavailable(DiptychError):
+    """UNAVAILABLE + RetryInfo: nobody can serve this now; `num_emitted` tokens were delivered."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0, num_emitted: int = 0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.num_emitted = num_emitted
+
+
+class Mismatch(DiptychError):
+    """FAILED_PRECONDITION: another model, digest, block size or incarnation than the one that was meant."""
+
+
+class DeadlineExceeded(DiptychError):
+    """DEADLINE_EXCEEDED: the request's own time ran out."""

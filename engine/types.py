@@ -1,0 +1,83 @@
+"""Values that every package speaks of. Frozen, without torch and without protobuf types."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from enum import Enum
+
+PROTOCOL_VERSION = 1
+
+
+class Role(Enum):
+    """A role is a pair of budgets, not a kind of engine."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class FinishReason(Enum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Resolved sampling parameters of one answer; ranges are checked at the public door.
+
+    Order of application: min_tokens mask, logit_bias, repetition, frequency and presence penalties,
+    temperature, min-p, top-k, top-p.
+    """
+
+    temperature: float = 0.0  # below 1e-5: argmax
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0  # over the answer's tokens
+    presence_penalty: float = 0.0  # over the answer's tokens
+    repetition_penalty: float = 1.0  # over prompt and answer
+    seed: int = 0  # unsigned 64 bits
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the token is the plain argmax of the processed logits."""
+        return self.temperature < 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class StopParams:
+    """When an answer ends, as far as token ids tell; stop strings are the coordinator's."""
+
+    max_tokens: int  # of the whole answer, tokens delivered by an earlier attempt included
+    min_tokens: int = 0  # no stop token before this many
+    stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence ids included unless ignored
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A worker process, named so that a restart on the same address is somebody else."""
+
+    worker_id: str
+    incarnation: str
+    address: str  # HOST:PORT of its gRPC services
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """What the workers of one model must agree on."""
+
+    name: str
+    digest: str  # compatibility digest, hex
+    numeric_profile: str
+    max_model_len: int
+    block_size: int
+    vocab_size: int
+
+
+def new_incarnation() -> str:
+    """A name that no other process has had or will have."""
+    return secrets.token_hex(8)
