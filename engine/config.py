@@ -70,7 +70,10 @@ def option(
 class ModelOptions:
     """Which model, and in which precision."""
 
-    model: str = option("smollm2", "hub id, folder in Hugging Face layout, or .gguf file; smollm2: the default model")
+    model: str = option(
+        "smollm2",
+        "hub id, folder in Hugging Face layout, or .gguf file; smollm2: the default model",
+    )
     model_name: str = option("", "name that clients use; default: the last part of --model")
     dtype: str = option(
         "auto",
@@ -80,9 +83,13 @@ class ModelOptions:
     weights: str = option(
         "auto", "packing of the weights in memory", choices=("auto", "bf16", "int8", "int4")
     )
-    max_model_len: int = option(0, "longest prompt plus answer, in tokens; 0: the model's own", minimum=0)
+    max_model_len: int = option(
+        0, "longest prompt plus answer, in tokens; 0: the model's own", minimum=0
+    )
     device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
-    seed_weights: int = option(-1, "for tests: random weights from this seed instead of the checkpoint's; -1: off")
+    seed_weights: int = option(
+        -1, "for tests: random weights from this seed instead of the checkpoint's; -1: off"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +98,10 @@ class CacheOptions:
 
     block_size: int = option(16, "tokens a KV block", minimum=1, maximum=256)
     kv_cache_memory: int = option(
-        0, "size of the KV pool, such as 2GiB; 0: chosen from the memory there is", parse=parse_size, minimum=0
+        0,
+        "size of the KV pool, such as 2GiB; 0: chosen from the memory there is",
+        parse=parse_size,
+        minimum=0,
     )
 
 
@@ -117,17 +127,25 @@ class DraftOptions:
 class TransferOptions:
     """KV blocks between workers."""
 
-    lease_ttl_s: float = option(20.0, "a pin on announced blocks ends after this long without renewal", minimum=0.1)
-    pull_timeout_s: float = option(30.0, "a read of blocks that takes longer has failed", minimum=0.1)
+    lease_ttl_s: float = option(
+        20.0, "a pin on announced blocks ends after this long without renewal", minimum=0.1
+    )
+    pull_timeout_s: float = option(
+        30.0, "a read of blocks that takes longer has failed", minimum=0.1
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
     """Where a worker listens, and whom it serves."""
 
-    listen: str = option("127.0.0.1:0", "HOST:PORT of the worker's gRPC services", parse=parse_address)
+    listen: str = option(
+        "127.0.0.1:0", "HOST:PORT of the worker's gRPC services", parse=parse_address
+    )
     http: str = option("127.0.0.1:0", "HOST:PORT of /metrics and /health", parse=parse_address)
-    advertise: str = option("", "HOST by which peers reach this worker; default: the host of --listen")
+    advertise: str = option(
+        "", "HOST by which peers reach this worker; default: the host of --listen"
+    )
     coordinator: str = option("127.0.0.1:50051", "HOST:PORT[,HOST:PORT...] of all coordinators")
     worker_id: str = option("", "stable name of this place; default: role and a random part")
 
@@ -137,7 +155,9 @@ class LogOptions:
     """Log lines: readable on a terminal, JSON elsewhere."""
 
     log_format: str = option("auto", "shape of log lines", choices=("auto", "console", "json"))
-    log_level: str = option("info", "least level that is written", choices=("debug", "info", "warning", "error"))
+    log_level: str = option(
+        "info", "least level that is written", choices=("debug", "info", "warning", "error")
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +169,12 @@ class FrontOptions:
     internal_listen: str = option("", "HOST:PORT for workers alone; default: they use --listen")
     routing: str = option("load", "how workers are picked", choices=("load",))
     max_request_s: float = option(600.0, "deadline of a request that brings none", minimum=0.1)
-    worker_wait_s: float = option(20.0, "how long a request waits for a worker to appear", minimum=0)
-    max_queued_requests: int = option(256, "admitted requests at once; more are told to retry", minimum=1)
+    worker_wait_s: float = option(
+        20.0, "how long a request waits for a worker to appear", minimum=0
+    )
+    max_queued_requests: int = option(
+        256, "admitted requests at once; more are told to retry", minimum=1
+    )
     max_queued_tokens: int = option(1_000_000, "their prompt tokens at once", minimum=1)
 
 
@@ -158,10 +182,14 @@ class FrontOptions:
 class FleetOptions:
     """Workers that a coordinator starts and supervises on its own machine."""
 
-    workers: str = option("local", "local: start them here; external: they dial in", choices=("local", "external"))
+    workers: str = option(
+        "local", "local: start them here; external: they dial in", choices=("local", "external")
+    )
     prefill_workers: int = option(1, "prefill workers to start here", minimum=0)
     decode_workers: int = option(1, "decode workers to start here", minimum=0)
-    log_dir: str = option("", "folder for the local workers' logs; default: under the user's state folder")
+    log_dir: str = option(
+        "", "folder for the local workers' logs; default: under the user's state folder"
+    )
 
 
 def _base_type(annotation: Any) -> type:
@@ -290,3 +318,9 @@ def set_default_env(defaults: Mapping[str, str]) -> dict[str, str]:
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
     return {key: os.environ[key] for key in defaults}
+
+
+def child_environment() -> dict[str, str]:
+    """The environment for a process that gets its options as flags: ours, without the variables of options."""
+    kept = (ENV_PREFIX + "CACHE_DIR", ENV_PREFIX + "STATE_DIR")
+    return {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX) or k in kept}

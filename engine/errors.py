@@ -52,12 +52,18 @@ class Overloaded(DiptychError):
 
 
 class Unavailable(DiptychError):
-    """UNAVAILABLE + RetryInfo: nobody can serve this now; `num_emitted` tokens were delivered."""
+    """UNAVAILABLE + RetryInfo: nobody can serve this now; `num_emitted` tokens were delivered.
 
-    def __init__(self, message: str, retry_after_s: float = 1.0, num_emitted: int = 0) -> None:
+    A worker names in `lost` the role of the peer that failed it ("prefill") where it is not itself the one.
+    """
+
+    def __init__(
+        self, message: str, retry_after_s: float = 1.0, num_emitted: int = 0, lost: str = ""
+    ) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
         self.num_emitted = num_emitted
+        self.lost = lost
 
 
 class Mismatch(DiptychError):

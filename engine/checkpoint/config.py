@@ -1,8 +1,28 @@
-"""ModelConfig: the architecture's numbers, read from a Hugging Face `config.json`. No torch here."""
+"""ModelConfig: the architecture's numbers, read from a Hugging Face `config.json`. No torch here.
+
+Both spellings of rotary parameters are read: `rope_theta` + `rope_scaling`, and `rope_parameters`
+(transformers 5). What this project cannot compute exactly as the checkpoint's authors did is
+refused by name, never guessed.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError
+
+# model_type -> architecture, for config files that leave `architectures` out
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
+_ROPE_KINDS = ("default", "linear", "llama3", "yarn", "dynamic")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +62,187 @@ class ModelConfig:
     sliding_window: int  # 0: full attention
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelConfig:
+        """Read `config.json` and `generation_config.json` of a folder in Hugging Face layout.
+
+        Raises CheckpointError naming the file and the key that is missing or not supported.
+        """
+        path = folder / "config.json"
+        raw = _Keys(read_json(path), path)
+        architecture = _architecture(raw)
+        num_heads = raw.integer("num_attention_heads")
+        hidden_size = raw.integer("hidden_size")
+        _refuse_unsupported(raw)
+        theta, scaling = _rope(raw)
+        generation = folder / "generation_config.json"
+        tokens = read_json(generation) if generation.exists() else {}
+        is_llama, is_qwen2 = architecture == "LlamaForCausalLM", architecture == "Qwen2ForCausalLM"
+        attention_bias = is_llama and bool(raw.get("attention_bias", False))
+        return cls(
+            architecture=architecture,
+            num_layers=raw.integer("num_hidden_layers"),
+            hidden_size=hidden_size,
+            intermediate_size=raw.integer("intermediate_size"),
+            num_heads=num_heads,
+            num_kv_heads=raw.integer("num_key_value_heads", num_heads),
+            head_dim=raw.integer("head_dim", hidden_size // num_heads),
+            vocab_size=raw.integer("vocab_size"),
+            max_position_embeddings=raw.integer("max_position_embeddings"),
+            rms_norm_eps=raw.number("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=attention_bias or is_qwen2,
+            output_bias=attention_bias,
+            mlp_bias=is_llama and bool(raw.get("mlp_bias", False)),
+            sliding_window=_sliding_window(raw, architecture),
+            bos_token_id=_token_ids(tokens, raw.data, "bos_token_id", (None,))[0],
+            eos_token_ids=tuple(
+                t for t in _token_ids(tokens, raw.data, "eos_token_id", ()) if t is not None
+            ),
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError if it is missing, unreadable or not an object."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: this file of the model is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return data
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """Checked access to a JSON object; null counts as absent, errors name file and key."""
+
+    data: Mapping[str, Any]
+    path: Path
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self.data.get(key)
+        return default if value is None else value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.get(key, default)
+        if value is None:
+            raise CheckpointError(f"{self.path}: {key} is missing")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise CheckpointError(f"{self.path}: {key} must be a number above zero, not {value!r}")
+        return float(value)
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.number(key, default)
+        if value != int(value):
+            raise CheckpointError(f"{self.path}: {key} must be a whole number, not {value!r}")
+        return int(value)
+
+    def refuse(self, key: str, value: object, right: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {key} {value!r} is not supported; {right}")
+
+
+def _architecture(raw: _Keys) -> str:
+    names = raw.get("architectures") or [_ARCHITECTURES.get(str(raw.get("model_type")))]
+    name = names[0] if isinstance(names, list) and names else names
+    if name not in _ARCHITECTURES.values():
+        shown = name or raw.get("model_type")
+        raise raw.refuse("architecture", shown, f"known are {', '.join(_ARCHITECTURES.values())}")
+    return str(name)
+
+
+def _refuse_unsupported(raw: _Keys) -> None:
+    """Keys that would change the forward pass in a way that is not built."""
+    if raw.get("quantization_config"):
+        method = raw.get("quantization_config").get("quant_method", "unknown")
+        raise raw.refuse("quantization_config", method, "use unquantised weights or a .gguf file")
+    if (act := raw.get("hidden_act", "silu")) != "silu":
+        raise raw.refuse("hidden_act", act, "expected 'silu'")
+
+
+def _rope(raw: _Keys) -> tuple[float, RopeScaling]:
+    """(theta, scaling) from either spelling; older keys fill what the newer object leaves out."""
+    data = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(data, dict) or any(isinstance(value, dict) for value in data.values()):
+        raise raw.refuse("rope_parameters", data, "expected one flat set for all layers")
+    keys = _Keys(data, raw.path)
+    theta = keys.number("rope_theta", raw.number("rope_theta", 10000.0))
+    partial = keys.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise raw.refuse("partial_rotary_factor", partial, "expected 1.0")
+    kind = keys.get("rope_type", keys.get("type", "default"))
+    if kind not in _ROPE_KINDS:
+        raise raw.refuse("rope type", kind, f"known are {', '.join(_ROPE_KINDS)}")
+    if kind == "default":
+        return theta, RopeScaling()
+    original = keys.get("original_max_position_embeddings")
+    original = original or raw.get("original_max_position_embeddings")
+    if kind in ("yarn", "dynamic"):
+        original = original or raw.integer("max_position_embeddings")
+    elif kind == "llama3" and not original:
+        raise CheckpointError(f"{raw.path}: original_max_position_embeddings is missing")
+    return theta, RopeScaling(
+        kind=kind,
+        factor=keys.number("factor"),
+        low_freq_factor=keys.number("low_freq_factor", 1.0),
+        high_freq_factor=keys.number("high_freq_factor", 4.0),
+        original_max_position_embeddings=int(original or 0),
+        beta_fast=keys.number("beta_fast", 32.0),
+        beta_slow=keys.number("beta_slow", 1.0),
+        attention_factor=_attention_factor(keys) if kind == "yarn" else 0.0,
+    )
+
+
+def _attention_factor(keys: _Keys) -> float:
+    """YaRN's attention factor if the file fixes it, else 0 (derived from `factor`)."""
+    if not keys.get("truncate", True):
+        raise keys.refuse("truncate", False, "expected true")
+    m, m_all = keys.get("mscale"), keys.get("mscale_all_dim")
+    if keys.get("attention_factor") is None and m and m_all:
+        log = 0.1 * math.log(max(keys.number("factor"), 1.0))
+        return float((m * log + 1.0) / (m_all * log + 1.0))
+    return float(keys.get("attention_factor", 0.0))
+
+
+def _sliding_window(raw: _Keys, architecture: str) -> int:
+    """One window for all layers, 0 for none; a mixture of layers is refused."""
+    num_layers = raw.integer("num_hidden_layers")
+    if architecture == "LlamaForCausalLM":
+        return 0
+    if architecture == "MistralForCausalLM":
+        # An absent key means the architecture's default; only a null means full attention.
+        window = raw.data.get("sliding_window", 4096)
+        return int(window or 0)
+    if not raw.get("use_sliding_window", False):
+        return 0
+    window = raw.integer("sliding_window", 4096)
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        first = int(raw.get("max_window_layers", 28))
+        kinds = ["full_attention" if i < first else "sliding_attention" for i in range(num_layers)]
+    if all(kind == "full_attention" for kind in kinds):
+        return 0
+    if all(kind == "sliding_attention" for kind in kinds):
+        return window
+    raise raw.refuse("sliding_window", window, "a mixture of full and sliding layers is not built")
+
+
+def _token_ids(
+    generation: Mapping[str, Any],
+    config: Mapping[str, Any],
+    key: str,
+    absent: tuple[int | None, ...],
+) -> tuple[int | None, ...]:
+    """Ids under `key`, an int or a list, of generation_config.json, else of config.json."""
+    value = generation.get(key)
+    value = config.get(key) if value is None else value
+    if value is None:
+        return absent
+    return tuple(int(v) for v in value) if isinstance(value, list) else (int(value),)

@@ -1,0 +1,107 @@
+"""Who may come in: a bound on admitted requests and on their prompt tokens. Refusals tell when to
+come back.
+
+    admit() -> Ticket -> set_tokens(n) -> release()
+       |                    |
+       +--- Overloaded -----+    retry_after_s: how long, at the pace of the last minute, until
+       there is room
+
+Owned by the event loop; a ticket is released exactly once, however its request ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from engine.errors import Overloaded
+from engine.telemetry.metrics import CoordinatorMetrics
+
+_WINDOW_S = 60.0
+_MIN_RETRY_S = 0.1
+_MAX_RETRY_S = 60.0
+_UNKNOWN_RETRY_S = 1.0  # nothing has completed lately: no pace to go by
+
+
+class Ticket:
+    """One admitted request."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.num_tokens = 0
+        self.released = False
+
+    def set_tokens(self, num_tokens: int) -> None:
+        """Claim room for the prompt; raises Overloaded where there is none."""
+        self._admission._claim(self, num_tokens)
+
+    def release(self) -> None:
+        """Give the room back; once or more often."""
+        if not self.released:
+            self.released = True
+            self._admission._release(self)
+
+
+class Admission:
+    """Counts what is inside. A prompt larger than the bound comes in when nothing else is."""
+
+    def __init__(
+        self,
+        max_requests: int,
+        max_tokens: int,
+        metrics: CoordinatorMetrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
+        self._metrics = metrics
+        self._clock = clock
+        self._completed: deque[tuple[float, int]] = deque()  # (moment, prompt tokens)
+        self.num_requests = 0
+        self.num_tokens = 0
+
+    def admit(self) -> Ticket:
+        """Let one request in; raises Overloaded."""
+        if self.num_requests >= self._max_requests:
+            self._metrics.admission_rejected("requests")
+            raise Overloaded(
+                f"{self.num_requests} requests are admitted, which is the limit",
+                self._retry_after_s(num_requests=1, num_tokens=0),
+            )
+        self.num_requests += 1
+        return Ticket(self)
+
+    def _claim(self, ticket: Ticket, num_tokens: int) -> None:
+        if self.num_tokens and self.num_tokens + num_tokens > self._max_tokens:
+            self._metrics.admission_rejected("tokens")
+            excess = self.num_tokens + num_tokens - self._max_tokens
+            raise Overloaded(
+                f"{self.num_tokens} prompt tokens are admitted and {num_tokens} more are above"
+                f" the limit of {self._max_tokens}",
+                self._retry_after_s(num_requests=0, num_tokens=min(excess, self.num_tokens)),
+            )
+        ticket.num_tokens = num_tokens
+        self.num_tokens += num_tokens
+
+    def _release(self, ticket: Ticket) -> None:
+        self.num_requests -= 1
+        self.num_tokens -= ticket.num_tokens
+        self._completed.append((self._clock(), ticket.num_tokens))
+        self._forget_old()
+
+    def _forget_old(self) -> None:
+        horizon = self._clock() - _WINDOW_S
+        while self._completed and self._completed[0][0] < horizon:
+            self._completed.popleft()
+
+    def _retry_after_s(self, *, num_requests: int, num_tokens: int) -> float:
+        """Time in which, at the recent pace, as many requests and tokens leave as are in the way."""
+        self._forget_old()
+        if not self._completed:
+            return _UNKNOWN_RETRY_S
+        span = max(self._clock() - self._completed[0][0], 1e-3)
+        wait = num_requests * span / len(self._completed)
+        if num_tokens:
+            wait = max(wait, num_tokens * span / max(1, sum(n for _, n in self._completed)))
+        return min(max(wait, _MIN_RETRY_S), _MAX_RETRY_S)

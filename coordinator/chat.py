@@ -1,0 +1,138 @@
+"""Chat templates: messages -> prompt text, as the model's authors wrote it down in Jinja.
+
+The template comes with the model and runs sandboxed; the environment and its helpers are those that
+such templates are written for (Hugging Face's): trim_blocks, lstrip_blocks, break and continue,
+tojson, raise_exception, strftime_now. Special tokens are part of the rendered text, so tokenize it
+with add_special_tokens=False.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from engine.checkpoint.config import read_json
+from engine.errors import CheckpointError, InvalidRequest
+
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+_TOOL_USE = "tool_use"  # the name of a second template that some models bring
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """A model's templates, compiled; without any, `render` refuses."""
+
+    templates: Mapping[str, jinja2.Template]
+    special_tokens: Mapping[str, str]
+
+    @classmethod
+    def load(cls, folder: Path, *, now: Callable[[], datetime] = datetime.now) -> ChatTemplate:
+        """Read `chat_template.jinja`, else `tokenizer_config.json`; neither need exist.
+
+        `now` is the clock behind strftime_now. Raises CheckpointError if a template is not Jinja.
+        """
+        path = folder / "tokenizer_config.json"
+        config = read_json(path) if path.exists() else {}
+        environment = _environment(now)
+        templates = {}
+        for name, source in _sources(folder, config).items():
+            try:
+                templates[name] = environment.from_string(source)
+            except jinja2.TemplateError as error:
+                raise CheckpointError(f"{folder}: chat template {name!r}: {error}") from None
+        return cls(templates, _special_tokens(config))
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The prompt of a conversation. Raises InvalidRequest("messages") if the template refuses
+        it.
+        """
+        if not self.templates:
+            raise InvalidRequest("messages", "this model has no chat template; use Generate")
+        name = _TOOL_USE if tools and _TOOL_USE in self.templates else "default"
+        template = self.templates.get(name) or next(iter(self.templates.values()))
+        try:
+            return template.render(
+                messages=list(messages),
+                tools=list(tools) if tools else None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
+            )
+        except (jinja2.TemplateError, jinja2.exceptions.SecurityError) as error:
+            raise InvalidRequest("messages", error.message or "the template failed") from None
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            # Templates add strings and index lists without asking first.
+            raise InvalidRequest("messages", f"the chat template failed: {error}") from None
+
+
+def _sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Template texts by name; files of their own go before tokenizer_config.json."""
+    files = {"default": folder / "chat_template.jinja"}
+    extra = folder / "additional_chat_templates"
+    files |= {path.stem: path for path in sorted(extra.glob("*.jinja"))}
+    try:
+        found = {n: path.read_text(encoding="utf-8") for n, path in files.items() if path.exists()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder}: chat template cannot be read ({error})") from None
+    if found:
+        return found
+    template = config.get("chat_template")
+    if isinstance(template, str):
+        return {"default": template}
+    return {item["name"]: item["template"] for item in template or []}
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by role, which old files write as objects."""
+    out = {}
+    for role in _SPECIAL:
+        value = config.get(role)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            out[role] = value
+    return out
+
+
+def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
+    def to_json(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # Jinja's own filter escapes HTML, which models have not been trained on.
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def strftime_now(form: str) -> str:
+        return now().strftime(form)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    return environment

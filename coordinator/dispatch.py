@@ -1,0 +1,149 @@
+"""Where the next attempt of a request goes, and whether there is one.
+
+    next() -> Route -> Decode call --tokens--> progressed()
+      ^                     |
+      |   backoff           +-- lost: D, or its prefill peer --> failed(): exclude it, count the
+      attempt +---------------------+
+
+A worker that failed is passed over while there is another. When all have failed, the table decides:
+a worker that is still ready there is tried again, otherwise the request waits for one to appear.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+
+from coordinator.membership import Membership, Worker
+from coordinator.router import pick
+from engine.errors import (
+    DeadlineExceeded,
+    DiptychError,
+    InvalidRequest,
+    Mismatch,
+    Overloaded,
+    Unavailable,
+)
+from engine.rpc.status import DETAILS_KEY, from_rpc_error
+from engine.types import Role
+
+MAX_ATTEMPTS = 8  # in a row without a new token
+_FIRST_BACKOFF_S = 0.05
+_MAX_BACKOFF_S = 1.0
+# What gRPC itself says when a connection or a process goes away in the middle of a call.
+_LOST_CODES = (
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Who serves an attempt; without `prefill` the decode worker computes the prompt itself."""
+
+    decode: Worker
+    prefill: Worker | None
+
+
+class Dispatch:
+    """The attempts of one request."""
+
+    def __init__(
+        self,
+        membership: Membership,
+        *,
+        worker_wait_s: float,
+        deadline_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._membership = membership
+        self._worker_wait_s = worker_wait_s
+        self._deadline_s = deadline_s
+        self._clock = clock
+        self._excluded: set[str] = set()
+        self._kept = ""  # incarnation of a decode worker that has blocks of the request already
+        self._num_failed = 0
+
+    def remaining_s(self) -> float:
+        """Time until the request's deadline; raises DeadlineExceeded where there is none."""
+        left = self._deadline_s - self._clock()
+        if left <= 0:
+            raise DeadlineExceeded("the request's time ran out")
+        return left
+
+    async def next(self, num_tokens: int) -> Route:
+        """The route of the next attempt for `num_tokens` of prompt and answer so far.
+
+        Waits up to `worker_wait_s` for a decode worker. Raises Unavailable, DeadlineExceeded.
+        """
+        decode = await self._decode_worker()
+        workers = self._membership.snapshot()
+        prefill = None
+        # D computes the last token itself, and only whole blocks travel.
+        if (num_tokens - 1) // decode.model.block_size > 0:
+            prefill = pick(workers, Role.PREFILL, self._excluded)
+        return Route(decode, prefill)
+
+    def progressed(self) -> None:
+        """New tokens came: earlier failures no longer count."""
+        self._num_failed = 0
+
+    async def failed(self, route: Route, error: Unavailable) -> None:
+        """An attempt was lost. Returns after a moment if there may be another; else raises
+        Unavailable.
+        """
+        lost, self._kept = route.decode, ""
+        if error.lost == Role.PREFILL.value and route.prefill is not None:
+            lost, self._kept = route.prefill, route.decode.peer.incarnation
+        self._excluded.add(lost.peer.incarnation)
+        self._num_failed += 1
+        if self._num_failed >= MAX_ATTEMPTS:
+            raise Unavailable(f"{self._num_failed} attempts failed, the last with: {error.message}")
+        backoff = min(_FIRST_BACKOFF_S * 2 ** (self._num_failed - 1), _MAX_BACKOFF_S)
+        await asyncio.sleep(min(backoff, self.remaining_s()))
+
+    async def _decode_worker(self) -> Worker:
+        waited_until = self._clock() + self._worker_wait_s
+        while True:
+            workers = self._membership.snapshot()
+            kept = [w for w in workers if w.peer.incarnation == self._kept]
+            found = (
+                pick(kept, Role.DECODE)
+                or pick(workers, Role.DECODE, self._excluded)
+                or pick(workers, Role.DECODE)
+            )
+            if found:
+                return found
+            left = waited_until - self._clock()
+            if left <= 0:
+                raise Unavailable(
+                    f"no decode worker is ready (waited {self._worker_wait_s:g} s)",
+                    retry_after_s=min(max(self._worker_wait_s, 1.0), 5.0),
+                )
+            await self._membership.wait_for_change(min(left, self.remaining_s(), 1.0))
+
+
+def meaning_of(error: grpc.aio.AioRpcError, *, num_emitted: int) -> DiptychError | None:
+    """What a worker's status means for the request: Unavailable is tried again, None is a bug.
+
+    After the first token a full worker is no reason to give up: the next attempt may find room.
+    """
+    meaning = from_rpc_error(error)
+    match meaning:
+        case Unavailable() | InvalidRequest() | DeadlineExceeded():
+            return meaning
+        case Overloaded():
+            return Unavailable(meaning.message) if num_emitted else meaning
+        case Mismatch():
+            return Unavailable(meaning.message)
+    metadata = dict(error.trailing_metadata() or ())
+    foreign = error.code() is grpc.StatusCode.INTERNAL and DETAILS_KEY not in metadata
+    if error.code() in _LOST_CODES or foreign:
+        return Unavailable(f"{error.code().name}: {error.details()}")
+    return None

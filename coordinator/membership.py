@@ -1,0 +1,295 @@
+"""Who serves: the table of workers, rebuilt from their Register streams alone.
+
+                 hello accepted           load says so
+      (unknown) ---------------> READY <---------------> DRAINING
+                                  |  ^                      |
+        stream broken, or silent  v  | a heartbeat again    | stream broken
+                                SUSPECT  <------------------+
+                                  | after a minute, or a new incarnation of the same place
+                                  v
+                              (forgotten)
+
+Only READY workers are routed to. The first worker fixes what all must agree on (digest, numeric
+profile, block size, context, vocabulary); when the last one has gone it may change. Owned by the
+event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
+
+from engine.errors import Mismatch
+from engine.telemetry.log import get_logger
+from engine.telemetry.metrics import CoordinatorMetrics
+from engine.types import PROTOCOL_VERSION, ModelIdentity, Peer, Role
+
+_log = get_logger(__name__)
+
+HEARTBEAT_S = 1.0
+SILENCE_S = 10.0  # without a heartbeat: suspect
+FORGET_S = 60.0  # a suspect stays in the table, for operators to see
+
+
+class WorkerState(Enum):
+    """What the coordinator makes of a worker."""
+
+    READY = "ready"
+    DRAINING = "draining"
+    SUSPECT = "suspect"
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Counters since the worker started."""
+
+    prompt_tokens_computed: int = 0
+    prompt_tokens_cached: int = 0
+    blocks_pulled: int = 0
+    bytes_pulled: int = 0
+    pull_seconds: float = 0.0
+    stale_reads: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a worker said of itself last."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    waiting_tokens: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    held_blocks: int = 0
+    total_blocks: int = 0
+    draining: bool = False
+    totals: Totals = field(default_factory=Totals)
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """How a worker introduces itself."""
+
+    peer: Peer
+    role: Role
+    http_address: str
+    model: ModelIdentity
+    protocol_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One row of the table, as of a snapshot."""
+
+    peer: Peer
+    role: Role
+    http_address: str
+    model: ModelIdentity
+    state: WorkerState
+    load: Load
+    session: int  # of its stream: what an older stream still says does not count
+    since_s: float  # of this incarnation's registration, monotonic
+    heard_s: float  # last sign of life, monotonic
+    # What this coordinator has sent there and not had back: newer than any heartbeat.
+    assigned_requests: int = 0
+    assigned_tokens: int = 0
+
+
+class Membership:
+    """The table. `model_name` and `vocab_size` are the coordinator's own; the rest comes with the
+    workers.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        vocab_size: int,
+        metrics: CoordinatorMetrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._model_name = model_name
+        self._vocab_size = vocab_size
+        self._metrics = metrics
+        self._clock = clock
+        self._workers: dict[str, Worker] = {}  # by worker_id
+        self._changed = asyncio.Event()
+        self._sessions = itertools.count(1)
+
+    @property
+    def identity(self) -> ModelIdentity | None:
+        """What the workers agree on; None while there are none."""
+        alive = (w.model for w in self._workers.values() if w.state is not WorkerState.SUSPECT)
+        return next(alive, None)
+
+    def snapshot(self) -> tuple[Worker, ...]:
+        """All rows, in order of worker_id."""
+        self._look_at_the_clock()
+        return tuple(self._workers[key] for key in sorted(self._workers))
+
+    def ready(self, role: Role) -> bool:
+        """Whether some worker of `role` can be routed to."""
+        return any(w.role is role and w.state is WorkerState.READY for w in self.snapshot())
+
+    def register(self, hello: Hello) -> Worker:
+        """Accept a worker, in place of an earlier incarnation of it. Raises Mismatch with the
+        reason.
+        """
+        self._check(hello)
+        now = self._clock()
+        old = self._workers.get(hello.peer.worker_id)
+        worker = Worker(
+            hello.peer,
+            hello.role,
+            hello.http_address,
+            hello.model,
+            WorkerState.READY,
+            Load(),
+            session=next(self._sessions),
+            since_s=now,
+            heard_s=now,
+        )
+        if old and old.peer.incarnation == hello.peer.incarnation:  # the same process dialled again
+            worker = replace(
+                worker,
+                since_s=old.since_s,
+                load=old.load,
+                assigned_requests=old.assigned_requests,
+                assigned_tokens=old.assigned_tokens,
+            )
+        self._workers[hello.peer.worker_id] = worker
+        _log.info("worker registered", worker=hello.peer.worker_id, role=hello.role.value)
+        self._notify()
+        return worker
+
+    def heartbeat(self, worker: Worker, load: Load) -> bool:
+        """Note the load of a registered worker; False: another stream has taken its place."""
+        current = self._workers.get(worker.peer.worker_id)
+        if current is None or current.session != worker.session:
+            return False
+        state = WorkerState.DRAINING if load.draining else WorkerState.READY
+        if state is not current.state:
+            _log.info("worker changed", worker=worker.peer.worker_id, state=state.value)
+        self._put(replace(current, load=load, state=state, heard_s=self._clock()))
+        return True
+
+    def lost(self, worker: Worker, reason: str) -> None:
+        """The worker's stream broke: nobody is sent there from now on."""
+        current = self._workers.get(worker.peer.worker_id)
+        if current is None or current.session != worker.session:
+            return
+        if current.state is not WorkerState.SUSPECT:
+            _log.warning("worker lost", worker=worker.peer.worker_id, reason=reason)
+            self._put(replace(current, state=WorkerState.SUSPECT, heard_s=self._clock()))
+
+    @contextmanager
+    def assigned(self, worker: Worker, num_tokens: int) -> Iterator[None]:
+        """While a request of `num_tokens` uncomputed tokens is with `worker`, count it there."""
+        self._assign(worker.peer, 1, num_tokens)
+        try:
+            yield
+        finally:
+            self._assign(worker.peer, -1, -num_tokens)
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Until the table may have changed, at most `timeout_s`."""
+        changed = self._changed
+        try:
+            await asyncio.wait_for(changed.wait(), max(0.0, timeout_s))
+        except TimeoutError:
+            pass
+
+    async def wait_for(self, role: Role, timeout_s: float, count: int = 1) -> bool:
+        """Until `count` workers of `role` are ready; False if that did not happen within
+        `timeout_s`.
+        """
+        deadline = self._clock() + timeout_s
+        while True:
+            ready = [w for w in self.snapshot() if w.role is role and w.state is WorkerState.READY]
+            if len(ready) >= count:
+                return True
+            if (left := deadline - self._clock()) <= 0:
+                return False
+            await self.wait_for_change(min(left, HEARTBEAT_S))
+
+    def _check(self, hello: Hello) -> None:
+        """Raise Mismatch where this worker and ours would not mean the same by the same block."""
+        if hello.protocol_version != PROTOCOL_VERSION:
+            raise Mismatch(
+                f"protocol version {hello.protocol_version} is not {PROTOCOL_VERSION}, which"
+                " this coordinator speaks"
+            )
+        if hello.model.name != self._model_name:
+            raise Mismatch(
+                f"model {hello.model.name!r} is not configured here; {self._model_name!r} is"
+            )
+        if hello.model.vocab_size != self._vocab_size:
+            raise Mismatch(
+                f"vocab_size {hello.model.vocab_size} is not {self._vocab_size} as this"
+                " coordinator's tokenizer has it"
+            )
+        others = self._others(hello.peer.worker_id)
+        if others and hello.model != others[0].model:
+            raise Mismatch(
+                f"{_differences(hello.model, others[0].model)}; the workers of one model must"
+                f" agree, and {others[0].peer.worker_id} is here already"
+            )
+
+    def _others(self, worker_id: str) -> list[Worker]:
+        return [
+            w
+            for w in self.snapshot()
+            if w.peer.worker_id != worker_id and w.state is not WorkerState.SUSPECT
+        ]
+
+    def _assign(self, peer: Peer, num_requests: int, num_tokens: int) -> None:
+        worker = self._workers.get(peer.worker_id)
+        if worker and worker.peer.incarnation == peer.incarnation:
+            self._workers[peer.worker_id] = replace(
+                worker,
+                assigned_requests=worker.assigned_requests + num_requests,
+                assigned_tokens=worker.assigned_tokens + num_tokens,
+            )
+
+    def _put(self, worker: Worker) -> None:
+        before = self._workers.get(worker.peer.worker_id)
+        self._workers[worker.peer.worker_id] = worker
+        if before is None or before.state is not worker.state:
+            self._notify()
+
+    def _look_at_the_clock(self) -> None:
+        """Silent workers become suspect, old suspects are forgotten."""
+        now = self._clock()
+        for worker in list(self._workers.values()):
+            silent_s = now - worker.heard_s
+            if worker.state is WorkerState.SUSPECT:
+                if silent_s > FORGET_S:
+                    del self._workers[worker.peer.worker_id]
+                    self._notify()
+            elif silent_s > SILENCE_S:
+                self.lost(worker, f"silent for {silent_s:.0f} s")
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+        for role in Role:
+            for state in WorkerState:
+                count = sum(w.role is role and w.state is state for w in self._workers.values())
+                self._metrics.set_workers(role.value, state.value, count)
+
+
+def _differences(theirs: ModelIdentity, ours: ModelIdentity) -> str:
+    """What differs, each as `name theirs is not ours`; the digest only where nothing readable does."""
+    names: Iterable[str] = (f.name for f in fields(ModelIdentity) if f.name != "digest")
+    found = [
+        f"{name} {getattr(theirs, name)} is not {getattr(ours, name)}"
+        for name in names
+        if getattr(theirs, name) != getattr(ours, name)
+    ]
+    return ", ".join(found or [f"digest {theirs.digest} is not {ours.digest}"])

@@ -1,0 +1,105 @@
+"""The served model as the coordinator knows it: its name, vocabulary, tokenizer and chat template.
+
+Tokenizing runs in threads: a prompt of megabytes takes seconds, and the event loop belongs to
+everybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from coordinator.chat import ChatTemplate
+from coordinator.request import AnswerRequest, ChatMessage
+from coordinator.tokenizer import Tokenizer
+from coordinator.validate import Limits
+from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.source import Checkpoint
+from engine.errors import InvalidRequest
+
+_NUM_THREADS = 4
+
+
+class ServedModel:
+    """One model. `max_model_len` 0: the checkpoint's own."""
+
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        max_model_len: int = 0,
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.max_model_len = max_model_len or config.max_position_embeddings
+        self.limits = Limits(name, config.vocab_size, config.eos_token_ids)
+        self._template = template
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, name: str, max_model_len: int) -> ServedModel:
+        """Read tokenizer and template of a checkpoint. Raises CheckpointError."""
+        return cls(
+            name,
+            checkpoint.config,
+            Tokenizer.load(checkpoint.folder),
+            ChatTemplate.load(checkpoint.folder),
+            max_model_len,
+        )
+
+    async def prompt_of(self, request: AnswerRequest, max_model_len: int) -> list[int]:
+        """The request's prompt as token ids, at least one token shorter than the context.
+
+        Raises InvalidRequest naming the prompt's field.
+        """
+        if request.token_ids is not None:
+            field, ids = "token_ids", list(request.token_ids)
+        elif request.messages is not None:
+            field, ids = "messages", await self.encode_chat(request.messages, max_model_len)
+        else:
+            assert request.text is not None, "a checked request has a prompt"
+            field, ids = "text", await self.encode("text", request.text, True, max_model_len)
+        if not ids:
+            raise InvalidRequest(field, "no tokens in it; expected at least one")
+        if len(ids) >= max_model_len:
+            raise InvalidRequest(
+                field,
+                f"{len(ids)} tokens leave no room for an answer in a context of {max_model_len}",
+            )
+        return ids
+
+    async def encode(
+        self, field: str, text: str, add_special_tokens: bool, max_model_len: int
+    ) -> list[int]:
+        """Token ids of `text`. Raises InvalidRequest, without tokenizing, where it can never fit."""
+        if (least := self.tokenizer.min_num_tokens(text)) > max_model_len:
+            raise InvalidRequest(
+                field,
+                f"{len(text)} characters are at least {least} tokens, above a context of"
+                f" {max_model_len}",
+            )
+        loop = asyncio.get_running_loop()
+        encode = self.tokenizer.encode
+        return await loop.run_in_executor(self._threads, encode, text, add_special_tokens)
+
+    async def encode_chat(self, messages: Sequence[ChatMessage], max_model_len: int) -> list[int]:
+        """Token ids of a conversation that asks for the next turn; the template writes special
+        tokens itself.
+        """
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        loop = asyncio.get_running_loop()
+        text = await loop.run_in_executor(self._threads, self._template.render, turns)
+        return await self.encode("messages", text, False, max_model_len)
+
+    async def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Text of `ids`."""
+        loop = asyncio.get_running_loop()
+        decode = self.tokenizer.decode
+        return await loop.run_in_executor(self._threads, decode, ids, skip_special_tokens)
+
+    def close(self) -> None:
+        """End the threads; what they work on is dropped."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

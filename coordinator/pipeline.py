@@ -1,0 +1,329 @@
+"""The life of one request, top to bottom.
+
+    admit -> tokenize -> pick D and P -> D.Decode(prompt, P) -> detokenize, stop strings -> chunks
+    -> Finished
+                             ^                  |
+                             +---- lost --------+    again with the tokens received so far
+
+Whatever is lost on the way, the client's stream goes on with the next token: an attempt is given
+all tokens of the earlier ones, and the sampler is a function of seed and position. Closing the
+generator cancels the call of D, which cancels the call of P.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, field, replace
+
+import grpc
+
+from coordinator.admission import Admission
+from coordinator.answer import Answer
+from coordinator.dispatch import Dispatch, Route, meaning_of
+from coordinator.membership import Membership
+from coordinator.model import ServedModel
+from coordinator.request import AnswerRequest, Chunk, Ending, Finished, Timing, Usage
+from engine.errors import DeadlineExceeded, Unavailable
+from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
+from engine.rpc.channel import ChannelPool
+from engine.rpc.convert import peer_to_pb, reason_from_pb, sampling_to_pb, stop_to_pb
+from engine.telemetry.log import get_logger
+from engine.telemetry.metrics import CoordinatorMetrics
+from engine.telemetry.timeline import Event, Timeline
+from engine.types import FinishReason, StopParams
+
+_log = get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Spent:
+    """What workers have reported of one answer, summed over attempts."""
+
+    draft_tokens: int = 0  # of the attempts that ended
+    accepted_tokens: int = 0
+    first: worker_pb2.Tokens | worker_pb2.DecodeFinished | None = (
+        None  # report of the first attempt
+    )
+    last: worker_pb2.Tokens | worker_pb2.DecodeFinished | None = None  # report of this attempt
+    first_is_open: bool = field(default=True)
+
+    def report(self, numbers: worker_pb2.Tokens | worker_pb2.DecodeFinished) -> None:
+        """Running numbers of the attempt in progress."""
+        self.last = numbers
+        if self.first_is_open:
+            self.first = numbers
+
+    def end_attempt(self) -> None:
+        """The attempt is over; the next one counts from zero."""
+        if self.last is not None:
+            self.draft_tokens += self.last.draft_tokens
+            self.accepted_tokens += self.last.accepted_tokens
+            self.first_is_open = False
+            self.last = None
+
+
+class Pipeline:
+    """Answers requests. Owned by the event loop."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        membership: Membership,
+        admission: Admission,
+        metrics: CoordinatorMetrics,
+        *,
+        worker_wait_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._model = model
+        self._membership = membership
+        self._admission = admission
+        self._metrics = metrics
+        self._worker_wait_s = worker_wait_s
+        self._clock = clock
+        self._channels = ChannelPool()
+        self.draining = False
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus answer: ours, or the workers' where theirs is shorter."""
+        identity = self._membership.identity
+        ours = self._model.max_model_len
+        return min(ours, identity.max_model_len) if identity else ours
+
+    @property
+    def num_requests(self) -> int:
+        """Requests inside."""
+        return self._admission.num_requests
+
+    async def close(self) -> None:
+        """Close the channels to workers."""
+        await self._channels.close()
+
+    async def answer(
+        self, request: AnswerRequest, timeline: Timeline, deadline_s: float
+    ) -> AsyncGenerator[Chunk | Finished, None]:
+        """Chunks of the answer, then Finished. `deadline_s` is a moment of the monotonic clock.
+
+        Raises Overloaded, InvalidRequest (prompt too long), Unavailable, DeadlineExceeded.
+        """
+        if self.draining:
+            raise Unavailable("this coordinator is shutting down")
+        ticket = self._admission.admit()
+        timeline.mark(Event.ADMITTED)
+        gauge = self._metrics.num_requests_waiting
+        gauge.inc()
+        try:
+            prompt = await self._tokenize(request, deadline_s)
+            timeline.mark(Event.TOKENIZED)
+            ticket.set_tokens(len(prompt))
+            self._metrics.prompt_tokens.inc(len(prompt))
+            async with aclosing(self._decode(request, prompt, timeline, deadline_s)) as parts:
+                async for part in parts:
+                    if gauge is self._metrics.num_requests_waiting:
+                        gauge.dec()
+                        gauge = self._metrics.num_requests_running
+                        gauge.inc()
+                    yield part
+        finally:
+            gauge.dec()
+            ticket.release()
+
+    async def _tokenize(self, request: AnswerRequest, deadline_s: float) -> list[int]:
+        try:
+            async with asyncio.timeout(max(0.0, deadline_s - self._clock())):
+                return await self._model.prompt_of(request, self.max_model_len)
+        except TimeoutError:
+            raise DeadlineExceeded("the request's time ran out while it was tokenized") from None
+
+    async def _decode(
+        self, request: AnswerRequest, prompt: list[int], timeline: Timeline, deadline_s: float
+    ) -> AsyncGenerator[Chunk | Finished, None]:
+        """All attempts of one answer, as one."""
+        answer = self._new_answer(request, len(prompt))
+        spent = _Spent()
+        dispatch = Dispatch(
+            self._membership,
+            worker_wait_s=self._worker_wait_s,
+            deadline_s=deadline_s,
+            clock=self._clock,
+        )
+        if request.resume_finished and answer.ending is None:
+            answer.ending = Ending(FinishReason.LENGTH)
+        while answer.ending is None:
+            route = None
+            try:
+                route = await dispatch.next(len(prompt) + len(answer.token_ids))
+                timeline.mark(Event.ROUTED)
+                attempt = self._attempt(request, prompt, answer, route, spent, dispatch)
+                async with aclosing(attempt) as chunks:
+                    async for chunk in chunks:
+                        dispatch.progressed()
+                        self._observe(timeline, len(chunk.token_ids))
+                        yield chunk
+            except Unavailable as error:
+                await self._next_attempt(dispatch, route, error, answer)
+            finally:
+                spent.end_attempt()
+        if not request.resume_finished and (text := answer.finish()):
+            yield Chunk(text, ())
+        timeline.mark(Event.FINISHED)
+        yield self._finished(answer, len(prompt), spent, timeline)
+
+    async def _next_attempt(
+        self, dispatch: Dispatch, route: Route | None, error: Unavailable, answer: Answer
+    ) -> None:
+        """After a lost attempt: returns if there may be another, else raises Unavailable."""
+        try:
+            if route is None:  # nobody to send it to
+                raise error
+            await dispatch.failed(route, error)
+        except Unavailable as last:
+            if route is not None or answer.num_new:
+                self._metrics.migrated("exhausted")
+            raise Unavailable(
+                last.message, last.retry_after_s, num_emitted=answer.num_new
+            ) from None
+        self._metrics.migrated("resumed" if answer.num_new else "retried")
+        _log.warning(
+            "attempt lost",
+            worker=route.decode.peer.worker_id,
+            prefill=route.prefill.peer.worker_id if route.prefill else None,
+            lost=error.lost or "decode",
+            reason=error.message,
+            num_tokens=len(answer.token_ids),
+        )
+
+    def _new_answer(self, request: AnswerRequest, num_prompt_tokens: int) -> Answer:
+        """An answer with its limits: a `max_tokens` beyond the room left ends as LENGTH at the
+        context's end.
+        """
+        room = self.max_model_len - num_prompt_tokens
+        wanted = request.max_tokens or request.default_max_tokens or room
+        max_tokens = min(wanted, room)
+        return Answer(
+            self._model.tokenizer,
+            request,
+            max_tokens=max_tokens,
+            min_tokens=min(request.min_tokens, max_tokens),
+        )
+
+    async def _attempt(
+        self,
+        request: AnswerRequest,
+        prompt: list[int],
+        answer: Answer,
+        route: Route,
+        spent: _Spent,
+        dispatch: Dispatch,
+    ) -> AsyncGenerator[Chunk, None]:
+        """One call of Decode. Ends when the answer has; raises Unavailable if another attempt may
+        help.
+        """
+        decode, prefill = route.decode, route.prefill
+        stub = worker_pb2_grpc.DecodeServiceStub(self._channels.get(decode.peer.address))
+        message = self._decode_request(request, prompt, answer, route)
+        uncomputed = len(prompt) + len(answer.token_ids)
+        with ExitStack() as assigned, ExitStack() as until_first_token:
+            assigned.enter_context(self._membership.assigned(decode, 0))
+            computing = prefill or decode
+            until_first_token.enter_context(self._membership.assigned(computing, uncomputed))
+            call = stub.Decode(message, timeout=dispatch.remaining_s())
+            try:
+                async for response in call:
+                    if response.HasField("tokens"):
+                        until_first_token.close()
+                        spent.report(response.tokens)
+                        chunk = answer.push(response.tokens.token_ids)
+                        if chunk.token_ids:
+                            yield chunk
+                        if answer.ending and answer.ending.matched_text is not None:
+                            return  # the worker does not know of stop strings
+                    elif response.HasField("finished"):
+                        spent.report(response.finished)
+                        self._take_ending(answer, response.finished)
+                        return
+                if answer.ending is None:
+                    raise Unavailable("the decode worker ended its stream before the answer")
+            except grpc.aio.AioRpcError as error:
+                if answer.ending is None:
+                    self._explain(error, answer, dispatch)
+            finally:
+                call.cancel()
+
+    def _explain(self, error: grpc.aio.AioRpcError, answer: Answer, dispatch: Dispatch) -> None:
+        """Raise what a worker's status means for this request."""
+        meaning = meaning_of(error, num_emitted=len(answer.token_ids))
+        if meaning is None:
+            raise RuntimeError(f"decode worker: {error.code().name}: {error.details()}") from error
+        if isinstance(meaning, DeadlineExceeded):
+            dispatch.remaining_s()  # ours, if it has passed
+            raise Unavailable(meaning.message) from None
+        raise meaning from None
+
+    def _decode_request(
+        self, request: AnswerRequest, prompt: list[int], answer: Answer, route: Route
+    ) -> worker_pb2.DecodeRequest:
+        stop = StopParams(
+            max_tokens=answer.max_tokens,
+            min_tokens=min(request.min_tokens, answer.max_tokens),
+            stop_token_ids=request.stop_token_ids,
+        )
+        return worker_pb2.DecodeRequest(
+            request_id=request.request_id,
+            prompt_token_ids=prompt,
+            output_token_ids=answer.token_ids,
+            sampling=sampling_to_pb(request.sampling),
+            stop=stop_to_pb(stop),
+            prefill=peer_to_pb(route.prefill.peer) if route.prefill else None,
+            cache_salt=request.cache_salt,
+            priority=request.priority,
+            incarnation=route.decode.peer.incarnation,
+        )
+
+    def _take_ending(self, answer: Answer, finished: worker_pb2.DecodeFinished) -> None:
+        """The worker's word on why the answer ended, where its tokens alone do not tell."""
+        if answer.ending is not None:
+            return
+        reason = reason_from_pb(finished.finish_reason)
+        if reason is FinishReason.ABORTED:
+            raise Unavailable("the decode worker gave the answer up")
+        matched = finished.HasField("matched_stop_token")
+        answer.ending = Ending(reason, finished.matched_stop_token if matched else None)
+
+    def _observe(self, timeline: Timeline, num_tokens: int) -> None:
+        before = timeline.last(Event.TOKENS)
+        now = timeline.mark(Event.TOKENS)
+        self._metrics.generation_tokens.inc(num_tokens)
+        if before is None:
+            self._metrics.time_to_first_token.observe(timeline.between(Event.ARRIVED, Event.TOKENS))
+            return
+        for _ in range(num_tokens):
+            self._metrics.inter_token_latency.observe((now - before) / num_tokens)
+
+    def _finished(
+        self, answer: Answer, num_prompt_tokens: int, spent: _Spent, timeline: Timeline
+    ) -> Finished:
+        assert answer.ending is not None, "an answer that is reported has ended"
+        first = spent.first or worker_pb2.Tokens()
+        usage = Usage(
+            prompt_tokens=num_prompt_tokens,
+            completion_tokens=len(answer.token_ids),
+            cached_tokens=min(first.cached_tokens, num_prompt_tokens),
+            draft_tokens=spent.draft_tokens,
+            accepted_tokens=spent.accepted_tokens,
+        )
+        timing = Timing(
+            queue_s=timeline.between(Event.ADMITTED, Event.ROUTED) + first.queue_s,
+            prefill_s=first.prefill_s,
+            kv_transfer_s=first.kv_transfer_s,
+            first_token_s=timeline.between(Event.ARRIVED, Event.TOKENS),
+            decode_s=timeline.span(Event.TOKENS),
+        )
+        self._metrics.e2e_request_latency.observe(timeline.between(Event.ARRIVED, Event.FINISHED))
+        self._metrics.request_queue_time.observe(timing.queue_s)
+        self._metrics.request_succeeded(answer.ending.reason.value)
+        return Finished(replace(answer.ending), usage, timing)

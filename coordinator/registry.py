@@ -1,0 +1,93 @@
+"""RegistryService: a worker's Register stream -> rows of the table of workers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from coordinator.membership import HEARTBEAT_S, Hello, Load, Membership, Totals
+from engine.errors import InvalidRequest, Mismatch
+from engine.pb.diptych.internal.v1 import registry_pb2
+from engine.rpc.convert import identity_from_pb, role_from_pb
+from engine.telemetry.log import get_logger
+from engine.types import Peer
+
+_log = get_logger(__name__)
+
+
+class RegistryServicer:
+    """Serves workers; its streams end with them."""
+
+    def __init__(self, membership: Membership, coordinator_id: str) -> None:
+        self._membership = membership
+        self._coordinator_id = coordinator_id
+
+    async def Register(
+        self, messages: AsyncIterator[registry_pb2.WorkerMessage], context: Any
+    ) -> AsyncIterator[registry_pb2.CoordinatorMessage]:
+        """One worker's stream; see registry.proto."""
+        first = await anext(messages, None)
+        if first is None or not first.HasField("hello"):
+            raise InvalidRequest("hello", "unset; expected as the first message")
+        hello = _hello(first.hello)
+        try:
+            worker = self._membership.register(hello)
+        except Mismatch as error:
+            _log.warning("worker refused", worker=hello.peer.worker_id, reason=error.message)
+            refused = registry_pb2.Refused(reason=error.message)
+            yield registry_pb2.CoordinatorMessage(refused=refused)
+            return
+        try:
+            welcome = registry_pb2.Welcome(
+                coordinator_id=self._coordinator_id, heartbeat_s=HEARTBEAT_S
+            )
+            yield registry_pb2.CoordinatorMessage(welcome=welcome)
+            async for message in messages:
+                if message.HasField("load") and not self._membership.heartbeat(
+                    worker, _load(message.load)
+                ):
+                    return
+        finally:
+            self._membership.lost(worker, "its stream broke")
+
+
+def _hello(pb: registry_pb2.Hello) -> Hello:
+    role = role_from_pb(pb.role)
+    if role is None:
+        raise InvalidRequest("hello.role", "unset; expected prefill or decode")
+    for field in ("worker_id", "incarnation", "address"):
+        if not getattr(pb, field):
+            raise InvalidRequest(f"hello.{field}", "empty")
+    if pb.model.block_size < 1 or pb.model.max_model_len < 1:
+        raise InvalidRequest("hello.model", "block_size and max_model_len are at least 1")
+    return Hello(
+        peer=Peer(pb.worker_id, pb.incarnation, pb.address),
+        role=role,
+        http_address=pb.http_address,
+        model=identity_from_pb(pb.model),
+        protocol_version=pb.protocol_version,
+    )
+
+
+def _load(pb: registry_pb2.Load) -> Load:
+    totals = pb.totals
+    return Load(
+        num_running=pb.num_running,
+        num_waiting=pb.num_waiting,
+        waiting_tokens=pb.waiting_tokens,
+        free_blocks=pb.free_blocks,
+        cached_blocks=pb.cached_blocks,
+        held_blocks=pb.held_blocks,
+        total_blocks=pb.total_blocks,
+        draining=pb.draining,
+        totals=Totals(
+            prompt_tokens_computed=totals.prompt_tokens_computed,
+            prompt_tokens_cached=totals.prompt_tokens_cached,
+            blocks_pulled=totals.blocks_pulled,
+            bytes_pulled=totals.bytes_pulled,
+            pull_seconds=totals.pull_seconds,
+            stale_reads=totals.stale_reads,
+            draft_tokens=totals.draft_tokens,
+            accepted_tokens=totals.accepted_tokens,
+        ),
+    )

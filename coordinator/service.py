@@ -1,0 +1,210 @@
+"""InferenceService and AdminService: public messages <-> the pipeline. Everything is checked here,
+once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import asdict
+from typing import Any
+
+from coordinator.membership import Membership, Worker
+from coordinator.model import ServedModel
+from coordinator.pipeline import Pipeline
+from coordinator.request import AnswerRequest, Chunk, Finished
+from coordinator.validate import (
+    Limits,
+    check_messages,
+    check_model,
+    check_token_ids,
+    validate_chat,
+    validate_generate,
+)
+from engine.errors import DiptychError, InvalidRequest, NotOffered
+from engine.pb.diptych.v1 import admin_pb2, inference_pb2
+from engine.rpc.convert import reason_to_pb
+from engine.rpc.status import to_status
+from engine.telemetry.log import bind_request, get_logger
+from engine.telemetry.metrics import CoordinatorMetrics
+from engine.telemetry.timeline import Event, Timeline
+from engine.types import Role
+
+_log = get_logger(__name__)
+
+Responses = AsyncGenerator[inference_pb2.GenerateResponse, None]
+
+
+class InferenceServicer:
+    """The public API; see inference.proto."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        pipeline: Pipeline,
+        membership: Membership,
+        metrics: CoordinatorMetrics,
+        *,
+        max_request_s: float,
+    ) -> None:
+        self._model = model
+        self._pipeline = pipeline
+        self._membership = membership
+        self._metrics = metrics
+        self._max_request_s = max_request_s
+
+    # Method names are the wire's.
+    def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> Responses:
+        """Complete a prompt."""
+        return self._serve(validate_generate, request, context)
+
+    def Chat(self, request: inference_pb2.ChatRequest, context: Any) -> Responses:
+        """Complete a conversation."""
+        return self._serve(validate_chat, request, context)
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: Any
+    ) -> inference_pb2.TokenizeResponse:
+        """Token ids of a text or of a rendered conversation."""
+        check_model(request.model, self._model.limits)
+        limit = self._pipeline.max_model_len
+        match request.WhichOneof("input"):
+            case "text":
+                special = request.add_special_tokens or not request.HasField("add_special_tokens")
+                ids = await self._model.encode("text", request.text, special, limit)
+            case "chat":
+                messages = check_messages("chat.messages", request.chat.messages)
+                ids = await self._model.encode_chat(messages, limit)
+            case _:
+                raise InvalidRequest("input", "unset; expected text or chat")
+        return inference_pb2.TokenizeResponse(token_ids=ids, max_model_len=limit)
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: Any
+    ) -> inference_pb2.DetokenizeResponse:
+        """Text of token ids."""
+        limits = self._model.limits
+        check_model(request.model, limits)
+        ids = check_token_ids("token_ids", request.token_ids, limits.vocab_size)
+        text = await self._model.decode(ids, request.skip_special_tokens)
+        return inference_pb2.DetokenizeResponse(text=text)
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: Any
+    ) -> inference_pb2.ListModelsResponse:
+        """The one model."""
+        return inference_pb2.ListModelsResponse(models=[self._describe()])
+
+    async def GetModel(
+        self, request: inference_pb2.GetModelRequest, context: Any
+    ) -> inference_pb2.Model:
+        """The model of that name, or the only one."""
+        check_model(request.model, self._model.limits)
+        return self._describe()
+
+    def _describe(self) -> inference_pb2.Model:
+        identity = self._membership.identity
+        return inference_pb2.Model(
+            name=self._model.name,
+            max_model_len=self._pipeline.max_model_len,
+            vocab_size=self._model.limits.vocab_size,
+            block_size=identity.block_size if identity else 0,
+            numeric_profile=identity.numeric_profile if identity else "",
+            ready=self._membership.ready(Role.DECODE),
+        )
+
+    async def _serve(
+        self, validate: Callable[[Any, Limits], AnswerRequest], request: Any, context: Any
+    ) -> Responses:
+        """One answer: check, bind the id to log lines, run, count how it ended."""
+        timeline = Timeline()
+        arrived_s = timeline.mark(Event.ARRIVED)
+        code = "cancelled"  # unless we get to know better
+        try:
+            checked = validate(request, self._model.limits)
+            bind_request(checked.request_id)
+            left_s = context.time_remaining()
+            deadline_s = arrived_s + (self._max_request_s if left_s is None else left_s)
+            async with aclosing(self._pipeline.answer(checked, timeline, deadline_s)) as parts:
+                async for part in parts:
+                    yield _response(checked.request_id, part)
+            code = "ok"
+        except DiptychError as error:
+            code = to_status(error).code.name.lower()
+            raise
+        except Exception:
+            code = "internal"
+            raise
+        finally:
+            if code != "ok":
+                self._metrics.request_failed(code)
+            _log.info("request ended", code=code, timeline=timeline.as_dict())
+
+
+class AdminServicer:
+    """What an operator asks; see admin.proto."""
+
+    def __init__(self, membership: Membership, clock: Callable[[], float] = time.monotonic) -> None:
+        self._membership = membership
+        self._clock = clock
+
+    async def ListWorkers(
+        self, request: admin_pb2.ListWorkersRequest, context: Any
+    ) -> admin_pb2.ListWorkersResponse:
+        """All workers that are or lately were here."""
+        now = self._clock()
+        rows = [_row(worker, now) for worker in self._membership.snapshot()]
+        return admin_pb2.ListWorkersResponse(workers=rows)
+
+    async def DrainWorker(
+        self, request: admin_pb2.DrainWorkerRequest, context: Any
+    ) -> admin_pb2.DrainWorkerResponse:
+        """Not served yet."""
+        raise NotOffered("DrainWorker")
+
+
+def _response(request_id: str, part: Chunk | Finished) -> inference_pb2.GenerateResponse:
+    if isinstance(part, Chunk):
+        delta = inference_pb2.Delta(text=part.text, token_ids=part.token_ids)
+        return inference_pb2.GenerateResponse(request_id=request_id, delta=delta)
+    ending, timing = part.ending, part.timing
+    matched = None
+    if ending.matched_text is not None:
+        matched = inference_pb2.MatchedStop(text=ending.matched_text)
+    elif ending.matched_token is not None:
+        matched = inference_pb2.MatchedStop(token_id=ending.matched_token)
+    finished = inference_pb2.Finished(
+        finish_reason=reason_to_pb(ending.reason),
+        matched_stop=matched,
+        usage=inference_pb2.Usage(**asdict(part.usage)),
+        timing=inference_pb2.Timing(
+            queue=timing.queue_s,
+            prefill=timing.prefill_s,
+            kv_transfer=timing.kv_transfer_s,
+            first_token=timing.first_token_s,
+            decode=timing.decode_s,
+        ),
+    )
+    return inference_pb2.GenerateResponse(request_id=request_id, finished=finished)
+
+
+def _row(worker: Worker, now: float) -> admin_pb2.Worker:
+    load, totals = worker.load, worker.load.totals
+    return admin_pb2.Worker(
+        worker_id=worker.peer.worker_id,
+        incarnation=worker.peer.incarnation,
+        role=worker.role.value,
+        state=worker.state.value,
+        address=worker.peer.address,
+        http_address=worker.http_address,
+        model=worker.model.name,
+        uptime_s=now - worker.since_s,
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        free_blocks=load.free_blocks,
+        cached_blocks=load.cached_blocks,
+        held_blocks=load.held_blocks,
+        total_blocks=load.total_blocks,
+        **asdict(totals),
+    )

@@ -1,0 +1,251 @@
+"""The door: a public request as it came -> AnswerRequest, or an error that names the field. Pure.
+
+Nothing behind it checks a range again. Fields that the protocol has and no worker serves yet are
+refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from coordinator.request import DEFAULT_MAX_TOKENS, AnswerRequest, ChatMessage
+from engine.errors import InvalidRequest, NotFound, NotOffered
+from engine.pb.diptych.v1 import inference_pb2
+from engine.seeds import default_seed
+from engine.types import SamplingParams
+
+MAX_REQUEST_ID_CHARS = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_SALT_CHARS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request is checked against."""
+
+    model: str
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+def check_model(name: str, limits: Limits) -> None:
+    """Raise NotFound unless `name` is unset or the served model's."""
+    if name and name != limits.model:
+        raise NotFound(f"model: {name!r} is not served here; {limits.model!r} is")
+
+
+def validate_generate(request: inference_pb2.GenerateRequest, limits: Limits) -> AnswerRequest:
+    """Check a GenerateRequest. Raises InvalidRequest, NotFound, NotOffered."""
+    check_model(request.model, limits)
+    text, token_ids = None, None
+    match request.WhichOneof("prompt"):
+        case "text":
+            text = request.text
+            if not text:
+                raise InvalidRequest("text", "empty; expected a prompt")
+        case "token_ids":
+            token_ids = check_token_ids("token_ids.ids", request.token_ids.ids, limits.vocab_size)
+            if not token_ids:
+                raise InvalidRequest("token_ids.ids", "empty; expected at least one token")
+        case _:
+            raise InvalidRequest("prompt", "unset; expected text or token_ids")
+    return _answer_request(
+        request, limits, text=text, token_ids=token_ids, default_max_tokens=DEFAULT_MAX_TOKENS
+    )
+
+
+def validate_chat(request: inference_pb2.ChatRequest, limits: Limits) -> AnswerRequest:
+    """Check a ChatRequest. Raises InvalidRequest, NotFound, NotOffered."""
+    check_model(request.model, limits)
+    if request.tools_json:
+        raise NotOffered("tools_json")
+    messages = check_messages("messages", request.messages)
+    return _answer_request(request, limits, messages=messages, default_max_tokens=None)
+
+
+def check_messages(
+    field: str, messages: Iterable[inference_pb2.Message]
+) -> tuple[ChatMessage, ...]:
+    """A conversation of at least one message, each with a role and a content."""
+    checked = []
+    for i, message in enumerate(messages):
+        if not message.role:
+            raise InvalidRequest(f"{field}[{i}].role", "unset; expected system, user or assistant")
+        if not message.HasField("content"):
+            raise InvalidRequest(f"{field}[{i}].content", "unset; expected text")
+        checked.append(ChatMessage(message.role, message.content))
+    if not checked:
+        raise InvalidRequest(field, "empty; expected at least one message")
+    return tuple(checked)
+
+
+def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """Ids within the vocabulary; the error names the first one that is not."""
+    if ids and max(ids) >= vocab_size:
+        index = next(i for i, token in enumerate(ids) if token >= vocab_size)
+        raise InvalidRequest(
+            f"{field}[{index}]", f"{ids[index]} is not a token; expected 0 to {vocab_size - 1}"
+        )
+    return tuple(ids)
+
+
+def _answer_request(
+    request: Any,
+    limits: Limits,
+    *,
+    default_max_tokens: int | None,
+    text: str | None = None,
+    token_ids: tuple[int, ...] | None = None,
+    messages: tuple[ChatMessage, ...] | None = None,
+) -> AnswerRequest:
+    """The part that Generate and Chat share."""
+    _refuse_what_is_not_offered(request)
+    request_id = _request_id(request.request_id)
+    stop = request.stop
+    max_tokens = _max_tokens(stop)
+    stop_ids = set(check_token_ids("stop.stop_token_ids", stop.stop_token_ids, limits.vocab_size))
+    if not stop.ignore_eos:
+        stop_ids.update(limits.eos_token_ids)
+    if len(request.cache_salt) > MAX_SALT_CHARS:
+        raise InvalidRequest("cache_salt", f"longer than {MAX_SALT_CHARS} characters")
+    resumed, finished = _resume(request.resume, limits, max_tokens)
+    return AnswerRequest(
+        request_id=request_id,
+        text=text,
+        token_ids=token_ids,
+        messages=messages,
+        sampling=_sampling(request.sampling, limits, request_id),
+        max_tokens=max_tokens,
+        default_max_tokens=default_max_tokens,
+        min_tokens=stop.min_tokens,
+        stop_strings=_stop_strings(stop.stop),
+        stop_token_ids=frozenset(stop_ids),
+        include_stop=stop.include_stop_str_in_output,
+        skip_special_tokens=_default(request.output, "skip_special_tokens", True),
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+        resumed=resumed,
+        resume_finished=finished,
+    )
+
+
+def _default(message: Any, field: str, default: Any) -> Any:
+    """An optional field's value, or its default where it is unset."""
+    return getattr(message, field) if message.HasField(field) else default
+
+
+def _refuse_what_is_not_offered(request: Any) -> None:
+    if request.HasField("n") and request.n == 0:
+        raise InvalidRequest("n", "0; expected at least 1")
+    if request.n > 1:
+        raise NotOffered("n above 1")
+    if kind := request.constraint.WhichOneof("kind"):
+        raise NotOffered(f"constraint.{kind}")
+    for field in ("logprobs", "prompt_logprobs"):
+        if request.output.HasField(field):
+            raise NotOffered(f"output.{field}")
+    if request.output.echo:
+        raise NotOffered("output.echo")
+
+
+def _request_id(given: str) -> str:
+    if len(given) > MAX_REQUEST_ID_CHARS:
+        raise InvalidRequest(
+            "request_id", f"{len(given)} characters; expected at most {MAX_REQUEST_ID_CHARS}"
+        )
+    if not given.isprintable():
+        raise InvalidRequest("request_id", "expected printable characters")
+    return given or uuid.uuid4().hex
+
+
+def _max_tokens(stop: inference_pb2.Stop) -> int | None:
+    if not stop.HasField("max_tokens"):
+        return None
+    if stop.max_tokens == 0:
+        raise InvalidRequest("stop.max_tokens", "0; expected at least 1")
+    if stop.min_tokens > stop.max_tokens:
+        raise InvalidRequest(
+            "stop.min_tokens", f"{stop.min_tokens} is above max_tokens {stop.max_tokens}"
+        )
+    return stop.max_tokens
+
+
+def _stop_strings(strings: Sequence[str]) -> tuple[str, ...]:
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidRequest(
+            "stop.stop", f"{len(strings)} strings; expected at most {MAX_STOP_STRINGS}"
+        )
+    for i, text in enumerate(strings):
+        if not text:
+            raise InvalidRequest(f"stop.stop[{i}]", "empty; expected text")
+        if len(text) > MAX_STOP_CHARS:
+            raise InvalidRequest(f"stop.stop[{i}]", f"longer than {MAX_STOP_CHARS} characters")
+    return tuple(strings)
+
+
+def _number(
+    message: Any,
+    field: str,
+    default: float,
+    low: float,
+    high: float,
+    *,
+    above: bool = False,
+) -> float:
+    """sampling.`field` within [low, high], or (low, high] if `above`; NaN and infinities are
+    outside.
+    """
+    if not message.HasField(field):
+        return default
+    value = float(getattr(message, field))
+    if not math.isfinite(value) or value > high or value < low or (above and value == low):
+        if math.isinf(high):
+            expected = f"{'above' if above else 'at least'} {low:g}"
+        else:
+            expected = f"{'above' if above else 'from'} {low:g} to {high:g}"
+        raise InvalidRequest(f"sampling.{field}", f"{value:g}; expected a number {expected}")
+    return value
+
+
+def _sampling(sampling: inference_pb2.Sampling, limits: Limits, request_id: str) -> SamplingParams:
+    bias = []
+    for token, value in sorted(sampling.logit_bias.items()):
+        field = f"sampling.logit_bias[{token}]"
+        if token >= limits.vocab_size:
+            raise InvalidRequest(field, f"not a token; expected 0 to {limits.vocab_size - 1}")
+        if not -100 <= value <= 100:
+            raise InvalidRequest(field, f"{value:g}; expected a number from -100 to 100")
+        bias.append((token, float(value)))
+    return SamplingParams(
+        temperature=_number(sampling, "temperature", 0.0, 0.0, math.inf),
+        top_p=_number(sampling, "top_p", 1.0, 0.0, 1.0, above=True),
+        top_k=sampling.top_k,
+        min_p=_number(sampling, "min_p", 0.0, 0.0, 1.0),
+        frequency_penalty=_number(sampling, "frequency_penalty", 0.0, -2.0, 2.0),
+        presence_penalty=_number(sampling, "presence_penalty", 0.0, -2.0, 2.0),
+        repetition_penalty=_number(sampling, "repetition_penalty", 1.0, 0.0, math.inf, above=True),
+        seed=_default(sampling, "seed", default_seed(request_id)),
+        logit_bias=tuple(bias),
+    )
+
+
+def _resume(
+    entries: Sequence[inference_pb2.Resume], limits: Limits, max_tokens: int | None
+) -> tuple[tuple[int, ...], bool]:
+    """(tokens already delivered, whether the client had the end as well)."""
+    if not entries:
+        return (), False
+    if len(entries) > 1:
+        raise InvalidRequest("resume", f"{len(entries)} entries; expected one a choice")
+    if entries[0].index != 0:
+        raise InvalidRequest("resume[0].index", f"{entries[0].index}; expected 0")
+    field = "resume[0].token_ids"
+    ids = check_token_ids(field, entries[0].token_ids, limits.vocab_size)
+    if max_tokens is not None and len(ids) > max_tokens:
+        raise InvalidRequest(field, f"{len(ids)} tokens are more than max_tokens {max_tokens}")
+    return ids, entries[0].finished

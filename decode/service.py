@@ -1,0 +1,191 @@
+"""DecodeService: one answer a call, from the blocks' arrival to the last token.
+
+submit -> FetchEvent -> intake task --------> tokens ... -> finished
+             |  again after a preemption          |
+the caller goes away, at any point: cancel the intake, wait until its reads are terminal, abort
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from decode.intake import Fetch, Intake
+from engine.core import Counts, Event, FetchEvent, FinishedEvent, TokensEvent
+from engine.errors import DiptychError, InvalidRequest, Unavailable
+from engine.pb.diptych.internal.v1 import worker_pb2
+from engine.request import Work
+from engine.rpc.convert import prefill_peer_of, reason_to_pb, sampling_from_pb, stop_from_pb
+from engine.telemetry.log import get_logger
+from engine.telemetry.timeline import Event as Mark
+from engine.telemetry.timeline import Timeline
+from engine.worker import Stream
+from kvtransfer.host import WorkerHost
+
+_log = get_logger(__name__)
+_NO_DEADLINE_S = 3600.0
+
+
+class DecodeServicer:
+    """Serves answers; holds nothing that another decode worker could not make again."""
+
+    def __init__(self, host: WorkerHost) -> None:
+        self._host = host
+        self._intake = Intake(host)
+
+    async def Decode(
+        self, request: worker_pb2.DecodeRequest, context: Any
+    ) -> AsyncIterator[worker_pb2.DecodeResponse]:
+        """One answer; see worker.proto."""
+        answer = _Answer(self, self._work(request), request, context.time_remaining())
+        try:
+            async for response in answer.responses():
+                yield response
+        finally:
+            answer.close()
+
+    @property
+    def host(self) -> WorkerHost:
+        """The worker around this service."""
+        return self._host
+
+    @property
+    def intake(self) -> Intake:
+        """Where blocks come in."""
+        return self._intake
+
+    def _work(self, request: worker_pb2.DecodeRequest) -> Work:
+        self._host.check_incarnation(request.incarnation)
+        if not request.prompt_token_ids:
+            raise InvalidRequest("prompt_token_ids", "empty; expected at least one token")
+        self._host.check_token_ids(request.prompt_token_ids)
+        self._host.check_token_ids(request.output_token_ids)
+        if request.stop.max_tokens < 1:
+            raise InvalidRequest("stop.max_tokens", "0; expected at least 1")
+        return Work(
+            request_id=request.request_id,
+            prompt=tuple(request.prompt_token_ids),
+            output=tuple(request.output_token_ids),
+            salt=self._host.salt(request.cache_salt),
+            sampling=sampling_from_pb(request.sampling),
+            stop=stop_from_pb(request.stop),
+            fetch=request.HasField("prefill"),
+            priority=request.priority,
+        )
+
+
+class _Answer:
+    """One Decode call: its stream of events, its fetch, its timeline."""
+
+    def __init__(
+        self,
+        service: DecodeServicer,
+        work: Work,
+        request: worker_pb2.DecodeRequest,
+        time_remaining_s: float | None,
+    ) -> None:
+        self._service = service
+        self._request = request
+        self._timeline = Timeline()
+        self._timeline.mark(Mark.ARRIVED)
+        self._deadline_s = time.monotonic() + (time_remaining_s or _NO_DEADLINE_S)
+        self._fetch: Fetch | None = None
+        self._fetching: asyncio.Task[None] | None = None
+        self._stream: Stream = service.host.engine.submit(work)
+
+    async def responses(self) -> AsyncIterator[worker_pb2.DecodeResponse]:
+        """Messages to the coordinator; tokens that have gathered go as one."""
+        held: Event | None = None
+        while held is not None or not self._stream.finished:
+            event, held = held or await self._stream.next(), None
+            if isinstance(event, TokensEvent):
+                self._timeline.mark(Mark.TOKENS)
+                token_ids = list(event.token_ids)
+                while isinstance(held := self._stream.next_ready(), TokensEvent):
+                    event = held
+                    token_ids += event.token_ids
+                yield worker_pb2.DecodeResponse(tokens=self._tokens(token_ids, event.counts))
+            elif isinstance(event, FetchEvent):
+                self._start_fetch(event)
+            elif isinstance(event, FinishedEvent):
+                yield worker_pb2.DecodeResponse(finished=self._finished(event))
+
+    def close(self) -> None:
+        """However the call ends."""
+        _log.info("decode ended", done=self._stream.finished, timeline=self._timeline.as_dict())
+        if not self._stream.finished:
+            self._service.host.in_background(self._clean_up())
+
+    async def _clean_up(self) -> None:
+        """Free the blocks, but not before every read into them is terminal."""
+        if self._fetching is not None:
+            self._fetching.cancel()
+            await asyncio.gather(self._fetching, return_exceptions=True)
+        if self._fetch is not None:
+            await self._fetch.settled()
+        self._stream.abort()
+        await self._stream.drain()
+
+    def _start_fetch(self, event: FetchEvent) -> None:
+        peer = prefill_peer_of(self._request)
+        assert peer is not None, "only work with a peer fetches"
+        self._timeline.mark(Mark.SCHEDULED)
+        if self._fetch is None:
+            self._fetch = Fetch(
+                request_id=self._request.request_id,
+                key=event.key,
+                peer=peer,
+                cache_salt=self._request.cache_salt,
+                priority=self._request.priority,
+                deadline_s=self._deadline_s,
+                timeline=self._timeline,
+            )
+        self._fetching = self._service.host.in_background(self._run_fetch(self._fetch, event))
+
+    async def _run_fetch(self, fetch: Fetch, event: FetchEvent) -> None:
+        try:
+            await self._service.intake.run(fetch, event)
+        except DiptychError as error:
+            self._stream.push(error)
+        except Exception as error:
+            _log.exception("intake failed")
+            self._stream.push(Unavailable(f"intake failed: {error}", lost="prefill"))
+
+    def _finished(self, event: FinishedEvent) -> worker_pb2.DecodeFinished:
+        self._timeline.mark(Mark.FINISHED)
+        if event.error:
+            raise Unavailable(event.error)
+        return worker_pb2.DecodeFinished(
+            finish_reason=reason_to_pb(event.reason),
+            matched_stop_token=event.matched_stop,
+            cached_tokens=event.counts.num_cached_tokens,
+            draft_tokens=event.counts.num_draft_tokens,
+            accepted_tokens=event.counts.num_accepted_tokens,
+            queue_s=event.counts.queue_s,
+            prefill_s=self._prefill_s,
+            kv_transfer_s=self._kv_transfer_s,
+        )
+
+    def _tokens(self, token_ids: list[int], counts: Counts) -> worker_pb2.Tokens:
+        return worker_pb2.Tokens(
+            token_ids=token_ids,
+            cached_tokens=counts.num_cached_tokens,
+            draft_tokens=counts.num_draft_tokens,
+            accepted_tokens=counts.num_accepted_tokens,
+            queue_s=counts.queue_s,
+            prefill_s=self._prefill_s,
+            kv_transfer_s=self._kv_transfer_s,
+        )
+
+    @property
+    def _prefill_s(self) -> float:
+        """From the first call for blocks until the last of them was committed."""
+        begun = self._timeline.first(Mark.SCHEDULED)
+        ended = self._timeline.last(Mark.COMMITTED)
+        return ended - begun if begun is not None and ended is not None else 0.0
+
+    @property
+    def _kv_transfer_s(self) -> float:
+        return self._fetch.kv_transfer_s if self._fetch else 0.0

@@ -1,0 +1,133 @@
+"""Attention on CUDA by FlashInfer's paged wrappers (HND, strided views). Not yet run on a GPU.
+
+The wrappers keep what `plan` computed in their own workspaces, so a backend serves one plan at a
+time and checks that it is the newest one; a draft model has a backend of its own. They are
+`BatchPrefillWithPagedKVCacheWrapper` and `BatchDecodeWithPagedKVCacheWrapper` of flashinfer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.attention.flashinfer_plan import PagedIndices, step_indices
+from engine.cache.kv_cache import DTYPES, KVCache
+from engine.cache.layout import KVLayout
+from engine.errors import ConfigError
+from engine.runner.batch import Batch
+
+WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documentation recommends
+DECODE_KERNEL_GROUPS = (1, 2)  # wider GQA groups run faster, and odd ones only, on tensor cores
+
+
+@dataclass(frozen=True, slots=True)
+class FlashInferPlan:
+    """Which tokens go to which kernel; the rest lies in the wrappers."""
+
+    serial: int
+    decode_tokens: torch.Tensor | None  # [n]
+    prefill_tokens: torch.Tensor | None  # [T - n]
+    order: torch.Tensor  # [T]
+
+
+def _int32(array: npt.NDArray[np.int32]) -> torch.Tensor:
+    return torch.from_numpy(array)
+
+
+class FlashInferBackend:
+    """AttentionBackend over FlashInfer; fp16 and bf16 only, as its kernels are."""
+
+    def __init__(
+        self, layout: KVLayout, num_heads: int, device: torch.device, sliding_window: int = 0
+    ) -> None:
+        """Raises ConfigError for fp32, and ImportError without the package (extra `gpu`)."""
+        if layout.dtype == "float32":
+            raise ConfigError(
+                "--dtype float32: FlashInfer has no fp32 kernels; use the torch backend"
+            )
+        import flashinfer
+
+        self._layout = layout
+        self._num_heads = num_heads
+        self._dtype = DTYPES[layout.dtype]
+        self._window_left = sliding_window - 1  # keys before the query's own; -1: all
+        self._device = device
+        self._serial = 0
+        # The float workspace is scratch of a single run, and runs follow one another on one stream.
+        workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        group = num_heads // layout.num_kv_heads
+        self._prefill: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+            workspace, "HND", backend="fa2"
+        )
+        self._decode: Any = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            workspace, "HND", use_tensor_cores=group not in DECODE_KERNEL_GROUPS, backend="fa2"
+        )
+
+    def plan(self, batch: Batch) -> FlashInferPlan:
+        """Plan both kernels for this step; the plan before it is void."""
+        step = step_indices(batch.rows, self._layout.block_size)
+        self._serial += 1
+        if step.decode is not None:
+            self._plan_decode(step.decode)
+        if step.prefill is not None:
+            self._plan_prefill(step.prefill)
+
+        def tokens(part: PagedIndices | None) -> torch.Tensor | None:
+            return None if part is None else torch.from_numpy(part.tokens).to(self._device)
+
+        order = torch.from_numpy(step.order).to(self._device)
+        return FlashInferPlan(self._serial, tokens(step.decode), tokens(step.prefill), order)
+
+    def _plan_decode(self, part: PagedIndices) -> None:
+        self._decode.plan(
+            _int32(part.kv_indptr),
+            _int32(part.kv_indices).to(self._device),
+            _int32(part.kv_last_page_len),
+            self._num_heads,
+            self._layout.num_kv_heads,
+            self._layout.head_dim,
+            self._layout.block_size,
+            window_left=self._window_left,
+            q_data_type=self._dtype,
+            kv_data_type=self._dtype,
+        )
+
+    def _plan_prefill(self, part: PagedIndices) -> None:
+        self._prefill.plan(
+            _int32(part.qo_indptr),
+            _int32(part.kv_indptr),
+            _int32(part.kv_indices).to(self._device),
+            _int32(part.kv_last_page_len),
+            self._num_heads,
+            self._layout.num_kv_heads,
+            self._layout.head_dim,
+            self._layout.block_size,
+            causal=True,
+            window_left=self._window_left,
+            q_data_type=self._dtype,
+            kv_data_type=self._dtype,
+        )
+
+    def run(
+        self, plan: FlashInferPlan, layer: int, q: torch.Tensor, kv_cache: KVCache
+    ) -> torch.Tensor:
+        """Attention of q [T, num_heads, head_dim] over layer `layer`; see AttentionBackend."""
+        if plan.serial != self._serial:
+            raise RuntimeError("this plan is void: the backend has planned another step since")
+        kv = kv_cache.layer(layer)
+        if plan.prefill_tokens is None:
+            return self._as_tensor(self._decode.run(q, kv))
+        if plan.decode_tokens is None:
+            return self._as_tensor(self._prefill.run(q, kv))
+        decoded = self._decode.run(q.index_select(0, plan.decode_tokens), kv)
+        prefilled = self._prefill.run(q.index_select(0, plan.prefill_tokens), kv)
+        return torch.cat([decoded, prefilled]).index_select(0, plan.order)
+
+    @staticmethod
+    def _as_tensor(out: Any) -> torch.Tensor:
+        assert isinstance(out, torch.Tensor)
+        return out

@@ -1,0 +1,163 @@
+"""The KV blocks of one worker: who holds which, what each is named, how often it was reused.
+
+Owned by the engine thread; nobody else calls it. Only the generations' memory is read by others (over NIXL).
+
+                 take                      release, last holder
+      +--------------------+      +-------------------------------------+
+      |                    v      |                                     v
+    free (unnamed)        held (refs > 0) --- name() ---> held, named   |
+      ^                    ^      |                                     |
+      |  released unnamed  |      | released named                      |
+      +--------------------|------+                                     |
+                           |      v                                     |
+                           +--- cached (refs 0, named, LRU) <-----------+
+                      pin a hit / take the least recently used (name dropped)
+
+    free + cached + held = total, always; held = 0 at rest.
+
+The fence rests on one rule kept here: `take` bumps a block's generation *before* anybody can write to it
+again. A reader that was told generation g and still reads g after its copy has the bytes of g.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+GENERATION_BYTES = 8
+
+
+class NoRoom(Exception):
+    """Fewer free and cached blocks than asked for; nothing was taken."""
+
+
+class BlockPool:
+    """Reference-counted block ids with content names.
+
+    Attributes:
+        generations: [num_blocks] uint64, 8-byte aligned; starts at random values, so that a block of an
+            earlier process at the same address never matches.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        if num_blocks < 1:
+            raise ValueError("a pool needs at least one block")
+        self.num_blocks = num_blocks
+        raw = np.frombuffer(
+            bytearray(secrets.token_bytes(num_blocks * GENERATION_BYTES)), np.uint64
+        )
+        # The top bits are cleared so that no bump ever wraps round to an old value.
+        self.generations: npt.NDArray[np.uint64] = raw >> np.uint64(2)
+        self._refs = [0] * num_blocks
+        self._names: list[bytes | None] = [None] * num_blocks
+        self._by_name: dict[bytes, int] = {}
+        self._free = deque(range(num_blocks))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that hold nothing."""
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nobody holds but that can still be hit."""
+        return len(self._cached)
+
+    @property
+    def num_held(self) -> int:
+        """Blocks with at least one holder."""
+        return self.num_blocks - self.num_free - self.num_cached
+
+    @property
+    def num_available(self) -> int:
+        """What `take` could give."""
+        return self.num_free + self.num_cached
+
+    def take(self, count: int) -> list[int]:
+        """Hold `count` blocks for new content: unnamed ones first, then the least recently used.
+
+        Raises:
+            NoRoom: nothing was taken.
+        """
+        if count > self.num_available:
+            raise NoRoom(f"{count} blocks asked, {self.num_available} available")
+        taken = []
+        for _ in range(count):
+            if self._free:
+                block = self._free.popleft()
+            else:
+                block, _ = self._cached.popitem(last=False)
+                self._drop_name(block)
+            self._refs[block] = 1
+            taken.append(block)
+        if taken:
+            # Before the first new write. On a GPU the write is a later kernel launch, on the CPU a later
+            # call of the same thread; both order this store before it.
+            self.generations[taken] += np.uint64(1)
+        return taken
+
+    def pin(self, blocks: Iterable[int]) -> None:
+        """Add one holder to each block; each is held or cached."""
+        for block in blocks:
+            if self._refs[block] == 0:
+                if self._names[block] is None:
+                    raise ValueError(f"block {block} is free and cannot be pinned")
+                del self._cached[block]
+            self._refs[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop one holder of each block, last block first, so that a prefix outlives its continuation."""
+        for block in reversed(blocks):
+            if self._refs[block] <= 0:
+                raise ValueError(f"block {block} is not held")
+            self._refs[block] -= 1
+            if self._refs[block] == 0:
+                if self._names[block] is None:
+                    self._free.append(block)
+                else:
+                    self._cached[block] = None
+
+    def name(self, block: int, name: bytes) -> None:
+        """Make a held block, whose bytes are complete, findable. A second copy of a name stays unnamed."""
+        if self._refs[block] <= 0:
+            raise ValueError(f"block {block} is not held and cannot be named")
+        if name in self._by_name or self._names[block] is not None:
+            return
+        self._names[block] = name
+        self._by_name[name] = block
+
+    def match(self, names: Sequence[bytes]) -> list[int]:
+        """Blocks of the longest leading run of `names` that is here, not pinned."""
+        hits = []
+        for name in names:
+            block = self._by_name.get(name)
+            if block is None:
+                break
+            hits.append(block)
+        return hits
+
+    def num_cached_of(self, blocks: Iterable[int]) -> int:
+        """How many of these blocks nobody holds (pinning them makes `take` poorer by so many)."""
+        return sum(1 for block in blocks if self._refs[block] == 0)
+
+    def check(self) -> None:
+        """Assert conservation and that names, references and lists agree; for tests and debugging."""
+        held = sum(1 for refs in self._refs if refs > 0)
+        assert held == self.num_held, (held, self.num_free, self.num_cached, self.num_blocks)
+        assert all(refs >= 0 for refs in self._refs)
+        assert all(self._refs[b] == 0 and self._names[b] is None for b in self._free)
+        assert all(self._refs[b] == 0 and self._names[b] is not None for b in self._cached)
+        assert {
+            self._names[b]: b for b in range(self.num_blocks) if self._names[b]
+        } == self._by_name
+
+    def _drop_name(self, block: int) -> None:
+        name = self._names[block]
+        assert name is not None
+        del self._by_name[name]
+        self._names[block] = None

@@ -1,0 +1,46 @@
+"""The blocks of one sequence, in order: position p lives in block p // block_size at offset p % block_size."""
+
+from __future__ import annotations
+
+from engine.cache.block_pool import BlockPool
+
+
+class BlockTable:
+    """A sequence's hold on its blocks. Every id in `blocks` is one reference in the pool."""
+
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self.blocks: list[int] = []
+
+    def missing(self, num_tokens: int) -> int:
+        """Blocks still to take before `num_tokens` positions fit."""
+        return max(0, -(-num_tokens // self._block_size) - len(self.blocks))
+
+    def adopt(self, blocks: list[int]) -> None:
+        """Start with prefix hits, pinned here."""
+        assert not self.blocks, "hits come first"
+        self._pool.pin(blocks)
+        self.blocks = list(blocks)
+
+    def reserve(self, num_tokens: int) -> None:
+        """Take blocks until `num_tokens` positions fit. Raises NoRoom and then has taken nothing."""
+        self.blocks += self._pool.take(self.missing(num_tokens))
+
+    def fork(self, num_tokens: int) -> tuple[BlockTable, list[tuple[int, int]]]:
+        """A table that shares the whole blocks of the first `num_tokens` positions.
+
+        Returns the table and the (source, destination) blocks whose bytes the caller copies before either
+        side writes on: the partial last block, if there is one. Raises NoRoom.
+        """
+        whole, rest = divmod(num_tokens, self._block_size)
+        fresh = self._pool.take(1) if rest else []
+        twin = BlockTable(self._pool, self._block_size)
+        twin.adopt(self.blocks[:whole])
+        twin.blocks += fresh
+        return twin, [(self.blocks[whole], fresh[0])] if rest else []
+
+    def release(self) -> None:
+        """Give up everything."""
+        blocks, self.blocks = self.blocks, []
+        self._pool.release(blocks)

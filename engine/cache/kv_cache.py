@@ -1,0 +1,85 @@
+"""The KV pool's memory: allocated once, never moved, written by the engine thread alone.
+
+    pool   [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
+
+Which block belongs to whom is `block_pool`'s business; this module only knows where its bytes are.
+The data plane reads `address` and `num_bytes` to register the pool, and never more than that.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+
+import torch
+
+from engine.cache.layout import KVLayout
+
+PAGE_BYTES = 4096
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _zeroed_pages(num_bytes: int) -> torch.Tensor:
+    """uint8 [num_bytes] of private zero pages: page-aligned, committed when first touched."""
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+class KVCache:
+    """All blocks of one model on one device."""
+
+    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks is {num_blocks}; a pool needs at least one block")
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.device = device
+        num_bytes = num_blocks * layout.block_bytes
+        if device.type == "cpu":
+            raw = _zeroed_pages(num_bytes)
+        else:
+            raw = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
+        self.pool = raw.view(DTYPES[layout.dtype]).view(num_blocks, *layout.block_shape)
+
+    @property
+    def address(self) -> int:
+        """Address of the pool's first byte, on its device."""
+        return self.pool.data_ptr()
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the whole pool."""
+        return self.num_blocks * self.layout.block_bytes
+
+    @property
+    def kind(self) -> str:
+        """Where the pool lies, as NIXL names it."""
+        return "DRAM" if self.device.type == "cpu" else "VRAM"
+
+    @property
+    def device_id(self) -> int:
+        """Number of the device; 0 on the CPU."""
+        return self.device.index or 0
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K, V of a layer: strided views [num_blocks, num_kv_heads, block_size, head_dim] (HND)."""
+        return self.pool[:, index, 0], self.pool[:, index, 1]
+
+    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Put k, v [T, num_kv_heads, head_dim] at slots [T] int64: block * block_size + offset."""
+        block = torch.div(slots, self.layout.block_size, rounding_mode="floor")
+        offset = slots - block * self.layout.block_size
+        k_blocks, v_blocks = self.layer(layer)
+        k_blocks[block, :, offset] = k
+        v_blocks[block, :, offset] = v
+
+    def copy_blocks(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """Copy whole blocks, all layers: block src[i] to block dst[i]; no dst may be among src."""
+        if len(src) != len(dst) or set(src) & set(dst):
+            raise ValueError("src and dst must be disjoint and of one length")
+        if src:
+            to = torch.tensor(dst, dtype=torch.int64, device=self.device)
+            self.pool[to] = self.pool[torch.tensor(src, dtype=torch.int64, device=self.device)]

@@ -1,0 +1,261 @@
+"""A GGUF file as a folder in Hugging Face layout, so that everything after this page knows one
+layout only.
+
+Architectures `llama` (which Mistral files use as well) and `qwen2`. The `gguf` package reads the
+format; this page knows what its keys mean. Imported only when there is something to convert: numpy
+and gguf cost start-up time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.fingerprint import weights_fingerprint
+from engine.checkpoint.gguf_tokenizer import tokenizer_files
+from engine.checkpoint.gguf_weights import ROPE_FREQS, PackedTensor, packed_tensors
+from engine.errors import CheckpointError
+
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+# Llama 3.1 and 3.2 store the divisors that these numbers give, not the numbers.
+_LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFFile:
+    """An opened file: metadata by key, tensors memory-mapped."""
+
+    path: Path
+    meta: Mapping[str, Any]
+    tensors: list[Any]  # gguf.ReaderTensor
+
+    @property
+    def architecture(self) -> str:
+        """The format's own name of the architecture: llama, qwen2."""
+        return str(self.meta.get("general.architecture"))
+
+    def packed(self, config: ModelConfig) -> list[PackedTensor]:
+        """The weights, still packed, under Hugging Face names and in Hugging Face row order."""
+        return packed_tensors(
+            self.tensors,
+            permuted=self.architecture == "llama",
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            path=self.path,
+        )
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """Read a file's metadata and map its tensors. Raises CheckpointError in one sentence naming the
+    file.
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    if magic != b"GGUF":
+        raise CheckpointError(f"{path}: not a GGUF file (it starts with {magic!r})")
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        if reader.byte_order != "I":
+            raise CheckpointError(f"{path}: written in the other byte order; convert it first")
+        meta = {key: field.contents() for key, field in reader.fields.items()}
+    except CheckpointError:
+        raise
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, UnicodeDecodeError):
+        # The reader runs past the end of the map; which exception that is depends on where.
+        size = path.stat().st_size
+        raise CheckpointError(
+            f"{path}: truncated or damaged GGUF file ({size} bytes); fetch it again"
+        ) from None
+    return GGUFFile(path, meta, list(reader.tensors))
+
+
+def convert(path: Path, folder: Path, *, progress: bool) -> str:
+    """Write all but the weights into the empty folder `folder`; returns the fingerprint."""
+    with tqdm(total=4, desc=f"Reading {path.name}", disable=None if progress else True) as bar:
+        file = open_gguf(path)
+        bar.update()
+        files = {"config.json": config_json(file), "generation_config.json": _generation(file)}
+        bar.update()
+        files |= tokenizer_files(file.meta, path)
+        for name, content in files.items():
+            _write_json(folder / name, content)
+        bar.update()
+        config = ModelConfig.from_folder(folder)
+        _check_shapes(file, config)
+        fingerprint = gguf_fingerprint(file, config)
+        bar.update()
+    return fingerprint
+
+
+def gguf_fingerprint(file: GGUFFile, config: ModelConfig) -> str:
+    """Fingerprint of the packed tensors: the same whatever dtype they are converted to."""
+
+    def reader(data: npt.NDArray[Any]) -> Callable[[int, int], bytes]:
+        flat = data.reshape(-1).view(np.uint8)
+        return lambda begin, end: flat[begin:end].tobytes()
+
+    return weights_fingerprint(
+        config,
+        (
+            (t.name, t.tensor_type.name, tuple(map(int, t.shape)), t.data.nbytes, reader(t.data))
+            for t in file.tensors
+        ),
+    )
+
+
+def config_json(file: GGUFFile) -> dict[str, Any]:
+    """Content of `config.json`. Raises CheckpointError naming the key that is missing or not
+    supported.
+    """
+    arch = file.architecture
+    if arch not in _ARCHITECTURES:
+        raise CheckpointError(
+            f"{file.path}: architecture {arch!r} is not supported; "
+            f"known are {', '.join(_ARCHITECTURES)}"
+        )
+    shapes = {t.name: tuple(map(int, reversed(t.shape))) for t in file.tensors}
+    if "token_embd.weight" not in shapes:
+        raise CheckpointError(f"{file.path}: tensor 'token_embd.weight' is missing")
+    num_heads = _integer(file, "attention.head_count")
+    hidden_size = _integer(file, "embedding_length")
+    head_dim = _integer(file, "attention.key_length", hidden_size // num_heads)
+    if _integer(file, "rope.dimension_count", head_dim) != head_dim:
+        raise CheckpointError(f"{file.path}: {arch}.rope.dimension_count must be {head_dim}")
+    out = {
+        "architectures": [_ARCHITECTURES[arch]],
+        "model_type": arch,
+        "hidden_act": "silu",
+        "num_hidden_layers": _integer(file, "block_count"),
+        "hidden_size": hidden_size,
+        "intermediate_size": _integer(file, "feed_forward_length"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": _integer(file, "attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "vocab_size": shapes["token_embd.weight"][0],
+        "max_position_embeddings": _integer(file, "context_length"),
+        "rms_norm_eps": _float(file, "attention.layer_norm_rms_epsilon", 1e-5),
+        "rope_theta": _float(file, "rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(file, head_dim),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "bos_token_id": file.meta.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": file.meta.get("tokenizer.ggml.eos_token_id"),
+    }
+    if arch == "llama":
+        out["attention_bias"] = "blk.0.attn_q.bias" in shapes
+        out["mlp_bias"] = "blk.0.ffn_gate.bias" in shapes
+    return out
+
+
+def _generation(file: GGUFFile) -> dict[str, Any]:
+    """Every token the metadata says ends an answer: end of sequence, of turn, of message."""
+    keys = (f"tokenizer.ggml.{k}_token_id" for k in ("eos", "eot", "eom"))
+    ids = [file.meta[k] for k in keys if file.meta.get(k) is not None]
+    return {
+        "bos_token_id": file.meta.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": list(dict.fromkeys(ids)) or None,
+    }
+
+
+def _rope_scaling(file: GGUFFile, head_dim: int) -> dict[str, Any] | None:
+    divisors = next((t.data for t in file.tensors if t.name == ROPE_FREQS), None)
+    if divisors is not None:
+        return _llama3_scaling(file, np.asarray(divisors, np.float64).reshape(-1), head_dim)
+    prefix = f"{file.architecture}.rope.scaling."
+    kind = file.meta.get(prefix + "type", "none")
+    factor = _float(file, "rope.scaling.factor", _float(file, "rope.scale_linear", 1.0))
+    if kind == "none" or factor in (0.0, 1.0):
+        return None
+    out: dict[str, Any] = {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        original = file.meta.get(prefix + "original_context_length")
+        fields = {
+            "original_max_position_embeddings": original,
+            "beta_fast": file.meta.get(prefix + "yarn_beta_fast"),
+            "beta_slow": file.meta.get(prefix + "yarn_beta_slow"),
+        }
+        out |= {key: value for key, value in fields.items() if value is not None}
+    elif kind != "linear":
+        raise CheckpointError(f"{file.path}: {prefix}type {kind!r} is not supported")
+    return out
+
+
+def llama3_divisors(
+    theta: float, head_dim: int, factor: float, low: float, high: float, context: int
+) -> npt.NDArray[np.float64]:
+    """[head_dim / 2] divisors of the rotary frequencies (Llama 3.1: long waves slower, short ones
+    unchanged).
+    """
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    smooth = (context * frequencies / (2 * math.pi) - low) / (high - low)
+    smooth = smooth.clip(0.0, 1.0)
+    divisors: npt.NDArray[np.float64] = 1.0 / ((1.0 - smooth) / factor + smooth)
+    return divisors
+
+
+def _llama3_scaling(
+    file: GGUFFile, divisors: npt.NDArray[np.float64], head_dim: int
+) -> dict[str, Any]:
+    """The named scaling that gives exactly these divisors; anything else is refused."""
+    factor, theta = float(divisors.max()), _float(file, "rope.freq_base", 10000.0)
+    shape = (_LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT)
+    expected = llama3_divisors(theta, head_dim, factor, *shape)
+    if expected.shape != divisors.shape or not np.allclose(expected, divisors, rtol=1e-4):
+        raise CheckpointError(f"{file.path}: {ROPE_FREQS} is not Llama 3's scaling; not supported")
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": _LLAMA3_LOW,
+        "high_freq_factor": _LLAMA3_HIGH,
+        "original_max_position_embeddings": _LLAMA3_CONTEXT,
+    }
+
+
+def _check_shapes(file: GGUFFile, config: ModelConfig) -> None:
+    """Every layer is there, and q and k have the rows that the permutation is undone on."""
+    names = {t.name: t.shape for t in file.packed(config)}
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        for part, heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
+            name = f"{prefix}self_attn.{part}_proj.weight"
+            expected = (heads * config.head_dim, config.hidden_size)
+            if names.get(name) != expected:
+                raise CheckpointError(
+                    f"{file.path}: tensor {name} has shape {names.get(name)}, expected {expected}"
+                )
+
+
+def _integer(file: GGUFFile, key: str, default: int | None = None) -> int:
+    value = file.meta.get(f"{file.architecture}.{key}", default)
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise CheckpointError(
+            f"{file.path}: {file.architecture}.{key} must be a whole number above zero, "
+            f"not {value!r}"
+        )
+    return value
+
+
+def _float(file: GGUFFile, key: str, default: float) -> float:
+    """A float32 of the file as the shortest decimal that rounds to it (1e-05, not
+    9.999999747378752e-06).
+    """
+    value = file.meta.get(f"{file.architecture}.{key}")
+    return default if value is None else float(str(np.float32(value)))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, ensure_ascii=False, indent=None if len(content) > 60 else 1)
+    path.write_text(text + "\n", encoding="utf-8")

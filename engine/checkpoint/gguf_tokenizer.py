@@ -1,0 +1,236 @@
+"""GGUF metadata -> `tokenizer.json` and `tokenizer_config.json`.
+
+A GGUF file holds the vocabulary and, for byte-level BPE, the merges, but only the *name* of the
+pre-tokenizer (`tokenizer.ggml.pre`); the expressions behind those names are facts of the models'
+own tokenizers. A name that is not known here is refused: a wrong split of digits or spaces gives
+other token ids and worse answers, silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError
+
+_Json = dict[str, Any]
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types of the format
+_SPACE = "\u2581"  # how SentencePiece writes a space
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# llama.cpp's own choice for files that name no pre-tokenizer
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
+
+
+def _byte_level(use_regex: bool) -> _Json:
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": use_regex,
+    }
+
+
+def _split(*patterns: str) -> list[_Json]:
+    """Cut at every match of each expression in turn, then map bytes to characters."""
+    steps: list[_Json] = [
+        {"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}
+        for p in patterns
+    ]
+    return [*steps, _byte_level(False)]
+
+
+_DIGITS = [{"type": "Digits", "individual_digits": True}, _byte_level(True)]
+_LLAMA3, _QWEN2 = _split(_WORDS.format(digits="{1,3}")), _split(_WORDS.format(digits=""))
+# name -> (pre-tokenizers, normalizer, ignore_merges, add a BOS by default)
+_PRE: dict[str, tuple[list[_Json], str | None, bool, bool]] = {
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (_DIGITS, None, False, False)),
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo"), ([_byte_level(True)], None, False, False)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (_LLAMA3, None, True, True)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (_QWEN2, "NFC", False, False)),
+    "tekken": (_split(_TEKKEN), None, True, True),
+    "default": (_split(*_DEFAULT), None, False, False),
+}
+
+
+def tokenizer_files(meta: Mapping[str, Any], path: Path) -> dict[str, _Json]:
+    """Contents of tokenizer.json and tokenizer_config.json for GGUF metadata `meta`.
+
+    Raises CheckpointError naming what the file lacks or what is not supported.
+    """
+    kind = meta.get("tokenizer.ggml.model")
+    tokens: list[str] = meta.get("tokenizer.ggml.tokens") or []
+    if not tokens:
+        raise CheckpointError(f"{path}: tokenizer.ggml.tokens is missing")
+    types: list[int] = meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) != len(tokens) or len(types) != len(tokens):
+        raise CheckpointError(f"{path}: tokenizer.ggml.tokens has duplicates or lacks types")
+    if kind == "gpt2":
+        body, bos = _byte_level_bpe(meta, vocab, path)
+    elif kind == "llama":
+        body, bos = _sentencepiece(meta, vocab, types, path)
+    else:
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.model {kind!r} is not supported; known are 'gpt2' and 'llama'"
+        )
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            _added(i, tokens[i], special=t != _USER_DEFINED)
+            for i, t in enumerate(types)
+            if t in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        ],
+        **body,
+        "post_processor": _template(meta, tokens, add_bos=bos),
+    }
+    return {"tokenizer.json": tokenizer, "tokenizer_config.json": _tokenizer_config(meta, tokens)}
+
+
+def _byte_level_bpe(
+    meta: Mapping[str, Any], vocab: dict[str, int], path: Path
+) -> tuple[_Json, bool]:
+    pre = meta.get("tokenizer.ggml.pre", "default")
+    if pre not in _PRE:
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.pre {pre!r} is not known; known are {', '.join(sorted(_PRE))}"
+        )
+    merges: list[str] = meta.get("tokenizer.ggml.merges") or []
+    if not merges:
+        raise CheckpointError(f"{path}: tokenizer.ggml.merges is missing")
+    steps, normalizer, ignore_merges, add_bos = _PRE[pre]
+    body = {
+        "normalizer": {"type": normalizer} if normalizer else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "decoder": {**_byte_level(True), "add_prefix_space": True},
+        "model": _bpe(vocab, [m.split(" ", 1) for m in merges], ignore_merges=ignore_merges),
+    }
+    return body, add_bos
+
+
+def _sentencepiece(
+    meta: Mapping[str, Any], vocab: dict[str, int], types: list[int], path: Path
+) -> tuple[_Json, bool]:
+    """SentencePiece BPE: merges follow from the scores, unknown characters fall back to bytes."""
+    scores = meta.get("tokenizer.ggml.scores") or []
+    if len(scores) != len(vocab):
+        raise CheckpointError(f"{path}: tokenizer.ggml.scores is missing")
+    unknown = meta.get("tokenizer.ggml.unknown_token_id", 0)
+    prefix = meta.get("tokenizer.ggml.add_space_prefix", True)
+    to_space = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    from_space = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    first = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []
+    decoders = [
+        from_space,
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        *([strip] if prefix else []),
+    ]
+    names = list(vocab)
+    body = {
+        "normalizer": {"type": "Sequence", "normalizers": [*first, to_space]},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": _bpe(vocab, _merges(vocab, scores, types), unknown=names[unknown]),
+    }
+    return body, True
+
+
+def _merges(vocab: dict[str, int], scores: list[float], types: list[int]) -> list[list[str]]:
+    """Every way to make a normal piece of two others, best score first, as SentencePiece merges
+    them.
+    """
+    normal = {piece for piece, i in vocab.items() if types[i] == 1}
+    found = [
+        (-scores[vocab[piece]], -cut, piece[:cut], piece[cut:])  # a longer left part goes first
+        for piece in normal
+        for cut in range(1, len(piece))
+        if piece[:cut] in normal and piece[cut:] in normal
+    ]
+    return [[left, right] for _, _, left, right in sorted(found)]
+
+
+def _bpe(
+    vocab: dict[str, int],
+    merges: list[list[str]],
+    *,
+    ignore_merges: bool = False,
+    unknown: str | None = None,
+) -> _Json:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": unknown,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": unknown is not None,
+        "byte_fallback": unknown is not None,
+        "ignore_merges": ignore_merges,
+        "vocab": vocab,
+        "merges": merges,
+    }
+
+
+def _added(token_id: int, content: str, *, special: bool) -> _Json:
+    return {
+        "id": token_id,
+        "content": content,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": special,
+    }
+
+
+def _template(meta: Mapping[str, Any], tokens: list[str], *, add_bos: bool) -> _Json | None:
+    """What `add_special_tokens` puts around a text."""
+    bos, eos = (meta.get(f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos"))
+    before = [bos] if bos is not None and meta.get("tokenizer.ggml.add_bos_token", add_bos) else []
+    after = [eos] if eos is not None and meta.get("tokenizer.ggml.add_eos_token", False) else []
+    if not before and not after:
+        return None
+
+    def piece(i: int) -> _Json:
+        return {"SpecialToken": {"id": tokens[i], "type_id": 0}}
+
+    def around(*names: str) -> list[_Json]:
+        texts = [{"Sequence": {"id": name, "type_id": 0}} for name in names]
+        return [*map(piece, before), *texts, *map(piece, after)]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A"),
+        "pair": around("A", "B"),
+        "special_tokens": {
+            tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for i in before + after
+        },
+    }
+
+
+def _tokenizer_config(meta: Mapping[str, Any], tokens: list[str]) -> _Json:
+    """Special tokens by role, as chat templates know them, and the template itself."""
+    out: _Json = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
+    roles = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    for role, short in roles.items():
+        if (i := meta.get(f"tokenizer.ggml.{role}_token_id")) is not None and i < len(tokens):
+            out[f"{short}_token"] = tokens[i]
+    if template := meta.get("tokenizer.chat_template"):
+        out["chat_template"] = template
+    return out

@@ -1,0 +1,161 @@
+"""Safetensors files: their headers, their completeness, and a writer that holds one piece at a
+time.
+
+    | 8 bytes: header length | JSON header: name -> dtype, shape, [begin, end) | data |
+
+The library's own writer wants every tensor in memory at once, which a converted 70B model is not;
+reading is the library's business, except for what tells a whole file from a truncated one before
+gigabytes are mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.checkpoint.config import read_json
+from engine.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPE_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies."""
+
+    name: str
+    dtype: str  # as the header spells it: F32, BF16, ...
+    shape: tuple[int, ...]
+    path: Path
+    offset: int  # bytes from the start of the file
+    num_bytes: int
+
+
+def read_header(path: Path) -> list[TensorEntry]:
+    """The tensors of one safetensors file, which is checked to be whole. Raises CheckpointError."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise CheckpointError(f"{path}: truncated or not a safetensors file ({size} bytes)")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise CheckpointError(f"{path}: not a safetensors file (its header is no JSON)") from None
+    try:
+        entries = [
+            _entry(path, 8 + length, *kv) for kv in header.items() if kv[0] != "__metadata__"
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
+    end = max((e.offset + e.num_bytes for e in entries), default=8 + length)
+    if end > size:
+        raise CheckpointError(
+            f"{path}: truncated, {size} bytes where its header promises {end}; fetch it again"
+        )
+    return entries
+
+
+def _entry(path: Path, base: int, name: str, info: dict[str, object]) -> TensorEntry:
+    shape = tuple(int(n) for n in info["shape"])  # type: ignore[attr-defined]
+    begin, end = (int(n) for n in info["data_offsets"])  # type: ignore[attr-defined]
+    dtype = str(info["dtype"])
+    if (
+        dtype not in DTYPE_BYTES
+        or end - begin != math.prod(shape) * DTYPE_BYTES[dtype]
+        or begin < 0
+    ):
+        raise ValueError(f"tensor {name!r} has an impossible size")
+    return TensorEntry(name, dtype, shape, path, base + begin, end - begin)
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The weight files of a folder in Hugging Face layout, in order, each checked to be whole.
+
+    Raises CheckpointError naming the file that is missing, truncated or lacks a tensor that the
+    index names.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        single = folder / SINGLE
+        if not single.exists():
+            raise CheckpointError(
+                f"{folder}: no weights, neither {SINGLE} nor {INDEX} (other formats are not read)"
+            )
+        read_header(single)
+        return [single]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is missing")
+    shards = []
+    for name in sorted(set(weight_map.values())):
+        path = folder / name
+        if not path.exists():
+            raise CheckpointError(f"{path}: this shard is named in {INDEX} and missing")
+        promised = {tensor for tensor, shard in weight_map.items() if shard == name}
+        if lacking := promised - {e.name for e in read_header(path)}:
+            raise CheckpointError(
+                f"{path}: tensor {min(lacking)!r} is named in {INDEX} and missing"
+            )
+        shards.append(path)
+    return shards
+
+
+def read_entries(shards: Iterable[Path]) -> Iterator[TensorEntry]:
+    """All tensors of several files."""
+    for path in shards:
+        yield from read_header(path)
+
+
+def write_shard(
+    path: Path,
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+    pieces: Iterable[bytes | memoryview],
+) -> None:
+    """Write one safetensors file, whole or not at all.
+
+    `tensors` are (name, dtype, shape) in the order of the data; `pieces` are their bytes one after
+    another, cut anywhere. A half-written file never bears the final name.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + math.prod(shape) * DTYPE_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data starts aligned
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            written = sum(file.write(piece) for piece in pieces)
+        if written != end:
+            raise AssertionError(f"{path}: {written} bytes written where the header says {end}")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

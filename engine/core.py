@@ -1,0 +1,413 @@
+"""The engine: one short step() over ragged rows, for both roles. No threads, no clock of its own, no wire.
+
+    admit -> plan -> run the model -> accept -> advance
+
+Every request that was added gives exactly one FinishedEvent, whatever happens to it; what an event hands over
+(pinned blocks of an AnnouncedEvent) belongs to whoever receives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Protocol
+
+import torch
+
+from engine.cache.block_table import BlockTable
+from engine.errors import InvalidRequest
+from engine.request import Request, State, Work
+from engine.runner.batch import Row
+from engine.sampling import Sampler, SampleRow
+from engine.scheduler import PlannedRow, Scheduler
+from engine.telemetry.log import get_logger
+from engine.telemetry.metrics import WorkerMetrics
+from engine.types import FinishReason
+
+_log = get_logger(__name__)
+
+
+class ModelRunner(Protocol):
+    """Computes rows over the paged cache; on return every KV write of the step is complete."""
+
+    def run(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Logits [num_logits of all rows, vocab] float32."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a request has used so far."""
+
+    num_cached_tokens: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    queue_s: float  # until it was first admitted
+
+
+@dataclass(frozen=True, slots=True)
+class TokensEvent:
+    """New tokens of an answer."""
+
+    key: int
+    token_ids: list[int]
+    counts: Counts
+
+
+@dataclass(frozen=True, slots=True)
+class FetchEvent:
+    """Room is reserved; the blocks from `first_block` on are wanted from a peer, in table order."""
+
+    key: int
+    first_block: int
+    block_ids: list[int]
+    token_ids: list[int]  # of all whole blocks, from position 0
+
+
+@dataclass(frozen=True, slots=True)
+class AnnouncedEvent:
+    """Complete blocks of a prompt, pinned once more on behalf of the receiver, who releases them."""
+
+    key: int
+    first_block: int
+    block_ids: list[int]
+    names: list[bytes]
+    generations: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedEvent:
+    """The last event of a request."""
+
+    key: int
+    reason: FinishReason
+    matched_stop: int | None
+    counts: Counts
+    error: str = ""  # why the engine gave it up; calling again elsewhere may help
+
+
+Event = TokensEvent | FetchEvent | AnnouncedEvent | FinishedEvent
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counted since the start; read by other threads, written by the engine thread alone."""
+
+    prompt_tokens_computed: int = 0
+    prompt_tokens_cached: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+class EngineCore:
+    """Requests in, events out. Owned by one thread."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        sampler: Sampler | None,
+        metrics: WorkerMetrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self.scheduler = scheduler
+        self.pool = scheduler.pool
+        self.totals = Totals()
+        self._runner = runner
+        self._sampler = sampler
+        self._metrics = metrics
+        self._clock = clock
+        self._requests: dict[int, Request] = {}
+        self._keys = count(1)
+        self._events: list[Event] = []
+        self._num_failures = 0  # steps in a row
+        self._num_preemptions = 0  # of those, counted in the metrics
+
+    # -- what is asked of it -----------------------------------------------------------------------------
+
+    def new_key(self) -> int:
+        """A key for `add`; callable from any thread."""
+        return next(self._keys)
+
+    def check_fits(self, work: Work) -> None:
+        """Raise InvalidRequest if this work could never hold its memory, alone in the pool."""
+        scheduler = self.scheduler
+        longest = len(work.prompt) + (work.stop.max_tokens if work.stop else 0)
+        if work.stop and len(work.prompt) >= scheduler.max_model_len:
+            raise InvalidRequest(
+                "prompt",
+                f"{len(work.prompt)} tokens; expected fewer than {scheduler.max_model_len}",
+            )
+        blocks = scheduler.room_needed(min(longest, scheduler.max_model_len))
+        if not work.stop:
+            blocks = len(work.prompt) // scheduler.block_size
+        if blocks > self.pool.num_blocks:
+            raise InvalidRequest(
+                "prompt", f"needs {blocks} KV blocks; this worker has {self.pool.num_blocks}"
+            )
+
+    def add(self, key: int, work: Work) -> None:
+        """Queue a request under a fresh key."""
+        table = BlockTable(self.pool, self.scheduler.block_size)
+        request = Request(key, work, table, self._clock())
+        self._requests[key] = request
+        self.scheduler.add(request)
+        self._check_already_done(request)
+
+    def abort(self, key: int) -> None:
+        """End a request now. No NIXL read may still write to its blocks. Unknown keys are no error."""
+        if request := self._requests.get(key):
+            self._finish(request, FinishReason.ABORTED)
+
+    def blocks_arrived(self, key: int, num_blocks: int) -> None:
+        """The first `num_blocks` blocks of a fetching request are complete and passed the fence."""
+        request = self._requests.get(key)
+        if request is not None and request.state is State.FETCHING:
+            num_tokens = num_blocks * self.scheduler.block_size
+            if num_tokens > request.num_computed:
+                self.scheduler.advance(request, num_tokens)
+
+    def fetch_ended(self, key: int, num_cached_tokens: int | None = None) -> None:
+        """No more blocks will come, and no read is under way; what is missing is computed here."""
+        request = self._requests.get(key)
+        if request is not None and request.state is State.FETCHING:
+            if num_cached_tokens is not None:
+                request.num_cached_tokens = min(num_cached_tokens, request.num_prompt)
+            request.move(State.RUNNING)
+
+    def hold(self, names: Sequence[bytes]) -> tuple[list[int], list[int]]:
+        """Pin the longest leading run of these blocks; returns their ids and generations."""
+        blocks = self.pool.match(names)
+        self.pool.pin(blocks)
+        return blocks, self._generations(blocks)
+
+    def unpin(self, blocks: Sequence[int]) -> None:
+        """Drop one hold of each block."""
+        self.pool.release(blocks)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing that a step could do now or later without outside help."""
+        return not self.scheduler.waiting and all(
+            r.state is State.FETCHING for r in self.scheduler.active
+        )
+
+    # -- the step ----------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """One pass; False if there was nothing to compute."""
+        for request in self.scheduler.admit(self._clock()):
+            self._on_admitted(request)
+        plan = self.scheduler.plan()
+        if plan:
+            start_s = self._clock()
+            self._compute(plan)
+            self._metrics.engine_step_seconds.observe(self._clock() - start_s)
+            self._metrics.iteration_tokens.observe(sum(p.num_tokens + len(p.draft) for p in plan))
+        self._record_load()
+        return bool(plan)
+
+    def _compute(self, plan: Sequence[PlannedRow]) -> None:
+        """Run the model and accept; a failure ends the requests of this step, not the worker.
+
+        Until `_accept` nothing has been booked, so giving those requests up leaves a consistent state. A
+        second failure in a row is the device's, not a request's: it is raised.
+        """
+        try:
+            logits = self._runner.run([self._model_row(planned) for planned in plan])
+            sampled = self._sample(plan, logits)
+        except Exception as error:
+            self._metrics.engine_step_failures.inc()
+            self._num_failures += 1
+            if self._num_failures > 1:
+                raise
+            names = [planned.request.work.request_id for planned in plan]
+            _log.exception("step failed", request_ids=names)
+            for planned in plan:
+                self._finish(planned.request, FinishReason.ABORTED, f"step failed: {error}")
+        else:
+            self._num_failures = 0
+            self._accept(plan, sampled)
+
+    def take_events(self) -> list[Event]:
+        """Events since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def _model_row(self, planned: PlannedRow) -> Row:
+        request = planned.request
+        start = request.num_computed
+        tokens = request.tokens[start : start + planned.num_tokens] + planned.draft
+        return Row(tokens, start, request.table.blocks, planned.num_logits)
+
+    def _sample(self, plan: Sequence[PlannedRow], logits: torch.Tensor) -> list[int]:
+        """The sampler's token at every position that has logits, in plan order."""
+        rows = [
+            self._sample_row(planned, ahead)
+            for planned in plan
+            for ahead in range(planned.num_logits)
+        ]
+        if not rows:
+            return []
+        assert self._sampler is not None
+        return self._sampler.sample(logits, rows)
+
+    @staticmethod
+    def _sample_row(planned: PlannedRow, ahead: int) -> SampleRow:
+        """Where the sampler stands after `ahead` draft tokens."""
+        request, work = planned.request, planned.request.work
+        assert work.sampling is not None
+        assert work.stop is not None
+        early = request.num_output + ahead < work.stop.min_tokens
+        return SampleRow(
+            params=work.sampling,
+            position=len(request.tokens) + ahead,
+            tokens=request.tokens,
+            num_prompt=request.num_prompt,
+            draft=planned.draft[:ahead],
+            banned=work.stop.stop_token_ids if early else frozenset(),
+        )
+
+    def _accept(self, plan: Sequence[PlannedRow], sampled: Sequence[int]) -> None:
+        """Advance every row by what it computed and emit what the verifier accepts."""
+        offset = 0
+        for planned in plan:
+            request = planned.request
+            tokens = sampled[offset : offset + planned.num_logits]
+            offset += planned.num_logits
+            self._count_prompt(request, planned)
+            emitted = self._verify(planned, tokens) if tokens else []
+            self._emit(request, request.num_computed + planned.num_tokens, emitted)
+
+    def _verify(self, planned: PlannedRow, sampled: Sequence[int]) -> Sequence[int]:
+        speculation = self.scheduler.speculation
+        if not planned.draft or speculation is None:
+            return sampled
+        planned.request.num_draft_tokens += len(planned.draft)
+        self.totals.draft_tokens += len(planned.draft)
+        self._metrics.spec_decode_num_drafts.inc()
+        self._metrics.spec_decode_num_draft_tokens.inc(len(planned.draft))
+        verified = speculation.verify(planned.draft, sampled)
+        planned.request.num_accepted_tokens += verified.num_accepted
+        self.totals.accepted_tokens += verified.num_accepted
+        self._metrics.spec_decode_num_accepted_tokens.inc(verified.num_accepted)
+        return verified.tokens
+
+    def _emit(self, request: Request, num_computed: int, emitted: Sequence[int]) -> None:
+        """Take the tokens up to the one that ends the answer; name, announce and finish as it falls."""
+        kept: list[int] = []
+        reason = None
+        for token in emitted:
+            request.tokens.append(token)
+            kept.append(token)
+            reason = self._ending(request, token)
+            if reason:
+                break
+        # KV exists for the tokens before the newest: the row's own and the accepted draft's.
+        self.scheduler.advance(request, num_computed + max(0, len(kept) - 1))
+        if kept:
+            self._metrics.generation_tokens.inc(len(kept))
+            self._events.append(TokensEvent(request.key, kept, self._counts(request)))
+        self._announce(request)
+        if reason:
+            self._finish(request, reason)
+        elif not request.samples and request.num_pending == 0:
+            self._finish(request, FinishReason.STOP)
+
+    def _ending(self, request: Request, token: int) -> FinishReason | None:
+        """Whether the token just appended ends the answer."""
+        stop = request.work.stop
+        assert stop is not None
+        if token in stop.stop_token_ids and request.num_output >= stop.min_tokens:
+            request.matched_stop = token
+            return FinishReason.STOP
+        full = len(request.tokens) >= self.scheduler.max_model_len
+        return FinishReason.LENGTH if full or request.num_output >= stop.max_tokens else None
+
+    # -- the edges ---------------------------------------------------------------------------------------
+
+    def _check_already_done(self, request: Request) -> None:
+        """A retry may bring an answer that needs nothing more."""
+        stop = request.work.stop
+        if stop is None or not request.work.output:
+            return
+        reason = self._ending(request, request.tokens[-1])
+        if reason:
+            self._finish(request, reason)
+
+    def _on_admitted(self, request: Request) -> None:
+        size = self.scheduler.block_size
+        cached = request.num_named * size
+        self._metrics.prefix_cache_queries.inc(len(request.tokens))
+        self._metrics.prefix_cache_hits.inc(cached)
+        self.totals.prompt_tokens_cached += cached
+        self._announce(request)
+        if request.state is State.FETCHING:
+            whole = len(request.whole_names(size))
+            self._events.append(
+                FetchEvent(
+                    request.key,
+                    request.num_named,
+                    request.table.blocks[request.num_named : whole],
+                    request.tokens[: whole * size],
+                )
+            )
+        elif not request.samples and request.num_pending == 0:
+            self._finish(request, FinishReason.STOP)
+
+    def _announce(self, request: Request) -> None:
+        if request.work.announce_from < 0 or request.num_named <= request.num_announced:
+            return
+        first, end = request.num_announced, request.num_named
+        blocks = request.table.blocks[first:end]
+        self.pool.pin(blocks)
+        request.num_announced = end
+        self._events.append(
+            AnnouncedEvent(
+                request.key, first, blocks, request.names[first:end], self._generations(blocks)
+            )
+        )
+
+    def _finish(self, request: Request, reason: FinishReason, error: str = "") -> None:
+        if request.state is State.FINISHED:
+            return
+        self.scheduler.remove(request)
+        request.move(State.FINISHED)
+        del self._requests[request.key]
+        if self.scheduler.speculation is not None:
+            self.scheduler.speculation.drafter.finish(str(request.key))
+        self._events.append(
+            FinishedEvent(
+                key=request.key,
+                reason=reason,
+                matched_stop=request.matched_stop,
+                counts=self._counts(request),
+                error=error,
+            )
+        )
+
+    def _counts(self, request: Request) -> Counts:
+        return Counts(
+            num_cached_tokens=request.num_cached_tokens,
+            num_draft_tokens=request.num_draft_tokens,
+            num_accepted_tokens=request.num_accepted_tokens,
+            queue_s=(request.admitted_s or self._clock()) - request.arrival_s,
+        )
+
+    def _generations(self, blocks: Sequence[int]) -> list[int]:
+        return [int(g) for g in self.pool.generations[list(blocks)]]
+
+    def _count_prompt(self, request: Request, planned: PlannedRow) -> None:
+        """Count what was computed of the prompt; the first decode row's token belongs to the answer."""
+        computed = min(planned.num_tokens, max(0, request.num_prompt - request.num_computed))
+        self.totals.prompt_tokens_computed += computed
+        self._metrics.prompt_tokens.inc(computed)
+
+    def _record_load(self) -> None:
+        pool, scheduler, metrics = self.pool, self.scheduler, self._metrics
+        metrics.num_requests_running.set(len(scheduler.active))
+        metrics.num_requests_waiting.set(len(scheduler.waiting))
+        metrics.set_blocks(free=pool.num_free, cached=pool.num_cached, held=pool.num_held)
+        metrics.num_preemptions.inc(scheduler.num_preemptions - self._num_preemptions)
+        self._num_preemptions = scheduler.num_preemptions

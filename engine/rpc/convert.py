@@ -1,0 +1,123 @@
+"""Protobuf messages <-> engine.types. With the service files the only place where protobuf types
+appear.
+
+Floats are 32 bits on the wire: what a worker computes with is the client's value rounded once.
+"""
+
+from __future__ import annotations
+
+from engine.pb.diptych.internal.v1 import registry_pb2, worker_pb2
+from engine.pb.diptych.v1 import inference_pb2
+from engine.types import FinishReason, ModelIdentity, Peer, Role, SamplingParams, StopParams
+
+_REASON_TO_PB = {
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORTED: inference_pb2.FINISH_REASON_ABORTED,
+}
+_REASON_FROM_PB = {pb: reason for reason, pb in _REASON_TO_PB.items()}
+_ROLE_TO_PB = {Role.PREFILL: registry_pb2.ROLE_PREFILL, Role.DECODE: registry_pb2.ROLE_DECODE}
+_ROLE_FROM_PB = {pb: role for role, pb in _ROLE_TO_PB.items()}
+
+
+def sampling_to_pb(params: SamplingParams) -> worker_pb2.SamplingParams:
+    """Every field is written: workers apply no defaults."""
+    return worker_pb2.SamplingParams(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        repetition_penalty=params.repetition_penalty,
+        seed=params.seed,
+        logit_bias=dict(params.logit_bias),
+    )
+
+
+def sampling_from_pb(pb: worker_pb2.SamplingParams) -> SamplingParams:
+    """The resolved parameters; logit_bias is sorted by token id."""
+    return SamplingParams(
+        temperature=pb.temperature,
+        top_p=pb.top_p,
+        top_k=pb.top_k,
+        min_p=pb.min_p,
+        frequency_penalty=pb.frequency_penalty,
+        presence_penalty=pb.presence_penalty,
+        repetition_penalty=pb.repetition_penalty,
+        seed=pb.seed,
+        logit_bias=tuple(sorted(pb.logit_bias.items())),
+    )
+
+
+def stop_to_pb(params: StopParams) -> worker_pb2.StopParams:
+    """Token ids are written in order, so that equal parameters are equal bytes."""
+    return worker_pb2.StopParams(
+        max_tokens=params.max_tokens,
+        min_tokens=params.min_tokens,
+        stop_token_ids=sorted(params.stop_token_ids),
+    )
+
+
+def stop_from_pb(pb: worker_pb2.StopParams) -> StopParams:
+    """The inverse of stop_to_pb."""
+    return StopParams(pb.max_tokens, pb.min_tokens, frozenset(pb.stop_token_ids))
+
+
+def peer_to_pb(peer: Peer) -> worker_pb2.PrefillPeer:
+    """The prefill worker that a decode worker is to call."""
+    return worker_pb2.PrefillPeer(
+        worker_id=peer.worker_id, incarnation=peer.incarnation, address=peer.address
+    )
+
+
+def prefill_peer_of(request: worker_pb2.DecodeRequest) -> Peer | None:
+    """The request's prefill worker; None: compute the prompt here."""
+    if not request.HasField("prefill"):
+        return None
+    pb = request.prefill
+    return Peer(pb.worker_id, pb.incarnation, pb.address)
+
+
+def identity_to_pb(model: ModelIdentity) -> registry_pb2.ModelIdentity:
+    """What a worker says of its model."""
+    return registry_pb2.ModelIdentity(
+        name=model.name,
+        digest=model.digest,
+        numeric_profile=model.numeric_profile,
+        max_model_len=model.max_model_len,
+        block_size=model.block_size,
+        vocab_size=model.vocab_size,
+    )
+
+
+def identity_from_pb(pb: registry_pb2.ModelIdentity) -> ModelIdentity:
+    """The inverse of identity_to_pb."""
+    return ModelIdentity(
+        name=pb.name,
+        digest=pb.digest,
+        numeric_profile=pb.numeric_profile,
+        max_model_len=pb.max_model_len,
+        block_size=pb.block_size,
+        vocab_size=pb.vocab_size,
+    )
+
+
+def reason_to_pb(reason: FinishReason) -> inference_pb2.FinishReason:
+    """Why an answer ended, on the wire."""
+    return _REASON_TO_PB[reason]
+
+
+def reason_from_pb(pb: inference_pb2.FinishReason) -> FinishReason:
+    """Why an answer ended; a reason that we do not know is ABORTED."""
+    return _REASON_FROM_PB.get(pb, FinishReason.ABORTED)
+
+
+def role_to_pb(role: Role) -> registry_pb2.Role:
+    """A worker's role, on the wire."""
+    return _ROLE_TO_PB[role]
+
+
+def role_from_pb(pb: registry_pb2.Role) -> Role | None:
+    """A worker's role; None where it is unset or unknown."""
+    return _ROLE_FROM_PB.get(pb)

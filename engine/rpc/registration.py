@@ -1,0 +1,161 @@
+"""The worker's side of membership: one Register stream to every coordinator there is.
+
+addresses (HOST:PORT, or a name that resolves to many) --re-resolved--> one task a coordinator
+task:  dial -> Hello -> Welcome -> Load, Load, ...   (broken: again after a moment)
+                     -> Refused: remembered; the process ends, for asking again would not help
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+
+import grpc
+
+from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc
+from engine.rpc.channel import open_channel
+from engine.rpc.convert import identity_to_pb, role_to_pb
+from engine.telemetry.log import get_logger
+from engine.types import PROTOCOL_VERSION, ModelIdentity, Role
+
+_log = get_logger(__name__)
+_RESOLVE_S = 10.0
+_RETRY_S = 0.5
+_WELCOME_S = 10.0
+
+
+class Registration:
+    """Keeps this worker known to all coordinators until `stop`."""
+
+    def __init__(
+        self,
+        *,
+        coordinators: str,
+        worker_id: str,
+        incarnation: str,
+        role: Role,
+        address: str,
+        http_address: str,
+        identity: ModelIdentity,
+        load: Callable[[], registry_pb2.Load],
+    ) -> None:
+        self._targets = [t.strip() for t in coordinators.split(",") if t.strip()]
+        self._load = load
+        self._hello = registry_pb2.Hello(
+            worker_id=worker_id,
+            incarnation=incarnation,
+            role=role_to_pb(role),
+            address=address,
+            http_address=http_address,
+            model=identity_to_pb(identity),
+            protocol_version=PROTOCOL_VERSION,
+        )
+        self._streams: dict[str, asyncio.Task[None]] = {}
+        self._changed: dict[str, asyncio.Event] = {}
+        self._accepted: set[str] = set()
+        self._resolver: asyncio.Task[None] | None = None
+        self.refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    @property
+    def registered(self) -> bool:
+        """Whether some coordinator knows this worker now."""
+        return bool(self._accepted)
+
+    def start(self) -> None:
+        """Begin to dial."""
+        self._resolver = asyncio.create_task(self._follow_targets())
+
+    def report_now(self) -> None:
+        """Send a Load without waiting for the next heartbeat (readiness has changed)."""
+        for event in self._changed.values():
+            event.set()
+
+    async def stop(self) -> None:
+        """End all streams; the coordinators see it at once."""
+        tasks = [*self._streams.values(), *([self._resolver] if self._resolver else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _follow_targets(self) -> None:
+        while True:
+            found = set()
+            for target in self._targets:
+                found |= await _resolve(target)
+            for address in found - self._streams.keys():
+                self._streams[address] = asyncio.create_task(self._keep(address))
+            for address in self._streams.keys() - found if found else ():
+                if address not in self._accepted:
+                    self._streams.pop(address).cancel()
+            await asyncio.sleep(_RESOLVE_S)
+
+    async def _keep(self, address: str) -> None:
+        """Register with one coordinator for ever."""
+        channel = open_channel(address)
+        try:
+            while not self.refused.done():
+                try:
+                    await self._register(address, channel)
+                except (grpc.RpcError, TimeoutError) as error:
+                    if address in self._accepted:
+                        _log.warning("coordinator lost", coordinator=address, reason=_reason(error))
+                finally:
+                    self._accepted.discard(address)
+                    self._changed.pop(address, None)
+                await asyncio.sleep(_RETRY_S)
+        finally:
+            await channel.close()
+
+    async def _register(self, address: str, channel: grpc.aio.Channel) -> None:
+        changed = self._changed[address] = asyncio.Event()
+        welcomed: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+
+        async def say() -> AsyncIterator[registry_pb2.WorkerMessage]:
+            yield registry_pb2.WorkerMessage(hello=self._hello)
+            heartbeat_s = await welcomed
+            while True:
+                yield registry_pb2.WorkerMessage(load=self._load())
+                changed.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), heartbeat_s)
+
+        stub = registry_pb2_grpc.RegistryServiceStub(channel)
+        call = stub.Register(say())
+        try:
+            answer = await asyncio.wait_for(call.read(), _WELCOME_S)
+            while answer is not grpc.aio.EOF:
+                if answer.HasField("refused"):
+                    if not self.refused.done():
+                        self.refused.set_result(f"{address}: {answer.refused.reason}")
+                    return
+                if answer.HasField("welcome") and not welcomed.done():
+                    self._accepted.add(address)
+                    welcomed.set_result(answer.welcome.heartbeat_s)
+                    _log.info("registered", coordinator=address)
+                answer = await call.read()
+        finally:
+            call.cancel()
+            welcomed.cancel()
+
+
+async def _resolve(target: str) -> set[str]:
+    """HOST:PORT for every address behind HOST; empty while the name does not resolve."""
+    host, _, port = target.rpartition(":")
+    try:
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except OSError as error:
+        _log.warning("coordinator's name does not resolve", coordinator=target, reason=str(error))
+        return set()
+    hosts = {str(where[0]) for *_, where in found}
+    if len(hosts) > 1 and host == "localhost":
+        return {target}
+    return {f"[{h}]:{port}" if ":" in h else f"{h}:{port}" for h in hosts}
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return type(error).__name__

@@ -1,0 +1,179 @@
+"""Errors <-> gRPC statuses with google.rpc details (the table of DESIGN 7).
+
+The only place that knows both sides:
+
+    InvalidRequest    INVALID_ARGUMENT    BadRequest{field}
+    NotOffered        UNIMPLEMENTED       BadRequest{field}
+    NotFound          NOT_FOUND
+    Mismatch          FAILED_PRECONDITION
+    Overloaded        RESOURCE_EXHAUSTED  RetryInfo, grpc-retry-pushback-ms
+    Unavailable       UNAVAILABLE         the same, ErrorInfo{num_emitted}, diptych-lost
+    DeadlineExceeded  DEADLINE_EXCEEDED
+    anything else     INTERNAL
+
+A `DiptychError` that is no answer to a call (ConfigError, CheckpointError) is a bug here: INTERNAL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError, Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]
+
+from engine.errors import (
+    DeadlineExceeded,
+    DiptychError,
+    InvalidRequest,
+    Mismatch,
+    NotFound,
+    NotOffered,
+    Overloaded,
+    Unavailable,
+)
+
+DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+LOST_KEY = "diptych-lost"
+ERROR_DOMAIN = "diptych"
+_MAX_MESSAGE_CHARS = 1000  # statuses travel in HTTP/2 headers, which peers bound
+
+
+@dataclass(frozen=True, slots=True)
+class RpcStatus:
+    """What goes into the trailers of a failed call."""
+
+    code: grpc.StatusCode
+    message: str
+    trailing_metadata: tuple[tuple[str, str | bytes], ...]
+
+
+def _code(error: DiptychError) -> grpc.StatusCode:
+    match error:
+        case InvalidRequest():
+            return grpc.StatusCode.INVALID_ARGUMENT
+        case NotOffered():
+            return grpc.StatusCode.UNIMPLEMENTED
+        case NotFound():
+            return grpc.StatusCode.NOT_FOUND
+        case Mismatch():
+            return grpc.StatusCode.FAILED_PRECONDITION
+        case Overloaded():
+            return grpc.StatusCode.RESOURCE_EXHAUSTED
+        case Unavailable():
+            return grpc.StatusCode.UNAVAILABLE
+        case DeadlineExceeded():
+            return grpc.StatusCode.DEADLINE_EXCEEDED
+    return grpc.StatusCode.INTERNAL
+
+
+def to_status(error: DiptychError) -> RpcStatus:
+    """The status by which a caller learns of `error`."""
+    code = _code(error)
+    message = error.message[:_MAX_MESSAGE_CHARS]
+    details: list[Message] = []
+    metadata: list[tuple[str, str | bytes]] = []
+    if isinstance(error, InvalidRequest):
+        details.append(_bad_request(error.field, error.description[:_MAX_MESSAGE_CHARS]))
+    elif isinstance(error, NotOffered):
+        details.append(_bad_request(error.field, message))
+    elif isinstance(error, Overloaded | Unavailable):
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        details.append(retry)
+        metadata.append((PUSHBACK_KEY, str(round(error.retry_after_s * 1000))))
+    if isinstance(error, Unavailable):
+        info = error_details_pb2.ErrorInfo(reason="UNAVAILABLE", domain=ERROR_DOMAIN)
+        info.metadata["num_emitted"] = str(error.num_emitted)
+        details.append(info)
+        if error.lost:
+            metadata.append((LOST_KEY, error.lost))
+    status = status_pb2.Status(code=code.value[0], message=message)
+    for detail in details:
+        status.details.add().Pack(detail)
+    metadata.append((DETAILS_KEY, status.SerializeToString()))
+    return RpcStatus(code, message, tuple(metadata))
+
+
+def internal(message: str) -> RpcStatus:
+    """The status of a bug: what happened stands in the log, not on the wire."""
+    status = status_pb2.Status(code=code_pb2.INTERNAL, message=message)
+    return RpcStatus(
+        grpc.StatusCode.INTERNAL, message, ((DETAILS_KEY, status.SerializeToString()),)
+    )
+
+
+def _bad_request(field: str, description: str) -> Message:
+    violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
+    details: Message = error_details_pb2.BadRequest(field_violations=[violation])
+    return details
+
+
+def from_rpc_error(error: grpc.RpcError) -> DiptychError | None:
+    """The error that a callee meant by its status; None for codes that mean a bug or a
+    cancellation.
+
+    Works with the errors of grpc and of grpc.aio. A lost connection is `Unavailable` too.
+    """
+    call: Any = error
+    code, message = call.code(), call.details() or ""
+    metadata = dict(_pairs(call.trailing_metadata()))
+    bad, retry, info = _details(metadata.get(DETAILS_KEY))
+    retry_after_s = retry.retry_delay.ToMilliseconds() / 1000 if retry else 1.0
+    violation = bad.field_violations[0] if bad and bad.field_violations else None
+    match code:
+        case grpc.StatusCode.INVALID_ARGUMENT:
+            if violation:
+                return InvalidRequest(violation.field, violation.description)
+            return InvalidRequest("request", message)
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return NotOffered(violation.field if violation else message)
+        case grpc.StatusCode.NOT_FOUND:
+            return NotFound(message)
+        case grpc.StatusCode.FAILED_PRECONDITION:
+            return Mismatch(message)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return Overloaded(message, retry_after_s)
+        case grpc.StatusCode.UNAVAILABLE:
+            num_emitted = int(info.metadata.get("num_emitted", "0")) if info else 0
+            return Unavailable(
+                message, retry_after_s, num_emitted, lost=str(metadata.get(LOST_KEY, ""))
+            )
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineExceeded(message)
+    return None
+
+
+def _pairs(metadata: Iterable[tuple[str, Any]] | None) -> Iterable[tuple[str, Any]]:
+    return metadata or ()
+
+
+def _details(
+    raw: str | bytes | None,
+) -> tuple[
+    error_details_pb2.BadRequest | None,
+    error_details_pb2.RetryInfo | None,
+    error_details_pb2.ErrorInfo | None,
+]:
+    """The details we know, out of the serialized google.rpc.Status; whatever else a peer sends is
+    ignored.
+    """
+    bad, retry, info = None, None, None
+    if not isinstance(raw, bytes):
+        return bad, retry, info
+    try:
+        for detail in status_pb2.Status.FromString(raw).details:
+            bad = _unpack(detail, error_details_pb2.BadRequest()) or bad
+            retry = _unpack(detail, error_details_pb2.RetryInfo()) or retry
+            info = _unpack(detail, error_details_pb2.ErrorInfo()) or info
+    except DecodeError:
+        pass
+    return bad, retry, info
+
+
+def _unpack(detail: AnyMessage, into: Any) -> Any:
+    return into if detail.Unpack(into) else None

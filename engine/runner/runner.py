@@ -1,0 +1,47 @@
+"""One forward pass over ragged rows: the only place where a step's work reaches the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from engine.attention.base import AttentionBackend
+from engine.cache.kv_cache import KVCache
+from engine.model.llama import LlamaModel
+from engine.runner.batch import Row, build_batch
+
+
+def _event(device: torch.device) -> torch.Event | None:
+    """What tells that a GPU has finished a step; the CPU has when the call returns."""
+    return torch.Event(device) if device.type == "cuda" else None
+
+
+class Runner:
+    """A model, its cache and its attention. Called from one thread at a time."""
+
+    def __init__(
+        self, model: LlamaModel, kv_cache: KVCache, backend: AttentionBackend[Any]
+    ) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+        self._backend = backend
+        self._done = _event(model.device)
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[Row]) -> torch.Tensor:
+        """The rows' wanted logits, row by row: fp32 [S, vocab] on the model's device.
+
+        On return every KV write of the step is complete, so its blocks may be named and sent.
+        Raises ValueError on a row that contradicts itself; nothing has been written then.
+        """
+        if not rows:
+            size = (0, self._model.config.vocab_size)
+            return torch.empty(size, dtype=torch.float32, device=self._model.device)
+        batch = build_batch(rows, self._kv_cache.layout.block_size, self._model.device)
+        logits = self._model.forward(batch, self._kv_cache, self._backend)
+        if self._done is not None:
+            self._done.record()
+            self._done.synchronize()
+        return logits

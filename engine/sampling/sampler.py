@@ -1,0 +1,159 @@
+"""The sampler: a function from logits and a SampleRow to a token.
+
+    banned -> bias -> penalties -> / T -> min-p -> top-k -> top-p -> argmax(x + G)
+    G = gumbel(seed, position, token)
+
+in fp32, ties to the lowest id, T < 1e-5 plain argmax after the penalties. By the Gumbel-max trick
+(Gumbel 1954; Maddison, Tarlow, Minka 2014) it is an exact sample from the filtered softmax. A row's
+token does not depend on the other rows of the batch, so batching, drafts, preemption and another
+worker change no answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from engine.sampling.filters import edit_logits, edits_logits, filter_logits
+from engine.sampling.philox import (
+    MAX_GUMBEL,
+    MIN_GUMBEL,
+    Floats,
+    Ints,
+    gumbel,
+    gumbel_at,
+    gumbel_row,
+)
+from engine.sampling.row import SampleRow
+
+
+class UnusableLogits(ArithmeticError):
+    """Rows that have no next token: NaN or +inf among the logits, or nothing left above -inf.
+
+    `rows` are their indices in the batch; the other rows can be sampled without them.
+    """
+
+    def __init__(self, rows: Sequence[int], reason: str) -> None:
+        super().__init__(f"row {', '.join(map(str, rows))} of the logits: {reason}")
+        self.rows = tuple(rows)
+
+
+class Sampler:
+    """Draws tokens. Holds no state but sizes; safe to share."""
+
+    def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+
+    def sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
+        """The token of each row; logits float32 [len(rows), vocab_size], left as they are.
+
+        Raises UnusableLogits naming the rows, ValueError for another shape or dtype.
+        """
+        if logits.shape != (len(rows), self.vocab_size) or logits.dtype != torch.float32:
+            expected = f"float32 [{len(rows)}, {self.vocab_size}]"
+            raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}, not {expected}")
+        if not rows:
+            return []
+        logits = logits.detach()
+        _check(logits, range(len(rows)), "not a number, infinite, or -inf throughout")
+
+        plain, edited, drawn = [], [], []
+        for i, row in enumerate(rows):
+            if not row.params.greedy:
+                drawn.append(i)
+            elif edits_logits(row):
+                edited.append(i)
+            else:
+                plain.append(i)
+        tokens = [0] * len(rows)
+
+        def put(index: list[int], values: list[int]) -> None:
+            for i, token in zip(index, values, strict=True):
+                tokens[i] = token
+
+        if plain:
+            put(plain, argmax(logits if len(plain) == len(rows) else logits[plain]))
+        if edited:
+            put(edited, argmax(self._edited(logits, rows, edited)))
+        if drawn:
+            x = self._edited(logits, rows, drawn)
+            of_drawn = [rows[i] for i in drawn]
+            filter_logits(x, of_drawn)
+            put(drawn, draw(x, of_drawn))
+        return tokens
+
+    def _edited(
+        self, logits: torch.Tensor, rows: Sequence[SampleRow], index: list[int]
+    ) -> torch.Tensor:
+        """A copy of the rows `index`, masked, biased and penalized."""
+        x = logits.clone() if len(index) == len(rows) else logits[index]
+        part = [rows[i] for i in index]
+        if any(edits_logits(row) for row in part):
+            edit_logits(x, part)
+            _check(x, index, "no token is left")
+        return x
+
+
+def _check(x: torch.Tensor, names: Sequence[int], reason: str) -> None:
+    """A maximum is finite unless the row holds NaN or +inf, or nothing but -inf."""
+    usable = torch.isfinite(x.amax(1))
+    if not bool(usable.all()):
+        bad = (~usable).nonzero().flatten().tolist()
+        raise UnusableLogits([names[i] for i in bad], reason)
+
+
+def argmax(x: torch.Tensor) -> list[int]:
+    """Index of the largest of each row, the lowest of equals; x float [S, vocab]."""
+    if x.device.type == "cpu":
+        # A tenth of torch's time, and the first of equals by contract.
+        return [int(i) for i in x.numpy().argmax(1)]
+    return argmax_torch(x)
+
+
+def argmax_torch(x: torch.Tensor) -> list[int]:
+    """What `argmax` gives, on any device; torch's own tie rule has changed with versions before."""
+    ids = torch.arange(x.shape[1], device=x.device)
+    largest = x.amax(1, keepdim=True)
+    return [int(i) for i in torch.where(x == largest, ids, x.shape[1]).amin(1).tolist()]
+
+
+def draw(x: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
+    """argmax(x + G) of each row; x float32 [S, vocab], -inf where a token was removed."""
+    seeds = [row.params.seed for row in rows]
+    positions = [row.position for row in rows]
+    if x.device.type == "cpu":
+        return _draw_sparse(x.numpy(), seeds, positions)
+    return argmax(x + gumbel(seeds, positions, x.shape[1], x.device))
+
+
+def _draw_sparse(x: Floats, seeds: Sequence[int], positions: Sequence[int]) -> list[int]:
+    """argmax(x + G) of each row of float32 x [S, vocab], with noise only for tokens that can win.
+
+    Rows with few candidates are drawn together, over one flat array; the others each on its own.
+    """
+    vocab_size = x.shape[1]
+    candidates = x >= x.max(axis=1, keepdims=True) - (MAX_GUMBEL - MIN_GUMBEL)
+    counts = np.count_nonzero(candidates, axis=1)
+    tokens = np.zeros(len(x), np.int64)
+    is_few = counts <= max(vocab_size // 4, 1024)  # one counter serves four tokens of a whole row
+    for i in np.flatnonzero(~is_few).tolist():
+        tokens[i] = (x[i] + gumbel_row(seeds[i], positions[i], vocab_size)).argmax()
+    few = np.flatnonzero(is_few)
+    if len(few):
+        part = few if len(few) < len(x) else slice(None)
+        at, ids = np.divmod(np.flatnonzero(candidates[part]), vocab_size)
+        tokens[few] = _best_of(
+            x[part][at, ids] + gumbel_at(seeds, positions, few[at], ids), counts[few], ids
+        )
+    return [int(token) for token in tokens]
+
+
+def _best_of(scores: Floats, counts: Ints, ids: Ints) -> Ints:
+    """The id of the best score in each of the segments of `counts` scores, the first of equals."""
+    starts = np.cumsum(counts) - counts
+    best = np.maximum.reduceat(scores, starts)
+    hits = np.flatnonzero(scores == np.repeat(best, counts))
+    return ids[hits[np.searchsorted(hits, starts)]]

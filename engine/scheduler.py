@@ -1,0 +1,248 @@
+"""Which rows the next step computes: admission, two budgets, preemption. Pure bookkeeping, no tensors.
+
+    waiting  sorted by (priority, age)      holds nothing
+    active   sorted by (priority, age)      FETCHING or RUNNING, each with its blocks
+
+Whoever waits for memory holds none: a request is admitted only when its whole prompt and one draft window
+fit, and a running one that finds no block for its next token makes the youngest running one give up
+everything and wait again. Its blocks keep their names, so it comes back as a prefix hit.
+
+A request whose next missing block is being made by another one waits for it (holding nothing) and takes over
+when the maker is gone or the wait has lasted `owner_wait_s`.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from engine.cache.block_pool import BlockPool, NoRoom
+from engine.request import Request, State
+from engine.speculation import Speculation
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """A role is this pair, and what bounds a pool."""
+
+    prompt_tokens: int  # computed a step, over all prompts
+    num_seqs: int  # requests that hold memory at once
+    owner_wait_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRow:
+    """What one request computes in a step: tokens [start, start + num_tokens) and then `draft`."""
+
+    request: Request
+    num_tokens: int
+    draft: list[int]
+
+    @property
+    def num_logits(self) -> int:
+        """Logits wanted: none in mid-prompt, else one a position that may give a token."""
+        request = self.request
+        if not request.samples or self.num_tokens < request.num_pending:
+            return 0
+        return 1 + len(self.draft)
+
+
+class StepBudget:
+    """Prompt tokens left in one scheduling pass; made for it and thrown away."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self._left = prompt_tokens
+        self._untouched = True
+
+    def take(self, request: Request, block_size: int) -> int:
+        """Tokens of the request's next chunk, 0 if there is no room.
+
+        A chunk that is not the last ends on a block border: only whole blocks can be announced.
+        """
+        count = min(request.num_pending, self._left)
+        if 0 < count < request.num_pending:
+            cut = (request.num_computed + count) % block_size
+            if cut < count:
+                count -= cut
+            elif not self._untouched:
+                count = 0
+        self._left -= count
+        self._untouched = self._untouched and count == 0
+        return count
+
+
+class Scheduler:
+    """Queues and the plan of each step. Owned by the engine thread."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        block_size: int,
+        budgets: Budgets,
+        speculation: Speculation | None,
+        max_model_len: int,
+    ) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self.budgets = budgets
+        self.speculation = speculation
+        self.max_model_len = max_model_len
+        self.waiting: list[Request] = []
+        self.active: list[Request] = []
+        self.num_preemptions = 0
+        self._makers: dict[bytes, Request] = {}  # name of a block in the making -> who makes it
+
+    @property
+    def draft_window(self) -> int:
+        """Positions that a step may write beyond the known tokens."""
+        return self.speculation.max_draft_tokens if self.speculation else 0
+
+    def room_needed(self, num_tokens: int) -> int:
+        """Blocks for so many known tokens and one draft window."""
+        return -(-(num_tokens + self.draft_window) // self.block_size)
+
+    def add(self, request: Request) -> None:
+        """Queue a new request."""
+        bisect.insort(self.waiting, request, key=lambda r: r.sort_key)
+
+    def remove(self, request: Request) -> None:
+        """Take a request out wherever it stands and give back all it holds."""
+        if request in self.active:
+            self.active.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        self._forget_making(request)
+        request.table.release()
+
+    # -- admission ---------------------------------------------------------------------------------------
+
+    def admit(self, now_s: float) -> list[Request]:
+        """Give room to as many waiting requests as fit, in order; returns them.
+
+        Nobody overtakes a request that waits for memory. Those that wait for another's block are passed by.
+        """
+        admitted = []
+        for request in list(self.waiting):
+            if len(self.active) >= self.budgets.num_seqs:
+                break
+            if self._waits_for_maker(request, now_s):
+                continue
+            if not self._reserve(request):
+                break
+            self.waiting.remove(request)
+            self._enter(request, now_s)
+            admitted.append(request)
+        return admitted
+
+    def _reserve(self, request: Request) -> bool:
+        """Pin its hits and take the rest of its room, or leave everything as it was."""
+        hits = self.pool.match(request.whole_names(self.block_size))
+        needed = self.room_needed(len(request.tokens)) - len(hits)
+        if not request.samples:
+            needed = len(request.tokens) // self.block_size - len(hits)
+        if needed + self.pool.num_cached_of(hits) > self.pool.num_available:
+            return False
+        request.table.adopt(hits)
+        request.table.reserve((len(hits) + needed) * self.block_size)
+        request.num_named = len(hits)
+        request.num_computed = len(hits) * self.block_size
+        return True
+
+    def _enter(self, request: Request, now_s: float) -> None:
+        names = request.whole_names(self.block_size)
+        if not request.admitted_s:
+            request.admitted_s = now_s
+            request.num_cached_tokens = min(request.num_computed, request.num_prompt)
+        for name in names[request.num_named :]:
+            self._makers.setdefault(name, request)
+        fetching = request.work.fetch and request.num_named < len(names)
+        request.move(State.FETCHING if fetching else State.RUNNING)
+        bisect.insort(self.active, request, key=lambda r: r.sort_key)
+
+    def _waits_for_maker(self, request: Request, now_s: float) -> bool:
+        names = request.whole_names(self.block_size)
+        hits = len(self.pool.match(names))
+        maker = self._makers.get(names[hits]) if hits < len(names) else None
+        return maker is not None and now_s - request.arrival_s < self.budgets.owner_wait_s
+
+    def _forget_making(self, request: Request) -> None:
+        for name in request.names[request.num_named :]:
+            if self._makers.get(name) is request:
+                del self._makers[name]
+
+    # -- one step ----------------------------------------------------------------------------------------
+
+    def plan(self) -> list[PlannedRow]:
+        """Rows of the next step: decode rows first, oldest first, then prompt chunks under the budget."""
+        rows = list(self._decode_rows())
+        budget = StepBudget(self.budgets.prompt_tokens)
+        for request in self.active:
+            if request.state is State.RUNNING and not request.decoding:
+                count = budget.take(request, self.block_size)
+                if count:
+                    rows.append(PlannedRow(request, count, []))
+        return rows
+
+    def _decode_rows(self) -> Iterator[PlannedRow]:
+        for request in list(self.active):
+            if request.state is not State.RUNNING or not request.decoding:
+                continue
+            draft = self._draft(request)
+            if request.table.missing(len(request.tokens) + len(draft)) > self.pool.num_available:
+                draft = []  # nobody is preempted for a guess
+            if self._make_room(request, len(request.tokens) + len(draft)):
+                yield PlannedRow(request, 1, draft)
+
+    def _draft(self, request: Request) -> list[int]:
+        stop = request.work.stop
+        if self.speculation is None or stop is None:
+            return []
+        limit = min(
+            self.speculation.max_draft_tokens,
+            stop.max_tokens - request.num_output - 1,
+            self.max_model_len - len(request.tokens) - 1,
+        )
+        if limit <= 0:
+            return []
+        drafter = self.speculation.drafter
+        return drafter.propose(str(request.key), request.tokens, limit)
+
+    def _make_room(self, request: Request, num_tokens: int) -> bool:
+        """Blocks for `num_tokens` positions, at the cost of younger ones; False: it had to give way itself."""
+        while request.table.missing(num_tokens):
+            try:
+                request.table.reserve(num_tokens)
+            except NoRoom:
+                victim = self._youngest_running()
+                self.preempt(victim)
+                if victim is request:
+                    return False
+        return request.state is State.RUNNING
+
+    def _youngest_running(self) -> Request:
+        return next(r for r in reversed(self.active) if r.state is State.RUNNING)
+
+    def preempt(self, request: Request) -> None:
+        """Take everything from a running request and let it wait; its named blocks stay findable."""
+        self.remove(request)
+        request.num_computed = request.num_named = 0
+        request.move(State.WAITING)
+        self.num_preemptions += 1
+        self.add(request)
+
+    # -- progress ----------------------------------------------------------------------------------------
+
+    def advance(self, request: Request, num_computed: int) -> None:
+        """KV of accepted tokens is now complete up to `num_computed`: name the blocks this filled."""
+        assert num_computed >= request.num_computed
+        request.num_computed = num_computed
+        full = num_computed // self.block_size
+        if full > len(request.names):
+            request.whole_names(self.block_size)
+        for index in range(request.num_named, full):
+            name = request.names[index]
+            self.pool.name(request.table.blocks[index], name)
+            if self._makers.get(name) is request:
+                del self._makers[name]
+        request.num_named = max(request.num_named, full)

@@ -1,0 +1,90 @@
+"""Log lines by structlog: readable on a terminal, one JSON object a line elsewhere, always on
+stderr.
+
+Lines of libraries (grpc, uvicorn, asyncio) pass through the same chain. A request's id is bound as
+a context variable by `engine.rpc.server` at the door of each process; a thread of its own (the
+engine thread) has no such context and passes `request_id=` itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import Any, TextIO
+
+import structlog
+
+from engine.config import LogOptions
+
+Logger = structlog.stdlib.BoundLogger
+
+
+def configure_logging(
+    options: LogOptions, *, stream: TextIO | None = None, **process_fields: str
+) -> None:
+    """Set up logging for this process; `process_fields` (role, worker_id) go on every line. May be
+    called again.
+    """
+    stream = stream or sys.stderr
+    shape = options.log_format
+    if shape == "auto":
+        shape = "console" if stream.isatty() else "json"
+
+    def add_process_fields(
+        _logger: Any, _method: str, event: MutableMapping[str, Any]
+    ) -> MutableMapping[str, Any]:
+        for key, value in process_fields.items():
+            event.setdefault(key, value)
+        return event
+
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        add_process_fields,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    render: list[structlog.typing.Processor] = [
+        structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    ]
+    if shape == "json":
+        render += [
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(default=str),
+        ]
+    else:
+        render.append(
+            structlog.dev.ConsoleRenderer(
+                colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback
+            )
+        )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=render)
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(options.log_level.upper())
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.PositionalArgumentsFormatter(),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+
+
+def get_logger(name: str) -> Logger:
+    """A logger whose lines carry `logger: name`; valid before `configure_logging` too."""
+    return structlog.stdlib.get_logger(name)
+
+
+def bind_request(request_id: str) -> None:
+    """Put `request_id` on every further line of the current task."""
+    structlog.contextvars.bind_contextvars(request_id=request_id)

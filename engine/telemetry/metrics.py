@@ -1,0 +1,202 @@
+"""Prometheus metrics, named as vLLM names them with the prefix `diptych_`, so that a dashboard for
+vLLM works after one substitution. One registry a process; each class holds the series of one
+subject, bound to one model.
+
+Who writes: a worker's engine and data-plane threads (`WorkerMetrics`), the coordinator's loop
+(`CoordinatorMetrics`), the gRPC doors of both (`RpcMetrics`). prometheus_client's series are
+thread-safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+PREFIX = "diptych_"
+
+# Seconds, as in vLLM; single-digit milliseconds were added where a drafted token is that fast.
+# fmt: off
+FIRST_TOKEN_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+)
+INTER_TOKEN_BUCKETS = (
+    0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5,
+    0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)
+REQUEST_BUCKETS = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0,
+    240.0, 480.0, 960.0, 1920.0, 7680.0,
+)
+TRANSFER_BUCKETS = (
+    0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0,
+    10.0, 30.0,
+)
+# fmt: on
+STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class _Maker:
+    """Makes series in one registry. A series without labels of its own comes back bound to the
+    model's name.
+    """
+
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+        self._registry = registry
+        self._model_name = model_name
+
+    def counter(self, name: str, help: str, *labels: str) -> Counter:
+        series = Counter(PREFIX + name, help, ("model_name", *labels), registry=self._registry)
+        return series.labels(self._model_name) if not labels else series
+
+    def gauge(self, name: str, help: str, *labels: str) -> Gauge:
+        series = Gauge(PREFIX + name, help, ("model_name", *labels), registry=self._registry)
+        return series.labels(self._model_name) if not labels else series
+
+    def histogram(self, name: str, help: str, buckets: Sequence[float]) -> Histogram:
+        series = Histogram(
+            PREFIX + name, help, ("model_name",), registry=self._registry, buckets=tuple(buckets)
+        )
+        return series.labels(self._model_name)
+
+
+class WorkerMetrics:
+    """What a prefill or decode worker counts; at most one a registry."""
+
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+        make = _Maker(registry, model_name)
+        self._model_name = model_name
+        self.num_requests_running = make.gauge("num_requests_running", "Requests in the batch.")
+        self.num_requests_waiting = make.gauge("num_requests_waiting", "Requests not yet begun.")
+        self.kv_cache_usage_perc = make.gauge(
+            "kv_cache_usage_perc", "Held share of the KV pool; 1 is all of it."
+        )
+        self.prefix_cache_queries = make.counter(
+            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
+        )
+        self.prefix_cache_hits = make.counter(
+            "prefix_cache_hits", "Prompt tokens found in the prefix cache."
+        )
+        self.prompt_tokens = make.counter("prompt_tokens", "Prompt tokens computed.")
+        self.generation_tokens = make.counter("generation_tokens", "Tokens of answers.")
+        self.num_preemptions = make.counter(
+            "num_preemptions", "Requests that gave up their blocks."
+        )
+        self.spec_decode_num_drafts = make.counter("spec_decode_num_drafts", "Drafts proposed.")
+        self.spec_decode_num_draft_tokens = make.counter(
+            "spec_decode_num_draft_tokens", "Draft tokens proposed."
+        )
+        self.spec_decode_num_accepted_tokens = make.counter(
+            "spec_decode_num_accepted_tokens", "Draft tokens accepted."
+        )
+        self.kv_transfer_blocks = make.counter("kv_transfer_blocks", "KV blocks pulled from peers.")
+        self.kv_transfer_bytes = make.counter("kv_transfer_bytes", "Bytes pulled from peers.")
+        self.kv_transfer_seconds = make.histogram(
+            "kv_transfer_seconds", "One pull, posted until terminal.", TRANSFER_BUCKETS
+        )
+        self.kv_stale_reads = make.counter(
+            "kv_stale_reads",
+            "Blocks that the fence refused: reused before or while they were read.",
+        )
+        self.engine_step_seconds = make.histogram(
+            "engine_step_seconds", "One step of the engine.", STEP_BUCKETS
+        )
+        self.engine_step_failures = make.counter(
+            "engine_step_failures", "Steps whose computation raised; their requests were given up."
+        )
+        self.iteration_tokens = make.histogram(
+            "iteration_tokens_total", "Tokens computed in one step.", TOKEN_BUCKETS
+        )
+        self._kv_transfer_failures = make.counter(
+            "kv_transfer_failures", "Pulls that failed.", "reason"
+        )
+        self._kv_blocks = make.gauge("kv_blocks", "KV blocks by state.", "state")
+
+    def kv_transfer_failed(self, reason: str) -> None:
+        """Count one failed pull; `reason` is one of a few fixed words."""
+        self._kv_transfer_failures.labels(self._model_name, reason).inc()
+
+    def set_blocks(self, *, free: int, cached: int, held: int) -> None:
+        """State of the pool: free + cached + held = total."""
+        for state, count in (("free", free), ("cached", cached), ("held", held)):
+            self._kv_blocks.labels(self._model_name, state).set(count)
+        self.kv_cache_usage_perc.set(held / max(1, free + cached + held))
+
+
+class CoordinatorMetrics:
+    """What the coordinator counts; at most one a registry."""
+
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+        make = _Maker(registry, model_name)
+        self._model_name = model_name
+        self.time_to_first_token = make.histogram(
+            "time_to_first_token_seconds", "Arrival until the first token.", FIRST_TOKEN_BUCKETS
+        )
+        self.inter_token_latency = make.histogram(
+            "inter_token_latency_seconds", "From one token to the next.", INTER_TOKEN_BUCKETS
+        )
+        self.e2e_request_latency = make.histogram(
+            "e2e_request_latency_seconds", "Arrival until the last message.", REQUEST_BUCKETS
+        )
+        self.request_queue_time = make.histogram(
+            "request_queue_time_seconds", "Admission until a worker began.", REQUEST_BUCKETS
+        )
+        self.num_requests_running = make.gauge(
+            "num_requests_running", "Requests whose answer has begun."
+        )
+        self.num_requests_waiting = make.gauge(
+            "num_requests_waiting", "Admitted requests without a token yet."
+        )
+        self.prompt_tokens = make.counter("prompt_tokens", "Prompt tokens of admitted requests.")
+        self.generation_tokens = make.counter("generation_tokens", "Tokens sent to clients.")
+        self._request_success = make.counter(
+            "request_success", "Answers that ended well.", "finished_reason"
+        )
+        self._request_failures = make.counter(
+            "request_failures", "Requests that ended with an error.", "code"
+        )
+        self._admission_rejections = make.counter(
+            "admission_rejections", "Requests told to come back.", "reason"
+        )
+        self._migrations = make.counter(
+            "migrations", "Requests carried on elsewhere after a worker was lost.", "outcome"
+        )
+        self._workers = make.gauge("workers", "Workers by role and state.", "role", "state")
+
+    def request_succeeded(self, finished_reason: str) -> None:
+        """Count one finished answer: stop, length or aborted."""
+        self._request_success.labels(self._model_name, finished_reason).inc()
+
+    def request_failed(self, code: str) -> None:
+        """Count one request that ended with gRPC status `code`, in lower case."""
+        self._request_failures.labels(self._model_name, code).inc()
+
+    def admission_rejected(self, reason: str) -> None:
+        """Count one refused admission: requests or tokens."""
+        self._admission_rejections.labels(self._model_name, reason).inc()
+
+    def migrated(self, outcome: str) -> None:
+        """Count one attempt to carry a request on: resumed, retried (no token yet) or exhausted."""
+        self._migrations.labels(self._model_name, outcome).inc()
+
+    def set_workers(self, role: str, state: str, count: int) -> None:
+        """Number of workers of `role` in `state`."""
+        self._workers.labels(self._model_name, role, state).set(count)
+
+
+class RpcMetrics:
+    """What a gRPC door counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._failures = Counter(
+            PREFIX + "rpc_failures",
+            "Calls that ended with an error.",
+            ("method", "code"),
+            registry=registry,
+        )
+
+    def failed(self, method: str, code: str) -> None:
+        """Count one failed call of `method` (`Service/Method`)."""
+        self._failures.labels(method, code).inc()

@@ -1,0 +1,80 @@
+"""The life of one request as named events; every latency is a subtraction of two of them.
+
+    coordinator  ARRIVED - ADMITTED - TOKENIZED - ROUTED - TOKENS ... TOKENS - FINISHED
+    worker       ARRIVED - SCHEDULED - COMPUTED ... COMPUTED - TOKENS ... TOKENS - FINISHED
+                               '- ANNOUNCED ... ANNOUNCED, PULLED ... PULLED, COMMITTED
+
+An event may happen many times: its first and last moment and their number are kept, so a timeline
+stays small whatever the length of the answer. Times are of the injected monotonic clock, which on
+one host is the same in all processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from enum import Enum
+
+
+class Event(Enum):
+    """What can happen to a request, in the order in which it usually does."""
+
+    ARRIVED = "arrived"
+    ADMITTED = "admitted"
+    TOKENIZED = "tokenized"
+    ROUTED = "routed"  # a worker was picked; again after each migration
+    SCHEDULED = "scheduled"  # first row of it in a step, or first call for its blocks
+    COMPUTED = "computed"  # a chunk of its prompt
+    ANNOUNCED = "announced"  # blocks became readable for peers
+    PULLED = "pulled"  # a read of blocks ended
+    COMMITTED = "committed"  # blocks passed the fence and have their names
+    TOKENS = "tokens"  # tokens of the answer
+    FINISHED = "finished"
+
+
+class Timeline:
+    """First and last moment and number of each event. Not thread-safe: it has one owner."""
+
+    __slots__ = ("_clock", "_marks")
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._marks: dict[Event, tuple[float, float, int]] = {}
+
+    def mark(self, event: Event, at: float | None = None) -> float:
+        """Note that `event` happens now (or happened `at`); returns the moment, in seconds."""
+        moment = self._clock() if at is None else at
+        first, _, count = self._marks.get(event, (moment, moment, 0))
+        self._marks[event] = (first, moment, count + 1)
+        return moment
+
+    def first(self, event: Event) -> float | None:
+        """The moment of the first `event`, or None."""
+        mark = self._marks.get(event)
+        return mark[0] if mark else None
+
+    def last(self, event: Event) -> float | None:
+        """The moment of the last `event`, or None."""
+        mark = self._marks.get(event)
+        return mark[1] if mark else None
+
+    def count(self, event: Event) -> int:
+        """How often `event` happened."""
+        mark = self._marks.get(event)
+        return mark[2] if mark else 0
+
+    def between(self, start: Event, end: Event) -> float:
+        """Seconds from the first `start` to the first `end`; 0.0 where either is missing or the
+        order is reversed.
+        """
+        a, b = self.first(start), self.first(end)
+        return max(0.0, b - a) if a is not None and b is not None else 0.0
+
+    def span(self, event: Event) -> float:
+        """Seconds from the first to the last `event`."""
+        mark = self._marks.get(event)
+        return mark[1] - mark[0] if mark else 0.0
+
+    def as_dict(self) -> dict[str, tuple[float, float, int]]:
+        """{event: (first, last, count)}, for log lines."""
+        return {event.value: mark for event, mark in self._marks.items()}

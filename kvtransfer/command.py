@@ -1,0 +1,82 @@
+"""`prefill start` and `decode start`: options, log, and the way from a mistake to one sentence.
+
+Nothing heavy is imported before the options are read: `--help` is quick, and variables that libraries read
+at import are set first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from engine.config import (
+    CacheOptions,
+    LogOptions,
+    ModelOptions,
+    StepOptions,
+    TransferOptions,
+    WorkerOptions,
+    add_flags,
+    parser,
+    resolve,
+    set_default_env,
+)
+from engine.errors import CheckpointError, ConfigError
+from engine.types import Role
+
+if TYPE_CHECKING:
+    from engine.speculation import Speculation
+    from kvtransfer.host import Services, WorkerHost
+
+_GROUPS = (ModelOptions, CacheOptions, StepOptions, TransferOptions, WorkerOptions, LogOptions)
+# A waiting OpenMP thread must not burn the core that the other panel computes on.
+_LIBRARY_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def worker_command(
+    role: Role,
+    description: str,
+    argv: Sequence[str] | None,
+    make_services: Callable[[WorkerHost], Services],
+    make_speculation: Callable[[Any], Speculation | None] | None = None,
+    own_options: type[Any] | None = None,
+) -> int:
+    """Run one worker until it ends; returns the exit status: 2 for a mistake of the user's."""
+    groups = (*_GROUPS, own_options) if own_options else _GROUPS
+    command = parser(role.value, description)
+    start = command.add_subparsers(dest="command", required=True).add_parser(
+        "start", help="serve until stopped", description=description
+    )
+    add_flags(start, *groups)
+    try:
+        options = resolve(command.parse_args(argv), *groups)
+        return _start(role, options, make_services, make_speculation)
+    except (ConfigError, CheckpointError) as error:
+        print(f"{role.value}: {error.message}", file=sys.stderr)
+        return 2
+
+
+def _start(
+    role: Role,
+    options: tuple[Any, ...],
+    make_services: Callable[[WorkerHost], Services],
+    make_speculation: Callable[[Any], Speculation | None] | None,
+) -> int:
+    model, cache, step, transfer, worker, log, *own = options
+    set_default_env(_LIBRARY_ENV)
+    import uvloop
+    from prometheus_client import CollectorRegistry
+
+    from engine.build import build_engine
+    from engine.telemetry.log import configure_logging
+    from kvtransfer.host import WorkerSettings, run_worker
+
+    configure_logging(log, role=role.value, worker_id=worker.worker_id)
+    registry = CollectorRegistry()
+    speculation = make_speculation(own[0]) if make_speculation else None
+    engine = build_engine(role, model, cache, step, registry, speculation)
+    settings = WorkerSettings(role, worker, transfer)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run_worker(settings, engine, registry, make_services))

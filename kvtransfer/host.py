@@ -1,0 +1,244 @@
+"""What a prefill and a decode process have in common: threads, doors, membership, and their end.
+
+    asyncio loop    gRPC server (role's service, KvService, health), /metrics, registration, lease reaper
+    engine thread   model, blocks, schedule                        <- engine.worker.EngineThread
+    data plane      the NIXL agent and every read in flight        <- kvtransfer.pull.DataPlane
+
+`run_worker` builds them in order and takes them down in reverse; SIGTERM, a refusal by a coordinator and the
+death of the engine thread all end there, with exit status 0, 2 and 70.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import signal
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.descriptor import ServiceDescriptor
+from prometheus_client import CollectorRegistry
+
+from engine.build import Engine
+from engine.cache.block_pool import GENERATION_BYTES
+from engine.cache.layout import name_salt
+from engine.config import TransferOptions, WorkerOptions
+from engine.errors import ConfigError, InvalidRequest, Mismatch
+from engine.pb.diptych.internal.v1 import registry_pb2, worker_pb2
+from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
+from engine.rpc.channel import ChannelPool
+from engine.rpc.registration import Registration
+from engine.rpc.server import RpcServer
+from engine.telemetry.http import make_app, serve_http
+from engine.telemetry.log import get_logger
+from engine.telemetry.metrics import RpcMetrics
+from engine.types import ModelIdentity, Role, new_incarnation
+from engine.worker import EngineThread
+from kvtransfer.base import MemoryRegion
+from kvtransfer.lease import LeaseTable
+from kvtransfer.nixl_transport import NixlTransport
+from kvtransfer.peers import PeerTable
+from kvtransfer.pull import DataPlane
+from kvtransfer.service import KvServicer
+
+_log = get_logger(__name__)
+_STOP_GRACE_S = 5.0
+EXIT_REFUSED = 2
+EXIT_ENGINE_DIED = 70
+
+Services = Sequence[tuple[ServiceDescriptor, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """A worker's options, as far as they concern the process and not the engine."""
+
+    role: Role
+    worker: WorkerOptions
+    transfer: TransferOptions
+
+
+class EngineBlocks:
+    """`kvtransfer.service.BlockHost`: pins and unpins on the engine thread."""
+
+    def __init__(self, engine: EngineThread) -> None:
+        self._engine = engine
+
+    async def hold(self, hashes: Sequence[bytes]) -> tuple[list[int], list[int]]:
+        """Pin the longest leading run of these names: (block ids, generations)."""
+        return await self._engine.call(lambda core: core.hold(hashes))
+
+    async def unpin(self, block_ids: Sequence[int]) -> None:
+        """Take one pin from each id."""
+        await self._engine.call(lambda core: core.unpin(list(block_ids)))
+
+
+class WorkerHost:
+    """The parts of a running worker that its services use. Lives on the asyncio loop."""
+
+    def __init__(self, settings: WorkerSettings, engine: Engine) -> None:
+        self.role = settings.role
+        self.transfer = settings.transfer
+        self.identity: ModelIdentity = engine.identity
+        self.incarnation = new_incarnation()
+        self.metrics = engine.metrics
+        self.engine = EngineThread(engine.core, asyncio.get_running_loop())
+        self.channels = ChannelPool()
+        self.plane = _data_plane(engine, self.incarnation)
+        self.plane.start()
+        self.peers = PeerTable(
+            self.plane,
+            digest=self.identity.digest,
+            stub_factory=lambda address: KvServiceStub(self.channels.get(address)),
+        )
+        leases = LeaseTable(time.monotonic, settings.transfer.lease_ttl_s)
+        self.blocks = EngineBlocks(self.engine)
+        self.kv = KvServicer(self.plane.local_pool, self.identity.digest, self.blocks, leases)
+        self.draining = False
+        self._background: set[asyncio.Task[None]] = set()
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that outlives the call that began it."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+    def salt(self, cache_salt: str) -> bytes:
+        """The root of block names for requests with this salt."""
+        return name_salt(digest=self.identity.digest, cache_salt=cache_salt)
+
+    def check_incarnation(self, meant: str) -> None:
+        """Raise Mismatch if a caller means another process than this one."""
+        if meant and meant != self.incarnation:
+            raise Mismatch(f"this is incarnation {self.incarnation}, not {meant}")
+
+    def check_token_ids(self, token_ids: Sequence[int]) -> None:
+        """Raise InvalidRequest for ids that the model has no embedding for."""
+        if token_ids and max(token_ids) >= self.identity.vocab_size:
+            raise InvalidRequest(
+                "token_ids",
+                f"{max(token_ids)} is out of range; expected less than {self.identity.vocab_size}",
+            )
+
+    def load(self) -> registry_pb2.Load:
+        """What coordinators are told with every heartbeat."""
+        scheduler, pool = self.engine.core.scheduler, self.engine.core.pool
+        totals, moved = self.engine.core.totals, self.plane.counters
+        pending = [r.num_pending for r in [*scheduler.waiting, *scheduler.active]]
+        return registry_pb2.Load(
+            num_running=len(scheduler.active),
+            num_waiting=len(scheduler.waiting),
+            waiting_tokens=sum(n for n in pending if n > 1),
+            free_blocks=pool.num_free,
+            cached_blocks=pool.num_cached,
+            held_blocks=pool.num_held,
+            total_blocks=pool.num_blocks,
+            draining=self.draining,
+            totals=registry_pb2.Totals(
+                prompt_tokens_computed=totals.prompt_tokens_computed,
+                prompt_tokens_cached=totals.prompt_tokens_cached,
+                blocks_pulled=moved.num_blocks,
+                bytes_pulled=moved.num_bytes,
+                pull_seconds=moved.seconds,
+                stale_reads=moved.num_stale_blocks,
+                draft_tokens=totals.draft_tokens,
+                accepted_tokens=totals.accepted_tokens,
+            ),
+        )
+
+
+def _data_plane(engine: Engine, incarnation: str) -> DataPlane:
+    cache, generations = engine.kv_cache, engine.core.pool.generations
+    return DataPlane(
+        lambda: NixlTransport(incarnation),
+        incarnation=incarnation,
+        blocks=MemoryRegion(
+            cache.address,
+            cache.num_bytes,
+            "VRAM" if cache.kind == "VRAM" else "DRAM",
+            cache.device_id,
+        ),
+        generations=MemoryRegion(generations.ctypes.data, len(generations) * GENERATION_BYTES),
+        num_blocks=engine.core.pool.num_blocks,
+        block_bytes=engine.layout.block_bytes,
+    )
+
+
+async def run_worker(
+    settings: WorkerSettings,
+    engine: Engine,
+    registry: CollectorRegistry,
+    make_services: Callable[[WorkerHost], Services],
+) -> int:
+    """Serve until told to stop; returns the exit status. Raises ConfigError for a used port."""
+    stop = asyncio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+    host = WorkerHost(settings, engine)
+    server = RpcServer(RpcMetrics(registry))
+    kv_service = worker_pb2.DESCRIPTOR.services_by_name["KvService"]
+    for descriptor, servicer in [*make_services(host), (kv_service, host.kv)]:
+        server.add_service(descriptor, servicer)
+    address = _advertised(settings.worker, server.listen(settings.worker.listen))
+    registration: Registration | None = None
+    http = await serve_http(
+        make_app(registry, lambda: bool(registration and registration.registered)),
+        settings.worker.http,
+    )
+    reaper = asyncio.create_task(host.kv.reap())
+    host.engine.start()
+    try:
+        await server.start()
+        registration = Registration(
+            coordinators=settings.worker.coordinator,
+            worker_id=settings.worker.worker_id or f"{host.role.value}-{secrets.token_hex(4)}",
+            incarnation=host.incarnation,
+            role=host.role,
+            address=address,
+            http_address=http.address,
+            identity=host.identity,
+            load=host.load,
+        )
+        registration.start()
+        _log.info("worker serves", address=address, http=http.address, incarnation=host.incarnation)
+        return await _until_the_end(host, registration, stop)
+    finally:
+        if registration is not None:
+            await registration.stop()
+        await server.stop(_STOP_GRACE_S)
+        reaper.cancel()
+        await host.engine.stop()
+        await asyncio.to_thread(host.plane.stop)
+        await host.channels.close()
+        await http.stop()
+
+
+async def _until_the_end(host: WorkerHost, registration: Registration, stop: asyncio.Event) -> int:
+    """Wait for the first reason to end; returns the exit status."""
+    stopped = asyncio.create_task(stop.wait())
+    died = asyncio.create_task(host.engine.died.wait())
+    reasons: list[asyncio.Future[Any]] = [stopped, died, registration.refused]
+    try:
+        await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
+        if registration.refused.done():
+            raise ConfigError(f"refused by coordinator {registration.refused.result()}")
+        if died.done():
+            _log.error("the engine thread died; exiting")
+            return EXIT_ENGINE_DIED
+        host.draining = True
+        registration.report_now()
+        return 0
+    finally:
+        for task in (stopped, died):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+def _advertised(options: WorkerOptions, port: int) -> str:
+    """HOST:PORT by which peers reach this worker."""
+    return f"{options.advertise or options.listen.rpartition(':')[0]}:{port}"

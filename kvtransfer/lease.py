@@ -1,0 +1,92 @@
+"""Who may keep which blocks pinned, and until when. Pure; the clock is injected.
+
+A lease is soft: correctness is the fence's. It makes a stale read rare, and its end does not depend
+on the peer: a lease that is neither renewed nor released runs out and its blocks are unpinned by
+the reaper.
+
+    grant -> held --release--------> gone      each pin leaves the table exactly once, through
+              |  ^                             release, release_owner or expire
+        renew +--+   --ttl passed--> gone
+
+Owned by the asyncio loop of the process whose blocks they are.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+LEASE_ID_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Pins on blocks for one peer."""
+
+    id: bytes  # unguessable
+    owner: str  # incarnation of the peer that may renew and release it
+    block_ids: tuple[int, ...]
+    expires_at: float  # on the table's clock
+
+
+class LeaseTable:
+    """All leases that this process has granted and that have not ended."""
+
+    def __init__(self, clock: Callable[[], float], ttl_s: float) -> None:
+        self._clock = clock
+        self.ttl_s = ttl_s
+        self._leases: dict[bytes, Lease] = {}
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    @property
+    def num_held_blocks(self) -> int:
+        """Pins in the table; a block under two leases counts twice."""
+        return sum(len(lease.block_ids) for lease in self._leases.values())
+
+    def grant(self, owner: str, block_ids: Sequence[int]) -> Lease:
+        """A new lease on blocks that the caller has pinned, once for this lease."""
+        lease_id = secrets.token_bytes(LEASE_ID_BYTES)
+        lease = Lease(lease_id, owner, tuple(block_ids), self._clock() + self.ttl_s)
+        self._leases[lease_id] = lease
+        return lease
+
+    def renew(self, owner: str, lease_ids: Iterable[bytes]) -> list[bytes]:
+        """Give each lease a whole TTL again; returns the ids unknown to this owner.
+
+        A lease that has run out is unknown even before it is reaped; so is another owner's.
+        """
+        now = self._clock()
+        unknown = []
+        for lease_id in lease_ids:
+            lease = self._leases.get(lease_id)
+            if lease is None or lease.owner != owner or lease.expires_at <= now:
+                unknown.append(lease_id)
+            else:
+                self._leases[lease_id] = replace(lease, expires_at=now + self.ttl_s)
+        return unknown
+
+    def release(self, owner: str, lease_ids: Iterable[bytes]) -> list[int]:
+        """End leases; returns the block ids to unpin, once per pin. What is gone is no error."""
+        block_ids: list[int] = []
+        for lease_id in lease_ids:
+            lease = self._leases.get(lease_id)
+            if lease is not None and lease.owner == owner:
+                del self._leases[lease_id]
+                block_ids.extend(lease.block_ids)
+        return block_ids
+
+    def release_owner(self, owner: str) -> list[int]:
+        """End all leases of a peer; returns the block ids to unpin."""
+        owned = [lease.id for lease in self._leases.values() if lease.owner == owner]
+        return self.release(owner, owned)
+
+    def expire(self) -> list[Lease]:
+        """Remove and return the leases that have run out; the caller unpins their blocks."""
+        now = self._clock()
+        ended = [lease for lease in self._leases.values() if lease.expires_at <= now]
+        for lease in ended:
+            del self._leases[lease.id]
+        return ended

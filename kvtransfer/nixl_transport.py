@@ -1,0 +1,162 @@
+"""NIXL over UCX behind the Transport seam: the only importer of nixl.
+
+Facts that shaped it (NIXL 1.5.1, measured by `benchmarks/kv_transfer.py` or read):
+- An agent is not thread-safe; this object belongs to the data-plane thread. NIXL adds a progress
+  thread of its own, which the *target* of a read needs: connections are set up, and lanes without
+  remote memory access emulated, by it. Its Python wrapper fixes that thread's poll delay at 0,
+  which burns a core while idle; the bindings below it take a delay, and then the thread sleeps in
+  poll(2) until UCX has an event.
+- Posting a read may block for the whole copy (over CMA it does), but releases the GIL meanwhile.
+- Errors are raised, not returned. Agent names must be unique per incarnation, so they are the
+  incarnation.
+- Over CMA the first read into untouched memory costs a page fault a page; touch a pool before it is
+  used.
+- Left alone, UCX picks CMA on one host, and NVLink or RDMA where there are any: no restriction of
+  UCX_TLS was faster in the benchmark, and each forbids something to somebody. So none is set.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from engine.config import set_default_env
+from engine.errors import ConfigError
+from kvtransfer.base import Extent, MemoryRegion, PeerLost, PullFailed, ReadState
+
+# The progress thread wakes for events; this is only its fallback, for events that UCX misses.
+PROGRESS_DELAY_US = 100_000
+# Where the user set none: NIXL and UCX report to stderr what is raised and handled here anyway.
+DEFAULT_ENV = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "error"}
+
+
+def _load_bindings() -> Any:
+    """nixl's bindings for the CUDA at hand. ConfigError when nixl is missing or broken."""
+    set_default_env(DEFAULT_ENV)
+    raise_exceptions = logging.raiseExceptions
+    try:
+        return importlib.import_module("nixl")._bindings
+    except ImportError as error:
+        raise ConfigError(
+            f"KV transfer needs the package nixl (install diptych[worker]): {error}"
+        ) from error
+    finally:
+        logging.raiseExceptions = raise_exceptions  # nixl switches it off for the whole process
+
+
+@dataclass(slots=True)
+class _Read:
+    """A posted transfer request."""
+
+    request: int
+    peer: str
+    done: bool
+
+
+class NixlTransport:
+    """See `Transport`. `incarnation` names the agent."""
+
+    def __init__(self, incarnation: str) -> None:
+        self._nixl = _load_bindings()
+        config = self._nixl.nixlAgentConfig()
+        config.useProgThread = True
+        config.pthrDelay = PROGRESS_DELAY_US
+        self._agent = self._nixl.nixlAgent(incarnation, config)
+        self._agent.createBackend("UCX", {})
+        self._registered: list[Any] = []
+
+    def register(self, regions: Sequence[MemoryRegion]) -> None:
+        """Register memory with the agent."""
+        for region in regions:
+            row = (region.address, region.num_bytes, region.device_id, "")
+            descriptors = self._nixl.nixlRegDList(self._kind(region), [row])
+            self._agent.registerMem(descriptors)
+            self._registered.append(descriptors)
+
+    def metadata(self) -> bytes:
+        """The agent's metadata: its addresses and the keys of what is registered so far."""
+        return bytes(self._agent.getLocalMD())
+
+    def connect(self, incarnation: str, metadata: bytes) -> str:
+        """Load a peer's metadata; UCX connects on the first read. The handle is its name."""
+        try:
+            name = self._agent.loadRemoteMD(metadata).decode()
+        except Exception as error:
+            raise PullFailed(
+                f"peer {incarnation}: its NIXL metadata cannot be loaded ({error})"
+            ) from error
+        if name != incarnation:
+            self.disconnect(name)
+            raise PeerLost(f"peer {incarnation}: its NIXL metadata names {name}")
+        return incarnation
+
+    def disconnect(self, peer: str) -> None:
+        """Drop metadata and endpoint of a peer."""
+        try:
+            self._agent.invalidateRemoteMD(peer)
+        except Exception as error:
+            logging.getLogger(__name__).warning("peer %s: disconnect failed (%s)", peer, error)
+
+    def post_read(
+        self, peer: str, remote: MemoryRegion, local: MemoryRegion, extents: Sequence[Extent]
+    ) -> _Read:
+        """Post one transfer request over all extents."""
+        table = np.array(extents, dtype=np.uint64).reshape(-1, 3)
+        sources = self._descriptors(remote, table[:, 0], table[:, 2])
+        targets = self._descriptors(local, table[:, 1], table[:, 2])
+        try:
+            request = self._agent.createXferReq(self._nixl.NIXL_READ, targets, sources, peer)
+        except Exception as error:
+            raise self._translate(peer, error) from error
+        read = _Read(request, peer, done=False)
+        try:
+            read.done = self._agent.postXferReq(request) == self._nixl.NIXL_SUCCESS
+        except Exception as error:
+            self.release(read)
+            raise self._translate(peer, error) from error
+        return read
+
+    def poll(self, handle: _Read) -> ReadState:
+        """Ask NIXL, which also drives UCX."""
+        if not handle.done:
+            try:
+                handle.done = self._agent.getXferStatus(handle.request) == self._nixl.NIXL_SUCCESS
+            except Exception as error:
+                raise self._translate(handle.peer, error) from error
+        return ReadState.DONE if handle.done else ReadState.PENDING
+
+    def release(self, handle: _Read) -> None:
+        """Free the request; NIXL refuses only while it is in flight."""
+        try:
+            self._agent.releaseXferReq(handle.request)
+        except Exception as error:
+            logging.getLogger(__name__).warning("peer %s: release failed (%s)", handle.peer, error)
+
+    def close(self) -> None:
+        """Deregister all memory and end the agent with its progress thread."""
+        for descriptors in self._registered:
+            self._agent.deregisterMem(descriptors)
+        self._registered.clear()
+        self._agent = None
+
+    def _kind(self, region: MemoryRegion) -> Any:
+        return self._nixl.VRAM_SEG if region.kind == "VRAM" else self._nixl.DRAM_SEG
+
+    def _descriptors(self, region: MemoryRegion, offsets: Any, sizes: Any) -> Any:
+        rows = np.empty((len(offsets), 3), dtype=np.uint64)  # address, bytes, device
+        rows[:, 0] = offsets + np.uint64(region.address)
+        rows[:, 1] = sizes
+        rows[:, 2] = region.device_id
+        return self._nixl.nixlXferDList(self._kind(region), rows)
+
+    def _translate(self, peer: str, error: Exception) -> PeerLost | PullFailed:
+        """A caller's mistake is PullFailed, anything else loses the peer."""
+        mistakes = (self._nixl.nixlInvalidParamError, self._nixl.nixlNotSupportedError)
+        if isinstance(error, mistakes):
+            return PullFailed(f"peer {peer}: NIXL refused the read ({error})")
+        return PeerLost(f"peer {peer}: {error}")

@@ -1,0 +1,142 @@
+"""The peers this worker may read from, keyed by incarnation: a restart is somebody else.
+
+    unknown --connect: Handshake, then metadata--> connected
+       ^---- forget, lost, oldest of too many ---------+
+
+Owned by the asyncio loop. The data plane keeps its own view; this table only decides whom it
+connects to. Who pulls from a peer and gets PeerLost calls `forget` and may then connect again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+
+import grpc
+
+from engine.errors import Mismatch
+from engine.pb.diptych.internal.v1 import worker_pb2 as pb
+from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
+from engine.types import Peer
+from kvtransfer.base import GENERATION_BYTES, MemoryKind, MemoryRegion, PeerLost, RemotePool
+from kvtransfer.pull import DataPlane
+
+
+class PeerTable:
+    """Connects to peers once, remembers a bounded number of them.
+
+    `stub_factory` gives the KvService stub of an address (HOST:PORT); `digest` is our compatibility
+    digest.
+    """
+
+    def __init__(
+        self,
+        data_plane: DataPlane,
+        *,
+        digest: str,
+        stub_factory: Callable[[str], KvServiceStub],
+        max_peers: int = 64,
+        timeout_s: float = 10.0,
+    ) -> None:
+        self._data_plane = data_plane
+        self._digest = digest
+        self._stub_factory = stub_factory
+        self._max_peers = max_peers
+        self._timeout_s = timeout_s
+        self._pools: OrderedDict[str, RemotePool] = OrderedDict()  # least recently used first
+        self._connecting: dict[str, asyncio.Task[RemotePool]] = {}
+        self._dropping: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._pools)
+
+    async def connect(self, peer: Peer) -> RemotePool:
+        """The peer's pool, ready for `DataPlane.pull`; concurrent calls share one handshake.
+
+        Mismatch: another digest. PeerLost: unreachable, or the address belongs to another
+        incarnation.
+        """
+        pool = self._pools.get(peer.incarnation)
+        if pool is not None:
+            self._pools.move_to_end(peer.incarnation)
+            return pool
+        task = self._connecting.get(peer.incarnation)
+        if task is None:
+            task = asyncio.create_task(self._connect(peer), name=f"kv-handshake {peer.address}")
+            self._connecting[peer.incarnation] = task
+            task.add_done_callback(lambda done: self._connected(peer.incarnation, done))
+        return await asyncio.shield(task)  # one caller's cancellation is not the others'
+
+    async def forget(self, incarnation: str) -> None:
+        """Drop a peer and disconnect it; returns when its last read is over."""
+        self._pools.pop(incarnation, None)
+        await asyncio.wrap_future(self._data_plane.disconnect(incarnation))
+
+    def _connected(self, incarnation: str, task: asyncio.Task[RemotePool]) -> None:
+        self._connecting.pop(incarnation, None)
+        if task.cancelled() or task.exception() is not None:
+            return
+        self._pools[incarnation] = task.result()
+        while len(self._pools) > self._max_peers:
+            oldest = next(iter(self._pools))
+            drop = asyncio.ensure_future(self.forget(oldest))
+            self._pools.pop(oldest)
+            self._dropping.add(drop)
+            drop.add_done_callback(self._dropping.discard)
+
+    async def _connect(self, peer: Peer) -> RemotePool:
+        request = pb.HandshakeRequest(
+            digest=self._digest, caller_incarnation=self._data_plane.incarnation
+        )
+        stub = self._stub_factory(peer.address)
+        try:
+            response = await stub.Handshake(request, timeout=self._timeout_s)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                raise Mismatch(f"peer {peer.address}: {error.details()}") from error
+            raise PeerLost(f"peer {peer.address}: {error.code().name} {error.details()}") from error
+        pool = self._checked(peer, response)
+        connected = asyncio.wrap_future(self._data_plane.connect(pool))
+        try:
+            await asyncio.wait_for(connected, self._timeout_s)
+        except TimeoutError:
+            raise PeerLost(f"peer {peer.address}: the data plane is busy") from None
+        return pool
+
+    def _checked(self, peer: Peer, response: pb.HandshakeResponse) -> RemotePool:
+        """The pool that a handshake describes; the digest is compared before all else."""
+        if response.digest != self._digest:
+            raise Mismatch(
+                f"peer {peer.address}: compatibility digest {response.digest}, ours {self._digest}"
+            )
+        if response.incarnation != peer.incarnation:
+            raise PeerLost(
+                f"peer {peer.address} is now {response.incarnation}, not {peer.incarnation}"
+            )
+        pool = RemotePool(
+            incarnation=response.incarnation,
+            blocks=_region(response.blocks),
+            generations=_region(response.generations),
+            num_blocks=response.num_blocks,
+            block_bytes=response.block_bytes,
+            metadata=response.nixl_metadata,
+        )
+        ours = self._data_plane.local_pool.block_bytes
+        if pool.block_bytes != ours:
+            raise Mismatch(f"peer {peer.address}: blocks of {pool.block_bytes} bytes, ours {ours}")
+        if (
+            pool.blocks.num_bytes < pool.num_blocks * pool.block_bytes
+            or pool.generations.num_bytes < pool.num_blocks * GENERATION_BYTES
+        ):
+            raise Mismatch(
+                f"peer {peer.address}: its memory does not hold {pool.num_blocks} blocks"
+            )
+        return pool
+
+
+def _region(memory: pb.Memory) -> MemoryRegion:
+    if memory.kind not in ("DRAM", "VRAM"):
+        raise Mismatch(f"memory kind {memory.kind!r}: expected DRAM or VRAM")
+    kind: MemoryKind = "VRAM" if memory.kind == "VRAM" else "DRAM"
+    return MemoryRegion(memory.address, memory.num_bytes, kind, memory.device_id)

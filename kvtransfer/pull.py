@@ -1,0 +1,385 @@
+"""The data plane: one thread that alone touches the transport, and pulls blocks for everybody else.
+
+    engine thread / asyncio loop              data-plane thread                 transport
+       pull(), connect() ...  --commands-->   step every pull in flight  -->    post, poll
+                              <--futures---   fence, settle
+
+Other threads only put commands into a queue and hold futures. Idle, the thread sleeps in that
+queue; with reads in flight it polls, sleeping longer the longer nothing moves. Futures complete on
+the data-plane thread, so their callbacks must be short (`loop.call_soon_threadsafe`, or
+`asyncio.wrap_future`).
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kvtransfer.base import (
+    GENERATION_BYTES,
+    MemoryRegion,
+    PeerHandle,
+    PeerLost,
+    PullFailed,
+    RemotePool,
+    Transport,
+)
+from kvtransfer.fence import Fence
+from kvtransfer.plan import coalesce
+from kvtransfer.reads import LocalMemory, Pull, PullRequest, PullResult, Reading
+
+__all__ = ["DataPlane", "Pull", "PullResult", "TransferCounters"]
+
+_log = logging.getLogger(__name__)
+_POLL_MIN_S = 20e-6
+_POLL_MAX_S = 1e-3
+_POLL_FAILED_S = 50e-3  # when only failed pulls are left to settle
+
+
+@dataclass(frozen=True, slots=True)
+class TransferCounters:
+    """Totals since the start, of pulls that ended; the last two say how it is now."""
+
+    num_pulls: int = 0
+    num_blocks: int = 0
+    num_bytes: int = 0
+    num_extents: int = 0
+    seconds: float = 0.0  # sum over pulls, which may overlap
+    num_stale_blocks: int = 0
+    num_failures: int = 0  # pulls that raised
+    num_in_flight: int = 0
+    num_quarantined_blocks: int = 0  # destinations of failed pulls that a read may still write
+
+
+@dataclass(slots=True)
+class _Peer:
+    """A connected peer; `closing` takes no new pull and is disconnected with its last read."""
+
+    handle: PeerHandle
+    closing: bool = False
+
+
+class DataPlane:
+    """Owner of the transport and of every read in flight.
+
+    `blocks` is the local pool of num_blocks x block_bytes, `generations` its num_blocks 64-bit
+    generations in DRAM; both are registered at `start` and must outlive `stop`. `on_peer_lost` is
+    called on the data-plane thread with the incarnation of a peer whose read failed.
+    """
+
+    def __init__(
+        self,
+        transport_factory: Callable[[], Transport],
+        *,
+        incarnation: str,
+        blocks: MemoryRegion,
+        generations: MemoryRegion,
+        num_blocks: int,
+        block_bytes: int,
+        fence: Fence | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        on_peer_lost: Callable[[str], None] | None = None,
+    ) -> None:
+        if blocks.num_bytes < num_blocks * block_bytes:
+            raise ValueError(
+                f"{blocks.num_bytes} bytes do not hold {num_blocks} blocks of {block_bytes}"
+            )
+        if (
+            generations.num_bytes < num_blocks * GENERATION_BYTES
+            or generations.address % GENERATION_BYTES
+        ):
+            raise ValueError(f"generations: expected {num_blocks} aligned 64-bit integers")
+        self.incarnation = incarnation
+        self.counters = TransferCounters()  # replaced as a whole; read it from any thread
+        self._factory = transport_factory
+        self._blocks = blocks
+        self._generations = generations
+        self._num_blocks = num_blocks
+        self._block_bytes = block_bytes
+        self._fence = fence or Fence()
+        self._clock = clock
+        self._on_peer_lost = on_peer_lost
+        landed = np.zeros(num_blocks, dtype=np.uint64)
+        landing = MemoryRegion(landed.ctypes.data, landed.nbytes)
+        self._memory = LocalMemory(blocks, landing, landed)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # orders the last command before the end of the thread
+        self._ended = False
+        self._stop_at: float | None = None
+        self._metadata = b""
+        self._started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name="kv-data-plane", daemon=True)
+        # Data-plane thread only:
+        self._transport: Transport | None = None
+        self._peers: dict[str, _Peer] = {}
+        self._disconnected: dict[str, list[Future[None]]] = {}
+        self._readings: list[Reading] = []
+
+    # -- any thread --------------------------------------------------------------------------
+
+    def start(self, timeout_s: float = 60.0) -> None:
+        """Start the thread and register memory; raises what the transport raised."""
+        self._thread.start()
+        self._started.result(timeout_s)
+
+    @property
+    def local_pool(self) -> RemotePool:
+        """This worker's pool as peers see it; after `start`."""
+        return RemotePool(
+            incarnation=self.incarnation,
+            blocks=self._blocks,
+            generations=self._generations,
+            num_blocks=self._num_blocks,
+            block_bytes=self._block_bytes,
+            metadata=self._metadata,
+        )
+
+    def connect(self, pool: RemotePool) -> Future[None]:
+        """Make a peer's pool readable; repeating it is harmless. PeerLost, PullFailed."""
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()
+        self._submit(lambda: self._connect(pool, future))
+        return future
+
+    def disconnect(self, incarnation: str) -> Future[None]:
+        """Take no more pulls from a peer; completes when its last read is over."""
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()
+        self._submit(lambda: self._disconnect(incarnation, future))
+        return future
+
+    def pull(
+        self,
+        pool: RemotePool,
+        remote_ids: Sequence[int],
+        local_ids: Sequence[int],
+        expected_generations: Sequence[int],
+        timeout_s: float,
+    ) -> Pull:
+        """Read remote_ids[i] of a connected pool into local_ids[i] and fence it; see `Pull`.
+
+        ValueError at once for ids out of bounds, a local id given twice, or lists of unequal
+        length.
+        """
+        if len(expected_generations) != len(remote_ids):
+            raise ValueError(
+                f"{len(expected_generations)} generations for {len(remote_ids)} blocks"
+            )
+        if pool.block_bytes != self._block_bytes:
+            raise ValueError(
+                f"peer's blocks have {pool.block_bytes} bytes, ours {self._block_bytes}"
+            )
+        runs = coalesce(
+            remote_ids,
+            local_ids,
+            num_remote_blocks=pool.num_blocks,
+            num_local_blocks=self._num_blocks,
+        )
+        now = self._clock()
+        local, expected = tuple(local_ids), tuple(expected_generations)
+        request = PullRequest(pool, local, expected, runs, now, now + timeout_s)
+        pull = Pull(lambda: self._submit(lambda: self._cancel(pull)))
+        self._submit(lambda: self._begin(pull, request))
+        return pull
+
+    def stop(self, timeout_s: float = 5.0) -> bool:
+        """Fail all pulls, wait for their reads, end the thread; whether everything settled in time.
+
+        If not, a peer hangs with our memory in its hands: the transport is left open and the
+        process should end without freeing the pool.
+        """
+        if not self._thread.ident:
+            return True
+        self._submit(lambda: self._begin_stop(timeout_s))
+        self._thread.join(timeout_s + 1.0)
+        return not self._thread.is_alive() and self._transport is None
+
+    def _submit(self, command: Callable[[], None]) -> None:
+        with self._lock:
+            if not self._ended:
+                self._commands.put(command)
+                return
+        command()  # the thread is gone and so its state is ours; every command refuses then
+
+    # -- data-plane thread -------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._transport = self._open()
+        except BaseException as error:
+            self._end()
+            self._started.set_exception(error)
+            return
+        self._started.set_result(None)
+        delay: float | None = None  # None: idle, sleep until a command comes
+        while True:
+            self._take_commands(delay)
+            now = self._clock()
+            if self._stop_at is not None and (not self._readings or now >= self._stop_at):
+                break
+            moved = self._round(self._transport, now)
+            delay = self._next_delay(delay, moved)
+        self._end()
+
+    def _open(self) -> Transport:
+        transport = self._factory()
+        transport.register([self._blocks, self._generations, self._memory.landing])
+        self._metadata = transport.metadata()
+        return transport
+
+    def _take_commands(self, delay: float | None) -> None:
+        """Run what has gathered; wait up to `delay` seconds for a first one."""
+        try:
+            command = self._commands.get() if delay is None else self._commands.get(timeout=delay)
+            while True:
+                command()
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            return
+
+    def _next_delay(self, delay: float | None, moved: bool) -> float | None:
+        if not self._readings and self._stop_at is None:
+            return None
+        if moved or not self._readings:
+            return 0.0
+        if all(reading.error for reading in self._readings):
+            return _POLL_FAILED_S
+        return min(max(_POLL_MIN_S, (delay or 0.0) * 1.5), _POLL_MAX_S)
+
+    def _round(self, transport: Transport, now: float) -> bool:
+        """Step every pull once, drop those that settled, disconnect peers that are done with."""
+        moved = False
+        for reading in self._readings:
+            was_open = reading.error is None
+            try:
+                moved |= reading.step(transport, now)
+            except Exception as error:
+                _log.exception("pull from %s broke", reading.request.pool.incarnation)
+                reading.crash(error, now)
+            if reading.result:
+                self._count(reading.result)
+            elif was_open and reading.error:
+                self._count_failure(reading)
+        self._readings = [reading for reading in self._readings if not reading.settle(now)]
+        self._disconnect_idle(transport)
+        self._publish()
+        return moved
+
+    def _begin(self, pull: Pull, request: PullRequest) -> None:
+        peer = self._peers.get(request.pool.incarnation)
+        if self._stop_at is not None or self._ended:
+            pull.refuse(PullFailed("the data plane has stopped"))
+        elif peer is None or peer.closing:
+            pull.refuse(PeerLost(f"peer {request.pool.incarnation} is not connected"))
+        elif not request.local_ids:
+            pull.done.set_result(PullResult((), 0, 0, 0, 0.0))
+            pull.settled.set_result(None)
+        else:
+            reading = Reading(pull, request, peer.handle, self._memory, self._fence)
+            self._readings.append(reading)
+
+    def _cancel(self, pull: Pull) -> None:
+        for reading in self._readings:
+            if reading.pull is pull:
+                reading.fail(PullFailed("cancelled"))
+
+    def _connect(self, pool: RemotePool, future: Future[None]) -> None:
+        peer = self._peers.get(pool.incarnation)
+        if self._transport is None or self._stop_at is not None:
+            future.set_exception(PullFailed("the data plane has stopped"))
+        elif peer is None:
+            try:
+                handle = self._transport.connect(pool.incarnation, pool.metadata)
+            except Exception as error:
+                future.set_exception(error)
+                return
+            self._peers[pool.incarnation] = _Peer(handle)
+            future.set_result(None)
+        elif peer.closing:
+            future.set_exception(PeerLost(f"peer {pool.incarnation} is still being disconnected"))
+        else:
+            future.set_result(None)
+
+    def _disconnect(self, incarnation: str, future: Future[None]) -> None:
+        peer = self._peers.get(incarnation)
+        if peer is None:
+            future.set_result(None)
+            return
+        peer.closing = True
+        self._disconnected.setdefault(incarnation, []).append(future)
+        if self._transport is not None:
+            self._disconnect_idle(self._transport)
+
+    def _disconnect_idle(self, transport: Transport) -> None:
+        """Disconnect closing peers of which no pull needs the connection any more."""
+        closing = [name for name, peer in self._peers.items() if peer.closing]
+        if not closing:
+            return
+        busy = {
+            reading.request.pool.incarnation
+            for reading in self._readings
+            if reading.has_reads or reading.error is None
+        }
+        for incarnation in closing:
+            if incarnation not in busy:
+                transport.disconnect(self._peers.pop(incarnation).handle)
+                for future in self._disconnected.pop(incarnation, []):
+                    future.set_result(None)
+
+    def _count(self, result: PullResult) -> None:
+        c = self.counters
+        self.counters = replace(
+            c,
+            num_pulls=c.num_pulls + 1,
+            num_blocks=c.num_blocks + result.num_blocks,
+            num_bytes=c.num_bytes + result.num_bytes,
+            num_extents=c.num_extents + result.num_extents,
+            seconds=c.seconds + result.seconds,
+            num_stale_blocks=c.num_stale_blocks + len(result.stale),
+        )
+
+    def _count_failure(self, reading: Reading) -> None:
+        """A lost peer is closed with its first failure; its other pulls fail by their own step."""
+        self.counters = replace(self.counters, num_failures=self.counters.num_failures + 1)
+        incarnation = reading.request.pool.incarnation
+        peer = self._peers.get(incarnation)
+        if isinstance(reading.error, PeerLost) and peer is not None and not peer.closing:
+            peer.closing = True
+            if self._on_peer_lost is not None:
+                self._on_peer_lost(incarnation)
+
+    def _publish(self) -> None:
+        num_in_flight = sum(reading.error is None for reading in self._readings)
+        quarantined = sum(reading.num_unsettled_blocks for reading in self._readings)
+        c = self.counters
+        if (num_in_flight, quarantined) != (c.num_in_flight, c.num_quarantined_blocks):
+            self.counters = replace(
+                c, num_in_flight=num_in_flight, num_quarantined_blocks=quarantined
+            )
+
+    def _begin_stop(self, timeout_s: float) -> None:
+        if self._stop_at is None:
+            self._stop_at = self._clock() + timeout_s
+            for reading in self._readings:
+                reading.fail(PullFailed("the data plane is stopping"))
+
+    def _end(self) -> None:
+        """Close the transport unless a read still holds memory, then refuse what comes late."""
+        if self._stop_at is None:
+            self._stop_at = self._clock()
+        if self._transport is not None and not self._readings:
+            for peer in self._peers.values():
+                peer.closing = True
+            self._disconnect_idle(self._transport)
+            self._transport.close()
+            self._transport = None
+        with self._lock:
+            self._ended = True
+        self._take_commands(0.0)

@@ -1,0 +1,234 @@
+"""One pull as a state machine, stepped on the data-plane thread; nobody else touches it.
+
+    reading --last data read DONE--> fencing --generations DONE--> finished
+       |                                |                          (done: result; settled)
+       +-- error, timeout, cancel ------+
+                     v
+                  failed  --no read left, and quiet--> settled
+                  (done: error)
+
+Data is read in slices, a few in flight, so that several pulls share the thread fairly and a timeout
+or a cancel stops a long pull soon. The generations are read only after every data read is terminal,
+never with them (see `fence`). The landing word of a block is that of its *local* id: a local block
+has one writer at a time, its pull, and so has its word.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtransfer.base import (
+    GENERATION_BYTES,
+    Extent,
+    MemoryRegion,
+    PeerHandle,
+    PullFailed,
+    PullTimeout,
+    ReadHandle,
+    ReadState,
+    RemotePool,
+    TransferError,
+    Transport,
+)
+from kvtransfer.fence import Fence
+from kvtransfer.plan import Run, extents, slices
+
+SLICE_BYTES = 8 << 20  # of one transfer request; over CMA posting it takes about 1 ms
+MAX_SLICES_IN_FLIGHT = 4  # of one pull
+# After an error NIXL 1.5.1 may call a request terminal while others of its batch are still being
+# cancelled; their destination is not handed back before they surely are.
+QUIET_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PullResult:
+    """A pull whose reads all ended well. Blocks at the indices `stale` must be dropped."""
+
+    stale: tuple[int, ...]  # indices into the ids that were asked for
+    num_blocks: int
+    num_bytes: int
+    num_extents: int  # contiguous reads after coalescing
+    seconds: float  # from the first post to the comparison
+
+
+class Pull:
+    """What the caller of a pull holds.
+
+    `done`: PullResult, or PeerLost, PullTimeout, PullFailed. `settled`: None, once no read of this
+    pull can still write local memory; only then may the destination blocks be freed. Never before
+    `done`; long after it when a peer hangs. Neither can be cancelled as a future.
+    """
+
+    __slots__ = ("_cancel", "done", "settled")
+
+    def __init__(self, cancel: Callable[[], None]) -> None:
+        self.done: Future[PullResult] = Future()
+        self.settled: Future[None] = Future()
+        self.done.set_running_or_notify_cancel()
+        self.settled.set_running_or_notify_cancel()
+        self._cancel = cancel
+
+    def cancel(self) -> None:
+        """Stop early: `done` fails with PullFailed unless it has ended; `settled` comes later."""
+        self._cancel()
+
+    def refuse(self, error: TransferError) -> None:
+        """Fail a pull of which nothing was posted."""
+        self.done.set_exception(error)
+        self.settled.set_result(None)
+
+
+@dataclass(frozen=True, slots=True)
+class PullRequest:
+    """A checked and planned pull. Times are on the data plane's clock."""
+
+    pool: RemotePool
+    local_ids: tuple[int, ...]
+    expected: tuple[int, ...]
+    runs: list[Run]
+    asked_at: float
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class LocalMemory:
+    """Where reads land."""
+
+    blocks: MemoryRegion
+    landing: MemoryRegion
+    landed: npt.NDArray[np.uint64]  # [num_blocks], the landing region as numbers
+
+
+class Reading:
+    """The state of one pull in flight."""
+
+    def __init__(
+        self, pull: Pull, request: PullRequest, peer: PeerHandle, memory: LocalMemory, fence: Fence
+    ) -> None:
+        self.pull = pull
+        self.request = request
+        self.error: TransferError | None = None
+        self.result: PullResult | None = None
+        self._peer = peer
+        self._memory = memory
+        self._fence = fence
+        block_bytes = request.pool.block_bytes
+        self._block_bytes = block_bytes
+        self._slices = deque(slices(request.runs, max(1, SLICE_BYTES // block_bytes)))
+        self._handles: list[ReadHandle] = []
+        self._fencing = False
+        self._began_at: float | None = None
+        self._quiet_at = 0.0
+
+    @property
+    def has_reads(self) -> bool:
+        """Whether the transport still holds a read of this pull."""
+        return bool(self._handles)
+
+    @property
+    def num_unsettled_blocks(self) -> int:
+        """Blocks that a failed pull keeps from being reused."""
+        return len(self.request.local_ids) if self.error else 0
+
+    def fail(self, error: TransferError) -> None:
+        """Answer the caller now; reads in flight go on until they are terminal."""
+        if self.error is None and self.result is None:
+            self.error = error
+            self._slices.clear()
+            self.pull.done.set_exception(error)
+
+    def step(self, transport: Transport, now: float) -> bool:
+        """Poll what is in flight, post what may be posted; whether anything moved."""
+        moved = self._poll(transport, now)
+        if self.error is None and now >= self.request.deadline:
+            waited = now - self.request.asked_at
+            self.fail(
+                PullTimeout(f"peer {self.request.pool.incarnation}: no end after {waited:.1f} s")
+            )
+        if self.error is None:
+            moved |= self._advance(transport, now)
+        return moved
+
+    def settle(self, now: float) -> bool:
+        """Complete `settled` if nothing can land any more; whether the pull is over."""
+        if self._handles or (self.error is None and self.result is None) or now < self._quiet_at:
+            return False
+        self.pull.settled.set_result(None)
+        return True
+
+    def _poll(self, transport: Transport, now: float) -> bool:
+        pending: list[ReadHandle] = []
+        failure: TransferError | None = None
+        for handle in self._handles:
+            try:
+                if transport.poll(handle) is ReadState.PENDING:
+                    pending.append(handle)
+                    continue
+            except TransferError as error:
+                failure = failure or error
+            transport.release(handle)
+        moved = len(pending) < len(self._handles)
+        self._handles = pending
+        if failure:
+            self._quiet_at = now + QUIET_S
+            self.fail(failure)
+        return moved
+
+    def _advance(self, transport: Transport, now: float) -> bool:
+        """Post one more slice, or the fence, or finish."""
+        if self._slices:
+            if len(self._handles) >= MAX_SLICES_IN_FLIGHT:
+                return False
+            reads = extents(self._slices.popleft(), self._block_bytes)
+            self._post(transport, now, self.request.pool.blocks, self._memory.blocks, reads)
+            return True
+        if self._handles:
+            return False
+        if not self._fencing:
+            self._fencing = True
+            reads = extents(self.request.runs, GENERATION_BYTES)
+            self._post(transport, now, self.request.pool.generations, self._memory.landing, reads)
+            return True
+        self._finish(now)
+        return True
+
+    def _post(
+        self,
+        transport: Transport,
+        now: float,
+        remote: MemoryRegion,
+        local: MemoryRegion,
+        reads: list[Extent],
+    ) -> None:
+        if self._began_at is None:
+            self._began_at = now
+        try:
+            self._handles.append(transport.post_read(self._peer, remote, local, reads))
+        except TransferError as error:
+            self._quiet_at = now + QUIET_S
+            self.fail(error)
+
+    def _finish(self, now: float) -> None:
+        request = self.request
+        actual: list[Any] = self._memory.landed[list(request.local_ids)].tolist()
+        num_blocks = len(request.local_ids)
+        self.result = PullResult(
+            stale=self._fence.stale(request.expected, actual),
+            num_blocks=num_blocks,
+            num_bytes=num_blocks * self._block_bytes,
+            num_extents=len(request.runs),
+            seconds=now - (self._began_at or now),
+        )
+        self.pull.done.set_result(self.result)
+
+    def crash(self, error: Exception, now: float) -> None:
+        """An unexpected exception in a step: nobody may wait for it for ever."""
+        self._quiet_at = now + QUIET_S
+        self.fail(PullFailed(f"peer {self.request.pool.incarnation}: {error!r}"))

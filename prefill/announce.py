@@ -1,0 +1,45 @@
+"""Finished blocks of one prompt, offered to the caller under leases.
+
+    engine pins a block once more for us -> a lease takes the pin over -> the caller reads -> Release, or TTL
+
+Whatever was announced by the engine is either under a lease or released here, also when the caller is gone.
+"""
+
+from __future__ import annotations
+
+from engine.core import AnnouncedEvent
+from engine.pb.diptych.internal.v1 import worker_pb2
+from engine.worker import Stream
+from kvtransfer.host import WorkerHost
+
+
+class Announcer:
+    """Leases of one Prefill call; `owner` is the incarnation that may read and release them."""
+
+    def __init__(self, host: WorkerHost, owner: str) -> None:
+        self._kv = host.kv
+        self._blocks = host.blocks
+        self._ttl_s = host.transfer.lease_ttl_s
+        self._owner = owner
+        self._leases: list[bytes] = []
+
+    async def offer(self, event: AnnouncedEvent) -> worker_pb2.BlocksReady:
+        """Put complete blocks under a new lease and say so on the wire."""
+        lease = await self._kv.grant(self._owner, event.block_ids)
+        self._leases.append(lease.id)
+        return worker_pb2.BlocksReady(
+            lease=lease.id,
+            ttl_s=self._ttl_s,
+            first_block=event.first_block,
+            block_ids=event.block_ids,
+            hashes=event.names,
+            generations=event.generations,
+        )
+
+    async def withdraw(self, stream: Stream) -> None:
+        """The caller has gone: end the work, release what was offered and what still comes."""
+        stream.abort()
+        for event in await stream.drain():
+            if isinstance(event, AnnouncedEvent):
+                await self._blocks.unpin(event.block_ids)
+        await self._kv.release(self._owner, self._leases)

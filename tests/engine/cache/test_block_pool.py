@@ -1,0 +1,191 @@
+"""Random admit, extend, name, fork, free and evict sequences keep the pool whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from engine.cache.block_pool import BlockPool, NoRoom
+from engine.cache.block_table import BlockTable
+from engine.cache.layout import KVLayout, block_names, name_salt
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 12
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """A model beside the pool: what bytes each named block must still hold."""
+
+    tables = Bundle("tables")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(NUM_BLOCKS)
+        self.live: list[BlockTable] = []
+        self.bytes: dict[int, object] = {}  # block -> what was last written to it
+        self.promised: dict[bytes, object] = {}  # name -> what it stands for
+        self.generations = self.pool.generations.copy()
+
+    def _write(self, blocks: list[int], content: object) -> None:
+        for block in blocks:
+            assert self.pool.generations[block] > self.generations[block], "written before the bump"
+            self.bytes[block] = (content, block)
+        self.generations = self.pool.generations.copy()
+
+    @rule(target=tables, num_tokens=st.integers(1, 30))
+    def admit(self, num_tokens: int) -> BlockTable:
+        table = BlockTable(self.pool, BLOCK_SIZE)
+        self.live.append(table)
+        self._extend(table, num_tokens)
+        return table
+
+    @rule(table=tables, more=st.integers(1, 12))
+    def extend(self, table: BlockTable, more: int) -> None:
+        self._extend(table, len(table.blocks) * BLOCK_SIZE + more)
+
+    def _extend(self, table: BlockTable, num_tokens: int) -> None:
+        before, available = len(table.blocks), self.pool.num_available
+        needed = table.missing(num_tokens)
+        try:
+            table.reserve(num_tokens)
+        except NoRoom:
+            assert needed > available
+            assert len(table.blocks) == before
+            assert self.pool.num_available == available
+        else:
+            assert len(table.blocks) == before + needed
+            self._write(table.blocks[before:], object())
+
+    @rule(table=tables, index=st.integers(0, 7), name=st.integers(0, 20))
+    def name(self, table: BlockTable, index: int, name: int) -> None:
+        if index < len(table.blocks):
+            block, key = table.blocks[index], bytes([name])
+            known = self.pool.match([key])
+            had_name = any(self.pool.match([k]) == [block] for k in self.promised)
+            self.pool.name(block, key)
+            if not known and not had_name:
+                self.promised[key] = self.bytes[block]
+
+    @rule(target=tables, name=st.integers(0, 20))
+    def hit(self, name: int) -> BlockTable:
+        table = BlockTable(self.pool, BLOCK_SIZE)
+        self.live.append(table)
+        blocks = self.pool.match([bytes([name])])
+        table.adopt(blocks)
+        for block in blocks:
+            assert self.bytes[block] == self.promised[bytes([name])], "a name outlived its bytes"
+        return table
+
+    @rule(target=tables, table=tables, num_tokens=st.integers(0, 30))
+    def fork(self, table: BlockTable, num_tokens: int) -> BlockTable:
+        num_tokens = min(num_tokens, len(table.blocks) * BLOCK_SIZE)
+        available = self.pool.num_available
+        try:
+            twin, copies = table.fork(num_tokens)
+        except NoRoom:
+            assert available == 0
+            return table
+        whole = num_tokens // BLOCK_SIZE
+        assert twin.blocks[:whole] == table.blocks[:whole]
+        assert len(copies) == (1 if num_tokens % BLOCK_SIZE else 0)
+        for source, destination in copies:
+            assert source == table.blocks[whole]
+            assert destination == twin.blocks[whole]
+        self._write(twin.blocks[whole:], object())
+        self.live.append(twin)
+        return twin
+
+    @rule(table=consumes(tables))
+    def free(self, table: BlockTable) -> None:
+        table.release()
+        assert table.blocks == []
+
+    @invariant()
+    def whole(self) -> None:
+        pool = self.pool
+        pool.check()
+        assert pool.num_free + pool.num_cached + pool.num_held == NUM_BLOCKS
+        held = {block for table in self.live for block in table.blocks}
+        assert len(held) == pool.num_held
+
+    def teardown(self) -> None:
+        for table in self.live:
+            table.release()
+        assert self.pool.num_held == 0
+        self.pool.check()
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
+)
+
+
+def test_least_recently_used_name_goes_first() -> None:
+    pool = BlockPool(3)
+    blocks = pool.take(3)
+    for block in blocks:
+        pool.name(block, bytes([block]))
+    pool.release([blocks[1]])
+    pool.release([blocks[0]])
+    pool.release([blocks[2]])
+    assert pool.take(1) == [blocks[1]]
+    assert pool.match([bytes([blocks[1]])]) == []
+    assert pool.match([bytes([blocks[0]])]) == [blocks[0]]
+
+
+def test_a_prefix_outlives_its_continuation() -> None:
+    pool = BlockPool(3)
+    blocks = pool.take(3)
+    for block in blocks:
+        pool.name(block, bytes([block]))
+    pool.release(blocks)
+    pool.take(1)
+    assert pool.match([bytes([b]) for b in blocks]) == blocks[:2]
+
+
+def test_generations_are_unpredictable_aligned_and_bumped_before_reuse() -> None:
+    a, b = BlockPool(64), BlockPool(64)
+    assert not np.array_equal(a.generations, b.generations)
+    assert a.generations.ctypes.data % 8 == 0
+    before = a.generations.copy()
+    taken = a.take(5)
+    assert all(a.generations[t] == before[t] + 1 for t in taken)
+    assert int(a.generations.max()) < 2**63
+
+
+def test_misuse_is_an_error() -> None:
+    pool = BlockPool(2)
+    with pytest.raises(ValueError, match="free"):
+        pool.pin([0])
+    with pytest.raises(ValueError, match="not held"):
+        pool.release([0])
+    with pytest.raises(ValueError, match="not held"):
+        pool.name(0, b"x")
+    with pytest.raises(NoRoom):
+        pool.take(3)
+    assert pool.num_free == 2
+
+
+def test_names_depend_on_every_token_the_parent_and_the_salt() -> None:
+    salt = name_salt(digest="d")
+    names = block_names(list(range(12)), 4, salt)
+    assert len(set(names)) == 3
+    assert block_names(list(range(11)), 4, salt) == names[:2]
+    changed = block_names([99, *range(1, 12)], 4, salt)
+    assert not set(changed) & set(names)
+    assert not set(block_names(list(range(12)), 4, name_salt(digest="d", cache_salt="s"))) & set(
+        names
+    )
+    assert name_salt(digest="ab", adapter="c") != name_salt(digest="a", adapter="bc")
+
+
+def test_layout_sizes() -> None:
+    layout = KVLayout(num_layers=30, num_kv_heads=3, head_dim=64, block_size=16, dtype="bfloat16")
+    assert layout.block_bytes == 368_640
+    assert layout.num_blocks(0) == 0
+    assert layout.num_blocks(16) == 1
+    assert layout.num_blocks(17) == 2

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from engine.cache.kv_cache import PAGE_BYTES, KVCache
+from engine.cache.layout import KVLayout
+
+CPU = torch.device("cpu")
+LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, block_size=4, dtype="float32")
+
+
+def test_the_pool_is_zero_aligned_and_as_large_as_its_blocks() -> None:
+    cache = KVCache(LAYOUT, 7, CPU)
+    assert cache.pool.shape == (7, 3, 2, 2, 4, 4)
+    assert cache.pool.is_contiguous() and not cache.pool.any()
+    assert cache.address % PAGE_BYTES == 0 and cache.address == cache.pool.data_ptr()
+    assert cache.num_bytes == 7 * LAYOUT.block_bytes == cache.pool.nbytes
+    assert (cache.kind, cache.device_id) == ("DRAM", 0)
+
+
+def test_a_block_is_one_extent_at_address_plus_block_bytes() -> None:
+    cache = KVCache(LAYOUT, 5, CPU)
+    cache.pool[3] = 1.5
+    start = cache.address + 3 * LAYOUT.block_bytes
+    raw = ctypes.string_at(start, LAYOUT.block_bytes)
+    assert torch.frombuffer(bytearray(raw), dtype=torch.float32).eq(1.5).all()
+    assert cache.pool.eq(1.5).sum() == LAYOUT.block_bytes // 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_write_puts_each_token_at_its_slot_and_touches_nothing_else(dtype: str) -> None:
+    layout = KVLayout(3, 2, 4, 4, dtype)
+    cache = KVCache(layout, 6, CPU)
+    torch.manual_seed(0)
+    slots = torch.tensor([21, 0, 7, 6])
+    k = torch.randn(4, 2, 4).to(cache.pool.dtype)
+    v = torch.randn(4, 2, 4).to(cache.pool.dtype)
+    cache.write(1, slots, k, v)
+    k_blocks, v_blocks = cache.layer(1)
+    for i, slot in enumerate(slots.tolist()):
+        block, offset = divmod(slot, 4)
+        assert torch.equal(k_blocks[block, :, offset], k[i])
+        assert torch.equal(v_blocks[block, :, offset], v[i])
+    assert cache.pool.count_nonzero() == k.count_nonzero() + v.count_nonzero()
+    assert not cache.pool[:, [0, 2]].any()
+
+
+def test_copy_blocks_copies_all_layers() -> None:
+    cache = KVCache(LAYOUT, 6, CPU)
+    cache.pool.copy_(torch.arange(cache.pool.numel()).view(cache.pool.shape))
+    before = cache.pool.clone()
+    cache.copy_blocks([4, 0], [1, 5])
+    assert torch.equal(cache.pool[[1, 5]], before[[4, 0]])
+    assert torch.equal(cache.pool[[0, 2, 3, 4]], before[[0, 2, 3, 4]])
+    cache.copy_blocks([], [])
+    with pytest.raises(ValueError, match="disjoint"):
+        cache.copy_blocks([1, 2], [2, 3])
+
+
+def test_a_pool_without_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one block"):
+        KVCache(LAYOUT, 0, CPU)

@@ -1,0 +1,167 @@
+"""tokenizer.json from GGUF metadata: the splits of each named pre-tokenizer, and SentencePiece
+vocabularies.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from engine.checkpoint.gguf_tokenizer import tokenizer_files
+from engine.errors import CheckpointError
+from tests.support import tiny_gguf
+
+TOKENS, MERGES = tiny_gguf.byte_level_vocab()
+ALPHABET = "aZ é中\U0001f600'’sLL1²³٣½ \t\n\r.,!/_-<>$+=~^|`\u00a0\u3000İß\u0301ǅ"
+
+
+def make(meta: dict[str, Any]) -> Tokenizer:
+    files = tokenizer_files(meta, Path("m.gguf"))
+    return Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
+
+
+def byte_level(pre: str, **more: Any) -> Tokenizer:
+    base = {"model": "gpt2", "tokens": TOKENS, "merges": MERGES, "pre": pre}
+    types = [3, 3, 4] + [1] * (len(TOKENS) - 3)
+    meta = {f"tokenizer.ggml.{k}": v for k, v in (base | {"token_type": types} | more).items()}
+    return make(meta)
+
+
+def splits(tokenizer: Tokenizer, text: str) -> list[str]:
+    return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize(
+    ("pre", "expected"),
+    [
+        ("smollm", ["hi", "Ġ", "1", "2", "3", "4", "'s", "ĠA", ".", "Ċ", "Ċ"]),
+        ("gpt-2", ["hi", "Ġ1234", "'s", "ĠA", ".", "Ċ", "Ċ"]),
+        ("llama-bpe", ["hi", "Ġ", "123", "4", "'s", "ĠA", ".ĊĊ"]),
+        ("qwen2", ["hi", "Ġ", "1", "2", "3", "4", "'s", "ĠA", ".ĊĊ"]),
+        ("tekken", ["hi", "Ġ", "1", "2", "3", "4", "'s", "ĠA", ".ĊĊ"]),
+        ("default", ["hi", "Ġ", "123", "4", "'", "s", "ĠA", ".", "Ċ", "Ċ"]),
+    ],
+)
+def test_named_splits(pre: str, expected: list[str]) -> None:
+    # A run of blank lines at the end of a text is one piece for the GPT-2 expression.
+    found = splits(byte_level(pre), "hi 1234's A.\n\n")
+    joined = [*expected[:-2], "ĊĊ"] if expected[-1] == "Ċ" else expected
+    assert found == joined
+
+
+@pytest.mark.parametrize(("pre", "name"), [("qwen2", "Qwen2Tokenizer"), ("gpt-2", "GPT2Tokenizer")])
+def test_splits_equal_transformers(pre: str, name: str) -> None:
+    import transformers
+
+    vocab = {t: i for i, t in enumerate(TOKENS)}
+    theirs = getattr(transformers, name)(vocab=vocab, merges=[tuple(m.split(" ")) for m in MERGES])
+    ours, r = byte_level(pre), random.Random(1)
+    for _ in range(3000):
+        text = "".join(r.choices(ALPHABET, k=r.randrange(1, 30)))
+        assert splits(ours, text) == splits(theirs.backend_tokenizer, text), repr(text)
+        assert ours.encode(text).ids == theirs.backend_tokenizer.encode(text).ids
+
+
+def test_whole_words_win_over_merges_where_the_model_says_so() -> None:
+    tokens = [*TOKENS, "welt"]  # a token that no merges lead to
+    types = [1] * len(tokens)
+    ids = [
+        byte_level(pre, tokens=tokens, token_type=types).encode("welt").ids
+        for pre in ("llama-bpe", "gpt-2")
+    ]
+    assert ids[0] == [len(TOKENS)]
+    assert len(ids[1]) == 4
+
+
+def test_bos_is_added_where_metadata_or_model_say_so() -> None:
+    def ids(pre: str, **more: Any) -> list[int]:
+        return byte_level(pre, bos_token_id=1, eos_token_id=0, **more).encode("t").ids
+
+    t = TOKENS.index("t")
+    assert ids("smollm") == [t]
+    assert ids("smollm", add_bos_token=True, add_eos_token=True) == [1, t, 0]
+    assert ids("llama-bpe") == [1, t]
+    assert ids("llama-bpe", add_bos_token=False) == [t]
+
+
+def spm_meta(pieces: dict[str, float]) -> dict[str, Any]:
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *pieces]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 259 + list(pieces.values()),
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+
+
+def spm_pieces(seed: int) -> dict[str, float]:
+    """A vocabulary as training makes one: later pieces join earlier ones and score less."""
+    r = random.Random(seed)
+    pieces = list("\u2581abcde")
+    while len(pieces) < 60:
+        joined = r.choice(pieces) + r.choice(pieces)
+        if joined not in pieces and len(joined) < 8:
+            pieces.append(joined)
+    return {piece: -float(i) for i, piece in enumerate(pieces)}
+
+
+def spm_encode(meta: dict[str, Any], text: str) -> list[int]:
+    """SentencePiece's rule, written naively: join the best-scoring neighbours, leftmost first."""
+    tokens, scores = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.scores"]
+    ids = {token: i for i, token in enumerate(tokens)}
+    parts = list("\u2581" + text.replace(" ", "\u2581"))
+    while True:
+        joins = [
+            (-scores[ids[a + b]], i)
+            for i, (a, b) in enumerate(itertools.pairwise(parts))
+            if a + b in ids
+        ]
+        if not joins:
+            break
+        _, i = min(joins)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    out: list[int] = []
+    for part in parts:
+        out += [ids[part]] if part in ids else [3 + byte for byte in part.encode()]
+    return out
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sentencepiece_equals_its_rule(seed: int) -> None:
+    meta = spm_meta(spm_pieces(seed))
+    tokenizer, r = make(meta), random.Random(seed)
+    for _ in range(300):
+        text = "".join(
+            r.choices("abcde \u00e9\U0001f600", [9, 9, 9, 9, 9, 5, 1, 1], k=r.randrange(1, 25))
+        )
+        encoded = tokenizer.encode(text)
+        assert encoded.ids == [1, *spm_encode(meta, text)], repr(text)
+        assert tokenizer.decode(encoded.ids) == text
+
+
+def test_control_tokens_in_text_are_read_as_such() -> None:
+    tokenizer = make(spm_meta(spm_pieces(0)))
+    assert tokenizer.encode("a</s>b").ids.count(2) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"tokenizer.ggml.model": "bert"}, "'bert'"),
+        ({"tokenizer.ggml.tokens": []}, "tokens"),
+        ({"tokenizer.ggml.scores": []}, "scores"),
+        ({"tokenizer.ggml.model": "gpt2"}, "merges"),
+        ({"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": [1, 1]}, "duplicates"),
+    ],
+)
+def test_what_is_missing_is_named(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        tokenizer_files(spm_meta(spm_pieces(0)) | change, Path("m.gguf"))

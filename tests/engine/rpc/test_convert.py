@@ -1,0 +1,48 @@
+import numpy as np
+
+from engine.pb.diptych.internal.v1 import registry_pb2, worker_pb2
+from engine.rpc import convert
+from engine.types import FinishReason, ModelIdentity, Peer, Role, SamplingParams, StopParams
+
+
+def test_sampling_round_trip():
+    params = SamplingParams(
+        temperature=0.5,
+        top_p=0.25,
+        top_k=7,
+        min_p=0.125,
+        frequency_penalty=-1.5,
+        presence_penalty=2.0,
+        repetition_penalty=1.25,
+        seed=2**64 - 1,
+        logit_bias=((3, -100.0), (49151, 0.5)),
+    )
+    wire = convert.sampling_to_pb(params).SerializeToString()
+    assert convert.sampling_from_pb(worker_pb2.SamplingParams.FromString(wire)) == params
+    assert convert.sampling_from_pb(worker_pb2.SamplingParams(top_p=0.7)).top_p == float(
+        np.float32(0.7)
+    )
+
+
+def test_stop_round_trip():
+    params = StopParams(max_tokens=9, min_tokens=2, stop_token_ids=frozenset({2, 0, 5}))
+    pb = convert.stop_to_pb(params)
+    assert list(pb.stop_token_ids) == [0, 2, 5]
+    assert convert.stop_from_pb(pb) == params
+
+
+def test_peer_and_its_absence():
+    peer = Peer("p0", "abc", "127.0.0.1:1")
+    request = worker_pb2.DecodeRequest(prefill=convert.peer_to_pb(peer))
+    assert convert.prefill_peer_of(request) == peer
+    assert convert.prefill_peer_of(worker_pb2.DecodeRequest()) is None
+
+
+def test_identity_reason_role():
+    model = ModelIdentity("m", "00ff", "p", 8192, 16, 49152)
+    assert convert.identity_from_pb(convert.identity_to_pb(model)) == model
+    for reason in FinishReason:
+        assert convert.reason_from_pb(convert.reason_to_pb(reason)) is reason
+    for role in Role:
+        assert convert.role_from_pb(convert.role_to_pb(role)) is role
+    assert convert.role_from_pb(registry_pb2.ROLE_UNSPECIFIED) is None

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.runner.batch import Row, build_batch
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def rows_of(draw: st.DrawFn) -> tuple[list[Row], int]:
+    block_size = draw(st.integers(1, 5))
+    rows = []
+    for _ in range(draw(st.integers(0, 5))):
+        token_ids = draw(st.lists(st.integers(0, 999), min_size=1, max_size=12))
+        start = draw(st.integers(0, 20))
+        need = -(-(start + len(token_ids)) // block_size)
+        size = need + draw(st.integers(0, 2))
+        block_ids = draw(st.lists(st.integers(0, 500), min_size=size, max_size=size))
+        rows.append(Row(token_ids, start, block_ids, draw(st.integers(0, len(token_ids)))))
+    return rows, block_size
+
+
+@given(rows_of())
+def test_a_batch_says_token_by_token_what_the_rows_say(case: tuple[list[Row], int]) -> None:
+    rows, block_size = case
+    batch = build_batch(rows, block_size, CPU)
+    token_ids, positions, slots, wanted, query_start = [], [], [], [], [0]
+    for row in rows:
+        for i, token in enumerate(row.token_ids):
+            position = row.start + i
+            if len(row.token_ids) - i <= row.num_logits:
+                wanted.append(len(token_ids))
+            token_ids.append(token)
+            positions.append(position)
+            slots.append(row.block_ids[position // block_size] * block_size + position % block_size)
+        query_start.append(len(token_ids))
+    assert batch.token_ids.tolist() == token_ids
+    assert batch.positions.tolist() == positions
+    assert batch.slots.tolist() == slots
+    assert batch.logit_index.tolist() == wanted
+    assert batch.query_start.tolist() == query_start
+    assert batch.context_lens.tolist() == [row.start + len(row.token_ids) for row in rows]
+    for table, row in zip(batch.block_tables.tolist(), rows, strict=True):
+        assert table[: len(row.block_ids)] == row.block_ids
+    assert (batch.num_tokens, batch.num_logits) == (len(token_ids), len(wanted))
+    assert all(t.dtype == torch.int64 for t in (batch.token_ids, batch.slots, batch.logit_index))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Row([], 0, [1], 0), "needs a token"),
+        (Row([1], -1, [1], 0), "start of at least 0"),
+        (Row([1, 2], 3, [1], 0), "1 blocks do not cover 5 positions"),
+        (Row([1], 0, [1], 2), "num_logits must be 0 to 1"),
+    ],
+)
+def test_a_row_that_contradicts_itself_is_refused(row: Row, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_batch([Row([1], 0, [0], 1), row], 4, CPU)

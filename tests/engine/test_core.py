@@ -1,0 +1,430 @@
+"""The step loop against a plain loop: batching, chunks, drafts, hits, preemption and aborts change no token."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+
+from decode.speculative.ngram import NgramDrafter
+from decode.speculative.verify import verify
+from engine.cache.block_pool import BlockPool
+from engine.cache.layout import name_salt
+from engine.core import AnnouncedEvent, EngineCore, FetchEvent, FinishedEvent, TokensEvent
+from engine.errors import InvalidRequest
+from engine.request import State, Work
+from engine.sampling import Sampler, SampleRow
+from engine.scheduler import Budgets, Scheduler
+from engine.speculation import Speculation
+from engine.telemetry.metrics import WorkerMetrics
+from engine.types import FinishReason, SamplingParams, StopParams
+from tests.support.history_model import VOCAB, HistoryRunner, logits_of
+
+SIZE = 4
+SALT = name_salt(digest="test")
+
+
+class Bench:
+    """A core over a HistoryRunner, and what came out of it."""
+
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        prompt_tokens: int = 16,
+        num_seqs: int = 8,
+        draft_tokens: int = 0,
+        max_model_len: int = 200,
+    ) -> None:
+        self.pool = BlockPool(num_blocks)
+        self.runner = HistoryRunner(num_blocks, SIZE)
+        self.now_s = 0.0
+        speculation = Speculation(NgramDrafter(), verify, draft_tokens) if draft_tokens else None
+        self.scheduler = Scheduler(
+            self.pool, SIZE, Budgets(prompt_tokens, num_seqs, 5.0), speculation, max_model_len
+        )
+        sampler = Sampler(VOCAB, torch.device("cpu"))
+        metrics = WorkerMetrics(CollectorRegistry(), "test")
+        self.core = EngineCore(self.scheduler, self.runner, sampler, metrics, lambda: self.now_s)
+        self.tokens: dict[int, list[int]] = {}
+        self.finished: dict[int, FinishedEvent] = {}
+        self.fetches: list[FetchEvent] = []
+        self.announced: dict[int, list[AnnouncedEvent]] = {}
+
+    def add(self, work: Work) -> int:
+        key = self.core.new_key()
+        self.core.check_fits(work)
+        self.core.add(key, work)
+        self.tokens[key] = []
+        return key
+
+    def step(self) -> bool:
+        self.now_s += 0.01
+        busy = self.core.step()
+        for event in self.core.take_events():
+            assert event.key not in self.finished, "an event after the last one"
+            if isinstance(event, TokensEvent):
+                self.tokens[event.key] += event.token_ids
+            elif isinstance(event, FinishedEvent):
+                self.finished[event.key] = event
+            elif isinstance(event, FetchEvent):
+                self.fetches.append(event)
+            else:
+                self.announced.setdefault(event.key, []).append(event)
+        self.pool.check()
+        for request in [*self.scheduler.active, *self.scheduler.waiting]:
+            request.check(SIZE)
+        return busy
+
+    def run(self, max_steps: int = 3000) -> None:
+        for _ in range(max_steps):
+            if len(self.finished) == len(self.tokens):
+                return
+            self.step()
+        raise AssertionError("no end in sight")
+
+    def at_rest(self) -> None:
+        assert self.pool.num_held == 0
+        assert self.pool.num_free + self.pool.num_cached == self.pool.num_blocks
+        assert not self.scheduler._makers
+        assert not self.core._requests
+
+
+def oracle(work: Work, max_model_len: int = 200) -> tuple[list[int], FinishReason]:
+    """The plain loop: one token at a time, no cache, no batch."""
+    assert work.sampling
+    assert work.stop
+    sampler = Sampler(VOCAB, torch.device("cpu"))
+    tokens, new = [*work.prompt, *work.output], []
+    while True:
+        num_output = len(tokens) - len(work.prompt)
+        banned = work.stop.stop_token_ids if num_output < work.stop.min_tokens else frozenset()
+        row = SampleRow(work.sampling, len(tokens), tokens, len(work.prompt), [], banned)
+        token = sampler.sample(logits_of(tokens)[None], [row])[0]
+        tokens.append(token)
+        new.append(token)
+        if token in work.stop.stop_token_ids and num_output + 1 >= work.stop.min_tokens:
+            return new, FinishReason.STOP
+        if num_output + 1 >= work.stop.max_tokens or len(tokens) >= max_model_len:
+            return new, FinishReason.LENGTH
+
+
+def random_work(rng: random.Random, longest: int = 40, shared: Sequence[int] = ()) -> Work:
+    prompt = [*shared[: rng.randrange(len(shared) + 1)]] if rng.random() < 0.6 else []
+    prompt += [rng.randrange(VOCAB) for _ in range(rng.randint(1, longest))]
+    sampling = SamplingParams(
+        temperature=rng.choice([0.0, 0.0, 0.4, 1.0]),
+        top_p=rng.choice([1.0, 0.9]),
+        top_k=rng.choice([0, 8]),
+        min_p=rng.choice([0.0, 0.05]),
+        frequency_penalty=rng.choice([0.0, 0.5]),
+        presence_penalty=rng.choice([0.0, -0.4]),
+        repetition_penalty=rng.choice([1.0, 1.2]),
+        seed=rng.getrandbits(64),
+        logit_bias=rng.choice([(), ((3, 5.0), (7, -100.0))]),
+    )
+    stop = StopParams(
+        max_tokens=rng.randint(1, 40),
+        min_tokens=rng.choice([0, 0, 5]),
+        stop_token_ids=frozenset(rng.sample(range(VOCAB), rng.choice([0, 2]))),
+    )
+    return Work(f"r{rng.random()}", tuple(prompt), SALT, sampling, stop)
+
+
+def check_answers(bench: Bench, works: dict[int, Work]) -> None:
+    for key, work in works.items():
+        expected, reason = oracle(work)
+        assert bench.tokens[key] == expected
+        assert bench.finished[key].reason is reason
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 4])
+@pytest.mark.parametrize("num_blocks", [24, 64])
+@pytest.mark.parametrize("seed", range(4))
+def test_answers_equal_the_plain_loop(seed: int, num_blocks: int, draft_tokens: int) -> None:
+    rng = random.Random(seed)
+    bench = Bench(num_blocks, prompt_tokens=rng.choice([5, 16]), draft_tokens=draft_tokens)
+    shared = [rng.randrange(VOCAB) for _ in range(24)]
+    works = {}
+    for _ in range(24):
+        work = random_work(rng, shared=shared)
+        works[bench.add(work)] = work
+        for _ in range(rng.randrange(3)):
+            bench.step()
+    bench.run()
+    check_answers(bench, works)
+    bench.at_rest()
+    if num_blocks == 24:
+        assert bench.scheduler.num_preemptions > 0, "the scenario is meant to preempt"
+    if draft_tokens:
+        assert bench.core.totals.accepted_tokens > 0, "the scenario is meant to accept drafts"
+
+
+def test_resumed_output_counts_and_is_not_sent_again() -> None:
+    rng = random.Random(5)
+    for _ in range(20):
+        work = random_work(rng)
+        whole, reason = oracle(work)
+        cut = rng.randrange(len(whole) + 1)
+        bench = Bench(draft_tokens=3)
+        key = bench.add(replace(work, output=tuple(whole[:cut])))
+        bench.run()
+        assert bench.tokens[key] == whole[cut:]
+        assert bench.finished[key].reason is reason
+        bench.at_rest()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_aborts_at_any_moment_leave_nothing(seed: int) -> None:
+    rng = random.Random(seed)
+    bench = Bench(24, draft_tokens=3)
+    works = {}
+    for _ in range(30):
+        work = random_work(rng)
+        works[bench.add(work)] = work
+        bench.step()
+        if rng.random() < 0.4:
+            bench.core.abort(rng.choice(list(works)))
+    bench.run()
+    for key, work in works.items():
+        if bench.finished[key].reason is FinishReason.ABORTED:
+            assert bench.tokens[key] == oracle(work)[0][: len(bench.tokens[key])]
+        else:
+            assert bench.tokens[key] == oracle(work)[0]
+    bench.at_rest()
+
+
+def test_eight_long_answers_in_a_pool_for_two_all_finish() -> None:
+    rng = random.Random(1)
+    bench = Bench(num_blocks=2 * 30, prompt_tokens=32, max_model_len=120)
+    works = {}
+    for i in range(8):
+        prompt = tuple(rng.randrange(VOCAB) for _ in range(90))
+        work = Work(f"long{i}", prompt, SALT, SamplingParams(), StopParams(max_tokens=25))
+        works[bench.add(work)] = work
+    bench.run()
+    for key, work in works.items():
+        assert bench.tokens[key] == oracle(work, 120)[0]
+    bench.at_rest()
+
+
+def whole_prompt(rng: random.Random, num_blocks: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(VOCAB) for _ in range(num_blocks * SIZE))
+
+
+def test_eight_long_prompts_to_announce_in_a_pool_for_two() -> None:
+    rng = random.Random(2)
+    bench = Bench(num_blocks=40, prompt_tokens=24)
+    works = {}
+    for i in range(8):
+        work = Work(f"p{i}", whole_prompt(rng, 20), SALT, announce_from=0)
+        works[bench.add(work)] = work
+    for _ in range(500):
+        bench.step()
+        for events in bench.announced.values():
+            for event in events:  # the peer reads and releases at once
+                bench.core.unpin(event.block_ids)
+            events.clear()
+        if len(bench.finished) == 8:
+            break
+    assert len(bench.finished) == 8
+    bench.at_rest()
+
+
+def test_announced_blocks_are_complete_pinned_and_in_order() -> None:
+    rng = random.Random(3)
+    bench = Bench(num_blocks=40, prompt_tokens=11)
+    prompt = whole_prompt(rng, 12)
+    key = bench.add(Work("p", prompt, SALT, announce_from=2))
+    num_seen = 2
+    while key not in bench.finished:
+        bench.step()
+        events = bench.announced.pop(key, [])
+        for event in events:
+            assert event.first_block == num_seen
+            assert event.generations == [int(bench.pool.generations[b]) for b in event.block_ids]
+            for block in event.block_ids:
+                start = num_seen * SIZE
+                assert bench.runner.memory[block] == list(prompt[start : start + SIZE])
+                num_seen += 1
+    assert num_seen == 12
+    assert bench.pool.num_held == 10, "announced blocks stay pinned for their leases"
+    assert bench.runner.num_tokens == len(prompt)
+    # The same prompt again is one announcement and no computation.
+    again = bench.add(Work("q", prompt, SALT, announce_from=0))
+    bench.step()
+    assert bench.finished[again].counts.num_cached_tokens == len(prompt)
+    assert [len(e.block_ids) for e in bench.announced[again]] == [12]
+    assert bench.runner.num_tokens == len(prompt)
+
+
+def test_four_equal_prompts_at_once_compute_their_prefix_once() -> None:
+    rng = random.Random(4)
+    prompt = whole_prompt(rng, 10) + (1, 2)
+    bench = Bench(prompt_tokens=16)
+    works = {}
+    for i in range(4):
+        work = Work(f"w{i}", prompt, SALT, SamplingParams(), StopParams(max_tokens=4))
+        works[bench.add(work)] = work
+    bench.run()
+    check_answers(bench, works)
+    assert bench.core.totals.prompt_tokens_computed == 10 * SIZE + 4 * 2
+    bench.at_rest()
+
+
+def test_a_waiter_takes_over_when_the_maker_is_aborted_or_too_slow() -> None:
+    rng = random.Random(6)
+    prompt = whole_prompt(rng, 10) + (1,)
+    for aborted in (True, False):
+        bench = Bench()
+        work = Work("maker", prompt, SALT, SamplingParams(), StopParams(max_tokens=3), fetch=True)
+        maker = bench.add(work)
+        waiter = bench.add(replace(work, request_id="waiter", fetch=False))
+        for _ in range(5):
+            bench.step()
+        assert not bench.tokens[waiter]
+        assert len(bench.scheduler.waiting) == 1
+        if aborted:
+            bench.core.abort(maker)
+        else:
+            bench.now_s += 6.0
+        for _ in range(50):
+            bench.step()
+        assert bench.tokens[waiter] == oracle(work)[0]
+        bench.core.abort(maker)
+        bench.step()
+        bench.at_rest()
+
+
+def deliver(bench: Bench, event: FetchEvent, count: int) -> None:
+    """Write the first `count` wanted blocks as a peer's would be, and say so."""
+    for ahead, block in enumerate(event.block_ids[:count]):
+        start = (event.first_block + ahead) * SIZE
+        bench.runner.memory[block] = list(event.token_ids[start : start + SIZE])
+        bench.core.blocks_arrived(event.key, event.first_block + ahead + 1)
+
+
+def test_fetched_blocks_look_like_a_local_prefix_hit() -> None:
+    rng = random.Random(7)
+    prompt = whole_prompt(rng, 6) + (9, 9, 9)
+    work = Work("f", prompt, SALT, SamplingParams(), StopParams(max_tokens=6), fetch=True)
+    bench = Bench(draft_tokens=3)
+    key = bench.add(work)
+    bench.step()
+    (event,) = bench.fetches
+    assert event.first_block == 0
+    assert event.token_ids == list(prompt[: 6 * SIZE])
+    assert len(event.block_ids) == 6
+    deliver(bench, event, 6)
+    bench.core.fetch_ended(key, 0)
+    bench.run()
+    assert bench.tokens[key] == oracle(work)[0]
+    assert bench.core.totals.prompt_tokens_computed == 3
+    # A second one with the same prefix fetches only what is new.
+    longer = replace(work, request_id="g", prompt=(*prompt[: 6 * SIZE], *whole_prompt(rng, 2), 5))
+    bench.add(longer)
+    bench.step()
+    assert bench.fetches[-1].first_block == 6
+    assert len(bench.fetches[-1].block_ids) == 2
+    bench.core.abort(bench.fetches[-1].key)
+    bench.step()
+    bench.at_rest()
+
+
+def test_a_fetch_that_ends_early_is_completed_here() -> None:
+    rng = random.Random(8)
+    prompt = whole_prompt(rng, 6) + (9,)
+    work = Work("f", prompt, SALT, SamplingParams(), StopParams(max_tokens=6), fetch=True)
+    bench = Bench()
+    key = bench.add(work)
+    bench.step()
+    deliver(bench, bench.fetches[0], 2)
+    bench.core.fetch_ended(key, 0)
+    bench.run()
+    assert bench.tokens[key] == oracle(work)[0]
+    assert bench.core.totals.prompt_tokens_computed == 4 * SIZE + 1
+    bench.at_rest()
+
+
+def test_blocks_of_an_aborted_fetch_stay_as_a_prefix() -> None:
+    rng = random.Random(9)
+    prompt = whole_prompt(rng, 6) + (9,)
+    work = Work("f", prompt, SALT, SamplingParams(), StopParams(max_tokens=6), fetch=True)
+    bench = Bench()
+    bench.add(work)
+    bench.step()
+    deliver(bench, bench.fetches[0], 4)
+    bench.core.abort(bench.fetches[0].key)
+    bench.step()
+    bench.at_rest()
+    bench.add(replace(work, request_id="again"))
+    bench.step()
+    assert bench.fetches[1].first_block == 4
+
+
+def test_a_running_request_is_never_stuck_behind_fetching_ones() -> None:
+    """Room held by fetches that never end: the running one gives way and finishes after them."""
+    bench = Bench(num_blocks=12, max_model_len=44)
+    runner = Work("a", (1, 2, 3, 4), SALT, SamplingParams(), StopParams(max_tokens=38))
+    key = bench.add(runner)
+    bench.step()
+    fetcher = Work(
+        "b", tuple(range(33)), SALT, SamplingParams(), StopParams(max_tokens=2), fetch=True
+    )
+    other = bench.add(fetcher)
+    for _ in range(60):
+        bench.step()
+    assert bench.scheduler.waiting[0].key == key
+    assert bench.scheduler.active[0].state is State.FETCHING
+    bench.core.abort(other)
+    bench.run()
+    assert bench.tokens[key] == oracle(runner, 44)[0]
+    bench.at_rest()
+
+
+def test_what_can_never_fit_is_refused() -> None:
+    bench = Bench(num_blocks=8, max_model_len=200)
+    with pytest.raises(InvalidRequest, match="needs 9 KV blocks; this worker has 8"):
+        bench.add(Work("p", tuple([1] * 9 * SIZE), SALT, announce_from=0))
+    with pytest.raises(InvalidRequest, match="this worker has 8"):
+        bench.add(Work("d", (1, 2), SALT, SamplingParams(), StopParams(max_tokens=100)))
+    with pytest.raises(InvalidRequest, match="expected fewer than 200"):
+        bench.add(Work("d", tuple([1] * 200), SALT, SamplingParams(), StopParams(max_tokens=1)))
+
+
+def test_a_failed_step_ends_its_requests_only() -> None:
+    bench = Bench()
+    work = Work("a", (1, 2, 3), SALT, SamplingParams(), StopParams(max_tokens=5))
+    key = bench.add(work)
+    bench.runner.fail_next = 1
+    bench.step()
+    assert "the device said no" in bench.finished[key].error
+    after = bench.add(replace(work, request_id="b"))
+    bench.run()
+    assert bench.tokens[after] == oracle(work)[0]
+    bench.at_rest()
+    bench.add(work)
+    bench.runner.fail_next = 2
+    bench.step()
+    bench.add(work)
+    with pytest.raises(RuntimeError, match="the device said no"):
+        bench.step()
+
+
+def test_long_prompts_do_not_stop_running_answers() -> None:
+    """Every step with a prompt chunk also carries every decode row."""
+    rng = random.Random(10)
+    bench = Bench(prompt_tokens=8)
+    for i in range(3):
+        stop = StopParams(max_tokens=30)
+        bench.add(Work(f"d{i}", (i,), SALT, SamplingParams(), stop))
+    bench.step()
+    bench.add(Work("long", whole_prompt(rng, 16), SALT, SamplingParams(), StopParams(max_tokens=1)))
+    for _ in range(5):
+        bench.step()
+        rows = bench.runner.steps[-1]
+        assert sorted(len(row.token_ids) for row in rows) == [1, 1, 1, 8]
+    bench.run()

@@ -1,0 +1,215 @@
+"""A process with a KV pool that others may read: what the transfer tests pull from.
+
+It follows the owner's protocol (bump the generation, then write) and obeys its parent over a pipe. Run with
+`python kv_worker.py`-like entry points of multiprocessing's spawn; every one dies with its parent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing as mp
+import os
+import secrets
+import signal
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import shared_memory
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from engine.types import new_incarnation
+from kvtransfer.base import MemoryRegion, RemotePool
+from kvtransfer.fence import Fence
+from kvtransfer.nixl_transport import NixlTransport
+from kvtransfer.pull import DataPlane
+
+SPAWN = mp.get_context("spawn")
+
+
+class Pool:
+    """Blocks and generations of this process, with the data plane that serves or reads them."""
+
+    def __init__(self, num_blocks: int, block_bytes: int, *, fence: Fence | None = None) -> None:
+        self.incarnation = new_incarnation()
+        self.blocks = np.zeros((num_blocks, block_bytes), dtype=np.uint8)
+        self.blocks[:] = 0  # touch it: a first write to a page costs a fault
+        self.generations = np.arange(num_blocks, dtype=np.uint64) + np.uint64(secrets.randbits(62))
+        self.plane = DataPlane(
+            lambda: NixlTransport(self.incarnation),
+            incarnation=self.incarnation,
+            blocks=region(self.blocks),
+            generations=region(self.generations),
+            num_blocks=num_blocks,
+            block_bytes=block_bytes,
+            fence=fence,
+        )
+        self.plane.start()
+
+    def fill(self, seed: int) -> None:
+        """Random bytes that the parent can make again from the seed."""
+        self.generations += np.uint64(1)
+        self.blocks[:] = pattern(seed, self.blocks.shape)
+
+
+def pattern(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def region(array: np.ndarray) -> MemoryRegion:
+    return MemoryRegion(array.ctypes.data, array.nbytes)
+
+
+@dataclass
+class Worker:
+    """The parent's end of a worker process."""
+
+    process: Any
+    pipe: Connection
+
+    def ask(self, *command: Any, timeout_s: float = 30.0) -> Any:
+        self.pipe.send(command)
+        if not self.pipe.poll(timeout_s):
+            raise TimeoutError(f"worker did not answer {command[0]}")
+        return self.pipe.recv()
+
+    def kill(self) -> None:
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.join(10)
+
+    def pause(self) -> None:
+        os.kill(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.kill(self.process.pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def workers(
+    num: int, num_blocks: int, block_bytes: int, env: dict[str, str] | None = None
+) -> Iterator[list[Worker]]:
+    """Start workers, each ready when its pool is registered; end them whatever happens."""
+    started = []
+    try:
+        for _ in range(num):
+            ours, theirs = SPAWN.Pipe()
+            process = SPAWN.Process(
+                target=serve, args=(theirs, num_blocks, block_bytes, env or {}), daemon=True
+            )
+            process.start()
+            theirs.close()
+            started.append(Worker(process, ours))
+        for worker in started:
+            worker.ask("pool", timeout_s=60)
+        yield started
+    finally:
+        for worker in started:
+            worker.process.kill()
+            worker.process.join(10)
+
+
+def serve(pipe: Connection, num_blocks: int, block_bytes: int, env: dict[str, str]) -> None:
+    """Obey until the pipe closes."""
+    os.environ.update(env)
+    pool = Pool(num_blocks, block_bytes)
+    with contextlib.suppress(EOFError):
+        while True:
+            name, *args = pipe.recv()
+            pipe.send(COMMANDS[name](pool, *args))
+
+
+def _pool(pool: Pool) -> tuple[RemotePool, list[int]]:
+    return pool.plane.local_pool, pool.generations.tolist()
+
+
+def _fill(pool: Pool, seed: int) -> list[int]:
+    pool.fill(seed)
+    return list(pool.generations.tolist())
+
+
+# -- the race -------------------------------------------------------------------------------------------
+
+# The parent and the writer meet in one page: [try number: u64][delay in s: f64][tries done: u64].
+PAGE = struct.Struct("<QdQ")
+CHUNK_BYTES = 64 << 10
+
+
+def word(number: int) -> int:
+    """The 64-bit word that fills the block after `number` flips; never the same twice."""
+    return (number * 0x9E3779B97F4A7C15 + 1) & (2**64 - 1)
+
+
+def _race(pool: Pool, page_name: str) -> int:
+    """Flip block 0 from word(n - 1) to word(n) on each try n, by the owner's protocol; 0 ends it.
+
+    The block is overwritten from its end, against the direction of a copy, so that a flip which begins
+    during a read always tears it.
+    """
+    page = shared_memory.SharedMemory(page_name)
+    words = pool.blocks[0].view(np.uint64)
+    step = CHUNK_BYTES // 8
+    number = 0
+    try:
+        while True:
+            wanted, delay_s, _ = PAGE.unpack_from(page.buf)
+            if wanted == 2**64 - 1:
+                return number
+            if wanted == number:
+                continue
+            start = time.perf_counter()
+            number = wanted
+            while time.perf_counter() - start < delay_s:
+                pass
+            pool.generations[0] += np.uint64(1)
+            for end in range(len(words), 0, -step):
+                words[max(0, end - step) : end] = word(number)
+            struct.pack_into("<Q", page.buf, 16, number)
+    finally:
+        page.close()
+
+
+
+
+# -- gRPC -----------------------------------------------------------------------------------------------
+
+
+def _listen(pool: Pool, digest: str) -> str:
+    """Serve KvService on a free port, from a thread with its own loop; the address."""
+    import threading
+
+    import grpc
+
+    from engine.pb.diptych.internal.v1.worker_pb2_grpc import add_KvServiceServicer_to_server
+    from kvtransfer.lease import LeaseTable
+    from kvtransfer.service import KvServicer
+
+    address: list[str] = []
+    ready = threading.Event()
+
+    class NoBlocks:
+        async def hold(self, hashes: Sequence[bytes]) -> tuple[list[int], list[int]]:
+            return [], []
+
+        async def unpin(self, block_ids: Sequence[int]) -> None:
+            return None
+
+    async def main() -> None:
+        server = grpc.aio.server()
+        leases = LeaseTable(time.monotonic, 1.0)
+        servicer = KvServicer(pool.plane.local_pool, digest, NoBlocks(), leases)
+        add_KvServiceServicer_to_server(servicer, server)
+        address.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+        await server.start()
+        ready.set()
+        await server.wait_for_termination()
+
+    threading.Thread(target=lambda: asyncio.run(main()), daemon=True).start()
+    ready.wait(10)
+    return address[0]
+
+
+COMMANDS = {"pool": _pool, "fill": _fill, "race": _race, "listen": _listen}

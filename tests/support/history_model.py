@@ -1,0 +1,66 @@
+"""A model whose logits are a hash of the history that it *reads back* from paged memory.
+
+It stores, for every slot written, which token at which position it is the KV of, and follows block
+tables to read a row's context. A block that was reused, never written or taken from another
+sequence gives other logits, so that any mistake in blocks, positions, drafts or preemption changes
+tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from engine.runner.batch import Row
+
+VOCAB = 50
+
+
+def logits_of(history: Sequence[object]) -> torch.Tensor:
+    """[VOCAB] float32, a pure function of the history; peaked enough that n-grams repeat now and
+    then."""
+    tail = repr(tuple(history[-1:])).encode()  # a short memory makes text that repeats itself
+    whole = repr(tuple(history)).encode()
+    a = np.random.default_rng(
+        int.from_bytes(hashlib.blake2b(tail, digest_size=8).digest(), "little")
+    )
+    b = np.random.default_rng(
+        int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "little")
+    )
+    values = 3.0 * a.standard_normal(VOCAB) + 0.1 * b.standard_normal(VOCAB)
+    return torch.from_numpy(values.astype(np.float32))
+
+
+class HistoryRunner:
+    """Looks like engine.runner.Runner."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.memory: list[list[object]] = [
+            ["never written"] * block_size for _ in range(num_blocks)
+        ]
+        self.num_tokens = 0
+        self.steps: list[list[Row]] = []
+        self.fail_next = 0
+
+    def run(self, rows: Sequence[Row]) -> torch.Tensor:
+        if self.fail_next:
+            self.fail_next -= 1
+            raise RuntimeError("the device said no")
+        self.steps.append(list(rows))
+        size = self.block_size
+        for row in rows:
+            for ahead, token in enumerate(row.token_ids):
+                block, offset = divmod(row.start + ahead, size)
+                self.memory[row.block_ids[block]][offset] = token
+                self.num_tokens += 1
+        out = []
+        for row in rows:
+            end = row.start + len(row.token_ids)
+            history = [self.memory[row.block_ids[p // size]][p % size] for p in range(end)]
+            for position in range(end - row.num_logits, end):
+                out.append(logits_of(history[: position + 1]))
+        return torch.stack(out) if out else torch.empty(0, VOCAB)

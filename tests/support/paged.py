@@ -1,0 +1,98 @@
+"""Requests over a paged cache, without a scheduler: scattered blocks, and a pool full of NaN.
+
+Every position that nobody has written is NaN, so whatever reads one shows it in its logits.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.attention import select_backend
+from engine.cache.kv_cache import KVCache
+from engine.cache.layout import KVLayout
+from engine.checkpoint.config import ModelConfig, RopeScaling
+from engine.model.llama import LlamaModel
+from engine.runner.batch import Row
+from engine.runner.runner import Runner
+
+CPU = torch.device("cpu")
+
+
+def tiny_config(**changes: object) -> ModelConfig:
+    """A small Llama with grouped-query attention."""
+    values: dict[str, object] = {
+        "architecture": "LlamaForCausalLM",
+        "num_layers": 2,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 101,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "rope_scaling": RopeScaling(),
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "output_bias": False,
+        "mlp_bias": False,
+        "sliding_window": 0,
+        "bos_token_id": 0,
+        "eos_token_ids": (1,),
+    }
+    return ModelConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+def layout_of(config: ModelConfig, block_size: int, dtype: str = "float32") -> KVLayout:
+    """The layout of a model's cache."""
+    return KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype)
+
+
+@dataclass(slots=True)
+class Sequence_:
+    """A request: its tokens, and how many of them are in the cache."""
+
+    token_ids: list[int]
+    block_ids: list[int]
+    num_cached: int = 0
+
+
+class Bench:
+    """A model with its runner, a poisoned pool and a shuffled free list."""
+
+    def __init__(
+        self, model: LlamaModel, *, block_size: int = 4, num_blocks: int = 256, seed: int = 0
+    ) -> None:
+        config, dtype = model.config, str(model.dtype).removeprefix("torch.")
+        layout = layout_of(config, block_size, dtype)
+        self.kv_cache = KVCache(layout, num_blocks, CPU)
+        self.kv_cache.pool.fill_(float("nan"))
+        backend = select_backend(layout, config.num_heads, config.sliding_window, CPU)
+        self.runner = Runner(model, self.kv_cache, backend)
+        self._layout = layout
+        self._free = list(range(num_blocks))
+        random.Random(seed).shuffle(self._free)
+
+    def sequence(self, token_ids: Sequence[int], room: int = 0) -> Sequence_:
+        """A new request with blocks for its tokens and `room` more."""
+        need = self._layout.num_blocks(len(token_ids) + room)
+        taken, self._free = self._free[:need], self._free[need:]
+        assert len(taken) == need, "the test's pool is too small"
+        return Sequence_(list(token_ids), taken)
+
+    def step(self, *work: tuple[Sequence_, int, int]) -> torch.Tensor:
+        """One step: (sequence, tokens to compute next, logits wanted of the last ones)."""
+        rows = []
+        for seq, count, num_logits in work:
+            end = seq.num_cached + count
+            used = self._layout.num_blocks(end)
+            rows.append(
+                Row(seq.token_ids[seq.num_cached : end], seq.num_cached, seq.block_ids[:used], num_logits)
+            )
+            seq.num_cached = end
+        return self.runner.run(rows)
