@@ -1,16 +1,15 @@
-"""Who may come in: a bound on admitted requests and on their prompt tokens. Refusals tell when to
-come back.
+"""Who may come in: a bound on admitted requests and on their prompt tokens.
 
     admit() -> Ticket -> set_tokens(n) -> release()
        |                    |
-       +--- Overloaded -----+    retry_after_s: how long, at the pace of the last minute, until
-       there is room
+       +--- Overloaded -----+    retry_after_s: until there is room, at the last minute's pace
 
 Owned by the event loop; a ticket is released exactly once, however its request ends.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
@@ -60,6 +59,8 @@ class Admission:
         self._completed: deque[tuple[float, int]] = deque()  # (moment, prompt tokens)
         self.num_requests = 0
         self.num_tokens = 0
+        self.idle = asyncio.Event()  # set while nothing is inside
+        self.idle.set()
 
     def admit(self) -> Ticket:
         """Let one request in; raises Overloaded."""
@@ -70,6 +71,7 @@ class Admission:
                 self._retry_after_s(num_requests=1, num_tokens=0),
             )
         self.num_requests += 1
+        self.idle.clear()
         return Ticket(self)
 
     def _claim(self, ticket: Ticket, num_tokens: int) -> None:
@@ -87,6 +89,8 @@ class Admission:
     def _release(self, ticket: Ticket) -> None:
         self.num_requests -= 1
         self.num_tokens -= ticket.num_tokens
+        if not self.num_requests:
+            self.idle.set()
         self._completed.append((self._clock(), ticket.num_tokens))
         self._forget_old()
 
@@ -96,7 +100,7 @@ class Admission:
             self._completed.popleft()
 
     def _retry_after_s(self, *, num_requests: int, num_tokens: int) -> float:
-        """Time in which, at the recent pace, as many requests and tokens leave as are in the way."""
+        """Time in which, at the recent pace, as much leaves as is in the way."""
         self._forget_old()
         if not self._completed:
             return _UNKNOWN_RETRY_S

@@ -1,9 +1,11 @@
 """One answer as its client sees it: text, stops and the end, all functions of the tokens so far.
 
-token -> stop token? --yes--> STOP, its text is not shown (unless the client wants it)
-           |
-           '-> detokenizer -> stop strings -> text that may be released
-                                   '-> complete? STOP      max_tokens reached? LENGTH
+    token -> stop token? --yes--> STOP, its text is not shown (unless the client wants it)
+               |
+               '-> detokenizer -> stop strings -> text that may be released
+                                       '-> complete? STOP      max_tokens reached? LENGTH
+
+Owned by one request.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from engine.types import FinishReason
 
 
 class Answer:
-    """Tokens and text of one answer. `token_ids` grows with every token up to the one that ends it."""
+    """Tokens and text of one answer; `token_ids` ends with the token that ends the answer."""
 
     def __init__(
         self, tokenizer: Tokenizer, request: AnswerRequest, *, max_tokens: int, min_tokens: int

@@ -2,23 +2,25 @@
 
     next() -> Route -> Decode call --tokens--> progressed()
       ^                     |
-      |   backoff           +-- lost: D, or its prefill peer --> failed(): exclude it, count the
-      attempt +---------------------+
+      |                     +-- lost: D, or its prefill peer
+      +------ failed() -----+   counts the attempt, waits a moment
 
-A worker that failed is passed over while there is another. When all have failed, the table decides:
-a worker that is still ready there is tried again, otherwise the request waits for one to appear.
+A decode worker is passed over while another has failed less often; one that the table calls ready
+may be tried again, and where none is ready the request waits for one to appear. A prefill worker
+that failed is done with: the decode worker can do without.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import grpc
 
-from coordinator.membership import Membership, Worker
+from coordinator.membership import Membership, Worker, WorkerState
 from coordinator.router import pick
 from engine.errors import (
     DeadlineExceeded,
@@ -66,7 +68,7 @@ class Dispatch:
         self._worker_wait_s = worker_wait_s
         self._deadline_s = deadline_s
         self._clock = clock
-        self._excluded: set[str] = set()
+        self._failures: Counter[str] = Counter()  # by incarnation
         self._kept = ""  # incarnation of a decode worker that has blocks of the request already
         self._num_failed = 0
 
@@ -87,7 +89,7 @@ class Dispatch:
         prefill = None
         # D computes the last token itself, and only whole blocks travel.
         if (num_tokens - 1) // decode.model.block_size > 0:
-            prefill = pick(workers, Role.PREFILL, self._excluded)
+            prefill = pick(workers, Role.PREFILL, self._failures)
         return Route(decode, prefill)
 
     def progressed(self) -> None:
@@ -101,23 +103,29 @@ class Dispatch:
         lost, self._kept = route.decode, ""
         if error.lost == Role.PREFILL.value and route.prefill is not None:
             lost, self._kept = route.prefill, route.decode.peer.incarnation
-        self._excluded.add(lost.peer.incarnation)
+        self._failures[lost.peer.incarnation] += 1
         self._num_failed += 1
         if self._num_failed >= MAX_ATTEMPTS:
             raise Unavailable(f"{self._num_failed} attempts failed, the last with: {error.message}")
         backoff = min(_FIRST_BACKOFF_S * 2 ** (self._num_failed - 1), _MAX_BACKOFF_S)
         await asyncio.sleep(min(backoff, self.remaining_s()))
 
+    def _worse(self, workers: Iterable[Worker]) -> set[str]:
+        """Incarnations of decode workers that have failed more often than the best ready one."""
+        counts = {
+            w.peer.incarnation: self._failures[w.peer.incarnation]
+            for w in workers
+            if w.role is Role.DECODE and w.state is WorkerState.READY
+        }
+        fewest = min(counts.values(), default=0)
+        return {incarnation for incarnation, count in counts.items() if count > fewest}
+
     async def _decode_worker(self) -> Worker:
         waited_until = self._clock() + self._worker_wait_s
         while True:
             workers = self._membership.snapshot()
             kept = [w for w in workers if w.peer.incarnation == self._kept]
-            found = (
-                pick(kept, Role.DECODE)
-                or pick(workers, Role.DECODE, self._excluded)
-                or pick(workers, Role.DECODE)
-            )
+            found = pick(kept, Role.DECODE) or pick(workers, Role.DECODE, self._worse(workers))
             if found:
                 return found
             left = waited_until - self._clock()

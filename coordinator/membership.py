@@ -164,7 +164,7 @@ class Membership:
                 assigned_tokens=old.assigned_tokens,
             )
         self._workers[hello.peer.worker_id] = worker
-        _log.info("worker registered", worker=hello.peer.worker_id, role=hello.role.value)
+        _log.info("worker registered", worker=hello.peer.worker_id, pool=hello.role.value)
         self._notify()
         return worker
 
@@ -285,7 +285,7 @@ class Membership:
 
 
 def _differences(theirs: ModelIdentity, ours: ModelIdentity) -> str:
-    """What differs, each as `name theirs is not ours`; the digest only where nothing readable does."""
+    """What differs, each as `name theirs is not ours`; the digest where nothing readable does."""
     names: Iterable[str] = (f.name for f in fields(ModelIdentity) if f.name != "digest")
     found = [
         f"{name} {getattr(theirs, name)} is not {getattr(ours, name)}"

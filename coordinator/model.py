@@ -74,7 +74,7 @@ class ServedModel:
     async def encode(
         self, field: str, text: str, add_special_tokens: bool, max_model_len: int
     ) -> list[int]:
-        """Token ids of `text`. Raises InvalidRequest, without tokenizing, where it can never fit."""
+        """Token ids of `text`. Raises InvalidRequest, untokenized, where it can never fit."""
         if (least := self.tokenizer.min_num_tokens(text)) > max_model_len:
             raise InvalidRequest(
                 field,

@@ -1,7 +1,6 @@
 """The life of one request, top to bottom.
 
-    admit -> tokenize -> pick D and P -> D.Decode(prompt, P) -> detokenize, stop strings -> chunks
-    -> Finished
+    admit -> tokenize -> pick D and P -> D.Decode(prompt, P) -> text, stop strings -> Finished
                              ^                  |
                              +---- lost --------+    again with the tokens received so far
 
@@ -93,6 +92,11 @@ class Pipeline:
         identity = self._membership.identity
         ours = self._model.max_model_len
         return min(ours, identity.max_model_len) if identity else ours
+
+    @property
+    def idle(self) -> asyncio.Event:
+        """Set while no request is inside."""
+        return self._admission.idle
 
     @property
     def num_requests(self) -> int:

@@ -1,6 +1,4 @@
-"""A request after the door: checked, with every default applied that does not need the prompt's
-length.
-"""
+"""A request after the door: checked, and with the defaults that need no prompt applied."""
 
 from __future__ import annotations
 

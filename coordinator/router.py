@@ -9,8 +9,7 @@ from engine.types import Role
 
 
 def pick(workers: Iterable[Worker], role: Role, exclude: Collection[str] = ()) -> Worker | None:
-    """The least loaded ready worker of `role` whose incarnation is not in `exclude`; None: there is
-    none.
+    """The least loaded ready worker of `role` whose incarnation is not in `exclude`, or None.
 
     Least loaded: fewest prompt tokens waiting, then fewest requests, then the lowest id, so that
     equal snapshots give equal picks.

@@ -1,6 +1,4 @@
-"""InferenceService and AdminService: public messages <-> the pipeline. Everything is checked here,
-once.
-"""
+"""InferenceService and AdminService: public messages <-> the pipeline, checked here and once."""
 
 from __future__ import annotations
 

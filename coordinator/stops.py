@@ -87,13 +87,14 @@ class StopChecker:
         found = None
         for i, stop in enumerate(self._stops):
             failure, state = self._failures[i], self._states[i]
-            while state and (state == len(stop) or stop[state] != char):
+            while state and stop[state] != char:
                 state = failure[state]
             if stop[state] == char:
                 state += 1
-            self._states[i] = state
             if state == len(stop):
                 found = found or stop
+                state = failure[state]  # whole, it begins nothing but what overlaps it
+            self._states[i] = state
         return found
 
 

@@ -19,7 +19,7 @@ from engine.cache.block_table import BlockTable
 from engine.errors import InvalidRequest
 from engine.request import Request, State, Work
 from engine.runner.batch import Row
-from engine.sampling import Sampler, SampleRow
+from engine.sampling import Sampler, SampleRow, UnusableLogits
 from engine.scheduler import PlannedRow, Scheduler
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import WorkerMetrics
@@ -216,7 +216,7 @@ class EngineCore:
         """
         try:
             logits = self._runner.run([self._model_row(planned) for planned in plan])
-            sampled = self._sample(plan, logits)
+            plan, sampled = self._sample(plan, logits)
         except Exception as error:
             self._metrics.engine_step_failures.inc()
             self._num_failures += 1
@@ -241,17 +241,32 @@ class EngineCore:
         tokens = request.tokens[start : start + planned.num_tokens] + planned.draft
         return Row(tokens, start, request.table.blocks, planned.num_logits)
 
-    def _sample(self, plan: Sequence[PlannedRow], logits: torch.Tensor) -> list[int]:
-        """The sampler's token at every position that has logits, in plan order."""
+    def _sample(
+        self, plan: Sequence[PlannedRow], logits: torch.Tensor
+    ) -> tuple[Sequence[PlannedRow], list[int]]:
+        """The sampler's token at every position that has logits, in plan order.
+
+        Rows whose logits no token can be drawn from end their own requests; the others go on.
+        """
+        owners = [planned for planned in plan for _ in range(planned.num_logits)]
+        if not owners:
+            return plan, []
+        assert self._sampler is not None
         rows = [
             self._sample_row(planned, ahead)
             for planned in plan
             for ahead in range(planned.num_logits)
         ]
-        if not rows:
-            return []
-        assert self._sampler is not None
-        return self._sampler.sample(logits, rows)
+        try:
+            return plan, self._sampler.sample(logits, rows)
+        except UnusableLogits as error:
+            guilty = {owners[index].request.key for index in error.rows}
+            for planned in plan:
+                if planned.request.key in guilty:
+                    self._finish(planned.request, FinishReason.ABORTED, str(error))
+            keep = [i for i, owner in enumerate(owners) if owner.request.key not in guilty]
+            rest = [planned for planned in plan if planned.request.key not in guilty]
+            return rest, self._sampler.sample(logits[keep], [rows[i] for i in keep]) if keep else []
 
     @staticmethod
     def _sample_row(planned: PlannedRow, ahead: int) -> SampleRow:

@@ -1,12 +1,12 @@
-"""A process that ends with its parent, kill -9 included: the kernel sends it SIGKILL when the
-parent is gone.
+"""A process that ends with its parent, kill -9 included, by the kernel's parent-death signal.
 
-Run as `python -m engine.lifeline --parent PID [--nice N] [--env NAME=VALUE ...] MODULE [ARG ...]`
-it ties itself to PID, sets variables where the user set none, and becomes `python -m MODULE ARG
-...`.
+Run as
 
-The kernel's signal is tied to the *thread* that made the child: a supervisor must fork on a thread
-that lives as long as the process, its main thread.
+    python -m engine.lifeline --parent PID [--nice N] [--env NAME=VALUE ...] MODULE [ARG ...]
+
+it ties itself to PID, sets variables where the user set none, and becomes `python -m MODULE ARG`.
+The signal is tied to the *thread* that made the child: a supervisor must fork on a thread that
+lives as long as the process, its main thread.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Be killed when process `parent_pid`, our parent, ends; exits at once if it has ended already."""
+    """Be killed when our parent `parent_pid` ends; exits at once if it has ended already."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:

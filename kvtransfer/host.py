@@ -1,11 +1,12 @@
 """What a prefill and a decode process have in common: threads, doors, membership, and their end.
 
-    asyncio loop    gRPC server (role's service, KvService, health), /metrics, registration, lease reaper
-    engine thread   model, blocks, schedule                        <- engine.worker.EngineThread
-    data plane      the NIXL agent and every read in flight        <- kvtransfer.pull.DataPlane
+    asyncio loop    gRPC server (role's service, KvService, health), /metrics, registration, lease
+    reaper engine thread   model, blocks, schedule                        <-
+    engine.worker.EngineThread data plane      the NIXL agent and every read in flight        <-
+    kvtransfer.pull.DataPlane
 
-`run_worker` builds them in order and takes them down in reverse; SIGTERM, a refusal by a coordinator and the
-death of the engine thread all end there, with exit status 0, 2 and 70.
+`run_worker` builds them in order and takes them down in reverse; SIGTERM, a refusal by a
+coordinator and the death of the engine thread all end there, with exit status 0, 2 and 70.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from kvtransfer.lease import Lease, LeaseTable
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_UNREACHABLE = (grpc.RpcError, grpc.aio.UsageError)  # the latter: our own channel is closed
 
 
 class BlockHost(Protocol):
@@ -172,7 +173,7 @@ class Renewer:
         request = pb.ReleaseRequest(caller_incarnation=self._owner, leases=ending)
         try:
             await self._stub.Release(request, timeout=timeout_s)
-        except grpc.aio.AioRpcError:
+        except _UNREACHABLE:
             return False
         return True
 
@@ -202,7 +203,7 @@ class Renewer:
         request = pb.RenewRequest(caller_incarnation=self._owner, leases=asked)
         try:
             response = await self._stub.Renew(request, timeout=timeout_s)
-        except grpc.aio.AioRpcError:
+        except _UNREACHABLE:
             lost = [lease for lease in self._lives if self._lives[lease][1] <= loop.time()]
         else:
             lost = [lease for lease in response.unknown if lease in self._lives]

@@ -20,15 +20,8 @@ sampler's token, given that it is not x, has the residual's distribution.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """`tokens`: the accepted draft prefix, then the recovered or the bonus token."""
-
-    num_accepted: int
-    tokens: tuple[int, ...]
+from engine.speculation import Verified
 
 
 def verify(draft: Sequence[int], sampled: Sequence[int]) -> Verified:

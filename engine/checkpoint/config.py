@@ -98,10 +98,8 @@ class ModelConfig:
             output_bias=attention_bias,
             mlp_bias=is_llama and bool(raw.get("mlp_bias", False)),
             sliding_window=_sliding_window(raw, architecture),
-            bos_token_id=_token_ids(tokens, raw.data, "bos_token_id", (None,))[0],
-            eos_token_ids=tuple(
-                t for t in _token_ids(tokens, raw.data, "eos_token_id", ()) if t is not None
-            ),
+            bos_token_id=next(iter(_token_ids(tokens, raw, "bos_token_id")), None),
+            eos_token_ids=_token_ids(tokens, raw, "eos_token_id"),
         )
 
 
@@ -161,7 +159,7 @@ def _architecture(raw: _Keys) -> str:
 def _refuse_unsupported(raw: _Keys) -> None:
     """Keys that would change the forward pass in a way that is not built."""
     if raw.get("quantization_config"):
-        method = raw.get("quantization_config").get("quant_method", "unknown")
+        method = raw.get("quantization_config")
         raise raw.refuse("quantization_config", method, "use unquantised weights or a .gguf file")
     if (act := raw.get("hidden_act", "silu")) != "silu":
         raise raw.refuse("hidden_act", act, "expected 'silu'")
@@ -204,11 +202,11 @@ def _attention_factor(keys: _Keys) -> float:
     """YaRN's attention factor if the file fixes it, else 0 (derived from `factor`)."""
     if not keys.get("truncate", True):
         raise keys.refuse("truncate", False, "expected true")
-    m, m_all = keys.get("mscale"), keys.get("mscale_all_dim")
-    if keys.get("attention_factor") is None and m and m_all:
+    if keys.get("mscale") and keys.get("mscale_all_dim") and not keys.get("attention_factor"):
+        m, m_all = keys.number("mscale"), keys.number("mscale_all_dim")
         log = 0.1 * math.log(max(keys.number("factor"), 1.0))
-        return float((m * log + 1.0) / (m_all * log + 1.0))
-    return float(keys.get("attention_factor", 0.0))
+        return (m * log + 1.0) / (m_all * log + 1.0)
+    return keys.number("attention_factor") if keys.get("attention_factor") else 0.0
 
 
 def _sliding_window(raw: _Keys, architecture: str) -> int:
@@ -234,15 +232,11 @@ def _sliding_window(raw: _Keys, architecture: str) -> int:
     raise raw.refuse("sliding_window", window, "a mixture of full and sliding layers is not built")
 
 
-def _token_ids(
-    generation: Mapping[str, Any],
-    config: Mapping[str, Any],
-    key: str,
-    absent: tuple[int | None, ...],
-) -> tuple[int | None, ...]:
+def _token_ids(generation: Mapping[str, Any], raw: _Keys, key: str) -> tuple[int, ...]:
     """Ids under `key`, an int or a list, of generation_config.json, else of config.json."""
     value = generation.get(key)
-    value = config.get(key) if value is None else value
-    if value is None:
-        return absent
-    return tuple(int(v) for v in value) if isinstance(value, list) else (int(value),)
+    value = raw.get(key, []) if value is None else value
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise raw.refuse(key, value, "expected a token id or a list of them")
+    return tuple(ids)

@@ -76,6 +76,9 @@ def tokenizer_files(meta: Mapping[str, Any], path: Path) -> dict[str, _Json]:
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens) or len(types) != len(tokens):
         raise CheckpointError(f"{path}: tokenizer.ggml.tokens has duplicates or lacks types")
+    for role in ("bos", "eos", "unknown"):
+        if (meta.get(f"tokenizer.ggml.{role}_token_id") or 0) >= len(tokens):
+            raise CheckpointError(f"{path}: tokenizer.ggml.{role}_token_id names no token")
     if kind == "gpt2":
         body, bos = _byte_level_bpe(meta, vocab, path)
     elif kind == "llama":

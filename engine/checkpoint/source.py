@@ -63,7 +63,11 @@ def resolve(model: str, *, progress: bool = True, weights: bool = True) -> Check
     are not fetched. Raises CheckpointError in one sentence that names the model or file.
     """
     if model == DEFAULT_MODEL:
-        return _from_gguf(_default_file(), DEFAULT_MODEL, progress)
+        return _from_gguf(default_file(), DEFAULT_MODEL, progress)
+    if not model:
+        raise CheckpointError(
+            "the model's name is empty; a hub id, a folder or a .gguf file is wanted"
+        )
     path = Path(model).expanduser()
     if model.endswith(".gguf"):
         if not path.is_file():
@@ -113,7 +117,7 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _default_file() -> Path:
+def default_file() -> Path:
     """The GGUF file inside the default model's package, which is never imported."""
     spec = importlib.util.find_spec(_DEFAULT_PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []

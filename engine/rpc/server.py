@@ -1,10 +1,9 @@
-"""The door of every process: a grpc.aio server that turns our errors into statuses and nothing into
-UNKNOWN.
+"""The door of every process: a grpc.aio server that turns our errors into statuses.
 
 Requests arrive as bytes and are parsed here, inside the guarded call, so that malformed bytes and
-invalid UTF-8 are the caller's error. Our servicers write responses by yielding; the generator is
-closed by us, at once, however the call ends, so that what it holds is released before the next
-message of anybody.
+invalid UTF-8 are the caller's error and nothing becomes UNKNOWN. Our servicers write responses by
+yielding; the generator is closed by us, at once, however the call ends, so that what it holds is
+released before the next message of anybody.
 
     bytes -> parse -> servicer.Method(request, context) -> yields -> context.write
                |            |-> DiptychError  -> status with details

@@ -1,5 +1,4 @@
-"""Log lines by structlog: readable on a terminal, one JSON object a line elsewhere, always on
-stderr.
+"""Log lines by structlog: readable on a terminal, JSON elsewhere, always on stderr.
 
 Lines of libraries (grpc, uvicorn, asyncio) pass through the same chain. A request's id is bound as
 a context variable by `engine.rpc.server` at the door of each process; a thread of its own (the

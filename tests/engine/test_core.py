@@ -17,6 +17,7 @@ from engine.cache.layout import name_salt
 from engine.core import AnnouncedEvent, EngineCore, FetchEvent, FinishedEvent, TokensEvent
 from engine.errors import InvalidRequest
 from engine.request import State, Work
+from engine.runner.batch import Row
 from engine.sampling import Sampler, SampleRow
 from engine.scheduler import Budgets, Scheduler
 from engine.speculation import Speculation
@@ -412,6 +413,26 @@ def test_a_failed_step_ends_its_requests_only() -> None:
     bench.add(work)
     with pytest.raises(RuntimeError, match="the device said no"):
         bench.step()
+
+
+def test_unusable_logits_end_their_own_request_only() -> None:
+    bench = Bench()
+    good = Work("good", (1, 2, 3), SALT, SamplingParams(), StopParams(max_tokens=9))
+    bad = replace(good, request_id="bad", prompt=(4, 5))
+    keys = [bench.add(good), bench.add(bad)]
+    run = bench.runner.run
+
+    def poisoned(rows: Sequence[Row]) -> torch.Tensor:
+        logits = run(rows)
+        if len(rows) == 2 and rows[1].start > 3:
+            logits[1] = torch.nan
+        return logits
+
+    bench.runner.run = poisoned  # type: ignore[method-assign]
+    bench.run()
+    assert bench.tokens[keys[0]] == oracle(good)[0]
+    assert bench.finished[keys[1]].error
+    bench.at_rest()
 
 
 def test_long_prompts_do_not_stop_running_answers() -> None:

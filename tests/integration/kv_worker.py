@@ -1,7 +1,8 @@
 """A process with a KV pool that others may read: what the transfer tests pull from.
 
-It follows the owner's protocol (bump the generation, then write) and obeys its parent over a pipe. Run with
-`python kv_worker.py`-like entry points of multiprocessing's spawn; every one dies with its parent.
+It follows the owner's protocol (bump the generation, then write) and obeys its parent over a pipe.
+Run with `python kv_worker.py`-like entry points of multiprocessing's spawn; every one dies with its
+parent.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import multiprocessing as mp
 import os
 import secrets
 import signal
-import struct
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -133,8 +133,11 @@ def _fill(pool: Pool, seed: int) -> list[int]:
 
 # -- the race -------------------------------------------------------------------------------------------
 
-# The parent and the writer meet in one page: [try number: u64][delay in s: f64][tries done: u64].
-PAGE = struct.Struct("<QdQ")
+# The parent and the writer meet in one page of 64-bit words, each stored in one piece.
+# WANTED: number of the try to run; DELAY_NS, FLIP_NS: when its flip begins and how long it takes at least;
+# DONE: number of the last try run.
+WANTED, DELAY_NS, FLIP_NS, DONE = range(4)
+STOP = 2**64 - 1
 CHUNK_BYTES = 64 << 10
 
 
@@ -144,41 +147,39 @@ def word(number: int) -> int:
 
 
 def _race(pool: Pool, page_name: str) -> int:
-    """Flip block 0 from word(n - 1) to word(n) on each try n, by the owner's protocol; 0 ends it.
+    """Flip block 0 from word(n - 1) to word(n) in each try n, by the owner's protocol.
 
-    The block is overwritten from its end, against the direction of a copy, so that a flip which begins
-    during a read always tears it.
+    The block is overwritten from its end, against the direction of a copy, so that a flip which
+    begins during a read always tears it.
     """
     page = shared_memory.SharedMemory(page_name)
+    control = np.frombuffer(page.buf, dtype=np.uint64)
     words = pool.blocks[0].view(np.uint64)
     step = CHUNK_BYTES // 8
     number = 0
-    try:
-        while True:
-            wanted, delay_s, _ = PAGE.unpack_from(page.buf)
-            if wanted == 2**64 - 1:
-                return number
-            if wanted == number:
-                continue
-            start = time.perf_counter()
-            number = wanted
-            while time.perf_counter() - start < delay_s:
+    while (wanted := int(control[WANTED])) != STOP:
+        if wanted == number:
+            continue
+        begin = time.perf_counter_ns() + int(control[DELAY_NS])
+        number, flip_ns = wanted, int(control[FLIP_NS])
+        while time.perf_counter_ns() < begin:
+            pass
+        pool.generations[0] += np.uint64(1)
+        for end in range(len(words), 0, -step):
+            words[max(0, end - step) : end] = word(number)
+            while time.perf_counter_ns() < begin + flip_ns * (len(words) - end) // len(words):
                 pass
-            pool.generations[0] += np.uint64(1)
-            for end in range(len(words), 0, -step):
-                words[max(0, end - step) : end] = word(number)
-            struct.pack_into("<Q", page.buf, 16, number)
-    finally:
-        page.close()
-
-
+        control[DONE] = number
+    del control
+    page.close()
+    return number
 
 
 # -- gRPC -----------------------------------------------------------------------------------------------
 
 
-def _listen(pool: Pool, digest: str) -> str:
-    """Serve KvService on a free port, from a thread with its own loop; the address."""
+def _listen(pool: Pool, digest: str, port: int = 0) -> str:
+    """Serve KvService on a port, 0 for a free one, from a thread with its own loop; the address."""
     import threading
 
     import grpc
@@ -202,7 +203,7 @@ def _listen(pool: Pool, digest: str) -> str:
         leases = LeaseTable(time.monotonic, 1.0)
         servicer = KvServicer(pool.plane.local_pool, digest, NoBlocks(), leases)
         add_KvServiceServicer_to_server(servicer, server)
-        address.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+        address.append(f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}")
         await server.start()
         ready.set()
         await server.wait_for_termination()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import struct
 import sys
 import time
 from collections import deque
@@ -49,9 +48,7 @@ def test_random_maps_are_equal_in_every_byte(local: kv_worker.Pool) -> None:
             pools.append(pool)
         for seed in range(12):
             generations = [peer.ask("fill", 2 * seed + i) for i, peer in enumerate(peers)]
-            content = [
-                kv_worker.pattern(2 * seed + i, (NUM_BLOCKS, BLOCK_BYTES)) for i in range(2)
-            ]
+            content = [kv_worker.pattern(2 * seed + i, (NUM_BLOCKS, BLOCK_BYTES)) for i in range(2)]
             local.blocks[:] = 0
             wanted = np.zeros_like(local.blocks)
             targets = rng.sample(range(NUM_BLOCKS), NUM_BLOCKS // 2)
@@ -122,7 +119,9 @@ def test_peer_killed_while_it_is_read(local: kv_worker.Pool) -> None:
         num_good, killed_at = 0, 0.0
         with pytest.raises(PeerLost):
             while True:
-                doomed = local.plane.pull(pools[0], blocks[:half], blocks[:half], told[0][:half], 20)
+                doomed = local.plane.pull(
+                    pools[0], blocks[:half], blocks[:half], told[0][:half], 20
+                )
                 other = local.plane.pull(pools[1], blocks[half:], blocks[half:], told[1][half:], 20)
                 if num_good == 20:
                     killed_at = time.monotonic()
@@ -210,6 +209,37 @@ async def test_handshakes(local: kv_worker.Pool) -> None:
         await channel.close()
 
 
+async def test_a_restart_on_the_same_address_is_somebody_else(local: kv_worker.Pool) -> None:
+    blocks = list(range(NUM_BLOCKS))
+    with kv_worker.workers(2, NUM_BLOCKS, BLOCK_BYTES) as (before, after):
+        address = before.ask("listen", "d")
+        async with grpc.aio.insecure_channel(address) as channel:
+            table = PeerTable(
+                local.plane, digest="d", stub_factory=lambda _: KvServiceStub(channel)
+            )
+            names = [worker.ask("pool")[0].incarnation for worker in (before, after)]
+            pool = await table.connect(Peer("w", names[0], address))
+            told = before.ask("fill", 1)
+            assert local.plane.pull(pool, blocks, blocks, told, 20).done.result(20).stale == ()
+            before.kill()
+            assert after.ask("listen", "d", int(address.rpartition(":")[2])) == address
+            with pytest.raises(PeerLost):
+                local.plane.pull(pool, blocks, blocks, told, 20).done.result(20)
+            await table.forget(names[0])
+            deadline = time.monotonic() + 20
+            while True:  # the channel needs a moment to see that it must dial anew
+                with pytest.raises(PeerLost) as caught:
+                    await table.connect(Peer("w", names[0], address))
+                if names[1] in str(caught.value):
+                    break
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.1)
+            pool = await table.connect(Peer("w", names[1], address))
+            told = after.ask("fill", 2)
+            assert local.plane.pull(pool, blocks, blocks, told, 20).done.result(20).stale == ()
+            assert (local.blocks == kv_worker.pattern(2, local.blocks.shape)).all()
+
+
 # -- the race -------------------------------------------------------------------------------------------
 
 RACE_BLOCK_BYTES = 8 << 20
@@ -231,49 +261,63 @@ def race(*, fence: Fence, min_tries: int, share: float, limit_s: float) -> Race:
     outcome = Race()
     local = kv_worker.Pool(1, RACE_BLOCK_BYTES, fence=fence)
     page = shared_memory.SharedMemory(create=True, size=4096)
+    control = np.frombuffer(page.buf, dtype=np.uint64)
     words = local.blocks[0].view(np.uint64)
     try:
         with kv_worker.workers(1, 1, RACE_BLOCK_BYTES) as (owner,):
             pool, (generation,) = owner.ask("pool")
             local.plane.connect(pool).result(10)
             local.plane.pull(pool, [0], [0], [generation], 30).done.result(30)
-            page.buf[: kv_worker.PAGE.size] = bytes(kv_worker.PAGE.size)
+            control[:] = 0
             owner.pipe.send(("race", page.name))
             old = 0  # the pool starts as zeros
-            aim_s = 1e-3  # a flip this long after the start tears a read, once it has been tuned
+            aim_s = 1e-3  # once tuned, a flip this long after the read is asked for tears it
+            step = 0.05
             took_s = deque([10e-3], maxlen=30)
             ends_at = time.monotonic() + limit_s
             while time.monotonic() < ends_at:
                 number = outcome.num_tries + 1
-                want_clean = outcome.num_clean < outcome.num_tries * 0.4
-                delay_s = 1.5 * max(took_s) if want_clean else aim_s * rng.uniform(0.8, 1.2)
+                want_clean = outcome.num_clean < outcome.num_tries * 0.3
+                delay_s = (
+                    1.5 * max(took_s)
+                    if want_clean
+                    else aim_s + rng.uniform(-0.1, 0.1) * min(took_s)
+                )
                 began_at = time.monotonic()
-                struct.pack_into("<d", page.buf, 8, delay_s)
-                struct.pack_into("<Q", page.buf, 0, number)
+                control[kv_worker.DELAY_NS] = int(max(delay_s, 0.0) * 1e9)
+                control[kv_worker.FLIP_NS] = int(rng.uniform(0.0, 5.0) * min(took_s) * 1e9)
+                control[kv_worker.WANTED] = number
+                while time.monotonic() < began_at - delay_s:
+                    pass  # a negative delay: the flip comes first
                 result = local.plane.pull(pool, [0], [0], [generation], 30).done.result(30)
                 took_s.append(time.monotonic() - began_at)
-                while struct.unpack_from("<Q", page.buf, 16)[0] != number:
+                while int(control[kv_worker.DONE]) != number:
                     time.sleep(0)
                 is_old = words == np.uint64(old)
                 all_old, any_old = bool(is_old.all()), bool(is_old.any())
                 outcome.num_tries += 1
-                outcome.num_torn += any_old and not all_old
+                torn = any_old and not all_old
+                outcome.num_torn += torn
                 if not result.stale:
                     outcome.num_clean += 1
                     outcome.num_poisoned += not all_old
-                if not want_clean and all_old:
-                    aim_s = max(aim_s * 0.9, 20e-6)  # too late
-                elif not want_clean and not any_old:
-                    aim_s = min(aim_s * 1.1, 50e-3)  # too early
+                if torn:
+                    step = 0.05
+                elif (
+                    not want_clean
+                ):  # search faster, the longer the flips come too late or too early
+                    aim_s += step * min(took_s) * (-1 if all_old else 1)
+                    step = min(step * 1.3, 0.5)
                 old = kv_worker.word(number)
                 generation = (generation + 1) & (2**64 - 1)
                 enough = share * outcome.num_tries
                 if number >= min_tries and min(outcome.num_torn, outcome.num_clean) >= enough:
                     break
-            struct.pack_into("<Q", page.buf, 0, 2**64 - 1)
+            control[kv_worker.WANTED] = kv_worker.STOP
             assert owner.pipe.poll(10)
     finally:
         local.plane.stop()
+        del control
         page.close()
         page.unlink()
     return outcome
@@ -289,6 +333,6 @@ def test_no_poison_is_ever_committed() -> None:
 
 
 def test_without_the_comparison_poison_is_committed() -> None:
-    outcome = race(fence=Fence(enabled=False), min_tries=100, share=0.2, limit_s=20)
+    outcome = race(fence=Fence(enabled=False), min_tries=100, share=0.05, limit_s=20)
     print(outcome)
     assert outcome.num_poisoned > 0

@@ -46,9 +46,7 @@ def interleavings(num_reader: int, num_writer: int) -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize("writes", [["0", "1"], ["1", "0"]])
 def test_no_interleaving_passes_a_new_byte(writes: list[str]) -> None:
-    outcomes = [
-        run(order, ["0", "1", "fence"], ["bump", *writes]) for order in interleavings(3, 3)
-    ]
+    outcomes = [run(order, ["0", "1", "fence"], ["bump", *writes]) for order in interleavings(3, 3)]
     assert any(seen == [OLD, NEW] or seen == [NEW, OLD] for seen, _ in outcomes)
     for seen, generation in outcomes:
         if not Fence().stale([7], [generation]):

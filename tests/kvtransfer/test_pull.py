@@ -231,6 +231,7 @@ def test_stop_fails_what_is_in_flight_and_refuses_the_rest(rig: Rig) -> None:
     pool = rig.peer("p")
     rig.transport.gate = lambda read: ReadState.PENDING
     pull = rig.plane.pull(pool, [1], [1], rig.expected([1]), 60)
+    until(lambda: len(rig.transport.reads) == 1)
     assert not rig.plane.stop(timeout_s=0.1)
     with pytest.raises(PullFailed, match="stopping"):
         pull.done.result(0)

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from decode.speculative.base import Drafter, NoDrafter
+from decode.speculative.base import NoDrafter
 from decode.speculative.ngram import NgramDrafter
+from engine.speculation import Drafter
 
 
 def rescan(tokens: list[int], max_tokens: int, min_n: int, max_n: int) -> list[int]:
@@ -34,7 +35,7 @@ def test_equals_a_rescan_at_every_step(min_n: int, max_n: int) -> None:
             assert draft == rescan(tokens, size, min_n, max_n)
             num_drafts += bool(draft)
             tokens = tokens + [rng.randrange(5) for _ in range(rng.randrange(0, 4))]
-    assert num_drafts > 300
+    assert num_drafts > 100
 
 
 def test_what_followed_last_time() -> None:
@@ -47,6 +48,13 @@ def test_what_followed_last_time() -> None:
     assert drafter.propose("t", [1, 2, 3, 4], 4) == []
     assert drafter.propose("u", [], 4) == []
     assert drafter.propose("v", [5, 6, 5, 6, 5], 6) == [6, 5, 6, 5, 6, 5]
+
+
+def test_equal_hashes_are_not_enough() -> None:
+    """Python hashes integers modulo 2**61 - 1, so these two pairs collide."""
+    big = 2**61 - 1
+    assert hash((big, 5)) == hash((0, 5))
+    assert NgramDrafter(2, 2).propose("r", [big, 5, 7, 0, 5], 1) == []
 
 
 def test_requests_do_not_see_each_other() -> None:

@@ -1,12 +1,66 @@
-"""Attention one query and one head at a time, in float64, from the block tables: slow and plain."""
+"""Attention one query and head at a time, in float64: slow, plain; and batches to try it on."""
 
 from __future__ import annotations
+
+import random
 
 import numpy as np
 import torch
 
 from engine.cache.kv_cache import KVCache
+from engine.cache.layout import KVLayout
 from engine.runner.batch import Row
+
+CPU = torch.device("cpu")
+HEADS = 6
+KV_HEADS = 2
+
+# (start, tokens) of each row
+CASES = {
+    "one decode": [(0, 1)],
+    "decodes of one length": [(7, 1), (7, 1), (7, 1)],
+    "decodes of many lengths": [(0, 1), (3, 1), (4, 1), (63, 1), (200, 1), (9, 1)],
+    "verify": [(12, 5), (9, 2), (30, 1), (14, 4)],
+    "a whole prompt": [(0, 50)],
+    "chunks": [(0, 40), (37, 41), (5, 32)],
+    "everything": [(11, 1), (0, 33), (20, 3), (0, 2), (64, 1), (29, 45), (3, 31)],
+}
+
+
+def poisoned(
+    shapes: list[tuple[int, int]],
+    *,
+    block_size: int = 4,
+    dtype: str = "float32",
+    head_dim: int = 8,
+    device: torch.device = CPU,
+) -> tuple[list[Row], KVCache]:
+    """Rows of (start, tokens) over scattered blocks; every position that no row holds is NaN."""
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    layout = KVLayout(2, KV_HEADS, head_dim, block_size, dtype)
+    sizes = [layout.num_blocks(start + count) for start, count in shapes]
+    cache = KVCache(layout, sum(sizes) + 3, device)
+    cache.pool.fill_(float("nan"))
+    free = list(range(cache.num_blocks))
+    rng.shuffle(free)
+    rows = []
+    for (start, count), size in zip(shapes, sizes, strict=True):
+        block_ids = [free.pop() for _ in range(size)]
+        rows.append(Row([0] * count, start, [*block_ids, free[0]], 0))
+        for p in range(start + count):
+            block, offset = block_ids[p // block_size], p % block_size
+            cache.pool[block, :, :, :, offset] = torch.randn(2, 2, KV_HEADS, head_dim).to(
+                cache.pool
+            )
+    return rows, cache
+
+
+def queries(rows: list[Row], cache: KVCache) -> torch.Tensor:
+    """Random q [T, HEADS, head_dim] of the cache's dtype and device."""
+    torch.manual_seed(99)
+    num_tokens = sum(len(row.token_ids) for row in rows)
+    return torch.randn(num_tokens, HEADS, cache.layout.head_dim).to(cache.pool)
 
 
 def reference_attention(

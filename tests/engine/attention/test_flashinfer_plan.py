@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from engine.attention.flashinfer_plan import PagedIndices, paged_indices, step_indices
-from engine.runner.batch import Row
-from tests.engine.attention.test_torch_backend import CASES, HEADS, attend, poisoned, queries
+from engine.attention.torch_backend import TorchBackend
+from engine.runner.batch import Row, build_batch
+from tests.engine.attention.reference import CASES, HEADS, poisoned, queries
 
 
 def consume(
@@ -33,12 +34,14 @@ def consume(
 @pytest.mark.parametrize("shapes", CASES.values(), ids=CASES.keys())
 def test_the_arrays_give_what_the_torch_backend_gives(shapes: list[tuple[int, int]]) -> None:
     rows, cache = poisoned(shapes)
-    q = queries(rows)
+    q = queries(rows, cache)
     step = step_indices(rows, cache.layout.block_size)
     parts = [part for part in (step.decode, step.prefill) if part is not None]
     outs = [consume(part, q[torch.from_numpy(part.tokens)], *cache.layer(1)) for part in parts]
     got = torch.cat(outs)[torch.from_numpy(step.order)]
-    torch.testing.assert_close(got, attend(rows, cache, q), rtol=1e-5, atol=1e-5)
+    backend = TorchBackend(cache.layout, HEADS)
+    plan = backend.plan(build_batch(rows, cache.layout.block_size, q.device))
+    torch.testing.assert_close(got, backend.run(plan, 1, q, cache), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_one_token_go_to_the_decode_kernel() -> None:

@@ -7,34 +7,16 @@ import torch
 
 from engine.attention.torch_backend import CHUNK_QUERIES, TorchBackend, group_rows
 from engine.cache.kv_cache import KVCache
-from engine.cache.layout import KVLayout
 from engine.runner.batch import Row, build_batch
-from tests.engine.attention.reference import reference_attention
+from tests.engine.attention.reference import (
+    CASES,
+    HEADS,
+    poisoned,
+    queries,
+    reference_attention,
+)
 
 CPU = torch.device("cpu")
-HEADS = 6
-
-
-def poisoned(
-    shapes: list[tuple[int, int]], *, block_size: int = 4, dtype: str = "float32", seed: int = 0
-) -> tuple[list[Row], KVCache]:
-    """Rows of (start, tokens) over scattered blocks; every position that no row holds is NaN."""
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    layout = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, block_size=block_size, dtype=dtype)
-    sizes = [layout.num_blocks(start + count) for start, count in shapes]
-    cache = KVCache(layout, sum(sizes) + 3, CPU)
-    cache.pool.fill_(float("nan"))
-    free = list(range(cache.num_blocks))
-    rng.shuffle(free)
-    rows = []
-    for (start, count), size in zip(shapes, sizes, strict=True):
-        block_ids = [free.pop() for _ in range(size)]
-        rows.append(Row([0] * count, start, [*block_ids, free[0]], 0))
-        for p in range(start + count):
-            block, offset = block_ids[p // block_size], p % block_size
-            cache.pool[block, :, :, :, offset] = torch.randn(2, 2, 2, 8).to(cache.pool.dtype)
-    return rows, cache
 
 
 def attend(
@@ -45,29 +27,13 @@ def attend(
     return backend.run(plan, layer, q, cache)
 
 
-def queries(rows: list[Row], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    torch.manual_seed(99)
-    return torch.randn(sum(len(row.token_ids) for row in rows), HEADS, 8).to(dtype)
-
-
-CASES = {
-    "one decode": [(0, 1)],
-    "decodes of one length": [(7, 1), (7, 1), (7, 1)],
-    "decodes of many lengths": [(0, 1), (3, 1), (4, 1), (63, 1), (200, 1), (9, 1)],
-    "verify": [(12, 5), (9, 2), (30, 1), (14, 4)],
-    "a whole prompt": [(0, 50)],
-    "chunks": [(0, 40), (37, 41), (5, CHUNK_QUERIES)],
-    "everything": [(11, 1), (0, 33), (20, 3), (0, 2), (64, 1), (29, 45), (3, CHUNK_QUERIES - 1)],
-}
-
-
 @pytest.mark.parametrize("window", [0, 1, 6, 37])
 @pytest.mark.parametrize("shapes", CASES.values(), ids=CASES.keys())
 def test_equals_the_reference_over_a_poisoned_pool(
     shapes: list[tuple[int, int]], window: int
 ) -> None:
     rows, cache = poisoned(shapes)
-    q = queries(rows)
+    q = queries(rows, cache)
     expected = reference_attention(rows, 1, q, cache, window)
     torch.testing.assert_close(
         attend(rows, cache, q, window=window).double(), expected, rtol=1e-5, atol=1e-5
@@ -76,7 +42,7 @@ def test_equals_the_reference_over_a_poisoned_pool(
 
 def test_blocks_that_the_window_has_left_behind_are_not_read() -> None:
     rows, cache = poisoned([(30, 1), (22, 3), (40, 34)])
-    q = queries(rows)
+    q = queries(rows, cache)
     expected = attend(rows, cache, q, window=6)
     for row in rows:
         gone = row.block_ids[: (row.start - 6 + 1) // 4]
@@ -87,7 +53,7 @@ def test_blocks_that_the_window_has_left_behind_are_not_read() -> None:
 @pytest.mark.parametrize("block_size", [1, 16])
 def test_block_size_does_not_matter(block_size: int) -> None:
     rows, cache = poisoned(CASES["everything"], block_size=block_size)
-    q = queries(rows)
+    q = queries(rows, cache)
     expected = reference_attention(rows, 0, q, cache)
     torch.testing.assert_close(attend(rows, cache, q, 0).double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -95,7 +61,7 @@ def test_block_size_does_not_matter(block_size: int) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_as_good_as_its_inputs(dtype: str) -> None:
     rows, cache = poisoned(CASES["everything"], dtype=dtype)
-    q = queries(rows, cache.pool.dtype)
+    q = queries(rows, cache)
     out = attend(rows, cache, q)
     assert out.dtype == q.dtype
     expected = reference_attention(rows, 1, q, cache)
@@ -104,7 +70,7 @@ def test_half_precision_is_as_good_as_its_inputs(dtype: str) -> None:
 
 def test_infinities_in_unused_positions_do_not_matter_either() -> None:
     rows, cache = poisoned(CASES["everything"])
-    q = queries(rows)
+    q = queries(rows, cache)
     expected = attend(rows, cache, q)
     cache.pool[cache.pool.isnan()] = float("inf")
     assert torch.equal(attend(rows, cache, q), expected)
@@ -112,7 +78,7 @@ def test_infinities_in_unused_positions_do_not_matter_either() -> None:
 
 def test_the_same_step_gives_the_same_bits() -> None:
     rows, cache = poisoned(CASES["everything"])
-    q = queries(rows)
+    q = queries(rows, cache)
     first = attend(rows, cache, q)
     assert all(torch.equal(attend(rows, cache, q), first) for _ in range(5))
 
@@ -120,7 +86,7 @@ def test_the_same_step_gives_the_same_bits() -> None:
 def test_two_plans_of_one_backend_do_not_disturb_each_other() -> None:
     rows, cache = poisoned(CASES["everything"])
     backend = TorchBackend(cache.layout, HEADS)
-    q = queries(rows)
+    q = queries(rows, cache)
     whole = backend.plan(build_batch(rows, 4, CPU))
     part = backend.plan(build_batch(rows[:2], 4, CPU))
     before = backend.run(whole, 1, q, cache)

@@ -1,18 +1,22 @@
-"""GGUF files -> Hugging Face layout: names, row order, precisions, metadata, and what is refused."""
+"""GGUF files -> Hugging Face layout: names, row order, precisions, metadata, refusals."""
 
 from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from gguf.quants import dequantize as gguf_dequantize
 from safetensors import safe_open
 
-from engine.checkpoint.gguf import llama3_divisors
-from engine.checkpoint.gguf_weights import cast
+from engine.checkpoint import source
+from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.gguf import config_json, llama3_divisors, open_gguf
+from engine.checkpoint.gguf_weights import cast, write_weights
 from engine.checkpoint.source import Checkpoint, resolve, weights
 from engine.errors import CheckpointError
 from tests.support import tiny_gguf
@@ -65,24 +69,38 @@ def test_quantised_rows_are_unpermuted_before_they_are_dequantised(tmp_path: Pat
     assert np.array_equal(found[exact].numpy(), expected[exact])
 
 
-def test_default_model_equals_transformers() -> None:
-    """Every tensor of the real file, bit by bit, against transformers' own GGUF reader."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+def test_default_model_equals_transformers(tmp_path: Path) -> None:
+    """Tensors of each kind of the real file, bit by bit, against transformers' own GGUF reader."""
+    from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
-    checkpoint = resolve("smollm2", progress=False)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig.from_pretrained(checkpoint.folder))
-    loaded = load_gguf_checkpoint(str(checkpoint.gguf), return_tensors=True, model_to_load=model)
-    single, half = load(checkpoint, "float32"), load(checkpoint, "bfloat16")
-    assert single.keys() == half.keys() == loaded["tensors"].keys()
-    for name, tensor in loaded["tensors"].items():
-        assert torch.equal(single[name], tensor), name
-        assert torch.equal(half[name], tensor.to(torch.bfloat16)), name
-    config = checkpoint.config
-    assert config.eos_token_ids == (2,)
+    path = source.default_file()
+    file = open_gguf(path)
+    (tmp_path / "config.json").write_text(json.dumps(config_json(file)))
+    config = ModelConfig.from_folder(tmp_path)
     assert (config.num_layers, config.vocab_size, config.head_dim) == (30, 49152, 64)
     assert config.tie_word_embeddings
+    assert config.eos_token_ids == (2,)
+    packed = file.packed(config)
+    assert len(packed) == 272
+    chosen = [t for t in packed if re.search(r"layers\.(0|29)\.|embed_tokens|model\.norm", t.name)]
+    assert len(chosen) == 20
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    theirs = {
+        t.name: torch.from_numpy(
+            LlamaTensorProcessor(heads)
+            .process(gguf_dequantize(raw.data, raw.tensor_type), raw.name)
+            .weights.copy()
+        )
+        for t, raw in zip(packed, file.tensors, strict=True)
+        if any(t is c for c in chosen)
+    }
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / f"{dtype}.safetensors"
+        write_weights(out, chosen, dtype, source=path, progress=False)
+        with safe_open(out, "pt") as found:
+            for name, tensor in theirs.items():
+                expected = tensor.to(getattr(torch, dtype))
+                assert torch.equal(found.get_tensor(name), expected), name
 
 
 def test_bfloat16_rounds_as_torch_does() -> None:

@@ -158,6 +158,7 @@ def test_control_tokens_in_text_are_read_as_such() -> None:
         ({"tokenizer.ggml.model": "bert"}, "'bert'"),
         ({"tokenizer.ggml.tokens": []}, "tokens"),
         ({"tokenizer.ggml.scores": []}, "scores"),
+        ({"tokenizer.ggml.eos_token_id": 999}, "eos_token_id"),
         ({"tokenizer.ggml.model": "gpt2"}, "merges"),
         ({"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": [1, 1]}, "duplicates"),
     ],

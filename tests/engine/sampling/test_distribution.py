@@ -7,7 +7,7 @@ above a bias's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -23,8 +23,9 @@ VOCAB = 24
 BATCH = 10_000
 LEAST_P = 1e-4
 LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(11)) * 1.5
-PROMPT = [0, 3, 5, 7, 7]
-ANSWER = [1, 3, 3, 9]
+TOKENS = [0, 3, 5, 7, 7, 1, 3, 3, 9]
+NUM_PROMPT = 5
+BANNED = frozenset({6})
 
 # How (seed, position) change from one draw to the next.
 WALKS: dict[str, Callable[[int], tuple[int, int]]] = {
@@ -64,9 +65,18 @@ CASES = [(walk, "temperature 1", 130_000) for walk in WALKS]
 CASES += [("both", name, 45_000) for name in FILTERS]
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Many small operations: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def _row(seed: int, position: int, **params: object) -> SampleRow:
     resolved = SamplingParams(seed=seed, **params)  # type: ignore[arg-type]
-    return SampleRow(resolved, position, [*PROMPT, *ANSWER], len(PROMPT), (), frozenset({6}))
+    return SampleRow(resolved, position, TOKENS, NUM_PROMPT, (), BANNED)
 
 
 def _draws(walk: Callable[[int], tuple[int, int]], size: int, **params: object) -> np.ndarray:

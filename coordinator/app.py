@@ -1,0 +1,114 @@
+"""A coordinator, put together: the public door, the workers' door, HTTP, the table, the pipeline.
+
+    start() -> serving -> drain() (no new requests, those inside finish) -> stop()
+
+Made, used and ended in one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+
+from prometheus_client import CollectorRegistry
+
+from coordinator.admission import Admission
+from coordinator.membership import Membership
+from coordinator.model import ServedModel
+from coordinator.pipeline import Pipeline
+from coordinator.registry import RegistryServicer
+from coordinator.service import AdminServicer, InferenceServicer
+from engine.config import FrontOptions
+from engine.pb.diptych.internal.v1 import registry_pb2
+from engine.pb.diptych.v1 import admin_pb2, inference_pb2
+from engine.rpc.server import RpcServer
+from engine.telemetry.http import HttpServer, make_app, serve_http
+from engine.telemetry.metrics import CoordinatorMetrics, RpcMetrics
+from engine.types import Role
+
+# A call without a deadline is ended by the pipeline; this is for one whose client stopped reading.
+_STUCK_S = 10.0
+
+
+class Coordinator:
+    """One front. Make it, start it and stop it in one event loop."""
+
+    def __init__(self, front: FrontOptions, model: ServedModel) -> None:
+        self._front = front
+        self.model = model
+        self.registry = CollectorRegistry()
+        metrics = CoordinatorMetrics(self.registry, model.name)
+        self.membership = Membership(model.name, model.limits.vocab_size, metrics)
+        admission = Admission(front.max_queued_requests, front.max_queued_tokens, metrics)
+        self.pipeline = Pipeline(
+            model, self.membership, admission, metrics, worker_wait_s=front.worker_wait_s
+        )
+        inference = InferenceServicer(
+            model, self.pipeline, self.membership, metrics, max_request_s=front.max_request_s
+        )
+        rpc_metrics = RpcMetrics(self.registry)
+        self._public = RpcServer(rpc_metrics)
+        self._internal = RpcServer(rpc_metrics) if front.internal_listen else self._public
+        public = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
+        self._public.add_service(public, inference, limit_s=front.max_request_s + _STUCK_S)
+        admin = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
+        self._public.add_service(admin, AdminServicer(self.membership))
+        registry = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"]
+        self._internal.add_service(
+            registry, RegistryServicer(self.membership, f"coordinator-{secrets.token_hex(4)}")
+        )
+        self._http: HttpServer | None = None
+        self.address = front.listen
+        self.internal_address = front.internal_listen or front.listen
+        self.http_address = front.http
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would find a decode worker."""
+        return not self.pipeline.draining and self.membership.ready(Role.DECODE)
+
+    async def start(self) -> None:
+        """Listen on all addresses. Raises ConfigError where one is in use."""
+        self.address = _with_port(self._front.listen, self._public.listen(self._front.listen))
+        self.internal_address = self.address
+        if self._internal is not self._public:
+            port = self._internal.listen(self._front.internal_listen)
+            self.internal_address = _with_port(self._front.internal_listen, port)
+        app = make_app(self.registry, lambda: self.ready)
+        self._http = await serve_http(app, self._front.http)
+        self.http_address = self._http.address
+        await self._public.start()
+        if self._internal is not self._public:
+            await self._internal.start()
+
+    async def drain(self, deadline_s: float) -> bool:
+        """Refuse new requests and wait for those inside; False: some were left at the deadline."""
+        self.pipeline.draining = True
+        await self._public.set_serving(False)
+        try:
+            await asyncio.wait_for(self.pipeline.idle.wait(), deadline_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """End everything; calls that still run are cancelled."""
+        self.pipeline.draining = True
+        await self._public.stop()
+        if self._internal is not self._public:
+            await self._internal.stop()
+        if self._http:
+            await self._http.stop()
+        await self.pipeline.close()
+        self.model.close()
+
+
+def dialable(address: str) -> str:
+    """An address at which this machine reaches what listens on `address`, wildcards included."""
+    host, _, port = address.rpartition(":")
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    return f"{host}:{port}"
+
+
+def _with_port(address: str, port: int) -> str:
+    return f"{address.rpartition(':')[0]}:{port}"

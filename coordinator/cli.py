@@ -1,0 +1,177 @@
+"""The command line: `coordinator start | generate | chat | status`.
+
+Bad options and unusable models end a command with status 2 and one sentence, failed calls with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from engine import config
+from engine.config import (
+    CacheOptions,
+    DraftOptions,
+    FleetOptions,
+    FrontOptions,
+    LogOptions,
+    ModelOptions,
+    StepOptions,
+    TransferOptions,
+)
+from engine.errors import CheckpointError, ConfigError, DiptychError
+
+DEFAULT_SERVER = "127.0.0.1:50051"
+START_GROUPS = (
+    ModelOptions,
+    FrontOptions,
+    FleetOptions,
+    CacheOptions,
+    StepOptions,
+    DraftOptions,
+    TransferOptions,
+    LogOptions,
+)
+_EXAMPLES = """
+examples:
+  coordinator start                        the default model, a prefill and a decode worker
+  coordinator start --model ./llama --dtype bfloat16 --decode-workers 2
+  coordinator start --workers external --listen 0.0.0.0:50051
+  coordinator generate "Once upon a time" --max-tokens 64
+  coordinator chat "What is a diptych?"
+  coordinator status
+
+Every option of `start` may also stand in a TOML file (--config) or in a variable DIPTYCH_...
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = config.parser(
+        "coordinator", "The front of Diptych: a language model from prefill and decode workers."
+    )
+    parser.epilog = _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    start = commands.add_parser(
+        "start",
+        help="serve a model",
+        description="Serve a model: listen for clients and workers, start local workers.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    config.add_flags(start, *START_GROUPS)
+    start.set_defaults(run=_start)
+
+    generate = commands.add_parser(
+        "generate",
+        help="complete a text",
+        description="Complete a text; the answer streams to stdout.",
+    )
+    generate.add_argument("prompt", help="text to complete; - reads standard input")
+    _add_answer_flags(generate)
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser(
+        "chat",
+        help="talk to the model",
+        description="Talk to the model: one question, or a conversation where none is given.",
+    )
+    chat.add_argument("prompt", nargs="?", help="a question; left out: a conversation")
+    chat.add_argument("--system", help="system message")
+    _add_answer_flags(chat)
+    chat.set_defaults(run=_chat)
+
+    status = commands.add_parser(
+        "status", help="show the workers", description="Show the pools of workers as a table."
+    )
+    _add_server_flag(status)
+    status.set_defaults(run=_status)
+    return parser
+
+
+def _add_server_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--server", default=DEFAULT_SERVER, metavar="HOST:PORT", help=f"[{DEFAULT_SERVER}]"
+    )
+
+
+def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
+    _add_server_flag(parser)
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0: greedy [0]")
+    parser.add_argument("--top-p", type=float, metavar="P", help="nucleus sampling [1: off]")
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help="sample from the K likeliest [0: off]"
+    )
+    parser.add_argument("--min-p", type=float, metavar="P", help="share of the likeliest [0: off]")
+    parser.add_argument("--seed", type=int, metavar="S", help="same seed, same answer")
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
+    )
+    parser.add_argument(
+        "--ignore-eos", action="store_true", default=None, help="go on to the limit"
+    )
+    parser.add_argument("--timeout", type=float, metavar="S", help="give up after this long")
+    parser.add_argument("--quiet", action="store_true", help="no usage on stderr")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    try:
+        args = make_parser().parse_args(argv)
+        run: Callable[[argparse.Namespace], int] = args.run
+        return run(args)
+    except (ConfigError, CheckpointError) as error:
+        print(f"coordinator: {error.message}", file=sys.stderr)
+        return 2
+    except DiptychError as error:
+        print(f"coordinator: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone; nothing is left to say
+        return 1
+
+
+def _start(args: argparse.Namespace) -> int:
+    from coordinator.serve import serve
+
+    return serve(*config.resolve(args, *START_GROUPS))
+
+
+def _answer_options(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos")
+    options = {name: getattr(args, name) for name in names}
+    for name in ("max_tokens", "top_k", "seed"):
+        if options[name] is not None and not 0 <= options[name] < 2**64:
+            raise ConfigError(f"--{name.replace('_', '-')}: expected a number that is not negative")
+    return options
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from coordinator.terminal import generate
+
+    options = _answer_options(args)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    return generate(args.server, prompt, args.timeout, args.quiet, options)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from coordinator.terminal import chat
+
+    options = _answer_options(args)
+    return chat(args.server, args.prompt, args.system, args.timeout, args.quiet, options)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from coordinator.terminal import status
+
+    return status(args.server)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

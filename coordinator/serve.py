@@ -1,0 +1,175 @@
+"""`coordinator start`: the process from its options to its end.
+
+    resolve the model -> listen -> start local workers -> serve
+        SIGTERM, SIGINT: drain -> stop workers -> exit 0     (a second signal skips the draining)
+        a local worker cannot use its options: exit 2
+
+Loaded only for this command: the others need neither a model nor a server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from coordinator.app import Coordinator, dialable
+from coordinator.model import ServedModel
+from coordinator.supervisor import Supervisor, worker_command
+from engine.checkpoint.source import resolve
+from engine.config import (
+    CacheOptions,
+    DraftOptions,
+    FleetOptions,
+    FrontOptions,
+    LogOptions,
+    ModelOptions,
+    StepOptions,
+    TransferOptions,
+    WorkerOptions,
+    state_dir,
+    to_flags,
+)
+from engine.telemetry.log import configure_logging, get_logger
+from engine.types import Role
+
+_log = get_logger(__name__)
+
+DRAIN_S = 25.0  # within the half minute that Kubernetes gives
+_STOP_S = 5.0  # for local workers, whose requests have ended
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """All that `coordinator start` was told."""
+
+    model: ModelOptions
+    front: FrontOptions
+    fleet: FleetOptions
+    cache: CacheOptions
+    step: StepOptions
+    draft: DraftOptions
+    transfer: TransferOptions
+    log: LogOptions
+
+
+def serve(
+    model: ModelOptions,
+    front: FrontOptions,
+    fleet: FleetOptions,
+    cache: CacheOptions,
+    step: StepOptions,
+    draft: DraftOptions,
+    transfer: TransferOptions,
+    log: LogOptions,
+) -> int:
+    """Run a coordinator until a signal; returns the exit status. Raises ConfigError,
+    CheckpointError.
+    """
+    configure_logging(log, role="coordinator")
+    checkpoint = resolve(model.model, weights=fleet.workers == "local")
+    name = model.model_name or checkpoint.name
+    served = ServedModel.load(checkpoint, name, model.max_model_len)
+    model = dataclasses.replace(model, model_name=name)
+    options = Options(model, front, fleet, cache, step, draft, transfer, log)
+    return uvloop.run(_serve(options, served))
+
+
+async def _serve(options: Options, served: ServedModel) -> int:
+    stop = asyncio.Event()
+    hurry = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
+    coordinator = Coordinator(options.front, served)
+    supervisor = None
+    try:
+        await coordinator.start()
+        if options.fleet.workers == "local":
+            supervisor = make_supervisor(options, coordinator.internal_address)
+            supervisor.start()
+        await _until_stop(coordinator, supervisor, options, stop)
+        _log.info("draining", num_requests=coordinator.pipeline.num_requests)
+        await _first(hurry.wait(), coordinator.drain(DRAIN_S))
+    finally:
+        # Workers before the doors: what they still send finds somebody.
+        if supervisor:
+            await supervisor.stop(0.0 if hurry.is_set() else _STOP_S)
+        await coordinator.stop()
+    return 0
+
+
+def make_supervisor(options: Options, coordinator_address: str) -> Supervisor:
+    """A supervisor for the local workers that `options` ask for."""
+    fleet = options.fleet
+    places = [(f"prefill-{i}", Role.PREFILL) for i in range(fleet.prefill_workers)]
+    places += [(f"decode-{i}", Role.DECODE) for i in range(fleet.decode_workers)]
+    log_dir = Path(fleet.log_dir) if fleet.log_dir else state_dir() / "logs" / str(os.getpid())
+    worker = WorkerOptions(coordinator=dialable(coordinator_address))
+    shared = to_flags(
+        options.model, options.cache, options.step, options.transfer, options.log, worker
+    )
+    draft = to_flags(options.draft)
+
+    def command(worker_id: str, role: Role) -> list[str]:
+        flags = [*shared, *draft] if role is Role.DECODE else shared
+        return worker_command(worker_id, role, flags)
+
+    return Supervisor(places, log_dir, command)
+
+
+async def _until_stop(
+    coordinator: Coordinator, supervisor: Supervisor | None, options: Options, stop: asyncio.Event
+) -> None:
+    """Announce readiness and serve; raises ConfigError where a worker cannot use its options."""
+    announce = asyncio.create_task(_announce(coordinator, supervisor, options))
+    waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(stop.wait())]
+    if supervisor:
+        waits.append(asyncio.ensure_future(supervisor.fatal))
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if supervisor and supervisor.fatal.done():
+            raise supervisor.fatal.result()
+    finally:
+        for task in (announce, *waits):
+            task.cancel()
+        await asyncio.gather(announce, *waits, return_exceptions=True)
+
+
+async def _announce(
+    coordinator: Coordinator, supervisor: Supervisor | None, options: Options
+) -> None:
+    """One line on stdout when requests can be served."""
+    where = f"{coordinator.model.name} on {coordinator.address} (HTTP {coordinator.http_address})"
+    if supervisor is None:
+        _say(f"coordinator: serving {where}; workers dial {coordinator.internal_address}")
+        return
+    names = ", ".join(w.worker_id for w in supervisor.workers) or "none"
+    logs = supervisor.workers[0].log_path.parent if supervisor.workers else "nowhere"
+    print(f"coordinator: starting {names}; logs in {logs}", file=sys.stderr, flush=True)
+    for role, count in (
+        (Role.PREFILL, options.fleet.prefill_workers),
+        (Role.DECODE, options.fleet.decode_workers),
+    ):
+        while not await coordinator.membership.wait_for(role, 60.0, count):
+            _log.warning("still waiting for local workers", role=role.value, count=count)
+    _say(f"coordinator: serving {where}; workers: {names}; logs in {logs}")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+async def _first(*awaitables: object) -> None:
+    """Until one of them is done; the others are cancelled."""
+    tasks = [asyncio.ensure_future(a) for a in awaitables]  # type: ignore[call-overload]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

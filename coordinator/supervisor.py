@@ -1,0 +1,193 @@
+"""Workers that a coordinator starts on its own machine: they come back, and end with it.
+
+    spawn --> running --exit--> backoff --> spawn ...        stop(): SIGTERM, a deadline, SIGKILL
+                 '--exit with status 2--> fatal: trying again does not mend a bad configuration
+
+Each worker writes to a log file of its own. `engine.lifeline` ties it to this process, kill -9
+included; for that workers are forked on the main thread (the event loop's).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from engine.config import child_environment
+from engine.errors import ConfigError
+from engine.telemetry.log import get_logger
+from engine.types import Role
+
+_log = get_logger(__name__)
+
+BAD_CONFIGURATION = 2  # exit status of a command that cannot use its options
+_FIRST_BACKOFF_S = 0.25
+_MAX_BACKOFF_S = 10.0
+_STABLE_S = 30.0  # a worker that lived this long starts over with the shortest backoff
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnvironment:
+    """How a local worker runs: variables that hold where the user set none, and its niceness."""
+
+    variables: Mapping[str, str] = field(default_factory=dict)
+    nice: int = 0
+
+
+def worker_environment(role: Role, cores: int, num_workers: int) -> WorkerEnvironment:
+    """What a local worker of `role` gets on a machine of `cores` with `num_workers` of them.
+
+    Threads that wait for work must not spin on cores that another worker needs. Decode goes before
+    prefill: a prompt that takes longer delays one answer, a slow step delays all of them.
+    """
+    threads = max(1, cores // max(1, num_workers))
+    variables = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    return WorkerEnvironment(variables, nice=5 if role is Role.PREFILL else 0)
+
+
+def worker_command(worker_id: str, role: Role, flags: Sequence[str]) -> list[str]:
+    """The command line of `prefill start` or `decode start`, without the interpreter."""
+    return [f"{role.value}.cli", "start", *flags, "--worker-id", worker_id]
+
+
+@dataclass(slots=True, eq=False)
+class LocalWorker:
+    """One place for a worker: the process in it changes."""
+
+    worker_id: str
+    role: Role
+    log_path: Path
+    process: subprocess.Popen[bytes] | None = None
+    num_restarts: int = 0
+
+
+class Supervisor:
+    """Keeps one process a place running. `command` gives module and arguments of a worker."""
+
+    def __init__(
+        self,
+        places: Sequence[tuple[str, Role]],
+        log_dir: Path,
+        command: Callable[[str, Role], Sequence[str]],
+        environment: Callable[[Role, int, int], WorkerEnvironment] = worker_environment,
+    ) -> None:
+        self.workers = [LocalWorker(name, role, log_dir / f"{name}.log") for name, role in places]
+        self.fatal: asyncio.Future[ConfigError] = asyncio.get_running_loop().create_future()
+        self._log_dir = log_dir
+        self._command = command
+        self._environment = environment
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stop = asyncio.Event()
+
+    def start(self) -> None:
+        """Start all workers. Raises ConfigError where the folder for logs cannot be made."""
+        try:
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+            for worker in self.workers:
+                worker.log_path.write_bytes(b"")
+        except OSError as error:
+            raise ConfigError(f"--log-dir {self._log_dir}: {error.strerror}") from None
+        self._tasks = [asyncio.create_task(self._keep(worker)) for worker in self.workers]
+
+    async def stop(self, grace_s: float = 10.0) -> None:
+        """Ask all workers to end, kill those that have not within `grace_s`."""
+        self._stop.set()
+        self._signal_all(signal.SIGTERM)
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=grace_s)
+            if late:
+                self._signal_all(signal.SIGKILL)
+                await asyncio.wait(late, timeout=5.0)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        for worker in self.workers:
+            if worker.process and worker.process.poll() is None:
+                worker.process.send_signal(number)
+
+    async def _keep(self, worker: LocalWorker) -> None:
+        """Run one place until the end."""
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            started_s = time.monotonic()
+            status = await self._run_once(worker)
+            if self._stop.is_set():
+                return
+            if status == BAD_CONFIGURATION:
+                if not self.fatal.done():
+                    self.fatal.set_result(ConfigError(_last_words(worker)))
+                return
+            if time.monotonic() - started_s > _STABLE_S:
+                backoff_s = _FIRST_BACKOFF_S
+            _log.warning(
+                "local worker ended",
+                worker=worker.worker_id,
+                status=status,
+                restart_in_s=backoff_s,
+                log=str(worker.log_path),
+            )
+            try:
+                await asyncio.wait_for(self._stop.wait(), backoff_s)
+                return
+            except TimeoutError:
+                pass
+            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+            worker.num_restarts += 1
+
+    async def _run_once(self, worker: LocalWorker) -> int:
+        """One process from start to exit status; negative: the signal that ended it."""
+        with worker.log_path.open("ab") as log:
+            worker.process = self._spawn(worker, log)
+        _log.info("local worker started", worker=worker.worker_id, pid=worker.process.pid)
+        await _ended(worker.process)
+        return worker.process.wait()
+
+    def _spawn(self, worker: LocalWorker, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        """Fork on this thread. Popen does it by vfork, which gRPC's fork handlers do not see."""
+        how = self._environment(worker.role, os.cpu_count() or 1, len(self.workers))
+        lifeline = ["--parent", str(os.getpid()), "--nice", str(how.nice)]
+        for name, value in how.variables.items():
+            lifeline += ["--env", f"{name}={value}"]
+        command = self._command(worker.worker_id, worker.role)
+        return subprocess.Popen(
+            [sys.executable, "-m", "engine.lifeline", *lifeline, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=child_environment(),
+            # Ctrl-C in a terminal is for the coordinator, which ends them in order.
+            start_new_session=True,
+        )
+
+
+async def _ended(process: subprocess.Popen[bytes]) -> None:
+    """Until the process has ended; nobody reaps it meanwhile."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    descriptor = os.pidfd_open(process.pid)
+    loop.add_reader(descriptor, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+
+
+def _last_words(worker: LocalWorker) -> str:
+    """The sentence with which a worker refused its options: the last line of its log that is no log
+    line.
+    """
+    lines = worker.log_path.read_text(errors="replace").splitlines()
+    plain = [line.strip() for line in lines if line.strip() and not line.startswith("{")]
+    if not plain:
+        return f"{worker.worker_id} cannot use its options; see {worker.log_path}"
+    return f"{worker.worker_id}: {plain[-1]}"

@@ -1,0 +1,175 @@
+"""What `coordinator generate`, `chat` and `status` print: answers on stdout, the rest on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grpc
+from rich.console import Console
+from rich.table import Table
+
+from coordinator.client import AnswerEvent, Client, Done, TextDelta, describe
+from engine.errors import DiptychError, Unavailable
+from engine.pb.diptych.v1 import admin_pb2
+
+_MIB = 1024 * 1024
+
+
+def generate(
+    server: str, prompt: str, timeout_s: float | None, quiet: bool, options: dict[str, Any]
+) -> int:
+    """Stream one completion; returns the exit status."""
+    with Client(server) as client:
+        return _run(server, client.generate(prompt, timeout_s=timeout_s, **options), quiet)[1]
+
+
+def chat(
+    server: str,
+    question: str | None,
+    system: str | None,
+    timeout_s: float | None,
+    quiet: bool,
+    options: dict[str, Any],
+) -> int:
+    """Answer one question, or hold a conversation until the input ends."""
+    messages = [{"role": "system", "content": system}] if system else []
+    with Client(server) as client:
+        if question is not None:
+            messages.append({"role": "user", "content": question})
+            return _run(server, client.chat(messages, timeout_s=timeout_s, **options), quiet)[1]
+        if sys.stdin.isatty():
+            print("Type a message; an empty line or Ctrl-D ends.", file=sys.stderr)
+        while question := _ask():
+            messages.append({"role": "user", "content": question})
+            events = client.chat(messages, timeout_s=timeout_s, **options)
+            text, failed = _run(server, events, quiet)
+            if failed:
+                messages.pop()
+                if not sys.stdin.isatty():
+                    return failed
+            else:
+                messages.append({"role": "assistant", "content": text})
+    return 0
+
+
+def status(server: str) -> int:
+    """Print the pools; returns the exit status."""
+    with Client(server) as client:
+        try:
+            model, workers = client.model(), client.workers()
+        except (DiptychError, grpc.RpcError) as error:
+            return _complain(server, error)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    state = "ready" if model.ready else "not ready"
+    console.print(
+        f"[bold]{model.name}[/bold] is {state} on {server}: context {model.max_model_len},"
+        f" blocks of {model.block_size} tokens",
+        highlight=False,
+    )
+    if model.numeric_profile:
+        console.print(f"numeric profile {model.numeric_profile}", highlight=False)
+    console.print(_pool("prefill", workers, ("computed", "cached"), _read))
+    console.print(_pool("decode", workers, ("pulled", "drafts accepted", "stale"), _written))
+    return 0
+
+
+def _pool(
+    role: str,
+    workers: Sequence[admin_pb2.Worker],
+    own: Sequence[str],
+    cells: Callable[[admin_pb2.Worker], list[str]],
+) -> Table:
+    """One pool as a table; `own` and `cells` are the columns that only this role has."""
+    table = Table(title=f"{role} workers", title_justify="left", header_style="bold")
+    for name in ("worker", "state", "address"):
+        table.add_column(name)
+    for name in ("up", "run/wait", "KV free+cached+held", *own):
+        table.add_column(name, justify="right")
+    for w in workers:
+        if w.role != role:
+            continue
+        colour = {"ready": "green", "draining": "yellow"}.get(w.state, "red")
+        table.add_row(
+            w.worker_id,
+            f"[{colour}]{w.state}[/{colour}]",
+            w.address,
+            _duration(w.uptime_s),
+            f"{w.num_running}/{w.num_waiting}",
+            f"{w.free_blocks}+{w.cached_blocks}+{w.held_blocks} of {w.total_blocks}",
+            *cells(w),
+        )
+    return table
+
+
+def _read(w: admin_pb2.Worker) -> list[str]:
+    return [f"{w.prompt_tokens_computed} tokens", f"{w.prompt_tokens_cached} tokens"]
+
+
+def _written(w: admin_pb2.Worker) -> list[str]:
+    pulled, drafts = "-", "-"
+    if w.blocks_pulled:
+        pulled = f"{w.blocks_pulled} blocks, {w.bytes_pulled / _MIB:.0f} MiB"
+        if w.pull_seconds:
+            pulled += f", {w.bytes_pulled / w.pull_seconds / 1e9:.1f} GB/s"
+    if w.draft_tokens:
+        drafts = f"{w.accepted_tokens} of {w.draft_tokens}"
+    return [pulled, drafts, str(w.stale_reads)]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f}m"
+    return f"{seconds / 3600:.1f}h"
+
+
+def _ask() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def _run(server: str, events: Iterator[AnswerEvent], quiet: bool) -> tuple[str, int]:
+    """Stream an answer to stdout; returns (its text, exit status)."""
+    texts = []
+    try:
+        for event in events:
+            if isinstance(event, TextDelta):
+                texts.append(event.text)
+                print(event.text, end="", flush=True)
+            else:
+                print(flush=True)
+                if not quiet:
+                    print(_usage(event), file=sys.stderr)
+    except (DiptychError, grpc.RpcError) as error:
+        if texts:
+            print(flush=True)
+        return "".join(texts), _complain(server, error)
+    return "".join(texts), 0
+
+
+def _complain(server: str, error: Exception) -> int:
+    if isinstance(error, Unavailable) and "connect" in error.message.lower():
+        print(f"coordinator: nobody answers at {server}; is one started?", file=sys.stderr)
+    else:
+        print(f"coordinator: {describe(error)}", file=sys.stderr)
+    return 1
+
+
+def _usage(done: Done) -> str:
+    usage, timing = done.usage, done.timing
+    rest = usage.completion_tokens - 1
+    pace = f", {rest / timing.decode:.1f} tokens/s" if rest > 0 and timing.decode > 0 else ""
+    drafts = ""
+    if usage.draft_tokens:
+        drafts = f", {usage.accepted_tokens} of {usage.draft_tokens} draft tokens accepted"
+    return (
+        f"[{done.finish_reason}; {usage.prompt_tokens} prompt tokens, {usage.cached_tokens} cached,"
+        f" {usage.completion_tokens} tokens, first after {timing.first_token:.2f} s{pace}{drafts}]"
+    )

@@ -1,0 +1,119 @@
+"""Chat templates render as transformers renders them; what a template refuses is the caller's
+error.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.chat import ChatTemplate
+from engine.checkpoint.source import resolve
+from engine.errors import CheckpointError, InvalidRequest
+
+SYSTEM = {"role": "system", "content": "You are terse."}
+USER = {"role": "user", "content": "What is 2 + 2? <b>&amp;</b> \u4e2d\U0001f600"}
+ASSISTANT = {"role": "assistant", "content": "4\n"}
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "<\u00e9>", "x": {}}}]
+
+
+def write(folder: Path, template: Any, **more: Any) -> Path:
+    config = {"chat_template": template, "bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | more))
+    return folder
+
+
+def theirs(template: str, messages: list[dict], **kwargs: Any) -> str:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    rendered, _ = render_jinja_template(
+        [messages], chat_template=template, **({"add_generation_prompt": True} | kwargs), **tokens
+    )
+    return rendered[0]
+
+
+@pytest.mark.parametrize(
+    "messages", [[USER], [SYSTEM, USER], [SYSTEM, USER, ASSISTANT, USER], [USER, ASSISTANT]]
+)
+@pytest.mark.parametrize("generate", [True, False])
+def test_default_model_equals_transformers(messages: list[dict], generate: bool) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    folder = resolve("smollm2", progress=False).folder
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    expected = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=generate
+    )
+    ours = ChatTemplate.load(folder).render(messages, add_generation_prompt=generate)
+    assert ours == expected
+    has_default_system = "You are a helpful AI assistant named SmolLM" in ours
+    assert has_default_system is (messages[0] is not SYSTEM)
+
+
+TEMPLATES = [
+    "{{ bos_token }}{% for m in messages %}\n  {% if m.role == 'user' %}\n[{{ m.content | trim }}]"
+    "\n  {% else %}\n    {% continue %}\n  {% endif %}\n{% endfor %}{{ eos_token }}",
+    "{% if tools %}{{ tools | tojson(indent=2) }}{{ tools[0] | tojson }}{% endif %}ok",
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+    "{% if ns.n > 1 %}{% break %}{% endif %}{{ m['content'] }}{% endfor %}{{ documents is none }}",
+    "{% if missing is defined %}x{% endif %}{{ missing }}{{ pad_token }}|",
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_environment_equals_transformers(
+    tmp_path: Path, template: str, tools: list[dict] | None
+) -> None:
+    messages = [SYSTEM, USER, ASSISTANT]
+    ours = ChatTemplate.load(write(tmp_path, template)).render(messages, tools)
+    assert ours == theirs(template, messages, tools=tools)
+
+
+def test_places_a_template_may_stand(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(InvalidRequest, match=r"messages: .*no chat template"):
+        ChatTemplate.load(tmp_path).render([USER])
+    write(tmp_path, "inside")
+    assert ChatTemplate.load(tmp_path).render([USER]) == "inside"
+    named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
+    write(tmp_path, named)
+    assert ChatTemplate.load(tmp_path).render([USER]) == "d"
+    assert ChatTemplate.load(tmp_path).render([USER], TOOLS) == "t"
+    (tmp_path / "chat_template.jinja").write_text("file {{ bos_token }}")
+    assert ChatTemplate.load(tmp_path).render([USER], TOOLS) == "file <s>"
+
+
+def test_clock_is_injected(tmp_path: Path) -> None:
+    write(tmp_path, "{{ strftime_now('%d %b %Y') }}")
+    template = ChatTemplate.load(tmp_path, now=lambda: datetime(2031, 2, 3))
+    assert template.render([USER]) == "03 Feb 2031"
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0]['nothing']['more'] }}", "nothing"),
+        ("{{ 'a' + messages[0]['number'] }}", "template failed"),
+        ("{{ messages[0].content.encode().x() }}", "x"),
+        ("{{ 1 / 0 }}", "template failed"),
+        ("{{ messages.append(1) }}", "append"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ],
+)
+def test_template_errors_are_invalid_requests(tmp_path: Path, template: str, named: str) -> None:
+    loaded = ChatTemplate.load(write(tmp_path, template))
+    with pytest.raises(InvalidRequest, match=named) as error:
+        loaded.render([USER | {"number": 1}])
+    assert error.value.field == "messages"
+
+
+def test_broken_template_is_the_checkpoints_fault(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="chat template"):
+        ChatTemplate.load(write(tmp_path, "{% if %}"))

@@ -1,0 +1,153 @@
+"""The commands as a user runs them: status, one sentence, no traceback."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from coordinator.app import dialable
+from coordinator.client import Client
+from coordinator.serve import Options, make_supervisor
+from engine.config import (
+    CacheOptions,
+    DraftOptions,
+    FleetOptions,
+    FrontOptions,
+    LogOptions,
+    ModelOptions,
+    StepOptions,
+    TransferOptions,
+)
+from engine.types import Role
+
+
+def run(*args, **kwargs):
+    command = [sys.executable, "-m", "coordinator.cli", *args]
+    kwargs.setdefault("timeout", 60)
+    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
+@pytest.fixture
+def used_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        yield f"127.0.0.1:{sock.getsockname()[1]}"
+
+
+def one_sentence(done, status, *words):
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [x for x in done.stderr.splitlines() if not x.startswith("{")]
+    for word in words:
+        assert word in line
+
+
+def test_bad_options():
+    one_sentence(run("start", "--dtype", "int3"), 2, "--dtype", "int3")
+    one_sentence(run("start", "--nonsense"), 2, "--nonsense")
+    one_sentence(run("begin"), 2, "begin")
+    one_sentence(run("generate", "x", "--max-tokens", "-1"), 2, "--max-tokens")
+
+
+def test_a_missing_model():
+    one_sentence(run("start", "--model", "/nowhere/model.gguf"), 2, "/nowhere/model.gguf")
+
+
+@pytest.mark.parametrize("flag", ["--listen", "--http"])
+def test_a_used_port(used_port, flag):
+    other = {"--listen": "--http", "--http": "--listen"}[flag]
+    done = run("start", "--workers", "external", flag, used_port, other, "127.0.0.1:0")
+    one_sentence(done, 2, used_port, "in use")
+
+
+def test_nobody_answers(used_port):
+    for command in (["generate", "x"], ["chat", "x"], ["status"]):
+        one_sentence(run(*command, "--server", "127.0.0.1:1"), 1, "nobody answers at 127.0.0.1:1")
+
+
+def test_help_is_for_newcomers():
+    done = run("--help")
+    assert done.returncode == 0
+    for word in ("start", "generate", "chat", "status", "examples:"):
+        assert word in done.stdout
+    done = run("start", "--help")
+    for word in ("--model", "--prefill-workers", "--listen", "--worker-wait-s", "[smollm2]"):
+        assert word in done.stdout
+
+
+def test_serving_without_workers_until_a_signal(tmp_path):
+    env = {**os.environ, "DIPTYCH_WORKER_WAIT_S": "0.2"}
+    command = [sys.executable, "-m", "coordinator.cli", "start", "--workers", "external"]
+    command += ["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+    )
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("coordinator: serving smollm2 on 127.0.0.1:")
+        address = line.split(" on ")[1].split()[0]
+        http = line.split("(HTTP ")[1].split(")")[0]
+        with urllib.request.urlopen(f"http://{http}/health", timeout=5) as answer:
+            assert answer.status == 200
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"http://{http}/health/ready", timeout=5)
+        with Client(address) as client:
+            assert not client.model().ready
+        done = run("generate", "x", "--timeout", "5", "--server", address)
+        assert done.returncode == 1
+        assert "no decode worker" in done.stderr or "time ran out" in done.stderr
+        done = run("status", "--server", address)
+        assert done.returncode == 0
+        assert "not ready" in done.stdout
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        assert time.monotonic() - began < 5
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def test_local_workers_get_their_options_as_flags(tmp_path):
+    options = Options(
+        ModelOptions(model="m.gguf", model_name="mine", dtype="float32"),
+        FrontOptions(),
+        FleetOptions(prefill_workers=2, decode_workers=1, log_dir=str(tmp_path)),
+        CacheOptions(block_size=32),
+        StepOptions(max_num_seqs=3),
+        DraftOptions(draft_tokens=2),
+        TransferOptions(),
+        LogOptions(),
+    )
+    supervisor = make_supervisor(options, "0.0.0.0:700")
+    names = [(w.worker_id, w.role) for w in supervisor.workers]
+    assert names == [
+        ("prefill-0", Role.PREFILL),
+        ("prefill-1", Role.PREFILL),
+        ("decode-0", Role.DECODE),
+    ]
+    prefill, decode = (supervisor._command(f"{r.value}-0", r) for r in (Role.PREFILL, Role.DECODE))
+    assert prefill[:2] == ["prefill.cli", "start"]
+    assert prefill[-2:] == ["--worker-id", "prefill-0"]
+    for flag, value in (
+        ("--coordinator", "127.0.0.1:700"),
+        ("--model-name", "mine"),
+        ("--block-size", "32"),
+        ("--max-num-seqs", "3"),
+    ):
+        assert prefill[prefill.index(flag) + 1] == value
+        assert decode[decode.index(flag) + 1] == value
+    assert "--draft-tokens" not in prefill
+    assert decode[decode.index("--draft-tokens") + 1] == "2"
+
+
+def test_dialable():
+    assert dialable("0.0.0.0:5") == "127.0.0.1:5"
+    assert dialable("[::]:5") == "[::1]:5"
+    assert dialable("host:5") == "host:5"

@@ -1,0 +1,169 @@
+import asyncio
+from dataclasses import replace
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from coordinator.membership import FORGET_S, SILENCE_S, Hello, Load, Membership, WorkerState
+from coordinator.router import pick
+from engine.errors import Mismatch
+from engine.telemetry.metrics import CoordinatorMetrics
+from engine.types import Peer, Role
+from tests.support.fake_decode import identity
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def make(clock=None):
+    registry = CollectorRegistry()
+    metrics = CoordinatorMetrics(registry, "smollm2")
+    return Membership("smollm2", 49152, metrics, clock or Clock()), registry
+
+
+def hello(worker_id="d0", role=Role.DECODE, incarnation="i0", version=1, **changes):
+    peer = Peer(worker_id, incarnation, f"127.0.0.1:{sum(map(ord, worker_id))}")
+    return Hello(peer, role, "127.0.0.1:1", identity(**changes), version)
+
+
+def states(table):
+    return {w.peer.worker_id: w.state.value for w in table.snapshot()}
+
+
+def test_the_life_of_a_worker():
+    clock = Clock()
+    table, registry = make(clock)
+    worker = table.register(hello())
+    assert table.heartbeat(worker, Load(draining=True))
+    assert states(table) == {"d0": "draining"}
+    assert not table.ready(Role.DECODE)
+    table.heartbeat(worker, Load())
+    assert table.ready(Role.DECODE)
+    clock.now += SILENCE_S + 1
+    assert states(table) == {"d0": "suspect"}
+    assert table.heartbeat(worker, Load())
+    assert states(table) == {"d0": "ready"}
+    table.lost(worker, "stream broke")
+    assert states(table) == {"d0": "suspect"}
+    labels = {"model_name": "smollm2", "role": "decode", "state": "suspect"}
+    assert registry.get_sample_value("diptych_workers", labels) == 1
+    clock.now += FORGET_S + 1
+    assert states(table) == {}
+    assert not table.heartbeat(worker, Load())
+
+
+def test_a_new_incarnation_takes_the_place_and_the_old_stream_counts_no_more():
+    table, _ = make()
+    old = table.register(hello(incarnation="i0"))
+    new = table.register(hello(incarnation="i1"))
+    assert not table.heartbeat(old, Load(num_running=5))
+    table.lost(old, "late news")
+    assert states(table) == {"d0": "ready"}
+    again = table.register(hello(incarnation="i1"))  # the same process on a new stream
+    table.lost(new, "its first stream ends")
+    assert states(table) == {"d0": "ready"}
+    table.lost(again, "the end")
+    assert states(table) == {"d0": "suspect"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "other"}, "'other' is not configured"),
+        ({"version": 9}, "protocol version 9"),
+        ({"vocab_size": 5}, "vocab_size 5"),
+        ({"block_size": 32}, "block_size 32 is not 16"),
+        ({"numeric_profile": "rough"}, "numeric_profile rough is not exact"),
+        ({"max_model_len": 4096}, "max_model_len 4096 is not 8192"),
+        ({"digest": "ff"}, "digest ff is not 00"),
+    ],
+)
+def test_a_worker_that_means_something_else_is_refused_in_words(changes, words):
+    table, _ = make()
+    table.register(hello("p0", Role.PREFILL))
+    with pytest.raises(Mismatch, match=words):
+        table.register(hello("d0", **changes))
+    assert list(states(table)) == ["p0"]
+
+
+def test_the_identity_may_change_when_the_last_worker_has_gone():
+    table, _ = make()
+    worker = table.register(hello("d0"))
+    assert table.identity == identity()
+    table.lost(worker, "gone")
+    assert table.identity is None
+    table.register(hello("d1", block_size=32))
+    assert table.identity.block_size == 32
+    with pytest.raises(Mismatch, match="block_size 16 is not 32"):
+        table.register(hello("d0"))
+
+
+def test_a_lone_worker_may_come_back_with_another_identity():
+    table, _ = make()
+    table.register(hello("d0"))
+    table.register(hello("d0", incarnation="i1", block_size=32))
+    assert table.identity.block_size == 32
+
+
+async def test_waiting_for_a_worker():
+    table = Membership("smollm2", 49152, CoordinatorMetrics(CollectorRegistry(), "smollm2"))
+    assert not await table.wait_for(Role.DECODE, 0.05)
+    waiting = asyncio.create_task(table.wait_for(Role.DECODE, 5.0, count=2))
+    await asyncio.sleep(0.01)
+    table.register(hello("d0"))
+    table.register(hello("p0", Role.PREFILL))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    table.register(hello("d1"))
+    assert await asyncio.wait_for(waiting, 1.0)
+
+
+def test_assigned_work_is_counted_until_it_is_done():
+    table, _ = make()
+    worker = table.register(hello("d0"))
+    with table.assigned(worker, 30):
+        with table.assigned(worker, 12):
+            row = table.snapshot()[0]
+            assert (row.assigned_requests, row.assigned_tokens) == (2, 42)
+        table.heartbeat(worker, Load(num_running=1))
+        assert table.snapshot()[0].assigned_tokens == 30
+        table.register(hello("d0", incarnation="i1"))
+    row = table.snapshot()[0]
+    assert (row.assigned_requests, row.assigned_tokens) == (0, 0)
+
+
+def rows():
+    table, _ = make()
+    for name in ("d2", "d0", "d1"):
+        table.register(hello(name, incarnation="of-" + name))
+    table.register(hello("p0", Role.PREFILL, incarnation="of-p0"))
+    return list(table.snapshot())
+
+
+def test_pick_prefers_fewest_tokens_then_requests_then_the_lowest_id():
+    workers = rows()
+    assert pick(workers, Role.DECODE).peer.worker_id == "d0"
+    assert pick(reversed(workers), Role.DECODE).peer.worker_id == "d0"
+    workers[0] = replace(workers[0], load=Load(waiting_tokens=100))
+    assert pick(workers, Role.DECODE).peer.worker_id == "d1"
+    workers[1] = replace(workers[1], load=Load(num_running=1))
+    assert pick(workers, Role.DECODE).peer.worker_id == "d2"
+    workers[2] = replace(workers[2], assigned_requests=2)
+    assert pick(workers, Role.DECODE).peer.worker_id == "d1"
+
+
+def test_pick_passes_over_roles_states_and_exclusions():
+    workers = rows()
+    assert pick(workers, Role.PREFILL).peer.worker_id == "p0"
+    assert pick(workers, Role.PREFILL, {"of-p0"}) is None
+    assert pick(workers, Role.DECODE, {"of-d0"}).peer.worker_id == "d1"
+    away = [replace(w, state=WorkerState.SUSPECT) for w in workers]
+    assert pick(away, Role.DECODE) is None
+    draining = [replace(w, state=WorkerState.DRAINING) for w in workers]
+    assert pick(draining, Role.DECODE) is None
+    assert pick([], Role.DECODE) is None

@@ -1,0 +1,642 @@
+"""The coordinator over the wire: real gRPC on both sides, decode workers that fail on cue."""
+
+import asyncio
+import subprocess
+import sys
+import time
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+
+from coordinator import membership as membership_module
+from coordinator.app import Coordinator
+from coordinator.chat import ChatTemplate
+from coordinator.client import AsyncClient, Client, Done, TextDelta
+from coordinator.membership import Hello
+from coordinator.model import ServedModel
+from coordinator.tokenizer import Tokenizer
+from engine.checkpoint.source import resolve
+from engine.config import FrontOptions
+from engine.errors import (
+    ConfigError,
+    InvalidRequest,
+    Mismatch,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
+from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc
+from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from engine.rpc.channel import open_channel
+from engine.rpc.convert import identity_to_pb
+from engine.rpc.status import DETAILS_KEY, PUSHBACK_KEY
+from engine.types import PROTOCOL_VERSION, Peer, Role
+from tests.support.fake_decode import Cue, FakeDecode, identity, lost
+
+TEXT = "The river was wide and slow, and nobody knew where it began. " * 4
+PROMPT = list(range(1000, 1040))  # two whole blocks and a tail
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    found = resolve("smollm2", progress=False)
+    return found, Tokenizer.load(found.folder), ChatTemplate.load(found.folder)
+
+
+class Front:
+    """A coordinator with scripted workers, and a client's view of it."""
+
+    def __init__(self, coordinator, answer):
+        self.coordinator = coordinator
+        self.answer = answer
+        self.workers = []
+        self.channel = open_channel(coordinator.address)
+        self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
+
+    async def worker(self, name="d0", incarnation=None, **script):
+        worker = FakeDecode(self.answer, name=name, **script)
+        await worker.start(incarnation or f"of-{name}")
+        self.workers.append(worker)
+        self.coordinator.membership.register(
+            Hello(worker.peer, Role.DECODE, "", identity(), PROTOCOL_VERSION)
+        )
+        return worker
+
+    def prefill(self, name="p0"):
+        peer = Peer(name, f"of-{name}", "127.0.0.1:1")
+        self.coordinator.membership.register(
+            Hello(peer, Role.PREFILL, "", identity(), PROTOCOL_VERSION)
+        )
+
+    def call(self, *, timeout=10, prompt=PROMPT, **fields):
+        if isinstance(prompt, str):
+            fields["text"] = prompt
+        else:
+            fields["token_ids"] = inference_pb2.TokenIds(ids=prompt)
+        return self.stub.Generate(inference_pb2.GenerateRequest(**fields), timeout=timeout)
+
+    async def ask(self, **fields):
+        """(text, token ids, Finished) of one answer."""
+        return read(await collect(self.call(**fields)))
+
+    def sample(self, name, **labels):
+        labels["model_name"] = "smollm2"
+        return self.coordinator.registry.get_sample_value("diptych_" + name, labels)
+
+
+def read(responses):
+    deltas = [r.delta for r in responses if r.HasField("delta")]
+    assert responses[-1].HasField("finished")
+    text = "".join(d.text for d in deltas)
+    return text, [i for d in deltas for i in d.token_ids], responses[-1].finished
+
+
+async def collect(call):
+    return [message async for message in call]
+
+
+async def error_of(call):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(call)
+    return caught.value
+
+
+def details_of(error, kind):
+    metadata = dict(error.trailing_metadata())
+    for detail in status_pb2.Status.FromString(metadata[DETAILS_KEY]).details:
+        message = kind()
+        if detail.Unpack(message):
+            return message
+    raise AssertionError(f"no {kind.__name__}")
+
+
+@asynccontextmanager
+async def front(checkpoint, max_model_len=0, **options):
+    options = {"listen": "127.0.0.1:0", "http": "127.0.0.1:0", "worker_wait_s": 5.0, **options}
+    found, tokenizer, template = checkpoint
+    model = ServedModel("smollm2", found.config, tokenizer, template, max_model_len)
+    coordinator = Coordinator(FrontOptions(**options), model)
+    await coordinator.start()
+    it = Front(coordinator, model.tokenizer.encode(TEXT))
+    try:
+        yield it
+        assert coordinator.pipeline.num_requests == 0, "a request was not let go"
+        assert it.sample("num_requests_waiting") == 0
+        assert it.sample("num_requests_running") == 0
+    finally:
+        await it.channel.close()
+        await coordinator.stop()
+        for worker in it.workers:
+            await worker.stop()
+
+
+def stop(**fields):
+    return inference_pb2.Stop(**fields)
+
+
+async def test_an_answer_streams_with_usage_and_timing(checkpoint):
+    async with front(checkpoint) as f:
+        worker = await f.worker()
+        text, ids, finished = await f.ask(stop=stop(max_tokens=20))
+        assert ids == f.answer[:20]
+        assert text == f.coordinator.model.tokenizer.decode(ids)
+        assert finished.finish_reason == inference_pb2.FINISH_REASON_LENGTH
+        usage = finished.usage
+        assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (40, 20, 1)
+        assert (usage.draft_tokens, usage.accepted_tokens) == (20, 1)
+        assert finished.timing.queue >= 0.25
+        assert finished.timing.prefill == 0.5
+        assert 0 < finished.timing.first_token < 5
+        (request,) = worker.requests
+        assert list(request.prompt_token_ids) == PROMPT
+        assert request.incarnation == "of-d0"
+        assert not request.HasField("prefill")
+        assert f.sample("request_success_total", finished_reason="length") == 1
+        assert f.sample("generation_tokens_total") == 20
+
+
+async def test_prefill_worker_is_named_only_where_whole_blocks_travel(checkpoint):
+    async with front(checkpoint) as f:
+        worker = await f.worker()
+        f.prefill()
+        await f.ask(prompt=PROMPT[:17], stop=stop(max_tokens=2))
+        await f.ask(prompt=PROMPT[:16], stop=stop(max_tokens=2))
+        assert worker.requests[0].prefill.worker_id == "p0"
+        assert not worker.requests[1].HasField("prefill")
+
+
+async def test_defaults_of_length_and_the_room_left(checkpoint):
+    async with front(checkpoint, max_model_len=60) as f:
+        worker = await f.worker()
+        _, ids, finished = await f.ask(stop=stop(max_tokens=1000))
+        assert len(ids) == 20
+        assert finished.finish_reason == inference_pb2.FINISH_REASON_LENGTH
+        chat = inference_pb2.ChatRequest(messages=[inference_pb2.Message(role="user", content="x")])
+        await collect(f.stub.Chat(chat))
+        asked = worker.requests[-1]
+        assert asked.stop.max_tokens == 60 - len(asked.prompt_token_ids)
+    async with front(checkpoint) as f:
+        worker = await f.worker()
+        await f.ask()
+        assert worker.requests[-1].stop.max_tokens == 256
+
+
+async def test_chat_renders_the_template(checkpoint):
+    async with front(checkpoint) as f:
+        worker = await f.worker()
+        turn = inference_pb2.Message(role="user", content="Hello?")
+        chat = inference_pb2.ChatRequest(messages=[turn], stop=stop(max_tokens=3))
+        assert len(read(await collect(f.stub.Chat(chat)))[1]) == 3
+        decode = f.coordinator.model.tokenizer.decode
+        prompt = decode(worker.requests[0].prompt_token_ids, False)
+        assert prompt.endswith("<|im_start|>user\nHello?<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("group", [1, 3, 50])
+async def test_stop_strings_straddle_tokens_and_messages(checkpoint, group):
+    async with front(checkpoint) as f:
+        worker = await f.worker(group=group, pace_s=0.001)
+        text, ids, finished = await f.ask(stop=stop(stop=["body knew wh", "zzz"]))
+        decode = f.coordinator.model.tokenizer.decode
+        assert text == "The river was wide and slow, and no"
+        assert "body knew wh" in decode(ids)
+        assert "body knew wh" not in decode(ids[:-1])  # nothing after the token that completed it
+        assert finished.matched_stop.text == "body knew wh"
+        assert finished.finish_reason == inference_pb2.FINISH_REASON_STOP
+        assert finished.usage.completion_tokens == len(ids)
+        assert finished.usage.accepted_tokens == 1
+        if group < 50:
+            await asyncio.wait_for(worker.cancelled.wait(), 5)
+        included, _, _ = await f.ask(
+            stop=stop(stop=["body knew wh"], include_stop_str_in_output=True)
+        )
+        assert included.endswith(" nobody knew wh")
+
+
+async def test_a_stop_token_is_sent_but_not_shown(checkpoint):
+    async with front(checkpoint) as f:
+        await f.worker()
+        stop_id = f.answer[5]
+        at = f.answer.index(stop_id)
+        text, ids, finished = await f.ask(stop=stop(stop_token_ids=[stop_id]))
+        # The fake worker writes on: what comes after the end is dropped.
+        assert ids == f.answer[: at + 1]
+        assert text == f.coordinator.model.tokenizer.decode(ids[:-1])
+        assert finished.matched_stop.token_id == stop_id
+        assert finished.finish_reason == inference_pb2.FINISH_REASON_STOP
+
+
+async def test_eos_is_a_stop_token_unless_ignored(checkpoint):
+    async with front(checkpoint) as f:
+        worker = await f.worker()
+        await f.ask(stop=stop(max_tokens=2))
+        await f.ask(stop=stop(max_tokens=2, ignore_eos=True))
+        assert set(worker.requests[0].stop.stop_token_ids) == set(
+            checkpoint[0].config.eos_token_ids
+        )
+        assert not worker.requests[1].stop.stop_token_ids
+
+
+@pytest.mark.parametrize("after", [0, 1, 7, 30])
+@pytest.mark.parametrize("how", ["vanish", "unavailable", "mismatch", "foreign"])
+async def test_a_lost_worker_is_replaced_and_no_token_is_doubled(checkpoint, after, how):
+    cue = {
+        "vanish": Cue(after, vanish=True),
+        "unavailable": Cue(after, lost()),
+        "mismatch": Cue(after, Mismatch("another incarnation")),
+        "foreign": Cue(after, Overloaded("full", 0.1) if after else lost()),
+    }[how]
+    async with front(checkpoint) as f:
+        first = await f.worker("d0", cues=[cue])
+        second = await f.worker("d1", cues=[Cue(4, lost())])
+        text, ids, finished = await f.ask(stop=stop(max_tokens=40))
+        assert ids == f.answer[:40]
+        assert text == f.coordinator.model.tokenizer.decode(ids)
+        assert finished.usage.completion_tokens == 40
+        assert list(second.requests[0].output_token_ids) == f.answer[:after]
+        assert len(first.requests) + len(second.requests) == 3
+        outcome = "resumed" if after else "retried"
+        assert f.sample("migrations_total", outcome=outcome) >= 1
+        assert f.sample("request_success_total", finished_reason="length") == 1
+
+
+async def test_a_lost_prefill_peer_is_passed_over_and_the_decode_worker_kept(checkpoint):
+    async with front(checkpoint) as f:
+        worker = await f.worker(
+            "d1", cues=[Cue(0, lost(peer="prefill")), Cue(0, lost(peer="prefill"))]
+        )
+        await f.worker("d2")
+        f.prefill("p0")
+        f.prefill("p1")
+        assert (await f.ask(stop=stop(max_tokens=9)))[1] == f.answer[:9]
+        assert [r.prefill.worker_id for r in worker.requests] == ["p0", "p1", ""]
+
+
+async def test_the_last_worker_standing_is_tried_again(checkpoint):
+    async with front(checkpoint) as f:
+        worker = await f.worker(cues=[Cue(2, lost()), Cue(0, lost()), Cue(5, lost())])
+        assert (await f.ask(stop=stop(max_tokens=30)))[1] == f.answer[:30]
+        assert len(worker.requests) == 4
+
+
+async def test_when_all_attempts_fail_the_client_learns_how_far_it_came(checkpoint, monkeypatch):
+    monkeypatch.setattr("coordinator.dispatch._FIRST_BACKOFF_S", 0.001)
+    async with front(checkpoint) as f:
+        worker = await f.worker(cues=[Cue(6, lost()), *[Cue(0, lost("no luck"))] * 50])
+        call = f.call(stop=stop(max_tokens=40))
+        ids = []
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for response in call:
+                ids += response.delta.token_ids
+        assert ids == f.answer[:6]
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "no luck" in caught.value.details()
+        info = details_of(caught.value, error_details_pb2.ErrorInfo)
+        assert info.metadata["num_emitted"] == "6"
+        assert len(worker.requests) < 20
+        assert f.sample("migrations_total", outcome="exhausted") == 1
+        assert f.sample("request_failures_total", code="unavailable") == 1
+
+
+async def test_no_worker_is_unavailable_after_the_wait(checkpoint):
+    async with front(checkpoint, worker_wait_s=0.3) as f:
+        started = time.monotonic()
+        error = await error_of(f.call())
+        assert 0.3 <= time.monotonic() - started < 3
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert details_of(error, error_details_pb2.RetryInfo).retry_delay.seconds >= 1
+        assert int(dict(error.trailing_metadata())[PUSHBACK_KEY]) >= 1000
+        assert "no decode worker" in error.details()
+
+
+async def test_a_request_waits_for_a_worker_to_appear(checkpoint):
+    async with front(checkpoint) as f:
+        waiting = asyncio.create_task(f.ask(stop=stop(max_tokens=5)))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        assert f.sample("num_requests_waiting") == 1
+        await f.worker()
+        assert (await waiting)[1] == f.answer[:5]
+
+
+async def test_a_request_survives_the_only_worker_until_its_successor(checkpoint):
+    async with front(checkpoint) as f:
+        worker = await f.worker("d0", "i0", cues=[Cue(5, vanish=True)])
+        asking = asyncio.create_task(f.ask(stop=stop(max_tokens=20)))
+        await until(lambda: worker.requests)
+        await asyncio.sleep(0.1)
+        row = f.coordinator.membership.snapshot()[0]
+        f.coordinator.membership.lost(row, "killed")
+        await asyncio.sleep(0.3)
+        await f.worker("d0", "i1")
+        assert (await asking)[1] == f.answer[:20]
+
+
+async def test_cancelling_goes_down_the_chain(checkpoint):
+    async with front(checkpoint) as f:
+        worker = await f.worker(pace_s=0.05)
+        call = f.call(stop=stop(max_tokens=60))
+        await call.read()
+        call.cancel()
+        await asyncio.wait_for(worker.cancelled.wait(), 5)
+        await asyncio.wait_for(f.coordinator.pipeline.idle.wait(), 5)
+        assert f.sample("request_failures_total", code="cancelled") == 1
+
+
+async def test_the_deadline_goes_down_the_chain(checkpoint):
+    async with front(checkpoint) as f:
+        worker = await f.worker(pace_s=0.1, group=1)
+        error = await error_of(f.call(timeout=0.5, stop=stop(max_tokens=60)))
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert 0 < worker.deadlines[0] < 0.5
+        await asyncio.wait_for(worker.cancelled.wait(), 5)
+        await asyncio.wait_for(f.coordinator.pipeline.idle.wait(), 5)
+
+
+async def test_a_request_without_a_deadline_gets_the_servers(checkpoint):
+    async with front(checkpoint, max_request_s=0.4) as f:
+        worker = await f.worker(pace_s=0.1, group=1)
+        error = await error_of(f.call(timeout=None, stop=stop(max_tokens=60)))
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await asyncio.wait_for(worker.cancelled.wait(), 5)
+        assert f.sample("request_failures_total", code="deadline_exceeded") == 1
+
+
+async def test_headers_go_out_with_the_first_token(checkpoint):
+    async with front(checkpoint) as f:
+        call = f.call(stop=stop(max_tokens=3))
+        headers = asyncio.create_task(call.initial_metadata())
+        await asyncio.sleep(0.2)
+        assert not headers.done()
+        await f.worker()
+        await asyncio.wait_for(headers, 5)
+        await collect(call)
+
+
+async def test_too_many_requests_are_told_when_to_come_back(checkpoint):
+    async with front(checkpoint, max_queued_requests=1) as f:
+        await f.worker(pace_s=0.1)
+        first = f.call(stop=stop(max_tokens=30))
+        await first.read()
+        error = await error_of(f.call())
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert details_of(error, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() > 0
+        assert PUSHBACK_KEY in dict(error.trailing_metadata())
+        first.cancel()
+        await asyncio.wait_for(f.coordinator.pipeline.idle.wait(), 5)
+
+
+async def test_a_full_worker_is_passed_on(checkpoint):
+    async with front(checkpoint) as f:
+        await f.worker(cues=[Cue(0, Overloaded("full", 3.0))])
+        error = await error_of(f.call())
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert details_of(error, error_details_pb2.RetryInfo).retry_delay.seconds == 3
+
+
+async def test_a_bug_in_a_worker_is_internal(checkpoint):
+    async with front(checkpoint) as f:
+        await f.worker(cues=[Cue(2, ZeroDivisionError("oops"))])
+        error = await error_of(f.call())
+        assert error.code() is grpc.StatusCode.INTERNAL
+        assert "oops" not in error.details()
+        assert f.sample("request_failures_total", code="internal") == 1
+
+
+BAD = [
+    ({"prompt": ""}, "text"),
+    ({"prompt": []}, "token_ids.ids"),
+    ({"prompt": [1, 49152]}, "token_ids.ids[1]"),
+    ({"prompt": [5] * 8192}, "token_ids"),
+    ({"prompt": "word " * 9000}, "text"),
+    ({"prompt": "x" * 10_000_000}, "text"),
+    ({"sampling": inference_pb2.Sampling(top_p=-1)}, "sampling.top_p"),
+    ({"stop": inference_pb2.Stop(max_tokens=0)}, "stop.max_tokens"),
+]
+
+
+@pytest.mark.parametrize(("fields", "field"), BAD, ids=range(len(BAD)))
+async def test_a_bad_request_names_its_field(checkpoint, fields, field):
+    async with front(checkpoint) as f:
+        error = await error_of(f.call(**fields))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        violation = details_of(error, error_details_pb2.BadRequest).field_violations[0]
+        assert violation.field == field
+        assert "\n" not in error.details()
+
+
+async def test_a_huge_prompt_stalls_nobody(checkpoint):
+    async with front(checkpoint) as f:
+        await f.worker()
+        loop = asyncio.get_running_loop()
+        slow = asyncio.create_task(error_of(f.call(prompt="a b c " * 150_000)))
+        worst = 0.0
+        while not slow.done():
+            before = loop.time()
+            await asyncio.sleep(0.005)
+            worst = max(worst, loop.time() - before)
+        assert (await slow).code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert worst < 0.5
+
+
+async def test_not_found_and_not_offered(checkpoint):
+    async with front(checkpoint) as f:
+        assert (await error_of(f.call(model="other"))).code() is grpc.StatusCode.NOT_FOUND
+        error = await error_of(f.call(n=2))
+        assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert "n above 1" in error.details()
+        admin = admin_pb2_grpc.AdminServiceStub(f.channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await admin.DrainWorker(admin_pb2.DrainWorkerRequest())
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_malformed_bytes(checkpoint):
+    async with front(checkpoint) as f:
+        method = "/diptych.v1.InferenceService/Generate"
+        for raw in (b"\xff\xff", b"\x1a\x02\xc3\x28"):  # field 3 is text: invalid UTF-8
+            error = await error_of(f.channel.unary_stream(method)(raw))
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_used_port(checkpoint):
+    async with front(checkpoint) as f:
+        for option in ("listen", "http"):
+            used = f.coordinator.address if option == "listen" else f.coordinator.http_address
+            with pytest.raises(ConfigError, match=used):
+                async with front(checkpoint, **{option: used}):
+                    pass
+
+
+async def test_resume_sends_only_what_is_missing(checkpoint):
+    async with front(checkpoint) as f:
+        worker = await f.worker()
+        whole, _, _ = await f.ask(stop=stop(max_tokens=20))
+        decode = f.coordinator.model.tokenizer.decode
+        resume = [inference_pb2.Resume(token_ids=f.answer[:8])]
+        text, ids, finished = await f.ask(stop=stop(max_tokens=20), resume=resume)
+        assert ids == f.answer[8:20]
+        assert decode(f.answer[:8]) + text == whole
+        assert finished.usage.completion_tokens == 20
+        assert list(worker.requests[-1].output_token_ids) == f.answer[:8]
+        num_calls = len(worker.requests)
+        for fields in (
+            {"resume": [inference_pb2.Resume(token_ids=f.answer[:20])]},
+            {"resume": [inference_pb2.Resume(token_ids=f.answer[:8], finished=True)]},
+        ):
+            text, ids, finished = await f.ask(stop=stop(max_tokens=20), **fields)
+            assert (text, ids) == ("", [])
+            assert finished.finish_reason == inference_pb2.FINISH_REASON_LENGTH
+        assert len(worker.requests) == num_calls
+
+
+async def test_many_at_once(checkpoint):
+    async with front(checkpoint) as f:
+        for name in ("d0", "d1"):
+            await f.worker(name, pace_s=0.002)
+        answers = await asyncio.gather(*(f.ask(stop=stop(max_tokens=10 + i)) for i in range(40)))
+        assert [ids for _, ids, _ in answers] == [f.answer[: 10 + i] for i in range(40)]
+        counts = [len(w.requests) for w in f.workers]
+        assert sum(counts) == 40
+        assert min(counts) >= 15  # spread, though no heartbeat came between
+
+
+async def test_tokenize_models_and_workers(checkpoint):
+    async with front(checkpoint) as f:
+        model = await f.stub.GetModel(inference_pb2.GetModelRequest())
+        assert (model.name, model.ready, model.max_model_len) == ("smollm2", False, 8192)
+        await f.worker()
+        models = (await f.stub.ListModels(inference_pb2.ListModelsRequest())).models
+        assert (models[0].ready, models[0].block_size) == (True, 16)
+        answer = await f.stub.Tokenize(inference_pb2.TokenizeRequest(text=TEXT))
+        assert list(answer.token_ids) == f.answer
+        back = await f.stub.Detokenize(inference_pb2.DetokenizeRequest(token_ids=f.answer))
+        assert back.text == TEXT
+        chat = inference_pb2.ChatMessages(
+            messages=[inference_pb2.Message(role="user", content="x")]
+        )
+        rendered = await f.stub.Tokenize(inference_pb2.TokenizeRequest(chat=chat))
+        assert len(rendered.token_ids) > 5
+        admin = admin_pb2_grpc.AdminServiceStub(f.channel)
+        (row,) = (await admin.ListWorkers(admin_pb2.ListWorkersRequest())).workers
+        assert (row.worker_id, row.role, row.state) == ("d0", "decode", "ready")
+
+
+def hello(worker_id="d9", **changes):
+    return registry_pb2.Hello(
+        worker_id=worker_id,
+        incarnation="i0",
+        role=registry_pb2.ROLE_DECODE,
+        address="127.0.0.1:1",
+        model=identity_to_pb(identity(**changes)),
+        protocol_version=PROTOCOL_VERSION,
+    )
+
+
+async def test_registration_over_the_wire(checkpoint, monkeypatch):
+    async with front(checkpoint, internal_listen="127.0.0.1:0") as f:
+        async with open_channel(f.coordinator.internal_address) as channel:
+            stub = registry_pb2_grpc.RegistryServiceStub(channel)
+            call = stub.Register()
+            await call.write(registry_pb2.WorkerMessage(hello=hello()))
+            welcome = (await call.read()).welcome
+            assert welcome.heartbeat_s == membership_module.HEARTBEAT_S
+            load = registry_pb2.Load(num_running=3, free_blocks=5, total_blocks=7)
+            await call.write(registry_pb2.WorkerMessage(load=load))
+            await until(lambda: f.coordinator.membership.snapshot()[0].load.num_running == 3)
+
+            other = stub.Register()
+            await other.write(registry_pb2.WorkerMessage(hello=hello("d8", block_size=32)))
+            assert "block_size 32 is not 16" in (await other.read()).refused.reason
+            assert await other.read() is grpc.aio.EOF
+
+            silent = stub.Register()
+            await silent.done_writing()
+            error = await error_of(silent)
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+            call.cancel()
+        await until(lambda: not f.coordinator.ready)
+        public = registry_pb2_grpc.RegistryServiceStub(f.channel).Register()
+        assert (await error_of(public)).code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def until(condition, timeout_s=5.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def test_draining_lets_those_inside_finish(checkpoint):
+    async with front(checkpoint) as f:
+        await f.worker(pace_s=0.05)
+        inside = asyncio.create_task(f.ask(stop=stop(max_tokens=12)))
+        await until(lambda: f.sample("num_requests_running") == 1)
+        draining = asyncio.create_task(f.coordinator.drain(5.0))
+        await asyncio.sleep(0.02)
+        assert not f.coordinator.ready
+        error = await error_of(f.call())
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert (await inside)[1] == f.answer[:12]
+        assert await draining
+
+
+async def test_the_client_library(checkpoint):
+    async with front(checkpoint) as f:
+        await f.worker()
+        address = f.coordinator.address
+
+        def blocking():
+            with Client(address) as client:
+                events = list(client.generate("Hello", max_tokens=6, timeout_s=10))
+                with pytest.raises(InvalidRequest, match="top_p"):
+                    list(client.generate("Hello", top_p=7.0))
+                with pytest.raises(NotFound):
+                    list(client.generate("Hello", model="other"))
+                return events, client.model(), client.workers()
+
+        events, model, workers = await asyncio.to_thread(blocking)
+        assert [i for e in events[:-1] for i in e.token_ids] == f.answer[:6]
+        assert isinstance(events[-1], Done)
+        assert events[-1].finish_reason == "length"
+        assert (model.name, len(workers)) == ("smollm2", 1)
+        async with AsyncClient(address) as client:
+            turns = [{"role": "user", "content": "Hi"}]
+            parts = [e async for e in client.chat(turns, max_tokens=4, timeout_s=10)]
+        assert isinstance(parts[0], TextDelta)
+        assert sum(len(p.token_ids) for p in parts[:-1]) == 4
+
+
+async def test_the_client_retries_before_the_first_token(checkpoint):
+    async with front(checkpoint, worker_wait_s=0.2) as f:
+        async with AsyncClient(f.coordinator.address) as client:
+            asking = asyncio.create_task(first(client.generate("Hi", max_tokens=2)))
+            await asyncio.sleep(0.5)
+            await f.worker()
+            assert isinstance(await asyncio.wait_for(asking, 10), TextDelta)
+        await asyncio.wait_for(f.coordinator.pipeline.idle.wait(), 5)
+
+
+async def first(events):
+    return await anext(events)
+
+
+async def test_nobody_at_the_address():
+    def ask():
+        with Client("127.0.0.1:1") as client:
+            client.model(timeout_s=5)
+
+    with pytest.raises(Unavailable):
+        await asyncio.to_thread(ask)
+
+
+def test_the_coordinator_is_torch_free_and_quick_to_import():
+    code = (
+        "import sys, time; t = time.monotonic(); import coordinator.cli, coordinator.service,"
+        " coordinator.serve; took = time.monotonic() - t;"
+        " assert not {'torch', 'nixl', 'transformers'} & set(sys.modules); print(took)"
+    )
+    took = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(took.stdout) < 2.0  # a quarter of a second where nothing else runs

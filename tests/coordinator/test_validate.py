@@ -1,0 +1,175 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.validate import Limits, validate_chat, validate_generate
+from engine.errors import InvalidRequest, NotFound, NotOffered
+from engine.pb.diptych.v1 import inference_pb2 as pb
+from engine.seeds import default_seed
+
+LIMITS = Limits("m", 100, (2, 0))
+
+
+def generate(**fields):
+    fields.setdefault("text", "hello")
+    return pb.GenerateRequest(**fields)
+
+
+def refused_field(request, validate=validate_generate):
+    with pytest.raises(InvalidRequest) as caught:
+        validate(request, LIMITS)
+    assert caught.value.description
+    return caught.value.field
+
+
+def test_defaults():
+    got = validate_generate(generate(), LIMITS)
+    assert got.sampling.greedy
+    assert got.sampling.top_p == 1.0
+    assert got.sampling.repetition_penalty == 1.0
+    assert got.sampling.seed == default_seed(got.request_id)
+    assert (got.max_tokens, got.default_max_tokens) == (None, 256)
+    assert got.stop_token_ids == {0, 2}
+    assert got.skip_special_tokens
+    assert len(got.request_id) == 32
+    chat = pb.ChatRequest(messages=[pb.Message(role="user", content="")])
+    assert validate_chat(chat, LIMITS).default_max_tokens is None
+
+
+def test_values_are_carried():
+    request = generate(
+        request_id="r",
+        model="m",
+        sampling=pb.Sampling(temperature=0.5, seed=0, logit_bias={7: -100, 3: 2}),
+        stop=pb.Stop(max_tokens=9, min_tokens=2, stop=["a"], stop_token_ids=[5], ignore_eos=True),
+        output=pb.Output(skip_special_tokens=False),
+        resume=[pb.Resume(token_ids=[1, 2])],
+        n=1,
+        priority=-3,
+    )
+    got = validate_generate(request, LIMITS)
+    assert got.sampling.seed == 0
+    assert got.sampling.logit_bias == ((3, 2.0), (7, -100.0))
+    assert got.stop_token_ids == {5}
+    assert got.resumed == (1, 2)
+    assert not got.skip_special_tokens
+    assert got.priority == -3
+
+
+BAD_SAMPLING = [
+    ("temperature", -0.1),
+    ("temperature", math.nan),
+    ("temperature", math.inf),
+    ("top_p", 0.0),
+    ("top_p", 1.1),
+    ("top_p", math.nan),
+    ("min_p", -0.1),
+    ("min_p", 1.5),
+    ("frequency_penalty", 2.5),
+    ("presence_penalty", -2.5),
+    ("presence_penalty", math.nan),
+    ("repetition_penalty", 0.0),
+    ("repetition_penalty", -1.0),
+    ("repetition_penalty", math.inf),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD_SAMPLING)
+def test_sampling_ranges(field, value):
+    request = generate(sampling=pb.Sampling(**{field: value}))
+    assert refused_field(request) == f"sampling.{field}"
+
+
+BAD = [
+    (generate(text=""), "text"),
+    (pb.GenerateRequest(), "prompt"),
+    (pb.GenerateRequest(token_ids=pb.TokenIds()), "token_ids.ids"),
+    (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 2, 3, 100])), "token_ids.ids[3]"),
+    (generate(stop=pb.Stop(max_tokens=0)), "stop.max_tokens"),
+    (generate(stop=pb.Stop(max_tokens=3, min_tokens=4)), "stop.min_tokens"),
+    (generate(stop=pb.Stop(stop=["x"] * 17)), "stop.stop"),
+    (generate(stop=pb.Stop(stop=["x", ""])), "stop.stop[1]"),
+    (generate(stop=pb.Stop(stop_token_ids=[100])), "stop.stop_token_ids[0]"),
+    (generate(sampling=pb.Sampling(logit_bias={100: 1})), "sampling.logit_bias[100]"),
+    (generate(sampling=pb.Sampling(logit_bias={1: 101})), "sampling.logit_bias[1]"),
+    (generate(sampling=pb.Sampling(logit_bias={1: math.nan})), "sampling.logit_bias[1]"),
+    (generate(request_id="x" * 129), "request_id"),
+    (generate(request_id="a\nb"), "request_id"),
+    (generate(n=0), "n"),
+    (generate(cache_salt="x" * 2000), "cache_salt"),
+    (generate(resume=[pb.Resume(), pb.Resume()]), "resume"),
+    (generate(resume=[pb.Resume(index=1)]), "resume[0].index"),
+    (generate(resume=[pb.Resume(token_ids=[100])]), "resume[0].token_ids[0]"),
+    (
+        generate(resume=[pb.Resume(token_ids=[1, 2])], stop=pb.Stop(max_tokens=1)),
+        "resume[0].token_ids",
+    ),
+]
+
+
+@pytest.mark.parametrize(("request_", "field"), BAD, ids=[field for _, field in BAD])
+def test_the_error_names_the_field(request_, field):
+    assert refused_field(request_) == field
+
+
+BAD_CHAT = [
+    (pb.ChatRequest(), "messages"),
+    (pb.ChatRequest(messages=[pb.Message(content="x")]), "messages[0].role"),
+    (pb.ChatRequest(messages=[pb.Message(role="user")]), "messages[0].content"),
+]
+
+
+@pytest.mark.parametrize(("request_", "field"), BAD_CHAT)
+def test_chat_fields(request_, field):
+    assert refused_field(request_, validate_chat) == field
+
+
+NOT_OFFERED = [
+    (generate(n=2), "n"),
+    (generate(constraint=pb.Constraint(regex="a")), "constraint.regex"),
+    (generate(constraint=pb.Constraint(json_object=True)), "constraint.json_object"),
+    (generate(output=pb.Output(logprobs=0)), "output.logprobs"),
+    (generate(output=pb.Output(prompt_logprobs=1)), "output.prompt_logprobs"),
+    (generate(output=pb.Output(echo=True)), "output.echo"),
+]
+
+
+@pytest.mark.parametrize(("request_", "field"), NOT_OFFERED)
+def test_what_is_not_offered_is_refused_by_name(request_, field):
+    with pytest.raises(NotOffered) as caught:
+        validate_generate(request_, LIMITS)
+    assert caught.value.field.startswith(field)
+
+
+def test_tools_are_refused_by_name():
+    chat = pb.ChatRequest(messages=[pb.Message(role="user", content="x")], tools_json="[]")
+    with pytest.raises(NotOffered, match="tools_json"):
+        validate_chat(chat, LIMITS)
+
+
+def test_what_is_off_is_not_refused():
+    validate_generate(
+        generate(n=1, output=pb.Output(echo=False), constraint=pb.Constraint()), LIMITS
+    )
+
+
+def test_unknown_model():
+    with pytest.raises(NotFound, match="other"):
+        validate_generate(generate(model="other"), LIMITS)
+
+
+@given(st.binary(max_size=200))
+def test_any_message_that_parses_is_judged(raw):
+    try:
+        request = pb.GenerateRequest.FromString(raw)
+    except Exception:
+        return
+    try:
+        got = validate_generate(request, LIMITS)
+    except (InvalidRequest, NotFound, NotOffered):
+        return
+    assert got.text or got.token_ids
+    assert 0 <= got.sampling.top_p <= 1
+    assert math.isfinite(got.sampling.temperature)

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.attention.torch_backend import TorchBackend
+from engine.cache.kv_cache import KVCache
+from engine.model.layers import logits
+from engine.model.loader import random_model
+from engine.runner.batch import Row
+from engine.runner.runner import Runner
+from tests.support.paged import CPU, Bench, layout_of, tiny_config
+
+TOKENS = [int(t) for t in torch.randint(0, 101, (60,), generator=torch.Generator().manual_seed(1))]
+
+
+def test_first_layers_share_weights_and_fill_the_same_cache() -> None:
+    config = tiny_config(num_layers=4)
+    model = random_model(config, 0)
+    part = model.first_layers(2)
+    assert part.config.num_layers == 2 and part.weights.layers[1] is model.weights.layers[1]
+    layout = layout_of(config, 4)
+    caches = [KVCache(layout, 16, CPU) for _ in range(2)]
+    row = Row(TOKENS[:30], 0, list(range(8)), 30)
+    out = [
+        Runner(m, cache, TorchBackend(layout, config.num_heads)).run([row])
+        for m, cache in zip((model, part), caches, strict=True)
+    ]
+    assert torch.equal(caches[0].pool[:, :2], caches[1].pool[:, :2])
+    assert not caches[1].pool[:, 2:].any()
+    assert not torch.allclose(out[0], out[1])
+    with pytest.raises(ValueError, match="1 to 4"):
+        model.first_layers(5)
+
+
+def test_a_drafter_steps_between_the_targets_steps() -> None:
+    """Two models with a cache each, interleaved, give what each gives alone."""
+    target, drafter = random_model(tiny_config(), 1), random_model(tiny_config(num_layers=1), 2)
+    expected = []
+    for model in (target, drafter):
+        bench = Bench(model)
+        s = bench.sequence(TOKENS)
+        expected.append(torch.cat([bench.step((s, 20, 1)), bench.step((s, 40, 40))]))
+    benches = [Bench(target), Bench(drafter)]
+    sequences = [bench.sequence(TOKENS) for bench in benches]
+    got: list[list[torch.Tensor]] = [[], []]
+    for count, num_logits in ((20, 1), (40, 40)):
+        for i in (0, 1):
+            got[i].append(benches[i].step((sequences[i], count, num_logits)))
+    for i in (0, 1):
+        assert torch.equal(torch.cat(got[i]), expected[i])
+
+
+def test_half_precision_stays_near_fp32_and_answers_in_fp32() -> None:
+    model = random_model(tiny_config(num_layers=3), 4)
+    half = random_model(tiny_config(num_layers=3), 4, torch.bfloat16)
+    out = []
+    for m in (model, half):
+        bench = Bench(m)
+        out.append(bench.step((bench.sequence(TOKENS), 60, 60)))
+    assert out[1].dtype == torch.float32
+    error = (out[0] - out[1]).abs().amax(-1) / out[0].abs().amax(-1)
+    assert error.max() < 0.1
+    # Not rounded to bf16 on the way out: its 8 bits would be seen.
+    assert not torch.equal(out[1], out[1].bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [1, 1000, 30000])
+def test_the_head_is_exact_however_it_is_cut(dtype: torch.dtype, vocab: int) -> None:
+    torch.manual_seed(0)
+    x, head = torch.randn(3, 64).to(dtype), torch.randn(vocab, 64).to(dtype)
+    got = logits(x, head)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, x.float() @ head.float().t(), rtol=1e-5, atol=1e-4)

@@ -1,0 +1,83 @@
+"""FlashInfer's kernels against the float64 reference; a whole model on CUDA against the CPU."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from engine.attention import select_backend
+from engine.attention.base import AttentionBackend
+from engine.attention.torch_backend import TorchBackend
+from engine.cache.kv_cache import KVCache
+from engine.errors import ConfigError
+from engine.model.loader import random_model
+from engine.runner.batch import Row, build_batch
+from engine.runner.runner import Runner
+from tests.engine.attention.reference import CASES, HEADS, poisoned, queries, reference_attention
+from tests.support.paged import CPU, layout_of, tiny_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(find_spec("flashinfer") is None, reason="needs flashinfer (extra `gpu`)"),
+]
+CUDA = torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("window", [0, 6, 37])
+@pytest.mark.parametrize("shapes", CASES.values(), ids=CASES.keys())
+def test_kernels_equal_the_reference_over_a_poisoned_pool(
+    shapes: list[tuple[int, int]], window: int, dtype: str
+) -> None:
+    from engine.attention.flashinfer_backend import FlashInferBackend
+
+    rows, cache = poisoned(shapes, block_size=16, dtype=dtype, head_dim=64, device=CUDA)
+    q = queries(rows, cache)
+    backend = FlashInferBackend(cache.layout, HEADS, CUDA, window)
+    plan = backend.plan(build_batch(rows, 16, CUDA))
+    got = backend.run(plan, 1, q, cache)
+    on_cpu = KVCache(cache.layout, cache.num_blocks, CPU)
+    on_cpu.pool.copy_(cache.pool)
+    expected = reference_attention(rows, 1, q.cpu(), on_cpu, window)
+    torch.testing.assert_close(got.double().cpu(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_an_outdated_plan_is_refused() -> None:
+    from engine.attention.flashinfer_backend import FlashInferBackend
+
+    rows, cache = poisoned([(4, 1)], block_size=16, dtype="bfloat16", head_dim=64, device=CUDA)
+    backend = FlashInferBackend(cache.layout, HEADS, CUDA)
+    old = backend.plan(build_batch(rows, 16, CUDA))
+    backend.plan(build_batch(rows, 16, CUDA))
+    with pytest.raises(RuntimeError, match="void"):
+        backend.run(old, 0, queries(rows, cache), cache)
+
+
+def test_fp32_is_left_to_the_torch_backend() -> None:
+    from engine.attention.flashinfer_backend import FlashInferBackend
+
+    layout = layout_of(tiny_config(), 16)
+    with pytest.raises(ConfigError, match="no fp32 kernels"):
+        FlashInferBackend(layout, 6, CUDA)
+    assert isinstance(select_backend(layout, 6, 0, CUDA), TorchBackend)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_on_cuda_answers_as_on_the_cpu(dtype: str) -> None:
+    config = tiny_config(hidden_size=384, head_dim=64, num_layers=2)
+    steps = [
+        [Row(range(40), 0, [3, 1, 2], 40), Row(range(50, 90), 0, [7, 5, 6], 0)],
+        [Row([9], 40, [3, 1, 2], 1), Row([8, 7, 6, 5], 40, [7, 5, 6], 4)],
+    ]
+    answers = []
+    for device in (CPU, CUDA):
+        model = random_model(config, 0, getattr(torch, dtype), device)
+        cache = KVCache(layout_of(config, 16, dtype), 8, device)
+        backend: AttentionBackend[object] = select_backend(cache.layout, 6, 0, device)
+        runner = Runner(model, cache, backend)
+        answers.append(torch.cat([runner.run(rows).cpu() for rows in steps]))
+    error = (answers[0] - answers[1]).abs().amax(-1) / answers[0].abs().amax(-1)
+    assert error.max() < (1e-4 if dtype == "float32" else 0.1)

@@ -1,0 +1,183 @@
+"""KvService over a real gRPC server: handshakes, leases, expiry without the scheduler, renewals."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+
+import grpc
+import pytest
+
+from engine.pb.diptych.internal.v1 import worker_pb2 as pb
+from engine.pb.diptych.internal.v1.worker_pb2_grpc import (
+    KvServiceStub,
+    add_KvServiceServicer_to_server,
+)
+from kvtransfer.base import MemoryRegion, RemotePool
+from kvtransfer.lease import LeaseTable
+from kvtransfer.service import KvServicer, Renewer
+
+POOL = RemotePool("me", MemoryRegion(4096, 640), MemoryRegion(8192, 80), 10, 64, b"metadata")
+
+
+class Host:
+    """Ten named blocks; counts pins as the block pool would."""
+
+    def __init__(self) -> None:
+        self.pins: Counter[int] = Counter()
+        self.slow = asyncio.Event()
+        self.slow.set()
+
+    async def hold(self, hashes: Sequence[bytes]) -> tuple[list[int], list[int]]:
+        block_ids = []
+        for name in hashes:
+            if not name.isdigit():
+                break
+            block_ids.append(int(name))
+        self.pins.update(block_ids)
+        await self.slow.wait()
+        return block_ids, [100 + i for i in block_ids]
+
+    async def unpin(self, block_ids: Sequence[int]) -> None:
+        self.pins.subtract(block_ids)
+        assert all(count >= 0 for count in self.pins.values())
+
+
+@asynccontextmanager
+async def serving(ttl_s: float) -> AsyncIterator[tuple[KvServiceStub, KvServicer, Host]]:
+    host = Host()
+    servicer = KvServicer(POOL, "digest", host, LeaseTable(time.monotonic, ttl_s))
+    server = grpc.aio.server()
+    add_KvServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    reaper = asyncio.create_task(servicer.reap())
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield KvServiceStub(channel), servicer, host
+    reaper.cancel()
+    with suppress(asyncio.CancelledError):
+        await reaper
+    await server.stop(None)
+
+
+async def at_rest(host: Host, timeout_s: float = 5.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while host.pins.total():
+            await asyncio.sleep(0.01)
+
+
+async def test_handshake_compares_the_digest_first() -> None:
+    async with serving(ttl_s=5) as (stub, _, _):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Handshake(pb.HandshakeRequest(digest="other"))
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert "digest" in caught.value.details() and "other" in caught.value.details()
+        request = pb.HandshakeRequest(digest="digest", caller_incarnation="you")
+        answer = await stub.Handshake(request)
+        assert (answer.incarnation, answer.nixl_metadata) == ("me", b"metadata")
+        assert answer.blocks == pb.Memory(address=4096, num_bytes=640, kind="DRAM")
+        assert (answer.num_blocks, answer.block_bytes) == (10, 64)
+
+
+@pytest.mark.parametrize(
+    ("method", "request_"),
+    [
+        ("Handshake", pb.HandshakeRequest(digest="digest")),
+        ("Hold", pb.HoldRequest(hashes=[b"1"])),
+        ("Renew", pb.RenewRequest()),
+        ("Release", pb.ReleaseRequest()),
+    ],
+)
+async def test_a_caller_without_a_name_is_refused(method: str, request_: object) -> None:
+    async with serving(ttl_s=5) as (stub, _, host):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await getattr(stub, method)(request_)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "caller_incarnation" in caught.value.details()
+        assert not host.pins.total()
+
+
+async def test_hold_pins_a_leading_run_until_its_owner_releases_it() -> None:
+    async with serving(ttl_s=5) as (stub, _, host):
+        names = [b"1", b"2", b"x", b"3"]
+        held = await stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=names))
+        assert (list(held.block_ids), list(held.generations)) == ([1, 2], [101, 102])
+        assert host.pins == {1: 1, 2: 1}
+        await stub.Release(pb.ReleaseRequest(caller_incarnation="thief", leases=[held.lease]))
+        assert host.pins.total() == 2
+        for _ in range(2):  # idempotent
+            await stub.Release(pb.ReleaseRequest(caller_incarnation="you", leases=[held.lease]))
+            assert host.pins.total() == 0
+        nothing = await stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=[b"x"]))
+        assert nothing.lease == b"" and not nothing.block_ids
+
+
+async def test_leases_run_out_without_anybody_asking() -> None:
+    async with serving(ttl_s=0.3) as (stub, servicer, host):
+        held = await stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=[b"1"]))
+        await host.hold([b"2"])
+        announced = await servicer.grant("you", [2])
+        await at_rest(host)
+        request = pb.RenewRequest(caller_incarnation="you", leases=[held.lease, announced.id])
+        assert list((await stub.Renew(request)).unknown) == [held.lease, announced.id]
+
+
+async def test_a_hold_whose_caller_vanishes_midway_is_reaped() -> None:
+    async with serving(ttl_s=0.3) as (stub, _, host):
+        host.slow.clear()
+        call = stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=[b"1"]))
+        while not host.pins.total():
+            await asyncio.sleep(0.01)
+        call.cancel()
+        await asyncio.sleep(0.1)
+        host.slow.set()
+        await at_rest(host)
+
+
+async def test_release_owner_takes_all_of_a_dead_peer() -> None:
+    async with serving(ttl_s=60) as (stub, servicer, host):
+        for name in (b"1", b"2"):
+            await stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=[name]))
+        await stub.Hold(pb.HoldRequest(caller_incarnation="other", hashes=[b"3"]))
+        await servicer.release_owner("you")
+        assert +host.pins == {3: 1}
+
+
+async def test_renewer_keeps_leases_alive_until_released() -> None:
+    async with serving(ttl_s=0.4) as (stub, _, host):
+        renewer = Renewer(stub, "you")
+        ends_at = time.monotonic() + 1.5
+        number = 0
+        while time.monotonic() < ends_at:  # new leases all the time must not put renewals off
+            name = b"%d" % (number % 10)
+            held = await stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=[name]))
+            renewer.hold(held.lease, held.ttl_s)
+            number += 1
+            await asyncio.sleep(0.05)
+        assert host.pins.total() == number == len(renewer.leases)
+        assert await renewer.release(renewer.leases[0])
+        assert host.pins.total() == number - 1
+        await renewer.close()
+        assert host.pins.total() == 0
+
+
+async def test_renewer_reports_what_it_lost() -> None:
+    lost: list[bytes] = []
+    async with serving(ttl_s=0.5) as (stub, servicer, _):
+        held = await stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=[b"1"]))
+        kept = await stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=[b"2"]))
+        renewer = Renewer(stub, "you", lost.append)
+        renewer.hold(held.lease, held.ttl_s)
+        renewer.hold(kept.lease, kept.ttl_s)
+        await servicer.release("you", [held.lease])
+        async with asyncio.timeout(5):
+            while not lost:
+                await asyncio.sleep(0.01)
+        assert lost == [held.lease] and renewer.leases == (kept.lease,)
+    # The server is gone: after a whole TTL without an answer the other one counts as lost.
+    async with asyncio.timeout(5):
+        while len(lost) < 2:
+            await asyncio.sleep(0.01)
+    assert not await renewer.release(kept.lease, timeout_s=0.5)
+    await renewer.close()

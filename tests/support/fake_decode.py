@@ -1,0 +1,120 @@
+"""A DecodeService that writes a given answer, on a real port, and fails on cue.
+
+Used only to script deaths, delays and refusals; the token at a position is always the same, so that
+a doubled or missing one is seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from engine.errors import DiptychError
+from engine.pb.diptych.internal.v1 import worker_pb2
+from engine.pb.diptych.v1 import inference_pb2
+from engine.rpc.server import RpcServer
+from engine.types import ModelIdentity, Peer
+
+
+@dataclass
+class Cue:
+    """What happens in one call: after `after` new tokens it raises `error`, or vanishes."""
+
+    after: int = 0
+    error: Exception | None = None
+    vanish: bool = False  # the process is gone: its port is closed under the call
+
+
+@dataclass
+class FakeDecode:
+    """One scripted worker."""
+
+    answer: list[int]
+    name: str = "d0"
+    group: int = 3  # tokens a message
+    pace_s: float = 0.0
+    cues: list[Cue] = field(default_factory=list)  # one a call; without: it goes well
+    requests: list[worker_pb2.DecodeRequest] = field(default_factory=list)
+    deadlines: list[float | None] = field(default_factory=list)
+    peer: Peer | None = None
+
+    def __post_init__(self) -> None:
+        self.cancelled = asyncio.Event()
+        self._server = RpcServer()
+        descriptor = worker_pb2.DESCRIPTOR.services_by_name["DecodeService"]
+        self._server.add_service(descriptor, self)
+        self._vanished: asyncio.Task[None] | None = None
+
+    async def start(self, incarnation: str = "i0") -> None:
+        port = self._server.listen("127.0.0.1:0")
+        await self._server.start()
+        self.peer = Peer(self.name, incarnation, f"127.0.0.1:{port}")
+
+    async def stop(self) -> None:
+        await self._server.stop()
+
+    async def Decode(self, request, context):
+        self.requests.append(request)
+        self.deadlines.append(context.time_remaining())
+        cue = self.cues.pop(0) if self.cues else None
+        position, sent = len(request.output_token_ids), 0
+        assert list(request.output_token_ids) == self.answer[:position]
+        end = min(len(self.answer), request.stop.max_tokens)
+        try:
+            while position < end:
+                if cue and sent >= cue.after:
+                    await self._fail(cue)
+                step = min(self.group, end - position, cue.after - sent if cue else self.group)
+                ids = self.answer[position : position + step]
+                position, sent = position + step, sent + step
+                await asyncio.sleep(self.pace_s)
+                yield worker_pb2.DecodeResponse(
+                    tokens=worker_pb2.Tokens(token_ids=ids, draft_tokens=sent, accepted_tokens=1)
+                )
+            if cue:
+                await self._fail(cue)
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        except GeneratorExit:
+            self.cancelled.set()
+            raise
+        last = self.answer[position - 1]
+        stopped = last in request.stop.stop_token_ids
+        reason = inference_pb2.FINISH_REASON_LENGTH
+        finished = worker_pb2.DecodeFinished(
+            finish_reason=inference_pb2.FINISH_REASON_STOP if stopped else reason,
+            matched_stop_token=last if stopped else None,
+            cached_tokens=1,
+            draft_tokens=sent,
+            accepted_tokens=1,
+            queue_s=0.25,
+            prefill_s=0.5,
+            kv_transfer_s=0.125,
+        )
+        yield worker_pb2.DecodeResponse(finished=finished)
+
+    async def _fail(self, cue: Cue) -> None:
+        if cue.vanish:
+            self._vanished = asyncio.create_task(self._server.stop())
+            await asyncio.sleep(30)
+        assert cue.error is not None
+        raise cue.error
+
+
+def identity(model: str = "smollm2", **changes) -> ModelIdentity:
+    values = {
+        "name": model,
+        "digest": "00",
+        "numeric_profile": "exact",
+        "max_model_len": 8192,
+        "block_size": 16,
+        "vocab_size": 49152,
+    }
+    return ModelIdentity(**{**values, **changes})
+
+
+def lost(message: str = "gone", peer: str = "") -> DiptychError:
+    from engine.errors import Unavailable
+
+    return Unavailable(message, lost=peer)
