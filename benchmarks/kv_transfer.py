@@ -65,6 +65,7 @@ def measure(setting: str, repeat: int) -> None:
             reader.start()
             to_reader.send(_receive(to_owner, 60))
             rows = _receive(to_reader, 300)
+            reader.join(10)  # UCX writes its log out at the end
             print(f"  lane: {lane(log.read())}")
             for row in rows:
                 print(row)

@@ -120,6 +120,7 @@ def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    config.set_default_env({"GRPC_VERBOSITY": "ERROR"})  # read when gRPC is first imported
     try:
         args = make_parser().parse_args(argv)
         run: Callable[[argparse.Namespace], int] = args.run

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import grpc
 
-from engine.errors import DiptychError
+from engine.errors import DeadlineExceeded, DiptychError
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from engine.rpc.channel import CHANNEL_OPTIONS, open_channel
 from engine.rpc.status import from_rpc_error
@@ -231,6 +231,8 @@ class AsyncClient:
 
 def describe(error: BaseException) -> str:
     """One sentence for a person about a failed call."""
+    if isinstance(error, DeadlineExceeded):
+        return "the call's time ran out"
     if isinstance(error, DiptychError):
         return error.message
     call: Any = error

@@ -173,6 +173,8 @@ class Reading:
                     continue
             except TransferError as error:
                 failure = failure or error
+            except Exception as error:  # a bug; the read is over for us all the same
+                failure = failure or PullFailed(f"poll raised {error!r}")
             transport.release(handle)
         moved = len(pending) < len(self._handles)
         self._handles = pending

@@ -27,6 +27,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from engine.errors import ConfigError, DeadlineExceeded, DiptychError, InvalidRequest
+from engine.rpc.address import listen_on
 from engine.rpc.channel import KEEPALIVE_OPTIONS, LENGTH_OPTIONS
 from engine.rpc.status import RpcStatus, internal, to_status
 from engine.telemetry.log import bind_request, get_logger
@@ -81,14 +82,13 @@ class RpcServer:
 
     def listen(self, address: str) -> int:
         """Bind HOST:PORT and return the port; raises ConfigError where that fails."""
+        listen_on(address).close()  # a probe: where it fails it says why, and gRPC would only log
         try:
             port = self._server.add_insecure_port(address)
         except RuntimeError:
             port = 0
         if port == 0:
-            raise ConfigError(
-                f"cannot listen on {address}: the address is in use or is not of this machine"
-            )
+            raise ConfigError(f"cannot listen on {address}: address already in use")
         return port
 
     async def start(self, *, serving: bool = True) -> None:

@@ -6,7 +6,6 @@ It runs in the event loop that is there. Signals stay with their owner: uvicorn 
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -19,6 +18,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from engine.errors import ConfigError
+from engine.rpc.address import listen_on
 
 
 class _Server(uvicorn.Server):
@@ -50,28 +50,6 @@ def make_app(
     return Starlette(routes=[*own, *routes])
 
 
-def _bind(address: str) -> socket.socket:
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    try:
-        family, kind, proto, _, where = socket.getaddrinfo(
-            host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, proto)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(where)
-            sock.listen(128)  # here, so that a used port fails now and not in the server's task
-            sock.setblocking(False)
-        except OSError:
-            sock.close()
-            raise
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"cannot listen on {address}: {reason}") from None
-    return sock
-
-
 class HttpServer:
     """A running HTTP server; `address` is its real HOST:PORT."""
 
@@ -92,7 +70,7 @@ async def serve_http(app: Starlette, address: str) -> HttpServer:
     """Serve `app` on HOST:PORT (port 0: a free one) in this event loop; raises ConfigError where it
     cannot bind.
     """
-    sock = _bind(address)
+    sock = listen_on(address)
     config = uvicorn.Config(
         app,
         log_config=None,

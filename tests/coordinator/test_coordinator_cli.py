@@ -99,9 +99,7 @@ def test_serving_without_workers_until_a_signal(tmp_path):
             urllib.request.urlopen(f"http://{http}/health/ready", timeout=5)
         with Client(address) as client:
             assert not client.model().ready
-        done = run("generate", "x", "--timeout", "5", "--server", address)
-        assert done.returncode == 1
-        assert "no decode worker" in done.stderr or "time ran out" in done.stderr
+        one_sentence(run("generate", "x", "--timeout", "1", "--server", address), 1, "time ran out")
         done = run("status", "--server", address)
         assert done.returncode == 0
         assert "not ready" in done.stdout

@@ -1,8 +1,7 @@
 """A process with a KV pool that others may read: what the transfer tests pull from.
 
-It follows the owner's protocol (bump the generation, then write) and obeys its parent over a pipe.
-Run with `python kv_worker.py`-like entry points of multiprocessing's spawn; every one dies with its
-parent.
+It follows the owner's protocol (bump the generation, then write), obeys its parent over a pipe and
+dies with it.
 """
 
 from __future__ import annotations
@@ -131,11 +130,11 @@ def _fill(pool: Pool, seed: int) -> list[int]:
     return list(pool.generations.tolist())
 
 
-# -- the race -------------------------------------------------------------------------------------------
+# -- the race ------------------------------------------------------------------------------
 
 # The parent and the writer meet in one page of 64-bit words, each stored in one piece.
-# WANTED: number of the try to run; DELAY_NS, FLIP_NS: when its flip begins and how long it takes at least;
-# DONE: number of the last try run.
+# WANTED: number of the try to run; DELAY_NS, FLIP_NS: when its flip begins, how long it takes at
+# least; DONE: number of the last try run.
 WANTED, DELAY_NS, FLIP_NS, DONE = range(4)
 STOP = 2**64 - 1
 CHUNK_BYTES = 64 << 10
@@ -175,7 +174,7 @@ def _race(pool: Pool, page_name: str) -> int:
     return number
 
 
-# -- gRPC -----------------------------------------------------------------------------------------------
+# -- gRPC ----------------------------------------------------------------------------------
 
 
 def _listen(pool: Pool, digest: str, port: int = 0) -> str:

@@ -1,4 +1,4 @@
-"""Real NIXL between real processes: every byte, every death, and the race that the fence must win."""
+"""Real NIXL between real processes: every byte, every death, and the fence's race."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_hanging_peer_times_out_and_keeps_its_destination(monkeypatch: pytest.Mo
 
 
 async def test_handshakes(local: kv_worker.Pool) -> None:
-    """One handshake for concurrent callers; a wrong digest or incarnation is refused; peers are bounded."""
+    """Concurrent callers share one; a wrong digest or incarnation is refused; peers are bounded."""
     channels: dict[str, grpc.aio.Channel] = {}
     calls: list[str] = []
 
@@ -240,7 +240,7 @@ async def test_a_restart_on_the_same_address_is_somebody_else(local: kv_worker.P
             assert (local.blocks == kv_worker.pattern(2, local.blocks.shape)).all()
 
 
-# -- the race -------------------------------------------------------------------------------------------
+# -- the race ------------------------------------------------------------------------------
 
 RACE_BLOCK_BYTES = 8 << 20
 

@@ -1,5 +1,7 @@
 """Planning: every byte once, as few reads as there can be, nothing out of bounds."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,7 +69,7 @@ def test_extents_cover_every_byte_once(
     remote, local = block_map
     reads = sorted(extents(plan(remote, local), item_bytes), key=lambda e: e.local_offset)
     assert sum(read.num_bytes for read in reads) == len(local) * item_bytes
-    for before, after in zip(reads, reads[1:], strict=False):
+    for before, after in pairwise(reads):
         assert before.local_offset + before.num_bytes <= after.local_offset
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import grpc
@@ -61,10 +61,14 @@ async def serving(ttl_s: float) -> AsyncIterator[tuple[KvServiceStub, KvServicer
     await server.stop(None)
 
 
-async def at_rest(host: Host, timeout_s: float = 5.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while host.pins.total():
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110, there is nobody who could set an event
             await asyncio.sleep(0.01)
+
+
+async def at_rest(host: Host) -> None:
+    await until(lambda: host.pins.total() == 0)
 
 
 async def test_handshake_compares_the_digest_first() -> None:
@@ -127,8 +131,7 @@ async def test_a_hold_whose_caller_vanishes_midway_is_reaped() -> None:
     async with serving(ttl_s=0.3) as (stub, _, host):
         host.slow.clear()
         call = stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=[b"1"]))
-        while not host.pins.total():
-            await asyncio.sleep(0.01)
+        await until(lambda: host.pins.total() == 1)
         call.cancel()
         await asyncio.sleep(0.1)
         host.slow.set()
@@ -171,13 +174,9 @@ async def test_renewer_reports_what_it_lost() -> None:
         renewer.hold(held.lease, held.ttl_s)
         renewer.hold(kept.lease, kept.ttl_s)
         await servicer.release("you", [held.lease])
-        async with asyncio.timeout(5):
-            while not lost:
-                await asyncio.sleep(0.01)
+        await until(lambda: bool(lost))
         assert lost == [held.lease] and renewer.leases == (kept.lease,)
     # The server is gone: after a whole TTL without an answer the other one counts as lost.
-    async with asyncio.timeout(5):
-        while len(lost) < 2:
-            await asyncio.sleep(0.01)
+    await until(lambda: len(lost) == 2)
     assert not await renewer.release(kept.lease, timeout_s=0.5)
     await renewer.close()

@@ -1,0 +1,147 @@
+"""`make demo`: the whole stack on this machine, one real answer, a summary, and nothing left behind.
+
+It starts `coordinator start` on free ports like any user would, and talks to it through the public API alone.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from coordinator.client import Client, Done, TextDelta
+from engine.config import child_environment, state_dir
+from engine.errors import DiptychError
+from engine.pb.diptych.v1 import admin_pb2
+
+_START_S = 300.0  # the first start converts the model
+_ANSWER_S = 120.0
+_STOP_S = 20.0
+_SETTLE_S = 5.0
+_MESSAGES = (
+    {
+        "role": "user",
+        "content": "A diptych is a pair of painted panels joined by a hinge. Travellers folded it shut "
+        "to protect the pictures, and opened it on a table to look at them side by side. The left "
+        "panel often showed a saint and the right panel the person who had ordered the work, so "
+        "that the two seemed to look at each other across the hinge. Explain in a few sentences "
+        "what a diptych is and why the hinge matters.",
+    },
+)
+
+
+def main() -> int:
+    """Run the demo; returns the exit status."""
+    console = Console(stderr=True)
+    log_dir = state_dir() / "demo"
+    log_dir.mkdir(parents=True, exist_ok=True)
+    server, http = _free_address(), _free_address()
+    command = [sys.executable, "-m", "coordinator.cli", "start", "--listen", server]
+    command += ["--http", http, "--log-dir", str(log_dir)]
+    with (log_dir / "coordinator.log").open("wb") as log:
+        stack = subprocess.Popen(command, stdout=log, stderr=log, env=child_environment())
+    try:
+        with console.status("Starting a coordinator, a prefill worker and a decode worker ..."):
+            with Client(server) as client:
+                _wait_ready(client, stack, log_dir)
+        with Client(server) as client:
+            done = _answer(client)
+            workers = _at_rest(client)
+        _summary(console, done, workers, log_dir)
+    except DiptychError as error:
+        console.print(f"demo: {error.message}; logs in {log_dir}", highlight=False)
+        return 1
+    finally:
+        stack.send_signal(signal.SIGTERM)
+        try:
+            stack.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            stack.kill()  # takes its workers along
+            stack.wait()
+    return 0
+
+
+def _free_address() -> str:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{sock.getsockname()[1]}"
+
+
+def _wait_ready(client: Client, stack: subprocess.Popen[bytes], log_dir: Path) -> None:
+    """Until a worker of each role is ready. Raises DiptychError."""
+    deadline = time.monotonic() + _START_S
+    while True:
+        if stack.poll() is not None:
+            last = (log_dir / "coordinator.log").read_text(errors="replace").strip().splitlines()
+            raise DiptychError(f"the stack ended: {last[-1] if last else 'no output'}")
+        try:
+            ready = {w.role for w in client.workers(timeout_s=2.0) if w.state == "ready"}
+            if ready == {"prefill", "decode"}:
+                return
+        except DiptychError:
+            pass
+        if time.monotonic() > deadline:
+            raise DiptychError(f"the workers were not ready after {_START_S:.0f} s")
+        time.sleep(0.1)
+
+
+def _answer(client: Client) -> Done:
+    """Stream one answer to standard output."""
+    print(f"> {_MESSAGES[0]['content']}\n", flush=True)
+    for event in client.chat(_MESSAGES, timeout_s=_ANSWER_S, max_tokens=160):
+        if isinstance(event, TextDelta):
+            print(event.text, end="", flush=True)
+        else:
+            print("\n", flush=True)
+            return event
+    raise DiptychError("the answer had no end")
+
+
+def _at_rest(client: Client) -> Sequence[admin_pb2.Worker]:
+    """The workers once their last heartbeat tells of nothing held."""
+    deadline = time.monotonic() + _SETTLE_S
+    while True:
+        workers = client.workers()
+        moved = any(w.blocks_pulled for w in workers)
+        if (moved and not any(w.held_blocks for w in workers)) or time.monotonic() > deadline:
+            return workers
+        time.sleep(0.1)
+
+
+def _summary(
+    console: Console, done: Done, workers: Sequence[admin_pb2.Worker], log_dir: Path
+) -> None:
+    usage, timing = done.usage, done.timing
+    decode = [w for w in workers if w.role == "decode"]
+    blocks, num_bytes = sum(w.blocks_pulled for w in decode), sum(w.bytes_pulled for w in decode)
+    seconds = sum(w.pull_seconds for w in decode)
+    speed = f", {num_bytes / seconds / 1e9:.2f} GB/s" if seconds else ""
+    pace = (usage.completion_tokens - 1) / timing.decode if timing.decode else 0.0
+    rate = usage.accepted_tokens / usage.draft_tokens if usage.draft_tokens else 0.0
+    computed = sum(w.prompt_tokens_computed for w in workers)
+    held = sum(w.held_blocks for w in workers)
+    rows = (
+        ("time to first token", f"{timing.first_token * 1000:.0f} ms"),
+        ("answer", f"{usage.completion_tokens} tokens, {pace:.1f} tokens/s"),
+        ("prompt", f"{computed} tokens computed, {usage.cached_tokens} cached"),
+        ("KV moved over NIXL", f"{blocks} blocks, {num_bytes / 2**20:.1f} MiB{speed}"),
+        ("drafts", f"{usage.accepted_tokens} of {usage.draft_tokens} tokens accepted ({rate:.0%})"),
+        ("stale reads", f"{sum(w.stale_reads for w in workers)}"),
+        ("blocks still held", f"{held}"),
+        ("logs", str(log_dir)),
+    )
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows:
+        table.add_row(f"[bold]{name}[/bold]", value)
+    console.print(table, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
