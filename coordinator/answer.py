@@ -58,7 +58,9 @@ class Answer:
         self.token_ids.append(token_id)
         if token_id in self._stop_token_ids and len(self.token_ids) > self._min_tokens:
             self.ending = Ending(FinishReason.STOP, matched_token=token_id)
-            return self._detokenizer.push([token_id]) if self._include_stop else ""
+            if not self._include_stop:
+                return ""
+            return self._stops.flush(self._detokenizer.push([token_id]))
         text = self._stops.push(self._detokenizer.push([token_id]))
         if self._stops.match is not None:
             self.ending = Ending(FinishReason.STOP, matched_text=self._stops.match.text)

@@ -61,7 +61,7 @@ class _Read:
 
 
 class NixlTransport:
-    """See `Transport`. `incarnation` names the agent. ConfigError: NIXL or UCX cannot start."""
+    """See `Transport`. `incarnation` names the agent. ConfigError: it cannot start."""
 
     def __init__(self, incarnation: str) -> None:
         self._nixl = _load_bindings()
@@ -73,8 +73,8 @@ class NixlTransport:
             self._agent.createBackend("UCX", {})
         except Exception as error:
             raise ConfigError(
-                f"NIXL cannot start UCX ({error}); UCX_TLS and UCX_NET_DEVICES, where set, must name a"
-                " transport between hosts, such as tcp, rc or all"
+                f"NIXL cannot start UCX ({error}); UCX_TLS and UCX_NET_DEVICES, if set, must name"
+                " a transport between hosts, such as tcp, rc or all"
             ) from error
         self._registered: list[Any] = []
 
