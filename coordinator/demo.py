@@ -1,6 +1,7 @@
-"""`make demo`: the whole stack on this machine, one real answer, a summary, and nothing left behind.
+"""`make demo`: the whole stack on this machine, one real answer, a summary, nothing left behind.
 
-It starts `coordinator start` on free ports like any user would, and talks to it through the public API alone.
+It starts `coordinator start` on free ports like any user would, and talks to it through the public
+API alone.
 """
 
 from __future__ import annotations
@@ -25,15 +26,12 @@ _START_S = 300.0  # the first start converts the model
 _ANSWER_S = 120.0
 _STOP_S = 20.0
 _SETTLE_S = 5.0
-_MESSAGES = (
-    {
-        "role": "user",
-        "content": "A diptych is a pair of painted panels joined by a hinge. Travellers folded it shut "
-        "to protect the pictures, and opened it on a table to look at them side by side. The left "
-        "panel often showed a saint and the right panel the person who had ordered the work, so "
-        "that the two seemed to look at each other across the hinge. Explain in a few sentences "
-        "what a diptych is and why the hinge matters.",
-    },
+_QUESTION = (
+    "A diptych is a pair of painted panels joined by a hinge. Travellers folded it shut to protect "
+    "the pictures, and opened it on a table to look at them side by side. The left panel often "
+    "showed a saint and the right panel the person who had ordered the work, so that the two "
+    "seemed to look at each other across the hinge. Explain in a few sentences what a diptych is "
+    "and why the hinge matters."
 )
 
 
@@ -48,10 +46,9 @@ def main() -> int:
     with (log_dir / "coordinator.log").open("wb") as log:
         stack = subprocess.Popen(command, stdout=log, stderr=log, env=child_environment())
     try:
-        with console.status("Starting a coordinator, a prefill worker and a decode worker ..."):
-            with Client(server) as client:
-                _wait_ready(client, stack, log_dir)
         with Client(server) as client:
+            with console.status("Starting a coordinator, a prefill worker and a decode worker"):
+                _wait_ready(client, stack, log_dir)
             done = _answer(client)
             workers = _at_rest(client)
         _summary(console, done, workers, log_dir)
@@ -94,8 +91,10 @@ def _wait_ready(client: Client, stack: subprocess.Popen[bytes], log_dir: Path) -
 
 def _answer(client: Client) -> Done:
     """Stream one answer to standard output."""
-    print(f"> {_MESSAGES[0]['content']}\n", flush=True)
-    for event in client.chat(_MESSAGES, timeout_s=_ANSWER_S, max_tokens=160):
+    print(f"> {_QUESTION}\n", flush=True)
+    for event in client.chat(
+        ({"role": "user", "content": _QUESTION},), timeout_s=_ANSWER_S, max_tokens=160
+    ):
         if isinstance(event, TextDelta):
             print(event.text, end="", flush=True)
         else:

@@ -1,12 +1,13 @@
 """Brings a request's blocks from its prefill peer, while the peer computes the next ones.
 
-    Prefill stream --reader task--> queue of chunks --one at a time--> pull (data plane) --fence--> commit
-                      |                                                     |
-                      leases renewed from the moment they are read          lease released on the peer at once
+    Prefill stream --reader task--> chunks --one by one--> pull (data plane) --fence--> commit
+                      |                                      |
+                      leases renewed once read               lease released on the peer at once
 
-A chunk's blocks are committed in order, so a request always has a clean prefix to go on from. Blocks that the
-fence refused are asked for again; a peer that is lost raises `Unavailable(lost="prefill")`, and all that was
-committed by then is a prefix hit for whoever comes next.
+A chunk's blocks are committed in order, so a request always has a clean prefix to go on from.
+Blocks that the fence refused are asked for again; a peer that is lost raises
+`Unavailable(lost="prefill")`, and all that was committed by then is a prefix hit for whoever comes
+next.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class Intake:
     async def run(self, fetch: Fetch, wanted: FetchEvent) -> None:
         """Fetch the wanted blocks and tell the engine. Raises Unavailable when the peer is lost.
 
-        A peer that will not take the prompt (too long for its pool) is no loss: it is computed here.
+        A peer that will not take the prompt (too long for its pool) is no loss: it is computed
+        here.
         """
         num_committed = wanted.first_block
         try:
@@ -86,7 +88,9 @@ class Intake:
         self._host.engine.post(lambda core: core.fetch_ended(fetch.key, cached))
 
     async def _round(self, fetch: Fetch, wanted: FetchEvent, num_committed: int) -> int:
-        """One Prefill call from the first block that is missing; returns how many are committed after it."""
+        """One Prefill call from the first block that is missing; returns how many are committed
+        after it.
+        """
         pool = await self._host.peers.connect(fetch.peer)
         channel = self._host.channels.get(fetch.peer.address)
         renewer = Renewer(worker_pb2_grpc.KvServiceStub(channel), self._host.incarnation)

@@ -1,5 +1,6 @@
-"""What both panels share: types, configuration, the wire, KV blocks, the model and the one step loop.
+"""What both panels share: types, configuration, the wire, KV blocks, the model and the one step
+loop.
 
-The modules `types`, `errors`, `config`, `pb`, `rpc`, `telemetry`, `checkpoint` and `cache.layout` never import
-torch: they are all that the coordinator may use.
+The modules `types`, `errors`, `config`, `pb`, `rpc`, `telemetry`, `checkpoint` and `cache.layout`
+never import torch: they are all that the coordinator may use.
 """

@@ -1,4 +1,5 @@
-"""From options to an engine: checkpoint, identity, pool size, model, scheduler. Used by both panels and by tests.
+"""From options to an engine: checkpoint, identity, pool size, model, scheduler. Used by both panels
+and by tests.
 
 The pool is sized before the model is built, so that a length that cannot fit is refused at once.
 """

@@ -1,8 +1,9 @@
-"""Options: flags > environment (DIPTYCH_...) > TOML file (--config) > defaults. The only reader of the environment.
+"""Options: flags > environment (DIPTYCH_...) > TOML file (--config) > defaults. The only reader of
+the environment.
 
-Each subject has its own small frozen dataclass, and a component is handed only those it needs. A field
-`kv_cache_memory` is the flag `--kv-cache-memory`, the variable `DIPTYCH_KV_CACHE_MEMORY` and the TOML key
-`kv_cache_memory` (dashes work too).
+Each subject has its own small frozen dataclass, and a component is handed only those it needs. A
+field `kv_cache_memory` is the flag `--kv-cache-memory`, the variable `DIPTYCH_KV_CACHE_MEMORY` and
+the TOML key `kv_cache_memory` (dashes work too).
 """
 
 from __future__ import annotations
@@ -321,6 +322,8 @@ def set_default_env(defaults: Mapping[str, str]) -> dict[str, str]:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment for a process that gets its options as flags: ours, without the variables of options."""
+    """The environment for a process that gets its options as flags: ours, without the variables
+    of options.
+    """
     kept = (ENV_PREFIX + "CACHE_DIR", ENV_PREFIX + "STATE_DIR")
     return {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX) or k in kept}

@@ -1,9 +1,10 @@
-"""The engine: one short step() over ragged rows, for both roles. No threads, no clock of its own, no wire.
+"""The engine: one short step() over ragged rows, for both roles. No threads, no clock of its own,
+no wire.
 
     admit -> plan -> run the model -> accept -> advance
 
-Every request that was added gives exactly one FinishedEvent, whatever happens to it; what an event hands over
-(pinned blocks of an AnnouncedEvent) belongs to whoever receives it.
+Every request that was added gives exactly one FinishedEvent, whatever happens to it; what an event
+hands over (pinned blocks of an AnnouncedEvent) belongs to whoever receives it.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ class FetchEvent:
 
 @dataclass(frozen=True, slots=True)
 class AnnouncedEvent:
-    """Complete blocks of a prompt, pinned once more on behalf of the receiver, who releases them."""
+    """Complete blocks of a prompt, pinned once more on behalf of the receiver, who releases
+    them.
+    """
 
     key: int
     first_block: int
@@ -124,7 +127,7 @@ class EngineCore:
         self._num_failures = 0  # steps in a row
         self._num_preemptions = 0  # of those, counted in the metrics
 
-    # -- what is asked of it -----------------------------------------------------------------------------
+    # -- what is asked of it -----------------------------------------------------------------------
 
     def new_key(self) -> int:
         """A key for `add`; callable from any thread."""
@@ -156,7 +159,9 @@ class EngineCore:
         self._check_already_done(request)
 
     def abort(self, key: int) -> None:
-        """End a request now. No NIXL read may still write to its blocks. Unknown keys are no error."""
+        """End a request now. No NIXL read may still write to its blocks. Unknown keys are no
+        error.
+        """
         if request := self._requests.get(key):
             self._finish(request, FinishReason.ABORTED)
 
@@ -193,7 +198,7 @@ class EngineCore:
             r.state is State.FETCHING for r in self.scheduler.active
         )
 
-    # -- the step ----------------------------------------------------------------------------------------
+    # -- the step ----------------------------------------------------------------------------------
 
     def step(self) -> bool:
         """One pass; False if there was nothing to compute."""
@@ -211,8 +216,8 @@ class EngineCore:
     def _compute(self, plan: Sequence[PlannedRow]) -> None:
         """Run the model and accept; a failure ends the requests of this step, not the worker.
 
-        Until `_accept` nothing has been booked, so giving those requests up leaves a consistent state. A
-        second failure in a row is the device's, not a request's: it is raised.
+        Until `_accept` nothing has been booked, so giving those requests up leaves a consistent
+        state. A second failure in a row is the device's, not a request's: it is raised.
         """
         try:
             logits = self._runner.run([self._model_row(planned) for planned in plan])
@@ -310,7 +315,9 @@ class EngineCore:
         return verified.tokens
 
     def _emit(self, request: Request, num_computed: int, emitted: Sequence[int]) -> None:
-        """Take the tokens up to the one that ends the answer; name, announce and finish as it falls."""
+        """Take the tokens up to the one that ends the answer; name, announce and finish as it
+        falls.
+        """
         kept: list[int] = []
         reason = None
         for token in emitted:
@@ -340,7 +347,7 @@ class EngineCore:
         full = len(request.tokens) >= self.scheduler.max_model_len
         return FinishReason.LENGTH if full or request.num_output >= stop.max_tokens else None
 
-    # -- the edges ---------------------------------------------------------------------------------------
+    # -- the edges ---------------------------------------------------------------------------------
 
     def _check_already_done(self, request: Request) -> None:
         """A retry may bring an answer that needs nothing more."""
@@ -414,7 +421,9 @@ class EngineCore:
         return [int(g) for g in self.pool.generations[list(blocks)]]
 
     def _count_prompt(self, request: Request, planned: PlannedRow) -> None:
-        """Count what was computed of the prompt; the first decode row's token belongs to the answer."""
+        """Count what was computed of the prompt; the first decode row's token belongs to the
+        answer.
+        """
         computed = min(planned.num_tokens, max(0, request.num_prompt - request.num_computed))
         self.totals.prompt_tokens_computed += computed
         self._metrics.prompt_tokens.inc(computed)

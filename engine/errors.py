@@ -1,4 +1,5 @@
-"""The errors a caller can do something about. Each knows its gRPC meaning; `engine.rpc.status` writes it out.
+"""The errors a caller can do something about. Each knows its gRPC meaning; `engine.rpc.status`
+writes it out.
 
 A message is one sentence that names the field or file and says what would be right.
 """
@@ -54,7 +55,8 @@ class Overloaded(DiptychError):
 class Unavailable(DiptychError):
     """UNAVAILABLE + RetryInfo: nobody can serve this now; `num_emitted` tokens were delivered.
 
-    A worker names in `lost` the role of the peer that failed it ("prefill") where it is not itself the one.
+    A worker names in `lost` the role of the peer that failed it ("prefill") where it is not itself
+    the one.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class Unavailable(DiptychError):
 
 
 class Mismatch(DiptychError):
-    """FAILED_PRECONDITION: another model, digest, block size or incarnation than the one that was meant."""
+    """FAILED_PRECONDITION: another model, digest, block size or incarnation than the one that
+    was meant.
+    """
 
 
 class DeadlineExceeded(DiptychError):

@@ -1,14 +1,15 @@
-"""Which rows the next step computes: admission, two budgets, preemption. Pure bookkeeping, no tensors.
+"""Which rows the next step computes: admission, two budgets, preemption. Pure bookkeeping, no
+tensors.
 
     waiting  sorted by (priority, age)      holds nothing
     active   sorted by (priority, age)      FETCHING or RUNNING, each with its blocks
 
-Whoever waits for memory holds none: a request is admitted only when its whole prompt and one draft window
-fit, and a running one that finds no block for its next token makes the youngest running one give up
-everything and wait again. Its blocks keep their names, so it comes back as a prefix hit.
+Whoever waits for memory holds none: a request is admitted only when its whole prompt and one draft
+window fit, and a running one that finds no block for its next token makes the youngest running one
+give up everything and wait again. Its blocks keep their names, so it comes back as a prefix hit.
 
-A request whose next missing block is being made by another one waits for it (holding nothing) and takes over
-when the maker is gone or the wait has lasted `owner_wait_s`.
+A request whose next missing block is being made by another one waits for it (holding nothing) and
+takes over when the maker is gone or the wait has lasted `owner_wait_s`.
 """
 
 from __future__ import annotations
@@ -115,12 +116,13 @@ class Scheduler:
         self._forget_making(request)
         request.table.release()
 
-    # -- admission ---------------------------------------------------------------------------------------
+    # -- admission ---------------------------------------------------------------------------------
 
     def admit(self, now_s: float) -> list[Request]:
         """Give room to as many waiting requests as fit, in order; returns them.
 
-        Nobody overtakes a request that waits for memory. Those that wait for another's block are passed by.
+        Nobody overtakes a request that waits for memory. Those that wait for another's block are
+        passed by.
         """
         admitted = []
         for request in list(self.waiting):
@@ -171,10 +173,12 @@ class Scheduler:
             if self._makers.get(name) is request:
                 del self._makers[name]
 
-    # -- one step ----------------------------------------------------------------------------------------
+    # -- one step ----------------------------------------------------------------------------------
 
     def plan(self) -> list[PlannedRow]:
-        """Rows of the next step: decode rows first, oldest first, then prompt chunks under the budget."""
+        """Rows of the next step: decode rows first, oldest first, then prompt chunks under the
+        budget.
+        """
         rows = list(self._decode_rows())
         budget = StepBudget(self.budgets.prompt_tokens)
         for request in self.active:
@@ -209,7 +213,9 @@ class Scheduler:
         return drafter.propose(str(request.key), request.tokens, limit)
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
-        """Blocks for `num_tokens` positions, at the cost of younger ones; False: it had to give way itself."""
+        """Blocks for `num_tokens` positions, at the cost of younger ones; False: it had to give
+        way itself.
+        """
         while request.table.missing(num_tokens):
             try:
                 request.table.reserve(num_tokens)
@@ -224,17 +230,21 @@ class Scheduler:
         return next(r for r in reversed(self.active) if r.state is State.RUNNING)
 
     def preempt(self, request: Request) -> None:
-        """Take everything from a running request and let it wait; its named blocks stay findable."""
+        """Take everything from a running request and let it wait; its named blocks stay
+        findable.
+        """
         self.remove(request)
         request.num_computed = request.num_named = 0
         request.move(State.WAITING)
         self.num_preemptions += 1
         self.add(request)
 
-    # -- progress ----------------------------------------------------------------------------------------
+    # -- progress ----------------------------------------------------------------------------------
 
     def advance(self, request: Request, num_computed: int) -> None:
-        """KV of accepted tokens is now complete up to `num_computed`: name the blocks this filled."""
+        """KV of accepted tokens is now complete up to `num_computed`: name the blocks this
+        filled.
+        """
         assert num_computed >= request.num_computed
         request.num_computed = num_computed
         full = num_computed // self.block_size

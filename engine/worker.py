@@ -7,11 +7,12 @@
     await call(fn)           --->       v
     Stream yields events     <---     one batch of events a step, by call_soon_threadsafe
 
-- Messages only. The engine thread runs what is in the inbox between two steps, in order of arrival, also when
-  there is nothing to compute: clean-up never waits for new work.
-- A Stream ends with a FinishedEvent, once, also after abort(): whoever iterates sees every event that hands
-  something over.
-- If the engine thread dies, every stream ends with `EngineDied` and `died` is set: the process should exit.
+- Messages only. The engine thread runs what is in the inbox between two steps, in order of
+  arrival, also when there is nothing to compute: clean-up never waits for new work.
+- A Stream ends with a FinishedEvent, once, also after abort(): whoever iterates sees every event
+  that hands something over.
+- If the engine thread dies, every stream ends with `EngineDied` and `died` is set: the process
+  should exit.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Stream:
         self._engine.post(lambda core: core.abort(self.key))
 
     def push(self, event: Event | DiptychError) -> None:
-        """On the loop: let the reader see this next; an error is raised there, and ends nothing by itself."""
+        """On the loop: let the reader see this next; an error is raised there, and ends nothing
+        by itself.
+        """
         self._queue.put_nowait(event)
 
     def next_ready(self) -> Event | None:
@@ -125,7 +128,9 @@ class EngineThread:
         return await asyncio.wait_for(future, timeout_s)
 
     def submit(self, work: Work) -> Stream:
-        """Queue a request; call on the loop. Raises InvalidRequest if it can never fit, EngineDied."""
+        """Queue a request; call on the loop. Raises InvalidRequest if it can never fit,
+        EngineDied.
+        """
         if self.died.is_set():
             raise EngineDied("the engine stopped")
         self.core.check_fits(work)
@@ -134,7 +139,7 @@ class EngineThread:
         self.post(lambda core: core.add(stream.key, work))
         return stream
 
-    # -- the engine thread -------------------------------------------------------------------------------
+    # -- the engine thread -------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
@@ -175,7 +180,7 @@ class EngineThread:
         except RuntimeError:  # the loop is closed: nobody is left to tell
             self._stopping = True
 
-    # -- the loop ----------------------------------------------------------------------------------------
+    # -- the loop ----------------------------------------------------------------------------------
 
     def _dispatch(self, events: list[Event]) -> None:
         for event in events:

@@ -1,7 +1,7 @@
 """`prefill start` and `decode start`: options, log, and the way from a mistake to one sentence.
 
-Nothing heavy is imported before the options are read: `--help` is quick, and variables that libraries read
-at import are set first.
+Nothing heavy is imported before the options are read: `--help` is quick, and variables that
+libraries read at import are set first.
 """
 
 from __future__ import annotations

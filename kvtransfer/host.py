@@ -184,7 +184,8 @@ async def run_worker(
     kv_service = worker_pb2.DESCRIPTOR.services_by_name["KvService"]
     for descriptor, servicer in [*make_services(host), (kv_service, host.kv)]:
         server.add_service(descriptor, servicer)
-    address = _advertised(settings.worker, server.listen(settings.worker.listen))
+    port = server.listen(settings.worker.listen)
+    address = advertised(settings.worker, settings.worker.listen, port)
     registration: Registration | None = None
     http = await serve_http(
         make_app(registry, lambda: bool(registration and registration.registered)),
@@ -200,7 +201,9 @@ async def run_worker(
             incarnation=host.incarnation,
             role=host.role,
             address=address,
-            http_address=http.address,
+            http_address=advertised(
+                settings.worker, settings.worker.http, int(http.address.rpartition(":")[2])
+            ),
             identity=host.identity,
             load=host.load,
         )
@@ -240,6 +243,9 @@ async def _until_the_end(host: WorkerHost, registration: Registration, stop: asy
                 await task
 
 
-def _advertised(options: WorkerOptions, port: int) -> str:
-    """HOST:PORT by which peers reach this worker."""
-    return f"{options.advertise or options.listen.rpartition(':')[0]}:{port}"
+def advertised(options: WorkerOptions, listen: str, port: int) -> str:
+    """HOST:PORT by which others reach what listens on `listen`. Raises ConfigError for 0.0.0.0."""
+    host = (options.advertise or listen.rpartition(":")[0]).strip("[]")
+    if host in ("0.0.0.0", "::"):
+        raise ConfigError(f"--listen {listen}: nobody can dial {host}; set --advertise HOST")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -43,7 +43,7 @@ def _load_bindings() -> Any:
     raise_exceptions = logging.raiseExceptions
     try:
         return importlib.import_module("nixl")._bindings
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: an unreadable $HOME/.nixl.cfg
         raise ConfigError(
             f"KV transfer needs the package nixl (install diptych[worker]): {error}"
         ) from error

@@ -1,8 +1,10 @@
 """Finished blocks of one prompt, offered to the caller under leases.
 
-    engine pins a block once more for us -> a lease takes the pin over -> the caller reads -> Release, or TTL
+    engine pins a block once more for us -> a lease takes the pin over -> the caller reads ->
+    Release, or TTL
 
-Whatever was announced by the engine is either under a lease or released here, also when the caller is gone.
+Whatever was announced by the engine is either under a lease or released here, also when the caller
+is gone.
 """
 
 from __future__ import annotations

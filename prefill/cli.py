@@ -12,7 +12,9 @@ from kvtransfer.command import worker_command
 if TYPE_CHECKING:
     from kvtransfer.host import Services, WorkerHost
 
-_DESCRIPTION = "A prefill worker: reads prompts and fills KV-cache blocks that decode workers fetch."
+_DESCRIPTION = (
+    "A prefill worker: reads prompts and fills KV-cache blocks that decode workers fetch."
+)
 
 
 def _services(host: WorkerHost) -> Services:

@@ -1,8 +1,8 @@
 """Rebuild the Python stubs in engine/pb from the .proto files: `make protos`.
 
-Generated modules import each other by their proto path (`diptych.v1...`); they live under `engine.pb`, so
-that prefix is put in front. With `--check` nothing is written and the exit status tells whether the
-committed stubs are stale.
+Generated modules import each other by their proto path (`diptych.v1...`); they live under
+`engine.pb`, so that prefix is put in front. With `--check` nothing is written and the exit status
+tells whether the committed stubs are stale.
 """
 
 from __future__ import annotations
@@ -43,9 +43,13 @@ def main() -> int:
         fresh = generate(Path(tmp))
     if "--check" in sys.argv:
         committed = {
-            str(p.relative_to(TARGET)): p.read_text() for p in TARGET.rglob("*.py*") if p.suffix != ".pyc"
+            str(p.relative_to(TARGET)): p.read_text()
+            for p in TARGET.rglob("*.py*")
+            if p.suffix != ".pyc"
         }
-        stale = sorted(n for n in fresh.keys() | committed.keys() if fresh.get(n) != committed.get(n))
+        stale = sorted(
+            n for n in fresh.keys() | committed.keys() if fresh.get(n) != committed.get(n)
+        )
         if stale:
             print("stale stubs, run `make protos`:", *stale, sep="\n  ")
         return 1 if stale else 0

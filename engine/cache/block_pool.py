@@ -1,6 +1,7 @@
 """The KV blocks of one worker: who holds which, what each is named, how often it was reused.
 
-Owned by the engine thread; nobody else calls it. Only the generations' memory is read by others (over NIXL).
+Owned by the engine thread; nobody else calls it. Only the generations' memory is read by others
+(over NIXL).
 
                  take                      release, last holder
       +--------------------+      +-------------------------------------+
@@ -15,8 +16,9 @@ Owned by the engine thread; nobody else calls it. Only the generations' memory i
 
     free + cached + held = total, always; held = 0 at rest.
 
-The fence rests on one rule kept here: `take` bumps a block's generation *before* anybody can write to it
-again. A reader that was told generation g and still reads g after its copy has the bytes of g.
+The fence rests on one rule kept here: `take` bumps a block's generation *before* anybody can write
+to it again. A reader that was told generation g and still reads g after its copy has the bytes of
+g.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class BlockPool:
     """Reference-counted block ids with content names.
 
     Attributes:
-        generations: [num_blocks] uint64, 8-byte aligned; starts at random values, so that a block of an
+        generations: [num_blocks] uint64, 8-byte aligned; starts at random values, so that a block
+        of an
             earlier process at the same address never matches.
     """
 
@@ -96,8 +99,8 @@ class BlockPool:
             self._refs[block] = 1
             taken.append(block)
         if taken:
-            # Before the first new write. On a GPU the write is a later kernel launch, on the CPU a later
-            # call of the same thread; both order this store before it.
+            # Before the first new write. On a GPU the write is a later kernel launch, on the CPU a
+            # later call of the same thread; both order this store before it.
             self.generations[taken] += np.uint64(1)
         return taken
 
@@ -111,7 +114,9 @@ class BlockPool:
             self._refs[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Drop one holder of each block, last block first, so that a prefix outlives its continuation."""
+        """Drop one holder of each block, last block first, so that a prefix outlives its
+        continuation.
+        """
         for block in reversed(blocks):
             if self._refs[block] <= 0:
                 raise ValueError(f"block {block} is not held")
@@ -123,7 +128,9 @@ class BlockPool:
                     self._cached[block] = None
 
     def name(self, block: int, name: bytes) -> None:
-        """Make a held block, whose bytes are complete, findable. A second copy of a name stays unnamed."""
+        """Make a held block, whose bytes are complete, findable. A second copy of a name stays
+        unnamed.
+        """
         if self._refs[block] <= 0:
             raise ValueError(f"block {block} is not held and cannot be named")
         if name in self._by_name or self._names[block] is not None:
@@ -146,7 +153,9 @@ class BlockPool:
         return sum(1 for block in blocks if self._refs[block] == 0)
 
     def check(self) -> None:
-        """Assert conservation and that names, references and lists agree; for tests and debugging."""
+        """Assert conservation and that names, references and lists agree; for tests and
+        debugging.
+        """
         held = sum(1 for refs in self._refs if refs > 0)
         assert held == self.num_held, (held, self.num_free, self.num_cached, self.num_blocks)
         assert all(refs >= 0 for refs in self._refs)

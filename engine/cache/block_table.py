@@ -1,4 +1,6 @@
-"""The blocks of one sequence, in order: position p lives in block p // block_size at offset p % block_size."""
+"""The blocks of one sequence, in order: position p lives in block p // block_size at offset p %
+block_size.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,16 @@ class BlockTable:
         self.blocks = list(blocks)
 
     def reserve(self, num_tokens: int) -> None:
-        """Take blocks until `num_tokens` positions fit. Raises NoRoom and then has taken nothing."""
+        """Take blocks until `num_tokens` positions fit. Raises NoRoom and then has taken
+        nothing.
+        """
         self.blocks += self._pool.take(self.missing(num_tokens))
 
     def fork(self, num_tokens: int) -> tuple[BlockTable, list[tuple[int, int]]]:
         """A table that shares the whole blocks of the first `num_tokens` positions.
 
-        Returns the table and the (source, destination) blocks whose bytes the caller copies before either
-        side writes on: the partial last block, if there is one. Raises NoRoom.
+        Returns the table and the (source, destination) blocks whose bytes the caller copies before
+        either side writes on: the partial last block, if there is one. Raises NoRoom.
         """
         whole, rest = divmod(num_tokens, self._block_size)
         fresh = self._pool.take(1) if rest else []

@@ -3,8 +3,8 @@
     pool   [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
             |<------------------ one block: one contiguous extent ------------------>|
 
-One block of all layers is one extent and so one NIXL descriptor; adjacent blocks coalesce. A layer's view
-`pool[:, layer]` is strided, which FlashInfer's paged wrappers take (HND).
+One block of all layers is one extent and so one NIXL descriptor; adjacent blocks coalesce. A
+layer's view `pool[:, layer]` is strided, which FlashInfer's paged wrappers take (HND).
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class KVLayout:
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
-        """(num_layers, 2, num_kv_heads, block_size, head_dim); index 0 of the second axis is K, 1 is V."""
+        """(num_layers, 2, num_kv_heads, block_size, head_dim); index 0 of the second axis is K,
+        1 is V.
+        """
         return (self.num_layers, 2, self.num_kv_heads, self.block_size, self.head_dim)
 
     @property
@@ -56,7 +58,9 @@ def _digest(person: bytes, *fields: bytes) -> bytes:
     return h.digest()
 
 
-def compatibility_digest(*, numeric_profile: str, tokenizer_digest: str, layout: KVLayout, rope: str) -> str:
+def compatibility_digest(
+    *, numeric_profile: str, tokenizer_digest: str, layout: KVLayout, rope: str
+) -> str:
     """Hex digest of everything that two workers must share before one reads the other's blocks.
 
     Compared at registration and at every handshake, before anything else is decoded.
@@ -71,7 +75,9 @@ def name_salt(*, digest: str, adapter: str = "", cache_salt: str = "") -> bytes:
 
 
 def block_name(parent: bytes, token_ids: Sequence[int], salt: bytes) -> bytes:
-    """Content name of one full block: H(parent's name, its tokens, salt); `parent` is b"" for the first."""
+    """Content name of one full block: H(parent's name, its tokens, salt); `parent` is b"" for
+    the first.
+    """
     tokens = b"".join(t.to_bytes(4, "little") for t in token_ids)
     return _digest(b"diptych-block", parent, tokens, salt)
 

@@ -1,4 +1,6 @@
-"""The TOML examples: every option of the command, its real default, and nothing that the command would refuse."""
+"""The TOML examples: every option of the command, its real default, and nothing that the command
+would refuse.
+"""
 
 import argparse
 import dataclasses

@@ -1,4 +1,6 @@
-"""The step loop against a plain loop: batching, chunks, drafts, hits, preemption and aborts change no token."""
+"""The step loop against a plain loop: batching, chunks, drafts, hits, preemption and aborts
+change no token.
+"""
 
 from __future__ import annotations
 
@@ -264,7 +266,7 @@ def test_announced_blocks_are_complete_pinned_and_in_order() -> None:
 
 def test_four_equal_prompts_at_once_compute_their_prefix_once() -> None:
     rng = random.Random(4)
-    prompt = whole_prompt(rng, 10) + (1, 2)
+    prompt = (*whole_prompt(rng, 10), 1, 2)
     bench = Bench(prompt_tokens=16)
     works = {}
     for i in range(4):
@@ -278,7 +280,7 @@ def test_four_equal_prompts_at_once_compute_their_prefix_once() -> None:
 
 def test_a_waiter_takes_over_when_the_maker_is_aborted_or_too_slow() -> None:
     rng = random.Random(6)
-    prompt = whole_prompt(rng, 10) + (1,)
+    prompt = (*whole_prompt(rng, 10), 1)
     for aborted in (True, False):
         bench = Bench()
         work = Work("maker", prompt, SALT, SamplingParams(), StopParams(max_tokens=3), fetch=True)
@@ -310,7 +312,7 @@ def deliver(bench: Bench, event: FetchEvent, count: int) -> None:
 
 def test_fetched_blocks_look_like_a_local_prefix_hit() -> None:
     rng = random.Random(7)
-    prompt = whole_prompt(rng, 6) + (9, 9, 9)
+    prompt = (*whole_prompt(rng, 6), 9, 9, 9)
     work = Work("f", prompt, SALT, SamplingParams(), StopParams(max_tokens=6), fetch=True)
     bench = Bench(draft_tokens=3)
     key = bench.add(work)
@@ -337,7 +339,7 @@ def test_fetched_blocks_look_like_a_local_prefix_hit() -> None:
 
 def test_a_fetch_that_ends_early_is_completed_here() -> None:
     rng = random.Random(8)
-    prompt = whole_prompt(rng, 6) + (9,)
+    prompt = (*whole_prompt(rng, 6), 9)
     work = Work("f", prompt, SALT, SamplingParams(), StopParams(max_tokens=6), fetch=True)
     bench = Bench()
     key = bench.add(work)
@@ -352,7 +354,7 @@ def test_a_fetch_that_ends_early_is_completed_here() -> None:
 
 def test_blocks_of_an_aborted_fetch_stay_as_a_prefix() -> None:
     rng = random.Random(9)
-    prompt = whole_prompt(rng, 6) + (9,)
+    prompt = (*whole_prompt(rng, 6), 9)
     work = Work("f", prompt, SALT, SamplingParams(), StopParams(max_tokens=6), fetch=True)
     bench = Bench()
     bench.add(work)

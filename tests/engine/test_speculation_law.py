@@ -1,4 +1,6 @@
-"""Law 1 on the real model: drafts, batches and cache hits change no token of 200 random requests."""
+"""Law 1 on the real model: drafts, batches and cache hits change no token of 200 random
+requests.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,7 @@ def engine_of(model: LlamaModel, num_blocks: int, draft_tokens: int) -> EngineCo
     speculation = Speculation(NgramDrafter(), verify, draft_tokens)
     backend = select_backend(layout, config.num_heads, config.sliding_window, CPU)
     runner = Runner(model, KVCache(layout, num_blocks, CPU), backend)
-    scheduler = Scheduler(BlockPool(num_blocks), 16, Budgets(64, 12), speculation, 8192)
+    scheduler = Scheduler(BlockPool(num_blocks), 16, Budgets(64, 16), speculation, 8192)
     metrics = WorkerMetrics(CollectorRegistry(), "law")
     sampler = Sampler(config.vocab_size, CPU)
     return EngineCore(scheduler, runner, sampler, metrics, lambda: 0.0)
@@ -88,7 +90,7 @@ def test_speculation_changes_no_token(model: LlamaModel) -> None:
     works = random_works(random.Random(11))
     oracle = PlainLoop(model)
     expected = oracle.answers(works, group=16)
-    core = engine_of(model, num_blocks=32, draft_tokens=4)
+    core = engine_of(model, num_blocks=24, draft_tokens=4)
     keys = []
     for work in works:
         keys.append(core.new_key())

@@ -1,4 +1,6 @@
-"""The engine thread keeps its contract: ordered messages, one last event, clean-up without new work, death seen."""
+"""The engine thread keeps its contract: ordered messages, one last event, clean-up without new
+work, death seen.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A real stack for tests: `coordinator start` with local workers on free ports, ended by the test that began it."""
+"""A real stack for tests: `coordinator start` with local workers on free ports, ended by the
+test that began it.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,7 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def until(
-    check: Callable[[], bool], timeout_s: float, what: str, interval_s: float = 0.05
-) -> None:
+def until(check: Callable[[], bool], timeout_s: float, what: str, interval_s: float = 0.05) -> None:
     """Poll; fails the test when the time is over."""
     deadline = time.monotonic() + timeout_s
     while not check():

@@ -1,4 +1,6 @@
-"""Law 1 over real processes: 64 concurrent mixed requests equal the single-process oracle, and nothing stays held."""
+"""Law 1 over real processes: 64 concurrent mixed requests equal the single-process oracle, and
+nothing stays held.
+"""
 
 from __future__ import annotations
 

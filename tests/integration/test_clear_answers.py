@@ -1,4 +1,6 @@
-"""Bad input and bad set-up: the right status or exit code, one sentence, no traceback, nothing left behind."""
+"""Bad input and bad set-up: the right status or exit code, one sentence, no traceback, nothing
+left behind.
+"""
 
 from __future__ import annotations
 

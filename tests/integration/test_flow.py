@@ -1,4 +1,6 @@
-"""What a request does on its way: blocks move while the prompt is computed, and only what is new moves again."""
+"""What a request does on its way: blocks move while the prompt is computed, and only what is new
+moves again.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,19 @@ def log_lines(stack: Stack, process: str, request_id: str) -> list[dict[str, Any
     return [line for line in map(json.loads, lines) if line.get("request_id") == request_id]
 
 
+def ended(stack: Stack, process: str, request_id: str) -> dict[str, Any]:
+    """The line with which a worker closes a request; it may come just after the client's end."""
+    found: list[dict[str, Any]] = []
+
+    def written() -> bool:
+        lines = log_lines(stack, process, request_id)
+        found[:] = [x for x in lines if str(x["event"]).endswith(" ended")]
+        return bool(found)
+
+    until(written, 5, f"{process} closes {request_id}")
+    return found[0]
+
+
 def test_a_long_prompt_s_blocks_move_while_it_is_computed(stack: Stack) -> None:
     tokens, _, done = stack.generate(LONG["prompt"], max_tokens=8, request_id="long")
     assert tokens == LONG["tokens"][:8]
@@ -28,20 +43,20 @@ def test_a_long_prompt_s_blocks_move_while_it_is_computed(stack: Stack) -> None:
     assert done.usage.cached_tokens == 0
     assert done.timing.kv_transfer > 0
     assert done.timing.first_token >= done.timing.prefill > done.timing.kv_transfer
-    (line,) = [x for x in log_lines(stack, "decode-0", "long") if x["event"] == "decode ended"]
+    line = ended(stack, "decode-0", "long")
     first_pulled, _, num_chunks = line["timeline"]["pulled"]
     _, last_announced, _ = line["timeline"]["announced"]
     assert num_chunks >= 3
     assert first_pulled < last_announced, "the first chunk was here before the last was computed"
     # The same on the prefill worker's own clock, which on one host is the same clock.
-    (line,) = [x for x in log_lines(stack, "prefill-0", "long") if x["event"] == "prefill ended"]
+    line = ended(stack, "prefill-0", "long")
     assert first_pulled < line["timeline"]["announced"][1]
     stack.assert_at_rest()
 
 
 def test_the_same_prefix_again_moves_and_computes_only_what_is_new(stack: Stack) -> None:
     prefix = LONG["prompt"][:640]
-    stack.generate(prefix + [5], max_tokens=1, request_id="first")
+    stack.generate([*prefix, 5], max_tokens=1, request_id="first")
     stack.assert_at_rest()
     before = stack.metrics("prefill"), stack.metrics("decode")
     _, _, done = stack.generate(
@@ -80,9 +95,9 @@ def test_drafts_are_accepted_and_counted(stack: Stack) -> None:
 
 
 def test_a_request_id_is_in_the_logs_of_all_three_processes(stack: Stack) -> None:
-    stack.generate(LONG["prompt"][:40], max_tokens=2, request_id="follow-me")
+    stack.generate(LONG["prompt"][800:860], max_tokens=2, request_id="follow-me")
     for process in ("coordinator", "prefill-0", "decode-0"):
-        assert log_lines(stack, process, "follow-me"), process
+        until(lambda p=process: bool(log_lines(stack, p, "follow-me")), 5, process)  # type: ignore[misc]
 
 
 def test_metrics_have_the_public_names(stack: Stack) -> None:

@@ -1,4 +1,6 @@
-"""kill -9 of anything on one machine: workers come back and answers go on; without a coordinator nobody stays."""
+"""kill -9 of anything on one machine: workers come back and answers go on; without a coordinator
+nobody stays.
+"""
 
 from __future__ import annotations
 

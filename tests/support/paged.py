@@ -92,7 +92,12 @@ class Bench:
             end = seq.num_cached + count
             used = self._layout.num_blocks(end)
             rows.append(
-                Row(seq.token_ids[seq.num_cached : end], seq.num_cached, seq.block_ids[:used], num_logits)
+                Row(
+                    seq.token_ids[seq.num_cached : end],
+                    seq.num_cached,
+                    seq.block_ids[:used],
+                    num_logits,
+                )
             )
             seq.num_cached = end
         return self.runner.run(rows)

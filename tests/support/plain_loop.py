@@ -1,7 +1,8 @@
-"""The oracle of disaggregated answers: one process, one token a step, no scheduler, no cache, no drafts.
+"""The oracle of disaggregated answers: one process, one token a step, no scheduler, no cache, no
+drafts.
 
-Only the model's runner and the sampler are shared with what is tested. Requests of a group are decoded in
-lockstep to save time; each has its own blocks.
+Only the model's runner and the sampler are shared with what is tested. Requests of a group are
+decoded in lockstep to save time; each has its own blocks.
 """
 
 from __future__ import annotations
