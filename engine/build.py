@@ -85,7 +85,8 @@ def build_engine(
     speculation: Speculation | None = None,
 ) -> Engine:
     """Load everything. Raises ConfigError, CheckpointError."""
-    torch.set_num_threads(step.num_threads or default_threads(role))
+    if step.num_threads:  # else OMP_NUM_THREADS, else all cores
+        torch.set_num_threads(step.num_threads)
     device = pick_device(model)
     dtype = pick_dtype(model, device)
     checkpoint = resolve(model.model)
@@ -125,11 +126,6 @@ def build_engine(
         threads=torch.get_num_threads(),
     )
     return Engine(core, kv_cache, layout, identity, metrics)
-
-
-def default_threads(role: Role) -> int:
-    """Compute threads of a worker: all cores; the other panel is idle most of the time."""
-    return max(1, len(os.sched_getaffinity(0)))
 
 
 def _load(
