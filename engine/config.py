@@ -112,8 +112,9 @@ class StepOptions:
 
     max_batched_tokens: int = option(0, "prompt tokens a step; 0: chosen by role", minimum=0)
     max_num_seqs: int = option(64, "answers written at once by one worker", minimum=1)
-    num_threads: int = option(0, "compute threads; 0: all cores, or an equal share for each local
-    worker", minimum=0)
+    num_threads: int = option(
+        0, "compute threads; 0: all cores, or a local worker's equal share", minimum=0
+    )
 
 
 @dataclass(frozen=True, slots=True)
