@@ -10,8 +10,8 @@
                               (forgotten)
 
 Only READY workers are routed to. The first worker fixes what all must agree on (digest, numeric
-profile, block size, context, vocabulary); when the last one has gone it may change. Owned by the
-event loop.
+profile, block size, vocabulary); when the last one has gone it may change. How long a request each
+can hold is its own affair: the shortest of the decode workers counts. Owned by the event loop.
 """
 
 from __future__ import annotations
@@ -124,9 +124,14 @@ class Membership:
 
     @property
     def identity(self) -> ModelIdentity | None:
-        """What the workers agree on; None while there are none."""
-        alive = (w.model for w in self._workers.values() if w.state is not WorkerState.SUSPECT)
-        return next(alive, None)
+        """What the workers agree on, with the length that every decode worker can hold; None while
+        there are no workers.
+        """
+        alive = [w for w in self._workers.values() if w.state is not WorkerState.SUSPECT]
+        if not alive:
+            return None
+        holders = [w for w in alive if w.role is Role.DECODE] or alive
+        return replace(alive[0].model, max_model_len=min(w.model.max_model_len for w in holders))
 
     def snapshot(self) -> tuple[Worker, ...]:
         """All rows, in order of worker_id."""
@@ -235,7 +240,7 @@ class Membership:
                 " coordinator's tokenizer has it"
             )
         others = self._others(hello.peer.worker_id)
-        if others and hello.model != others[0].model:
+        if others and _agreed(hello.model) != _agreed(others[0].model):
             raise Mismatch(
                 f"{_differences(hello.model, others[0].model)}; the workers of one model must"
                 f" agree, and {others[0].peer.worker_id} is here already"
@@ -284,9 +289,15 @@ class Membership:
                 self._metrics.set_workers(role.value, state.value, count)
 
 
+def _agreed(model: ModelIdentity) -> ModelIdentity:
+    """What must be the same; the length that fits depends on each worker's memory."""
+    return replace(model, max_model_len=0)
+
+
 def _differences(theirs: ModelIdentity, ours: ModelIdentity) -> str:
     """What differs, each as `name theirs is not ours`; the digest where nothing readable does."""
-    names: Iterable[str] = (f.name for f in fields(ModelIdentity) if f.name != "digest")
+    unread = ("digest", "max_model_len")
+    names: Iterable[str] = (f.name for f in fields(ModelIdentity) if f.name not in unread)
     found = [
         f"{name} {getattr(theirs, name)} is not {getattr(ours, name)}"
         for name in names

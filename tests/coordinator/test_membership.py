@@ -79,7 +79,6 @@ def test_a_new_incarnation_takes_the_place_and_the_old_stream_counts_no_more():
         ({"vocab_size": 5}, "vocab_size 5"),
         ({"block_size": 32}, "block_size 32 is not 16"),
         ({"numeric_profile": "rough"}, "numeric_profile rough is not exact"),
-        ({"max_model_len": 4096}, "max_model_len 4096 is not 8192"),
         ({"digest": "ff"}, "digest ff is not 00"),
     ],
 )
@@ -89,6 +88,18 @@ def test_a_worker_that_means_something_else_is_refused_in_words(changes, words):
     with pytest.raises(Mismatch, match=words):
         table.register(hello("d0", **changes))
     assert list(states(table)) == ["p0"]
+
+
+def test_the_shortest_decode_worker_sets_the_length():
+    """A worker with less memory holds shorter requests; a prefill worker's own does not matter."""
+    table, _ = make()
+    table.register(hello("p0", Role.PREFILL, max_model_len=1024))
+    assert table.identity.max_model_len == 1024
+    table.register(hello("d0", max_model_len=8192))
+    worker = table.register(hello("d1", max_model_len=4096))
+    assert table.identity.max_model_len == 4096
+    table.lost(worker, "gone")
+    assert table.identity.max_model_len == 8192
 
 
 def test_the_identity_may_change_when_the_last_worker_has_gone():
