@@ -31,7 +31,7 @@ from kvtransfer.base import MemoryRegion, RemotePool
 from kvtransfer.nixl_transport import NixlTransport
 from kvtransfer.pull import DataPlane
 
-BLOCK_BYTES = 368_640  # 30 layers, K and V, 3 heads of 64, 16 tokens, fp32
+BLOCK_BYTES = 368_640  # 30 layers, K and V, 3 heads of 64, 16 tokens, bf16
 NUM_BLOCKS = (64 << 20) // BLOCK_BYTES
 SIZES = (1, 4, 16, 64, NUM_BLOCKS)  # blocks a pull
 SETTINGS = ("", "cma,self,tcp", "sm,self,tcp", "posix,sysv,self,tcp", "tcp")

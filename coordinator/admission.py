@@ -26,9 +26,10 @@ _UNKNOWN_RETRY_S = 1.0  # nothing has completed lately: no pace to go by
 class Ticket:
     """One admitted request."""
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, admitted_s: float) -> None:
         self._admission = admission
-        self.num_tokens = 0
+        self.admitted_s = admitted_s
+        self.num_tokens = 0  # 0: refused before it had a worker
         self.released = False
 
     def set_tokens(self, num_tokens: int) -> None:
@@ -56,7 +57,9 @@ class Admission:
         self._max_tokens = max_tokens
         self._metrics = metrics
         self._clock = clock
-        self._completed: deque[tuple[float, int]] = deque()  # (moment, prompt tokens)
+        # Those that left: (moment, when they had come, prompt tokens).
+        self._completed: deque[tuple[float, float, int]] = deque()
+        self._promised_s = 0.0  # when the last one that was refused was told to come back
         self.num_requests = 0
         self.num_tokens = 0
         self.idle = asyncio.Event()  # set while nothing is inside
@@ -72,7 +75,7 @@ class Admission:
             )
         self.num_requests += 1
         self.idle.clear()
-        return Ticket(self)
+        return Ticket(self, self._clock())
 
     def _claim(self, ticket: Ticket, num_tokens: int) -> None:
         if self.num_tokens and self.num_tokens + num_tokens > self._max_tokens:
@@ -91,7 +94,8 @@ class Admission:
         self.num_tokens -= ticket.num_tokens
         if not self.num_requests:
             self.idle.set()
-        self._completed.append((self._clock(), ticket.num_tokens))
+        if ticket.num_tokens:  # who was refused at once tells nothing about the pace
+            self._completed.append((self._clock(), ticket.admitted_s, ticket.num_tokens))
         self._forget_old()
 
     def _forget_old(self) -> None:
@@ -100,12 +104,19 @@ class Admission:
             self._completed.popleft()
 
     def _retry_after_s(self, *, num_requests: int, num_tokens: int) -> float:
-        """Time in which, at the recent pace, as much leaves as is in the way."""
+        """Time in which, at the recent pace, as much leaves as is in the way.
+
+        It begins where the last promise ends, so that those who are refused together do not come
+        back together.
+        """
         self._forget_old()
         if not self._completed:
             return _UNKNOWN_RETRY_S
-        span = max(self._clock() - self._completed[0][0], 1e-3)
+        now = self._clock()
+        begun_s = max(now - _WINDOW_S, min(admitted_s for _, admitted_s, _ in self._completed))
+        span = max(now - begun_s, 1e-3)
         wait = num_requests * span / len(self._completed)
         if num_tokens:
-            wait = max(wait, num_tokens * span / max(1, sum(n for _, n in self._completed)))
-        return min(max(wait, _MIN_RETRY_S), _MAX_RETRY_S)
+            wait = max(wait, num_tokens * span / max(1, sum(n for *_, n in self._completed)))
+        self._promised_s = min(max(self._promised_s, now) + wait, now + _MAX_RETRY_S)
+        return max(self._promised_s - now, _MIN_RETRY_S)

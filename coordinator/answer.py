@@ -5,7 +5,8 @@
                '-> detokenizer -> stop strings -> text that may be released
                                        '-> complete? STOP      max_tokens reached? LENGTH
 
-Owned by one request.
+The token that ends the answer brings all its text: a client that has the token has the text, and
+may resume from there. Owned by one request.
 """
 
 from __future__ import annotations
@@ -51,19 +52,22 @@ class Answer:
         return Chunk("".join(texts), tuple(token_ids[:taken]))
 
     def finish(self) -> str:
-        """The text that was held back, once the answer has ended."""
-        return self._stops.flush(self._detokenizer.flush())
+        """The text that was held back, where another than the last token ended the answer."""
+        return self._rest()
 
     def _push(self, token_id: int) -> str:
         self.token_ids.append(token_id)
         if token_id in self._stop_token_ids and len(self.token_ids) > self._min_tokens:
             self.ending = Ending(FinishReason.STOP, matched_token=token_id)
-            if not self._include_stop:
-                return ""
-            return self._stops.flush(self._detokenizer.push([token_id]))
+            return self._rest(self._detokenizer.push([token_id]) if self._include_stop else "")
         text = self._stops.push(self._detokenizer.push([token_id]))
         if self._stops.match is not None:
             self.ending = Ending(FinishReason.STOP, matched_text=self._stops.match.text)
         elif len(self.token_ids) >= self.max_tokens:
             self.ending = Ending(FinishReason.LENGTH)
+            text += self._rest()
         return text
+
+    def _rest(self, text: str = "") -> str:
+        """What was held back, then `text`, then what the detokenizer still had."""
+        return self._stops.flush(text + self._detokenizer.flush())

@@ -1,6 +1,6 @@
 """A coordinator, put together: the public door, the workers' door, HTTP, the table, the pipeline.
 
-    start() -> serving -> drain() (no new requests, those inside finish) -> stop()
+    start() -> serving -> drain() (no new requests, those inside finish) -> end_requests() -> stop()
 
 Made, used and ended in one event loop.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from contextlib import suppress
 
 from prometheus_client import CollectorRegistry
 
@@ -28,6 +29,7 @@ from engine.types import Role
 
 # A call without a deadline is ended by the pipeline; this is for one whose client stopped reading.
 _STUCK_S = 10.0
+_LAST_WORDS_S = 1.0  # for the statuses of requests that are cut off
 
 
 class Coordinator:
@@ -82,7 +84,7 @@ class Coordinator:
             await self._internal.start()
 
     async def drain(self, deadline_s: float) -> bool:
-        """Refuse new requests and wait for those inside; False: some were left at the deadline."""
+        """Refuse new requests and wait for those inside; False: some are left at the deadline."""
         self.pipeline.draining = True
         await self._public.set_serving(False)
         try:
@@ -91,15 +93,20 @@ class Coordinator:
             return False
         return True
 
+    async def end_requests(self) -> None:
+        """End those inside: their clients learn how far they came, and ask another coordinator."""
+        await self.pipeline.close()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.pipeline.idle.wait(), _LAST_WORDS_S)
+
     async def stop(self) -> None:
         """End everything; calls that still run are cancelled."""
-        self.pipeline.draining = True
+        await self.end_requests()
         await self._public.stop()
         if self._internal is not self._public:
             await self._internal.stop()
         if self._http:
             await self._http.stop()
-        await self.pipeline.close()
         self.model.close()
 
 

@@ -56,9 +56,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The prompt of a conversation. Raises InvalidRequest("messages") if the template refuses
-        it.
-        """
+        """The prompt of a conversation. Raises InvalidRequest where the template refuses it."""
         if not self.templates:
             raise InvalidRequest("messages", "this model has no chat template; use Generate")
         name = _TOOL_USE if tools and _TOOL_USE in self.templates else "default"

@@ -6,6 +6,8 @@ Bad options and unusable models end a command with status 2 and one sentence, fa
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -121,6 +123,9 @@ def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     config.set_default_env({"GRPC_VERBOSITY": "ERROR"})  # read when gRPC is first imported
+    for stream in (sys.stdout, sys.stderr):  # an answer may hold what a terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         args = make_parser().parse_args(argv)
         run: Callable[[argparse.Namespace], int] = args.run
@@ -136,6 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone; nothing is left to say
         return 1
+    except OSError as error:  # a full disk
+        print(f"coordinator: {error.strerror or error}", file=sys.stderr)
+        return 1
 
 
 def _start(args: argparse.Namespace) -> int:
@@ -147,31 +155,59 @@ def _start(args: argparse.Namespace) -> int:
 def _answer_options(args: argparse.Namespace) -> dict[str, Any]:
     names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos")
     options = {name: getattr(args, name) for name in names}
-    for name in ("max_tokens", "top_k", "seed"):
-        if options[name] is not None and not 0 <= options[name] < 2**64:
-            raise ConfigError(f"--{name.replace('_', '-')}: expected a number that is not negative")
+    for name, bits in (("max_tokens", 32), ("top_k", 32), ("seed", 64)):
+        if options[name] is not None and not 0 <= options[name] < 2**bits:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag}: expected a number from 0 to {2**bits - 1}")
+    options["stop"] = [_utf8("--stop", text) for text in args.stop or ()]
+    if args.timeout is not None and not 0 < args.timeout <= config.MAX_REQUEST_S:
+        raise ConfigError(f"--timeout: expected seconds above 0, got {args.timeout:g}")
     return options
+
+
+def _server(args: argparse.Namespace) -> str:
+    try:
+        return config.parse_address(args.server)
+    except ValueError as error:
+        raise ConfigError(f"--server: {error}, got {args.server!r}") from None
+
+
+def _utf8(what: str, argument: str) -> str:
+    """An argument as the bytes that were typed, whatever the locale made of them."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError:
+        raise ConfigError(f"{what}: not valid UTF-8") from None
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeError:
+        raise ConfigError("standard input: not valid UTF-8") from None
 
 
 def _generate(args: argparse.Namespace) -> int:
     from coordinator.terminal import generate
 
     options = _answer_options(args)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    return generate(args.server, prompt, args.timeout, args.quiet, options)
+    prompt = _standard_input() if args.prompt == "-" else _utf8("prompt", args.prompt)
+    return generate(_server(args), prompt, args.timeout, args.quiet, options)
 
 
 def _chat(args: argparse.Namespace) -> int:
     from coordinator.terminal import chat
 
     options = _answer_options(args)
-    return chat(args.server, args.prompt, args.system, args.timeout, args.quiet, options)
+    question = None if args.prompt is None else _utf8("prompt", args.prompt)
+    system = None if args.system is None else _utf8("--system", args.system)
+    return chat(_server(args), question, system, args.timeout, args.quiet, options)
 
 
 def _status(args: argparse.Namespace) -> int:
     from coordinator.terminal import status
 
-    return status(args.server)
+    return status(_server(args))
 
 
 if __name__ == "__main__":

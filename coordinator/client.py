@@ -66,9 +66,7 @@ AnswerEvent = TextDelta | Done
 
 
 def generate_request(prompt: str | Sequence[int], **options: Any) -> inference_pb2.GenerateRequest:
-    """A request for text or token ids; `options` are the fields of sampling, stop and the request
-    by name.
-    """
+    """A request for text or token ids; `options`: fields of sampling, stop and request by name."""
     common = _common(options)
     if isinstance(prompt, str):
         return inference_pb2.GenerateRequest(text=prompt, **common)

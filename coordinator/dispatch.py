@@ -97,8 +97,9 @@ class Dispatch:
         self._num_failed = 0
 
     async def failed(self, route: Route, error: Unavailable) -> None:
-        """An attempt was lost. Returns after a moment if there may be another; else raises
-        Unavailable.
+        """An attempt was lost: returns after a moment if there may be another.
+
+        Raises Unavailable, DeadlineExceeded.
         """
         lost, self._kept = route.decode, ""
         if error.lost == Role.PREFILL.value and route.prefill is not None:

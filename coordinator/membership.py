@@ -103,9 +103,7 @@ class Worker:
 
 
 class Membership:
-    """The table. `model_name` and `vocab_size` are the coordinator's own; the rest comes with the
-    workers.
-    """
+    """The table. `model_name` and `vocab_size` are ours; the rest comes with the workers."""
 
     def __init__(
         self,
@@ -124,9 +122,7 @@ class Membership:
 
     @property
     def identity(self) -> ModelIdentity | None:
-        """What the workers agree on, with the length that every decode worker can hold; None while
-        there are no workers.
-        """
+        """What the workers agree on, at the length that every decode worker can hold; or None."""
         alive = [w for w in self._workers.values() if w.state is not WorkerState.SUSPECT]
         if not alive:
             return None
@@ -143,9 +139,7 @@ class Membership:
         return any(w.role is role and w.state is WorkerState.READY for w in self.snapshot())
 
     def register(self, hello: Hello) -> Worker:
-        """Accept a worker, in place of an earlier incarnation of it. Raises Mismatch with the
-        reason.
-        """
+        """Accept a worker, in place of an earlier incarnation of it. Raises Mismatch."""
         self._check(hello)
         now = self._clock()
         old = self._workers.get(hello.peer.worker_id)
@@ -211,9 +205,7 @@ class Membership:
             pass
 
     async def wait_for(self, role: Role, timeout_s: float, count: int = 1) -> bool:
-        """Until `count` workers of `role` are ready; False if that did not happen within
-        `timeout_s`.
-        """
+        """Until `count` workers of `role` are ready; False where `timeout_s` was too short."""
         deadline = self._clock() + timeout_s
         while True:
             ready = [w for w in self.snapshot() if w.role is role and w.state is WorkerState.READY]

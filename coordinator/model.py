@@ -35,7 +35,7 @@ class ServedModel:
         self.name = name
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len or config.max_position_embeddings
-        self.limits = Limits(name, config.vocab_size, config.eos_token_ids)
+        self.limits = Limits(name, config.vocab_size, config.eos_token_ids, self.max_model_len)
         self._template = template
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
 
@@ -86,8 +86,9 @@ class ServedModel:
         return await loop.run_in_executor(self._threads, encode, text, add_special_tokens)
 
     async def encode_chat(self, messages: Sequence[ChatMessage], max_model_len: int) -> list[int]:
-        """Token ids of a conversation that asks for the next turn; the template writes special
-        tokens itself.
+        """Token ids of a conversation that asks for the next turn.
+
+        The template writes special tokens itself.
         """
         turns = [{"role": m.role, "content": m.content} for m in messages]
         loop = asyncio.get_running_loop()

@@ -6,7 +6,7 @@
 
 Whatever is lost on the way, the client's stream goes on with the next token: an attempt is given
 all tokens of the earlier ones, and the sampler is a function of seed and position. Closing the
-generator cancels the call of D, which cancels the call of P.
+generator cancels the call of D, which cancels the call of P. `attempt.py` is one such call.
 """
 
 from __future__ import annotations
@@ -14,54 +14,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import ExitStack, aclosing
-from dataclasses import dataclass, field, replace
-
-import grpc
+from contextlib import aclosing
+from dataclasses import replace
 
 from coordinator.admission import Admission
 from coordinator.answer import Answer
-from coordinator.dispatch import Dispatch, Route, meaning_of
+from coordinator.attempt import Caller, Progress
+from coordinator.dispatch import Dispatch, Route
 from coordinator.membership import Membership
 from coordinator.model import ServedModel
 from coordinator.request import AnswerRequest, Chunk, Ending, Finished, Timing, Usage
 from engine.errors import DeadlineExceeded, Unavailable
-from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
-from engine.rpc.channel import ChannelPool
-from engine.rpc.convert import peer_to_pb, reason_from_pb, sampling_to_pb, stop_to_pb
+from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import CoordinatorMetrics
 from engine.telemetry.timeline import Event, Timeline
-from engine.types import FinishReason, StopParams
+from engine.types import FinishReason
 
 _log = get_logger(__name__)
-
-
-@dataclass(slots=True)
-class _Spent:
-    """What workers have reported of one answer, summed over attempts."""
-
-    draft_tokens: int = 0  # of the attempts that ended
-    accepted_tokens: int = 0
-    first: worker_pb2.Tokens | worker_pb2.DecodeFinished | None = (
-        None  # report of the first attempt
-    )
-    last: worker_pb2.Tokens | worker_pb2.DecodeFinished | None = None  # report of this attempt
-    first_is_open: bool = field(default=True)
-
-    def report(self, numbers: worker_pb2.Tokens | worker_pb2.DecodeFinished) -> None:
-        """Running numbers of the attempt in progress."""
-        self.last = numbers
-        if self.first_is_open:
-            self.first = numbers
-
-    def end_attempt(self) -> None:
-        """The attempt is over; the next one counts from zero."""
-        if self.last is not None:
-            self.draft_tokens += self.last.draft_tokens
-            self.accepted_tokens += self.last.accepted_tokens
-            self.first_is_open = False
-            self.last = None
+_SHUTTING_DOWN = "this coordinator is shutting down"
 
 
 class Pipeline:
@@ -83,8 +54,9 @@ class Pipeline:
         self._metrics = metrics
         self._worker_wait_s = worker_wait_s
         self._clock = clock
-        self._channels = ChannelPool()
+        self._caller = Caller(membership)
         self.draining = False
+        self._closed = False
 
     @property
     def max_model_len(self) -> int:
@@ -104,8 +76,9 @@ class Pipeline:
         return self._admission.num_requests
 
     async def close(self) -> None:
-        """Close the channels to workers."""
-        await self._channels.close()
+        """End the requests inside as Unavailable, and close the channels to workers."""
+        self.draining = self._closed = True
+        await self._caller.close()
 
     async def answer(
         self, request: AnswerRequest, timeline: Timeline, deadline_s: float
@@ -115,7 +88,7 @@ class Pipeline:
         Raises Overloaded, InvalidRequest (prompt too long), Unavailable, DeadlineExceeded.
         """
         if self.draining:
-            raise Unavailable("this coordinator is shutting down")
+            raise Unavailable(_SHUTTING_DOWN)
         ticket = self._admission.admit()
         timeline.mark(Event.ADMITTED)
         gauge = self._metrics.num_requests_waiting
@@ -148,7 +121,7 @@ class Pipeline:
     ) -> AsyncGenerator[Chunk | Finished, None]:
         """All attempts of one answer, as one."""
         answer = self._new_answer(request, len(prompt))
-        spent = _Spent()
+        progress = Progress(request, prompt, answer)
         dispatch = Dispatch(
             self._membership,
             worker_wait_s=self._worker_wait_s,
@@ -160,9 +133,9 @@ class Pipeline:
         while answer.ending is None:
             route = None
             try:
-                route = await dispatch.next(len(prompt) + len(answer.token_ids))
+                route = await dispatch.next(progress.num_tokens)
                 timeline.mark(Event.ROUTED)
-                attempt = self._attempt(request, prompt, answer, route, spent, dispatch)
+                attempt = self._caller.attempt(progress, route, dispatch)
                 async with aclosing(attempt) as chunks:
                     async for chunk in chunks:
                         dispatch.progressed()
@@ -171,11 +144,11 @@ class Pipeline:
             except Unavailable as error:
                 await self._next_attempt(dispatch, route, error, answer)
             finally:
-                spent.end_attempt()
+                progress.spent.end_attempt()
         if not request.resume_finished and (text := answer.finish()):
             yield Chunk(text, ())
         timeline.mark(Event.FINISHED)
-        yield self._finished(answer, len(prompt), spent, timeline)
+        yield self._finished(progress, timeline)
 
     async def _next_attempt(
         self, dispatch: Dispatch, route: Route | None, error: Unavailable, answer: Answer
@@ -184,6 +157,8 @@ class Pipeline:
         try:
             if route is None:  # nobody to send it to
                 raise error
+            if self._closed:
+                raise Unavailable(_SHUTTING_DOWN)
             await dispatch.failed(route, error)
         except Unavailable as last:
             if route is not None or answer.num_new:
@@ -202,9 +177,7 @@ class Pipeline:
         )
 
     def _new_answer(self, request: AnswerRequest, num_prompt_tokens: int) -> Answer:
-        """An answer with its limits: a `max_tokens` beyond the room left ends as LENGTH at the
-        context's end.
-        """
+        """With its limits: beyond the room left it ends as LENGTH at the context's end."""
         room = self.max_model_len - num_prompt_tokens
         wanted = request.max_tokens or request.default_max_tokens or room
         max_tokens = min(wanted, room)
@@ -214,89 +187,6 @@ class Pipeline:
             max_tokens=max_tokens,
             min_tokens=min(request.min_tokens, max_tokens),
         )
-
-    async def _attempt(
-        self,
-        request: AnswerRequest,
-        prompt: list[int],
-        answer: Answer,
-        route: Route,
-        spent: _Spent,
-        dispatch: Dispatch,
-    ) -> AsyncGenerator[Chunk, None]:
-        """One call of Decode. Ends when the answer has; raises Unavailable if another attempt may
-        help.
-        """
-        decode, prefill = route.decode, route.prefill
-        stub = worker_pb2_grpc.DecodeServiceStub(self._channels.get(decode.peer.address))
-        message = self._decode_request(request, prompt, answer, route)
-        uncomputed = len(prompt) + len(answer.token_ids)
-        with ExitStack() as assigned, ExitStack() as until_first_token:
-            assigned.enter_context(self._membership.assigned(decode, 0))
-            computing = prefill or decode
-            until_first_token.enter_context(self._membership.assigned(computing, uncomputed))
-            call = stub.Decode(message, timeout=dispatch.remaining_s())
-            try:
-                async for response in call:
-                    if response.HasField("tokens"):
-                        until_first_token.close()
-                        spent.report(response.tokens)
-                        chunk = answer.push(response.tokens.token_ids)
-                        if chunk.token_ids:
-                            yield chunk
-                        if answer.ending and answer.ending.matched_text is not None:
-                            return  # the worker does not know of stop strings
-                    elif response.HasField("finished"):
-                        spent.report(response.finished)
-                        self._take_ending(answer, response.finished)
-                        return
-                if answer.ending is None:
-                    raise Unavailable("the decode worker ended its stream before the answer")
-            except grpc.aio.AioRpcError as error:
-                if answer.ending is None:
-                    self._explain(error, answer, dispatch)
-            finally:
-                call.cancel()
-
-    def _explain(self, error: grpc.aio.AioRpcError, answer: Answer, dispatch: Dispatch) -> None:
-        """Raise what a worker's status means for this request."""
-        meaning = meaning_of(error, num_emitted=len(answer.token_ids))
-        if meaning is None:
-            raise RuntimeError(f"decode worker: {error.code().name}: {error.details()}") from error
-        if isinstance(meaning, DeadlineExceeded):
-            dispatch.remaining_s()  # ours, if it has passed
-            raise Unavailable(meaning.message) from None
-        raise meaning from None
-
-    def _decode_request(
-        self, request: AnswerRequest, prompt: list[int], answer: Answer, route: Route
-    ) -> worker_pb2.DecodeRequest:
-        stop = StopParams(
-            max_tokens=answer.max_tokens,
-            min_tokens=min(request.min_tokens, answer.max_tokens),
-            stop_token_ids=request.stop_token_ids,
-        )
-        return worker_pb2.DecodeRequest(
-            request_id=request.request_id,
-            prompt_token_ids=prompt,
-            output_token_ids=answer.token_ids,
-            sampling=sampling_to_pb(request.sampling),
-            stop=stop_to_pb(stop),
-            prefill=peer_to_pb(route.prefill.peer) if route.prefill else None,
-            cache_salt=request.cache_salt,
-            priority=request.priority,
-            incarnation=route.decode.peer.incarnation,
-        )
-
-    def _take_ending(self, answer: Answer, finished: worker_pb2.DecodeFinished) -> None:
-        """The worker's word on why the answer ended, where its tokens alone do not tell."""
-        if answer.ending is not None:
-            return
-        reason = reason_from_pb(finished.finish_reason)
-        if reason is FinishReason.ABORTED:
-            raise Unavailable("the decode worker gave the answer up")
-        matched = finished.HasField("matched_stop_token")
-        answer.ending = Ending(reason, finished.matched_stop_token if matched else None)
 
     def _observe(self, timeline: Timeline, num_tokens: int) -> None:
         before = timeline.last(Event.TOKENS)
@@ -308,15 +198,14 @@ class Pipeline:
         for _ in range(num_tokens):
             self._metrics.inter_token_latency.observe((now - before) / num_tokens)
 
-    def _finished(
-        self, answer: Answer, num_prompt_tokens: int, spent: _Spent, timeline: Timeline
-    ) -> Finished:
+    def _finished(self, progress: Progress, timeline: Timeline) -> Finished:
+        answer, spent = progress.answer, progress.spent
         assert answer.ending is not None, "an answer that is reported has ended"
         first = spent.first or worker_pb2.Tokens()
         usage = Usage(
-            prompt_tokens=num_prompt_tokens,
+            prompt_tokens=len(progress.prompt),
             completion_tokens=len(answer.token_ids),
-            cached_tokens=min(first.cached_tokens, num_prompt_tokens),
+            cached_tokens=min(first.cached_tokens, len(progress.prompt)),
             draft_tokens=spent.draft_tokens,
             accepted_tokens=spent.accepted_tokens,
         )

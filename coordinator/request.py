@@ -19,9 +19,7 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class AnswerRequest:
-    """What one call of Generate or Chat asks for. Exactly one of text, token_ids and messages is
-    set.
-    """
+    """What a call of Generate or Chat asks for; one of text, token_ids and messages is set."""
 
     request_id: str
     text: str | None

@@ -23,9 +23,7 @@ def pick(workers: Iterable[Worker], role: Role, exclude: Collection[str] = ()) -
 
 
 def _weight(worker: Worker) -> tuple[int, int, str]:
-    """What is known to be there: a heartbeat counts everybody's requests, but late; our own count
-    is exact.
-    """
+    """What is known to be there: a heartbeat counts everybody's, but late; our count is exact."""
     load = worker.load
     return (
         max(load.waiting_tokens, worker.assigned_tokens),

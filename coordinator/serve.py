@@ -69,8 +69,9 @@ def serve(
     transfer: TransferOptions,
     log: LogOptions,
 ) -> int:
-    """Run a coordinator until a signal; returns the exit status. Raises ConfigError,
-    CheckpointError.
+    """Run a coordinator until a signal; returns the exit status.
+
+    Raises ConfigError, CheckpointError.
     """
     configure_logging(log, role="coordinator")
     checkpoint = resolve(model.model, weights=fleet.workers == "local")
@@ -97,6 +98,7 @@ async def _serve(options: Options, served: ServedModel) -> int:
         await _until_stop(coordinator, supervisor, options, stop)
         _log.info("draining", num_requests=coordinator.pipeline.num_requests)
         await _first(hurry.wait(), coordinator.drain(DRAIN_S))
+        await coordinator.end_requests()
     finally:
         # Workers before the doors: what they still send finds somebody.
         if supervisor:

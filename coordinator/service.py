@@ -13,6 +13,7 @@ from coordinator.model import ServedModel
 from coordinator.pipeline import Pipeline
 from coordinator.request import AnswerRequest, Chunk, Finished
 from coordinator.validate import (
+    MAX_DETOKENIZED,
     Limits,
     check_messages,
     check_model,
@@ -65,14 +66,15 @@ class InferenceServicer:
         self, request: inference_pb2.TokenizeRequest, context: Any
     ) -> inference_pb2.TokenizeResponse:
         """Token ids of a text or of a rendered conversation."""
-        check_model(request.model, self._model.limits)
+        limits = self._model.limits
+        check_model(request.model, limits)
         limit = self._pipeline.max_model_len
         match request.WhichOneof("input"):
             case "text":
                 special = request.add_special_tokens or not request.HasField("add_special_tokens")
                 ids = await self._model.encode("text", request.text, special, limit)
             case "chat":
-                messages = check_messages("chat.messages", request.chat.messages)
+                messages = check_messages("chat.messages", request.chat.messages, limits)
                 ids = await self._model.encode_chat(messages, limit)
             case _:
                 raise InvalidRequest("input", "unset; expected text or chat")
@@ -84,7 +86,7 @@ class InferenceServicer:
         """Text of token ids."""
         limits = self._model.limits
         check_model(request.model, limits)
-        ids = check_token_ids("token_ids", request.token_ids, limits.vocab_size)
+        ids = check_token_ids("token_ids", request.token_ids, limits, MAX_DETOKENIZED)
         text = await self._model.decode(ids, request.skip_special_tokens)
         return inference_pb2.DetokenizeResponse(text=text)
 
@@ -126,8 +128,9 @@ class InferenceServicer:
             deadline_s = arrived_s + (self._max_request_s if left_s is None else left_s)
             async with aclosing(self._pipeline.answer(checked, timeline, deadline_s)) as parts:
                 async for part in parts:
+                    if isinstance(part, Finished):  # many a client reads no further
+                        code = "ok"
                     yield _response(checked.request_id, part)
-            code = "ok"
         except DiptychError as error:
             code = to_status(error).code.name.lower()
             raise

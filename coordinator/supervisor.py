@@ -183,9 +183,7 @@ async def _ended(process: subprocess.Popen[bytes]) -> None:
 
 
 def _last_words(worker: LocalWorker) -> str:
-    """The sentence with which a worker refused its options: the last line of its log that is no log
-    line.
-    """
+    """The sentence with which a worker refused its options: its last line that is no log line."""
     lines = worker.log_path.read_text(errors="replace").splitlines()
     plain = [line.strip() for line in lines if line.strip() and not line.startswith("{")]
     if not plain:

@@ -8,10 +8,11 @@ from typing import Any
 
 import grpc
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from coordinator.client import AnswerEvent, Client, Done, TextDelta, describe
-from engine.errors import DiptychError, Unavailable
+from engine.errors import ConfigError, DiptychError, Unavailable
 from engine.pb.diptych.v1 import admin_pb2
 
 _MIB = 1024 * 1024
@@ -66,12 +67,12 @@ def status(server: str) -> int:
         console.width = 160
     state = "ready" if model.ready else "not ready"
     console.print(
-        f"[bold]{model.name}[/bold] is {state} on {server}: context {model.max_model_len},"
+        f"[bold]{escape(model.name)}[/bold] is {state} on {server}: context {model.max_model_len},"
         f" blocks of {model.block_size} tokens",
         highlight=False,
     )
     if model.numeric_profile:
-        console.print(f"numeric profile {model.numeric_profile}", highlight=False)
+        console.print(f"numeric profile {escape(model.numeric_profile)}", highlight=False)
     console.print(_pool("prefill", workers, ("computed", "cached"), _read))
     console.print(_pool("decode", workers, ("pulled", "drafts accepted", "stale"), _written))
     return 0
@@ -94,9 +95,9 @@ def _pool(
             continue
         colour = {"ready": "green", "draining": "yellow"}.get(w.state, "red")
         table.add_row(
-            w.worker_id,
+            escape(w.worker_id),
             f"[{colour}]{w.state}[/{colour}]",
-            w.address,
+            escape(w.address),
             _duration(w.uptime_s),
             f"{w.num_running}/{w.num_waiting}",
             f"{w.free_blocks}+{w.cached_blocks}+{w.held_blocks} of {w.total_blocks}",
@@ -129,10 +130,14 @@ def _duration(seconds: float) -> str:
 
 
 def _ask() -> str:
+    """The next line, as UTF-8 whatever the locale; "" at the end of the input."""
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        line = input("> " if sys.stdin.isatty() else "")
+        return line.encode(sys.stdin.encoding, sys.stdin.errors or "strict").decode().strip()
     except EOFError:
         return ""
+    except UnicodeError:
+        raise ConfigError("standard input: not valid UTF-8") from None
 
 
 def _run(server: str, events: Iterator[AnswerEvent], quiet: bool) -> tuple[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,10 @@ MAX_REQUEST_ID_CHARS = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_SALT_CHARS = 1024
+MAX_DETOKENIZED = 1_000_000
+# Beyond these a float32 logit may overflow, and no token would be left.
+MIN_REPETITION_PENALTY = 1e-3
+MAX_REPETITION_PENALTY = 1e3
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,7 @@ class Limits:
     model: str
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    max_model_len: int  # nothing in a request needs more tokens than this
 
 
 def check_model(name: str, limits: Limits) -> None:
@@ -49,7 +54,8 @@ def validate_generate(request: inference_pb2.GenerateRequest, limits: Limits) ->
             if not text:
                 raise InvalidRequest("text", "empty; expected a prompt")
         case "token_ids":
-            token_ids = check_token_ids("token_ids.ids", request.token_ids.ids, limits.vocab_size)
+            ids = request.token_ids.ids
+            token_ids = check_token_ids("token_ids.ids", ids, limits, limits.max_model_len)
             if not token_ids:
                 raise InvalidRequest("token_ids.ids", "empty; expected at least one token")
         case _:
@@ -64,14 +70,18 @@ def validate_chat(request: inference_pb2.ChatRequest, limits: Limits) -> AnswerR
     check_model(request.model, limits)
     if request.tools_json:
         raise NotOffered("tools_json")
-    messages = check_messages("messages", request.messages)
+    messages = check_messages("messages", request.messages, limits)
     return _answer_request(request, limits, messages=messages, default_max_tokens=None)
 
 
 def check_messages(
-    field: str, messages: Iterable[inference_pb2.Message]
+    field: str, messages: Sequence[inference_pb2.Message], limits: Limits
 ) -> tuple[ChatMessage, ...]:
     """A conversation of at least one message, each with a role and a content."""
+    if len(messages) > limits.max_model_len:  # a million empty ones would keep a template busy
+        raise InvalidRequest(
+            field, f"{len(messages)} messages do not fit a context of {limits.max_model_len} tokens"
+        )
     checked = []
     for i, message in enumerate(messages):
         if not message.role:
@@ -84,12 +94,21 @@ def check_messages(
     return tuple(checked)
 
 
-def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
-    """Ids within the vocabulary; the error names the first one that is not."""
-    if ids and max(ids) >= vocab_size:
-        index = next(i for i, token in enumerate(ids) if token >= vocab_size)
+def check_token_ids(
+    field: str, ids: Sequence[int], limits: Limits, max_len: int
+) -> tuple[int, ...]:
+    """At most `max_len` ids within the vocabulary; the error names the first one that is not.
+
+    The length goes first: to look at the millions of ids that a message can hold takes seconds of
+    the event loop, which belongs to everybody.
+    """
+    if len(ids) > max_len:
+        raise InvalidRequest(field, f"{len(ids)} tokens; expected at most {max_len}")
+    if ids and max(ids) >= limits.vocab_size:
+        index = next(i for i, token in enumerate(ids) if token >= limits.vocab_size)
         raise InvalidRequest(
-            f"{field}[{index}]", f"{ids[index]} is not a token; expected 0 to {vocab_size - 1}"
+            f"{field}[{index}]",
+            f"{ids[index]} is not a token; expected 0 to {limits.vocab_size - 1}",
         )
     return tuple(ids)
 
@@ -108,9 +127,7 @@ def _answer_request(
     request_id = _request_id(request.request_id)
     stop = request.stop
     max_tokens = _max_tokens(stop)
-    stop_ids = set(check_token_ids("stop.stop_token_ids", stop.stop_token_ids, limits.vocab_size))
-    if not stop.ignore_eos:
-        stop_ids.update(limits.eos_token_ids)
+    stop_ids = _stop_token_ids(stop, limits)
     if len(request.cache_salt) > MAX_SALT_CHARS:
         raise InvalidRequest("cache_salt", f"longer than {MAX_SALT_CHARS} characters")
     resumed, finished = _resume(request.resume, limits, max_tokens)
@@ -124,7 +141,7 @@ def _answer_request(
         default_max_tokens=default_max_tokens,
         min_tokens=stop.min_tokens,
         stop_strings=_stop_strings(stop.stop),
-        stop_token_ids=frozenset(stop_ids),
+        stop_token_ids=stop_ids,
         include_stop=stop.include_stop_str_in_output,
         skip_special_tokens=_default(request.output, "skip_special_tokens", True),
         priority=request.priority,
@@ -175,6 +192,17 @@ def _max_tokens(stop: inference_pb2.Stop) -> int | None:
     return stop.max_tokens
 
 
+def _stop_token_ids(stop: inference_pb2.Stop, limits: Limits) -> frozenset[int]:
+    """Those asked for, and the end-of-sequence ids unless they are ignored."""
+    field = "stop.stop_token_ids"
+    found = set(check_token_ids(field, stop.stop_token_ids, limits, limits.vocab_size))
+    if not stop.ignore_eos:
+        found.update(limits.eos_token_ids)
+    if stop.min_tokens and len(found) >= limits.vocab_size:
+        raise InvalidRequest(field, "all tokens there are; none is left for the first min_tokens")
+    return frozenset(found)
+
+
 def _stop_strings(strings: Sequence[str]) -> tuple[str, ...]:
     if len(strings) > MAX_STOP_STRINGS:
         raise InvalidRequest(
@@ -197,9 +225,7 @@ def _number(
     *,
     above: bool = False,
 ) -> float:
-    """sampling.`field` within [low, high], or (low, high] if `above`; NaN and infinities are
-    outside.
-    """
+    """sampling.`field` in [low, high], or (low, high] if `above`; NaN and infinity never are."""
     if not message.HasField(field):
         return default
     value = float(getattr(message, field))
@@ -213,6 +239,11 @@ def _number(
 
 
 def _sampling(sampling: inference_pb2.Sampling, limits: Limits, request_id: str) -> SamplingParams:
+    if len(sampling.logit_bias) > limits.vocab_size:
+        raise InvalidRequest(
+            "sampling.logit_bias",
+            f"{len(sampling.logit_bias)} tokens; expected at most {limits.vocab_size}",
+        )
     bias = []
     for token, value in sorted(sampling.logit_bias.items()):
         field = f"sampling.logit_bias[{token}]"
@@ -228,7 +259,9 @@ def _sampling(sampling: inference_pb2.Sampling, limits: Limits, request_id: str)
         min_p=_number(sampling, "min_p", 0.0, 0.0, 1.0),
         frequency_penalty=_number(sampling, "frequency_penalty", 0.0, -2.0, 2.0),
         presence_penalty=_number(sampling, "presence_penalty", 0.0, -2.0, 2.0),
-        repetition_penalty=_number(sampling, "repetition_penalty", 1.0, 0.0, math.inf, above=True),
+        repetition_penalty=_number(
+            sampling, "repetition_penalty", 1.0, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+        ),
         seed=_default(sampling, "seed", default_seed(request_id)),
         logit_bias=tuple(bias),
     )
@@ -245,7 +278,7 @@ def _resume(
     if entries[0].index != 0:
         raise InvalidRequest("resume[0].index", f"{entries[0].index}; expected 0")
     field = "resume[0].token_ids"
-    ids = check_token_ids(field, entries[0].token_ids, limits.vocab_size)
+    ids = check_token_ids(field, entries[0].token_ids, limits, limits.max_model_len)
     if max_tokens is not None and len(ids) > max_tokens:
         raise InvalidRequest(field, f"{len(ids)} tokens are more than max_tokens {max_tokens}")
     return ids, entries[0].finished

@@ -6,8 +6,7 @@
 
 A chunk's blocks are committed in order, so a request always has a clean prefix to go on from.
 Blocks that the fence refused are asked for again; a peer that is lost raises
-`Unavailable(lost="prefill")`, and all that was committed by then is a prefix hit for whoever comes
-next.
+`Unavailable(lost="prefill")`, and all that was committed by then is a prefix hit for the next.
 """
 
 from __future__ import annotations
@@ -19,8 +18,14 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from engine.core import FetchEvent
-from engine.errors import DiptychError, InvalidRequest, Overloaded, Unavailable
+from engine.errors import (
+    DeadlineExceeded,
+    DiptychError,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
+from engine.events import FetchEvent
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.status import from_rpc_error
 from engine.telemetry.log import get_logger
@@ -33,6 +38,7 @@ from kvtransfer.reads import Pull
 from kvtransfer.service import Renewer
 
 _log = get_logger(__name__)
+_LAST_WORDS_S = 0.1
 _MAX_ROUNDS = 3  # calls for the same blocks before the rest is computed here
 
 
@@ -48,8 +54,14 @@ class Fetch:
     deadline_s: float  # monotonic
     timeline: Timeline
     pulls: list[Pull] = field(default_factory=list)
-    kv_transfer_s: float = 0.0
+    prefill_s: float = 0.0  # until the wanted blocks were committed
+    kv_transfer_s: float = 0.0  # spent reading, within that time
     num_cached_tokens: int | None = None  # as the peer counted them
+
+    @property
+    def late(self) -> bool:
+        """Whether the request's own time is over."""
+        return time.monotonic() >= self.deadline_s
 
     async def settled(self) -> None:
         """Stop all reads and wait until none can write to local memory any more."""
@@ -66,12 +78,14 @@ class Intake:
         self._host = host
 
     async def run(self, fetch: Fetch, wanted: FetchEvent) -> None:
-        """Fetch the wanted blocks and tell the engine. Raises Unavailable when the peer is lost.
+        """Fetch the wanted blocks and tell the engine.
 
-        A peer that will not take the prompt (too long for its pool) is no loss: it is computed
-        here.
+        Raises Unavailable when the peer is lost, DeadlineExceeded when the request's time is over.
+
+        A peer that will not take the prompt (too long for its pool) is no loss: it is done here.
         """
         num_committed = wanted.first_block
+        begun_s = time.monotonic()
         try:
             for _ in range(_MAX_ROUNDS):
                 num_committed = await self._round(fetch, wanted, num_committed)
@@ -80,17 +94,16 @@ class Intake:
         except (InvalidRequest, Overloaded) as error:
             _log.warning("prefill refused, computing here", reason=error.message)
         except DiptychError as error:
+            if fetch.late:  # its own time ran out: that says nothing of the peer
+                raise DeadlineExceeded("the request's time ran out during its prefill") from error
             self._host.metrics.kv_transfer_failed(type(error).__name__)
-            if isinstance(error, TransferError):
-                self._host.in_background(self._host.peers.forget(fetch.peer.incarnation))
             raise Unavailable(f"prefill worker lost: {error}", lost="prefill") from error
+        fetch.prefill_s += time.monotonic() - begun_s
         cached = fetch.num_cached_tokens
         self._host.engine.post(lambda core: core.fetch_ended(fetch.key, cached))
 
     async def _round(self, fetch: Fetch, wanted: FetchEvent, num_committed: int) -> int:
-        """One Prefill call from the first block that is missing; returns how many are committed
-        after it.
-        """
+        """One Prefill call from the first missing block on; returns how many are then committed."""
         pool = await self._host.peers.connect(fetch.peer)
         channel = self._host.channels.get(fetch.peer.address)
         renewer = Renewer(worker_pb2_grpc.KvServiceStub(channel), self._host.incarnation)
@@ -103,14 +116,13 @@ class Intake:
                         f"blocks announced from {ready.first_block}, expected {num_committed}"
                     )
                 num_fresh = await self._pull(fetch, wanted, pool, ready)
-                await renewer.release(ready.lease)
                 num_committed += num_fresh
                 self._commit(fetch, num_committed)
+                self._host.in_background(renewer.release(ready.lease))
                 if num_fresh < len(ready.block_ids):
                     return num_committed
         finally:
-            await chunks.close()
-            self._host.in_background(renewer.close())
+            self._host.in_background(chunks.close())
         if chunks.finished is not None and fetch.num_cached_tokens is None:
             fetch.num_cached_tokens = chunks.finished.num_cached_tokens
         return num_committed
@@ -133,7 +145,12 @@ class Intake:
             min(self._host.transfer.pull_timeout_s, self._left(fetch)),
         )
         fetch.pulls.append(pull)
-        result = await asyncio.wrap_future(pull.done)
+        try:
+            result = await asyncio.wrap_future(pull.done)
+        except TransferError:
+            if not fetch.late:
+                self._host.in_background(self._host.peers.forget(pool))
+            raise
         fetch.timeline.mark(Mark.PULLED)
         fetch.kv_transfer_s += result.seconds
         self._host.metrics.kv_transfer_blocks.inc(result.num_blocks)
@@ -181,10 +198,16 @@ class _Chunks:
         self.finished: worker_pb2.PrefillFinished | None = None
 
     async def close(self) -> None:
-        """End the call; the peer takes back what it has not been told is released."""
+        """End the call and release every lease.
+
+        The peer takes back what it could not say any more; what is on its way at this moment is
+        still heard, or its leases would last until their TTL.
+        """
         if self._reader is not None:
+            await asyncio.wait({self._reader}, timeout=_LAST_WORDS_S)
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
+        await self._renewer.close()
 
     async def ready(self, timeout_s: float) -> AsyncIterator[worker_pb2.BlocksReady]:
         """Announcements in order. Raises what ended the call early."""
@@ -195,6 +218,19 @@ class _Chunks:
             yield item
 
     async def _read(self, timeout_s: float) -> None:
+        """Put every announcement into the queue, and last of all how the call ended."""
+        end: DiptychError | None = Unavailable("prefill call cancelled")  # our channel was closed
+        try:
+            await self._read_all(timeout_s)
+            end = None
+        except grpc.RpcError as error:
+            end = from_rpc_error(error) or Unavailable(f"prefill call failed: {error}")
+        except grpc.aio.UsageError as error:
+            end = Unavailable(f"prefill call failed: {error}")
+        finally:
+            self._queue.put_nowait(end)
+
+    async def _read_all(self, timeout_s: float) -> None:
         call = self._stub.Prefill(self._request, timeout=timeout_s)
         try:
             async for response in call:
@@ -203,9 +239,5 @@ class _Chunks:
                     self._queue.put_nowait(response.ready)
                 else:
                     self.finished = response.finished
-            self._queue.put_nowait(None)
-        except grpc.RpcError as error:
-            meant = from_rpc_error(error)
-            self._queue.put_nowait(meant or Unavailable(f"prefill call failed: {error}"))
         finally:
             call.cancel()

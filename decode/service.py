@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from decode.intake import Fetch, Intake
-from engine.core import Counts, Event, FetchEvent, FinishedEvent, TokensEvent
 from engine.errors import DiptychError, InvalidRequest, Unavailable
+from engine.events import Counts, Event, FetchEvent, FinishedEvent, TokensEvent
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.request import Work
 from engine.rpc.convert import prefill_peer_of, reason_to_pb, sampling_from_pb, stop_from_pb
@@ -164,8 +164,8 @@ class _Answer:
             draft_tokens=event.counts.num_draft_tokens,
             accepted_tokens=event.counts.num_accepted_tokens,
             queue_s=event.counts.queue_s,
-            prefill_s=self._prefill_s,
-            kv_transfer_s=self._kv_transfer_s,
+            prefill_s=self._fetch.prefill_s if self._fetch else 0.0,
+            kv_transfer_s=self._fetch.kv_transfer_s if self._fetch else 0.0,
         )
 
     def _tokens(self, token_ids: list[int], counts: Counts) -> worker_pb2.Tokens:
@@ -175,17 +175,6 @@ class _Answer:
             draft_tokens=counts.num_draft_tokens,
             accepted_tokens=counts.num_accepted_tokens,
             queue_s=counts.queue_s,
-            prefill_s=self._prefill_s,
-            kv_transfer_s=self._kv_transfer_s,
+            prefill_s=self._fetch.prefill_s if self._fetch else 0.0,
+            kv_transfer_s=self._fetch.kv_transfer_s if self._fetch else 0.0,
         )
-
-    @property
-    def _prefill_s(self) -> float:
-        """From the first call for blocks until the last of them was committed."""
-        begun = self._timeline.first(Mark.SCHEDULED)
-        ended = self._timeline.last(Mark.COMMITTED)
-        return ended - begun if begun is not None and ended is not None else 0.0
-
-    @property
-    def _kv_transfer_s(self) -> float:
-        return self._fetch.kv_transfer_s if self._fetch else 0.0

@@ -1,5 +1,4 @@
-"""From options to an engine: checkpoint, identity, pool size, model, scheduler. Used by both panels
-and by tests.
+"""From options to an engine: checkpoint, identity, pool size, model, scheduler.
 
 The pool is sized before the model is built, so that a length that cannot fit is refused at once.
 """
@@ -89,7 +88,7 @@ def build_engine(
         torch.set_num_threads(step.num_threads)
     device = pick_device(model)
     dtype = pick_dtype(model, device)
-    checkpoint = resolve(model.model)
+    checkpoint = resolve(model.model, weights=model.seed_weights < 0)
     layout = KVLayout(
         num_layers=checkpoint.config.num_layers,
         num_kv_heads=checkpoint.config.num_kv_heads,

@@ -1,5 +1,6 @@
-"""Options: flags > environment (DIPTYCH_...) > TOML file (--config) > defaults. The only reader of
-the environment.
+"""Options: flags > environment (DIPTYCH_...) > TOML file (--config) > defaults.
+
+The only reader of the environment.
 
 Each subject has its own small frozen dataclass, and a component is handed only those it needs. A
 field `kv_cache_memory` is the flag `--kv-cache-memory`, the variable `DIPTYCH_KV_CACHE_MEMORY` and
@@ -18,28 +19,41 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from engine.errors import ConfigError
 
 ENV_PREFIX = "DIPTYCH_"
-_T = TypeVar("_T")
+MAX_REQUEST_S = 1e9  # gRPC cannot carry a deadline of some centuries; this is three decades
 _SIZE = re.compile(r"^\s*([0-9.]+)\s*([kmgt]?)i?b?\s*$", re.IGNORECASE)
 
 
 def parse_size(text: str | int) -> int:
     """Bytes from "2GiB", "512M" or a plain number (units are powers of 1024)."""
     match = _SIZE.match(str(text))
-    if not match:
-        raise ValueError("expected a size such as 2GiB or 512MiB")
-    return int(float(match[1]) * 1024 ** "_kmgt".index(match[2].lower() or "_"))
+    try:
+        if match:
+            return int(float(match[1]) * 1024 ** "_kmgt".index(match[2].lower() or "_"))
+    except (ValueError, OverflowError):  # 1..2GiB, or hundreds of digits
+        pass
+    raise ValueError("expected a size such as 2GiB or 512MiB")
 
 
 def parse_address(text: str) -> str:
     """HOST:PORT, checked; port 0 means any free one."""
     host, sep, port = text.rpartition(":")
-    if not sep or not host or not port.isdigit() or int(port) > 65535:
+    if not sep or not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError("expected HOST:PORT, for example 127.0.0.1:50051")
+    return text
+
+
+def parse_addresses(text: str) -> str:
+    """HOST:PORT[,HOST:PORT...], each checked."""
+    try:
+        for address in text.split(","):
+            parse_address(address.strip())
+    except ValueError:
+        raise ValueError("expected HOST:PORT[,HOST:PORT...]") from None
     return text
 
 
@@ -149,7 +163,9 @@ class WorkerOptions:
     advertise: str = option(
         "", "HOST by which peers reach this worker; default: the host of --listen"
     )
-    coordinator: str = option("127.0.0.1:50051", "HOST:PORT[,HOST:PORT...] of all coordinators")
+    coordinator: str = option(
+        "127.0.0.1:50051", "HOST:PORT[,HOST:PORT...] of all coordinators", parse=parse_addresses
+    )
     worker_id: str = option("", "stable name of this place; default: role and a random part")
 
 
@@ -171,7 +187,9 @@ class FrontOptions:
     http: str = option("127.0.0.1:8000", "HOST:PORT of /metrics and /health", parse=parse_address)
     internal_listen: str = option("", "HOST:PORT for workers alone; default: they use --listen")
     routing: str = option("load", "how workers are picked", choices=("load",))
-    max_request_s: float = option(600.0, "deadline of a request that brings none", minimum=0.1)
+    max_request_s: float = option(
+        600.0, "deadline of a request that brings none", minimum=0.1, maximum=MAX_REQUEST_S
+    )
     worker_wait_s: float = option(
         20.0, "how long a request waits for a worker to appear", minimum=0
     )
@@ -206,12 +224,12 @@ def _parse(field: dataclasses.Field[Any], base: type, raw: Any, where: str) -> A
     """One value from any source, checked; errors name the source."""
     meta = field.metadata
     try:
-        if meta.get("parse"):
-            value = meta["parse"](raw)
-        elif base is bool:
+        if base is bool:
             value = _parse_bool(raw)
-        elif isinstance(raw, bool):
+        elif not isinstance(raw, str) and not _is_number(raw, base):  # only a TOML file has types
             raise ValueError(f"expected {base.__name__}")
+        elif meta.get("parse"):
+            value = meta["parse"](raw)
         else:
             value = base(raw)
     except (TypeError, ValueError) as error:
@@ -225,6 +243,13 @@ def _parse(field: dataclasses.Field[Any], base: type, raw: Any, where: str) -> A
     if high is not None and not value <= high:
         raise ConfigError(f"{where}: expected at most {high:g}, got {raw!r}")
     return value
+
+
+def _is_number(raw: Any, base: type) -> bool:
+    """Whether a value that is no text can stand for a number of type `base` without loss."""
+    if isinstance(raw, bool) or base not in (int, float):
+        return False
+    return isinstance(raw, int) or (base is float and isinstance(raw, float))
 
 
 def _read_toml(path: str) -> dict[str, Any]:
@@ -298,7 +323,8 @@ def to_flags(*options: Any) -> list[str]:
         for field in dataclasses.fields(group):
             value = getattr(group, field.name)
             if value != field.default:
-                flags += ["--" + field.name.replace("_", "-"), str(value)]
+                # With "=", for a value may begin with a dash.
+                flags.append(f"--{field.name.replace('_', '-')}={value}")
     return flags
 
 
@@ -324,8 +350,6 @@ def set_default_env(defaults: Mapping[str, str]) -> dict[str, str]:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment for a process that gets its options as flags: ours, without the variables
-    of options.
-    """
+    """Ours without the variables of options, for a process that gets its options as flags."""
     kept = (ENV_PREFIX + "CACHE_DIR", ENV_PREFIX + "STATE_DIR")
     return {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX) or k in kept}

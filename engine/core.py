@@ -1,5 +1,4 @@
-"""The engine: one short step() over ragged rows, for both roles. No threads, no clock of its own,
-no wire.
+"""The engine: one short step() over ragged rows, for both roles. It knows no thread and no wire.
 
     admit -> plan -> run the model -> accept -> advance
 
@@ -18,6 +17,14 @@ import torch
 
 from engine.cache.block_table import BlockTable
 from engine.errors import InvalidRequest
+from engine.events import (
+    AnnouncedEvent,
+    Counts,
+    Event,
+    FetchEvent,
+    FinishedEvent,
+    TokensEvent,
+)
 from engine.request import Request, State, Work
 from engine.runner.batch import Row
 from engine.sampling import Sampler, SampleRow, UnusableLogits
@@ -35,62 +42,6 @@ class ModelRunner(Protocol):
     def run(self, rows: Sequence[Row]) -> torch.Tensor:
         """Logits [num_logits of all rows, vocab] float32."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """What a request has used so far."""
-
-    num_cached_tokens: int
-    num_draft_tokens: int
-    num_accepted_tokens: int
-    queue_s: float  # until it was first admitted
-
-
-@dataclass(frozen=True, slots=True)
-class TokensEvent:
-    """New tokens of an answer."""
-
-    key: int
-    token_ids: list[int]
-    counts: Counts
-
-
-@dataclass(frozen=True, slots=True)
-class FetchEvent:
-    """Room is reserved; the blocks from `first_block` on are wanted from a peer, in table order."""
-
-    key: int
-    first_block: int
-    block_ids: list[int]
-    token_ids: list[int]  # of all whole blocks, from position 0
-
-
-@dataclass(frozen=True, slots=True)
-class AnnouncedEvent:
-    """Complete blocks of a prompt, pinned once more on behalf of the receiver, who releases
-    them.
-    """
-
-    key: int
-    first_block: int
-    block_ids: list[int]
-    names: list[bytes]
-    generations: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedEvent:
-    """The last event of a request."""
-
-    key: int
-    reason: FinishReason
-    matched_stop: int | None
-    counts: Counts
-    error: str = ""  # why the engine gave it up; calling again elsewhere may help
-
-
-Event = TokensEvent | FetchEvent | AnnouncedEvent | FinishedEvent
 
 
 @dataclass(slots=True)
@@ -159,9 +110,7 @@ class EngineCore:
         self._check_already_done(request)
 
     def abort(self, key: int) -> None:
-        """End a request now. No NIXL read may still write to its blocks. Unknown keys are no
-        error.
-        """
+        """End a request now, unless it is unknown. No NIXL read may still write to its blocks."""
         if request := self._requests.get(key):
             self._finish(request, FinishReason.ABORTED)
 
@@ -315,9 +264,7 @@ class EngineCore:
         return verified.tokens
 
     def _emit(self, request: Request, num_computed: int, emitted: Sequence[int]) -> None:
-        """Take the tokens up to the one that ends the answer; name, announce and finish as it
-        falls.
-        """
+        """Take the tokens up to the one that ends the answer; then name, announce, finish."""
         kept: list[int] = []
         reason = None
         for token in emitted:
@@ -421,9 +368,7 @@ class EngineCore:
         return [int(g) for g in self.pool.generations[list(blocks)]]
 
     def _count_prompt(self, request: Request, planned: PlannedRow) -> None:
-        """Count what was computed of the prompt; the first decode row's token belongs to the
-        answer.
-        """
+        """Count what was computed of the prompt; a decode row's token belongs to the answer."""
         computed = min(planned.num_tokens, max(0, request.num_prompt - request.num_computed))
         self.totals.prompt_tokens_computed += computed
         self._metrics.prompt_tokens.inc(computed)

@@ -1,5 +1,4 @@
-"""The errors a caller can do something about. Each knows its gRPC meaning; `engine.rpc.status`
-writes it out.
+"""The errors a caller can do something about; `engine.rpc.status` makes gRPC statuses of them.
 
 A message is one sentence that names the field or file and says what would be right.
 """
@@ -69,9 +68,7 @@ class Unavailable(DiptychError):
 
 
 class Mismatch(DiptychError):
-    """FAILED_PRECONDITION: another model, digest, block size or incarnation than the one that
-    was meant.
-    """
+    """FAILED_PRECONDITION: not the model, digest, block size or incarnation that was meant."""
 
 
 class DeadlineExceeded(DiptychError):

@@ -71,9 +71,7 @@ class Request:
     state: State = State.WAITING
     tokens: list[int] = field(default_factory=list)
     num_computed: int = 0
-    names: list[bytes] = field(
-        default_factory=list
-    )  # of the whole blocks of `tokens`, grown on demand
+    names: list[bytes] = field(default_factory=list)  # of whole blocks, grown on demand
     num_named: int = 0  # leading blocks of the table that are complete and named
     num_announced: int = 0
     num_cached_tokens: int = 0  # prompt tokens hit when it was first admitted

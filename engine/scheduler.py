@@ -1,5 +1,4 @@
-"""Which rows the next step computes: admission, two budgets, preemption. Pure bookkeeping, no
-tensors.
+"""Which rows the next step computes: admission, two budgets, preemption. It has no tensors.
 
     waiting  sorted by (priority, age)      holds nothing
     active   sorted by (priority, age)      FETCHING or RUNNING, each with its blocks
@@ -121,7 +120,7 @@ class Scheduler:
     def admit(self, now_s: float) -> list[Request]:
         """Give room to as many waiting requests as fit, in order; returns them.
 
-        Nobody overtakes a request that waits for memory. Those that wait for another's block are
+        Nobody overtakes a request that waits for memory. Who waits for another's block is
         passed by.
         """
         admitted = []
@@ -176,9 +175,7 @@ class Scheduler:
     # -- one step ----------------------------------------------------------------------------------
 
     def plan(self) -> list[PlannedRow]:
-        """Rows of the next step: decode rows first, oldest first, then prompt chunks under the
-        budget.
-        """
+        """Rows of the next step: decode rows, oldest first, then prompt chunks under the budget."""
         rows = list(self._decode_rows())
         budget = StepBudget(self.budgets.prompt_tokens)
         for request in self.active:
@@ -213,9 +210,7 @@ class Scheduler:
         return drafter.propose(str(request.key), request.tokens, limit)
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
-        """Blocks for `num_tokens` positions, at the cost of younger ones; False: it had to give
-        way itself.
-        """
+        """Blocks for `num_tokens` positions, at the cost of the youngest; False: that was it."""
         while request.table.missing(num_tokens):
             try:
                 request.table.reserve(num_tokens)
@@ -230,9 +225,7 @@ class Scheduler:
         return next(r for r in reversed(self.active) if r.state is State.RUNNING)
 
     def preempt(self, request: Request) -> None:
-        """Take everything from a running request and let it wait; its named blocks stay
-        findable.
-        """
+        """Let a running request wait, holding nothing; its named blocks stay findable."""
         self.remove(request)
         request.num_computed = request.num_named = 0
         request.move(State.WAITING)
@@ -242,9 +235,7 @@ class Scheduler:
     # -- progress ----------------------------------------------------------------------------------
 
     def advance(self, request: Request, num_computed: int) -> None:
-        """KV of accepted tokens is now complete up to `num_computed`: name the blocks this
-        filled.
-        """
+        """KV of accepted tokens is complete up to `num_computed`: name the blocks this filled."""
         assert num_computed >= request.num_computed
         request.num_computed = num_computed
         full = num_computed // self.block_size

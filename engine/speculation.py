@@ -1,6 +1,4 @@
-"""The seam for drafting: what the step loop needs of a drafter and a verifier, injected by the
-decode panel.
-"""
+"""The seam for drafting: what the step loop needs of a drafter and a verifier, both injected."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ class Drafter(Protocol):
     name: str
 
     def propose(self, request_id: str, tokens: Sequence[int], max_tokens: int) -> list[int]:
-        """At most `max_tokens` tokens to follow `tokens` (prompt and answer so far); may be
-        empty.
-        """
+        """Up to `max_tokens` tokens to follow `tokens` (prompt and answer so far), or none."""
         ...
 
     def finish(self, request_id: str) -> None:

@@ -23,13 +23,15 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from engine.core import EngineCore, Event, FinishedEvent
+from engine.core import EngineCore
 from engine.errors import DiptychError, Unavailable
+from engine.events import Event, FinishedEvent
 from engine.request import Work
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
 _T = TypeVar("_T")
+CALL_TIMEOUT_S = 30.0
 _POLL_S = 0.02  # while requests wait for something that no message announces (an owner's deadline)
 
 
@@ -51,9 +53,7 @@ class Stream:
         self._engine.post(lambda core: core.abort(self.key))
 
     def push(self, event: Event | DiptychError) -> None:
-        """On the loop: let the reader see this next; an error is raised there, and ends nothing
-        by itself.
-        """
+        """On the loop: let the reader see this next; an error is raised there and ends nothing."""
         self._queue.put_nowait(event)
 
     def next_ready(self) -> Event | None:
@@ -107,30 +107,43 @@ class EngineThread:
         """Run `call` on the engine thread between two steps; any thread may post."""
         self._inbox.put(call)
 
-    async def call(self, fn: Callable[[EngineCore], _T], timeout_s: float = 30.0) -> _T:
-        """Run `fn` on the engine thread and wait for its value. Raises TimeoutError."""
+    async def call(
+        self,
+        fn: Callable[[EngineCore], _T],
+        undo: Callable[[EngineCore, _T], None] | None = None,
+    ) -> _T:
+        """Run `fn` on the engine thread and wait for its value. Raises TimeoutError, EngineDied.
+
+        `fn` runs also when nobody waits any more; then `undo`, on the same thread, takes it back.
+        """
+        if self.died.is_set():
+            raise EngineDied("the engine stopped")
         future: asyncio.Future[_T] = self._loop.create_future()
 
-        def settle(set_it: Callable[[], None]) -> None:
+        def fail(error: Exception) -> None:
             if not future.done():
-                set_it()
+                future.set_exception(error)
+
+        def succeed(value: _T) -> None:
+            if not future.done():
+                future.set_result(value)
+            elif undo is not None:
+                self.post(lambda core: undo(core, value))
 
         def run(core: EngineCore) -> None:
             try:
                 value = fn(core)
             except Exception as error:
                 failed = error
-                self._to_loop(lambda: settle(lambda: future.set_exception(failed)))
+                self._to_loop(lambda: fail(failed))
             else:
-                self._to_loop(lambda: settle(lambda: future.set_result(value)))
+                self._to_loop(lambda: succeed(value))
 
         self.post(run)
-        return await asyncio.wait_for(future, timeout_s)
+        return await asyncio.wait_for(future, CALL_TIMEOUT_S)
 
     def submit(self, work: Work) -> Stream:
-        """Queue a request; call on the loop. Raises InvalidRequest if it can never fit,
-        EngineDied.
-        """
+        """Queue a request, on the loop. Raises EngineDied, InvalidRequest if it can never fit."""
         if self.died.is_set():
             raise EngineDied("the engine stopped")
         self.core.check_fits(work)

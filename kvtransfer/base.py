@@ -1,8 +1,7 @@
 """The seam between a data plane and whatever moves its bytes, and the values both speak of.
 
 A `Transport` is called on the data-plane thread alone and need not be thread-safe. It only ever
-reads from peers (decode leads: the process whose memory is written is the one that moves the
-bytes).
+reads from peers (decode leads: the process whose memory is written moves the bytes).
 """
 
 from __future__ import annotations

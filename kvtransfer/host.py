@@ -1,12 +1,13 @@
 """What a prefill and a decode process have in common: threads, doors, membership, and their end.
 
-    asyncio loop    gRPC server (role's service, KvService, health), /metrics, registration, lease
-    reaper engine thread   model, blocks, schedule                        <-
-    engine.worker.EngineThread data plane      the NIXL agent and every read in flight        <-
-    kvtransfer.pull.DataPlane
+    asyncio loop    gRPC server (the role's service, KvService, health), /metrics,
+                    registration, lease reaper
+    engine thread   model, blocks, schedule               <- engine.worker.EngineThread
+    data plane      the NIXL agent, every read in flight  <- kvtransfer.pull.DataPlane
 
-`run_worker` builds them in order and takes them down in reverse; SIGTERM, a refusal by a
-coordinator and the death of the engine thread all end there, with exit status 0, 2 and 70.
+`run_worker` builds them in order and takes them down in reverse. SIGTERM, a refusal by a
+coordinator, the death of the engine thread and that of the data plane all end there, with exit
+status 0, 2, 70 and 71.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import signal
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.descriptor import ServiceDescriptor
 from prometheus_client import CollectorRegistry
@@ -37,7 +38,7 @@ from engine.telemetry.http import make_app, serve_http
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import RpcMetrics
 from engine.types import ModelIdentity, Role, new_incarnation
-from engine.worker import EngineThread
+from engine.worker import EngineDied, EngineThread
 from kvtransfer.base import MemoryRegion
 from kvtransfer.lease import LeaseTable
 from kvtransfer.nixl_transport import NixlTransport
@@ -46,9 +47,12 @@ from kvtransfer.pull import DataPlane
 from kvtransfer.service import KvServicer
 
 _log = get_logger(__name__)
+_T = TypeVar("_T")
 _STOP_GRACE_S = 5.0
+_CLEAN_UP_S = 2.0  # for what the last calls left behind: leases at peers, mostly
 EXIT_REFUSED = 2
 EXIT_ENGINE_DIED = 70
+EXIT_DATA_PLANE_DIED = 71
 
 Services = Sequence[tuple[ServiceDescriptor, object]]
 
@@ -70,11 +74,17 @@ class EngineBlocks:
 
     async def hold(self, hashes: Sequence[bytes]) -> tuple[list[int], list[int]]:
         """Pin the longest leading run of these names: (block ids, generations)."""
-        return await self._engine.call(lambda core: core.hold(hashes))
+        return await self._engine.call(
+            lambda core: core.hold(hashes), undo=lambda core, held: core.unpin(held[0])
+        )
 
     async def unpin(self, block_ids: Sequence[int]) -> None:
-        """Take one pin from each id."""
-        await self._engine.call(lambda core: core.unpin(list(block_ids)))
+        """Take one pin from each id.
+
+        No error: an engine that is slow does it later, with one that died nothing is held.
+        """
+        with contextlib.suppress(TimeoutError, EngineDied):
+            await self._engine.call(lambda core: core.unpin(block_ids))
 
 
 class WorkerHost:
@@ -99,14 +109,19 @@ class WorkerHost:
         self.blocks = EngineBlocks(self.engine)
         self.kv = KvServicer(self.plane.local_pool, self.identity.digest, self.blocks, leases)
         self.draining = False
-        self._background: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[Any]] = set()
 
-    def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def in_background(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         """A task that outlives the call that began it."""
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
+
+    async def finish_background(self, timeout_s: float) -> None:
+        """Wait a while for the tasks that outlived their calls."""
+        if self._background:
+            await asyncio.wait(set(self._background), timeout=timeout_s)
 
     def salt(self, cache_salt: str) -> bytes:
         """The root of block names for requests with this salt."""
@@ -214,6 +229,7 @@ async def run_worker(
         if registration is not None:
             await registration.stop()
         await server.stop(_STOP_GRACE_S)
+        await host.finish_background(_CLEAN_UP_S)
         reaper.cancel()
         await host.engine.stop()
         await asyncio.to_thread(host.plane.stop)
@@ -225,7 +241,8 @@ async def _until_the_end(host: WorkerHost, registration: Registration, stop: asy
     """Wait for the first reason to end; returns the exit status."""
     stopped = asyncio.create_task(stop.wait())
     died = asyncio.create_task(host.engine.died.wait())
-    reasons: list[asyncio.Future[Any]] = [stopped, died, registration.refused]
+    severed = asyncio.wrap_future(host.plane.died)
+    reasons: list[asyncio.Future[Any]] = [stopped, died, severed, registration.refused]
     try:
         await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
         if registration.refused.done():
@@ -233,14 +250,16 @@ async def _until_the_end(host: WorkerHost, registration: Registration, stop: asy
         if died.done():
             _log.error("the engine thread died; exiting")
             return EXIT_ENGINE_DIED
+        if severed.done():
+            _log.error("the data plane died; exiting", reason=severed.result())
+            return EXIT_DATA_PLANE_DIED
         host.draining = True
         registration.report_now()
         return 0
     finally:
-        for task in (stopped, died):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        for future in (stopped, died, severed):
+            future.cancel()
+        await asyncio.gather(stopped, died, severed, return_exceptions=True)
 
 
 def advertised(options: WorkerOptions, listen: str, port: int) -> str:

@@ -26,8 +26,8 @@ from kvtransfer.pull import DataPlane
 class PeerTable:
     """Connects to peers once, remembers a bounded number of them.
 
-    `stub_factory` gives the KvService stub of an address (HOST:PORT); `digest` is our compatibility
-    digest.
+    `stub_factory` gives the KvService stub of an address (HOST:PORT); `digest` is ours, for
+    comparison.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class PeerTable:
         self._timeout_s = timeout_s
         self._pools: OrderedDict[str, RemotePool] = OrderedDict()  # least recently used first
         self._connecting: dict[str, asyncio.Task[RemotePool]] = {}
-        self._dropping: set[asyncio.Task[None]] = set()
+        self._dropping: set[asyncio.Future[None]] = set()
 
     def __len__(self) -> int:
         return len(self._pools)
@@ -68,10 +68,14 @@ class PeerTable:
             task.add_done_callback(lambda done: self._connected(peer.incarnation, done))
         return await asyncio.shield(task)  # one caller's cancellation is not the others'
 
-    async def forget(self, incarnation: str) -> None:
-        """Drop a peer and disconnect it; returns when its last read is over."""
-        self._pools.pop(incarnation, None)
-        await asyncio.wrap_future(self._data_plane.disconnect(incarnation))
+    async def forget(self, pool: RemotePool) -> None:
+        """Drop a peer and disconnect it; returns when its last read is over.
+
+        `pool` is what `connect` gave: a connection made since then is left alone.
+        """
+        if self._pools.get(pool.incarnation) is pool:
+            del self._pools[pool.incarnation]
+            await asyncio.wrap_future(self._data_plane.disconnect(pool.incarnation))
 
     def _connected(self, incarnation: str, task: asyncio.Task[RemotePool]) -> None:
         self._connecting.pop(incarnation, None)
@@ -79,9 +83,8 @@ class PeerTable:
             return
         self._pools[incarnation] = task.result()
         while len(self._pools) > self._max_peers:
-            oldest = next(iter(self._pools))
-            drop = asyncio.ensure_future(self.forget(oldest))
-            self._pools.pop(oldest)
+            _, oldest = self._pools.popitem(last=False)
+            drop = asyncio.wrap_future(self._data_plane.disconnect(oldest.incarnation))
             self._dropping.add(drop)
             drop.add_done_callback(self._dropping.discard)
 

@@ -5,8 +5,7 @@
     local pool    . 1 2 3 . . . 7 .          runs  4..6 -> 1..3   and   9 -> 7
 
 Two pairs can share a read when both sides advance by one. Pairs whose difference (remote - local)
-is equal lie on one diagonal, so the maximal runs on each diagonal are the fewest reads there can
-be.
+is equal lie on one diagonal, so the maximal runs on each diagonal are the fewest reads possible.
 """
 
 from __future__ import annotations

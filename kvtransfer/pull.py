@@ -38,6 +38,7 @@ from kvtransfer.reads import LocalMemory, Pull, PullRequest, PullResult, Reading
 __all__ = ["DataPlane", "Pull", "PullResult", "TransferCounters"]
 
 _log = logging.getLogger(__name__)
+QUARANTINE_S = 120.0  # how long blocks may wait for a failed pull's last read
 _POLL_MIN_S = 20e-6
 _POLL_MAX_S = 1e-3
 _POLL_FAILED_S = 50e-3  # when only failed pulls are left to settle
@@ -70,8 +71,7 @@ class DataPlane:
     """Owner of the transport and of every read in flight.
 
     `blocks` is the local pool of num_blocks x block_bytes, `generations` its num_blocks 64-bit
-    generations in DRAM; both are registered at `start` and must outlive `stop`. `on_peer_lost` is
-    called on the data-plane thread with the incarnation of a peer whose read failed.
+    generations in DRAM; both are registered at `start` and must outlive `stop`.
     """
 
     def __init__(
@@ -85,7 +85,6 @@ class DataPlane:
         block_bytes: int,
         fence: Fence | None = None,
         clock: Callable[[], float] = time.monotonic,
-        on_peer_lost: Callable[[str], None] | None = None,
     ) -> None:
         if blocks.num_bytes < num_blocks * block_bytes:
             raise ValueError(
@@ -105,7 +104,6 @@ class DataPlane:
         self._block_bytes = block_bytes
         self._fence = fence or Fence()
         self._clock = clock
-        self._on_peer_lost = on_peer_lost
         landed = np.zeros(num_blocks, dtype=np.uint64)
         landing = MemoryRegion(landed.ctypes.data, landed.nbytes)
         self._memory = LocalMemory(blocks, landing, landed)
@@ -115,6 +113,8 @@ class DataPlane:
         self._stop_at: float | None = None
         self._metadata = b""
         self._started: Future[None] = Future()
+        self.died: Future[str] = Future()  # why the thread ended by itself: the process should too
+        self.died.set_running_or_notify_cancel()
         self._thread = threading.Thread(target=self._run, name="kv-data-plane", daemon=True)
         # Data-plane thread only:
         self._transport: Transport | None = None
@@ -165,8 +165,7 @@ class DataPlane:
     ) -> Pull:
         """Read remote_ids[i] of a connected pool into local_ids[i] and fence it; see `Pull`.
 
-        ValueError at once for ids out of bounds, a local id given twice, or lists of unequal
-        length.
+        ValueError at once for ids out of bounds, a local id given twice, lists of unequal length.
         """
         if len(expected_generations) != len(remote_ids):
             raise ValueError(
@@ -218,15 +217,36 @@ class DataPlane:
             self._started.set_exception(error)
             return
         self._started.set_result(None)
+        try:
+            self._serve(self._transport)
+        except BaseException as error:
+            _log.exception("data plane died")
+            for reading in self._readings:
+                reading.fail(PullFailed("the data plane died"))
+            self.died.set_result(str(error) or repr(error))
+        finally:
+            self._end()
+
+    def _serve(self, transport: Transport) -> None:
         delay: float | None = None  # None: idle, sleep until a command comes
         while True:
             self._take_commands(delay)
             now = self._clock()
             if self._stop_at is not None and (not self._readings or now >= self._stop_at):
-                break
-            moved = self._round(self._transport, now)
+                return
+            moved = self._round(transport, now)
+            self._check_quarantine(now)
             delay = self._next_delay(delay, moved)
-        self._end()
+
+    def _check_quarantine(self, now: float) -> None:
+        """Raise for a read that goes on long after its pull has failed.
+
+        Nobody can take its memory back but the end of this process, whose state is soft.
+        """
+        for reading in self._readings:
+            if now >= reading.failed_at + QUARANTINE_S:
+                peer = reading.request.pool.incarnation
+                raise PullFailed(f"peer {peer}: a read did not end within {QUARANTINE_S:.0f} s")
 
     def _open(self) -> Transport:
         transport = self._factory()
@@ -352,8 +372,6 @@ class DataPlane:
         peer = self._peers.get(incarnation)
         if isinstance(reading.error, PeerLost) and peer is not None and not peer.closing:
             peer.closing = True
-            if self._on_peer_lost is not None:
-                self._on_peer_lost(incarnation)
 
     def _publish(self) -> None:
         num_in_flight = sum(reading.error is None for reading in self._readings)
@@ -374,12 +392,14 @@ class DataPlane:
         """Close the transport unless a read still holds memory, then refuse what comes late."""
         if self._stop_at is None:
             self._stop_at = self._clock()
-        if self._transport is not None and not self._readings:
-            for peer in self._peers.values():
-                peer.closing = True
-            self._disconnect_idle(self._transport)
-            self._transport.close()
-            self._transport = None
-        with self._lock:
-            self._ended = True
-        self._take_commands(0.0)
+        try:
+            if self._transport is not None and not self._readings and not self.died.done():
+                for peer in self._peers.values():
+                    peer.closing = True
+                self._disconnect_idle(self._transport)
+                self._transport.close()
+                self._transport = None
+        finally:
+            with self._lock:
+                self._ended = True
+            self._take_commands(0.0)

@@ -15,6 +15,7 @@ has one writer at a time, its pull, and so has its word.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -126,6 +127,7 @@ class Reading:
         self._fencing = False
         self._began_at: float | None = None
         self._quiet_at = 0.0
+        self.failed_at = math.inf  # when that was first seen with reads still under way
 
     @property
     def has_reads(self) -> bool:
@@ -158,6 +160,8 @@ class Reading:
 
     def settle(self, now: float) -> bool:
         """Complete `settled` if nothing can land any more; whether the pull is over."""
+        if self.error is not None:
+            self.failed_at = min(self.failed_at, now)
         if self._handles or (self.error is None and self.result is None) or now < self._quiet_at:
             return False
         self.pull.settled.set_result(None)

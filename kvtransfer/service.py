@@ -82,7 +82,7 @@ class KvServicer(KvServiceServicer):
         await self.release(request.caller_incarnation, request.leases)
         return pb.ReleaseResponse()
 
-    async def grant(self, owner: str, block_ids: Sequence[int]) -> Lease:
+    def grant(self, owner: str, block_ids: Sequence[int]) -> Lease:
         """A lease for `owner` on blocks that the caller has pinned for it, once each."""
         return self._leases.grant(owner, block_ids)
 
@@ -193,6 +193,9 @@ class Renewer:
                 async with asyncio.timeout_at(self._renew_at if self._lives else None):
                     await self._changed.wait()  # another lease, perhaps a shorter one
             except TimeoutError:
+                if not self._lives:  # all were released while it slept
+                    self._renew_at = math.inf
+                    continue
                 interval_s = min(ttl_s for ttl_s, _ in self._lives.values()) / 3
                 self._renew_at = loop.time() + interval_s
                 await self._renew(list(self._lives), timeout_s=interval_s)
@@ -212,8 +215,7 @@ class Renewer:
                     ttl_s = self._lives[lease][0]
                     self._lives[lease] = (ttl_s, now + ttl_s)
         for lease in lost:
-            del self._lives[lease]
-            if self._on_lost is not None:
+            if self._lives.pop(lease, None) and self._on_lost is not None:
                 self._on_lost(lease)
 
 

@@ -9,7 +9,7 @@ is gone.
 
 from __future__ import annotations
 
-from engine.core import AnnouncedEvent
+from engine.events import AnnouncedEvent
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.worker import Stream
 from kvtransfer.host import WorkerHost
@@ -25,9 +25,12 @@ class Announcer:
         self._owner = owner
         self._leases: list[bytes] = []
 
-    async def offer(self, event: AnnouncedEvent) -> worker_pb2.BlocksReady:
-        """Put complete blocks under a new lease and say so on the wire."""
-        lease = await self._kv.grant(self._owner, event.block_ids)
+    def offer(self, event: AnnouncedEvent) -> worker_pb2.BlocksReady:
+        """Put complete blocks under a new lease and say so on the wire.
+
+        No await: between the engine's pin and the lease nothing can be cancelled.
+        """
+        lease = self._kv.grant(self._owner, event.block_ids)
         self._leases.append(lease.id)
         return worker_pb2.BlocksReady(
             lease=lease.id,

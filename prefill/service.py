@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
-from engine.core import AnnouncedEvent, FinishedEvent
-from engine.errors import InvalidRequest, Unavailable
+from engine.errors import DiptychError, InvalidRequest, Unavailable
+from engine.events import AnnouncedEvent, FinishedEvent
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.request import Work
 from engine.telemetry.log import get_logger
@@ -27,24 +27,29 @@ class PrefillServicer:
 
     async def Prefill(
         self, request: worker_pb2.PrefillRequest, context: Any
-    ) -> AsyncIterator[worker_pb2.PrefillResponse]:
+    ) -> AsyncGenerator[worker_pb2.PrefillResponse]:
         """One prompt; see worker.proto."""
         work = self._work(request)
         timeline = Timeline()
         timeline.mark(Mark.ARRIVED)
         stream = self._host.engine.submit(work)
         announcer = Announcer(self._host, request.caller_incarnation)
+        gone = True  # unless the caller has heard how the call ended: then the leases are its own
         try:
             while not stream.finished:
                 event = await stream.next()
                 if isinstance(event, AnnouncedEvent):
                     timeline.mark(Mark.ANNOUNCED)
-                    yield worker_pb2.PrefillResponse(ready=await announcer.offer(event))
+                    yield worker_pb2.PrefillResponse(ready=announcer.offer(event))
                 elif isinstance(event, FinishedEvent):
                     timeline.mark(Mark.FINISHED)
                     yield worker_pb2.PrefillResponse(finished=self._finished(event, work, timeline))
+            gone = False
+        except DiptychError:
+            gone = False
+            raise
         finally:
-            if not stream.finished:
+            if gone or not stream.finished:
                 self._host.in_background(announcer.withdraw(stream))
             _log.info("prefill ended", done=stream.finished, timeline=timeline.as_dict())
 

@@ -17,8 +17,8 @@ Owned by the engine thread; nobody else calls it. Only the generations' memory i
     free + cached + held = total, always; held = 0 at rest.
 
 The fence rests on one rule kept here: `take` bumps a block's generation *before* anybody can write
-to it again. A reader that was told generation g and still reads g after its copy has the bytes of
-g.
+to it again. A reader that was told generation g and
+still reads g after its copy has the bytes of g.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ class BlockPool:
 
     Attributes:
         generations: [num_blocks] uint64, 8-byte aligned; starts at random values, so that a block
-        of an
-            earlier process at the same address never matches.
+            of an earlier process at the same address never matches.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -114,9 +113,7 @@ class BlockPool:
             self._refs[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Drop one holder of each block, last block first, so that a prefix outlives its
-        continuation.
-        """
+        """Drop one holder of each block, the last first: a prefix outlives its continuation."""
         for block in reversed(blocks):
             if self._refs[block] <= 0:
                 raise ValueError(f"block {block} is not held")
@@ -128,9 +125,7 @@ class BlockPool:
                     self._cached[block] = None
 
     def name(self, block: int, name: bytes) -> None:
-        """Make a held block, whose bytes are complete, findable. A second copy of a name stays
-        unnamed.
-        """
+        """Make a held block of complete bytes findable; a second copy of a name stays unnamed."""
         if self._refs[block] <= 0:
             raise ValueError(f"block {block} is not held and cannot be named")
         if name in self._by_name or self._names[block] is not None:
@@ -153,9 +148,7 @@ class BlockPool:
         return sum(1 for block in blocks if self._refs[block] == 0)
 
     def check(self) -> None:
-        """Assert conservation and that names, references and lists agree; for tests and
-        debugging.
-        """
+        """Assert conservation, and that names, references and lists agree; for tests."""
         held = sum(1 for refs in self._refs if refs > 0)
         assert held == self.num_held, (held, self.num_free, self.num_cached, self.num_blocks)
         assert all(refs >= 0 for refs in self._refs)

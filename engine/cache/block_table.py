@@ -1,5 +1,6 @@
-"""The blocks of one sequence, in order: position p lives in block p // block_size at offset p %
-block_size.
+"""The blocks of one sequence, in order.
+
+Position p lives in block p // block_size at offset p % block_size.
 """
 
 from __future__ import annotations
@@ -26,9 +27,7 @@ class BlockTable:
         self.blocks = list(blocks)
 
     def reserve(self, num_tokens: int) -> None:
-        """Take blocks until `num_tokens` positions fit. Raises NoRoom and then has taken
-        nothing.
-        """
+        """Take blocks until `num_tokens` positions fit, or none at all and raise NoRoom."""
         self.blocks += self._pool.take(self.missing(num_tokens))
 
     def fork(self, num_tokens: int) -> tuple[BlockTable, list[tuple[int, int]]]:

@@ -31,9 +31,7 @@ class KVLayout:
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
-        """(num_layers, 2, num_kv_heads, block_size, head_dim); index 0 of the second axis is K,
-        1 is V.
-        """
+        """(num_layers, 2, num_kv_heads, block_size, head_dim); the 2 are K and V."""
         return (self.num_layers, 2, self.num_kv_heads, self.block_size, self.head_dim)
 
     @property
@@ -75,9 +73,7 @@ def name_salt(*, digest: str, adapter: str = "", cache_salt: str = "") -> bytes:
 
 
 def block_name(parent: bytes, token_ids: Sequence[int], salt: bytes) -> bytes:
-    """Content name of one full block: H(parent's name, its tokens, salt); `parent` is b"" for
-    the first.
-    """
+    """Content name of a full block: H(parent's name or b"", its tokens, salt)."""
     tokens = b"".join(t.to_bytes(4, "little") for t in token_ids)
     return _digest(b"diptych-block", parent, tokens, salt)
 

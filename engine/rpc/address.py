@@ -28,6 +28,8 @@ def listen_on(address: str) -> socket.socket:
         except OSError:
             sock.close()
             raise
+    except UnicodeError:  # what getaddrinfo says of a name that no DNS can hold
+        raise ConfigError(f"cannot listen on {address}: not a host name") from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(f"cannot listen on {address}: {reason}") from None

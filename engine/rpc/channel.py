@@ -7,6 +7,7 @@ its timeout; a process that was killed closes it at once.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 
 import grpc
 
@@ -49,7 +50,7 @@ class ChannelPool:
 
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._retired: dict[grpc.aio.Channel, asyncio.Task[None]] = {}
 
     def get(self, address: str) -> grpc.aio.Channel:
         """The channel to `address`, opened if there is none."""
@@ -57,14 +58,23 @@ class ChannelPool:
             channel = self._channels[address] = open_channel(address)
         return channel
 
-    def discard(self, address: str, grace_s: float = 5.0) -> None:
-        """Forget the channel to a peer that has gone; calls on it get `grace_s` to end."""
-        if channel := self._channels.pop(address, None):
-            task = asyncio.ensure_future(channel.close(grace_s))
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+    def keep_only(self, addresses: Collection[str], grace_s: float = 600.0) -> None:
+        """Forget the channels to all other peers; calls on them get `grace_s` to end."""
+        for address in self._channels.keys() - addresses:
+            channel = self._channels.pop(address)
+            self._retired[channel] = asyncio.ensure_future(self._retire(channel, grace_s))
+
+    async def _retire(self, channel: grpc.aio.Channel, grace_s: float) -> None:
+        try:
+            await channel.close(grace_s)
+        finally:
+            del self._retired[channel]
 
     async def close(self) -> None:
         """Close all channels; calls on them are cancelled."""
-        channels, self._channels = list(self._channels.values()), {}
-        await asyncio.gather(*(c.close() for c in channels), *self._closing, return_exceptions=True)
+        channels, retiring = [*self._channels.values(), *self._retired], [*self._retired.values()]
+        self._channels = {}
+        for task in retiring:
+            task.cancel()
+        await asyncio.gather(*retiring, return_exceptions=True)
+        await asyncio.gather(*(c.close() for c in channels), return_exceptions=True)

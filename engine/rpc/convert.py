@@ -1,5 +1,4 @@
-"""Protobuf messages <-> engine.types. With the service files the only place where protobuf types
-appear.
+"""Protobuf messages <-> engine.types. Protobuf types appear here and in the service files alone.
 
 Floats are 32 bits on the wire: what a worker computes with is the client's value rounded once.
 """

@@ -146,7 +146,7 @@ async def _resolve(target: str) -> set[str]:
     try:
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         _log.warning("coordinator's name does not resolve", coordinator=target, reason=str(error))
         return set()
     hosts = {str(where[0]) for *_, where in found}

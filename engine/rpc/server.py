@@ -38,10 +38,8 @@ log = get_logger(__name__)
 _SERVER_OPTIONS = (
     *LENGTH_OPTIONS,
     *KEEPALIVE_OPTIONS,
-    (
-        "grpc.so_reuseport",
-        0,
-    ),  # a second process on a used port fails instead of taking half the calls
+    # A second process on a used port fails instead of taking half the calls.
+    ("grpc.so_reuseport", 0),
     # Clients may ping during a silent decode without being cut.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
@@ -51,8 +49,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class RpcServer:
-    """A gRPC server with health and reflection. Order of use: add_service, listen, start,
-    set_serving, stop.
+    """A gRPC server with health and reflection.
+
+    Order of use: add_service, listen, start, set_serving, stop.
     """
 
     def __init__(self, metrics: RpcMetrics | None = None) -> None:
@@ -173,9 +172,7 @@ class RpcServer:
         body: Callable[[], Awaitable[Any]],
         limit_s: float | None,
     ) -> Any:
-        """Run one call; every way in which it can fail becomes a status. Cancellation passes
-        through.
-        """
+        """Run one call: every failure becomes a status, cancellation passes through."""
         limit = asyncio.timeout(limit_s if context.time_remaining() is None else None)
         try:
             async with limit:

@@ -40,7 +40,9 @@ DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 LOST_KEY = "diptych-lost"
 ERROR_DOMAIN = "diptych"
-_MAX_MESSAGE_CHARS = 1000  # statuses travel in HTTP/2 headers, which peers bound
+# Statuses travel in HTTP/2 headers, percent-encoded and once more in the details; by default peers
+# take 8 KiB of them, and replace a status that is larger.
+_MAX_MESSAGE_BYTES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +76,11 @@ def _code(error: DiptychError) -> grpc.StatusCode:
 def to_status(error: DiptychError) -> RpcStatus:
     """The status by which a caller learns of `error`."""
     code = _code(error)
-    message = error.message[:_MAX_MESSAGE_CHARS]
+    message = _clip(error.message)
     details: list[Message] = []
     metadata: list[tuple[str, str | bytes]] = []
     if isinstance(error, InvalidRequest):
-        details.append(_bad_request(error.field, error.description[:_MAX_MESSAGE_CHARS]))
+        details.append(_bad_request(error.field, _clip(error.description)))
     elif isinstance(error, NotOffered):
         details.append(_bad_request(error.field, message))
     elif isinstance(error, Overloaded | Unavailable):
@@ -99,6 +101,17 @@ def to_status(error: DiptychError) -> RpcStatus:
     return RpcStatus(code, message, tuple(metadata))
 
 
+def _clip(text: str) -> str:
+    """The longest beginning of `text` that takes no more than its bound, percent-encoded."""
+    num_bytes = 0
+    for i, char in enumerate(text[:_MAX_MESSAGE_BYTES]):
+        plain = char.isascii() and char.isprintable() and char != "%"
+        num_bytes += 1 if plain else 3 * len(char.encode())
+        if num_bytes > _MAX_MESSAGE_BYTES:
+            return text[:i]
+    return text[:_MAX_MESSAGE_BYTES]
+
+
 def internal(message: str) -> RpcStatus:
     """The status of a bug: what happened stands in the log, not on the wire."""
     status = status_pb2.Status(code=code_pb2.INTERNAL, message=message)
@@ -114,8 +127,7 @@ def _bad_request(field: str, description: str) -> Message:
 
 
 def from_rpc_error(error: grpc.RpcError) -> DiptychError | None:
-    """The error that a callee meant by its status; None for codes that mean a bug or a
-    cancellation.
+    """The error that a callee meant by its status; None for a bug or a cancellation.
 
     Works with the errors of grpc and of grpc.aio. A lost connection is `Unavailable` too.
     """
@@ -159,9 +171,7 @@ def _details(
     error_details_pb2.RetryInfo | None,
     error_details_pb2.ErrorInfo | None,
 ]:
-    """The details we know, out of the serialized google.rpc.Status; whatever else a peer sends is
-    ignored.
-    """
+    """The details we know, out of a serialized google.rpc.Status; other kinds are ignored."""
     bad, retry, info = None, None, None
     if not isinstance(raw, bytes):
         return bad, retry, info

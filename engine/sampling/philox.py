@@ -60,8 +60,7 @@ def philox4x32(counter: tuple[_A, _A, _A, _A], key: tuple[Any, Any]) -> tuple[_A
 
 
 def _noise(high: Ints, low: Ints) -> Floats:
-    """Noise from two 32-bit words; any shape. Doubles until the end: floats have no room at u =
-    1."""
+    """Noise from two 32-bit words; any shape. In doubles: floats have no room at u = 1."""
     bits = high << 20
     bits |= low >> 12
     u = bits + 0.5

@@ -67,9 +67,7 @@ class HttpServer:
 
 
 async def serve_http(app: Starlette, address: str) -> HttpServer:
-    """Serve `app` on HOST:PORT (port 0: a free one) in this event loop; raises ConfigError where it
-    cannot bind.
-    """
+    """Serve `app` on HOST:PORT (port 0: a free one) in this event loop. Raises ConfigError."""
     sock = listen_on(address)
     config = uvicorn.Config(
         app,

@@ -22,9 +22,7 @@ Logger = structlog.stdlib.BoundLogger
 def configure_logging(
     options: LogOptions, *, stream: TextIO | None = None, **process_fields: str
 ) -> None:
-    """Set up logging for this process; `process_fields` (role, worker_id) go on every line. May be
-    called again.
-    """
+    """Set up logging for this process, again if need be; `process_fields` go on every line."""
     stream = stream or sys.stderr
     shape = options.log_format
     if shape == "auto":

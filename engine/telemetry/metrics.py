@@ -39,9 +39,7 @@ TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class _Maker:
-    """Makes series in one registry. A series without labels of its own comes back bound to the
-    model's name.
-    """
+    """Makes series in one registry; one without labels of its own is bound to the model's name."""
 
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
         self._registry = registry

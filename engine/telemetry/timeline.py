@@ -64,9 +64,7 @@ class Timeline:
         return mark[2] if mark else 0
 
     def between(self, start: Event, end: Event) -> float:
-        """Seconds from the first `start` to the first `end`; 0.0 where either is missing or the
-        order is reversed.
-        """
+        """Seconds from the first `start` to the first `end`; 0.0 if one is missing or later."""
         a, b = self.first(start), self.first(end)
         return max(0.0, b - a) if a is not None and b is not None else 0.0
 

@@ -66,9 +66,43 @@ def test_retry_after_follows_the_pace(admission, clock):
     assert refused() == 1.0  # nothing is known yet
     for moment in (2.0, 4.0, 6.0, 8.0):  # one leaves every two seconds
         clock[0] = moment
+        tickets[0].set_tokens(5)
         tickets.pop(0).release()
         tickets.append(admission.admit())
-    clock[0] = 10.0
-    assert refused() == pytest.approx(2.0)
+    clock[0] = 9.0
+    assert refused() == pytest.approx(9.0 / 4)
     clock[0] = 500.0
     assert refused() == 1.0  # the pace of long ago tells nothing
+
+
+def test_the_pace_is_that_of_answers_not_of_refusals(admission, clock):
+    """Slow answers, and many requests that leave at once: a slot is a slow answer away."""
+    for _ in range(50):
+        admission.admit().release()  # its prompt was too long
+    first, second = admission.admit(), admission.admit()
+    first.set_tokens(10)
+    second.set_tokens(10)
+    clock[0] = 20.0
+    first.release()
+    third = admission.admit()
+    clock[0] = 20.001
+    with pytest.raises(Overloaded) as caught:
+        admission.admit()
+    assert 10.0 <= caught.value.retry_after_s <= 30.0
+    second.release()
+    third.release()
+
+
+def test_those_refused_together_come_back_one_by_one(admission, clock):
+    tickets = [admission.admit(), admission.admit()]
+    tickets[0].set_tokens(5)
+    clock[0] = 3.0
+    tickets[0].release()
+    admission.admit()
+    delays = []
+    for _ in range(30):
+        with pytest.raises(Overloaded) as caught:
+            admission.admit()
+        delays.append(caught.value.retry_after_s)
+    assert delays[:3] == pytest.approx([3.0, 6.0, 9.0])
+    assert max(delays) == 60.0

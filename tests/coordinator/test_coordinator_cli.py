@@ -55,6 +55,40 @@ def test_bad_options():
     one_sentence(run("generate", "x", "--max-tokens", "-1"), 2, "--max-tokens")
 
 
+BAD_ANSWER_FLAGS = [
+    (["--max-tokens", "5000000000"], "--max-tokens"),
+    (["--top-k", "4294967296"], "--top-k"),
+    (["--seed", "18446744073709551616"], "--seed"),
+    (["--timeout", "nan"], "--timeout"),
+    (["--timeout", "inf"], "--timeout"),
+    (["--timeout", "-1"], "--timeout"),
+    (["--server", "nonsense"], "--server"),
+    (["--server", ""], "--server"),
+    (["--stop", b"\xff"], "--stop"),
+]
+
+
+@pytest.mark.parametrize(("flags", "word"), BAD_ANSWER_FLAGS)
+def test_bad_flags_of_an_answer(flags, word):
+    one_sentence(run("generate", "x", *flags), 2, word)
+
+
+def test_bytes_that_are_no_text():
+    one_sentence(run("generate", b"\xff\xfe"), 2, "prompt", "UTF-8")
+    one_sentence(run("chat", "x", "--system", b"\xff"), 2, "--system", "UTF-8")
+    bad = b"\xff\xfe\n".decode("utf-8", "surrogateescape")
+    for command in (["generate", "-"], ["chat"]):
+        one_sentence(run(*command, input=bad, errors="surrogateescape"), 2, "standard input")
+
+
+def test_text_in_a_locale_that_cannot_hold_it():
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for command in (["generate"], ["chat"]):
+        prompt = "é".encode()
+        done = run(*command, prompt, "--server", "127.0.0.1:1", env=ascii_only)
+        one_sentence(done, 1, "nobody answers")
+
+
 def test_a_missing_model():
     one_sentence(run("start", "--model", "/nowhere/model.gguf"), 2, "/nowhere/model.gguf")
 
@@ -139,10 +173,10 @@ async def test_local_workers_get_their_options_as_flags(tmp_path):
         ("--block-size", "32"),
         ("--max-num-seqs", "3"),
     ):
-        assert prefill[prefill.index(flag) + 1] == value
-        assert decode[decode.index(flag) + 1] == value
-    assert "--draft-tokens" not in prefill
-    assert decode[decode.index("--draft-tokens") + 1] == "2"
+        assert f"{flag}={value}" in prefill
+        assert f"{flag}={value}" in decode
+    assert not any("--draft-tokens" in word for word in prefill)
+    assert "--draft-tokens=2" in decode
 
 
 def test_dialable():

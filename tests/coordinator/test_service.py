@@ -492,6 +492,67 @@ async def test_resume_sends_only_what_is_missing(checkpoint):
         assert len(worker.requests) == num_calls
 
 
+async def test_resume_anywhere_doubles_no_text(checkpoint):
+    """Also where text is held back at the end: half a stop string, or half a character."""
+    async with front(checkpoint) as f:
+        await f.worker(group=1)
+        decode = f.coordinator.model.tokenizer.decode
+        tail = decode(f.answer[:20])[-3:]
+        options = {"stop": stop(max_tokens=20, stop=[tail + "ZZ"])}
+        deltas = [r.delta for r in await collect(f.call(**options)) if r.HasField("delta")]
+        assert all(d.token_ids for d in deltas)
+        assert "".join(d.text for d in deltas) == decode(f.answer[:20])
+        for cut in range(21):
+            resume = [inference_pb2.Resume(token_ids=f.answer[:cut])]
+            text, _, _ = await f.ask(resume=resume, **options)
+            assert "".join(d.text for d in deltas[:cut]) + text == decode(f.answer[:20])
+
+
+async def test_a_client_that_stops_reading_at_the_end_is_no_failure(checkpoint):
+    async with front(checkpoint) as f:
+        await f.worker(group=1, pace_s=0.01)
+        async with AsyncClient(f.coordinator.address) as client:
+            async for event in client.generate(PROMPT, max_tokens=3, timeout_s=10):
+                if isinstance(event, Done):
+                    break
+        await asyncio.wait_for(f.coordinator.pipeline.idle.wait(), 5)
+        assert f.sample("request_success_total", finished_reason="length") == 1
+        assert f.sample("request_failures_total", code="cancelled") is None
+
+
+async def test_a_message_full_of_ids_stalls_nobody(checkpoint):
+    async with front(checkpoint) as f:
+        loop = asyncio.get_running_loop()
+        slow = asyncio.create_task(error_of(f.call(prompt=[5] * 4_000_000)))
+        await asyncio.sleep(0.5)  # it is made on this very loop
+        worst = 0.0
+        while not slow.done():
+            before = loop.time()
+            await asyncio.sleep(0.005)
+            worst = max(worst, loop.time() - before)
+        assert (await slow).code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert worst < 0.5
+
+
+async def test_channels_to_workers_that_are_gone_are_closed(checkpoint):
+    async with front(checkpoint) as f:
+        for i in range(4):
+            worker = await f.worker("d0", f"i{i}")
+            await f.ask(stop=stop(max_tokens=2))
+            await worker.stop()
+        assert len(f.coordinator.pipeline._caller._channels._channels) == 1
+
+
+async def test_a_long_name_comes_back_as_not_found_to_any_client(checkpoint):
+    async with front(checkpoint) as f:
+        async with grpc.aio.insecure_channel(f.coordinator.address) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            name = "\N{SLIGHTLY SMILING FACE}" * 1000
+            request = inference_pb2.GenerateRequest(text="x", model=name)
+            error = await error_of(stub.Generate(request, timeout=5))
+        assert error.code() is grpc.StatusCode.NOT_FOUND
+
+
 async def test_many_at_once(checkpoint):
     async with front(checkpoint) as f:
         for name in ("d0", "d1"):
@@ -581,6 +642,24 @@ async def test_draining_lets_those_inside_finish(checkpoint):
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert (await inside)[1] == f.answer[:12]
         assert await draining
+
+
+async def test_requests_cut_off_by_the_end_learn_how_far_they_came(checkpoint):
+    async with front(checkpoint) as f:
+        await f.worker(pace_s=0.05)
+        responses = aiter(f.call(stop=stop(max_tokens=60)))
+        ids = list((await anext(responses)).delta.token_ids)
+        assert not await f.coordinator.drain(0.1)
+        ending = asyncio.create_task(f.coordinator.end_requests())
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for response in responses:
+                ids += response.delta.token_ids
+        await ending
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "shutting down" in caught.value.details()
+        info = details_of(caught.value, error_details_pb2.ErrorInfo)
+        assert info.metadata["num_emitted"] == str(len(ids))
+        assert details_of(caught.value, error_details_pb2.RetryInfo)
 
 
 async def test_the_client_library(checkpoint):

@@ -9,7 +9,7 @@ from engine.errors import InvalidRequest, NotFound, NotOffered
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.seeds import default_seed
 
-LIMITS = Limits("m", 100, (2, 0))
+LIMITS = Limits("m", 100, (2, 0), 1000)
 
 
 def generate(**fields):
@@ -73,6 +73,8 @@ BAD_SAMPLING = [
     ("repetition_penalty", 0.0),
     ("repetition_penalty", -1.0),
     ("repetition_penalty", math.inf),
+    ("repetition_penalty", 1e-45),  # a logit divided by it overflows
+    ("repetition_penalty", 3e38),
 ]
 
 
@@ -98,6 +100,15 @@ BAD = [
     (generate(request_id="x" * 129), "request_id"),
     (generate(request_id="a\nb"), "request_id"),
     (generate(n=0), "n"),
+    # Too long comes before a look at the ids: a message holds millions.
+    (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[500] * 1001)), "token_ids.ids"),
+    (generate(stop=pb.Stop(stop_token_ids=[500] * 101)), "stop.stop_token_ids"),
+    (generate(stop=pb.Stop(min_tokens=1, stop_token_ids=range(100))), "stop.stop_token_ids"),
+    (
+        generate(sampling=pb.Sampling(logit_bias=dict.fromkeys(range(101), 0))),
+        "sampling.logit_bias",
+    ),
+    (generate(resume=[pb.Resume(token_ids=[500] * 1001)]), "resume[0].token_ids"),
     (generate(cache_salt="x" * 2000), "cache_salt"),
     (generate(resume=[pb.Resume(), pb.Resume()]), "resume"),
     (generate(resume=[pb.Resume(index=1)]), "resume[0].index"),
@@ -118,6 +129,7 @@ BAD_CHAT = [
     (pb.ChatRequest(), "messages"),
     (pb.ChatRequest(messages=[pb.Message(content="x")]), "messages[0].role"),
     (pb.ChatRequest(messages=[pb.Message(role="user")]), "messages[0].content"),
+    (pb.ChatRequest(messages=[pb.Message(role="user", content="")] * 1001), "messages"),
 ]
 
 

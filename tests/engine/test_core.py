@@ -1,6 +1,4 @@
-"""The step loop against a plain loop: batching, chunks, drafts, hits, preemption and aborts
-change no token.
-"""
+"""The step loop against a plain loop: no batch, draft, hit, preemption or abort changes a token."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ from decode.speculative.ngram import NgramDrafter
 from decode.speculative.verify import verify
 from engine.cache.block_pool import BlockPool
 from engine.cache.layout import name_salt
-from engine.core import AnnouncedEvent, EngineCore, FetchEvent, FinishedEvent, TokensEvent
+from engine.core import EngineCore
 from engine.errors import InvalidRequest
+from engine.events import AnnouncedEvent, FetchEvent, FinishedEvent, TokensEvent
 from engine.request import State, Work
 from engine.runner.batch import Row
 from engine.sampling import Sampler, SampleRow
@@ -81,6 +80,11 @@ class Bench:
         for request in [*self.scheduler.active, *self.scheduler.waiting]:
             request.check(SIZE)
         return busy
+
+    def write(self, block_ids: Sequence[int], values: Sequence[object]) -> None:
+        """What a read over NIXL does."""
+        for block in block_ids:
+            self.runner.memory[block][:] = values
 
     def run(self, max_steps: int = 3000) -> None:
         for _ in range(max_steps):
@@ -451,3 +455,68 @@ def test_long_prompts_do_not_stop_running_answers() -> None:
         rows = bench.runner.steps[-1]
         assert sorted(len(row.token_ids) for row in rows) == [1, 1, 1, 8]
     bench.run()
+
+
+class Peer:
+    """Brings a fetching request's blocks, or torn bytes, at the pace that the test sets."""
+
+    def __init__(self, bench: Bench, event: FetchEvent) -> None:
+        self.bench = bench
+        self.event = event
+        self.num_read = 0  # of event.block_ids
+        bench.write(event.block_ids, ["torn"] * SIZE)
+
+    def read(self, count: int) -> None:
+        """`count` more blocks pass the fence."""
+        event, end = self.event, min(len(self.event.block_ids), self.num_read + count)
+        for i in range(self.num_read, end):
+            first = (event.first_block + i) * SIZE
+            self.bench.write(event.block_ids[i : i + 1], event.token_ids[first : first + SIZE])
+        self.num_read = end
+        self.bench.core.blocks_arrived(event.key, event.first_block + end)
+
+    @property
+    def done(self) -> bool:
+        return self.num_read == len(self.event.block_ids)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_fetches_aborts_and_preemption_in_any_order(seed: int) -> None:
+    """Whole fetches, halves of one, none at all; blocks with torn bytes never reach a token."""
+    rng = random.Random(seed)
+    bench = Bench(num_blocks=26, prompt_tokens=12, draft_tokens=3, max_model_len=90)
+    shared = [rng.randrange(VOCAB) for _ in range(24)]
+    works: dict[int, Work] = {}
+    peers: dict[int, Peer] = {}
+    num_fetches = 0
+    for turn in range(4000):
+        if len(works) < 40 and rng.random() < 0.2:
+            work = replace(random_work(rng, shared=shared), fetch=rng.random() < 0.7)
+            works[bench.add(work)] = work
+        for event in bench.fetches:
+            assert event.key not in peers, "one fetch at a time"
+            peers[event.key] = Peer(bench, event)
+            num_fetches += 1
+        bench.fetches.clear()
+        for key, peer in list(peers.items()):
+            what = rng.random()
+            if what < 0.4:
+                peer.read(rng.randint(0, 3))
+            if peer.done or what > 0.97:
+                bench.core.fetch_ended(key, rng.choice([None, 0, 4]))
+                del peers[key]
+        if works and turn < 3000 and rng.random() < 0.02:
+            key = rng.choice(list(works))
+            peers.pop(key, None)
+            bench.core.abort(key)
+        bench.step()
+        if len(works) == 40 and len(bench.finished) == 40:
+            break
+    assert len(bench.finished) == 40
+    for key, work in works.items():
+        expected, reason = oracle(work, 90)
+        got = bench.tokens[key]
+        assert got == expected[: len(got)]
+        assert bench.finished[key].reason in (reason, FinishReason.ABORTED)
+    bench.at_rest()
+    assert num_fetches > 10

@@ -19,7 +19,8 @@ from engine.cache.block_pool import BlockPool
 from engine.cache.kv_cache import KVCache
 from engine.cache.layout import KVLayout, name_salt
 from engine.checkpoint.source import resolve, weights
-from engine.core import EngineCore, FinishedEvent, TokensEvent
+from engine.core import EngineCore
+from engine.events import FinishedEvent, TokensEvent
 from engine.model.llama import LlamaModel
 from engine.model.loader import load_model
 from engine.request import Work

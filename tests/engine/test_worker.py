@@ -1,6 +1,4 @@
-"""The engine thread keeps its contract: ordered messages, one last event, clean-up without new
-work, death seen.
-"""
+"""The engine thread's contract: order, one last event, clean-up without new work, death seen."""
 
 from __future__ import annotations
 
@@ -10,8 +8,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from engine.core import FinishedEvent, TokensEvent
 from engine.errors import InvalidRequest
+from engine.events import FinishedEvent, TokensEvent
 from engine.request import Work
 from engine.types import FinishReason, SamplingParams, StopParams
 from engine.worker import EngineDied, EngineThread, Stream

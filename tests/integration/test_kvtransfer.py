@@ -197,7 +197,7 @@ async def test_handshakes(local: kv_worker.Pool) -> None:
             dropped.done.result(5)
 
         # The dropped one, and one that was forgotten, come back as if new.
-        await table.forget(known[2].incarnation)
+        await table.forget(await table.connect(known[2]))
         for i in (0, 2):
             pool = await table.connect(known[i])
             told = peers[i].ask("fill", 40 + i)
@@ -225,7 +225,7 @@ async def test_a_restart_on_the_same_address_is_somebody_else(local: kv_worker.P
             assert after.ask("listen", "d", int(address.rpartition(":")[2])) == address
             with pytest.raises(PeerLost):
                 local.plane.pull(pool, blocks, blocks, told, 20).done.result(20)
-            await table.forget(names[0])
+            await table.forget(pool)
             deadline = time.monotonic() + 20
             while True:  # the channel needs a moment to see that it must dial anew
                 with pytest.raises(PeerLost) as caught:

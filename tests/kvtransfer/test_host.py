@@ -1,12 +1,18 @@
-"""What a worker tells others about where it is."""
+"""What a worker tells others about where it is, and what ends it."""
 
 from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from engine.config import WorkerOptions
 from engine.errors import ConfigError
-from kvtransfer.host import advertised
+from engine.types import Role
+from kvtransfer.host import EXIT_DATA_PLANE_DIED, EXIT_ENGINE_DIED, _until_the_end, advertised
+from tests.support.panels import start
 
 
 @pytest.mark.parametrize(
@@ -27,3 +33,24 @@ def test_an_address_that_peers_can_dial(advertise: str, listen: str, address: st
 def test_a_wildcard_alone_is_refused(listen: str) -> None:
     with pytest.raises(ConfigError, match="--advertise"):
         advertised(WorkerOptions(), listen, 7)
+
+
+@pytest.mark.parametrize("thread", ["engine", "data plane"])
+async def test_a_worker_does_not_outlive_its_threads(thread: str) -> None:
+    panel = await start(Role.DECODE)
+    refused = asyncio.get_running_loop().create_future()
+    registration: Any = SimpleNamespace(refused=refused)
+    ending = asyncio.create_task(_until_the_end(panel.host, registration, asyncio.Event()))
+    await asyncio.sleep(0.05)
+    assert not ending.done()
+    if thread == "engine":
+        panel.host.engine.post(_die)
+        assert await asyncio.wait_for(ending, 5) == EXIT_ENGINE_DIED
+    else:
+        panel.host.plane._submit(lambda: _die(None))
+        assert await asyncio.wait_for(ending, 5) == EXIT_DATA_PLANE_DIED
+    await panel.stop()
+
+
+def _die(_: object) -> None:
+    raise SystemError("boom")

@@ -98,7 +98,6 @@ class Rig:
         self.source_gens = rng.integers(0, 2**63, NUM_BLOCKS, dtype=np.uint64)
         self.local = np.zeros_like(self.source)
         self.gens = np.zeros(NUM_BLOCKS, dtype=np.uint64)
-        self.lost: list[str] = []
         self.plane = DataPlane(
             lambda: self.transport,
             incarnation="me",
@@ -106,7 +105,6 @@ class Rig:
             generations=region(self.gens),
             num_blocks=NUM_BLOCKS,
             block_bytes=BLOCK_BYTES,
-            on_peer_lost=self.lost.append,
         )
         self.plane.start()
 
@@ -206,7 +204,6 @@ def test_a_lost_peer_is_closed_and_may_come_back(rig: Rig) -> None:
     assert not pull.settled.done()  # not before the quiet time is over
     pull.settled.result(5)
     until(lambda: rig.transport.log == ["disconnect p"])
-    assert rig.lost == ["p"]
     again = rig.plane.pull(pool, [1], [1], rig.expected([1]), 5)
     with pytest.raises(PeerLost, match="not connected"):
         again.done.result(5)
@@ -251,3 +248,44 @@ def test_wrong_arguments_are_refused_at_once(rig: Rig) -> None:
     with pytest.raises(ValueError, match="2 generations for 1 blocks"):
         rig.plane.pull(pool, [1], [0], [0, 1], 1)
     assert BLOCK_BYTES < SLICE_BYTES
+
+
+def test_a_dead_data_plane_is_seen_and_leaves_nobody_waiting(rig: Rig) -> None:
+    pool = rig.peer("p")
+    rig.transport.gate = lambda read: ReadState.PENDING
+    pull = rig.plane.pull(pool, [1], [1], rig.expected([1]), 60)
+    until(lambda: len(rig.transport.reads) == 1)
+    rig.peer("q")
+    rig.transport.disconnect = _broken  # type: ignore[method-assign]
+    rig.plane.disconnect("q")
+    with pytest.raises(PullFailed, match="died"):
+        pull.done.result(5)
+    assert not pull.settled.done()  # its read may still write, and nobody watches it any more
+    assert "a bug" in rig.plane.died.result(5)
+    with pytest.raises(PullFailed, match="stopped"):
+        rig.plane.pull(pool, [2], [2], rig.expected([2]), 60).done.result(5)
+    rig.plane = Rig().plane  # the fixture's own checks want one that can stop
+    rig.transport.log.append("close")
+
+
+def _broken(peer: str) -> None:
+    raise KeyError("a bug")
+
+
+def test_a_read_that_never_ends_ends_the_data_plane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory cannot be given back in any other way that does not depend on the peer."""
+    monkeypatch.setattr("kvtransfer.pull.QUARANTINE_S", 0.2)
+    rig = Rig()
+    rig.transport.gate = lambda read: ReadState.PENDING
+    pull = rig.plane.pull(rig.peer("p"), [1], [1], rig.expected([1]), 0.05)
+    with pytest.raises(PullTimeout):
+        pull.done.result(5)
+    assert not rig.plane.died.done()
+    assert "peer p" in rig.plane.died.result(5)
+    assert not pull.settled.done()
+
+
+def test_a_stop_is_no_death(rig: Rig) -> None:
+    other = Rig()
+    assert other.plane.stop()
+    assert not other.plane.died.done()

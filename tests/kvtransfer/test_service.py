@@ -121,7 +121,7 @@ async def test_leases_run_out_without_anybody_asking() -> None:
     async with serving(ttl_s=0.3) as (stub, servicer, host):
         held = await stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=[b"1"]))
         await host.hold([b"2"])
-        announced = await servicer.grant("you", [2])
+        announced = servicer.grant("you", [2])
         await at_rest(host)
         request = pb.RenewRequest(caller_incarnation="you", leases=[held.lease, announced.id])
         assert list((await stub.Renew(request)).unknown) == [held.lease, announced.id]
@@ -180,3 +180,20 @@ async def test_renewer_reports_what_it_lost() -> None:
     await until(lambda: len(lost) == 2)
     assert not await renewer.release(kept.lease, timeout_s=0.5)
     await renewer.close()
+
+
+async def test_renewer_goes_on_after_a_time_without_leases() -> None:
+    """A lease that ended while the renewer slept must not end the renewer."""
+    lost: list[bytes] = []
+    async with serving(ttl_s=0.6) as (stub, _, host):
+        renewer = Renewer(stub, "you", lost.append)
+        first = await stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=[b"1"]))
+        renewer.hold(first.lease, first.ttl_s)
+        await asyncio.sleep(0.05)
+        await renewer.release(first.lease)
+        await asyncio.sleep(0.4)
+        held = await stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=[b"2"]))
+        renewer.hold(held.lease, held.ttl_s)
+        await asyncio.sleep(1.2)
+        assert host.pins[2] == 1 and not lost
+        await renewer.close()

@@ -1,5 +1,4 @@
-"""Speculation changes no token: drafts of any quality against one token at a time, sampled and
-greedy."""
+"""Speculation changes no token: drafts of any quality against one token at a time."""
 
 from __future__ import annotations
 

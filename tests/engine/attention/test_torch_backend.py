@@ -109,3 +109,21 @@ def test_groups_hold_every_row_once_and_little_padding() -> None:
             widest, total = max(blocks[i] for i in group), sum(blocks[i] for i in group)
             assert widest * len(group) - total <= max(0.25 * total, 4 * len(group))
     assert group_rows([1] * 8, [20, 21, 19, 20, 20, 21, 20, 20]) == [[1, 5, 0, 3, 4, 6, 7, 2]]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_ragged_batches(seed: int) -> None:
+    """Rows that begin, end and turn from decode to chunk at any border of blocks and windows."""
+    rng = random.Random(seed)
+    size = rng.choice([1, 2, 3, 5, 16, 64])
+    window = rng.choice([0, 0, 1, size, size + 1, 2 * size - 1, 50])
+    shapes = []
+    for _ in range(rng.randint(1, 6)):
+        start = rng.choice([0, 1, size - 1, size, 2 * size, rng.randrange(90)])
+        counts = [1, 2, size, CHUNK_QUERIES - 1, CHUNK_QUERIES, CHUNK_QUERIES + 1]
+        shapes.append((start, rng.choice(counts)))
+    rows, cache = poisoned(shapes, block_size=size)
+    q = queries(rows, cache)
+    expected = reference_attention(rows, 0, q, cache, window)
+    out = attend(rows, cache, q, 0, window)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)

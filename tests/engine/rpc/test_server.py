@@ -241,9 +241,12 @@ async def test_pool_keeps_one_channel_an_address_and_forgets():
     pool = ChannelPool()
     first = pool.get("127.0.0.1:1")
     assert pool.get("127.0.0.1:1") is first
-    pool.discard("127.0.0.1:1")
+    other = pool.get("127.0.0.1:2")
+    pool.keep_only({"127.0.0.1:2"})
     assert pool.get("127.0.0.1:1") is not first
+    assert pool.get("127.0.0.1:2") is other
     await pool.close()
+    assert first.get_state() is other.get_state() is grpc.ChannelConnectivity.SHUTDOWN
 
 
 def test_the_wire_is_torch_free():

@@ -76,3 +76,12 @@ def test_foreign_statuses_without_details():
     assert (lost.num_emitted, lost.lost) == (0, "")
     assert from_rpc_error(error(grpc.StatusCode.INTERNAL)) is None
     assert from_rpc_error(error(grpc.StatusCode.CANCELLED)) is None
+
+
+@pytest.mark.parametrize("text", ["\N{SLIGHTLY SMILING FACE}", "%", "a\nb", "x"])
+def test_a_long_message_fits_the_headers_that_peers_take(text):
+    status = to_status(InvalidRequest("text", text * 5000))
+    encoded = sum(1 if 32 <= b < 127 and b != 37 else 3 for b in status.message.encode())
+    details = dict(status.trailing_metadata)[DETAILS_KEY]
+    assert 900 < encoded <= 1000
+    assert encoded + len(details) * 4 / 3 < 8192 / 2

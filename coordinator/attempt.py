@@ -1,0 +1,173 @@
+"""One attempt at an answer: a call of Decode, from its request to what its end means.
+
+    Progress --> DecodeRequest --> D ... tokens --> Answer.push --> Chunk ...
+                                   '--> finished, or lost: Unavailable, and another attempt may help
+
+An attempt is given all tokens of the earlier ones. Closing the generator cancels the call of D.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import grpc
+
+from coordinator.answer import Answer
+from coordinator.dispatch import Dispatch, Route, meaning_of
+from coordinator.membership import Membership
+from coordinator.request import AnswerRequest, Chunk, Ending
+from engine.errors import DeadlineExceeded, Unavailable
+from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
+from engine.rpc.channel import ChannelPool
+from engine.rpc.convert import peer_to_pb, reason_from_pb, sampling_to_pb, stop_to_pb
+from engine.types import FinishReason, StopParams
+
+Report = worker_pb2.Tokens | worker_pb2.DecodeFinished
+
+
+@dataclass(slots=True)
+class Spent:
+    """What workers have reported of one answer, summed over attempts."""
+
+    draft_tokens: int = 0  # of the attempts that ended
+    accepted_tokens: int = 0
+    first: Report | None = None  # of the first attempt that reported
+    last: Report | None = None  # of this attempt
+    first_is_open: bool = True
+
+    def report(self, numbers: Report) -> None:
+        """Running numbers of the attempt in progress."""
+        self.last = numbers
+        if self.first_is_open:
+            self.first = numbers
+
+    def end_attempt(self) -> None:
+        """The attempt is over; the next one counts from zero."""
+        if self.last is not None:
+            self.draft_tokens += self.last.draft_tokens
+            self.accepted_tokens += self.last.accepted_tokens
+            self.first_is_open = False
+            self.last = None
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far one answer has come, over all attempts."""
+
+    request: AnswerRequest
+    prompt: list[int]
+    answer: Answer
+    spent: Spent = field(default_factory=Spent)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and answer so far."""
+        return len(self.prompt) + len(self.answer.token_ids)
+
+
+class Caller:
+    """Calls decode workers. Owns the channels to them; lives on the event loop."""
+
+    def __init__(self, membership: Membership) -> None:
+        self._membership = membership
+        self._channels = ChannelPool()
+        self._closed = False
+
+    async def close(self) -> None:
+        """Close the channels to workers; attempts on them are lost."""
+        self._closed = True
+        await self._channels.close()
+
+    async def attempt(
+        self, progress: Progress, route: Route, dispatch: Dispatch
+    ) -> AsyncGenerator[Chunk, None]:
+        """New tokens, until the answer has ended.
+
+        Raises Unavailable if another attempt may help, DeadlineExceeded, or what the worker said.
+        """
+        answer, spent = progress.answer, progress.spent
+        with ExitStack() as assigned, ExitStack() as until_first_token:
+            assigned.enter_context(self._membership.assigned(route.decode, 0))
+            computing = route.prefill or route.decode
+            until_first_token.enter_context(
+                self._membership.assigned(computing, progress.num_tokens)
+            )
+            call = self._stub(route).Decode(
+                _decode_request(progress, route), timeout=dispatch.remaining_s()
+            )
+            try:
+                async for response in call:
+                    if response.HasField("tokens"):
+                        until_first_token.close()
+                        spent.report(response.tokens)
+                        chunk = answer.push(response.tokens.token_ids)
+                        if chunk.token_ids:
+                            yield chunk
+                        if answer.ending and answer.ending.matched_text is not None:
+                            return  # the worker does not know of stop strings
+                    elif response.HasField("finished"):
+                        spent.report(response.finished)
+                        _take_ending(answer, response.finished)
+                        return
+                if answer.ending is None:
+                    raise Unavailable("the decode worker ended its stream before the answer")
+            except grpc.aio.AioRpcError as error:
+                if answer.ending is None:
+                    _explain(error, answer, dispatch)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not self._closed or (task and task.cancelling()):
+                    raise
+                raise Unavailable("the channels to workers were closed") from None
+            finally:
+                call.cancel()
+
+    def _stub(self, route: Route) -> worker_pb2_grpc.DecodeServiceStub:
+        """Of the route's decode worker; channels to workers that have gone are let go."""
+        self._channels.keep_only({w.peer.address for w in self._membership.snapshot()})
+        return worker_pb2_grpc.DecodeServiceStub(self._channels.get(route.decode.peer.address))
+
+
+def _decode_request(progress: Progress, route: Route) -> worker_pb2.DecodeRequest:
+    request, answer = progress.request, progress.answer
+    stop = StopParams(
+        max_tokens=answer.max_tokens,
+        min_tokens=min(request.min_tokens, answer.max_tokens),
+        stop_token_ids=request.stop_token_ids,
+    )
+    return worker_pb2.DecodeRequest(
+        request_id=request.request_id,
+        prompt_token_ids=progress.prompt,
+        output_token_ids=answer.token_ids,
+        sampling=sampling_to_pb(request.sampling),
+        stop=stop_to_pb(stop),
+        prefill=peer_to_pb(route.prefill.peer) if route.prefill else None,
+        cache_salt=request.cache_salt,
+        priority=request.priority,
+        incarnation=route.decode.peer.incarnation,
+    )
+
+
+def _take_ending(answer: Answer, finished: worker_pb2.DecodeFinished) -> None:
+    """The worker's word on why the answer ended, where its tokens alone do not tell."""
+    if answer.ending is not None:
+        return
+    reason = reason_from_pb(finished.finish_reason)
+    if reason is FinishReason.ABORTED:
+        raise Unavailable("the decode worker gave the answer up")
+    matched = finished.HasField("matched_stop_token")
+    answer.ending = Ending(reason, finished.matched_stop_token if matched else None)
+
+
+def _explain(error: grpc.aio.AioRpcError, answer: Answer, dispatch: Dispatch) -> None:
+    """Raise what a worker's status means for this request."""
+    meaning = meaning_of(error, num_emitted=len(answer.token_ids))
+    if meaning is None:
+        raise RuntimeError(f"decode worker: {error.code().name}: {error.details()}") from error
+    if isinstance(meaning, DeadlineExceeded):
+        dispatch.remaining_s()  # ours, if it has passed
+        raise Unavailable(meaning.message) from None
+    raise meaning from None

@@ -1,0 +1,203 @@
+"""The intake's edges, with the timing forced: who ends, who goes on, what is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from decode import intake
+from decode.service import _Answer
+from engine.errors import DeadlineExceeded, Unavailable
+from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
+from engine.rpc.channel import open_channel
+from engine.types import Peer
+from kvtransfer.base import PeerLost, ReadState
+from kvtransfer.service import Renewer
+from tests.support.panels import (
+    Ask,
+    answer,
+    assert_at_rest,
+    collect,
+    decode_stub,
+    pair,
+    until,
+)
+
+pytestmark = pytest.mark.timeout(60)
+LONG = tuple(range(41))  # ten whole blocks: with 8 prompt tokens a step, five announcements
+
+
+async def _calls_end(close: bool) -> None:
+    """Whatever ends the reader of a Prefill call, who waits for its blocks is told."""
+    async with pair() as (p, _):
+        channel = open_channel(p.address)
+        request = worker_pb2.PrefillRequest(caller_incarnation="me", token_ids=LONG[:40])
+        request.incarnation = p.host.incarnation
+        p.runner.before_step = lambda: time.sleep(0.05)
+        renewer = Renewer(worker_pb2_grpc.KvServiceStub(channel), "me")
+        chunks = intake._Chunks(channel, request, renewer)
+        if close:
+            await channel.close()
+        with pytest.raises(Unavailable):
+            async with asyncio.timeout(3):
+                async for _ in chunks.ready(30):
+                    await channel.close()
+        await chunks.close()
+
+
+async def test_a_channel_that_is_closed_ends_the_wait_for_blocks() -> None:
+    await _calls_end(close=False)
+
+
+async def test_a_closed_channel_ends_the_wait_for_blocks() -> None:
+    await _calls_end(close=True)
+
+
+async def test_blocks_count_before_their_lease_is_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A peer that hangs when it is told to release must not hold up what has passed the fence."""
+    async with pair() as (p, d):
+        hanging = asyncio.Event()
+
+        async def release(self: Renewer, *leases: bytes, timeout_s: float = 5.0) -> bool:
+            await hanging.wait()
+            return True
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Renewer, "release", release)
+            ask = Ask(LONG, 3)
+            tokens: list[int] = []
+            await asyncio.wait_for(collect(decode_stub(d).Decode(ask.pb(p)), tokens), 5)
+            assert tokens == ask.answer()
+            hanging.set()
+        await p.host.kv.release_owner(d.host.incarnation)
+        await assert_at_rest(p, d)
+
+
+async def test_a_request_out_of_time_does_not_cost_others_their_peer() -> None:
+    async with pair() as (p, d):
+        d.transport.gate = lambda read: ReadState.PENDING
+        patient, hasty = Ask(LONG, 3), Ask(LONG[::-1], 3)
+        tokens: list[int] = []
+        going_on = asyncio.create_task(collect(decode_stub(d).Decode(patient.pb(p)), tokens))
+        await until(lambda: d.host.plane.counters.num_in_flight == 1)
+        with _time_left(0.2), pytest.raises(DeadlineExceeded):
+            await collect(decode_stub(d).Decode(hasty.pb(p), timeout=10), [])
+        d.transport.gate = lambda read: ReadState.DONE
+        await going_on
+        assert tokens == patient.answer()
+        await assert_at_rest(p, d)
+
+
+@contextmanager
+def _time_left(left_s: float) -> Iterator[None]:
+    """Decode calls have so much time, and gRPC does not cut them: the pull is what ends late."""
+    init = _Answer.__init__
+
+    def hasty(self_: Any, service: Any, work: Any, request: Any, _: Any) -> None:
+        init(self_, service, work, request, left_s)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Answer, "__init__", hasty)
+        yield
+
+
+async def test_an_old_failure_does_not_drop_a_new_connection() -> None:
+    """Who failed on an earlier connection tells nothing of the one that came after it."""
+    async with pair() as (p, d):
+        peer = Peer("p", p.host.incarnation, p.address)
+        old = await d.host.peers.connect(peer)
+        await d.host.peers.forget(old)
+        new = await d.host.peers.connect(peer)
+        assert new is not old
+        await d.host.peers.forget(old)
+        pull = d.host.plane.pull(new, [], [], [], 1.0)
+        await asyncio.wrap_future(pull.done)
+
+
+async def test_a_lost_peer_is_connected_anew() -> None:
+    async with pair() as (p, d):
+        lose = True
+
+        def gate(read: Any) -> ReadState:
+            nonlocal lose
+            if lose:
+                lose = False
+                raise PeerLost("once")
+            return ReadState.DONE
+
+        d.transport.gate = gate
+        ask = Ask(LONG, 3)
+        with pytest.raises(Unavailable, match="once") as caught:
+            await collect(decode_stub(d).Decode(ask.pb(p)), [])
+        assert caught.value.lost == "prefill"
+        assert await answer(d, p, ask) == ask.answer()
+        assert d.host.plane.counters.num_blocks == 10
+        await assert_at_rest(p, d)
+
+
+async def test_cancelled_while_a_read_is_under_way_frees_nothing_before_it_ends() -> None:
+    async with pair() as (p, d):
+        d.transport.gate = lambda read: ReadState.PENDING
+        call = decode_stub(d).Decode(Ask(LONG, 3).pb(p))
+        reading = asyncio.create_task(collect(call, []))
+        await until(lambda: bool(d.transport.pending))
+        call.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await assert_at_rest(p)
+        assert d.pool().num_held == 11, "the read may still write"
+        d.transport.gate = lambda read: ReadState.DONE
+        await assert_at_rest(d)
+
+
+async def test_reads_stale_every_time_end_with_computing_here() -> None:
+    """Three rounds, then the decode worker helps itself."""
+    async with pair() as (p, d):
+
+        def gate(read: Any) -> ReadState:
+            if not read.is_fence:
+                p.pool().generations += 1  # as if all were taken anew meanwhile
+            return ReadState.DONE
+
+        d.transport.gate = gate
+        ask = Ask(LONG, 3)
+        assert await answer(d, p, ask) == ask.answer()
+        assert d.host.plane.counters.num_stale_blocks >= 3
+        assert d.host.plane.counters.num_pulls == 3
+        assert d.runner.num_tokens == len(LONG) + 2
+        await assert_at_rest(p, d)
+
+
+async def test_the_engine_s_death_ends_answers_and_fetches() -> None:
+    async with pair() as (p, d):
+        d.transport.gate = lambda read: ReadState.PENDING
+        call = decode_stub(d).Decode(Ask(LONG, 3).pb(p))
+        reading = asyncio.create_task(collect(call, []))
+        await until(lambda: bool(d.transport.pending))
+
+        def die(_: object) -> None:
+            raise SystemError("boom")
+
+        d.host.engine.post(die)
+        with pytest.raises(Unavailable, match="engine"):
+            await asyncio.wait_for(reading, 5)
+        d.transport.gate = lambda read: ReadState.DONE
+        await assert_at_rest(p)
+        await until(lambda: not d.host._background)
+
+
+async def test_a_call_ends_with_its_deadline_whatever_its_peer_does() -> None:
+    async with pair() as (p, d):
+        p.runner.before_step = lambda: time.sleep(1.0)
+        begun = time.monotonic()
+        with pytest.raises((DeadlineExceeded, Unavailable)):
+            await collect(decode_stub(d).Decode(Ask(LONG, 3).pb(p), timeout=0.3), [])
+        assert time.monotonic() - begun < 1.0
+        p.runner.before_step = lambda: None
+        await assert_at_rest(p, d)

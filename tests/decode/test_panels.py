@@ -1,0 +1,98 @@
+"""Both panels under everything at once: cancels, preemption, stale reads, lost peers. At the end
+nothing is held and no token is wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+
+import pytest
+
+from kvtransfer.base import PeerLost, ReadState
+from tests.support import panels
+from tests.support.panels import (
+    Ask,
+    Panel,
+    Read,
+    answer,
+    assert_at_rest,
+    collect,
+    decode_stub,
+    pair,
+    random_ask,
+)
+
+pytestmark = pytest.mark.timeout(120)
+SEEN: Counter[str] = Counter()
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+async def test_an_answer_through_both_panels(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of one token, of whole blocks to the token, and one more; each continues the last."""
+    monkeypatch.setattr(panels, "SIZE", size)
+    async with pair({"num_blocks": 130}, {"num_blocks": 130}) as (p, d):
+        for length in (1, size, size + 1, 2 * size, 2 * size + 1, 5 * size, 33):
+            ask = Ask(tuple(range(length)), 6)
+            assert await answer(d, p, ask) == ask.answer()
+        await assert_at_rest(p, d)
+        assert p.runner.num_tokens == 32 // size * size, "the last one's blocks were there already"
+
+
+async def _cancelled(d: Panel, p: Panel, ask: Ask, after_s: float) -> None:
+    call = decode_stub(d).Decode(ask.pb(p), timeout=20)
+    tokens: list[int] = []
+    reading = asyncio.create_task(collect(call, tokens))
+    await asyncio.sleep(after_s)
+    call.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    assert ask.answer()[: len(tokens)] == tokens
+
+
+async def _lose_leases(p: Panel, owner: str, rng: random.Random) -> None:
+    """What a stopped process or a lost network does: leases end while their blocks are read."""
+    while True:
+        await asyncio.sleep(rng.random() * 0.02)
+        await p.host.kv.release_owner(owner)
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_a_storm(seed: int) -> None:
+    """Small pools preempt, lost leases make slow reads stale, reads fail, calls end: all at once.
+
+    What a request sees depends on the seed alone, in which order it meets the others does not.
+    """
+    rng = random.Random(seed)
+
+    def gate(read: Read) -> ReadState:
+        if rng.random() < 0.0005:
+            raise PeerLost("the test lost it")
+        return ReadState.DONE if rng.random() < 0.03 else ReadState.PENDING
+
+    decode = {"num_blocks": 33, "draft_tokens": 3, "prompt_tokens": 24}
+    async with pair({"num_blocks": 24, "prompt_tokens": 24}, decode) as (p, d):
+        d.transport.gate = gate
+        thief = asyncio.create_task(_lose_leases(p, d.host.incarnation, rng))
+        shared = [rng.randrange(50) for _ in range(40)]
+
+        async def one() -> None:
+            ask = random_ask(rng, shared, 50)
+            await asyncio.sleep(rng.random() * 0.5)
+            if rng.random() < 0.3:
+                await _cancelled(d, p, ask, rng.random() * 0.3)
+            else:
+                assert await answer(d, p, ask) == ask.answer()
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(60):
+                group.create_task(one())
+        thief.cancel()
+        await assert_at_rest(p, d)
+        SEEN["stale"] += d.host.plane.counters.num_stale_blocks
+        SEEN["failures"] += d.host.plane.counters.num_failures
+        SEEN["preemptions"] += d.host.engine.core.scheduler.num_preemptions
+
+
+def test_the_storms_were_storms() -> None:
+    assert all(SEEN[what] > 0 for what in ("stale", "failures", "preemptions")), SEEN

@@ -1,0 +1,116 @@
+"""Whoever calls Prefill and however the call ends: every announced block gets its owner back."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from engine.config import TransferOptions
+from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
+from prefill.service import PrefillServicer
+from tests.support.panels import Panel, assert_at_rest, pair, until
+
+pytestmark = pytest.mark.timeout(60)
+PROMPT = tuple(range(40))
+
+
+def prefill(p: Panel, owner: str = "me", held: int = 0) -> worker_pb2.PrefillRequest:
+    return worker_pb2.PrefillRequest(
+        request_id="r",
+        incarnation=p.host.incarnation,
+        caller_incarnation=owner,
+        token_ids=PROMPT,
+        num_held_blocks=held,
+    )
+
+
+class _Context:
+    """What the service asks of a call."""
+
+    def time_remaining(self) -> None:
+        return None
+
+
+async def test_a_caller_who_goes_before_the_last_word_leaves_no_lease() -> None:
+    """The engine has finished, nobody has read of it: the leases do not wait for their TTL."""
+    async with pair() as (p, _):
+        service = PrefillServicer(p.host)
+        call = service.Prefill(prefill(p), _Context())
+        while True:
+            response = await anext(call)
+            if response.HasField("finished"):
+                break
+        assert p.pool().num_held == 10
+        await call.aclose()
+        await assert_at_rest(p, timeout_s=2)
+
+
+async def test_who_has_read_the_last_word_keeps_the_leases() -> None:
+    async with pair() as (p, _):
+        stub = worker_pb2_grpc.PrefillServiceStub(p.host.channels.get(p.address))
+        leases = [r.ready.lease async for r in stub.Prefill(prefill(p)) if r.HasField("ready")]
+        await asyncio.sleep(0.1)
+        assert p.pool().num_held == 10
+        kv = worker_pb2_grpc.KvServiceStub(p.host.channels.get(p.address))
+        await kv.Release(worker_pb2.ReleaseRequest(caller_incarnation="me", leases=leases))
+        await assert_at_rest(p, timeout_s=2)
+
+
+@pytest.mark.parametrize("num_read", range(6))
+async def test_a_caller_who_goes_at_any_message(num_read: int) -> None:
+    """At the end its going may cross the last word: then the leases run out."""
+    async with pair({"transfer": TransferOptions(lease_ttl_s=0.5)}) as (p, _):
+        p.runner.before_step = lambda: time.sleep(0.01)
+        stub = worker_pb2_grpc.PrefillServiceStub(p.host.channels.get(p.address))
+        call = stub.Prefill(prefill(p))
+        for _ in range(num_read):
+            await call.read()
+        call.cancel()
+        await assert_at_rest(p, timeout_s=2)
+
+
+async def test_pins_are_given_back_also_when_the_engine_is_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An engine that does not answer in time (a stopped process) still does what it was asked."""
+    monkeypatch.setattr("engine.worker.CALL_TIMEOUT_S", 0.05)
+    async with pair() as (p, _):
+        service = PrefillServicer(p.host)
+        call = service.Prefill(prefill(p), _Context())
+        await anext(call)
+        gate = threading.Event()
+        await until(lambda: not p.host.engine._streams)  # all is announced
+        p.host.engine.post(lambda core: _wait_for(gate))
+        held = asyncio.create_task(p.host.blocks.hold([]))
+        await call.aclose()
+        await asyncio.sleep(0.2)
+        monkeypatch.undo()
+        gate.set()
+        await asyncio.gather(held, return_exceptions=True)
+        await assert_at_rest(p, timeout_s=2)
+
+
+async def test_a_hold_that_came_too_late_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.worker.CALL_TIMEOUT_S", 0.05)
+    async with pair() as (p, _):
+        service = PrefillServicer(p.host)
+        names: list[bytes] = []
+        async for response in service.Prefill(prefill(p), _Context()):
+            names += response.ready.hashes
+        await p.host.kv.release_owner("me")
+        await assert_at_rest(p)
+        gate = threading.Event()
+        p.host.engine.post(lambda core: _wait_for(gate))
+        with pytest.raises(TimeoutError):
+            await p.host.blocks.hold(names)
+        monkeypatch.undo()
+        gate.set()
+        assert await p.host.engine.call(lambda core: core.pool.num_held) == 10, "it ran"
+        await assert_at_rest(p, timeout_s=2)
+
+
+def _wait_for(gate: threading.Event) -> None:
+    assert gate.wait(5)
