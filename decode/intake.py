@@ -97,6 +97,7 @@ class Intake:
             if fetch.late:  # its own time ran out: that says nothing of the peer
                 raise DeadlineExceeded("the request's time ran out during its prefill") from error
             self._host.metrics.kv_transfer_failed(type(error).__name__)
+            self._host.channels.keep_only(self._host.peers.addresses)
             raise Unavailable(f"prefill worker lost: {error}", lost="prefill") from error
         fetch.prefill_s += time.monotonic() - begun_s
         cached = fetch.num_cached_tokens

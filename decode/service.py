@@ -156,7 +156,7 @@ class _Answer:
     def _finished(self, event: FinishedEvent) -> worker_pb2.DecodeFinished:
         self._timeline.mark(Mark.FINISHED)
         if event.error:
-            raise Unavailable(event.error)
+            raise event.error
         return worker_pb2.DecodeFinished(
             finish_reason=reason_to_pb(event.reason),
             matched_stop_token=event.matched_stop,

@@ -24,6 +24,7 @@ from engine.core import EngineCore
 from engine.errors import ConfigError
 from engine.model.llama import LlamaModel
 from engine.model.loader import load_model, random_model
+from engine.precision import auto_dtype
 from engine.runner.runner import Runner
 from engine.sampling import Sampler
 from engine.scheduler import Budgets, Scheduler
@@ -70,9 +71,7 @@ def pick_dtype(options: ModelOptions, device: torch.device) -> str:
         raise ConfigError("--weights bf16 contradicts --dtype float32; expected --weights auto")
     if options.dtype != "auto":
         return options.dtype
-    if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():
-        return "bfloat16"
-    return "float32"
+    return auto_dtype(on_gpu=device.type == "cuda")
 
 
 def build_engine(

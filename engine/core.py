@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from engine.cache.block_table import BlockTable
-from engine.errors import InvalidRequest
+from engine.errors import DiptychError, InvalidRequest, Unavailable
 from engine.events import (
     AnnouncedEvent,
     Counts,
@@ -179,7 +179,8 @@ class EngineCore:
             names = [planned.request.work.request_id for planned in plan]
             _log.exception("step failed", request_ids=names)
             for planned in plan:
-                self._finish(planned.request, FinishReason.ABORTED, f"step failed: {error}")
+                fault = Unavailable(f"step failed: {error}")
+                self._finish(planned.request, FinishReason.ABORTED, fault)
         else:
             self._num_failures = 0
             self._accept(plan, sampled)
@@ -217,7 +218,8 @@ class EngineCore:
             guilty = {owners[index].request.key for index in error.rows}
             for planned in plan:
                 if planned.request.key in guilty:
-                    self._finish(planned.request, FinishReason.ABORTED, str(error))
+                    # The same logits would come anywhere: no reason to try again.
+                    self._finish(planned.request, FinishReason.ABORTED, DiptychError(str(error)))
             keep = [i for i, owner in enumerate(owners) if owner.request.key not in guilty]
             rest = [planned for planned in plan if planned.request.key not in guilty]
             return rest, self._sampler.sample(logits[keep], [rows[i] for i in keep]) if keep else []
@@ -338,7 +340,9 @@ class EngineCore:
             )
         )
 
-    def _finish(self, request: Request, reason: FinishReason, error: str = "") -> None:
+    def _finish(
+        self, request: Request, reason: FinishReason, error: DiptychError | None = None
+    ) -> None:
         if request.state is State.FINISHED:
             return
         self.scheduler.remove(request)

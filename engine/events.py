@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.errors import DiptychError
 from engine.types import FinishReason
 
 
@@ -58,7 +59,7 @@ class FinishedEvent:
     reason: FinishReason
     matched_stop: int | None
     counts: Counts
-    error: str = ""  # why the engine gave it up; calling again elsewhere may help
+    error: DiptychError | None = None  # why the engine gave it up
 
 
 Event = TokensEvent | FetchEvent | AnnouncedEvent | FinishedEvent

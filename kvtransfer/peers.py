@@ -45,6 +45,7 @@ class PeerTable:
         self._max_peers = max_peers
         self._timeout_s = timeout_s
         self._pools: OrderedDict[str, RemotePool] = OrderedDict()  # least recently used first
+        self._addresses: dict[str, str] = {}  # HOST:PORT by incarnation
         self._connecting: dict[str, asyncio.Task[RemotePool]] = {}
         self._dropping: set[asyncio.Future[None]] = set()
 
@@ -68,6 +69,11 @@ class PeerTable:
             task.add_done_callback(lambda done: self._connected(peer.incarnation, done))
         return await asyncio.shield(task)  # one caller's cancellation is not the others'
 
+    @property
+    def addresses(self) -> set[str]:
+        """Of the peers that are remembered."""
+        return set(self._addresses.values())
+
     async def forget(self, pool: RemotePool) -> None:
         """Drop a peer and disconnect it; returns when its last read is over.
 
@@ -75,6 +81,7 @@ class PeerTable:
         """
         if self._pools.get(pool.incarnation) is pool:
             del self._pools[pool.incarnation]
+            self._addresses.pop(pool.incarnation, None)
             await asyncio.wrap_future(self._data_plane.disconnect(pool.incarnation))
 
     def _connected(self, incarnation: str, task: asyncio.Task[RemotePool]) -> None:
@@ -84,6 +91,7 @@ class PeerTable:
         self._pools[incarnation] = task.result()
         while len(self._pools) > self._max_peers:
             _, oldest = self._pools.popitem(last=False)
+            self._addresses.pop(oldest.incarnation, None)
             drop = asyncio.wrap_future(self._data_plane.disconnect(oldest.incarnation))
             self._dropping.add(drop)
             drop.add_done_callback(self._dropping.discard)
@@ -100,6 +108,7 @@ class PeerTable:
                 raise Mismatch(f"peer {peer.address}: {error.details()}") from error
             raise PeerLost(f"peer {peer.address}: {error.code().name} {error.details()}") from error
         pool = self._checked(peer, response)
+        self._addresses[peer.incarnation] = peer.address
         connected = asyncio.wrap_future(self._data_plane.connect(pool))
         try:
             await asyncio.wait_for(connected, self._timeout_s)

@@ -76,8 +76,8 @@ class PrefillServicer:
     def _finished(
         event: FinishedEvent, work: Work, timeline: Timeline
     ) -> worker_pb2.PrefillFinished:
-        if event.error or event.reason is FinishReason.ABORTED:
-            raise Unavailable(event.error or "the prefill worker gave the prompt up")
+        if event.reason is FinishReason.ABORTED:
+            raise event.error or Unavailable("the prefill worker gave the prompt up")
         total_s = timeline.between(Mark.ARRIVED, Mark.FINISHED)
         return worker_pb2.PrefillFinished(
             num_computed_tokens=len(work.prompt) - event.counts.num_cached_tokens,

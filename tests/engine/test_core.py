@@ -408,7 +408,7 @@ def test_a_failed_step_ends_its_requests_only() -> None:
     key = bench.add(work)
     bench.runner.fail_next = 1
     bench.step()
-    assert "the device said no" in bench.finished[key].error
+    assert "the device said no" in str(bench.finished[key].error)
     after = bench.add(replace(work, request_id="b"))
     bench.run()
     assert bench.tokens[after] == oracle(work)[0]

@@ -1,0 +1,29 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.precision import auto_dtype
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16 sse\n", "bfloat16"),
+        ("flags\t\t: fpu avx512f avx512_bf16x\n", "float32"),
+        ("Features\t: fp asimd bf16 sve\n", "bfloat16"),
+        ("", "float32"),
+    ],
+)
+def test_auto_dtype(tmp_path: Path, text: str, dtype: str) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text(text)
+    assert auto_dtype(on_gpu=False, cpuinfo=path) == dtype
+    assert auto_dtype(on_gpu=True, cpuinfo=path) == "bfloat16"
+    assert auto_dtype(on_gpu=False, cpuinfo=tmp_path / "absent") == "float32"
+
+
+def test_it_agrees_with_torch_here() -> None:
+    known = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if known:
+        assert auto_dtype(on_gpu=False) == "bfloat16"
