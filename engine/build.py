@@ -24,6 +24,7 @@ from engine.core import EngineCore
 from engine.errors import ConfigError
 from engine.model.llama import LlamaModel
 from engine.model.loader import load_model, random_model
+from engine.model.packed import add_packed
 from engine.precision import auto_dtype
 from engine.runner.runner import Runner
 from engine.sampling import Sampler
@@ -95,7 +96,7 @@ def build_engine(
         block_size=cache.block_size,
         dtype=dtype,
     )
-    target = _load(checkpoint, model, dtype, device)
+    target = _load(role, checkpoint, model, dtype, device)
     window = speculation.max_draft_tokens if speculation else 0
     num_blocks, max_model_len = _size_pool(checkpoint.config, model, cache, layout, device, window)
     identity = _identity(checkpoint, model, layout, dtype, max_model_len)
@@ -127,11 +128,15 @@ def build_engine(
 
 
 def _load(
-    checkpoint: Checkpoint, options: ModelOptions, dtype: str, device: torch.device
+    role: Role, checkpoint: Checkpoint, options: ModelOptions, dtype: str, device: torch.device
 ) -> LlamaModel:
     if options.seed_weights >= 0:
         return random_model(checkpoint.config, options.seed_weights, _DTYPES[dtype], device)
-    return load_model(checkpoint.config, weights(checkpoint, dtype), _DTYPES[dtype], device)
+    paths = weights(checkpoint, dtype)
+    model = load_model(checkpoint.config, paths, _DTYPES[dtype], device)
+    # Few rows want packed weights, many want dense ones: a decode worker meets both.
+    wants_packed = role is Role.DECODE and options.weights == "auto"
+    return add_packed(model, checkpoint) if wants_packed else model
 
 
 def _size_pool(

@@ -13,13 +13,18 @@ def auto_dtype(*, on_gpu: bool, cpuinfo: Path = _CPUINFO) -> str:
     """bfloat16 where the hardware multiplies it, else float32."""
     if on_gpu:
         return "bfloat16"
+    return "bfloat16" if _BFLOAT16_FLAGS & cpu_flags(cpuinfo) else "float32"
+
+
+def cpu_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
+    """What this CPU can do, in the kernel's words; empty where it does not tell."""
     try:
         text = cpuinfo.read_text()
     except OSError:
-        return "float32"
+        return frozenset()
     lines = (line.partition(":") for line in text.splitlines())
     flags = next((v for key, _, v in lines if key.strip().lower() in ("flags", "features")), "")
-    return "bfloat16" if _BFLOAT16_FLAGS & set(flags.split()) else "float32"
+    return frozenset(flags.split())
 
 
 def has_gpu() -> bool:
