@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from engine.native import kernels
+
 # Up to here a packed weight is faster: it moves a quarter of the bytes and unpacks once a tile.
 MAX_PACKED_ROWS = 8
 HEAD_CHUNK_BYTES = 2 << 20  # fp32 rows of the output head that fit in a core's cache
@@ -65,6 +67,9 @@ class ModelWeights:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [T, hidden] over its root mean square, times weight; in fp32, returned in x's dtype."""
+    native = x.dtype is torch.bfloat16 and x.device.type == "cpu" and x.shape[1] % 16 == 0
+    if native and (library := kernels()) is not None:
+        return library.rms_norm(x, weight, eps)
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 

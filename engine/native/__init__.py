@@ -25,6 +25,7 @@ from engine.telemetry.log import get_logger
 _log = get_logger(__name__)
 _SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+_LIBRARIES = ("-lm",)
 _NEEDED = {"avx512_bf16", "avx512f", "avx512bw", "avx512vl"}
 _COMPILE_S = 120.0
 
@@ -52,6 +53,44 @@ class Kernels:
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (packed, scales, x, out)]
         call = self.library[f"diptych_linear_{kind}"]
         call(*pointers, narrow, *x.shape, out.shape[1], torch.get_num_threads())
+
+    def attention(
+        self,
+        layer: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_start: torch.Tensor,
+        context_lens: torch.Tensor,
+        q: torch.Tensor,
+        group: int,
+        window: int,
+    ) -> torch.Tensor:
+        """Causal attention of q [T, heads, head_dim] over one layer of the pool; same shape.
+
+        `layer` is [num_blocks, 2, kv_heads, block_size, head_dim], a strided view; the index arrays
+        are int64: [R, max_blocks], [R + 1], [R]. `window` 0: every query sees all before it.
+        """
+        out = torch.empty_like(q)
+        _, _, kv_heads, block_size, head_dim = layer.shape
+        failed = self.library.diptych_attention(
+            ctypes.c_void_p(layer.data_ptr()),
+            ctypes.c_int64(layer.stride(0)),
+            ctypes.c_void_p(block_tables.data_ptr()),
+            ctypes.c_int64(block_tables.stride(0)),
+            *(ctypes.c_void_p(t.data_ptr()) for t in (query_start, context_lens, q, out)),
+            *(len(context_lens), kv_heads, group, head_dim, block_size, window),
+            ctypes.c_float(head_dim**-0.5),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError("no memory for attention scores")
+        return out
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x [T, width] bfloat16 over its root mean square, times weight; in fp32, rounded once."""
+        x, out = x.contiguous(), torch.empty_like(x)
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, weight, out)]
+        self.library.diptych_rms_norm(*pointers, *x.shape, ctypes.c_float(eps))
+        return out
 
     @property
     def max_columns(self) -> int:
@@ -89,7 +128,7 @@ def _compiled(compiler: str, flags: frozenset[str]) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part_path = path.with_suffix(f".{os.getpid()}.part")
-        command = [compiler, *_FLAGS, "-o", str(part_path), str(_SOURCE)]
+        command = [compiler, *_FLAGS, "-o", str(part_path), str(_SOURCE), *_LIBRARIES]
         subprocess.run(command, capture_output=True, timeout=_COMPILE_S, check=True)
         part_path.rename(path)
     return path

@@ -1,4 +1,4 @@
-/* Products of few rows with GGUF-packed weights, for CPUs with AVX512-BF16.
+/* Kernels for CPUs with AVX512-BF16: products of few rows with GGUF-packed weights, attention, norms.
  *
  * Each weight is dequantised and rounded to bfloat16 on the fly: exactly the value that the dense bfloat16
  * matrix holds, so both packings are one numeric profile and differ only in the order of sums. Activations
@@ -6,8 +6,10 @@
  * the GIL. All pointers are the caller's; nothing is kept.
  */
 #include <immintrin.h>
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 
 typedef uint16_t bf16;
 enum { BLOCK = 32, CHUNK = 32, MAX_BLOCKS = 2048 };
@@ -124,4 +126,148 @@ void diptych_linear_q8_0(const uint8_t *q, const uint16_t *scales, const bf16 *x
                                   q8_0_5, q8_0_6, q8_0_7, q8_0_8};
     product(q, (size_t)K, scales, K / BLOCK, tiles, x, y, narrow, M, K, N,
             threads);
+}
+
+/* ---- attention of few queries over paged KV -----------------------------------------------------------
+ *
+ * A row has the queries of one request; query head h reads K/V head h / group. Scores are kept whole, so
+ * each K and each V is read once for all queries of its head. fp32 throughout, from bfloat16. */
+static inline __m512 widen(const bf16 *p) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+/* e^x to about 2 units in the last place; x <= 0. After Cephes' expf. */
+static inline __m512 exp_ps(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 y = _mm512_set1_ps(1.9875691500e-4f);
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.3981999507e-3f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(8.3334519073e-3f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.1665795894e-2f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.6666665459e-1f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.0000001201e-1f));
+    y = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(r, r), y, r), _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(y, n);
+}
+
+/* Turn `count` scores into weights that sum to 1. */
+static void softmax(float *scores, int count) {
+    __m512 high = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    for (int i = 0; i < count; i += 16) {
+        __mmask16 mask = count - i >= 16 ? 0xffff : (__mmask16)((1u << (count - i)) - 1);
+        high = _mm512_mask_max_ps(high, mask, high, _mm512_maskz_loadu_ps(mask, scores + i));
+    }
+    high = _mm512_set1_ps(_mm512_reduce_max_ps(high));
+    for (int i = 0; i < count; i += 16) {
+        __mmask16 mask = count - i >= 16 ? 0xffff : (__mmask16)((1u << (count - i)) - 1);
+        __m512 e = exp_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + i), high));
+        _mm512_mask_storeu_ps(scores + i, mask, e);
+        total = _mm512_mask_add_ps(total, mask, total, e);
+    }
+    __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+    for (int i = 0; i < count; i += 16) {
+        __mmask16 mask = count - i >= 16 ? 0xffff : (__mmask16)((1u << (count - i)) - 1);
+        __m512 weights = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, scores + i), scale);
+        _mm512_mask_storeu_ps(scores + i, mask, weights);
+    }
+}
+
+typedef struct {
+    const bf16 *layer;        /* of block 0: [2, kv_heads, block_size, head_dim] */
+    int64_t block_stride;     /* elements from one block to the next */
+    int64_t table_stride;     /* entries from one row's block table to the next */
+    int kv_heads, group, head_dim, block_size, window;
+    float scale;
+} geometry;
+
+/* The first position that a query at `position` sees. */
+static inline int64_t oldest(const geometry *g, int64_t position) {
+    return g->window && position >= g->window ? position - g->window + 1 : 0;
+}
+
+/* One K/V head of one row: queries q [count, heads, head_dim] whose last one is at context - 1. */
+static void attend(const geometry *g, const int64_t *table, int head, int count, int64_t context,
+                   const bf16 *q, bf16 *out, float *scores) {
+    const int D = g->head_dim, heads = g->kv_heads * g->group;
+    const int64_t plane = (int64_t)g->block_size * D, first = oldest(g, context - count);
+    for (int64_t p = first; p < context; p++) {
+        const bf16 *k = g->layer + table[p / g->block_size] * g->block_stride + head * plane +
+                        p % g->block_size * D;
+        for (int t = 0; t < count; t++)
+            for (int i = 0; i < g->group; i++) {
+                const bf16 *query = q + ((size_t)t * heads + head * g->group + i) * D;
+                __m512 sum = _mm512_setzero_ps();
+                for (int d = 0; d < D; d += 32)
+                    sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(k + d),
+                                           (__m512bh)_mm512_loadu_si512(query + d));
+                scores[(t * g->group + i) * context + p] = _mm512_reduce_add_ps(sum) * g->scale;
+            }
+    }
+    for (int t = 0; t < count; t++)
+        for (int i = 0; i < g->group; i++) {
+            int64_t position = context - count + t, from = oldest(g, position);
+            float *weights = scores + (t * g->group + i) * context;
+            softmax(weights + from, (int)(position + 1 - from));
+            bf16 *to = out + ((size_t)t * heads + head * g->group + i) * D;
+            for (int d = 0; d < D; d += 64) {
+                __m512 a[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
+                               _mm512_setzero_ps()};
+                int parts = D - d >= 64 ? 4 : (D - d) / 16;
+                for (int64_t p = from; p <= position; p++) {
+                    const bf16 *v = g->layer + table[p / g->block_size] * g->block_stride +
+                                    (g->kv_heads + head) * plane + p % g->block_size * D + d;
+                    __m512 weight = _mm512_set1_ps(weights[p]);
+                    for (int j = 0; j < parts; j++)
+                        a[j] = _mm512_fmadd_ps(weight, widen(v + 16 * j), a[j]);
+                }
+                for (int j = 0; j < parts; j++)
+                    _mm256_storeu_si256((__m256i *)(to + d + 16 * j),
+                                        (__m256i)_mm512_cvtneps_pbh(a[j]));
+            }
+        }
+}
+
+/* q and out [T, heads, head_dim]; row r has queries query_start[r] to query_start[r + 1], the last at
+ * context_lens[r] - 1, and block table `tables` + r * table_stride. head_dim a multiple of 32. Returns 0,
+ * or 1 when there is no memory for the scores. */
+int diptych_attention(const bf16 *layer, int64_t block_stride, const int64_t *tables, int64_t table_stride,
+                      const int64_t *query_start, const int64_t *context_lens, const bf16 *q, bf16 *out,
+                      int rows, int kv_heads, int group, int head_dim, int block_size, int window,
+                      float scale, int threads) {
+    const geometry g = {layer,    block_stride, table_stride, kv_heads, group,
+                        head_dim, block_size,   window,       scale};
+    int failed = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int task = 0; task < rows * kv_heads; task++) {
+        int row = task / kv_heads, count = (int)(query_start[row + 1] - query_start[row]);
+        size_t at = (size_t)query_start[row] * kv_heads * group * head_dim;
+        float *scores = malloc(sizeof(float) * count * group * context_lens[row]);
+        if (!scores) {
+            failed = 1;
+            continue;
+        }
+        attend(&g, tables + row * table_stride, task % kv_heads, count, context_lens[row], q + at,
+               out + at, scores);
+        free(scores);
+    }
+    return failed;
+}
+
+/* out = x / rms(x) * w, each row of x [T, width]; width a multiple of 16. */
+void diptych_rms_norm(const bf16 *x, const bf16 *w, bf16 *out, int T, int width, float eps) {
+    for (int t = 0; t < T; t++, x += width, out += width) {
+        __m512 squares = _mm512_setzero_ps();
+        for (int i = 0; i < width; i += 16) {
+            __m512 v = widen(x + i);
+            squares = _mm512_fmadd_ps(v, v, squares);
+        }
+        __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / width + eps));
+        for (int i = 0; i < width; i += 16) {
+            __m512 v = _mm512_mul_ps(_mm512_mul_ps(widen(x + i), scale), widen(w + i));
+            _mm256_storeu_si256((__m256i *)(out + i), (__m256i)_mm512_cvtneps_pbh(v));
+        }
+    }
 }
