@@ -96,14 +96,7 @@ def add_packed(model: LlamaModel, checkpoint: Checkpoint) -> LlamaModel:
     if tensors is None:
         tensors = _make(checkpoint.gguf, model)
         _write(path, tensors)
-    found = {
-        name.removesuffix(".packed"): GGUFMatrix(
-            name.split(".")[-2], packed, tensors[name.removesuffix("packed") + "scales"], library
-        )
-        for name, packed in tensors.items()
-        if name.endswith(".packed")
-    }
-    matrices = {name.rpartition(".")[0]: matrix for name, matrix in found.items()}
+    matrices = _matrices(tensors, library)
     layers = []
     for index, layer in enumerate(model.weights.layers):
         parts = [matrices.get(f"{index}.{name}") for name in ("qkv", "out", "gate_up", "down")]
@@ -116,6 +109,17 @@ def add_packed(model: LlamaModel, checkpoint: Checkpoint) -> LlamaModel:
         model.weights, layers=tuple(layers), packed_head=matrices.get("head")
     )
     return LlamaModel(model.config, weights)
+
+
+def _matrices(tensors: _Tensors, library: Kernels) -> dict[str, GGUFMatrix]:
+    """{"3.qkv": ..., "head": ...} of the kept tensors."""
+    out = {}
+    for name in tensors:
+        place, kind, part = name.rsplit(".", 2)
+        if part == "packed":
+            scales = tensors[f"{place}.{kind}.scales"]
+            out[place] = GGUFMatrix(kind, tensors[name], scales, library)
+    return out
 
 
 def _groups(num_layers: int) -> Iterator[tuple[str, list[str]]]:
@@ -135,8 +139,8 @@ def _make(path: Path, model: LlamaModel) -> _Tensors:
     tensors: _Tensors = {}
     for name, parts in [*_groups(model.config.num_layers), ("head", [head])]:
         if made := repack([source[part] for part in parts]):
-            kind, tensors_packed, scales = made
-            tensors[f"{name}.{kind}.packed"] = tensors_packed
+            kind, packed, scales = made
+            tensors[f"{name}.{kind}.packed"] = packed
             tensors[f"{name}.{kind}.scales"] = scales
     return tensors
 
