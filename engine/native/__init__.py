@@ -23,7 +23,7 @@ from engine.precision import cpu_flags
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
-_SOURCE = Path(__file__).with_name("kernels.c")
+_FOLDER = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _LIBRARIES = ("-lm",)
 _NEEDED = {"avx512_bf16", "avx512f", "avx512bw", "avx512vl"}
@@ -122,13 +122,15 @@ def _compiled(compiler: str, flags: frozenset[str]) -> Path:
         [compiler, "--version"], capture_output=True, timeout=_COMPILE_S, check=True
     ).stdout
     key = hashlib.blake2b(digest_size=8)
-    for part in (_SOURCE.read_bytes(), version, repr((_FLAGS, sorted(flags))).encode()):
+    sources = sorted(_FOLDER.glob("*.c"))
+    texts = [path.read_bytes() for path in [*sources, *sorted(_FOLDER.glob("*.h"))]]
+    for part in (*texts, version, repr((_FLAGS, sorted(flags))).encode()):
         key.update(part)
     path = cache_dir() / "native" / f"kernels-{key.hexdigest()}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part_path = path.with_suffix(f".{os.getpid()}.part")
-        command = [compiler, *_FLAGS, "-o", str(part_path), str(_SOURCE), *_LIBRARIES]
+        command = [compiler, *_FLAGS, "-o", str(part_path), *map(str, sources), *_LIBRARIES]
         subprocess.run(command, capture_output=True, timeout=_COMPILE_S, check=True)
         part_path.rename(path)
     return path
