@@ -1,0 +1,1 @@
+"""Measurements: our stack and its peers on the same machine, with the same prompts."""

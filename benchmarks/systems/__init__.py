@@ -1,0 +1,1 @@
+"""Systems under measurement; `base` is the contract."""
