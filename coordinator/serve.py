@@ -22,7 +22,7 @@ import uvloop
 from coordinator.app import Coordinator, dialable
 from coordinator.model import ServedModel
 from coordinator.supervisor import Supervisor, worker_command
-from engine.checkpoint.source import Checkpoint, resolve, weights
+from engine.checkpoint.source import resolve
 from engine.config import (
     CacheOptions,
     DraftOptions,
@@ -36,7 +36,8 @@ from engine.config import (
     state_dir,
     to_flags,
 )
-from engine.precision import auto_dtype, has_gpu
+from engine.placement import prepare_weights
+from engine.precision import has_gpu
 from engine.telemetry.log import configure_logging, get_logger
 from engine.types import Role
 
@@ -77,20 +78,13 @@ def serve(
     configure_logging(log, role="coordinator")
     checkpoint = resolve(model.model, weights=fleet.workers == "local")
     if fleet.workers == "local" and model.seed_weights < 0:
-        _prepare_weights(checkpoint, model)
+        # Here, where a person sees the progress.
+        prepare_weights(checkpoint, model, cache, on_gpu=model.device != "cpu" and has_gpu())
     name = model.model_name or checkpoint.name
     served = ServedModel.load(checkpoint, name, model.max_model_len)
     model = dataclasses.replace(model, model_name=name)
     options = Options(model, front, fleet, cache, step, draft, transfer, log)
     return uvloop.run(_serve(options, served))
-
-
-def _prepare_weights(checkpoint: Checkpoint, model: ModelOptions) -> None:
-    """Convert before the local workers start, where a person sees the progress bar."""
-    dtype = model.dtype
-    if dtype == "auto":
-        dtype = auto_dtype(on_gpu=model.device != "cpu" and has_gpu())
-    weights(checkpoint, dtype)
 
 
 async def _serve(options: Options, served: ServedModel) -> int:
@@ -129,10 +123,11 @@ def make_supervisor(options: Options, coordinator_address: str) -> Supervisor:
         options.model, options.cache, options.step, options.transfer, options.log, worker
     )
     draft = to_flags(options.draft)
+    seats = {name: f"{log_dir / 'cores'}:{i}:{len(places)}" for i, (name, _) in enumerate(places)}
 
     def command(worker_id: str, role: Role) -> list[str]:
         flags = [*shared, *draft] if role is Role.DECODE else shared
-        return worker_command(worker_id, role, flags)
+        return worker_command(worker_id, role, [*flags, f"--cores={seats[worker_id]}"])
 
     return Supervisor(places, log_dir, command)
 

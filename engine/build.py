@@ -18,15 +18,18 @@ from engine.cache.kv_cache import KVCache
 from engine.cache.layout import KVLayout, compatibility_digest
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.fingerprint import tokenizer_digest
+from engine.checkpoint.packed import packed_file, read_packed
 from engine.checkpoint.source import Checkpoint, resolve, weights
 from engine.config import CacheOptions, ModelOptions, StepOptions
-from engine.core import EngineCore
+from engine.core import EngineCore, ModelRunner
 from engine.errors import ConfigError
-from engine.model.llama import LlamaModel
 from engine.model.loader import load_model, random_model
-from engine.model.packed import add_packed
+from engine.model.native import NativeModel
+from engine.native import Kernels
+from engine.native.threads import Seat, Threads
+from engine.placement import packing, pick_kernels
 from engine.precision import auto_dtype
-from engine.runner.runner import Runner
+from engine.runner.runner import NativeRunner, Runner
 from engine.sampling import Sampler
 from engine.scheduler import Budgets, Scheduler
 from engine.speculation import Speculation
@@ -66,10 +69,11 @@ def pick_device(options: ModelOptions) -> torch.device:
 
 def pick_dtype(options: ModelOptions, device: torch.device) -> str:
     """The precision asked for; `auto` is bfloat16 where the hardware multiplies it."""
-    if options.weights in ("int8", "int4"):
-        raise ConfigError(f"--weights {options.weights}: not available yet; expected auto or bf16")
-    if options.weights == "bf16" and options.dtype == "float32":
-        raise ConfigError("--weights bf16 contradicts --dtype float32; expected --weights auto")
+    if options.weights != "auto" and options.dtype in ("float32", "float16"):
+        raise ConfigError(
+            f"--weights {options.weights} contradicts --dtype {options.dtype}; "
+            "expected --weights auto"
+        )
     if options.dtype != "auto":
         return options.dtype
     return auto_dtype(on_gpu=device.type == "cuda")
@@ -89,6 +93,7 @@ def build_engine(
     device = pick_device(model)
     dtype = pick_dtype(model, device)
     checkpoint = resolve(model.model, weights=model.seed_weights < 0)
+    library = pick_kernels(checkpoint.config, model, cache, dtype, on_gpu=device.type == "cuda")
     layout = KVLayout(
         num_layers=checkpoint.config.num_layers,
         num_kv_heads=checkpoint.config.num_kv_heads,
@@ -96,24 +101,21 @@ def build_engine(
         block_size=cache.block_size,
         dtype=dtype,
     )
-    target = _load(role, checkpoint, model, dtype, device)
     window = speculation.max_draft_tokens if speculation else 0
     num_blocks, max_model_len = _size_pool(checkpoint.config, model, cache, layout, device, window)
-    identity = _identity(checkpoint, model, layout, dtype, max_model_len)
+    profile = numeric_profile(checkpoint, model, dtype, native=library is not None)
+    identity = _identity(checkpoint, model, layout, profile, max_model_len)
     pool = BlockPool(num_blocks)
     kv_cache = KVCache(layout, num_blocks, device)
     budgets = Budgets(step.max_batched_tokens or _PROMPT_TOKENS[role], step.max_num_seqs)
     scheduler = Scheduler(pool, layout.block_size, budgets, speculation, max_model_len)
     metrics = WorkerMetrics(registry, identity.name)
-    config = checkpoint.config
-    backend = select_backend(layout, config.num_heads, config.sliding_window, device)
-    core = EngineCore(
-        scheduler,
-        Runner(target, kv_cache, backend),
-        Sampler(config.vocab_size, device),
-        metrics,
-        time.monotonic,
-    )
+    if library is not None:
+        runner = _native_runner(checkpoint, model, step, kv_cache, library)
+    else:
+        runner = _torch_runner(checkpoint, model, dtype, kv_cache)
+    sampler = Sampler(checkpoint.config.vocab_size, device)
+    core = EngineCore(scheduler, runner, sampler, metrics, time.monotonic)
     _log.info(
         "engine built",
         model=identity.name,
@@ -122,21 +124,49 @@ def build_engine(
         num_blocks=num_blocks,
         block_bytes=layout.block_bytes,
         max_model_len=max_model_len,
-        threads=torch.get_num_threads(),
+        native=library is not None,
     )
     return Engine(core, kv_cache, layout, identity, metrics)
 
 
-def _load(
-    role: Role, checkpoint: Checkpoint, options: ModelOptions, dtype: str, device: torch.device
-) -> LlamaModel:
+def numeric_profile(
+    checkpoint: Checkpoint, options: ModelOptions, dtype: str, *, native: bool
+) -> str:
+    """Everything that changes the numbers of an answer; part of the compatibility digest."""
+    source = checkpoint.fingerprint
     if options.seed_weights >= 0:
-        return random_model(checkpoint.config, options.seed_weights, _DTYPES[dtype], device)
-    paths = weights(checkpoint, dtype)
-    model = load_model(checkpoint.config, paths, _DTYPES[dtype], device)
-    # Few rows want packed weights, many want dense ones: a decode worker meets both.
-    wants_packed = role is Role.DECODE and options.weights == "auto"
-    return add_packed(model, checkpoint) if wants_packed else model
+        source = f"random-{options.seed_weights}-{source}"
+    if not native:
+        return f"{source} weights={dtype} activations={dtype} kv={dtype}"
+    kept = {"auto": "gguf", "bf16": "bfloat16"}
+    choice = packing(checkpoint, options)
+    return f"{source} weights={kept.get(choice, choice)} activations=float32/int16 kv={dtype}"
+
+
+def _native_runner(
+    checkpoint: Checkpoint,
+    model: ModelOptions,
+    step: StepOptions,
+    kv_cache: KVCache,
+    library: Kernels,
+) -> ModelRunner:
+    config = checkpoint.config
+    path = packed_file(checkpoint, packing(checkpoint, model))
+    target = NativeModel(config, read_packed(path, config), library)
+    num_threads = step.num_threads or len(os.sched_getaffinity(0))
+    return NativeRunner(target, kv_cache, Threads(library, num_threads, Seat.parse(step.cores)))
+
+
+def _torch_runner(
+    checkpoint: Checkpoint, options: ModelOptions, dtype: str, kv_cache: KVCache
+) -> ModelRunner:
+    config, device = checkpoint.config, kv_cache.device
+    if options.seed_weights >= 0:
+        target = random_model(config, options.seed_weights, _DTYPES[dtype], device)
+    else:
+        target = load_model(config, weights(checkpoint, dtype), _DTYPES[dtype], device)
+    backend = select_backend(kv_cache.layout, config.num_heads, config.sliding_window, device)
+    return Runner(target, kv_cache, backend)
 
 
 def _size_pool(
@@ -175,12 +205,12 @@ def _default_pool_bytes(device: torch.device) -> int:
 
 
 def _identity(
-    checkpoint: Checkpoint, options: ModelOptions, layout: KVLayout, dtype: str, max_model_len: int
+    checkpoint: Checkpoint,
+    options: ModelOptions,
+    layout: KVLayout,
+    profile: str,
+    max_model_len: int,
 ) -> ModelIdentity:
-    source = checkpoint.fingerprint
-    if options.seed_weights >= 0:
-        source = f"random-{options.seed_weights}-{source}"
-    profile = f"{source} weights={dtype} activations={dtype} kv={dtype}"
     config = checkpoint.config
     digest = compatibility_digest(
         numeric_profile=profile,

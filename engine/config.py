@@ -127,7 +127,10 @@ class StepOptions:
     max_batched_tokens: int = option(0, "prompt tokens a step; 0: chosen by role", minimum=0)
     max_num_seqs: int = option(64, "answers written at once by one worker", minimum=1)
     num_threads: int = option(
-        0, "compute threads; 0: all cores, or a local worker's equal share", minimum=0
+        0, "compute threads; 0: all cores (with torch, a local worker's equal share)", minimum=0
+    )
+    cores: str = option(
+        "", "FILE:INDEX:COUNT: the page by which local workers share cores; set by the coordinator"
     )
 
 

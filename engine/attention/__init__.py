@@ -8,23 +8,16 @@ from typing import Any
 import torch
 
 from engine.attention.base import AttentionBackend
-from engine.attention.native_backend import NativeBackend
 from engine.attention.torch_backend import TorchBackend
 from engine.cache.layout import KVLayout
-from engine.native import kernels
 
 
 def select_backend(
     layout: KVLayout, num_heads: int, sliding_window: int, device: torch.device
 ) -> AttentionBackend[Any]:
-    """FlashInfer on CUDA where it is installed, our kernel on the CPU, each for the precisions
-    that it knows; torch elsewhere.
-    """
+    """FlashInfer on CUDA where it is installed and knows the precision; torch elsewhere."""
     if device.type == "cuda" and layout.dtype != "float32" and find_spec("flashinfer"):
         from engine.attention.flashinfer_backend import FlashInferBackend
 
         return FlashInferBackend(layout, num_heads, device, sliding_window)
-    library = kernels() if device.type == "cpu" and NativeBackend.takes(layout) else None
-    if library is not None:
-        return NativeBackend(layout, num_heads, sliding_window, library)
     return TorchBackend(layout, num_heads, sliding_window)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from engine.attention.base import AttentionBackend
 from engine.cache.kv_cache import KVCache
 from engine.checkpoint.config import ModelConfig
-from engine.model.layers import LayerWeights, ModelWeights, logits, mlp, project, rms_norm
+from engine.model.layers import LayerWeights, ModelWeights, logits, mlp, rms_norm
 from engine.model.rope import make_rope, rotate
 from engine.runner.batch import Batch
 
@@ -61,23 +61,19 @@ class LlamaModel:
             if index == last and batch.num_logits == 0:
                 break  # nobody reads what comes after the last layer's KV
             attended = backend.run(plan, index, q, kv_cache).flatten(1)
-            packed = layer.packed
-            x = x + project(attended, layer.out, layer.out_bias, packed.out if packed else None)
+            x = x + F.linear(attended, layer.out, layer.out_bias)
             x = x + mlp(rms_norm(x, layer.mlp_norm, eps), layer)
         if batch.num_logits == 0:
             return torch.empty(0, self.config.vocab_size, dtype=torch.float32, device=self.device)
         wanted = x.index_select(0, batch.logit_index)
-        return logits(
-            rms_norm(wanted, self.weights.norm, eps), self.weights.head, self.weights.packed_head
-        )
+        return logits(rms_norm(wanted, self.weights.norm, eps), self.weights.head)
 
     def _qkv(
         self, x: torch.Tensor, layer: LayerWeights, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [T, num_heads, head_dim] and k, v [T, num_kv_heads, head_dim] of x; q, k rotated."""
         c = self.config
-        packed = layer.packed
-        heads = project(x, layer.qkv, layer.qkv_bias, packed.qkv if packed else None).view(
+        heads = F.linear(x, layer.qkv, layer.qkv_bias).view(
             -1, c.num_heads + 2 * c.num_kv_heads, c.head_dim
         )
         turned = rotate(heads[:, : c.num_heads + c.num_kv_heads], cos, sin)

@@ -65,7 +65,8 @@ def ranges(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt
     return out
 
 
-def _check(rows: Sequence[Row], block_size: int) -> None:
+def check_rows(rows: Sequence[Row], block_size: int) -> None:
+    """Raise ValueError on a row that contradicts itself."""
     for i, row in enumerate(rows):
         if len(row.token_ids) == 0 or row.start < 0:
             raise ValueError(f"row {i}: needs a token and a start of at least 0")
@@ -79,7 +80,7 @@ def _check(rows: Sequence[Row], block_size: int) -> None:
 
 def build_batch(rows: Sequence[Row], block_size: int, device: torch.device) -> Batch:
     """Lay `rows` out on `device`. Raises ValueError on a row that contradicts itself."""
-    _check(rows, block_size)
+    check_rows(rows, block_size)
     num_tokens = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
     starts = np.array([row.start for row in rows], dtype=np.int64)
     num_logits = np.array([row.num_logits for row in rows], dtype=np.int64)

@@ -10,6 +10,8 @@ import torch
 from engine.attention.base import AttentionBackend
 from engine.cache.kv_cache import KVCache
 from engine.model.llama import LlamaModel
+from engine.model.native import NativeModel
+from engine.native.threads import Threads
 from engine.runner.batch import Row, build_batch
 
 
@@ -45,3 +47,25 @@ class Runner:
             self._done.record()
             self._done.synchronize()
         return logits
+
+
+class NativeRunner:
+    """A model computed by our own CPU kernels. Called from one thread at a time."""
+
+    def __init__(self, model: NativeModel, kv_cache: KVCache, threads: Threads) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+        self._threads = threads
+
+    def run(self, rows: Sequence[Row]) -> torch.Tensor:
+        """The rows' wanted logits, row by row: fp32 [S, vocab], good until the next call.
+
+        Raises ValueError on a row that contradicts itself, MemoryError.
+        """
+        if not rows:
+            return torch.empty(0, self._model.config.vocab_size, dtype=torch.float32)
+        self._threads.busy(True)
+        try:
+            return self._model.forward(rows, self._kv_cache)
+        finally:
+            self._threads.busy(False)

@@ -15,7 +15,9 @@ from engine.attention import select_backend
 from engine.cache.kv_cache import KVCache
 from engine.cache.layout import KVLayout
 from engine.checkpoint.config import ModelConfig, RopeScaling
+from engine.core import ModelRunner
 from engine.model.llama import LlamaModel
+from engine.model.native import NativeModel
 from engine.runner.batch import Row
 from engine.runner.runner import Runner
 
@@ -62,18 +64,40 @@ class Sequence_:
     num_cached: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Native:
+    """Our kernels, on whatever threads the process has; each step's logits are kept."""
+
+    model: NativeModel
+    kv_cache: KVCache
+
+    def run(self, rows: Sequence[Row]) -> torch.Tensor:
+        return self.model.forward(rows, self.kv_cache).clone()
+
+
 class Bench:
     """A model with its runner, a poisoned pool and a shuffled free list."""
 
     def __init__(
-        self, model: LlamaModel, *, block_size: int = 4, num_blocks: int = 256, seed: int = 0
+        self,
+        model: LlamaModel | NativeModel,
+        *,
+        block_size: int = 4,
+        num_blocks: int = 256,
+        seed: int = 0,
     ) -> None:
-        config, dtype = model.config, str(model.dtype).removeprefix("torch.")
+        config = model.config
+        native = isinstance(model, NativeModel)
+        dtype = "bfloat16" if native else str(model.dtype).removeprefix("torch.")
         layout = layout_of(config, block_size, dtype)
         self.kv_cache = KVCache(layout, num_blocks, CPU)
         self.kv_cache.pool.fill_(float("nan"))
-        backend = select_backend(layout, config.num_heads, config.sliding_window, CPU)
-        self.runner = Runner(model, self.kv_cache, backend)
+        self.runner: ModelRunner
+        if isinstance(model, NativeModel):
+            self.runner = _Native(model, self.kv_cache)
+        else:
+            backend = select_backend(layout, config.num_heads, config.sliding_window, CPU)
+            self.runner = Runner(model, self.kv_cache, backend)
         self._layout = layout
         self._free = list(range(num_blocks))
         random.Random(seed).shuffle(self._free)

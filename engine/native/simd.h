@@ -1,0 +1,66 @@
+/* What the kernels share: bfloat16, exp, and fixed orders of sums. AVX512-BF16. */
+#ifndef DIPTYCH_SIMD_H
+#define DIPTYCH_SIMD_H
+
+#include <immintrin.h>
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef uint16_t bf16;
+
+/* Sixteen bfloat16 as fp32. */
+static inline __m512 widen(const bf16 *p) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+/* Sixteen fp32, rounded to nearest even. */
+static inline void narrow(bf16 *to, __m512 value) {
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(value));
+}
+
+/* value rounded to bfloat16 and back. */
+static inline __m512 rounded(__m512 value) {
+    __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(value));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+/* The first `count` of sixteen lanes. */
+static inline __mmask16 lanes(int count) {
+    return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1);
+}
+
+/* e^x to about 2 units in the last place, for x <= 88; below -87 it stays at e^-87. After Cephes' expf. */
+static inline __m512 exp_ps(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x); /* in this order: a NaN stays one */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 y = _mm512_set1_ps(1.9875691500e-4f);
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.3981999507e-3f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(8.3334519073e-3f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.1665795894e-2f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.6666665459e-1f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.0000001201e-1f));
+    y = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(r, r), y, r), _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(y, n);
+}
+
+/* The sixteen lanes of each of four vectors summed, always by the same tree: i + (i + 8), then + 4, + 2,
+ * + 1. So a sum does not depend on which other sums were made beside it. */
+static inline __m128 sum4(__m512 a, __m512 b, __m512 c, __m512 d) {
+    __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+    __m512 abcd = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    abcd = _mm512_add_ps(abcd, _mm512_shuffle_ps(abcd, abcd, 0x4e));
+    abcd = _mm512_add_ps(abcd, _mm512_shuffle_ps(abcd, abcd, 0xb1));
+    const __m512i first = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
+    return _mm512_castps512_ps128(_mm512_permutexvar_ps(first, abcd));
+}
+
+static inline float sum1(__m512 a) {
+    return _mm_cvtss_f32(sum4(a, a, a, a));
+}
+
+#endif

@@ -1,0 +1,15 @@
+/* A few threads that compute one loop at a time, and share a machine's cores with other local workers. */
+#ifndef DIPTYCH_THREADS_H
+#define DIPTYCH_THREADS_H
+
+/* One turn of a loop. `thread` is 0 for the caller, 1 ... for the helpers: an index of scratch memory. */
+typedef void (*turn)(void *arg, int index, int thread);
+
+/* Turns 0 .. count - 1, begun in this order, on the calling thread and every helper that has a core; returns when
+ * all are done. One caller at a time. */
+void parallel(int count, turn run, void *arg);
+
+/* The caller and its helpers. */
+int num_threads(void);
+
+#endif

@@ -1,0 +1,181 @@
+"""Our CPU kernels compute what torch computes, and the same bits whatever else is in a step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+
+from engine.cache.kv_cache import KVCache
+from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.packed import packable, packed_file, read_packed
+from engine.checkpoint.source import resolve, weights
+from engine.model.llama import LlamaModel
+from engine.model.loader import load_model
+from engine.model.native import NativeModel
+from engine.native import kernels
+from tests.support.paged import CPU, Bench, tiny_config
+
+LIBRARY = kernels()
+pytestmark = pytest.mark.skipif(
+    LIBRARY is None, reason="needs a C compiler and a CPU with AVX512-BF16 and VNNI"
+)
+COMMON = {
+    "num_hidden_layers": 2,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 131,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+Llama, Mistral, Qwen2 = (
+    transformers.LlamaConfig,
+    transformers.MistralConfig,
+    transformers.Qwen2Config,
+)
+MODELS: dict[str, transformers.PretrainedConfig] = {
+    "llama, tied": Llama(**COMMON, tie_word_embeddings=True),
+    "llama, untied, all biases": Llama(**COMMON, attention_bias=True, mlp_bias=True),
+    "llama, one head each, head of 96": Llama(
+        **COMMON | {"num_key_value_heads": 6, "head_dim": 96}
+    ),
+    "llama, head of 128": Llama(**COMMON | {"head_dim": 128}),
+    "mistral, window of 13": Mistral(**COMMON, sliding_window=13),
+    "mistral, window of 300": Mistral(**COMMON, sliding_window=300),
+    "qwen2": Qwen2(**{k: v for k, v in COMMON.items() if k != "head_dim"} | {"hidden_size": 192}),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIPTYCH_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def native(folder: Path | str, choice: str) -> NativeModel:
+    assert LIBRARY
+    checkpoint = resolve(str(folder), progress=False)
+    path = packed_file(checkpoint, choice, progress=False)
+    return NativeModel(checkpoint.config, read_packed(path, checkpoint.config), LIBRARY)
+
+
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS.keys())
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[LlamaModel, NativeModel]:
+    """A random model with bfloat16 weights: torch's in fp32, and ours."""
+    torch.manual_seed(3)
+    source = transformers.AutoModelForCausalLM.from_config(request.param, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in source.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
+    folder = tmp_path_factory.mktemp("model")
+    source.to(torch.bfloat16).save_pretrained(folder)
+    checkpoint = resolve(str(folder), progress=False)
+    paths = weights(checkpoint, "float32")
+    exact = load_model(checkpoint.config, paths, torch.float32, CPU, progress=False)
+    return exact, native(folder, "bf16")
+
+
+def tokens(count: int, vocab: int = 131, seed: int = 5) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(vocab) for _ in range(count)]
+
+
+def whole(model: LlamaModel | NativeModel, prompt: list[int]) -> torch.Tensor:
+    bench = Bench(model, block_size=16)
+    return bench.step((bench.sequence(prompt), len(prompt), len(prompt)))
+
+
+def in_pieces(model: NativeModel, prompts: list[list[int]], seed: int) -> list[torch.Tensor]:
+    """Logits of every position of every prompt, computed in ragged steps of random chunks."""
+    rng = random.Random(seed)
+    bench = Bench(model, block_size=16, seed=seed)
+    sequences = [bench.sequence(prompt) for prompt in prompts]
+    out: list[list[torch.Tensor]] = [[] for _ in prompts]
+    while left := [i for i, s in enumerate(sequences) if s.num_cached < len(s.token_ids)]:
+        chosen = rng.sample(left, rng.randint(1, len(left)))
+        work = []
+        for i in chosen:
+            s = sequences[i]
+            count = min(rng.choice((1, 1, 2, 3, 5, 8, 17, 64)), len(s.token_ids) - s.num_cached)
+            work.append((s, count, count))
+        pieces = bench.step(*work).split([count for _, count, _ in work])
+        for i, piece in zip(chosen, pieces, strict=True):
+            out[i].append(piece)
+    return [torch.cat(pieces) for pieces in out]
+
+
+def test_logits_are_those_of_torch(pair: tuple[LlamaModel, NativeModel]) -> None:
+    """Up to values of K and V that another order of sums rounds the other way."""
+    exact, ours = pair
+    prompt = tokens(400)
+    with pytest.MonkeyPatch.context() as patch:
+        write = KVCache.write
+        patch.setattr(
+            KVCache,
+            "write",
+            lambda self, layer, slots, k, v: write(
+                self, layer, slots, k.bfloat16().float(), v.bfloat16().float()
+            ),
+        )
+        expected = whole(exact, prompt)
+    error = (whole(ours, prompt) - expected).abs().amax(-1) / expected.abs().amax(-1)
+    assert error.max() < 3e-3 and error.min() < 1e-6, (error.max(), error.min())
+
+
+def test_a_tokens_logits_are_the_same_bits_in_any_step(
+    pair: tuple[LlamaModel, NativeModel],
+) -> None:
+    _, ours = pair
+    prompts = [tokens(n, seed=n) for n in (1, 5, 16, 47, 90, 333, 700)]
+    alone = [whole(ours, prompt) for prompt in prompts]
+    for seed in (1, 2):
+        for got, expected in zip(in_pieces(ours, prompts, seed), alone, strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.fixture(scope="module")
+def text() -> tuple[list[int], torch.Tensor]:
+    """A prompt for the default model, and its logits in fp32."""
+    checkpoint = resolve("smollm2", progress=False)
+    paths = weights(checkpoint, "float32", progress=False)
+    exact = load_model(checkpoint.config, paths, torch.float32, CPU, progress=False)
+    words = "The hinge joins two panels, and so the left one can show what the right one hides. "
+    prompt = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json")).encode(words * 6).ids
+    return prompt, whole(exact, prompt)
+
+
+@pytest.mark.parametrize("choice", ["auto", "bf16", "int8", "int4"])
+def test_the_default_model_in_every_packing(
+    choice: str, text: tuple[list[int], torch.Tensor]
+) -> None:
+    """The same bits in any step, and near to fp32: mean KL divergence over a text's positions."""
+    ours, (prompt, expected) = native("smollm2", choice), text
+    got = whole(ours, prompt)
+    for pieces in in_pieces(ours, [prompt], 3):
+        assert torch.equal(pieces, got)
+    p, q = torch.log_softmax(expected, -1), torch.log_softmax(got, -1)
+    divergence = (p.exp() * (p - q)).sum(-1).mean().item()
+    print(f"{choice}: KL divergence {divergence:.2e} nats a token")
+    assert divergence < {"auto": 2e-4, "bf16": 2e-3, "int8": 2e-2, "int4": 2e-2}[choice]
+
+
+def test_which_models_the_kernels_take() -> None:
+    fits = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32}
+    assert packable(tiny_config(**fits))
+    assert not packable(tiny_config(**fits | {"hidden_size": 80}))
+    assert not packable(tiny_config(**fits | {"intermediate_size": 90}))
+    assert not packable(tiny_config(**fits | {"head_dim": 48}))
+    assert isinstance(tiny_config(), ModelConfig)
