@@ -31,6 +31,7 @@ from engine.sampling import Sampler, SampleRow, UnusableLogits
 from engine.scheduler import PlannedRow, Scheduler
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import WorkerMetrics
+from engine.telemetry.stopwatch import Stopwatch
 from engine.types import FinishReason
 
 _log = get_logger(__name__)
@@ -151,18 +152,21 @@ class EngineCore:
 
     def step(self) -> bool:
         """One pass; False if there was nothing to compute."""
+        watch = Stopwatch(self._clock)
         for request in self.scheduler.admit(self._clock()):
             self._on_admitted(request)
         plan = self.scheduler.plan()
+        watch.lap("schedule")
         if plan:
-            start_s = self._clock()
-            self._compute(plan)
-            self._metrics.engine_step_seconds.observe(self._clock() - start_s)
+            self._compute(plan, watch)
             self._metrics.iteration_tokens.observe(sum(p.num_tokens + len(p.draft) for p in plan))
         self._record_load()
+        watch.lap("emit")
+        if plan:
+            self._metrics.step_took(watch.laps)
         return bool(plan)
 
-    def _compute(self, plan: Sequence[PlannedRow]) -> None:
+    def _compute(self, plan: Sequence[PlannedRow], watch: Stopwatch) -> None:
         """Run the model and accept; a failure ends the requests of this step, not the worker.
 
         Until `_accept` nothing has been booked, so giving those requests up leaves a consistent
@@ -170,7 +174,9 @@ class EngineCore:
         """
         try:
             logits = self._runner.run([self._model_row(planned) for planned in plan])
+            watch.lap("forward")
             plan, sampled = self._sample(plan, logits)
+            watch.lap("sample")
         except Exception as error:
             self._metrics.engine_step_failures.inc()
             self._num_failures += 1

@@ -9,7 +9,7 @@ thread-safe.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -34,7 +34,24 @@ TRANSFER_BUCKETS = (
     10.0, 30.0,
 )
 # fmt: on
-STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+STEP_BUCKETS = (
+    0.0001,
+    0.0002,
+    0.0005,
+    0.001,
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+    2.0,
+    5.0,
+    10.0,
+)
 TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -53,11 +70,15 @@ class _Maker:
         series = Gauge(PREFIX + name, help, ("model_name", *labels), registry=self._registry)
         return series.labels(self._model_name) if not labels else series
 
-    def histogram(self, name: str, help: str, buckets: Sequence[float]) -> Histogram:
+    def histogram(self, name: str, help: str, buckets: Sequence[float], *labels: str) -> Histogram:
         series = Histogram(
-            PREFIX + name, help, ("model_name",), registry=self._registry, buckets=tuple(buckets)
+            PREFIX + name,
+            help,
+            ("model_name", *labels),
+            registry=self._registry,
+            buckets=tuple(buckets),
         )
-        return series.labels(self._model_name)
+        return series.labels(self._model_name) if not labels else series
 
 
 class WorkerMetrics:
@@ -98,8 +119,8 @@ class WorkerMetrics:
             "kv_stale_reads",
             "Blocks that the fence refused: reused before or while they were read.",
         )
-        self.engine_step_seconds = make.histogram(
-            "engine_step_seconds", "One step of the engine.", STEP_BUCKETS
+        self._engine_step_seconds = make.histogram(
+            "engine_step_seconds", "A step of the engine, by phase.", STEP_BUCKETS, "phase"
         )
         self.engine_step_failures = make.counter(
             "engine_step_failures", "Steps whose computation raised; their requests were given up."
@@ -110,7 +131,15 @@ class WorkerMetrics:
         self._kv_transfer_failures = make.counter(
             "kv_transfer_failures", "Pulls that failed.", "reason"
         )
+        self._phases: dict[str, Histogram] = {}
         self._kv_blocks = make.gauge("kv_blocks", "KV blocks by state.", "state")
+
+    def step_took(self, phases: Mapping[str, float]) -> None:
+        """Observe the seconds of each phase of one step; "total" is their sum."""
+        for phase, seconds in (*phases.items(), ("total", sum(phases.values()))):
+            if phase not in self._phases:
+                self._phases[phase] = self._engine_step_seconds.labels(self._model_name, phase)
+            self._phases[phase].observe(seconds)
 
     def kv_transfer_failed(self, reason: str) -> None:
         """Count one failed pull; `reason` is one of a few fixed words."""
