@@ -31,13 +31,22 @@ INLINE const bf16 *vectors_at(const geometry *g, const queries *w, int plane, in
            (plane * g->kv_heads + w->head) * size + (int64_t)(position % g->block_size) * g->head_dim;
 }
 
-/* Send for the K and V of `count` positions: each block is somewhere else, and no hardware guesses where. */
-static void fetch(const geometry *g, const queries *w, int first, int count) {
-    for (int sub = 0; sub < count; sub += 16)
-        for (int plane = 0; plane < 2; plane++) {
-            const char *at = (const char *)vectors_at(g, w, plane, first + sub);
-            for (int line = 0; line < 16 * g->head_dim * 2; line += 64) _mm_prefetch(at + line, _MM_HINT_T0);
-        }
+/* Where the K and V of the tile after this one lie, by 16 positions. No hardware guesses where the next
+ * block is, so its lines are sent for one by one, between the products of this tile: many at once would
+ * only fill the queue to memory and stop the thread. */
+typedef struct {
+    const bf16 *k[TILE / 16], *v[TILE / 16];
+} coming;
+
+static coming tile_at(const geometry *g, const queries *w, int first) {
+    coming c;
+    const int last = w->position + w->num_tokens - 1;
+    for (int i = 0; i < TILE / 16; i++) {
+        const int position = first + 16 * i < last ? first + 16 * i : last - last % 16;
+        c.k[i] = vectors_at(g, w, 0, position);
+        c.v[i] = vectors_at(g, w, 1, position);
+    }
+    return c;
 }
 
 /* Sixteen rows of sixteen 32-bit values: columns become rows. */
@@ -71,32 +80,47 @@ INLINE void transpose(__m512i r[16]) {
     }
 }
 
-/* keys [head_dim, TILE] fp32, values [TILE, head_dim] fp32 of `count` positions from `first` on. What
- * stands in `keys` behind them is never used: those scores are masked. */
-static void stage(const geometry *g, const queries *w, int first, int count, float *keys, float *values) {
+INLINE __m512 lower(__m512i pair) { return _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)); }
+INLINE __m512 upper(__m512i pair) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32((int)0xffff0000)));
+}
+
+/* A tile as the sums want it. Once for a single strip of queries, as pairs of bfloat16 and V where it lies;
+ * for many strips widened, so that it is done once for all of them. The sums are the same.
+ *
+ *   keys     [head_dim / 2, TILE] pairs of bfloat16, or [head_dim, TILE] fp32
+ *   values   [TILE, head_dim] fp32, or none
+ *
+ * What stands in `keys` behind the last position is never used: those scores are masked. */
+INLINE void stage(const geometry *g, const queries *w, int first, int count, int once, float *keys, float *values) {
     const int D = g->head_dim;
     for (int sub = 0; sub < count; sub += 16) {
-        const bf16 *k = vectors_at(g, w, 0, first + sub), *v = vectors_at(g, w, 1, first + sub);
+        const bf16 *k = vectors_at(g, w, 0, first + sub);
         for (int d = 0; d < D; d += 32) {
             __m512i r[16];
 #pragma GCC unroll 16
             for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(k + i * D + d);
             transpose(r);
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) {
-                float *to = keys + (size_t)(d + 2 * i) * TILE + sub;
-                _mm512_storeu_ps(to, _mm512_castsi512_ps(_mm512_slli_epi32(r[i], 16)));
-                __m512i upper = _mm512_and_si512(r[i], _mm512_set1_epi32((int)0xffff0000));
-                _mm512_storeu_ps(to + TILE, _mm512_castsi512_ps(upper));
-            }
+            for (int i = 0; i < 16; i++)
+                if (once) {
+                    _mm512_storeu_si512(keys + (size_t)(d / 2 + i) * TILE + sub, r[i]);
+                } else {
+                    float *to = keys + (size_t)(d + 2 * i) * TILE + sub;
+                    _mm512_storeu_ps(to, lower(r[i]));
+                    _mm512_storeu_ps(to + TILE, upper(r[i]));
+                }
         }
+        if (once) continue;
+        const bf16 *v = vectors_at(g, w, 1, first + sub);
         const int rows = count - sub < 16 ? count - sub : 16;
         for (int i = 0; i < rows * D; i += 16) _mm512_storeu_ps(values + (size_t)sub * D + i, widen(v + i));
     }
 }
 
 /* Scores of M query vectors with the tile's keys, scaled and masked: [M, TILE]. */
-INLINE void score(const geometry *g, const queries *w, int vector, int M, int first, const float *keys, float *scores) {
+INLINE void score(const geometry *g, const queries *w, int vector, int M, int first, int once, const float *keys,
+                  const coming *next, float *scores) {
     const int D = g->head_dim;
     const __m512 scale = _mm512_set1_ps(1.0f / sqrtf((float)D));
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -109,16 +133,30 @@ INLINE void score(const geometry *g, const queries *w, int vector, int M, int fi
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) sums[i][j] = _mm512_setzero_ps();
     }
-    for (int d = 0; d < D; d++) {
-        __m512 k[4];
+    for (int d = 0; d < D; d += 2) {
+        if (next) { /* four lines of the next tile's 2 D */
+            const bf16 *line = next->k[4 * d / D] + (size_t)(d - 4 * d / D * (D / 4)) * 64;
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) k[j] = _mm512_loadu_ps(keys + (size_t)d * TILE + 16 * j);
-#pragma GCC unroll 6
-        for (int i = 0; i < M; i++) {
-            __m512 value = _mm512_set1_ps(q[i][d]);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) sums[i][j] = _mm512_fmadd_ps(value, k[j], sums[i][j]);
+            for (int i = 0; i < 4; i++) _mm_prefetch((const char *)(line + 32 * i), _MM_HINT_T0);
         }
+        __m512 k[2][4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+            if (once) {
+                __m512i pair = _mm512_loadu_si512(keys + (size_t)(d / 2) * TILE + 16 * j);
+                k[0][j] = lower(pair), k[1][j] = upper(pair);
+            } else {
+                k[0][j] = _mm512_loadu_ps(keys + (size_t)d * TILE + 16 * j);
+                k[1][j] = _mm512_loadu_ps(keys + (size_t)(d + 1) * TILE + 16 * j);
+            }
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++)
+#pragma GCC unroll 6
+            for (int i = 0; i < M; i++) {
+                __m512 value = _mm512_set1_ps(q[i][d + half]);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) sums[i][j] = _mm512_fmadd_ps(value, k[half][j], sums[i][j]);
+            }
     }
 #pragma GCC unroll 6
     for (int i = 0; i < M; i++) {
@@ -155,9 +193,10 @@ INLINE float weigh(float *scores, float *max, float *sum) {
     return factor;
 }
 
-/* out [M, D] = out * factor + weights [M, TILE] times values [count, D], for V vectors of 16 from `d` on. */
-INLINE void gather(const float *weights, const float *factor, const float *values, int count, int M, int V, int D,
-                   int d, float *out) {
+/* out [M, D] = out * factor + weights [M, TILE] times values [count, D], for V vectors of 16 from `d` on. `here`:
+ * where V lies, by 16 positions, when it was not staged. */
+INLINE void gather(const float *weights, const float *factor, const float *values, const coming *here, int count, int M,
+                   int V, int D, int d, const coming *next, float *out) {
     __m512 sums[STRIP][4];
 #pragma GCC unroll 6
     for (int i = 0; i < M; i++)
@@ -165,9 +204,14 @@ INLINE void gather(const float *weights, const float *factor, const float *value
         for (int j = 0; j < V; j++)
             sums[i][j] = _mm512_mul_ps(_mm512_loadu_ps(out + (size_t)i * D + d + 16 * j), _mm512_set1_ps(factor[i]));
     for (int k = 0; k < count; k++) {
+        if (next)
+            for (int i = 0; i < V * 16; i += 32)
+                _mm_prefetch((const char *)(next->v[k / 16] + (size_t)(k % 16) * D + d + i), _MM_HINT_T0);
         __m512 v[4];
 #pragma GCC unroll 4
-        for (int j = 0; j < V; j++) v[j] = _mm512_loadu_ps(values + (size_t)k * D + d + 16 * j);
+        for (int j = 0; j < V; j++)
+            v[j] = here ? widen(here->v[k / 16] + (size_t)(k % 16) * D + d + 16 * j)
+                        : _mm512_loadu_ps(values + (size_t)k * D + d + 16 * j);
 #pragma GCC unroll 6
         for (int i = 0; i < M; i++) {
             __m512 weight = _mm512_set1_ps(weights[i * TILE + k]);
@@ -183,39 +227,58 @@ INLINE void gather(const float *weights, const float *factor, const float *value
 
 /* M vectors, from number `vector` on, over one tile. */
 INLINE void strip(const geometry *g, const queries *w, int vector, int M, int first, int count, const float *keys,
-                  const float *values, float *scores, partial *part) {
+                  const float *values, const coming *here, const coming *next, float *scores, partial *part) {
     const int D = g->head_dim;
     float factor[STRIP];
-    score(g, w, vector, M, first, keys, scores);
+    score(g, w, vector, M, first, here != NULL, keys, next, scores);
     for (int i = 0; i < M; i++)
         factor[i] = weigh(scores + i * TILE, &part->max[vector + i], &part->sum[vector + i]);
     float *out = part->out + (size_t)vector * D;
     int d = 0;
-    for (; d + 64 <= D; d += 64) gather(scores, factor, values, count, M, 4, D, d, out);
-    if (d < D) gather(scores, factor, values, count, M, 2, D, d, out);
+    for (; d + 64 <= D; d += 64) gather(scores, factor, values, here, count, M, 4, D, d, next, out);
+    if (d < D) gather(scores, factor, values, here, count, M, 2, D, d, next, out);
 }
 
-void attend(const geometry *g, const queries *w, int segment, partial *part, float *scratch) {
+void attend(const geometry *g, const queries *w, int segment, const queries *then, int then_segment, partial *part,
+            float *scratch) {
     const int D = g->head_dim, vectors = w->num_tokens * g->group, end = w->position + w->num_tokens;
+    const int begin = segment * SEGMENT;
     float *keys = scratch, *values = keys + (size_t)TILE * D, *scores = values + (size_t)TILE * D;
     for (int i = 0; i < vectors; i++) part->max[i] = NOTHING_YET, part->sum[i] = 0;
     memset(part->out, 0, sizeof(float) * vectors * (size_t)D);
-    const int begin = segment * SEGMENT;
-    fetch(g, w, begin, end - begin < TILE ? end - begin : TILE);
     for (int first = begin; first < begin + SEGMENT && first < end; first += TILE) {
         if (first + TILE <= oldest(g, w->position)) continue;
-        const int count = end - first < TILE ? end - first : TILE, after = end - first - TILE;
-        stage(g, w, first, count, keys, values);
-        if (after > 0) fetch(g, w, first + TILE, after < TILE ? after : TILE);
-        int i = 0;
-        for (; i + STRIP <= vectors; i += STRIP) strip(g, w, i, STRIP, first, count, keys, values, scores, part);
-        switch (vectors - i) {
-        case 1: strip(g, w, i, 1, first, count, keys, values, scores, part); break;
-        case 2: strip(g, w, i, 2, first, count, keys, values, scores, part); break;
-        case 3: strip(g, w, i, 3, first, count, keys, values, scores, part); break;
-        case 4: strip(g, w, i, 4, first, count, keys, values, scores, part); break;
-        case 5: strip(g, w, i, 5, first, count, keys, values, scores, part); break;
+        const int count = end - first < TILE ? end - first : TILE;
+        const int more = first + TILE < begin + SEGMENT && first + TILE < end;
+        coming tile;
+        const coming *next = NULL;
+        if (more || then) {
+            tile = more ? tile_at(g, w, first + TILE) : tile_at(g, then, then_segment * SEGMENT);
+            next = &tile;
         }
+        if (vectors <= STRIP) {
+            const coming here = tile_at(g, w, first);
+            stage(g, w, first, count, 1, keys, values);
+            switch (vectors) {
+            case 1: strip(g, w, 0, 1, first, count, keys, values, &here, next, scores, part); break;
+            case 2: strip(g, w, 0, 2, first, count, keys, values, &here, next, scores, part); break;
+            case 3: strip(g, w, 0, 3, first, count, keys, values, &here, next, scores, part); break;
+            case 4: strip(g, w, 0, 4, first, count, keys, values, &here, next, scores, part); break;
+            case 5: strip(g, w, 0, 5, first, count, keys, values, &here, next, scores, part); break;
+            default: strip(g, w, 0, STRIP, first, count, keys, values, &here, next, scores, part);
+            }
+            continue;
+        }
+        stage(g, w, first, count, 0, keys, values);
+        for (int i = 0; i < vectors; i += STRIP, next = NULL)
+            switch (vectors - i) {
+            case 1: strip(g, w, i, 1, first, count, keys, values, NULL, next, scores, part); break;
+            case 2: strip(g, w, i, 2, first, count, keys, values, NULL, next, scores, part); break;
+            case 3: strip(g, w, i, 3, first, count, keys, values, NULL, next, scores, part); break;
+            case 4: strip(g, w, i, 4, first, count, keys, values, NULL, next, scores, part); break;
+            case 5: strip(g, w, i, 5, first, count, keys, values, NULL, next, scores, part); break;
+            default: strip(g, w, i, STRIP, first, count, keys, values, NULL, next, scores, part);
+            }
     }
 }
 

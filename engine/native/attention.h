@@ -39,8 +39,10 @@ static inline size_t attention_bytes(int head_dim) {
 /* The segments first .. end - 1 of SEGMENT positions that these queries see anything of. */
 void segments_seen(const geometry *g, const queries *w, int *first, int *end);
 
-/* Attention over one segment. `scratch`: attention_bytes(head_dim). */
-void attend(const geometry *g, const queries *w, int segment, partial *part, float *scratch);
+/* Attention over one segment. `then` and its `then_segment` are what this thread will probably attend next
+ * (NULL: not known): their first keys are sent for. `scratch`: attention_bytes(head_dim). */
+void attend(const geometry *g, const queries *w, int segment, const queries *then, int then_segment, partial *part,
+            float *scratch);
 
 /* Add what another segment gave; segments are merged in rising order. */
 void merge(partial *total, const partial *part, int vectors, int head_dim);

@@ -299,13 +299,20 @@ static void attend_turn(void *arg, int index, int thread) {
     partial *total = (partial *)scratch, *part = (partial *)(scratch + partial_bytes(D));
     float *rest = (float *)(scratch + 2 * partial_bytes(D));
     const queries w = queries_of(s, task);
+    const int next = index + num_threads(); /* the others take those in between */
+    const attention_task *after = next < s->num_tasks ? &s->tasks[next] : NULL;
+    const queries then = after ? queries_of(s, after) : w;
     if (task->part) {
-        attend(&s->at, &w, task->first_segment, task->part, rest);
+        attend(&s->at, &w, task->first_segment, after ? &then : NULL, after ? after->first_segment : 0, task->part, rest);
         return;
     }
     for (int segment = task->first_segment; segment < task->end_segment; segment++) {
-        attend(&s->at, &w, segment, segment == task->first_segment ? total : part, rest);
-        if (segment > task->first_segment) merge(total, part, vectors, D);
+        partial *to = segment == task->first_segment ? total : part;
+        if (segment + 1 < task->end_segment)
+            attend(&s->at, &w, segment, &w, segment + 1, to, rest);
+        else
+            attend(&s->at, &w, segment, after ? &then : NULL, after ? after->first_segment : 0, to, rest);
+        if (to == part) merge(total, part, vectors, D);
     }
     finish(s, task, total);
 }
