@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.sampling.row import SampleRow
+from engine.types import SamplingParams
 
 _NEG_INF = float("-inf")
 # Probabilities are summed as integers of this scale: exact below 2**23 tokens, finer than fp32.
@@ -25,13 +26,11 @@ _WIDTHS = (256, 4096)
 
 def edits_logits(row: SampleRow) -> bool:
     """Whether `edit_logits` would change this row at all."""
-    p = row.params
-    return bool(row.banned or p.logit_bias) or penalizes(row)
+    return bool(row.banned or row.params.logit_bias) or penalizes(row.params)
 
 
-def penalizes(row: SampleRow) -> bool:
-    """Whether the row's history changes its logits."""
-    p = row.params
+def penalizes(p: SamplingParams) -> bool:
+    """Whether a row's history changes its logits."""
     return p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
 
 
@@ -65,7 +64,7 @@ def _penalize(x: torch.Tensor, rows: Sequence[SampleRow]) -> None:
     parts = []
     seen: dict[int, tuple[NDArray[np.bool_], NDArray[np.int64]]] = {}
     for i, row in enumerate(rows):
-        if not penalizes(row):
+        if not penalizes(row.params):
             continue
         if id(row.tokens) not in seen:  # the rows of a draft share their history
             seen[id(row.tokens)] = _history(row, x.shape[1])

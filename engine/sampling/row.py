@@ -1,4 +1,4 @@
-"""One token to draw: everything the sampler's answer depends on, besides the logits."""
+"""One token to draw: all that the sampler's answer depends on besides the logits; its one error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,18 @@ class SampleRow:
 
     params: SamplingParams
     position: int  # absolute: len(tokens) + len(draft)
-    tokens: Sequence[int]  # prompt and answer; shared by the rows of a request, never modified
+    tokens: Sequence[int]  # prompt and answer; shared by a request's rows, only ever appended to
     num_prompt: int
     draft: Sequence[int] = ()  # counts as answer
     banned: frozenset[int] = frozenset()  # stop ids that min_tokens still forbids
+
+
+class UnusableLogits(ArithmeticError):
+    """Rows that have no next token: NaN or +inf among the logits, or nothing left above -inf.
+
+    `rows` are their indices in the batch; the other rows can be sampled without them.
+    """
+
+    def __init__(self, rows: Sequence[int], reason: str) -> None:
+        super().__init__(f"row {', '.join(map(str, rows))} of the logits: {reason}")
+        self.rows = tuple(rows)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from engine.sampling.filters import edit_logits, edits_logits, filter_logits
+from engine.sampling.native import native_sampler
 from engine.sampling.philox import (
     MAX_GUMBEL,
     MIN_GUMBEL,
@@ -26,26 +27,23 @@ from engine.sampling.philox import (
     gumbel_at,
     gumbel_row,
 )
-from engine.sampling.row import SampleRow
-
-
-class UnusableLogits(ArithmeticError):
-    """Rows that have no next token: NaN or +inf among the logits, or nothing left above -inf.
-
-    `rows` are their indices in the batch; the other rows can be sampled without them.
-    """
-
-    def __init__(self, rows: Sequence[int], reason: str) -> None:
-        super().__init__(f"row {', '.join(map(str, rows))} of the logits: {reason}")
-        self.rows = tuple(rows)
+from engine.sampling.row import SampleRow, UnusableLogits
 
 
 class Sampler:
-    """Draws tokens. Holds no state but sizes; safe to share."""
+    """Draws tokens. Holds no state but sizes and work space; safe to share.
 
-    def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
+    On a CPU that has the instructions the work is native/sampling.c's; what follows here is for
+    other devices, and the oracle of the tests (`native=False`).
+    """
+
+    def __init__(
+        self, vocab_size: int, device: torch.device | str = "cpu", *, native: bool = True
+    ) -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
+        on_cpu = self.device.type == "cpu"
+        self._native = native_sampler(vocab_size) if native and on_cpu else None
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
         """The token of each row; logits float32 [len(rows), vocab_size], left as they are.
@@ -57,6 +55,8 @@ class Sampler:
             raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}, not {expected}")
         if not rows:
             return []
+        if self._native is not None:
+            return self._native.sample(logits, rows)
         logits = logits.detach()
         _check(logits, range(len(rows)), "not a number, infinite, or -inf throughout")
 

@@ -79,9 +79,11 @@ def _row(seed: int, position: int, **params: object) -> SampleRow:
     return SampleRow(resolved, position, TOKENS, NUM_PROMPT, (), BANNED)
 
 
-def _draws(walk: Callable[[int], tuple[int, int]], size: int, **params: object) -> np.ndarray:
+def _draws(
+    walk: Callable[[int], tuple[int, int]], size: int, native: bool = True, **params: object
+) -> np.ndarray:
     """`size` tokens, int64 [size]."""
-    sampler, tokens = Sampler(VOCAB), []
+    sampler, tokens = Sampler(VOCAB, native=native), []
     for start in range(0, size, BATCH):
         rows = [_row(*walk(i), **params) for i in range(start, min(start + BATCH, size))]
         tokens += sampler.sample(LOGITS.expand(len(rows), -1), rows)
@@ -106,11 +108,12 @@ def test_a_million_draws() -> None:
     assert sum(size for _, _, size in CASES) >= 1_000_000
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
 @pytest.mark.parametrize(("walk", "name", "size"), CASES)
-def test_draws_follow_the_filtered_softmax(walk: str, name: str, size: int) -> None:
+def test_draws_follow_the_filtered_softmax(walk: str, name: str, size: int, native: bool) -> None:
     params = FILTERS[name]
     expected = probabilities(LOGITS.tolist(), _row(0, 0, **params))
-    assert chi_square_p(_draws(WALKS[walk], size, **params), expected) > LEAST_P
+    assert chi_square_p(_draws(WALKS[walk], size, native, **params), expected) > LEAST_P
 
 
 def test_neighbouring_draws_are_independent() -> None:

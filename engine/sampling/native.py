@@ -1,0 +1,202 @@
+"""The sampler's C way: packs a step's rows and calls native/sampling.c once.
+
+Python's part is small because little is packed anew: a request's parameters once, its tokens as
+they come, its bans once. A plain greedy row costs a look-up and its share of one join of bytes.
+
+    record of a row, 168 bytes: [ parameters 104 | position 8 | history, draft, bans 56 ]
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+import threading
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from engine.native import kernels
+from engine.sampling.filters import penalizes
+from engine.sampling.row import SampleRow, UnusableLogits
+from engine.types import SamplingParams
+
+_PARAMETERS = struct.Struct("=6dQ3q3q")
+_POSITION = struct.Struct("=Q")
+_HISTORY = struct.Struct("=7q")
+_NO_HISTORY = bytes(_HISTORY.size)
+_ALIGNMENT = 64
+_64_BITS = 2**64 - 1
+_NO_SUCH_TOKEN = -3
+_REASONS = {-1: "not a number, infinite, or -inf throughout", -2: "no token is left"}
+_Source = TypeVar("_Source")
+_Value = TypeVar("_Value")
+
+
+class _PerBatch(Generic[_Source, _Value]):
+    """Values kept by the identity of their source from one batch to the next, and no longer.
+
+    The source is kept too, so that no other object can take its id.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[int, tuple[_Source, _Value]] = {}
+        self._now: dict[int, tuple[_Source, _Value]] = {}
+
+    def turn(self) -> None:
+        """A new batch begins."""
+        self._last, self._now = self._now, {}
+
+    def get(self, source: _Source) -> _Value | None:
+        """The value kept for `source`, if this batch or the last one had it."""
+        key = id(source)
+        entry = self._now.get(key)
+        if entry is None:
+            entry = self._last.get(key)
+            if entry is None:
+                return None
+            self._now[key] = entry
+        return entry[1]
+
+    def put(self, source: _Source, value: _Value) -> _Value:
+        """Keep `value` for `source`."""
+        self._now[id(source)] = (source, value)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Parameters:
+    record: bytes
+    penalizes: bool
+    pointed_at: tuple[array[int], array[float]]  # by the record
+
+
+class NativeSampler:
+    """Draws a batch's tokens on the CPU. Safe to share: one call at a time."""
+
+    def __init__(self, library: ctypes.CDLL, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._sample = library["diptych_sample"]
+        self._sample.restype = None
+        self._sample.argtypes = [
+            ctypes.c_void_p,  # logits
+            ctypes.c_int64,  # elements from one row to the next
+            ctypes.c_int,  # vocab_size
+            ctypes.c_char_p,  # records
+            ctypes.c_int,  # first row
+            ctypes.c_int,  # one after the last
+            ctypes.c_void_p,  # tokens, int32
+            ctypes.c_void_p,  # scratch
+        ]
+        num_bytes = library["diptych_sample_scratch"]
+        num_bytes.restype = ctypes.c_size_t
+        self._memory = ctypes.create_string_buffer(num_bytes(vocab_size) + _ALIGNMENT)  # zeros
+        start = ctypes.addressof(self._memory)
+        self._scratch = start + -start % _ALIGNMENT
+        self._parameters: _PerBatch[SamplingParams, _Parameters] = _PerBatch()
+        self._tokens: _PerBatch[Sequence[int], array[int]] = _PerBatch()
+        self._banned: _PerBatch[frozenset[int], array[int]] = _PerBatch()
+        self._lock = threading.Lock()
+
+    def sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
+        """The token of each row; logits float32 [len(rows), vocab_size], left as they are.
+
+        Raises UnusableLogits naming every row without a token, IndexError if a row bans, biases or
+        has seen a token beyond the vocabulary.
+        """
+        if logits.stride(1) != 1:
+            logits = logits.contiguous()
+        tokens = array("i", bytes(4 * len(rows)))
+        with self._lock:
+            drafts: list[array[int]] = []
+            records = self._pack(rows, drafts)
+            self._sample(
+                logits.data_ptr(),
+                logits.stride(0),
+                self.vocab_size,
+                records,
+                0,
+                len(rows),
+                tokens.buffer_info()[0],
+                self._scratch,
+            )
+        drawn = tokens.tolist()
+        if min(drawn) < 0:
+            _raise(drawn)
+        return drawn
+
+    def _pack(self, rows: Sequence[SampleRow], drafts: list[array[int]]) -> bytes:
+        """The rows' records; they point at arrays kept in `drafts` and in this object."""
+        for kept in (self._parameters, self._tokens, self._banned):
+            kept.turn()
+        parts: list[bytes] = []
+        for row in rows:
+            params = self._parameters.get(row.params)
+            if params is None:
+                params = self._parameters.put(row.params, _packed(row.params))
+            plain = not (params.penalizes or row.banned)
+            history = _NO_HISTORY if plain else self._history(row, params.penalizes, drafts)
+            parts += (params.record, _POSITION.pack(row.position), history)
+        return b"".join(parts)
+
+    def _history(self, row: SampleRow, is_penalized: bool, drafts: list[array[int]]) -> bytes:
+        tokens = draft = banned = (0, 0)  # address, length
+        if is_penalized:
+            tokens = self._mirror(row.tokens).buffer_info()
+            if row.draft:
+                drafts.append(array("i", row.draft))
+                draft = drafts[-1].buffer_info()
+        if row.banned:
+            ids = self._banned.get(row.banned)
+            if ids is None:
+                ids = self._banned.put(row.banned, array("i", row.banned))
+            banned = ids.buffer_info()
+        return _HISTORY.pack(*tokens, row.num_prompt, *draft, *banned)
+
+    def _mirror(self, tokens: Sequence[int]) -> array[int]:
+        """`tokens` as int32: those appended since the last batch are appended here."""
+        mirror = self._tokens.get(tokens)
+        known = len(mirror) if mirror else 0
+        if mirror and known <= len(tokens) and mirror[-1] == tokens[known - 1]:
+            mirror.extend(tokens[known:])
+            return mirror
+        return self._tokens.put(tokens, array("i", tokens))
+
+
+def _packed(p: SamplingParams) -> _Parameters:
+    biases = dict(p.logit_bias)  # of a token named twice the last counts
+    ids, values = array("i", biases.keys()), array("f", biases.values())
+    record = _PARAMETERS.pack(
+        p.temperature,
+        p.top_p,
+        math.log(p.min_p) if p.min_p > 0 else -math.inf,
+        p.repetition_penalty,
+        p.frequency_penalty,
+        p.presence_penalty,
+        p.seed & _64_BITS,
+        p.top_k,
+        p.greedy,
+        penalizes(p),
+        ids.buffer_info()[0],
+        values.buffer_info()[0],
+        len(ids),
+    )
+    return _Parameters(record, penalizes(p), (ids, values))
+
+
+def _raise(drawn: Sequence[int]) -> None:
+    """Raise what the negative ones among `drawn` say."""
+    if _NO_SUCH_TOKEN in drawn:
+        row = drawn.index(_NO_SUCH_TOKEN)
+        raise IndexError(f"row {row} bans, biases or has seen a token beyond the vocabulary")
+    reasons = [reason for code, reason in _REASONS.items() if code in drawn]
+    raise UnusableLogits([i for i, token in enumerate(drawn) if token < 0], "; ".join(reasons))
+
+
+def native_sampler(vocab_size: int) -> NativeSampler | None:
+    """One for this CPU; None where there are no native kernels."""
+    found = kernels()
+    return NativeSampler(found.library, vocab_size) if found else None
