@@ -153,9 +153,10 @@ class EngineCore:
     def step(self) -> bool:
         """One pass; False if there was nothing to compute."""
         watch = Stopwatch(self._clock)
-        for request in self.scheduler.admit(self._clock()):
+        now_s = self._clock()
+        for request in self.scheduler.admit(now_s):
             self._on_admitted(request)
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(now_s)
         watch.lap("schedule")
         if plan:
             self._compute(plan, watch)

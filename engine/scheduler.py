@@ -29,6 +29,7 @@ class Budgets:
     prompt_tokens: int  # computed a step, over all prompts
     num_seqs: int  # requests that hold memory at once
     owner_wait_s: float = 30.0
+    aging_tokens_per_s: float = 300.0  # a second of waiting is worth so many tokens less to compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,16 +175,26 @@ class Scheduler:
 
     # -- one step ----------------------------------------------------------------------------------
 
-    def plan(self) -> list[PlannedRow]:
+    def plan(self, now_s: float = 0.0) -> list[PlannedRow]:
         """Rows of the next step: decode rows, oldest first, then prompt chunks under the budget."""
         rows = list(self._decode_rows())
+        prompts = [r for r in self.active if r.state is State.RUNNING and not r.decoding]
+        prompts.sort(key=lambda r: self._turn(r, now_s))
         budget = StepBudget(self.budgets.prompt_tokens)
-        for request in self.active:
-            if request.state is State.RUNNING and not request.decoding:
-                count = budget.take(request, self.block_size)
-                if count:
-                    rows.append(PlannedRow(request, count, []))
+        for request in prompts:
+            if count := budget.take(request, self.block_size):
+                rows.append(PlannedRow(request, count, []))
         return rows
+
+    def _turn(self, request: Request, now_s: float) -> tuple[int, float]:
+        """Which prompt goes first: of one priority, the one with the least left to compute.
+
+        That is the order with the shortest mean time to the first token (Smith 1956; Schrage 1968),
+        and by what it has waited a long prompt grows shorter, so none waits for ever.
+        """
+        waited_s = now_s - request.arrival_s
+        left = request.num_pending - waited_s * self.budgets.aging_tokens_per_s
+        return request.work.priority, left
 
     def _decode_rows(self) -> Iterator[PlannedRow]:
         for request in list(self.active):

@@ -34,6 +34,9 @@ _GROUPS = (ModelOptions, CacheOptions, StepOptions, TransferOptions, WorkerOptio
 # A waiting OpenMP thread must not burn the core that the other panel computes on.
 _LIBRARY_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 
+# How long the engine thread waits at most for a busy event loop: Python's 5 ms are a whole step.
+_SWITCH_INTERVAL_S = 0.0005
+
 
 def worker_command(
     role: Role,
@@ -66,6 +69,7 @@ def _start(
 ) -> int:
     model, cache, step, transfer, worker, log, *own = options
     set_default_env(_LIBRARY_ENV)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     import uvloop
     from prometheus_client import CollectorRegistry
 
