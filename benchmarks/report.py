@@ -122,7 +122,7 @@ def table(data: Mapping[str, Any]) -> str:
             _show(share, 0, 0.01, "%") if share is not None else "",
             *(_show(row.share(*target), 0, 0.01, "%") for target in _GOODPUT),
             _pair(
-                _show(row.of_run("peak_rss_bytes"), 1, 1e9), _show(row.of_run("pss_bytes"), 1, 1e9)
+                _show(row.of_run("peak_rss_bytes"), 2, 1e9), _show(row.of_run("pss_bytes"), 2, 1e9)
             ),
             _show(get("num_errors")),
             _show(against_peers(row, found), 2, after="x").replace("-", ""),

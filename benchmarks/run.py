@@ -27,6 +27,7 @@ from benchmarks.systems import registry
 from benchmarks.systems.base import NotReady, Played, Running, System, running
 from benchmarks.workloads import GROUPS, WORKLOADS, Lane, Needs, Workload
 from benchmarks.workloads import pick as pick_workloads
+from benchmarks.workloads import quick as quicken
 from coordinator.tokenizer import Tokenizer
 from engine.checkpoint.source import DEFAULT_MODEL, resolve
 from engine.config import child_environment
@@ -131,8 +132,8 @@ def _processes(played: Played) -> dict[str, Any]:
         "loader_cpu_s": played.result.cpu_s,
         "server_cpu_s": played.server_cpu_s,
         "peak_rss_bytes": played.peak_rss_bytes,
-        "rss_bytes": at_rest["rss_bytes"],
-        "pss_bytes": at_rest["pss_bytes"],
+        "rss_bytes": at_rest["rss_bytes"] or None,  # nothing stays up between the runs of some
+        "pss_bytes": at_rest["pss_bytes"] or None,
         "counters": played.counters,
     }
 
@@ -154,6 +155,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="ours; peers run the default one")
     parser.add_argument("--our-flags", default="", metavar="FLAGS", help="for coordinator start")
     parser.add_argument("--soak-s", type=float, default=600.0, metavar="S")
+    parser.add_argument("--quick", action="store_true", help="a few requests, to see that all runs")
     parser.add_argument("--skip-limits", action="store_true", help="do not measure the machine")
     parser.add_argument("--out", type=Path, default=None, metavar="DIR")
     return parser.parse_args()
@@ -169,6 +171,8 @@ def main() -> int:
     processes.adopt_orphans()
     try:
         workloads = pick_workloads(args.workloads, args.soak_s)
+        if args.quick:
+            workloads = tuple(quicken(workload) for workload in workloads)
         known = registry.all_systems(args.model, tuple(shlex.split(args.our_flags)))
         systems = registry.pick(args.systems, known)
     except ValueError as error:
@@ -180,8 +184,9 @@ def main() -> int:
     systems = tuple(system for system in systems if not system.missing())
     checkpoint = resolve(args.model)
     corpus = Corpus(args.text.read_text(encoding="utf-8"), Tokenizer.load(checkpoint.folder))
+    prompts = {"text": args.text.name, "seed": args.seed, "model": args.model}
     head = {
-        "prompts": {"text": args.text.name, "seed": args.seed, "model": args.model},
+        "prompts": {**prompts, "quick": args.quick},
         "machine": describe_machine(limits=not args.skip_limits),
         "model": describe_model(checkpoint),
         "our_flags": args.our_flags,

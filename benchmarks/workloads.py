@@ -8,6 +8,7 @@ that no prefix cache answers for an earlier one.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass
 from enum import Enum
@@ -82,6 +83,20 @@ class Workload:
         """The lanes with prompts that (seed, workload, repetition) alone decide."""
         rng = random.Random(f"{seed}/{self.name}/{repetition}")
         return tuple(lane.plan(corpus, rng) for lane in self.lanes)
+
+
+def quick(workload: Workload) -> Workload:
+    """A few short requests in place of each lane's: enough to see that a system answers."""
+    lanes = tuple(
+        dataclasses.replace(
+            lane,
+            num_requests=min(lane.num_requests, max(2, lane.concurrency)),
+            max_tokens=min(lane.max_tokens, 12),
+            until_s=lane.until_s and min(lane.until_s, 10.0),
+        )
+        for lane in workload.lanes
+    )
+    return dataclasses.replace(workload, lanes=lanes)
 
 
 ITL_P50 = Headline("itl_ms_p50")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plan import Endpoint
-from benchmarks.systems.base import PEERS, ROOT, Launch, System
+from benchmarks.systems.base import PEERS, Launch, System
 from benchmarks.systems.vllm import FOLDER
 from benchmarks.workloads import Needs
 
@@ -42,6 +42,5 @@ def _missing() -> str:
 
 
 def _launch(options: dict[str, Any], needs: Needs, folder: Path) -> Launch:
-    script = ROOT / "benchmarks" / "systems" / "transformers_load.py"
     endpoint = Endpoint("", model=str(FOLDER), extra=options)
-    return Launch(endpoint, loader=(str(PYTHON), str(script)))
+    return Launch(endpoint, loader=(str(PYTHON), "-m", "benchmarks.systems.transformers_load"))

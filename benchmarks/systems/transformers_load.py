@@ -1,15 +1,18 @@
 """The loader of transformers: plays a plan by `generate` in its own process.
 
-    python transformers_load.py PLAN.json RESULT.json        in the peer's environment
+    python -m benchmarks.systems.transformers_load PLAN.json RESULT.json
 
-It has no queue: the requests of a lane go in batches of the lane's concurrency, one after the
-other, and lanes after one another. The time of a step is when the stopping criterion is asked.
+runs in the peer's environment. It has no queue: the requests of a lane go in batches of one length
+and at most the lane's concurrency, one after the other, and lanes after one another. The time of a
+step is when the stopping criterion is asked.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,16 @@ class Clock(transformers.StoppingCriteria):
             record.arrive(at_s, input_ids.shape[1] - self._length)
         self._length = input_ids.shape[1]
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+def batches(lane: PlannedLane, limit: int) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """Prompts of one length together, at most as many as the lane's streams, or `limit`."""
+    size = min(max(lane.concurrency, 1), limit)
+    by_length = sorted(lane.prompts, key=len)  # stable: the order within a length stays
+    for _, group in itertools.groupby(by_length, key=len):
+        prompts = tuple(group)
+        for start in range(0, len(prompts), size):
+            yield prompts[start : start + size]
 
 
 def play_batch(
@@ -68,10 +81,9 @@ def main() -> None:
     model.generate(torch.ones((1, 8), dtype=torch.long), max_new_tokens=4, pad_token_id=0)
     started_s = time.monotonic()
     records: list[Record] = []
+    limit = 1 if "prompt_lookup_num_tokens" in options else sys.maxsize  # all it can draft for
     for lane in plan.lanes:
-        size = max(lane.concurrency, 1)
-        for start in range(0, len(lane.prompts), size):
-            batch = lane.prompts[start : start + size]
+        for batch in batches(lane, limit):
             records += play_batch(model, lane, batch, options, started_s)
     wall_s = time.monotonic() - started_s
     Result(started_s, wall_s, 0.0, records).write(Path(sys.argv[2]))  # all CPU is the model's
