@@ -38,7 +38,7 @@ from engine.telemetry.metrics import WorkerMetrics
 from engine.types import ModelIdentity, Role
 
 _log = get_logger(__name__)
-_GIB = 1024**3
+_MODEST_BYTES, _MOST_BYTES = 256 << 20, 1 << 30  # of a KV pool on a CPU, by default
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -165,7 +165,7 @@ def _torch_runner(
         target = random_model(config, options.seed_weights, _DTYPES[dtype], device)
     else:
         target = load_model(config, weights(checkpoint, dtype), _DTYPES[dtype], device)
-    backend = select_backend(kv_cache.layout, config.num_heads, config.sliding_window, device)
+    backend = select_backend(kv_cache, config.num_heads, config.sliding_window)
     return Runner(target, kv_cache, backend)
 
 
@@ -181,10 +181,11 @@ def _size_pool(
     limit = config.max_position_embeddings
     if model.max_model_len > limit:
         raise ConfigError(f"--max-model-len {model.max_model_len}: the model's context is {limit}")
-    num_bytes = cache.kv_cache_memory or _default_pool_bytes(device)
+    wanted = model.max_model_len or limit
+    longest = layout.num_blocks(wanted + draft_window) * layout.block_bytes
+    num_bytes = cache.kv_cache_memory or _default_pool_bytes(device, longest)
     num_blocks = num_bytes // layout.block_bytes
     fits = num_blocks * layout.block_size - draft_window
-    wanted = model.max_model_len or limit
     least = model.max_model_len or 2 * layout.block_size
     if fits < least:
         needed = layout.num_blocks(least + draft_window) * layout.block_bytes
@@ -196,12 +197,12 @@ def _size_pool(
     return num_blocks, min(wanted, fits)
 
 
-def _default_pool_bytes(device: torch.device) -> int:
-    """Most of a GPU's free memory; on a CPU a modest share of what is available."""
+def _default_pool_bytes(device: torch.device, longest_bytes: int) -> int:
+    """Most of a GPU's free memory; on a CPU two requests of full length, or what is modest."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 0.85)
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(min(_GIB, available // 8))
+    return min(max(_MODEST_BYTES, 2 * longest_bytes), _MOST_BYTES, available // 8)
 
 
 def _identity(
