@@ -44,8 +44,10 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# Prompt tokens a step: a prefill worker wants whole matrix products, a decode worker short steps.
+# Prompt tokens a step: a prefill worker wants whole matrix products, a decode worker short steps. On
+# a CPU products are whole at 256 already, and who comes next waits half as long.
 _PROMPT_TOKENS = {Role.PREFILL: 512, Role.DECODE: 256}
+_PROMPT_TOKENS_CPU = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,8 @@ def build_engine(
     identity = _identity(checkpoint, model, layout, profile, max_model_len)
     pool = BlockPool(num_blocks)
     kv_cache = KVCache(layout, num_blocks, device)
-    budgets = Budgets(step.max_batched_tokens or _PROMPT_TOKENS[role], step.max_num_seqs)
+    prompt_tokens = _PROMPT_TOKENS_CPU if device.type == "cpu" else _PROMPT_TOKENS[role]
+    budgets = Budgets(step.max_batched_tokens or prompt_tokens, step.max_num_seqs)
     scheduler = Scheduler(pool, layout.block_size, budgets, speculation, max_model_len)
     metrics = WorkerMetrics(registry, identity.name)
     if library is not None:
