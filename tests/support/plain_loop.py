@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.model.llama import LlamaModel
+from engine.model.native import NativeModel
 from engine.request import Work
 from engine.sampling import Sampler, SampleRow
 from engine.types import FinishReason
@@ -33,7 +34,7 @@ class _Answer:
 class PlainLoop:
     """Answers for Works, and the verdict on somebody else's."""
 
-    def __init__(self, model: LlamaModel, max_model_len: int = 8192) -> None:
+    def __init__(self, model: LlamaModel | NativeModel, max_model_len: int = 8192) -> None:
         self._model = model
         self._max_model_len = max_model_len
         self._sampler = Sampler(model.config.vocab_size, CPU)
