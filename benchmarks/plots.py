@@ -19,7 +19,9 @@ from benchmarks.plan import Result
 _STEP = re.compile(r"decode:diptych_engine_step_seconds_(sum|count)\{(.*)\}")
 _PHASE = re.compile(r'phase="([^"]*)"')
 _CONTEXT = 160  # tokens of the batch workloads, on average: 128 in and half of 64 out
-_WHOLE = "step"  # of a histogram that does not tell phases
+_WHOLE = "total"  # the phase that is the sum of all
+_TTFT_AXIS_MS = (10, 100_000)
+_GAP_AXIS_MS = (0.1, 10_000)  # gaps within a message are 0 and shown at the left edge
 
 
 def draw(data: Mapping[str, Any], out: Path) -> list[Path]:
@@ -72,14 +74,16 @@ def _latency(data: Mapping[str, Any], out: Path, pyplot: Any) -> Any:
     for row, ((workload, role), systems) in zip(axes, sorted(cells.items()), strict=True):
         for system, pair in systems.items():
             for axis, values in zip(row, pair, strict=True):
-                shares = [(i + 1) / len(values) for i in range(len(values))]
-                shown = [max(v, 0.01) for v in sorted(values)]
-                axis.plot(shown, shares, label=system, color=colors[system], linewidth=1.2)
+                shown = [max(v, _GAP_AXIS_MS[0]) for v in values]
+                axis.ecdf(shown, label=system, color=colors[system], linewidth=1.2)
         title = workload if role == "all" else f"{workload}, {role}"
         row[0].set_title(f"{title}: time to first token, ms", fontsize=9)
         row[1].set_title(f"{title}: between tokens, ms", fontsize=9)
-        for axis in row:
+        for axis, limits in zip(row, (_TTFT_AXIS_MS, _GAP_AXIS_MS), strict=True):
             axis.set_xscale("log")
+            axis.set_xlim(*limits)
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("")
             axis.grid(alpha=0.3)
         row[1].legend(fontsize=6, loc="lower right")
     figure.tight_layout()
@@ -137,14 +141,16 @@ def _steps(data: Mapping[str, Any], out: Path, pyplot: Any) -> Any:
     figure, axis = pyplot.subplots(figsize=(7, 4))
     positions = range(len(batches))
     bottom = [0.0] * len(batches)
-    for phase in dict.fromkeys(phase for batch in batches for phase in bars[batch]):
+    phases = dict.fromkeys(phase for batch in batches for phase in bars[batch])
+    for phase in [p for p in phases if p != _WHOLE] or list(phases):
         heights = [bars[batch].get(phase, 0.0) for batch in batches]
         axis.bar(positions, heights, bottom=bottom, label=phase, width=0.6)
         bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
     if limits:
         model = {k: v for k, v in data["head"]["model"].items() if k != "name"}
         floors = [floor_ms(ModelCost(**model), limits, b, _CONTEXT) for b in batches]
-        axis.plot(positions, floors, "k_", markersize=36, label="roofline")
+        left, right = [p - 0.4 for p in positions], [p + 0.4 for p in positions]
+        axis.hlines(floors, left, right, colors="black", label="roofline")
     axis.set_xticks(list(positions), [str(b) for b in batches])
     axis.set_xlabel("streams")
     axis.set_ylabel("ms a decode step")

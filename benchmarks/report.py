@@ -146,6 +146,8 @@ def head(data: Mapping[str, Any]) -> str:
     count = max((run["repetition"] for run in data["runs"]), default=0)
     text = f"{machine['num_cores']} cores, {machine['processor']}, {machine['memory']}; "
     text += f"commit {machine['commit']}; median of {count} repetitions."
+    if data["head"]["prompts"].get("quick"):
+        text += " A quick run of a few short requests: these figures mean nothing."
     if limits := machine.get("limits"):
         cost = ModelCost(**{k: v for k, v in model.items() if k != "name"})
         reads = "; ".join(

@@ -93,6 +93,8 @@ class Bench:
         raw.parent.mkdir(exist_ok=True)
         played.result.write(raw)
         roles = metrics.by_role(played.result)
+        if drafts := _drafts(played.counters):
+            roles["all"] |= drafts
         run = {"start_s": up.start_s, "roles": roles, **_processes(played)}
         if workload.name == "soak":
             run["drift"] = metrics.drift(played.result.records)
@@ -123,6 +125,17 @@ class Bench:
         part = self._path.with_suffix(".part")
         part.write_text(json.dumps(self._data, indent=1))
         part.replace(self._path)
+
+
+def _drafts(counters: dict[str, float]) -> dict[str, Any]:
+    """Drafts of a server that tells of them only in its metrics; {} where there are none."""
+    totals = {
+        kind: sum(v for k, v in counters.items() if k.startswith(f"vllm:spec_decode_num_{kind}_"))
+        for kind in ("draft_tokens", "accepted_tokens")
+    }
+    if not totals["draft_tokens"]:
+        return {}
+    return {**totals, "acceptance": totals["accepted_tokens"] / totals["draft_tokens"]}
 
 
 def _processes(played: Played) -> dict[str, Any]:
