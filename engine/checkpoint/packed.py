@@ -165,7 +165,7 @@ def packable(config: ModelConfig) -> bool:
     """Whether the kernels take these widths."""
     inner = config.num_heads * config.head_dim
     widths = (config.hidden_size, config.intermediate_size, inner, config.head_dim)
-    few = config.num_heads // config.num_kv_heads <= 48 and config.head_dim <= 256
+    few = config.num_heads // config.num_kv_heads <= 96 and config.head_dim <= 256
     return few and all(width % BLOCK == 0 for width in widths)
 
 

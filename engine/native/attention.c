@@ -118,11 +118,11 @@ INLINE void stage(const geometry *g, const queries *w, int first, int count, int
     }
 }
 
-/* Scores of M query vectors with the tile's keys, scaled and masked: [M, TILE]. */
+/* Scores of M query vectors with the tile's keys, times log2(e), masked: [M, TILE]. */
 INLINE void score(const geometry *g, const queries *w, int vector, int M, int first, int once, const float *keys,
                   const coming *next, float *scores) {
     const int D = g->head_dim;
-    const __m512 scale = _mm512_set1_ps(1.0f / sqrtf((float)D));
+    const __m512 scale = _mm512_set1_ps(LOG2_E / sqrtf((float)D)); /* weights are powers of 2 */
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const float *q[STRIP];
     __m512 sums[STRIP][4];
@@ -184,10 +184,10 @@ INLINE float weigh(float *scores, float *max, float *sum) {
     for (int j = 0; j < 4; j++) {
         /* Not "greater than": a NaN is to stay one. */
         __mmask16 seen = _mm512_cmp_ps_mask(s[j], _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ);
-        s[j] = _mm512_maskz_mov_ps(seen, exp_ps(_mm512_sub_ps(s[j], top)));
+        s[j] = _mm512_maskz_mov_ps(seen, exp2_ps(_mm512_sub_ps(s[j], top)));
         _mm512_storeu_ps(scores + 16 * j, s[j]);
     }
-    const float factor = now == old ? 1.0f : _mm512_cvtss_f32(exp_ps(_mm512_set1_ps(old - now)));
+    const float factor = now == old ? 1.0f : _mm512_cvtss_f32(exp2_ps(_mm512_set1_ps(old - now)));
     *max = now;
     *sum = *sum * factor + sum1(_mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3])));
     return factor;
@@ -285,7 +285,7 @@ void attend(const geometry *g, const queries *w, int segment, const queries *the
 void merge(partial *total, const partial *part, int vectors, int head_dim) {
     for (int i = 0; i < vectors; i++) {
         const float top = part->max[i] > total->max[i] ? part->max[i] : total->max[i];
-        const __m512 a = exp_ps(_mm512_set1_ps(total->max[i] - top)), b = exp_ps(_mm512_set1_ps(part->max[i] - top));
+        const __m512 a = exp2_ps(_mm512_set1_ps(total->max[i] - top)), b = exp2_ps(_mm512_set1_ps(part->max[i] - top));
         total->max[i] = top;
         total->sum[i] = total->sum[i] * _mm512_cvtss_f32(a) + part->sum[i] * _mm512_cvtss_f32(b);
         float *to = total->out + (size_t)i * head_dim;
@@ -294,6 +294,20 @@ void merge(partial *total, const partial *part, int vectors, int head_dim) {
             __m512 added = _mm512_mul_ps(_mm512_loadu_ps(from + d), b);
             _mm512_storeu_ps(to + d, _mm512_fmadd_ps(_mm512_loadu_ps(to + d), a, added));
         }
+    }
+}
+
+void attend_all(const geometry *g, const queries *w, const queries *then, int then_segment, partial *total, partial *part,
+                float *scratch) {
+    int begin, end;
+    segments_seen(g, w, &begin, &end);
+    for (int segment = begin; segment < end; segment++) {
+        partial *to = segment == begin ? total : part;
+        if (segment + 1 < end)
+            attend(g, w, segment, w, segment + 1, to, scratch);
+        else
+            attend(g, w, segment, then, then_segment, to, scratch);
+        if (to == part) merge(total, part, w->num_tokens * g->group, g->head_dim);
     }
 }
 

@@ -4,7 +4,7 @@
 
 #include "simd.h"
 
-enum { TILE = 64, SEGMENT = 256, MAX_QUERIES = 48, STRIP = 6 };
+enum { TILE = 64, SEGMENT = 256, MAX_QUERIES = 96, STRIP = 6 };
 
 /* One layer of the pool, and how heads share it. */
 typedef struct {
@@ -23,7 +23,7 @@ typedef struct {
     int head, num_tokens, position;
 } queries;
 
-/* V weighted by e^(score - max) over some keys, and the sum of those weights. */
+/* V weighted by 2^(score - max) over some keys, and the sum of those weights. */
 typedef struct {
     float max[MAX_QUERIES], sum[MAX_QUERIES];
     float out[]; /* [vectors, head_dim] */
@@ -46,6 +46,10 @@ void attend(const geometry *g, const queries *w, int segment, const queries *the
 
 /* Add what another segment gave; segments are merged in rising order. */
 void merge(partial *total, const partial *part, int vectors, int head_dim);
+
+/* Attention over all segments that the queries see, one after the other. `part` is scratch. */
+void attend_all(const geometry *g, const queries *w, const queries *then, int then_segment, partial *total, partial *part,
+                float *scratch);
 
 /* One vector's attention, fp32 [head_dim]. */
 void attended(const partial *total, int vector, int head_dim, float *out);

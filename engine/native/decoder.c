@@ -55,8 +55,8 @@ typedef struct {
 /* One task of attention: some tokens of a row, one head, all segments or one of them. */
 typedef struct {
     int32_t row, head, token, num_tokens; /* `token`: of the step */
-    int32_t first_segment, end_segment;
-    partial *part; /* NULL: finished at once */
+    int32_t first_segment;
+    partial *part; /* of that segment alone; NULL: all of them, finished at once */
 } attention_task;
 
 typedef struct {
@@ -294,7 +294,7 @@ static void finish(const step *s, const attention_task *task, const partial *tot
 static void attend_turn(void *arg, int index, int thread) {
     step *s = arg;
     const attention_task *task = &s->tasks[index];
-    const int D = s->model->head_dim, vectors = task->num_tokens * s->at.group;
+    const int D = s->model->head_dim;
     char *scratch = s->scratch + s->scratch_bytes * thread;
     partial *total = (partial *)scratch, *part = (partial *)(scratch + partial_bytes(D));
     float *rest = (float *)(scratch + 2 * partial_bytes(D));
@@ -302,18 +302,12 @@ static void attend_turn(void *arg, int index, int thread) {
     const int next = index + num_threads(); /* the others take those in between */
     const attention_task *after = next < s->num_tasks ? &s->tasks[next] : NULL;
     const queries then = after ? queries_of(s, after) : w;
+    const int then_segment = after ? after->first_segment : 0;
     if (task->part) {
-        attend(&s->at, &w, task->first_segment, after ? &then : NULL, after ? after->first_segment : 0, task->part, rest);
+        attend(&s->at, &w, task->first_segment, after ? &then : NULL, then_segment, task->part, rest);
         return;
     }
-    for (int segment = task->first_segment; segment < task->end_segment; segment++) {
-        partial *to = segment == task->first_segment ? total : part;
-        if (segment + 1 < task->end_segment)
-            attend(&s->at, &w, segment, &w, segment + 1, to, rest);
-        else
-            attend(&s->at, &w, segment, after ? &then : NULL, after ? after->first_segment : 0, to, rest);
-        if (to == part) merge(total, part, vectors, D);
-    }
+    attend_all(&s->at, &w, after ? &then : NULL, then_segment, total, part, rest);
     finish(s, task, total);
 }
 
@@ -346,14 +340,13 @@ static int list_tasks(step *s, int split, int D, char *parts) {
         const int count = b->first_token[row + 1] - b->first_token[row];
         for (int token = 0; token < count; token += most)
             for (int head = 0; head < s->at.kv_heads; head++) {
-                attention_task task = {row, head, b->first_token[row] + token, at_most(most, count - token), 0, 0, NULL};
+                attention_task task = {row, head, b->first_token[row] + token, at_most(most, count - token), 0, NULL};
                 queries w = {.position = b->position[row] + token, .num_tokens = task.num_tokens};
                 int first, end;
                 segments_seen(&s->at, &w, &first, &end);
                 for (int segment = first; segment < end; segment += split ? 1 : end - first, n++) {
                     if (!s->tasks) continue;
                     task.first_segment = segment;
-                    task.end_segment = split ? segment + 1 : end;
                     if (split) task.part = (partial *)(parts + n * partial_bytes(D));
                     s->tasks[n] = task;
                 }

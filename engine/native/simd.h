@@ -31,21 +31,23 @@ static inline __mmask16 lanes(int count) {
     return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1);
 }
 
-/* e^x to about 2 units in the last place, for x <= 88; below -87 it stays at e^-87. After Cephes' expf. */
-static inline __m512 exp_ps(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x); /* in this order: a NaN stays one */
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 y = _mm512_set1_ps(1.9875691500e-4f);
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.3981999507e-3f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(8.3334519073e-3f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.1665795894e-2f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.6666665459e-1f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.0000001201e-1f));
-    y = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(r, r), y, r), _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(y, n);
+/* 2^x to about 2 units in the last place, for x <= 127; below -126 it stays at 2^-126. After Cephes' exp2f. */
+static inline __m512 exp2_ps(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x); /* in this order: a NaN stays one */
+    __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
+    __m512 y = _mm512_set1_ps(1.535336188319500e-4f);
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.339887440266574e-3f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(9.618437357674640e-3f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.550332471162809e-2f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(2.402264791363012e-1f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(6.931472028550421e-1f));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f)), n);
 }
+
+#define LOG2_E 1.44269504f
+
+/* e^x for x <= 88, to about |x| units in the last place. */
+static inline __m512 exp_ps(__m512 x) { return exp2_ps(_mm512_mul_ps(x, _mm512_set1_ps(LOG2_E))); }
 
 /* The sixteen lanes of each of four vectors summed, always by the same tree: i + (i + 8), then + 4, + 2,
  * + 1. So a sum does not depend on which other sums were made beside it. */

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ from engine.model.llama import LlamaModel
 from engine.model.loader import load_model
 from engine.model.native import NativeModel
 from engine.native import kernels
-from tests.support.paged import CPU, Bench, tiny_config
+from engine.runner.batch import Row
+from tests.support.paged import CPU, Bench, layout_of, tiny_config
 
 LIBRARY = kernels()
 pytestmark = pytest.mark.skipif(
@@ -132,7 +134,7 @@ def test_logits_are_those_of_torch(pair: tuple[LlamaModel, NativeModel]) -> None
         )
         expected = whole(exact, prompt)
     error = (whole(ours, prompt) - expected).abs().amax(-1) / expected.abs().amax(-1)
-    assert error.max() < 3e-3 and error.min() < 1e-6, (error.max(), error.min())
+    assert error.max() < 3e-3 and error.min() < 5e-6, (error.max(), error.min())
 
 
 def test_a_tokens_logits_are_the_same_bits_in_any_step(
@@ -144,6 +146,28 @@ def test_a_tokens_logits_are_the_same_bits_in_any_step(
     for seed in (1, 2):
         for got, expected in zip(in_pieces(ours, prompts, seed), alone, strict=True):
             assert torch.equal(got, expected)
+
+
+def test_first_layers_beside_the_target_in_the_same_blocks(
+    pair: tuple[LlamaModel, NativeModel],
+) -> None:
+    """Weights are shared; the draft's bits are those of blocks of its own, and so the target's."""
+    _, ours = pair
+    draft = ours.first_layers(1)
+    prompt = tokens(70)
+    layout = layout_of(ours.config, 16, "bfloat16")
+    layout = dataclasses.replace(layout, draft=layout_of(draft.config, 16, "bfloat16"))
+    cache = KVCache(layout, 8, CPU)
+    assert cache.draft
+    for view in (cache, cache.draft):
+        view.pool.fill_(float("nan"))
+    row = Row(prompt, 0, [5, 2, 7, 0, 1], len(prompt))
+    got = [m.forward([row], view) for m, view in ((draft, cache.draft), (ours, cache))]
+    assert torch.equal(got[0], whole(draft, prompt))
+    assert torch.equal(got[1], whole(ours, prompt))
+    assert torch.equal(cache.draft.pool[:, 0].nan_to_num(), cache.pool[:, 0].nan_to_num())
+    with pytest.raises(ValueError, match="1 to 2"):
+        ours.first_layers(0)
 
 
 @pytest.fixture(scope="module")
