@@ -28,7 +28,10 @@ def _services(host: WorkerHost) -> Services:
 
 def make_speculation(options: DraftOptions) -> Speculation | None:
     """The drafter that --drafter names; None drafts nothing. Raises ConfigError."""
+    from decode.speculative.acceptance import Acceptance
     from decode.speculative.ngram import NgramDrafter
+    from decode.speculative.pace import MeasuredPace
+    from decode.speculative.step_cost import StepCost
     from decode.speculative.verify import verify
     from engine.speculation import Speculation
 
@@ -36,7 +39,9 @@ def make_speculation(options: DraftOptions) -> Speculation | None:
         raise ConfigError("--drafter model: not available yet; expected none or ngram")
     if options.drafter == "none" or options.draft_tokens == 0:
         return None
-    return Speculation(NgramDrafter(), verify, options.draft_tokens)
+    drafter = NgramDrafter()
+    pace = MeasuredPace(Acceptance(drafter.acceptance), StepCost())
+    return Speculation(drafter, verify, options.draft_tokens, pace)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -139,7 +139,9 @@ class DraftOptions:
     """Speculative decoding; it changes when a token arrives, never which."""
 
     drafter: str = option("ngram", "who proposes draft tokens", choices=("none", "ngram", "model"))
-    draft_tokens: int = option(4, "longest draft a step", minimum=0, maximum=64)
+    draft_tokens: int = option(
+        16, "longest draft a step; less is verified where less pays", minimum=0, maximum=64
+    )
     draft_model: str = option("", "model of the drafter `model`")
 
 

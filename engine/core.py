@@ -160,11 +160,14 @@ class EngineCore:
         watch.lap("schedule")
         if plan:
             self._compute(plan, watch)
-            self._metrics.iteration_tokens.observe(sum(p.num_tokens + len(p.draft) for p in plan))
         self._record_load()
         watch.lap("emit")
         if plan:
+            num_rows = sum(planned.num_tokens + len(planned.draft) for planned in plan)
+            self._metrics.iteration_tokens.observe(num_rows)
             self._metrics.step_took(watch.laps)
+            if self.scheduler.speculation is not None and not self._num_failures:
+                self.scheduler.speculation.stepped(num_rows, sum(watch.laps.values()))
         return bool(plan)
 
     def _compute(self, plan: Sequence[PlannedRow], watch: Stopwatch) -> None:
@@ -260,17 +263,24 @@ class EngineCore:
 
     def _verify(self, planned: PlannedRow, sampled: Sequence[int]) -> Sequence[int]:
         speculation = self.scheduler.speculation
-        if not planned.draft or speculation is None:
+        if speculation is None:
             return sampled
-        planned.request.num_draft_tokens += len(planned.draft)
-        self.totals.draft_tokens += len(planned.draft)
+        request = planned.request
+        if planned.draft:
+            verified = speculation.verify(planned.draft, sampled)
+            sampled = verified.tokens
+            self._count_draft(request, len(planned.draft), verified.num_accepted)
+        speculation.produced(str(request.key), sampled)
+        return sampled
+
+    def _count_draft(self, request: Request, num_tokens: int, num_accepted: int) -> None:
+        request.num_draft_tokens += num_tokens
+        request.num_accepted_tokens += num_accepted
+        self.totals.draft_tokens += num_tokens
+        self.totals.accepted_tokens += num_accepted
         self._metrics.spec_decode_num_drafts.inc()
-        self._metrics.spec_decode_num_draft_tokens.inc(len(planned.draft))
-        verified = speculation.verify(planned.draft, sampled)
-        planned.request.num_accepted_tokens += verified.num_accepted
-        self.totals.accepted_tokens += verified.num_accepted
-        self._metrics.spec_decode_num_accepted_tokens.inc(verified.num_accepted)
-        return verified.tokens
+        self._metrics.spec_decode_num_draft_tokens.inc(num_tokens)
+        self._metrics.spec_decode_num_accepted_tokens.inc(num_accepted)
 
     def _emit(self, request: Request, num_computed: int, emitted: Sequence[int]) -> None:
         """Take the tokens up to the one that ends the answer; then name, announce, finish."""
@@ -356,7 +366,7 @@ class EngineCore:
         request.move(State.FINISHED)
         del self._requests[request.key]
         if self.scheduler.speculation is not None:
-            self.scheduler.speculation.drafter.finish(str(request.key))
+            self.scheduler.speculation.finish(str(request.key))
         self._events.append(
             FinishedEvent(
                 key=request.key,

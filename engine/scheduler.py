@@ -14,7 +14,7 @@ takes over when the maker is gone or the wait has lasted `owner_wait_s`.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.cache.block_pool import BlockPool, NoRoom
@@ -96,8 +96,11 @@ class Scheduler:
 
     @property
     def draft_window(self) -> int:
-        """Positions that a step may write beyond the known tokens."""
-        return self.speculation.max_draft_tokens if self.speculation else 0
+        """Positions beyond the known tokens that a request is given with its room.
+
+        At most a block: a longer draft uses what nobody needs at the moment.
+        """
+        return min(self.speculation.max_draft_tokens, self.block_size) if self.speculation else 0
 
     def room_needed(self, num_tokens: int) -> int:
         """Blocks for so many known tokens and one draft window."""
@@ -177,14 +180,15 @@ class Scheduler:
 
     def plan(self, now_s: float = 0.0) -> list[PlannedRow]:
         """Rows of the next step: decode rows, oldest first, then prompt chunks under the budget."""
-        rows = list(self._decode_rows())
+        decoding = [request for request in list(self.active) if self._goes_on(request)]
         prompts = [r for r in self.active if r.state is State.RUNNING and not r.decoding]
         prompts.sort(key=lambda r: self._turn(r, now_s))
-        budget = StepBudget(self.budgets.prompt_tokens)
+        budget, chunks = StepBudget(self.budgets.prompt_tokens), []
         for request in prompts:
             if count := budget.take(request, self.block_size):
-                rows.append(PlannedRow(request, count, []))
-        return rows
+                chunks.append(PlannedRow(request, count, []))
+        drafts = self._drafts(decoding, chunks)
+        return [PlannedRow(r, 1, d) for r, d in zip(decoding, drafts, strict=True)] + chunks
 
     def _turn(self, request: Request, now_s: float) -> tuple[int, float]:
         """Which prompt goes first: of one priority, the one with the least left to compute.
@@ -196,29 +200,55 @@ class Scheduler:
         left = request.num_pending - waited_s * self.budgets.aging_tokens_per_s
         return request.work.priority, left
 
-    def _decode_rows(self) -> Iterator[PlannedRow]:
-        for request in list(self.active):
-            if request.state is not State.RUNNING or not request.decoding:
-                continue
-            draft = self._draft(request)
-            if request.table.missing(len(request.tokens) + len(draft)) > self.pool.num_available:
-                draft = []  # nobody is preempted for a guess
-            if self._make_room(request, len(request.tokens) + len(draft)):
-                yield PlannedRow(request, 1, draft)
+    def _goes_on(self, request: Request) -> bool:
+        """Whether the request writes its next token now; it has room for that then."""
+        if request.state is not State.RUNNING or not request.decoding:
+            return False
+        return self._make_room(request, len(request.tokens))
 
-    def _draft(self, request: Request) -> list[int]:
+    def _drafts(self, decoding: Sequence[Request], chunks: Sequence[PlannedRow]) -> list[list[int]]:
+        """A draft, often empty, for each request that goes on, and the room it needs."""
+        if self.speculation is None:
+            return [[] for _ in decoding]
+        spare = self._spare_blocks(len(decoding))
+        proposals = []
+        for request in decoding:
+            limit = min(self._draft_limit(request), self._room_left(request, spare))
+            key = str(request.key)
+            proposals.append((key, self.speculation.drafter.propose(key, request.tokens, limit)))
+        num_chunk_tokens = sum(row.num_tokens for row in chunks)
+        num_answers = len(decoding) + sum(row.num_logits for row in chunks)
+        lengths = self.speculation.choose(proposals, len(decoding) + num_chunk_tokens, num_answers)
+        drafts = []
+        for request, (_, proposal), length in zip(decoding, proposals, lengths, strict=True):
+            length = min(length, self._room_left(request, spare))
+            missing = request.table.missing(len(request.tokens) + length)
+            request.table.reserve(len(request.tokens) + length)
+            spare -= missing
+            drafts.append(proposal.tokens[:length])
+        return drafts
+
+    def _draft_limit(self, request: Request) -> int:
+        """The longest draft of which every token could still be part of the answer."""
         stop = request.work.stop
         if self.speculation is None or stop is None:
-            return []
-        limit = min(
+            return 0
+        return min(
             self.speculation.max_draft_tokens,
             stop.max_tokens - request.num_output - 1,
             self.max_model_len - len(request.tokens) - 1,
         )
-        if limit <= 0:
-            return []
-        drafter = self.speculation.drafter
-        return drafter.propose(str(request.key), request.tokens, limit)
+
+    def _spare_blocks(self, num_decoding: int) -> int:
+        """Blocks for guesses: nobody is preempted, nor kept waiting, because of one."""
+        spare = self.pool.num_available - num_decoding
+        if self.waiting:
+            spare -= self.room_needed(len(self.waiting[0].tokens))
+        return max(0, spare)
+
+    def _room_left(self, request: Request, spare: int) -> int:
+        """Positions beyond the known tokens in the request's blocks and so many more."""
+        return (len(request.table.blocks) + spare) * self.block_size - len(request.tokens)
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Blocks for `num_tokens` positions, at the cost of the youngest; False: that was it."""

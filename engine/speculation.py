@@ -1,4 +1,4 @@
-"""The seam for drafting: what the step loop needs of a drafter and a verifier, both injected."""
+"""The seams for speculation: what the step loop needs of a drafter, a verifier and a pace."""
 
 from __future__ import annotations
 
@@ -7,13 +7,57 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens to follow a request's, each with a grade of its own: how well founded it is.
+
+    What a grade is worth, if all tokens before it stand, is learned; a drafter only sorts them.
+    """
+
+    tokens: list[int]
+    grades: list[int]  # of each token
+
+
+NO_DRAFT = Draft([], [])
+
+
 class Drafter(Protocol):
     """Proposes tokens that the target model will probably produce."""
 
     name: str
 
-    def propose(self, request_id: str, tokens: Sequence[int], max_tokens: int) -> list[int]:
+    @property
+    def acceptance(self) -> Sequence[float]:
+        """What share of each grade's tokens stands, before anything was observed."""
+        ...
+
+    def propose(self, request_id: str, tokens: Sequence[int], max_tokens: int) -> Draft:
         """Up to `max_tokens` tokens to follow `tokens` (prompt and answer so far), or none."""
+        ...
+
+    def finish(self, request_id: str) -> None:
+        """Forget what is kept about a request; unknown ids are no error."""
+        ...
+
+
+class Pace(Protocol):
+    """Decides how much of each draft a step verifies. It changes when tokens come, never which."""
+
+    def choose(
+        self, drafts: Sequence[tuple[str, Draft]], num_rows: int, num_answers: int
+    ) -> list[int]:
+        """Tokens to verify of each request's draft in one step.
+
+        Without drafts the step has `num_rows` tokens to compute and gives `num_answers` tokens.
+        """
+        ...
+
+    def produced(self, request_id: str, tokens: Sequence[int]) -> None:
+        """What came in that step; tells about the whole draft, whatever part was verified."""
+        ...
+
+    def stepped(self, num_rows: int, seconds: float) -> None:
+        """A step computed `num_rows` tokens in `seconds`."""
         ...
 
     def finish(self, request_id: str) -> None:
@@ -40,3 +84,28 @@ class Speculation:
     drafter: Drafter
     verify: Verify
     max_draft_tokens: int
+    pace: Pace | None = None  # None: every draft is verified whole
+
+    def choose(
+        self, drafts: Sequence[tuple[str, Draft]], num_rows: int, num_answers: int
+    ) -> list[int]:
+        """Tokens to verify of each request's draft; see `Pace`."""
+        if self.pace is None:
+            return [len(draft.tokens) for _, draft in drafts]
+        return self.pace.choose(drafts, num_rows, num_answers)
+
+    def produced(self, request_id: str, tokens: Sequence[int]) -> None:
+        """What came in a step; see `Pace`."""
+        if self.pace is not None:
+            self.pace.produced(request_id, tokens)
+
+    def stepped(self, num_rows: int, seconds: float) -> None:
+        """What a step took; see `Pace`."""
+        if self.pace is not None:
+            self.pace.stepped(num_rows, seconds)
+
+    def finish(self, request_id: str) -> None:
+        """Forget what is kept about a request; unknown ids are no error."""
+        self.drafter.finish(request_id)
+        if self.pace is not None:
+            self.pace.finish(request_id)

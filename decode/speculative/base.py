@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from engine.speculation import NO_DRAFT, Draft
+
 
 class NoDrafter:
     """Proposes nothing: one token a step."""
 
     name = "none"
+    acceptance: Sequence[float] = ()
 
-    def propose(self, request_id: str, tokens: Sequence[int], max_tokens: int) -> list[int]:
+    def propose(self, request_id: str, tokens: Sequence[int], max_tokens: int) -> Draft:
         """Nothing."""
-        return []
+        return NO_DRAFT
 
     def finish(self, request_id: str) -> None:
         """Nothing is held."""

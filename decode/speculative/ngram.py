@@ -3,57 +3,96 @@
 Saxena 2023, "Prompt lookup decoding".
 
 Answers repeat their prompts (summaries, edits, code) and themselves. Each request has an index of
-its own tokens that grows with them; a step costs the new tokens, not the history.
+its own tokens that grows with them; a step costs the new tokens and the draft, not the history.
 
-    tokens   . . . a b c | x y z . . . . a b c |
-                         ^ end of the most recent earlier a b c: propose x y z
+    tokens   . . . d b c | . . . a b c | x y z . . . . a b c |
+                                 ^^^^^   end of the most recent of the longest matches: x y z
+
+As in LZ77's hash chains, every pair of tokens links to the pair's previous end, and a search walks
+one chain. The chain of single tokens serves where no pair occurred before. docs/decisions.md has
+what this was chosen against.
+
+A draft's tokens are graded by what supports them: how many tokens match before them, those drafted
+ahead of them included (a grade counts only if they stand), and whether the two most recent of the
+longest matches agree. That tells far more than a request's past hits do.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# On 24 greedy answers of the default model, drafts of 4: n from 2 gives 1.70 tokens a step with
-# 51 % of the draft accepted, from 1 gives 1.88 with 35 %, from 3 gives 1.55 with 61 %. A longest n
-# beyond 4 adds less than 1 %.
-DEFAULT_MIN_N = 2
-DEFAULT_MAX_N = 4
+from engine.speculation import NO_DRAFT, Draft
+
+MAX_MATCH = 32  # a longer match is no better founded
+# Occurrences looked at, most recent first. On 8,000 tokens of text, a passage given a second time
+# is found at 98.5 % of its tokens with 32, at 99.8 % with 64.
+MAX_WALK = 64
+MAX_DRAFT = 256
+
+# A token's grade is what matches before it, and what the next most recent of the longest matches
+# says: nothing (there is none, or it was left behind), something else, or the same. The share of
+# tokens that stood of each grade, on 72 answers of the default model at temperatures 0, 0.7 and 1;
+# an engine starts from there.
+_LENGTHS = (1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 32)
+_ALONE = (0.25, 0.49, 0.59, 0.68, 0.73, 0.80, 0.82, 0.87, 0.93, 0.96, 0.975)
+_DIFFER = (0.13, 0.23, 0.28, 0.31, 0.36, 0.36, 0.36, 0.40, 0.40, 0.45, 0.50)
+_AGREE = (0.52, 0.78, 0.86, 0.90, 0.92, 0.94, 0.96, 0.975, 0.98, 0.985, 0.995)
+
+
+def _grades(kind: int) -> list[int]:
+    """Grade of a token that 0, 1, 2, ... tokens match before."""
+    counts = [sum(length <= n for length in _LENGTHS) for n in range(MAX_MATCH + MAX_DRAFT)]
+    return [kind * len(_LENGTHS) + max(0, count - 1) for count in counts]
+
+
+_GRADE_ALONE, _GRADE_DIFFER, _GRADE_AGREE = _grades(0), _grades(1), _grades(2)
+
+
+@dataclass(slots=True)
+class _Chain:
+    """Ends (exclusive) of every n-gram of one request, most recent first."""
+
+    last: dict[int, int] = field(default_factory=dict)  # n-gram -> its last end
+    before: array[int] = field(default_factory=lambda: array("i", [0]))  # end -> the one before, 0
 
 
 @dataclass(slots=True)
 class _Index:
-    """Where each n-gram of one request last ended, those that end at its last token left out."""
+    """One request's tokens but the last: what ends there has no continuation yet."""
 
-    ends: dict[int, int] = field(default_factory=dict)  # hash of the n-gram -> end, exclusive
-    num_tokens: int = 0  # indexed: n-grams that end at or before it
-    last: int = -1  # tokens[num_tokens - 1], to notice another history under the same id
+    singles: _Chain = field(default_factory=_Chain)
+    pairs: _Chain = field(default_factory=lambda: _Chain(before=array("i", [0, 0])))
+    num_tokens: int = 0
+    token: int = -1  # tokens[num_tokens - 1], to notice another history under the same id
 
 
 class NgramDrafter:
-    """Proposes what followed the most recent occurrence of the longest matching suffix."""
+    """Proposes what followed the most recent of the longest matches of the last tokens."""
 
     name = "ngram"
+    acceptance = (*_ALONE, *_DIFFER, *_AGREE)
 
-    def __init__(self, min_n: int = DEFAULT_MIN_N, max_n: int = DEFAULT_MAX_N) -> None:
-        if not 1 <= min_n <= max_n:
-            raise ValueError(f"expected 1 <= min_n <= max_n, got {min_n} and {max_n}")
-        self._min_n = min_n
-        self._max_n = max_n
+    def __init__(self) -> None:
         self._indices: dict[str, _Index] = {}
 
-    def propose(self, request_id: str, tokens: Sequence[int], max_tokens: int) -> list[int]:
+    def propose(self, request_id: str, tokens: Sequence[int], max_tokens: int) -> Draft:
         """Up to `max_tokens` tokens; a draft that outruns the history repeats its period."""
         index = self._extend(request_id, tokens)
-        if max_tokens <= 0:
-            return []
-        end = self._find(index, tokens)
-        if end is None:
-            return []
-        draft = list(tokens[end : end + max_tokens])
-        while len(draft) < max_tokens:
-            draft.append(draft[end - len(tokens)])  # negative: one period back
-        return draft
+        if max_tokens <= 0 or not tokens:
+            return NO_DRAFT
+        length, end, other = _longest(index, tokens)
+        if not length:
+            return NO_DRAFT
+        draft = _continue(tokens, end, min(max_tokens, MAX_DRAFT))
+        stop = length + len(draft)
+        if not other:
+            return Draft(draft, _GRADE_ALONE[length:stop])
+        agreed = length + _num_equal(draft, _continue(tokens, other, len(draft)))
+        grades = _GRADE_AGREE[length:agreed]
+        grades += _GRADE_DIFFER[agreed : min(agreed + 1, stop)]
+        return Draft(draft, grades + _GRADE_ALONE[agreed + 1 : stop])
 
     def finish(self, request_id: str) -> None:
         """Forget the request's index."""
@@ -62,30 +101,69 @@ class NgramDrafter:
     def _extend(self, request_id: str, tokens: Sequence[int]) -> _Index:
         """The request's index, brought up to all of `tokens` but the last."""
         index = self._indices.get(request_id)
-        same = index is not None and (
-            index.num_tokens == 0
-            or (index.num_tokens <= len(tokens) and tokens[index.num_tokens - 1] == index.last)
-        )
-        if index is None or not same:
+        if index is None or (
+            index.num_tokens
+            and (index.num_tokens > len(tokens) or tokens[index.num_tokens - 1] != index.token)
+        ):
             index = self._indices[request_id] = _Index()
-        stop = len(tokens) - 1  # what ends at the last token has no continuation yet
+        stop = len(tokens) - 1
         if stop <= index.num_tokens:
             return index
-        first = max(0, index.num_tokens + 1 - self._max_n)
-        window = tuple(tokens[first:stop])
+        last, before = index.singles.last, index.singles.before
+        last_pair, before_pair = index.pairs.last, index.pairs.before
+        token = index.token
         for end in range(index.num_tokens + 1, stop + 1):
-            for n in range(self._min_n, min(self._max_n, end) + 1):
-                index.ends[hash(window[end - n - first : end - first])] = end
-        index.num_tokens, index.last = stop, tokens[stop - 1]
+            left, token = token, tokens[end - 1]
+            before.append(last.get(token, 0))
+            last[token] = end
+            if end > 1:
+                pair = left << 32 | token
+                before_pair.append(last_pair.get(pair, 0))
+                last_pair[pair] = end
+        index.num_tokens, index.token = stop, token
         return index
 
-    def _find(self, index: _Index, tokens: Sequence[int]) -> int | None:
-        """End of the most recent earlier occurrence of the longest suffix that has one."""
-        suffix = tuple(tokens[-self._max_n :])
-        for n in range(min(self._max_n, len(suffix)), self._min_n - 1, -1):
-            gram = suffix[-n:]
-            end = index.ends.get(hash(gram))
-            # Hashes may collide, lengths too: only equal tokens are a match.
-            if end is not None and end >= n and tuple(tokens[end - n : end]) == gram:
-                return end
-        return None
+
+def _longest(index: _Index, tokens: Sequence[int]) -> tuple[int, int, int]:
+    """(length, end, end of the next most recent one or 0) of the longest match; length 0: none."""
+    size, best, chain = len(tokens), 2, index.pairs
+    end = chain.last.get(tokens[-2] << 32 | tokens[-1], 0) if size > 1 else 0
+    if not end:
+        best, chain = 1, index.singles
+        end = chain.last.get(tokens[-1], 0)
+        if not end:
+            return 0, 0, 0
+    found = other = 0
+    suffix, before = tokens[size - best :], chain.before
+    for _ in range(MAX_WALK):
+        if end >= best and tokens[end - best : end] == suffix:
+            length = best
+            most = min(MAX_MATCH, end)
+            while length < most and tokens[end - 1 - length] == tokens[size - 1 - length]:
+                length += 1
+            if length > best or not found:
+                best, found, other = length, end, 0
+                suffix = tokens[size - best :]
+            elif not other:
+                other = end
+                if best == MAX_MATCH:
+                    break
+        end = before[end]
+        if not end:
+            break
+    return best, found, other
+
+
+def _continue(tokens: Sequence[int], end: int, count: int) -> list[int]:
+    """`count` tokens from `end` on; at the history's end they go on from `end` again."""
+    out = list(tokens[end : end + count])
+    while len(out) < count:
+        out.append(out[end - len(tokens)])  # negative: one period back
+    return out
+
+
+def _num_equal(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    if a == b:
+        return len(a)
+    return next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)

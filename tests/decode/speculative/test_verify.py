@@ -83,9 +83,9 @@ def test_drafts_change_no_token() -> None:
             right = whole[len(tokens) : len(tokens) + size]
             return [t if rng.random() < 0.8 else rng.randrange(VOCAB) for t in right]
 
-        ngram = NgramDrafter(1, 4)
+        ngram = NgramDrafter()
         drafts: dict[str, Draft] = {
-            "ngram": lambda tokens, size, ngram=ngram: ngram.propose("r", tokens, size),
+            "ngram": lambda tokens, size, ngram=ngram: ngram.propose("r", tokens, size).tokens,
             "noise": lambda _, size: [rng.randrange(VOCAB) for _ in range(rng.randrange(size + 1))],
             "mostly right": mostly_right,
         }

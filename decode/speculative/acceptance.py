@@ -1,0 +1,64 @@
+"""How likely a drafted token stands, by its grade and by the request that it is drafted for.
+
+One number a grade, learned from all requests, and one a request: how much more or less often its
+drafts stand than the others'. In logits, as online logistic regression:
+
+    P(stands) = 1 / (1 + exp(-(grade + request)))
+
+Both move after every token that was decided, by a fixed share of the surprise, so that what is old
+fades without a clock. Nothing has to be verified for that: the tokens that came anyway tell which
+of a draft would have stood.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from engine.speculation import Draft
+
+GRADE_RATE = 0.1
+REQUEST_RATE = 0.1
+_LIMIT = 6.0  # logits; 0.25 % and 99.75 %
+
+
+class Acceptance:
+    """Owned by one pace."""
+
+    def __init__(self, prior: Sequence[float]) -> None:
+        self._grades = [math.log(p / (1 - p)) for p in prior]
+        self._odds = [math.exp(x) for x in self._grades]  # the same, as it is used most
+        self._requests: dict[str, float] = {}
+
+    def survival(self, request_id: str, grades: Sequence[int], least: float) -> list[float]:
+        """Probability that a draft's first token stands, its first two, ...; ends below `least`."""
+        factor, odds = math.exp(self._requests.get(request_id, 0.0)), self._odds
+        out, all_stand = [], 1.0
+        for grade in grades:
+            x = odds[grade] * factor
+            all_stand *= x / (1.0 + x)
+            if all_stand < least:
+                break
+            out.append(all_stand)
+        return out
+
+    def learn(self, request_id: str, draft: Draft, produced: Sequence[int]) -> None:
+        """`produced` followed where `draft` was proposed."""
+        of_request = self._requests.get(request_id, 0.0)
+        for guess, grade, token in zip(draft.tokens, draft.grades, produced, strict=False):
+            logit = self._grades[grade]
+            surprise = (guess == token) - 1.0 / (1.0 + math.exp(-logit - of_request))
+            of_request = _clip(of_request + REQUEST_RATE * surprise)
+            self._grades[grade] = logit = _clip(logit + GRADE_RATE * surprise)
+            self._odds[grade] = math.exp(logit)
+            if guess != token:
+                break
+        self._requests[request_id] = of_request
+
+    def finish(self, request_id: str) -> None:
+        """Forget the request; what it taught about grades stays."""
+        self._requests.pop(request_id, None)
+
+
+def _clip(logit: float) -> float:
+    return min(max(logit, -_LIMIT), _LIMIT)
