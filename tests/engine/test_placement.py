@@ -1,0 +1,74 @@
+"""Which way a model is computed, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine import placement
+from engine.checkpoint.source import Checkpoint
+from engine.config import CacheOptions, ModelOptions
+from engine.errors import ConfigError
+from engine.native import Kernels
+from engine.placement import packing, pick_kernels
+from tests.support.paged import tiny_config
+
+CONFIG = tiny_config(hidden_size=96, intermediate_size=160, head_dim=32)
+KERNELS = Kernels(None)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "kernels", lambda: KERNELS)
+
+
+def pick(
+    dtype: str = "bfloat16",
+    *,
+    on_gpu: bool = False,
+    block_size: int = 16,
+    weights: str = "auto",
+    seed_weights: int = -1,
+    odd: bool = False,
+) -> Kernels | None:
+    config = tiny_config() if odd else CONFIG
+    model = ModelOptions(weights=weights, seed_weights=seed_weights)
+    return pick_kernels(config, model, CacheOptions(block_size), dtype, on_gpu=on_gpu)
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_the_kernels_compute_bfloat16_on_the_cpu() -> None:
+    assert pick() is KERNELS
+    assert pick(block_size=32, weights="int4") is KERNELS
+    assert pick("float32") is None
+    assert pick("float16") is None
+    assert pick(on_gpu=True) is None
+    assert pick(block_size=8) is None
+    assert pick(seed_weights=3) is None
+    assert pick(odd=True) is None
+
+
+@pytest.mark.usefixtures("with_kernels")
+@pytest.mark.parametrize("change", [{"on_gpu": True}, {"block_size": 8}, {"odd": True}])
+def test_what_only_the_kernels_can_do_is_refused_elsewhere(change: dict[str, bool]) -> None:
+    for weights in ("int8", "int4"):
+        with pytest.raises(ConfigError, match=f"--weights {weights}: needs our CPU kernels"):
+            pick(weights=weights, **change)
+        assert pick(weights="bf16", **change) is None
+
+
+def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "kernels", lambda: None)
+    assert pick() is None
+    with pytest.raises(ConfigError, match="a C compiler"):
+        pick(weights="int8")
+
+
+def test_only_a_gguf_file_has_a_packing_of_its_own() -> None:
+    plain = Checkpoint(Path("x"), "x", CONFIG, "f")
+    gguf = Checkpoint(Path("x"), "x", CONFIG, "f", Path("x.gguf"))
+    assert packing(plain, ModelOptions()) == "bf16"
+    assert packing(gguf, ModelOptions()) == "auto"
+    assert packing(gguf, ModelOptions(weights="bf16")) == "bf16"
+    assert packing(plain, ModelOptions(weights="int4")) == "int4"
