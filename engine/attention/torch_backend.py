@@ -106,8 +106,14 @@ def group_rows(lengths: Sequence[int], num_blocks: Sequence[int]) -> list[list[i
 class TorchBackend:
     """Attention over the paged cache of `layout`; holds no state of a batch."""
 
-    def __init__(self, layout: KVLayout, num_heads: int, sliding_window: int = 0) -> None:
+    def __init__(
+        self, layout: KVLayout, num_heads: int, sliding_window: int = 0, block_stride: int = 0
+    ) -> None:
+        """`block_stride`: elements from a block to the next, if another model's layers lie there,
+        too.
+        """
         self._layout = layout
+        self._block_runs = (block_stride or layout.block_elements) // layout.run_elements
         self._group = num_heads // layout.num_kv_heads
         self._window = sliding_window  # positions that a query sees, itself included; 0: all
 
@@ -183,7 +189,7 @@ class TorchBackend:
     def _kv_rows(self, rows: _Rows) -> _Ints:
         """[2, n, num_kv_heads, blocks]: which runs of block_size * head_dim make up K, then V.
 
-        Numbered from the first one of layer 0 in the pool; padding reads block 0.
+        Numbered as `KVCache.runs`, for layer 0; padding reads block 0.
         """
         kvh = self._layout.num_kv_heads
         blocks = np.zeros((len(rows.tables), int(rows.num_blocks.max())), dtype=np.int64)
@@ -192,7 +198,7 @@ class TorchBackend:
             used = table[first : first + int(rows.num_blocks[i])]
             blocks[i, : len(used)] = used
         head = np.arange(2)[:, None, None, None] * kvh + np.arange(kvh)[None, None, :, None]
-        return blocks[None, :, None, :] * (self._layout.num_layers * 2 * kvh) + head
+        return blocks[None, :, None, :] * self._block_runs + head
 
     def _unused(self, gap: npt.NDArray[np.bool_]) -> _Ints:
         """Where the vectors at `gap` [n, keys] lie in what is gathered: [2, n, num_kv_heads, keys].
@@ -217,7 +223,7 @@ class TorchBackend:
         """[n * m, num_heads, head_dim] in the group's own order."""
         layout, n = self._layout, group.num_rows
         kvh, d = layout.num_kv_heads, layout.head_dim
-        runs = kv_cache.pool.view(-1, layout.block_size * d)[layer * 2 * kvh :]
+        runs = kv_cache.runs[layer * 2 * kvh :]
         gathered = runs.index_select(0, group.kv_rows)
         if group.unused is not None:
             gathered.view(-1, d).index_fill_(0, group.unused, 0.0)

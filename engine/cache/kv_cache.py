@@ -1,6 +1,7 @@
 """The KV pool's memory: allocated once, never moved, written by the engine thread alone.
 
-    pool   [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
+    memory [num_blocks, block_elements]                                    of one model, or two
+    pool   [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]  one model's part of it
 
 Which block belongs to whom is `block_pool`'s business; this module only knows where its bytes are.
 The data plane reads `address` and `num_bytes` to register the pool, and never more than that.
@@ -8,6 +9,7 @@ The data plane reads `address` and `num_bytes` to register the pool, and never m
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Sequence
 
@@ -32,31 +34,61 @@ def _zeroed_pages(num_bytes: int) -> torch.Tensor:
 
 
 class KVCache:
-    """All blocks of one model on one device."""
+    """All blocks on one device, as one model sees them.
+
+    Attributes:
+        pool: this model's layers.
+        draft: the same blocks as the draft model sees them, if there is one.
+    """
 
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
+        """Allocate the blocks of `layout`."""
         if num_blocks < 1:
             raise ValueError(f"num_blocks is {num_blocks}; a pool needs at least one block")
-        self.layout = layout
-        self.num_blocks = num_blocks
-        self.device = device
         num_bytes = num_blocks * layout.block_bytes
         if device.type == "cpu":
             raw = _zeroed_pages(num_bytes)
         else:
             raw = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._see(layout, raw.view(DTYPES[layout.dtype]).view(num_blocks, -1), 0)
+
+    def _see(self, layout: KVLayout, memory: torch.Tensor, offset: int) -> None:
+        """Be the view of a model whose layers begin at `offset` in each block of `memory`."""
+        self.layout = layout
+        self.num_blocks = memory.shape[0]
+        self.device = memory.device
+        self._memory = memory  # [num_blocks, block_elements]
+        self._offset = offset
+        part = memory[:, offset : offset + math.prod(layout.block_shape)]
         # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
-        self.pool = raw.view(DTYPES[layout.dtype]).view(num_blocks, *layout.block_shape)
+        self.pool = part.view(self.num_blocks, *layout.block_shape)
+        self.draft: KVCache | None = None
+        if layout.draft is not None:
+            self.draft = KVCache.__new__(KVCache)
+            self.draft._see(layout.draft, memory, layout.draft_offset)
 
     @property
     def address(self) -> int:
-        """Address of the pool's first byte, on its device."""
+        """Address of this model's first byte in block 0: of a target's, the whole memory's."""
         return self.pool.data_ptr()
 
     @property
     def num_bytes(self) -> int:
-        """Size of the whole pool."""
-        return self.num_blocks * self.layout.block_bytes
+        """Size of the whole memory."""
+        return self._memory.nbytes
+
+    @property
+    def block_stride(self) -> int:
+        """Elements from one block to the next."""
+        return self._memory.shape[1]
+
+    @property
+    def runs(self) -> torch.Tensor:
+        """[n, block_size * head_dim]: keys or values of one head in one block, block by block.
+
+        Block b's begin at b * block_stride / (block_size * head_dim), layer by layer, K then V.
+        """
+        return self._memory.view(-1)[self._offset :].view(-1, self.layout.run_elements)
 
     @property
     def kind(self) -> str:
@@ -81,9 +113,10 @@ class KVCache:
         v_blocks[block, :, offset] = v
 
     def copy_blocks(self, src: Sequence[int], dst: Sequence[int]) -> None:
-        """Copy whole blocks, all layers: block src[i] to block dst[i]; no dst may be among src."""
+        """Copy whole blocks, both models': src[i] to dst[i]; no dst may be among src."""
         if len(src) != len(dst) or set(src) & set(dst):
             raise ValueError("src and dst must be disjoint and of one length")
         if src:
             to = torch.tensor(dst, dtype=torch.int64, device=self.device)
-            self.pool[to] = self.pool[torch.tensor(src, dtype=torch.int64, device=self.device)]
+            from_ = torch.tensor(src, dtype=torch.int64, device=self.device)
+            self._memory[to] = self._memory[from_]

@@ -5,11 +5,18 @@
 
 One block of all layers is one extent and so one NIXL descriptor; adjacent blocks coalesce. A
 layer's view `pool[:, layer]` is strided, which FlashInfer's paged wrappers take (HND).
+
+A draft model's layers lie in the same blocks, behind the target's, so that whoever holds, names or
+moves a block has both:
+
+    block   | target: [num_layers, 2, heads, block_size, head_dim] | draft: [...] | (padding)
+            0                                               draft_offset          block_elements
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,13 +28,21 @@ HASH_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """Geometry of the KV pool of one model."""
+    """Geometry of the KV pool of one model, and of the draft model beside it."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     block_size: int  # tokens a block
     dtype: str  # of the cache: float32, bfloat16 or float16
+    draft: KVLayout | None = None  # of the same block_size and dtype
+
+    def __post_init__(self) -> None:
+        if self.draft and (self.draft.block_size, self.draft.dtype) != (
+            self.block_size,
+            self.dtype,
+        ):
+            raise ValueError("a draft model's layers have the target's block_size and dtype")
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
@@ -35,16 +50,36 @@ class KVLayout:
         return (self.num_layers, 2, self.num_kv_heads, self.block_size, self.head_dim)
 
     @property
+    def run_elements(self) -> int:
+        """Elements of one head's keys, or values, in a block: they lie together."""
+        return self.block_size * self.head_dim
+
+    @property
+    def draft_offset(self) -> int:
+        """Elements of a block before the draft model's."""
+        size = math.prod(self.block_shape)
+        return _round_up(size, self.draft.run_elements) if self.draft else size
+
+    @property
+    def block_elements(self) -> int:
+        """Elements from one block to the next: whole runs of either model, so rarely padded."""
+        if self.draft is None:
+            return self.draft_offset
+        end = self.draft_offset + math.prod(self.draft.block_shape)
+        return _round_up(end, math.lcm(self.run_elements, self.draft.run_elements))
+
+    @property
     def block_bytes(self) -> int:
-        """Size of one block of all layers."""
-        n = DTYPE_BYTES[self.dtype]
-        for extent in self.block_shape:
-            n *= extent
-        return n
+        """Size of one block of all layers of both models."""
+        return self.block_elements * DTYPE_BYTES[self.dtype]
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` positions occupy."""
         return -(-num_tokens // self.block_size)
+
+
+def _round_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
 
 
 def _digest(person: bytes, *fields: bytes) -> bytes:

@@ -9,6 +9,7 @@ the step.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -101,6 +102,7 @@ class NativeModel:
         """Raises CheckpointError for a rotary scaling that is not known."""
         self.config = config
         self._weights = weights
+        self._kernels = library
         self._library = library.library
         self._library.diptych_arena_new.restype = ctypes.c_void_p
         self._logits = torch.empty(0, config.vocab_size, dtype=torch.float32)
@@ -146,12 +148,18 @@ class NativeModel:
             self._logits = torch.empty(size, dtype=torch.float32)
         return self._logits[:num_logits]
 
-    def forward(self, rows: Sequence[Row], kv_cache: KVCache, first_layer: int = 0) -> torch.Tensor:
+    def first_layers(self, num_layers: int) -> NativeModel:
+        """This model without its later layers: shares the weights, norm and head included."""
+        if not 1 <= num_layers <= self.config.num_layers:
+            raise ValueError(f"num_layers must be 1 to {self.config.num_layers}")
+        config = dataclasses.replace(self.config, num_layers=num_layers)
+        return NativeModel(config, self._weights, self._kernels)
+
+    def forward(self, rows: Sequence[Row], kv_cache: KVCache) -> torch.Tensor:
         """Write the rows' KV; return the wanted logits, row by row: fp32 [S, vocab].
 
-        The logits are good until the next call. This model's layers are the pool's from
-        `first_layer` on. Raises ValueError on a row that contradicts itself, MemoryError; nothing
-        has been written then.
+        The logits are good until the next call. Raises ValueError on a row that contradicts itself,
+        MemoryError; nothing has been written then.
         """
         layout = kv_cache.layout
         check_rows(rows, layout.block_size)
@@ -181,12 +189,7 @@ class NativeModel:
             stride,
             *(array.ctypes.data for array in arrays.values()),
         )
-        layer_bytes = kv_cache.pool[0, 0].numel() * kv_cache.pool.element_size()
-        pool = _Pool(
-            kv_cache.address + first_layer * layer_bytes,
-            kv_cache.pool.stride(0),
-            layout.block_size,
-        )
+        pool = _Pool(kv_cache.address, kv_cache.block_stride, layout.block_size)
         failed = self._library.diptych_forward(
             ctypes.byref(self._decoder),
             ctypes.byref(batch),

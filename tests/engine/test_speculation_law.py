@@ -79,8 +79,9 @@ def engine_of(model: LlamaModel, num_blocks: int, draft_tokens: int) -> EngineCo
     config = model.config
     layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, 16, "float32")
     speculation = Speculation(NgramDrafter(), verify, draft_tokens)
-    backend = select_backend(layout, config.num_heads, config.sliding_window, CPU)
-    runner = Runner(model, KVCache(layout, num_blocks, CPU), backend)
+    kv_cache = KVCache(layout, num_blocks, CPU)
+    backend = select_backend(kv_cache, config.num_heads, config.sliding_window)
+    runner = Runner(model, kv_cache, backend)
     scheduler = Scheduler(BlockPool(num_blocks), 16, Budgets(64, 16), speculation, 8192)
     metrics = WorkerMetrics(CollectorRegistry(), "law")
     sampler = Sampler(config.vocab_size, CPU)

@@ -62,7 +62,7 @@ def test_fp32_is_left_to_the_torch_backend() -> None:
     layout = layout_of(tiny_config(), 16)
     with pytest.raises(ConfigError, match="no fp32 kernels"):
         FlashInferBackend(layout, 6, CUDA)
-    assert isinstance(select_backend(layout, 6, 0, CUDA), TorchBackend)
+    assert isinstance(select_backend(KVCache(layout, 1, CUDA), 6, 0), TorchBackend)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -76,7 +76,7 @@ def test_a_model_on_cuda_answers_as_on_the_cpu(dtype: str) -> None:
     for device in (CPU, CUDA):
         model = random_model(config, 0, getattr(torch, dtype), device)
         cache = KVCache(layout_of(config, 16, dtype), 8, device)
-        backend: AttentionBackend[object] = select_backend(cache.layout, 6, 0, device)
+        backend: AttentionBackend[object] = select_backend(cache, 6, 0)
         runner = Runner(model, cache, backend)
         answers.append(torch.cat([runner.run(rows).cpu() for rows in steps]))
     error = (answers[0] - answers[1]).abs().amax(-1) / answers[0].abs().amax(-1)

@@ -96,7 +96,7 @@ class Bench:
         if isinstance(model, NativeModel):
             self.runner = _Native(model, self.kv_cache)
         else:
-            backend = select_backend(layout, config.num_heads, config.sliding_window, CPU)
+            backend = select_backend(self.kv_cache, config.num_heads, config.sliding_window)
             self.runner = Runner(model, self.kv_cache, backend)
         self._layout = layout
         self._free = list(range(num_blocks))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 
 import pytest
 import torch
@@ -63,3 +64,38 @@ def test_copy_blocks_copies_all_layers() -> None:
 def test_a_pool_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one block"):
         KVCache(LAYOUT, 0, CPU)
+
+
+@pytest.mark.parametrize("draft_dim", [4, 6, 16])
+def test_a_draft_models_layers_lie_behind_the_targets_in_every_block(draft_dim: int) -> None:
+    draft = KVLayout(2, 1, draft_dim, 4, "float32")
+    layout = dataclasses.replace(LAYOUT, draft=draft)
+    cache = KVCache(layout, 5, CPU)
+    assert cache.draft is not None and cache.draft.draft is None
+    assert cache.num_bytes == 5 * layout.block_bytes == cache.draft.num_bytes
+    assert cache.draft.pool.shape == (5, *draft.block_shape)
+    cache.pool.fill_(1.0)
+    cache.draft.pool.fill_(2.0)
+    block = ctypes.string_at(cache.address + 3 * layout.block_bytes, layout.block_bytes)
+    values = torch.frombuffer(bytearray(block), dtype=torch.float32)
+    size, offset = 3 * 2 * 2 * 4 * 4, layout.draft_offset
+    assert values[:size].eq(1.0).all() and not values[size:offset].any()
+    assert values[offset : offset + draft.block_elements].eq(2.0).all()
+    for view in (cache, cache.draft):  # a head's keys in a block are a run
+        view.pool[3, 1, 0, 0] = 3.0
+        run = view.layout.run_elements
+        assert view.block_stride % run == 0
+        index = 3 * view.block_stride // run + 2 * view.layout.num_kv_heads
+        assert view.runs[index].eq(3.0).all() and view.runs.eq(3.0).sum() == run
+        view.pool[3, 1, 0, 0] = 0.0
+    cache.copy_blocks([3], [0])
+    assert torch.equal(cache.pool[0], cache.pool[3])
+    assert torch.equal(cache.draft.pool[0], cache.draft.pool[3])
+
+
+def test_two_models_without_a_gap_need_no_padding() -> None:
+    draft = KVLayout(8, 3, 64, 16, "bfloat16")
+    layout = KVLayout(30, 3, 64, 16, "bfloat16", draft)
+    assert layout.block_bytes == 368_640 * 38 // 30
+    with pytest.raises(ValueError, match="block_size"):
+        KVLayout(30, 3, 64, 32, "bfloat16", draft)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
+from engine.attention import select_backend
 from engine.attention.torch_backend import TorchBackend
 from engine.cache.kv_cache import KVCache
 from engine.model.layers import logits
@@ -31,6 +34,27 @@ def test_first_layers_share_weights_and_fill_the_same_cache() -> None:
     assert not torch.allclose(out[0], out[1])
     with pytest.raises(ValueError, match="1 to 4"):
         model.first_layers(5)
+
+
+@pytest.mark.parametrize("head_dim", [8, 12])
+def test_two_models_in_the_same_blocks_do_not_disturb_each_other(head_dim: int) -> None:
+    """Each gives, bit for bit, what it gives in blocks of its own."""
+    target = random_model(tiny_config(), 1)
+    draft = random_model(tiny_config(num_layers=1, num_kv_heads=1, head_dim=head_dim), 2)
+    steps = [Row(TOKENS[:30], 0, list(range(10)), 3), Row(TOKENS[30:33], 30, list(range(10)), 3)]
+    layout = dataclasses.replace(layout_of(target.config, 4), draft=layout_of(draft.config, 4))
+    cache = KVCache(layout, 16, CPU)
+    assert cache.draft
+    runners, expected = [], []
+    for model, view in ((target, cache), (draft, cache.draft)):
+        view.pool.fill_(float("nan"))
+        backend = select_backend(view, model.config.num_heads, 0)
+        runners.append(Runner(model, view, backend))
+        alone = Bench(model)
+        expected.append([alone.runner.run([row]) for row in steps])
+    for i, row in enumerate(steps):
+        for runner, answers in zip(runners, expected, strict=True):
+            assert torch.equal(runner.run([row]), answers[i])
 
 
 def test_a_drafter_steps_between_the_targets_steps() -> None:
