@@ -76,6 +76,8 @@ def serve(
     Raises ConfigError, CheckpointError.
     """
     configure_logging(log, role="coordinator")
+    if fleet.workers == "local":
+        draft.check(model)
     checkpoint = resolve(model.model, weights=fleet.workers == "local")
     if fleet.workers == "local" and model.seed_weights < 0:
         # Here, where a person sees the progress.

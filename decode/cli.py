@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from engine.config import DraftOptions
-from engine.errors import ConfigError
+from engine.config import DraftOptions, ModelOptions
 from engine.types import Role
 from kvtransfer.command import worker_command
 
 if TYPE_CHECKING:
-    from engine.speculation import Speculation
+    from engine.runner.base import ModelRunner
+    from engine.sampling import Sampler
+    from engine.speculation import Drafting, Speculation
     from kvtransfer.host import Services, WorkerHost
 
 _DESCRIPTION = "A decode worker: writes answers with speculative verification."
@@ -26,29 +29,38 @@ def _services(host: WorkerHost) -> Services:
     return [(descriptor, DecodeServicer(host))]
 
 
-def make_speculation(options: DraftOptions) -> Speculation | None:
+def ask_drafting(model: ModelOptions, options: DraftOptions) -> Drafting | None:
     """The drafter that --drafter names; None drafts nothing. Raises ConfigError."""
+    options.check(model)
+    if options.drafter == "none" or options.draft_tokens == 0:
+        return None
+    from engine.speculation import Drafting
+
+    return Drafting(options.draft_tokens, partial(_speculation, options))
+
+
+def _speculation(
+    options: DraftOptions, draft_model: ModelRunner | None, sampler: Sampler
+) -> Speculation:
     from decode.speculative.acceptance import Acceptance
+    from decode.speculative.draft_model import ModelDrafter
     from decode.speculative.ngram import NgramDrafter
     from decode.speculative.pace import MeasuredPace
     from decode.speculative.step_cost import StepCost
     from decode.speculative.verify import verify
-    from engine.speculation import Speculation
+    from engine.speculation import Drafter, Speculation
 
-    if options.drafter == "model" or options.draft_model:
-        raise ConfigError("--drafter model: not available yet; expected none or ngram")
-    if options.drafter == "none" or options.draft_tokens == 0:
-        return None
-    drafter = NgramDrafter()
-    pace = MeasuredPace(Acceptance(drafter.acceptance), StepCost())
+    passes = None if draft_model is None else StepCost()
+    drafter: Drafter = NgramDrafter()
+    if draft_model is not None and passes is not None:
+        drafter = ModelDrafter(draft_model, sampler, passes, time.monotonic)
+    pace = MeasuredPace(Acceptance(drafter.acceptance), StepCost(), passes)
     return Speculation(drafter, verify, options.draft_tokens, pace)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    return worker_command(
-        Role.DECODE, _DESCRIPTION, argv, _services, make_speculation, DraftOptions
-    )
+    return worker_command(Role.DECODE, _DESCRIPTION, argv, _services, ask_drafting, DraftOptions)
 
 
 if __name__ == "__main__":

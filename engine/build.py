@@ -5,6 +5,7 @@ The pool is sized before the model is built, so that a length that cannot fit is
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from dataclasses import dataclass
@@ -21,18 +22,20 @@ from engine.checkpoint.fingerprint import tokenizer_digest
 from engine.checkpoint.packed import packed_file, read_packed
 from engine.checkpoint.source import Checkpoint, resolve, weights
 from engine.config import CacheOptions, ModelOptions, StepOptions
-from engine.core import EngineCore, ModelRunner
+from engine.core import EngineCore
 from engine.errors import ConfigError
+from engine.model.llama import LlamaModel
 from engine.model.loader import load_model, random_model
 from engine.model.native import NativeModel
 from engine.native import Kernels
 from engine.native.threads import Seat, Threads
-from engine.placement import packing, pick_kernels
+from engine.placement import first_layers, packing, pick_kernels, resolve_draft
 from engine.precision import auto_dtype
+from engine.runner.base import ModelRunner
 from engine.runner.runner import NativeRunner, Runner
 from engine.sampling import Sampler
 from engine.scheduler import Budgets, Scheduler
-from engine.speculation import Speculation
+from engine.speculation import Drafting
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import WorkerMetrics
 from engine.types import ModelIdentity, Role
@@ -44,8 +47,8 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# Prompt tokens a step: a prefill worker wants whole matrix products, a decode worker short steps. On
-# a CPU products are whole at 256 already, and who comes next waits half as long.
+# Prompt tokens a step: a prefill worker wants whole matrix products, a decode worker short steps.
+# On a CPU products are whole at 256 already, and who comes next waits half as long.
 _PROMPT_TOKENS = {Role.PREFILL: 512, Role.DECODE: 256}
 _PROMPT_TOKENS_CPU = 256
 
@@ -87,38 +90,46 @@ def build_engine(
     cache: CacheOptions,
     step: StepOptions,
     registry: CollectorRegistry,
-    speculation: Speculation | None = None,
+    drafting: Drafting | None = None,
 ) -> Engine:
-    """Load everything. Raises ConfigError, CheckpointError."""
+    """Load everything; `drafting`: what the worker was asked to draft with.
+
+    Raises ConfigError, CheckpointError.
+    """
     if step.num_threads:  # else OMP_NUM_THREADS, else all cores
         torch.set_num_threads(step.num_threads)
     device = pick_device(model)
     dtype = pick_dtype(model, device)
     checkpoint = resolve(model.model, weights=model.seed_weights < 0)
-    library = pick_kernels(checkpoint.config, model, cache, dtype, on_gpu=device.type == "cuda")
-    layout = KVLayout(
-        num_layers=checkpoint.config.num_layers,
-        num_kv_heads=checkpoint.config.num_kv_heads,
-        head_dim=checkpoint.config.head_dim,
-        block_size=cache.block_size,
-        dtype=dtype,
-    )
-    window = speculation.max_draft_tokens if speculation else 0
+    draft: Checkpoint | None = None
+    if model.draft_model:
+        draft = resolve_draft(checkpoint, model.draft_model, weights=model.seed_weights < 0)
+    layout = _layout(checkpoint.config, cache, dtype)
+    if draft is not None:
+        layout = dataclasses.replace(layout, draft=_layout(draft.config, cache, dtype))
+    window = min(drafting.max_draft_tokens, cache.block_size) if drafting else 0
     num_blocks, max_model_len = _size_pool(checkpoint.config, model, cache, layout, device, window)
-    profile = numeric_profile(checkpoint, model, dtype, native=library is not None)
+    loader = _Loader(model, cache, step, dtype, device)
+    profile = loader.profile(checkpoint)
+    if draft is not None:
+        profile += f" draft=({loader.profile(draft)})"
     identity = _identity(checkpoint, model, layout, profile, max_model_len)
     pool = BlockPool(num_blocks)
     kv_cache = KVCache(layout, num_blocks, device)
+    target = loader.load(checkpoint)
+    draft_runner = None
+    if draft is not None and kv_cache.draft is not None:
+        num_first = first_layers(model.draft_model)
+        drafter = target.first_layers(num_first) if num_first else loader.load(draft)
+        draft_runner = loader.runner(drafter, kv_cache.draft)
+    sampler = Sampler(checkpoint.config.vocab_size, device)
+    speculation = drafting.begin(draft_runner, sampler) if drafting else None
     prompt_tokens = _PROMPT_TOKENS_CPU if device.type == "cpu" else _PROMPT_TOKENS[role]
     budgets = Budgets(step.max_batched_tokens or prompt_tokens, step.max_num_seqs)
     scheduler = Scheduler(pool, layout.block_size, budgets, speculation, max_model_len)
     metrics = WorkerMetrics(registry, identity.name)
-    if library is not None:
-        runner = _native_runner(checkpoint, model, step, kv_cache, library)
-    else:
-        runner = _torch_runner(checkpoint, model, dtype, kv_cache)
-    sampler = Sampler(checkpoint.config.vocab_size, device)
-    core = EngineCore(scheduler, runner, sampler, metrics, time.monotonic)
+    runner = loader.runner(target, kv_cache)
+    core = EngineCore(scheduler, runner, sampler, metrics, time.monotonic, draft_runner)
     _log.info(
         "engine built",
         model=identity.name,
@@ -127,7 +138,7 @@ def build_engine(
         num_blocks=num_blocks,
         block_bytes=layout.block_bytes,
         max_model_len=max_model_len,
-        native=library is not None,
+        native=isinstance(target, NativeModel),
     )
     return Engine(core, kv_cache, layout, identity, metrics)
 
@@ -146,30 +157,66 @@ def numeric_profile(
     return f"{source} weights={kept.get(choice, choice)} activations=float32/int16 kv={dtype}"
 
 
-def _native_runner(
-    checkpoint: Checkpoint,
-    model: ModelOptions,
-    step: StepOptions,
-    kv_cache: KVCache,
-    library: Kernels,
-) -> ModelRunner:
-    config = checkpoint.config
-    path = packed_file(checkpoint, packing(checkpoint, model))
-    target = NativeModel(config, read_packed(path, config), library)
-    num_threads = step.num_threads or len(os.sched_getaffinity(0))
-    return NativeRunner(target, kv_cache, Threads(library, num_threads, Seat.parse(step.cores)))
+def _layout(config: ModelConfig, cache: CacheOptions, dtype: str) -> KVLayout:
+    return KVLayout(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=cache.block_size,
+        dtype=dtype,
+    )
 
 
-def _torch_runner(
-    checkpoint: Checkpoint, options: ModelOptions, dtype: str, kv_cache: KVCache
-) -> ModelRunner:
-    config, device = checkpoint.config, kv_cache.device
-    if options.seed_weights >= 0:
-        target = random_model(config, options.seed_weights, _DTYPES[dtype], device)
-    else:
-        target = load_model(config, weights(checkpoint, dtype), _DTYPES[dtype], device)
-    backend = select_backend(kv_cache, config.num_heads, config.sliding_window)
-    return Runner(target, kv_cache, backend)
+class _Loader:
+    """Loads models, by our own kernels where they can compute them; their runners share threads."""
+
+    def __init__(
+        self,
+        model: ModelOptions,
+        cache: CacheOptions,
+        step: StepOptions,
+        dtype: str,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._step = step
+        self._dtype = dtype
+        self._device = device
+        self._threads: Threads | None = None
+
+    def profile(self, checkpoint: Checkpoint) -> str:
+        """The numeric profile of a model as it is loaded here."""
+        native = self._kernels(checkpoint.config) is not None
+        return numeric_profile(checkpoint, self._model, self._dtype, native=native)
+
+    def load(self, checkpoint: Checkpoint) -> LlamaModel | NativeModel:
+        """Map or read the weights. Raises CheckpointError."""
+        config, dtype = checkpoint.config, _DTYPES[self._dtype]
+        library = self._kernels(config)
+        if library is not None:
+            path = packed_file(checkpoint, packing(checkpoint, self._model))
+            return NativeModel(config, read_packed(path, config), library)
+        if self._model.seed_weights >= 0:
+            return random_model(config, self._model.seed_weights, dtype, self._device)
+        return load_model(config, weights(checkpoint, self._dtype), dtype, self._device)
+
+    def runner(self, model: LlamaModel | NativeModel, kv_cache: KVCache) -> ModelRunner:
+        """What computes `model` over its view of the pool."""
+        config = model.config
+        if isinstance(model, LlamaModel):
+            backend = select_backend(kv_cache, config.num_heads, config.sliding_window)
+            return Runner(model, kv_cache, backend)
+        if self._threads is None:
+            library = self._kernels(config)
+            assert library is not None, "it was loaded by them"
+            num_threads = self._step.num_threads or len(os.sched_getaffinity(0))
+            self._threads = Threads(library, num_threads, Seat.parse(self._step.cores))
+        return NativeRunner(model, kv_cache, self._threads)
+
+    def _kernels(self, config: ModelConfig) -> Kernels | None:
+        on_gpu = self._device.type == "cuda"
+        return pick_kernels(config, self._model, self._cache, self._dtype, on_gpu=on_gpu)
 
 
 def _size_pool(

@@ -101,6 +101,11 @@ class ModelOptions:
     max_model_len: int = option(
         0, "longest prompt plus answer, in tokens; 0: the model's own", minimum=0
     )
+    draft_model: str = option(
+        "",
+        "model of the drafter `model`, of the same vocabulary; its KV lies in the same blocks, so "
+        "all workers name the same one; first:N: the model's own first N layers",
+    )
     device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
     seed_weights: int = option(
         -1, "for tests: random weights from this seed instead of the checkpoint's; -1: off"
@@ -142,7 +147,15 @@ class DraftOptions:
     draft_tokens: int = option(
         16, "longest draft a step; less is verified where less pays", minimum=0, maximum=64
     )
-    draft_model: str = option("", "model of the drafter `model`")
+
+    def check(self, model: ModelOptions) -> None:
+        """Raise ConfigError where this contradicts `model`."""
+        if self.drafter == "model" and not model.draft_model:
+            raise ConfigError("--drafter model: needs --draft-model, a smaller model that drafts")
+        if self.drafter == "ngram" and model.draft_model:
+            raise ConfigError(
+                f"--draft-model {model.draft_model}: is for --drafter model, not --drafter ngram"
+            )
 
 
 @dataclass(frozen=True, slots=True)

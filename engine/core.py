@@ -1,6 +1,6 @@
 """The engine: one short step() over ragged rows, for both roles. It knows no thread and no wire.
 
-    admit -> plan -> run the model -> accept -> advance
+    admit -> plan -> draft -> run the model -> accept -> advance
 
 Every request that was added gives exactly one FinishedEvent, whatever happens to it; what an event
 hands over (pinned blocks of an AnnouncedEvent) belongs to whoever receives it.
@@ -8,10 +8,9 @@ hands over (pinned blocks of an AnnouncedEvent) belongs to whoever receives it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Protocol
 
 import torch
 
@@ -26,23 +25,17 @@ from engine.events import (
     TokensEvent,
 )
 from engine.request import Request, State, Work
+from engine.runner.base import ModelRunner
 from engine.runner.batch import Row
-from engine.sampling import Sampler, SampleRow, UnusableLogits
+from engine.sampling import Sampler, UnusableLogits
 from engine.scheduler import PlannedRow, Scheduler
+from engine.speculation import UNWRITTEN
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import WorkerMetrics
 from engine.telemetry.stopwatch import Stopwatch
 from engine.types import FinishReason
 
 _log = get_logger(__name__)
-
-
-class ModelRunner(Protocol):
-    """Computes rows over the paged cache; on return every KV write of the step is complete."""
-
-    def run(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Logits [num_logits of all rows, vocab] float32."""
-        ...
 
 
 @dataclass(slots=True)
@@ -65,11 +58,14 @@ class EngineCore:
         sampler: Sampler | None,
         metrics: WorkerMetrics,
         clock: Callable[[], float],
+        draft_runner: ModelRunner | None = None,
     ) -> None:
+        """`draft_runner` computes the draft model, whose KV lies in the same blocks."""
         self.scheduler = scheduler
         self.pool = scheduler.pool
         self.totals = Totals()
         self._runner = runner
+        self._draft_runner = draft_runner
         self._sampler = sampler
         self._metrics = metrics
         self._clock = clock
@@ -167,7 +163,8 @@ class EngineCore:
             self._metrics.iteration_tokens.observe(num_rows)
             self._metrics.step_took(watch.laps)
             if self.scheduler.speculation is not None and not self._num_failures:
-                self.scheduler.speculation.stepped(num_rows, sum(watch.laps.values()))
+                verified_s = sum(watch.laps.values()) - watch.laps.get("draft", 0.0)
+                self.scheduler.speculation.stepped(num_rows, verified_s)
         return bool(plan)
 
     def _compute(self, plan: Sequence[PlannedRow], watch: Stopwatch) -> None:
@@ -177,6 +174,9 @@ class EngineCore:
         state. A second failure in a row is the device's, not a request's: it is raised.
         """
         try:
+            drafted = self._draft(plan)
+            if drafted:
+                watch.lap("draft")
             logits = self._runner.run([self._model_row(planned) for planned in plan])
             watch.lap("forward")
             plan, sampled = self._sample(plan, logits)
@@ -193,12 +193,40 @@ class EngineCore:
                 self._finish(planned.request, FinishReason.ABORTED, fault)
         else:
             self._num_failures = 0
-            self._accept(plan, sampled)
+            self._accept(plan, sampled, drafted)
 
     def take_events(self) -> list[Event]:
         """Events since the last call, in order."""
         events, self._events = self._events, []
         return events
+
+    def _draft(self, plan: Sequence[PlannedRow]) -> dict[int, int]:
+        """Write the drafts that were promised, and the draft model's KV of everybody's tokens.
+
+        Returns, by request key, up to where that KV is there then, if the drafts stand. Who is not
+        drafted for in this step is computed when much of it is missing, many tokens at once.
+        """
+        if self._draft_runner is None:
+            return {}
+        promised = [p for p in plan if UNWRITTEN in p.draft]
+        if promised and self.scheduler.speculation is not None:
+            self.scheduler.speculation.drafter.write(promised)
+        written = {planned.request.key for planned in promised}
+        drafted, rows = {}, []
+        for planned in plan:
+            request = planned.request
+            start = request.num_computed - request.draft_lag
+            end = request.num_computed + planned.num_tokens
+            if request.key in written:
+                drafted[request.key] = request.num_computed + len(planned.draft)
+            elif request.decoding and end - start < self.scheduler.block_size:
+                drafted[request.key] = start
+            else:
+                drafted[request.key] = end
+                rows.append(Row(request.tokens[start:end], start, request.table.blocks, 0))
+        if rows:
+            self._draft_runner.run(rows)
+        return drafted
 
     def _model_row(self, planned: PlannedRow) -> Row:
         request = planned.request
@@ -218,7 +246,7 @@ class EngineCore:
             return plan, []
         assert self._sampler is not None
         rows = [
-            self._sample_row(planned, ahead)
+            planned.request.sample_row(planned.draft[:ahead])
             for planned in plan
             for ahead in range(planned.num_logits)
         ]
@@ -234,23 +262,9 @@ class EngineCore:
             rest = [planned for planned in plan if planned.request.key not in guilty]
             return rest, self._sampler.sample(logits[keep], [rows[i] for i in keep]) if keep else []
 
-    @staticmethod
-    def _sample_row(planned: PlannedRow, ahead: int) -> SampleRow:
-        """Where the sampler stands after `ahead` draft tokens."""
-        request, work = planned.request, planned.request.work
-        assert work.sampling is not None
-        assert work.stop is not None
-        early = request.num_output + ahead < work.stop.min_tokens
-        return SampleRow(
-            params=work.sampling,
-            position=len(request.tokens) + ahead,
-            tokens=request.tokens,
-            num_prompt=request.num_prompt,
-            draft=planned.draft[:ahead],
-            banned=work.stop.stop_token_ids if early else frozenset(),
-        )
-
-    def _accept(self, plan: Sequence[PlannedRow], sampled: Sequence[int]) -> None:
+    def _accept(
+        self, plan: Sequence[PlannedRow], sampled: Sequence[int], drafted: Mapping[int, int]
+    ) -> None:
         """Advance every row by what it computed and emit what the verifier accepts."""
         offset = 0
         for planned in plan:
@@ -259,7 +273,7 @@ class EngineCore:
             offset += planned.num_logits
             self._count_prompt(request, planned)
             emitted = self._verify(planned, tokens) if tokens else []
-            self._emit(request, request.num_computed + planned.num_tokens, emitted)
+            self._emit(request, request.num_computed + planned.num_tokens, emitted, drafted)
 
     def _verify(self, planned: PlannedRow, sampled: Sequence[int]) -> Sequence[int]:
         speculation = self.scheduler.speculation
@@ -282,7 +296,13 @@ class EngineCore:
         self._metrics.spec_decode_num_draft_tokens.inc(num_tokens)
         self._metrics.spec_decode_num_accepted_tokens.inc(num_accepted)
 
-    def _emit(self, request: Request, num_computed: int, emitted: Sequence[int]) -> None:
+    def _emit(
+        self,
+        request: Request,
+        num_computed: int,
+        emitted: Sequence[int],
+        drafted: Mapping[int, int],
+    ) -> None:
         """Take the tokens up to the one that ends the answer; then name, announce, finish."""
         kept: list[int] = []
         reason = None
@@ -293,7 +313,9 @@ class EngineCore:
             if reason:
                 break
         # KV exists for the tokens before the newest: the row's own and the accepted draft's.
-        self.scheduler.advance(request, num_computed + max(0, len(kept) - 1))
+        num_computed += max(0, len(kept) - 1)
+        draft_lag = max(0, num_computed - drafted.get(request.key, num_computed))
+        self.scheduler.advance(request, num_computed, draft_lag)
         if kept:
             self._metrics.generation_tokens.inc(len(kept))
             self._events.append(TokensEvent(request.key, kept, self._counts(request)))

@@ -1,12 +1,14 @@
-"""Which of our ways computes a model on this machine. No torch here: a coordinator asks too, to
-convert weights where a person sees the progress.
+"""Which of our ways computes a model on this machine, and which model drafts for it. No torch here:
+a coordinator asks too, to convert weights where a person sees the progress.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.packed import packable, packed_file
-from engine.checkpoint.source import Checkpoint, weights
+from engine.checkpoint.source import Checkpoint, resolve, weights
 from engine.config import CacheOptions, ModelOptions
 from engine.errors import ConfigError
 from engine.native import Kernels, kernels
@@ -33,6 +35,39 @@ def packing(checkpoint: Checkpoint, options: ModelOptions) -> str:
     return "bf16" if options.weights == "auto" and checkpoint.gguf is None else options.weights
 
 
+def first_layers(spec: str) -> int:
+    """N of a draft model `first:N`; 0 for any other. Raises ConfigError."""
+    prefix, _, number = spec.partition(":")
+    if prefix != "first":
+        return 0
+    if not number.isdecimal() or int(number) < 1:
+        raise ConfigError(f"--draft-model {spec}: expected first:N with a number of layers")
+    return int(number)
+
+
+def resolve_draft(target: Checkpoint, spec: str, *, weights: bool) -> Checkpoint:
+    """The draft model's checkpoint; of `first:N` the target's, with fewer layers.
+
+    Raises ConfigError, CheckpointError.
+    """
+    if num_layers := first_layers(spec):
+        if num_layers > target.config.num_layers:
+            raise ConfigError(
+                f"--draft-model {spec}: {target.name} has {target.config.num_layers} layers"
+            )
+        config = dataclasses.replace(target.config, num_layers=num_layers)
+        fingerprint = f"{target.fingerprint}-{spec}"
+        return dataclasses.replace(target, config=config, fingerprint=fingerprint)
+    draft = resolve(spec, weights=weights)
+    sizes = draft.config.vocab_size, target.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"--draft-model {spec}: has a vocabulary of {sizes[0]} tokens, {target.name} of "
+            f"{sizes[1]}; expected the same vocabulary"
+        )
+    return draft
+
+
 def prepare_weights(
     checkpoint: Checkpoint, model: ModelOptions, cache: CacheOptions, *, on_gpu: bool
 ) -> None:
@@ -40,6 +75,11 @@ def prepare_weights(
 
     Raises ConfigError, CheckpointError.
     """
+    if model.draft_model:
+        draft = resolve_draft(checkpoint, model.draft_model, weights=True)
+        if not first_layers(model.draft_model):
+            alone = dataclasses.replace(model, draft_model="")
+            prepare_weights(draft, alone, cache, on_gpu=on_gpu)
     dtype = auto_dtype(on_gpu=on_gpu) if model.dtype == "auto" else model.dtype
     if pick_kernels(checkpoint.config, model, cache, dtype, on_gpu=on_gpu) is not None:
         packed_file(checkpoint, packing(checkpoint, model))

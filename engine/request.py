@@ -13,15 +13,21 @@ WAITING holds no memory. FETCHING and RUNNING hold the whole prompt's blocks and
     tokens   [ prompt ............ | answer ...... ]
               0        num_computed ^               ^ len(tokens)
     KV of accepted tokens is complete in [0, num_computed); the next row starts there.
+
+A draft model's KV of the last `draft_lag` of those positions may still be missing: it is written
+when the model drafts again, or before a whole block of it is missing. A block is named when it has
+both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 from engine.cache.block_table import BlockTable
 from engine.cache.layout import block_name
+from engine.sampling.row import SampleRow
 from engine.types import FinishReason, SamplingParams, StopParams
 
 
@@ -71,6 +77,7 @@ class Request:
     state: State = State.WAITING
     tokens: list[int] = field(default_factory=list)
     num_computed: int = 0
+    draft_lag: int = 0  # of those, the last ones that the draft model has not computed
     names: list[bytes] = field(default_factory=list)  # of whole blocks, grown on demand
     num_named: int = 0  # leading blocks of the table that are complete and named
     num_announced: int = 0
@@ -115,6 +122,21 @@ class Request:
         """Priority, then age."""
         return (self.work.priority, self.arrival_s, self.key)
 
+    def sample_row(self, draft: Sequence[int] = ()) -> SampleRow:
+        """Where the sampler stands after the known tokens and `draft`."""
+        work = self.work
+        assert work.sampling is not None
+        assert work.stop is not None
+        early = self.num_output + len(draft) < work.stop.min_tokens
+        return SampleRow(
+            params=work.sampling,
+            position=len(self.tokens) + len(draft),
+            tokens=self.tokens,
+            num_prompt=self.num_prompt,
+            draft=draft,
+            banned=work.stop.stop_token_ids if early else frozenset(),
+        )
+
     def whole_names(self, block_size: int) -> list[bytes]:
         """Names of the whole blocks that a hit or a peer may supply.
 
@@ -138,6 +160,7 @@ class Request:
         """Assert the invariant; for tests."""
         assert 0 <= self.num_computed <= len(self.tokens)
         assert self.num_computed <= len(self.table.blocks) * block_size
-        assert self.num_named * block_size <= self.num_computed
+        assert 0 <= self.draft_lag <= self.num_computed
+        assert self.num_named * block_size <= self.num_computed - self.draft_lag
         holds = self.state in (State.FETCHING, State.RUNNING)
         assert holds or not self.table.blocks

@@ -29,7 +29,7 @@ class Budgets:
     prompt_tokens: int  # computed a step, over all prompts
     num_seqs: int  # requests that hold memory at once
     owner_wait_s: float = 30.0
-    aging_tokens_per_s: float = 300.0  # a second of waiting is worth so many tokens less to compute
+    aging_tokens_per_s: float = 50.0  # a second of waiting is worth so many tokens less to compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +152,7 @@ class Scheduler:
         request.table.reserve((len(hits) + needed) * self.block_size)
         request.num_named = len(hits)
         request.num_computed = len(hits) * self.block_size
+        request.draft_lag = 0  # a named block holds the draft model's KV, too
         return True
 
     def _enter(self, request: Request, now_s: float) -> None:
@@ -268,18 +269,22 @@ class Scheduler:
     def preempt(self, request: Request) -> None:
         """Let a running request wait, holding nothing; its named blocks stay findable."""
         self.remove(request)
-        request.num_computed = request.num_named = 0
+        request.num_computed = request.num_named = request.draft_lag = 0
         request.move(State.WAITING)
         self.num_preemptions += 1
         self.add(request)
 
     # -- progress ----------------------------------------------------------------------------------
 
-    def advance(self, request: Request, num_computed: int) -> None:
-        """KV of accepted tokens is complete up to `num_computed`: name the blocks this filled."""
+    def advance(self, request: Request, num_computed: int, draft_lag: int = 0) -> None:
+        """KV of accepted tokens is complete up to `num_computed`: name the blocks this filled.
+
+        A draft model's is up to `draft_lag` positions before that.
+        """
         assert num_computed >= request.num_computed
         request.num_computed = num_computed
-        full = num_computed // self.block_size
+        request.draft_lag = draft_lag
+        full = (num_computed - draft_lag) // self.block_size
         if full > len(request.names):
             request.whole_names(self.block_size)
         for index in range(request.num_named, full):

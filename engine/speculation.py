@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from engine.runner.base import ModelRunner
+from engine.sampling import Sampler
+
+if TYPE_CHECKING:
+    from engine.scheduler import PlannedRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +25,7 @@ class Draft:
 
 
 NO_DRAFT = Draft([], [])
+UNWRITTEN = -1  # a token that a drafter promises, and writes if it is chosen
 
 
 class Drafter(Protocol):
@@ -32,7 +39,14 @@ class Drafter(Protocol):
         ...
 
     def propose(self, request_id: str, tokens: Sequence[int], max_tokens: int) -> Draft:
-        """Up to `max_tokens` tokens to follow `tokens` (prompt and answer so far), or none."""
+        """Up to `max_tokens` tokens to follow `tokens` (prompt and answer so far), or none.
+
+        They may be UNWRITTEN: promised, at a cost that is paid for those that are chosen.
+        """
+        ...
+
+    def write(self, rows: Sequence[PlannedRow]) -> None:
+        """Put tokens in place of the UNWRITTEN ones of each row's draft; fewer will do."""
         ...
 
     def finish(self, request_id: str) -> None:
@@ -109,3 +123,11 @@ class Speculation:
         self.drafter.finish(request_id)
         if self.pace is not None:
             self.pace.finish(request_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """Speculation as it was asked for, before there is a model to draft with."""
+
+    max_draft_tokens: int
+    begin: Callable[[ModelRunner | None, Sampler], Speculation]  # of the draft model, if any

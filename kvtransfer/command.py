@@ -27,7 +27,7 @@ from engine.errors import CheckpointError, ConfigError
 from engine.types import Role
 
 if TYPE_CHECKING:
-    from engine.speculation import Speculation
+    from engine.speculation import Drafting
     from kvtransfer.host import Services, WorkerHost
 
 _GROUPS = (ModelOptions, CacheOptions, StepOptions, TransferOptions, WorkerOptions, LogOptions)
@@ -43,7 +43,7 @@ def worker_command(
     description: str,
     argv: Sequence[str] | None,
     make_services: Callable[[WorkerHost], Services],
-    make_speculation: Callable[[Any], Speculation | None] | None = None,
+    ask_drafting: Callable[[ModelOptions, Any], Drafting | None] | None = None,
     own_options: type[Any] | None = None,
 ) -> int:
     """Run one worker until it ends; returns the exit status: 2 for a mistake of the user's."""
@@ -55,7 +55,7 @@ def worker_command(
     add_flags(start, *groups)
     try:
         options = resolve(command.parse_args(argv), *groups)
-        return _start(role, options, make_services, make_speculation)
+        return _start(role, options, make_services, ask_drafting)
     except (ConfigError, CheckpointError) as error:
         print(f"{role.value}: {error.message}", file=sys.stderr)
         return 2
@@ -65,7 +65,7 @@ def _start(
     role: Role,
     options: tuple[Any, ...],
     make_services: Callable[[WorkerHost], Services],
-    make_speculation: Callable[[Any], Speculation | None] | None,
+    ask_drafting: Callable[[ModelOptions, Any], Drafting | None] | None,
 ) -> int:
     model, cache, step, transfer, worker, log, *own = options
     set_default_env(_LIBRARY_ENV)
@@ -79,8 +79,8 @@ def _start(
 
     configure_logging(log, role=role.value, worker_id=worker.worker_id)
     registry = CollectorRegistry()
-    speculation = make_speculation(own[0]) if make_speculation else None
-    engine = build_engine(role, model, cache, step, registry, speculation)
+    drafting = ask_drafting(model, own[0]) if ask_drafting else None
+    engine = build_engine(role, model, cache, step, registry, drafting)
     settings = WorkerSettings(role, worker, transfer)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run_worker(settings, engine, registry, make_services))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from engine.speculation import Draft
+from engine.speculation import UNWRITTEN, Draft
 
 GRADE_RATE = 0.1
 REQUEST_RATE = 0.1
@@ -43,9 +43,11 @@ class Acceptance:
         return out
 
     def learn(self, request_id: str, draft: Draft, produced: Sequence[int]) -> None:
-        """`produced` followed where `draft` was proposed."""
+        """`produced` followed where `draft` was proposed, or promised and written in part."""
         of_request = self._requests.get(request_id, 0.0)
         for guess, grade, token in zip(draft.tokens, draft.grades, produced, strict=False):
+            if guess == UNWRITTEN:
+                break
             logit = self._grades[grade]
             surprise = (guess == token) - 1.0 / (1.0 + math.exp(-logit - of_request))
             of_request = _clip(of_request + REQUEST_RATE * surprise)

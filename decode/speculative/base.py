@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from engine.scheduler import PlannedRow
 from engine.speculation import NO_DRAFT, Draft
 
 
@@ -16,6 +17,9 @@ class NoDrafter:
     def propose(self, request_id: str, tokens: Sequence[int], max_tokens: int) -> Draft:
         """Nothing."""
         return NO_DRAFT
+
+    def write(self, rows: Sequence[PlannedRow]) -> None:
+        """Nothing was promised."""
 
     def finish(self, request_id: str) -> None:
         """Nothing is held."""

@@ -23,6 +23,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from engine.scheduler import PlannedRow
 from engine.speculation import NO_DRAFT, Draft
 
 MAX_MATCH = 32  # a longer match is no better founded
@@ -93,6 +94,9 @@ class NgramDrafter:
         grades = _GRADE_AGREE[length:agreed]
         grades += _GRADE_DIFFER[agreed : min(agreed + 1, stop)]
         return Draft(draft, grades + _GRADE_ALONE[agreed + 1 : stop])
+
+    def write(self, rows: Sequence[PlannedRow]) -> None:
+        """Nothing: its drafts cost nothing and are whole."""
 
     def finish(self, request_id: str) -> None:
         """Forget the request's index."""

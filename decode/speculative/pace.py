@@ -6,6 +6,10 @@ A step's rows are worth what they will probably give and cost what a longer step
 
 A draft's survival probabilities fall along the draft, so the k best of all requests are a prefix of
 each draft. Acceptance and cost are learned (`acceptance`, `step_cost`); no clock is read here.
+
+Where a model drafts, its forward passes are added to the seconds: the i-th has a row for each
+request that drafts at least i tokens. What such a drafter is worth is known only while it drafts;
+where that does not pay, a token is drafted for everybody now and then.
 """
 
 from __future__ import annotations
@@ -22,17 +26,26 @@ _LEAST = 0.02  # a token with less chance never pays
 # with: few as long as nothing is known, then a loss of less than 1 %.
 _FIRST_RUN = 4
 _LONGEST_RUN = 64
+# Steps that drafting did not pay in, before it is tried nevertheless.
+_FIRST_PATIENCE = 8
+_LONGEST_PATIENCE = 256
 
 
 class MeasuredPace:
     """The `Pace` of an engine that measures itself."""
 
-    def __init__(self, acceptance: Acceptance, cost: StepCost) -> None:
+    def __init__(
+        self, acceptance: Acceptance, cost: StepCost, drafting: StepCost | None = None
+    ) -> None:
+        """`drafting`: cost of one pass of a draft model, observed by who makes it."""
         self._acceptance = acceptance
         self._cost = cost
+        self._drafting = drafting
         self._drafts: dict[str, Draft] = {}  # proposed in the step under way
         self._run = 0  # steps with drafts since one without
         self._longest_run = _FIRST_RUN
+        self._num_idle = 0  # steps since drafts that cost something were made
+        self._patience = _FIRST_PATIENCE
 
     def choose(
         self, drafts: Sequence[tuple[str, Draft]], num_rows: int, num_answers: int
@@ -45,23 +58,59 @@ class MeasuredPace:
                 survival = self._acceptance.survival(request_id, draft.grades, _LEAST)
                 chances += [(chance, i) for chance in survival]
         lengths = [0] * len(drafts)
-        if not chances:
+        best = self._best(chances, num_rows, num_answers)
+        if best:
+            self._num_idle, self._patience = 0, _FIRST_PATIENCE
+        if best and self._may_draft():
+            for _, i in chances[:best]:
+                lengths[i] += 1
+        else:
             self._run = 0
-            return lengths
+            shortest = [min(1, len(draft.tokens)) for _, draft in drafts]
+            if self._drafting is not None and any(shortest) and not best and self._tries():
+                lengths = shortest
+        return lengths
+
+    def _best(self, chances: list[tuple[float, int]], num_rows: int, num_answers: int) -> int:
+        """How many of the (chance, draft) pairs pay; sorts them, the likeliest first."""
+        if not chances:
+            return 0
         chances.sort(key=lambda c: -c[0])
         seconds = self._cost.relative(num_rows, len(chances))
+        if self._drafting is not None:
+            passes = self._passes(self._drafting, [i for _, i in chances])
+            seconds = [a + b for a, b in zip(seconds, passes, strict=True)]
         expected = float(num_answers)
         best, best_rate = 0, MARGIN * expected / seconds[0]
         for k, (chance, _) in enumerate(chances, 1):
             expected += chance
             if expected > best_rate * seconds[k]:
                 best, best_rate = k, expected / seconds[k]
-        if best and self._may_draft():
-            for _, i in chances[:best]:
-                lengths[i] += 1
-        else:
-            self._run = 0
-        return lengths
+        return best
+
+    def _passes(self, drafting: StepCost, owners: Sequence[int]) -> list[float]:
+        """Cost of drafting the first 0, 1, 2, ... of these tokens, in the units of a step's."""
+        if not (drafting.unit_s and self._cost.unit_s):
+            return [0.0] * (len(owners) + 1)  # unknown: find out
+        unit = drafting.unit_s / self._cost.unit_s
+        of_rows = [0.0, *drafting.relative(1, max(owners))]
+        lengths = [0] * (max(owners) + 1)
+        num_rows = [0] * (len(owners) + 1)  # of each pass
+        out = [0.0]
+        for i in owners:
+            now = num_rows[lengths[i]]
+            out.append(out[-1] + unit * (of_rows[now + 1] - of_rows[now]))
+            num_rows[lengths[i]] += 1
+            lengths[i] += 1
+        return out
+
+    def _tries(self) -> bool:
+        """True now and then; see `_FIRST_PATIENCE`."""
+        self._num_idle += 1
+        if self._num_idle < self._patience:
+            return False
+        self._num_idle, self._patience = 0, min(2 * self._patience, _LONGEST_PATIENCE)
+        return True
 
     def _may_draft(self) -> bool:
         """False now and then; see `_LONGEST_RUN`."""

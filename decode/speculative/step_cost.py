@@ -78,6 +78,11 @@ class StepCost:
         mean += cross * (surprise / spread)
         covariance -= np.outer(cross / spread, cross)
 
+    @property
+    def unit_s(self) -> float:
+        """Seconds that one unit of `relative` stands for now; 0 before anything was seen."""
+        return math.exp(self._mean[0]) if self._num_steps else 0.0
+
     def relative(self, num_rows: int, num_more: int) -> list[float]:
         """Cost of `num_rows`, `num_rows` + 1, ... `num_rows` + `num_more` rows, in any unit."""
         cost = np.exp(self._mean[1:])
