@@ -24,7 +24,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from engine.checkpoint.config import ModelConfig
-from engine.checkpoint.gguf_weights import cast, dequantize
+from engine.checkpoint.gguf_weights import PackedTensor, cast, dequantize
 from engine.checkpoint.lock import exclusive
 from engine.checkpoint.shards import TensorEntry, read_entries, read_header, write_shard
 from engine.checkpoint.source import Checkpoint
@@ -34,6 +34,8 @@ from engine.errors import CheckpointError
 GROUP, BLOCK = 16, 32
 _VERSION = 1  # part of the file's name: raise it with the layout
 _WAIT_S = 1800.0
+_PIECE_BYTES = 64 << 20  # of fp32 at a time
+_RECORD_BYTES = {"bf16": 1024, "q4_0": 288, "q4_1": 320, "q8_0": 544}  # 16 rows x 32 columns
 _Bytes = npt.NDArray[np.uint8]
 _Floats = npt.NDArray[np.float32]
 
@@ -116,46 +118,137 @@ def quantise(kind: str, values: _Floats) -> _Bytes:
 class _Tensor:
     """A tensor of the checkpoint: in its own packing, if there is a kernel for it, or as fp32."""
 
+    path: Path
     shape: tuple[int, ...]
     kind: str  # q4_0, q4_1, q8_0; "" for any other
-    rows: Callable[[], _Bytes]
-    values: Callable[[], _Floats]
+    rows: Callable[[], _Bytes]  # packed
+    values: Callable[[int, int], _Floats]  # of rows first .. end - 1; a vector is one row
 
 
 def _tensors(checkpoint: Checkpoint) -> Mapping[str, _Tensor]:
     if checkpoint.gguf is not None:
         from engine.checkpoint.gguf import open_gguf
 
-        packed = open_gguf(checkpoint.gguf).packed(checkpoint.config)
-        return {t.name: _of_gguf(t) for t in packed}
+        path = checkpoint.gguf
+        packed = open_gguf(path).packed(checkpoint.config)
+        return {t.name: _of_gguf(path, t) for t in packed}
     from engine.checkpoint.source import weights
 
-    entries = read_entries(weights(checkpoint, "bfloat16"))
-    return {entry.name: _of_entry(entry) for entry in entries}
+    found: dict[str, _Tensor] = {}
+    for entry in read_entries(weights(checkpoint, "bfloat16")):
+        if entry.name in found:
+            other = found[entry.name].path
+            raise CheckpointError(f"{entry.path}: tensor {entry.name} is in {other} already")
+        found[entry.name] = _of_entry(entry)
+    return found
 
 
-def _of_gguf(t: Any) -> _Tensor:
+def _of_gguf(path: Path, t: PackedTensor) -> _Tensor:
     kind = t.kind.name.lower()
     return _Tensor(
+        path,
         t.shape,
         kind if kind in ("q4_0", "q4_1", "q8_0") else "",
-        lambda: t.rows(),
-        lambda: dequantize(t.rows(), t.kind, t.gguf_name).reshape(t.shape),
+        t.rows,
+        lambda first, end: dequantize(t.rows()[first:end], t.kind, f"{path}: {t.gguf_name}"),
     )
 
 
 def _of_entry(entry: TensorEntry) -> _Tensor:
-    def values() -> _Floats:
-        raw = np.fromfile(entry.path, np.uint8, entry.num_bytes, offset=entry.offset)
-        if entry.dtype == "BF16":
-            wide = raw.view(np.uint16).astype(np.uint32) << 16
-            return wide.view(np.float32).reshape(entry.shape)
-        kinds = {"F32": np.float32, "F16": np.float16}
-        if entry.dtype not in kinds:
-            raise CheckpointError(f"{entry.path}: tensor {entry.name} has type {entry.dtype}")
-        return raw.view(kinds[entry.dtype]).astype(np.float32).reshape(entry.shape)
+    kinds = {"BF16": np.uint16, "F32": np.float32, "F16": np.float16}
 
-    return _Tensor(entry.shape, "", lambda: np.empty((0, 0), np.uint8), values)
+    def values(first: int, end: int) -> _Floats:
+        if entry.dtype not in kinds:
+            raise CheckpointError(
+                f"{entry.path}: tensor {entry.name} has type {entry.dtype}, expected plain floats"
+            )
+        raw = np.memmap(entry.path, np.uint8, "r", entry.offset, (entry.num_bytes,))
+        rows = raw.view(kinds[entry.dtype]).reshape(-1, entry.shape[-1])[first:end]
+        if entry.dtype == "BF16":
+            return (rows.astype(np.uint32) << 16).view(np.float32)
+        return rows.astype(np.float32)
+
+    return _Tensor(entry.path, entry.shape, "", lambda: np.empty((0, 0), np.uint8), values)
+
+
+# -- what a model consists of ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A matrix of ours and the Hugging Face projections that it joins."""
+
+    name: str
+    parts: tuple[str, ...]
+    sizes: tuple[int, ...]  # outputs of each part
+    columns: int
+    bias: bool = False
+
+    @property
+    def rows(self) -> int:
+        return sum(self.sizes)
+
+
+def _products(c: ModelConfig) -> Iterator[_Product]:
+    inner, kv, hidden = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size
+    for i in range(c.num_layers):
+        attn, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        qkv = tuple(f"{attn}.{x}_proj" for x in "qkv")
+        yield _Product(f"{i}.qkv", qkv, (inner, kv, kv), hidden, c.attention_bias)
+        yield _Product(f"{i}.out", (f"{attn}.o_proj",), (hidden,), inner, c.output_bias)
+        gate_up = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
+        yield _Product(f"{i}.gate_up", gate_up, (c.intermediate_size,) * 2, hidden, c.mlp_bias)
+        down = (f"{mlp}.down_proj",)
+        yield _Product(f"{i}.down", down, (hidden,), c.intermediate_size, c.mlp_bias)
+    yield _Product("embedding", ("model.embed_tokens",), (c.vocab_size,), hidden)
+    if not c.tie_word_embeddings:
+        yield _Product("head", ("lm_head",), (c.vocab_size,), hidden)
+
+
+def _norms(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """(our name, the Hugging Face tensor)."""
+    for i in range(config.num_layers):
+        yield f"{i}.input_norm", f"model.layers.{i}.input_layernorm.weight"
+        yield f"{i}.mlp_norm", f"model.layers.{i}.post_attention_layernorm.weight"
+    yield "norm", "model.norm.weight"
+
+
+def _vectors(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """(our name, the Hugging Face tensors that it joins, their sizes)."""
+    for product in _products(config):
+        if product.bias:
+            parts = tuple(f"{part}.bias" for part in product.parts)
+            yield f"{product.name}.bias", parts, product.sizes
+    for name, tensor in _norms(config):
+        yield name, (tensor,), (config.hidden_size,)
+
+
+def _check(source: Mapping[str, _Tensor], checkpoint: Checkpoint) -> None:
+    """The checkpoint has the tensors of its architecture and no others. Raises CheckpointError."""
+    config = checkpoint.config
+    shapes: dict[str, tuple[int, ...]] = {}
+    for product in _products(config):
+        for part, size in zip(product.parts, product.sizes, strict=True):
+            shapes[f"{part}.weight"] = (size, product.columns)
+    for _, parts, sizes in _vectors(config):
+        shapes |= {part: (size,) for part, size in zip(parts, sizes, strict=True)}
+    missing = [name for name in shapes if name not in source]
+    if missing:
+        where = checkpoint.gguf or checkpoint.folder
+        raise CheckpointError(f"{where}: tensor {missing[0]} is missing ({len(missing)} in all)")
+    for name, tensor in source.items():
+        follows = name.endswith("rotary_emb.inv_freq")
+        if follows or (name == "lm_head.weight" and config.tie_word_embeddings):
+            continue
+        if name not in shapes:
+            raise CheckpointError(
+                f"{tensor.path}: unexpected tensor {name} in a {config.architecture}"
+            )
+        if tensor.shape != shapes[name]:
+            raise CheckpointError(
+                f"{tensor.path}: tensor {name} has shape {list(tensor.shape)}, "
+                f"expected {list(shapes[name])}"
+            )
 
 
 # -- the file --------------------------------------------------------------------------------------
@@ -183,7 +276,9 @@ def packed_file(checkpoint: Checkpoint, choice: str, *, progress: bool = True) -
                 if not _is_whole(path):
                     _write(path, checkpoint, choice, progress)
         except OSError as error:
-            raise CheckpointError(f"{error.filename or path}: {error.strerror}") from None
+            raise CheckpointError(
+                f"{error.filename or path}: {error.strerror}; DIPTYCH_CACHE_DIR names another place"
+            ) from None
     return path
 
 
@@ -194,66 +289,62 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _matrices(config: ModelConfig) -> Iterator[tuple[str, list[str]]]:
-    """(our name, the Hugging Face tensors that it joins)."""
-    for i in range(config.num_layers):
-        at = f"model.layers.{i}"
-        yield f"{i}.qkv", [f"{at}.self_attn.{x}_proj" for x in "qkv"]
-        yield f"{i}.out", [f"{at}.self_attn.o_proj"]
-        yield f"{i}.gate_up", [f"{at}.mlp.{x}_proj" for x in ("gate", "up")]
-        yield f"{i}.down", [f"{at}.mlp.down_proj"]
-    yield "embedding", ["model.embed_tokens"]
-    if not config.tie_word_embeddings:
-        yield "head", ["lm_head"]
-
-
-def _norms(config: ModelConfig) -> Iterator[tuple[str, str]]:
-    for i in range(config.num_layers):
-        yield f"{i}.input_norm", f"model.layers.{i}.input_layernorm.weight"
-        yield f"{i}.mlp_norm", f"model.layers.{i}.post_attention_layernorm.weight"
-    yield "norm", "model.norm.weight"
-
-
-def _pack(parts: Sequence[_Tensor], choice: str) -> tuple[str, _Bytes]:
-    """(kind, data) of tensors joined along their rows."""
-    kinds = {part.kind for part in parts}
+def _kind(product: _Product, source: Mapping[str, _Tensor], choice: str) -> str:
+    """How the matrix is packed: as it was, if its parts were alike."""
+    kinds = {source[f"{part}.weight"].kind for part in product.parts}
     if choice == "auto" and len(kinds) == 1 and (kind := min(kinds)):
-        return kind, pack_rows(kind, np.concatenate([part.rows() for part in parts]))
-    values = np.concatenate([part.values() for part in parts])
-    if choice in ("int8", "int4"):
-        kind = {"int8": "q8_0", "int4": "q4_1"}[choice]
-        return kind, pack_rows(kind, quantise(kind, values))
-    return "bf16", pack_bf16(cast(values, "bfloat16", "weights"))
+        return kind
+    # The vocabulary is what 4 bits of a second rounding would hurt most.
+    if choice == "int8" or (choice == "int4" and "." not in product.name):
+        return "q8_0"
+    return "q4_1" if choice == "int4" else "bf16"
+
+
+def _packed(tensor: _Tensor, kind: str) -> Iterator[_Bytes]:
+    """A weight's data, a bounded number of whole groups at a time."""
+    num_rows, num_columns = tensor.shape
+    rows = tensor.rows() if kind == tensor.kind else None
+    step = max(GROUP, _PIECE_BYTES // (4 * num_columns) // GROUP * GROUP)
+    for first in range(0, num_rows, step):
+        end = min(first + step, num_rows)
+        if rows is not None:
+            yield pack_rows(kind, rows[first:end])
+        elif kind == "bf16":
+            yield pack_bf16(cast(tensor.values(first, end), "bfloat16", str(tensor.path)))
+        else:
+            yield pack_rows(kind, quantise(kind, tensor.values(first, end)))
 
 
 def _write(path: Path, checkpoint: Checkpoint, choice: str, progress: bool) -> None:
     config, source = checkpoint.config, _tensors(checkpoint)
-    header: list[tuple[str, str, tuple[int, ...]]] = []
-    made: list[npt.NDArray[Any]] = []
-
-    def tensor(name: str) -> _Tensor:
-        if name not in source:
-            raise CheckpointError(f"{checkpoint.folder}: tensor {name} is missing")
-        return source[name]
-
-    names = list(_matrices(config))
+    _check(source, checkpoint)
+    products, vectors = list(_products(config)), list(_vectors(config))
+    kinds = {p.name: _kind(p, source, choice) for p in products}
+    header = [
+        (_entry_name(p, kinds[p.name]), "U8", _data_shape(kinds[p.name], p.rows, p.columns))
+        for p in products
+    ]
+    header += [(name, "F32", (sum(sizes),)) for name, _, sizes in vectors]
     off = None if progress else True
-    for name, parts in tqdm(names, desc=f"Packing {checkpoint.name} ({choice})", disable=off):
-        # The vocabulary is what 4 bits of a second rounding would hurt most.
-        how = "int8" if choice == "int4" and "." not in name else choice
-        kind, data = _pack([tensor(f"{part}.weight") for part in parts], how)
-        num_rows = sum(tensor(f"{part}.weight").shape[0] for part in parts)
-        header.append((f"{name}.{kind}.{num_rows}", "U8", data.shape))
-        made.append(data)
-        if f"{parts[0]}.bias" in source:
-            bias = np.concatenate([tensor(f"{part}.bias").values() for part in parts])
-            header.append((f"{name}.bias", "F32", bias.shape))
-            made.append(bias)
-    for name, origin in _norms(config):
-        values = tensor(origin).values().reshape(-1)
-        header.append((name, "F32", values.shape))
-        made.append(values)
-    write_shard(path, header, (np.ascontiguousarray(a).data.cast("B") for a in made))
+
+    def arrays() -> Iterator[npt.NDArray[Any]]:
+        title = f"Packing {checkpoint.name} ({choice})"
+        for product in tqdm(products, desc=title, disable=off):
+            for part in product.parts:  # each has whole groups: see `packable`
+                yield from _packed(source[f"{part}.weight"], kinds[product.name])
+        for _, parts, _ in vectors:
+            for part in parts:
+                yield source[part].values(0, 1)
+
+    write_shard(path, header, (np.ascontiguousarray(a).data.cast("B") for a in arrays()))
+
+
+def _entry_name(product: _Product, kind: str) -> str:
+    return f"{product.name}.{kind}.{product.rows}"
+
+
+def _data_shape(kind: str, rows: int, columns: int) -> tuple[int, ...]:
+    return -(-rows // GROUP), columns // BLOCK * _RECORD_BYTES[kind]
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,23 +356,25 @@ class PackedWeights:
 
 
 def read_packed(path: Path, config: ModelConfig) -> PackedWeights:
-    """Map the file. Raises CheckpointError."""
+    """Map the file. Raises CheckpointError where it is not this model's: the kernels trust it."""
     mapped = np.memmap(path, np.uint8, "r")
-    columns = {
-        "qkv": config.hidden_size,
-        "out": config.num_heads * config.head_dim,
-        "gate_up": config.hidden_size,
-        "down": config.intermediate_size,
-        "embedding": config.hidden_size,
-        "head": config.hidden_size,
+    entries = {entry.name: entry for entry in read_header(path)}
+
+    def raw(name: str, dtype: str, shape: tuple[int, ...]) -> _Bytes:
+        entry = entries.get(name)
+        if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
+            raise CheckpointError(f"{path}: has no {name} of this model's shape; remove the file")
+        return mapped[entry.offset : entry.offset + entry.num_bytes]
+
+    matrices = {}
+    for p in _products(config):
+        names = {kind: _entry_name(p, kind) for kind in _RECORD_BYTES}
+        kind = next((kind for kind, name in names.items() if name in entries), "bf16")
+        shape = _data_shape(kind, p.rows, p.columns)
+        data = raw(names[kind], "U8", shape).reshape(shape)
+        matrices[p.name] = Matrix(kind, p.rows, p.columns, data)
+    vectors = {
+        name: raw(name, "F32", (sum(sizes),)).view(np.float32)
+        for name, _, sizes in _vectors(config)
     }
-    matrices, vectors = {}, {}
-    for entry in read_header(path):
-        raw = mapped[entry.offset : entry.offset + entry.num_bytes]
-        if entry.dtype == "F32":
-            vectors[entry.name] = raw.view(np.float32)
-            continue
-        name, kind, rows = entry.name.rsplit(".", 2)
-        width = columns[name.rsplit(".", 1)[-1]]
-        matrices[name] = Matrix(kind, int(rows), width, raw.reshape(entry.shape))
     return PackedWeights(matrices, vectors)
