@@ -8,10 +8,10 @@ import pytest
 
 from engine import placement
 from engine.checkpoint.source import Checkpoint
-from engine.config import CacheOptions, ModelOptions
+from engine.config import CacheOptions, DraftOptions, ModelOptions
 from engine.errors import ConfigError
 from engine.native import Kernels
-from engine.placement import packing, pick_kernels
+from engine.placement import first_layers, packing, pick_kernels, resolve_draft
 from tests.support.paged import tiny_config
 
 CONFIG = tiny_config(hidden_size=96, intermediate_size=160, head_dim=32)
@@ -72,3 +72,39 @@ def test_only_a_gguf_file_has_a_packing_of_its_own() -> None:
     assert packing(gguf, ModelOptions()) == "auto"
     assert packing(gguf, ModelOptions(weights="bf16")) == "bf16"
     assert packing(plain, ModelOptions(weights="int4")) == "int4"
+
+
+def a_checkpoint(name: str, **changes: object) -> Checkpoint:
+    return Checkpoint(Path(name), name, tiny_config(**changes), f"print-of-{name}")
+
+
+def test_the_first_layers_are_a_draft_model_of_their_own_name() -> None:
+    target = a_checkpoint("target", num_layers=6)
+    draft = resolve_draft(target, "first:2", weights=True)
+    assert (draft.config.num_layers, draft.folder) == (2, target.folder)
+    assert draft.fingerprint != target.fingerprint
+    assert (first_layers("first:2"), first_layers("smollm2"), first_layers("a/b")) == (2, 0, 0)
+    with pytest.raises(ConfigError, match="first:7: target has 6 layers"):
+        resolve_draft(target, "first:7", weights=True)
+    for spec in ("first:", "first:0", "first:two", "first"):
+        with pytest.raises(ConfigError, match="expected first:N"):
+            resolve_draft(target, spec, weights=True)
+
+
+def test_another_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft = a_checkpoint("target"), a_checkpoint("small", vocab_size=99)
+    monkeypatch.setattr(placement, "resolve", lambda spec, weights: draft)
+    with pytest.raises(ConfigError, match="small: has a vocabulary of 99 tokens, target of 101"):
+        resolve_draft(target, "small", weights=True)
+    draft = a_checkpoint("small", num_layers=1)
+    assert resolve_draft(target, "small", weights=True) is draft
+
+
+def test_what_drafts_is_said_once() -> None:
+    with pytest.raises(ConfigError, match="--drafter model: needs --draft-model"):
+        DraftOptions(drafter="model").check(ModelOptions())
+    with pytest.raises(ConfigError, match="is for --drafter model"):
+        DraftOptions(drafter="ngram").check(ModelOptions(draft_model="first:2"))
+    DraftOptions(drafter="model").check(ModelOptions(draft_model="first:2"))
+    DraftOptions(drafter="none").check(ModelOptions(draft_model="first:2"))  # carried, unused
+    DraftOptions().check(ModelOptions())
