@@ -21,6 +21,9 @@ from decode.speculative.step_cost import StepCost
 from engine.speculation import Draft
 
 MARGIN = 1.02  # promised gain below which nothing is drafted: costs and chances are estimates
+# A step may take so many times as long as without drafts. More would give some tokens a second more,
+# but in bursts: everybody's next token waits for the longest step.
+LONGEST_STEP = 5.0
 _LEAST = 0.02  # a token with less chance never pays
 # Drafting steps in a row before one without drafts, so that it is known what drafts are compared
 # with: few as long as nothing is known, then a loss of less than 1 %.
@@ -83,6 +86,8 @@ class MeasuredPace:
         expected = float(num_answers)
         best, best_rate = 0, MARGIN * expected / seconds[0]
         for k, (chance, _) in enumerate(chances, 1):
+            if seconds[k] > LONGEST_STEP * seconds[0]:
+                break
             expected += chance
             if expected > best_rate * seconds[k]:
                 best, best_rate = k, expected / seconds[k]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from decode.speculative.acceptance import Acceptance
-from decode.speculative.pace import MeasuredPace
+from decode.speculative.pace import LONGEST_STEP, MeasuredPace
 from decode.speculative.step_cost import StepCost
 from engine.speculation import NO_DRAFT, Draft
 from tests.support.drafting import CURVES, Known, fixed, measured, seconds
@@ -151,3 +151,13 @@ def test_memory_is_freed() -> None:
         pace.finish(request_id)
     assert not pace._drafts
     assert not pace._acceptance._requests
+
+
+def test_no_step_is_much_longer_than_one_without_drafts() -> None:
+    """Certain drafts, and rows that cost a third of a step each: all sixteen would give the most."""
+    pace = MeasuredPace(Acceptance((0.99,)), StepCost())
+    for num_rows in (1, 2, 3, 5, 9, 17) * 200:
+        pace.stepped(num_rows, 0.003 * (1 + (num_rows - 1) / 3))
+    draft = Draft(list(range(16)), [0] * 16)
+    longest = max(pace.choose([("a", draft)], 1, 1)[0] for _ in range(20))
+    assert 0.7 * LONGEST_STEP < 1 + longest / 3 < 1.1 * LONGEST_STEP
