@@ -21,8 +21,8 @@ from decode.speculative.step_cost import StepCost
 from engine.speculation import Draft
 
 MARGIN = 1.02  # promised gain below which nothing is drafted: costs and chances are estimates
-# A step may take so many times as long as without drafts. More would give some tokens a second more,
-# but in bursts: everybody's next token waits for the longest step.
+# A step may take so many times as long as without drafts. More would give a few more tokens a
+# second, in bursts: everybody waits for the longest step.
 LONGEST_STEP = 5.0
 _LEAST = 0.02  # a token with less chance never pays
 # Drafting steps in a row before one without drafts, so that it is known what drafts are compared

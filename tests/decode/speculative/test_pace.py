@@ -154,7 +154,7 @@ def test_memory_is_freed() -> None:
 
 
 def test_no_step_is_much_longer_than_one_without_drafts() -> None:
-    """Certain drafts, and rows that cost a third of a step each: all sixteen would give the most."""
+    """Certain drafts, rows that cost a third of a step each: all sixteen would give the most."""
     pace = MeasuredPace(Acceptance((0.99,)), StepCost())
     for num_rows in (1, 2, 3, 5, 9, 17) * 200:
         pace.stepped(num_rows, 0.003 * (1 + (num_rows - 1) / 3))
