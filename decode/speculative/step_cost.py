@@ -26,7 +26,9 @@ _OCTAVES = 10
 _STEEPNESS = 1.5  # prior standard deviations: of the line, between hope (0) and fear (1)
 _BEND = 0.15  # of the shape beside the line, in logs
 _REACH = 4.0  # sizes over which a bend extends
-_NOISE = 0.08  # of one step
+_NOISE = 0.08  # of one step, to begin with; then as measured, within these bounds
+_NOISE_BOUNDS = (0.05, 0.6)
+_NOISE_RATE = 0.02
 _DRIFT = 0.06  # of the level, a step
 _MEMORY = 3000.0  # steps until the shape is half forgotten, roughly
 _OUTLIER = 3.0  # standard deviations that one step may surprise by
@@ -58,6 +60,7 @@ class StepCost:
         self._mean = _MEAN.copy()
         self._covariance = _COVARIANCE.copy()
         self._covariance[0, 0] = 100.0
+        self._noise = _NOISE**2
         self._num_steps = 0
 
     def observe(self, num_rows: int, seconds: float) -> None:
@@ -71,12 +74,15 @@ class StepCost:
         covariance[0, 0] += _DRIFT**2
         at, part = _place(num_rows)
         cross = covariance[0] + (1 - part) * covariance[at] + part * covariance[at + 1]
-        spread = float(cross[0] + (1 - part) * cross[at] + part * cross[at + 1]) + _NOISE**2
+        spread = float(cross[0] + (1 - part) * cross[at] + part * cross[at + 1]) + self._noise
         guess = float(mean[0] + (1 - part) * mean[at] + part * mean[at + 1])
         limit = _OUTLIER * math.sqrt(spread)
         surprise = min(max(math.log(seconds) - guess, -limit), limit)
         mean += cross * (surprise / spread)
         covariance -= np.outer(cross / spread, cross)
+        least, most = _NOISE_BOUNDS
+        noise = self._noise + _NOISE_RATE * (surprise**2 - spread)
+        self._noise = min(max(noise, least**2), most**2)
 
     @property
     def unit_s(self) -> float:
