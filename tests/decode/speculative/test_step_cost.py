@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ def test_more_rows_never_cost_less() -> None:
     for rows, seconds in ((1, 0.02), (2, 0.01), (4, 0.03), (16, 0.01)):
         cost.observe(rows, seconds)
     relative = cost.relative(1, 40)
-    assert all(a <= b for a, b in zip(relative, relative[1:], strict=False))
+    assert all(a <= b for a, b in pairwise(relative))
 
 
 def test_any_size_and_any_time_are_taken() -> None:
