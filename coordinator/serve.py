@@ -36,6 +36,7 @@ from engine.config import (
     state_dir,
     to_flags,
 )
+from engine.native.threads import memory_board
 from engine.placement import prepare_weights
 from engine.precision import has_gpu
 from engine.telemetry.log import configure_logging, get_logger
@@ -125,7 +126,8 @@ def make_supervisor(options: Options, coordinator_address: str) -> Supervisor:
         options.model, options.cache, options.step, options.transfer, options.log, worker
     )
     draft = to_flags(options.draft)
-    seats = {name: f"{log_dir / 'cores'}:{i}:{len(places)}" for i, (name, _) in enumerate(places)}
+    board = memory_board()
+    seats = {name: f"{board}:{i}:{len(places)}" for i, (name, _) in enumerate(places)}
 
     def command(worker_id: str, role: Role) -> list[str]:
         flags = [*shared, *draft] if role is Role.DECODE else shared

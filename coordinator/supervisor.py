@@ -22,6 +22,7 @@ from typing import IO
 
 from engine.config import child_environment
 from engine.errors import ConfigError
+from engine.native.threads import usable_cores
 from engine.telemetry.log import get_logger
 from engine.types import Role
 
@@ -153,7 +154,7 @@ class Supervisor:
 
     def _spawn(self, worker: LocalWorker, log: IO[bytes]) -> subprocess.Popen[bytes]:
         """Fork on this thread. Popen does it by vfork, which gRPC's fork handlers do not see."""
-        how = self._environment(worker.role, os.cpu_count() or 1, len(self.workers))
+        how = self._environment(worker.role, usable_cores(), len(self.workers))
         lifeline = ["--parent", str(os.getpid()), "--nice", str(how.nice)]
         for name, value in how.variables.items():
             lifeline += ["--env", f"{name}={value}"]

@@ -28,7 +28,7 @@ from engine.model.llama import LlamaModel
 from engine.model.loader import load_model, random_model
 from engine.model.native import NativeModel
 from engine.native import Kernels
-from engine.native.threads import Seat, Threads
+from engine.native.threads import Seat, Threads, usable_cores
 from engine.placement import first_layers, packing, pick_kernels, resolve_draft
 from engine.precision import auto_dtype
 from engine.runner.base import ModelRunner
@@ -210,7 +210,7 @@ class _Loader:
         if self._threads is None:
             library = self._kernels(config)
             assert library is not None, "it was loaded by them"
-            num_threads = self._step.num_threads or len(os.sched_getaffinity(0))
+            num_threads = self._step.num_threads or usable_cores()
             self._threads = Threads(library, num_threads, Seat.parse(self._step.cores))
         return NativeRunner(model, kv_cache, self._threads)
 

@@ -6,25 +6,27 @@ See threads.c for what a line of the board means.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import ConfigError
 from engine.native import Kernels
+from engine.telemetry.log import get_logger
 
+_log = get_logger(__name__)
 _LINE_BYTES = 64
 _PAGE_BYTES = 4096
 MAX_WORKERS = _PAGE_BYTES // _LINE_BYTES
+_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUP = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
 class Seat:
     """A worker's place among those that share a machine's cores: line `index` of `count`."""
 
-    board: str  # file of one page, on a memory file system
+    board: str  # file of one page: see `memory_board`
     index: int
     count: int
 
@@ -41,7 +43,7 @@ class Seat:
 
 
 def owners(num_threads: int, index: int, count: int) -> list[int]:
-    """Whose core each thread works on: this worker's share first, then the neighbours'.
+    """Whose core each thread works on, a thread a core: this worker's share first.
 
     >>> owners(4, 1, 2)
     [1, 1, 0, 0]
@@ -57,35 +59,76 @@ def owners(num_threads: int, index: int, count: int) -> list[int]:
     return (own + others)[:num_threads]
 
 
+def usable_cores(root: Path = _CGROUPS, own: Path = _CGROUP) -> int:
+    """How many cores this process may keep busy: its affinity, and a container's quota."""
+    return max(1, min([len(os.sched_getaffinity(0)), *_quotas(root, own)]))
+
+
+def _quotas(root: Path, own: Path) -> list[int]:
+    """Cores' worth of time, rounded up, that each of our control groups grants (v2, and v1)."""
+    try:
+        names = [
+            line.split(":", 2)[2] for line in own.read_text().splitlines() if line[:3] == "0::"
+        ]
+    except OSError:
+        names = []
+    folder = root / (names[0] if names else "").lstrip("/")
+    texts = [
+        _words(place / "cpu.max")
+        for place in (folder, *folder.parents)
+        if place.is_relative_to(root)
+    ]
+    texts.append(_words(root / "cpu/cpu.cfs_quota_us") + _words(root / "cpu/cpu.cfs_period_us"))
+    limits = [text for text in texts if len(text) == 2 and all(word.isdecimal() for word in text)]
+    return [-(-int(quota) // int(period)) for quota, period in limits if int(period)]
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
+
+
+def memory_board() -> str:
+    """The board's file, in memory: it is gone with this process, which has to outlive its workers.
+
+    Not among the logs: a page of a disk's file is stopped at while it is written back.
+    """
+    return f"/proc/{os.getpid()}/fd/{os.memfd_create('diptych-cores')}"
+
+
 class Threads:
     """The pool; one a process."""
 
     def __init__(self, library: Kernels, num_threads: int, seat: Seat | None = None) -> None:
-        """Start the helpers. Raises OSError where the board cannot be mapped."""
+        """Start the helpers. Where the board cannot be had, all cores count as ours."""
         self._library = library.library
-        self._page: mmap.mmap | None = None
-        board = None
-        whose: Sequence[int] = [0] * num_threads
+        board, whose = -1, [0] * num_threads
         if seat is not None and 1 < seat.count <= MAX_WORKERS:
-            self._page = _map(Path(seat.board))
-            board = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
-            whose = owners(num_threads, seat.index, seat.count)
+            cores = max(num_threads, usable_cores())
+            whose = owners(cores, seat.index, seat.count)[:num_threads]
+            board = _open(Path(seat.board))
         self.count: int = self._library.diptych_threads_start(
-            num_threads,
-            ctypes.c_void_p(board),
-            seat.index if seat else 0,
-            (ctypes.c_int * num_threads)(*whose),
+            num_threads, board, seat.index if seat else 0, (ctypes.c_int * num_threads)(*whose)
         )
+        if board >= 0:
+            os.close(board)
 
     def busy(self, busy: bool) -> None:
         """Around a step: the neighbours leave this worker's cores alone while it is busy."""
         self._library.diptych_threads_busy(int(busy))
 
 
-def _map(path: Path) -> mmap.mmap:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+def _open(path: Path) -> int:
+    """A descriptor of the page, whose memory is there; -1 where it cannot be had."""
+    descriptor = -1
     try:
-        os.ftruncate(descriptor, _PAGE_BYTES)
-        return mmap.mmap(descriptor, _PAGE_BYTES)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        os.posix_fallocate(descriptor, 0, _PAGE_BYTES)  # a write on a full disk would be a SIGBUS
+    except OSError as error:
+        _log.warning("workers will not share cores", board=str(path), reason=error.strerror)
+        if descriptor >= 0:
+            os.close(descriptor)
+        return -1
+    return descriptor

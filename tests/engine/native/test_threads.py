@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -12,20 +13,21 @@ import pytest
 
 from engine.errors import ConfigError
 from engine.native import kernels
-from engine.native.threads import Seat, owners
+from engine.native.threads import Seat, memory_board, owners, usable_cores
 
-pytestmark = pytest.mark.skipif(
+needs_kernels = pytest.mark.skipif(
     kernels() is None, reason="needs a C compiler and a CPU with AVX512-BF16 and VNNI"
 )
 
-# Runs loops over a board of two and prints which threads took turns.
-SCRIPT = """
-import ctypes, sys
+# On two cores, with three threads: one a share of a board of two, two the other.
+START = """
+import ctypes, os, sys, threading, time
 from engine.native import kernels
 from engine.native.threads import Seat, Threads
 
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 library = kernels()
-seat = Seat(sys.argv[1], 0, 2) if sys.argv[1] else None
+seat = Seat(sys.argv[1], int(sys.argv[2]), 2) if sys.argv[1] else None
 threads = Threads(library, 3, seat)
 assert threads.count == 3
 turns = []
@@ -34,6 +36,10 @@ TURN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
 def run(arg, index, thread):
     ctypes.CDLL(None).usleep(1000)
     turns.append((index, thread))
+"""
+
+# Prints which threads took turns.
+LOOPS = """
 for loop in range(20):
     threads.busy(True)
     turns.clear()
@@ -44,34 +50,147 @@ print(*sorted({thread for _, thread in turns}))
 """
 
 
-def run(board: str) -> set[int]:
+# Two callers at once, each with loops of all lengths; then a child without our helpers.
+CALLERS = """
+@TURN
+def count(arg, index, thread):
+    address = arg + 4 * index
+    ctypes.c_int.from_address(address).value += 1
+def calls(seed):
+    for loop in range(2000):
+        num_turns = (loop * 7 + seed) % 100 + 1
+        taken = (ctypes.c_int * 101)()
+        library.library.parallel(num_turns, count, ctypes.byref(taken))
+        assert list(taken) == [1] * num_turns + [0] * (101 - num_turns), list(taken)
+    done.append(seed)
+done = []
+callers = [threading.Thread(target=calls, args=(seed,)) for seed in range(3)]
+for caller in callers: caller.start()
+for caller in callers: caller.join()
+assert sorted(done) == [0, 1, 2]
+child = os.fork()
+if child == 0:
+    calls(5)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+time.sleep(0.05)
+before = time.process_time()
+time.sleep(1)
+print(int(1e6 * (time.process_time() - before)))
+"""
+
+# A helper on the neighbour's core, among those on ours: how often it woke in 300 loops.
+WAKES = """
+def wakes():
+    helper = sorted(map(int, os.listdir("/proc/self/task")))[-1]
+    text = open(f"/proc/self/task/{helper}/status").read()
+    return int(text.split("\\nvoluntary_ctxt_switches:")[1].split()[0])
+@TURN
+def nothing(arg, index, thread):
+    used.add(thread)
+    ctypes.CDLL(None).usleep(20)
+used = set()
+time.sleep(0.05)
+before = wakes()
+for loop in range(300):
+    library.library.parallel(8, nothing, None)
+    time.sleep(0.0005)
+assert used == {0, 1}, used
+print(wakes() - before)
+"""
+
+
+def run(script: str, board: str, index: int = 0) -> list[int]:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, board], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", START + script, board, str(index)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    return {int(word) for word in done.stdout.split()}
+    return [int(word) for word in done.stdout.splitlines()[-1].split()]  # above it: the log
 
 
+def board_of(folder: Path, line: int, ahead_ns: int) -> str:
+    """A board on which the worker of one line is busy for so long."""
+    page = np.zeros(512, np.int64)
+    page[8 * line] = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + ahead_ns
+    (folder / "cores").write_bytes(page.tobytes())
+    return str(folder / "cores")
+
+
+@needs_kernels
 def test_every_turn_is_taken_once() -> None:
-    assert run("") == {0, 1, 2}
+    assert run(LOOPS, "") == [0, 1, 2]
 
 
+@needs_kernels
+def test_several_callers_a_fork_and_rest() -> None:
+    """One caller has the helpers, the others go alone; at rest nobody spins."""
+    (idle_us,) = run(CALLERS, "")
+    assert idle_us < 20_000
+
+
+@needs_kernels
 def test_a_busy_neighbours_cores_are_left_alone(tmp_path: Path) -> None:
     """Three threads, a share of one core for us and two for the neighbour."""
-    board = tmp_path / "cores"
-    page = np.zeros(512, np.int64)
-    page[8] = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + 600 * 10**9
-    board.write_bytes(page.tobytes())
-    assert run(str(board)) == {0}
+    assert run(LOOPS, board_of(tmp_path, 1, 600 * 10**9)) == [0]
 
 
+@needs_kernels
+def test_who_may_not_work_is_not_woken(tmp_path: Path) -> None:
+    (wakes,) = run(WAKES, board_of(tmp_path, 0, 600 * 10**9), index=1)
+    assert wakes < 10
+
+
+@needs_kernels
 def test_an_idle_neighbours_cores_are_taken(tmp_path: Path) -> None:
     """So are those of one that died in mid-step: its line has run out."""
-    board = tmp_path / "cores"
-    page = np.zeros(512, np.int64)
-    page[8] = time.clock_gettime_ns(time.CLOCK_MONOTONIC) - 1
-    board.write_bytes(page.tobytes())
-    assert run(str(board)) == {0, 1, 2}
+    assert run(LOOPS, board_of(tmp_path, 1, -1)) == [0, 1, 2]
+
+
+@needs_kernels
+def test_without_a_board_all_cores_are_ours(tmp_path: Path) -> None:
+    assert run(LOOPS, str(tmp_path / "nowhere" / "cores")) == [0, 1, 2]
+    assert run(LOOPS, str(tmp_path)) == [0, 1, 2]
+
+
+@needs_kernels
+def test_the_board_in_memory_is_seen_by_others() -> None:
+    board = memory_board()
+    assert run(LOOPS, board) == [0, 1, 2]
+    with open(board, "r+b") as file:
+        lines = np.frombuffer(file.read(), np.int64)[::8]
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        assert now - 60 * 10**9 < lines[0] < now, "it was busy a moment ago"
+        assert not lines[1:].any()
+        page = np.zeros(512, np.int64)
+        page[8] = now + 600 * 10**9
+        file.seek(0)
+        file.write(page.tobytes())
+    assert run(LOOPS, board) == [0]
+
+
+def test_a_containers_quota_counts(tmp_path: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    own = tmp_path / "own"
+    own.write_text("0::/pod/box\n")
+    root = tmp_path / "cgroup"
+    (root / "pod" / "box").mkdir(parents=True)
+    assert usable_cores(root, own) == cores
+    assert usable_cores(root, tmp_path / "none") == cores
+    (root / "pod" / "box" / "cpu.max").write_text("max 100000\n")
+    assert usable_cores(root, own) == cores
+    (root / "pod" / "cpu.max").write_text("20000 100000\n")
+    assert usable_cores(root, own) == 1
+    (root / "pod" / "cpu.max").write_text("110000 100000\n")
+    assert usable_cores(root, own) == min(2, cores)
+    (root / "cpu").mkdir()
+    (root / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    (root / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
+    assert usable_cores(root, own) == min(2, cores)
+    (root / "cpu" / "cpu.cfs_quota_us").write_text("50000\n")
+    assert usable_cores(root, own) == 1
 
 
 def test_shares() -> None:
