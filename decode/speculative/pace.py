@@ -25,6 +25,7 @@ MARGIN = 1.02  # promised gain below which nothing is drafted: costs and chances
 # second, in bursts: everybody waits for the longest step.
 LONGEST_STEP = 5.0
 _LEAST = 0.02  # a token with less chance never pays
+_GROWTH = 2  # times the largest step so far: what is not known is not tried in one leap
 # Drafting steps in a row before one without drafts, so that it is known what drafts are compared
 # with: few as long as nothing is known, then a loss of less than 1 %.
 _FIRST_RUN = 4
@@ -79,6 +80,7 @@ class MeasuredPace:
         if not chances:
             return 0
         chances.sort(key=lambda c: -c[0])
+        del chances[_GROWTH * max(self._cost.most_rows, num_rows) - num_rows :]
         seconds = self._cost.relative(num_rows, len(chances))
         if self._drafting is not None:
             passes = self._passes(self._drafting, [i for _, i in chances])

@@ -57,6 +57,7 @@ class StepCost:
     """Owned by one pace."""
 
     def __init__(self) -> None:
+        self.most_rows = 0  # of the steps seen so far
         self._mean = _MEAN.copy()
         self._covariance = _COVARIANCE.copy()
         self._covariance[0, 0] = 100.0
@@ -68,6 +69,7 @@ class StepCost:
         if num_rows < 1 or not seconds > 0.0:
             return
         self._num_steps += 1
+        self.most_rows = max(self.most_rows, num_rows)
         if self._num_steps % _EVERY == 0:
             self._forget()
         mean, covariance = self._mean, self._covariance
