@@ -73,6 +73,10 @@ class ModelConfig:
         raw = _Keys(read_json(path), path)
         architecture = _architecture(raw)
         num_heads = raw.integer("num_attention_heads")
+        num_kv_heads = raw.integer("num_key_value_heads", num_heads)
+        if num_heads % num_kv_heads:
+            right = f"expected a divisor of num_attention_heads, {num_heads}"
+            raise raw.refuse("num_key_value_heads", num_kv_heads, right)
         hidden_size = raw.integer("hidden_size")
         _refuse_unsupported(raw)
         theta, scaling = _rope(raw)
@@ -86,7 +90,7 @@ class ModelConfig:
             hidden_size=hidden_size,
             intermediate_size=raw.integer("intermediate_size"),
             num_heads=num_heads,
-            num_kv_heads=raw.integer("num_key_value_heads", num_heads),
+            num_kv_heads=num_kv_heads,
             head_dim=raw.integer("head_dim", hidden_size // num_heads),
             vocab_size=raw.integer("vocab_size"),
             max_position_embeddings=raw.integer("max_position_embeddings"),

@@ -180,6 +180,8 @@ class NativeModel:
             "tables": tables,
             "logit_index": np.concatenate(wanted),
         }
+        if arrays["token_ids"].view(np.uint32).max() >= self.config.vocab_size:
+            raise ValueError(f"a token id is not below {self.config.vocab_size}")
         num_logits = len(arrays["logit_index"])
         logits = self._room(num_logits)
         batch = _Batch(

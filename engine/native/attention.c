@@ -10,10 +10,11 @@
  */
 #include "attention.h"
 
+#include <float.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define NOTHING_YET -1e30f
+#define NOTHING_YET -FLT_MAX
 
 INLINE int64_t oldest(const geometry *g, int position) {
     return g->window && position >= g->window ? position - g->window + 1 : 0;
@@ -166,7 +167,9 @@ INLINE void score(const geometry *g, const queries *w, int vector, int M, int fi
         for (int j = 0; j < 4; j++) {
             __m512i key = _mm512_add_epi32(lane, _mm512_set1_epi32(first + 16 * j));
             __mmask16 seen = _mm512_cmple_epi32_mask(key, last) & _mm512_cmpge_epi32_mask(key, from);
-            __m512 s = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), seen, sums[i][j], scale);
+            /* An infinite score becomes a NaN: it must not pass for one that is masked. */
+            __m512 s = _mm512_fmadd_ps(sums[i][j], _mm512_setzero_ps(), _mm512_mul_ps(sums[i][j], scale));
+            s = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, s);
             _mm512_storeu_ps(scores + i * TILE + 16 * j, s);
         }
     }

@@ -79,7 +79,8 @@ def test_defaults(tmp_path: Path) -> None:
 def test_what_transformers_saves(tmp_path: Path, name: str, kwargs: dict[str, Any]) -> None:
     import transformers
 
-    kwargs = {k: v for k, v in BASE.items() if k != "architectures"} | kwargs
+    heads = {"num_key_value_heads": 2}  # the default of Qwen2 is 32, whatever it is a part of
+    kwargs = {k: v for k, v in BASE.items() if k != "architectures"} | heads | kwargs
     theirs = getattr(transformers, name)(**kwargs)
     theirs.save_pretrained(tmp_path)  # leaves `architectures` out
     ours = ModelConfig.from_folder(tmp_path)
@@ -180,6 +181,7 @@ def test_end_tokens(tmp_path: Path, changes: Any, generation: Any, expected: Any
         ({"rope_scaling": {"type": "yarn", "factor": 2, "attention_factor": "x"}}, "attention_f"),
         ({"num_hidden_layers": -1}, "num_hidden_layers"),
         ({"vocab_size": "many"}, "vocab_size"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 4}, "a divisor of"),
         ({"intermediate_size": 1.5}, "whole number"),
         (qwen2(use_sliding_window=True, max_window_layers=2, sliding_window=8), "sliding_window"),
     ],

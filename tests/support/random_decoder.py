@@ -1,0 +1,213 @@
+"""Random decoders of odd shapes for the CPU kernels, and what they should compute.
+
+    python -m tests.support.random_decoder THREADS FIRST END
+
+runs the cases FIRST .. END - 1 on so many threads and prints one digest of all logits; a pool of
+threads is started once a process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.cache.kv_cache import KVCache
+from engine.cache.layout import KVLayout
+from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.gguf_weights import cast
+from engine.checkpoint.packed import Matrix, PackedWeights, pack_bf16, pack_rows, quantise
+from engine.model.native import NativeModel
+from engine.native import Kernels, kernels
+from engine.native.threads import Threads
+from engine.runner.batch import Row
+from tests.support.paged import CPU, tiny_config
+
+Floats = npt.NDArray[np.floating[Any]]
+KINDS = ("bf16", "q4_0", "q4_1", "q8_0")
+HEADS = ((1, 1), (2, 1), (3, 3), (4, 2), (7, 1), (12, 2), (13, 1), (96, 1))
+WINDOWS = (0, 0, 0, 1, 2, 16, 17, 63, 64, 65, 255, 256, 257, 300)
+
+
+def rounded(x: Floats) -> Floats:
+    """To bfloat16 and back."""
+    bits = cast(np.ascontiguousarray(x, np.float32), "bfloat16", "").astype(np.uint32) << 16
+    return bits.view(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A model, and its weights as numbers."""
+
+    model: NativeModel
+    values: dict[str, Floats]  # of matrices
+    vectors: dict[str, Floats]
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def pool(self, block_size: int, num_blocks: int) -> KVCache:
+        """A pool full of NaN."""
+        c = self.config
+        layout = KVLayout(c.num_layers, c.num_kv_heads, c.head_dim, block_size, "bfloat16")
+        cache = KVCache(layout, num_blocks, CPU)
+        cache.pool.fill_(float("nan"))
+        return cache
+
+    def logits(self, token_ids: list[int]) -> Floats:
+        """What the model computes of a text, in doubles; K and V rounded as they are in a pool."""
+        c, num_tokens = self.config, len(token_ids)
+        positions = np.arange(num_tokens)
+        angles = positions[:, None] * c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
+        cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+        hidden = positions[None] > positions[:, None]
+        if c.sliding_window:
+            hidden |= positions[None] <= positions[:, None] - c.sliding_window
+
+        def norm(name: str, x: Floats) -> Floats:
+            scale = np.sqrt((x * x).mean(-1, keepdims=True) + c.rms_norm_eps)
+            out: Floats = x / scale * self.vectors[name]
+            return out
+
+        def product(name: str, x: Floats) -> Floats:
+            out: Floats = x @ self.values[name].T.astype(np.float64)
+            if f"{name}.bias" in self.vectors:
+                out = out + self.vectors[f"{name}.bias"]
+            return out
+
+        def rotated(x: Floats) -> Floats:
+            a, b = np.split(x, 2, -1)
+            return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+        x = self.values["embedding"][token_ids].astype(np.float64)
+        for i in range(c.num_layers):
+            qkv = product(f"{i}.qkv", norm(f"{i}.input_norm", x))
+            qkv = qkv.reshape(num_tokens, -1, c.head_dim)
+            q, k, v = np.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], 1)
+            group = c.num_heads // c.num_kv_heads
+            k, v = (np.repeat(rounded(part), group, 1) for part in (rotated(k), v))
+            scores = np.einsum("qhd,khd->hqk", rotated(q), k) / np.sqrt(c.head_dim)
+            scores = np.where(hidden, -np.inf, scores)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            out = np.einsum("hqk,khd->qhd", weights, v).reshape(num_tokens, -1)
+            x = x + product(f"{i}.out", out)
+            gate, up = np.split(product(f"{i}.gate_up", norm(f"{i}.mlp_norm", x)), 2, -1)
+            x = x + product(f"{i}.down", gate / (1 + np.exp(-gate)) * up)
+        return product("embedding" if c.tie_word_embeddings else "head", norm("norm", x))
+
+
+def make(rng: random.Random, library: Kernels) -> Decoder:
+    """A decoder of a random shape, every matrix in a kind of its own."""
+    heads, kv_heads = rng.choice(HEADS)
+    head_dim = 32 if heads == 96 else rng.choice((32, 64, 96, 128, 256))
+    c = tiny_config(
+        num_layers=rng.randint(1, 2),
+        hidden_size=32 * rng.randint(1, 5),
+        intermediate_size=32 * rng.randint(1, 6),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=rng.choice((1, 5, 15, 16, 17, 33, 63, 64, 65, 131)),
+        sliding_window=rng.choice(WINDOWS),
+        tie_word_embeddings=rng.random() < 0.5,
+    )
+    noise = np.random.default_rng(rng.randrange(1 << 30))
+    matrices: dict[str, Matrix] = {}
+    values: dict[str, Floats] = {}
+    vectors: dict[str, npt.NDArray[np.float32]] = {"norm": np.ones(c.hidden_size, np.float32)}
+
+    def add(name: str, rows: int, columns: int) -> None:
+        kind = rng.choice(KINDS)
+        wanted = (noise.standard_normal((rows, columns)) * columns**-0.5).astype(np.float32)
+        if kind == "bf16":
+            values[name] = rounded(wanted)
+            data = pack_bf16(cast(wanted, "bfloat16", ""))
+        else:
+            packed = quantise(kind, wanted)
+            data = pack_rows(kind, packed)
+            ggml = gguf.GGMLQuantizationType[kind.upper()]
+            values[name] = gguf.quants.dequantize(packed, ggml).reshape(rows, columns)
+        matrices[name] = Matrix(kind, rows, columns, data)
+        if name != "embedding" and rng.random() < 0.4:
+            vectors[f"{name}.bias"] = (noise.standard_normal(rows) * 0.1).astype(np.float32)
+
+    inner = heads * head_dim
+    for i in range(c.num_layers):
+        add(f"{i}.qkv", inner + 2 * kv_heads * head_dim, c.hidden_size)
+        add(f"{i}.out", c.hidden_size, inner)
+        add(f"{i}.gate_up", 2 * c.intermediate_size, c.hidden_size)
+        add(f"{i}.down", c.hidden_size, c.intermediate_size)
+        for name in ("input_norm", "mlp_norm"):
+            norm = 1 + 0.1 * noise.standard_normal(c.hidden_size)
+            vectors[f"{i}.{name}"] = norm.astype(np.float32)
+    add("embedding", c.vocab_size, c.hidden_size)
+    if not c.tie_word_embeddings:
+        add("head", c.vocab_size, c.hidden_size)
+    model = NativeModel(c, PackedWeights(matrices, vectors), library)
+    return Decoder(model, values, dict(vectors))
+
+
+def check(seed: int, library: Kernels) -> bytes:
+    """Some texts alone, near to the doubles; then in ragged steps: the same bits. Returns them."""
+    rng = random.Random(seed)
+    decoder = make(rng, library)
+    block_size = rng.choice((16, 32, 48, 64, 128))
+    edge = rng.choice((16, 64, 256, 320, 512)) + rng.randint(-2, 2)
+    lengths = [edge, rng.randint(1, 40), rng.randint(1, 300)][: rng.randint(1, 3)]
+    vocab = decoder.config.vocab_size
+    texts = [[rng.randrange(vocab) for _ in range(length)] for length in lengths]
+    sizes = [-(-length // block_size) for length in lengths]
+    free = list(range(sum(sizes) + 1))
+    rng.shuffle(free)
+    tables = [[free.pop() for _ in range(size)] for size in sizes]
+
+    def run(rows: list[Row], pool: KVCache) -> torch.Tensor:
+        return decoder.model.forward(rows, pool).clone()
+
+    alone = []
+    for text, table in zip(texts, tables, strict=True):
+        pool = decoder.pool(block_size, sum(sizes) + 1)
+        alone.append(run([Row(text, 0, table, len(text))], pool))
+        expected = decoder.logits(text)
+        error = np.abs(alone[-1].numpy() - expected).max() / np.abs(expected).max()
+        assert error < 3e-2, (seed, error, decoder.config)
+    pool = decoder.pool(block_size, sum(sizes) + 1)
+    done = [0] * len(texts)
+    while left := [i for i, text in enumerate(texts) if done[i] < len(text)]:
+        rows, expected_rows = [], []
+        for i in rng.sample(left, rng.randint(1, len(left))):
+            start = done[i]
+            count = min(rng.choice((1, 1, 2, 5, 7, 12, 13, 30, 130, 600)), len(texts[i]) - start)
+            done[i] = end = start + count
+            wanted = count if rng.random() < 0.8 else rng.randint(0, count)
+            table = tables[i] + [0] * rng.randint(0, 3)  # longer than needed
+            rows.append(Row(texts[i][start:end], start, table, wanted))
+            expected_rows.append(alone[i][end - wanted : end])
+        got, same = run(rows, pool), torch.cat(expected_rows)
+        assert torch.equal(got, same), (seed, decoder.config, rows)
+    return b"".join(logits.numpy().tobytes() for logits in alone)
+
+
+def main() -> None:
+    num_threads, first, end = map(int, sys.argv[1:])
+    library = kernels()
+    assert library is not None
+    if num_threads > 1:
+        assert Threads(library, num_threads).count == num_threads
+    digest = hashlib.sha256()
+    for seed in range(first, end):
+        digest.update(check(seed, library))
+    print(digest.hexdigest())
+
+
+if __name__ == "__main__":
+    main()
