@@ -30,6 +30,7 @@ from engine.scheduler import Budgets, Scheduler
 from engine.speculation import Speculation
 from engine.telemetry.metrics import WorkerMetrics
 from engine.types import FinishReason, SamplingParams, StopParams
+from tests.support.drafting import measured
 from tests.support.near_tie import TALLY
 from tests.support.paged import CPU
 from tests.support.plain_loop import PlainLoop
@@ -75,10 +76,9 @@ def random_works(rng: random.Random) -> list[Work]:
     return works
 
 
-def engine_of(model: LlamaModel, num_blocks: int, draft_tokens: int) -> EngineCore:
+def engine_of(model: LlamaModel, num_blocks: int, speculation: Speculation) -> EngineCore:
     config = model.config
     layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, 16, "float32")
-    speculation = Speculation(NgramDrafter(), verify, draft_tokens)
     kv_cache = KVCache(layout, num_blocks, CPU)
     backend = select_backend(kv_cache, config.num_heads, config.sliding_window)
     runner = Runner(model, kv_cache, backend)
@@ -88,11 +88,7 @@ def engine_of(model: LlamaModel, num_blocks: int, draft_tokens: int) -> EngineCo
     return EngineCore(scheduler, runner, sampler, metrics, lambda: 0.0)
 
 
-def test_speculation_changes_no_token(model: LlamaModel) -> None:
-    works = random_works(random.Random(11))
-    oracle = PlainLoop(model)
-    expected = oracle.answers(works, group=16)
-    core = engine_of(model, num_blocks=24, draft_tokens=4)
+def answers_of(core: EngineCore, works: list[Work]) -> list[tuple[list[int], FinishReason]]:
     keys = []
     for work in works:
         keys.append(core.new_key())
@@ -106,15 +102,28 @@ def test_speculation_changes_no_token(model: LlamaModel) -> None:
                 tokens[event.key] += event.token_ids
             elif isinstance(event, FinishedEvent):
                 reasons[event.key] = event.reason
-    excused = 0
-    for key, work, (answer, reason) in zip(keys, works, expected, strict=True):
-        verdict = oracle.judge(work, answer, tokens[key])
-        assert verdict.ok, verdict.detail
-        excused += verdict.at is not None
-        assert verdict.at is not None or reasons[key] is reason
-    print(TALLY, f"; drafts accepted: {core.totals.accepted_tokens}")
-    assert excused <= 2, "near-ties are rarer than this"
-    assert core.totals.accepted_tokens > 100, "the requests are meant to accept drafts"
-    assert core.scheduler.num_preemptions > 0, "the pool is meant to be too small"
     core.pool.check()
     assert core.pool.num_held == 0
+    return [(tokens[key], reasons[key]) for key in keys]
+
+
+def test_speculation_changes_no_token(model: LlamaModel) -> None:
+    """Drafts of one length in a pool that is too small, and of the length that pays."""
+    works = random_works(random.Random(11))
+    oracle = PlainLoop(model)
+    expected = oracle.answers(works, group=16)
+    excused = 0
+    always = Speculation(NgramDrafter(), verify, 4)
+    for num_blocks, speculation in ((24, always), (64, measured())):
+        core = engine_of(model, num_blocks, speculation)
+        got = answers_of(core, works)
+        for work, (answer, reason), (tokens, ended) in zip(works, expected, got, strict=True):
+            verdict = oracle.judge(work, answer, tokens)
+            assert verdict.ok, verdict.detail
+            excused += verdict.at is not None
+            assert verdict.at is not None or ended is reason
+        print(TALLY, f"; drafts accepted: {core.totals.accepted_tokens}")
+        assert core.totals.accepted_tokens > 100, "the requests are meant to accept drafts"
+        crowded = core.scheduler.num_preemptions > 0
+        assert crowded == (num_blocks == 24), "the small pool is meant to be too small"
+    assert excused <= 4, "near-ties are rarer than this"
