@@ -162,7 +162,9 @@ class EngineCore:
             num_rows = sum(planned.num_tokens + len(planned.draft) for planned in plan)
             self._metrics.iteration_tokens.observe(num_rows)
             self._metrics.step_took(watch.laps)
-            if self.scheduler.speculation is not None and not self._num_failures:
+            # A prompt's tokens want no logits: what they cost tells nothing about drafts.
+            decoding = all(planned.num_tokens == 1 for planned in plan)
+            if self.scheduler.speculation is not None and decoding and not self._num_failures:
                 verified_s = sum(watch.laps.values()) - watch.laps.get("draft", 0.0)
                 self.scheduler.speculation.stepped(num_rows, verified_s)
         return bool(plan)

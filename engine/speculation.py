@@ -71,7 +71,7 @@ class Pace(Protocol):
         ...
 
     def stepped(self, num_rows: int, seconds: float) -> None:
-        """A step computed `num_rows` tokens in `seconds`."""
+        """A step of answers and their drafts, no prompt in it, computed `num_rows` tokens."""
         ...
 
     def finish(self, request_id: str) -> None:
