@@ -75,13 +75,15 @@ class StepCost:
         mean, covariance = self._mean, self._covariance
         covariance[0, 0] += _DRIFT**2
         at, part = _place(num_rows)
-        cross = covariance[0] + (1 - part) * covariance[at] + part * covariance[at + 1]
+        cross = covariance[0] + covariance[at]
+        if part:
+            cross += part * (covariance[at + 1] - covariance[at])
         spread = float(cross[0] + (1 - part) * cross[at] + part * cross[at + 1]) + self._noise
         guess = float(mean[0] + (1 - part) * mean[at] + part * mean[at + 1])
         limit = _OUTLIER * math.sqrt(spread)
         surprise = min(max(math.log(seconds) - guess, -limit), limit)
         mean += cross * (surprise / spread)
-        covariance -= np.outer(cross / spread, cross)
+        covariance -= cross[:, None] * (cross / spread)
         least, most = _NOISE_BOUNDS
         noise = self._noise + _NOISE_RATE * (surprise**2 - spread)
         self._noise = min(max(noise, least**2), most**2)
