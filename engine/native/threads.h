@@ -6,7 +6,7 @@
 typedef void (*turn)(void *arg, int index, int thread);
 
 /* Turns 0 .. count - 1, begun in this order, on the calling thread and every helper that has a core; returns when
- * all are done. One caller at a time. */
+ * all are done. Of two callers at once the second one has no helpers. */
 void parallel(int count, turn run, void *arg);
 
 /* The caller and its helpers. */
