@@ -157,7 +157,8 @@ def head(data: Mapping[str, Any]) -> str:
         gemm = ", ".join(f"{rate:g} at M={m}" for m, rate in limits["gemm_gflops"].items())
         text += f"\n\nReading memory, GB/s: {reads}. bf16 products, GFLOP/s: {gemm}. "
         floors = (f"{floor_ms(cost, limits, b, 256):.1f} ms at batch {b}" for b in (1, 8, 64))
-        text += f"A decode step at 256 tokens of context cannot take less than {', '.join(floors)}."
+        text += f"At these rates a decode step at 256 tokens of context needs {', '.join(floors)}; "
+        text += "integer products, which packed weights take, may be faster."
     return text
 
 
