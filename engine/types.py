@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass
 from enum import Enum
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Role(Enum):

@@ -56,7 +56,9 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DrainWorker(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Has a worker take no new request, finish or hand over what it has, and end; returns when it has ended. A
+        supervisor (the coordinator's own, Kubernetes) then starts another in its place.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

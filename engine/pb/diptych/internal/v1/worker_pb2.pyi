@@ -79,12 +79,18 @@ class StopParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("tokens", "finished")
+    __slots__ = ("tokens", "finished", "alive")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
     tokens: Tokens
     finished: DecodeFinished
-    def __init__(self, tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[DecodeFinished, _Mapping]] = ...) -> None: ...
+    alive: Alive
+    def __init__(self, tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[DecodeFinished, _Mapping]] = ..., alive: _Optional[_Union[Alive, _Mapping]] = ...) -> None: ...
+
+class Alive(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Tokens(_message.Message):
     __slots__ = ("token_ids", "cached_tokens", "draft_tokens", "accepted_tokens", "queue_s", "prefill_s", "kv_transfer_s")
@@ -125,7 +131,7 @@ class DecodeFinished(_message.Message):
     def __init__(self, finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., matched_stop_token: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., kv_transfer_s: _Optional[float] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "incarnation", "caller_incarnation", "token_ids", "num_held_blocks", "cache_salt", "priority")
+    __slots__ = ("request_id", "incarnation", "caller_incarnation", "token_ids", "num_held_blocks", "cache_salt", "priority", "call", "checksums")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     CALLER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +139,8 @@ class PrefillRequest(_message.Message):
     NUM_HELD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     incarnation: str
     caller_incarnation: str
@@ -140,31 +148,37 @@ class PrefillRequest(_message.Message):
     num_held_blocks: int
     cache_salt: str
     priority: int
-    def __init__(self, request_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., caller_incarnation: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_held_blocks: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
+    call: bytes
+    checksums: bool
+    def __init__(self, request_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., caller_incarnation: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_held_blocks: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., call: _Optional[bytes] = ..., checksums: _Optional[bool] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
-    __slots__ = ("ready", "finished")
+    __slots__ = ("ready", "finished", "alive")
     READY_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
     ready: BlocksReady
     finished: PrefillFinished
-    def __init__(self, ready: _Optional[_Union[BlocksReady, _Mapping]] = ..., finished: _Optional[_Union[PrefillFinished, _Mapping]] = ...) -> None: ...
+    alive: Alive
+    def __init__(self, ready: _Optional[_Union[BlocksReady, _Mapping]] = ..., finished: _Optional[_Union[PrefillFinished, _Mapping]] = ..., alive: _Optional[_Union[Alive, _Mapping]] = ...) -> None: ...
 
 class BlocksReady(_message.Message):
-    __slots__ = ("lease", "ttl_s", "first_block", "block_ids", "hashes", "generations")
+    __slots__ = ("lease", "ttl_s", "first_block", "block_ids", "hashes", "generations", "checksums")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     TTL_S_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
     HASHES_FIELD_NUMBER: _ClassVar[int]
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     lease: bytes
     ttl_s: float
     first_block: int
     block_ids: _containers.RepeatedScalarFieldContainer[int]
     hashes: _containers.RepeatedScalarFieldContainer[bytes]
     generations: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, lease: _Optional[bytes] = ..., ttl_s: _Optional[float] = ..., first_block: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., hashes: _Optional[_Iterable[bytes]] = ..., generations: _Optional[_Iterable[int]] = ...) -> None: ...
+    checksums: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lease: _Optional[bytes] = ..., ttl_s: _Optional[float] = ..., first_block: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., hashes: _Optional[_Iterable[bytes]] = ..., generations: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PrefillFinished(_message.Message):
     __slots__ = ("num_computed_tokens", "num_cached_tokens", "queue_s", "compute_s")
@@ -187,7 +201,7 @@ class HandshakeRequest(_message.Message):
     def __init__(self, digest: _Optional[str] = ..., caller_incarnation: _Optional[str] = ...) -> None: ...
 
 class HandshakeResponse(_message.Message):
-    __slots__ = ("incarnation", "digest", "nixl_metadata", "blocks", "generations", "num_blocks", "block_bytes")
+    __slots__ = ("incarnation", "digest", "nixl_metadata", "blocks", "generations", "num_blocks", "block_bytes", "agent")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     NIXL_METADATA_FIELD_NUMBER: _ClassVar[int]
@@ -195,6 +209,7 @@ class HandshakeResponse(_message.Message):
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    AGENT_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     digest: str
     nixl_metadata: bytes
@@ -202,7 +217,8 @@ class HandshakeResponse(_message.Message):
     generations: Memory
     num_blocks: int
     block_bytes: int
-    def __init__(self, incarnation: _Optional[str] = ..., digest: _Optional[str] = ..., nixl_metadata: _Optional[bytes] = ..., blocks: _Optional[_Union[Memory, _Mapping]] = ..., generations: _Optional[_Union[Memory, _Mapping]] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ...) -> None: ...
+    agent: str
+    def __init__(self, incarnation: _Optional[str] = ..., digest: _Optional[str] = ..., nixl_metadata: _Optional[bytes] = ..., blocks: _Optional[_Union[Memory, _Mapping]] = ..., generations: _Optional[_Union[Memory, _Mapping]] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., agent: _Optional[str] = ...) -> None: ...
 
 class Memory(_message.Message):
     __slots__ = ("address", "num_bytes", "device_id", "kind")
@@ -251,12 +267,14 @@ class RenewResponse(_message.Message):
     def __init__(self, unknown: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
-    __slots__ = ("caller_incarnation", "leases")
+    __slots__ = ("caller_incarnation", "leases", "call")
     CALLER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
     caller_incarnation: str
     leases: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, caller_incarnation: _Optional[str] = ..., leases: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    call: bytes
+    def __init__(self, caller_incarnation: _Optional[str] = ..., leases: _Optional[_Iterable[bytes]] = ..., call: _Optional[bytes] = ...) -> None: ...
 
 class ReleaseResponse(_message.Message):
     __slots__ = ()
