@@ -188,6 +188,17 @@ class WorkerOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class TrustOptions:
+    """Who belongs to this cluster."""
+
+    cluster_token_file: str = option(
+        "",
+        "file with the secret that all coordinators and workers of a cluster share, 16 bytes or "
+        "more; further lines are accepted too; needed beyond this machine",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class LogOptions:
     """Log lines: readable on a terminal, JSON elsewhere."""
 

@@ -67,6 +67,14 @@ class Unavailable(DiptychError):
         self.lost = lost
 
 
+class Unauthenticated(DiptychError):
+    """UNAUTHENTICATED: the call brings no token where one is asked for."""
+
+
+class PermissionDenied(DiptychError):
+    """PERMISSION_DENIED: the call's token is not the one that is asked for."""
+
+
 class Mismatch(DiptychError):
     """FAILED_PRECONDITION: not the model, digest, block size or incarnation that was meant."""
 

@@ -17,6 +17,7 @@ from engine.config import (
     ModelOptions,
     StepOptions,
     TransferOptions,
+    TrustOptions,
     WorkerOptions,
     add_flags,
     parser,
@@ -30,7 +31,15 @@ if TYPE_CHECKING:
     from engine.speculation import Drafting
     from kvtransfer.host import Services, WorkerHost
 
-_GROUPS = (ModelOptions, CacheOptions, StepOptions, TransferOptions, WorkerOptions, LogOptions)
+_GROUPS = (
+    ModelOptions,
+    CacheOptions,
+    StepOptions,
+    TransferOptions,
+    WorkerOptions,
+    TrustOptions,
+    LogOptions,
+)
 # A waiting OpenMP thread must not burn the core that the other panel computes on.
 _LIBRARY_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -67,20 +76,23 @@ def _start(
     make_services: Callable[[WorkerHost], Services],
     ask_drafting: Callable[[ModelOptions, Any], Drafting | None] | None,
 ) -> int:
-    model, cache, step, transfer, worker, log, *own = options
+    model, cache, step, transfer, worker, trust, log, *own = options
     set_default_env(_LIBRARY_ENV)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     import uvloop
     from prometheus_client import CollectorRegistry
 
-    from engine.build import build_engine
+    from engine.rpc.trust import token_for
     from engine.telemetry.log import configure_logging
-    from kvtransfer.host import WorkerSettings, run_worker
 
     configure_logging(log, role=role.value, worker_id=worker.worker_id)
+    token = token_for(trust, "--listen", worker.listen)  # before the model: a mistake shows at once
+    from engine.build import build_engine
+    from kvtransfer.host import WorkerSettings, run_worker
+
     registry = CollectorRegistry()
     drafting = ask_drafting(model, own[0]) if ask_drafting else None
     engine = build_engine(role, model, cache, step, registry, drafting)
-    settings = WorkerSettings(role, worker, transfer)
+    settings = WorkerSettings(role, worker, transfer, token)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run_worker(settings, engine, registry, make_services))

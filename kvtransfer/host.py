@@ -34,6 +34,7 @@ from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
 from engine.rpc.channel import ChannelPool
 from engine.rpc.registration import Registration
 from engine.rpc.server import RpcServer
+from engine.rpc.trust import ClusterToken
 from engine.telemetry.http import make_app, serve_http
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import RpcMetrics
@@ -64,6 +65,7 @@ class WorkerSettings:
     role: Role
     worker: WorkerOptions
     transfer: TransferOptions
+    token: ClusterToken | None = None  # of its calls, and asked of its callers
 
 
 class EngineBlocks:
@@ -97,7 +99,7 @@ class WorkerHost:
         self.incarnation = new_incarnation()
         self.metrics = engine.metrics
         self.engine = EngineThread(engine.core, asyncio.get_running_loop())
-        self.channels = ChannelPool()
+        self.channels = ChannelPool(settings.token)
         self.plane = _data_plane(engine, self.incarnation)
         self.plane.start()
         self.peers = PeerTable(
@@ -198,7 +200,7 @@ async def run_worker(
     server = RpcServer(RpcMetrics(registry))
     kv_service = worker_pb2.DESCRIPTOR.services_by_name["KvService"]
     for descriptor, servicer in [*make_services(host), (kv_service, host.kv)]:
-        server.add_service(descriptor, servicer)
+        server.add_service(descriptor, servicer, token=settings.token)
     port = server.listen(settings.worker.listen)
     address = advertised(settings.worker, settings.worker.listen, port)
     registration: Registration | None = None
@@ -221,6 +223,7 @@ async def run_worker(
             ),
             identity=host.identity,
             load=host.load,
+            token=settings.token,
         )
         registration.start()
         _log.info("worker serves", address=address, http=http.address, incarnation=host.incarnation)

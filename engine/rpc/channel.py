@@ -2,14 +2,22 @@
 
 Keepalive finds a peer that vanished without closing its connection within `KEEPALIVE_TIME_MS` plus
 its timeout; a process that was killed closes it at once.
+
+With a cluster token every call of a channel carries it, as plain metadata: gRPC's own credentials
+ask for TLS, and its interceptors put another object, with another way to be cancelled, in place of
+the call.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from types import TracebackType
+from typing import Any, Self
 
 import grpc
+
+from engine.rpc.trust import ClusterToken
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 KEEPALIVE_TIME_MS = 15_000
@@ -40,22 +48,85 @@ CHANNEL_OPTIONS: tuple[Option, ...] = (
 )
 
 
-def open_channel(address: str, *options: Option) -> grpc.aio.Channel:
-    """A channel to HOST:PORT; it connects with the first call."""
-    return grpc.aio.insecure_channel(address, options=(*CHANNEL_OPTIONS, *options))
+def open_channel(
+    address: str, *options: Option, token: ClusterToken | None = None
+) -> grpc.aio.Channel:
+    """A channel to HOST:PORT, whose calls carry `token`; it connects with the first call."""
+    channel = grpc.aio.insecure_channel(address, options=(*CHANNEL_OPTIONS, *options))
+    return channel if token is None else _TokenChannel(channel, token)
+
+
+class _TokenChannel(grpc.aio.Channel):
+    """A channel that adds the token to the metadata of a call and leaves the call as it is."""
+
+    def __init__(self, channel: grpc.aio.Channel, token: ClusterToken) -> None:
+        self._channel = channel
+        self._metadata = token.metadata
+
+    def _carrying(self, make_call: Callable[..., Any]) -> Any:
+        """What a stub calls for one method, here of all four kinds."""
+
+        def call(*request: Any, metadata: Any = None, **how: Any) -> Any:
+            return make_call(*request, metadata=(*self._metadata, *(metadata or ())), **how)
+
+        return call
+
+    def unary_unary(self, *method: Any, **how: Any) -> Any:
+        """See grpc.aio.Channel."""
+        return self._carrying(self._channel.unary_unary(*method, **how))
+
+    def unary_stream(self, *method: Any, **how: Any) -> Any:
+        """See grpc.aio.Channel."""
+        return self._carrying(self._channel.unary_stream(*method, **how))
+
+    def stream_unary(self, *method: Any, **how: Any) -> Any:
+        """See grpc.aio.Channel."""
+        return self._carrying(self._channel.stream_unary(*method, **how))
+
+    def stream_stream(self, *method: Any, **how: Any) -> Any:
+        """See grpc.aio.Channel."""
+        return self._carrying(self._channel.stream_stream(*method, **how))
+
+    async def close(self, grace: float | None = None) -> None:
+        """See grpc.aio.Channel."""
+        await self._channel.close(grace)
+
+    def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
+        """See grpc.aio.Channel."""
+        return self._channel.get_state(try_to_connect)
+
+    async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
+        """See grpc.aio.Channel."""
+        await self._channel.wait_for_state_change(last_observed_state)
+
+    async def channel_ready(self) -> None:
+        """See grpc.aio.Channel."""
+        await self._channel.channel_ready()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._channel.close(None)
 
 
 class ChannelPool:
-    """One channel an address, for the calls of one event loop."""
+    """One channel an address, for the calls of one event loop; all calls carry `token`."""
 
-    def __init__(self) -> None:
+    def __init__(self, token: ClusterToken | None = None) -> None:
+        self._token = token
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._retired: dict[grpc.aio.Channel, asyncio.Task[None]] = {}
 
     def get(self, address: str) -> grpc.aio.Channel:
         """The channel to `address`, opened if there is none."""
         if (channel := self._channels.get(address)) is None:
-            channel = self._channels[address] = open_channel(address)
+            channel = self._channels[address] = open_channel(address, token=self._token)
         return channel
 
     def keep_only(self, addresses: Collection[str], grace_s: float = 600.0) -> None:

@@ -2,7 +2,8 @@
 
 addresses (HOST:PORT, or a name that resolves to many) --re-resolved--> one task a coordinator
 task:  dial -> Hello -> Welcome -> Load, Load, ...   (broken: again after a moment)
-                     -> Refused: remembered; the process ends, for asking again would not help
+                     -> Refused, or our token is: remembered; the process ends, for asking again
+                        would not help
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import grpc
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc
 from engine.rpc.channel import open_channel
 from engine.rpc.convert import identity_to_pb, role_to_pb
+from engine.rpc.trust import ClusterToken
 from engine.telemetry.log import get_logger
 from engine.types import PROTOCOL_VERSION, ModelIdentity, Role
 
@@ -24,6 +26,7 @@ _log = get_logger(__name__)
 _RESOLVE_S = 10.0
 _RETRY_S = 0.5
 _WELCOME_S = 10.0
+_TOKEN_REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
 
 class Registration:
@@ -40,9 +43,11 @@ class Registration:
         http_address: str,
         identity: ModelIdentity,
         load: Callable[[], registry_pb2.Load],
+        token: ClusterToken | None = None,
     ) -> None:
         self._targets = [t.strip() for t in coordinators.split(",") if t.strip()]
         self._load = load
+        self._token = token
         self._hello = registry_pb2.Hello(
             worker_id=worker_id,
             incarnation=incarnation,
@@ -93,13 +98,15 @@ class Registration:
 
     async def _keep(self, address: str) -> None:
         """Register with one coordinator for ever."""
-        channel = open_channel(address)
+        channel = open_channel(address, token=self._token)
         try:
             while not self.refused.done():
                 try:
                     await self._register(address, channel)
                 except (grpc.RpcError, TimeoutError) as error:
-                    if address in self._accepted:
+                    if isinstance(error, grpc.aio.AioRpcError) and error.code() in _TOKEN_REFUSED:
+                        self._refuse(address, error.details() or error.code().name)
+                    elif address in self._accepted:
                         _log.warning("coordinator lost", coordinator=address, reason=_reason(error))
                 finally:
                     self._accepted.discard(address)
@@ -107,6 +114,10 @@ class Registration:
                 await asyncio.sleep(_RETRY_S)
         finally:
             await channel.close()
+
+    def _refuse(self, address: str, reason: str) -> None:
+        if not self.refused.done():
+            self.refused.set_result(f"{address}: {reason}")
 
     async def _register(self, address: str, channel: grpc.aio.Channel) -> None:
         changed = self._changed[address] = asyncio.Event()
@@ -127,8 +138,7 @@ class Registration:
             answer = await asyncio.wait_for(call.read(), _WELCOME_S)
             while answer is not grpc.aio.EOF:
                 if answer.HasField("refused"):
-                    if not self.refused.done():
-                        self.refused.set_result(f"{address}: {answer.refused.reason}")
+                    self._refuse(address, answer.refused.reason)
                     return
                 if answer.HasField("welcome") and not welcomed.done():
                     self._accepted.add(address)

@@ -5,9 +5,9 @@ invalid UTF-8 are the caller's error and nothing becomes UNKNOWN. Our servicers 
 yielding; the generator is closed by us, at once, however the call ends, so that what it holds is
 released before the next message of anybody.
 
-    bytes -> parse -> servicer.Method(request, context) -> yields -> context.write
-               |            |-> DiptychError  -> status with details
-               '------------'-> anything else -> INTERNAL, logged with its traceback
+    bytes -> token? -> parse -> servicer.Method(request, context) -> yields -> context.write
+               |         |            |-> DiptychError  -> status with details
+               '---------'------------'-> anything else -> INTERNAL, logged with its traceback
 
 Cancellation passes through: it is how a caller, or its deadline, ends a call.
 """
@@ -15,7 +15,7 @@ Cancellation passes through: it is how a caller, or its deadline, ends a call.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import aclosing
 from typing import Any
 
@@ -26,10 +26,18 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from engine.errors import ConfigError, DeadlineExceeded, DiptychError, InvalidRequest
+from engine.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    DiptychError,
+    InvalidRequest,
+    PermissionDenied,
+    Unauthenticated,
+)
 from engine.rpc.address import listen_on
 from engine.rpc.channel import KEEPALIVE_OPTIONS, LENGTH_OPTIONS
 from engine.rpc.status import RpcStatus, internal, to_status
+from engine.rpc.trust import ClusterToken
 from engine.telemetry.log import bind_request, get_logger
 from engine.telemetry.metrics import RpcMetrics
 
@@ -63,16 +71,28 @@ class RpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
     def add_service(
-        self, descriptor: ServiceDescriptor, servicer: object, *, limit_s: float | None = None
+        self,
+        descriptor: ServiceDescriptor,
+        servicer: object,
+        *,
+        limit_s: float | None = None,
+        token: ClusterToken | None = None,
+        guarded: Collection[str] | None = None,
     ) -> None:
         """Serve every method of `descriptor` by the method of the same name of `servicer`.
 
         Server streams are async generators `Method(request, context)`, the others coroutines. With
         a stream of requests, `request` is an async iterator. A call that brings no deadline ends
-        after `limit_s`, also while its caller does not read.
+        after `limit_s`, also while its caller does not read. With a `token` callers have to bring
+        it, to the methods `guarded` or to all.
         """
         handlers = {
-            method.name: self._handler(method, getattr(servicer, method.name), limit_s)
+            method.name: self._handler(
+                method,
+                getattr(servicer, method.name),
+                limit_s,
+                token if guarded is None or method.name in guarded else None,
+            )
             for method in descriptor.methods
         }
         generic = grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
@@ -119,7 +139,11 @@ class RpcServer:
         await self._server.wait_for_termination()
 
     def _handler(
-        self, method: MethodDescriptor, behaviour: Callable[..., Any], limit_s: float | None
+        self,
+        method: MethodDescriptor,
+        behaviour: Callable[..., Any],
+        limit_s: float | None,
+        token: ClusterToken | None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The grpc handler of one method: bytes in, messages out."""
         request_class = message_factory.GetMessageClass(method.input_type)
@@ -143,13 +167,13 @@ class RpcServer:
                     async for response in responses:
                         await context.write(response)
 
-            await self._guard(full_name, context, body, limit_s)
+            await self._guard(full_name, context, body, limit_s, token)
 
         async def unary(raw: Any, context: Context) -> Any:
             async def body() -> Any:
                 return await behaviour(convert(raw), context)
 
-            return await self._guard(full_name, context, body, limit_s)
+            return await self._guard(full_name, context, body, limit_s, token)
 
         make: Any = {
             (False, False): grpc.unary_unary_rpc_method_handler,
@@ -171,16 +195,23 @@ class RpcServer:
         context: Context,
         body: Callable[[], Awaitable[Any]],
         limit_s: float | None,
+        token: ClusterToken | None,
     ) -> Any:
         """Run one call: every failure becomes a status, cancellation passes through."""
         limit = asyncio.timeout(limit_s if context.time_remaining() is None else None)
         try:
+            if token is not None:
+                token.check(context.invocation_metadata())
             async with limit:
                 return await body()
         except DiptychError as error:
             failure = to_status(error)
             if failure.code is grpc.StatusCode.INTERNAL:
                 log.exception("call failed", method=method)
+            elif isinstance(error, Unauthenticated | PermissionDenied):
+                log.warning(
+                    "caller refused", method=method, peer=context.peer(), reason=error.message
+                )
             else:
                 log.info(
                     "call refused", method=method, code=failure.code.name, reason=error.message

@@ -33,6 +33,8 @@ from engine.errors import (
     NotFound,
     NotOffered,
     Overloaded,
+    PermissionDenied,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -68,6 +70,10 @@ def _code(error: DiptychError) -> grpc.StatusCode:
             return grpc.StatusCode.RESOURCE_EXHAUSTED
         case Unavailable():
             return grpc.StatusCode.UNAVAILABLE
+        case Unauthenticated():
+            return grpc.StatusCode.UNAUTHENTICATED
+        case PermissionDenied():
+            return grpc.StatusCode.PERMISSION_DENIED
         case DeadlineExceeded():
             return grpc.StatusCode.DEADLINE_EXCEEDED
     return grpc.StatusCode.INTERNAL
@@ -155,6 +161,10 @@ def from_rpc_error(error: grpc.RpcError) -> DiptychError | None:
             return Unavailable(
                 message, retry_after_s, num_emitted, lost=str(metadata.get(LOST_KEY, ""))
             )
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return Unauthenticated(message)
+        case grpc.StatusCode.PERMISSION_DENIED:
+            return PermissionDenied(message)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(message)
     return None
