@@ -19,6 +19,7 @@ from coordinator.model import ServedModel
 from coordinator.pipeline import Pipeline
 from coordinator.registry import RegistryServicer
 from coordinator.service import AdminServicer, InferenceServicer
+from coordinator.trust import Trust
 from engine.config import FrontOptions
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.pb.diptych.v1 import admin_pb2, inference_pb2
@@ -35,7 +36,8 @@ _LAST_WORDS_S = 1.0  # for the statuses of requests that are cut off
 class Coordinator:
     """One front. Make it, start it and stop it in one event loop."""
 
-    def __init__(self, front: FrontOptions, model: ServedModel) -> None:
+    def __init__(self, front: FrontOptions, model: ServedModel, trust: Trust | None = None) -> None:
+        trust = trust or Trust()
         self._front = front
         self.model = model
         self.registry = CollectorRegistry()
@@ -43,7 +45,12 @@ class Coordinator:
         self.membership = Membership(model.name, model.limits.vocab_size, metrics)
         admission = Admission(front.max_queued_requests, front.max_queued_tokens, metrics)
         self.pipeline = Pipeline(
-            model, self.membership, admission, metrics, worker_wait_s=front.worker_wait_s
+            model,
+            self.membership,
+            admission,
+            metrics,
+            worker_wait_s=front.worker_wait_s,
+            token=trust.cluster,
         )
         inference = InferenceServicer(
             model, self.pipeline, self.membership, metrics, max_request_s=front.max_request_s
@@ -54,10 +61,14 @@ class Coordinator:
         public = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
         self._public.add_service(public, inference, limit_s=front.max_request_s + _STUCK_S)
         admin = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
-        self._public.add_service(admin, AdminServicer(self.membership))
+        self._public.add_service(
+            admin, AdminServicer(self.membership), token=trust.drain, guarded={"DrainWorker"}
+        )
         registry = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"]
         self._internal.add_service(
-            registry, RegistryServicer(self.membership, f"coordinator-{secrets.token_hex(4)}")
+            registry,
+            RegistryServicer(self.membership, f"coordinator-{secrets.token_hex(4)}"),
+            token=trust.cluster,
         )
         self._http: HttpServer | None = None
         self.address = front.listen

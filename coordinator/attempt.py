@@ -23,6 +23,7 @@ from engine.errors import DeadlineExceeded, Unavailable
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.channel import ChannelPool
 from engine.rpc.convert import peer_to_pb, reason_from_pb, sampling_to_pb, stop_to_pb
+from engine.rpc.trust import ClusterToken
 from engine.types import FinishReason, StopParams
 
 Report = worker_pb2.Tokens | worker_pb2.DecodeFinished
@@ -71,9 +72,9 @@ class Progress:
 class Caller:
     """Calls decode workers. Owns the channels to them; lives on the event loop."""
 
-    def __init__(self, membership: Membership) -> None:
+    def __init__(self, membership: Membership, token: ClusterToken | None = None) -> None:
         self._membership = membership
-        self._channels = ChannelPool()
+        self._channels = ChannelPool(token)
         self._closed = False
 
     async def close(self) -> None:

@@ -22,6 +22,7 @@ from engine.config import (
     ModelOptions,
     StepOptions,
     TransferOptions,
+    TrustOptions,
 )
 from engine.errors import CheckpointError, ConfigError, DiptychError
 
@@ -35,12 +36,13 @@ START_GROUPS = (
     DraftOptions,
     TransferOptions,
     LogOptions,
+    TrustOptions,
 )
 _EXAMPLES = """
 examples:
   coordinator start                        the default model, a prefill and a decode worker
   coordinator start --model ./llama --dtype bfloat16 --decode-workers 2
-  coordinator start --workers external --listen 0.0.0.0:50051
+  coordinator start --workers external --listen 0.0.0.0:50051 --cluster-token-file token
   coordinator generate "Once upon a time" --max-tokens 64
   coordinator chat "What is a diptych?"
   coordinator status

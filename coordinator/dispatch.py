@@ -28,6 +28,8 @@ from engine.errors import (
     InvalidRequest,
     Mismatch,
     Overloaded,
+    PermissionDenied,
+    Unauthenticated,
     Unavailable,
 )
 from engine.rpc.status import DETAILS_KEY, from_rpc_error
@@ -149,7 +151,7 @@ def meaning_of(error: grpc.aio.AioRpcError, *, num_emitted: int) -> DiptychError
             return meaning
         case Overloaded():
             return Unavailable(meaning.message) if num_emitted else meaning
-        case Mismatch():
+        case Mismatch() | Unauthenticated() | PermissionDenied():  # another one may know us
             return Unavailable(meaning.message)
     metadata = dict(error.trailing_metadata() or ())
     foreign = error.code() is grpc.StatusCode.INTERNAL and DETAILS_KEY not in metadata

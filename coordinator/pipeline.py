@@ -26,6 +26,7 @@ from coordinator.model import ServedModel
 from coordinator.request import AnswerRequest, Chunk, Ending, Finished, Timing, Usage
 from engine.errors import DeadlineExceeded, Unavailable
 from engine.pb.diptych.internal.v1 import worker_pb2
+from engine.rpc.trust import ClusterToken
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import CoordinatorMetrics
 from engine.telemetry.timeline import Event, Timeline
@@ -46,6 +47,7 @@ class Pipeline:
         metrics: CoordinatorMetrics,
         *,
         worker_wait_s: float,
+        token: ClusterToken | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
@@ -54,7 +56,7 @@ class Pipeline:
         self._metrics = metrics
         self._worker_wait_s = worker_wait_s
         self._clock = clock
-        self._caller = Caller(membership)
+        self._caller = Caller(membership, token)
         self.draining = False
         self._closed = False
 

@@ -22,6 +22,7 @@ import uvloop
 from coordinator.app import Coordinator, dialable
 from coordinator.model import ServedModel
 from coordinator.supervisor import Supervisor, worker_command
+from coordinator.trust import Trust
 from engine.checkpoint.source import resolve
 from engine.config import (
     CacheOptions,
@@ -32,6 +33,7 @@ from engine.config import (
     ModelOptions,
     StepOptions,
     TransferOptions,
+    TrustOptions,
     WorkerOptions,
     state_dir,
     to_flags,
@@ -39,6 +41,7 @@ from engine.config import (
 from engine.native.threads import memory_board
 from engine.placement import prepare_weights
 from engine.precision import has_gpu
+from engine.rpc.trust import ClusterToken
 from engine.telemetry.log import configure_logging, get_logger
 from engine.types import Role
 
@@ -60,6 +63,7 @@ class Options:
     draft: DraftOptions
     transfer: TransferOptions
     log: LogOptions
+    trust: TrustOptions = TrustOptions()
 
 
 def serve(
@@ -71,12 +75,14 @@ def serve(
     draft: DraftOptions,
     transfer: TransferOptions,
     log: LogOptions,
+    trust: TrustOptions,
 ) -> int:
     """Run a coordinator until a signal; returns the exit status.
 
     Raises ConfigError, CheckpointError.
     """
     configure_logging(log, role="coordinator")
+    trusted = Trust.of(trust, front, local_workers=fleet.workers == "local")
     if fleet.workers == "local":
         draft.check(model)
     checkpoint = resolve(model.model, weights=fleet.workers == "local")
@@ -86,22 +92,22 @@ def serve(
     name = model.model_name or checkpoint.name
     served = ServedModel.load(checkpoint, name, model.max_model_len)
     model = dataclasses.replace(model, model_name=name)
-    options = Options(model, front, fleet, cache, step, draft, transfer, log)
-    return uvloop.run(_serve(options, served))
+    options = Options(model, front, fleet, cache, step, draft, transfer, log, trust)
+    return uvloop.run(_serve(options, served, trusted))
 
 
-async def _serve(options: Options, served: ServedModel) -> int:
+async def _serve(options: Options, served: ServedModel, trust: Trust) -> int:
     stop = asyncio.Event()
     hurry = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
-    coordinator = Coordinator(options.front, served)
+    coordinator = Coordinator(options.front, served, trust)
     supervisor = None
     try:
         await coordinator.start()
         if options.fleet.workers == "local":
-            supervisor = make_supervisor(options, coordinator.internal_address)
+            supervisor = make_supervisor(options, coordinator.internal_address, trust.cluster)
             supervisor.start()
         await _until_stop(coordinator, supervisor, options, stop)
         _log.info("draining", num_requests=coordinator.pipeline.num_requests)
@@ -115,15 +121,18 @@ async def _serve(options: Options, served: ServedModel) -> int:
     return 0
 
 
-def make_supervisor(options: Options, coordinator_address: str) -> Supervisor:
-    """A supervisor for the local workers that `options` ask for."""
+def make_supervisor(
+    options: Options, coordinator_address: str, token: ClusterToken | None = None
+) -> Supervisor:
+    """A supervisor for the local workers that `options` ask for; they get `token` in memory."""
     fleet = options.fleet
     places = [(f"prefill-{i}", Role.PREFILL) for i in range(fleet.prefill_workers)]
     places += [(f"decode-{i}", Role.DECODE) for i in range(fleet.decode_workers)]
     log_dir = Path(fleet.log_dir) if fleet.log_dir else state_dir() / "logs" / str(os.getpid())
     worker = WorkerOptions(coordinator=dialable(coordinator_address))
+    trust = TrustOptions(token.share() if token else "")
     shared = to_flags(
-        options.model, options.cache, options.step, options.transfer, options.log, worker
+        options.model, options.cache, options.step, options.transfer, options.log, worker, trust
     )
     draft = to_flags(options.draft)
     board = memory_board()
