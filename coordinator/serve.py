@@ -63,7 +63,6 @@ class Options:
     draft: DraftOptions
     transfer: TransferOptions
     log: LogOptions
-    trust: TrustOptions = TrustOptions()
 
 
 def serve(
@@ -92,7 +91,7 @@ def serve(
     name = model.model_name or checkpoint.name
     served = ServedModel.load(checkpoint, name, model.max_model_len)
     model = dataclasses.replace(model, model_name=name)
-    options = Options(model, front, fleet, cache, step, draft, transfer, log, trust)
+    options = Options(model, front, fleet, cache, step, draft, transfer, log)
     return uvloop.run(_serve(options, served, trusted))
 
 
