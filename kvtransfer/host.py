@@ -109,7 +109,13 @@ class WorkerHost:
         )
         leases = LeaseTable(time.monotonic, settings.transfer.lease_ttl_s)
         self.blocks = EngineBlocks(self.engine)
-        self.kv = KvServicer(self.plane.local_pool, self.identity.digest, self.blocks, leases)
+        self.kv = KvServicer(
+            self.plane.local_pool,
+            self.identity.digest,
+            self.blocks,
+            leases,
+            engine.metrics.kv_lease_refused,
+        )
         self.draining = False
         self._background: set[asyncio.Task[Any]] = set()
 

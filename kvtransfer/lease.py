@@ -2,7 +2,8 @@
 
 A lease is soft: correctness is the fence's. It makes a stale read rare, and its end does not depend
 on the peer: a lease that is neither renewed nor released runs out and its blocks are unpinned by
-the reaper.
+the reaper. Its id is a secret between us and its owner: nobody guesses 128 random bits, and with
+another owner's name it opens nothing.
 
     grant -> held --release--------> gone      each pin leaves the table exactly once, through
               |  ^                             release, release_owner or expire
@@ -14,8 +15,10 @@ Owned by the asyncio loop of the process whose blocks they are.
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 
 LEASE_ID_BYTES = 16
 
@@ -28,6 +31,14 @@ class Lease:
     owner: str  # incarnation of the peer that may renew and release it
     block_ids: tuple[int, ...]
     expires_at: float  # on the table's clock
+
+
+class Refusal(Enum):
+    """Why a lease is not the caller's to use."""
+
+    UNKNOWN = "unknown"  # forged, or ended: released, or run out and reaped
+    EXPIRED = "expired"  # run out, not yet reaped
+    FOREIGN = "foreign"  # another owner's
 
 
 class LeaseTable:
@@ -53,6 +64,19 @@ class LeaseTable:
         self._leases[lease_id] = lease
         return lease
 
+    def refusal(self, owner: str, lease_id: bytes) -> Refusal | None:
+        """Why `owner` cannot renew this lease; None: it can."""
+        lease = self._leases.get(lease_id)
+        if lease is None:
+            return Refusal.UNKNOWN
+        if lease.owner != owner:
+            return Refusal.FOREIGN
+        return Refusal.EXPIRED if lease.expires_at <= self._clock() else None
+
+    def refusals(self, owner: str, lease_ids: Iterable[bytes]) -> Counter[Refusal]:
+        """How many of these are refused, by reason."""
+        return Counter(why for i in lease_ids if (why := self.refusal(owner, i)) is not None)
+
     def renew(self, owner: str, lease_ids: Iterable[bytes]) -> list[bytes]:
         """Give each lease a whole TTL again; returns the ids unknown to this owner.
 
@@ -61,10 +85,10 @@ class LeaseTable:
         now = self._clock()
         unknown = []
         for lease_id in lease_ids:
-            lease = self._leases.get(lease_id)
-            if lease is None or lease.owner != owner or lease.expires_at <= now:
+            if self.refusal(owner, lease_id) is not None:
                 unknown.append(lease_id)
             else:
+                lease = self._leases[lease_id]
                 self._leases[lease_id] = replace(lease, expires_at=now + self.ttl_s)
         return unknown
 

@@ -2,7 +2,8 @@
 
 Owned by the asyncio loop. Blocks are pinned and unpinned by their owner, the engine thread, behind
 `BlockHost`; this side only remembers for whom. The reaper depends on neither the scheduler's loop
-nor a peer.
+nor a peer. Who may call at all is the door's affair (`engine.rpc.trust`); the name by which a
+caller owns leases is its own word, which only members of the cluster can give.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import grpc
 from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceServicer
 from kvtransfer.base import MemoryRegion, RemotePool
-from kvtransfer.lease import Lease, LeaseTable
+from kvtransfer.lease import Lease, LeaseTable, Refusal
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -38,7 +39,16 @@ class BlockHost(Protocol):
 class KvServicer(KvServiceServicer):
     """Serves one worker's `pool`; whoever else announces blocks leases them by `grant`."""
 
-    def __init__(self, pool: RemotePool, digest: str, host: BlockHost, leases: LeaseTable) -> None:
+    def __init__(
+        self,
+        pool: RemotePool,
+        digest: str,
+        host: BlockHost,
+        leases: LeaseTable,
+        on_refused: Callable[[str, int], None] = lambda reason, count: None,
+    ) -> None:
+        """`on_refused` counts leases that callers named and could not use."""
+        self._on_refused = on_refused
         self._pool = pool
         self._digest = digest
         self._host = host
@@ -73,14 +83,30 @@ class KvServicer(KvServiceServicer):
     async def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewResponse:
         """Give leases a whole TTL again."""
         await _require_caller(context, request.caller_incarnation)
+        self._note_refusals("Renew", request, context)
         unknown = self._leases.renew(request.caller_incarnation, request.leases)
         return pb.RenewResponse(unknown=unknown)
 
     async def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseResponse:
         """End leases."""
         await _require_caller(context, request.caller_incarnation)
+        self._note_refusals("Release", request, context)
         await self.release(request.caller_incarnation, request.leases)
         return pb.ReleaseResponse()
+
+    def _note_refusals(
+        self, call: str, request: pb.RenewRequest | pb.ReleaseRequest, context: Any
+    ) -> None:
+        """Count and log leases that are not the caller's to use, never their ids."""
+        refused = self._leases.refusals(request.caller_incarnation, request.leases)
+        for reason, count in refused.items():
+            self._on_refused(reason.value, count)
+        if refused:
+            # Gone at its own release: a caller and we ended it at the same moment. Another's is not.
+            level = logging.WARNING if Refusal.FOREIGN in refused else logging.INFO
+            words = ", ".join(f"{count} {reason.value}" for reason, count in refused.items())
+            owner, peer = request.caller_incarnation[:64], context.peer()
+            _log.log(level, "%s by %r (%s): leases refused: %s", call, owner, peer, words)
 
     def grant(self, owner: str, block_ids: Sequence[int]) -> Lease:
         """A lease for `owner` on blocks that the caller has pinned for it, once each."""

@@ -131,6 +131,9 @@ class WorkerMetrics:
         self._kv_transfer_failures = make.counter(
             "kv_transfer_failures", "Pulls that failed.", "reason"
         )
+        self._kv_lease_refusals = make.counter(
+            "kv_lease_refusals", "Leases that a caller named and could not use.", "reason"
+        )
         self._phases: dict[str, Histogram] = {}
         self._kv_blocks = make.gauge("kv_blocks", "KV blocks by state.", "state")
 
@@ -144,6 +147,10 @@ class WorkerMetrics:
     def kv_transfer_failed(self, reason: str) -> None:
         """Count one failed pull; `reason` is one of a few fixed words."""
         self._kv_transfer_failures.labels(self._model_name, reason).inc()
+
+    def kv_lease_refused(self, reason: str, count: int) -> None:
+        """Count leases that were unknown (ended or forged), expired, or foreign: another's."""
+        self._kv_lease_refusals.labels(self._model_name, reason).inc(count)
 
     def set_blocks(self, *, free: int, cached: int, held: int) -> None:
         """State of the pool: free + cached + held = total."""
