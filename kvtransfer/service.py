@@ -102,7 +102,7 @@ class KvServicer(KvServiceServicer):
         for reason, count in refused.items():
             self._on_refused(reason.value, count)
         if refused:
-            # Gone at its own release: a caller and we ended it at the same moment. Another's is not.
+            # Unknown may be a lease that we and its owner ended at once; another's never is.
             level = logging.WARNING if Refusal.FOREIGN in refused else logging.INFO
             words = ", ".join(f"{count} {reason.value}" for reason, count in refused.items())
             owner, peer = request.caller_incarnation[:64], context.peer()
