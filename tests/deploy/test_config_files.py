@@ -13,6 +13,7 @@ import pytest
 from coordinator.cli import START_GROUPS
 from engine.config import DraftOptions, resolve
 from engine.errors import ConfigError
+from engine.rpc.trust import stays_on_this_machine
 from kvtransfer.command import _GROUPS as WORKER_GROUPS
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "config"
@@ -95,3 +96,13 @@ def test_the_cluster_fits_together():
         worker = resolved(FOLDER / name, GROUPS[name])
         assert {where.split(":")[1] for where in worker["coordinator"].split(",")} == {port}
         assert worker["advertise"] or not worker["listen"].startswith("0.0.0.0")
+
+
+def test_who_listens_for_other_machines_has_a_token():
+    """One for the whole cluster; who serves one machine listens to nobody else."""
+    files = {name: resolved(FOLDER / name, GROUPS[name]) for name in GROUPS}
+    alone = files.pop("one-machine.toml")
+    assert stays_on_this_machine(alone["listen"]) and not alone["cluster_token_file"]
+    assert not any(stays_on_this_machine(options["listen"]) for options in files.values())
+    tokens = {options["cluster_token_file"] for options in files.values()}
+    assert len(tokens) == 1 and "" not in tokens

@@ -7,6 +7,8 @@ No container engine runs here: what is proven is that every flag, variable, port
 import dataclasses
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from coordinator.cli import START_GROUPS
 from coordinator.serve import _STOP_S, DRAIN_S
 from engine.checkpoint.source import _DEFAULT_INSTALL
 from engine.config import DraftOptions, add_flags, parser, resolve
+from engine.rpc.trust import ClusterToken, stays_on_this_machine
 from engine.telemetry.metrics import CoordinatorMetrics, RpcMetrics, WorkerMetrics
 from kvtransfer.command import _GROUPS as WORKER_GROUPS
 
@@ -176,9 +179,11 @@ def test_compose_probes_and_publishes_what_listens(name):
     ports = {port(options["listen"]), port(options["http"])}
     assert f"http://127.0.0.1:{port(options['http'])}/" in service["healthcheck"]["test"][-1]
     for published in service["ports"]:
-        assert published.startswith("127.0.0.1:"), "there is no authentication"
+        assert published.startswith("127.0.0.1:"), "clients are not authenticated"
         assert port(published) in ports
-    assert service["volumes"] == [f"cache:{image_environment(WORKER)['DIPTYCH_CACHE_DIR']}"]
+    environ = image_environment(WORKER)
+    cache, state = (environ[f"DIPTYCH_{name}_DIR"] for name in ("CACHE", "STATE"))
+    assert service["volumes"] == [f"cache:{cache}", f"state:{state}"]
     assert (ROOT / service["build"]["dockerfile"]).exists()
     assert options["listen"].startswith("0.0.0.0:")
 
@@ -197,6 +202,31 @@ def test_compose_workers_find_each_other(name):
     asked = services[name]["build"]["args"]
     assert set(asked) <= set(build_arguments(WORKER))
     assert set(asked["EXTRAS"].split(",")) <= set(pyproject()["project"]["optional-dependencies"])
+
+
+def test_compose_makes_one_token_for_all(tmp_path):
+    """The container that makes it, run here: others start when it is there, and can use it."""
+    maker = load("compose.yaml")["services"]["namespaces"]
+    asked = {compose_options(name)["cluster_token_file"] for name in GROUPS}
+    (path,) = asked
+    state = image_environment(COORDINATOR)["DIPTYCH_STATE_DIR"]
+    assert path.startswith(f"{state}/") and maker["volumes"] == [f"state:{state}"]
+    assert f" {state} " in f" {' '.join(rest(COORDINATOR, 'RUN'))} ", "made in the image"
+    assert maker["healthcheck"]["test"] == ["CMD", "test", "-s", path]
+    for service in served().values():
+        assert service["depends_on"] == {"namespaces": {"condition": "service_healthy"}}
+    (script,) = maker["command"]
+    script = (
+        script.replace("$$", "$").replace(state, str(tmp_path)).replace("exec sleep infinity", "")
+    )
+    made = []
+    for _ in range(2):  # a restart keeps what is there
+        environ = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+        subprocess.run([*maker["entrypoint"], script], check=True, timeout=20, env=environ)
+        (file,) = tmp_path.iterdir()
+        assert file.stat().st_mode & 0o777 == 0o600
+        made.append(ClusterToken.load(str(file)).metadata)
+    assert made[0] == made[1]
 
 
 def test_compose_gives_time_to_drain():
@@ -220,8 +250,12 @@ def test_compose_gpu_overlay():
 # --- Kubernetes
 
 
+def manifest():
+    return (DEPLOY / "kubernetes" / "diptych.yaml").read_text()
+
+
 def objects(kind):
-    documents = yaml.safe_load_all((DEPLOY / "kubernetes" / "diptych.yaml").read_text())
+    documents = yaml.safe_load_all(manifest())
     found = [d for d in documents if d["kind"] == kind]
     return {d["metadata"]["name"]: d for d in found}
 
@@ -270,8 +304,14 @@ def test_kubernetes_pods(command):
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     volumes = [v["name"] for v in pod.get("volumes", [])]
     volumes += [v["metadata"]["name"] for v in workload["spec"].get("volumeClaimTemplates", [])]
+    trust = mounts.pop("trust")
     assert mounts == {"cache": image_environment(image)["DIPTYCH_CACHE_DIR"]}
-    assert volumes == ["cache"]
+    assert sorted(volumes) == ["cache", "trust"]
+    secret = next(v["secret"] for v in pod["volumes"] if v["name"] == "trust")
+    key = options["cluster_token_file"].removeprefix(f"{trust}/")
+    made = re.search(r"create secret generic (\S+) --from-literal=(\w+)=", manifest())
+    assert (secret["secretName"], key) == made.groups()
+    assert secret["defaultMode"] == 0o440, "the pod's group reads it, nobody else"
 
 
 def test_kubernetes_coordinator_has_time_to_drain():
@@ -312,7 +352,7 @@ def test_kubernetes_services_select_pods_that_listen():
 
 def test_kubernetes_everything_is_in_the_namespace():
     (namespace,) = objects("Namespace")
-    documents = yaml.safe_load_all((DEPLOY / "kubernetes" / "diptych.yaml").read_text())
+    documents = yaml.safe_load_all(manifest())
     others = [d for d in documents if d["kind"] != "Namespace"]
     assert {d["metadata"]["namespace"] for d in others} == {namespace}
 
@@ -324,6 +364,13 @@ def test_kubernetes_network_policy_leaves_metrics_open():
     assert [p["port"] for p in metrics["ports"]] == [port(pod_options("decode")["http"])]
     (roles,) = policy["spec"]["podSelector"]["matchExpressions"]
     assert set(roles["values"]) == {"prefill", "decode"}
+
+
+@pytest.mark.parametrize("command", GROUPS)
+def test_who_listens_for_other_machines_has_a_token(command):
+    """Or the command would refuse to start."""
+    for options in (pod_options(command), compose_options(command)):
+        assert options["cluster_token_file"] or stays_on_this_machine(options["listen"])
 
 
 # --- Prometheus
@@ -390,7 +437,7 @@ def metric_labels():
     return {label for sample in samples for label in sample.labels}
 
 
-@pytest.mark.parametrize("name", ["deploy.md", "operations.md"])
+@pytest.mark.parametrize("name", ["deploy.md", "operations.md", "security.md"])
 def test_documents_name_what_exists(name):
     text = (ROOT / "docs" / name).read_text()
     known = set().union(*map(fields, GROUPS))
