@@ -119,7 +119,8 @@ class PrefillServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Prefill(self, request, context):
-        """Computes the KV of whole blocks; announces them chunk by chunk, each chunk under a lease.
+        """Computes the KV of whole blocks; announces them chunk by chunk, each chunk under a lease. The call lasts until
+        every lease that it gave has ended, and ends them all itself when its caller is gone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
