@@ -1,0 +1,196 @@
+"""One request as its caller sees it: every token with its moment, and how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from coordinator.client import AsyncClient, TextDelta, generate_request
+from engine.errors import DiptychError
+from engine.pb.diptych.v1 import inference_pb2_grpc
+from engine.rpc.channel import open_channel
+from engine.rpc.status import from_rpc_error
+from tests.faults.oracle import Case, Oracle
+
+PATIENCE_S = 60.0
+_numbers = itertools.count(1)
+
+
+@dataclass(eq=False)
+class Stream:
+    """A request under way. Its reader is a task of the test's loop."""
+
+    case: Case
+    request_id: str
+    first: int = 0  # index in the answer of tokens[0]: what came before was handed in by `resume`
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    moments: list[float] = field(default_factory=list)  # of each token
+    began_s: float = field(default_factory=time.monotonic)
+    ended_s: float = 0.0
+    error: Exception | None = None
+    done: Any = None  # the Finished message
+    task: asyncio.Task[None] | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def take(self, text: str, token_ids: Sequence[int]) -> None:
+        """What has come just now."""
+        self.text += text
+        self.tokens += token_ids
+        self.moments += [time.monotonic()] * len(token_ids)
+        self.changed.set()
+
+    async def come(self, count: int, timeout_s: float = PATIENCE_S) -> None:
+        """Until so many tokens are here."""
+        async with asyncio.timeout(timeout_s):
+            while len(self.tokens) < count:
+                assert not self.over, f"{self} ended early: {self.error!r}"
+                self.changed.clear()
+                await self.changed.wait()
+
+    async def end(self, timeout_s: float = PATIENCE_S) -> None:
+        """Until it has ended, well or not."""
+        assert self.task is not None
+        await asyncio.wait_for(asyncio.shield(self.task), timeout_s)
+
+    async def cancel(self) -> None:
+        """As a client that goes away."""
+        assert self.task is not None
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will come."""
+        return self.task is not None and self.task.done()
+
+    @property
+    def meaning(self) -> DiptychError | None:
+        """The error as the API means it."""
+        if isinstance(self.error, grpc.RpcError):
+            return from_rpc_error(self.error)
+        return self.error if isinstance(self.error, DiptychError) else None
+
+    def wait_after(self, moment: float) -> float:
+        """The longest wait for a next token (or the end) from `moment` on; 0 if it was over."""
+        end_s = self.ended_s or time.monotonic()
+        points = [moment, *(m for m in [*self.moments, end_s] if m > moment)]
+        return max((b - a for a, b in itertools.pairwise(points)), default=0.0)
+
+    def longest_wait_s(self) -> float:
+        """Between any two tokens, the first one's included."""
+        moments = [self.began_s, *self.moments]
+        return max((b - a for a, b in itertools.pairwise(moments)), default=0.0)
+
+    def check(self, oracle: Oracle) -> None:
+        """It ended well: each token index delivered once, all equal to the undisturbed answer."""
+        assert self.error is None, f"{self}: {self.error!r}"
+        assert self.done is not None, f"{self} did not end"
+        self.check_so_far(oracle)
+        wanted = len(oracle.answer(self.case))
+        assert self.first + len(self.tokens) == wanted, f"{self}: expected {wanted} tokens"
+        assert self.done.usage.completion_tokens == wanted, f"{self}: {self.done.usage}"
+
+    def check_so_far(self, oracle: Oracle) -> None:
+        """What has come is right; for requests that a row may cut short."""
+        if wrong := oracle.difference(self.case, self.tokens, self.first):
+            raise AssertionError(f"{self}: {wrong}")
+
+    def __str__(self) -> str:
+        return f"request {self.request_id} ({self.case.name}, {len(self.tokens)} tokens)"
+
+
+class Asker:
+    """Sends requests to coordinators without any retry of ours or of gRPC's."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def ask(
+        self,
+        address: str,
+        case: Case,
+        *,
+        salt: str = "",
+        timeout_s: float = 120.0,
+        resume: Sequence[int] = (),
+        **options: Any,
+    ) -> Stream:
+        """Begin a request; `options` go beside those of the case."""
+        stream = Stream(case, _new_id(case), first=len(resume))
+        request = generate_request(
+            case.prompt,
+            request_id=stream.request_id,
+            cache_salt=salt,
+            **{**case.options, **options},
+        )
+        if resume:
+            request.resume.add(index=0, token_ids=resume)
+        if address not in self._channels:
+            self._channels[address] = open_channel(address, ("grpc.enable_retries", 0))
+        stub = inference_pb2_grpc.InferenceServiceStub(self._channels[address])
+        call = stub.Generate(request, timeout=timeout_s)
+        stream.task = asyncio.create_task(_read(stream, call))
+        return stream
+
+    async def close(self) -> None:
+        """End all that is under way."""
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()
+
+
+def follow(client: AsyncClient, case: Case, *, salt: str = "", timeout_s: float = 120.0) -> Stream:
+    """The same by the client library, which goes on elsewhere when a coordinator is lost."""
+    stream = Stream(case, _new_id(case))
+    events = client.generate(
+        case.prompt,
+        request_id=stream.request_id,
+        cache_salt=salt,
+        timeout_s=timeout_s,
+        **case.options,
+    )
+
+    async def read() -> None:
+        async for event in events:
+            if isinstance(event, TextDelta):
+                stream.take(event.text, event.token_ids)
+            else:
+                stream.done = event
+
+    stream.task = asyncio.create_task(_guarded(stream, read()))
+    return stream
+
+
+async def _read(stream: Stream, call: Any) -> None:
+    async def read() -> None:
+        async for response in call:
+            if response.HasField("finished"):
+                stream.done = response.finished
+            else:
+                stream.take(response.delta.text, response.delta.token_ids)
+
+    try:
+        await _guarded(stream, read())
+    finally:
+        call.cancel()
+
+
+async def _guarded(stream: Stream, work: Coroutine[Any, Any, None]) -> None:
+    try:
+        await work
+    except (grpc.RpcError, DiptychError) as error:
+        stream.error = error
+    finally:
+        stream.ended_s = time.monotonic()
+        stream.changed.set()
+
+
+def _new_id(case: Case) -> str:
+    return f"ask-{next(_numbers)}-{case.name}"

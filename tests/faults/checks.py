@@ -1,0 +1,180 @@
+"""What must hold after a row, whatever was broken in it.
+
+- at rest: in every pool free + cached + held = total with held back to 0; /debug/holds is empty
+- steady: a process that lived through it has no more threads, descriptors or memory than before
+- quiet logs: no traceback that the row does not explain, no process that ended by itself
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from tests.faults.cluster import BLOCK_BYTES, NUM_BLOCKS, Cluster
+from tests.faults.places import Place
+
+REST_S = 10.0
+# gRPC keeps a thread and a few descriptors a connection or two for a while after it closed.
+_MORE_THREADS, _MORE_DESCRIPTORS = 8, 24
+# Pools become resident as they are used, and allocators keep what they had.
+_MORE_BYTES = NUM_BLOCKS * BLOCK_BYTES + (160 << 20)
+_SAMPLE = re.compile(r"^(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """One place at the beginning of a row."""
+
+    pid: int
+    usage: Mapping[str, int]
+    log_bytes: int
+    num_ends: int
+
+
+def before(cluster: Cluster) -> dict[str, Before]:
+    """All places as they are now."""
+    return {
+        place.name: Before(
+            place.pid if place.alive else 0,
+            place.usage() if place.alive else {},
+            place.log.stat().st_size if place.log.exists() else 0,
+            len(place.ends),
+        )
+        for place in cluster.places
+    }
+
+
+def samples(http_address: str) -> dict[str, float]:
+    """/metrics: `name` (labels summed) and `name{label=value}` for each label but the model's."""
+    found: dict[str, float] = {}
+    for line in httpx.get(f"http://{http_address}/metrics", timeout=5).text.splitlines():
+        if match := _SAMPLE.match(line):
+            name, value = match["name"].removeprefix("diptych_"), float(match["value"])
+            found[name] = found.get(name, 0.0) + value
+            for label, text in _LABEL.findall(match["labels"] or ""):
+                if label != "model_name":
+                    key = f"{name}{{{label}={text}}}"
+                    found[key] = found.get(key, 0.0) + value
+    return found
+
+
+def holds(http_address: str) -> dict[str, Any]:
+    """What /debug/holds says."""
+    response = httpx.get(f"http://{http_address}/debug/holds", timeout=5)
+    response.raise_for_status()
+    report: dict[str, Any] = response.json()
+    return report
+
+
+def num_held(http_address: str) -> int:
+    """Blocks that somebody holds at this moment."""
+    return int(samples(http_address).get("kv_blocks{state=held}", 0))
+
+
+def unrest(cluster: Cluster) -> list[str]:
+    """What is not at rest, one line each."""
+    found = []
+    for name in (*cluster.coordinators, *cluster.workers):
+        if cluster[name].held:
+            continue
+        try:
+            seen = samples(cluster.http(name))
+            report = holds(cluster.http(name))
+        except httpx.HTTPError as error:
+            found.append(f"{name}: {error!r}")
+            continue
+        for gauge in ("num_requests_running", "num_requests_waiting", "kv_quarantined_blocks"):
+            if seen.get(gauge):
+                found.append(f"{name}: {gauge} {seen[gauge]:g}")
+        found += [f"{name}: holds {hold}" for hold in report["holds"]]
+        if name in cluster.workers:
+            found += [f"{name}: {wrong}" for wrong in _pool_wrong(report["pool"])]
+    return found
+
+
+def _pool_wrong(pool: Mapping[str, Any]) -> list[str]:
+    """free + cached + held = total, held = 0, and nobody's blocks are nobody's."""
+    if not pool["answers"]:
+        return ["its engine does not answer"]
+    found = []
+    if pool["free"] + pool["cached"] + pool["held"] != NUM_BLOCKS or pool["total"] != NUM_BLOCKS:
+        found.append(f"{pool}: expected {NUM_BLOCKS} in all")
+    if pool["held"] or pool["unexplained"]:
+        found.append(f"{pool['held']} blocks held, {pool['unexplained']} of them by nobody")
+    return found
+
+
+def at_rest(cluster: Cluster, timeout_s: float = REST_S) -> None:
+    """Everything is given back within the bound, and the coordinators' tables say so too."""
+    deadline = time.monotonic() + timeout_s
+    while left := unrest(cluster) + _rows_not_at_rest(cluster):
+        assert time.monotonic() < deadline, f"not at rest within {timeout_s:g} s: {left}"
+        time.sleep(0.1)
+
+
+def _rows_not_at_rest(cluster: Cluster) -> list[str]:
+    found = []
+    for coordinator in cluster.coordinators:
+        if cluster[coordinator].held:
+            continue
+        for name, row in cluster.rows(coordinator).items():
+            if name not in cluster.workers or cluster[name].held:
+                continue
+            total = row.free_blocks + row.cached_blocks + row.held_blocks
+            if row.held_blocks or total != row.total_blocks or row.num_running or row.num_waiting:
+                found.append(f"{coordinator} sees {name}: {row.held_blocks} of {total} held")
+    return found
+
+
+def steady(cluster: Cluster, then: Mapping[str, Before]) -> None:
+    """Processes that are the same as before have grown by no more than what comes and goes."""
+    for place in cluster.places:
+        was = then.get(place.name)
+        if was is None or not place.alive or place.pid != was.pid:
+            continue
+        bounds = (
+            ("threads", _MORE_THREADS),
+            ("descriptors", _MORE_DESCRIPTORS),
+            ("resident_bytes", _MORE_BYTES),
+        )
+        deadline = time.monotonic() + 10
+        while True:
+            now = place.usage()
+            grown = [k for k, more in bounds if now[k] > was.usage[k] + more]
+            if not grown:
+                break
+            assert time.monotonic() < deadline, f"{place.name} grew: {dict(was.usage)} -> {now}"
+            time.sleep(0.2)
+
+
+def quiet(cluster: Cluster, then: Mapping[str, Before], explained: Sequence[str] = ()) -> None:
+    """No traceback in the logs since, but for those that match one of `explained`."""
+    for place in cluster.places:
+        was = then.get(place.name)
+        ends = place.ends[was.num_ends if was else 0 :]
+        unwanted = [end.status for end in ends if not end.wanted]
+        assert not unwanted, f"{place.name} ended by itself: {unwanted}\n{cluster.tail(place.name)}"
+        for text in tracebacks(place, was.log_bytes if was else 0):
+            assert any(re.search(pattern, text) for pattern in explained), (
+                f"{place.name} logged a traceback:\n{text}"
+            )
+
+
+def tracebacks(place: Place, since: int) -> list[str]:
+    """Log lines with a traceback, or plain ones from it on."""
+    if not place.log.exists():
+        return []
+    with place.log.open("rb") as log:
+        log.seek(since)
+        lines = log.read().decode(errors="replace").splitlines()
+    found = []
+    for i, line in enumerate(lines):
+        if "Traceback (most recent call last)" in line:
+            found.append(line if line.startswith("{") else "\n".join(lines[i : i + 40]))
+    return found

@@ -1,0 +1,104 @@
+"""The clusters of the fault suite, shared by as many rows as can share one.
+
+    bench    2 + 2 lab workers, 2 coordinators, one loopback device: most rows
+    net      2 + 2 plain workers, 1 coordinator, each on a network of its own, reads over TCP
+
+`--full` runs every row at its full length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import pytest_asyncio
+
+from tests.faults.bench import Bench
+from tests.faults.cluster import Cluster, Shape
+from tests.faults.oracle import Oracle
+from tests.faults.row import NOTES, Row
+from tests.faults.skew import Skew
+from tests.faults.switchboard import Switchboard
+from tests.faults.wires import Namespaces
+
+# Bounds small enough that a row reaches them: overload, and no decode worker in sight.
+SPARE_FLAGS = ("--worker-wait-s", "2", "--max-queued-requests", "8", "--max-queued-tokens", "1500")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="the fault suite at its full length")
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--full", default=False))
+
+
+@pytest.fixture(scope="package")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp("bench")
+    skew = Skew(folder) if Skew.usable() else None
+    shape = Shape(lab=True, env=skew.env if skew else None, spare_flags=SPARE_FLAGS)
+    with Cluster(folder, shape) as cluster:
+        yield Bench(cluster, Oracle.ask(cluster.address("coordinator-0")), skew)
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """Reads go over TCP, so that a cut stops them as well."""
+    folder = tmp_path_factory.mktemp("net")
+    spaces = Namespaces.usable()
+    env = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "eth0"} if spaces else {}
+    wires = Namespaces() if spaces else Switchboard()
+    with Cluster(folder, Shape(coordinators=1, env=env), wires) as cluster:
+        yield Bench(cluster, Oracle.ask(cluster.address("coordinator-0")))
+
+
+async def _row(name: str, bench: Bench, full: bool, *, load: bool) -> AsyncIterator[Row]:
+    row = Row(name, bench.cluster, bench.oracle, full=full)
+    try:
+        await row.begin(load=load)
+        yield row
+    finally:
+        await row.give_up()
+        await row.asker.close()
+
+
+@pytest_asyncio.fixture
+async def row(request: pytest.FixtureRequest, bench: Bench, full: bool) -> AsyncIterator[Row]:
+    """A row on the bench, with unrelated requests beside it."""
+    async for it in _row(request.node.name, bench, full, load=True):
+        yield it
+
+
+@pytest_asyncio.fixture
+async def alone(request: pytest.FixtureRequest, bench: Bench, full: bool) -> AsyncIterator[Row]:
+    """A row on the bench that must not be disturbed by unrelated requests."""
+    async for it in _row(request.node.name, bench, full, load=False):
+        yield it
+
+
+@pytest_asyncio.fixture
+async def net_row(request: pytest.FixtureRequest, net: Bench, full: bool) -> AsyncIterator[Row]:
+    """A row on the network that can be cut."""
+    async for it in _row(request.node.name, net, full, load=True):
+        yield it
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for name, notes in NOTES.items():
+        for note in notes:
+            terminalreporter.write_line(f"{name.removeprefix('test_')}: {note}")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A failed row shows the logs of its cluster."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    if not report.failed:
+        return
+    for value in getattr(item, "funcargs", {}).values():
+        if isinstance(value, Row):
+            for place in value.cluster.places:
+                report.sections.append((f"log of {place.name}", value.cluster.tail(place.name)))

@@ -1,0 +1,201 @@
+"""`prefill start` and `decode start` with three seams that a test may open while they run:
+
+    reads       post raises; a read ends late or never; a process is killed during a read
+    messages    BlocksReady late, lost, doubled, reordered      (a prefill worker)
+    releases    Release lost, doubled                           (a worker that others read from)
+
+    python -m tests.faults.lab --orders FILE prefill|decode start ...
+
+All else is the product's own. Orders are a JSON object in FILE, {fault: {id, times}}, looked up
+at each event; what was done is appended to FILE with the suffix .done. Without an order everything
+passes through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import kvtransfer.host
+from engine.types import Role
+from kvtransfer.base import Extent, MemoryRegion, PeerLost, PullFailed, ReadState
+from kvtransfer.command import worker_command
+from kvtransfer.nixl_transport import NixlTransport
+from kvtransfer.service import KvServicer
+
+
+class Orders:
+    """What to break, as the file says at this moment. Any thread may ask."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._used: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def standing(self, fault: str) -> dict[str, Any] | None:
+        """The order for a fault, while it stands."""
+        try:
+            orders = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return None
+        order = orders.get(fault)
+        return order if isinstance(order, dict) else None
+
+    def take(self, fault: str) -> dict[str, Any] | None:
+        """The order for a fault, so many times as it says; noted as done."""
+        order = self.standing(fault)
+        if order is None:
+            return None
+        with self._lock:
+            used = self._used.get(order["id"], 0)
+            if used >= order["times"]:
+                return None
+            self._used[order["id"]] = used + 1
+            with self._path.with_suffix(".done").open("a") as done:
+                done.write(f"{fault}\n")
+        return order
+
+
+ORDERS = Orders(Path(os.devnull))
+
+
+class LabTransport(NixlTransport):
+    """NIXL with reads that go wrong. On the data-plane thread."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._landing: MemoryRegion | None = None
+        self._late: dict[int, float] = {}  # handle -> when it may be called done
+
+    def register(self, regions: Sequence[MemoryRegion]) -> None:
+        super().register(regions)
+        self._landing = regions[-1]
+
+    def post_read(
+        self, peer: Any, remote: MemoryRegion, local: MemoryRegion, extents: Sequence[Extent]
+    ) -> Any:
+        seam = "fence" if local == self._landing else "data"
+        if order := ORDERS.take("post_raises"):
+            kind = PeerLost if order.get("lost") else PullFailed
+            raise kind(f"peer {peer}: the lab was told to raise")
+        if order := ORDERS.take(f"{seam}_posted_late"):
+            time.sleep(order["after_s"])
+        if pid := _victim(seam, str(peer), sum(extent.num_bytes for extent in extents)):
+            _kill_soon(pid)
+        handle = super().post_read(peer, remote, local, extents)
+        if seam == "data" and ORDERS.take("never_ends"):
+            self._late[id(handle)] = float("inf")
+        elif order := ORDERS.take(f"{seam}_ends_late"):
+            self._late[id(handle)] = time.monotonic() + order["after_s"]
+        return handle
+
+    def poll(self, handle: Any) -> ReadState:
+        state = super().poll(handle)
+        until = self._late.get(id(handle), 0.0)
+        if until == float("inf") and ORDERS.standing("never_ends") is None:
+            until = 0.0
+        return ReadState.PENDING if time.monotonic() < until else state
+
+    def release(self, handle: Any) -> None:
+        self._late.pop(id(handle), None)
+        super().release(handle)
+
+
+def _victim(seam: str, peer: str, num_bytes: int) -> int:
+    """Whom to kill while this read is under way: this process, the peer it is from, or nobody (0).
+
+    An agent is named by its process's incarnation and a number.
+    """
+    fault = f"kill_in_{seam}"
+    order = ORDERS.standing(fault)
+    if order is None or num_bytes < order.get("min_bytes", 0):
+        return 0
+    pids = order.get("pids")
+    pid = os.getpid() if pids is None else pids.get(peer.partition(".")[0], 0)
+    return pid if pid and ORDERS.take(fault) else 0
+
+
+def _kill_soon(pid: int) -> None:
+    """From another thread: posting a read blocks this one for as long as the copy takes."""
+
+    def kill() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+
+
+class LabKv(KvServicer):
+    """KvService with releases that go wrong."""
+
+    async def Release(self, request: Any, context: Any) -> Any:
+        if ORDERS.take("lose_release"):
+            await asyncio.sleep(3600)  # as if it had never come; the caller's deadline ends it
+        if ORDERS.take("double_release"):
+            await super().Release(request, context)
+        return await super().Release(request, context)
+
+
+def _prefill_services(host: Any) -> Any:
+    from engine.pb.diptych.internal.v1 import worker_pb2
+    from prefill.service import PrefillServicer
+
+    class LabPrefill(PrefillServicer):
+        """PrefillService whose announcements go wrong."""
+
+        async def Prefill(self, request: Any, context: Any) -> AsyncGenerator[Any]:
+            kept = None
+            async with aclosing(super().Prefill(request, context)) as responses:
+                async for response in responses:
+                    if not response.HasField("ready"):
+                        if kept is not None and response.HasField("finished"):
+                            yield kept
+                            kept = None
+                        yield response
+                        continue
+                    if order := ORDERS.take("late_ready"):
+                        await asyncio.sleep(order["after_s"])
+                    if ORDERS.take("lose_ready"):
+                        continue
+                    if ORDERS.take("double_ready"):
+                        yield response
+                    if kept is None and ORDERS.take("reorder_ready"):
+                        kept = response
+                        continue
+                    yield response
+                    if kept is not None:
+                        yield kept
+                        kept = None
+
+    descriptor = worker_pb2.DESCRIPTOR.services_by_name["PrefillService"]
+    return [(descriptor, LabPrefill(host))]
+
+
+def main() -> int:
+    """Run one worker; returns its exit status."""
+    global ORDERS
+    flag, path, role, *argv = sys.argv[1:]
+    assert flag == "--orders", "expected --orders FILE prefill|decode start ..."
+    ORDERS = Orders(Path(path))
+    kvtransfer.host.NixlTransport = LabTransport  # type: ignore[misc]
+    kvtransfer.host.KvServicer = LabKv  # type: ignore[misc]
+    if role == "prefill":
+        return worker_command(Role.PREFILL, "lab", argv, _prefill_services)
+    from decode import cli
+    from engine.config import DraftOptions
+
+    return worker_command(Role.DECODE, "lab", argv, cli._services, cli.ask_drafting, DraftOptions)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

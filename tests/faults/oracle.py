@@ -1,0 +1,166 @@
+"""What is asked, and what the undisturbed answer is.
+
+The answers come once from the cluster itself, before anything is broken: the rows ask whether a
+fault changes them, other tests whether they are right. With our kernels a comparison is of bits. In
+float32 on torch a difference is held against law 1's near-ties, by a plain loop in this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from coordinator.client import AsyncClient, TextDelta
+from tests.faults.cluster import NATIVE
+
+_TEXTS = [
+    case["prompt"]
+    for case in json.loads((Path(__file__).parents[1] / "data" / "greedy_fp32.json").read_text())
+]
+_ASKED_AT_ONCE = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One request, but for what does not change its answer."""
+
+    name: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As the client library takes them; always the full length, so that a row can time it."""
+        return {"max_tokens": self.max_tokens, "ignore_eos": True, **self.sampling}
+
+
+def _text(length: int, start: int = 0) -> tuple[int, ...]:
+    """So many tokens of the first text that has them."""
+    return tuple(next(t for t in _TEXTS if len(t) >= start + length)[start : start + length])
+
+
+def _sampled(seed: int) -> dict[str, Any]:
+    return {"temperature": 0.8, "top_p": 0.95, "seed": seed}
+
+
+def _cases() -> dict[str, Case]:
+    """By name. A salt makes any of them a new prompt to the prefix caches."""
+    found: list[Case] = []
+    for i, (length, start) in enumerate([(832, 0), (832, 600), (500, 100)]):
+        found.append(Case(f"long-{i}", _text(length, start), 64))
+        found.append(Case(f"long-{i}-sampled", _text(length, start), 64, _sampled(i + 1)))
+    for i, (length, start) in enumerate([(100, 0), (129, 200), (64, 400), (200, 40)]):
+        found.append(Case(f"short-{i}", _text(length, start), 160))
+        found.append(Case(f"short-{i}-sampled", _text(length, start), 160, _sampled(i + 10)))
+    # Around the borders of a block; all begin as long-0 does.
+    for length in (1, 15, 16, 17, 32, 33, 512, 513):
+        found.append(Case(f"edge-{length}", _text(832)[:length], 8))
+    for i in range(4):  # cheap company for everybody
+        found.append(Case(f"load-{i}", _text(40 + 16 * i, 300), 24, _sampled(i) if i % 2 else {}))
+    return {case.name: case for case in found}
+
+
+CASES = _cases()
+
+
+class Oracle:
+    """The undisturbed answers, by case."""
+
+    def __init__(self, answers: Mapping[str, Sequence[int]], prompt_s: float) -> None:
+        self._answers = dict(answers)
+        self.prompt_s = prompt_s  # the slowest first token of four long prompts at once
+        self.num_compared = 0
+        self.num_tokens = 0
+
+    @classmethod
+    def ask(cls, address: str, cases: Sequence[Case] = tuple(CASES.values())) -> Oracle:
+        """Have a healthy cluster answer all of them, and time its prompts."""
+        answers = asyncio.run(_ask_all(address, cases))
+        return cls(answers, asyncio.run(_first_token_s(address)))
+
+    def answer(self, case: Case) -> list[int]:
+        """All of it."""
+        return list(self._answers[case.name])
+
+    def difference(self, case: Case, got: Sequence[int], first: int = 0) -> str:
+        """What is wrong with `got`, tokens from index `first` on; "" if nothing is."""
+        wanted = self._answers[case.name][first : first + len(got)]
+        self.num_compared += 1
+        self.num_tokens += len(got)
+        if list(wanted) == list(got):
+            return ""
+        at = next((i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), -1)
+        if not NATIVE and self._excused(case, [*self._answers[case.name][:first], *got]):
+            return ""
+        if at < 0:
+            return f"{case.name}: {len(got)} tokens from {first} on, there are only {len(wanted)}"
+        return (
+            f"{case.name}: token {first + at} is {got[at]}, undisturbed {wanted[at]}"
+            f" (of {len(got)} from {first} on)"
+        )
+
+    def _excused(self, case: Case, got: list[int]) -> bool:
+        verdict = self._loop.judge(_work(case), self._answers[case.name][: len(got)], got)
+        return bool(verdict.ok)
+
+    @cached_property
+    def _loop(self) -> Any:
+        import torch
+
+        from engine.checkpoint.source import resolve, weights
+        from engine.model.loader import load_model
+        from tests.support.paged import CPU
+        from tests.support.plain_loop import PlainLoop
+
+        checkpoint = resolve("smollm2", progress=False)
+        shards = weights(checkpoint, "float32", progress=False)
+        return PlainLoop(load_model(checkpoint.config, shards, torch.float32, CPU, progress=False))
+
+
+def _work(case: Case) -> Any:
+    from engine.cache.layout import name_salt
+    from engine.request import Work
+    from engine.types import SamplingParams, StopParams
+
+    sampling = SamplingParams(**case.sampling)
+    stop = StopParams(max_tokens=case.max_tokens)
+    return Work(case.name, case.prompt, name_salt(digest="x"), sampling, stop)
+
+
+async def _first_token_s(address: str) -> float:
+    async def first(client: AsyncClient, case: Case, salt: str) -> float:
+        begun_s = time.monotonic()
+        options = {**case.options, "max_tokens": 1, "cache_salt": salt}
+        async for _ in client.generate(case.prompt, timeout_s=120, **options):
+            break
+        return time.monotonic() - begun_s
+
+    cases = [CASES["long-0"], CASES["long-1"]] * 2
+    async with AsyncClient(address) as client:
+        return max(
+            await asyncio.gather(*(first(client, c, f"time{i}") for i, c in enumerate(cases)))
+        )
+
+
+async def _ask_all(address: str, cases: Sequence[Case]) -> dict[str, list[int]]:
+    gate = asyncio.Semaphore(_ASKED_AT_ONCE)
+
+    async def ask(client: AsyncClient, case: Case) -> list[int]:
+        tokens: list[int] = []
+        async with gate:
+            async for event in client.generate(case.prompt, timeout_s=120, **case.options):
+                if isinstance(event, TextDelta):
+                    tokens += event.token_ids
+        assert len(tokens) == case.max_tokens, f"{case.name}: {len(tokens)} tokens"
+        return tokens
+
+    async with AsyncClient(address) as client:
+        answers = await asyncio.gather(*(ask(client, case) for case in cases))
+    return {case.name: tokens for case, tokens in zip(cases, answers, strict=True)}

@@ -1,0 +1,252 @@
+"""What a row of the table works with: a whole cluster, an oracle, requests, the checks after it.
+
+whole -> Before noted -> background load -> the row: break, watch -> load ended -> whole again
+      -> at rest, steady, quiet -> counters moved
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import httpx
+
+from tests.faults import checks
+from tests.faults.asks import Asker, Stream
+from tests.faults.cluster import SPARE, Cluster
+from tests.faults.load import Load
+from tests.faults.oracle import CASES, Case, Oracle
+
+KILL_S = 2.0  # with a spare the next token comes within this after a kill
+SILENT_S = 5.0  # and within this after a SIGSTOP or a partition
+_LONGEST_WAIT_S = 12.0  # of unrelated requests, which may have been on the worker that was broken
+_salts = itertools.count(1)
+NOTES: dict[str, list[str]] = {}  # measured results by row
+
+
+class Row:
+    """One row in progress. Lives in the loop of its test."""
+
+    def __init__(self, name: str, cluster: Cluster, oracle: Oracle, *, full: bool) -> None:
+        self.name = name
+        self.cluster = cluster
+        self.oracle = oracle
+        self.full = full
+        self.explained: list[str] = []  # tracebacks that this row's fault explains
+        self.longest_wait_s = _LONGEST_WAIT_S
+        self.front = cluster.coordinators[0]
+        self.asker = Asker()
+        self._load: Load | None = None
+        self._then: dict[str, checks.Before] = {}
+        self._counters: dict[str, tuple[int, dict[str, float]]] = {}
+        self._streams: list[Stream] = []
+
+    async def begin(self, *, load: bool) -> None:
+        """Wait until everything is whole and at rest, note how it is, start the background load."""
+        await self.whole()
+        await asyncio.to_thread(checks.at_rest, self.cluster)
+        self._then = checks.before(self.cluster)
+        for place in self.cluster.places:
+            if place.alive:
+                self._counters[place.name] = (place.pid, self.samples(place.name))
+        if load:
+            self._load = Load(self.asker, self.fronts, self.oracle)
+            self._load.begin()
+
+    async def finish(self, rest_s: float = checks.REST_S) -> None:
+        """Everything that must hold whatever was broken."""
+        if self._load:
+            await self._load.end(self.longest_wait_s)
+        for stream in self._streams:
+            if not stream.over:
+                await stream.cancel()
+        await self.whole()
+        await asyncio.to_thread(checks.at_rest, self.cluster, rest_s)
+        checks.steady(self.cluster, self._then)
+        checks.quiet(self.cluster, self._then, self.explained)
+
+    async def give_up(self) -> None:
+        """After a failure: leave the cluster usable for the next row."""
+        for place in self.cluster.places:
+            place.thaw()
+        self.cluster.wires.heal()
+        for name in self.cluster.workers:
+            with suppress(OSError):
+                self.cluster.orders(name).unlink(missing_ok=True)
+        if self._load:
+            with suppress(Exception):
+                await asyncio.wait_for(self._load.end(1e9), 60)
+
+    def note(self, what: str) -> None:
+        """A measured result, printed at the end of the run."""
+        NOTES.setdefault(self.name, []).append(what)
+
+    def in_time(self, waits: Sequence[float], bound_s: float) -> None:
+        """Each stream that was hit had its next token within the bound."""
+        assert waits, "nobody was hit"
+        self.note(f"next token after {max(waits):.2f} s (bound {bound_s:.1f} s, {len(waits)} hit)")
+        assert max(waits) < bound_s, f"next tokens after {waits}, the bound is {bound_s:.1f} s"
+
+    def first_token_bound(self, bound_s: float) -> float:
+        """A bound for requests whose prompts have to be computed again: so much more than that
+        takes undisturbed, at half the pace, for a worker is starting on the other core.
+        """
+        return bound_s + 2 * self.oracle.prompt_s
+
+    # -- asking ------------------------------------------------------------------------------------
+
+    def fronts(self) -> list[str]:
+        """Addresses of the coordinators that the background load uses."""
+        return [self.cluster.address(self.front)]
+
+    def ask(self, case: Case | str, *, salt: str | None = None, **options: Any) -> Stream:
+        """Begin a request; without a `salt` its prompt is new to every cache."""
+        case = CASES[case] if isinstance(case, str) else case
+        front = options.pop("front", self.front)
+        salt = fresh_salt() if salt is None else salt
+        stream = self.asker.ask(self.cluster.address(front), case, salt=salt, **options)
+        self._streams.append(stream)
+        return stream
+
+    async def all_whole(self, streams: Sequence[Stream], timeout_s: float = 90.0) -> None:
+        """All end well, with the undisturbed answer."""
+        for stream in streams:
+            await stream.end(timeout_s)
+        for stream in streams:
+            stream.check(self.oracle)
+
+    # -- looking -----------------------------------------------------------------------------------
+
+    async def whole(self, timeout_s: float = 60.0) -> None:
+        """Until every place is filled and known."""
+        await asyncio.to_thread(self.cluster.until_whole, timeout_s)
+
+    async def until(self, check: Callable[[], bool], timeout_s: float, what: str) -> None:
+        """Poll without blocking the loop."""
+        deadline = time.monotonic() + timeout_s
+        while not await asyncio.to_thread(check):
+            assert time.monotonic() < deadline, f"{what}: not within {timeout_s:g} s"
+            await asyncio.sleep(0.02)
+
+    async def server_of(self, stream: Stream, pool: Sequence[str]) -> str:
+        """Which worker of `pool` serves a request now, by its holds."""
+        found: list[str] = []
+
+        def look() -> bool:
+            found[:] = [n for n in pool if self.holds_request(n, stream.request_id)]
+            return bool(found)
+
+        await self.until(look, 10, f"somebody of {list(pool)} serves {stream.request_id}")
+        return found[0]
+
+    async def spread(
+        self, cases: Sequence[str], pool: Sequence[str], tokens: int = 0
+    ) -> tuple[str, list[Stream], list[Stream]]:
+        """Ask all cases at once and choose a worker to break: (it, its streams, all streams).
+
+        The one with both greedy and sampled requests, else with the most. With `tokens` they have
+        come so far before it is chosen.
+        """
+        streams = [self.ask(case) for case in cases]
+        for stream in streams:
+            await stream.come(tokens)
+        by_name: dict[str, list[Stream]] = {name: [] for name in pool}
+        for stream in streams:
+            by_name[await self.server_of(stream, pool)].append(stream)
+
+        def worth(name: str) -> tuple[int, int]:
+            mine = by_name[name]
+            return len({bool(s.case.sampling) for s in mine}), len(mine)
+
+        victim = max(pool, key=worth)
+        return victim, by_name[victim], streams
+
+    def holds_request(self, name: str, request_id: str) -> bool:
+        """Whether a worker holds something for a request."""
+        try:
+            return request_id in json.dumps(checks.holds(self.cluster.http(name)))
+        except httpx.HTTPError:
+            return False
+
+    def samples(self, name: str) -> dict[str, float]:
+        """A process's metrics now; empty while it does not answer."""
+        try:
+            return checks.samples(self.cluster.http(name))
+        except httpx.HTTPError:
+            return {}
+
+    def log_mark(self, name: str) -> int:
+        """Where a process's log ended when the row began."""
+        return self._then[name].log_bytes
+
+    def rise(self, name: str, counter: str) -> float:
+        """How much a counter of a process rose in this row; it began at 0 where that is new."""
+        pid, then = self._counters.get(name, (0, {}))
+        same = self.cluster[name].pid == pid
+        return self.samples(name).get(counter, 0.0) - (then.get(counter, 0.0) if same else 0.0)
+
+    def moved(self, names: Sequence[str] | str, counter: str, at_least: float = 1) -> float:
+        """Assert that the counter of this row's fault rose on these processes together."""
+        listed = [names] if isinstance(names, str) else list(names)
+        total = sum(self.rise(name, counter) for name in listed if self.cluster[name].alive)
+        assert total >= at_least, f"{counter} rose by {total:g} on {listed}, not {at_least:g}"
+        return total
+
+    # -- breaking ----------------------------------------------------------------------------------
+
+    def kill(self, name: str) -> float:
+        """kill -9; returns the moment."""
+        self.cluster[name].kill()
+        return time.monotonic()
+
+    async def take_down(self, names: Sequence[str]) -> None:
+        """kill -9, and nothing comes back before `bring_back`."""
+        for name in names:
+            self.cluster[name].held = True
+            if self.cluster[name].alive:
+                self.cluster[name].kill()
+        await self.until(lambda: not any(self.cluster[n].alive for n in names), 10, "they end")
+
+    async def bring_back(self, names: Sequence[str]) -> None:
+        """Let the places fill again, and wait until everybody knows it."""
+        for name in names:
+            self.cluster[name].held = False
+        await self.whole()
+
+    @asynccontextmanager
+    async def spare_front(self) -> AsyncIterator[str]:
+        """The spare coordinator, running and whole within the block."""
+        self.cluster[SPARE].held = False
+        try:
+            await self.until(lambda: self.cluster[SPARE].alive, 10, "the spare coordinator starts")
+            await self.whole()
+            yield SPARE
+        finally:
+            await self.take_down([SPARE])
+
+    def order(self, name: str, fault: str, *, times: int = 1, **values: Any) -> None:
+        """Have a lab worker break something; replaces what it was told before."""
+        order = {fault: {"id": next(_salts), "times": times, **values}}
+        path = self.cluster.orders(name)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(order))
+        part.rename(path)
+
+    def lift(self, name: str) -> None:
+        """No more orders."""
+        self.cluster.orders(name).unlink(missing_ok=True)
+
+    def done(self, name: str, fault: str) -> int:
+        """How often a lab worker carried out a fault, since ever."""
+        path = self.cluster.orders(name).with_suffix(".done")
+        return path.read_text().split().count(fault) if path.exists() else 0
+
+
+def fresh_salt() -> str:
+    """A salt that no request had before."""
+    return f"row{next(_salts)}-{time.monotonic_ns()}"

@@ -1,0 +1,110 @@
+"""Nobody is lost when a process is told to end: each worker is replaced in turn under load with no
+failed request, and readiness goes first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+
+import grpc
+import httpx
+import pytest
+
+from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc
+from engine.rpc.channel import open_channel
+from tests.faults.places import End
+from tests.faults.row import KILL_S, Row
+
+pytestmark = pytest.mark.timeout(600)
+
+SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
+DRAIN_S = 20.0
+
+
+async def test_drain_of_each_role_under_load(row: Row) -> None:
+    """Every worker in turn, by AdminService and by SIGTERM: each ends with status 0 and comes back,
+    and every request that ran meanwhile is whole.
+    """
+    for round_ in range(3 if row.full else 1):
+        for i, name in enumerate(row.cluster.workers):
+            streams = [row.ask(case) for case in ("long-0", "long-2-sampled", *SHORT)]
+            await asyncio.sleep(0.3)
+            num_ends = len(row.cluster[name].ends)
+            row.cluster[name].wanted = True
+            begun = time.monotonic()
+            if (i + round_) % 2:
+                row.cluster[name].kill(signal.SIGTERM)
+            else:
+                await _drain(row, name)
+            await row.until(lambda n=name, e=num_ends: len(row.cluster[n].ends) > e, 60, "it ends")
+            row.note(f"{name} drained in {time.monotonic() - begun:.1f} s")
+            assert row.cluster[name].ends[-1] == End(0, wanted=True)
+            await row.all_whole(streams)
+            await row.whole()
+    await row.finish()
+
+
+async def test_readiness_goes_before_the_last_answer(row: Row) -> None:
+    """While its last answers are written a worker is not ready any more, by every way to ask."""
+    victim, hit, streams = await row.spread(SHORT, row.cluster.decode, tokens=5)
+    incarnation = row.cluster.rows()[victim].incarnation
+    row.cluster[victim].kill(signal.SIGTERM)
+    await row.until(lambda: _ready(row, victim) == 503, 2, "it is not ready")
+    assert any(not stream.over for stream in hit), "it still writes"
+    rows = row.cluster.rows()
+    assert rows[victim].incarnation != incarnation or rows[victim].state == "draining"
+    await row.all_whole([*streams, *(row.ask(case) for case in SHORT)])
+    await row.whole()
+    await row.finish()
+
+
+async def test_a_second_sigterm_forces(row: Row) -> None:
+    """It hands over what it has instead of finishing it: others go on at once."""
+    victim, hit, streams = await row.spread(SHORT, row.cluster.decode, tokens=5)
+    num_ends = len(row.cluster[victim].ends)
+    row.cluster[victim].kill(signal.SIGTERM)
+    await asyncio.sleep(0.05)
+    told = time.monotonic()
+    row.cluster[victim].kill(signal.SIGTERM)
+    await row.until(lambda: len(row.cluster[victim].ends) > num_ends, 10, "it ends")
+    row.note(f"ended {time.monotonic() - told:.1f} s after the second signal")
+    assert row.cluster[victim].ends[-1] == End(0, wanted=True)
+    await row.all_whole(streams)
+    row.in_time([s.wait_after(told) for s in hit], KILL_S)
+    await row.whole()
+    await row.finish()
+
+
+async def test_drain_of_a_coordinator(row: Row) -> None:
+    """SIGTERM: not ready, no new request, those inside finish, status 0."""
+    leaving, row.front = row.front, row.cluster.coordinators[1]
+    streams = [row.ask(case, front=leaving) for case in SHORT]
+    for stream in streams:
+        await stream.come(5)
+    row.cluster[leaving].kill(signal.SIGTERM)
+    await row.until(lambda: _ready(row, leaving) == 503, 2, "it is not ready")
+    refused = row.ask("short-0", front=leaving)
+    await row.all_whole(streams)
+    await refused.end(10)
+    assert isinstance(refused.error, grpc.RpcError)
+    assert refused.error.code() is grpc.StatusCode.UNAVAILABLE
+    await row.until(lambda: bool(row.cluster[leaving].ends), 30, "it ends")
+    assert row.cluster[leaving].ends[-1] == End(0, wanted=True)
+    await row.whole()
+    await row.finish()
+
+
+async def _drain(row: Row, name: str) -> None:
+    async with open_channel(row.cluster.address(row.front)) as channel:
+        stub = admin_pb2_grpc.AdminServiceStub(channel)
+        request = admin_pb2.DrainWorkerRequest(worker_id=name, deadline_s=DRAIN_S)
+        await stub.DrainWorker(request, timeout=60, metadata=row.cluster.token)
+
+
+def _ready(row: Row, name: str) -> int:
+    try:
+        return httpx.get(f"http://{row.cluster.http(name)}/health/ready", timeout=2).status_code
+    except httpx.HTTPError:
+        return 0

@@ -1,0 +1,84 @@
+"""Nobody left of a pool, and a coordinator lost in mid-stream."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from coordinator.client import AsyncClient
+from engine.errors import Unavailable
+from tests.faults.asks import follow
+from tests.faults.oracle import CASES
+from tests.faults.row import KILL_S, Row, fresh_salt
+
+pytestmark = pytest.mark.timeout(600)
+SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
+
+
+async def test_all_p_dead(row: Row) -> None:
+    """Decode workers compute prompts themselves, slower; the coming and going of the pool is seen
+    by nobody.
+    """
+    streams = [row.ask(case) for case in ("long-0", "long-1-sampled")]
+    for stream in streams:
+        await row.server_of(stream, row.cluster.prefill)
+    await row.take_down(row.cluster.prefill)
+    streams += [row.ask(case) for case in ("short-0-sampled", "long-2")]
+    await row.all_whole(streams)
+    assert sum(row.rise(name, "prompt_tokens_total") for name in row.cluster.decode) >= 500
+    row.moved(row.front, "migrations_total{outcome=retried}")
+    await row.bring_back(row.cluster.prefill)
+    await row.finish()
+
+
+async def test_all_d_dead(alone: Row) -> None:
+    """After --worker-wait-s the caller gets UNAVAILABLE, with as many tokens as it has received,
+    and a time to come back; with `resume` it goes on where it was.
+    """
+    row = alone
+    async with row.spare_front() as front:
+        streams = [row.ask(case, front=front) for case in SHORT]
+        for stream in streams:
+            await stream.come(10)
+        await row.take_down(row.cluster.decode)
+        down = time.monotonic()
+        late = row.ask("short-2", front=front)
+        for stream in [*streams, late]:
+            await stream.end(20)
+            error = stream.meaning
+            assert isinstance(error, Unavailable), f"{stream}: {stream.error!r}"
+            assert error.num_emitted == len(stream.tokens)
+            assert error.retry_after_s > 0
+            stream.check_so_far(row.oracle)
+            assert stream.ended_s - down < 2.0 + 5.0, "it waits for --worker-wait-s and no longer"
+        row.moved(front, "migrations_total{outcome=exhausted}", at_least=len(streams))
+        row.moved(front, "request_failures_total{code=unavailable}", at_least=len(streams) + 1)
+        await row.bring_back(row.cluster.decode)
+        rest = [row.ask(s.case, front=front, resume=list(s.tokens)) for s in streams]
+        await row.all_whole(rest)
+    await row.finish()
+
+
+async def test_kill_9_of_the_coordinator_in_mid_stream(row: Row) -> None:
+    """The client library goes on at another coordinator with `resume`: its caller sees one stream.
+
+    Workers notice that the calls' owner is gone and free everything.
+    """
+    for round_ in range(5 if row.full else 1):
+        dead, alive = row.cluster.coordinators[round_ % 2], row.cluster.coordinators[1 - round_ % 2]
+        row.front = alive  # of the unrelated requests
+        addresses = ",".join(row.cluster.address(name) for name in (dead, alive))
+        async with AsyncClient(addresses) as client:
+            streams = [follow(client, CASES[name], salt=fresh_salt()) for name in SHORT]
+            for stream in streams:
+                await stream.come(10)
+            assert row.samples(dead).get("num_requests_running", 0) >= len(SHORT), "all are on it"
+            killed = row.kill(dead)
+            await row.all_whole(streams)
+        undisturbed = [row.ask(name) for name in SHORT]
+        await row.all_whole(undisturbed)
+        assert [s.text for s in streams] == [s.text for s in undisturbed], "the text has no seam"
+        row.in_time([s.wait_after(killed) for s in streams], KILL_S)
+        await row.whole()
+    await row.finish()

@@ -1,0 +1,132 @@
+"""Cuts in the network between two processes, in one direction or both, and reads over it that do
+not end. With a spare the next token comes within 5 s.
+
+Every process has a network of its own (see `wires`), and blocks travel over TCP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from tests.faults.cluster import LEASE_TTL_S
+from tests.faults.row import SILENT_S, Row
+from tests.faults.wires import Namespaces
+
+pytestmark = pytest.mark.timeout(600)
+
+LONG = ("long-0", "long-1", "long-0-sampled", "long-1-sampled")
+SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
+WAYS = ("there", "back", "both")
+# gRPC finds a dead connection within half a minute, and TCP waits longer from try to try.
+HEALED_S = 45.0
+
+
+def _cut(row: Row, one: str, other: str, way: str) -> float:
+    """Cut `one` -> `other` ("there"), the other way ("back"), or both; returns the moment."""
+    if way in ("there", "both"):
+        row.cluster.wires.cut(one, other)
+    if way in ("back", "both"):
+        row.cluster.wires.cut(other, one)
+    return time.monotonic()
+
+
+async def _healed(row: Row, cut_s: float) -> None:
+    """Keep the cut past the lease, mend it, and see that all find each other again."""
+    await asyncio.sleep(max(0.0, cut_s + LEASE_TTL_S + 1.0 - time.monotonic()))
+    row.cluster.wires.heal()
+    await row.whole(HEALED_S)
+    await row.all_whole([row.ask(case) for case in ("long-2", "long-2-sampled")])
+
+
+def _skip_in_short(row: Row, way: str, shorts: str) -> None:
+    if not row.full and way != shorts:
+        pytest.skip("in the full suite")
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_partition_p_d(net_row: Row, way: str) -> None:
+    """A prefill worker and a decode worker cannot reach each other, but both reach the coordinator:
+    the decode worker takes another one, and the blocks that an endless read may still write stay
+    out of use until it ends.
+    """
+    row = net_row
+    _skip_in_short(row, way, "both")
+    streams = [row.ask(case) for case in LONG]
+    where = [
+        (await row.server_of(s, row.cluster.prefill), await row.server_of(s, row.cluster.decode))
+        for s in streams
+    ]
+    pair = max(set(where), key=where.count)
+    hit = [s for s, at in zip(streams, where, strict=True) if at == pair]
+    cut = _cut(row, *pair, way)
+    await row.all_whole(streams)
+    waits = [s.wait_after(cut) for s in hit]
+    row.in_time(waits, row.first_token_bound(SILENT_S))
+    await _healed(row, cut)
+    await row.finish(rest_s=40)
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_partition_c_p(net_row: Row, way: str) -> None:
+    """The coordinator loses sight of a prefill worker that works on: prompts that are with it
+    finish there, new ones go elsewhere, and it comes back by itself.
+    """
+    row = net_row
+    _skip_in_short(row, way, "back")
+    victim, hit, streams = await row.spread(LONG, row.cluster.prefill)
+    cut = _cut(row, row.front, victim, way)
+    await row.all_whole(streams)
+    row.in_time([s.wait_after(cut) for s in hit], row.first_token_bound(SILENT_S))
+    if way != "there":  # what the coordinator says to a worker is not needed to know it
+        await row.until(
+            lambda: row.cluster.rows()[victim].state == "suspect", 10, "it is not trusted"
+        )
+    await row.all_whole([row.ask(case) for case in SHORT])
+    await _healed(row, cut)
+    await row.finish(rest_s=40)
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_partition_c_d(net_row: Row, way: str) -> None:
+    """The coordinator hears nothing more of a decode worker, or the worker nothing of it: answers
+    go on elsewhere, and what the old calls hold is given up.
+    """
+    row = net_row
+    _skip_in_short(row, way, "there")
+    victim, hit, streams = await row.spread(SHORT, row.cluster.decode, tokens=10)
+    cut = _cut(row, row.front, victim, way)
+    await row.all_whole(streams)
+    row.in_time([s.wait_after(cut) for s in hit if s.ended_s > cut], SILENT_S)
+    await _healed(row, cut)
+    await row.finish(rest_s=40)
+
+
+async def test_reads_that_never_end(net_row: Row) -> None:
+    """A prefill worker is stopped while its blocks are read over TCP: the read hangs. Its
+    destination is quarantined and counted, the answer goes on, and when the worker wakes up or dies
+    the blocks are free again.
+    """
+    row = net_row
+    if not isinstance(row.cluster.wires, Namespaces):
+        pytest.skip("without namespaces blocks travel by memory, which a stopped process serves")
+    for _ in range(5 if row.full else 1):
+        streams = [row.ask(case) for case in LONG]
+        victim = await row.server_of(streams[0], row.cluster.prefill)
+        await row.until(
+            lambda: any(_pulled(row, n) for n in row.cluster.decode), 20, "blocks are moving"
+        )
+        row.cluster[victim].freeze()
+        frozen = time.monotonic()
+        await row.all_whole(streams)
+        row.in_time([s.wait_after(frozen) for s in streams], row.first_token_bound(SILENT_S))
+        await asyncio.sleep(max(0.0, frozen + LEASE_TTL_S + 1.0 - time.monotonic()))
+        row.cluster[victim].thaw()
+        await row.whole(HEALED_S)
+    await row.finish(rest_s=40)
+
+
+def _pulled(row: Row, name: str) -> bool:
+    return row.rise(name, "kv_transfer_blocks_total") > 0

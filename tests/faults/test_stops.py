@@ -1,0 +1,89 @@
+"""SIGSTOP past the lease, then SIGCONT: the worst of all deaths, for the dead come back.
+
+frozen ............ lease over, blocks reused ............ awake, in the middle of its old work
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from tests.faults.cluster import LEASE_TTL_S
+from tests.faults.row import SILENT_S, Row
+
+pytestmark = pytest.mark.timeout(600)
+
+LONG = ("long-0", "long-1", "long-0-sampled", "long-1-sampled")
+SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
+
+
+async def test_sigstop_of_p_past_the_lease(row: Row) -> None:
+    """Prompts go on elsewhere; awake again, it has nothing to say that anybody believes."""
+    for _ in range(5 if row.full else 1):
+        for name in row.cluster.prefill:
+            row.order(name, "late_ready", times=99, after_s=1.0)
+        victim, hit, streams = await row.spread(LONG, row.cluster.prefill)
+        row.cluster[victim].freeze()
+        frozen = time.monotonic()
+        for name in row.cluster.prefill:
+            row.lift(name)
+        await row.all_whole(streams)
+        row.in_time([s.wait_after(frozen) for s in hit], row.first_token_bound(SILENT_S))
+        await _past_the_lease(row, frozen)
+        row.cluster[victim].thaw()
+        await row.all_whole([row.ask(case) for case in LONG])
+        row.moved(row.front, "migrations_total{outcome=retried}")
+        await row.whole()
+    await row.finish()
+
+
+async def test_sigstop_of_d_past_the_lease(row: Row) -> None:
+    """Its answers go on elsewhere; awake again, it writes into calls that nobody reads."""
+    for _ in range(5 if row.full else 1):
+        victim, hit, streams = await row.spread(SHORT, row.cluster.decode, tokens=10)
+        row.cluster[victim].freeze()
+        frozen = time.monotonic()
+        assert any(not stream.over for stream in hit), "they were in mid-answer"
+        await row.all_whole(streams)
+        row.in_time([s.wait_after(frozen) for s in hit if s.ended_s > frozen], SILENT_S)
+        await _past_the_lease(row, frozen)
+        row.cluster[victim].thaw()
+        await row.all_whole([row.ask(case) for case in SHORT])
+        row.moved(row.front, "migrations_total{outcome=resumed}")
+        await row.whole()
+    await row.finish()
+
+
+async def test_sigstop_of_d_before_a_read_past_the_lease(row: Row) -> None:
+    """It wakes up with a read to post, of blocks whose lease is over and which hold another prompt
+    by now: the fence refuses them, and not one token is made of them.
+    """
+    for _ in range(10 if row.full else 1):
+        victim = "decode-0"
+        row.order(victim, "data_posted_late", times=1, after_s=1.0)
+        already = row.done(victim, "data_posted_late")
+        streams = [row.ask(case) for case in LONG]
+        await row.until(
+            lambda n=already: row.done("decode-0", "data_posted_late") > n, 30, "a read will go"
+        )
+        row.cluster[victim].freeze()
+        frozen = time.monotonic()
+        row.lift(victim)
+        await row.all_whole(streams)
+        row.in_time([s.wait_after(frozen) for s in streams], row.first_token_bound(SILENT_S))
+        await _past_the_lease(row, frozen)
+        # Other prompts take the blocks over, in both pools twice.
+        for _ in range(2):
+            await row.all_whole([row.ask(case) for case in (*LONG, "long-2", "long-2-sampled")])
+        row.cluster[victim].thaw()
+        await row.all_whole([row.ask(case) for case in LONG])
+        await row.whole()
+    row.note(f"stale blocks refused: {row.rise('decode-0', 'kv_stale_reads_total'):g}")
+    await row.finish()
+
+
+async def _past_the_lease(row: Row, frozen: float) -> None:
+    """Wait until no lease from before can be valid any more."""
+    await asyncio.sleep(max(0.0, frozen + LEASE_TTL_S + 1.0 - time.monotonic()))

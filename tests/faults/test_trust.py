@@ -1,0 +1,184 @@
+"""Who does not belong here: workers of another model, precision or block size, and callers with
+leases that are not theirs.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
+from engine.rpc.channel import open_channel
+from tests.faults import checks
+from tests.faults.cluster import NATIVE
+from tests.faults.oracle import CASES
+from tests.faults.places import End
+from tests.faults.row import Row, fresh_salt
+
+pytestmark = pytest.mark.timeout(600)
+
+STRANGERS = {
+    "weights": (("--seed-weights", "5"), "numeric_profile"),
+    "dtype": (("--dtype", "float32" if NATIVE else "bfloat16"), "numeric_profile"),
+    "block-size": (("--block-size", "32"), "block_size"),
+}
+NUM_BLOCKS = 4
+P = "prefill-0"
+
+
+async def test_wrong_weights_dtype_and_block_size(row: Row) -> None:
+    """Each is refused at the door with the reason by name, ends with status 2, serves nobody."""
+    names = {what: f"{role}-{what}" for what, role in zip(STRANGERS, _roles(), strict=True)}
+    for what, name in names.items():
+        place = row.cluster.add_worker(name, *STRANGERS[what][0])
+        place.held = False
+    try:
+        for what, name in names.items():
+            place = row.cluster[name]
+            await row.until(lambda p=place: bool(p.ends), 60, f"{name} is refused")
+            place.held = place.wanted = True
+            assert place.ends[0] == End(2, wanted=False), row.cluster.tail(name)
+            said = row.cluster.tail(name, 5)
+            assert "refused by coordinator" in said and STRANGERS[what][1] in said, said
+            assert name not in row.cluster.rows()
+    finally:
+        for name in names.values():
+            await row.take_down([name])
+            row.cluster.forget(name)
+    await row.finish()
+
+
+def _roles() -> tuple[str, ...]:
+    return "decode", "prefill", "decode"
+
+
+async def test_a_peer_of_another_model_is_refused_before_anything_else(alone: Row) -> None:
+    """A handshake with another digest tells nothing of our memory."""
+    async with _calls(alone, P) as (_, kv):
+        request = worker_pb2.HandshakeRequest(digest="another", caller_incarnation="stranger")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await kv.Handshake(request, timeout=10, metadata=alone.cluster.token)
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    await alone.finish()
+
+
+async def test_forged_leases(alone: Row) -> None:
+    """A lease that was never granted opens nothing and ends nothing."""
+    row = alone
+    async with _calls(row, P) as (prefill, kv), _leased(row, prefill, "owner") as lease:
+        forged = [secrets.token_bytes(16), b"", lease[:-1], bytes(16)]
+        assert await _renew(row, kv, "owner", forged) == forged
+        await _release(row, kv, "owner", forged)
+        assert checks.num_held(row.cluster.http(P)) == NUM_BLOCKS
+        assert await _renew(row, kv, "owner", [lease]) == []
+        row.moved(P, "kv_lease_refusals_total{reason=unknown}", at_least=2 * len(forged))
+    await row.finish()
+
+
+async def test_foreign_leases(alone: Row) -> None:
+    """Another's lease, even if somebody overheard it, is not his to renew or to end."""
+    row = alone
+    async with _calls(row, P) as (prefill, kv), _leased(row, prefill, "owner") as lease:
+        assert await _renew(row, kv, "thief", [lease]) == [lease]
+        await _release(row, kv, "thief", [lease])
+        assert checks.num_held(row.cluster.http(P)) == NUM_BLOCKS
+        assert await _renew(row, kv, "owner", [lease]) == []
+        row.moved(P, "kv_lease_refusals_total{reason=foreign}", at_least=2)
+    await row.finish()
+
+
+async def test_replayed_leases(alone: Row) -> None:
+    """A release that is said again does not touch the blocks' next lease."""
+    row = alone
+    salt = fresh_salt()
+    async with _calls(row, P) as (prefill, kv):
+        async with _leased(row, prefill, "owner", salt) as old:
+            await _release(row, kv, "owner", [old])
+            async with _leased(row, prefill, "owner", salt) as new:
+                assert new != old
+                for _ in range(3):
+                    await _release(row, kv, "owner", [old])
+                assert await _renew(row, kv, "owner", [old]) == [old]
+                assert checks.num_held(row.cluster.http(P)) == NUM_BLOCKS
+                assert await _renew(row, kv, "owner", [new]) == []
+        row.moved(P, "kv_lease_refusals_total{reason=unknown}", at_least=4)
+    await row.finish()
+
+
+async def test_callers_without_the_token(alone: Row) -> None:
+    """Neither memory, nor leases, nor work for whoever is not of this cluster."""
+    row = alone
+    async with _calls(row, P) as (prefill, kv):
+        for metadata, code in (
+            ((), grpc.StatusCode.UNAUTHENTICATED),
+            ((("authorization", "Bearer " + "x" * 64),), grpc.StatusCode.PERMISSION_DENIED),
+        ):
+            calls = (
+                kv.Handshake(
+                    worker_pb2.HandshakeRequest(caller_incarnation="x"),
+                    timeout=10,
+                    metadata=metadata,
+                ),
+                kv.Release(
+                    worker_pb2.ReleaseRequest(caller_incarnation="x"), timeout=10, metadata=metadata
+                ),
+                _first(prefill.Prefill(_prompt("x", ""), timeout=10, metadata=metadata)),
+            )
+            for call in calls:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call
+                assert caught.value.code() is code
+    await row.finish()
+
+
+@asynccontextmanager
+async def _calls(row: Row, name: str) -> AsyncIterator[tuple[Any, Any]]:
+    """Stubs of a worker's PrefillService and KvService."""
+    async with open_channel(row.cluster.address(name)) as channel:
+        yield worker_pb2_grpc.PrefillServiceStub(channel), worker_pb2_grpc.KvServiceStub(channel)
+
+
+def _prompt(owner: str, salt: str) -> worker_pb2.PrefillRequest:
+    return worker_pb2.PrefillRequest(
+        request_id=f"lease-of-{owner}",
+        caller_incarnation=owner,
+        token_ids=CASES["long-0"].prompt[: NUM_BLOCKS * 16],
+        cache_salt=salt,
+    )
+
+
+@asynccontextmanager
+async def _leased(
+    row: Row, prefill: Any, owner: str, salt: str | None = None
+) -> AsyncIterator[bytes]:
+    """A lease on a few blocks, as long as its call."""
+    request = _prompt(owner, fresh_salt() if salt is None else salt)
+    call = prefill.Prefill(request, timeout=30, metadata=row.cluster.token)
+    try:
+        async for response in call:
+            if response.HasField("ready"):
+                assert len(response.ready.block_ids) == NUM_BLOCKS
+                yield response.ready.lease
+                break
+    finally:
+        call.cancel()
+
+
+async def _first(call: Any) -> Any:
+    return await call.read()
+
+
+async def _renew(row: Row, kv: Any, owner: str, leases: list[bytes]) -> list[bytes]:
+    request = worker_pb2.RenewRequest(caller_incarnation=owner, leases=leases)
+    answer = await kv.Renew(request, timeout=10, metadata=row.cluster.token)
+    return list(answer.unknown)
+
+
+async def _release(row: Row, kv: Any, owner: str, leases: list[bytes]) -> None:
+    request = worker_pb2.ReleaseRequest(caller_incarnation=owner, leases=leases)
+    await kv.Release(request, timeout=10, metadata=row.cluster.token)

@@ -1,0 +1,163 @@
+"""What the world does to a cluster: clocks that jump, nights without work, full disks, crowds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.errors import Overloaded
+from tests.faults import checks
+from tests.faults.asks import Stream
+from tests.faults.bench import Bench
+from tests.faults.row import Row
+from tests.integration.stack import Stack
+
+pytestmark = pytest.mark.timeout(1800)
+
+SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
+CROWD = 32
+
+
+async def test_wall_clock_jumps(row: Row, bench: Bench) -> None:
+    """An hour forth, a day back, under load: no wait, lease or heartbeat is measured by it."""
+    if bench.skew is None:
+        pytest.skip("needs a C compiler")
+    try:
+        for jump in (3600.0, -86400.0, 0.0):
+            streams = [row.ask(case) for case in ("long-0", "long-1-sampled", *SHORT)]
+            await asyncio.sleep(0.3)
+            bench.skew.jump(jump)
+            await row.all_whole(streams)
+            assert all(r.state == "ready" for r in row.cluster.rows().values())
+    finally:
+        bench.skew.jump(0.0)
+    for name in row.cluster.workers:
+        lines = row.cluster.log_lines(name, row.log_mark(name))
+        days = {str(line.get("timestamp", ""))[:10] for line in lines}
+        assert len(days) > 1, f"{name} saw no other day: the clock was not bent"
+        assert not [x for x in lines if "ran out" in str(x.get("event"))], f"{name} lost leases"
+    await row.finish()
+
+
+async def test_idle_then_a_burst(alone: Row) -> None:
+    """Nothing happens for a long while, then sixteen requests at once: connections, peers and
+    leases of before are no obstacle, and clean-up did not wait for new work.
+    """
+    row = alone
+    await row.all_whole([row.ask(case) for case in SHORT])
+    await asyncio.sleep(1.0)
+    await asyncio.to_thread(checks.at_rest, row.cluster, 1.0)
+    idle_s = 600 if row.full else 20
+    before = {name: row.cluster[name].usage() for name in row.cluster.workers}
+    used = _cpu_s(row)
+    await asyncio.sleep(idle_s)
+    share = (_cpu_s(row) - used) / idle_s
+    row.note(f"idle for {idle_s} s: {share:.1%} of a core for {len(row.cluster.places)} processes")
+    for name, usage in before.items():
+        grown = row.cluster[name].usage()["resident_bytes"] - usage["resident_bytes"]
+        assert grown < 16 << 20, f"{name} grew by {grown} bytes while idle"
+    begun = time.monotonic()
+    streams = [row.ask(case) for case in (*SHORT, "long-0", "long-1-sampled", *SHORT, *SHORT)]
+    await row.all_whole(streams)
+    row.note(f"a burst of {len(streams)} answered in {time.monotonic() - begun:.1f} s")
+    await row.finish()
+
+
+def _cpu_s(row: Row) -> float:
+    total = 0
+    for place in row.cluster.places:
+        if place.alive:
+            fields = Path(f"/proc/{place.pid}/stat").read_text().rpartition(")")[2].split()
+            total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a small file system")
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, timeout=20).returncode:
+        pytest.skip("cannot mount here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False, timeout=20)
+
+
+def test_disk_full_where_logs_go(full_disk: Path) -> None:
+    """Log lines are lost and nothing else: the coordinator and its local workers serve on, one of
+    them is killed and comes back, and all end in order.
+    """
+    flags = ("--max-model-len", "1024", "--kv-cache-memory", "64MiB", "--log-level", "debug")
+    with Stack(full_disk, *flags) as stack:
+        prompt = list(range(1000, 1200))
+        tokens, _, _ = stack.generate(prompt, max_tokens=32)
+        filler = (full_disk / "filler").open("wb", buffering=0)
+        with filler:
+            try:
+                while True:
+                    filler.write(bytes(4096))
+            except OSError:
+                pass
+        for salt in range(8):
+            again, _, _ = stack.generate(prompt, max_tokens=32, cache_salt=str(salt))
+            assert again == tokens
+        os.kill(stack.pid_of("decode-0"), 9)
+        again, _, _ = stack.generate(prompt, max_tokens=32, cache_salt="after")
+        assert again == tokens
+        stack.assert_at_rest()
+        assert os.statvfs(full_disk).f_bavail == 0, "it was full all the while"
+    assert stack.process.returncode == 0
+
+
+async def test_overload(row: Row) -> None:
+    """Four times as many as may come in: the rest is told when to come back, most of those find
+    room then, and nobody who is inside, here or at the other coordinator, is harmed.
+    """
+    async with row.spare_front() as front:
+        tries: list[tuple[Stream, float | None]] = []  # each with the promise it came back on
+
+        async def insist(case: str) -> Stream:
+            promised: float | None = None
+            for _ in range(20):
+                stream = row.ask(case, front=front)
+                await stream.end()
+                tries.append((stream, promised))
+                if stream.error is None:
+                    return stream
+                meaning = stream.meaning
+                assert isinstance(meaning, Overloaded), f"{stream}: {stream.error!r}"
+                assert not stream.tokens, "shed before anything was said"
+                assert 0 < meaning.retry_after_s <= 60
+                promised = meaning.retry_after_s
+                await asyncio.sleep(promised)
+            raise AssertionError(f"{case} found no room in 20 tries")
+
+        for _ in range(5 if row.full else 1):
+            answered = await asyncio.gather(*(insist(f"load-{i % 4}") for i in range(CROWD)))
+            for stream in answered:
+                stream.check(row.oracle)
+        came_back = [stream.error is None for stream, promise in tries if promise is not None]
+        assert came_back, "nobody was shed"
+        share = sum(came_back) / len(came_back)
+        row.note(f"{len(came_back)} came back when told, {share:.0%} of them found room")
+        assert share > 0.5, "RetryInfo is truthful"
+        by_tokens = [row.ask("long-0", front=front), row.ask("long-1", front=front)]
+        for stream in by_tokens:
+            await stream.end()
+        shed = [stream for stream in by_tokens if stream.error is not None]
+        assert len(shed) == 1 and isinstance(shed[0].meaning, Overloaded)
+        row.moved(front, "admission_rejections_total{reason=requests}")
+        row.moved(front, "admission_rejections_total{reason=tokens}")
+    row.longest_wait_s = 5.0  # unrelated requests at the other coordinator
+    await row.finish()
