@@ -8,7 +8,7 @@ GPU    := $(shell command -v nvidia-smi 2>/dev/null)
 comma  := ,
 EXTRAS := worker$(if $(GPU),$(comma)gpu)
 
-.PHONY: demo serve test lint protos bench bench-peers clean
+.PHONY: demo serve test faults chaos lint protos bench bench-peers clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m coordinator.demo
@@ -18,6 +18,15 @@ serve: $(VENV)/.run
 
 test: $(VENV)/.dev
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The fault suite at its full length; `test` has its shortened form.
+faults: $(VENV)/.dev
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/faults --full $(PYTEST_ARGS)
+
+# Random faults under load: make chaos MINUTES=30 [SEED=n] [CHAOS_ARGS="--lane tcp --out DIR"]
+chaos: MINUTES ?= 30
+chaos: $(VENV)/.dev
+	$(BIN)/python -m tests.faults.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(CHAOS_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

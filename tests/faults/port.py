@@ -1,0 +1,170 @@
+"""What a row on the public port works with: a real stack, and what must hold after every row.
+
+before noted -> unrelated requests begin -> the row -> they were right and in time
+    -> at rest, nobody ended, descriptors, threads and memory as before, no traceback
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import httpx
+
+from engine.pb.diptych.v1 import inference_pb2 as pb
+from engine.rpc.channel import CHANNEL_OPTIONS
+from tests.integration.stack import Stack, metrics_of, until
+from tests.support.http2 import RawConnection
+from tests.support.vitals import MIB, Bystander, Vitals, vitals
+
+GENERATE = b"/diptych.v1.InferenceService/Generate"
+PROMPT = list(range(1000, 1040))  # two whole blocks, which travel, and a tail
+_NUM_TOKENS = 12
+# gRPC keeps a few threads and descriptors for a while after they were needed.
+MORE_FILES, MORE_THREADS = 24, 8
+SETTLE_S = 15.0
+_ids = itertools.count(1)
+
+
+def request(
+    max_tokens: int, *, request_id: str = "", salt: str | None = None
+) -> pb.GenerateRequest:
+    """An answer of exactly `max_tokens`, its prompt new to every cache."""
+    return pb.GenerateRequest(
+        request_id=request_id or f"row-{next(_ids)}",
+        token_ids=pb.TokenIds(ids=PROMPT),
+        stop=pb.Stop(max_tokens=max_tokens, ignore_eos=True),
+        cache_salt=f"salt-{next(_ids)}" if salt is None else salt,
+    )
+
+
+class Port:
+    """The public port of a stack."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.address = stack.address
+        self.pids = {name: stack.pid_of(name) for name in ("prefill-0", "decode-0")}
+        self.pids["coordinator"] = stack.process.pid
+        self._http = {"coordinator": stack.http_address}
+        self._http |= {w.worker_id: w.http_address for w in stack.workers()}
+        self._right = self._ask()
+        with Bystander(self._ask, self._right, 60.0) as alone:
+            until(lambda: len(alone.seconds) >= 5, 60, "five answers")
+        alone.check()
+        # Others compute beside it, and the abuser takes one of two cores.
+        self.limit_s = 2.0 + 10 * sorted(alone.seconds)[len(alone.seconds) // 2]
+
+    @contextmanager
+    def row(
+        self, *, growth_bytes: int = 64 * MIB, explained: Sequence[str] = ()
+    ) -> Iterator[Bystander]:
+        """Around the abuse. `explained`: patterns of tracebacks that it may leave in a log."""
+        self.stack.assert_at_rest()
+        before = {name: vitals(pid) for name, pid in self.pids.items()}
+        read = {name: len(text) for name, text in self.stack.logs().items()}
+        try:
+            with Bystander(self._ask, self._right, self.limit_s) as bystander:
+                yield bystander
+            bystander.check()
+            self._check(before, growth_bytes)
+            for name, text in self.stack.logs().items():
+                for found in tracebacks(text[read.get(name, 0) :]):
+                    known = any(re.search(pattern, found) for pattern in explained)
+                    assert known, f"{name} logged a traceback:\n{found}"
+        except BaseException:
+            self.stack.print_logs()
+            raise
+
+    def raw(self, *, polite: bool = True) -> RawConnection:
+        """A connection that has not said a word."""
+        return RawConnection(self.address, polite=polite)
+
+    def channel(self, *options: tuple[str, Any]) -> grpc.Channel:
+        """A channel of an ordinary client, which sends as much as it is asked to."""
+        mine = [(k, v) for k, v in CHANNEL_OPTIONS if k != "grpc.max_send_message_length"]
+        return grpc.insecure_channel(
+            self.address, options=(*mine, ("grpc.max_send_message_length", -1), *options)
+        )
+
+    def held_for(self, name: str, request_id: str) -> bool:
+        """Whether a process holds something for a request."""
+        response = httpx.get(f"http://{self._http[name]}/debug/holds", timeout=5)
+        response.raise_for_status()
+        return request_id in json.dumps(response.json())
+
+    def vitals(self, name: str = "coordinator") -> Vitals:
+        """Of one of the stack's processes."""
+        return vitals(self.pids[name])
+
+    def failures(self, code: str) -> float:
+        """Calls of the public port that ended with `code`, so far."""
+        text = httpx.get(f"http://{self.stack.http_address}/metrics", timeout=5).text
+        found = re.findall(rf'^diptych_rpc_failures_total{{code="{code}".*}} (\S+)$', text, re.M)
+        return sum(map(float, found))
+
+    def _ask(self) -> list[int]:
+        asked = request(_NUM_TOKENS)
+        tokens, _, _ = self.stack.generate(
+            PROMPT,
+            timeout_s=60,
+            max_tokens=_NUM_TOKENS,
+            ignore_eos=True,
+            cache_salt=asked.cache_salt,
+        )
+        return tokens
+
+    def _check(self, before: dict[str, Vitals], growth_bytes: int) -> None:
+        assert self.stack.process.poll() is None, "the coordinator has ended"
+        self.stack.assert_at_rest()
+        for name, pid in self.pids.items():
+            if name != "coordinator":
+                assert self.stack.pid_of(name) == pid, f"{name} was replaced"
+        until(self._idle, SETTLE_S, "no request is inside")
+        for name, was in before.items():
+            until(
+                lambda name=name, was=was: not grown(was, self.vitals(name), growth_bytes),  # type: ignore[misc]
+                SETTLE_S,
+                f"{name} is as it was ({was}, now {self.vitals(name)})",
+            )
+
+    def _idle(self) -> bool:
+        seen = metrics_of(self.stack.http_address)
+        return not seen["diptych_num_requests_running"] + seen["diptych_num_requests_waiting"]
+
+
+def grown(was: Vitals, now: Vitals, growth_bytes: int) -> bool:
+    """Whether a process kept more than comes and goes."""
+    return (
+        now.num_files > was.num_files + MORE_FILES
+        or now.num_threads > was.num_threads + MORE_THREADS
+        or now.resident_bytes > was.resident_bytes + growth_bytes
+    )
+
+
+def tracebacks(text: str) -> list[str]:
+    """Those in a log of JSON lines, or in plain ones."""
+    lines = text.splitlines()
+    return [
+        line if line.startswith("{") else "\n".join(lines[max(0, i - 2) : i + 30])
+        for i, line in enumerate(lines)
+        if "Traceback (most recent call last)" in line
+    ]
+
+
+@contextmanager
+def file_limit(soft: int) -> Iterator[int]:
+    """Our soft limit of descriptors, as near to `soft` as the hard one lets it come."""
+    before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    try:
+        yield allowed
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard))
