@@ -10,6 +10,8 @@ from engine.errors import (
     NotFound,
     NotOffered,
     Overloaded,
+    PermissionDenied,
+    Unauthenticated,
     Unavailable,
 )
 from engine.rpc.status import DETAILS_KEY, LOST_KEY, PUSHBACK_KEY, from_rpc_error, to_status
@@ -22,6 +24,8 @@ ROUND_TRIPS = [
     (Overloaded("queue full", 2.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
     (Unavailable("lost", 0.25, 17, lost="prefill"), grpc.StatusCode.UNAVAILABLE),
     (DeadlineExceeded("too late"), grpc.StatusCode.DEADLINE_EXCEEDED),
+    (Unauthenticated("no token"), grpc.StatusCode.UNAUTHENTICATED),
+    (PermissionDenied("another token"), grpc.StatusCode.PERMISSION_DENIED),
 ]
 
 

@@ -1,0 +1,64 @@
+"""Whom a coordinator believes, and what it makes of a worker that does not believe it."""
+
+import grpc
+import pytest
+
+from coordinator.dispatch import meaning_of
+from coordinator.trust import Trust
+from engine.config import FrontOptions, TrustOptions
+from engine.errors import ConfigError, PermissionDenied, Unauthenticated, Unavailable
+from engine.rpc.status import to_status
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "token"
+    path.write_text("0123456789abcdef")
+    return TrustOptions(str(path))
+
+
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize("listen", ["127.0.0.1:1", "0.0.0.0:1"])
+def test_a_file_is_asked_for_everywhere(file, local, listen):
+    trust = Trust.of(file, FrontOptions(listen=listen), local_workers=local)
+    assert trust.cluster == trust.drain is not None
+    trust.cluster.check((("authorization", "Bearer 0123456789abcdef"),))
+
+
+def test_local_workers_get_a_token_of_their_own():
+    first, second = (Trust.of(TrustOptions(), FrontOptions(), local_workers=True) for _ in "ab")
+    assert first.cluster is not None and first.cluster != second.cluster
+    assert first.drain is None, "whoever may start it may drain it"
+
+
+def test_nobody_elsewhere_drains_without_a_file():
+    for front, local in (
+        (FrontOptions(listen="0.0.0.0:1"), True),
+        (FrontOptions(listen="0.0.0.0:1", internal_listen="127.0.0.1:2"), False),
+    ):
+        trust = Trust.of(TrustOptions(), front, local_workers=local)
+        assert trust.drain is not None and trust.drain != trust.cluster
+
+
+def test_workers_that_dial_in_from_elsewhere_need_a_file():
+    for options, flag in (
+        ({"listen": "0.0.0.0:1"}, "--listen 0.0.0.0:1"),
+        ({"internal_listen": "10.0.0.1:2"}, "--internal-listen 10.0.0.1:2"),
+    ):
+        with pytest.raises(ConfigError, match="--cluster-token-file") as caught:
+            Trust.of(TrustOptions(), FrontOptions(**options), local_workers=False)
+        assert caught.value.message.startswith(flag)
+    trust = Trust.of(TrustOptions(), FrontOptions(), local_workers=False)
+    assert trust == Trust(None, None)
+
+
+@pytest.mark.parametrize("error", [Unauthenticated("no token"), PermissionDenied("another")])
+def test_a_worker_that_refuses_us_is_one_that_failed(error):
+    """The client's credentials are not the matter, and another worker may know us."""
+    status = to_status(error)
+    refused = grpc.aio.AioRpcError(
+        status.code, grpc.aio.Metadata(), grpc.aio.Metadata(*status.trailing_metadata), "said"
+    )
+    meaning = meaning_of(refused, num_emitted=0)
+    assert isinstance(meaning, Unavailable)
+    assert "said" in meaning.message
