@@ -28,6 +28,7 @@ import numpy as np
 
 from engine.types import new_incarnation
 from kvtransfer.base import MemoryRegion, RemotePool
+from kvtransfer.checksum import Checksums
 from kvtransfer.nixl_transport import NixlTransport
 from kvtransfer.pull import DataPlane
 
@@ -92,7 +93,7 @@ def make_plane(setting: str) -> tuple[DataPlane, np.ndarray[Any, Any], np.ndarra
     blocks = np.full((NUM_BLOCKS, BLOCK_BYTES), 1, dtype=np.uint8)
     generations = np.ones(NUM_BLOCKS, dtype=np.uint64)
     plane = DataPlane(
-        lambda: NixlTransport(incarnation),
+        NixlTransport,
         incarnation=incarnation,
         blocks=MemoryRegion(blocks.ctypes.data, blocks.nbytes),
         generations=MemoryRegion(generations.ctypes.data, generations.nbytes),
@@ -142,6 +143,12 @@ def read(pipe: Connection, setting: str, repeat: int, log: str) -> None:
             cells.append(f"{rate:7.2f} GB/s = {copy_s / seconds:5.2f}x")
         rows.append(" ".join(cells))
     rows.append(f"  one block, asked to fenced: {best(one, 10 * repeat) * 1e3:.3f} ms")
+    checksums = Checksums(lambda block: memoryview(blocks[block]))
+    crc_s = best(lambda: checksums.compute(range(NUM_BLOCKS)), repeat) / NUM_BLOCKS
+    rows.append(
+        f"  --kv-checksums, one block, on each side: {crc_s * 1e3:.3f} ms,"
+        f" {BLOCK_BYTES / crc_s / 1e9:.2f} GB/s"
+    )
     pipe.send(rows)
     plane.stop()
 

@@ -10,11 +10,13 @@ Owned by the event loop; a ticket is released exactly once, however its request 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable
 
 from engine.errors import Overloaded
+from engine.telemetry.holds import Hold
 from engine.telemetry.metrics import CoordinatorMetrics
 
 _WINDOW_S = 60.0
@@ -24,11 +26,16 @@ _UNKNOWN_RETRY_S = 1.0  # nothing has completed lately: no pace to go by
 
 
 class Ticket:
-    """One admitted request."""
+    """One admitted request; `doing` is its holder's word on what is happening to it."""
 
-    def __init__(self, admission: Admission, admitted_s: float) -> None:
+    def __init__(
+        self, admission: Admission, admitted_s: float, request_id: str, deadline_s: float
+    ) -> None:
         self._admission = admission
         self.admitted_s = admitted_s
+        self.request_id = request_id
+        self.deadline_s = deadline_s
+        self.doing = "is being tokenized"
         self.num_tokens = 0  # 0: refused before it had a worker
         self.released = False
 
@@ -59,14 +66,15 @@ class Admission:
         self._clock = clock
         # Those that left: (moment, when they had come, prompt tokens).
         self._completed: deque[tuple[float, float, int]] = deque()
+        self._tickets: set[Ticket] = set()
         self._promised_s = 0.0  # when the last one that was refused was told to come back
         self.num_requests = 0
         self.num_tokens = 0
         self.idle = asyncio.Event()  # set while nothing is inside
         self.idle.set()
 
-    def admit(self) -> Ticket:
-        """Let one request in; raises Overloaded."""
+    def admit(self, request_id: str = "", deadline_s: float = math.inf) -> Ticket:
+        """Let one request in, until `deadline_s` on our clock at most; raises Overloaded."""
         if self.num_requests >= self._max_requests:
             self._metrics.admission_rejected("requests")
             raise Overloaded(
@@ -75,7 +83,25 @@ class Admission:
             )
         self.num_requests += 1
         self.idle.clear()
-        return Ticket(self, self._clock())
+        ticket = Ticket(self, self._clock(), request_id, deadline_s)
+        self._tickets.add(ticket)
+        return ticket
+
+    def holds(self) -> list[Hold]:
+        """Every request inside, for /debug/holds."""
+        now = self._clock()
+        return [
+            Hold(
+                kind="request",
+                owner=ticket.request_id,
+                reason=f"admitted; it {ticket.doing}",
+                age_s=now - ticket.admitted_s,
+                deadline_s=left if math.isfinite(left := ticket.deadline_s - now) else None,
+                note="" if math.isfinite(left) else "none was given; it ends with its call",
+                num_tokens=ticket.num_tokens,
+            )
+            for ticket in self._tickets
+        ]
 
     def _claim(self, ticket: Ticket, num_tokens: int) -> None:
         if self.num_tokens and self.num_tokens + num_tokens > self._max_tokens:
@@ -90,6 +116,7 @@ class Admission:
         self.num_tokens += num_tokens
 
     def _release(self, ticket: Ticket) -> None:
+        self._tickets.discard(ticket)
         self.num_requests -= 1
         self.num_tokens -= ticket.num_tokens
         if not self.num_requests:

@@ -92,6 +92,9 @@ def make_parser() -> argparse.ArgumentParser:
         "status", help="show the workers", description="Show the pools of workers as a table."
     )
     _add_server_flag(status)
+    status.add_argument(
+        "--holds", action="store_true", help="and what each worker holds, for whom, until when"
+    )
     status.set_defaults(run=_status)
     return parser
 
@@ -209,7 +212,7 @@ def _chat(args: argparse.Namespace) -> int:
 def _status(args: argparse.Namespace) -> int:
     from coordinator.terminal import status
 
-    return status(_server(args))
+    return status(_server(args), holds=args.holds)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
-from coordinator.admission import Admission
+from coordinator.admission import Admission, Ticket
 from coordinator.answer import Answer
 from coordinator.attempt import Caller, Progress
 from coordinator.dispatch import Dispatch, Route
@@ -91,7 +91,7 @@ class Pipeline:
         """
         if self.draining:
             raise Unavailable(_SHUTTING_DOWN)
-        ticket = self._admission.admit()
+        ticket = self._admission.admit(request.request_id, deadline_s)
         timeline.mark(Event.ADMITTED)
         gauge = self._metrics.num_requests_waiting
         gauge.inc()
@@ -100,7 +100,8 @@ class Pipeline:
             timeline.mark(Event.TOKENIZED)
             ticket.set_tokens(len(prompt))
             self._metrics.prompt_tokens.inc(len(prompt))
-            async with aclosing(self._decode(request, prompt, timeline, deadline_s)) as parts:
+            answer = self._decode(request, prompt, timeline, deadline_s, ticket)
+            async with aclosing(answer) as parts:
                 async for part in parts:
                     if gauge is self._metrics.num_requests_waiting:
                         gauge.dec()
@@ -119,7 +120,12 @@ class Pipeline:
             raise DeadlineExceeded("the request's time ran out while it was tokenized") from None
 
     async def _decode(
-        self, request: AnswerRequest, prompt: list[int], timeline: Timeline, deadline_s: float
+        self,
+        request: AnswerRequest,
+        prompt: list[int],
+        timeline: Timeline,
+        deadline_s: float,
+        ticket: Ticket,
     ) -> AsyncGenerator[Chunk | Finished, None]:
         """All attempts of one answer, as one."""
         answer = self._new_answer(request, len(prompt))
@@ -134,13 +140,16 @@ class Pipeline:
             answer.ending = Ending(FinishReason.LENGTH)
         while answer.ending is None:
             route = None
+            ticket.doing = "waits for a worker"
             try:
                 route = await dispatch.next(progress.num_tokens)
                 timeline.mark(Event.ROUTED)
+                ticket.doing = f"waits for tokens from {route}"
                 attempt = self._caller.attempt(progress, route, dispatch)
                 async with aclosing(attempt) as chunks:
                     async for chunk in chunks:
                         dispatch.progressed()
+                        ticket.doing = f"is being answered by {route}"
                         self._observe(timeline, len(chunk.token_ids))
                         yield chunk
             except Unavailable as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 from rich.console import Console
@@ -15,6 +17,7 @@ from coordinator.client import AnswerEvent, Client, Done, TextDelta, describe
 from engine.errors import ConfigError, DiptychError, Unavailable
 from engine.pb.diptych.v1 import admin_pb2
 
+_HOLDS_S = 5.0  # for a worker to say what it holds
 _MIB = 1024 * 1024
 
 
@@ -55,8 +58,8 @@ def chat(
     return 0
 
 
-def status(server: str) -> int:
-    """Print the pools; returns the exit status."""
+def status(server: str, *, holds: bool = False) -> int:
+    """Print the pools, and what their workers hold if asked; returns the exit status."""
     with Client(server) as client:
         try:
             model, workers = client.model(), client.workers()
@@ -75,7 +78,43 @@ def status(server: str) -> int:
         console.print(f"numeric profile {escape(model.numeric_profile)}", highlight=False)
     console.print(_pool("prefill", workers, ("computed", "cached"), _read))
     console.print(_pool("decode", workers, ("pulled", "drafts accepted", "stale"), _written))
+    if holds:
+        console.print(_holds(workers))
     return 0
+
+
+def _holds(workers: Sequence[admin_pb2.Worker]) -> Table:
+    """What every worker says of itself over HTTP."""
+    from engine.telemetry.holds import HOLDS_PATH  # it imports a server's parts
+
+    table = Table(title="holds", title_justify="left", header_style="bold")
+    for name in ("worker", "kind", "owner"):
+        table.add_column(name)
+    for name in ("blocks", "age", "ends in"):
+        table.add_column(name, justify="right")
+    table.add_column("reason")
+    for w in workers:
+        try:
+            with urlopen(f"http://{w.http_address}{HOLDS_PATH}", timeout=_HOLDS_S) as answer:
+                found = json.load(answer)
+        except (OSError, ValueError) as error:
+            table.add_row(escape(w.worker_id), "", "", "", "", "", escape(f"unknown: {error}"))
+            continue
+        if unexplained := found["pool"].get("unexplained"):
+            why = "[red]held, and nobody owns them: a leak[/red]"
+            table.add_row(escape(w.worker_id), "unexplained", "", str(unexplained), "", "", why)
+        for hold in found["holds"]:
+            left_s = hold["deadline_s"]
+            table.add_row(
+                escape(w.worker_id),
+                hold["kind"],
+                escape(hold["owner"]),
+                str(hold.get("num_blocks", "")),
+                f"{hold['age_s']:.1f}s",
+                "-" if left_s is None else f"{left_s:.1f}s",
+                escape(hold["reason"]),
+            )
+    return table
 
 
 def _pool(

@@ -64,6 +64,7 @@ class Work:
     fetch: bool = False  # missing whole blocks may come from a peer
     announce_from: int = -1  # first block to report as it completes; -1: none
     priority: int = 0
+    deadline_s: float | None = None  # when its caller stops waiting, monotonic; only shown
 
 
 @dataclass(slots=True, eq=False)

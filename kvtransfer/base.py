@@ -1,7 +1,8 @@
 """The seam between a data plane and whatever moves its bytes, and the values both speak of.
 
-A `Transport` is called on the data-plane thread alone and need not be thread-safe. It only ever
-reads from peers (decode leads: the process whose memory is written moves the bytes).
+A `Transport` is called on the data-plane thread alone (but for its end: see `connections`) and need
+not be thread-safe. It only ever reads from peers (decode leads: the process whose memory is written
+moves the bytes).
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class RemotePool:
     num_blocks: int
     block_bytes: int
     metadata: bytes
+    agent: str  # whom the metadata names: another one after its data plane began anew
 
 
 class Extent(NamedTuple):
@@ -87,7 +89,7 @@ class Transport(Protocol):
     def metadata(self) -> bytes:
         """What a peer needs to connect; taken after `register`."""
 
-    def connect(self, incarnation: str, metadata: bytes) -> PeerHandle:
+    def connect(self, agent: str, metadata: bytes) -> PeerHandle:
         """Load a peer's metadata. PeerLost: it names another; PullFailed: unreadable."""
 
     def disconnect(self, peer: PeerHandle) -> None:
@@ -108,4 +110,7 @@ class Transport(Protocol):
         """Give back a handle that is DONE or has failed. Never raises."""
 
     def close(self) -> None:
-        """Deregister and end; called when no read is pending."""
+        """Deregister and end, reads pending or not: once it returns, nothing of them lands.
+
+        Called by any thread, while nobody else uses the transport; it may hang or raise.
+        """

@@ -7,6 +7,8 @@ libraries read at import are set first.
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -88,6 +90,7 @@ def _start(
     configure_logging(log, role=role.value, worker_id=worker.worker_id)
     token = token_for(trust, "--listen", worker.listen)  # before the model: a mistake shows at once
     from engine.build import build_engine
+    from kvtransfer.connections import unfreed
     from kvtransfer.host import WorkerSettings, run_worker
 
     registry = CollectorRegistry()
@@ -95,4 +98,9 @@ def _start(
     engine = build_engine(role, model, cache, step, registry, drafting)
     settings = WorkerSettings(role, worker, transfer, token)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(run_worker(settings, engine, registry, make_services))
+        status = runner.run(run_worker(settings, engine, registry, make_services))
+    if unfreed():  # the interpreter's end would free it, and might hang there
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(status)
+    return status

@@ -7,8 +7,8 @@ Facts that shaped it (NIXL 1.5.1, measured by `benchmarks/kv_transfer.py` or rea
   which burns a core while idle; the bindings below it take a delay, and then the thread sleeps in
   poll(2) until UCX has an event.
 - Posting a read may block for the whole copy (over CMA it does), but releases the GIL meanwhile.
-- Errors are raised, not returned. Agent names must be unique per incarnation, so they are the
-  incarnation.
+- Errors are raised, not returned. An agent's name must never come back, so it is the incarnation
+  and a number.
 - Over CMA the first read into untouched memory costs a page fault a page; touch a pool before it is
   used.
 - Left alone, UCX picks CMA on one host (a pull of one 369 KB block takes 0.14 ms, 64 MB go at 9 to
@@ -61,15 +61,15 @@ class _Read:
 
 
 class NixlTransport:
-    """See `Transport`. `incarnation` names the agent. ConfigError: it cannot start."""
+    """See `Transport`. `agent` is the agent's name. ConfigError: it cannot start."""
 
-    def __init__(self, incarnation: str) -> None:
+    def __init__(self, agent: str) -> None:
         self._nixl = _load_bindings()
         config = self._nixl.nixlAgentConfig()
         config.useProgThread = True
         config.pthrDelay = PROGRESS_DELAY_US
         try:
-            self._agent = self._nixl.nixlAgent(incarnation, config)
+            self._agent = self._nixl.nixlAgent(agent, config)
             self._agent.createBackend("UCX", {})
         except Exception as error:
             raise ConfigError(
@@ -90,18 +90,18 @@ class NixlTransport:
         """The agent's metadata: its addresses and the keys of what is registered so far."""
         return bytes(self._agent.getLocalMD())
 
-    def connect(self, incarnation: str, metadata: bytes) -> str:
+    def connect(self, agent: str, metadata: bytes) -> str:
         """Load a peer's metadata; UCX connects on the first read. The handle is its name."""
         try:
             name = self._agent.loadRemoteMD(metadata).decode()
         except Exception as error:
             raise PullFailed(
-                f"peer {incarnation}: its NIXL metadata cannot be loaded ({error})"
+                f"peer {agent}: its NIXL metadata cannot be loaded ({error})"
             ) from error
-        if name != incarnation:
+        if name != agent:
             self.disconnect(name)
-            raise PeerLost(f"peer {incarnation}: its NIXL metadata names {name}")
-        return incarnation
+            raise PeerLost(f"peer {agent}: its NIXL metadata names {name}")
+        return agent
 
     def disconnect(self, peer: str) -> None:
         """Drop metadata and endpoint of a peer."""

@@ -133,6 +133,7 @@ class PeerTable:
             num_blocks=response.num_blocks,
             block_bytes=response.block_bytes,
             metadata=response.nixl_metadata,
+            agent=response.agent,
         )
         ours = self._data_plane.local_pool.block_bytes
         if pool.block_bytes != ours:

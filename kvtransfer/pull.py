@@ -8,6 +8,14 @@ Other threads only put commands into a queue and hold futures. Idle, the thread 
 queue; with reads in flight it polls, sleeping longer the longer nothing moves. Futures complete on
 the data-plane thread, so their callbacks must be short (`loop.call_soon_threadsafe`, or
 `asyncio.wrap_future`).
+
+    serving --reads that do not end reach a bound (`quarantine`)--> restarting --> serving
+       |                                                               |
+       +-- a bug ---------------> died <-- the transport does not end -+
+
+A restart ends the transport and with it every read; pulls that had failed are settled, the others
+begin anew under the next agent's name. The pool, and all who do not pull at that moment, notice
+nothing. Who waits on a data plane that died should end the process: only that frees the memory.
 """
 
 from __future__ import annotations
@@ -25,20 +33,22 @@ import numpy as np
 from kvtransfer.base import (
     GENERATION_BYTES,
     MemoryRegion,
-    PeerHandle,
     PeerLost,
     PullFailed,
     RemotePool,
+    TransferError,
     Transport,
 )
+from kvtransfer.connections import Connections
 from kvtransfer.fence import Fence
 from kvtransfer.plan import coalesce
-from kvtransfer.reads import LocalMemory, Pull, PullRequest, PullResult, Reading
+from kvtransfer.quarantine import Quarantine
+from kvtransfer.reads import LocalMemory, Pull, PullHold, PullRequest, PullResult, Reading
 
 __all__ = ["DataPlane", "Pull", "PullResult", "TransferCounters"]
 
 _log = logging.getLogger(__name__)
-QUARANTINE_S = 120.0  # how long blocks may wait for a failed pull's last read
+_END_S = 10.0  # for a transport to end, in a restart
 _POLL_MIN_S = 20e-6
 _POLL_MAX_S = 1e-3
 _POLL_FAILED_S = 50e-3  # when only failed pulls are left to settle
@@ -55,28 +65,22 @@ class TransferCounters:
     seconds: float = 0.0  # sum over pulls, which may overlap
     num_stale_blocks: int = 0
     num_failures: int = 0  # pulls that raised
+    num_restarts: int = 0  # of the data plane
     num_in_flight: int = 0
     num_quarantined_blocks: int = 0  # destinations of failed pulls that a read may still write
-
-
-@dataclass(slots=True)
-class _Peer:
-    """A connected peer; `closing` takes no new pull and is disconnected with its last read."""
-
-    handle: PeerHandle
-    closing: bool = False
 
 
 class DataPlane:
     """Owner of the transport and of every read in flight.
 
     `blocks` is the local pool of num_blocks x block_bytes, `generations` its num_blocks 64-bit
-    generations in DRAM; both are registered at `start` and must outlive `stop`.
+    generations in DRAM; both are registered at `start` and must outlive `stop`. `transport_factory`
+    makes a transport for an agent's name. `on_restart` is called on the data-plane thread.
     """
 
     def __init__(
         self,
-        transport_factory: Callable[[], Transport],
+        transport_factory: Callable[[str], Transport],
         *,
         incarnation: str,
         blocks: MemoryRegion,
@@ -84,6 +88,8 @@ class DataPlane:
         num_blocks: int,
         block_bytes: int,
         fence: Fence | None = None,
+        quarantine: Quarantine | None = None,
+        on_restart: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if blocks.num_bytes < num_blocks * block_bytes:
@@ -97,12 +103,13 @@ class DataPlane:
             raise ValueError(f"generations: expected {num_blocks} aligned 64-bit integers")
         self.incarnation = incarnation
         self.counters = TransferCounters()  # replaced as a whole; read it from any thread
-        self._factory = transport_factory
         self._blocks = blocks
         self._generations = generations
         self._num_blocks = num_blocks
         self._block_bytes = block_bytes
         self._fence = fence or Fence()
+        self._quarantine = quarantine or Quarantine()
+        self._on_restart = on_restart
         self._clock = clock
         landed = np.zeros(num_blocks, dtype=np.uint64)
         landing = MemoryRegion(landed.ctypes.data, landed.nbytes)
@@ -111,15 +118,13 @@ class DataPlane:
         self._lock = threading.Lock()  # orders the last command before the end of the thread
         self._ended = False
         self._stop_at: float | None = None
-        self._metadata = b""
         self._started: Future[None] = Future()
         self.died: Future[str] = Future()  # why the thread ended by itself: the process should too
         self.died.set_running_or_notify_cancel()
         self._thread = threading.Thread(target=self._run, name="kv-data-plane", daemon=True)
         # Data-plane thread only:
-        self._transport: Transport | None = None
-        self._peers: dict[str, _Peer] = {}
-        self._disconnected: dict[str, list[Future[None]]] = {}
+        regions = [blocks, generations, landing]
+        self._connections = Connections(transport_factory, incarnation, regions)
         self._readings: list[Reading] = []
 
     # -- any thread --------------------------------------------------------------------------
@@ -131,14 +136,16 @@ class DataPlane:
 
     @property
     def local_pool(self) -> RemotePool:
-        """This worker's pool as peers see it; after `start`."""
+        """This worker's pool as peers see it now; after `start`."""
+        agent = self._connections.agent
         return RemotePool(
             incarnation=self.incarnation,
             blocks=self._blocks,
             generations=self._generations,
             num_blocks=self._num_blocks,
             block_bytes=self._block_bytes,
-            metadata=self._metadata,
+            metadata=agent.metadata,
+            agent=agent.name,
         )
 
     def connect(self, pool: RemotePool) -> Future[None]:
@@ -162,10 +169,12 @@ class DataPlane:
         local_ids: Sequence[int],
         expected_generations: Sequence[int],
         timeout_s: float,
+        request_id: str = "",
     ) -> Pull:
         """Read remote_ids[i] of a connected pool into local_ids[i] and fence it; see `Pull`.
 
-        ValueError at once for ids out of bounds, a local id given twice, lists of unequal length.
+        `request_id` says in logs and holds for whom. ValueError at once for ids out of bounds, a
+        local id given twice, lists of unequal length.
         """
         if len(expected_generations) != len(remote_ids):
             raise ValueError(
@@ -183,10 +192,17 @@ class DataPlane:
         )
         now = self._clock()
         local, expected = tuple(local_ids), tuple(expected_generations)
-        request = PullRequest(pool, local, expected, runs, now, now + timeout_s)
-        pull = Pull(lambda: self._submit(lambda: self._cancel(pull)))
+        request = PullRequest(pool, local, expected, runs, now, now + timeout_s, request_id)
+        pull = Pull(local, lambda: self._submit(lambda: self._cancel(pull)))
         self._submit(lambda: self._begin(pull, request))
         return pull
+
+    def holds(self) -> Future[list[PullHold]]:
+        """What every pull keeps at the moment, failed ones included."""
+        future: Future[list[PullHold]] = Future()
+        future.set_running_or_notify_cancel()
+        self._submit(lambda: future.set_result(self._holds()))
+        return future
 
     def stop(self, timeout_s: float = 5.0) -> bool:
         """Fail all pulls, wait for their reads, end the thread; whether everything settled in time.
@@ -198,7 +214,7 @@ class DataPlane:
             return True
         self._submit(lambda: self._begin_stop(timeout_s))
         self._thread.join(timeout_s + 1.0)
-        return not self._thread.is_alive() and self._transport is None
+        return not self._thread.is_alive() and self._connections.transport is None
 
     def _submit(self, command: Callable[[], None]) -> None:
         with self._lock:
@@ -211,14 +227,14 @@ class DataPlane:
 
     def _run(self) -> None:
         try:
-            self._transport = self._open()
+            self._connections.open()
         except BaseException as error:
             self._end()
             self._started.set_exception(error)
             return
         self._started.set_result(None)
         try:
-            self._serve(self._transport)
+            self._serve()
         except BaseException as error:
             _log.exception("data plane died")
             for reading in self._readings:
@@ -227,32 +243,41 @@ class DataPlane:
         finally:
             self._end()
 
-    def _serve(self, transport: Transport) -> None:
+    def _serve(self) -> None:
         delay: float | None = None  # None: idle, sleep until a command comes
         while True:
             self._take_commands(delay)
             now = self._clock()
             if self._stop_at is not None and (not self._readings or now >= self._stop_at):
                 return
-            moved = self._round(transport, now)
-            self._check_quarantine(now)
+            moved = self._round(now)
+            if reason := self._quarantine.exceeded(self._readings, self._num_blocks, now):
+                self._restart(reason)
             delay = self._next_delay(delay, moved)
 
-    def _check_quarantine(self, now: float) -> None:
-        """Raise for a read that goes on long after its pull has failed.
+    def _restart(self, reason: str) -> None:
+        """End the transport, after which nothing can land, and go on with another.
 
-        Nobody can take its memory back but the end of this process, whose state is soft.
+        Raises AgentStuck, or what opening raises: then only the end of the process helps.
         """
+        failed = [reading.request.request_id for reading in self._readings if reading.error]
+        _log.error("data plane restarts: %s; failed pulls of requests %s", reason, failed)
+        self._connections.end(_END_S)
+        now = self._clock()
         for reading in self._readings:
-            if now >= reading.failed_at + QUARANTINE_S:
-                peer = reading.request.pool.incarnation
-                raise PullFailed(f"peer {peer}: a read did not end within {QUARANTINE_S:.0f} s")
-
-    def _open(self) -> Transport:
-        transport = self._factory()
-        transport.register([self._blocks, self._generations, self._memory.landing])
-        self._metadata = transport.metadata()
-        return transport
+            reading.abandon(now)
+        self._connections.open()
+        self._connections.reconnect()
+        for reading in self._readings:
+            if reading.is_open:
+                try:
+                    reading.restart(self._connections.handle_of(reading.request.pool))
+                except TransferError as error:
+                    reading.fail(error)
+                    self._count_failure(reading)
+        self.counters = replace(self.counters, num_restarts=self.counters.num_restarts + 1)
+        self._on_restart()
+        _log.warning("data plane restarted: agent %s", self._connections.agent.name)
 
     def _take_commands(self, delay: float | None) -> None:
         """Run what has gathered; wait up to `delay` seconds for a first one."""
@@ -273,9 +298,10 @@ class DataPlane:
             return _POLL_FAILED_S
         return min(max(_POLL_MIN_S, (delay or 0.0) * 1.5), _POLL_MAX_S)
 
-    def _round(self, transport: Transport, now: float) -> bool:
+    def _round(self, now: float) -> bool:
         """Step every pull once, drop those that settled, disconnect peers that are done with."""
-        moved = False
+        transport, moved = self._connections.transport, False
+        assert transport is not None, "it is open while this thread serves"
         for reading in self._readings:
             was_open = reading.error is None
             try:
@@ -288,22 +314,24 @@ class DataPlane:
             elif was_open and reading.error:
                 self._count_failure(reading)
         self._readings = [reading for reading in self._readings if not reading.settle(now)]
-        self._disconnect_idle(transport)
+        self._connections.disconnect_idle(self._busy())
         self._publish()
         return moved
 
     def _begin(self, pull: Pull, request: PullRequest) -> None:
-        peer = self._peers.get(request.pool.incarnation)
         if self._stop_at is not None or self._ended:
             pull.refuse(PullFailed("the data plane has stopped"))
-        elif peer is None or peer.closing:
-            pull.refuse(PeerLost(f"peer {request.pool.incarnation} is not connected"))
-        elif not request.local_ids:
+            return
+        try:
+            peer = self._connections.handle_of(request.pool)
+        except PeerLost as error:
+            pull.refuse(error)
+            return
+        if request.local_ids:
+            self._readings.append(Reading(pull, request, peer, self._memory, self._fence))
+        else:
             pull.done.set_result(PullResult((), 0, 0, 0, 0.0))
             pull.settled.set_result(None)
-        else:
-            reading = Reading(pull, request, peer.handle, self._memory, self._fence)
-            self._readings.append(reading)
 
     def _cancel(self, pull: Pull) -> None:
         for reading in self._readings:
@@ -311,47 +339,32 @@ class DataPlane:
                 reading.fail(PullFailed("cancelled"))
 
     def _connect(self, pool: RemotePool, future: Future[None]) -> None:
-        peer = self._peers.get(pool.incarnation)
-        if self._transport is None or self._stop_at is not None:
-            future.set_exception(PullFailed("the data plane has stopped"))
-        elif peer is None:
-            try:
-                handle = self._transport.connect(pool.incarnation, pool.metadata)
-            except Exception as error:
-                future.set_exception(error)
-                return
-            self._peers[pool.incarnation] = _Peer(handle)
-            future.set_result(None)
-        elif peer.closing:
-            future.set_exception(PeerLost(f"peer {pool.incarnation} is still being disconnected"))
+        try:
+            if self._stop_at is not None or self._ended:
+                raise PullFailed("the data plane has stopped")
+            self._connections.connect(pool)
+        except Exception as error:
+            future.set_exception(error)
         else:
             future.set_result(None)
 
     def _disconnect(self, incarnation: str, future: Future[None]) -> None:
-        peer = self._peers.get(incarnation)
-        if peer is None:
+        if self._ended:
             future.set_result(None)
-            return
-        peer.closing = True
-        self._disconnected.setdefault(incarnation, []).append(future)
-        if self._transport is not None:
-            self._disconnect_idle(self._transport)
+        else:
+            self._connections.disconnect(incarnation, future)  # the round that follows does it
 
-    def _disconnect_idle(self, transport: Transport) -> None:
-        """Disconnect closing peers of which no pull needs the connection any more."""
-        closing = [name for name, peer in self._peers.items() if peer.closing]
-        if not closing:
-            return
-        busy = {
+    def _busy(self) -> set[str]:
+        """Peers whose connection a pull still needs."""
+        return {
             reading.request.pool.incarnation
             for reading in self._readings
             if reading.has_reads or reading.error is None
         }
-        for incarnation in closing:
-            if incarnation not in busy:
-                transport.disconnect(self._peers.pop(incarnation).handle)
-                for future in self._disconnected.pop(incarnation, []):
-                    future.set_result(None)
+
+    def _holds(self) -> list[PullHold]:
+        now = self._clock()
+        return [reading.hold(now, self._quarantine.max_s) for reading in self._readings]
 
     def _count(self, result: PullResult) -> None:
         c = self.counters
@@ -368,10 +381,8 @@ class DataPlane:
     def _count_failure(self, reading: Reading) -> None:
         """A lost peer is closed with its first failure; its other pulls fail by their own step."""
         self.counters = replace(self.counters, num_failures=self.counters.num_failures + 1)
-        incarnation = reading.request.pool.incarnation
-        peer = self._peers.get(incarnation)
-        if isinstance(reading.error, PeerLost) and peer is not None and not peer.closing:
-            peer.closing = True
+        if isinstance(reading.error, PeerLost):
+            self._connections.lose(reading.request.pool.incarnation)
 
     def _publish(self) -> None:
         num_in_flight = sum(reading.error is None for reading in self._readings)
@@ -393,12 +404,12 @@ class DataPlane:
         if self._stop_at is None:
             self._stop_at = self._clock()
         try:
-            if self._transport is not None and not self._readings and not self.died.done():
-                for peer in self._peers.values():
-                    peer.closing = True
-                self._disconnect_idle(self._transport)
-                self._transport.close()
-                self._transport = None
+            if self._readings or self.died.done():
+                self._connections.give_up()
+            else:
+                self._connections.lose_all()
+                self._connections.disconnect_idle(set())
+                self._connections.end(_END_S)
         finally:
             with self._lock:
                 self._ended = True

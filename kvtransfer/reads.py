@@ -4,8 +4,11 @@
        |                                |                          (done: result; settled)
        +-- error, timeout, cancel ------+
                      v
-                  failed  --no read left, and quiet--> settled
+                  failed  --no read left, or the transport ended; and quiet--> settled
                   (done: error)
+
+A transport that ends takes all reads with it: a failed pull is then settled, any other begins anew
+on the next one (`restart`).
 
 Data is read in slices, a few in flight, so that several pulls share the thread fairly and a timeout
 or a cancel stops a long pull soon. The generations are read only after every data read is terminal,
@@ -44,7 +47,8 @@ from kvtransfer.plan import Run, extents, slices
 SLICE_BYTES = 8 << 20  # of one transfer request; over CMA posting it takes about 1 ms
 MAX_SLICES_IN_FLIGHT = 4  # of one pull
 # After an error NIXL 1.5.1 may call a request terminal while others of its batch are still being
-# cancelled; their destination is not handed back before they surely are.
+# cancelled, and a GPU may still copy for a transport that has ended; their destination is not
+# handed back before that is surely over.
 QUIET_S = 1.0
 
 
@@ -64,12 +68,14 @@ class Pull:
 
     `done`: PullResult, or PeerLost, PullTimeout, PullFailed. `settled`: None, once no read of this
     pull can still write local memory; only then may the destination blocks be freed. Never before
-    `done`; long after it when a peer hangs. Neither can be cancelled as a future.
+    `done`; long after it when a peer hangs. Neither can be cancelled as a future. `block_ids` are
+    the destination.
     """
 
-    __slots__ = ("_cancel", "done", "settled")
+    __slots__ = ("_cancel", "block_ids", "done", "settled")
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
+    def __init__(self, block_ids: tuple[int, ...], cancel: Callable[[], None]) -> None:
+        self.block_ids = block_ids
         self.done: Future[PullResult] = Future()
         self.settled: Future[None] = Future()
         self.done.set_running_or_notify_cancel()
@@ -96,6 +102,19 @@ class PullRequest:
     runs: list[Run]
     asked_at: float
     deadline: float
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PullHold:
+    """What one pull keeps from being reused, at one moment."""
+
+    request_id: str
+    peer: str  # incarnation
+    block_ids: tuple[int, ...]
+    age_s: float  # since it was asked for
+    left_s: float  # until it fails, or a failed one ends the transport; below 0: any moment now
+    error: str  # why it failed; "" while it is under way
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +139,11 @@ class Reading:
         self._peer = peer
         self._memory = memory
         self._fence = fence
-        block_bytes = request.pool.block_bytes
-        self._block_bytes = block_bytes
-        self._slices = deque(slices(request.runs, max(1, SLICE_BYTES // block_bytes)))
+        self._block_bytes = request.pool.block_bytes
+        self._slices: deque[list[Run]] = deque()
         self._handles: list[ReadHandle] = []
         self._fencing = False
+        self.restart(peer)
         self._began_at: float | None = None
         self._quiet_at = 0.0
         self.failed_at = math.inf  # when that was first seen with reads still under way
@@ -139,9 +158,41 @@ class Reading:
         """Blocks that a failed pull keeps from being reused."""
         return len(self.request.local_ids) if self.error else 0
 
+    @property
+    def is_open(self) -> bool:
+        """Whether its caller still waits for it."""
+        return self.error is None and self.result is None
+
+    def restart(self, peer: PeerHandle) -> None:
+        """Begin anew over a connection of another transport; what was read so far has ended."""
+        self._peer = peer
+        block_bytes = self._block_bytes
+        self._slices = deque(slices(self.request.runs, max(1, SLICE_BYTES // block_bytes)))
+        self._handles = []
+        self._fencing = False
+
+    def abandon(self, now: float) -> None:
+        """The transport has ended, and with it what a failed pull still had in flight."""
+        if self._handles:
+            self._handles = []
+            self._quiet_at = now + QUIET_S
+
+    def hold(self, now: float, quarantine_s: float) -> PullHold:
+        """What it keeps from being reused; a failed one is waited for `quarantine_s` at most."""
+        failed_at = min(self.failed_at, now)
+        ends_at = failed_at + quarantine_s if self.error else self.request.deadline
+        return PullHold(
+            request_id=self.request.request_id,
+            peer=self.request.pool.incarnation,
+            block_ids=self.request.local_ids,
+            age_s=now - self.request.asked_at,
+            left_s=ends_at - now,
+            error=str(self.error or ""),
+        )
+
     def fail(self, error: TransferError) -> None:
         """Answer the caller now; reads in flight go on until they are terminal."""
-        if self.error is None and self.result is None:
+        if self.is_open:
             self.error = error
             self._slices.clear()
             self.pull.done.set_exception(error)
@@ -162,7 +213,7 @@ class Reading:
         """Complete `settled` if nothing can land any more; whether the pull is over."""
         if self.error is not None:
             self.failed_at = min(self.failed_at, now)
-        if self._handles or (self.error is None and self.result is None) or now < self._quiet_at:
+        if self._handles or self.is_open or now < self._quiet_at:
             return False
         self.pull.settled.set_result(None)
         return True

@@ -76,6 +76,11 @@ class BlockPool:
         return self.num_blocks - self.num_free - self.num_cached
 
     @property
+    def held(self) -> frozenset[int]:
+        """Those blocks."""
+        return frozenset(block for block, refs in enumerate(self._refs) if refs > 0)
+
+    @property
     def num_available(self) -> int:
         """What `take` could give."""
         return self.num_free + self.num_cached

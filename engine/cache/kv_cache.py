@@ -4,7 +4,8 @@
     pool   [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]  one model's part of it
 
 Which block belongs to whom is `block_pool`'s business; this module only knows where its bytes are.
-The data plane reads `address` and `num_bytes` to register the pool, and never more than that.
+The data plane reads `address` and `num_bytes` to register the pool, and never more than that;
+`read_block` is for who checks what it brought.
 """
 
 from __future__ import annotations
@@ -99,6 +100,10 @@ class KVCache:
     def device_id(self) -> int:
         """Number of the device; 0 on the CPU."""
         return self.device.index or 0
+
+    def read_block(self, block: int) -> memoryview:
+        """All bytes of a block, in memory of the host: in place on a CPU, else a copy."""
+        return memoryview(self._memory[block].cpu().view(torch.uint8).numpy())
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K, V of a layer: strided views [num_blocks, num_kv_heads, block_size, head_dim] (HND)."""

@@ -82,6 +82,11 @@ def get_logger(name: str) -> Logger:
     return structlog.stdlib.get_logger(name)
 
 
+def current_request() -> str:
+    """The request that the current task was bound to; "" where there is none."""
+    return str(structlog.contextvars.get_contextvars().get("request_id", ""))
+
+
 def bind_request(request_id: str) -> None:
     """Put `request_id` on every further line of the current task."""
     structlog.contextvars.bind_contextvars(request_id=request_id)

@@ -9,7 +9,7 @@ thread-safe.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -119,6 +119,15 @@ class WorkerMetrics:
             "kv_stale_reads",
             "Blocks that the fence refused: reused before or while they were read.",
         )
+        self.kv_checksum_failures = make.counter(
+            "kv_checksum_failures", "Blocks that came with other bytes than they were sent with."
+        )
+        self.kv_data_plane_restarts = make.counter(
+            "kv_data_plane_restarts", "New beginnings because reads did not end."
+        )
+        self._kv_quarantined_blocks = make.gauge(
+            "kv_quarantined_blocks", "Held blocks that a failed read may still write."
+        )
         self._engine_step_seconds = make.histogram(
             "engine_step_seconds", "A step of the engine, by phase.", STEP_BUCKETS, "phase"
         )
@@ -143,6 +152,10 @@ class WorkerMetrics:
             if phase not in self._phases:
                 self._phases[phase] = self._engine_step_seconds.labels(self._model_name, phase)
             self._phases[phase].observe(seconds)
+
+    def watch_quarantine(self, num_blocks: Callable[[], int]) -> None:
+        """Ask for the number of quarantined blocks whenever metrics are read; any thread asks."""
+        self._kv_quarantined_blocks.set_function(num_blocks)
 
     def kv_transfer_failed(self, reason: str) -> None:
         """Count one failed pull; `reason` is one of a few fixed words."""

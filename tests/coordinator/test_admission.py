@@ -1,8 +1,11 @@
+import json
+
 import pytest
 from prometheus_client import CollectorRegistry
 
 from coordinator.admission import Admission
 from engine.errors import Overloaded
+from engine.telemetry.holds import shown
 from engine.telemetry.metrics import CoordinatorMetrics
 
 
@@ -106,3 +109,21 @@ def test_those_refused_together_come_back_one_by_one(admission, clock):
         delays.append(caught.value.retry_after_s)
     assert delays[:3] == pytest.approx([3.0, 6.0, 9.0])
     assert max(delays) == 60.0
+
+
+def test_holds_name_every_request_inside(admission, clock):
+    first = admission.admit("one", deadline_s=60.0)
+    clock[0] = 5.0
+    second = admission.admit()
+    first.set_tokens(70)
+    first.doing = "waits for a worker"
+    one, two = sorted(admission.holds(), key=lambda hold: -hold.age_s)
+    assert (one.owner, one.num_tokens, one.age_s, one.deadline_s) == ("one", 70, 5.0, 55.0)
+    assert "waits for a worker" in one.reason and not one.note
+    assert two.deadline_s is None and two.note, "a missing deadline is explained"
+    assert "tokenized" in two.reason
+    assert json.loads(json.dumps(shown([one, two])))[0]["deadline_s"] == 55.0
+    second.release()
+    first.release()
+    first.release()
+    assert admission.holds() == []

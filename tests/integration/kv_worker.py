@@ -12,6 +12,7 @@ import multiprocessing as mp
 import os
 import secrets
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from kvtransfer.base import MemoryRegion, RemotePool
 from kvtransfer.fence import Fence
 from kvtransfer.nixl_transport import NixlTransport
 from kvtransfer.pull import DataPlane
+from kvtransfer.quarantine import Quarantine
 
 SPAWN = mp.get_context("spawn")
 
@@ -33,19 +35,27 @@ SPAWN = mp.get_context("spawn")
 class Pool:
     """Blocks and generations of this process, with the data plane that serves or reads them."""
 
-    def __init__(self, num_blocks: int, block_bytes: int, *, fence: Fence | None = None) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_bytes: int,
+        *,
+        fence: Fence | None = None,
+        quarantine: Quarantine | None = None,
+    ) -> None:
         self.incarnation = new_incarnation()
         self.blocks = np.zeros((num_blocks, block_bytes), dtype=np.uint8)
         self.blocks[:] = 0  # touch it: a first write to a page costs a fault
         self.generations = np.arange(num_blocks, dtype=np.uint64) + np.uint64(secrets.randbits(62))
         self.plane = DataPlane(
-            lambda: NixlTransport(self.incarnation),
+            NixlTransport,
             incarnation=self.incarnation,
             blocks=region(self.blocks),
             generations=region(self.generations),
             num_blocks=num_blocks,
             block_bytes=block_bytes,
             fence=fence,
+            quarantine=quarantine,
         )
         self.plane.start()
 
@@ -130,6 +140,19 @@ def _fill(pool: Pool, seed: int) -> list[int]:
     return list(pool.generations.tolist())
 
 
+def _restart(pool: Pool) -> str:
+    """As if its own reads had not ended; the new agent's name."""
+    plane, restarted = pool.plane, threading.Event()
+
+    def restart() -> None:
+        plane._restart("told to")
+        restarted.set()
+
+    plane._submit(restart)
+    assert restarted.wait(20)
+    return plane.local_pool.agent
+
+
 # -- the race ------------------------------------------------------------------------------
 
 # The parent and the writer meet in one page of 64-bit words, each stored in one piece.
@@ -179,8 +202,6 @@ def _race(pool: Pool, page_name: str) -> int:
 
 def _listen(pool: Pool, digest: str, port: int = 0) -> str:
     """Serve KvService on a port, 0 for a free one, from a thread with its own loop; the address."""
-    import threading
-
     import grpc
 
     from engine.pb.diptych.internal.v1.worker_pb2_grpc import add_KvServiceServicer_to_server
@@ -200,7 +221,7 @@ def _listen(pool: Pool, digest: str, port: int = 0) -> str:
     async def main() -> None:
         server = grpc.aio.server()
         leases = LeaseTable(time.monotonic, 1.0)
-        servicer = KvServicer(pool.plane.local_pool, digest, NoBlocks(), leases)
+        servicer = KvServicer(lambda: pool.plane.local_pool, digest, NoBlocks(), leases)
         add_KvServiceServicer_to_server(servicer, server)
         address.append(f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}")
         await server.start()
@@ -212,4 +233,10 @@ def _listen(pool: Pool, digest: str, port: int = 0) -> str:
     return address[0]
 
 
-COMMANDS = {"pool": _pool, "fill": _fill, "race": _race, "listen": _listen}
+COMMANDS = {
+    "pool": _pool,
+    "fill": _fill,
+    "restart": _restart,
+    "race": _race,
+    "listen": _listen,
+}

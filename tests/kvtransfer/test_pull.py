@@ -1,126 +1,13 @@
 """The data plane's rules, over a transport whose reads end when the test says so."""
 
-import ctypes
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
-from kvtransfer.base import (
-    Extent,
-    MemoryRegion,
-    PeerLost,
-    PullFailed,
-    PullTimeout,
-    ReadState,
-    RemotePool,
-)
-from kvtransfer.pull import DataPlane
+from kvtransfer.base import PeerLost, PullFailed, PullTimeout, ReadState
 from kvtransfer.reads import SLICE_BYTES
-
-NUM_BLOCKS, BLOCK_BYTES = 16, 64
-
-
-@dataclass
-class Read:
-    peer: str
-    is_fence: bool
-    extents: Sequence[Extent]
-    state: ReadState | Exception = ReadState.PENDING
-    released: bool = False
-
-
-@dataclass
-class GatedTransport:
-    """Copies within this process; a read lands when `gate` lets it through."""
-
-    gate: Callable[[Read], ReadState | Exception] = lambda read: ReadState.DONE
-    reads: list[Read] = field(default_factory=list)
-    log: list[str] = field(default_factory=list)
-    thread: int | None = None
-
-    def _on_thread(self) -> None:
-        self.thread = self.thread or threading.get_ident()
-        assert self.thread == threading.get_ident()
-
-    def register(self, regions: Sequence[MemoryRegion]) -> None:
-        self._on_thread()
-
-    def metadata(self) -> bytes:
-        return b"here"
-
-    def connect(self, incarnation: str, metadata: bytes) -> str:
-        self._on_thread()
-        return incarnation
-
-    def disconnect(self, peer: str) -> None:
-        self._on_thread()
-        assert all(read.released for read in self.reads if read.peer == peer)
-        self.log.append(f"disconnect {peer}")
-
-    def post_read(
-        self, peer: str, remote: MemoryRegion, local: MemoryRegion, extents: Sequence[Extent]
-    ) -> tuple[Read, MemoryRegion, MemoryRegion]:
-        self._on_thread()
-        is_fence = remote.num_bytes == NUM_BLOCKS * 8
-        if is_fence:
-            assert all(read.released for read in self.reads if read.peer == peer)
-        self.reads.append(Read(peer, is_fence, extents))
-        return self.reads[-1], remote, local
-
-    def poll(self, handle: tuple[Read, MemoryRegion, MemoryRegion]) -> ReadState:
-        self._on_thread()
-        read, remote, local = handle
-        state = self.gate(read)
-        if isinstance(state, Exception):
-            raise state
-        if state is ReadState.DONE:
-            for source, target, size in read.extents:
-                ctypes.memmove(local.address + target, remote.address + source, size)
-        return state
-
-    def release(self, handle: tuple[Read, MemoryRegion, MemoryRegion]) -> None:
-        handle[0].released = True
-
-    def close(self) -> None:
-        self._on_thread()
-        self.log.append("close")
-
-
-class Rig:
-    def __init__(self) -> None:
-        self.transport = GatedTransport()
-        rng = np.random.default_rng(1)
-        self.source = rng.integers(0, 255, (NUM_BLOCKS, BLOCK_BYTES), dtype=np.uint8)
-        self.source_gens = rng.integers(0, 2**63, NUM_BLOCKS, dtype=np.uint64)
-        self.local = np.zeros_like(self.source)
-        self.gens = np.zeros(NUM_BLOCKS, dtype=np.uint64)
-        self.plane = DataPlane(
-            lambda: self.transport,
-            incarnation="me",
-            blocks=region(self.local),
-            generations=region(self.gens),
-            num_blocks=NUM_BLOCKS,
-            block_bytes=BLOCK_BYTES,
-        )
-        self.plane.start()
-
-    def peer(self, name: str) -> RemotePool:
-        pool = RemotePool(
-            name, region(self.source), region(self.source_gens), NUM_BLOCKS, BLOCK_BYTES, b""
-        )
-        self.plane.connect(pool).result(5)
-        return pool
-
-    def expected(self, ids: Sequence[int]) -> list[int]:
-        return [int(self.source_gens[i]) for i in ids]
-
-
-def region(array: np.ndarray) -> MemoryRegion:
-    return MemoryRegion(array.ctypes.data, array.nbytes)
+from tests.support.gated import BLOCK_BYTES, Rig, until
 
 
 @pytest.fixture
@@ -130,13 +17,6 @@ def rig() -> Iterator[Rig]:
     rig.transport.gate = lambda read: ReadState.DONE
     assert rig.plane.stop()
     assert rig.transport.log[-1] == "close"
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_pull_copies_fences_and_counts(rig: Rig) -> None:
@@ -203,7 +83,7 @@ def test_a_lost_peer_is_closed_and_may_come_back(rig: Rig) -> None:
         pull.done.result(5)
     assert not pull.settled.done()  # not before the quiet time is over
     pull.settled.result(5)
-    until(lambda: rig.transport.log == ["disconnect p"])
+    until(lambda: rig.transport.log == ["connect p.1", "disconnect p"])
     again = rig.plane.pull(pool, [1], [1], rig.expected([1]), 5)
     with pytest.raises(PeerLost, match="not connected"):
         again.done.result(5)
@@ -270,19 +150,6 @@ def test_a_dead_data_plane_is_seen_and_leaves_nobody_waiting(rig: Rig) -> None:
 
 def _broken(peer: str) -> None:
     raise KeyError("a bug")
-
-
-def test_a_read_that_never_ends_ends_the_data_plane(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its memory cannot be given back in any other way that does not depend on the peer."""
-    monkeypatch.setattr("kvtransfer.pull.QUARANTINE_S", 0.2)
-    rig = Rig()
-    rig.transport.gate = lambda read: ReadState.PENDING
-    pull = rig.plane.pull(rig.peer("p"), [1], [1], rig.expected([1]), 0.05)
-    with pytest.raises(PullTimeout):
-        pull.done.result(5)
-    assert not rig.plane.died.done()
-    assert "peer p" in rig.plane.died.result(5)
-    assert not pull.settled.done()
 
 
 def test_a_stop_is_no_death(rig: Rig) -> None:

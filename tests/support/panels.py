@@ -115,8 +115,8 @@ class LocalTransport:
     def metadata(self) -> bytes:
         return b"here"
 
-    def connect(self, incarnation: str, metadata: bytes) -> str:
-        return incarnation
+    def connect(self, agent: str, metadata: bytes) -> str:
+        return agent
 
     def disconnect(self, peer: str) -> None:
         assert not [read for read in self.pending if read.peer == peer]
@@ -140,7 +140,7 @@ class LocalTransport:
         self.pending.remove(handle)
 
     def close(self) -> None:
-        assert not self.pending
+        self.pending.clear()  # nothing lands any more
 
 
 @dataclass
@@ -174,7 +174,7 @@ class Panel:
             "makers": len(core.scheduler._makers),
             "streams": len(self.host.engine._streams),
             "leases": len(self.host.kv._leases),
-            "background": len(self.host._background),
+            "background": len(self.host.background),
             "reads": len(self.transport.pending),
             "pulls": self.host.plane.counters.num_in_flight,
             "quarantined": self.host.plane.counters.num_quarantined_blocks,
@@ -211,11 +211,12 @@ async def start(
         num_bytes=runner.memory.nbytes,
         kind="DRAM",
         device_id=0,
+        read_block=lambda block: memoryview(runner.memory[block]).cast("B"),
     )
     layout = KVLayout(1, 1, 1, SIZE, "float32")  # 2 * SIZE floats: as many bytes as SIZE int64
     identity = ModelIdentity("test", DIGEST, "test", max_model_len, SIZE, VOCAB)
     settings = WorkerSettings(role, WorkerOptions(), transfer or TransferOptions())
-    with mock.patch("kvtransfer.host.NixlTransport", lambda incarnation: transport):
+    with mock.patch("kvtransfer.host.NixlTransport", lambda agent: transport):
         host = WorkerHost(settings, Engine(core, cache, layout, identity, metrics))
     server = RpcServer()
     services = worker_pb2.DESCRIPTOR.services_by_name

@@ -1,0 +1,176 @@
+"""The transport of this moment, under its agent's name, and the peers connected to it.
+
+    open() --> agent n: connect, disconnect ... --end()--> nothing of it can land any more
+      ^                                           |  '--- AgentStuck: it hung, or raised
+      +------------- agent n + 1 -----------------+
+
+Used on the data-plane thread alone. Only the end of a transport runs in a thread of its own: it may
+hang on a peer that does not answer, and then the thread is given up, and the process should end.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from kvtransfer.base import (
+    MemoryRegion,
+    PeerHandle,
+    PeerLost,
+    PullFailed,
+    RemotePool,
+    TransferError,
+    Transport,
+)
+
+_NEVER_FREED: list[object] = []  # freeing a stuck agent could hang the thread that drops it
+
+
+class AgentStuck(Exception):
+    """A transport did not end: nobody knows what it still writes, but the process's end does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """How peers reach the transport of this moment."""
+
+    name: str
+    metadata: bytes
+
+
+@dataclass(slots=True)
+class _Peer:
+    """A connected peer; `closing` takes no new pull and is disconnected with its last read."""
+
+    pool: RemotePool
+    handle: PeerHandle
+    closing: bool = False
+
+
+class Connections:
+    """Owner of the transport. `factory` makes one for an agent's name, which is never used again.
+
+    Agents are named `{incarnation}.{n}`: a name that comes back would be taken for the old agent.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[str], Transport],
+        incarnation: str,
+        regions: Sequence[MemoryRegion],
+    ) -> None:
+        self.transport: Transport | None = None
+        self.agent = Agent("", b"")  # replaced as a whole; read it from any thread
+        self._factory = factory
+        self._incarnation = incarnation
+        self._regions = regions
+        self._num_agents = 0
+        self._peers: dict[str, _Peer] = {}  # by incarnation
+        self._disconnected: dict[str, list[Future[None]]] = {}
+
+    def open(self) -> None:
+        """A transport of a new name with all memory registered; raises what it raises."""
+        self._num_agents += 1
+        name = f"{self._incarnation}.{self._num_agents}"
+        transport = self._factory(name)
+        transport.register(self._regions)
+        self.agent = Agent(name, transport.metadata())
+        self.transport = transport
+
+    def end(self, timeout_s: float) -> None:
+        """Close the transport, whatever is in flight. Raises AgentStuck."""
+        if (transport := self.transport) is None:
+            return
+        failures: list[BaseException] = []
+
+        def close() -> None:
+            try:
+                transport.close()
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=close, name="kv-agent-end", daemon=True)
+        thread.start()
+        thread.join(timeout_s)
+        if thread.is_alive() or failures:
+            self.give_up()
+            how = repr(failures[0]) if failures else f"no end within {timeout_s:.0f} s"
+            raise AgentStuck(f"agent {self.agent.name} did not end: {how}")
+        self.transport = None
+
+    def give_up(self) -> None:
+        """Never free the transport: until the process ends it may write, or hang who frees it."""
+        if self.transport is not None:
+            _NEVER_FREED.append(self.transport)
+
+    def reconnect(self) -> None:
+        """Connect the peers of the transport before this one; those that were closing are gone."""
+        assert self.transport is not None
+        old, self._peers = self._peers, {}
+        for incarnation, peer in old.items():
+            if peer.closing:
+                self._tell(incarnation)
+                continue
+            try:
+                handle = self.transport.connect(peer.pool.agent, peer.pool.metadata)
+            except TransferError:
+                continue  # a pull learns that it is not connected, and shakes hands again
+            self._peers[incarnation] = _Peer(peer.pool, handle)
+
+    def connect(self, pool: RemotePool) -> None:
+        """Make a peer's pool readable; repeating it is harmless. PeerLost, PullFailed."""
+        if self.transport is None:
+            raise PullFailed("the data plane has stopped")
+        peer = self._peers.get(pool.incarnation)
+        if peer is not None and not peer.closing and peer.pool.agent != pool.agent:
+            self.lose(pool.incarnation)  # its data plane began anew
+        if peer is None:
+            handle = self.transport.connect(pool.agent, pool.metadata)
+            self._peers[pool.incarnation] = _Peer(pool, handle)
+        elif peer.closing:
+            raise PeerLost(f"peer {pool.incarnation} is still being disconnected")
+
+    def handle_of(self, pool: RemotePool) -> PeerHandle:
+        """For reads from that pool. PeerLost where its agent is not connected."""
+        peer = self._peers.get(pool.incarnation)
+        if peer is None or peer.closing or peer.pool.agent != pool.agent:
+            raise PeerLost(f"peer {pool.incarnation} is not connected")
+        return peer.handle
+
+    def lose(self, incarnation: str) -> None:
+        """Take no more pulls from a peer."""
+        if peer := self._peers.get(incarnation):
+            peer.closing = True
+
+    def lose_all(self) -> None:
+        """Take no more pulls from anybody."""
+        for peer in self._peers.values():
+            peer.closing = True
+
+    def disconnect(self, incarnation: str, future: Future[None]) -> None:
+        """Lose a peer; `future` completes when it is disconnected."""
+        if incarnation in self._peers:
+            self.lose(incarnation)
+            self._disconnected.setdefault(incarnation, []).append(future)
+        else:
+            future.set_result(None)
+
+    def disconnect_idle(self, busy: set[str]) -> None:
+        """Disconnect closing peers but for the `busy`, which a pull still needs."""
+        if self.transport is None:
+            return
+        for incarnation in [name for name, peer in self._peers.items() if peer.closing]:
+            if incarnation not in busy:
+                self.transport.disconnect(self._peers.pop(incarnation).handle)
+                self._tell(incarnation)
+
+    def _tell(self, incarnation: str) -> None:
+        for future in self._disconnected.pop(incarnation, []):
+            future.set_result(None)
+
+
+def unfreed() -> bool:
+    """Whether some transport was given up: then the process should end without cleaning up."""
+    return bool(_NEVER_FREED)

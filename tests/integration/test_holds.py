@@ -1,0 +1,95 @@
+"""/debug/holds of all three processes, while a prompt is computed, while an answer is written, and
+after: every hold is named, and every held block is explained.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from coordinator.client import generate_request
+from tests.integration.stack import ROOT, Stack, until
+
+ORACLE = json.loads((Path(__file__).parents[1] / "data" / "greedy_fp32.json").read_text())
+LONG = next(case for case in ORACLE if len(case["prompt"]) == 1500)
+pytestmark = pytest.mark.timeout(300)
+
+
+def report(http_address: str) -> dict[str, Any]:
+    """What a process says; whatever the moment, nothing lacks an owner, a reason or an end."""
+    response = httpx.get(f"http://{http_address}/debug/holds", timeout=10)
+    assert response.headers["content-type"] == "application/json"
+    found: dict[str, Any] = response.json()
+    for hold in found["holds"]:
+        assert hold["owner"] and hold["reason"] and hold["age_s"] >= 0, hold
+        assert hold["deadline_s"] is not None or hold["note"], hold
+    if pool := found.get("pool"):
+        assert pool["unexplained"] == 0, pool
+        assert pool["free"] + pool["cached"] + pool["held"] == pool["total"]
+    return found
+
+
+def kinds(found: dict[str, Any], request_id: str) -> set[str]:
+    """Kinds of hold that are there for one request."""
+    mine = [h for h in found["holds"] if request_id in (h["owner"], h.get("request_id"))]
+    return {str(hold["kind"]) for hold in mine}
+
+
+def test_holds_from_the_prompt_to_the_end(stack: Stack) -> None:
+    (p,), (d,) = stack.workers("prefill"), stack.workers("decode")
+    request = generate_request(LONG["prompt"], max_tokens=200, ignore_eos=True, request_id="held")
+    call = stack.client._inference.Generate(request, timeout=120)
+
+    seen: dict[str, set[str]] = {"prefill": set(), "decode": set()}
+
+    def prefilling() -> bool:
+        at_p, at_d = report(p.http_address), report(d.http_address)
+        seen["prefill"] |= kinds(at_p, "held")
+        seen["decode"] |= kinds(at_d, "held")
+        (hold,) = report(stack.http_address)["holds"]
+        assert (hold["owner"], hold["num_tokens"]) == ("held", 1500)
+        if "waits for tokens" not in hold["reason"]:
+            return "is being answered" in hold["reason"]
+        assert "decode-0 with prefill-0" in hold["reason"]
+        assert 100 < hold["deadline_s"] <= 120
+        return False
+
+    until(
+        lambda: (
+            bool(report(stack.http_address)["holds"])
+            and report(stack.http_address)["holds"][0].get("num_tokens") == 1500
+            and "waits for tokens" in report(stack.http_address)["holds"][0]["reason"]
+        ),
+        10,
+        "the request is on its way",
+        0.01,
+    )
+    until(prefilling, 60, "the answer begins", 0.01)
+    assert {"request", "lease"} <= seen["prefill"]
+    assert {"request", "task"} <= seen["decode"]
+
+    next(call)
+    at_d = report(d.http_address)
+    (running,) = [hold for hold in at_d["holds"] if hold["kind"] == "request"]
+    assert running["owner"] == "held" and "running" in running["reason"]
+    assert running["num_blocks"] == at_d["pool"]["held"] >= 94
+    assert 0 < running["deadline_s"] <= 120
+    command = [sys.executable, "-m", "coordinator.cli", "status", "--holds"]
+    shown = subprocess.run(
+        [*command, "--server", stack.address], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert shown.returncode == 0, shown.stderr
+    (line,) = [line for line in shown.stdout.splitlines() if "running: this answer" in line]
+    assert "decode-0" in line and "held" in line
+    until(lambda: not report(p.http_address)["holds"], 10, "the prefill worker is done")
+
+    call.cancel()
+    stack.assert_at_rest()
+    for address in (stack.http_address, p.http_address, d.http_address):
+        until(lambda a=address: not report(a)["holds"], 5, f"nothing is held at {address}")  # type: ignore[misc]
