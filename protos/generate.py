@@ -1,8 +1,8 @@
 """Rebuild the Python stubs in engine/pb from the .proto files: `make protos`.
 
-Generated modules import each other by their proto path (`diptych.v1...`); they live under
-`engine.pb`, so that prefix is put in front. With `--check` nothing is written and the exit status
-tells whether the committed stubs are stale.
+Generated modules import each other by their proto path (`diptych.v1...`, `inference...`); they
+live under `engine.pb`, so that prefix is put in front. With `--check` nothing is written and the
+exit status tells whether the committed stubs are stale.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from grpc_tools import protoc
 
 ROOT = Path(__file__).parent
 TARGET = ROOT.parent / "engine" / "pb"
-_IMPORT = re.compile(r"^(from|import) diptych\b", re.MULTILINE)
+_PACKAGES = "|".join(sorted(p.name for p in ROOT.iterdir() if p.is_dir()))
+_IMPORT = re.compile(rf"^(from|import) ({_PACKAGES})\b", re.MULTILINE)
 
 
 def generate(out: Path) -> dict[str, str]:
@@ -30,7 +31,7 @@ def generate(out: Path) -> dict[str, str]:
         raise SystemExit("protoc failed")
     files = {}
     for path in sorted(out.rglob("*.py*")):
-        files[str(path.relative_to(out))] = _IMPORT.sub(r"\1 engine.pb.diptych", path.read_text())
+        files[str(path.relative_to(out))] = _IMPORT.sub(r"\1 engine.pb.\2", path.read_text())
     for name in list(files):
         for parent in Path(name).parents:
             files.setdefault(str(parent / "__init__.py"), "")
