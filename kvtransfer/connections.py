@@ -53,6 +53,7 @@ class Connections:
     """Owner of the transport. `factory` makes one for an agent's name, which is never used again.
 
     Agents are named `{incarnation}.{n}`: a name that comes back would be taken for the old agent.
+    `owner` of the regions' memory is kept with a transport that is given up.
     """
 
     def __init__(
@@ -60,12 +61,14 @@ class Connections:
         factory: Callable[[str], Transport],
         incarnation: str,
         regions: Sequence[MemoryRegion],
+        owner: object = None,
     ) -> None:
         self.transport: Transport | None = None
         self.agent = Agent("", b"")  # replaced as a whole; read it from any thread
         self._factory = factory
         self._incarnation = incarnation
         self._regions = regions
+        self._owner = owner
         self._num_agents = 0
         self._peers: dict[str, _Peer] = {}  # by incarnation
         self._disconnected: dict[str, list[Future[None]]] = {}
@@ -103,7 +106,7 @@ class Connections:
     def give_up(self) -> None:
         """Never free the transport: until the process ends it may write, or hang who frees it."""
         if self.transport is not None:
-            _NEVER_FREED.append(self.transport)
+            _NEVER_FREED.append((self.transport, self._owner))
 
     def reconnect(self) -> None:
         """Connect the peers of the transport before this one; those that were closing are gone."""

@@ -124,7 +124,7 @@ class DataPlane:
         self._thread = threading.Thread(target=self._run, name="kv-data-plane", daemon=True)
         # Data-plane thread only:
         regions = [blocks, generations, landing]
-        self._connections = Connections(transport_factory, incarnation, regions)
+        self._connections = Connections(transport_factory, incarnation, regions, self._memory)
         self._readings: list[Reading] = []
 
     # -- any thread --------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 
 from engine.config import TransferOptions
 from engine.errors import Unavailable
+from engine.types import Role
 from kvtransfer.base import ReadState
 from tests.support.panels import (
     Ask,
@@ -18,6 +19,7 @@ from tests.support.panels import (
     collect,
     decode_stub,
     pair,
+    start,
     until,
 )
 
@@ -54,6 +56,7 @@ async def test_the_data_plane_begins_anew_and_everything_is_given_back() -> None
 async def test_other_requests_go_on_beside_a_quarantine_and_through_a_restart() -> None:
     options = TransferOptions(pull_timeout_s=1.0, quarantine_s=1.5, quarantine_share=1.0)
     async with pair(decode={"transfer": options}) as (p, d):
+        other = await start(Role.PREFILL)
         stuck: list[Any] = []
 
         def gate(read: Any) -> ReadState:
@@ -69,7 +72,7 @@ async def test_other_requests_go_on_beside_a_quarantine_and_through_a_restart() 
         asks = [Ask(tuple((7 * i + n) % 50 for n in range(30)), 40) for i in range(40)]
         answers = []
         for ask in asks:
-            answers.append((ask, await answer(d, p, ask)))
+            answers.append((ask, await answer(d, other, ask)))
             if d.host.plane.counters.num_restarts:
                 break
             await asyncio.sleep(0.1)
@@ -78,4 +81,6 @@ async def test_other_requests_go_on_beside_a_quarantine_and_through_a_restart() 
         assert all(tokens == ask.answer() for ask, tokens in answers)
         with pytest.raises(Unavailable):
             await hanging
-        await assert_at_rest(p, d)
+        assert d.host.plane.counters.num_blocks >= 5 * 7, "they were pulled"
+        await assert_at_rest(p, d, other)
+        await other.stop()
