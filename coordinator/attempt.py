@@ -23,6 +23,7 @@ from engine.errors import DeadlineExceeded, Unavailable
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.channel import ChannelPool
 from engine.rpc.convert import peer_to_pb, reason_from_pb, sampling_to_pb, stop_to_pb
+from engine.rpc.liveness import next_message
 from engine.rpc.trust import ClusterToken
 from engine.types import FinishReason, StopParams
 
@@ -99,8 +100,9 @@ class Caller:
             call = self._stub(route).Decode(
                 _decode_request(progress, route), timeout=dispatch.remaining_s()
             )
+            name = f"decode worker {route.decode.peer.worker_id}"
             try:
-                async for response in call:
+                while (response := await next_message(call, name)) is not None:
                     if response.HasField("tokens"):
                         until_first_token.close()
                         spent.report(response.tokens)

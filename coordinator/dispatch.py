@@ -7,7 +7,8 @@
 
 A decode worker is passed over while another has failed less often; one that the table calls ready
 may be tried again, and where none is ready the request waits for one to appear. A prefill worker
-that failed is done with: the decode worker can do without.
+that failed is done with: the decode worker can do without. Whoever fails one request is doubted
+for a while by all others (`Membership.doubt`).
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ class Route:
 
     decode: Worker
     prefill: Worker | None
+
+    def __str__(self) -> str:
+        """For people: the worker's ids."""
+        decode = self.decode.peer.worker_id
+        return f"{decode} with {self.prefill.peer.worker_id}" if self.prefill else decode
 
 
 class Dispatch:
@@ -107,6 +113,7 @@ class Dispatch:
         if error.lost == Role.PREFILL.value and route.prefill is not None:
             lost, self._kept = route.prefill, route.decode.peer.incarnation
         self._failures[lost.peer.incarnation] += 1
+        self._membership.doubt(lost)
         self._num_failed += 1
         if self._num_failed >= MAX_ATTEMPTS:
             raise Unavailable(f"{self._num_failed} attempts failed, the last with: {error.message}")

@@ -1,15 +1,17 @@
 """Who serves: the table of workers, rebuilt from their Register streams alone.
 
                  hello accepted           load says so
-      (unknown) ---------------> READY <---------------> DRAINING
-                                  |  ^                      |
-        stream broken, or silent  v  | a heartbeat again    | stream broken
-                                SUSPECT  <------------------+
-                                  | after a minute, or a new incarnation of the same place
-                                  v
-                              (forgotten)
+      (unknown) ---------------> READY ----------------> DRAINING
+                                  |  ^                    |    |
+        stream broken, or silent  v  | a heartbeat again  |    | stream broken: it has ended
+                                SUSPECT  <----------------+    |
+                                  | after a minute, or a new   |
+                                  v incarnation of the place   v
+                              (forgotten) <--------------------+
 
-Only READY workers are routed to. The first worker fixes what all must agree on (digest, numeric
+Only READY workers are routed to, those that lately failed a request last of all. An incarnation
+whose place another has taken is refused when it comes back: it was stopped, or cut off, and given
+up. The first worker fixes what all must agree on (digest, numeric
 profile, block size, vocabulary); when the last one has gone it may change. How long a request each
 can hold is its own affair: the shortest of the decode workers counts. Owned by the event loop.
 """
@@ -18,7 +20,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -31,9 +35,11 @@ from engine.types import PROTOCOL_VERSION, ModelIdentity, Peer, Role
 
 _log = get_logger(__name__)
 
-HEARTBEAT_S = 1.0
-SILENCE_S = 10.0  # without a heartbeat: suspect
+HEARTBEAT_S = 0.5
+SILENCE_S = 3.0  # without a heartbeat: suspect
 FORGET_S = 60.0  # a suspect stays in the table, for operators to see
+DOUBT_S = 5.0  # how long a worker that failed a request is avoided
+_MAX_SUPERSEDED = 1024
 
 
 class WorkerState(Enum):
@@ -69,6 +75,7 @@ class Load:
     cached_blocks: int = 0
     held_blocks: int = 0
     total_blocks: int = 0
+    quarantined_blocks: int = 0
     draining: bool = False
     totals: Totals = field(default_factory=Totals)
 
@@ -100,6 +107,8 @@ class Worker:
     # What this coordinator has sent there and not had back: newer than any heartbeat.
     assigned_requests: int = 0
     assigned_tokens: int = 0
+    doubted_s: float = -math.inf  # when it last failed a request, monotonic
+    doubtful: bool = False  # whether that was lately, as of the snapshot
 
 
 class Membership:
@@ -117,6 +126,7 @@ class Membership:
         self._metrics = metrics
         self._clock = clock
         self._workers: dict[str, Worker] = {}  # by worker_id
+        self._superseded: OrderedDict[str, None] = OrderedDict()  # incarnations, oldest first
         self._changed = asyncio.Event()
         self._sessions = itertools.count(1)
 
@@ -132,7 +142,11 @@ class Membership:
     def snapshot(self) -> tuple[Worker, ...]:
         """All rows, in order of worker_id."""
         self._look_at_the_clock()
-        return tuple(self._workers[key] for key in sorted(self._workers))
+        doubted_since_s = self._clock() - DOUBT_S
+        return tuple(
+            replace(worker, doubtful=worker.doubted_s > doubted_since_s)
+            for _, worker in sorted(self._workers.items())
+        )
 
     def ready(self, role: Role) -> bool:
         """Whether some worker of `role` can be routed to."""
@@ -161,7 +175,12 @@ class Membership:
                 load=old.load,
                 assigned_requests=old.assigned_requests,
                 assigned_tokens=old.assigned_tokens,
+                doubted_s=old.doubted_s,
             )
+        elif old:
+            self._superseded[old.peer.incarnation] = None
+            if len(self._superseded) > _MAX_SUPERSEDED:
+                self._superseded.popitem(last=False)
         self._workers[hello.peer.worker_id] = worker
         _log.info("worker registered", worker=hello.peer.worker_id, pool=hello.role.value)
         self._notify()
@@ -178,14 +197,32 @@ class Membership:
         self._put(replace(current, load=load, state=state, heard_s=self._clock()))
         return True
 
+    def left(self, worker: Worker) -> None:
+        """The worker's stream ended: with a draining worker that was its end, another is lost."""
+        current = self._workers.get(worker.peer.worker_id)
+        if current is None or current.session != worker.session:
+            return
+        if current.state is WorkerState.DRAINING:
+            _log.info("worker ended", worker=worker.peer.worker_id)
+            del self._workers[worker.peer.worker_id]
+            self._notify()
+        else:
+            self.lost(worker, "its stream broke")
+
     def lost(self, worker: Worker, reason: str) -> None:
-        """The worker's stream broke: nobody is sent there from now on."""
+        """Nothing is heard of the worker: nobody is sent there from now on."""
         current = self._workers.get(worker.peer.worker_id)
         if current is None or current.session != worker.session:
             return
         if current.state is not WorkerState.SUSPECT:
             _log.warning("worker lost", worker=worker.peer.worker_id, reason=reason)
             self._put(replace(current, state=WorkerState.SUSPECT, heard_s=self._clock()))
+
+    def doubt(self, worker: Worker) -> None:
+        """The worker failed a request: it is avoided for a while, as far as others are there."""
+        current = self._workers.get(worker.peer.worker_id)
+        if current and current.peer.incarnation == worker.peer.incarnation:
+            self._workers[worker.peer.worker_id] = replace(current, doubted_s=self._clock())
 
     @contextmanager
     def assigned(self, worker: Worker, num_tokens: int) -> Iterator[None]:
@@ -221,6 +258,11 @@ class Membership:
             raise Mismatch(
                 f"protocol version {hello.protocol_version} is not {PROTOCOL_VERSION}, which"
                 " this coordinator speaks"
+            )
+        if hello.peer.incarnation in self._superseded:
+            raise Mismatch(
+                f"another process has taken the place {hello.peer.worker_id} meanwhile; start anew,"
+                " and give each worker an id of its own"
             )
         if hello.model.name != self._model_name:
             raise Mismatch(

@@ -1,18 +1,25 @@
-"""RegistryService: a worker's Register stream -> rows of the table of workers."""
+"""RegistryService: a worker's Register stream -> rows of the table of workers, and words back.
+
+worker --Hello, Load, Load ...--> listener task --> Membership
+       <--Welcome, Drain--------- outbox          <-- drain()
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from coordinator.membership import HEARTBEAT_S, Hello, Load, Membership, Totals
-from engine.errors import InvalidRequest, Mismatch
+from coordinator.membership import HEARTBEAT_S, Hello, Load, Membership, Totals, Worker
+from engine.errors import InvalidRequest, Mismatch, Unavailable
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.rpc.convert import identity_from_pb, role_from_pb
 from engine.telemetry.log import get_logger
 from engine.types import Peer
 
 _log = get_logger(__name__)
+
+Outbox = asyncio.Queue[registry_pb2.CoordinatorMessage | None]  # None: the stream is over
 
 
 class RegistryServicer:
@@ -21,6 +28,15 @@ class RegistryServicer:
     def __init__(self, membership: Membership, coordinator_id: str) -> None:
         self._membership = membership
         self._coordinator_id = coordinator_id
+        self._outboxes: dict[str, Outbox] = {}  # by incarnation
+
+    def drain(self, worker: Worker, deadline_s: float) -> None:
+        """Tell a worker to drain; 0: within its own time. Raises Unavailable if it cannot hear."""
+        outbox = self._outboxes.get(worker.peer.incarnation)
+        if outbox is None:
+            raise Unavailable(f"worker {worker.peer.worker_id} is not connected now")
+        drain = registry_pb2.Drain(deadline_s=deadline_s)
+        outbox.put_nowait(registry_pb2.CoordinatorMessage(drain=drain))
 
     async def Register(
         self, messages: AsyncIterator[registry_pb2.WorkerMessage], context: Any
@@ -37,18 +53,36 @@ class RegistryServicer:
             refused = registry_pb2.Refused(reason=error.message)
             yield registry_pb2.CoordinatorMessage(refused=refused)
             return
+        outbox: Outbox = asyncio.Queue()
+        self._outboxes[hello.peer.incarnation] = outbox
+        listener = asyncio.create_task(self._listen(messages, worker, outbox))
         try:
             welcome = registry_pb2.Welcome(
                 coordinator_id=self._coordinator_id, heartbeat_s=HEARTBEAT_S
             )
             yield registry_pb2.CoordinatorMessage(welcome=welcome)
+            while (message := await outbox.get()) is not None:
+                yield message
+            await listener
+        finally:
+            listener.cancel()
+            await asyncio.gather(listener, return_exceptions=True)
+            if self._outboxes.get(hello.peer.incarnation) is outbox:
+                del self._outboxes[hello.peer.incarnation]
+            self._membership.left(worker)
+
+    async def _listen(
+        self, messages: AsyncIterator[registry_pb2.WorkerMessage], worker: Worker, outbox: Outbox
+    ) -> None:
+        """Note what the worker says until its stream ends or another has taken its place."""
+        try:
             async for message in messages:
                 if message.HasField("load") and not self._membership.heartbeat(
                     worker, _load(message.load)
                 ):
                     return
         finally:
-            self._membership.lost(worker, "its stream broke")
+            outbox.put_nowait(None)
 
 
 def _hello(pb: registry_pb2.Hello) -> Hello:
@@ -79,6 +113,7 @@ def _load(pb: registry_pb2.Load) -> Load:
         cached_blocks=pb.cached_blocks,
         held_blocks=pb.held_blocks,
         total_blocks=pb.total_blocks,
+        quarantined_blocks=pb.quarantined_blocks,
         draining=pb.draining,
         totals=Totals(
             prompt_tokens_computed=totals.prompt_tokens_computed,

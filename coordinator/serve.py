@@ -47,7 +47,6 @@ from engine.types import Role
 
 _log = get_logger(__name__)
 
-DRAIN_S = 25.0  # within the half minute that Kubernetes gives
 _STOP_S = 5.0  # for local workers, whose requests have ended
 
 
@@ -110,7 +109,7 @@ async def _serve(options: Options, served: ServedModel, trust: Trust) -> int:
             supervisor.start()
         await _until_stop(coordinator, supervisor, options, stop)
         _log.info("draining", num_requests=coordinator.pipeline.num_requests)
-        await _first(hurry.wait(), coordinator.drain(DRAIN_S))
+        await _first(hurry.wait(), coordinator.drain(options.front.drain_s))
         await coordinator.end_requests()
     finally:
         # Workers before the doors: what they still send finds somebody.

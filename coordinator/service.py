@@ -8,9 +8,10 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
-from coordinator.membership import Membership, Worker
+from coordinator.membership import Membership, Worker, WorkerState
 from coordinator.model import ServedModel
 from coordinator.pipeline import Pipeline
+from coordinator.registry import RegistryServicer
 from coordinator.request import AnswerRequest, Chunk, Finished
 from coordinator.validate import (
     MAX_DETOKENIZED,
@@ -21,7 +22,9 @@ from coordinator.validate import (
     validate_chat,
     validate_generate,
 )
-from engine.errors import DiptychError, InvalidRequest, NotOffered
+from coordinator.validate_tools import check_tools
+from engine.config import MAX_REQUEST_S
+from engine.errors import DeadlineExceeded, DiptychError, InvalidRequest, NotFound
 from engine.pb.diptych.v1 import admin_pb2, inference_pb2
 from engine.rpc.convert import reason_to_pb
 from engine.rpc.status import to_status
@@ -31,6 +34,9 @@ from engine.telemetry.timeline import Event, Timeline
 from engine.types import Role
 
 _log = get_logger(__name__)
+
+_WORKERS_OWN_S = 120.0  # a drain whose deadline only the worker knows is waited for so long
+_END_S = 15.0  # from the end of a worker's requests to its own
 
 Responses = AsyncGenerator[inference_pb2.GenerateResponse, None]
 
@@ -74,8 +80,11 @@ class InferenceServicer:
                 special = request.add_special_tokens or not request.HasField("add_special_tokens")
                 ids = await self._model.encode("text", request.text, special, limit)
             case "chat":
-                messages = check_messages("chat.messages", request.chat.messages, limits)
-                ids = await self._model.encode_chat(messages, limit)
+                chat = request.chat
+                messages = check_messages("chat.messages", chat.messages, limits)
+                tools = check_tools("chat.tools_json", chat.tools_json)
+                ask = chat.add_generation_prompt or not chat.HasField("add_generation_prompt")
+                ids = await self._model.encode_chat(messages, limit, tools, ask)
             case _:
                 raise InvalidRequest("input", "unset; expected text or chat")
         return inference_pb2.TokenizeResponse(token_ids=ids, max_model_len=limit)
@@ -146,8 +155,14 @@ class InferenceServicer:
 class AdminServicer:
     """What an operator asks; see admin.proto."""
 
-    def __init__(self, membership: Membership, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        membership: Membership,
+        registry: RegistryServicer,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._membership = membership
+        self._registry = registry
         self._clock = clock
 
     async def ListWorkers(
@@ -161,13 +176,42 @@ class AdminServicer:
     async def DrainWorker(
         self, request: admin_pb2.DrainWorkerRequest, context: Any
     ) -> admin_pb2.DrainWorkerResponse:
-        """Not served yet."""
-        raise NotOffered("DrainWorker")
+        """Have a worker finish or hand over what it has and end; returns when it has ended."""
+        worker = self._worker(request.worker_id)
+        deadline_s = request.deadline_s
+        if not 0 <= deadline_s <= MAX_REQUEST_S:
+            raise InvalidRequest("deadline_s", f"{deadline_s:g}; expected seconds, 0 or more")
+        self._registry.drain(worker, deadline_s)
+        _log.info("worker is to drain", worker=worker.peer.worker_id)
+        wait_s = (deadline_s or _WORKERS_OWN_S) + _END_S
+        ends_s = self._clock() + min(wait_s, context.time_remaining() or wait_s)
+        while self._is_here(worker):
+            if (left_s := ends_s - self._clock()) <= 0:
+                raise DeadlineExceeded(f"worker {worker.peer.worker_id} is still draining")
+            await self._membership.wait_for_change(min(left_s, 1.0))
+        return admin_pb2.DrainWorkerResponse()
+
+    def _worker(self, worker_id: str) -> Worker:
+        rows = self._membership.snapshot()
+        for row in rows:
+            if row.peer.worker_id == worker_id:
+                return row
+        known = ", ".join(row.peer.worker_id for row in rows) or "none"
+        if not worker_id:
+            raise InvalidRequest("worker_id", f"unset; expected one of {known}")
+        raise NotFound(f"worker_id: {worker_id!r} is not here; known: {known}")
+
+    def _is_here(self, worker: Worker) -> bool:
+        return any(
+            row.peer.incarnation == worker.peer.incarnation and row.state is not WorkerState.SUSPECT
+            for row in self._membership.snapshot()
+        )
 
 
 def _response(request_id: str, part: Chunk | Finished) -> inference_pb2.GenerateResponse:
     if isinstance(part, Chunk):
-        delta = inference_pb2.Delta(text=part.text, token_ids=part.token_ids)
+        calls = [inference_pb2.ToolCallDelta(**asdict(piece)) for piece in part.tool_calls]
+        delta = inference_pb2.Delta(text=part.text, token_ids=part.token_ids, tool_calls=calls)
         return inference_pb2.GenerateResponse(request_id=request_id, delta=delta)
     ending, timing = part.ending, part.timing
     matched = None
@@ -207,5 +251,6 @@ def _row(worker: Worker, now: float) -> admin_pb2.Worker:
         cached_blocks=load.cached_blocks,
         held_blocks=load.held_blocks,
         total_blocks=load.total_blocks,
+        quarantined_blocks=load.quarantined_blocks,
         **asdict(totals),
     )

@@ -4,8 +4,11 @@
                       |                                      |
                       leases renewed once read               lease released on the peer at once
 
+The stream stays open until the last pull has ended: a peer that falls silent is noticed whatever is
+being waited for, and its reads are cancelled.
+
 A chunk's blocks are committed in order, so a request always has a clean prefix to go on from.
-Blocks that the fence refused are asked for again; a peer that is lost raises
+Blocks that the fence or their checksum refused are asked for again; a peer that is lost raises
 `Unavailable(lost="prefill")`, and all that was committed by then is a prefix hit for the next.
 """
 
@@ -13,8 +16,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import grpc
 
@@ -27,18 +31,21 @@ from engine.errors import (
 )
 from engine.events import FetchEvent
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
+from engine.rpc.liveness import next_message
 from engine.rpc.status import from_rpc_error
 from engine.telemetry.log import get_logger
 from engine.telemetry.timeline import Event as Mark
 from engine.telemetry.timeline import Timeline
 from engine.types import Peer
+from engine.worker import EngineDied
 from kvtransfer.base import RemotePool, TransferError
 from kvtransfer.host import WorkerHost
 from kvtransfer.reads import Pull
 from kvtransfer.service import Renewer
 
 _log = get_logger(__name__)
-_LAST_WORDS_S = 0.1
+_T = TypeVar("_T")
+_SETTLE_S = 0.2  # a read that was stopped usually ends in milliseconds
 _MAX_ROUNDS = 3  # calls for the same blocks before the rest is computed here
 
 
@@ -62,13 +69,6 @@ class Fetch:
     def late(self) -> bool:
         """Whether the request's own time is over."""
         return time.monotonic() >= self.deadline_s
-
-    async def settled(self) -> None:
-        """Stop all reads and wait until none can write to local memory any more."""
-        for pull in self.pulls:
-            pull.cancel()
-        for pull in self.pulls:
-            await asyncio.wrap_future(pull.settled)
 
 
 class Intake:
@@ -103,20 +103,53 @@ class Intake:
         cached = fetch.num_cached_tokens
         self._host.engine.post(lambda core: core.fetch_ended(fetch.key, cached))
 
+    async def let_go(self, fetch: Fetch) -> None:
+        """Stop a fetch's reads; returns when its request may give up its blocks.
+
+        Where a read goes on (its peer hangs), its destination is pinned for it until it has ended.
+        """
+        for pull in fetch.pulls:
+            pull.cancel()
+        if fetch.pulls:
+            ends = [asyncio.wrap_future(pull.settled) for pull in fetch.pulls]
+            await asyncio.wait(ends, timeout=_SETTLE_S)
+        for pull in fetch.pulls:
+            if not pull.settled.done():
+                await self._quarantine(pull)
+
+    async def _quarantine(self, pull: Pull) -> None:
+        """Let a read hold its destination, in place of the request that it was for."""
+        block_ids = pull.block_ids
+        try:
+            await self._host.engine.call(
+                lambda core: core.pool.pin(block_ids), undo=lambda core, _: core.unpin(block_ids)
+            )
+        except EngineDied:
+            return  # nothing is held any more
+        except TimeoutError:  # an engine that is slow: the request goes on holding them
+            await asyncio.wrap_future(pull.settled)
+            return
+        self._host.in_background(self._end_quarantine(pull))
+
+    async def _end_quarantine(self, pull: Pull) -> None:
+        await asyncio.wrap_future(pull.settled)
+        await self._host.blocks.unpin(pull.block_ids)
+
     async def _round(self, fetch: Fetch, wanted: FetchEvent, num_committed: int) -> int:
         """One Prefill call from the first missing block on; returns how many are then committed."""
-        pool = await self._host.peers.connect(fetch.peer)
         channel = self._host.channels.get(fetch.peer.address)
         renewer = Renewer(worker_pb2_grpc.KvServiceStub(channel), self._host.incarnation)
-        chunks = _Chunks(channel, self._request(fetch, wanted, num_committed), renewer)
+        request = self._request(fetch, wanted, num_committed)
+        chunks = _Chunks(channel, request, renewer, fetch.peer, self._left(fetch))
         try:
-            async for ready in chunks.ready(self._left(fetch)):
+            pool = await chunks.guard(self._host.peers.connect(fetch.peer))
+            while (ready := await chunks.next()) is not None:
                 fetch.timeline.mark(Mark.ANNOUNCED)
                 if ready.first_block != num_committed:
                     raise Unavailable(
                         f"blocks announced from {ready.first_block}, expected {num_committed}"
                     )
-                num_fresh = await self._pull(fetch, wanted, pool, ready)
+                num_fresh = await self._pull(fetch, wanted, pool, ready, chunks)
                 num_committed += num_fresh
                 self._commit(fetch, num_committed)
                 self._host.in_background(renewer.release(ready.lease))
@@ -134,8 +167,9 @@ class Intake:
         wanted: FetchEvent,
         pool: RemotePool,
         ready: worker_pb2.BlocksReady,
+        chunks: _Chunks,
     ) -> int:
-        """Read one chunk; returns how many leading blocks passed the fence."""
+        """Read one chunk; returns how many leading blocks passed the fence and their checksums."""
         start = ready.first_block - wanted.first_block
         local = wanted.block_ids[start : start + len(ready.block_ids)]
         pull = self._host.plane.pull(
@@ -144,10 +178,11 @@ class Intake:
             local,
             list(ready.generations),
             min(self._host.transfer.pull_timeout_s, self._left(fetch)),
+            fetch.request_id,
         )
         fetch.pulls.append(pull)
         try:
-            result = await asyncio.wrap_future(pull.done)
+            result = await chunks.guard(asyncio.wrap_future(pull.done))
         except TransferError:
             if not fetch.late:
                 self._host.in_background(self._host.peers.forget(pool))
@@ -157,11 +192,28 @@ class Intake:
         self._host.metrics.kv_transfer_blocks.inc(result.num_blocks)
         self._host.metrics.kv_transfer_bytes.inc(result.num_bytes)
         self._host.metrics.kv_transfer_seconds.observe(result.seconds)
-        if not result.stale:
+        if result.stale:
+            self._host.metrics.kv_stale_reads.inc(len(result.stale))
+            _log.warning("stale blocks refused", num_blocks=len(result.stale))
+        num_fresh = min(result.stale, default=len(local))
+        if self._host.transfer.kv_checksums:
+            return await self._num_intact(fetch, local[:num_fresh], ready)
+        return num_fresh
+
+    async def _num_intact(
+        self, fetch: Fetch, local: list[int], ready: worker_pb2.BlocksReady
+    ) -> int:
+        """How many leading blocks have the bytes that the peer announced."""
+        try:
+            bad = await self._host.checksums.differing(local, ready.checksums[: len(local)])
+        except ValueError as error:
+            raise Unavailable(f"the prefill worker sent {error}") from error
+        if not bad:
             return len(local)
-        self._host.metrics.kv_stale_reads.inc(len(result.stale))
-        _log.warning("stale blocks refused", num_blocks=len(result.stale))
-        return min(result.stale)
+        self._host.metrics.kv_checksum_failures.inc(len(bad))
+        peer = fetch.peer.worker_id
+        _log.error("checksums differ, blocks refused", peer=peer, num_blocks=len(bad))
+        return bad[0]
 
     def _commit(self, fetch: Fetch, num_committed: int) -> None:
         self._host.engine.post(lambda core: core.blocks_arrived(fetch.key, num_committed))
@@ -178,6 +230,7 @@ class Intake:
             num_held_blocks=num_committed,
             cache_salt=fetch.cache_salt,
             priority=fetch.priority,
+            checksums=self._host.transfer.kv_checksums,
         )
 
     @staticmethod
@@ -186,59 +239,76 @@ class Intake:
 
 
 class _Chunks:
-    """A Prefill call, read ahead of the pulls so that every announced lease is renewed."""
+    """A Prefill call, read ahead of the pulls so that every announced lease is renewed.
+
+    It stays open until `close`, for its leases live no longer than it does. Whatever its user waits
+    for, the break of the call ends the wait: see `guard`.
+    """
 
     def __init__(
-        self, channel: grpc.aio.Channel, request: worker_pb2.PrefillRequest, renewer: Renewer
+        self,
+        channel: grpc.aio.Channel,
+        request: worker_pb2.PrefillRequest,
+        renewer: Renewer,
+        peer: Peer,
+        timeout_s: float,
     ) -> None:
-        self._stub = worker_pb2_grpc.PrefillServiceStub(channel)
-        self._request = request
         self._renewer = renewer
-        self._queue: asyncio.Queue[worker_pb2.BlocksReady | DiptychError | None] = asyncio.Queue()
-        self._reader: asyncio.Task[None] | None = None
+        self._peer = peer
+        self._queue: asyncio.Queue[worker_pb2.BlocksReady | None] = asyncio.Queue()
+        self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.finished: worker_pb2.PrefillFinished | None = None
+        call = worker_pb2_grpc.PrefillServiceStub(channel).Prefill(request, timeout=timeout_s)
+        self._reader = asyncio.create_task(self._read(call))
+
+    async def next(self) -> worker_pb2.BlocksReady | None:
+        """The next announcement, None after the last. Raises what broke the call."""
+        if not self._queue.empty():
+            return self._queue.get_nowait()
+        return await self.guard(self._queue.get())
+
+    async def guard(self, work: Awaitable[_T]) -> _T:
+        """What `work` gives; if the call breaks first, its error is raised and `work` cancelled."""
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait((task, self._broken), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                self._broken.result()
+            return await task
+        finally:
+            task.cancel()
 
     async def close(self) -> None:
-        """End the call and release every lease.
-
-        The peer takes back what it could not say any more; what is on its way at this moment is
-        still heard, or its leases would last until their TTL.
-        """
-        if self._reader is not None:
-            await asyncio.wait({self._reader}, timeout=_LAST_WORDS_S)
-            self._reader.cancel()
-            await asyncio.gather(self._reader, return_exceptions=True)
+        """End the call, and with it every lease that is left."""
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+        self._broken.cancel()
         await self._renewer.close()
 
-    async def ready(self, timeout_s: float) -> AsyncIterator[worker_pb2.BlocksReady]:
-        """Announcements in order. Raises what ended the call early."""
-        self._reader = asyncio.create_task(self._read(timeout_s))
-        while (item := await self._queue.get()) is not None:
-            if isinstance(item, DiptychError):
-                raise item
-            yield item
-
-    async def _read(self, timeout_s: float) -> None:
-        """Put every announcement into the queue, and last of all how the call ended."""
-        end: DiptychError | None = Unavailable("prefill call cancelled")  # our channel was closed
+    async def _read(self, call: Any) -> None:
+        """Put every announcement into the queue; say how the call broke, if it did."""
+        error: DiptychError | None = Unavailable("prefill call cancelled")  # our channel was closed
         try:
-            await self._read_all(timeout_s)
-            end = None
-        except grpc.RpcError as error:
-            end = from_rpc_error(error) or Unavailable(f"prefill call failed: {error}")
-        except grpc.aio.UsageError as error:
-            end = Unavailable(f"prefill call failed: {error}")
-        finally:
-            self._queue.put_nowait(end)
-
-    async def _read_all(self, timeout_s: float) -> None:
-        call = self._stub.Prefill(self._request, timeout=timeout_s)
-        try:
-            async for response in call:
-                if response.HasField("ready"):
-                    self._renewer.hold(response.ready.lease, response.ready.ttl_s)
-                    self._queue.put_nowait(response.ready)
-                else:
-                    self.finished = response.finished
+            await self._read_all(call)
+            error = None if self.finished else Unavailable("the prefill call ended too early")
+        except DiptychError as failure:
+            error = failure
+        except grpc.RpcError as failure:
+            error = from_rpc_error(failure) or Unavailable(f"prefill call failed: {failure}")
+        except grpc.aio.UsageError as failure:
+            error = Unavailable(f"prefill call failed: {failure}")
         finally:
             call.cancel()
+            if error is not None and not self._broken.done():
+                self._broken.set_exception(error)
+                self._broken.exception()  # nobody need be waiting
+
+    async def _read_all(self, call: Any) -> None:
+        name = f"prefill worker {self._peer.worker_id}"
+        while (response := await next_message(call, name)) is not None:
+            if response.HasField("ready"):
+                self._renewer.hold(response.ready.lease, response.ready.ttl_s)
+                self._queue.put_nowait(response.ready)
+            elif response.HasField("finished"):
+                self.finished = response.finished
+                self._queue.put_nowait(None)

@@ -3,6 +3,8 @@
 submit -> FetchEvent -> intake task --------> tokens ... -> finished
              |  again after a preemption          |
 the caller goes away, at any point: cancel the intake, wait until its reads are terminal, abort
+
+While there is nothing to say and the engine runs, `Alive` is said every BEAT_S.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from engine.events import Counts, Event, FetchEvent, FinishedEvent, TokensEvent
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.request import Work
 from engine.rpc.convert import prefill_peer_of, reason_to_pb, sampling_from_pb, stop_from_pb
+from engine.rpc.liveness import BEAT_S
 from engine.telemetry.log import get_logger
 from engine.telemetry.timeline import Event as Mark
 from engine.telemetry.timeline import Timeline
@@ -39,12 +42,13 @@ class DecodeServicer:
         self, request: worker_pb2.DecodeRequest, context: Any
     ) -> AsyncIterator[worker_pb2.DecodeResponse]:
         """One answer; see worker.proto."""
-        answer = _Answer(self, self._work(request), request, context.time_remaining())
-        try:
-            async for response in answer.responses():
-                yield response
-        finally:
-            answer.close()
+        with self._host.calls.serving(self._work(request, context.time_remaining())) as stream:
+            answer = _Answer(self, stream, request, context.time_remaining())
+            try:
+                async for response in answer.responses():
+                    yield response
+            finally:
+                answer.close()
 
     @property
     def host(self) -> WorkerHost:
@@ -56,7 +60,7 @@ class DecodeServicer:
         """Where blocks come in."""
         return self._intake
 
-    def _work(self, request: worker_pb2.DecodeRequest) -> Work:
+    def _work(self, request: worker_pb2.DecodeRequest, time_remaining_s: float | None) -> Work:
         self._host.check_incarnation(request.incarnation)
         if not request.prompt_token_ids:
             raise InvalidRequest("prompt_token_ids", "empty; expected at least one token")
@@ -73,6 +77,7 @@ class DecodeServicer:
             stop=stop_from_pb(request.stop),
             fetch=request.HasField("prefill"),
             priority=request.priority,
+            deadline_s=None if time_remaining_s is None else time.monotonic() + time_remaining_s,
         )
 
 
@@ -82,7 +87,7 @@ class _Answer:
     def __init__(
         self,
         service: DecodeServicer,
-        work: Work,
+        stream: Stream,
         request: worker_pb2.DecodeRequest,
         time_remaining_s: float | None,
     ) -> None:
@@ -93,14 +98,17 @@ class _Answer:
         self._deadline_s = time.monotonic() + (time_remaining_s or _NO_DEADLINE_S)
         self._fetch: Fetch | None = None
         self._fetching: asyncio.Task[None] | None = None
-        self._stream: Stream = service.host.engine.submit(work)
+        self._stream = stream
 
     async def responses(self) -> AsyncIterator[worker_pb2.DecodeResponse]:
         """Messages to the coordinator; tokens that have gathered go as one."""
         held: Event | None = None
         while held is not None or not self._stream.finished:
-            event, held = held or await self._stream.next(), None
-            if isinstance(event, TokensEvent):
+            event, held = held or await self._stream.next_within(BEAT_S), None
+            if event is None:
+                if self._service.host.engine.responsive:
+                    yield worker_pb2.DecodeResponse(alive=worker_pb2.Alive())
+            elif isinstance(event, TokensEvent):
                 self._timeline.mark(Mark.TOKENS)
                 token_ids = list(event.token_ids)
                 while isinstance(held := self._stream.next_ready(), TokensEvent):
@@ -119,12 +127,16 @@ class _Answer:
             self._service.host.in_background(self._clean_up())
 
     async def _clean_up(self) -> None:
-        """Free the blocks, but not before every read into them is terminal."""
+        """Free the blocks, but not before every read into them is terminal.
+
+        That may take long where a peer hangs: whoever waits for these blocks makes them itself.
+        """
+        self._service.host.engine.post(lambda core: core.give_up_making(self._stream.key))
         if self._fetching is not None:
             self._fetching.cancel()
             await asyncio.gather(self._fetching, return_exceptions=True)
         if self._fetch is not None:
-            await self._fetch.settled()
+            await self._service.intake.let_go(self._fetch)
         self._stream.abort()
         await self._stream.drain()
 

@@ -168,6 +168,18 @@ class TransferOptions:
     pull_timeout_s: float = option(
         30.0, "a read of blocks that takes longer has failed", minimum=0.1
     )
+    quarantine_s: float = option(
+        60.0, "a read that failed and goes on for this long restarts the data plane", minimum=0.1
+    )
+    quarantine_share: float = option(
+        0.25,
+        "reads that failed and go on restart it when they keep this share of the KV pool",
+        minimum=0,
+        maximum=1,
+    )
+    kv_checksums: bool = option(
+        False, "compare a checksum of every block that comes from a prefill worker"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +197,9 @@ class WorkerOptions:
         "127.0.0.1:50051", "HOST:PORT[,HOST:PORT...] of all coordinators", parse=parse_addresses
     )
     worker_id: str = option("", "stable name of this place; default: role and a random part")
+    drain_s: float = option(
+        20.0, "when told to end: how long requests may take to finish here", minimum=0
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +241,9 @@ class FrontOptions:
         256, "admitted requests at once; more are told to retry", minimum=1
     )
     max_queued_tokens: int = option(1_000_000, "their prompt tokens at once", minimum=1)
+    drain_s: float = option(
+        25.0, "when told to end: how long requests may take to finish", minimum=0
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +327,12 @@ def add_flags(parser: argparse.ArgumentParser, *groups: type) -> None:
             if field.default not in ("", None):
                 text += f" [{field.default}]"
             flag = "--" + field.name.replace("_", "-")
-            section.add_argument(flag, dest=field.name, metavar="X", help=text.replace("%", "%%"))
+            switch: dict[str, Any] = {}
+            if isinstance(field.default, bool):  # a bare flag switches on
+                switch = {"nargs": "?", "const": "true"}
+            section.add_argument(
+                flag, dest=field.name, metavar="X", help=text.replace("%", "%%"), **switch
+            )
 
 
 def resolve(

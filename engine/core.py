@@ -24,6 +24,7 @@ from engine.events import (
     FinishedEvent,
     TokensEvent,
 )
+from engine.holds import EngineHolds, RequestHold
 from engine.request import Request, State, Work
 from engine.runner.base import ModelRunner
 from engine.runner.batch import Row
@@ -111,6 +112,11 @@ class EngineCore:
         if request := self._requests.get(key):
             self._finish(request, FinishReason.ABORTED)
 
+    def give_up_making(self, key: int) -> None:
+        """Nobody waits any longer for the blocks that this request was to bring or compute."""
+        if request := self._requests.get(key):
+            self.scheduler.give_up_making(request)
+
     def blocks_arrived(self, key: int, num_blocks: int) -> None:
         """The first `num_blocks` blocks of a fetching request are complete and passed the fence."""
         request = self._requests.get(key)
@@ -136,6 +142,25 @@ class EngineCore:
     def unpin(self, blocks: Sequence[int]) -> None:
         """Drop one hold of each block."""
         self.pool.release(blocks)
+
+    def holds(self) -> EngineHolds:
+        """Every request with its blocks, and the pool, at this moment."""
+        now_s = self._clock()
+        requests = [
+            RequestHold(
+                request_id=request.work.request_id,
+                state=request.state.value,
+                is_answer=request.samples,
+                block_ids=tuple(request.table.blocks),
+                age_s=now_s - request.arrival_s,
+                left_s=None if (end := request.work.deadline_s) is None else end - now_s,
+            )
+            for request in self._requests.values()
+        ]
+        pool = self.pool
+        return EngineHolds(
+            tuple(requests), pool.held, pool.num_free, pool.num_cached, pool.num_blocks
+        )
 
     @property
     def idle(self) -> bool:

@@ -67,6 +67,10 @@ class Unavailable(DiptychError):
         self.lost = lost
 
 
+class Silent(Unavailable):
+    """A call that is open and says nothing: its other end is stopped, cut off or hangs."""
+
+
 class Unauthenticated(DiptychError):
     """UNAUTHENTICATED: the call brings no token where one is asked for."""
 

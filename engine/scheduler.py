@@ -116,7 +116,7 @@ class Scheduler:
             self.active.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
-        self._forget_making(request)
+        self.give_up_making(request)
         request.table.release()
 
     # -- admission ---------------------------------------------------------------------------------
@@ -172,7 +172,8 @@ class Scheduler:
         maker = self._makers.get(names[hits]) if hits < len(names) else None
         return maker is not None and now_s - request.arrival_s < self.budgets.owner_wait_s
 
-    def _forget_making(self, request: Request) -> None:
+    def give_up_making(self, request: Request) -> None:
+        """Who waits for blocks that this request was making takes over."""
         for name in request.names[request.num_named :]:
             if self._makers.get(name) is request:
                 del self._makers[name]

@@ -12,7 +12,7 @@
 - A Stream ends with a FinishedEvent, once, also after abort(): whoever iterates sees every event
   that hands something over.
 - If the engine thread dies, every stream ends with `EngineDied` and `died` is set: the process
-  should exit.
+  should exit. If it hangs in a step, `responsive` says so: then nobody vouches for it any more.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
 from engine.core import EngineCore
 from engine.errors import DiptychError, Unavailable
-from engine.events import Event, FinishedEvent
+from engine.events import AnnouncedEvent, Event, FinishedEvent
 from engine.request import Work
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
 _T = TypeVar("_T")
 CALL_TIMEOUT_S = 30.0
+STUCK_S = 30.0  # a step that takes longer is taken for one that will not end
 _POLL_S = 0.02  # while requests wait for something that no message announces (an owner's deadline)
 
 
@@ -42,8 +45,10 @@ class EngineDied(Unavailable):
 class Stream:
     """The events of one request, on the loop's side."""
 
-    def __init__(self, key: int, engine: EngineThread) -> None:
+    def __init__(self, key: int, engine: EngineThread, work: Work) -> None:
         self.key = key
+        self.work = work
+        self.undelivered: dict[int, tuple[AnnouncedEvent, float]] = {}  # by id: with when it came
         self._engine = engine
         self._queue: asyncio.Queue[Event | DiptychError] = asyncio.Queue()
         self.finished = False  # nothing is held any more
@@ -54,6 +59,8 @@ class Stream:
 
     def push(self, event: Event | DiptychError) -> None:
         """On the loop: let the reader see this next; an error is raised there and ends nothing."""
+        if isinstance(event, AnnouncedEvent):
+            self.undelivered[id(event)] = event, time.monotonic()
         self._queue.put_nowait(event)
 
     def next_ready(self) -> Event | None:
@@ -63,6 +70,14 @@ class Stream:
     async def next(self) -> Event:
         """The next event. Raises EngineDied, or what `push` was given."""
         return self._take(await self._queue.get())
+
+    async def next_within(self, timeout_s: float) -> Event | None:
+        """The next event, or None if none comes in time. Raises as `next` does."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return self._take(await self._queue.get())
+        except TimeoutError:
+            return None
 
     async def drain(self) -> list[Event]:
         """Events up to and including the FinishedEvent; nothing more if the engine died."""
@@ -75,7 +90,8 @@ class Stream:
         return events
 
     def _take(self, event: Event | DiptychError) -> Event:
-        self.finished = isinstance(event, FinishedEvent | EngineDied)
+        self.undelivered.pop(id(event), None)
+        self.finished = self.finished or isinstance(event, FinishedEvent | EngineDied)
         if isinstance(event, DiptychError):
             raise event
         return event
@@ -90,7 +106,9 @@ class EngineThread:
         self._loop = loop
         self._inbox: queue.SimpleQueue[Callable[[EngineCore], None]] = queue.SimpleQueue()
         self._streams: dict[int, Stream] = {}
+        self.streams: weakref.WeakSet[Stream] = weakref.WeakSet()  # also of requests that ended
         self._stopping = False
+        self._step_began_s: float | None = None  # None: between two steps
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -102,6 +120,12 @@ class EngineThread:
         self._stopping = True
         self.post(lambda core: None)
         await asyncio.to_thread(self._thread.join, timeout_s)
+
+    @property
+    def responsive(self) -> bool:
+        """Whether the thread is not stuck in a step."""
+        began_s = self._step_began_s
+        return began_s is None or time.monotonic() - began_s < STUCK_S
 
     def post(self, call: Callable[[EngineCore], None]) -> None:
         """Run `call` on the engine thread between two steps; any thread may post."""
@@ -147,7 +171,8 @@ class EngineThread:
         if self.died.is_set():
             raise EngineDied("the engine stopped")
         self.core.check_fits(work)
-        stream = Stream(self.core.new_key(), self)
+        stream = Stream(self.core.new_key(), self, work)
+        self.streams.add(stream)
         self._streams[stream.key] = stream
         self.post(lambda core: core.add(stream.key, work))
         return stream
@@ -158,7 +183,9 @@ class EngineThread:
         try:
             while not self._stopping:
                 self._take_messages()
+                self._step_began_s = time.monotonic()
                 busy = self.core.step()
+                self._step_began_s = None
                 self._publish(self.core.take_events())
                 if not busy:
                     self._wait()

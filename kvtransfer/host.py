@@ -5,8 +5,8 @@
     engine thread   model, blocks, schedule               <- engine.worker.EngineThread
     data plane      the NIXL agent, every read in flight  <- kvtransfer.pull.DataPlane
 
-`run_worker` builds them in order and takes them down in reverse. SIGTERM, a refusal by a
-coordinator, the death of the engine thread and that of the data plane all end there, with exit
+`run_worker` builds them in order and takes them down in reverse. A drain (see `drain`), a refusal
+by a coordinator, the death of the engine thread and that of the data plane all end there, with exit
 status 0, 2, 70 and 71.
 """
 
@@ -35,16 +35,21 @@ from engine.rpc.channel import ChannelPool
 from engine.rpc.registration import Registration
 from engine.rpc.server import RpcServer
 from engine.rpc.trust import ClusterToken
+from engine.telemetry.holds import holds_route
 from engine.telemetry.http import make_app, serve_http
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import RpcMetrics
 from engine.types import ModelIdentity, Role, new_incarnation
 from engine.worker import EngineDied, EngineThread
 from kvtransfer.base import MemoryRegion
+from kvtransfer.checksum import Checksums
+from kvtransfer.drain import Calls, Orders
+from kvtransfer.holds import Begun, Holds
 from kvtransfer.lease import LeaseTable
 from kvtransfer.nixl_transport import NixlTransport
 from kvtransfer.peers import PeerTable
 from kvtransfer.pull import DataPlane
+from kvtransfer.quarantine import Quarantine
 from kvtransfer.service import KvServicer
 
 _log = get_logger(__name__)
@@ -100,7 +105,7 @@ class WorkerHost:
         self.metrics = engine.metrics
         self.engine = EngineThread(engine.core, asyncio.get_running_loop())
         self.channels = ChannelPool(settings.token)
-        self.plane = _data_plane(engine, self.incarnation)
+        self.plane = _data_plane(engine, self.incarnation, settings.transfer)
         self.plane.start()
         self.peers = PeerTable(
             self.plane,
@@ -109,27 +114,29 @@ class WorkerHost:
         )
         leases = LeaseTable(time.monotonic, settings.transfer.lease_ttl_s)
         self.blocks = EngineBlocks(self.engine)
+        self.checksums = Checksums(engine.kv_cache.read_block)
         self.kv = KvServicer(
-            self.plane.local_pool,
+            lambda: self.plane.local_pool,
             self.identity.digest,
             self.blocks,
             leases,
             engine.metrics.kv_lease_refused,
         )
-        self.draining = False
-        self._background: set[asyncio.Task[Any]] = set()
+        self.calls = Calls(self.engine)
+        self.background: dict[asyncio.Task[Any], Begun] = {}
+        self.holds = Holds(self)
 
     def in_background(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         """A task that outlives the call that began it."""
         task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        self.background[task] = Begun.now(work.__qualname__)
+        task.add_done_callback(self.background.pop)
         return task
 
     async def finish_background(self, timeout_s: float) -> None:
         """Wait a while for the tasks that outlived their calls."""
-        if self._background:
-            await asyncio.wait(set(self._background), timeout=timeout_s)
+        if self.background:
+            await asyncio.wait(set(self.background), timeout=timeout_s)
 
     def salt(self, cache_salt: str) -> bytes:
         """The root of block names for requests with this salt."""
@@ -148,8 +155,10 @@ class WorkerHost:
                 f"{max(token_ids)} is out of range; expected less than {self.identity.vocab_size}",
             )
 
-    def load(self) -> registry_pb2.Load:
-        """What coordinators are told with every heartbeat."""
+    def load(self) -> registry_pb2.Load | None:
+        """What coordinators are told with every heartbeat; None while the engine hangs."""
+        if not self.engine.responsive:
+            return None
         scheduler, pool = self.engine.core.scheduler, self.engine.core.pool
         totals, moved = self.engine.core.totals, self.plane.counters
         pending = [r.num_pending for r in [*scheduler.waiting, *scheduler.active]]
@@ -161,7 +170,8 @@ class WorkerHost:
             cached_blocks=pool.num_cached,
             held_blocks=pool.num_held,
             total_blocks=pool.num_blocks,
-            draining=self.draining,
+            quarantined_blocks=moved.num_quarantined_blocks,
+            draining=self.calls.draining,
             totals=registry_pb2.Totals(
                 prompt_tokens_computed=totals.prompt_tokens_computed,
                 prompt_tokens_cached=totals.prompt_tokens_cached,
@@ -175,10 +185,10 @@ class WorkerHost:
         )
 
 
-def _data_plane(engine: Engine, incarnation: str) -> DataPlane:
+def _data_plane(engine: Engine, incarnation: str, options: TransferOptions) -> DataPlane:
     cache, generations = engine.kv_cache, engine.core.pool.generations
-    return DataPlane(
-        lambda: NixlTransport(incarnation),
+    plane = DataPlane(
+        NixlTransport,
         incarnation=incarnation,
         blocks=MemoryRegion(
             cache.address,
@@ -189,7 +199,11 @@ def _data_plane(engine: Engine, incarnation: str) -> DataPlane:
         generations=MemoryRegion(generations.ctypes.data, len(generations) * GENERATION_BYTES),
         num_blocks=engine.core.pool.num_blocks,
         block_bytes=engine.layout.block_bytes,
+        quarantine=Quarantine(options.quarantine_s, options.quarantine_share),
+        on_restart=engine.metrics.kv_data_plane_restarts.inc,
     )
+    engine.metrics.watch_quarantine(lambda: plane.counters.num_quarantined_blocks)
+    return plane
 
 
 async def run_worker(
@@ -199,9 +213,9 @@ async def run_worker(
     make_services: Callable[[WorkerHost], Services],
 ) -> int:
     """Serve until told to stop; returns the exit status. Raises ConfigError for a used port."""
-    stop = asyncio.Event()
+    orders = Orders(settings.worker.drain_s)
     for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+        asyncio.get_running_loop().add_signal_handler(signum, orders.signalled)
     host = WorkerHost(settings, engine)
     server = RpcServer(RpcMetrics(registry))
     kv_service = worker_pb2.DESCRIPTOR.services_by_name["KvService"]
@@ -211,7 +225,12 @@ async def run_worker(
     address = advertised(settings.worker, settings.worker.listen, port)
     registration: Registration | None = None
     http = await serve_http(
-        make_app(registry, lambda: bool(registration and registration.registered)),
+        make_app(
+            registry,
+            lambda: bool(registration and registration.registered) and not host.calls.draining,
+            [holds_route(host.holds.report)],
+            alive=lambda: host.engine.responsive,
+        ),
         settings.worker.http,
     )
     reaper = asyncio.create_task(host.kv.reap())
@@ -229,11 +248,18 @@ async def run_worker(
             ),
             identity=host.identity,
             load=host.load,
+            on_drain=orders.told,
             token=settings.token,
         )
         registration.start()
         _log.info("worker serves", address=address, http=http.address, incarnation=host.incarnation)
-        return await _until_the_end(host, registration, stop)
+        status = await _until_the_end(host, registration, orders.stop)
+        if status == 0:
+            host.calls.draining = True
+            registration.report_now()
+            await server.set_serving(False)
+            await host.calls.drain(orders.drain_s, orders.hurry)
+        return status
     finally:
         if registration is not None:
             await registration.stop()
@@ -262,8 +288,6 @@ async def _until_the_end(host: WorkerHost, registration: Registration, stop: asy
         if severed.done():
             _log.error("the data plane died; exiting", reason=severed.result())
             return EXIT_DATA_PLANE_DIED
-        host.draining = True
-        registration.report_now()
         return 0
     finally:
         for future in (stopped, died, severed):

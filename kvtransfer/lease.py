@@ -30,7 +30,9 @@ class Lease:
     id: bytes  # unguessable
     owner: str  # incarnation of the peer that may renew and release it
     block_ids: tuple[int, ...]
-    expires_at: float  # on the table's clock
+    expires_at: float  # on the table's clock, as is the next
+    granted_at: float
+    request_id: str = ""  # for whose blocks it was granted, as far as that is known
 
 
 class Refusal(Enum):
@@ -57,10 +59,16 @@ class LeaseTable:
         """Pins in the table; a block under two leases counts twice."""
         return sum(len(lease.block_ids) for lease in self._leases.values())
 
-    def grant(self, owner: str, block_ids: Sequence[int]) -> Lease:
+    @property
+    def all(self) -> tuple[Lease, ...]:
+        """Those in the table."""
+        return tuple(self._leases.values())
+
+    def grant(self, owner: str, block_ids: Sequence[int], request_id: str = "") -> Lease:
         """A new lease on blocks that the caller has pinned, once for this lease."""
         lease_id = secrets.token_bytes(LEASE_ID_BYTES)
-        lease = Lease(lease_id, owner, tuple(block_ids), self._clock() + self.ttl_s)
+        now = self._clock()
+        lease = Lease(lease_id, owner, tuple(block_ids), now + self.ttl_s, now, request_id)
         self._leases[lease_id] = lease
         return lease
 
@@ -106,6 +114,10 @@ class LeaseTable:
         """End all leases of a peer; returns the block ids to unpin."""
         owned = [lease.id for lease in self._leases.values() if lease.owner == owner]
         return self.release(owner, owned)
+
+    def any_left(self, lease_ids: Iterable[bytes]) -> bool:
+        """Whether one of these is still in the table."""
+        return any(lease_id in self._leases for lease_id in lease_ids)
 
     def expire(self) -> list[Lease]:
         """Remove and return the leases that have run out; the caller unpins their blocks."""

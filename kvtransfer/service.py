@@ -9,6 +9,7 @@ caller owns leases is its own word, which only members of the cluster can give.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Coroutine, Sequence
@@ -37,23 +38,24 @@ class BlockHost(Protocol):
 
 
 class KvServicer(KvServiceServicer):
-    """Serves one worker's `pool`; whoever else announces blocks leases them by `grant`."""
+    """Serves one worker's pool; whoever else announces blocks leases them by `grant`."""
 
     def __init__(
         self,
-        pool: RemotePool,
+        pool: Callable[[], RemotePool],
         digest: str,
         host: BlockHost,
         leases: LeaseTable,
         on_refused: Callable[[str, int], None] = lambda reason, count: None,
     ) -> None:
-        """`on_refused` counts leases that callers named and could not use."""
+        """`pool`: ours, as peers reach it now; `on_refused` counts leases refused to callers."""
         self._on_refused = on_refused
         self._pool = pool
         self._digest = digest
         self._host = host
         self._leases = leases
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._ended = asyncio.Event()  # set, and replaced, when leases end
 
     async def Handshake(self, request: pb.HandshakeRequest, context: Any) -> pb.HandshakeResponse:
         """Our pool and metadata, for a caller of the same digest."""
@@ -64,7 +66,7 @@ class KvServicer(KvServiceServicer):
                 f"compatibility digest {self._digest}, the caller's {request.digest}",
             )
         await _require_caller(context, request.caller_incarnation)
-        pool = self._pool
+        pool = self._pool()
         return pb.HandshakeResponse(
             incarnation=pool.incarnation,
             digest=self._digest,
@@ -73,6 +75,7 @@ class KvServicer(KvServiceServicer):
             generations=_memory(pool.generations),
             num_blocks=pool.num_blocks,
             block_bytes=pool.block_bytes,
+            agent=pool.agent,
         )
 
     async def Hold(self, request: pb.HoldRequest, context: Any) -> pb.HoldResponse:
@@ -108,20 +111,39 @@ class KvServicer(KvServiceServicer):
             owner, peer = request.caller_incarnation[:64], context.peer()
             _log.log(level, "%s by %r (%s): leases refused: %s", call, owner, peer, words)
 
-    def grant(self, owner: str, block_ids: Sequence[int]) -> Lease:
+    @property
+    def leases(self) -> tuple[Lease, ...]:
+        """Those that have not ended. Their ids are secrets."""
+        return self._leases.all
+
+    def grant(self, owner: str, block_ids: Sequence[int], request_id: str = "") -> Lease:
         """A lease for `owner` on blocks that the caller has pinned for it, once each."""
-        return self._leases.grant(owner, block_ids)
+        return self._leases.grant(owner, block_ids, request_id)
 
     async def release(self, owner: str, lease_ids: Sequence[bytes]) -> None:
         """End leases and unpin their blocks; what is gone is no error."""
         block_ids = self._leases.release(owner, lease_ids)
         if block_ids:
+            self._tell_ended()
             await self._finish(self._host.unpin(block_ids))
+
+    async def ended_within(self, lease_ids: Sequence[bytes], timeout_s: float) -> bool:
+        """Wait until none of these leases is left; False: some are after `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._leases.any_left(lease_ids):
+                    await self._ended.wait()
+        return not self._leases.any_left(lease_ids)
+
+    def _tell_ended(self) -> None:
+        self._ended.set()
+        self._ended = asyncio.Event()
 
     async def release_owner(self, owner: str) -> None:
         """End all leases of a peer that is known to be gone."""
         block_ids = self._leases.release_owner(owner)
         if block_ids:
+            self._tell_ended()
             await self._finish(self._host.unpin(block_ids))
 
     async def reap(self, interval_s: float | None = None) -> NoReturn:
@@ -130,6 +152,7 @@ class KvServicer(KvServiceServicer):
         while True:
             await asyncio.sleep(interval_s)
             for lease in self._leases.expire():
+                self._tell_ended()
                 _log.warning("lease of %s ran out: %d blocks", lease.owner, len(lease.block_ids))
                 try:
                     await self._host.unpin(lease.block_ids)

@@ -1,14 +1,23 @@
-"""PrefillService: a pure function from a prompt's whole blocks to their KV. It never samples."""
+"""PrefillService: a pure function from a prompt's whole blocks to their KV. It never samples.
+
+    submit -> announced, leased ... -> finished -> until the caller has released every lease
+the caller goes away, at any point: abort, and all leases of the call end
+
+So a call and its leases have one life, and a caller always hears whether we still have one. While
+there is nothing to say and the engine runs, `Alive` is said every BEAT_S.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from engine.errors import DiptychError, InvalidRequest, Unavailable
+from engine.errors import InvalidRequest, Unavailable
 from engine.events import AnnouncedEvent, FinishedEvent
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.request import Work
+from engine.rpc.liveness import BEAT_S
 from engine.telemetry.log import get_logger
 from engine.telemetry.timeline import Event as Mark
 from engine.telemetry.timeline import Timeline
@@ -17,6 +26,7 @@ from kvtransfer.host import WorkerHost
 from prefill.announce import Announcer
 
 _log = get_logger(__name__)
+_ALIVE = worker_pb2.PrefillResponse(alive=worker_pb2.Alive())
 
 
 class PrefillServicer:
@@ -29,31 +39,35 @@ class PrefillServicer:
         self, request: worker_pb2.PrefillRequest, context: Any
     ) -> AsyncGenerator[worker_pb2.PrefillResponse]:
         """One prompt; see worker.proto."""
-        work = self._work(request)
+        work = self._work(request, context.time_remaining())
         timeline = Timeline()
         timeline.mark(Mark.ARRIVED)
-        stream = self._host.engine.submit(work)
-        announcer = Announcer(self._host, request.caller_incarnation)
-        gone = True  # unless the caller has heard how the call ended: then the leases are its own
-        try:
-            while not stream.finished:
-                event = await stream.next()
-                if isinstance(event, AnnouncedEvent):
-                    timeline.mark(Mark.ANNOUNCED)
-                    yield worker_pb2.PrefillResponse(ready=announcer.offer(event))
-                elif isinstance(event, FinishedEvent):
-                    timeline.mark(Mark.FINISHED)
-                    yield worker_pb2.PrefillResponse(finished=self._finished(event, work, timeline))
-            gone = False
-        except DiptychError:
-            gone = False
-            raise
-        finally:
-            if gone or not stream.finished:
+        with self._host.calls.serving(work) as stream:
+            announcer = Announcer(self._host, request.caller_incarnation, request.request_id)
+            try:
+                while not stream.finished:
+                    event = await stream.next_within(BEAT_S)
+                    if event is None:
+                        if self._host.engine.responsive:
+                            yield _ALIVE
+                    elif isinstance(event, AnnouncedEvent):
+                        timeline.mark(Mark.ANNOUNCED)
+                        ready = announcer.offer(event)
+                        if request.checksums:
+                            ready = await announcer.signed(ready)
+                        yield worker_pb2.PrefillResponse(ready=ready)
+                    elif isinstance(event, FinishedEvent):
+                        timeline.mark(Mark.FINISHED)
+                        finished = self._finished(event, work, timeline)
+                        yield worker_pb2.PrefillResponse(finished=finished)
+                while not await announcer.ended_within(BEAT_S):
+                    stream.next_ready()  # raises where this call is handed over
+                    yield _ALIVE
+            finally:
                 self._host.in_background(announcer.withdraw(stream))
-            _log.info("prefill ended", done=stream.finished, timeline=timeline.as_dict())
+                _log.info("prefill ended", done=stream.finished, timeline=timeline.as_dict())
 
-    def _work(self, request: worker_pb2.PrefillRequest) -> Work:
+    def _work(self, request: worker_pb2.PrefillRequest, time_remaining_s: float | None) -> Work:
         self._host.check_incarnation(request.incarnation)
         tokens = tuple(request.token_ids)
         size = self._host.identity.block_size
@@ -70,6 +84,7 @@ class PrefillServicer:
             salt=self._host.salt(request.cache_salt),
             announce_from=request.num_held_blocks,
             priority=request.priority,
+            deadline_s=None if time_remaining_s is None else time.monotonic() + time_remaining_s,
         )
 
     @staticmethod

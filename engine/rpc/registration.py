@@ -2,8 +2,10 @@
 
 addresses (HOST:PORT, or a name that resolves to many) --re-resolved--> one task a coordinator
 task:  dial -> Hello -> Welcome -> Load, Load, ...   (broken: again after a moment)
+                     -> Drain: passed on, the worker knows what to do
                      -> Refused, or our token is: remembered; the process ends, for asking again
                         would not help
+stop:  a last Load, then the end of the stream: an orderly end looks like one
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ _RESOLVE_S = 10.0
 _RETRY_S = 0.5
 _WELCOME_S = 10.0
 _TOKEN_REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+_GOODBYE_S = 1.0
 
 
 class Registration:
@@ -42,12 +45,15 @@ class Registration:
         address: str,
         http_address: str,
         identity: ModelIdentity,
-        load: Callable[[], registry_pb2.Load],
+        load: Callable[[], registry_pb2.Load | None],
+        on_drain: Callable[[float], None],
         token: ClusterToken | None = None,
     ) -> None:
         self._targets = [t.strip() for t in coordinators.split(",") if t.strip()]
         self._load = load
         self._token = token
+        self._on_drain = on_drain
+        self._stopping = False
         self._hello = registry_pb2.Hello(
             worker_id=worker_id,
             incarnation=incarnation,
@@ -78,8 +84,12 @@ class Registration:
             event.set()
 
     async def stop(self) -> None:
-        """End all streams; the coordinators see it at once."""
+        """End all streams; the coordinators hear a last word and see it at once."""
+        self._stopping = True
+        self.report_now()
         tasks = [*self._streams.values(), *([self._resolver] if self._resolver else [])]
+        if heard := [self._streams[address] for address in self._accepted]:
+            await asyncio.wait(heard, timeout=_GOODBYE_S)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -100,7 +110,7 @@ class Registration:
         """Register with one coordinator for ever."""
         channel = open_channel(address, token=self._token)
         try:
-            while not self.refused.done():
+            while not self.refused.done() and not self._stopping:
                 try:
                     await self._register(address, channel)
                 except (grpc.RpcError, TimeoutError) as error:
@@ -111,7 +121,8 @@ class Registration:
                 finally:
                     self._accepted.discard(address)
                     self._changed.pop(address, None)
-                await asyncio.sleep(_RETRY_S)
+                if not self._stopping:
+                    await asyncio.sleep(_RETRY_S)
         finally:
             await channel.close()
 
@@ -127,8 +138,11 @@ class Registration:
             yield registry_pb2.WorkerMessage(hello=self._hello)
             heartbeat_s = await welcomed
             while True:
-                yield registry_pb2.WorkerMessage(load=self._load())
                 changed.clear()
+                if load := self._load():  # a worker whose engine hangs is silent
+                    yield registry_pb2.WorkerMessage(load=load)
+                if self._stopping:
+                    return
                 with suppress(TimeoutError):
                     await asyncio.wait_for(changed.wait(), heartbeat_s)
 
@@ -144,6 +158,9 @@ class Registration:
                     self._accepted.add(address)
                     welcomed.set_result(answer.welcome.heartbeat_s)
                     _log.info("registered", coordinator=address)
+                if answer.HasField("drain"):
+                    _log.info("told to drain", coordinator=address)
+                    self._on_drain(answer.drain.deadline_s)
                 answer = await call.read()
         finally:
             call.cancel()

@@ -1,4 +1,4 @@
-"""The HTTP side door of a process: /metrics, /health (the loop runs), /health/ready (it can serve).
+"""The HTTP side door of a process: /metrics, /health (it lives), /health/ready (it can serve).
 
 It runs in the event loop that is there. Signals stay with their owner: uvicorn would take them.
 """
@@ -28,16 +28,22 @@ class _Server(uvicorn.Server):
 
 
 def make_app(
-    registry: CollectorRegistry, ready: Callable[[], bool], routes: Sequence[BaseRoute] = ()
+    registry: CollectorRegistry,
+    ready: Callable[[], bool],
+    routes: Sequence[BaseRoute] = (),
+    alive: Callable[[], bool] = lambda: True,
 ) -> Starlette:
-    """The application; `routes` are a process's own, beside the three that all have."""
+    """The application; `routes` are a process's own, beside the three that all have.
+
+    Where `alive` says no, whoever starts this process should start it anew.
+    """
 
     async def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(registry), media_type=content_type)
 
     async def health(_request: Request) -> Response:
-        return PlainTextResponse("ok\n")
+        return PlainTextResponse("ok\n") if alive() else PlainTextResponse("stuck\n", 503)
 
     async def health_ready(_request: Request) -> Response:
         return PlainTextResponse("ready\n") if ready() else PlainTextResponse("not ready\n", 503)

@@ -4,11 +4,19 @@ from dataclasses import replace
 import pytest
 from prometheus_client import CollectorRegistry
 
-from coordinator.membership import FORGET_S, SILENCE_S, Hello, Load, Membership, WorkerState
+from coordinator.membership import (
+    DOUBT_S,
+    FORGET_S,
+    SILENCE_S,
+    Hello,
+    Load,
+    Membership,
+    WorkerState,
+)
 from coordinator.router import pick
 from engine.errors import Mismatch
 from engine.telemetry.metrics import CoordinatorMetrics
-from engine.types import Peer, Role
+from engine.types import PROTOCOL_VERSION, Peer, Role
 from tests.support.fake_decode import identity
 
 
@@ -26,9 +34,10 @@ def make(clock=None):
     return Membership("smollm2", 49152, metrics, clock or Clock()), registry
 
 
-def hello(worker_id="d0", role=Role.DECODE, incarnation="i0", version=1, **changes):
+def hello(worker_id="d0", role=Role.DECODE, incarnation="i0", version=None, **changes):
     peer = Peer(worker_id, incarnation, f"127.0.0.1:{sum(map(ord, worker_id))}")
-    return Hello(peer, role, "127.0.0.1:1", identity(**changes), version)
+    model = identity(**changes)
+    return Hello(peer, role, "127.0.0.1:1", model, version or PROTOCOL_VERSION)
 
 
 def states(table):
@@ -178,3 +187,47 @@ def test_pick_passes_over_roles_states_and_exclusions():
     draining = [replace(w, state=WorkerState.DRAINING) for w in workers]
     assert pick(draining, Role.DECODE) is None
     assert pick([], Role.DECODE) is None
+
+
+def test_who_was_given_up_does_not_take_its_place_back():
+    """A stopped process that wakes up finds another in its place; so do two of one name."""
+    table, _ = make()
+    table.register(hello(incarnation="old"))
+    table.register(hello(incarnation="new"))
+    with pytest.raises(Mismatch, match="another process has taken the place d0"):
+        table.register(hello(incarnation="old"))
+    table.register(hello(incarnation="new"))  # the same process dials again
+    assert [w.peer.incarnation for w in table.snapshot()] == ["new"]
+
+
+def test_a_draining_worker_whose_stream_ends_has_ended():
+    table, _ = make()
+    worker = table.register(hello())
+    table.heartbeat(worker, Load(draining=True))
+    table.left(worker)
+    assert states(table) == {}
+    worker = table.register(hello(incarnation="next"))
+    table.left(worker)
+    assert states(table) == {"d0": "suspect"}, "it did not say that it would go"
+
+
+def test_who_fails_a_request_is_avoided_for_a_while():
+    clock = Clock()
+    table, _ = make(clock)
+    table.register(hello("d0", incarnation="a"))
+    table.register(hello("d1", incarnation="b"))
+    table.register(hello("p0", Role.PREFILL, incarnation="c"))
+    first = pick(table.snapshot(), Role.DECODE)
+    assert first.peer.worker_id == "d0"
+    table.doubt(first)
+    assert pick(table.snapshot(), Role.DECODE).peer.worker_id == "d1"
+    table.doubt(pick(table.snapshot(), Role.DECODE))
+    assert pick(table.snapshot(), Role.DECODE).peer.worker_id == "d0", "better than nobody"
+    table.doubt(pick(table.snapshot(), Role.PREFILL))
+    assert pick(table.snapshot(), Role.PREFILL) is None, "the decode worker computes it"
+    clock.now += DOUBT_S / 2
+    assert pick(table.snapshot(), Role.PREFILL) is None
+    clock.now += SILENCE_S - DOUBT_S / 2 - 0.1
+    table.doubt(first)
+    table.register(hello("d0", incarnation="another"))
+    assert not table.snapshot()[0].doubtful, "another process is another matter"

@@ -623,6 +623,41 @@ async def test_registration_over_the_wire(checkpoint, monkeypatch):
         assert (await error_of(public)).code() is grpc.StatusCode.UNIMPLEMENTED
 
 
+async def test_a_worker_is_told_to_drain_and_waited_for(checkpoint):
+    async with front(checkpoint) as f:
+        admin = admin_pb2_grpc.AdminServiceStub(f.channel)
+        async with open_channel(f.coordinator.internal_address) as channel:
+            call = registry_pb2_grpc.RegistryServiceStub(channel).Register()
+            await call.write(registry_pb2.WorkerMessage(hello=hello()))
+            assert (await call.read()).HasField("welcome")
+
+            async def refused(**fields):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await admin.DrainWorker(admin_pb2.DrainWorkerRequest(**fields))
+                return caught.value.code(), caught.value.details()
+
+            code, words = await refused(worker_id="d1")
+            assert (code, "known: d9" in words) == (grpc.StatusCode.NOT_FOUND, True)
+            code, words = await refused()
+            assert (code, "worker_id" in words) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+            for deadline_s in (-1.0, float("nan"), float("inf")):
+                code, words = await refused(worker_id="d9", deadline_s=deadline_s)
+                assert (code, "deadline_s" in words) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+            request = admin_pb2.DrainWorkerRequest(worker_id="d9", deadline_s=7.0)
+            drained = asyncio.ensure_future(admin.DrainWorker(request, timeout=20))
+            assert (await call.read()).drain.deadline_s == 7.0
+            load = registry_pb2.Load(num_running=1, draining=True)
+            await call.write(registry_pb2.WorkerMessage(load=load))
+            await until(lambda: not f.coordinator.ready)
+            await asyncio.sleep(0.3)
+            assert not drained.done(), "it has a request yet"
+            await call.done_writing()
+            await asyncio.wait_for(drained, 5)
+            assert await call.read() is grpc.aio.EOF
+            assert f.coordinator.membership.snapshot() == ()
+
+
 async def until(condition, timeout_s=5.0):
     deadline = time.monotonic() + timeout_s
     while not condition():

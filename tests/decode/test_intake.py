@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from decode.service import _Answer
 from engine.errors import DeadlineExceeded, Unavailable
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.channel import open_channel
+from engine.rpc.liveness import SILENCE_S
 from engine.types import Peer
 from kvtransfer.base import PeerLost, ReadState
 from kvtransfer.service import Renewer
@@ -40,12 +42,12 @@ async def _calls_end(close: bool) -> None:
         request.incarnation = p.host.incarnation
         p.runner.before_step = lambda: time.sleep(0.05)
         renewer = Renewer(worker_pb2_grpc.KvServiceStub(channel), "me")
-        chunks = intake._Chunks(channel, request, renewer)
+        chunks = intake._Chunks(channel, request, renewer, Peer("p", "i", p.address), 30)
         if close:
             await channel.close()
         with pytest.raises(Unavailable):
             async with asyncio.timeout(3):
-                async for _ in chunks.ready(30):
+                while await chunks.next():
                     await channel.close()
         await chunks.close()
 
@@ -142,7 +144,7 @@ async def test_a_lost_peer_is_connected_anew() -> None:
         await assert_at_rest(p, d)
 
 
-async def test_cancelled_while_a_read_is_under_way_frees_nothing_before_it_ends() -> None:
+async def test_cancelled_while_a_read_is_under_way_frees_what_it_cannot_write() -> None:
     async with pair() as (p, d):
         d.transport.gate = lambda read: ReadState.PENDING
         call = decode_stub(d).Decode(Ask(LONG, 3).pb(p))
@@ -151,9 +153,39 @@ async def test_cancelled_while_a_read_is_under_way_frees_nothing_before_it_ends(
         call.cancel()
         await asyncio.gather(reading, return_exceptions=True)
         await assert_at_rest(p)
-        assert d.pool().num_held == 11, "the read may still write"
+        await until(lambda: d.pool().num_held == 2, 1.0)  # of 11: the chunk that is being read
+        assert not d.host.engine.core._requests
+        await asyncio.sleep(0.3)
+        assert d.pool().num_held == 2, "the read may still write"
         d.transport.gate = lambda read: ReadState.DONE
         await assert_at_rest(d)
+
+
+@pytest.mark.parametrize("in_read", [False, True], ids=["computing", "reading"])
+async def test_a_silent_peer_is_lost_whatever_is_waited_for(
+    in_read: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped process says nothing and closes nothing; its last read may never end."""
+    monkeypatch.setattr("prefill.service.BEAT_S", 1000.0)
+    gate = threading.Event()
+    async with pair() as (p, d):
+        if in_read:
+            d.transport.gate = lambda read: ReadState.PENDING
+        else:
+            p.runner.before_step = lambda: _wait_for(gate)
+        begun, ask = time.monotonic(), Ask(LONG, 3)
+        with pytest.raises(Unavailable, match="prefill worker p has said nothing") as caught:
+            await collect(decode_stub(d).Decode(ask.pb(p)), [])
+        assert caught.value.lost == "prefill"
+        assert time.monotonic() - begun < SILENCE_S + 1.5
+        gate.set()
+        # Its blocks are still promised to a read that has not ended; nobody waits for those.
+        begun = time.monotonic()
+        assert await answer(d, None, ask) == ask.answer()
+        assert time.monotonic() - begun < 1.5, "the budget of panels lets an owner take 2 s"
+        assert (d.pool().num_held > 0) == in_read
+        d.transport.gate = lambda read: ReadState.DONE
+        await assert_at_rest(p, d)
 
 
 async def test_reads_stale_every_time_end_with_computing_here() -> None:
@@ -189,7 +221,7 @@ async def test_the_engine_s_death_ends_answers_and_fetches() -> None:
             await asyncio.wait_for(reading, 5)
         d.transport.gate = lambda read: ReadState.DONE
         await assert_at_rest(p)
-        await until(lambda: not d.host._background)
+        await until(lambda: not d.host.background)
 
 
 async def test_a_call_ends_with_its_deadline_whatever_its_peer_does() -> None:
@@ -201,3 +233,7 @@ async def test_a_call_ends_with_its_deadline_whatever_its_peer_does() -> None:
         assert time.monotonic() - begun < 1.0
         p.runner.before_step = lambda: None
         await assert_at_rest(p, d)
+
+
+def _wait_for(gate: threading.Event) -> None:
+    assert gate.wait(30)

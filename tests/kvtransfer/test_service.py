@@ -18,7 +18,9 @@ from kvtransfer.base import MemoryRegion, RemotePool
 from kvtransfer.lease import LeaseTable
 from kvtransfer.service import KvServicer, Renewer
 
-POOL = RemotePool("me", MemoryRegion(4096, 640), MemoryRegion(8192, 80), 10, 64, b"metadata")
+POOL = RemotePool(
+    "me", MemoryRegion(4096, 640), MemoryRegion(8192, 80), 10, 64, b"metadata", "me.1"
+)
 
 
 class Host:
@@ -47,7 +49,7 @@ class Host:
 @asynccontextmanager
 async def serving(ttl_s: float) -> AsyncIterator[tuple[KvServiceStub, KvServicer, Host]]:
     host = Host()
-    servicer = KvServicer(POOL, "digest", host, LeaseTable(time.monotonic, ttl_s))
+    servicer = KvServicer(lambda: POOL, "digest", host, LeaseTable(time.monotonic, ttl_s))
     server = grpc.aio.server()
     add_KvServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -79,7 +81,8 @@ async def test_handshake_compares_the_digest_first() -> None:
         assert "digest" in caught.value.details() and "other" in caught.value.details()
         request = pb.HandshakeRequest(digest="digest", caller_incarnation="you")
         answer = await stub.Handshake(request)
-        assert (answer.incarnation, answer.nixl_metadata) == ("me", b"metadata")
+        assert (answer.incarnation, answer.agent) == ("me", "me.1")
+        assert answer.nixl_metadata == b"metadata"
         assert answer.blocks == pb.Memory(address=4096, num_bytes=640, kind="DRAM")
         assert (answer.num_blocks, answer.block_bytes) == (10, 64)
 

@@ -6,10 +6,13 @@ import asyncio
 import threading
 import time
 
+import grpc
 import pytest
 
 from engine.config import TransferOptions
+from engine.errors import Silent
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
+from engine.rpc.liveness import next_message
 from prefill.service import PrefillServicer
 from tests.support.panels import Panel, assert_at_rest, pair, until
 
@@ -48,28 +51,75 @@ async def test_a_caller_who_goes_before_the_last_word_leaves_no_lease() -> None:
         await assert_at_rest(p, timeout_s=2)
 
 
-async def test_who_has_read_the_last_word_keeps_the_leases() -> None:
+async def test_a_call_lasts_as_long_as_its_leases() -> None:
+    """After the last word it says that it is alive, until all leases are released."""
     async with pair() as (p, _):
         stub = worker_pb2_grpc.PrefillServiceStub(p.host.channels.get(p.address))
-        leases = [r.ready.lease async for r in stub.Prefill(prefill(p)) if r.HasField("ready")]
-        await asyncio.sleep(0.1)
-        assert p.pool().num_held == 10
         kv = worker_pb2_grpc.KvServiceStub(p.host.channels.get(p.address))
+        call, leases, after = stub.Prefill(prefill(p)), [], []
+        async for response in call:
+            if response.HasField("ready"):
+                leases.append(response.ready.lease)
+            elif response.HasField("finished"):
+                break
+        after = [(await call.read()).WhichOneof("event") for _ in range(2)]
+        assert after == ["alive", "alive"]
+        assert p.pool().num_held == 10
+        first = worker_pb2.ReleaseRequest(caller_incarnation="me", leases=leases[:1])
+        await kv.Release(first)
+        assert (await call.read()).HasField("alive"), "others are left"
         await kv.Release(worker_pb2.ReleaseRequest(caller_incarnation="me", leases=leases))
+        while (last := await call.read()) is not grpc.aio.EOF:
+            assert last.HasField("alive")
+        await assert_at_rest(p, timeout_s=1)
+
+
+async def test_a_caller_who_goes_after_the_last_word_leaves_no_lease() -> None:
+    async with pair() as (p, _):
+        stub = worker_pb2_grpc.PrefillServiceStub(p.host.channels.get(p.address))
+        call = stub.Prefill(prefill(p))
+        while not (await call.read()).HasField("finished"):
+            pass
+        assert p.pool().num_held == 10
+        call.cancel()
+        await assert_at_rest(p, timeout_s=1)
+
+
+async def test_a_call_ends_when_its_leases_have_run_out() -> None:
+    async with pair({"transfer": TransferOptions(lease_ttl_s=0.3)}) as (p, _):
+        stub = worker_pb2_grpc.PrefillServiceStub(p.host.channels.get(p.address))
+        async with asyncio.timeout(5):
+            kinds = [r.WhichOneof("event") async for r in stub.Prefill(prefill(p))]
+        assert "finished" in kinds
+        await assert_at_rest(p, timeout_s=1)
+
+
+async def test_an_engine_that_hangs_is_not_vouched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop lives, the step does not end: no Alive is said, and no heartbeat sent."""
+    monkeypatch.setattr("engine.worker.STUCK_S", 0.2)
+    gate = threading.Event()
+    async with pair() as (p, _):
+        p.runner.before_step = lambda: _wait_for(gate)
+        stub = worker_pb2_grpc.PrefillServiceStub(p.host.channels.get(p.address))
+        call = stub.Prefill(prefill(p))
+        with pytest.raises(Silent, match="p has said nothing"):
+            await next_message(call, "p", silence_s=1.5)
+        assert p.host.load() is None
+        gate.set()
         await assert_at_rest(p, timeout_s=2)
+        assert p.host.load() is not None
 
 
 @pytest.mark.parametrize("num_read", range(6))
 async def test_a_caller_who_goes_at_any_message(num_read: int) -> None:
-    """At the end its going may cross the last word: then the leases run out."""
-    async with pair({"transfer": TransferOptions(lease_ttl_s=0.5)}) as (p, _):
+    async with pair() as (p, _):
         p.runner.before_step = lambda: time.sleep(0.01)
         stub = worker_pb2_grpc.PrefillServiceStub(p.host.channels.get(p.address))
         call = stub.Prefill(prefill(p))
         for _ in range(num_read):
             await call.read()
         call.cancel()
-        await assert_at_rest(p, timeout_s=2)
+        await assert_at_rest(p, timeout_s=1)
 
 
 async def test_pins_are_given_back_also_when_the_engine_is_slow(
@@ -98,9 +148,12 @@ async def test_a_hold_that_came_too_late_is_undone(monkeypatch: pytest.MonkeyPat
     async with pair() as (p, _):
         service = PrefillServicer(p.host)
         names: list[bytes] = []
-        async for response in service.Prefill(prefill(p), _Context()):
+        call = service.Prefill(prefill(p), _Context())
+        async for response in call:
             names += response.ready.hashes
-        await p.host.kv.release_owner("me")
+            if response.HasField("finished"):
+                break
+        await call.aclose()
         await assert_at_rest(p)
         gate = threading.Event()
         p.host.engine.post(lambda core: _wait_for(gate))
