@@ -2,7 +2,7 @@
 
     token -> stop token? --yes--> STOP, its text is not shown (unless the client wants it)
                |
-               '-> detokenizer -> stop strings -> text that may be released
+               '-> detokenizer -> stop strings -> text that may be released -> tool calls?
                                        '-> complete? STOP      max_tokens reached? LENGTH
 
 The token that ends the answer brings all its text: a client that has the token has the text, and
@@ -11,10 +11,13 @@ may resume from there. Owned by one request.
 
 from __future__ import annotations
 
+from functools import partial
+
 from coordinator.detokenizer import Detokenizer
-from coordinator.request import AnswerRequest, Chunk, Ending
+from coordinator.request import AnswerRequest, Chunk, Ending, ToolCallPiece
 from coordinator.stops import StopChecker
 from coordinator.tokenizer import Tokenizer
+from coordinator.tool_parser import ToolCalls, call_id
 from engine.types import FinishReason
 
 
@@ -22,7 +25,13 @@ class Answer:
     """Tokens and text of one answer; `token_ids` ends with the token that ends the answer."""
 
     def __init__(
-        self, tokenizer: Tokenizer, request: AnswerRequest, *, max_tokens: int, min_tokens: int
+        self,
+        tokenizer: Tokenizer,
+        request: AnswerRequest,
+        *,
+        max_tokens: int,
+        min_tokens: int,
+        index: int = 0,  # of the choice
     ) -> None:
         self.token_ids: list[int] = []
         self.ending: Ending | None = None
@@ -30,7 +39,14 @@ class Answer:
         self._stop_token_ids = request.stop_token_ids
         self._include_stop = request.include_stop
         self._min_tokens = min_tokens
-        self._detokenizer = Detokenizer(tokenizer, request.skip_special_tokens)
+        self._calls: ToolCalls | None = None
+        markers: tuple[int, ...] = ()
+        if request.tools:
+            form = request.tools.format
+            markers = tuple(form.tokens.values())
+            make_id = partial(call_id, f"{request.request_id}/{index}", form.id_chars)
+            self._calls = ToolCalls(request.tools, make_id)
+        self._detokenizer = Detokenizer(tokenizer, request.skip_special_tokens, markers)
         self._stops = StopChecker(request.stop_strings, request.include_stop, min_tokens)
         # Tokens of an earlier connection count in everything; their text has been delivered.
         self.push(request.resumed)
@@ -49,11 +65,21 @@ class Answer:
                 break
             taken += 1
             texts.append(self._push(token_id))
-        return Chunk("".join(texts), tuple(token_ids[:taken]))
+        text, calls = self._read_calls("".join(texts))
+        return Chunk(text, tuple(token_ids[:taken]), calls)
 
-    def finish(self) -> str:
-        """The text that was held back, where another than the last token ended the answer."""
-        return self._rest()
+    def finish(self) -> Chunk:
+        """What was held back, where another than the last token ended the answer."""
+        text, calls = self._read_calls(self._rest())
+        return Chunk(text, (), calls)
+
+    def _read_calls(self, text: str) -> tuple[str, tuple[ToolCallPiece, ...]]:
+        """What of the next text is plain, and what are pieces of tool calls."""
+        if self._calls is None:
+            return text, ()
+        parsed = self._calls.push(text)
+        rest = self._calls.flush() if self.ending is not None else ""
+        return parsed.text + rest, parsed.pieces
 
     def _push(self, token_id: int) -> str:
         self.token_ids.append(token_id)

@@ -4,6 +4,10 @@ The template comes with the model and runs sandboxed; the environment and its he
 such templates are written for (Hugging Face's): trim_blocks, lstrip_blocks, break and continue,
 tojson, raise_exception, strftime_now. Special tokens are part of the rendered text, so tokenize it
 with add_special_tokens=False.
+
+A template that does not know tools is given a conversation without them: their definitions stand in
+the system message, calls in the words of the model's family, and what tools said in turns of the
+user.
 """
 
 from __future__ import annotations
@@ -16,9 +20,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from coordinator.request import ChatMessage
+from coordinator.tools import HERMES, ToolFormat
 from engine.checkpoint.config import read_json
 from engine.errors import CheckpointError, InvalidRequest
 
@@ -32,6 +39,8 @@ class ChatTemplate:
 
     templates: Mapping[str, jinja2.Template]
     special_tokens: Mapping[str, str]
+    knowing_tools: frozenset[str]  # names of the templates that render tools
+    text: str  # of all templates
 
     @classmethod
     def load(cls, folder: Path, *, now: Callable[[], datetime] = datetime.now) -> ChatTemplate:
@@ -42,27 +51,38 @@ class ChatTemplate:
         path = folder / "tokenizer_config.json"
         config = read_json(path) if path.exists() else {}
         environment = _environment(now)
-        templates = {}
-        for name, source in _sources(folder, config).items():
+        templates, knowing = {}, set()
+        sources = _sources(folder, config)
+        for name, source in sources.items():
             try:
                 templates[name] = environment.from_string(source)
+                if "tools" in meta.find_undeclared_variables(environment.parse(source)):
+                    knowing.add(name)
             except jinja2.TemplateError as error:
                 raise CheckpointError(f"{folder}: chat template {name!r}: {error}") from None
-        return cls(templates, _special_tokens(config))
+        text = "\n".join(sources.values())
+        return cls(templates, _special_tokens(config), frozenset(knowing), text)
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        tool_format: ToolFormat = HERMES,
     ) -> str:
-        """The prompt of a conversation. Raises InvalidRequest where the template refuses it."""
+        """The prompt of a conversation. Raises InvalidRequest where the template refuses it.
+
+        `tool_format` is for a template that does not know tools.
+        """
         if not self.templates:
             raise InvalidRequest("messages", "this model has no chat template; use Generate")
         name = _TOOL_USE if tools and _TOOL_USE in self.templates else "default"
-        template = self.templates.get(name) or next(iter(self.templates.values()))
+        if name not in self.templates:
+            name = next(iter(self.templates))
+        if name not in self.knowing_tools:
+            messages, tools = _without_tools(messages, tools, tool_format), None
         try:
-            return template.render(
+            return self.templates[name].render(
                 messages=list(messages),
                 tools=list(tools) if tools else None,
                 documents=None,
@@ -74,6 +94,73 @@ class ChatTemplate:
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             # Templates add strings and index lists without asking first.
             raise InvalidRequest("messages", f"the chat template failed: {error}") from None
+
+
+def turns(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Messages as templates take them; arguments of calls are objects, not JSON."""
+    out: list[dict[str, Any]] = []
+    for message in messages:
+        turn: dict[str, Any] = {"role": message.role, "content": message.content or ""}
+        if message.name:
+            turn["name"] = message.name
+        if message.tool_call_id:
+            turn["tool_call_id"] = message.tool_call_id
+        if message.tool_calls:
+            turn["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in message.tool_calls
+            ]
+        out.append(turn)
+    return out
+
+
+def _without_tools(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    form: ToolFormat,
+) -> list[Mapping[str, Any]]:
+    """The conversation in roles and contents alone."""
+    out: list[dict[str, Any]] = []
+    previous = ""
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if calls := message.get("tool_calls"):
+            functions = [call["function"] for call in calls]
+            written = form.write(
+                [(f["name"], json.dumps(f["arguments"], ensure_ascii=False)) for f in functions]
+            )
+            out.append({"role": role, "content": f"{content}\n{written}" if content else written})
+        elif role == "tool":
+            result = f"<tool_response>\n{content}\n</tool_response>"
+            if previous == "tool":
+                out[-1]["content"] += "\n" + result
+            else:
+                out.append({"role": "user", "content": result})
+        else:
+            out.append(dict(message))
+        previous = role
+    if tools:
+        told = _told(tools, form)
+        if out and out[0]["role"] == "system":
+            out[0]["content"] = f"{out[0]['content']}\n\n{told}"
+        else:
+            out.insert(0, {"role": "system", "content": told})
+    return list(out)
+
+
+def _told(tools: Sequence[Mapping[str, Any]], form: ToolFormat) -> str:
+    """What a model is told of tools where its template does not tell it."""
+    definitions = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    example = form.write([("<name>", "<arguments as a JSON object>")])
+    return (
+        "You can call functions. Their definitions, in JSON, one a line:\n"
+        f"<tools>\n{definitions}\n</tools>\n"
+        f"To call one, write nothing but:\n{example}"
+    )
 
 
 def _sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -22,9 +22,15 @@ class Detokenizer:
 
     __slots__ = ("_run", "_skipped", "_strip", "_tokenizer", "_utf8")
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        shown: Iterable[int] = (),  # special tokens that are not skipped
+    ) -> None:
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._skipped = skipped.difference(shown)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._run = bytearray()  # SentencePiece: byte tokens whose run has not ended
         self._strip = tokenizer.decoding.strip_first_space

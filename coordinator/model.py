@@ -10,9 +10,10 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from coordinator.chat import ChatTemplate
+from coordinator.chat import ChatTemplate, turns
 from coordinator.request import AnswerRequest, ChatMessage
 from coordinator.tokenizer import Tokenizer
+from coordinator.tools import AUTO, Tool, choose_format
 from coordinator.validate import Limits
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.source import Checkpoint
@@ -31,16 +32,25 @@ class ServedModel:
         tokenizer: Tokenizer,
         template: ChatTemplate,
         max_model_len: int = 0,
+        tool_format: str = AUTO,
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len or config.max_position_embeddings
-        self.limits = Limits(name, config.vocab_size, config.eos_token_ids, self.max_model_len)
+        self.limits = Limits(
+            name,
+            config.vocab_size,
+            config.eos_token_ids,
+            self.max_model_len,
+            choose_format(tool_format, template.text).bound(tokenizer),
+        )
         self._template = template
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, name: str, max_model_len: int) -> ServedModel:
+    def load(
+        cls, checkpoint: Checkpoint, name: str, max_model_len: int, tool_format: str = AUTO
+    ) -> ServedModel:
         """Read tokenizer and template of a checkpoint. Raises CheckpointError."""
         return cls(
             name,
@@ -48,6 +58,7 @@ class ServedModel:
             Tokenizer.load(checkpoint.folder),
             ChatTemplate.load(checkpoint.folder),
             max_model_len,
+            tool_format,
         )
 
     async def prompt_of(self, request: AnswerRequest, max_model_len: int) -> list[int]:
@@ -58,7 +69,8 @@ class ServedModel:
         if request.token_ids is not None:
             field, ids = "token_ids", list(request.token_ids)
         elif request.messages is not None:
-            field, ids = "messages", await self.encode_chat(request.messages, max_model_len)
+            tools = request.tools.tools if request.tools else ()
+            field, ids = "messages", await self.encode_chat(request.messages, max_model_len, tools)
         else:
             assert request.text is not None, "a checked request has a prompt"
             field, ids = "text", await self.encode("text", request.text, True, max_model_len)
@@ -85,14 +97,26 @@ class ServedModel:
         encode = self.tokenizer.encode
         return await loop.run_in_executor(self._threads, encode, text, add_special_tokens)
 
-    async def encode_chat(self, messages: Sequence[ChatMessage], max_model_len: int) -> list[int]:
-        """Token ids of a conversation that asks for the next turn.
+    async def encode_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        max_model_len: int,
+        tools: Sequence[Tool] = (),
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Token ids of a conversation, which by default asks for the next turn.
 
         The template writes special tokens itself.
         """
-        turns = [{"role": m.role, "content": m.content} for m in messages]
         loop = asyncio.get_running_loop()
-        text = await loop.run_in_executor(self._threads, self._template.render, turns)
+        text = await loop.run_in_executor(
+            self._threads,
+            self._template.render,
+            turns(messages),
+            [tool.definition for tool in tools],
+            add_generation_prompt,
+            self.limits.tool_format,
+        )
         return await self.encode("messages", text, False, max_model_len)
 
     async def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:

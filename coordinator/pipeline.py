@@ -156,8 +156,9 @@ class Pipeline:
                 await self._next_attempt(dispatch, route, error, answer)
             finally:
                 progress.spent.end_attempt()
-        if not request.resume_finished and (text := answer.finish()):
-            yield Chunk(text, ())
+        rest = answer.finish()
+        if not request.resume_finished and (rest.text or rest.tool_calls):
+            yield rest
         timeline.mark(Event.FINISHED)
         yield self._finished(progress, timeline)
 

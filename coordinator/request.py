@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from engine.types import FinishReason, SamplingParams
+from coordinator.tools import ToolUse
+from engine.types import Constraint, FinishReason, SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that an earlier turn made."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]  # parsed: templates write them as they like
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +26,10 @@ class ChatMessage:
     """One turn of a conversation."""
 
     role: str
-    content: str
+    content: str | None  # None: an assistant's turn that only made calls
+    name: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""  # the call that this turn answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +52,27 @@ class AnswerRequest:
     cache_salt: str
     resumed: tuple[int, ...]  # first tokens of the answer, already delivered
     resume_finished: bool
+    tools: ToolUse | None = None  # None: the answer is text
+    constraint: Constraint | None = None  # what the answer must be
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallPiece:
+    """The next piece of a tool call: its id and name with the first, then more of its arguments."""
+
+    index: int  # of the call within the answer
+    id: str
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens of an answer and the text that they made final."""
+    """Tokens of an answer, the text that they made final, and their pieces of tool calls."""
 
     text: str
     token_ids: tuple[int, ...]
+    tool_calls: tuple[ToolCallPiece, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from coordinator.request import DEFAULT_MAX_TOKENS, AnswerRequest, ChatMessage
+from coordinator.tools import HERMES, ToolFormat, ToolUse, tool_grammar
+from coordinator.validate_tools import check_tool_calls, check_tools, text_schema, tool_use
 from engine.errors import InvalidRequest, NotFound, NotOffered
 from engine.pb.diptych.v1 import inference_pb2
 from engine.seeds import default_seed
-from engine.types import SamplingParams
+from engine.types import Constraint, SamplingParams
 
 MAX_REQUEST_ID_CHARS = 128
 MAX_STOP_STRINGS = 16
@@ -36,6 +38,7 @@ class Limits:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     max_model_len: int  # nothing in a request needs more tokens than this
+    tool_format: ToolFormat = HERMES  # how the model writes calls
 
 
 def check_model(name: str, limits: Limits) -> None:
@@ -68,16 +71,27 @@ def validate_generate(request: inference_pb2.GenerateRequest, limits: Limits) ->
 def validate_chat(request: inference_pb2.ChatRequest, limits: Limits) -> AnswerRequest:
     """Check a ChatRequest. Raises InvalidRequest, NotFound, NotOffered."""
     check_model(request.model, limits)
-    if request.tools_json:
-        raise NotOffered("tools_json")
     messages = check_messages("messages", request.messages, limits)
-    return _answer_request(request, limits, messages=messages, default_max_tokens=None)
+    tools = tool_use(request, check_tools("tools_json", request.tools_json), limits.tool_format)
+    constraint = None
+    if tools and tools.required:
+        raise NotOffered("tool_choice of a call that must be made")
+    if tools:
+        constraint = tool_grammar(tools, text_schema(request.constraint, tools))
+    return _answer_request(
+        request,
+        limits,
+        messages=messages,
+        tools=tools,
+        constraint=constraint,
+        default_max_tokens=None,
+    )
 
 
 def check_messages(
     field: str, messages: Sequence[inference_pb2.Message], limits: Limits
 ) -> tuple[ChatMessage, ...]:
-    """A conversation of at least one message, each with a role and a content."""
+    """A conversation of at least one message, each with a role and a content or tool calls."""
     if len(messages) > limits.max_model_len:  # a million empty ones would keep a template busy
         raise InvalidRequest(
             field, f"{len(messages)} messages do not fit a context of {limits.max_model_len} tokens"
@@ -86,9 +100,17 @@ def check_messages(
     for i, message in enumerate(messages):
         if not message.role:
             raise InvalidRequest(f"{field}[{i}].role", "unset; expected system, user or assistant")
-        if not message.HasField("content"):
+        if not message.HasField("content") and not message.tool_calls:
             raise InvalidRequest(f"{field}[{i}].content", "unset; expected text")
-        checked.append(ChatMessage(message.role, message.content))
+        checked.append(
+            ChatMessage(
+                message.role,
+                message.content if message.HasField("content") else None,
+                message.name,
+                check_tool_calls(f"{field}[{i}].tool_calls", message.tool_calls),
+                message.tool_call_id,
+            )
+        )
     if not checked:
         raise InvalidRequest(field, "empty; expected at least one message")
     return tuple(checked)
@@ -121,6 +143,8 @@ def _answer_request(
     text: str | None = None,
     token_ids: tuple[int, ...] | None = None,
     messages: tuple[ChatMessage, ...] | None = None,
+    tools: ToolUse | None = None,
+    constraint: Constraint | None = None,
 ) -> AnswerRequest:
     """The part that Generate and Chat share."""
     _refuse_what_is_not_offered(request)
@@ -148,6 +172,8 @@ def _answer_request(
         cache_salt=request.cache_salt,
         resumed=resumed,
         resume_finished=finished,
+        tools=tools,
+        constraint=constraint,
     )
 
 

@@ -57,6 +57,22 @@ class StopParams:
     stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence ids included unless ignored
 
 
+class ConstraintKind(Enum):
+    """In which language a constraint is written."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer must be; compiled where it is needed, the same everywhere."""
+
+    kind: ConstraintKind
+    source: str
+
+
 @dataclass(frozen=True, slots=True)
 class Peer:
     """A worker process, named so that a restart on the same address is somebody else."""

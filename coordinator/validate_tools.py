@@ -1,0 +1,143 @@
+"""The door for tools: definitions, choices and earlier calls, or an error that names the field.
+
+Pure, as validate.py is, whose part this is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from coordinator.request import ToolCall
+from coordinator.tools import Tool, ToolFormat, ToolUse
+from engine.errors import InvalidRequest, NotOffered
+from engine.pb.diptych.v1 import inference_pb2
+
+MAX_TOOLS = 128
+MAX_TOOLS_BYTES = 1024 * 1024
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def check_tools(field: str, source: str) -> tuple[Tool, ...]:
+    """Tool definitions out of a JSON array of them; an empty text is none."""
+    if not source:
+        return ()
+    if len(source) > MAX_TOOLS_BYTES:
+        raise InvalidRequest(field, f"longer than {MAX_TOOLS_BYTES} characters")
+    listed = parse_json(field, source)
+    if not isinstance(listed, list):
+        raise InvalidRequest(field, "expected a JSON array of tool definitions")
+    if not 1 <= len(listed) <= MAX_TOOLS:
+        raise InvalidRequest(field, f"{len(listed)} tools; expected 1 to {MAX_TOOLS}")
+    tools: list[Tool] = []
+    for i, item in enumerate(listed):
+        tool = _tool(f"{field}[{i}]", item)
+        if any(other.name == tool.name for other in tools):
+            raise InvalidRequest(f"{field}[{i}].function.name", f"{tool.name!r} stands there twice")
+        tools.append(tool)
+    return tuple(tools)
+
+
+def tool_use(
+    request: inference_pb2.ChatRequest, tools: tuple[Tool, ...], form: ToolFormat
+) -> ToolUse | None:
+    """Which tools the answer may or must call; None: it is text, and the prompt tells of none."""
+    choice = request.tool_choice
+    kind, mode = choice.WhichOneof("kind"), choice.mode
+    if mode not in inference_pb2.ToolChoice.Mode.values():
+        raise InvalidRequest("tool_choice.mode", f"{mode} is not known")
+    wanted = kind == "name" or mode not in (
+        inference_pb2.ToolChoice.MODE_UNSPECIFIED,
+        inference_pb2.ToolChoice.MODE_NONE,
+    )
+    if not tools:
+        if wanted:
+            raise InvalidRequest("tool_choice", "there are no tools to choose from")
+        return None
+    if kind == "mode" and mode == inference_pb2.ToolChoice.MODE_NONE:
+        return None
+    single = form.single or (
+        request.HasField("parallel_tool_calls") and not request.parallel_tool_calls
+    )
+    if kind == "name":
+        named = tuple(tool for tool in tools if tool.name == choice.name)
+        if not named:
+            known = ", ".join(tool.name for tool in tools)
+            raise InvalidRequest("tool_choice.name", f"is none of the tools: {known}")
+        return ToolUse(form, tools, named, required=True, single=True)
+    required = mode == inference_pb2.ToolChoice.MODE_REQUIRED
+    return ToolUse(form, tools, tools, required=required, single=single)
+
+
+def text_schema(constraint: inference_pb2.Constraint, use: ToolUse) -> str | None:
+    """The JSON schema that text must have where no call is made, or None."""
+    kind = constraint.WhichOneof("kind")
+    if kind is None or use.required:  # an answer of calls has no text
+        return None
+    if not use.format.trigger:
+        raise NotOffered(f"constraint.{kind} beside tools, with a model whose calls are bare JSON")
+    if kind == "json_object":
+        return json.dumps({"type": "object"}) if constraint.json_object else None
+    if kind != "json_schema":
+        raise NotOffered(f"constraint.{kind} beside tools")
+    schema = parse_json("constraint.json_schema", constraint.json_schema)
+    if not isinstance(schema, dict):
+        raise InvalidRequest("constraint.json_schema", "expected a JSON object")
+    return json.dumps(schema)
+
+
+def check_tool_calls(field: str, calls: Sequence[inference_pb2.ToolCall]) -> tuple[ToolCall, ...]:
+    """Calls that an earlier turn made; templates get their arguments as objects."""
+    checked = []
+    for i, call in enumerate(calls):
+        if not call.name:
+            raise InvalidRequest(f"{field}[{i}].name", "empty; expected the name of a tool")
+        where = f"{field}[{i}].arguments"
+        arguments = parse_json(where, call.arguments) if call.arguments.strip() else {}
+        if not isinstance(arguments, dict):
+            raise InvalidRequest(where, "expected a JSON object")
+        checked.append(ToolCall(call.id, call.name, arguments))
+    return tuple(checked)
+
+
+def parse_json(field: str, source: str) -> Any:
+    """The value of a JSON text. Raises InvalidRequest naming `field`."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(source, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(field, f"not JSON: {error.msg} at character {error.pos}") from None
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InvalidRequest(field, f"not JSON: {what}") from None
+
+
+def _tool(field: str, item: Any) -> Tool:
+    if not isinstance(item, dict):
+        raise InvalidRequest(field, "expected an object")
+    if item.get("type") != "function":
+        raise InvalidRequest(f"{field}.type", 'expected "function"')
+    function = item.get("function")
+    if not isinstance(function, dict):
+        raise InvalidRequest(f"{field}.function", "expected an object")
+    name = function.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{field}.function.name", "expected 1 to 64 letters, digits, underscores, dots, dashes"
+        )
+    for key, kind in (("description", str), ("strict", bool), ("parameters", dict)):
+        if function.get(key) is not None and not isinstance(function[key], kind):
+            expected = {str: "text", bool: "true or false", dict: "a JSON schema, an object"}[kind]
+            raise InvalidRequest(f"{field}.function.{key}", f"expected {expected}")
+    return Tool(
+        name=name,
+        definition=item,
+        parameters=function.get("parameters") or _NO_PARAMETERS,
+        strict=function.get("strict") is True,
+    )
