@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from coordinator.chat import ChatTemplate, turns
 from coordinator.request import AnswerRequest, ChatMessage
@@ -33,8 +34,11 @@ class ServedModel:
         template: ChatTemplate,
         max_model_len: int = 0,
         tool_format: str = AUTO,
+        folder: Path | None = None,
     ) -> None:
         self.name = name
+        self.config = config
+        self.folder = folder  # of the checkpoint
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len or config.max_position_embeddings
         self.limits = Limits(
@@ -59,6 +63,7 @@ class ServedModel:
             ChatTemplate.load(checkpoint.folder),
             max_model_len,
             tool_format,
+            checkpoint.folder,
         )
 
     async def prompt_of(self, request: AnswerRequest, max_model_len: int) -> list[int]:
