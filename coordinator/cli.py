@@ -101,7 +101,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_server_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--server", default=DEFAULT_SERVER, metavar="HOST:PORT", help=f"[{DEFAULT_SERVER}]"
+        "--server",
+        default=DEFAULT_SERVER,
+        metavar="HOST:PORT[,...]",
+        help=f"coordinators; the next is called where one is lost [{DEFAULT_SERVER}]",
     )
 
 
@@ -172,7 +175,7 @@ def _answer_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _server(args: argparse.Namespace) -> str:
     try:
-        return config.parse_address(args.server)
+        return config.parse_addresses(args.server)
     except ValueError as error:
         raise ConfigError(f"--server: {error}, got {args.server!r}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ def generate(
     server: str, prompt: str, timeout_s: float | None, quiet: bool, options: dict[str, Any]
 ) -> int:
     """Stream one completion; returns the exit status."""
-    with Client(server) as client:
+    with _connect(server) as client:
         return _run(server, client.generate(prompt, timeout_s=timeout_s, **options), quiet)[1]
 
 
@@ -39,7 +40,7 @@ def chat(
 ) -> int:
     """Answer one question, or hold a conversation until the input ends."""
     messages = [{"role": "system", "content": system}] if system else []
-    with Client(server) as client:
+    with _connect(server) as client:
         if question is not None:
             messages.append({"role": "user", "content": question})
             return _run(server, client.chat(messages, timeout_s=timeout_s, **options), quiet)[1]
@@ -60,7 +61,7 @@ def chat(
 
 def status(server: str, *, holds: bool = False) -> int:
     """Print the pools, and what their workers hold if asked; returns the exit status."""
-    with Client(server) as client:
+    with _connect(server) as client:
         try:
             model, workers = client.model(), client.workers()
         except (DiptychError, grpc.RpcError) as error:
@@ -81,6 +82,12 @@ def status(server: str, *, holds: bool = False) -> int:
     if holds:
         console.print(_holds(workers))
     return 0
+
+
+def _connect(server: str) -> Client:
+    """A call that was lost is told with the usage, not in the middle of the text."""
+    logging.getLogger("coordinator.client").setLevel(logging.ERROR)
+    return Client(server)
 
 
 def _holds(workers: Sequence[admin_pb2.Worker]) -> Table:
@@ -199,7 +206,8 @@ def _run(server: str, events: Iterator[AnswerEvent], quiet: bool) -> tuple[str, 
 
 
 def _complain(server: str, error: Exception) -> int:
-    if isinstance(error, Unavailable) and "connect" in error.message.lower():
+    unavailable = isinstance(error, Unavailable) and not error.num_emitted
+    if unavailable and "connect" in describe(error).lower():
         print(f"coordinator: nobody answers at {server}; is one started?", file=sys.stderr)
     else:
         print(f"coordinator: {describe(error)}", file=sys.stderr)
@@ -210,10 +218,12 @@ def _usage(done: Done) -> str:
     usage, timing = done.usage, done.timing
     rest = usage.completion_tokens - 1
     pace = f", {rest / timing.decode:.1f} tokens/s" if rest > 0 and timing.decode > 0 else ""
-    drafts = ""
+    more = ""
     if usage.draft_tokens:
-        drafts = f", {usage.accepted_tokens} of {usage.draft_tokens} draft tokens accepted"
+        more = f", {usage.accepted_tokens} of {usage.draft_tokens} draft tokens accepted"
+    if done.num_resumed:
+        more += f", taken up again {done.num_resumed} times"
     return (
         f"[{done.finish_reason}; {usage.prompt_tokens} prompt tokens, {usage.cached_tokens} cached,"
-        f" {usage.completion_tokens} tokens, first after {timing.first_token:.2f} s{pace}{drafts}]"
+        f" {usage.completion_tokens} tokens, first after {timing.first_token:.2f} s{pace}{more}]"
     )

@@ -87,6 +87,24 @@ def current_request() -> str:
     return str(structlog.contextvars.get_contextvars().get("request_id", ""))
 
 
+def library_logger(name: str) -> Logger:
+    """A logger for code that runs in processes which are not ours.
+
+    Where nobody has configured structlog, which then prints to stdout, lines go to `logging`.
+    """
+    if structlog.is_configured():
+        return get_logger(name)
+    logger: Logger = structlog.wrap_logger(
+        logging.getLogger(name),
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.processors.KeyValueRenderer(key_order=["event"]),
+        ],
+        wrapper_class=Logger,
+    )
+    return logger
+
+
 def bind_request(request_id: str) -> None:
     """Put `request_id` on every further line of the current task."""
     structlog.contextvars.bind_contextvars(request_id=request_id)

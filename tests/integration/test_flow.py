@@ -143,7 +143,7 @@ def test_cancelled_in_mid_answer_frees_everything(stack: Stack) -> None:
 def test_cancelled_while_its_prompt_is_computed_frees_everything(stack: Stack) -> None:
     """The prompt is new, so no block of it is cached."""
     prompt = LONG["prompt"][::-1]
-    call = stack.client._inference.Generate(_request(prompt), timeout=60)
+    call = stack.client._inference[0].Generate(_request(prompt), timeout=60)
     until(lambda: bool(stack.workers("prefill")[0].num_running), 10, "the prompt is being computed")
     call.cancel()
     stack.assert_at_rest(10)

@@ -44,7 +44,7 @@ def kinds(found: dict[str, Any], request_id: str) -> set[str]:
 def test_holds_from_the_prompt_to_the_end(stack: Stack) -> None:
     (p,), (d,) = stack.workers("prefill"), stack.workers("decode")
     request = generate_request(LONG["prompt"], max_tokens=200, ignore_eos=True, request_id="held")
-    call = stack.client._inference.Generate(request, timeout=120)
+    call = stack.client._inference[0].Generate(request, timeout=120)
 
     seen: dict[str, set[str]] = {"prefill": set(), "decode": set()}
 

@@ -1,0 +1,39 @@
+"""The client library: what the command line uses, and what a program may.
+
+    with Client("one:50051,two:50051") as client:
+        for event in client.generate("Once upon a time", max_tokens=64, temperature=0.8):
+            ...                                                  # TextDelta, ..., Done
+
+A lost connection or coordinator is a pause: the answer goes on at another one, or at the same one
+when it is back, with the next token. See docs/client.md.
+
+    messages   options -> request, response -> event          attempts  where to call next, and when
+    stream     one answer over several calls: no seam         coordinators  what a client follows
+    blocking, asynchronous   the two clients: nothing but calls and waits
+"""
+
+from __future__ import annotations
+
+from coordinator.client.asynchronous import AsyncClient
+from coordinator.client.attempts import Patience
+from coordinator.client.blocking import Client
+from coordinator.client.messages import (
+    AnswerEvent,
+    Done,
+    TextDelta,
+    chat_request,
+    describe,
+    generate_request,
+)
+
+__all__ = [
+    "AnswerEvent",
+    "AsyncClient",
+    "Client",
+    "Done",
+    "Patience",
+    "TextDelta",
+    "chat_request",
+    "describe",
+    "generate_request",
+]

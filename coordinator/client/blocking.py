@@ -1,0 +1,137 @@
+"""Blocking calls, from any thread: what the stream of an answer asks for is called and waited for.
+
+A call is open from `generate` until its iterator ends, is closed or is forgotten.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from coordinator.client.attempts import PATIENCE, Patience
+from coordinator.client.coordinators import Coordinators, unreachable
+from coordinator.client.messages import AnswerEvent, chat_request, generate_request
+from coordinator.client.stream import Call, Stream
+from engine.errors import DeadlineExceeded, DiptychError
+from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+
+class Client:
+    """Blocking calls. Errors are DiptychError where the server meant one, else grpc.RpcError."""
+
+    def __init__(
+        self,
+        address: str | Sequence[str],
+        *,
+        patience: Patience = PATIENCE,
+        dice: random.Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._coordinators = Coordinators(address, patience, clock=clock, dice=dice)
+        self._sleep = sleep
+        options = self._coordinators.options
+        self._channels = [
+            grpc.insecure_channel(address, options=options)
+            for address in self._coordinators.addresses
+        ]
+        self._inference = [inference_pb2_grpc.InferenceServiceStub(c) for c in self._channels]
+        self._admin = [admin_pb2_grpc.AdminServiceStub(c) for c in self._channels]
+
+    @property
+    def num_resumed(self) -> int:
+        """How often an answer in progress was taken up by another call."""
+        return self._coordinators.num_resumed
+
+    def generate(
+        self, prompt: str | Sequence[int], *, timeout_s: float | None = None, **options: Any
+    ) -> Iterator[AnswerEvent]:
+        """Stream a completion; closing the iterator cancels it."""
+        return self._answer(generate_request(prompt, **options), timeout_s)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> Iterator[AnswerEvent]:
+        """Stream the next turn of a conversation; closing the iterator cancels it."""
+        return self._answer(chat_request(messages, **options), timeout_s)
+
+    def model(self, *, timeout_s: float = 10.0) -> inference_pb2.Model:
+        """The served model."""
+        methods = [stub.GetModel for stub in self._inference]
+        model: inference_pb2.Model = self._ask(methods, inference_pb2.GetModelRequest(), timeout_s)
+        return model
+
+    def workers(self, *, timeout_s: float = 10.0) -> Sequence[admin_pb2.Worker]:
+        """The workers that the coordinator knows."""
+        methods = [stub.ListWorkers for stub in self._admin]
+        return list(self._ask(methods, admin_pb2.ListWorkersRequest(), timeout_s).workers)
+
+    def close(self) -> None:
+        """Close the connections; calls on them are cancelled."""
+        self._coordinators.closed = True
+        for channel in self._channels:
+            channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _answer(self, request: Any, timeout_s: float | None) -> Iterator[AnswerEvent]:
+        stream = self._coordinators.stream(request, timeout_s)
+        plan = stream.next(self._coordinators.clock())  # the first call waits for nothing
+        return self._events(stream, self._call(stream, plan))
+
+    def _events(self, stream: Stream, call: Any) -> Iterator[AnswerEvent]:
+        clock = self._coordinators.clock
+        while True:
+            try:
+                for response in call:
+                    if event := stream.take(response):
+                        yield event
+                    if stream.done:
+                        return
+                stream.lost(None, clock())
+            except grpc.RpcError as error:
+                if self._coordinators.closed:
+                    raise stream.broken_off("the client was closed") from None
+                stream.lost(error, clock())
+            finally:
+                call.cancel()
+            plan = stream.next(clock())
+            if plan.wait_s > 0:
+                self._sleep(plan.wait_s)
+            call = self._call(stream, plan)
+
+    def _call(self, stream: Stream, plan: Call) -> Any:
+        """One call of an answer."""
+        if self._coordinators.closed:
+            raise stream.broken_off("the client was closed")
+        self._coordinators.called(plan.coordinator)
+        method = getattr(self._inference[plan.coordinator], stream.method)
+        return method(plan.request, timeout=stream.remaining_s(self._coordinators.clock()))
+
+    def _ask(self, methods: Sequence[Any], request: Any, timeout_s: float) -> Any:
+        """The answer of the first coordinator that can be reached."""
+        failure: DiptychError | None = None
+        for at, share_s in self._coordinators.turns(timeout_s):
+            try:
+                return methods[at](request, timeout=share_s)
+            except grpc.RpcError as error:
+                failure = unreachable(error)
+        raise failure or DeadlineExceeded("the call's time ran out")

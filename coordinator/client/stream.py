@@ -1,0 +1,179 @@
+"""One answer over as many calls as it takes; its caller sees no seam. Pure: it neither calls nor
+waits, a client does what it says.
+
+    next -> Call ---> take, take, take ... Finished: done
+     ^                  '-- the call ends otherwise: lost
+     |                              |
+     '----- another call helps -----+----- it was an answer, or nothing is left ---> raises
+
+The tokens that the caller has go into the next call as `resume`; the sampler is a function of seed
+and position and the text one of the tokens, so both go on exactly there. What is an answer:
+
+    InvalidRequest, NotFound, NotOffered, Mismatch, DeadlineExceeded, a bug   raised at once
+    Overloaded, Unavailable (the coordinator's word)   others first; itself after what it asked for
+    no connection, a broken one, a stream without an end                      others first
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from coordinator.client.attempts import Attempts, Patience
+from coordinator.client.messages import (
+    AnswerEvent,
+    Request,
+    TextDelta,
+    done,
+    give_name,
+    resumed,
+)
+from engine.errors import DeadlineExceeded, DiptychError, Overloaded, Unavailable
+from engine.pb.diptych.v1 import inference_pb2
+from engine.rpc.status import DETAILS_KEY, from_rpc_error
+from engine.telemetry.log import library_logger
+
+_BROKEN = (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What is to be called, and after what wait."""
+
+    coordinator: int
+    request: Request
+    wait_s: float
+
+
+class Stream:
+    """One answer, as far as its caller has it. Owned by the iterator that yields it."""
+
+    def __init__(
+        self,
+        request: Request,
+        attempts: Attempts,
+        patience: Patience,
+        addresses: Sequence[str],
+        *,
+        first_limit: int,
+        ends_s: float = math.inf,  # a moment of the client's clock
+        on_resumed: Callable[[], None] = lambda: None,
+    ) -> None:
+        give_name(request)
+        self._request = request
+        self._attempts = attempts
+        self._patience = patience
+        self._addresses = addresses
+        self._first_limit = first_limit
+        self._ends_s = ends_s
+        self._on_resumed = on_resumed
+        self._token_ids: list[int] = []
+        self._rest = ""  # text since the last token; comes only at the end, and again with resume
+        self._num_repeated = 0  # characters of it that this call will send again
+        self._num_resumed = 0
+        self._resuming = False  # this call takes the answer up, and has said nothing yet
+        self._loss: Unavailable | Overloaded | None = None  # since the answer last moved
+        self._gives_up_s = math.inf
+        self.done = False
+
+    @property
+    def method(self) -> str:
+        """The method of InferenceService that answers it."""
+        chat = isinstance(self._request, inference_pb2.ChatRequest)
+        return "Chat" if chat else "Generate"
+
+    def remaining_s(self, now_s: float) -> float | None:
+        """What is left of the caller's time, None for any. Raises DeadlineExceeded."""
+        if math.isinf(self._ends_s):
+            return None
+        if now_s >= self._ends_s:
+            raise DeadlineExceeded("the call's time ran out")
+        return self._ends_s - now_s
+
+    def next(self, now_s: float) -> Call:
+        """The next call. Raises Unavailable or Overloaded where nothing is left to try."""
+        begun = bool(self._token_ids or self._rest)
+        limit = self._patience.resumed if begun else self._first_limit
+        found = self._attempts.next(limit, now_s)
+        if found is None:
+            raise self._spent()
+        coordinator, wait_s = found
+        if self._loss and now_s + wait_s >= min(self._gives_up_s, self._ends_s):
+            raise self._spent()
+        self._num_repeated = len(self._rest)
+        self._resuming = begun
+        return Call(coordinator, resumed(self._request, self._token_ids), wait_s)
+
+    def take(self, response: inference_pb2.GenerateResponse) -> AnswerEvent | None:
+        """The event that a message brings to the caller, if it brings one."""
+        if self._resuming:
+            self._resuming = False
+            self._num_resumed += 1
+            self._on_resumed()
+        if response.HasField("finished"):
+            self.done = True
+            return done(response, self._num_resumed)
+        text, token_ids = response.delta.text, tuple(response.delta.token_ids)
+        if token_ids:
+            self._token_ids += token_ids
+            self._rest, self._num_repeated = "", 0
+        else:
+            num_known = min(self._num_repeated, len(text))
+            self._num_repeated -= num_known
+            text = text[num_known:]
+            self._rest += text
+        if not text and not token_ids:
+            return None
+        self._attempts.progressed()
+        self._loss = None
+        return TextDelta(text, token_ids)
+
+    def lost(self, error: grpc.RpcError | None, now_s: float) -> None:
+        """The call ended before the answer: by `error`, or as if all were well.
+
+        Raises what the coordinator meant if that was an answer.
+        """
+        loss, waits = _loss(error)
+        self._attempts.lost(loss.retry_after_s if waits else 0.0, now_s)
+        library_logger("coordinator.client").warning(
+            "call lost",
+            request_id=self._request.request_id,
+            coordinator=self._addresses[self._attempts.at],
+            reason=loss.message,
+            num_tokens=len(self._token_ids),
+        )
+        if self._loss is None:
+            self._gives_up_s = now_s + self._patience.give_up_s
+        if waits or self._loss is None:  # a coordinator's word tells more than a dead connection
+            self._loss = loss
+
+    def broken_off(self, reason: str, retry_after_s: float = 1.0) -> Unavailable:
+        """The end of an answer that did not end, with the number of tokens that its caller has."""
+        num = len(self._token_ids)
+        message = f"the answer broke off after {num} tokens: {reason}" if num else reason
+        return Unavailable(message, retry_after_s, num_emitted=num)
+
+    def _spent(self) -> DiptychError:
+        assert self._loss is not None, "the first call is always left"
+        if isinstance(self._loss, Overloaded) and not self._token_ids:
+            return self._loss
+        return self.broken_off(self._loss.message, self._loss.retry_after_s)
+
+
+def _loss(error: grpc.RpcError | None) -> tuple[Unavailable | Overloaded, bool]:
+    """(why a call was lost, whether the coordinator said so itself). Raises what was an answer."""
+    if error is None:
+        return Unavailable("the stream ended before the answer"), False
+    call: Any = error
+    code = call.code()
+    said = DETAILS_KEY in dict(call.trailing_metadata() or ())  # else gRPC made the status up
+    meaning = from_rpc_error(error)
+    if isinstance(meaning, Unavailable) or (said and isinstance(meaning, Overloaded)):
+        return meaning, said
+    if code in _BROKEN and not said:
+        return Unavailable(f"{code.name}: {call.details()}"), False
+    raise (meaning or error) from None
