@@ -24,7 +24,6 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from engine.errors import (
     ConfigError,
@@ -36,6 +35,7 @@ from engine.errors import (
 )
 from engine.rpc.address import listen_on
 from engine.rpc.channel import KEEPALIVE_OPTIONS, LENGTH_OPTIONS
+from engine.rpc.reflection import enable_reflection
 from engine.rpc.status import RpcStatus, internal, to_status
 from engine.rpc.trust import ClusterToken
 from engine.telemetry.log import bind_request, get_logger
@@ -112,8 +112,7 @@ class RpcServer:
 
     async def start(self, *, serving: bool = True) -> None:
         """Begin to accept calls."""
-        names = (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        enable_reflection((*self._names, health.SERVICE_NAME), self._server)
         await self.set_serving(serving)
         await self._server.start()
         self._started = True
