@@ -16,13 +16,17 @@ from prometheus_client import CollectorRegistry
 from coordinator.admission import Admission
 from coordinator.membership import Membership
 from coordinator.model import ServedModel
+from coordinator.oip import OipServicer
 from coordinator.pipeline import Pipeline
 from coordinator.registry import RegistryServicer
 from coordinator.service import AdminServicer, InferenceServicer
 from coordinator.trust import Trust
+from coordinator.vllm_engine import VllmEngineServicer
 from engine.config import FrontOptions
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.pb.diptych.v1 import admin_pb2, inference_pb2
+from engine.pb.inference import grpc_service_pb2
+from engine.pb.vllm import vllm_engine_pb2
 from engine.rpc.server import RpcServer
 from engine.telemetry.http import HttpServer, make_app, serve_http
 from engine.telemetry.metrics import CoordinatorMetrics, RpcMetrics
@@ -70,6 +74,7 @@ class Coordinator:
             RegistryServicer(self.membership, f"coordinator-{secrets.token_hex(4)}"),
             token=trust.cluster,
         )
+        self._speak_other_protocols(inference, metrics)
         self._http: HttpServer | None = None
         self.address = front.listen
         self.internal_address = front.internal_listen or front.listen
@@ -93,6 +98,32 @@ class Coordinator:
         await self._public.start()
         if self._internal is not self._public:
             await self._internal.start()
+
+    def _speak_other_protocols(
+        self, inference: InferenceServicer, metrics: CoordinatorMetrics
+    ) -> None:
+        """What clients of Triton and KServe, and gateways in front of vLLM, speak."""
+        limit_s = self._front.max_request_s
+        oip = OipServicer(
+            self.model.name,
+            inference,
+            self.pipeline,
+            metrics,
+            lambda: self.ready,
+            max_request_s=limit_s,
+        )
+        # No limit on its streams, which clients keep; each request of one has its own.
+        self._public.add_service(
+            grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"], oip
+        )
+        engine = VllmEngineServicer(
+            self.model, inference, self.pipeline, self.membership, lambda: self.ready
+        )
+        self._public.add_service(
+            vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"],
+            engine,
+            limit_s=limit_s + _STUCK_S,
+        )
 
     async def drain(self, deadline_s: float) -> bool:
         """Refuse new requests and wait for those inside; False: some are left at the deadline."""

@@ -1,0 +1,209 @@
+"""Options by name -> fields of a GenerateRequest: one set of names, whatever carries them. Pure.
+
+    parameters map, tensors, vLLM's JSON of parameters --take(where, name, value)--> request
+
+Names are those of our own API (`temperature`, `max_tokens`, `json_schema`, ...) and, where Triton's
+backends call the same thing otherwise, theirs. Numbers may come as text, as they do there. Ranges
+are checked behind the door, by `validate`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from engine.errors import InvalidRequest
+from engine.pb.diptych.v1 import inference_pb2
+
+_PARTS = {
+    "sampling": inference_pb2.Sampling,
+    "stop": inference_pb2.Stop,
+    "output": inference_pb2.Output,
+    "constraint": inference_pb2.Constraint,
+}
+_TOP = ("n", "priority", "cache_salt")
+_REQUEST = inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name
+# Name -> (the message within the request that has it, or "", and the field).
+FIELDS: dict[str, tuple[str, FieldDescriptor]] = {
+    field.name: (part, field)
+    for part, message in _PARTS.items()
+    for field in message.DESCRIPTOR.fields
+} | {name: ("", _REQUEST[name]) for name in _TOP}
+_ALIASES = {
+    "random_seed": "seed",
+    "stop_words": "stop",
+    "min_length": "min_tokens",
+    "request_output_len": "max_tokens",
+    "num_return_sequences": "n",
+}
+_END_ID = "end_id"  # of TensorRT-LLM: one more stop token; -1: none
+_STRUCTURED = ("structured_outputs", "guided_decoding")  # of vLLM: a constraint in an object
+# What Triton's clients send and which at these values changes nothing here; None: at any.
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
+    "pad_id": None,
+    "bad_words": ("", [], [""]),
+    "beam_width": (1,),
+    "length_penalty": (0, 1),
+    "detokenize": (True,),
+    "spaces_between_special_tokens": (True,),
+}
+_LISTS = {"bad_words", "choice", "stop", "stop_token_ids", "stop_words"}
+
+
+def takes_list(name: str) -> bool:
+    """Whether a tensor of this option holds any number of elements."""
+    return name in _LISTS
+
+
+def known() -> str:
+    """All names, for error messages."""
+    return ", ".join(sorted([*FIELDS, *_ALIASES, _END_ID, *_WITHOUT_EFFECT]))
+
+
+class Options:
+    """Writes options into `request`, each at most once."""
+
+    def __init__(self, request: inference_pb2.GenerateRequest) -> None:
+        self._request = request
+        self._given: dict[str, str] = {}
+
+    def take(self, where: str, name: str, value: Any) -> None:
+        """One option. Raises InvalidRequest naming `where` it stood."""
+        if value is None:  # JSON's null
+            return
+        if name in _STRUCTURED:
+            self._take_structured(where, value)
+        elif name == _END_ID:
+            if (token := _whole(where, value)) != -1:
+                self._write(where, "stop_token_ids", [token])
+        elif name in _WITHOUT_EFFECT:
+            harmless = _WITHOUT_EFFECT[name]
+            if harmless is not None and value not in harmless:
+                raise InvalidRequest(where, f"{value!r} is not served; leave it out")
+        elif (canonical := _ALIASES.get(name, name)) in FIELDS:
+            if first := self._given.get(canonical):
+                raise InvalidRequest(where, f"given already, as {first}")
+            self._given[canonical] = where
+            if name == "stop_words":  # empty ones stand for none
+                value = [text for text in _list(where, value) if text != ""]
+            if canonical == "top_k" and str(value) == "-1":  # off, in vLLM's words
+                value = 0
+            self._write(where, canonical, value)
+        else:
+            raise InvalidRequest(where, f"not known here; known are {known()}")
+
+    def _take_structured(self, where: str, value: Any) -> None:
+        if not isinstance(value, Mapping):
+            raise InvalidRequest(where, "expected an object such as {'json': schema}")
+        for key, item in value.items():
+            if item is not None and item is not False:
+                self.take(f"{where}.{key}", "json_schema" if key == "json" else key, item)
+
+    def _write(self, where: str, name: str, value: Any) -> None:
+        part, field = FIELDS[name]
+        target: Message = getattr(self._request, part) if part else self._request
+        try:
+            _assign(target, field, where, value)
+        except (TypeError, ValueError) as error:  # out of the field's range, a lone surrogate
+            raise InvalidRequest(where, f"{_shown(value)}; {error}") from None
+
+
+def _assign(target: Any, field: FieldDescriptor, where: str, value: Any) -> None:
+    """Write a value into a field of our request, by the field's own type."""
+    if field.name == "logit_bias":
+        for token, bias in _object(where, value).items():
+            target.logit_bias[_whole(where, token)] = _real(where, bias)
+    elif field.name == "choice":
+        target.choice.choices.extend(_list(where, value))
+    elif field.is_repeated:
+        convert = _string if field.type == FieldDescriptor.TYPE_STRING else _whole
+        getattr(target, field.name).extend(convert(where, item) for item in _list(where, value))
+    elif field.type == FieldDescriptor.TYPE_BOOL:
+        flag = flag_of(where, value)
+        if flag or field.name != "json_object":  # a constraint that is off is none
+            setattr(target, field.name, flag)
+    elif field.type == FieldDescriptor.TYPE_FLOAT:
+        setattr(target, field.name, _real(where, value))
+    elif field.type == FieldDescriptor.TYPE_STRING:
+        if field.name == "json_schema" and not isinstance(value, str):
+            value = json.dumps(value)
+        setattr(target, field.name, _string(where, value))
+    else:
+        setattr(target, field.name, _whole(where, value))
+
+
+def parse_json(where: str, text: str) -> Any:
+    """Raises InvalidRequest where `text` is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(where, f"not valid JSON ({error})") from None
+
+
+def flag_of(where: str, value: Any) -> bool:
+    """A bool, or the word for one."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise InvalidRequest(where, f"{_shown(value)}; expected true or false")
+
+
+def _real(where: str, value: Any) -> float:
+    if not isinstance(value, bool) and isinstance(value, int | float | str):
+        try:
+            return float(value)
+        except (ValueError, OverflowError):
+            pass
+    raise InvalidRequest(where, f"{_shown(value)}; expected a number")
+
+
+def _whole(where: str, value: Any) -> int:
+    if not isinstance(value, bool):
+        if isinstance(value, int):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        if isinstance(value, str):
+            try:
+                return int(value)
+            except ValueError:
+                pass
+    raise InvalidRequest(where, f"{_shown(value)}; expected a whole number")
+
+
+def _string(where: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    raise InvalidRequest(where, f"{_shown(value)}; expected text")
+
+
+def _list(where: str, value: Any) -> list[Any]:
+    """A list, the JSON of one, or the one element of one."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            pass  # a text that begins with a bracket
+    return value if isinstance(value, list) else [value]
+
+
+def _object(where: str, value: Any) -> Mapping[Any, Any]:
+    if isinstance(value, str):
+        value = parse_json(where, value)
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(where, f"{_shown(value)}; expected an object of token ids and numbers")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value as it stands in an error message, cut to a line."""
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:g}"
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
