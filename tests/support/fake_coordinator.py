@@ -87,7 +87,8 @@ class FakeCoordinator:
     tokens: Sequence[int] = ANSWER
     group: int = 2
     tail: bool = False
-    pace_s: float = 0.0
+    first_s: float = 0.0  # before the first message
+    pace_s: float = 0.0  # before each
     back_s: float | None = None  # when it listens again after it vanished
     cues: list[Cue] = field(default_factory=list)  # one a call; without: it goes well
     requests: list[Any] = field(default_factory=list)
@@ -120,6 +121,7 @@ class FakeCoordinator:
         self.deadlines.append(context.time_remaining())
         cue = self.cues.pop(0) if self.cues else None
         try:
+            await asyncio.sleep(self.first_s)
             for i, message in enumerate(messages(request, self.tokens, self.group, self.tail)):
                 if cue and i == cue.after:
                     if cue.how == "end":

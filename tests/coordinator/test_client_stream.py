@@ -1,0 +1,321 @@
+"""What the client decides, without a network: any script of failures against the answer itself."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.client.attempts import PATIENCE, Attempts, Patience
+from coordinator.client.coordinators import Coordinators, addresses_of
+from coordinator.client.messages import Done, TextDelta, generate_request
+from coordinator.client.stream import Stream
+from engine.errors import DeadlineExceeded, DiptychError, Overloaded, Unavailable
+from engine.rpc.status import internal, to_status
+from tests.support.fake_coordinator import BARE, LOSSES, SAID, Cue, messages, whole
+
+STEP_S = 0.01  # between two messages
+
+
+class Lost(grpc.RpcError):
+    """The end of a call as gRPC tells it."""
+
+    def __init__(self, how: str) -> None:
+        said = SAID.get(how)
+        if said is None:
+            self._status = (BARE[how], "as scripted", ())
+        else:
+            status = to_status(said) if isinstance(said, DiptychError) else internal("a bug")
+            self._status = (status.code, status.message, status.trailing_metadata)
+
+    def code(self) -> grpc.StatusCode:
+        return self._status[0]
+
+    def details(self) -> str:
+        return self._status[1]
+
+    def trailing_metadata(self) -> Any:
+        return self._status[2]
+
+
+class Caller:
+    """Who reads the stream: what it has seen, and what it cost."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.now_s = 100.0
+        self.tokens: list[int] = []
+        self.text = ""
+        self.done: Done | None = None
+        self.error: Exception | None = None
+        self.called: list[int] = []
+        self.waits: list[float] = []
+        self.requests: list[Any] = []
+
+    def read(self, script: list[Cue], reply: Callable[[Any], Any]) -> None:
+        """Until the end or an error, over whatever calls that takes; each has its cue."""
+        cues = iter(script)
+        try:
+            while not self.stream.done:
+                call = self.stream.next(self.now_s)
+                self.now_s += call.wait_s
+                self.called.append(call.coordinator)
+                self.waits.append(call.wait_s)
+                self.requests.append(call.request)
+                self._hear(call.request, next(cues, None), reply)
+        except (DiptychError, Lost) as error:
+            self.error = error
+
+    def _hear(self, request: Any, cue: Cue | None, reply: Callable[[Any], Any]) -> None:
+        left_s = self.stream.remaining_s(self.now_s)
+        ends_s = math.inf if left_s is None else self.now_s + left_s
+        for i, message in enumerate(reply(request)):
+            if cue and i == cue.after:
+                error = None if cue.how == "end" else Lost(cue.how)
+                return self.stream.lost(error, self.now_s)
+            self.now_s += STEP_S
+            if self.now_s >= ends_s:
+                raise DeadlineExceeded("as gRPC says")
+            event = self.stream.take(message)
+            if isinstance(event, TextDelta):
+                self.tokens += event.token_ids
+                self.text += event.text
+            elif event:
+                self.done = event
+                return None
+        return None
+
+
+def caller(
+    num: int = 2, *, alone: bool = False, ends_s: float = math.inf, seed: int = 1, at: int = 0
+) -> Caller:
+    patience = PATIENCE
+    stream = Stream(
+        generate_request("x", temperature=1.0),
+        Attempts(num, at, patience, random.Random(seed)),
+        patience,
+        [f"c{i}" for i in range(num)],
+        first_limit=1 if alone else patience.first,
+        ends_s=ends_s,
+    )
+    return Caller(stream)
+
+
+def answers(tokens: list[int], group: int = 2, tail: bool = False) -> Callable[[Any], Any]:
+    return lambda request: messages(request, tokens, group, tail)
+
+
+cues = st.builds(Cue, st.integers(0, 5), st.sampled_from([*LOSSES, *LOSSES, *SAID]))
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 49151), min_size=1, max_size=12),
+    group=st.integers(1, 4),
+    tail=st.booleans(),
+    num=st.integers(1, 3),
+    script=st.lists(cues, max_size=40),
+    time_s=st.sampled_from([math.inf, 0.05, 1.0, 10.0]),
+    seed=st.integers(0, 99),
+)
+def test_any_script_gives_the_answer_or_an_error_that_tells_how_far_it_came(
+    tokens: list[int],
+    group: int,
+    tail: bool,
+    num: int,
+    script: list[Cue],
+    time_s: float,
+    seed: int,
+) -> None:
+    it = caller(num, alone=num == 1, ends_s=100.0 + time_s, seed=seed)
+    it.read(script, answers(tokens, group, tail))
+    assert it.tokens == tokens[: len(it.tokens)], "no token doubled, missing or different"
+    assert whole(tokens).startswith(it.text)
+    if it.done:
+        assert (it.tokens, it.text) == (tokens, whole(tokens))
+        assert it.done.num_resumed <= len(it.called) - 1
+    elif isinstance(it.error, Unavailable):
+        assert it.error.num_emitted == len(it.tokens)
+    elif isinstance(it.error, Overloaded):
+        assert not it.tokens
+    else:
+        last = script[len(it.called) - 1].how if len(it.called) <= len(script) else ""
+        assert last in ("invalid", "missing", "bug") or it.now_s >= 100.0 + time_s
+    assert len({r.request_id for r in it.requests}) == 1, "one name, so one seed"
+    assert it.now_s <= 100.0 + time_s + STEP_S
+    # Bounded: so many calls after each token, and after the text that comes without one.
+    assert len(it.called) <= (len(it.tokens) + 2) * num * PATIENCE.resumed
+
+
+def test_a_broken_call_goes_elsewhere_at_once_with_what_has_come() -> None:
+    it = caller(2)
+    it.read([Cue(2, "cut")], answers([5, 6, 7, 8, 9]))
+    assert it.called == [0, 1]
+    assert it.waits == [0.0, 0.0]
+    assert not it.requests[0].resume
+    assert list(it.requests[1].resume[0].token_ids) == [5, 6, 7, 8]
+    assert it.done
+    assert it.done.num_resumed == 1
+
+
+def test_one_coordinator_is_called_again_after_a_moment_and_then_more_slowly() -> None:
+    it = caller(1, alone=True)
+    it.read([Cue(1, "cut"), *[Cue(0, "cut")] * 50], answers([5, 6, 7]))
+    assert isinstance(it.error, Unavailable)
+    assert it.error.num_emitted == 2
+    assert "broke off after 2 tokens" in it.error.message
+    assert len(it.called) == PATIENCE.resumed
+    wanted = [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0, 5.0]
+    for wait_s, most_s in zip(it.waits[1:], wanted, strict=True):
+        assert most_s / 2 <= wait_s <= most_s
+
+
+def test_a_token_is_progress_and_the_count_begins_anew() -> None:
+    it = caller(1, alone=True)
+    it.read([Cue(1, "cut")] * 30, answers(list(range(50)), group=2))
+    assert it.done
+    assert it.done.num_resumed == 25
+    assert max(it.waits) <= PATIENCE.backoff_s
+
+
+def test_before_the_first_token_one_coordinator_is_grpcs_own_affair() -> None:
+    it = caller(1, alone=True)
+    it.read([Cue(0, "cut")], answers([5]))
+    assert isinstance(it.error, Unavailable)
+    assert len(it.called) == 1
+
+
+def test_all_away_before_the_first_token() -> None:
+    it = caller(3)
+    it.read([Cue(0, "cut")] * 50, answers([5]))
+    assert isinstance(it.error, Unavailable)
+    assert it.error.num_emitted == 0
+    assert it.called[:3] == [0, 1, 2]
+    assert len(it.called) == 3 * PATIENCE.first
+    assert 1.0 < sum(it.waits) < 4.0
+
+
+@pytest.mark.parametrize("how", ["invalid", "missing", "bug"])
+@pytest.mark.parametrize("after", [0, 2])
+def test_an_answer_is_raised_and_nobody_else_asked(how: str, after: int) -> None:
+    it = caller(2)
+    it.read([Cue(after, how)], answers([5, 6, 7, 8, 9]))
+    assert len(it.called) == 1
+    if how == "bug":
+        assert isinstance(it.error, Lost)
+    else:
+        assert type(it.error) is type(SAID[how])
+
+
+class Told(Lost):
+    """UNAVAILABLE or RESOURCE_EXHAUSTED, with a time to come back."""
+
+    def __init__(self, error: DiptychError) -> None:
+        status = to_status(error)
+        self._status = (status.code, status.message, status.trailing_metadata)
+
+
+def plan(it: Caller) -> tuple[int, float]:
+    call = it.stream.next(it.now_s)
+    it.now_s += call.wait_s
+    return call.coordinator, call.wait_s
+
+
+def test_who_asks_for_time_gets_it_and_the_others_are_called_first() -> None:
+    it = caller(3)
+    assert plan(it) == (0, 0.0)
+    it.stream.lost(Told(Unavailable("draining", 7.0)), it.now_s)
+    assert plan(it) == (1, 0.0)
+    it.stream.lost(Told(Overloaded("full", 20.0)), it.now_s)
+    assert plan(it) == (2, 0.0)
+    it.stream.lost(Lost("cut"), it.now_s)
+    at, wait_s = plan(it)
+    assert at == 2
+    assert wait_s <= 0.2
+    it.stream.lost(Told(Unavailable("draining", 30.0)), it.now_s)
+    at, wait_s = plan(it)
+    assert at == 0
+    assert it.now_s >= 107.0
+    it.stream.lost(Lost("cut"), it.now_s)
+    assert plan(it)[0] == 0  # in a moment, where the others are in many seconds
+    it.stream.lost(Told(Unavailable("draining", 55.0)), it.now_s)
+    at, _ = plan(it)
+    assert at == 1
+    assert it.now_s >= 120.0
+
+
+def test_nobody_is_waited_for_longer_than_a_minute_or_the_callers_time() -> None:
+    for retry_s, time_s in ((3600.0, math.inf), (5.0, 3.0)):
+        it = caller(1, ends_s=100.0 + time_s)
+        plan(it)
+        it.stream.lost(Told(Unavailable("draining", retry_s)), it.now_s)
+        with pytest.raises(Unavailable, match="draining") as caught:
+            plan(it)
+        assert caught.value.retry_after_s == retry_s
+        assert it.now_s == 100.0, "it is told at once"
+
+
+def test_overloaded_everywhere_is_overloaded_and_after_a_token_unavailable() -> None:
+    it = caller(2)
+    it.read([Cue(0, "overloaded")] * 50, answers([5, 6, 7]))
+    assert isinstance(it.error, Overloaded)
+    assert len(it.called) == 2 * PATIENCE.first
+    it = caller(2)
+    it.read([Cue(1, "cut"), *[Cue(0, "overloaded")] * 50], answers([5, 6, 7]))
+    assert isinstance(it.error, Unavailable)
+    assert it.error.num_emitted == 2
+
+
+def test_a_coordinators_word_tells_more_than_a_dead_connection() -> None:
+    it = caller(2)
+    it.read([Cue(0, "cut"), Cue(0, "overloaded")] * 50, answers([5]))
+    assert isinstance(it.error, Overloaded)
+
+
+def test_a_lost_end_is_asked_for_and_its_text_comes_once() -> None:
+    for tail in (False, True):
+        it = caller(2)
+        it.read([Cue(2 + tail, "cut"), Cue(tail, "end")], answers([5, 6, 7, 8], tail=tail))
+        assert (it.tokens, it.text) == ([5, 6, 7, 8], whole([5, 6, 7, 8]))
+        assert len(it.called) == 3
+        assert it.done
+
+
+def test_a_call_that_fails_before_it_says_anything_took_nothing_up() -> None:
+    it = caller(3)
+    it.read([Cue(1, "cut"), Cue(0, "cut")], answers([5, 6, 7]))
+    assert it.done
+    assert it.done.num_resumed == 1
+
+
+def test_what_grpc_itself_calls_exhausted_is_an_answer() -> None:
+    """A message too long for this client stays so at any coordinator."""
+    it = caller(2)
+    plan(it)
+    error = Lost("cut")
+    error._status = (grpc.StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max", ())
+    with pytest.raises(Overloaded, match="larger"):
+        it.stream.lost(error, it.now_s)
+
+
+def test_addresses() -> None:
+    assert addresses_of("a:1") == ("a:1",)
+    assert addresses_of("a:1, b:2,a:1") == ("a:1", "b:2")
+    assert addresses_of(["a:1", "b:2,c:3"]) == ("a:1", "b:2", "c:3")
+    for bad in ("", "a:1,,b:2", [], ["a:1", ""]):
+        with pytest.raises(ValueError, match="HOST:PORT"):
+            addresses_of(bad)
+
+
+def test_one_coordinator_is_retried_by_service_config_several_are_not() -> None:
+    alone = dict(Coordinators("a:1", Patience()).options)
+    several = dict(Coordinators("a:1,b:2", Patience()).options)
+    assert '"maxAttempts": 5' in str(alone["grpc.service_config"])
+    assert "retryPolicy" not in str(several["grpc.service_config"])
+    assert alone["grpc.keepalive_time_ms"] == alone["grpc.keepalive_timeout_ms"] == 3000
