@@ -1,0 +1,153 @@
+"""The client library when a coordinator is lost in mid-stream: real processes, real signals, and a
+stream that its caller cannot tell from the undisturbed one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.client import AsyncClient, Client, Done, TextDelta
+from tests.faults.cluster import Cluster, Shape
+
+ORACLE = json.loads((Path(__file__).parents[1] / "data" / "greedy_fp32.json").read_text())
+CASE = next(case for case in ORACLE if len(case["prompt"]) == 300)
+# Without drafts an answer takes its time, and is met in the middle.
+FLAGS = ("--dtype", "float32", "--kv-cache-memory", "384MiB", "--drafter", "none")
+GREEDY = {"max_tokens": 64}
+SAMPLED = {"max_tokens": 96, "temperature": 0.9, "top_p": 0.95, "ignore_eos": True}
+NOTICED_S = 6.0  # the client's keepalive: 3 s until a ping, 3 s for its answer
+SLACK_S = 3.0  # for the next coordinator's first token on a busy machine
+KINDS = ("blocking", "asyncio")
+pytestmark = pytest.mark.timeout(300)
+
+
+@dataclass
+class Got:
+    """An answer as its caller saw it; `disturb` is run once, when five tokens have come."""
+
+    disturb: Callable[[], None] | None = None
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    moments: list[float] = field(default_factory=list)
+    done: Done | None = None
+    num_resumed: int = 0
+
+    def take(self, event: TextDelta | Done) -> None:
+        if isinstance(event, Done):
+            self.done = event
+            return
+        self.tokens += event.token_ids
+        self.text += event.text
+        self.moments.append(time.monotonic())
+        if self.disturb and len(self.tokens) >= 5:
+            self.disturb()
+            self.disturb = None
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    shape = Shape(prefill=1, decode=1, coordinators=2, worker_flags=FLAGS)
+    with Cluster(tmp_path_factory.mktemp("failover"), shape) as running:
+        yield running
+
+
+def ask(kind: str, addresses: str, got: Got, **options: Any) -> Got:
+    """Read one answer to its end, by one of the two clients."""
+    options = {"timeout_s": 60, **options}
+
+    def blocking() -> None:
+        with Client(addresses) as client:
+            for event in client.generate(CASE["prompt"], **options):
+                got.take(event)
+            got.num_resumed = client.num_resumed
+
+    async def for_asyncio() -> None:
+        async with AsyncClient(addresses) as client:
+            async for event in client.generate(CASE["prompt"], **options):
+                got.take(event)
+            got.num_resumed = client.num_resumed
+
+    if kind == "blocking":
+        blocking()
+    else:
+        asyncio.run(for_asyncio())
+    return got
+
+
+def all_of(cluster: Cluster) -> str:
+    return ",".join(cluster.address(name) for name in cluster.coordinators)
+
+
+def kill_first(cluster: Cluster) -> None:
+    """kill -9, and it stays away."""
+    place = cluster["coordinator-0"]
+    place.held = True
+    place.kill()
+
+
+def bring_back(cluster: Cluster) -> None:
+    place = cluster["coordinator-0"]
+    place.thaw()
+    place.held = False
+    cluster.until_whole()
+
+
+def assert_at_rest(cluster: Cluster) -> None:
+    """Whoever was lost, the workers hold nothing for it."""
+    deadline = time.monotonic() + 10
+    while held := [r for r in cluster.rows("coordinator-1").values() if r.held_blocks]:
+        assert time.monotonic() < deadline, f"still held: {held}"
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kill_9_of_the_coordinator_leaves_no_seam(
+    cluster: Cluster, kind: str, options: dict[str, Any]
+) -> None:
+    """A sampled request brings no seed: it is a hash of the id that all its calls carry."""
+    options = {**options, "request_id": f"{kind}-{options['max_tokens']}"}
+    undisturbed = ask(kind, cluster.address("coordinator-1"), Got(), **options)
+    assert undisturbed.num_resumed == 0
+    got = ask(kind, all_of(cluster), Got(lambda: kill_first(cluster)), **options)
+    try:
+        assert got.num_resumed == 1, "it was in the middle of the answer"
+        assert (got.tokens, got.text) == (undisturbed.tokens, undisturbed.text)
+        if "temperature" not in options:
+            assert got.tokens == CASE["tokens"]
+        assert got.done
+        assert got.done.usage.completion_tokens == len(got.tokens) == options["max_tokens"]
+        assert got.done.request_id == options["request_id"]
+        longest_s = max(b - a for a, b in itertools.pairwise(got.moments))
+        print(f"{kind}: the longest wait was {longest_s:.2f} s")
+        assert longest_s < 2.0
+        assert_at_rest(cluster)
+    finally:
+        bring_back(cluster)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_coordinator_is_noticed_within_seconds(cluster: Cluster, kind: str) -> None:
+    """Its connection stays open and says nothing: the client's ping gets no answer."""
+    freeze = cluster["coordinator-0"].freeze
+    try:
+        got = ask(kind, all_of(cluster), Got(freeze), **GREEDY)
+        assert got.tokens == CASE["tokens"]
+        assert got.num_resumed == 1
+        longest_s = max(b - a for a, b in itertools.pairwise(got.moments))
+        print(f"{kind}: the longest wait was {longest_s:.2f} s")
+        assert longest_s < NOTICED_S + SLACK_S
+    finally:
+        bring_back(cluster)
+    assert_at_rest(cluster)
+    for name in cluster.coordinators:
+        assert "too_many_pings" not in cluster.tail(name, 10_000)
