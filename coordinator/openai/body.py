@@ -1,0 +1,89 @@
+"""A request's body: its bytes within a bound, and the JSON object that they are.
+
+What comes out can be handed on without a second look: no NaN, no lone surrogate (which no message
+can carry), no deep nesting, and small enough that parsing it does not keep the event loop from
+others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from starlette.types import Receive
+
+from coordinator.openai.errors import Failure, Refused
+
+MAX_BODY_BYTES = 16 * 1024 * 1024
+MAX_DEPTH = 100
+_CODE = "invalid_json"
+
+
+class Gone(Exception):
+    """The client went away."""
+
+
+async def read_body(headers: Mapping[str, str], receive: Receive) -> bytes:
+    """All bytes of a JSON body. Raises Refused, Gone."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refused(Failure(415, "content-type: expected application/json"))
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise Refused(Failure(415, "content-encoding: send the body as it is"))
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Gone
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > MAX_BODY_BYTES:
+            raise Refused(Failure(413, f"the body is larger than {MAX_BODY_BYTES} bytes"))
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def parse_body(raw: bytes) -> dict[str, Any]:
+    """The JSON object in `raw`. Raises Refused."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        value = json.loads(raw.decode(), parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise _malformed(f"{error.msg}: {where}") from None
+    except UnicodeDecodeError:
+        raise _malformed("not valid UTF-8") from None
+    except RecursionError:
+        raise _malformed(f"nested deeper than {MAX_DEPTH}") from None
+    except ValueError as error:  # NaN, a number of thousands of digits
+        raise _malformed(str(error).partition(";")[0]) from None
+    if not isinstance(value, dict):
+        raise _malformed("expected an object")
+    if _depth(value) > MAX_DEPTH:
+        raise _malformed(f"nested deeper than {MAX_DEPTH}")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise _malformed("a lone surrogate, which is no character") from None
+    return value
+
+
+def _malformed(reason: str) -> Refused:
+    return Refused(Failure(400, f"the body is not a JSON object: {reason}", code=_CODE))
+
+
+def _depth(value: Any) -> int:
+    """Levels of arrays and objects; stops counting just above the bound."""
+    depth, level = 0, [value]
+    while level and depth <= MAX_DEPTH:
+        depth += 1
+        below = []
+        for container in level:
+            items = container.values() if isinstance(container, dict) else container
+            below += [item for item in items if isinstance(item, dict | list)]
+        level = below
+    return depth

@@ -1,0 +1,196 @@
+"""The body of /v1/chat/completions -> a gRPC ChatRequest. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from coordinator.openai.constraints import read_constraint
+from coordinator.openai.fields import UINT32, Fields, as_object
+from coordinator.openai.options import IGNORED, MAX_LOGPROBS, Wanted, read_common
+from engine.errors import InvalidRequest, NotOffered
+from engine.pb.diptych.v1 import inference_pb2
+
+_Mode = inference_pb2.ToolChoice
+_MODES = {"none": _Mode.MODE_NONE, "auto": _Mode.MODE_AUTO, "required": _Mode.MODE_REQUIRED}
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "audio": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "function_call": (),
+    "functions": ([],),
+    "modalities": (["text"], []),
+    "return_prompt_text": (False,),
+    "web_search_options": (),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCall:
+    """What a client asked for."""
+
+    request: inference_pb2.ChatRequest
+    wanted: Wanted
+    named_tool: bool  # a call of one named tool: such an answer ends with "stop"
+    names: Mapping[str, str]  # of gRPC fields, in the client's words
+
+
+def read_chat(body: Mapping[str, Any], request_id: str) -> ChatCall:
+    """Raises InvalidRequest, NotOffered, Refused."""
+    fields = Fields(body)
+    messages = read_messages(fields)
+    limit = "max_completion_tokens"
+    max_tokens = fields.integer(limit, 0, UINT32)
+    old = fields.integer("max_tokens", 0, UINT32)
+    if max_tokens is None:
+        limit, max_tokens = "max_tokens", old
+    common = read_common(fields, request_id, max_tokens=max_tokens, logprobs=_logprobs(fields))
+    constraint, asked = read_constraint(fields)
+    tools_json = read_tools(fields)
+    choice = _tool_choice(fields)
+    parallel = None
+    if fields.take("parallel_tool_calls") is not None:
+        parallel = fields.boolean("parallel_tool_calls")
+    fields.neutral(_NEUTRAL)
+    fields.end(IGNORED)
+    request = inference_pb2.ChatRequest(
+        **common.request,
+        request_id=common.wanted.request_id,
+        messages=messages,
+        constraint=constraint,
+        tools_json=tools_json,
+        tool_choice=choice,
+        parallel_tool_calls=parallel,
+    )
+    names = {
+        "constraint": asked,
+        "tools_json": "tools",
+        "stop.max_tokens": limit,
+        "output.logprobs": "top_logprobs",
+        "output.prompt_logprobs": "prompt_logprobs",
+        "tool_choice.name": "tool_choice.function.name",
+    }
+    named = choice is not None and choice.WhichOneof("kind") == "name"
+    return ChatCall(request, common.wanted, named, names)
+
+
+def _logprobs(fields: Fields) -> int | None:
+    """Alternatives wanted with each token; None: no log-probabilities."""
+    wanted = fields.boolean("logprobs")
+    top = fields.integer("top_logprobs", 0, MAX_LOGPROBS)
+    if top and not wanted:
+        raise InvalidRequest("top_logprobs", "only for requests with logprobs: true")
+    return (top or 0) if wanted else None
+
+
+def read_messages(fields: Fields) -> list[inference_pb2.Message]:
+    """The conversation; parts of text are joined, parts of other kinds refused by name."""
+    values = fields.list("messages")
+    if not values:
+        raise InvalidRequest("messages", "expected an array of at least one message")
+    return [_message(as_object(f"messages[{i}]", value)) for i, value in enumerate(values)]
+
+
+def _message(fields: Fields) -> inference_pb2.Message:
+    role = fields.text("role")
+    if role == "function":
+        raise NotOffered(fields.path("role") + " function")
+    if role not in _ROLES:
+        raise InvalidRequest(fields.path("role"), f"expected one of {', '.join(_ROLES)}")
+    content = _content(fields)
+    calls = [
+        _tool_call(as_object(f"{fields.path('tool_calls')}[{i}]", value))
+        for i, value in enumerate(fields.list("tool_calls") or ())
+    ]
+    refusal = fields.text("refusal")
+    if content is None and not calls:
+        if refusal is None:
+            raise InvalidRequest(fields.path("content"), "unset; expected text")
+        content = refusal
+    name, answers = fields.text("name"), fields.text("tool_call_id")
+    fields.neutral({"audio": (), "function_call": ()})
+    fields.end(("annotations", "reasoning", "reasoning_content"))
+    return inference_pb2.Message(
+        role="system" if role == "developer" else role,
+        content=content,
+        name=name,
+        tool_calls=calls,
+        tool_call_id=answers,
+    )
+
+
+def _content(fields: Fields) -> str | None:
+    path, value = fields.path("content"), fields.take("content")
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise InvalidRequest(path, "expected text or an array of parts")
+    texts = []
+    for i, item in enumerate(value):
+        part = as_object(f"{path}[{i}]", item)
+        kind = part.text("type")
+        if kind is None:
+            raise InvalidRequest(part.path("type"), 'unset; expected "text"')
+        if kind not in _TEXT_PARTS:
+            raise NotOffered(f"{path}[{i}] of type {kind[:40]}")
+        text = part.text(_TEXT_PARTS[kind])
+        if text is None:
+            raise InvalidRequest(part.path(_TEXT_PARTS[kind]), "unset; expected text")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _tool_call(fields: Fields) -> inference_pb2.ToolCall:
+    if fields.text("type") not in (None, "function"):
+        raise NotOffered(fields.path("type"))
+    function = fields.object("function")
+    if function is None:
+        raise InvalidRequest(fields.path("function"), "unset; expected a name and arguments")
+    arguments = function.take("arguments")
+    if isinstance(arguments, dict):  # some clients send the object itself
+        arguments = json.dumps(arguments)
+    if arguments is not None and not isinstance(arguments, str):
+        raise InvalidRequest(function.path("arguments"), "expected JSON as text")
+    return inference_pb2.ToolCall(
+        id=fields.text("id") or "", name=function.text("name") or "", arguments=arguments or ""
+    )
+
+
+def read_tools(fields: Fields) -> str | None:
+    """Tool definitions as they came; their content is the gRPC API's affair."""
+    tools = fields.list("tools")
+    if tools is None:
+        return None
+    for i, tool in enumerate(tools):
+        kind = tool.get("type") if isinstance(tool, dict) else "function"
+        if isinstance(kind, str) and kind != "function":
+            raise NotOffered(f"tools[{i}] of type {kind[:40]}")
+    return json.dumps(tools)
+
+
+def _tool_choice(fields: Fields) -> inference_pb2.ToolChoice | None:
+    value = fields.take("tool_choice")
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if value not in _MODES:
+            raise InvalidRequest("tool_choice", "expected none, auto, required or a function")
+        return inference_pb2.ToolChoice(mode=_MODES[value])
+    choice = as_object("tool_choice", value)
+    kind = choice.text("type")
+    if kind not in (None, "function"):
+        raise NotOffered(f"tool_choice of type {kind[:40]}")
+    function = choice.object("function")
+    name = function.text("name") if function else None
+    if not name:
+        raise InvalidRequest("tool_choice.function.name", "unset; expected the name of a tool")
+    return inference_pb2.ToolChoice(name=name)

@@ -1,0 +1,94 @@
+"""The body of /v1/completions -> one gRPC request a prompt. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from coordinator.openai.constraints import read_constraint
+from coordinator.openai.fields import UINT32, Fields, whole_list
+from coordinator.openai.options import IGNORED, MAX_LOGPROBS, Wanted, read_common
+from engine.errors import InvalidRequest
+from engine.pb.diptych.v1 import inference_pb2
+
+MAX_PROMPTS = 1024
+DEFAULT_MAX_TOKENS = 16
+_NEUTRAL = {
+    "add_special_tokens": (True,),
+    "prompt_embeds": (),
+    "suffix": ("",),
+    "return_prompt_text": (False,),
+}
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionCall:
+    """What a client asked for."""
+
+    requests: tuple[inference_pb2.GenerateRequest, ...]  # one a prompt
+    wanted: Wanted
+    echo: bool
+    max_tokens: int
+    names: Mapping[str, str] = field(default_factory=dict)  # of gRPC fields, in the client's words
+
+    def names_of(self, index: int) -> dict[str, str]:
+        """The names for the request of prompt `index`."""
+        prompt = "prompt" if len(self.requests) == 1 else f"prompt[{index}]"
+        own = {"text": prompt, "token_ids.ids": prompt, "token_ids": prompt, "prompt": prompt}
+        return {**own, **self.names}
+
+
+def read_completion(body: Mapping[str, Any], request_id: str) -> CompletionCall:
+    """Raises InvalidRequest, NotOffered, Refused."""
+    fields = Fields(body)
+    prompts = _prompts(fields)
+    max_tokens = fields.integer("max_tokens", 0, UINT32)
+    max_tokens = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
+    logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
+    echo = fields.boolean("echo")
+    common = read_common(fields, request_id, max_tokens=max_tokens, logprobs=logprobs, echo=echo)
+    constraint, asked = read_constraint(fields)
+    fields.neutral({**_NEUTRAL, "best_of": (1, common.wanted.n)})
+    fields.end(IGNORED)
+    requests = []
+    for i, prompt in enumerate(prompts):
+        name = common.wanted.request_id
+        named = {"request_id": name if len(prompts) == 1 else f"{name}-{i}"}
+        if isinstance(prompt, str):
+            given: dict[str, Any] = {"text": prompt}
+        else:
+            given = {"token_ids": inference_pb2.TokenIds(ids=prompt)}
+        requests.append(
+            inference_pb2.GenerateRequest(**common.request, **named, **given, constraint=constraint)
+        )
+    names = {"constraint": asked, "output.prompt_logprobs": "prompt_logprobs"}
+    if echo and common.wanted.prompt_logprobs is None:
+        names["output.prompt_logprobs"] = "logprobs"
+    return CompletionCall(tuple(requests), common.wanted, echo, max_tokens, names)
+
+
+def _prompts(fields: Fields) -> list[Prompt]:
+    """Text, texts, token ids, or lists of those: a list of prompts in any case."""
+    value = fields.take("prompt")
+    if value is None:
+        raise InvalidRequest("prompt", "unset; expected text or token ids")
+    if isinstance(value, str):
+        return [value]
+    expected = "expected text, token ids, or an array of either"
+    if not isinstance(value, list) or not value:
+        raise InvalidRequest("prompt", expected)
+    if isinstance(value[0], int) and not isinstance(value[0], bool):
+        return [whole_list("prompt", value, 0, UINT32)]
+    if len(value) > MAX_PROMPTS:
+        raise InvalidRequest("prompt", f"{len(value)} prompts; expected at most {MAX_PROMPTS}")
+    prompts: list[Prompt] = []
+    for i, item in enumerate(value):
+        if isinstance(item, str):
+            prompts.append(item)
+        elif isinstance(item, list):
+            prompts.append(whole_list(f"prompt[{i}]", item, 0, UINT32))
+        else:
+            raise InvalidRequest(f"prompt[{i}]", expected)
+    return prompts

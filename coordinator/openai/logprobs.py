@@ -1,0 +1,106 @@
+"""Log-probabilities in the shapes of both APIs.
+
+completions   parallel arrays: tokens, token_logprobs, top_logprobs, text_offset
+chat          one object a token: token, logprob, bytes, top_logprobs
+vLLM          prompt_logprobs: one object of token ids a token, null for the first
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.pb.diptych.v1 import inference_pb2
+
+LEAST = -9999.0  # for what JSON cannot say: a probability of nothing
+
+
+def _value(logprob: float) -> float:
+    return max(logprob, LEAST) if logprob == logprob else LEAST
+
+
+def _name(entry: inference_pb2.Logprob, as_id: bool) -> str:
+    return f"token_id:{entry.token_id}" if as_id else entry.text
+
+
+@dataclass(slots=True)
+class CompletionLogprobs:
+    """Of one choice; offsets count on through all of its chunks."""
+
+    as_ids: bool
+    offset: int = 0
+    tokens: list[str] = field(default_factory=list)
+    values: list[float | None] = field(default_factory=list)
+    tops: list[dict[str, float] | None] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+
+    def add_first(self, token: inference_pb2.Logprob) -> None:
+        """The first token of a prompt, which nothing predicts."""
+        self._add(token, None, None)
+
+    def add(self, entries: Iterable[inference_pb2.TokenLogprobs]) -> None:
+        """More tokens."""
+        for entry in entries:
+            top: dict[str, float] = {}
+            for one in (*entry.top, entry.chosen):  # two tokens may read alike: the likelier stays
+                top.setdefault(_name(one, self.as_ids), _value(one.logprob))
+            self._add(entry.chosen, _value(entry.chosen.logprob), top)
+
+    def _add(
+        self, token: inference_pb2.Logprob, value: float | None, top: dict[str, float] | None
+    ) -> None:
+        self.tokens.append(_name(token, self.as_ids))
+        self.values.append(value)
+        self.tops.append(top)
+        self.offsets.append(self.offset)
+        self.offset += len(token.text)
+
+    def take(self) -> dict[str, Any]:
+        """What has been added since the last time."""
+        taken = {
+            "tokens": self.tokens,
+            "token_logprobs": self.values,
+            "top_logprobs": self.tops,
+            "text_offset": self.offsets,
+        }
+        self.tokens, self.values, self.tops, self.offsets = [], [], [], []
+        return taken
+
+
+def chat_logprobs(
+    entries: Iterable[inference_pb2.TokenLogprobs], as_ids: bool
+) -> list[dict[str, Any]]:
+    """The `content` of a chat choice's logprobs."""
+    return [
+        {**_token(e.chosen, as_ids), "top_logprobs": [_token(one, as_ids) for one in e.top]}
+        for e in entries
+    ]
+
+
+def _token(entry: inference_pb2.Logprob, as_ids: bool) -> dict[str, Any]:
+    return {
+        "token": _name(entry, as_ids),
+        "logprob": _value(entry.logprob),
+        "bytes": list(entry.text.encode()),
+    }
+
+
+def prompt_logprobs(
+    entries: Sequence[inference_pb2.TokenLogprobs],
+) -> list[dict[str, Any] | None]:
+    """vLLM's prompt_logprobs; a rank is told of the likeliest tokens alone."""
+    out: list[dict[str, Any] | None] = [None]
+    for entry in entries:
+        ranks = {one.token_id: rank for rank, one in enumerate(entry.top, start=1)}
+        out.append(
+            {
+                str(one.token_id): {
+                    "logprob": _value(one.logprob),
+                    "rank": ranks.get(one.token_id),
+                    "decoded_token": one.text,
+                }
+                for one in (entry.chosen, *entry.top)
+            }
+        )
+    return out
