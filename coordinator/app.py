@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from coordinator.admission import Admission
 from coordinator.membership import Membership
 from coordinator.model import ServedModel
+from coordinator.openai.api import OpenAiApi
 from coordinator.oip import OipServicer
 from coordinator.pipeline import Pipeline
 from coordinator.registry import RegistryServicer
@@ -76,6 +77,7 @@ class Coordinator:
         )
         self._speak_other_protocols(inference, metrics)
         self._http: HttpServer | None = None
+        self._openai: OpenAiApi | None = None
         self.address = front.listen
         self.internal_address = front.internal_listen or front.listen
         self.http_address = front.http
@@ -92,7 +94,8 @@ class Coordinator:
         if self._internal is not self._public:
             port = self._internal.listen(self._front.internal_listen)
             self.internal_address = _with_port(self._front.internal_listen, port)
-        app = make_app(self.registry, lambda: self.ready)
+        self._openai = OpenAiApi(dialable(self.address), self.registry)
+        app = make_app(self.registry, lambda: self.ready, self._openai.routes())
         self._http = await serve_http(app, self._front.http)
         self.http_address = self._http.address
         await self._public.start()
@@ -149,6 +152,8 @@ class Coordinator:
             await self._internal.stop()
         if self._http:
             await self._http.stop()
+        if self._openai:
+            await self._openai.close()
         self.model.close()
 
 
