@@ -88,7 +88,7 @@ def serve(
         # Here, where a person sees the progress.
         prepare_weights(checkpoint, model, cache, on_gpu=model.device != "cpu" and has_gpu())
     name = model.model_name or checkpoint.name
-    served = ServedModel.load(checkpoint, name, model.max_model_len)
+    served = ServedModel.load(checkpoint, name, model.max_model_len, front.tool_format)
     model = dataclasses.replace(model, model_name=name)
     options = Options(model, front, fleet, cache, step, draft, transfer, log)
     return uvloop.run(_serve(options, served, trusted))

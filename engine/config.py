@@ -228,8 +228,15 @@ class FrontOptions:
     """The public side of a coordinator."""
 
     listen: str = option("127.0.0.1:50051", "HOST:PORT of the gRPC API", parse=parse_address)
-    http: str = option("127.0.0.1:8000", "HOST:PORT of /metrics and /health", parse=parse_address)
+    http: str = option(
+        "127.0.0.1:8000", "HOST:PORT of the OpenAI API, /metrics and /health", parse=parse_address
+    )
     internal_listen: str = option("", "HOST:PORT for workers alone; default: they use --listen")
+    tool_format: str = option(
+        "auto",
+        "how the model writes tool calls; auto: as its chat template tells",
+        choices=("auto", "hermes", "llama3", "mistral", "mistral_args"),
+    )
     routing: str = option("load", "how workers are picked", choices=("load",))
     max_request_s: float = option(
         600.0, "deadline of a request that brings none", minimum=0.1, maximum=MAX_REQUEST_S
