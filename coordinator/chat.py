@@ -79,7 +79,7 @@ class ChatTemplate:
         name = _TOOL_USE if tools and _TOOL_USE in self.templates else "default"
         if name not in self.templates:
             name = next(iter(self.templates))
-        if name not in self.knowing_tools:
+        if name not in self.knowing_tools and (tools or any(map(_is_of_tools, messages))):
             messages, tools = _without_tools(messages, tools, tool_format), None
         try:
             return self.templates[name].render(
@@ -116,6 +116,10 @@ def turns(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
             ]
         out.append(turn)
     return out
+
+
+def _is_of_tools(message: Mapping[str, Any]) -> bool:
+    return bool(message.get("tool_calls")) or message.get("role") == "tool"
 
 
 def _without_tools(

@@ -128,3 +128,10 @@ def joined(whole: Choice, part: Choice, key: str) -> None:
     """Append a list of the part, where there is one."""
     if part.get(key) is not None:
         whole[key] = [*(whole.get(key) or []), *part[key]]
+
+
+def replaced(whole: Choice, part: Choice, *keys: str) -> None:
+    """Take over what the part says, where it says something."""
+    for key in keys:
+        if key in part and (part[key] is not None or key not in whole):
+            whole[key] = part[key]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from coordinator.openai.answers import Choice, Writer, joined, reason_of
+from coordinator.openai.answers import Choice, Writer, joined, reason_of, replaced
 from coordinator.openai.chats import ChatCall
 from coordinator.openai.logprobs import chat_logprobs, prompt_logprobs
 from engine.pb.diptych.v1 import inference_pb2
@@ -115,9 +115,7 @@ class ChatWriter(Writer):
             content = before + part["logprobs"]["content"]
             whole["logprobs"] = {"content": content, "refusal": None}
         joined(whole, part, "token_ids")
-        for key in ("finish_reason", "stop_reason"):
-            if part.get(key) is not None:
-                whole[key] = part[key]
+        replaced(whole, part, "finish_reason", "stop_reason")
         return whole
 
 

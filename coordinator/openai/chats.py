@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from coordinator.openai.constraints import read_constraint
+from coordinator.openai.errors import unsupported
 from coordinator.openai.fields import UINT32, Fields, as_object
 from coordinator.openai.options import IGNORED, MAX_LOGPROBS, Wanted, read_common
-from engine.errors import InvalidRequest, NotOffered
+from engine.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2
 
 _Mode = inference_pb2.ToolChoice
@@ -45,7 +46,7 @@ class ChatCall:
 
 
 def read_chat(body: Mapping[str, Any], request_id: str) -> ChatCall:
-    """Raises InvalidRequest, NotOffered, Refused."""
+    """Raises InvalidRequest, Refused."""
     fields = Fields(body)
     messages = read_messages(fields)
     limit = "max_completion_tokens"
@@ -103,7 +104,7 @@ def read_messages(fields: Fields) -> list[inference_pb2.Message]:
 def _message(fields: Fields) -> inference_pb2.Message:
     role = fields.text("role")
     if role == "function":
-        raise NotOffered(fields.path("role") + " function")
+        raise unsupported(fields.path("role"), "function")
     if role not in _ROLES:
         raise InvalidRequest(fields.path("role"), f"expected one of {', '.join(_ROLES)}")
     content = _content(fields)
@@ -141,7 +142,7 @@ def _content(fields: Fields) -> str | None:
         if kind is None:
             raise InvalidRequest(part.path("type"), 'unset; expected "text"')
         if kind not in _TEXT_PARTS:
-            raise NotOffered(f"{path}[{i}] of type {kind[:40]}")
+            raise unsupported(part.path("type"), kind[:40])
         text = part.text(_TEXT_PARTS[kind])
         if text is None:
             raise InvalidRequest(part.path(_TEXT_PARTS[kind]), "unset; expected text")
@@ -151,7 +152,7 @@ def _content(fields: Fields) -> str | None:
 
 def _tool_call(fields: Fields) -> inference_pb2.ToolCall:
     if fields.text("type") not in (None, "function"):
-        raise NotOffered(fields.path("type"))
+        raise unsupported(fields.path("type"), "any other than function")
     function = fields.object("function")
     if function is None:
         raise InvalidRequest(fields.path("function"), "unset; expected a name and arguments")
@@ -173,7 +174,7 @@ def read_tools(fields: Fields) -> str | None:
     for i, tool in enumerate(tools):
         kind = tool.get("type") if isinstance(tool, dict) else "function"
         if isinstance(kind, str) and kind != "function":
-            raise NotOffered(f"tools[{i}] of type {kind[:40]}")
+            raise unsupported(f"tools[{i}].type", kind[:40])
     return json.dumps(tools)
 
 
@@ -188,7 +189,7 @@ def _tool_choice(fields: Fields) -> inference_pb2.ToolChoice | None:
     choice = as_object("tool_choice", value)
     kind = choice.text("type")
     if kind not in (None, "function"):
-        raise NotOffered(f"tool_choice of type {kind[:40]}")
+        raise unsupported("tool_choice.type", kind[:40])
     function = choice.object("function")
     name = function.text("name") if function else None
     if not name:

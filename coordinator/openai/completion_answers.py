@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from coordinator.openai.answers import Choice, Writer, joined, reason_of
+from coordinator.openai.answers import Choice, Writer, joined, reason_of, replaced
 from coordinator.openai.completions import CompletionCall
 from coordinator.openai.logprobs import CompletionLogprobs, prompt_logprobs
 from engine.pb.diptych.v1 import inference_pb2
@@ -90,7 +90,5 @@ class CompletionWriter(Writer):
             arrays = whole["logprobs"] or {key: [] for key in _ARRAYS}
             whole["logprobs"] = {key: arrays[key] + part["logprobs"][key] for key in _ARRAYS}
         joined(whole, part, "token_ids")
-        for key in ("finish_reason", "stop_reason", "prompt_logprobs"):
-            if part.get(key) is not None:
-                whole[key] = part[key]
+        replaced(whole, part, "finish_reason", "stop_reason", "prompt_logprobs")
         return whole

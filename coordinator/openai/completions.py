@@ -41,7 +41,7 @@ class CompletionCall:
 
 
 def read_completion(body: Mapping[str, Any], request_id: str) -> CompletionCall:
-    """Raises InvalidRequest, NotOffered, Refused."""
+    """Raises InvalidRequest, Refused."""
     fields = Fields(body)
     prompts = _prompts(fields)
     max_tokens = fields.integer("max_tokens", 0, UINT32)

@@ -12,15 +12,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from coordinator.openai.errors import unsupported
 from coordinator.openai.fields import Fields
-from engine.errors import InvalidRequest, NotOffered
+from engine.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2
 
 _GUIDED = ("json", "regex", "choice", "grammar")
 
 
 def read_constraint(fields: Fields) -> tuple[inference_pb2.Constraint | None, str]:
-    """The constraint and the option that asked for it. Raises InvalidRequest, NotOffered."""
+    """The constraint and the option that asked for it. Raises InvalidRequest, Refused."""
     found = list(_asked(fields))
     if len(found) > 1:
         raise InvalidRequest(found[1][1], f"{found[0][1]} is there as well; expected one of them")
@@ -69,7 +70,7 @@ def _response_format(fields: Fields) -> inference_pb2.Constraint | None:
         return inference_pb2.Constraint(json_object=True)
     if kind != "json_schema":
         if kind in ("structural_tag", "grammar", "python"):
-            raise NotOffered(f"response_format.type {kind}")
+            raise unsupported("response_format.type", kind)
         raise InvalidRequest("response_format.type", "expected text, json_object or json_schema")
     wrapper = form.object("json_schema")
     if wrapper is None:

@@ -80,6 +80,12 @@ def unknown_parameter(name: str) -> Refused:
     return Refused(Failure(400, message, param=name, code="unknown_parameter"))
 
 
+def unsupported(param: str, what: str) -> Refused:
+    """For a thing that OpenAI or vLLM has and this API does not."""
+    message = f"{param}: {what} is not supported"
+    return Refused(Failure(400, message, param=param, code="unsupported_parameter"))
+
+
 def failure_of(error: DiptychError, names: Mapping[str, str] | None = None) -> Failure:
     """What a client is told of `error`; `names` are those of gRPC fields in its own request."""
     if isinstance(error, Refused):
@@ -90,10 +96,9 @@ def failure_of(error: DiptychError, names: Mapping[str, str] | None = None) -> F
         param = param_of(error.field, names or {})
         message = f"{param}: {error.description}"
     elif isinstance(error, NotOffered):
-        param = param_of(error.field, names or {})
-        message = f"{param}: not supported"
-        if param != error.field:
-            message += f" ({error.field})"
+        field, _, more = error.field.partition(" ")
+        param = param_of(field, names or {})
+        message = f"{param}{' ' if more else ''}{more}: not supported"
     elif code == "model_not_found":
         param = "model"
     elif isinstance(error, Overloaded | Unavailable):

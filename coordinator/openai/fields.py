@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from coordinator.openai.errors import unknown_parameter
-from engine.errors import InvalidRequest, NotOffered
+from coordinator.openai.errors import unknown_parameter, unsupported
+from engine.errors import InvalidRequest
 
 UINT32 = 2**32 - 1
 
@@ -80,7 +80,7 @@ class Fields:
         for key, harmless in allowed.items():
             value = self.take(key)
             if value is not None and not any(_same(value, one) for one in harmless):
-                raise NotOffered(self.path(key))
+                raise unsupported(self.path(key), "this option")
 
     def end(self, ignored: Collection[str] = ()) -> None:
         """Raise Refused for the first field that was not read and is not among `ignored`."""

@@ -99,7 +99,7 @@ def read_common(
     logprobs: int | None,
     echo: bool = False,
 ) -> Common:
-    """All options that both APIs have. Raises InvalidRequest, NotOffered."""
+    """All options that both APIs have. Raises InvalidRequest, Refused."""
     fields.text("request_id")  # known to the door already
     stream = fields.boolean("stream")
     include, continuous = _stream_options(fields, stream)
