@@ -170,7 +170,7 @@ class DecodeFinished(_message.Message):
     def __init__(self, finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., matched_stop_token: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., kv_transfer_s: _Optional[float] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "incarnation", "caller_incarnation", "token_ids", "num_held_blocks", "cache_salt", "priority", "checksums", "num_prompt_logprobs")
+    __slots__ = ("request_id", "incarnation", "caller_incarnation", "token_ids", "num_held_blocks", "cache_salt", "priority", "checksums")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     CALLER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -179,7 +179,6 @@ class PrefillRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
-    NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     incarnation: str
     caller_incarnation: str
@@ -188,8 +187,7 @@ class PrefillRequest(_message.Message):
     cache_salt: str
     priority: int
     checksums: bool
-    num_prompt_logprobs: int
-    def __init__(self, request_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., caller_incarnation: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_held_blocks: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., checksums: _Optional[bool] = ..., num_prompt_logprobs: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., caller_incarnation: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_held_blocks: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., checksums: _Optional[bool] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
     __slots__ = ("ready", "finished", "alive")
@@ -220,18 +218,16 @@ class BlocksReady(_message.Message):
     def __init__(self, lease: _Optional[bytes] = ..., ttl_s: _Optional[float] = ..., first_block: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., hashes: _Optional[_Iterable[bytes]] = ..., generations: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PrefillFinished(_message.Message):
-    __slots__ = ("num_computed_tokens", "num_cached_tokens", "queue_s", "compute_s", "prompt_logprobs")
+    __slots__ = ("num_computed_tokens", "num_cached_tokens", "queue_s", "compute_s")
     NUM_COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
-    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     num_computed_tokens: int
     num_cached_tokens: int
     queue_s: float
     compute_s: float
-    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[Logprobs]
-    def __init__(self, num_computed_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., prompt_logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ...) -> None: ...
+    def __init__(self, num_computed_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ...) -> None: ...
 
 class HandshakeRequest(_message.Message):
     __slots__ = ("digest", "caller_incarnation")
