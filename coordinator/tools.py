@@ -183,7 +183,9 @@ def _start(use: ToolUse, text_schema: str | None) -> list[str]:
         begins = rf"{space}\{{{space}\"name\"{space}:{space}\"({names})\"(?s:.*)"
         return [f"start: TEXT | {lead}calls", f"TEXT: /(?s:.+)/ & ~/{begins}/"]
     if form.trigger in form.tokens:
-        return [f"start: TEXT? ({trigger} calls)?", "TEXT: /(?s:.+)/"]
+        # Text may not spell the trigger out either: who reads the answer could not tell.
+        spelled = f"/(?s:.*){re.escape(form.trigger)}(?s:.*)/"
+        return [f"start: TEXT? ({trigger} calls)?", f"TEXT: /(?s:.+)/ & ~{spelled}"]
     # The lazy rule wins over TEXT as soon as the trigger is complete.
     return ["start: TEXT | before calls", f"before[lazy]: /(?s:.*)/ {trigger}", "TEXT: /(?s:.+)/"]
 

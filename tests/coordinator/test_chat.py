@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from coordinator.chat import ChatTemplate
+from coordinator.chat import ChatTemplate, turns
+from coordinator.request import ChatMessage, ToolCall
+from coordinator.tools import HERMES, MISTRAL
 from engine.checkpoint.source import resolve
 from engine.errors import CheckpointError, InvalidRequest
 
@@ -71,8 +73,69 @@ def test_environment_equals_transformers(
     tmp_path: Path, template: str, tools: list[dict] | None
 ) -> None:
     messages = [SYSTEM, USER, ASSISTANT]
-    ours = ChatTemplate.load(write(tmp_path, template)).render(messages, tools)
-    assert ours == theirs(template, messages, tools=tools)
+    loaded = ChatTemplate.load(write(tmp_path, template))
+    if tools and not loaded.knowing_tools:
+        pytest.skip("what transformers does not show to the model at all, we do: below")
+    assert loaded.render(messages, tools) == theirs(template, messages, tools=tools)
+
+
+CALLING = [
+    ChatMessage("user", "Weather in Paris and Rome?"),
+    ChatMessage(
+        "assistant",
+        None,
+        tool_calls=(
+            ToolCall("call_one_", "f", {"city": "Paris"}),
+            ToolCall("call_two_", "f", {"city": "R\u00f6m"}),
+        ),
+    ),
+    ChatMessage("tool", "rain", tool_call_id="call_one_"),
+    ChatMessage("tool", "sun", tool_call_id="call_two_"),
+]
+# As Qwen's, shortened: definitions, calls and answers each in their place.
+KNOWS_TOOLS = (
+    "{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{% if m.content %}{{ m.content }}{% endif %}"
+    "{% for call in m.tool_calls %}<tool_call>{{ call.function.name }} "
+    "{{ call.function.arguments | tojson }} {{ call.function.arguments.city }}</tool_call>"
+    "{% endfor %}{{ m.tool_call_id }}{% endfor %}"
+)
+
+
+def test_calls_and_their_answers_equal_transformers(tmp_path: Path) -> None:
+    loaded = ChatTemplate.load(write(tmp_path, KNOWS_TOOLS))
+    assert loaded.knowing_tools == {"default"}
+    ours = loaded.render(turns(CALLING), TOOLS)
+    assert ours == theirs(KNOWS_TOOLS, turns(CALLING), tools=TOOLS)
+    assert '<tool_call>f {"city": "R\u00f6m"} R\u00f6m</tool_call>' in ours
+
+
+GENERIC = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+
+
+def test_a_template_that_knows_no_tools_is_told_of_them(tmp_path: Path) -> None:
+    loaded = ChatTemplate.load(write(tmp_path, GENERIC))
+    assert not loaded.knowing_tools
+    prompt = loaded.render([SYSTEM, *turns(CALLING)], TOOLS, tool_format=HERMES)
+    head, _, rest = prompt.partition("</system>")
+    assert head.startswith("<system>You are terse.\n\n")
+    assert f"<tools>\n{json.dumps(TOOLS[0], ensure_ascii=False)}\n</tools>" in head
+    assert '<tool_call>\n{"name": "<name>", "arguments": <arguments as a JSON object>}' in head
+    assert rest == (
+        "<user>Weather in Paris and Rome?</user>"
+        '<assistant><tool_call>\n{"name": "f", "arguments": {"city": "Paris"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "f", "arguments": {"city": "R\u00f6m"}}\n</tool_call></assistant>'
+        "<user><tool_response>\nrain\n</tool_response>\n"
+        "<tool_response>\nsun\n</tool_response></user>"
+    )
+
+
+def test_without_a_system_message_there_is_one_for_tools(tmp_path: Path) -> None:
+    loaded = ChatTemplate.load(write(tmp_path, GENERIC))
+    prompt = loaded.render([USER], TOOLS, tool_format=MISTRAL)
+    assert prompt.startswith("<system>You can call functions.")
+    assert '[TOOL_CALLS][{"name": "<name>"' in prompt
+    assert loaded.render([USER]) == f"<user>{USER['content']}</user>"
 
 
 def test_places_a_template_may_stand(tmp_path: Path) -> None:

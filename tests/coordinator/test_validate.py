@@ -155,9 +155,12 @@ def test_what_is_not_offered_is_refused_by_name(request_, field):
     assert caught.value.field.startswith(field)
 
 
-def test_tools_are_refused_by_name():
-    chat = pb.ChatRequest(messages=[pb.Message(role="user", content="x")], tools_json="[]")
-    with pytest.raises(NotOffered, match="tools_json"):
+def test_calls_that_must_be_made_are_refused_by_name():
+    tools = '[{"type": "function", "function": {"name": "f"}}]'
+    required = pb.ToolChoice(mode=pb.ToolChoice.MODE_REQUIRED)
+    turn = pb.Message(role="user", content="x")
+    chat = pb.ChatRequest(messages=[turn], tools_json=tools, tool_choice=required)
+    with pytest.raises(NotOffered, match="tool_choice"):
         validate_chat(chat, LIMITS)
 
 

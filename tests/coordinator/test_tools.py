@@ -1,0 +1,445 @@
+"""Tool calls: what is asked for, how each family writes them, how they are read back, and what
+holds the answer to it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.answer import Answer
+from coordinator.request import ChatMessage
+from coordinator.tokenizer import Tokenizer
+from coordinator.tool_parser import ToolCalls, call_id
+from coordinator.tools import (
+    FORMATS,
+    HERMES,
+    LLAMA3,
+    MISTRAL,
+    MISTRAL_ARGS,
+    ToolFormat,
+    ToolUse,
+    choose_format,
+    tool_grammar,
+)
+from coordinator.validate import Limits, validate_chat
+from coordinator.validate_tools import check_tool_calls, check_tools, text_schema, tool_use
+from engine.checkpoint.source import resolve
+from engine.config import FrontOptions
+from engine.errors import InvalidRequest, NotOffered
+from engine.pb.diptych.v1 import inference_pb2 as pb
+from engine.types import FinishReason
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+ADD = {"type": "function", "function": {"name": "add", "strict": True}}
+TOOLS = check_tools("tools_json", json.dumps([WEATHER, ADD]))
+EVERY = list(FORMATS.values())
+AUTO, REQUIRED = pb.ToolChoice.MODE_AUTO, pb.ToolChoice.MODE_REQUIRED
+
+
+def use(form: ToolFormat, mode: int = AUTO, **fields) -> ToolUse:
+    request = pb.ChatRequest(tool_choice=pb.ToolChoice(mode=mode), **fields)
+    found = tool_use(request, TOOLS, form)
+    assert found
+    return found
+
+
+def read(form: ToolFormat, pieces) -> tuple[str, list[tuple[str, str]]]:
+    """(text, [(name, arguments)]) of an answer that comes in `pieces`."""
+    parser = ToolCalls(use(form), lambda i: f"id{i}")
+    texts, calls = [], {}
+    for piece in pieces:
+        parsed = parser.push(piece)
+        texts.append(parsed.text)
+        for part in parsed.pieces:
+            call = calls.setdefault(part.index, ["", "", ""])
+            assert (part.id != "") == (call[1] == ""), "the first piece, and no other, has the id"
+            call[0] += part.id
+            call[1] += part.name
+            call[2] += part.arguments
+    texts.append(parser.flush())
+    assert list(calls) == list(range(parser.num_calls))
+    assert [call[0] for call in calls.values()] == [f"id{i}" for i in calls]
+    return "".join(texts), [(name, arguments) for _, name, arguments in calls.values()]
+
+
+ARGUMENTS = ['{"city": "a \\"b\\" } ] \\\\"}', "{}", '{"x": [{"y": "]}"}, [1, 2]], "z": null}']
+
+
+@pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_a_call_is_read_as_it_is_written(form, arguments, size):
+    calls = [("get_weather", arguments)]
+    if not form.single:
+        calls.append(("add", "{}"))
+    text = form.write(calls) + "\n"
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    assert read(form, pieces) == ("", calls)
+
+
+@pytest.mark.parametrize("form", [HERMES, MISTRAL, MISTRAL_ARGS], ids=lambda f: f.name)
+def test_text_may_come_before_calls_and_after(form):
+    written = form.write([("add", '{"a": 1}')])
+    assert read(form, [f"I look. {written}"]) == ("I look. ", [("add", '{"a": 1}')])
+    assert read(form, [f"{written}\nDone."])[0] == "\nDone."
+
+
+@pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Just text, {braces} and <tags>.",
+        "<tool_cal",
+        "[TOOL_",
+        '{"name": "nobody", "parameters": {}}',
+        '<tool_call>\n{"name": "nobody", "arguments": {}}\n</tool_call>',
+        "[TOOL_CALLS]nobody[ARGS]{}",
+        '[TOOL_CALLS][{"nome": "add"}]',
+        "<tool_call>\nfor example",
+        "",
+        "\n \n",
+    ],
+)
+def test_what_is_no_call_is_text(form, text):
+    assert read(form, list(text)) == (text, [])
+    assert read(form, [text]) == (text, [])
+
+
+def test_white_space_is_free():
+    loose = '<tool_call>{ "name" :\n "add" , "arguments":\t{"a" : 1} }</tool_call>'
+    assert read(HERMES, list(loose)) == ("", [("add", '{"a" : 1}')])
+    assert read(LLAMA3, list(' {"name": "add","parameters":{}}\n')) == ("", [("add", "{}")])
+    assert read(LLAMA3, ['<|python_tag|>{"name": "add", "parameters": {}}'])[1] == [("add", "{}")]
+
+
+def test_arguments_come_as_they_are_written():
+    parser = ToolCalls(use(HERMES), str)
+    assert not parser.push('<tool_call>\n{"name": "add", ').pieces
+    assert not parser.push('"argum').pieces
+    (first,) = parser.push('ents": {"a').pieces
+    assert (first.id, first.name, first.arguments) == ("0", "add", '{"a')
+    (second,) = parser.push('": 5').pieces
+    assert (second.id, second.name, second.arguments) == ("", "", '": 5')
+
+
+@pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
+def test_a_call_that_breaks_off_has_the_arguments_so_far(form):
+    whole = form.write([("get_weather", '{"city": "Par"}')])
+    at = whole.index("Par")
+    assert read(form, list(whole[: at + 1])) == ("", [("get_weather", '{"city": "P')])
+    before = whole[: whole.index("weather")]
+    assert read(form, list(before)) == (before, [])  # of whom it calls nothing is known yet
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    form=st.sampled_from(EVERY),
+    parts=st.lists(
+        st.one_of(
+            st.sampled_from(
+                [
+                    "<tool_call>",
+                    "</tool_call>",
+                    "[TOOL_CALLS]",
+                    "[ARGS]",
+                    '{"name": "add", "arguments": {"a": 1}}',
+                    '{"name": "',
+                    "add",
+                    '", "parameters": ',
+                    "{}",
+                    "]",
+                    ", ",
+                    "\n",
+                ]
+            ),
+            st.text(max_size=3),
+        ),
+        max_size=12,
+    ),
+    cuts=st.lists(st.integers(1, 5), max_size=60),
+)
+def test_the_cut_into_messages_changes_nothing(form, parts, cuts):
+    text = "".join(parts)
+    pieces, at = [], 0
+    for cut in cuts:
+        pieces.append(text[at : at + cut])
+        at += cut
+    pieces.append(text[at:])
+    assert read(form, pieces) == read(form, list(text))
+
+
+def test_ids_are_the_same_for_whoever_goes_on():
+    assert call_id("request/0", 24, 1) == call_id("request/0", 24, 1)
+    ids = {call_id(f"request/{choice}", 24, call) for choice in range(3) for call in range(3)}
+    assert len(ids) == 9
+    assert all(i.startswith("call_") for i in ids)
+    assert len(call_id("r/0", MISTRAL.id_chars, 0)) == 9  # its templates insist
+
+
+def test_the_template_tells_the_family():
+    assert choose_format("auto", "{{ message.content }}") is HERMES
+    assert choose_format("auto", "<tool_call>\n{{ x }} 'parameters': ") is HERMES
+    assert choose_format("auto", """{{- '"parameters": ' }}""") is LLAMA3
+    assert choose_format("auto", "[TOOL_CALLS] [") is MISTRAL
+    assert choose_format("auto", "[TOOL_CALLS]name[ARGS]") is MISTRAL_ARGS
+    assert choose_format("llama3", "<tool_call>") is LLAMA3
+
+
+def test_the_option_knows_every_family():
+    (field,) = [f for f in FrontOptions.__dataclass_fields__.values() if f.name == "tool_format"]
+    assert set(field.metadata["choices"]) == {"auto", *FORMATS}
+
+
+LIMITS = Limits("m", 100, (2,), 1000)
+
+
+def chat(**fields) -> pb.ChatRequest:
+    fields.setdefault("tools_json", json.dumps([WEATHER, ADD]))
+    return pb.ChatRequest(messages=[pb.Message(role="user", content="x")], **fields)
+
+
+def test_auto_is_the_default_where_there_are_tools():
+    got = validate_chat(chat(), LIMITS)
+    assert got.tools
+    assert got.tools.names == {"get_weather", "add"}
+    assert not got.tools.required
+    assert got.constraint == tool_grammar(got.tools)
+    assert validate_chat(chat(tools_json=""), LIMITS).tools is None
+    none = pb.ToolChoice(mode=pb.ToolChoice.MODE_NONE)
+    assert validate_chat(chat(tool_choice=none), LIMITS).tools is None
+    assert validate_chat(chat(tool_choice=none, tools_json=""), LIMITS).tools is None
+
+
+def test_choices():
+    assert use(HERMES, REQUIRED).required
+    named = tool_use(chat(tool_choice=pb.ToolChoice(name="add")), TOOLS, HERMES)
+    assert named
+    assert (named.names, named.required, named.single) == ({"add"}, True, True)
+    assert len(named.tools) == 2  # the prompt tells of all
+    assert not use(HERMES).single
+    assert use(HERMES, parallel_tool_calls=False).single
+    assert use(LLAMA3, parallel_tool_calls=True).single
+
+
+BAD_TOOLS = [
+    ("{}", "tools_json"),
+    ("[]", "tools_json"),
+    ("nonsense", "tools_json"),
+    ("[NaN]", "tools_json"),
+    ("[" * 5000, "tools_json"),
+    ("[1]", "tools_json[0]"),
+    ('[{"type": "magic"}]', "tools_json[0].type"),
+    ('[{"type": "function"}]', "tools_json[0].function"),
+    ('[{"type": "function", "function": {}}]', "tools_json[0].function.name"),
+    ('[{"type": "function", "function": {"name": "a b"}}]', "tools_json[0].function.name"),
+    (json.dumps([ADD, ADD]), "tools_json[1].function.name"),
+    (json.dumps([ADD] * 129), "tools_json"),
+    (" " * 2_000_000, "tools_json"),
+]
+BAD_PARTS = {"parameters": 5, "description": [], "strict": "yes"}
+
+
+@pytest.mark.parametrize(("source", "field"), BAD_TOOLS, ids=range(len(BAD_TOOLS)))
+def test_definitions_are_checked(source, field):
+    with pytest.raises(InvalidRequest) as caught:
+        validate_chat(chat(tools_json=source), LIMITS)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("part", BAD_PARTS)
+def test_parts_of_definitions_are_checked(part):
+    tool = {"type": "function", "function": {"name": "f", part: BAD_PARTS[part]}}
+    with pytest.raises(InvalidRequest) as caught:
+        check_tools("t", json.dumps([tool]))
+    assert caught.value.field == f"t[0].function.{part}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"tool_choice": pb.ToolChoice(name="nobody")}, "tool_choice.name"),
+        ({"tool_choice": pb.ToolChoice(mode=9)}, "tool_choice.mode"),
+        ({"tool_choice": pb.ToolChoice(mode=AUTO), "tools_json": ""}, "tool_choice"),
+        ({"tool_choice": pb.ToolChoice(name="add"), "tools_json": ""}, "tool_choice"),
+    ],
+)
+def test_choices_are_checked(fields, field):
+    with pytest.raises(InvalidRequest) as caught:
+        validate_chat(chat(**fields), LIMITS)
+    assert caught.value.field == field
+
+
+def test_earlier_calls_come_with_their_arguments_as_objects():
+    call = pb.ToolCall(id="i", name="f", arguments='{"a": [1]}')
+    turns = [
+        pb.Message(role="assistant", tool_calls=[call]),
+        pb.Message(role="tool", content="r", tool_call_id="i"),
+    ]
+    got = validate_chat(pb.ChatRequest(messages=turns), LIMITS)
+    assert got.messages
+    first, second = got.messages
+    assert first.content is None
+    assert first.tool_calls[0].arguments == {"a": [1]}
+    assert second == ChatMessage("tool", "r", tool_call_id="i")
+    assert check_tool_calls("c", [pb.ToolCall(name="f")])[0].arguments == {}
+    for bad, field in [
+        (pb.ToolCall(name="f", arguments="{"), "c[0].arguments"),
+        (pb.ToolCall(name="f", arguments="[]"), "c[0].arguments"),
+        (pb.ToolCall(arguments="{}"), "c[0].name"),
+    ]:
+        with pytest.raises(InvalidRequest) as caught:
+            check_tool_calls("c", [bad])
+        assert caught.value.field == field
+
+
+def test_a_schema_for_text_beside_tools():
+    schema = pb.Constraint(json_schema='{"type": "string"}')
+    assert json.loads(text_schema(schema, use(HERMES)) or "") == {"type": "string"}
+    assert text_schema(schema, use(HERMES, REQUIRED)) is None
+    assert text_schema(pb.Constraint(), use(HERMES)) is None
+    with pytest.raises(InvalidRequest, match="json_schema"):
+        text_schema(pb.Constraint(json_schema="["), use(HERMES))
+    with pytest.raises(NotOffered, match="regex"):
+        text_schema(pb.Constraint(regex="a"), use(HERMES))
+    with pytest.raises(NotOffered, match="bare JSON"):
+        text_schema(schema, use(LLAMA3))
+
+
+# The answer's text by its tokens
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(resolve("smollm2", progress=False).folder)
+
+
+def with_markers(tokenizer: Tokenizer) -> Tokenizer:
+    """The same with every family's markers as special tokens."""
+    spec = json.loads(tokenizer.library.to_str())
+    first = tokenizer.library.get_vocab_size()
+    markers = dict.fromkeys(m for form in EVERY for m in form.markers)
+    for i, content in enumerate(markers):
+        spec["added_tokens"].append(
+            {**spec["added_tokens"][0], "id": first + i, "content": content}
+        )
+    library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    special = frozenset(t["id"] for t in spec["added_tokens"])
+    return replace(tokenizer, library=library, special_ids=special, _pieces={})
+
+
+def answer_of(tokenizer: Tokenizer, form: ToolFormat, **fields) -> Answer:
+    request = chat(request_id="r", **fields)
+    limits = replace(LIMITS, vocab_size=60_000, tool_format=form)
+    return Answer(tokenizer, validate_chat(request, limits), max_tokens=500, min_tokens=0)
+
+
+@pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
+@pytest.mark.parametrize("markers", [False, True], ids=["plain", "tokens"])
+def test_calls_are_read_from_tokens_and_after_a_resume(tokenizer, form, markers):
+    if markers:
+        tokenizer = with_markers(tokenizer)
+        form = form.bound(tokenizer)
+        assert form.tokens
+    text = form.write([("get_weather", '{"city": "Zürich \U0001f600"}')])
+    tokens = [*tokenizer.encode(text), 2]
+    whole = answer_of(tokenizer, form)
+    chunks = [whole.push([token]) for token in tokens]
+    assert whole.ending
+    assert whole.ending.reason is FinishReason.STOP
+    assert not "".join(c.text for c in chunks)
+    pieces = [piece for c in chunks for piece in c.tool_calls]
+    assert pieces[0].name == "get_weather"
+    assert "".join(p.arguments for p in pieces) == '{"city": "Zürich \U0001f600"}'
+    # Another coordinator, which got the first tokens by `resume`, says the rest.
+    for cut in range(len(tokens)):
+        later = answer_of(tokenizer, form, resume=[pb.Resume(token_ids=tokens[:cut])])
+        assert [later.push([token]) for token in tokens[cut:]] == chunks[cut:]
+    # And messages of several tokens say the same.
+    assert answer_of(tokenizer, form).push(tokens).tool_calls[0].id == pieces[0].id
+
+
+def test_stop_strings_are_looked_for_in_calls_too(tokenizer):
+    text = HERMES.write([("add", '{"a": "stop here"}')])
+    answer = answer_of(tokenizer, HERMES, stop=pb.Stop(stop=["here"]))
+    chunk = answer.push(tokenizer.encode(text))
+    assert answer.ending
+    assert answer.ending.matched_text == "here"
+    assert chunk.tool_calls[0].arguments == '{"a": "stop '
+
+
+# What llguidance makes of our grammars
+
+
+def accepts(tokenizer: Tokenizer, source: str, text: str) -> bool:
+    llguidance = pytest.importorskip("llguidance")
+    library = llguidance.LLTokenizer(tokenizer.library.to_str())
+    grammar = llguidance.LLMatcher.grammar_from_lark(source)
+    is_bad, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, library)
+    assert not is_bad, messages
+    matcher = llguidance.LLMatcher(library, grammar)
+    tokens = tokenizer.encode(text)
+    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
+@pytest.mark.parametrize("markers", [False, True], ids=["plain", "tokens"])
+def test_grammars_hold_the_answer(tokenizer, form, markers):
+    if markers:
+        tokenizer = with_markers(tokenizer)
+        form = form.bound(tokenizer)
+    one, bad = form.write([("add", "{}")]), form.write([("get_weather", '{"town": "a"}')])
+    two = form.write([("get_weather", '{"city": "a"}'), ("add", "{}")])
+    several = not form.single
+
+    def says(found: ToolUse | None, schema: str | None = None) -> list[bool]:
+        assert found
+        source = tool_grammar(found, schema).source
+        texts = (one, two, bad, "Hello <tool there", "Hello\n" + one, '{"a": 1}', one + " and")
+        return [accepts(tokenizer, source, text) for text in texts]
+
+    free = form.trigger != ""  # else calls are whole answers, and text before one is text
+    assert says(use(form)) == [True, several, False, True, True, True, False]
+    assert free or read(form, ["Hello\n" + one])[1] == []
+    assert says(use(form, REQUIRED)) == [True, several, *[False] * 5]
+    assert says(use(form, REQUIRED, parallel_tool_calls=False)) == [True, *[False] * 6]
+    named = tool_use(chat(tool_choice=pb.ToolChoice(name="add")), TOOLS, form)
+    assert says(named) == [True, *[False] * 6]
+    if free:
+        schema = '{"type": "object", "properties": {"a": {"type": "integer"}}}'
+        assert says(use(form), schema) == [True, several, False, False, False, True, False]
+
+
+def test_lax_schemas_compile_where_strict_ones_do_not(tokenizer):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"not": {"type": "null"}}}}
+    lax = check_tools("t", json.dumps([tool]))
+    strict = check_tools(
+        "t", json.dumps([{**tool, "function": {**tool["function"], "strict": True}}])
+    )
+    request = chat(tool_choice=pb.ToolChoice(mode=REQUIRED))
+
+    def source(tools) -> str:
+        found = tool_use(request, tools, HERMES)
+        assert found
+        return tool_grammar(found).source
+
+    assert accepts(tokenizer, source(lax), HERMES.write([("f", '{"a": 1}')]))
+    with pytest.raises(AssertionError, match="not"):
+        accepts(tokenizer, source(strict), "")
