@@ -74,6 +74,15 @@ class Constraint:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, of the raw logits, in nats."""
+
+    chosen: float  # of the token that stands there
+    token_ids: tuple[int, ...]  # the likeliest tokens, best first,
+    logprobs: tuple[float, ...]  # and theirs
+
+
+@dataclass(frozen=True, slots=True)
 class Peer:
     """A worker process, named so that a restart on the same address is somebody else."""
 

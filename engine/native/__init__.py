@@ -7,7 +7,7 @@ and CPU flags, and appears by one rename, so that workers may start at once.
     decoder.c      one call a step: rows in, logits out; KV written on the way
     matmul.c       packed and dense products      attention.c   paged attention
     threads.c      loops over cores that local workers share
-    sampling.c     tokens from logits
+    sampling.c     tokens from logits             logprobs.c    their log-probabilities
 """
 
 from __future__ import annotations
