@@ -21,7 +21,9 @@ from tests.faults.skew import Skew
 from tests.faults.switchboard import Switchboard
 from tests.faults.wires import Namespaces
 
-# Bounds small enough that a row reaches them: overload, and no decode worker in sight.
+# Bounds small enough that a row reaches them: overload, no decode worker in sight, an endless read.
+# A read that does not end is given up, and its memory taken back, within a row's patience.
+WORKER_FLAGS = ("--pull-timeout-s", "5", "--quarantine-s", "3")
 SPARE_FLAGS = ("--worker-wait-s", "2", "--max-queued-requests", "8", "--max-queued-tokens", "1500")
 
 
@@ -38,7 +40,12 @@ def full(request: pytest.FixtureRequest) -> bool:
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("bench")
     skew = Skew(folder) if Skew.usable() else None
-    shape = Shape(lab=True, env=skew.env if skew else None, spare_flags=SPARE_FLAGS)
+    shape = Shape(
+        lab=True,
+        env=skew.env if skew else None,
+        worker_flags=WORKER_FLAGS,
+        spare_flags=SPARE_FLAGS,
+    )
     with Cluster(folder, shape) as cluster:
         yield Bench(cluster, Oracle.ask(cluster.address("coordinator-0")), skew)
 

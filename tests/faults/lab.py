@@ -163,8 +163,10 @@ def _prefill_services(host: Any) -> Any:
                             kept = None
                         yield response
                         continue
-                    if order := ORDERS.take("late_ready"):
-                        await asyncio.sleep(order["after_s"])
+                    late = ORDERS.standing("late_ready") or {}
+                    large = len(response.ready.block_ids) >= late.get("min_blocks", 0)
+                    if large and ORDERS.take("late_ready"):
+                        await asyncio.sleep(late["after_s"])
                     if ORDERS.take("lose_ready"):
                         continue
                     if ORDERS.take("double_ready"):

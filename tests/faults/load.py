@@ -47,6 +47,11 @@ class Load:
             for i in range(self._num_askers)
         ]
 
+    async def moved(self) -> None:
+        """Until nothing is under way any more that was asked before."""
+        for stream in list(self.streams):
+            await stream.end(120)
+
     async def end(self, longest_wait_s: float) -> None:
         """Let those under way finish; every one is whole, and none waited longer for a token."""
         self._ending.set()

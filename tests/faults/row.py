@@ -100,6 +100,12 @@ class Row:
 
     # -- asking ------------------------------------------------------------------------------------
 
+    async def move_load(self, front: str) -> None:
+        """From now on unrelated requests go there; returns when none is left elsewhere."""
+        self.front = front
+        if self._load:
+            await self._load.moved()
+
     def fronts(self) -> list[str]:
         """Addresses of the coordinators that the background load uses."""
         return [self.cluster.address(self.front)]

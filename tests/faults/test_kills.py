@@ -25,7 +25,7 @@ async def test_kill_9_of_p_before_the_first_chunk(row: Row) -> None:
     """Nothing of the prompt has come over: another prefill worker computes it as if it were new."""
     for _ in _rounds(row, 5):
         for name in row.cluster.prefill:
-            row.order(name, "late_ready", times=99, after_s=1.0)
+            row.order(name, "late_ready", times=99, after_s=2.0)
         victim, hit, streams = await row.spread(LONG, row.cluster.prefill)
         killed = row.kill(victim)
         for name in row.cluster.prefill:

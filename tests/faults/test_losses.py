@@ -66,8 +66,8 @@ async def test_kill_9_of_the_coordinator_in_mid_stream(row: Row) -> None:
     Workers notice that the calls' owner is gone and free everything.
     """
     for round_ in range(5 if row.full else 1):
-        dead, alive = row.cluster.coordinators[round_ % 2], row.cluster.coordinators[1 - round_ % 2]
-        row.front = alive  # of the unrelated requests
+        dead, alive = (row.cluster.coordinators[i] for i in (round_ % 2, 1 - round_ % 2))
+        await row.move_load(alive)
         addresses = ",".join(row.cluster.address(name) for name in (dead, alive))
         async with AsyncClient(addresses) as client:
             streams = [follow(client, CASES[name], salt=fresh_salt()) for name in SHORT]

@@ -23,7 +23,7 @@ async def test_sigstop_of_p_past_the_lease(row: Row) -> None:
     """Prompts go on elsewhere; awake again, it has nothing to say that anybody believes."""
     for _ in range(5 if row.full else 1):
         for name in row.cluster.prefill:
-            row.order(name, "late_ready", times=99, after_s=1.0)
+            row.order(name, "late_ready", times=99, after_s=2.0)
         victim, hit, streams = await row.spread(LONG, row.cluster.prefill)
         row.cluster[victim].freeze()
         frozen = time.monotonic()
