@@ -447,10 +447,6 @@ async def test_not_found_and_not_offered(checkpoint):
         error = await error_of(f.call(n=2))
         assert error.code() is grpc.StatusCode.UNIMPLEMENTED
         assert "n above 1" in error.details()
-        admin = admin_pb2_grpc.AdminServiceStub(f.channel)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await admin.DrainWorker(admin_pb2.DrainWorkerRequest())
-        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_malformed_bytes(checkpoint):

@@ -56,12 +56,9 @@ async def test_a_call_lasts_as_long_as_its_leases() -> None:
     async with pair() as (p, _):
         stub = worker_pb2_grpc.PrefillServiceStub(p.host.channels.get(p.address))
         kv = worker_pb2_grpc.KvServiceStub(p.host.channels.get(p.address))
-        call, leases, after = stub.Prefill(prefill(p)), [], []
-        async for response in call:
-            if response.HasField("ready"):
-                leases.append(response.ready.lease)
-            elif response.HasField("finished"):
-                break
+        call, leases = stub.Prefill(prefill(p)), []
+        while not (response := await call.read()).HasField("finished"):
+            leases.append(response.ready.lease)
         after = [(await call.read()).WhichOneof("event") for _ in range(2)]
         assert after == ["alive", "alive"]
         assert p.pool().num_held == 10
