@@ -137,7 +137,8 @@ def _without_tools(
             written = form.write(
                 [(f["name"], json.dumps(f["arguments"], ensure_ascii=False)) for f in functions]
             )
-            out.append({"role": role, "content": f"{content}\n{written}" if content else written})
+            between = "" if not content or content.endswith("\n") else "\n"
+            out.append({"role": role, "content": f"{content}{between}{written}"})
         elif role == "tool":
             result = f"<tool_response>\n{content}\n</tool_response>"
             if previous == "tool":

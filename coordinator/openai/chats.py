@@ -73,7 +73,7 @@ def read_chat(body: Mapping[str, Any], request_id: str) -> ChatCall:
         parallel_tool_calls=parallel,
     )
     names = {
-        "constraint": asked,
+        "constraint": asked or "tools",  # which are a constraint, too
         "tools_json": "tools",
         "stop.max_tokens": limit,
         "output.logprobs": "top_logprobs",

@@ -63,7 +63,9 @@ def read_completion(body: Mapping[str, Any], request_id: str) -> CompletionCall:
         requests.append(
             inference_pb2.GenerateRequest(**common.request, **named, **given, constraint=constraint)
         )
-    names = {"constraint": asked, "output.prompt_logprobs": "prompt_logprobs"}
+    names = {"output.prompt_logprobs": "prompt_logprobs"}
+    if asked:
+        names["constraint"] = asked
     if echo and common.wanted.prompt_logprobs is None:
         names["output.prompt_logprobs"] = "logprobs"
     return CompletionCall(tuple(requests), common.wanted, echo, max_tokens, names)

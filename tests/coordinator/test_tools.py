@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import tokenizers
@@ -388,9 +389,14 @@ def test_stop_strings_are_looked_for_in_calls_too(tokenizer):
 # What llguidance makes of our grammars
 
 
+@cache
+def library_of(spec: str):
+    return pytest.importorskip("llguidance").LLTokenizer(spec)
+
+
 def accepts(tokenizer: Tokenizer, source: str, text: str) -> bool:
     llguidance = pytest.importorskip("llguidance")
-    library = llguidance.LLTokenizer(tokenizer.library.to_str())
+    library = library_of(tokenizer.library.to_str())
     grammar = llguidance.LLMatcher.grammar_from_lark(source)
     is_bad, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, library)
     assert not is_bad, messages

@@ -1,0 +1,485 @@
+"""Bodies -> gRPC requests: what is served, what is refused by name, what is passed over."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from coordinator.openai.body import MAX_DEPTH, parse_body
+from coordinator.openai.chats import read_chat
+from coordinator.openai.completions import MAX_PROMPTS, read_completion
+from coordinator.openai.errors import Failure, Refused, failure_of, param_of
+from coordinator.openai.fields import Fields
+from coordinator.openai.openapi import description
+from coordinator.openai.options import IGNORED, NEUTRAL
+from engine.errors import (
+    CheckpointError,
+    DeadlineExceeded,
+    DiptychError,
+    InvalidRequest,
+    Mismatch,
+    NotFound,
+    NotOffered,
+    Overloaded,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+)
+from engine.pb.diptych.v1 import inference_pb2 as pb
+
+USER = [{"role": "user", "content": "x"}]
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def completion(**body):
+    return read_completion({"prompt": "x", **body}, "id")
+
+
+def chat(**body):
+    return read_chat({"messages": USER, **body}, "id")
+
+
+def failure(read, **body) -> Failure:
+    with pytest.raises(DiptychError) as caught:
+        read(**body)
+    return failure_of(caught.value)
+
+
+# Values
+
+
+def test_every_option_arrives():
+    body = {
+        "model": "m",
+        "temperature": 0.5,
+        "top_p": 0.75,
+        "top_k": 5,
+        "min_p": 0.25,
+        "frequency_penalty": 1,
+        "presence_penalty": -1,
+        "repetition_penalty": 1.5,
+        "seed": 7,
+        "logit_bias": {"5": -100, "6": 2.5},
+        "stop": ["a", "b"],
+        "stop_token_ids": [1, 2],
+        "min_tokens": 3,
+        "ignore_eos": True,
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+        "n": 4,
+        "priority": -2,
+        "cache_salt": "salt",
+        "max_tokens": 9,
+    }
+    expected = {
+        "model": "m",
+        "request_id": "id",
+        "sampling": pb.Sampling(
+            temperature=0.5,
+            top_p=0.75,
+            top_k=5,
+            min_p=0.25,
+            frequency_penalty=1,
+            presence_penalty=-1,
+            repetition_penalty=1.5,
+            seed=7,
+            logit_bias={5: -100, 6: 2.5},
+        ),
+        "stop": pb.Stop(
+            max_tokens=9,
+            min_tokens=3,
+            stop=["a", "b"],
+            stop_token_ids=[1, 2],
+            ignore_eos=True,
+            include_stop_str_in_output=True,
+        ),
+        "n": 4,
+        "priority": -2,
+        "cache_salt": "salt",
+    }
+    (request,) = completion(**body, logprobs=2, echo=True).requests
+    output = pb.Output(skip_special_tokens=False, logprobs=2, prompt_logprobs=2, echo=True)
+    assert request == pb.GenerateRequest(**expected, text="x", output=output)
+    got = chat(**body, logprobs=True, top_logprobs=3)
+    messages = [pb.Message(role="user", content="x")]
+    output = pb.Output(skip_special_tokens=False, logprobs=3)
+    assert got.request == pb.ChatRequest(**expected, messages=messages, output=output)
+    assert got.wanted.stop_token_ids == {1, 2}
+
+
+def test_defaults_are_openais():
+    (request,) = completion().requests
+    assert request.sampling == pb.Sampling(temperature=1.0)
+    assert request.stop.max_tokens == 16
+    assert not request.HasField("n")
+    assert not request.output.HasField("logprobs")
+    got = chat(max_tokens=None, stop=None, temperature=None, tools=None, user=None)
+    assert got.request.sampling == pb.Sampling(temperature=1.0)
+    assert not got.request.stop.HasField("max_tokens")  # the room left
+    assert not got.wanted.stream
+
+
+def test_small_agreements():
+    (request,) = completion(stop="x", top_k=-1, seed=-2, max_tokens=16.0).requests
+    assert list(request.stop.stop) == ["x"]
+    assert request.sampling.top_k == 0
+    assert request.sampling.seed == 2**64 - 2
+    assert not completion(seed=-1).requests[0].sampling.HasField("seed")
+    got = chat(max_tokens=3, max_completion_tokens=5)
+    assert got.request.stop.max_tokens == 5
+    assert got.names["stop.max_tokens"] == "max_completion_tokens"
+    assert chat(logprobs=True).request.output.logprobs == 0
+    assert chat(logprobs=True).request.output.HasField("logprobs")
+    assert not chat(logprobs=False, top_logprobs=0).request.output.HasField("logprobs")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+        (["a", [1]], ["a", [1]]),
+    ],
+)
+def test_prompts(prompt, expected):
+    call = completion(prompt=prompt)
+    got = [r.text if r.HasField("text") else list(r.token_ids.ids) for r in call.requests]
+    assert got == expected
+    ids = [r.request_id for r in call.requests]
+    assert ids == (["id"] if len(expected) == 1 else [f"id-{i}" for i in range(len(expected))])
+
+
+def test_constraints():
+    schema = {"b": 1, "a": {"$ref": "#/x"}}
+
+    def of(**body):
+        (request,) = completion(**body).requests
+        assert chat(**body).request.constraint == request.constraint
+        return request.constraint
+
+    wrapped = {
+        "type": "json_schema",
+        "json_schema": {"name": "n", "strict": True, "schema": schema},
+    }
+    assert of(response_format=wrapped) == pb.Constraint(json_schema=json.dumps(schema))
+    assert of(response_format={"type": "json_object"}) == pb.Constraint(json_object=True)
+    assert of(response_format={"type": "text"}) == pb.Constraint()
+    assert of(guided_json=schema) == pb.Constraint(json_schema=json.dumps(schema))
+    assert of(guided_json='{"a": 1}') == pb.Constraint(json_schema='{"a": 1}')
+    assert of(guided_regex="a+") == pb.Constraint(regex="a+")
+    assert of(guided_grammar="start: X") == pb.Constraint(grammar="start: X")
+    two = pb.Constraint(choice=pb.Choices(choices=["a", "b"]))
+    assert of(guided_choice=["a", "b"]) == two
+    assert of(structured_outputs={"choice": ["a", "b"]}) == two
+    assert of(structured_outputs={"json_object": True}) == pb.Constraint(json_object=True)
+    assert of(structured_outputs={"regex": "x", "backend": "guidance"}) == pb.Constraint(regex="x")
+
+
+def test_messages():
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "developer", "content": "rules"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "tool_call_id": "c", "content": "r", "name": "f"},
+        {"role": "assistant", "content": "t", "reasoning_content": "never mind"},
+    ]
+    assert list(chat(messages=messages).request.messages) == [
+        pb.Message(role="system", content="rules"),
+        pb.Message(role="user", content="a\nb"),
+        pb.Message(
+            role="assistant", tool_calls=[pb.ToolCall(id="c", name="f", arguments='{"a": 1}')]
+        ),
+        pb.Message(role="tool", content="r", tool_call_id="c", name="f"),
+        pb.Message(role="assistant", content="t"),
+    ]
+
+
+def test_tools():
+    named = {"type": "function", "function": {"name": "f"}}
+    request = chat(tools=[TOOL], tool_choice=named, parallel_tool_calls=False)
+    assert json.loads(request.request.tools_json) == [TOOL]
+    assert request.request.tool_choice == pb.ToolChoice(name="f")
+    assert request.request.HasField("parallel_tool_calls")
+    assert request.named_tool
+    for word, mode in [("none", 1), ("auto", 2), ("required", 3)]:
+        got = chat(tools=[TOOL], tool_choice=word)
+        assert got.request.tool_choice == pb.ToolChoice(mode=mode)
+        assert not got.named_tool
+    assert not chat(tools=[TOOL]).request.HasField("tool_choice")
+
+
+def test_stream_options():
+    wanted = completion(stream=True, stream_options={"include_usage": True}).wanted
+    assert (wanted.stream, wanted.include_usage, wanted.continuous_usage) == (True, True, False)
+    options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}
+    assert chat(stream=True, stream_options=options).wanted.continuous_usage
+
+
+# Refusals
+
+BAD = [
+    ({"prompt": None}, "prompt"),
+    ({"prompt": 5}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": {}}, "prompt"),
+    ({"prompt": [True]}, "prompt[0]"),
+    ({"prompt": [1, "a"]}, "prompt[1]"),
+    ({"prompt": ["a", 1]}, "prompt[1]"),
+    ({"prompt": [[1], [2, -1]]}, "prompt[1][1]"),
+    ({"prompt": [1, 2**32]}, "prompt[1]"),
+    ({"prompt": ["a"] * (MAX_PROMPTS + 1)}, "prompt"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"max_tokens": "9"}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"max_tokens": 10**40}, "max_tokens"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": True}, "logprobs"),
+    ({"echo": 1}, "echo"),
+    ({"best_of": 3}, "best_of"),
+    ({"suffix": "x"}, "suffix"),
+]
+BAD_CHAT = [
+    ({"messages": None}, "messages"),
+    ({"messages": []}, "messages"),
+    ({"messages": "x"}, "messages"),
+    ({"messages": ["x"]}, "messages[0]"),
+    ({"messages": [{}]}, "messages[0].role"),
+    ({"messages": [{"role": "critic", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": [{}]}]}, "messages[0].content[0].type"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages[0].content[0].type",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+        "messages[0].content[0].type",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "messages[0].content[0].text",
+    ),
+    ({"messages": [*USER, {"role": "user", "content": "x", "mood": 1}]}, "messages[1].mood"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"id": "c"}]}]},
+        "messages[0].tool_calls[0].function",
+    ),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": 2}, "logprobs"),
+    ({"max_completion_tokens": -1}, "max_completion_tokens"),
+    ({"tools": {}}, "tools"),
+    ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    ({"tool_choice": "maybe"}, "tool_choice"),
+    ({"tool_choice": 5}, "tool_choice"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice.function.name"),
+    ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
+    ({"functions": [{}]}, "functions"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"audio": {}}, "audio"),
+    ({"continue_final_message": True}, "continue_final_message"),
+]
+BAD_COMMON = [
+    ({"model": 5}, "model"),
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {}}, "stream_options"),
+    ({"stream": True, "stream_options": 5}, "stream_options"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"temperature": 10**400}, "temperature"),
+    ({"top_k": -2}, "top_k"),
+    ({"seed": 2**64}, "seed"),
+    ({"logit_bias": []}, "logit_bias"),
+    ({"logit_bias": {"x": 1}}, "logit_bias[x]"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias[-1]"),
+    ({"logit_bias": {"5": "x"}}, "logit_bias[5]"),
+    ({"stop": 5}, "stop"),
+    ({"stop": ["x", 5]}, "stop"),
+    ({"stop_token_ids": "x"}, "stop_token_ids"),
+    ({"stop_token_ids": [1, -1]}, "stop_token_ids[1]"),
+    ({"min_tokens": -1}, "min_tokens"),
+    ({"priority": 2**31}, "priority"),
+    ({"cache_salt": ""}, "cache_salt"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    ({"response_format": "json"}, "response_format"),
+    ({"response_format": {}}, "response_format.type"),
+    ({"response_format": {"type": "yaml"}}, "response_format.type"),
+    ({"response_format": {"type": "structural_tag"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}},
+        "response_format.json_schema.schema",
+    ),
+    ({"guided_json": 5}, "guided_json"),
+    ({"guided_choice": []}, "guided_choice"),
+    ({"guided_choice": [1]}, "guided_choice"),
+    ({"guided_regex": 5}, "guided_regex"),
+    ({"guided_json": {}, "guided_regex": "x"}, "guided_regex"),
+    ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "x"}},
+     "structured_outputs.regex"),
+    ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+    ({"structured_outputs": {"yaml": 1}}, "structured_outputs.yaml"),
+    ({"use_beam_search": True}, "use_beam_search"),
+    ({"use_beam_search": 0}, "use_beam_search"),
+    ({"bad_words": ["x"]}, "bad_words"),
+    ({"logits_processors": ["x"]}, "logits_processors"),
+    ({"temprature": 1}, "temprature"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "param"), [*BAD, *BAD_COMMON])
+def test_completions_refuse_by_name(body, param):
+    found = failure(completion, **body)
+    assert (found.status, found.param) == (400, param)
+    assert found.type == "invalid_request_error"
+    assert param.partition("[")[0].partition(".")[0] in found.message
+
+
+@pytest.mark.parametrize(("body", "param"), [*BAD_CHAT, *BAD_COMMON])
+def test_chat_refuses_by_name(body, param):
+    found = failure(chat, **body)
+    assert (found.status, found.param) == (400, param)
+
+
+def test_codes_tell_what_is_unknown_from_what_is_not_there():
+    assert failure(completion, temprature=1).code == "unknown_parameter"
+    assert failure(completion, suffix="x").code == "unsupported_parameter"
+    assert failure(completion, max_tokens=-1).code is None
+
+
+@pytest.mark.parametrize("name", sorted(IGNORED))
+def test_what_changes_no_answer_is_passed_over(name):
+    assert completion(**{name: "whatever"}).requests == completion().requests
+    assert chat(**{name: {"any": 1}}).request == chat().request
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL))
+def test_options_at_values_that_do_nothing(name):
+    for harmless in (None, *NEUTRAL[name]):
+        assert completion(**{name: harmless}).requests == completion().requests
+    assert failure(completion, **{name: "something"}).param == name
+
+
+def test_every_described_option_is_known():
+    schemas = description("0")["paths"]
+
+    def properties(path):
+        body = schemas[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        return body["properties"]
+
+    for read, path in [(completion, "/v1/completions"), (chat, "/v1/chat/completions")]:
+        for name in properties(path):
+            if name not in ("prompt", "messages"):
+                read(**{name: None})
+
+
+# Bodies
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"[]",
+        b"5",
+        b"{",
+        b'{"a": NaN}',
+        b'{"a": Infinity}',
+        b'{"a": -Infinity}',
+        b"\xff\xfe{}",
+        b'{"a": "\\ud800"}',
+        b'{"\\udfff": 1}',
+        b'{"a": 1' + b"0" * 5000 + b"}",
+        b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"a": ' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}",
+    ],
+)
+def test_what_is_no_body(raw):
+    with pytest.raises(Refused) as caught:
+        parse_body(raw)
+    assert caught.value.failure.status == 400
+    assert caught.value.failure.code == "invalid_json"
+
+
+def test_what_is_one():
+    deep = MAX_DEPTH - 1
+    body = b'{"a": ' + b"[" * deep + b"]" * deep + b', "b": "\\ud83d\\ude00", "c": 1e999}'
+    got = parse_body(body)
+    assert got["b"] == "\U0001f600"
+    assert got["c"] == math.inf  # refused where a number is read
+
+
+def test_fields_know_their_paths():
+    inner = Fields({"a": {"b": {"c": 5}}}).object("a")
+    assert inner
+    deeper = inner.object("b")
+    assert deeper
+    with pytest.raises(InvalidRequest) as caught:
+        deeper.text("c")
+    assert caught.value.field == "a.b.c"
+    with pytest.raises(Refused, match=r"a\.b\.c"):
+        Fields({"c": 5}, "a.b").end()
+
+
+# Errors
+
+TABLE = [
+    (InvalidRequest("stop.max_tokens", "no"), 400, None),
+    (NotOffered("n above 1"), 400, "unsupported_parameter"),
+    (Unauthenticated("x"), 401, "invalid_api_key"),
+    (PermissionDenied("x"), 403, None),
+    (NotFound("x"), 404, "model_not_found"),
+    (Overloaded("x", 2.25), 429, "rate_limit_exceeded"),
+    (Unavailable("x", 0.5), 503, "service_unavailable"),
+    (DeadlineExceeded("x"), 504, "deadline_exceeded"),
+    (Mismatch("x"), 500, "internal_error"),
+    (CheckpointError("x"), 500, "internal_error"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "code"), TABLE)
+def test_the_table(error, status, code):
+    found = failure_of(error)
+    assert (found.status, found.code) == (status, code)
+    assert set(found.body["error"]) == {"message", "type", "param", "code"}
+
+
+def test_when_to_come_back():
+    assert failure_of(Overloaded("x", 2.25)).headers == {
+        "retry-after": "3",
+        "retry-after-ms": "2250",
+    }
+    assert failure_of(Unavailable("x", 0.0)).headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ("sampling.temperature", "temperature"),
+        ("stop.stop[1]", "stop[1]"),
+        ("stop.max_tokens", "max_completion_tokens"),
+        ("output.logprobs", "top_logprobs"),
+        ("tools_json[0].function.name", "tools[0].function.name"),
+        ("constraint.json_schema", "response_format.json_schema"),
+        ("messages[0].role", "messages[0].role"),
+        ("model", "model"),
+    ],
+)
+def test_grpc_fields_in_the_clients_words(field, param):
+    form = {"type": "json_object"}
+    assert param_of(field, chat(max_completion_tokens=5, response_format=form).names) == param
+    call = completion(prompt=["a", "b"])
+    assert param_of("token_ids.ids[3]", call.names_of(1)) == "prompt[1][3]"
+    assert param_of("text", call.names_of(0)) == "prompt[0]"

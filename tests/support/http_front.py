@@ -1,0 +1,109 @@
+"""A coordinator with scripted decode workers, seen through its HTTP port and its gRPC port."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import cache
+from typing import Any
+
+import httpx
+
+from coordinator.app import Coordinator
+from coordinator.chat import ChatTemplate
+from coordinator.membership import Hello
+from coordinator.model import ServedModel
+from coordinator.tokenizer import Tokenizer
+from engine.checkpoint.source import resolve
+from engine.config import FrontOptions
+from engine.pb.diptych.v1 import inference_pb2, inference_pb2_grpc
+from engine.rpc.channel import open_channel
+from engine.types import PROTOCOL_VERSION, Role
+from tests.support.fake_decode import FakeDecode, identity
+
+TEXT = "The river was wide and slow, and nobody knew where it began. " * 4
+
+
+@cache
+def _loaded() -> tuple[Any, Tokenizer, ChatTemplate]:
+    found = resolve("smollm2", progress=False)
+    return found, Tokenizer.load(found.folder), ChatTemplate.load(found.folder)
+
+
+class HttpFront:
+    """One coordinator, its HTTP client `http` and its gRPC stub `stub`."""
+
+    def __init__(self, coordinator: Coordinator, http: httpx.AsyncClient, stub: Any) -> None:
+        self.coordinator = coordinator
+        self.http = http
+        self.stub = stub
+        self.tokenizer = coordinator.model.tokenizer
+        self.workers: list[FakeDecode] = []
+
+    async def worker(self, text: str = TEXT, name: str = "d0", **script: Any) -> FakeDecode:
+        worker = FakeDecode(self.tokenizer.encode(text), name=name, **script)
+        await worker.start(f"of-{name}")
+        self.workers.append(worker)
+        self.coordinator.membership.register(
+            Hello(worker.peer, Role.DECODE, "", identity(), PROTOCOL_VERSION)
+        )
+        return worker
+
+    async def complete(self, **body: Any) -> httpx.Response:
+        body.setdefault("prompt", "Hello")
+        return await self.http.post("/v1/completions", json=body)
+
+    async def chat(self, **body: Any) -> httpx.Response:
+        body.setdefault("messages", [{"role": "user", "content": "Hello?"}])
+        return await self.http.post("/v1/chat/completions", json=body)
+
+    async def grpc_tokens(self, **fields: Any) -> list[int]:
+        """Token ids of an answer by gRPC."""
+        call = self.stub.Generate(inference_pb2.GenerateRequest(**fields), timeout=10)
+        return [i async for response in call for i in response.delta.token_ids]
+
+    def sample(self, name: str, **labels: str) -> float | None:
+        return self.coordinator.registry.get_sample_value("diptych_" + name, labels)
+
+
+async def until(check: Callable[[], Any], timeout_s: float = 5.0) -> None:
+    """Poll; fails when the time is over."""
+    ends_s = time.monotonic() + timeout_s
+    while not check():
+        assert time.monotonic() < ends_s, "not within its time"
+        await asyncio.sleep(0.01)
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The objects of a whole stream of server-sent events, which ends with [DONE]."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    datas = [line.removeprefix("data: ") for line in lines]
+    assert datas[-1] == "[DONE]"
+    return [json.loads(data) for data in datas[:-1]]
+
+
+@asynccontextmanager
+async def http_front(max_model_len: int = 0, **options: Any) -> AsyncIterator[HttpFront]:
+    options = {"listen": "127.0.0.1:0", "http": "127.0.0.1:0", "worker_wait_s": 5.0, **options}
+    found, tokenizer, template = _loaded()
+    model = ServedModel("smollm2", found.config, tokenizer, template, max_model_len)
+    coordinator = Coordinator(FrontOptions(**options), model)
+    await coordinator.start()
+    channel = open_channel(coordinator.address)
+    stub = inference_pb2_grpc.InferenceServiceStub(channel)
+    base = f"http://{coordinator.http_address}"
+    async with httpx.AsyncClient(base_url=base, timeout=20) as http:
+        it = HttpFront(coordinator, http, stub)
+        try:
+            yield it
+            await until(coordinator.pipeline.idle.is_set, 2.0)  # every request was let go
+        finally:
+            await channel.close()
+            await coordinator.stop()
+            for worker in it.workers:
+                await worker.stop()
