@@ -135,7 +135,7 @@ class OipServicer:
         metadata_given = dict(context.invocation_metadata() or ())
         end_stream = str(metadata_given.get(_ERRORS_END_STREAM, "")).lower() == "true"
         slots = asyncio.Semaphore(_MAX_OPEN)
-        merge: Merge[grpc_service_pb2.ModelStreamInferResponse]
+        merge: Merge[grpc_service_pb2.ModelStreamInferResponse] = Merge()
 
         async def answer(request: grpc_service_pb2.ModelInferRequest) -> None:
             try:
@@ -148,7 +148,7 @@ class OipServicer:
                 await slots.acquire()
                 merge.add(answer(request), self._max_request_s + _STUCK_S)
 
-        async with Merge() as merge:
+        async with merge:
             merge.add(read())
             async for response in merge:
                 yield response

@@ -120,6 +120,5 @@ def config(name: str, max_model_len: int) -> model_config_pb2.ModelConfig:
     )
 
 
-def _data_type(datatype: str) -> model_config_pb2.DataType:
-    name = "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
-    return model_config_pb2.DataType.Value(name)
+def _data_type(datatype: str) -> str:
+    return "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"

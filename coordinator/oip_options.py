@@ -20,7 +20,7 @@ from google.protobuf.message import Message
 from engine.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2
 
-_PARTS = {
+_PARTS: dict[str, type[Message]] = {
     "sampling": inference_pb2.Sampling,
     "stop": inference_pb2.Stop,
     "output": inference_pb2.Output,
@@ -28,8 +28,8 @@ _PARTS = {
 }
 _TOP = ("n", "priority", "cache_salt")
 _REQUEST = inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name
-# Name -> (the message within the request that has it, or "", and the field).
-FIELDS: dict[str, tuple[str, FieldDescriptor]] = {
+# Name -> (the message within the request that has it, or "", and the field's descriptor).
+FIELDS: dict[str, tuple[str, Any]] = {
     field.name: (part, field)
     for part, message in _PARTS.items()
     for field in message.DESCRIPTOR.fields

@@ -130,6 +130,8 @@ def _named(
     request: grpc_service_pb2.ModelInferRequest, tensors: dict[str, Tensor]
 ) -> Iterator[tuple[str, str, Any]]:
     """(where it stood, name, value) of every flag and option."""
+    if any(name.startswith("sequence_") for name in request.parameters):
+        raise InvalidRequest("parameters.sequence_id", "requests of one sequence are not served")
     given = [
         (f"parameters.{name}", name, _value(f"parameters.{name}", parameter))
         for name, parameter in sorted(request.parameters.items())

@@ -111,7 +111,8 @@ def _unpack_numbers(field: str, datatype: str, raw: bytes, shape: tuple[int, ...
 
 
 def _unpack_bytes(field: str, raw: bytes, shape: tuple[int, ...]) -> Sequence[bytes]:
-    values, at = [], 0
+    values: list[bytes] = []
+    at = 0
     while at < len(raw):
         start = at + _LENGTH.size
         end = start + _LENGTH.unpack_from(raw, at)[0] if start <= len(raw) else start

@@ -65,7 +65,8 @@ class VllmEngineServicer:
         self._last_request = self._clock()
         generate = to_generate(request, self._model.name, self._pipeline.max_model_len)
         reply = Reply(request)
-        async with Merge() as events:
+        events: Events = Merge()
+        async with events:
             task = events.add(self._run(generate, context, events))
             with self._abortable(request.request_id, task):
                 async for event in events:

@@ -8,6 +8,7 @@ service can be described like any other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool
@@ -20,18 +21,40 @@ _STABLE_SERVICE = f"{_STABLE}.ServerReflection"
 def enable_reflection(names: Sequence[str], server: grpc.aio.Server) -> None:
     """Let callers list `names` and the reflection services, and describe all that they use."""
     _register_descriptors()
-    names = (*names, reflection.SERVICE_NAME, _STABLE_SERVICE)
-    reflection.enable_server_reflection(names, server)
-    servicer = reflection.aio.ReflectionServicer(names)
+    servicer = _Servicer((*names, reflection.SERVICE_NAME, _STABLE_SERVICE))
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
     handlers = {"ServerReflectionInfo": handler}
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(_STABLE_SERVICE, handlers),)
-    )
+    for service in (reflection.SERVICE_NAME, _STABLE_SERVICE):
+        generic = grpc.method_handlers_generic_handler(service, handlers)
+        server.add_generic_rpc_handlers((generic,))
+
+
+class _Servicer(reflection.aio.ReflectionServicer):
+    """The library's, which does not know symbols within services and messages."""
+
+    def _file_containing_symbol(self, request: Any, fully_qualified_name: str) -> Any:
+        """A method or a field is where its service or message is."""
+        response = super()._file_containing_symbol(request, fully_qualified_name)
+        outer = fully_qualified_name.rpartition(".")[0]
+        if response.HasField("error_response") and _is_declared(outer):
+            response = super()._file_containing_symbol(request, outer)
+        return response
+
+
+def _is_declared(name: str) -> bool:
+    """Whether `name` is a service or a message, and not a package."""
+    pool = descriptor_pool.Default()
+    for find in (pool.FindServiceByName, pool.FindMessageTypeByName):
+        try:
+            find(name)
+            return True
+        except KeyError:
+            pass
+    return False
 
 
 def _register_descriptors() -> None:
