@@ -1,4 +1,4 @@
-"""OpenAI's Python client, blocking and asyncio: whole and streamed answers, and all their options."""
+"""OpenAI's Python client, blocking and asyncio: whole and streamed answers and all options."""
 
 from __future__ import annotations
 
