@@ -15,6 +15,7 @@ from itertools import count
 import torch
 
 from engine.cache.block_table import BlockTable
+from engine.drawing import Drawer, Drawn
 from engine.errors import DiptychError, InvalidRequest, Unavailable
 from engine.events import (
     AnnouncedEvent,
@@ -28,13 +29,13 @@ from engine.holds import EngineHolds, RequestHold
 from engine.request import Request, State, Work
 from engine.runner.base import ModelRunner
 from engine.runner.batch import Row
-from engine.sampling import Sampler, UnusableLogits
+from engine.sampling import Sampler
 from engine.scheduler import PlannedRow, Scheduler
 from engine.speculation import UNWRITTEN
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import WorkerMetrics
 from engine.telemetry.stopwatch import Stopwatch
-from engine.types import FinishReason
+from engine.types import FinishReason, TokenLogprobs
 
 _log = get_logger(__name__)
 
@@ -56,7 +57,7 @@ class EngineCore:
         self,
         scheduler: Scheduler,
         runner: ModelRunner,
-        sampler: Sampler | None,
+        sampler: Sampler,
         metrics: WorkerMetrics,
         clock: Callable[[], float],
         draft_runner: ModelRunner | None = None,
@@ -67,7 +68,7 @@ class EngineCore:
         self.totals = Totals()
         self._runner = runner
         self._draft_runner = draft_runner
-        self._sampler = sampler
+        self._drawer = Drawer(sampler)
         self._metrics = metrics
         self._clock = clock
         self._requests: dict[int, Request] = {}
@@ -206,7 +207,7 @@ class EngineCore:
                 watch.lap("draft")
             logits = self._runner.run([self._model_row(planned) for planned in plan])
             watch.lap("forward")
-            plan, sampled = self._sample(plan, logits)
+            drawn = self._drawer.draw(plan, logits)
             watch.lap("sample")
         except Exception as error:
             self._metrics.engine_step_failures.inc()
@@ -220,7 +221,7 @@ class EngineCore:
                 self._finish(planned.request, FinishReason.ABORTED, fault)
         else:
             self._num_failures = 0
-            self._accept(plan, sampled, drafted)
+            self._accept(drawn, logits, drafted)
 
     def take_events(self) -> list[Event]:
         """Events since the last call, in order."""
@@ -261,46 +262,27 @@ class EngineCore:
         tokens = request.tokens[start : start + planned.num_tokens] + planned.draft
         return Row(tokens, start, request.table.blocks, planned.num_logits)
 
-    def _sample(
-        self, plan: Sequence[PlannedRow], logits: torch.Tensor
-    ) -> tuple[Sequence[PlannedRow], list[int]]:
-        """The sampler's token at every position that has logits, in plan order.
-
-        Rows whose logits no token can be drawn from end their own requests; the others go on.
-        """
-        owners = [planned for planned in plan for _ in range(planned.num_logits)]
-        if not owners:
-            return plan, []
-        assert self._sampler is not None
-        rows = [
-            planned.request.sample_row(planned.draft[:ahead])
-            for planned in plan
-            for ahead in range(planned.num_logits)
-        ]
-        try:
-            return plan, self._sampler.sample(logits, rows)
-        except UnusableLogits as error:
-            guilty = {owners[index].request.key for index in error.rows}
-            for planned in plan:
-                if planned.request.key in guilty:
-                    # The same logits would come anywhere: no reason to try again.
-                    self._finish(planned.request, FinishReason.ABORTED, DiptychError(str(error)))
-            keep = [i for i, owner in enumerate(owners) if owner.request.key not in guilty]
-            rest = [planned for planned in plan if planned.request.key not in guilty]
-            return rest, self._sampler.sample(logits[keep], [rows[i] for i in keep]) if keep else []
-
     def _accept(
-        self, plan: Sequence[PlannedRow], sampled: Sequence[int], drafted: Mapping[int, int]
+        self, drawn: Sequence[Drawn], logits: torch.Tensor, drafted: Mapping[int, int]
     ) -> None:
         """Advance every row by what it computed and emit what the verifier accepts."""
-        offset = 0
-        for planned in plan:
+        for row in drawn:
+            planned = row.planned
             request = planned.request
-            tokens = sampled[offset : offset + planned.num_logits]
-            offset += planned.num_logits
+            if row.error is not None:
+                self._finish(request, FinishReason.ABORTED, row.error)
+                continue
             self._count_prompt(request, planned)
-            emitted = self._verify(planned, tokens) if tokens else []
-            self._emit(request, request.num_computed + planned.num_tokens, emitted, drafted)
+            emitted = self._verify(planned, row.tokens) if row.tokens else []
+            kept, reason = self._keep(request, emitted)
+            logprobs = self._drawer.logprobs(row, kept, logits)
+            request.num_scored += row.num_scored
+            request.prompt_logprobs += row.prompt_logprobs
+            # KV exists for the tokens before the newest: the row's own and the accepted draft's.
+            num_computed = request.num_computed + planned.num_tokens + max(0, len(kept) - 1)
+            draft_lag = max(0, num_computed - drafted.get(request.key, num_computed))
+            self.scheduler.advance(request, num_computed, draft_lag)
+            self._emit(request, kept, logprobs, reason)
 
     def _verify(self, planned: PlannedRow, sampled: Sequence[int]) -> Sequence[int]:
         speculation = self.scheduler.speculation
@@ -323,34 +305,38 @@ class EngineCore:
         self._metrics.spec_decode_num_draft_tokens.inc(num_tokens)
         self._metrics.spec_decode_num_accepted_tokens.inc(num_accepted)
 
-    def _emit(
-        self,
-        request: Request,
-        num_computed: int,
-        emitted: Sequence[int],
-        drafted: Mapping[int, int],
-    ) -> None:
-        """Take the tokens up to the one that ends the answer; then name, announce, finish."""
+    def _keep(
+        self, request: Request, emitted: Sequence[int]
+    ) -> tuple[list[int], FinishReason | None]:
+        """Take the tokens up to the one that ends the answer."""
         kept: list[int] = []
-        reason = None
         for token in emitted:
             request.tokens.append(token)
             kept.append(token)
-            reason = self._ending(request, token)
-            if reason:
-                break
-        # KV exists for the tokens before the newest: the row's own and the accepted draft's.
-        num_computed += max(0, len(kept) - 1)
-        draft_lag = max(0, num_computed - drafted.get(request.key, num_computed))
-        self.scheduler.advance(request, num_computed, draft_lag)
-        if kept:
+            if reason := self._ending(request, token):
+                return kept, reason
+        return kept, None
+
+    def _emit(
+        self,
+        request: Request,
+        kept: list[int],
+        logprobs: list[TokenLogprobs],
+        reason: FinishReason | None,
+    ) -> None:
+        """Say what is new; then announce, finish."""
+        told: list[TokenLogprobs] = []
+        if request.prompt_logprobs and request.num_scored >= request.num_to_score:
+            told, request.prompt_logprobs = request.prompt_logprobs, []
+        if kept or told:
             self._metrics.generation_tokens.inc(len(kept))
-            self._events.append(TokensEvent(request.key, kept, self._counts(request)))
+            counts = self._counts(request)
+            self._events.append(TokensEvent(request.key, kept, counts, logprobs, told))
         self._announce(request)
         if reason:
             self._finish(request, reason)
-        elif not request.samples and request.num_pending == 0:
-            self._finish(request, FinishReason.STOP)
+        elif request.num_pending == 0 and not request.wants_tokens:
+            self._finish(request, FinishReason.LENGTH if request.samples else FinishReason.STOP)
 
     def _ending(self, request: Request, token: int) -> FinishReason | None:
         """Whether the token just appended ends the answer."""

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.errors import DiptychError
-from engine.types import FinishReason
+from engine.types import FinishReason, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +23,13 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class TokensEvent:
-    """New tokens of an answer."""
+    """New tokens of an answer; with the first, or instead of any, what the prompt was to tell."""
 
     key: int
     token_ids: list[int]
     counts: Counts
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a token, where asked for
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of its tokens 1, 2, ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,10 @@ WAITING holds no memory. FETCHING and RUNNING hold the whole prompt's blocks and
 A draft model's KV of the last `draft_lag` of those positions may still be missing: it is written
 when the model drafts again, or before a whole block of it is missing. A block is named when it has
 both.
+
+Where the prompt's log-probabilities are wanted, its positions are computed with their logits, also
+those that are cached: hits supply no position that is not scored yet. What is named already is
+never written again; such a request computes into blocks of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from enum import Enum
 from engine.cache.block_table import BlockTable
 from engine.cache.layout import block_name
 from engine.sampling.row import SampleRow
-from engine.types import FinishReason, SamplingParams, StopParams
+from engine.types import FinishReason, SamplingParams, StopParams, TokenLogprobs
 
 
 class State(Enum):
@@ -65,6 +69,8 @@ class Work:
     announce_from: int = -1  # first block to report as it completes; -1: none
     priority: int = 0
     deadline_s: float | None = None  # when its caller stops waiting, monotonic; only shown
+    num_logprobs: int | None = None  # alternatives reported with each token; None: nothing is
+    num_prompt_logprobs: int | None = None  # the same for the prompt's tokens but the first
 
 
 @dataclass(slots=True, eq=False)
@@ -86,6 +92,8 @@ class Request:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     admitted_s: float = 0.0  # first time; 0: not yet
+    num_scored: int = 0  # leading positions whose logits have told of the prompt's next token
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # not yet reported
     finish_reason: FinishReason | None = None
     matched_stop: int | None = None
 
@@ -109,9 +117,24 @@ class Request:
         return len(self.tokens) - self.num_computed
 
     @property
+    def finished(self) -> bool:
+        """Whether it has had its last event."""
+        return self.state is State.FINISHED
+
+    @property
     def samples(self) -> bool:
         """Whether it writes an answer."""
         return self.work.sampling is not None
+
+    @property
+    def num_to_score(self) -> int:
+        """Leading positions whose logits are wanted: the last one tells nothing of the prompt."""
+        return 0 if self.work.num_prompt_logprobs is None else self.num_prompt - 1
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether it writes as much as one token: the prompt's log-probabilities may be all."""
+        return self.work.stop is not None and self.work.stop.max_tokens > 0
 
     @property
     def decoding(self) -> bool:
@@ -151,6 +174,12 @@ class Request:
             chunk = self.tokens[start : start + block_size]
             self.names.append(block_name(parent, chunk, self.work.salt))
         return self.names[: usable // block_size]
+
+    def hittable_names(self, block_size: int) -> list[bytes]:
+        """Those of them whose positions need not be computed for their logits."""
+        names = self.whole_names(block_size)
+        missing = self.num_scored < self.num_to_score
+        return names[: self.num_scored // block_size] if missing else names
 
     def move(self, state: State) -> None:
         """Change state along the table."""

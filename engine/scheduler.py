@@ -34,19 +34,45 @@ class Budgets:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRow:
-    """What one request computes in a step: tokens [start, start + num_tokens) and then `draft`."""
+    """What one request computes in a step: tokens [start, start + num_tokens) and then `draft`.
+
+    Its logits are those of its last positions: first what tells of the prompt, last what may give
+    tokens.
+    """
 
     request: Request
     num_tokens: int
     draft: list[int]
 
     @property
-    def num_logits(self) -> int:
-        """Logits wanted: none in mid-prompt, else one a position that may give a token."""
+    def num_sampled(self) -> int:
+        """Positions that may give a token: none in mid-prompt."""
         request = self.request
-        if not request.samples or self.num_tokens < request.num_pending:
+        if not request.wants_tokens or self.num_tokens < request.num_pending:
             return 0
         return 1 + len(self.draft)
+
+    @property
+    def num_scored(self) -> int:
+        """Positions whose logits tell of the prompt's next token, and are wanted for that."""
+        request = self.request
+        if request.work.num_prompt_logprobs is None:
+            return 0
+        end = request.num_computed + self.num_tokens
+        begin = max(request.num_computed, request.num_scored)
+        return max(0, min(end, request.num_to_score) - begin)
+
+    @property
+    def num_logits(self) -> int:
+        """Logits wanted, of the row's last positions."""
+        if not self.num_scored:
+            return self.num_sampled
+        request = self.request
+        return self.num_tokens - max(0, request.num_scored - request.num_computed)
+
+
+# Positions whose logits one step computes to score prompts: a vocabulary of floats each.
+MAX_SCORED = 256
 
 
 class StepBudget:
@@ -54,6 +80,7 @@ class StepBudget:
 
     def __init__(self, prompt_tokens: int) -> None:
         self._left = prompt_tokens
+        self._left_to_score = MAX_SCORED
         self._untouched = True
 
     def take(self, request: Request, block_size: int) -> int:
@@ -61,7 +88,10 @@ class StepBudget:
 
         A chunk that is not the last ends on a block border: only whole blocks can be announced.
         """
+        scores = request.num_scored < request.num_to_score
         count = min(request.num_pending, self._left)
+        if scores:
+            count = min(count, self._left_to_score)
         if 0 < count < request.num_pending:
             cut = (request.num_computed + count) % block_size
             if cut < count:
@@ -69,6 +99,7 @@ class StepBudget:
             elif not self._untouched:
                 count = 0
         self._left -= count
+        self._left_to_score -= count if scores else 0
         self._untouched = self._untouched and count == 0
         return count
 
@@ -142,7 +173,7 @@ class Scheduler:
 
     def _reserve(self, request: Request) -> bool:
         """Pin its hits and take the rest of its room, or leave everything as it was."""
-        hits = self.pool.match(request.whole_names(self.block_size))
+        hits = self.pool.match(request.hittable_names(self.block_size))
         needed = self.room_needed(len(request.tokens)) - len(hits)
         if not request.samples:
             needed = len(request.tokens) // self.block_size - len(hits)
@@ -162,12 +193,13 @@ class Scheduler:
             request.num_cached_tokens = min(request.num_computed, request.num_prompt)
         for name in names[request.num_named :]:
             self._makers.setdefault(name, request)
-        fetching = request.work.fetch and request.num_named < len(names)
+        scores = request.num_scored < request.num_to_score
+        fetching = request.work.fetch and request.num_named < len(names) and not scores
         request.move(State.FETCHING if fetching else State.RUNNING)
         bisect.insort(self.active, request, key=lambda r: r.sort_key)
 
     def _waits_for_maker(self, request: Request, now_s: float) -> bool:
-        names = request.whole_names(self.block_size)
+        names = request.hittable_names(self.block_size)
         hits = len(self.pool.match(names))
         maker = self._makers.get(names[hits]) if hits < len(names) else None
         return maker is not None and now_s - request.arrival_s < self.budgets.owner_wait_s
@@ -219,7 +251,7 @@ class Scheduler:
             key = str(request.key)
             proposals.append((key, self.speculation.drafter.propose(key, request.tokens, limit)))
         num_chunk_tokens = sum(row.num_tokens for row in chunks)
-        num_answers = len(decoding) + sum(row.num_logits for row in chunks)
+        num_answers = len(decoding) + sum(row.num_sampled for row in chunks)
         lengths = self.speculation.choose(proposals, len(decoding) + num_chunk_tokens, num_answers)
         drafts = []
         for request, (_, proposal), length in zip(decoding, proposals, lengths, strict=True):
@@ -235,11 +267,12 @@ class Scheduler:
         stop = request.work.stop
         if self.speculation is None or stop is None:
             return 0
-        return min(
+        most = min(
             self.speculation.max_draft_tokens,
             stop.max_tokens - request.num_output - 1,
             self.max_model_len - len(request.tokens) - 1,
         )
+        return max(0, most)
 
     def _spare_blocks(self, num_decoding: int) -> int:
         """Blocks for guesses: nobody is preempted, nor kept waiting, because of one."""

@@ -1,0 +1,108 @@
+"""From a step's logits to tokens and log-probabilities. Owned by the engine thread; holds no state.
+
+    logits of a row   | they tell of the prompt | ... | each may give a token |
+                      first_scored                    first_sampled
+
+Rows whose logits are no distribution fail; the others of the step go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+
+from engine.errors import DiptychError
+from engine.sampling import Sampler, UnusableLogits
+from engine.sampling.logprobs import LogprobScorer
+from engine.scheduler import PlannedRow
+from engine.types import TokenLogprobs
+
+
+@dataclass(slots=True)
+class Drawn:
+    """A planned row, where its logits lie among the step's, and what came of them."""
+
+    planned: PlannedRow
+    first_scored: int
+    num_scored: int
+    first_sampled: int
+    num_sampled: int
+    tokens: list[int] = field(default_factory=list)  # the sampler's, at each sampled position
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    error: DiptychError | None = None  # the same logits would come anywhere: not to be tried again
+
+
+class Drawer:
+    """A sampler for answers, and a scorer for those who ask for log-probabilities."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self._scorer = LogprobScorer(sampler.vocab_size, sampler.device)
+
+    def draw(self, plan: Sequence[PlannedRow], logits: torch.Tensor) -> list[Drawn]:
+        """Of each row of the plan, in its order: tokens, and what the prompt was to tell."""
+        rows = _laid_out(plan)
+        self._sample([row for row in rows if row.num_sampled], logits)
+        for row in rows:
+            if row.num_scored and row.error is None:
+                self._score(row, logits)
+        return rows
+
+    def logprobs(
+        self, row: Drawn, kept: Sequence[int], logits: torch.Tensor
+    ) -> list[TokenLogprobs]:
+        """Of the tokens that stand, from the raw logits that each was drawn from."""
+        wanted = row.planned.request.work.num_logprobs
+        if wanted is None or not kept:
+            return []
+        first = row.first_sampled
+        return self._scorer.score(logits[first : first + len(kept)], kept, wanted)
+
+    def _sample(self, rows: Sequence[Drawn], logits: torch.Tensor) -> None:
+        owners = [row for row in rows for _ in range(row.num_sampled)]
+        if not owners:
+            return
+        if len(owners) < len(logits):
+            ranges = (range(r.first_sampled, r.first_sampled + r.num_sampled) for r in rows)
+            logits = logits[list(chain.from_iterable(ranges))]
+        wanted = [
+            row.planned.request.sample_row(row.planned.draft[:ahead])
+            for row in rows
+            for ahead in range(row.num_sampled)
+        ]
+        try:
+            tokens = self._sampler.sample(logits, wanted)
+        except UnusableLogits as error:
+            for index in error.rows:
+                owners[index].error = DiptychError(str(error))
+            keep = [i for i, owner in enumerate(owners) if owner.error is None]
+            owners = [owners[i] for i in keep]
+            tokens = self._sampler.sample(logits[keep], [wanted[i] for i in keep]) if keep else []
+        for row, token in zip(owners, tokens, strict=True):
+            row.tokens.append(token)
+
+    def _score(self, row: Drawn, logits: torch.Tensor) -> None:
+        request = row.planned.request
+        begin = max(request.num_computed, request.num_scored)
+        try:
+            row.prompt_logprobs = self._scorer.score(
+                logits[row.first_scored : row.first_scored + row.num_scored],
+                request.tokens[begin + 1 : begin + 1 + row.num_scored],
+                request.work.num_prompt_logprobs or 0,
+            )
+        except UnusableLogits as error:
+            row.error = DiptychError(str(error))
+
+
+def _laid_out(plan: Sequence[PlannedRow]) -> list[Drawn]:
+    """The rows of a plan, each with where its logits lie."""
+    rows, first = [], 0
+    for planned in plan:
+        end = first + planned.num_logits
+        num_sampled = planned.num_sampled
+        rows.append(Drawn(planned, first, planned.num_scored, end - num_sampled, num_sampled))
+        first = end
+    return rows
