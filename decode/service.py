@@ -11,15 +11,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from decode.intake import Fetch, Intake
 from engine.errors import DiptychError, InvalidRequest, Unavailable
-from engine.events import Counts, Event, FetchEvent, FinishedEvent, TokensEvent
+from engine.events import Event, FetchEvent, FinishedEvent, TokensEvent
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.request import Work
-from engine.rpc.convert import prefill_peer_of, reason_to_pb, sampling_from_pb, stop_from_pb
+from engine.rpc.convert import (
+    logprobs_to_pb,
+    prefill_peer_of,
+    reason_to_pb,
+    sampling_from_pb,
+    stop_from_pb,
+)
 from engine.rpc.liveness import BEAT_S
 from engine.telemetry.log import get_logger
 from engine.telemetry.timeline import Event as Mark
@@ -66,7 +72,7 @@ class DecodeServicer:
             raise InvalidRequest("prompt_token_ids", "empty; expected at least one token")
         self._host.check_token_ids(request.prompt_token_ids)
         self._host.check_token_ids(request.output_token_ids)
-        if request.stop.max_tokens < 1:
+        if request.stop.max_tokens < 1 and not request.HasField("num_prompt_logprobs"):
             raise InvalidRequest("stop.max_tokens", "0; expected at least 1")
         return Work(
             request_id=request.request_id,
@@ -78,6 +84,10 @@ class DecodeServicer:
             fetch=request.HasField("prefill"),
             priority=request.priority,
             deadline_s=None if time_remaining_s is None else time.monotonic() + time_remaining_s,
+            num_logprobs=request.num_logprobs if request.HasField("num_logprobs") else None,
+            num_prompt_logprobs=(
+                request.num_prompt_logprobs if request.HasField("num_prompt_logprobs") else None
+            ),
         )
 
 
@@ -110,11 +120,10 @@ class _Answer:
                     yield worker_pb2.DecodeResponse(alive=worker_pb2.Alive())
             elif isinstance(event, TokensEvent):
                 self._timeline.mark(Mark.TOKENS)
-                token_ids = list(event.token_ids)
+                events = [event]
                 while isinstance(held := self._stream.next_ready(), TokensEvent):
-                    event = held
-                    token_ids += event.token_ids
-                yield worker_pb2.DecodeResponse(tokens=self._tokens(token_ids, event.counts))
+                    events.append(held)
+                yield worker_pb2.DecodeResponse(tokens=self._tokens(events))
             elif isinstance(event, FetchEvent):
                 self._start_fetch(event)
             elif isinstance(event, FinishedEvent):
@@ -180,9 +189,12 @@ class _Answer:
             kv_transfer_s=self._fetch.kv_transfer_s if self._fetch else 0.0,
         )
 
-    def _tokens(self, token_ids: list[int], counts: Counts) -> worker_pb2.Tokens:
+    def _tokens(self, events: Sequence[TokensEvent]) -> worker_pb2.Tokens:
+        counts = events[-1].counts
         return worker_pb2.Tokens(
-            token_ids=token_ids,
+            token_ids=[token for event in events for token in event.token_ids],
+            logprobs=logprobs_to_pb(s for event in events for s in event.logprobs),
+            prompt_logprobs=logprobs_to_pb(s for event in events for s in event.prompt_logprobs),
             cached_tokens=counts.num_cached_tokens,
             draft_tokens=counts.num_draft_tokens,
             accepted_tokens=counts.num_accepted_tokens,

@@ -5,9 +5,22 @@ Floats are 32 bits on the wire: what a worker computes with is the client's valu
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from engine.errors import InvalidRequest
 from engine.pb.diptych.internal.v1 import registry_pb2, worker_pb2
 from engine.pb.diptych.v1 import inference_pb2
-from engine.types import FinishReason, ModelIdentity, Peer, Role, SamplingParams, StopParams
+from engine.types import (
+    Constraint,
+    ConstraintKind,
+    FinishReason,
+    ModelIdentity,
+    Peer,
+    Role,
+    SamplingParams,
+    StopParams,
+    TokenLogprobs,
+)
 
 _REASON_TO_PB = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
@@ -15,6 +28,12 @@ _REASON_TO_PB = {
     FinishReason.ABORTED: inference_pb2.FINISH_REASON_ABORTED,
 }
 _REASON_FROM_PB = {pb: reason for reason, pb in _REASON_TO_PB.items()}
+_KIND_TO_PB = {
+    ConstraintKind.JSON_SCHEMA: worker_pb2.Constraint.KIND_JSON_SCHEMA,
+    ConstraintKind.REGEX: worker_pb2.Constraint.KIND_REGEX,
+    ConstraintKind.LARK: worker_pb2.Constraint.KIND_LARK,
+}
+_KIND_FROM_PB = {pb: kind for kind, pb in _KIND_TO_PB.items()}
 _ROLE_TO_PB = {Role.PREFILL: registry_pb2.ROLE_PREFILL, Role.DECODE: registry_pb2.ROLE_DECODE}
 _ROLE_FROM_PB = {pb: role for role, pb in _ROLE_TO_PB.items()}
 
@@ -61,6 +80,36 @@ def stop_to_pb(params: StopParams) -> worker_pb2.StopParams:
 def stop_from_pb(pb: worker_pb2.StopParams) -> StopParams:
     """The inverse of stop_to_pb."""
     return StopParams(pb.max_tokens, pb.min_tokens, frozenset(pb.stop_token_ids))
+
+
+def constraint_to_pb(constraint: Constraint | None) -> worker_pb2.Constraint | None:
+    """What the answer must be, on the wire; None leaves the field unset."""
+    if constraint is None:
+        return None
+    return worker_pb2.Constraint(kind=_KIND_TO_PB[constraint.kind], source=constraint.source)
+
+
+def constraint_of(request: worker_pb2.DecodeRequest) -> Constraint | None:
+    """What the request's answer must be. Raises InvalidRequest for a kind that is not known."""
+    if not request.HasField("constraint"):
+        return None
+    kind = _KIND_FROM_PB.get(request.constraint.kind)
+    if kind is None:
+        raise InvalidRequest("constraint.kind", f"{request.constraint.kind} is not known")
+    return Constraint(kind, request.constraint.source)
+
+
+def logprobs_to_pb(scored: Iterable[TokenLogprobs]) -> list[worker_pb2.Logprobs]:
+    """Log-probabilities of some tokens, in their order."""
+    return [
+        worker_pb2.Logprobs(chosen=s.chosen, token_ids=s.token_ids, logprobs=s.logprobs)
+        for s in scored
+    ]
+
+
+def logprobs_from_pb(scored: Iterable[worker_pb2.Logprobs]) -> list[TokenLogprobs]:
+    """The inverse of logprobs_to_pb."""
+    return [TokenLogprobs(s.chosen, tuple(s.token_ids), tuple(s.logprobs)) for s in scored]
 
 
 def peer_to_pb(peer: Peer) -> worker_pb2.PrefillPeer:

@@ -1,8 +1,20 @@
 import numpy as np
+import pytest
 
+from engine.errors import InvalidRequest
 from engine.pb.diptych.internal.v1 import registry_pb2, worker_pb2
 from engine.rpc import convert
-from engine.types import FinishReason, ModelIdentity, Peer, Role, SamplingParams, StopParams
+from engine.types import (
+    Constraint,
+    ConstraintKind,
+    FinishReason,
+    ModelIdentity,
+    Peer,
+    Role,
+    SamplingParams,
+    StopParams,
+    TokenLogprobs,
+)
 
 
 def test_sampling_round_trip():
@@ -46,3 +58,20 @@ def test_identity_reason_role():
     for role in Role:
         assert convert.role_from_pb(convert.role_to_pb(role)) is role
     assert convert.role_from_pb(registry_pb2.ROLE_UNSPECIFIED) is None
+
+
+def test_logprobs_round_trip():
+    scored = [TokenLogprobs(-0.5, (7, 3), (-0.5, -1.25)), TokenLogprobs(-9.0, (), ())]
+    assert convert.logprobs_from_pb(convert.logprobs_to_pb(scored)) == scored
+    assert convert.logprobs_from_pb(convert.logprobs_to_pb([])) == []
+
+
+def test_constraint_and_its_absence():
+    assert convert.constraint_of(worker_pb2.DecodeRequest()) is None
+    assert convert.constraint_to_pb(None) is None
+    for kind in ConstraintKind:
+        wanted = Constraint(kind, "source é")
+        request = worker_pb2.DecodeRequest(constraint=convert.constraint_to_pb(wanted))
+        assert convert.constraint_of(request) == wanted
+    with pytest.raises(InvalidRequest, match="constraint.kind"):
+        convert.constraint_of(worker_pb2.DecodeRequest(constraint=worker_pb2.Constraint(kind=99)))
