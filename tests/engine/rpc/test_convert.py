@@ -73,5 +73,5 @@ def test_constraint_and_its_absence():
         wanted = Constraint(kind, "source é")
         request = worker_pb2.DecodeRequest(constraint=convert.constraint_to_pb(wanted))
         assert convert.constraint_of(request) == wanted
-    with pytest.raises(InvalidRequest, match="constraint.kind"):
+    with pytest.raises(InvalidRequest, match=r"constraint\.kind"):
         convert.constraint_of(worker_pb2.DecodeRequest(constraint=worker_pb2.Constraint(kind=99)))
