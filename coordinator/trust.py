@@ -26,6 +26,7 @@ class Trust:
     @classmethod
     def of(cls, options: TrustOptions, front: FrontOptions, *, local_workers: bool) -> Trust:
         """Read the file, or make a token. Raises ConfigError."""
+        token: ClusterToken | None
         if options.cluster_token_file:
             token = ClusterToken.load(options.cluster_token_file)
             return cls(token, token)
