@@ -41,7 +41,7 @@ from engine.telemetry.metrics import WorkerMetrics
 from engine.types import ModelIdentity, Role
 
 _log = get_logger(__name__)
-_MODEST_BYTES, _MOST_BYTES = 256 << 20, 1 << 30  # of a KV pool on a CPU, by default
+_MODEST_BYTES, _MOST_BYTES = 192 << 20, 1 << 30  # of a KV pool on a CPU, by default
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
