@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import grpc
@@ -52,6 +52,8 @@ _SERVER_OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
 )
+
+_HEAR_S = 1.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -160,19 +162,30 @@ class RpcServer:
 
         convert = parse_all if method.client_streaming else parse
 
+        async def admit(raw: Any, context: Context) -> None:
+            try:
+                if token is not None:
+                    token.check(context.invocation_metadata())
+            except DiptychError:
+                if method.client_streaming:
+                    await _hear_one(raw)
+                raise
+
         async def stream(raw: Any, context: Context) -> None:
             async def body() -> None:
+                await admit(raw, context)
                 async with aclosing(behaviour(convert(raw), context)) as responses:
                     async for response in responses:
                         await context.write(response)
 
-            await self._guard(full_name, context, body, limit_s, token)
+            await self._guard(full_name, context, body, limit_s)
 
         async def unary(raw: Any, context: Context) -> Any:
             async def body() -> Any:
+                await admit(raw, context)
                 return await behaviour(convert(raw), context)
 
-            return await self._guard(full_name, context, body, limit_s, token)
+            return await self._guard(full_name, context, body, limit_s)
 
         make: Any = {
             (False, False): grpc.unary_unary_rpc_method_handler,
@@ -194,13 +207,10 @@ class RpcServer:
         context: Context,
         body: Callable[[], Awaitable[Any]],
         limit_s: float | None,
-        token: ClusterToken | None,
     ) -> Any:
         """Run one call: every failure becomes a status, cancellation passes through."""
         limit = asyncio.timeout(limit_s if context.time_remaining() is None else None)
         try:
-            if token is not None:
-                token.check(context.invocation_metadata())
             async with limit:
                 return await body()
         except DiptychError as error:
@@ -239,6 +249,16 @@ class RpcServer:
         await context.abort(
             failure.code, details=failure.message, trailing_metadata=failure.trailing_metadata
         )
+
+
+async def _hear_one(raw: AsyncIterator[bytes]) -> None:
+    """Take one message off a stream that is refused, unread.
+
+    A caller whose first write comes after our refusal is told INTERNAL by its own gRPC instead.
+    """
+    with suppress(TimeoutError, StopAsyncIteration):
+        async with asyncio.timeout(_HEAR_S):
+            await anext(aiter(raw))
 
 
 def _parse(request_class: type[Message], raw: bytes) -> Message:

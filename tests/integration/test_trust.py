@@ -135,7 +135,11 @@ def hello() -> registry_pb2.WorkerMessage:
 
 
 def registering(channel: grpc.aio.Channel) -> Any:
-    return registry_pb2_grpc.RegistryServiceStub(channel).Register(iter([hello()]), timeout=10)
+    async def say() -> AsyncIterator[registry_pb2.WorkerMessage]:
+        yield hello()
+        await asyncio.sleep(10)  # as a worker, which goes on
+
+    return registry_pb2_grpc.RegistryServiceStub(channel).Register(say(), timeout=10)
 
 
 def draining(channel: grpc.aio.Channel) -> Any:
