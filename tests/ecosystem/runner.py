@@ -13,6 +13,7 @@ import argparse
 import importlib
 import json
 import pkgutil
+import signal
 import sys
 import tempfile
 import time
@@ -69,6 +70,16 @@ def target(grpc: str, http: str, model: str) -> Iterator[Target]:
         stack.assert_at_rest()
 
 
+def prepare(wanted: Sequence[Client]) -> int:
+    """Make the environments; returns the exit status."""
+    for client in wanted:
+        try:
+            print(f"ecosystem: {client.name}: {client.prepare().python}")
+        except LeftOut as error:
+            print(f"ecosystem: {client.name}: {error}")
+    return 0
+
+
 def try_client(client: Client, where: Target) -> Row:
     """One client's row; nothing is raised."""
     started, version = time.monotonic(), ""
@@ -108,12 +119,16 @@ def main(arguments: Sequence[str] | None = None, only: Sequence[str] = ()) -> in
     parser.add_argument("--http", default="", help="HOST:PORT of the same stack")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="what that stack serves")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
+    parser.add_argument("--prepare", action="store_true", help="make the environments, no more")
     options = parser.parse_args(arguments)
     names = [name for name in options.only.split(",") if name] or list(known)
     if unknown := [name for name in names if name not in known]:
         parser.error(f"unknown client {unknown[0]!r}; known are {', '.join(known)}")
     if bool(options.grpc) != bool(options.http):
         parser.error("--grpc and --http name one stack: give both or neither")
+    if options.prepare:
+        return prepare([known[name] for name in names])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stack ends too
     rows = []
     with target(options.grpc, options.http, options.model) as where:
         for name in names:

@@ -1,0 +1,504 @@
+"""The Open Inference Protocol's requests and replies as pure functions: tensors, options, forms."""
+
+import json
+import struct
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from coordinator import oip_model
+from coordinator.oip_options import FIELDS
+from coordinator.oip_reply import FINAL, Reply
+from coordinator.oip_request import read_request
+from coordinator.oip_tensors import Tensor, read_tensors, write_tensor
+from engine.errors import DiptychError, InvalidRequest, NotFound
+from engine.pb.diptych.v1 import inference_pb2
+from engine.pb.inference import grpc_service_pb2 as pb
+from engine.pb.inference import model_config_pb2
+
+MODEL = "smollm2"
+RANGES = {
+    "BOOL": st.booleans(),
+    "INT8": st.integers(-128, 127),
+    "INT16": st.integers(-(2**15), 2**15 - 1),
+    "INT32": st.integers(-(2**31), 2**31 - 1),
+    "INT64": st.integers(-(2**63), 2**63 - 1),
+    "UINT8": st.integers(0, 255),
+    "UINT16": st.integers(0, 2**16 - 1),
+    "UINT32": st.integers(0, 2**32 - 1),
+    "UINT64": st.integers(0, 2**64 - 1),
+    "FP32": st.floats(width=32, allow_nan=False),
+    "FP64": st.floats(allow_nan=False),
+    "BYTES": st.binary(max_size=20),
+}
+
+
+def packed(*values):
+    return b"".join(struct.pack("<I", len(v)) + v for v in values)
+
+
+def ask(text="Hello", shape=(1,), raw=False, **parameters):
+    """A request for `text`; parameters by their Python type."""
+    request = pb.ModelInferRequest(model_name=MODEL)
+    tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=shape)
+    if raw:
+        request.raw_input_contents.append(packed(text.encode()))
+    else:
+        tensor.contents.bytes_contents.append(text.encode())
+    set_parameters(request, **parameters)
+    return request
+
+
+def set_parameters(request, **parameters):
+    for name, value in parameters.items():
+        parameter = request.parameters[name]
+        match value:
+            case bool():
+                parameter.bool_param = value
+            case int():
+                parameter.int64_param = value
+            case float():
+                parameter.double_param = value
+            case str():
+                parameter.string_param = value
+
+
+def add(request, name, datatype, shape, *values):
+    """One more input in typed contents."""
+    fields = {"BYTES": "bytes", "BOOL": "bool", "INT32": "int", "FP32": "fp32", "UINT64": "uint64"}
+    tensor = request.inputs.add(name=name, datatype=datatype, shape=shape)
+    getattr(tensor.contents, fields[datatype] + "_contents").extend(values)
+    return request
+
+
+def refused(request, *parts, kind=InvalidRequest):
+    with pytest.raises(kind) as caught:
+        read_request(request, MODEL)
+    for part in parts:
+        assert part in caught.value.message, caught.value.message
+
+
+@hypothesis.given(st.data())
+def test_tensors_of_all_types_come_back_as_they_were(data):
+    datatype = data.draw(st.sampled_from(sorted(RANGES)))
+    rows, columns = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
+    values = data.draw(st.lists(RANGES[datatype], min_size=rows * columns, max_size=rows * columns))
+    raw = data.draw(st.booleans())
+    tensor = Tensor("x", datatype, (rows, columns), values)
+    response = pb.ModelInferResponse()
+    write_tensor(response, tensor, raw=raw)
+    request = pb.ModelInferRequest(raw_input_contents=response.raw_output_contents)
+    out = response.outputs[0]
+    request.inputs.add(name="x", datatype=out.datatype, shape=out.shape, contents=out.contents)
+    back = read_tensors(request)["x"]
+    assert (back.datatype, back.shape, list(back.values)) == (datatype, (rows, columns), values)
+
+
+@hypothesis.given(
+    st.sampled_from(sorted(RANGES)),
+    st.lists(st.integers(-2, 2**62), max_size=3),
+    st.binary(max_size=40),
+)
+def test_any_raw_bytes_are_read_or_refused(datatype, shape, raw):
+    request = pb.ModelInferRequest(raw_input_contents=[raw])
+    request.inputs.add(name="x", datatype=datatype, shape=shape)
+    try:
+        tensor = read_tensors(request)["x"]
+    except InvalidRequest as error:
+        assert error.field.startswith("inputs.x")
+    else:
+        count = 1
+        for size in shape:
+            count *= size
+        assert len(tensor.values) == count
+
+
+def test_a_request_keeps_to_one_way_of_carrying_elements():
+    request = ask(raw=True)
+    request.inputs[0].contents.bytes_contents.append(b"x")
+    refused(request, "inputs.text_input.contents", "raw_input_contents")
+    request = ask(raw=True)
+    request.raw_input_contents.append(b"")
+    refused(request, "raw_input_contents", "2 entries for 1 inputs")
+    request = ask()
+    request.inputs[0].parameters["shared_memory_region"].string_param = "r"
+    refused(request, "shared memory is not served")
+    request = ask()
+    request.inputs.append(request.inputs[0])
+    refused(request, "inputs.text_input", "given twice")
+    request = ask()
+    request.inputs[0].datatype = "FP16"
+    refused(request, "inputs.text_input.datatype", "FP16")
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_prompt_with_and_without_a_batch_dimension(shape, raw):
+    asked = read_request(ask("Grüße", shape, raw), MODEL)
+    assert asked.generate.text == "Grüße"
+    assert asked.form.batched == (len(shape) == 2)
+    assert asked.form.raw == raw
+    assert asked.form.outputs == ("text_output", "finish_reason")
+    assert not asked.streaming
+    assert asked.timeout_s is None
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (1, 2), (2, 1), (1, 1, 1), (0,)])
+def test_other_shapes_are_refused(shape):
+    count = 1
+    for size in shape:
+        count *= size
+    request = pb.ModelInferRequest(raw_input_contents=[packed(*[b"x"] * count)])
+    request.inputs.add(name="text_input", datatype="BYTES", shape=shape)
+    refused(request, "inputs.text_input.shape", "one prompt")
+
+
+def test_prompts_that_are_none():
+    refused(pb.ModelInferRequest(), "neither of text_input and input_ids")
+    refused(add(ask(), "input_ids", "INT32", [1], 5), "both of text_input and input_ids")
+    request = pb.ModelInferRequest()
+    add(request, "text_input", "INT32", [1], 5)
+    refused(request, "inputs.text_input.datatype", "expected BYTES")
+    refused(bad_utf8(), "inputs.text_input", "UTF-8 at byte 1")
+    refused(add(ask(), "text", "BYTES", [1], b"x"), "inputs.text", "not known")
+
+
+def bad_utf8():
+    request = ask()
+    request.inputs[0].contents.bytes_contents[0] = b"a\xff"
+    return request
+
+
+def test_token_ids():
+    request = add(pb.ModelInferRequest(), "input_ids", "INT32", [1, 3], 5, 6, 7)
+    add(request, "input_lengths", "INT32", [1, 1], 3)
+    asked = read_request(request, MODEL)
+    assert list(asked.generate.token_ids.ids) == [5, 6, 7]
+    assert asked.form.outputs == ("text_output", "finish_reason", "output_ids")
+    request.inputs[1].contents.int_contents[0] = 4
+    refused(request, "inputs.input_lengths", "4; input_ids has 3")
+    refused(add(pb.ModelInferRequest(), "input_ids", "INT32", [2], 5, -1), "inputs.input_ids[1]")
+    refused(add(pb.ModelInferRequest(), "input_ids", "FP32", [1], 5), "expected one of INT32")
+    empty = read_request(add(pb.ModelInferRequest(), "input_ids", "INT32", [0]), MODEL)
+    assert empty.generate.WhichOneof("prompt") == "token_ids"  # refused behind, as empty
+
+
+def test_every_option_is_served_by_every_carrier():
+    values = {
+        "logit_bias": '{"5": 1.5}',
+        "stop": "x",
+        "choice": "x",
+        "json_object": True,
+        "cache_salt": "s",
+        "json_schema": "{}",
+        "regex": "a",
+        "grammar": "g",
+    }
+    for name, (part, field) in FIELDS.items():
+        value = values.get(name)
+        if value is None:
+            kind = {field.TYPE_BOOL: True, field.TYPE_FLOAT: 0.5}
+            value = kind.get(field.type, 3)
+        tensor = ask()
+        spec = next(spec for spec in oip_model.INPUTS if spec.name == name)
+        element = value.encode() if isinstance(value, str) else value
+        add(tensor, name, spec.datatype, [1], element)
+        carriers = (
+            ask(**{name: value}),
+            tensor,
+            add(ask(), "sampling_parameters", "BYTES", [1], json.dumps({name: value}).encode()),
+        )
+        for request in carriers:
+            generate = read_request(request, MODEL).generate
+            message = getattr(generate, part) if part else generate
+            if field.is_repeated:
+                assert len(getattr(message, name)) == 1, name
+            elif name == "choice":
+                assert list(message.choice.choices) == ["x"]
+            else:
+                assert message.HasField(name), name
+                assert getattr(message, name) == value, name
+
+
+def test_numbers_as_text_and_lists_as_json():
+    generate = read_request(
+        ask(
+            temperature="0.5",
+            max_tokens="20",
+            top_k=-1,
+            min_tokens=2.0,
+            stop='["a", "b"]',
+            stop_token_ids="[3, 4]",
+            ignore_eos="true",
+        ),
+        MODEL,
+    ).generate
+    assert generate.sampling.temperature == 0.5
+    assert generate.stop.max_tokens == 20
+    assert generate.sampling.top_k == 0
+    assert generate.stop.min_tokens == 2
+    assert list(generate.stop.stop) == ["a", "b"]
+    assert list(generate.stop.stop_token_ids) == [3, 4]
+    assert generate.stop.ignore_eos
+    assert list(read_request(ask(stop="[END"), MODEL).generate.stop.stop) == ["[END"]
+
+
+def test_a_request_as_tensorrt_llm_has_it():
+    request = ask(shape=(1, 1))
+    add(request, "max_tokens", "INT32", [1, 1], 9)
+    add(request, "stop_words", "BYTES", [1, 2], b"x", b"")
+    add(request, "bad_words", "BYTES", [1, 1], b"")
+    add(request, "end_id", "INT32", [1, 1], 2)
+    add(request, "pad_id", "INT32", [1, 1], 2)
+    add(request, "random_seed", "UINT64", [1, 1], 2**63)
+    add(request, "beam_width", "INT32", [1, 1], 1)
+    add(request, "stream", "BOOL", [1, 1], True)
+    asked = read_request(request, MODEL)
+    assert asked.streaming
+    assert asked.generate.stop.max_tokens == 9
+    assert list(asked.generate.stop.stop) == ["x"]
+    assert list(asked.generate.stop.stop_token_ids) == [2]
+    assert asked.generate.sampling.seed == 2**63
+    refused(ask(beam_width=4), "parameters.beam_width", "not served")
+    refused(add(ask(), "bad_words", "BYTES", [1], b"rude"), "inputs.bad_words", "not served")
+
+
+def test_a_request_as_vllms_backend_has_it():
+    options = {
+        "temperature": "0.1",
+        "max_tokens": None,
+        "structured_outputs": {"json": {"type": "object"}, "regex": None, "json_object": False},
+    }
+    request = add(ask(), "sampling_parameters", "BYTES", [1], json.dumps(options).encode())
+    add(request, "return_num_input_tokens", "BOOL", [1], True)
+    add(request, "return_logprobs", "BOOL", [1], True)
+    add(request, "exclude_input_in_output", "BOOL", [1], False)
+    asked = read_request(request, MODEL)
+    assert json.loads(asked.generate.constraint.json_schema) == {"type": "object"}
+    assert not asked.generate.stop.HasField("max_tokens")
+    assert asked.generate.output.echo
+    assert asked.generate.output.HasField("logprobs")
+    assert asked.generate.output.logprobs == 0
+    expected = ("text_output", "finish_reason", "num_input_tokens", "logprobs")
+    assert asked.form.outputs == expected
+
+
+@pytest.mark.parametrize(
+    ("parameters", "parts"),
+    [
+        ({"temprature": 1.0}, ["parameters.temprature", "not known", "temperature"]),
+        ({"temperature": "hot"}, ["parameters.temperature", "expected a number"]),
+        ({"temperature": True}, ["parameters.temperature", "expected a number"]),
+        ({"max_tokens": 1.5}, ["parameters.max_tokens", "whole number"]),
+        ({"max_tokens": -1}, ["parameters.max_tokens", "-1"]),
+        ({"max_tokens": 2**40}, ["parameters.max_tokens"]),
+        ({"ignore_eos": 1}, ["parameters.ignore_eos", "true or false"]),
+        ({"streaming": "maybe"}, ["parameters.streaming", "true or false"]),
+        ({"logit_bias": "[1]"}, ["parameters.logit_bias", "object"]),
+        ({"logit_bias": "{"}, ["parameters.logit_bias", "JSON"]),
+        ({"logit_bias": '{"x": 1}'}, ["parameters.logit_bias", "whole number"]),
+        ({"sampling_parameters": "[" * 100_000}, ["sampling_parameters", "JSON"]),
+        ({"sampling_parameters": "3"}, ["sampling_parameters", "object"]),
+        ({"sampling_parameters": '{"foo": 1}'}, ["sampling_parameters.foo", "not known"]),
+        ({"structured_outputs": "x"}, ["structured_outputs", "object"]),
+        ({"cache_salt": 3}, ["parameters.cache_salt", "text"]),
+        ({"seed": "9" * 5000}, ["parameters.seed", "whole number"]),
+        ({"seed": 1, "random_seed": 1}, ["parameters.seed", "parameters.random_seed"]),
+        ({"timeout": -1}, ["parameters.timeout", "microseconds"]),
+        ({"sequence_id": 5}, ["parameters.sequence_id", "not served"]),
+        ({"request_id": "x"}, ["parameters.request_id", "not known"]),
+    ],
+)
+def test_bad_options_are_refused_by_name(parameters, parts):
+    refused(ask(**parameters), *parts)
+
+
+def test_a_parameter_without_a_value():
+    request = ask()
+    request.parameters["temperature"].SetInParent()
+    refused(request, "parameters.temperature", "unset")
+
+
+def test_what_comes_back():
+    request = ask()
+    request.outputs.add(name="output_ids")
+    request.outputs.add(name="cumulative_logprob")
+    asked = read_request(request, MODEL)
+    assert asked.form.outputs == ("output_ids", "cumulative_logprob")
+    assert asked.generate.output.HasField("logprobs")
+    request.outputs.add(name="nothing")
+    refused(request, "outputs.nothing", "text_output")
+    request = ask()
+    request.outputs.add(name="text_output").parameters["classification"].int64_param = 3
+    refused(request, "outputs.text_output.parameters.classification")
+
+
+def test_the_model_and_its_one_version():
+    for version in ("", "1"):
+        request = ask()
+        request.model_version = version
+        read_request(request, MODEL)
+    request.model_version = "2"
+    refused(request, "'2'", kind=NotFound)
+    request = ask()
+    request.model_name = "another"
+    refused(request, "another", MODEL, kind=NotFound)
+
+
+def test_timeout_and_final_are_the_requests_own():
+    asked = read_request(ask(timeout=2_500_000, triton_enable_empty_final_response=True), MODEL)
+    assert asked.timeout_s == 2.5
+    assert asked.form.empty_final
+    assert read_request(ask(timeout=0), MODEL).timeout_s is None
+
+
+_values = st.one_of(
+    st.booleans(),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(),
+    st.text(st.characters(exclude_categories=["Cs"])),
+)
+
+
+@hypothesis.given(
+    st.dictionaries(
+        st.sampled_from([*FIELDS, "streaming", "sampling_parameters", "stop_words", "timeout"]),
+        _values,
+        max_size=4,
+    )
+)
+def test_any_parameters_are_read_or_refused(parameters):
+    try:
+        read_request(ask(**parameters), MODEL)
+    except DiptychError as error:
+        assert error.message
+
+
+def event(index=0, **fields):
+    return inference_pb2.GenerateResponse(index=index, **fields)
+
+
+def delta(text, ids=(), index=0, logprobs=()):
+    return event(index, delta=inference_pb2.Delta(text=text, token_ids=ids, logprobs=logprobs))
+
+
+def finished(index=0, reason=inference_pb2.FINISH_REASON_STOP, prompt_tokens=4):
+    usage = inference_pb2.Usage(prompt_tokens=prompt_tokens)
+    return event(index, finished=inference_pb2.Finished(finish_reason=reason, usage=usage))
+
+
+def token(token_id, logprob, *top):
+    def one(i, value):
+        return inference_pb2.Logprob(token_id=i, logprob=value, text=f"t{i}")
+
+    return inference_pb2.TokenLogprobs(
+        chosen=one(token_id, logprob), top=[one(*pair) for pair in top]
+    )
+
+
+def form(*outputs, **parameters):
+    request = ask(shape=(1, 1) if parameters.pop("batched", False) else (1,), **parameters)
+    for name in outputs:
+        request.outputs.add(name=name)
+    return read_request(request, MODEL).form
+
+
+def contents(response):
+    """Output name -> (shape, values)."""
+    out = {}
+    for tensor in response.outputs:
+        ((_, values),) = tensor.contents.ListFields() or [(None, [])]
+        out[tensor.name] = (list(tensor.shape), list(values))
+    return out
+
+
+def test_a_whole_answer_of_several_choices():
+    reply = Reply(form("text_output", "finish_reason", "output_ids", "num_output_tokens"), 2)
+    for each in (
+        delta("a", [1, 2]),
+        delta("x", [7], index=1),
+        delta("b", [3]),
+        finished(1, inference_pb2.FINISH_REASON_LENGTH),
+    ):
+        reply.add(each)
+        assert not reply.finished
+    reply.add(finished())
+    assert reply.finished
+    assert contents(reply.take(final=True)) == {
+        "text_output": ([2], [b"ab", b"x"]),
+        "finish_reason": ([2], [b"stop", b"length"]),
+        "output_ids": ([2, 3], [1, 2, 3, 7, -1, -1]),
+        "num_output_tokens": ([2], [3, 1]),
+    }
+
+
+def test_a_stream_tells_each_thing_once():
+    reply = Reply(form("text_output", "output_ids", "cumulative_logprob", batched=True), 1)
+    assert not reply.worth_sending
+    reply.add(delta("a", [1], logprobs=[token(1, -0.5)]))
+    assert reply.worth_sending
+    assert contents(reply.take(final=False)) == {
+        "text_output": ([1, 1], [b"a"]),
+        "output_ids": ([1, 1], [1]),
+        "cumulative_logprob": ([1, 1], [-0.5]),
+    }
+    assert not reply.worth_sending
+    reply.add(delta("", [2], logprobs=[token(2, -0.25)]))
+    assert reply.worth_sending
+    assert contents(reply.take(final=False))["cumulative_logprob"] == ([1, 1], [-0.75])
+
+
+def test_held_text_is_no_response_where_only_text_was_asked_for():
+    reply = Reply(form("text_output", "finish_reason"), 1)
+    reply.add(delta("", [1]))
+    assert not reply.worth_sending
+    reply.add(delta("é", [2]))
+    assert reply.worth_sending
+    assert contents(reply.take(final=False))["text_output"] == ([1], ["é".encode()])
+    reply.add(finished())
+    last = reply.take(final=True)
+    assert contents(last)["finish_reason"] == ([1], [b"stop"])
+    assert last.parameters[FINAL].bool_param
+
+
+def test_log_probabilities_as_vllm_has_them():
+    reply = Reply(form("logprobs", "prompt_logprobs"), 1)
+    prompt = inference_pb2.Prompt(text="ab", token_ids=[5, 6], logprobs=[token(6, -1.0)])
+    reply.add(event(prompt=prompt))
+    reply.add(delta("c", [7], logprobs=[token(7, -2.0, (8, -0.5), (7, -2.0))]))
+    got = contents(reply.take(final=False))
+    assert json.loads(got["logprobs"][1][0]) == [
+        {
+            "7": {"logprob": -2.0, "rank": 2, "decoded_token": "t7"},
+            "8": {"logprob": -0.5, "rank": 1, "decoded_token": "t8"},
+        }
+    ]
+    assert json.loads(got["prompt_logprobs"][1][0]) == [
+        None,
+        {"6": {"logprob": -1.0, "rank": None, "decoded_token": "t6"}},
+    ]
+
+
+def test_an_echoed_prompt_stands_before_each_choice():
+    reply = Reply(form("text_output", "output_ids", "num_output_tokens"), 2)
+    reply.add(event(prompt=inference_pb2.Prompt(text="ab", token_ids=[5, 6])))
+    reply.add(delta("c", [7], index=1))
+    assert contents(reply.take(final=False)) == {
+        "text_output": ([2], [b"ab", b"abc"]),
+        "output_ids": ([2, 3], [5, 6, -1, 5, 6, 7]),
+        "num_output_tokens": ([2], [0, 1]),
+    }
+
+
+def test_metadata_and_configuration_agree():
+    metadata, config = oip_model.metadata(MODEL), oip_model.config(MODEL, 8192)
+    assert [t.name for t in metadata.inputs] == [t.name for t in config.input]
+    assert [list(t.shape) for t in metadata.outputs] == [list(t.dims) for t in config.output]
+    types = model_config_pb2.DataType
+    for tensor, described in zip(metadata.inputs, config.input, strict=True):
+        expected = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
+        assert types.Name(described.data_type) == f"TYPE_{expected}"
+        assert described.optional
+    assert config.model_transaction_policy.decoupled
+    assert config.parameters["max_model_len"].string_value == "8192"
