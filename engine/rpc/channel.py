@@ -33,6 +33,7 @@ LENGTH_OPTIONS: tuple[Option, ...] = (
 KEEPALIVE_OPTIONS: tuple[Option, ...] = (
     ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),  # else a ping waits for a minute
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),  # no limit: a silent decode is not cut
 )
