@@ -55,13 +55,13 @@ def read_completion(body: Mapping[str, Any], request_id: str) -> CompletionCall:
     requests = []
     for i, prompt in enumerate(prompts):
         name = common.wanted.request_id
-        named = {"request_id": name if len(prompts) == 1 else f"{name}-{i}"}
+        given: dict[str, Any] = {"request_id": name if len(prompts) == 1 else f"{name}-{i}"}
         if isinstance(prompt, str):
-            given: dict[str, Any] = {"text": prompt}
+            given["text"] = prompt
         else:
-            given = {"token_ids": inference_pb2.TokenIds(ids=prompt)}
+            given["token_ids"] = inference_pb2.TokenIds(ids=prompt)
         requests.append(
-            inference_pb2.GenerateRequest(**common.request, **named, **given, constraint=constraint)
+            inference_pb2.GenerateRequest(**common.request, **given, constraint=constraint)
         )
     names = {"output.prompt_logprobs": "prompt_logprobs"}
     if asked:

@@ -14,7 +14,7 @@ import httpx
 
 from coordinator.app import Coordinator
 from coordinator.chat import ChatTemplate
-from coordinator.membership import Hello
+from coordinator.membership import HEARTBEAT_S, Hello, Load, Worker
 from coordinator.model import ServedModel
 from coordinator.tokenizer import Tokenizer
 from engine.checkpoint.source import resolve
@@ -42,15 +42,30 @@ class HttpFront:
         self.stub = stub
         self.tokenizer = coordinator.model.tokenizer
         self.workers: list[FakeDecode] = []
+        self._hearts: list[asyncio.Task[None]] = []
 
     async def worker(self, text: str = TEXT, name: str = "d0", **script: Any) -> FakeDecode:
         worker = FakeDecode(self.tokenizer.encode(text), name=name, **script)
         await worker.start(f"of-{name}")
         self.workers.append(worker)
-        self.coordinator.membership.register(
+        row = self.coordinator.membership.register(
             Hello(worker.peer, Role.DECODE, "", identity(), PROTOCOL_VERSION)
         )
+        self._hearts.append(asyncio.create_task(self._beat(row)))
         return worker
+
+    async def _beat(self, row: Worker) -> None:
+        while True:
+            if not self.coordinator.membership.heartbeat(row, Load()):
+                return
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def close(self) -> None:
+        for heart in self._hearts:
+            heart.cancel()
+        await asyncio.gather(*self._hearts, return_exceptions=True)
+        for worker in self.workers:
+            await worker.stop()
 
     async def complete(self, **body: Any) -> httpx.Response:
         body.setdefault("prompt", "Hello")
@@ -105,5 +120,4 @@ async def http_front(max_model_len: int = 0, **options: Any) -> AsyncIterator[Ht
         finally:
             await channel.close()
             await coordinator.stop()
-            for worker in it.workers:
-                await worker.stop()
+            await it.close()

@@ -20,6 +20,8 @@ from coordinator.openai.chats import _NEUTRAL as CHAT_NEUTRAL
 from coordinator.openai.completions import _NEUTRAL
 from coordinator.openai.openapi import description
 from coordinator.openai.options import IGNORED, NEUTRAL
+from engine.config import LogOptions
+from engine.telemetry.log import configure_logging
 from tests.support.http_front import HttpFront, http_front
 
 AT_ONCE = 16
@@ -217,5 +219,6 @@ if __name__ == "__main__":
     parser.add_argument("--bodies", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    configure_logging(LogOptions(log_level="error"))
     found = asyncio.run(fuzz(args.seed, args.bodies))
     print(f"{args.bodies} bodies, seed {args.seed}: {dict(sorted(found.items()))}")
