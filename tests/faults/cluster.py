@@ -59,6 +59,7 @@ class Cluster:
         self, folder: Path, shape: Shape | None = None, wires: Wires | None = None
     ) -> None:
         self.folder = folder
+        self.trusted_at = 0.0  # when coordinators have forgotten the last row's failures, monotonic
         self.shape = shape = shape or Shape()
         self.wires = wires or Loopback()
         self._keeper = Keeper(self.wires.started)

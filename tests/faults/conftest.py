@@ -108,4 +108,4 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     for value in getattr(item, "funcargs", {}).values():
         if isinstance(value, Row):
             for place in value.cluster.places:
-                report.sections.append((f"log of {place.name}", value.cluster.tail(place.name)))
+                report.sections.append((f"log of {place.name}", value.cluster.tail(place.name, 8)))

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from coordinator.membership import DOUBT_S
 from tests.faults import checks
 from tests.faults.asks import Asker, Stream
 from tests.faults.cluster import SPARE, Cluster
@@ -50,6 +51,7 @@ class Row:
         """Wait until everything is whole and at rest, note how it is, start the background load."""
         await self.whole()
         await asyncio.to_thread(checks.at_rest, self.cluster)
+        await asyncio.sleep(max(0.0, self.cluster.trusted_at - time.monotonic()))
         self._then = checks.before(self.cluster)
         for place in self.cluster.places:
             if place.alive:
@@ -65,6 +67,7 @@ class Row:
         for stream in self._streams:
             if not stream.over:
                 await stream.cancel()
+        self._note_doubts()
         await self.whole()
         await asyncio.to_thread(checks.at_rest, self.cluster, rest_s)
         checks.steady(self.cluster, self._then)
@@ -75,12 +78,19 @@ class Row:
         for place in self.cluster.places:
             place.thaw()
         self.cluster.wires.heal()
+        self._note_doubts()
         for name in self.cluster.workers:
             with suppress(OSError):
                 self.cluster.orders(name).unlink(missing_ok=True)
         if self._load:
             with suppress(Exception):
                 await asyncio.wait_for(self._load.end(1e9), 60)
+
+    def _note_doubts(self) -> None:
+        """Who failed a request is avoided for a while: the next row begins after that."""
+        lost = sum(self.rise(name, "migrations_total") for name in self.cluster.coordinators)
+        if lost:
+            self.cluster.trusted_at = time.monotonic() + DOUBT_S
 
     def note(self, what: str) -> None:
         """A measured result, printed at the end of the run."""
@@ -193,7 +203,7 @@ class Row:
     def rise(self, name: str, counter: str) -> float:
         """How much a counter of a process rose in this row; it began at 0 where that is new."""
         pid, then = self._counters.get(name, (0, {}))
-        same = self.cluster[name].pid == pid
+        same = self.cluster[name].alive and self.cluster[name].pid == pid
         return self.samples(name).get(counter, 0.0) - (then.get(counter, 0.0) if same else 0.0)
 
     def moved(self, names: Sequence[str] | str, counter: str, at_least: float = 1) -> float:
