@@ -29,9 +29,15 @@ class Ticket:
     """One admitted request; `doing` is its holder's word on what is happening to it."""
 
     def __init__(
-        self, admission: Admission, admitted_s: float, request_id: str, deadline_s: float
+        self,
+        admission: Admission,
+        admitted_s: float,
+        request_id: str,
+        deadline_s: float,
+        num_requests: int,
     ) -> None:
         self._admission = admission
+        self.num_requests = num_requests  # its choices
         self.admitted_s = admitted_s
         self.request_id = request_id
         self.deadline_s = deadline_s
@@ -64,8 +70,8 @@ class Admission:
         self._max_tokens = max_tokens
         self._metrics = metrics
         self._clock = clock
-        # Those that left: (moment, when they had come, prompt tokens).
-        self._completed: deque[tuple[float, float, int]] = deque()
+        # Those that left: (moment, when they had come, choices, prompt tokens).
+        self._completed: deque[tuple[float, float, int, int]] = deque()
         self._tickets: set[Ticket] = set()
         self._promised_s = 0.0  # when the last one that was refused was told to come back
         self.num_requests = 0
@@ -73,17 +79,24 @@ class Admission:
         self.idle = asyncio.Event()  # set while nothing is inside
         self.idle.set()
 
-    def admit(self, request_id: str = "", deadline_s: float = math.inf) -> Ticket:
-        """Let one request in, until `deadline_s` on our clock at most; raises Overloaded."""
-        if self.num_requests >= self._max_requests:
+    def admit(
+        self, request_id: str = "", deadline_s: float = math.inf, num_requests: int = 1
+    ) -> Ticket:
+        """Let one request in, until `deadline_s` on our clock at most; raises Overloaded.
+
+        It counts as `num_requests`; one of more than the limit comes in when nothing else is.
+        """
+        excess = self.num_requests + num_requests - self._max_requests
+        if self.num_requests and excess > 0:
             self._metrics.admission_rejected("requests")
             raise Overloaded(
-                f"{self.num_requests} requests are admitted, which is the limit",
-                self._retry_after_s(num_requests=1, num_tokens=0),
+                f"{self.num_requests} requests are admitted and {num_requests} more are above the"
+                f" limit of {self._max_requests}",
+                self._retry_after_s(num_requests=min(excess, self.num_requests), num_tokens=0),
             )
-        self.num_requests += 1
+        self.num_requests += num_requests
         self.idle.clear()
-        ticket = Ticket(self, self._clock(), request_id, deadline_s)
+        ticket = Ticket(self, self._clock(), request_id, deadline_s, num_requests)
         self._tickets.add(ticket)
         return ticket
 
@@ -117,12 +130,13 @@ class Admission:
 
     def _release(self, ticket: Ticket) -> None:
         self._tickets.discard(ticket)
-        self.num_requests -= 1
+        self.num_requests -= ticket.num_requests
         self.num_tokens -= ticket.num_tokens
         if not self.num_requests:
             self.idle.set()
         if ticket.num_tokens:  # who was refused at once tells nothing about the pace
-            self._completed.append((self._clock(), ticket.admitted_s, ticket.num_tokens))
+            left = (self._clock(), ticket.admitted_s, ticket.num_requests, ticket.num_tokens)
+            self._completed.append(left)
         self._forget_old()
 
     def _forget_old(self) -> None:
@@ -140,9 +154,9 @@ class Admission:
         if not self._completed:
             return _UNKNOWN_RETRY_S
         now = self._clock()
-        begun_s = max(now - _WINDOW_S, min(admitted_s for _, admitted_s, _ in self._completed))
+        begun_s = max(now - _WINDOW_S, min(admitted_s for _, admitted_s, *_ in self._completed))
         span = max(now - begun_s, 1e-3)
-        wait = num_requests * span / len(self._completed)
+        wait = num_requests * span / sum(count for _, _, count, _ in self._completed)
         if num_tokens:
             wait = max(wait, num_tokens * span / max(1, sum(n for *_, n in self._completed)))
         self._promised_s = min(max(self._promised_s, now) + wait, now + _MAX_RETRY_S)

@@ -11,6 +11,7 @@ may resume from there. Owned by one request.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from coordinator.detokenizer import Detokenizer
@@ -18,7 +19,7 @@ from coordinator.request import AnswerRequest, Chunk, Ending, ToolCallPiece
 from coordinator.stops import StopChecker
 from coordinator.tokenizer import Tokenizer
 from coordinator.tool_parser import ToolCalls, call_id
-from engine.types import FinishReason
+from engine.types import FinishReason, TokenLogprobs
 
 
 class Answer:
@@ -31,11 +32,11 @@ class Answer:
         *,
         max_tokens: int,
         min_tokens: int,
-        index: int = 0,  # of the choice
     ) -> None:
         self.token_ids: list[int] = []
         self.ending: Ending | None = None
         self.max_tokens = max_tokens
+        self._index = request.index
         self._stop_token_ids = request.stop_token_ids
         self._include_stop = request.include_stop
         self._min_tokens = min_tokens
@@ -44,7 +45,7 @@ class Answer:
         if request.tools:
             form = request.tools.format
             markers = tuple(form.tokens.values())
-            make_id = partial(call_id, f"{request.request_id}/{index}", form.id_chars)
+            make_id = partial(call_id, f"{request.request_id}/{request.index}", form.id_chars)
             self._calls = ToolCalls(request.tools, make_id)
         self._detokenizer = Detokenizer(tokenizer, request.skip_special_tokens, markers)
         self._stops = StopChecker(request.stop_strings, request.include_stop, min_tokens)
@@ -57,8 +58,8 @@ class Answer:
         """Tokens that this connection has delivered."""
         return len(self.token_ids) - self.num_resumed
 
-    def push(self, token_ids: tuple[int, ...] | list[int]) -> Chunk:
-        """Take the next tokens; those after the end are dropped."""
+    def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> Chunk:
+        """Take the next tokens, with what is known of each; those after the end are dropped."""
         texts, taken = [], 0
         for token_id in token_ids:
             if self.ending is not None:
@@ -66,12 +67,12 @@ class Answer:
             taken += 1
             texts.append(self._push(token_id))
         text, calls = self._read_calls("".join(texts))
-        return Chunk(text, tuple(token_ids[:taken]), calls)
+        return Chunk(text, tuple(token_ids[:taken]), calls, tuple(logprobs[:taken]), self._index)
 
     def finish(self) -> Chunk:
         """What was held back, where another than the last token ended the answer."""
         text, calls = self._read_calls(self._rest())
-        return Chunk(text, (), calls)
+        return Chunk(text, (), calls, index=self._index)
 
     def _read_calls(self, text: str) -> tuple[str, tuple[ToolCallPiece, ...]]:
         """What of the next text is plain, and what are pieces of tool calls."""

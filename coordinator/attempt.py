@@ -22,10 +22,17 @@ from coordinator.request import AnswerRequest, Chunk, Ending
 from engine.errors import DeadlineExceeded, Unavailable
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.channel import ChannelPool
-from engine.rpc.convert import peer_to_pb, reason_from_pb, sampling_to_pb, stop_to_pb
+from engine.rpc.convert import (
+    constraint_to_pb,
+    logprobs_from_pb,
+    peer_to_pb,
+    reason_from_pb,
+    sampling_to_pb,
+    stop_to_pb,
+)
 from engine.rpc.liveness import next_message
 from engine.rpc.trust import ClusterToken
-from engine.types import FinishReason, StopParams
+from engine.types import FinishReason, StopParams, TokenLogprobs
 
 Report = worker_pb2.Tokens | worker_pb2.DecodeFinished
 
@@ -63,11 +70,25 @@ class Progress:
     prompt: list[int]
     answer: Answer
     spent: Spent = field(default_factory=Spent)
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+    def take(self, tokens: worker_pb2.Tokens) -> Chunk:
+        """What has come from a worker."""
+        if tokens.prompt_logprobs:
+            self.prompt_logprobs = tuple(logprobs_from_pb(tokens.prompt_logprobs))
+        return self.answer.push(tokens.token_ids, logprobs_from_pb(tokens.logprobs))
 
     @property
     def num_tokens(self) -> int:
         """Prompt and answer so far."""
         return len(self.prompt) + len(self.answer.token_ids)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the next attempt has to compute the prompt's log-probabilities."""
+        request = self.request
+        wanted = request.num_prompt_logprobs is not None and request.tells_prompt
+        return wanted and not self.prompt_logprobs and len(self.prompt) > 1
 
 
 class Caller:
@@ -94,9 +115,9 @@ class Caller:
         with ExitStack() as assigned, ExitStack() as until_first_token:
             assigned.enter_context(self._membership.assigned(route.decode, 0))
             computing = route.prefill or route.decode
-            until_first_token.enter_context(
-                self._membership.assigned(computing, progress.num_tokens)
-            )
+            # The other choices find the prompt's blocks with choice 0.
+            num_tokens = 0 if progress.request.index else progress.num_tokens
+            until_first_token.enter_context(self._membership.assigned(computing, num_tokens))
             call = self._stub(route).Decode(
                 _decode_request(progress, route), timeout=dispatch.remaining_s()
             )
@@ -106,7 +127,7 @@ class Caller:
                     if response.HasField("tokens"):
                         until_first_token.close()
                         spent.report(response.tokens)
-                        chunk = answer.push(response.tokens.token_ids)
+                        chunk = progress.take(response.tokens)
                         if chunk.token_ids:
                             yield chunk
                         if answer.ending and answer.ending.matched_text is not None:
@@ -151,6 +172,9 @@ def _decode_request(progress: Progress, route: Route) -> worker_pb2.DecodeReques
         cache_salt=request.cache_salt,
         priority=request.priority,
         incarnation=route.decode.peer.incarnation,
+        num_logprobs=request.num_logprobs,
+        num_prompt_logprobs=request.num_prompt_logprobs if progress.scores_prompt else None,
+        constraint=constraint_to_pb(request.constraint),
     )
 
 

@@ -61,8 +61,18 @@ class Route:
         return f"{decode} with {self.prefill.peer.worker_id}" if self.prefill else decode
 
 
+@dataclass(slots=True)
+class Home:
+    """The decode worker that has, or is about to have, the prompt's blocks; "": none.
+
+    The choices of a request share one, so that they share those blocks.
+    """
+
+    incarnation: str = ""
+
+
 class Dispatch:
-    """The attempts of one request."""
+    """The attempts of one choice of a request."""
 
     def __init__(
         self,
@@ -71,13 +81,14 @@ class Dispatch:
         worker_wait_s: float,
         deadline_s: float,
         clock: Callable[[], float] = time.monotonic,
+        home: Home | None = None,
     ) -> None:
         self._membership = membership
         self._worker_wait_s = worker_wait_s
         self._deadline_s = deadline_s
         self._clock = clock
         self._failures: Counter[str] = Counter()  # by incarnation
-        self._kept = ""  # incarnation of a decode worker that has blocks of the request already
+        self._home = home or Home()
         self._num_failed = 0
 
     def remaining_s(self) -> float:
@@ -87,16 +98,18 @@ class Dispatch:
             raise DeadlineExceeded("the request's time ran out")
         return left
 
-    async def next(self, num_tokens: int) -> Route:
+    async def next(self, num_tokens: int, *, alone: bool = False) -> Route:
         """The route of the next attempt for `num_tokens` of prompt and answer so far.
 
-        Waits up to `worker_wait_s` for a decode worker. Raises Unavailable, DeadlineExceeded.
+        `alone`: the decode worker computes all of it. Waits up to `worker_wait_s` for one. Raises
+        Unavailable, DeadlineExceeded.
         """
         decode = await self._decode_worker()
+        self._home.incarnation = decode.peer.incarnation
         workers = self._membership.snapshot()
         prefill = None
         # D computes the last token itself, and only whole blocks travel.
-        if (num_tokens - 1) // decode.model.block_size > 0:
+        if not alone and (num_tokens - 1) // decode.model.block_size > 0:
             prefill = pick(workers, Role.PREFILL, self._failures)
         return Route(decode, prefill)
 
@@ -109,9 +122,11 @@ class Dispatch:
 
         Raises Unavailable, DeadlineExceeded.
         """
-        lost, self._kept = route.decode, ""
+        lost = route.decode
         if error.lost == Role.PREFILL.value and route.prefill is not None:
-            lost, self._kept = route.prefill, route.decode.peer.incarnation
+            lost = route.prefill
+        elif self._home.incarnation == lost.peer.incarnation:
+            self._home.incarnation = ""
         self._failures[lost.peer.incarnation] += 1
         self._membership.doubt(lost)
         self._num_failed += 1
@@ -134,7 +149,7 @@ class Dispatch:
         waited_until = self._clock() + self._worker_wait_s
         while True:
             workers = self._membership.snapshot()
-            kept = [w for w in workers if w.peer.incarnation == self._kept]
+            kept = [w for w in workers if w.peer.incarnation == self._home.incarnation]
             found = pick(kept, Role.DECODE) or pick(workers, Role.DECODE, self._worse(workers))
             if found:
                 return found

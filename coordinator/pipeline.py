@@ -7,6 +7,9 @@
 Whatever is lost on the way, the client's stream goes on with the next token: an attempt is given
 all tokens of the earlier ones, and the sampler is a function of seed and position. Closing the
 generator cancels the call of D, which cancels the call of P. `attempt.py` is one such call.
+
+Each of several choices goes that way by itself, on the same D: the first one's blocks of the prompt
+are the others' prefix hits, and one that is lost is tried again alone.
 """
 
 from __future__ import annotations
@@ -20,10 +23,20 @@ from dataclasses import replace
 from coordinator.admission import Admission, Ticket
 from coordinator.answer import Answer
 from coordinator.attempt import Caller, Progress
-from coordinator.dispatch import Dispatch, Route
+from coordinator.dispatch import Dispatch, Home, Route
 from coordinator.membership import Membership
+from coordinator.merge import Merge
 from coordinator.model import ServedModel
-from coordinator.request import AnswerRequest, Chunk, Ending, Finished, Timing, Usage
+from coordinator.request import (
+    AnswerRequest,
+    Chunk,
+    Ending,
+    Finished,
+    Part,
+    PromptPart,
+    Timing,
+    Usage,
+)
 from engine.errors import DeadlineExceeded, Unavailable
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.rpc.trust import ClusterToken
@@ -84,32 +97,35 @@ class Pipeline:
 
     async def answer(
         self, request: AnswerRequest, timeline: Timeline, deadline_s: float
-    ) -> AsyncGenerator[Chunk | Finished, None]:
-        """Chunks of the answer, then Finished. `deadline_s` is a moment of the monotonic clock.
+    ) -> AsyncGenerator[Part, None]:
+        """Of each choice its chunks, then Finished; before all what the prompt was to tell.
 
-        Raises Overloaded, InvalidRequest (prompt too long), Unavailable, DeadlineExceeded.
+        `deadline_s` is a moment of the monotonic clock. Raises Overloaded, InvalidRequest (prompt
+        too long), Unavailable, DeadlineExceeded.
         """
         if self.draining:
             raise Unavailable(_SHUTTING_DOWN)
-        ticket = self._admission.admit(request.request_id, deadline_s)
+        count = request.num_choices
+        ticket = self._admission.admit(request.request_id, deadline_s, count)
         timeline.mark(Event.ADMITTED)
         gauge = self._metrics.num_requests_waiting
-        gauge.inc()
+        gauge.inc(count)
         try:
             prompt = await self._tokenize(request, deadline_s)
             timeline.mark(Event.TOKENIZED)
             ticket.set_tokens(len(prompt))
             self._metrics.prompt_tokens.inc(len(prompt))
-            answer = self._decode(request, prompt, timeline, deadline_s, ticket)
+            decode = self._decode if count == 1 else self._decode_choices
+            answer = decode(request, prompt, timeline, ticket)
             async with aclosing(answer) as parts:
                 async for part in parts:
                     if gauge is self._metrics.num_requests_waiting:
-                        gauge.dec()
+                        gauge.dec(count)
                         gauge = self._metrics.num_requests_running
-                        gauge.inc()
+                        gauge.inc(count)
                     yield part
         finally:
-            gauge.dec()
+            gauge.dec(count)
             ticket.release()
 
     async def _tokenize(self, request: AnswerRequest, deadline_s: float) -> list[int]:
@@ -119,30 +135,65 @@ class Pipeline:
         except TimeoutError:
             raise DeadlineExceeded("the request's time ran out while it was tokenized") from None
 
+    async def _decode_choices(
+        self, request: AnswerRequest, prompt: list[int], timeline: Timeline, ticket: Ticket
+    ) -> AsyncGenerator[Part, None]:
+        """All choices as they come. The failure of one, when no retry is left, ends all."""
+        home = Home()
+        num_tokens = 0
+        begun = asyncio.Event()  # the prompt's part, if there is one, is the first of all
+        if not request.tells_prompt:
+            begun.set()
+
+        async def decode(index: int) -> None:
+            if index:
+                await begun.wait()
+            of_choice = timeline.fork() if index else timeline
+            answer = self._decode(request.choice(index), prompt, of_choice, ticket, home)
+            async with aclosing(answer) as parts:
+                async for part in parts:
+                    await merge.put(part)
+                    begun.set()
+
+        try:
+            async with Merge[Part]() as merge:
+                for index in range(request.num_choices):
+                    merge.add(decode(index))
+                async for part in merge:
+                    num_tokens += len(part.token_ids) if isinstance(part, Chunk) else 0
+                    yield part
+        except Unavailable as error:
+            raise Unavailable(error.message, error.retry_after_s, num_emitted=num_tokens) from None
+
     async def _decode(
         self,
         request: AnswerRequest,
         prompt: list[int],
         timeline: Timeline,
-        deadline_s: float,
         ticket: Ticket,
-    ) -> AsyncGenerator[Chunk | Finished, None]:
-        """All attempts of one answer, as one."""
+        home: Home | None = None,
+    ) -> AsyncGenerator[Part, None]:
+        """All attempts of one choice, as one."""
         answer = self._new_answer(request, len(prompt))
         progress = Progress(request, prompt, answer)
         dispatch = Dispatch(
             self._membership,
             worker_wait_s=self._worker_wait_s,
-            deadline_s=deadline_s,
+            deadline_s=ticket.deadline_s,
             clock=self._clock,
+            home=home,
         )
+        tells_prompt = request.tells_prompt
         if request.resume_finished and answer.ending is None:
             answer.ending = Ending(FinishReason.LENGTH)
         while answer.ending is None:
+            if not answer.max_tokens and not progress.scores_prompt:
+                answer.ending = Ending(FinishReason.LENGTH)
+                break
             route = None
             ticket.doing = "waits for a worker"
             try:
-                route = await dispatch.next(progress.num_tokens)
+                route = await dispatch.next(progress.num_tokens, alone=progress.scores_prompt)
                 timeline.mark(Event.ROUTED)
                 ticket.doing = f"waits for tokens from {route}"
                 attempt = self._caller.attempt(progress, route, dispatch)
@@ -151,16 +202,28 @@ class Pipeline:
                         dispatch.progressed()
                         ticket.doing = f"is being answered by {route}"
                         self._observe(timeline, len(chunk.token_ids))
+                        if tells_prompt:
+                            yield await self._prompt_part(progress)
+                            tells_prompt = False
                         yield chunk
             except Unavailable as error:
                 await self._next_attempt(dispatch, route, error, answer)
             finally:
                 progress.spent.end_attempt()
+        if tells_prompt:
+            yield await self._prompt_part(progress)
         rest = answer.finish()
         if not request.resume_finished and (rest.text or rest.tool_calls):
             yield rest
         timeline.mark(Event.FINISHED)
         yield self._finished(progress, timeline)
+
+    async def _prompt_part(self, progress: Progress) -> PromptPart:
+        request, prompt = progress.request, progress.prompt
+        text = ""
+        if request.echo:
+            text = request.text or await self._model.decode(prompt, request.skip_special_tokens)
+        return PromptPart(text, tuple(prompt), progress.prompt_logprobs)
 
     async def _next_attempt(
         self, dispatch: Dispatch, route: Route | None, error: Unavailable, answer: Answer
@@ -191,8 +254,8 @@ class Pipeline:
     def _new_answer(self, request: AnswerRequest, num_prompt_tokens: int) -> Answer:
         """With its limits: beyond the room left it ends as LENGTH at the context's end."""
         room = self.max_model_len - num_prompt_tokens
-        wanted = request.max_tokens or request.default_max_tokens or room
-        max_tokens = min(wanted, room)
+        wanted = request.default_max_tokens if request.max_tokens is None else request.max_tokens
+        max_tokens = room if wanted is None else min(wanted, room)
         return Answer(
             self._model.tokenizer,
             request,
@@ -214,10 +277,12 @@ class Pipeline:
         answer, spent = progress.answer, progress.spent
         assert answer.ending is not None, "an answer that is reported has ended"
         first = spent.first or worker_pb2.Tokens()
+        index = progress.request.index
+        num_prompt = 0 if index else len(progress.prompt)
         usage = Usage(
-            prompt_tokens=len(progress.prompt),
+            prompt_tokens=num_prompt,
             completion_tokens=len(answer.token_ids),
-            cached_tokens=min(first.cached_tokens, len(progress.prompt)),
+            cached_tokens=min(first.cached_tokens, num_prompt),
             draft_tokens=spent.draft_tokens,
             accepted_tokens=spent.accepted_tokens,
         )
@@ -231,4 +296,4 @@ class Pipeline:
         self._metrics.e2e_request_latency.observe(timeline.between(Event.ARRIVED, Event.FINISHED))
         self._metrics.request_queue_time.observe(timing.queue_s)
         self._metrics.request_succeeded(answer.ending.reason.value)
-        return Finished(replace(answer.ending), usage, timing)
+        return Finished(replace(answer.ending), usage, timing, index)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from coordinator.tools import ToolUse
-from engine.types import Constraint, FinishReason, SamplingParams
+from engine.seeds import choice_seed
+from engine.types import Constraint, FinishReason, SamplingParams, TokenLogprobs
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -33,8 +34,19 @@ class ChatMessage:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """What the client has of a choice already."""
+
+    token_ids: tuple[int, ...] = ()
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class AnswerRequest:
-    """What a call of Generate or Chat asks for; one of text, token_ids and messages is set."""
+    """What a call of Generate or Chat asks for; one of text, token_ids and messages is set.
+
+    It stands for choice 0, and with `num_choices` for all of them; `choice` gives each its own.
+    """
 
     request_id: str
     text: str | None
@@ -54,6 +66,31 @@ class AnswerRequest:
     resume_finished: bool
     tools: ToolUse | None = None  # None: the answer is text
     constraint: Constraint | None = None  # what the answer must be
+    num_logprobs: int | None = None  # alternatives sent with each token; None: nothing is
+    num_prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    echo: bool = False
+    index: int = 0  # of the choice
+    num_choices: int = 1
+    resumes: tuple[Resumed, ...] = ()  # of each choice; of none: nothing is resumed
+
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether something of the prompt is sent before the answer, by choice 0."""
+        wanted = self.echo or self.num_prompt_logprobs is not None
+        delivered = any(r.token_ids or r.finished for r in self.resumes)
+        return wanted and not delivered and self.index == 0
+
+    def choice(self, index: int) -> AnswerRequest:
+        """The same request for one of its choices: another seed, and what it has already."""
+        resumed = self.resumes[index] if self.resumes else Resumed()
+        seed = choice_seed(self.sampling.seed, index)
+        return replace(
+            self,
+            sampling=replace(self.sampling, seed=seed),
+            index=index,
+            resumed=resumed.token_ids,
+            resume_finished=resumed.finished,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +110,22 @@ class Chunk:
     text: str
     token_ids: tuple[int, ...]
     tool_calls: tuple[ToolCallPiece, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where asked for
+    index: int = 0  # of the choice
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPart:
+    """The prompt, as far as it was asked for; comes before all chunks."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]  # of tokens 1, 2, ...
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What an answer took, in tokens."""
+    """What an answer took, in tokens; the prompt's count with choice 0 alone."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -113,3 +161,7 @@ class Finished:
     ending: Ending
     usage: Usage
     timing: Timing
+    index: int = 0  # of the choice
+
+
+Part = PromptPart | Chunk | Finished

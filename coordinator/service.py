@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -12,7 +13,8 @@ from coordinator.membership import Membership, Worker, WorkerState
 from coordinator.model import ServedModel
 from coordinator.pipeline import Pipeline
 from coordinator.registry import RegistryServicer
-from coordinator.request import AnswerRequest, Chunk, Finished
+from coordinator.reply import reply
+from coordinator.request import AnswerRequest, Finished, Part, PromptPart
 from coordinator.validate import (
     MAX_DETOKENIZED,
     Limits,
@@ -26,7 +28,6 @@ from coordinator.validate_tools import check_tools
 from engine.config import MAX_REQUEST_S
 from engine.errors import DeadlineExceeded, DiptychError, InvalidRequest, NotFound
 from engine.pb.diptych.v1 import admin_pb2, inference_pb2
-from engine.rpc.convert import reason_to_pb
 from engine.rpc.status import to_status
 from engine.telemetry.log import bind_request, get_logger
 from engine.telemetry.metrics import CoordinatorMetrics
@@ -136,10 +137,12 @@ class InferenceServicer:
             left_s = context.time_remaining()
             deadline_s = arrived_s + (self._max_request_s if left_s is None else left_s)
             async with aclosing(self._pipeline.answer(checked, timeline, deadline_s)) as parts:
+                num_open = checked.num_choices
                 async for part in parts:
-                    if isinstance(part, Finished):  # many a client reads no further
+                    num_open -= isinstance(part, Finished)
+                    if not num_open:  # many a client reads no further
                         code = "ok"
-                    yield _response(checked.request_id, part)
+                    yield await self._reply(checked.request_id, part)
         except DiptychError as error:
             code = to_status(error).code.name.lower()
             raise
@@ -150,6 +153,12 @@ class InferenceServicer:
             if code != "ok":
                 self._metrics.request_failed(code)
             _log.info("request ended", code=code, timeline=timeline.as_dict())
+
+    async def _reply(self, request_id: str, part: Part) -> inference_pb2.GenerateResponse:
+        text_of = self._model.tokenizer.text_of
+        if isinstance(part, PromptPart) and part.logprobs:  # tens of thousands of entries
+            return await asyncio.to_thread(reply, request_id, part, text_of)
+        return reply(request_id, part, text_of)
 
 
 class AdminServicer:
@@ -206,32 +215,6 @@ class AdminServicer:
             row.peer.incarnation == worker.peer.incarnation and row.state is not WorkerState.SUSPECT
             for row in self._membership.snapshot()
         )
-
-
-def _response(request_id: str, part: Chunk | Finished) -> inference_pb2.GenerateResponse:
-    if isinstance(part, Chunk):
-        calls = [inference_pb2.ToolCallDelta(**asdict(piece)) for piece in part.tool_calls]
-        delta = inference_pb2.Delta(text=part.text, token_ids=part.token_ids, tool_calls=calls)
-        return inference_pb2.GenerateResponse(request_id=request_id, delta=delta)
-    ending, timing = part.ending, part.timing
-    matched = None
-    if ending.matched_text is not None:
-        matched = inference_pb2.MatchedStop(text=ending.matched_text)
-    elif ending.matched_token is not None:
-        matched = inference_pb2.MatchedStop(token_id=ending.matched_token)
-    finished = inference_pb2.Finished(
-        finish_reason=reason_to_pb(ending.reason),
-        matched_stop=matched,
-        usage=inference_pb2.Usage(**asdict(part.usage)),
-        timing=inference_pb2.Timing(
-            queue=timing.queue_s,
-            prefill=timing.prefill_s,
-            kv_transfer=timing.kv_transfer_s,
-            first_token=timing.first_token_s,
-            decode=timing.decode_s,
-        ),
-    )
-    return inference_pb2.GenerateResponse(request_id=request_id, finished=finished)
 
 
 def _row(worker: Worker, now: float) -> admin_pb2.Worker:

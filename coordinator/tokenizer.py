@@ -120,6 +120,13 @@ class Tokenizer:
             self._pieces[token_id] = None if token is None else self._make_piece(token)
         return self._pieces[token_id]
 
+    def text_of(self, token_id: int) -> str:
+        """A token alone, special ones included; what is no whole character in it is U+FFFD."""
+        piece = self.piece(token_id)
+        if piece is None:
+            return ""
+        return piece.text if piece.raw is None else piece.raw.decode("utf-8", "replace")
+
     def _make_piece(self, token: str) -> Piece:
         if self.decoding.byte_level:
             try:

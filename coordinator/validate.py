@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coordinator.request import DEFAULT_MAX_TOKENS, AnswerRequest, ChatMessage
+from coordinator.request import DEFAULT_MAX_TOKENS, AnswerRequest, ChatMessage, Resumed
 from coordinator.tools import HERMES, ToolFormat, ToolUse, tool_grammar
 from coordinator.validate_tools import check_tool_calls, check_tools, text_schema, tool_use
 from engine.errors import InvalidRequest, NotFound, NotOffered
@@ -20,6 +20,8 @@ from engine.pb.diptych.v1 import inference_pb2
 from engine.seeds import default_seed
 from engine.types import Constraint, SamplingParams
 
+MAX_CHOICES = 64
+MAX_LOGPROBS = 20
 MAX_REQUEST_ID_CHARS = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
@@ -149,12 +151,16 @@ def _answer_request(
     """The part that Generate and Chat share."""
     _refuse_what_is_not_offered(request)
     request_id = _request_id(request.request_id)
-    stop = request.stop
-    max_tokens = _max_tokens(stop)
+    stop, output = request.stop, request.output
+    num_choices = _num_choices(request)
+    num_prompt_logprobs = _num_logprobs(output, "prompt_logprobs")
+    tells_prompt = output.echo or num_prompt_logprobs is not None
+    max_tokens = _max_tokens(stop, at_least=0 if tells_prompt else 1)
     stop_ids = _stop_token_ids(stop, limits)
     if len(request.cache_salt) > MAX_SALT_CHARS:
         raise InvalidRequest("cache_salt", f"longer than {MAX_SALT_CHARS} characters")
-    resumed, finished = _resume(request.resume, limits, max_tokens)
+    resumes = _resumes(request.resume, num_choices, limits, max_tokens)
+    resumed = resumes[0] if resumes else Resumed()
     return AnswerRequest(
         request_id=request_id,
         text=text,
@@ -167,13 +173,18 @@ def _answer_request(
         stop_strings=_stop_strings(stop.stop),
         stop_token_ids=stop_ids,
         include_stop=stop.include_stop_str_in_output,
-        skip_special_tokens=_default(request.output, "skip_special_tokens", True),
+        skip_special_tokens=_default(output, "skip_special_tokens", True),
         priority=request.priority,
         cache_salt=request.cache_salt,
-        resumed=resumed,
-        resume_finished=finished,
+        resumed=resumed.token_ids,
+        resume_finished=resumed.finished,
         tools=tools,
         constraint=constraint,
+        num_logprobs=_num_logprobs(output, "logprobs"),
+        num_prompt_logprobs=num_prompt_logprobs,
+        echo=output.echo,
+        num_choices=num_choices,
+        resumes=resumes,
     )
 
 
@@ -183,17 +194,24 @@ def _default(message: Any, field: str, default: Any) -> Any:
 
 
 def _refuse_what_is_not_offered(request: Any) -> None:
-    if request.HasField("n") and request.n == 0:
-        raise InvalidRequest("n", "0; expected at least 1")
-    if request.n > 1:
-        raise NotOffered("n above 1")
     if kind := request.constraint.WhichOneof("kind"):
         raise NotOffered(f"constraint.{kind}")
-    for field in ("logprobs", "prompt_logprobs"):
-        if request.output.HasField(field):
-            raise NotOffered(f"output.{field}")
-    if request.output.echo:
-        raise NotOffered("output.echo")
+
+
+def _num_choices(request: Any) -> int:
+    count = int(_default(request, "n", 1))
+    if not 1 <= count <= MAX_CHOICES:
+        raise InvalidRequest("n", f"{count}; expected 1 to {MAX_CHOICES}")
+    return count
+
+
+def _num_logprobs(output: inference_pb2.Output, field: str) -> int | None:
+    if not output.HasField(field):
+        return None
+    count = int(getattr(output, field))
+    if count > MAX_LOGPROBS:
+        raise InvalidRequest(f"output.{field}", f"{count}; expected at most {MAX_LOGPROBS}")
+    return count
 
 
 def _request_id(given: str) -> str:
@@ -206,11 +224,15 @@ def _request_id(given: str) -> str:
     return given or uuid.uuid4().hex
 
 
-def _max_tokens(stop: inference_pb2.Stop) -> int | None:
+def _max_tokens(stop: inference_pb2.Stop, at_least: int) -> int | None:
     if not stop.HasField("max_tokens"):
         return None
-    if stop.max_tokens == 0:
-        raise InvalidRequest("stop.max_tokens", "0; expected at least 1")
+    if stop.max_tokens < at_least:
+        raise InvalidRequest(
+            "stop.max_tokens",
+            f"{stop.max_tokens}; expected at least {at_least}, or 0 with output.echo or"
+            " output.prompt_logprobs",
+        )
     if stop.min_tokens > stop.max_tokens:
         raise InvalidRequest(
             "stop.min_tokens", f"{stop.min_tokens} is above max_tokens {stop.max_tokens}"
@@ -293,18 +315,27 @@ def _sampling(sampling: inference_pb2.Sampling, limits: Limits, request_id: str)
     )
 
 
-def _resume(
-    entries: Sequence[inference_pb2.Resume], limits: Limits, max_tokens: int | None
-) -> tuple[tuple[int, ...], bool]:
-    """(tokens already delivered, whether the client had the end as well)."""
+def _resumes(
+    entries: Sequence[inference_pb2.Resume],
+    num_choices: int,
+    limits: Limits,
+    max_tokens: int | None,
+) -> tuple[Resumed, ...]:
+    """What the client has of each choice; empty where it has nothing."""
     if not entries:
-        return (), False
-    if len(entries) > 1:
+        return ()
+    if len(entries) > num_choices:
         raise InvalidRequest("resume", f"{len(entries)} entries; expected one a choice")
-    if entries[0].index != 0:
-        raise InvalidRequest("resume[0].index", f"{entries[0].index}; expected 0")
-    field = "resume[0].token_ids"
-    ids = check_token_ids(field, entries[0].token_ids, limits, limits.max_model_len)
-    if max_tokens is not None and len(ids) > max_tokens:
-        raise InvalidRequest(field, f"{len(ids)} tokens are more than max_tokens {max_tokens}")
-    return ids, entries[0].finished
+    found: dict[int, Resumed] = {}
+    for i, entry in enumerate(entries):
+        field = f"resume[{i}]"
+        if entry.index >= num_choices:
+            raise InvalidRequest(f"{field}.index", f"{entry.index}; expected below {num_choices}")
+        if entry.index in found:
+            raise InvalidRequest(f"{field}.index", f"{entry.index} stands there twice")
+        field += ".token_ids"
+        ids = check_token_ids(field, entry.token_ids, limits, limits.max_model_len)
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise InvalidRequest(field, f"{len(ids)} tokens are more than max_tokens {max_tokens}")
+        found[entry.index] = Resumed(ids, entry.finished)
+    return tuple(found.get(index, Resumed()) for index in range(num_choices))

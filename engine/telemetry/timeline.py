@@ -48,6 +48,12 @@ class Timeline:
         self._marks[event] = (first, moment, count + 1)
         return moment
 
+    def fork(self) -> Timeline:
+        """What has happened so far, for a part of the request that goes on by itself."""
+        twin = Timeline(self._clock)
+        twin._marks = dict(self._marks)
+        return twin
+
     def first(self, event: Event) -> float | None:
         """The moment of the first `event`, or None."""
         mark = self._marks.get(event)
