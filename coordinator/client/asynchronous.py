@@ -93,13 +93,15 @@ class AsyncClient:
         await self.close()
 
     def _answer(self, request: Any, timeout_s: float | None) -> AsyncIterator[AnswerEvent]:
-        stream = self._coordinators.stream(request, timeout_s)
-        plan = stream.next(self._coordinators.clock())  # the first call waits for nothing
-        return self._events(stream, self._call(stream, plan))
+        return self._events(self._coordinators.stream(request, timeout_s))
 
-    async def _events(self, stream: Stream, call: Any) -> AsyncIterator[AnswerEvent]:
+    async def _events(self, stream: Stream) -> AsyncIterator[AnswerEvent]:
         clock = self._coordinators.clock
         while True:
+            plan = stream.next(clock())
+            if plan.wait_s > 0:
+                await self._sleep(plan.wait_s)
+            call = self._call(stream, plan)
             try:
                 async for response in call:
                     if event := stream.take(response):
@@ -118,10 +120,6 @@ class AsyncClient:
                 raise stream.broken_off("the client was closed") from None
             finally:
                 call.cancel()
-            plan = stream.next(clock())
-            if plan.wait_s > 0:
-                await self._sleep(plan.wait_s)
-            call = self._call(stream, plan)
 
     def _call(self, stream: Stream, plan: Call) -> Any:
         """One call of an answer."""

@@ -1,6 +1,6 @@
 """Blocking calls, from any thread: what the stream of an answer asks for is called and waited for.
 
-A call is open from `generate` until its iterator ends, is closed or is forgotten.
+A call is open from its first event until the iterator ends, is closed or is forgotten.
 """
 
 from __future__ import annotations
@@ -93,13 +93,15 @@ class Client:
         self.close()
 
     def _answer(self, request: Any, timeout_s: float | None) -> Iterator[AnswerEvent]:
-        stream = self._coordinators.stream(request, timeout_s)
-        plan = stream.next(self._coordinators.clock())  # the first call waits for nothing
-        return self._events(stream, self._call(stream, plan))
+        return self._events(self._coordinators.stream(request, timeout_s))
 
-    def _events(self, stream: Stream, call: Any) -> Iterator[AnswerEvent]:
+    def _events(self, stream: Stream) -> Iterator[AnswerEvent]:
         clock = self._coordinators.clock
         while True:
+            plan = stream.next(clock())
+            if plan.wait_s > 0:
+                self._sleep(plan.wait_s)
+            call = self._call(stream, plan)
             try:
                 for response in call:
                     if event := stream.take(response):
@@ -113,10 +115,6 @@ class Client:
                 stream.lost(error, clock())
             finally:
                 call.cancel()
-            plan = stream.next(clock())
-            if plan.wait_s > 0:
-                self._sleep(plan.wait_s)
-            call = self._call(stream, plan)
 
     def _call(self, stream: Stream, plan: Call) -> Any:
         """One call of an answer."""

@@ -64,6 +64,7 @@ class Coordinators:
         ours: dict[str, int | str] = {
             "grpc.keepalive_time_ms": ping_ms,
             "grpc.keepalive_timeout_ms": ping_ms,
+            "grpc.http2.ping_timeout_ms": ping_ms,
             "grpc.dns_min_time_between_resolutions_ms": 2_000,
             "grpc.service_config": self._service_config(),
         }

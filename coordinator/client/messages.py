@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,8 +81,7 @@ def give_name(request: Request) -> None:
 
 def resumed(request: Request, token_ids: Sequence[int]) -> Request:
     """The same request whose first tokens are already delivered."""
-    again = type(request)()
-    again.MergeFrom(request)
+    again = copy.deepcopy(request)
     del again.resume[:]
     if token_ids:
         again.resume.add(index=0, token_ids=token_ids)
