@@ -277,12 +277,10 @@ class Pipeline:
         answer, spent = progress.answer, progress.spent
         assert answer.ending is not None, "an answer that is reported has ended"
         first = spent.first or worker_pb2.Tokens()
-        index = progress.request.index
-        num_prompt = 0 if index else len(progress.prompt)
         usage = Usage(
-            prompt_tokens=num_prompt,
+            prompt_tokens=len(progress.prompt),
             completion_tokens=len(answer.token_ids),
-            cached_tokens=min(first.cached_tokens, num_prompt),
+            cached_tokens=min(first.cached_tokens, len(progress.prompt)),
             draft_tokens=spent.draft_tokens,
             accepted_tokens=spent.accepted_tokens,
         )
@@ -296,4 +294,4 @@ class Pipeline:
         self._metrics.e2e_request_latency.observe(timeline.between(Event.ARRIVED, Event.FINISHED))
         self._metrics.request_queue_time.observe(timing.queue_s)
         self._metrics.request_succeeded(answer.ending.reason.value)
-        return Finished(replace(answer.ending), usage, timing, index)
+        return Finished(replace(answer.ending), usage, timing, progress.request.index)

@@ -125,7 +125,7 @@ class PromptPart:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What an answer took, in tokens; the prompt's count with choice 0 alone."""
+    """What a choice took, in tokens; all choices of a request share the prompt."""
 
     prompt_tokens: int
     completion_tokens: int

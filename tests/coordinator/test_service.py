@@ -444,9 +444,9 @@ async def test_a_huge_prompt_stalls_nobody(checkpoint):
 async def test_not_found_and_not_offered(checkpoint):
     async with front(checkpoint) as f:
         assert (await error_of(f.call(model="other"))).code() is grpc.StatusCode.NOT_FOUND
-        error = await error_of(f.call(n=2))
+        error = await error_of(f.call(constraint=inference_pb2.Constraint(regex="a")))
         assert error.code() is grpc.StatusCode.UNIMPLEMENTED
-        assert "n above 1" in error.details()
+        assert "constraint.regex" in error.details()
 
 
 async def test_malformed_bytes(checkpoint):

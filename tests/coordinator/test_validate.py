@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from coordinator.validate import Limits, validate_chat, validate_generate
 from engine.errors import InvalidRequest, NotFound, NotOffered
 from engine.pb.diptych.v1 import inference_pb2 as pb
-from engine.seeds import default_seed
+from engine.seeds import choice_seed, default_seed
 
 LIMITS = Limits("m", 100, (2, 0), 1000)
 
@@ -100,6 +100,9 @@ BAD = [
     (generate(request_id="x" * 129), "request_id"),
     (generate(request_id="a\nb"), "request_id"),
     (generate(n=0), "n"),
+    (generate(n=65), "n"),
+    (generate(output=pb.Output(logprobs=21)), "output.logprobs"),
+    (generate(output=pb.Output(prompt_logprobs=21)), "output.prompt_logprobs"),
     # Too long comes before a look at the ids: a message holds millions.
     (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[500] * 1001)), "token_ids.ids"),
     (generate(stop=pb.Stop(stop_token_ids=[500] * 101)), "stop.stop_token_ids"),
@@ -112,6 +115,9 @@ BAD = [
     (generate(cache_salt="x" * 2000), "cache_salt"),
     (generate(resume=[pb.Resume(), pb.Resume()]), "resume"),
     (generate(resume=[pb.Resume(index=1)]), "resume[0].index"),
+    (generate(n=3, resume=[pb.Resume(index=3)]), "resume[0].index"),
+    (generate(n=3, resume=[pb.Resume(index=1), pb.Resume(index=1)]), "resume[1].index"),
+    (generate(n=2, resume=[pb.Resume(index=1, token_ids=[100])]), "resume[0].token_ids[0]"),
     (generate(resume=[pb.Resume(token_ids=[100])]), "resume[0].token_ids[0]"),
     (
         generate(resume=[pb.Resume(token_ids=[1, 2])], stop=pb.Stop(max_tokens=1)),
@@ -139,13 +145,38 @@ def test_chat_fields(request_, field):
 
 
 NOT_OFFERED = [
-    (generate(n=2), "n"),
     (generate(constraint=pb.Constraint(regex="a")), "constraint.regex"),
     (generate(constraint=pb.Constraint(json_object=True)), "constraint.json_object"),
-    (generate(output=pb.Output(logprobs=0)), "output.logprobs"),
-    (generate(output=pb.Output(prompt_logprobs=1)), "output.prompt_logprobs"),
-    (generate(output=pb.Output(echo=True)), "output.echo"),
 ]
+
+
+def test_no_tokens_where_the_prompt_is_to_tell_something():
+    nothing = pb.Stop(max_tokens=0)
+    assert refused_field(generate(stop=nothing)) == "stop.max_tokens"
+    assert refused_field(generate(stop=nothing, output=pb.Output(logprobs=1))) == "stop.max_tokens"
+    for output in (pb.Output(echo=True), pb.Output(prompt_logprobs=0)):
+        got = validate_generate(generate(stop=nothing, output=output), LIMITS)
+        assert got.max_tokens == 0
+        assert got.tells_prompt
+        resumed = [pb.Resume(finished=True)]
+        again = validate_generate(generate(stop=nothing, output=output, resume=resumed), LIMITS)
+        assert not again.tells_prompt, "the client has it"
+
+
+def test_choices_have_seeds_and_tokens_of_their_own():
+    resume = [pb.Resume(index=2, token_ids=[7, 8], finished=True), pb.Resume(token_ids=[9])]
+    got = validate_generate(
+        generate(n=3, resume=resume, sampling=pb.Sampling(seed=5), output=pb.Output(logprobs=0)),
+        LIMITS,
+    )
+    assert (got.num_choices, got.num_logprobs, got.num_prompt_logprobs) == (3, 0, None)
+    choices = [got.choice(i) for i in range(3)]
+    assert [c.index for c in choices] == [0, 1, 2]
+    assert [c.resumed for c in choices] == [(9,), (), (7, 8)]
+    assert [c.resume_finished for c in choices] == [False, False, True]
+    assert [c.sampling.seed for c in choices] == [choice_seed(5, i) for i in range(3)]
+    assert choices[0].sampling.seed == 5
+    assert got.choice(0).request_id == got.request_id
 
 
 @pytest.mark.parametrize(("request_", "field"), NOT_OFFERED)

@@ -37,6 +37,7 @@ class FakeDecode:
     requests: list[worker_pb2.DecodeRequest] = field(default_factory=list)
     deadlines: list[float | None] = field(default_factory=list)
     peer: Peer | None = None
+    by_seed: dict[int, list[int]] = field(default_factory=dict)  # answers of other seeds
 
     def __post_init__(self) -> None:
         self.cancelled = asyncio.Event()
@@ -57,20 +58,38 @@ class FakeDecode:
         self.requests.append(request)
         self.deadlines.append(context.time_remaining())
         cue = self.cues.pop(0) if self.cues else None
+        answer = self.by_seed.get(request.sampling.seed, self.answer)
         position, sent = len(request.output_token_ids), 0
-        assert list(request.output_token_ids) == self.answer[:position]
-        end = min(len(self.answer), request.stop.max_tokens)
+        assert list(request.output_token_ids) == answer[:position]
+        end = min(len(answer), request.stop.max_tokens)
+        told = []
+        if request.HasField("num_prompt_logprobs"):
+            count = request.num_prompt_logprobs
+            told = [scored(i, count) for i in range(1, len(request.prompt_token_ids))]
         try:
+            if not end and told:
+                tokens = worker_pb2.Tokens(prompt_logprobs=told)
+                yield worker_pb2.DecodeResponse(tokens=tokens)
             while position < end:
                 if cue and sent >= cue.after:
                     await self._fail(cue)
                 step = min(self.group, end - position, cue.after - sent if cue else self.group)
-                ids = self.answer[position : position + step]
+                ids = answer[position : position + step]
+                logprobs = []
+                if request.HasField("num_logprobs"):
+                    places = range(position, position + step)
+                    logprobs = [scored(i, request.num_logprobs) for i in places]
                 position, sent = position + step, sent + step
                 await asyncio.sleep(self.pace_s)
-                yield worker_pb2.DecodeResponse(
-                    tokens=worker_pb2.Tokens(token_ids=ids, draft_tokens=sent, accepted_tokens=1)
+                tokens = worker_pb2.Tokens(
+                    token_ids=ids,
+                    draft_tokens=sent,
+                    accepted_tokens=1,
+                    logprobs=logprobs,
+                    prompt_logprobs=told,
                 )
+                told = []
+                yield worker_pb2.DecodeResponse(tokens=tokens)
             if cue:
                 await self._fail(cue)
         except asyncio.CancelledError:
@@ -79,8 +98,8 @@ class FakeDecode:
         except GeneratorExit:
             self.cancelled.set()
             raise
-        last = self.answer[position - 1]
-        stopped = last in request.stop.stop_token_ids
+        last = answer[position - 1]
+        stopped = position and last in request.stop.stop_token_ids
         reason = inference_pb2.FINISH_REASON_LENGTH
         finished = worker_pb2.DecodeFinished(
             finish_reason=inference_pb2.FINISH_REASON_STOP if stopped else reason,
@@ -100,6 +119,15 @@ class FakeDecode:
             await asyncio.sleep(30)
         assert cue.error is not None
         raise cue.error
+
+
+def scored(position: int, count: int) -> worker_pb2.Logprobs:
+    """What is told of the token at `position`; nobody can take it for another's."""
+    return worker_pb2.Logprobs(
+        chosen=-position / 8,
+        token_ids=range(1000 + position, 1000 + position + count),
+        logprobs=[-position - i / 8 for i in range(count)],
+    )
 
 
 def identity(model: str = "smollm2", **changes) -> ModelIdentity:
