@@ -8,7 +8,7 @@ GPU    := $(shell command -v nvidia-smi 2>/dev/null)
 comma  := ,
 EXTRAS := worker$(if $(GPU),$(comma)gpu)
 
-.PHONY: demo serve test faults chaos lint protos bench bench-peers clean
+.PHONY: demo serve test faults chaos ecosystem lint protos bench bench-peers clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m coordinator.demo
@@ -27,6 +27,10 @@ faults: $(VENV)/.dev
 chaos: MINUTES ?= 30
 chaos: $(VENV)/.dev
 	$(BIN)/python -m tests.faults.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(CHAOS_ARGS)
+
+# Clients of others against one stack, each in its own environment: make ecosystem [ECOSYSTEM_ARGS="--only smg"]
+ecosystem: $(VENV)/.dev
+	$(BIN)/python -m tests.ecosystem $(ECOSYSTEM_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
