@@ -17,7 +17,7 @@ import yaml  # comes with huggingface-hub and gguf
 from prometheus_client import CollectorRegistry
 
 from coordinator.cli import START_GROUPS
-from coordinator.serve import _STOP_S, DRAIN_S
+from coordinator.serve import _STOP_S
 from engine.checkpoint.source import _DEFAULT_INSTALL
 from engine.config import DraftOptions, add_flags, parser, resolve
 from engine.rpc.trust import ClusterToken, stays_on_this_machine
@@ -230,7 +230,9 @@ def test_compose_makes_one_token_for_all(tmp_path):
 
 
 def test_compose_gives_time_to_drain():
-    assert seconds(served()["coordinator"]["stop_grace_period"]) > DRAIN_S + _STOP_S
+    for name, service in served().items():
+        least_s = compose_options(name)["drain_s"] + _STOP_S
+        assert seconds(service["stop_grace_period"]) > least_s
 
 
 def test_compose_gpu_overlay():
@@ -317,13 +319,15 @@ def test_kubernetes_pods(command):
 def test_kubernetes_coordinator_has_time_to_drain():
     _, pod, container = workloads()["coordinator"]
     sleep_s = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert pod["terminationGracePeriodSeconds"] > sleep_s + DRAIN_S + _STOP_S
+    least_s = sleep_s + pod_options("coordinator")["drain_s"] + _STOP_S
+    assert pod["terminationGracePeriodSeconds"] > least_s
 
 
 @pytest.mark.parametrize("command", ["prefill", "decode"])
 def test_kubernetes_workers(command):
-    workload, _, container = workloads()[command]
+    workload, pod, container = workloads()[command]
     options, services = pod_options(command), objects("Service")
+    assert pod["terminationGracePeriodSeconds"] > options["drain_s"] + _STOP_S
     name, _, where = options["coordinator"].partition(":")
     dialled = services[name]["spec"]
     assert dialled["clusterIP"] == "None", "each coordinator has to be found, not one of them"
@@ -442,7 +446,7 @@ def test_documents_name_what_exists(name):
     text = (ROOT / "docs" / name).read_text()
     known = set().union(*map(fields, GROUPS))
     ours = re.findall(r"(?<![\w-])--([a-z][a-z-]+)", " ".join(re.findall(r"`[^`]+`", text)))
-    tools = {"config", "server", "scale"}  # not options of ours
+    tools = {"config", "server", "scale", "holds"}  # not options of `start`
     for flag in ours:
         assert flag in tools or flag.replace("-", "_") in known, flag
     for variable in set(re.findall(r"DIPTYCH_[A-Z_]*[A-Z]", text)):

@@ -364,7 +364,6 @@ def test_a_worker_with_another_token_ends_with_2(
     own = () if sent is None else ("--cluster-token-file", cluster.file("wrong", WRONG))
     done = cluster.run(role, *cluster.worker_flags(*own), "--worker-id", "intruder")
     assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
     (sentence,) = [x for x in done.stderr.splitlines() if not x.startswith("{")]
     assert sentence.startswith(f"{role}: refused by coordinator {cluster.address}: ")
     assert "--cluster-token-file" in sentence
