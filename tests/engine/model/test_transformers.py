@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 import transformers
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.shards import find_shards
@@ -19,6 +18,7 @@ from engine.checkpoint.source import resolve, weights
 from engine.model.llama import LlamaModel
 from engine.model.loader import load_model
 from tests.support.paged import CPU, Bench
+from tests.support.reference_model import default_model, logits_of
 
 COMMON = {
     "num_hidden_layers": 3,
@@ -75,12 +75,6 @@ def assert_equal_logits(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert error.max() < 1e-4, f"relative error {error.max():.1e} at {int(error.argmax())}"
 
 
-def transformers_logits(reference: torch.nn.Module, token_ids: list[int]) -> torch.Tensor:
-    with torch.inference_mode():
-        logits: torch.Tensor = reference(torch.tensor([token_ids]), use_cache=False).logits[0]
-        return logits
-
-
 @pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS.keys())
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -112,7 +106,7 @@ def test_a_whole_prompt(pair: tuple[torch.nn.Module, LlamaModel], tokens: list[l
     for token_ids in tokens:
         bench = Bench(model)
         got = bench.step((bench.sequence(token_ids), len(token_ids), len(token_ids)))
-        assert_equal_logits(got, transformers_logits(reference, token_ids))
+        assert_equal_logits(got, logits_of(reference, token_ids))
 
 
 def test_ragged_steps_of_chunks_drafts_and_single_tokens(
@@ -136,7 +130,7 @@ def test_ragged_steps_of_chunks_drafts_and_single_tokens(
             assert part.shape[0] == n
             got[sequences.index(s)].append(part)
     for token_ids, parts in zip(tokens, got, strict=True):
-        assert_equal_logits(torch.cat(parts), transformers_logits(reference, token_ids))
+        assert_equal_logits(torch.cat(parts), logits_of(reference, token_ids))
 
 
 def test_decode_and_verify_rows_after_a_prompt_without_logits(
@@ -150,7 +144,7 @@ def test_decode_and_verify_rows_after_a_prompt_without_logits(
     decoded = bench.step(*((s, 1, 1) for s in sequences))
     verified = bench.step(*((s, 3, 2) for s in sequences)).split(2)
     for i, token_ids in enumerate(tokens):
-        expected = transformers_logits(reference, token_ids)
+        expected = logits_of(reference, token_ids)
         assert_equal_logits(decoded[i : i + 1], expected[-4:-3])
         assert_equal_logits(verified[i], expected[-2:])
 
@@ -167,21 +161,14 @@ def test_rejected_drafts_leave_no_trace(
     s.token_ids[20:] = right[20:28]
     s.num_cached = 20
     got = torch.cat([bench.step((s, 3, 3)), bench.step((s, 5, 5))])
-    assert_equal_logits(got, transformers_logits(reference, right[:28])[20:])
+    assert_equal_logits(got, logits_of(reference, right[:28])[20:])
 
 
 @pytest.fixture(scope="module")
 def smollm2() -> Iterator[tuple[torch.nn.Module, LlamaModel]]:
     """The default model, and transformers' own reading of the same file."""
     checkpoint = resolve("smollm2", progress=False)
-    assert checkpoint.gguf is not None
-    folder, name = checkpoint.gguf.parent, checkpoint.gguf.name
-    config = transformers.AutoConfig.from_pretrained(folder, gguf_file=name)
-    reference = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    # What from_pretrained(gguf_file=...) does, less its demand for accelerate.
-    read = load_gguf_checkpoint(checkpoint.gguf, return_tensors=True, model_to_load=reference)
-    absent, extra = reference.load_state_dict(read["tensors"], strict=False)
-    assert absent == ["lm_head.weight"] and not extra and config.tie_word_embeddings
+    reference = default_model()
     shards = weights(checkpoint, "float32", progress=False)
     yield reference, load_model(checkpoint.config, shards, torch.float32, CPU, progress=False)
 
@@ -196,7 +183,7 @@ def test_the_default_model(smollm2: tuple[torch.nn.Module, LlamaModel]) -> None:
         bench.step(*((s, 28, 28) for s in sequences)).split(28),
         bench.step(*((s, 5, 5) for s in sequences)).split(5),
     ]
-    expected = [transformers_logits(reference, token_ids) for token_ids in tokens]
+    expected = [logits_of(reference, token_ids) for token_ids in tokens]
     for i in range(3):
         assert_equal_logits(torch.cat([part[i] for part in parts]), expected[i][:33])
     rest = bench.step((sequences[0], 117, 117), (sequences[1], 37, 37)).split((117, 37))
