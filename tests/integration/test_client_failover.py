@@ -20,8 +20,8 @@ from tests.faults.cluster import Cluster, Shape
 
 ORACLE = json.loads((Path(__file__).parents[1] / "data" / "greedy_fp32.json").read_text())
 CASE = next(case for case in ORACLE if len(case["prompt"]) == 300)
-# Without drafts an answer takes its time, and is met in the middle.
-FLAGS = ("--dtype", "float32", "--kv-cache-memory", "384MiB", "--drafter", "none")
+FLAGS = ("--dtype", "float32", "--kv-cache-memory", "384MiB")
+SLOW = {"DIPTYCH_DRAFTER": "none"}  # an answer takes its time, and is met in the middle
 GREEDY = {"max_tokens": 64}
 SAMPLED = {"max_tokens": 96, "temperature": 0.9, "top_p": 0.95, "ignore_eos": True}
 NOTICED_S = 6.0  # the client's keepalive: 3 s until a ping, 3 s for its answer
@@ -55,7 +55,7 @@ class Got:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    shape = Shape(prefill=1, decode=1, coordinators=2, worker_flags=FLAGS)
+    shape = Shape(prefill=1, decode=1, coordinators=2, worker_flags=FLAGS, env=SLOW)
     with Cluster(tmp_path_factory.mktemp("failover"), shape) as running:
         yield running
 
