@@ -10,27 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 _ALPHA, _STABLE = "grpc.reflection.v1alpha", "grpc.reflection.v1"
-_STABLE_SERVICE = f"{_STABLE}.ServerReflection"
+_ALPHA_SERVICE, _STABLE_SERVICE = f"{_ALPHA}.ServerReflection", f"{_STABLE}.ServerReflection"
 
 
-def enable_reflection(names: Sequence[str], server: grpc.aio.Server) -> None:
-    """Let callers list `names` and the reflection services, and describe all that they use."""
+DESCRIPTOR: Any = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
+SERVICES = (_ALPHA_SERVICE, _STABLE_SERVICE)  # both are served by the one servicer
+
+
+def reflection_servicer(names: Sequence[str]) -> Any:
+    """Lists `names` and the reflection services, and describes all that they use."""
     _register_descriptors()
-    servicer = _Servicer((*names, reflection.SERVICE_NAME, _STABLE_SERVICE))
-    handler = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
-    handlers = {"ServerReflectionInfo": handler}
-    for service in (reflection.SERVICE_NAME, _STABLE_SERVICE):
-        generic = grpc.method_handlers_generic_handler(service, handlers)
-        server.add_generic_rpc_handlers((generic,))
+    return _Servicer((*names, *SERVICES))
 
 
 class _Servicer(reflection.aio.ReflectionServicer):
@@ -38,10 +32,11 @@ class _Servicer(reflection.aio.ReflectionServicer):
 
     def _file_containing_symbol(self, request: Any, fully_qualified_name: str) -> Any:
         """A method or a field is where its service or message is."""
-        response = super()._file_containing_symbol(request, fully_qualified_name)
+        find: Any = super()._file_containing_symbol  # type: ignore[misc]
+        response = find(request, fully_qualified_name)
         outer = fully_qualified_name.rpartition(".")[0]
         if response.HasField("error_response") and _is_declared(outer):
-            response = super()._file_containing_symbol(request, outer)
+            response = find(request, outer)
         return response
 
 

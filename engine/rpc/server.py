@@ -10,11 +10,15 @@ released before the next message of anybody.
                '---------'------------'-> anything else -> INTERNAL, logged with its traceback
 
 Cancellation passes through: it is how a caller, or its deadline, ends a call.
+
+Who does not come to the point is cut off: a connection that says no preface, a call whose request
+is not here within `REQUEST_S` of its headers, one whose caller has not read for `STALLED_S`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import aclosing, suppress
 from typing import Any
@@ -23,19 +27,20 @@ import grpc
 from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2
 
 from engine.errors import (
-    ConfigError,
     DeadlineExceeded,
     DiptychError,
     InvalidRequest,
     PermissionDenied,
     Unauthenticated,
 )
-from engine.rpc.address import listen_on
 from engine.rpc.channel import KEEPALIVE_OPTIONS, LENGTH_OPTIONS
-from engine.rpc.reflection import enable_reflection
+from engine.rpc.listener import Listener
+from engine.rpc.reflection import DESCRIPTOR as REFLECTION
+from engine.rpc.reflection import SERVICES as REFLECTION_SERVICES
+from engine.rpc.reflection import reflection_servicer
 from engine.rpc.status import RpcStatus, internal, to_status
 from engine.rpc.trust import ClusterToken
 from engine.telemetry.log import bind_request, get_logger
@@ -51,8 +56,15 @@ _SERVER_OPTIONS = (
     # Clients may ping during a silent decode without being cut.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
+    # From a connection to its preface, and on to its acknowledgement of our settings.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.http2.settings_timeout", 10_000),
+    # Compressed messages are refused: they are unpacked before anybody looks at their size.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
 )
 
+REQUEST_S = 30.0
+STALLED_S = 30.0
 _HEAR_S = 1.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -66,11 +78,11 @@ class RpcServer:
 
     def __init__(self, metrics: RpcMetrics | None = None) -> None:
         self._metrics = metrics
-        self._server = grpc.aio.server(options=_SERVER_OPTIONS)
+        self._listener = Listener(_SERVER_OPTIONS, self._died)
         self._health = health.aio.HealthServicer()
         self._names: list[str] = []
+        self._stopped = asyncio.Event()
         self._started = False
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
     def add_service(
         self,
@@ -88,35 +100,22 @@ class RpcServer:
         after `limit_s`, also while its caller does not read. With a `token` callers have to bring
         it, to the methods `guarded` or to all.
         """
-        handlers = {
-            method.name: self._handler(
-                method,
-                getattr(servicer, method.name),
-                limit_s,
-                token if guarded is None or method.name in guarded else None,
-            )
-            for method in descriptor.methods
-        }
-        generic = grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
-        self._server.add_generic_rpc_handlers((generic,))
         self._names.append(descriptor.full_name)
+        self._add(descriptor.full_name, descriptor, servicer, limit_s, token, guarded)
 
     def listen(self, address: str) -> int:
         """Bind HOST:PORT and return the port; raises ConfigError where that fails."""
-        listen_on(address).close()  # a probe: where it fails it says why, and gRPC would only log
-        try:
-            port = self._server.add_insecure_port(address)
-        except RuntimeError:
-            port = 0
-        if port == 0:
-            raise ConfigError(f"cannot listen on {address}: address already in use")
-        return port
+        return self._listener.listen(address)
 
     async def start(self, *, serving: bool = True) -> None:
         """Begin to accept calls."""
-        enable_reflection((*self._names, health.SERVICE_NAME), self._server)
+        service: Any = health_pb2.DESCRIPTOR.services_by_name["Health"]
+        self._add(health.SERVICE_NAME, service, self._health)
+        reflection = reflection_servicer((*self._names, health.SERVICE_NAME))
+        for name in REFLECTION_SERVICES:
+            self._add(name, REFLECTION, reflection)
         await self.set_serving(serving)
-        await self._server.start()
+        await self._listener.start()
         self._started = True
 
     async def set_serving(self, serving: bool) -> None:
@@ -133,11 +132,36 @@ class RpcServer:
         """Refuse new calls at once, give those that run `grace_s`, then cancel them."""
         if self._started:
             await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_s)
+        await self._listener.stop(grace_s)
+        self._stopped.set()
 
     async def wait(self) -> None:
         """Until the server has stopped."""
-        await self._server.wait_for_termination()
+        await self._stopped.wait()
+
+    def _died(self) -> None:
+        if self._metrics:
+            self._metrics.failed("server", "died")
+
+    def _add(
+        self,
+        name: str,
+        descriptor: ServiceDescriptor,
+        servicer: object,
+        limit_s: float | None = None,
+        token: ClusterToken | None = None,
+        guarded: Collection[str] | None = None,
+    ) -> None:
+        handlers = {
+            method.name: self._handler(
+                method,
+                getattr(servicer, method.name),
+                limit_s,
+                token if guarded is None or method.name in guarded else None,
+            )
+            for method in descriptor.methods
+        }
+        self._listener.add(grpc.method_handlers_generic_handler(name, handlers))
 
     def _handler(
         self,
@@ -160,44 +184,60 @@ class RpcServer:
             async for item in raw:
                 yield _parse(request_class, item)
 
-        convert = parse_all if method.client_streaming else parse
+        def check(context: Context) -> None:
+            if token is not None:
+                token.check(context.invocation_metadata())
 
-        async def admit(raw: Any, context: Context) -> None:
+        async def first(context: Context) -> Message:
+            """The only message of a call, which its caller has to send in time."""
             try:
-                if token is not None:
-                    token.check(context.invocation_metadata())
-            except DiptychError:
-                if method.client_streaming:
-                    await _hear_one(raw)
-                raise
+                async with asyncio.timeout(REQUEST_S):
+                    raw = await context.read()
+            except TimeoutError:
+                raise DeadlineExceeded(f"no whole request within {REQUEST_S:g} s") from None
+            check(context)
+            if raw is grpc.aio.EOF:
+                raise InvalidRequest(
+                    "request", f"none; expected a {request_class.DESCRIPTOR.full_name}"
+                )
+            return parse(raw)
 
-        async def stream(raw: Any, context: Context) -> None:
+        async def request_of(raw: AsyncIterator[bytes], context: Context) -> Any:
+            if not method.client_streaming:
+                return await first(context)
+            try:
+                check(context)
+            except DiptychError:
+                await _hear_one(raw)
+                raise
+            return parse_all(raw)
+
+        async def stream(raw: AsyncIterator[bytes], context: Context) -> None:
             async def body() -> None:
-                await admit(raw, context)
-                async with aclosing(behaviour(convert(raw), context)) as responses:
+                answer = behaviour(await request_of(raw, context), context)
+                if inspect.isawaitable(answer):  # it writes by itself, as the library's health does
+                    await answer
+                    return
+                async with aclosing(answer) as responses:
                     async for response in responses:
-                        await context.write(response)
+                        await _write(context, response)
 
             await self._guard(full_name, context, body, limit_s)
 
-        async def unary(raw: Any, context: Context) -> Any:
+        async def unary(raw: AsyncIterator[bytes], context: Context) -> Any:
             async def body() -> Any:
-                await admit(raw, context)
-                return await behaviour(convert(raw), context)
+                return await behaviour(await request_of(raw, context), context)
 
             return await self._guard(full_name, context, body, limit_s)
 
-        make: Any = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[method.client_streaming, method.server_streaming]
-        serialize: Any = message_factory.GetMessageClass(method.output_type).SerializeToString
+        # The library would wait for ever for the message of a call, and for one that has none.
+        make: Any = grpc.stream_unary_rpc_method_handler
+        if method.server_streaming:
+            make = grpc.stream_stream_rpc_method_handler
         handler: grpc.RpcMethodHandler[Any, Any] = make(
             stream if method.server_streaming else unary,
             request_deserializer=None,
-            response_serializer=serialize,
+            response_serializer=_serialize,
         )
         return handler
 
@@ -246,9 +286,27 @@ class RpcServer:
     async def _abort(self, method: str, context: Context, failure: RpcStatus) -> None:
         if self._metrics:
             self._metrics.failed(method, failure.code.name.lower())
-        await context.abort(
-            failure.code, details=failure.message, trailing_metadata=failure.trailing_metadata
-        )
+        try:
+            await context.abort(
+                failure.code, details=failure.message, trailing_metadata=failure.trailing_metadata
+            )
+        except grpc.aio.AbortError:
+            raise
+        except Exception:  # the caller has gone, or gRPC itself has refused what it sent
+            log.debug("call ended before its status", method=method, exc_info=True)
+            raise asyncio.CancelledError from None
+
+
+async def _write(context: Context, response: Message) -> None:
+    try:
+        async with asyncio.timeout(STALLED_S):
+            await context.write(response)
+    except TimeoutError:
+        raise DeadlineExceeded(f"the caller has not read for {STALLED_S:g} s") from None
+
+
+def _serialize(message: Any) -> bytes:
+    return bytes(message.SerializeToString())
 
 
 async def _hear_one(raw: AsyncIterator[bytes]) -> None:

@@ -1,0 +1,176 @@
+"""Callers that gRPC's own server would not get rid of, or would die of."""
+
+import asyncio
+import gzip
+import time
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from prometheus_client import CollectorRegistry
+
+from engine.pb.diptych.v1 import inference_pb2
+from engine.rpc import server as server_module
+from engine.rpc.channel import open_channel
+from engine.rpc.server import RpcServer
+from engine.telemetry.metrics import RpcMetrics
+from tests.support import http2
+from tests.support.http2 import RawConnection, frame, grpc_message
+
+GENERATE = b"/diptych.v1.InferenceService/Generate"
+TOKENIZE = "/diptych.v1.InferenceService/Tokenize"
+
+
+class Endless:
+    def __init__(self):
+        self.begun = asyncio.Event()
+        self.closed = asyncio.Event()
+
+    async def Generate(self, request, context):
+        try:
+            while True:
+                self.begun.set()
+                yield inference_pb2.GenerateResponse(request_id="x" * 1000)
+                await asyncio.sleep(0.001)
+        finally:
+            self.closed.set()
+
+    async def Tokenize(self, request, context):
+        return inference_pb2.TokenizeResponse(token_ids=[len(request.text)])
+
+    Chat = Generate
+    Detokenize = ListModels = GetModel = Tokenize
+
+
+@asynccontextmanager
+async def serving():
+    registry, endless = CollectorRegistry(), Endless()
+    server = RpcServer(RpcMetrics(registry))
+    server.add_service(inference_pb2.DESCRIPTOR.services_by_name["InferenceService"], endless)
+    address = f"127.0.0.1:{server.listen('127.0.0.1:0')}"
+    await server.start()
+    try:
+        yield address, endless, registry
+    finally:
+        await server.stop()
+
+
+async def ends(raw, stream, timeout_s=5.0):
+    return await asyncio.to_thread(raw.wait_for_end, stream, timeout_s)
+
+
+def failures(registry, method, code):
+    labels = {"method": method, "code": code}
+    return registry.get_sample_value("diptych_rpc_failures_total", labels)
+
+
+async def code_of(channel, path, raw, **how):
+    try:
+        await channel.unary_unary(path)(raw, timeout=5, **how)
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+async def test_a_call_that_ends_without_a_message():
+    async with serving() as (address, _, registry):
+        with RawConnection(address) as raw:
+            raw.begin()
+            for path in (GENERATE, TOKENIZE.encode()):
+                assert await ends(raw, raw.open_stream(path, end=True))
+        for method in ("Generate", "Tokenize"):
+            assert failures(registry, f"InferenceService/{method}", "invalid_argument") == 1
+
+
+async def test_a_request_that_never_comes(monkeypatch):
+    monkeypatch.setattr(server_module, "REQUEST_S", 0.3)
+    async with serving() as (address, _, registry):
+        with RawConnection(address) as raw:
+            raw.begin()
+            silent, half = raw.open_stream(GENERATE), raw.open_stream(TOKENIZE.encode())
+            raw.send(frame(http2.DATA, 0, half, grpc_message(b"abc", length=100)))
+            assert await ends(raw, silent)
+            assert await ends(raw, half)
+        assert failures(registry, "InferenceService/Generate", "deadline_exceeded") == 1
+
+
+async def test_a_caller_who_does_not_read(monkeypatch):
+    monkeypatch.setattr(server_module, "STALLED_S", 0.3)
+    async with serving() as (address, endless, _):
+        with RawConnection(address) as raw:
+            raw.begin({http2.INITIAL_WINDOW_SIZE: 0})
+            raw.request(GENERATE, b"")
+            await asyncio.wait_for(endless.begun.wait(), 5)
+            await asyncio.wait_for(endless.closed.wait(), 5)
+
+
+async def test_a_method_that_is_no_utf8_costs_others_nothing():
+    """grpc.aio ends its server on it; ours is another one at once, and what runs goes on."""
+    async with serving() as (address, _, registry), open_channel(address) as channel:
+        answer = channel.unary_stream(GENERATE.decode())(b"")
+        assert await answer.read()
+        for times in (1, 2):
+            with RawConnection(address) as raw:
+                raw.begin()
+                raw.open_stream(b"/diptych.v1.\xff\xfe/\x80", end=True)
+                deadline = time.monotonic() + 5
+                while failures(registry, "server", "died") != times:
+                    assert time.monotonic() < deadline
+                    await asyncio.sleep(0.02)
+            async with open_channel(address) as another:
+                assert await code_of(another, TOKENIZE, b"") is grpc.StatusCode.OK
+            for _ in range(50):
+                assert await answer.read() is not grpc.aio.EOF
+        answer.cancel()
+
+
+async def test_malformed_bytes_to_health_and_reflection(caplog):
+    async with serving() as (address, _, _), open_channel(address) as channel:
+        check = "/grpc.health.v1.Health/Check"
+        assert await code_of(channel, check, b"\xff") is grpc.StatusCode.INVALID_ARGUMENT
+        assert await code_of(channel, check, b"") is grpc.StatusCode.OK
+        assert await code_of(channel, check, b"\x0a\x01x") is grpc.StatusCode.NOT_FOUND
+        for version in ("v1", "v1alpha"):
+            path = f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
+            call = channel.stream_stream(path)()
+            await call.write(b"\xff")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"")
+        assert await watch.read() == b"\x08\x01"
+        watch.cancel()
+    assert not [r for r in caplog.records if r.exc_info]
+
+
+async def test_compressed_requests_are_refused():
+    """Their size is looked at when they are unpacked: half a megabyte would take a gigabyte."""
+    async with serving() as (address, _, _), open_channel(address) as channel:
+        gzipped = {"compression": grpc.Compression.Gzip}
+        code = await code_of(channel, TOKENIZE, b"\x12\x7f" + b"a" * 127, **gzipped)
+        assert code is grpc.StatusCode.UNIMPLEMENTED
+        with RawConnection(address) as raw:
+            raw.begin()
+            stream = raw.open_stream(GENERATE, (b"grpc-encoding", b"gzip"))
+            body = grpc_message(gzip.compress(b"a" * 1_000_000), compressed=True)
+            raw.send(frame(http2.DATA, http2.END_STREAM, stream, body))
+            assert await ends(raw, stream)
+
+
+async def test_metadata_that_is_no_utf8_leaves_no_traceback(caplog):
+    async with serving() as (address, _, _):
+        with RawConnection(address) as raw:
+            raw.begin()
+            assert await ends(raw, raw.request(TOKENIZE.encode(), b"", (b"x-note", b"\xff\xfe")))
+    assert not [r for r in caplog.records if r.exc_info]
+
+
+async def test_connections_that_say_nothing_are_closed():
+    async with serving() as (address, _, _):
+        socks = [http2.connect(address) for _ in range(3)]
+        socks[1].sendall(http2.PREFACE)
+        socks[2].sendall(http2.PREFACE + http2.settings())  # and ours is never acknowledged
+        closed = (asyncio.to_thread(http2.closed_by_peer, sock, 15.0) for sock in socks)
+        assert await asyncio.gather(*closed) == [True] * 3
+        for sock in socks:
+            sock.close()
