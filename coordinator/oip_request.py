@@ -34,7 +34,7 @@ _OUTPUT_NAMES = tuple(spec.name for spec in OUTPUTS)
 _TOKEN_TYPES = ("INT32", "INT64", "UINT32", "UINT64")
 _EMPTY_FINAL = "triton_enable_empty_final_response"
 _TIMEOUT = "timeout"  # microseconds
-_BINARY = "binary_data_output"
+_BINARY, _BINARY_OF_ONE = "binary_data_output", "binary_data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +79,11 @@ def read_request(request: grpc_service_pb2.ModelInferRequest, served: str) -> As
         "logprobs"
     ):
         generate.output.logprobs = 0  # the token's own
-    raw = bool(request.raw_input_contents)
     form = Form(
         model_name=served,
         id=request.id,
         outputs=outputs,
-        raw=_control(request, _BINARY, raw),
+        raw=_raw(request),
         batched=len(prompt.shape) == 2,
         empty_final=_control(request, _EMPTY_FINAL, False),
     )
@@ -177,7 +176,8 @@ def _outputs(
                 f"outputs.{pb.name}", f"not an output; expected {', '.join(_OUTPUT_NAMES)}"
             )
         for key in pb.parameters:
-            raise InvalidRequest(f"outputs.{pb.name}.parameters.{key}", "not served")
+            if key != _BINARY_OF_ONE:
+                raise InvalidRequest(f"outputs.{pb.name}.parameters.{key}", "not served")
     if request.outputs:
         return tuple(dict.fromkeys(pb.name for pb in request.outputs))
     wanted = {"text_output", "finish_reason"}
@@ -186,6 +186,19 @@ def _outputs(
     wanted |= {name for flag, name in RETURN_FLAGS.items() if flags.get(flag)}
     wanted |= {n for n in ("logprobs", "prompt_logprobs") if generate.output.HasField(n)}
     return tuple(name for name in _OUTPUT_NAMES if name in wanted)
+
+
+def _raw(request: grpc_service_pb2.ModelInferRequest) -> bool:
+    """Whether elements come back as raw bytes: as they came, unless the client says."""
+    raw = _control(request, _BINARY, bool(request.raw_input_contents))
+    each = set()
+    for pb in request.outputs:
+        if _BINARY_OF_ONE in pb.parameters:
+            where = f"outputs.{pb.name}.parameters.{_BINARY_OF_ONE}"
+            each.add(flag_of(where, _value(where, pb.parameters[_BINARY_OF_ONE])))
+    if len(each) > 1:
+        raise InvalidRequest("outputs", "binary_data true and false; a response is all of one kind")
+    return each.pop() if each else raw
 
 
 def _control(request: grpc_service_pb2.ModelInferRequest, name: str, default: bool) -> bool:

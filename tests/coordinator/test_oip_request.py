@@ -334,6 +334,17 @@ def test_what_comes_back():
     refused(request, "outputs.text_output.parameters.classification")
 
 
+def test_the_client_may_say_how_elements_come_back():
+    assert read_request(ask(binary_data_output=True), MODEL).form.raw
+    assert not read_request(ask(raw=True, binary_data_output=False), MODEL).form.raw
+    request = ask()
+    for name in ("text_output", "finish_reason"):
+        request.outputs.add(name=name).parameters["binary_data"].bool_param = True
+    assert read_request(request, MODEL).form.raw
+    request.outputs[1].parameters["binary_data"].bool_param = False
+    refused(request, "outputs", "all of one kind")
+
+
 def test_the_model_and_its_one_version():
     for version in ("", "1"):
         request = ask()

@@ -24,7 +24,6 @@ def check(target: Target, environment: Environment) -> str:
             *("--artifact-dir", folder),
             command="aiperf",
             timeout_s=300,
-            variables={"HF_HUB_OFFLINE": "1"},
             cwd=Path(folder),
         )
         report = json.loads((Path(folder) / "profile_export_aiperf.json").read_text())

@@ -61,7 +61,8 @@ def check(target: Target, environment: Environment) -> str:
     whole = grpcurl("inference.GRPCInferenceService/ModelInfer", data=infer)
     assert whole.returncode == 0, whole.stderr
     outputs = {each["name"]: each for each in json.loads(whole.stdout)["outputs"]}
-    assert base64.b64decode(outputs["text_output"]["contents"]["bytesContents"][0]), outputs
+    (text,) = next(iter(outputs["text_output"]["contents"].values()))  # named as grpcurl likes
+    assert base64.b64decode(text), outputs
     probe = grpcurl("grpc.health.v1.Health/Check", data={"service": "diptych.v1.InferenceService"})
     assert "SERVING" in probe.stdout, probe.stderr
     bad = grpcurl("diptych.v1.InferenceService/Generate", data={"text": ""})

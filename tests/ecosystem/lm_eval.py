@@ -1,7 +1,7 @@
 """lm-evaluation-harness with its `local-completions` model on two small local tasks.
 
-Log-likelihoods need echoed prompts with log-probabilities; generations have to be the very text
-that our gRPC API gives.
+Log-likelihoods need echoed prompts with log-probabilities. They, and the generations, have to be
+those that our gRPC API gives.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import grpc
 
 from coordinator.client import Client as DiptychClient
 from coordinator.client import TextDelta
+from engine.pb.diptych.v1 import inference_pb2, inference_pb2_grpc
 from tests.ecosystem.client import Client, Target
 from tests.ecosystem.environments import HERE, Environment
 from tests.ecosystem.runner import main
@@ -25,8 +29,24 @@ PROMPTS = (
     "def fibonacci(n):",
 )
 MAX_TOKENS = 16  # as in the task
-NUM_CHOICES = 8
-LEAST_ACCURACY = 0.75  # choosing blindly gives a third
+LEAST_ACCURACY = 0.6  # choosing blindly gives a third
+CLOSE = 1e-4  # of log-likelihoods, on their way through JSON
+
+
+def likelihood(stub: Any, context: str, continuation: str) -> float:
+    """The log-probability of a continuation after its context."""
+
+    def ids(text: str) -> list[int]:
+        return list(stub.Tokenize(inference_pb2.TokenizeRequest(text=text)).token_ids)
+
+    whole, before = ids(context + continuation), len(ids(context))
+    request = inference_pb2.GenerateRequest(
+        token_ids=inference_pb2.TokenIds(ids=whole),
+        stop=inference_pb2.Stop(max_tokens=0),
+        output=inference_pb2.Output(prompt_logprobs=0),
+    )
+    first = next(iter(stub.Generate(request, timeout=60)))
+    return sum(token.chosen.logprob for token in first.prompt.logprobs[before - 1 :])
 
 
 def greedy(address: str, prompt: str) -> str:
@@ -61,12 +81,23 @@ def check(target: Target, environment: Environment) -> str:
         )
         (report,) = Path(folder).glob("out/**/results_*.json")
         results = json.loads(report.read_text())["results"]
+        (log,) = Path(folder).glob("out/**/samples_diptych_choice_*.jsonl")
+        samples = [json.loads(line) for line in log.read_text().splitlines()]
+    count = 0
+    with grpc.insecure_channel(target.grpc) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        for sample in samples:
+            case = sample["doc"]
+            for choice, ((theirs, _),) in zip(case["choices"], sample["resps"], strict=True):
+                ours = likelihood(stub, case["question"], choice)
+                assert abs(float(theirs) - ours) < CLOSE, (case, choice, theirs, ours)
+                count += 1
     accuracy = results["diptych_choice"]["acc,none"]
     assert accuracy >= LEAST_ACCURACY, results
     assert results["diptych_generate"]["exact_match,none"] == 1.0, results
     return (
-        f"log-likelihood: {accuracy:.2f} of {NUM_CHOICES} questions right;"
-        f" generation: {len(PROMPTS)} of {len(PROMPTS)} texts equal to gRPC's"
+        f"{count} log-likelihoods and {len(PROMPTS)} generations equal to gRPC's;"
+        f" {accuracy:.2f} of {len(samples)} questions right"
     )
 
 
