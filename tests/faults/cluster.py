@@ -215,8 +215,8 @@ class Cluster:
         deadline = time.monotonic() + timeout_s
         while not self.whole():
             for place in self.places:
-                bad = [end.status for end in place.ends if end.status == 2]
-                assert not bad, f"{place.name} refused its options:\n{self.tail(place.name)}"
+                bad = [end.status for end in place.ends if end.status in (1, 2)]
+                assert not bad, f"{place.name} cannot start:\n{self.tail(place.name)}"
             assert time.monotonic() < deadline, self._who_is_missing()
             time.sleep(0.1)
 

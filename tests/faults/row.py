@@ -150,15 +150,21 @@ class Row:
             await asyncio.sleep(0.02)
 
     async def server_of(self, stream: Stream, pool: Sequence[str]) -> str:
-        """Which worker of `pool` serves a request now, by its holds."""
-        found: list[str] = []
+        """Which worker of `pool` serves a request, by its holds."""
+        return (await self.servers([stream], pool))[0]
+
+    async def servers(self, streams: Sequence[Stream], pool: Sequence[str]) -> list[str]:
+        """The same for several at once; they end sooner than one can ask for each."""
+        found: dict[str, str] = {}
 
         def look() -> bool:
-            found[:] = [n for n in pool if self.holds_request(n, stream.request_id)]
-            return bool(found)
+            for name in pool:
+                held = self.holds(name)
+                found.update({s.request_id: name for s in streams if s.request_id in held})
+            return len(found) == len(streams)
 
-        await self.until(look, 10, f"somebody of {list(pool)} serves {stream.request_id}")
-        return found[0]
+        await self.until(look, 10, f"somebody of {list(pool)} serves each of {len(streams)}")
+        return [found[stream.request_id] for stream in streams]
 
     async def spread(
         self, cases: Sequence[str], pool: Sequence[str], tokens: int = 0
@@ -169,11 +175,11 @@ class Row:
         come so far before it is chosen.
         """
         streams = [self.ask(case) for case in cases]
+        by_name: dict[str, list[Stream]] = {name: [] for name in pool}
+        for stream, name in zip(streams, await self.servers(streams, pool), strict=True):
+            by_name[name].append(stream)
         for stream in streams:
             await stream.come(tokens)
-        by_name: dict[str, list[Stream]] = {name: [] for name in pool}
-        for stream in streams:
-            by_name[await self.server_of(stream, pool)].append(stream)
 
         def worth(name: str) -> tuple[int, int]:
             mine = by_name[name]
@@ -182,12 +188,12 @@ class Row:
         victim = max(pool, key=worth)
         return victim, by_name[victim], streams
 
-    def holds_request(self, name: str, request_id: str) -> bool:
-        """Whether a worker holds something for a request."""
+    def holds(self, name: str) -> set[str]:
+        """Owners of what a worker holds; requests own by their ids."""
         try:
-            return request_id in json.dumps(checks.holds(self.cluster.http(name)))
+            return {str(h["owner"]) for h in checks.holds(self.cluster.http(name))["holds"]}
         except httpx.HTTPError:
-            return False
+            return set()
 
     def samples(self, name: str) -> dict[str, float]:
         """A process's metrics now; empty while it does not answer."""

@@ -97,7 +97,7 @@ async def test_cancel_while_queued_for_decode(alone: Row) -> None:
     await queued.cancel()
     cancelled = time.monotonic()
     await row.until(
-        lambda: not row.holds_request(D, queued.request_id), FREE_S, "it is not queued any more"
+        lambda: queued.request_id not in row.holds(D), FREE_S, "it is not queued any more"
     )
     row.note(f"forgotten after {time.monotonic() - cancelled:.2f} s")
     row.lift(D)

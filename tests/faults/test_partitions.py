@@ -55,10 +55,8 @@ async def test_partition_p_d(net_row: Row, way: str) -> None:
     row = net_row
     _skip_in_short(row, way, "both")
     streams = [row.ask(case) for case in LONG]
-    where = [
-        (await row.server_of(s, row.cluster.prefill), await row.server_of(s, row.cluster.decode))
-        for s in streams
-    ]
+    prefill = await row.servers(streams, row.cluster.prefill)
+    where = list(zip(prefill, await row.servers(streams, row.cluster.decode), strict=True))
     pair = max(set(where), key=where.count)
     hit = [s for s, at in zip(streams, where, strict=True) if at == pair]
     cut = _cut(row, *pair, way)

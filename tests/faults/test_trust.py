@@ -35,7 +35,7 @@ async def test_wrong_weights_dtype_and_block_size(row: Row) -> None:
     """Each is refused at the door with the reason by name, ends with status 2, serves nobody."""
     names = {what: f"{role}-{what}" for what, role in zip(STRANGERS, _roles(), strict=True)}
     for what, name in names.items():
-        place = row.cluster.add_worker(name, *STRANGERS[what][0])
+        place = row.cluster.add_worker(name, "--kv-cache-memory", "128MiB", *STRANGERS[what][0])
         place.held = False
     try:
         for what, name in names.items():
