@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -80,6 +81,7 @@ def serve(
     Raises ConfigError, CheckpointError.
     """
     configure_logging(log, role="coordinator")
+    _take_descriptors()
     trusted = Trust.of(trust, front, local_workers=fleet.workers == "local")
     if fleet.workers == "local":
         draft.check(model)
@@ -92,6 +94,15 @@ def serve(
     model = dataclasses.replace(model, model_name=name)
     options = Options(model, front, fleet, cache, step, draft, transfer, log)
     return uvloop.run(_serve(options, served, trusted))
+
+
+def _take_descriptors() -> None:
+    """Every connection takes one: have as many as we may (1,024 is a usual soft limit)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:  # unlimited on paper, and the kernel knows a limit
+        _log.info("the limit of file descriptors stays", soft=soft, reason=str(error))
 
 
 async def _serve(options: Options, served: ServedModel, trust: Trust) -> int:

@@ -1,6 +1,7 @@
 """The HTTP side door of a process: /metrics, /health (it lives), /health/ready (it can serve).
 
 It runs in the event loop that is there. Signals stay with their owner: uvicorn would take them.
+A connection that brings no whole request in time is cut off: uvicorn would keep it for ever.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -16,9 +18,56 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engine.errors import ConfigError
 from engine.rpc.address import listen_on
+
+REQUEST_S = 30.0
+
+
+class _Protocol(H11Protocol):
+    """One connection. `_timer` runs while a request is due:
+
+    connected -> due --all of it is here--> served -> idle (uvicorn's keep-alive) -> closed
+                  ^ '--too late--> cut off             |
+                  '-------------- more bytes ----------'
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._look()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.cycle.response_complete:  # the next one was here already, or a part of it
+            self._look()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self.loop.call_later(REQUEST_S, self.transport.abort)  # unread, it would never close
+
+    def _look(self) -> None:
+        cycle: Any = self.cycle
+        if cycle is not None and not cycle.response_complete and not cycle.more_body:
+            self._stop_timer()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(REQUEST_S, self.transport.abort)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class _Server(uvicorn.Server):
@@ -81,6 +130,7 @@ async def serve_http(app: Starlette, address: str) -> HttpServer:
         log_level="warning",
         access_log=False,
         lifespan="off",
+        http=_Protocol,
         timeout_graceful_shutdown=1,
     )
     server = _Server(config)

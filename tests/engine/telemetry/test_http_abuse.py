@@ -1,0 +1,95 @@
+"""Connections to the HTTP port that bring no whole request."""
+
+import asyncio
+import time
+
+import pytest
+from prometheus_client import CollectorRegistry
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from engine.telemetry import http as http_module
+from engine.telemetry.http import make_app, serve_http
+
+HEAD = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.fixture
+async def address(monkeypatch):
+    monkeypatch.setattr(http_module, "REQUEST_S", 0.5)
+
+    async def slow(_request):
+        await asyncio.sleep(1.0)
+        return PlainTextResponse("slow\n")
+
+    async def length(request: Request):
+        return PlainTextResponse(f"{len(await request.body())}\n")
+
+    routes = [Route("/slow", slow), Route("/length", length, methods=["POST"])]
+    server = await serve_http(make_app(CollectorRegistry(), lambda: True, routes), "127.0.0.1:0")
+    yield server.address
+    await server.stop()
+
+
+async def talk(address, first, more=b"", every_s=0.1):
+    """(all that came, seconds until the server closed) of a caller who goes on with `more`."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    begun_s = time.monotonic()
+    writer.write(first)
+
+    async def trickle():
+        for i in range(len(more)):
+            await asyncio.sleep(every_s)
+            writer.write(more[i : i + 1])
+
+    task = asyncio.create_task(trickle())
+    try:
+        got = await asyncio.wait_for(reader.read(), 10)
+    except ConnectionError:
+        got = b""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    writer.close()
+    return got, time.monotonic() - begun_s
+
+
+@pytest.mark.parametrize(
+    ("first", "more"),
+    [
+        (b"", b""),
+        (b"GET /hea", b""),
+        (HEAD, b"X: " + b"y" * 90),
+        (b"POST /length HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n", b"z" * 98),
+        (b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n", b"z" * 98),
+    ],
+    ids=["nothing", "half a line", "a slow head", "a slow body", "a body that nobody wants"],
+)
+async def test_what_does_not_come_to_the_point_is_cut_off(address, first, more):
+    _, seconds = await talk(address, first, more)
+    assert 0.4 < seconds < 3.0
+
+
+async def test_who_asks_properly_is_served_however_long_it_takes(address):
+    close = b"Connection: close\r\n\r\n"
+    got, _ = await talk(address, HEAD + close)
+    assert got.endswith(b"ok\n")
+    got, seconds = await talk(address, b"GET /slow HTTP/1.1\r\nHost: x\r\n" + close)
+    assert got.endswith(b"slow\n")
+    assert seconds > 0.9
+    got, _ = await talk(
+        address, b"POST /length HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n" + close, b"abc", 0.05
+    )
+    assert got.endswith(b"3\n")
+
+
+async def test_a_second_request_on_a_connection_gets_its_own_time(address):
+    """The first one's clock has stopped; uvicorn closes what stays idle."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    for _ in range(3):
+        writer.write(HEAD + b"\r\n")
+        assert (await asyncio.wait_for(reader.readuntil(b"ok\n"), 5)).startswith(b"HTTP/1.1 200")
+        await asyncio.sleep(0.3)
+    writer.close()
