@@ -1,4 +1,4 @@
-"""The command line: `coordinator start | generate | chat | status`.
+"""The command line: `coordinator start | generate | chat | status | drain`.
 
 Bad options and unusable models end a command with status 2 and one sentence, failed calls with 1.
 """
@@ -46,6 +46,7 @@ examples:
   coordinator generate "Once upon a time" --max-tokens 64
   coordinator chat "What is a diptych?"
   coordinator status
+  coordinator drain decode-1
 
 Every option of `start` may also stand in a TOML file (--config) or in a variable DIPTYCH_...
 """
@@ -96,6 +97,19 @@ def make_parser() -> argparse.ArgumentParser:
         "--holds", action="store_true", help="and what each worker holds, for whom, until when"
     )
     status.set_defaults(run=_status)
+
+    drain = commands.add_parser(
+        "drain",
+        help="end a worker in order",
+        description="Have a worker finish or hand over its requests and end. Whoever supervises it"
+        " starts another in its place.",
+    )
+    drain.add_argument("worker", metavar="WORKER", help="its id, as `status` shows it")
+    _add_server_flag(drain)
+    drain.add_argument(
+        "--deadline", type=float, metavar="S", help="its requests may take so long [its --drain-s]"
+    )
+    drain.set_defaults(run=_drain)
     return parser
 
 
@@ -216,6 +230,12 @@ def _status(args: argparse.Namespace) -> int:
     from coordinator.terminal import status
 
     return status(_server(args), holds=args.holds)
+
+
+def _drain(args: argparse.Namespace) -> int:
+    from coordinator.terminal import drain
+
+    return drain(_server(args), args.worker, args.deadline)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,17 @@ def status(server: str, *, holds: bool = False) -> int:
     return 0
 
 
+def drain(server: str, worker_id: str, deadline_s: float | None) -> int:
+    """Wait until a worker has drained and ended; returns the exit status."""
+    with _connect(server) as client:
+        try:
+            client.drain(worker_id, deadline_s)
+        except (DiptychError, grpc.RpcError) as error:
+            return _complain(server, error)
+    print(f"{worker_id} has ended")
+    return 0
+
+
 def _connect(server: str) -> Client:
     """A call that was lost is told with the usage, not in the middle of the text."""
     logging.getLogger("coordinator.client").setLevel(logging.ERROR)

@@ -75,6 +75,16 @@ class Client:
         methods = [stub.ListWorkers for stub in self._admin]
         return list(self._ask(methods, admin_pb2.ListWorkersRequest(), timeout_s).workers)
 
+    def drain(
+        self, worker_id: str, deadline_s: float | None = None, *, timeout_s: float = 600.0
+    ) -> None:
+        """Have a worker finish or hand over its requests and end; returns when it has ended.
+
+        `deadline_s`: how long they may take to finish; None: as the worker itself was told.
+        """
+        request = admin_pb2.DrainWorkerRequest(worker_id=worker_id, deadline_s=deadline_s)
+        self._ask([stub.DrainWorker for stub in self._admin], request, timeout_s)
+
     def close(self) -> None:
         """Close the connections; calls on them are cancelled."""
         self._coordinators.closed = True
