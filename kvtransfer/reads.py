@@ -173,7 +173,7 @@ class Reading:
 
     def abandon(self, now: float) -> None:
         """The transport has ended, and with it what a failed pull still had in flight."""
-        if self._handles:
+        if self._handles and self.error is not None:
             self._handles = []
             self._quiet_at = now + QUIET_S
 
@@ -205,7 +205,7 @@ class Reading:
             self.fail(
                 PullTimeout(f"peer {self.request.pool.incarnation}: no end after {waited:.1f} s")
             )
-        if self.error is None:
+        if self.is_open:
             moved |= self._advance(transport, now)
         return moved
 

@@ -24,6 +24,13 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvtransfer.pull._END_S", 0.5)
 
 
+@pytest.fixture(autouse=True)
+def never_freed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    kept: list[Any] = []
+    monkeypatch.setattr("kvtransfer.connections._NEVER_FREED", kept)
+    return kept
+
+
 @pytest.fixture
 def rigs() -> Iterator[list[Rig]]:
     """Rigs to be stopped after the test."""
@@ -191,13 +198,6 @@ def never_ends() -> None:
 
 def raises() -> None:
     raise KeyError("boom")
-
-
-@pytest.fixture
-def never_freed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    kept: list[Any] = []
-    monkeypatch.setattr("kvtransfer.connections._NEVER_FREED", kept)
-    return kept
 
 
 @pytest.mark.parametrize(("close", "why"), [(never_ends, "no end within"), (raises, "boom")])
