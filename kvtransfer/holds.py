@@ -96,8 +96,8 @@ class Holds:
         after = await self._pulls()
         if engine is None or before is None or after is None:
             return engine, after, None
-        for hold in (*engine.requests, *before, *after):
-            named.update(hold.block_ids)
+        named.update(block for hold in engine.requests for block in hold.block_ids)
+        named.update(block for hold in (*before, *after) for block in hold.block_ids)
         return engine, after, set(engine.held - named)
 
     async def _engine(self) -> EngineHolds | None:

@@ -129,7 +129,7 @@ class WorkerHost:
     def in_background(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         """A task that outlives the call that began it."""
         task = asyncio.create_task(work)
-        self.background[task] = Begun.now(work.__qualname__)
+        self.background[task] = Begun.now(getattr(work, "__qualname__", "work"))
         task.add_done_callback(self.background.pop)
         return task
 

@@ -103,7 +103,7 @@ class KVCache:
 
     def read_block(self, block: int) -> memoryview:
         """All bytes of a block, in memory of the host: in place on a CPU, else a copy."""
-        return memoryview(self._memory[block].cpu().view(torch.uint8).numpy())
+        return self._memory[block].cpu().view(torch.uint8).numpy().data
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K, V of a layer: strided views [num_blocks, num_kv_heads, block_size, head_dim] (HND)."""
