@@ -1,6 +1,6 @@
 /* The sampler for CPUs with AVX512: a step's rows of logits become tokens, as engine/sampling defines them.
  *
- *     banned -> bias -> penalties -> / T -> min-p -> top-k -> top-p -> argmax(y + G)
+ *     mask, banned -> bias -> penalties -> / T -> min-p -> top-k -> top-p -> argmax(y + G)
  *
  * A greedy row is one pass over its logits. A sampled row takes a second one or two; nothing sorts the
  * vocabulary:
@@ -43,6 +43,7 @@ typedef struct {
     int64_t num_draft;
     const int32_t *banned;
     int64_t num_banned;
+    const uint32_t *mask; /* a bit a token that may be drawn, or NULL: all may */
 } row;
 
 /* Parts of the caller's scratch, each with room for a vocabulary and a vector more. */
@@ -141,13 +142,23 @@ static void note(history *h, const int32_t *tokens, int64_t count, int in_answer
     }
 }
 
-/* Change x as edit_logits does. Returns 0, or NO_SUCH_TOKEN. `seen` is work space. */
-static int edit(const row *r, float *x, int vocab, int32_t *marks, int32_t *seen) {
+/* Copy x [vocab] to where it can be changed; what the mask leaves out becomes -inf. */
+static void copy(const row *r, const float *x, int vocab, float *to) {
+    const __m512 none = _mm512_set1_ps(-INFINITY);
+    for (int i = 0; i < vocab; i += 16) {
+        __m512 v = load(x, i, vocab);
+        if (r->mask) v = _mm512_mask_mov_ps(none, (__mmask16)(r->mask[i / 32] >> i % 32), v);
+        _mm512_storeu_ps(to + i, v);
+    }
+}
+
+/* Change x as edit_logits does, with `bans` or without. Returns 0, or NO_SUCH_TOKEN. `seen` is work space. */
+static int edit(const row *r, int bans, float *x, int vocab, int32_t *marks, int32_t *seen) {
     for (int64_t i = 0; i < r->num_bias; i++) {
         if ((uint32_t)r->bias_ids[i] >= (uint32_t)vocab) return NO_SUCH_TOKEN;
         x[r->bias_ids[i]] += r->bias[i];
     }
-    for (int64_t i = 0; i < r->num_banned; i++) {
+    for (int64_t i = 0; i < (bans ? r->num_banned : 0); i++) {
         if ((uint32_t)r->banned[i] >= (uint32_t)vocab) return NO_SUCH_TOKEN;
         x[r->banned[i]] = -INFINITY;
     }
@@ -585,15 +596,19 @@ void diptych_sample(const float *logits, int64_t stride, int vocab, const row *r
         float top = survey(x, vocab, b.peaks);
         tokens[i] = UNUSABLE;
         if (!isfinite(top)) continue;
-        if (r->num_bias || r->num_banned || r->penalizes) {
-            for (int j = 0; j < vocab; j += 16)
-                _mm512_storeu_ps(b.edited + j, load(x, j, vocab));
-            x = b.edited;
-            tokens[i] = edit(r, b.edited, vocab, b.marks, b.ids);
+        if (r->num_bias || r->num_banned || r->penalizes || r->mask) {
+            int bans = r->num_banned > 0;
+            for (;; bans = 0) {
+                copy(r, x, vocab, b.edited);
+                tokens[i] = edit(r, bans, b.edited, vocab, b.marks, b.ids);
+                if (tokens[i]) break;
+                top = survey(b.edited, vocab, b.peaks);
+                if (isfinite(top)) break;
+                tokens[i] = NONE_LEFT;
+                if (!bans || !r->mask) break; /* where a grammar allows nothing else, bans give way */
+            }
             if (tokens[i]) continue;
-            top = survey(x, vocab, b.peaks);
-            tokens[i] = NONE_LEFT;
-            if (!isfinite(top)) continue;
+            x = b.edited;
         }
         tokens[i] = sample(r, x, vocab, top, &b);
     }

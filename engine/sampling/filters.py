@@ -26,7 +26,9 @@ _WIDTHS = (256, 4096)
 
 def edits_logits(row: SampleRow) -> bool:
     """Whether `edit_logits` would change this row at all."""
-    return bool(row.banned or row.params.logit_bias) or penalizes(row.params)
+    return (
+        row.mask is not None or bool(row.banned or row.params.logit_bias) or penalizes(row.params)
+    )
 
 
 def penalizes(p: SamplingParams) -> bool:
@@ -35,12 +37,18 @@ def penalizes(p: SamplingParams) -> bool:
 
 
 def edit_logits(x: torch.Tensor, rows: Sequence[SampleRow]) -> None:
-    """Apply to float32 x [S, vocab], in place: banned -> -inf, logit_bias, then the penalties."""
+    """Apply to float32 x [S, vocab], in place: mask and bans, logit_bias, then the penalties."""
     _mask_and_bias(x, rows)
     _penalize(x, rows)
 
 
 def _mask_and_bias(x: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+    masked = [(i, row.mask) for i, row in enumerate(rows) if row.mask is not None]
+    if masked:
+        words = np.stack([mask for _, mask in masked]).view(np.uint8)
+        forbidden = np.unpackbits(words, axis=1, bitorder="little")[:, : x.shape[1]] == 0
+        at = torch.tensor([i for i, _ in masked], device=x.device)
+        x[at] = x[at].masked_fill_(torch.from_numpy(forbidden).to(x.device), _NEG_INF)
     index: list[int] = []
     token: list[int] = []
     bias: list[float] = []
@@ -50,8 +58,8 @@ def _mask_and_bias(x: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         token += added.keys()
         bias += added.values()
     if index:
-        at = (torch.tensor(index, device=x.device), torch.tensor(token, device=x.device))
-        x[at] += torch.tensor(bias, device=x.device)
+        where = (torch.tensor(index, device=x.device), torch.tensor(token, device=x.device))
+        x[where] += torch.tensor(bias, device=x.device)
 
 
 def _penalize(x: torch.Tensor, rows: Sequence[SampleRow]) -> None:

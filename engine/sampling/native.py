@@ -3,7 +3,7 @@
 Python's part is small because little is packed anew: a request's parameters once, its tokens as
 they come, its bans once. A plain greedy row costs a look-up and its share of one join of bytes.
 
-    record of a row, 168 bytes: [ parameters 104 | position 8 | history, draft, bans 56 ]
+    record of a row, 176 bytes: [ parameters 104 | position 8 | history, draft, bans, mask 64 ]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.types import SamplingParams
 
 _PARAMETERS = struct.Struct("=6dQ3q3q")
 _POSITION = struct.Struct("=Q")
-_HISTORY = struct.Struct("=7q")
+_HISTORY = struct.Struct("=8q")
 _NO_HISTORY = bytes(_HISTORY.size)
 _ALIGNMENT = 64
 _64_BITS = 2**64 - 1
@@ -137,7 +137,7 @@ class NativeSampler:
             params = self._parameters.get(row.params)
             if params is None:
                 params = self._parameters.put(row.params, _packed(row.params))
-            plain = not (params.penalizes or row.banned)
+            plain = not (params.penalizes or row.banned) and row.mask is None
             history = _NO_HISTORY if plain else self._history(row, params.penalizes, drafts)
             parts += (params.record, _POSITION.pack(row.position), history)
         return b"".join(parts)
@@ -154,7 +154,8 @@ class NativeSampler:
             if ids is None:
                 ids = self._banned.put(row.banned, array("i", row.banned))
             banned = ids.buffer_info()
-        return _HISTORY.pack(*tokens, row.num_prompt, *draft, *banned)
+        mask = 0 if row.mask is None else row.mask.ctypes.data
+        return _HISTORY.pack(*tokens, row.num_prompt, *draft, *banned, mask)
 
     def _mirror(self, tokens: Sequence[int]) -> array[int]:
         """`tokens` as int32: those appended since the last batch are appended here."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.types import SamplingParams
 
 
@@ -20,7 +23,9 @@ class SampleRow:
     tokens: Sequence[int]  # prompt and answer; shared by a request's rows, only ever appended to
     num_prompt: int
     draft: Sequence[int] = ()  # counts as answer
-    banned: frozenset[int] = frozenset()  # stop ids that min_tokens still forbids
+    # Stop ids that min_tokens still forbids; they give way where the mask leaves nothing else.
+    banned: frozenset[int] = frozenset()
+    mask: NDArray[np.int32] | None = None  # bit t % 32 of word t // 32: token t may be drawn
 
 
 class UnusableLogits(ArithmeticError):

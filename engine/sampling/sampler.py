@@ -1,6 +1,6 @@
 """The sampler: a function from logits and a SampleRow to a token.
 
-    banned -> bias -> penalties -> / T -> min-p -> top-k -> top-p -> argmax(x + G)
+    mask, banned -> bias -> penalties -> / T -> min-p -> top-k -> top-p -> argmax(x + G)
     G = gumbel(seed, position, token)
 
 in fp32, ties to the lowest id, T < 1e-5 plain argmax after the penalties. By the Gumbel-max trick
@@ -12,6 +12,7 @@ worker change no answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -94,8 +95,23 @@ class Sampler:
         part = [rows[i] for i in index]
         if any(edits_logits(row) for row in part):
             edit_logits(x, part)
+            _let_bans_give_way(x, logits, part, index)
             _check(x, index, "no token is left")
         return x
+
+
+def _let_bans_give_way(
+    x: torch.Tensor, logits: torch.Tensor, rows: Sequence[SampleRow], index: Sequence[int]
+) -> None:
+    """Where a grammar allows nothing but what is banned, in place."""
+    both = [i for i, row in enumerate(rows) if row.mask is not None and row.banned]
+    if not both:
+        return
+    left = torch.isfinite(x[both].amax(1)).tolist()
+    for i, is_left in zip(both, left, strict=True):
+        if not is_left:
+            x[i] = logits[index[i]]
+            edit_logits(x[i : i + 1], [replace(rows[i], banned=frozenset())])
 
 
 def _check(x: torch.Tensor, names: Sequence[int], reason: str) -> None:

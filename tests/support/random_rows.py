@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from engine.sampling import SampleRow
 from engine.types import SamplingParams
@@ -33,6 +36,20 @@ def random_params(rng: random.Random, vocab_size: int = VOCAB) -> SamplingParams
     )
 
 
+def random_mask(rng: random.Random, vocab_size: int = VOCAB) -> NDArray[np.int32]:
+    """What a grammar may allow: a few tokens, many or all, token 0 among them."""
+    share = rng.choice([0.0, 0.01, 0.5, 1.0])
+    return mask_of([0, *(t for t in range(1, vocab_size) if rng.random() < share)], vocab_size)
+
+
+def mask_of(allowed: Iterable[int], vocab_size: int = VOCAB) -> NDArray[np.int32]:
+    """A bit a token, 32 to a word, the lowest first."""
+    words = np.zeros(-(-vocab_size // 32), np.uint32)
+    for token in allowed:
+        words[token // 32] |= np.uint32(1 << token % 32)
+    return words.view(np.int32)
+
+
 def random_row(rng: random.Random) -> SampleRow:
     """Random parameters over a random history, draft and ban."""
     tokens = [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 60))]
@@ -43,7 +60,8 @@ def random_row(rng: random.Random) -> SampleRow:
         tokens,
         rng.randrange(1, len(tokens) + 1),
         guesses,
-        frozenset(rng.sample(range(VOCAB), 2)) if rng.random() < 0.3 else frozenset(),
+        frozenset(rng.sample(range(1, VOCAB), 2)) if rng.random() < 0.3 else frozenset(),
+        random_mask(rng) if rng.random() < 0.2 else None,
     )
 
 

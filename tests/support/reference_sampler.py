@@ -25,8 +25,12 @@ def scaled_logits(logits: Sequence[float] | Doubles, row: SampleRow) -> Doubles:
     x = [float(value) for value in logits]
     history = [*row.tokens, *row.draft]
     answer = Counter(history[row.num_prompt :])
-    for token in row.banned:
-        x[token] = -math.inf
+    mask = row.mask
+    allowed = [mask is None or bool(mask[t // 32] >> t % 32 & 1) for t in range(len(x))]
+    x = [value if ok else -math.inf for value, ok in zip(x, allowed, strict=True)]
+    without = [-math.inf if token in row.banned else value for token, value in enumerate(x)]
+    if mask is None or max(without) > -math.inf:
+        x = without
     for token, bias in p.logit_bias:
         x[token] += bias
     for token in set(history):

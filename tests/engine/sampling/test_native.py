@@ -21,7 +21,7 @@ from engine.sampling.filters import edit_logits
 from engine.sampling.philox import gumbel_row
 from engine.types import SamplingParams
 from tests.support.near_tie import possible_tokens
-from tests.support.random_rows import VOCAB, random_batch, random_params
+from tests.support.random_rows import VOCAB, mask_of, random_batch, random_mask, random_params
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no native kernels on this machine")
 
@@ -66,7 +66,8 @@ def _row(rng: random.Random, vocab_size: int) -> SampleRow:
     num_banned = min(2, vocab_size - 1) if rng.random() < 0.3 else 0
     banned = frozenset(rng.sample(range(1, vocab_size), num_banned))
     num_prompt = rng.randrange(1, len(tokens) + 1)
-    return SampleRow(params, len(tokens) + len(draft), tokens, num_prompt, draft, banned)
+    mask = random_mask(rng, vocab_size) if rng.random() < 0.2 else None
+    return SampleRow(params, len(tokens) + len(draft), tokens, num_prompt, draft, banned, mask)
 
 
 def _tiny_params(rng: random.Random, vocab_size: int) -> SamplingParams:
@@ -310,3 +311,34 @@ def test_threads_may_share_a_sampler() -> None:
     with ThreadPoolExecutor(4) as pool:
         for _ in range(20):
             assert list(pool.map(lambda batch: sampler.sample(*batch), batches)) == expected
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_what_the_mask_allows_is_drawn(native: bool, temperature: float) -> None:
+    logits = 3 * torch.randn(40, VOCAB, generator=torch.Generator().manual_seed(4))
+    allowed = [3, 77, 330]
+    params = [SamplingParams(temperature, seed=i, logit_bias=((5, 100.0),)) for i in range(40)]
+    rows = [SampleRow(p, 1, [1], 1, mask=mask_of(allowed)) for p in params]
+    drawn = Sampler(VOCAB, native=native).sample(logits, rows)
+    assert set(drawn) <= set(allowed)
+    if not temperature:
+        assert drawn == [max(allowed, key=lambda t: float(row[t])) for row in logits]
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_bans_give_way_where_a_mask_leaves_nothing_else(native: bool, temperature: float) -> None:
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(5))
+    params = SamplingParams(temperature, repetition_penalty=1.2)
+
+    def row(allowed: list[int], banned: set[int]) -> SampleRow:
+        return SampleRow(params, 1, [2], 1, (), frozenset(banned), mask_of(allowed))
+
+    rows = [row([9], {9}), row([9, 10], {9}), row([9, 10], {9, 10}), row([2], {1, 2})]
+    drawn = Sampler(VOCAB, native=native).sample(logits, rows)
+    assert drawn[:2] == [9, 10]
+    assert drawn[2] in (9, 10)
+    assert drawn[3] == 2
+    with pytest.raises(UnusableLogits, match=r"row 1 .* no token is left"):
+        Sampler(VOCAB, native=native).sample(logits[:2], [rows[0], row([], {9})])
