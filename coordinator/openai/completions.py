@@ -8,7 +8,8 @@ from typing import Any
 
 from coordinator.openai.constraints import read_constraint
 from coordinator.openai.fields import UINT32, Fields, whole_list
-from coordinator.openai.options import IGNORED, MAX_LOGPROBS, Wanted, read_common
+from coordinator.openai.options import IGNORED, Wanted, read_common
+from coordinator.validate import MAX_LOGPROBS
 from engine.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2
 

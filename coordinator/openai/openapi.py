@@ -9,7 +9,7 @@ from typing import Any
 
 from coordinator.openai.completions import MAX_PROMPTS
 from coordinator.openai.fields import UINT32
-from coordinator.openai.options import MAX_CHOICES, MAX_LOGPROBS
+from coordinator.validate import MAX_CHOICES, MAX_LOGPROBS
 
 Schema = dict[str, Any]
 

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from coordinator.openai.fields import UINT32, Fields, real, whole, whole_list
+from coordinator.validate import MAX_CHOICES, MAX_LOGPROBS
 from engine.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2
 
-MAX_CHOICES = 128
-MAX_LOGPROBS = 20
 DEFAULT_TEMPERATURE = 1.0
 _INT64, _UINT64 = 2**63, 2**64
 

@@ -14,7 +14,8 @@ import httpx
 import openai
 import pytest
 
-from tests.integration.stack import Stack, until
+from engine.pb.diptych.v1 import inference_pb2 as pb
+from tests.integration.stack import Stack, stub, until
 
 pytestmark = pytest.mark.timeout(600)
 PROMPT = "The three longest rivers of the world are the Nile, the Amazon and the"
@@ -137,6 +138,103 @@ def test_stops_and_options_of_vllm(stack, client):
     assert got.choices[0].text != text
     long = client.completions.create(**ask, extra_body={"ignore_eos": True, "min_tokens": 20})
     assert long.usage.completion_tokens == 20
+
+
+def test_choices_differ_and_equal_grpcs(stack, client):
+    ask = {"model": "smollm2", "prompt": PROMPT, "max_tokens": 12, **SAMPLED}
+    whole = client.completions.create(**ask, n=3, extra_body={"return_token_ids": True})
+    texts = [choice.text for choice in sorted(whole.choices, key=lambda c: c.index)]
+    assert len(set(texts)) == 3
+    assert texts[0] == stack.generate(PROMPT, max_tokens=12, **SAMPLED)[1]
+    assert whole.usage.prompt_tokens == len(stack_tokens(stack, PROMPT))
+    assert whole.usage.completion_tokens == sum(
+        len(extra(choice, "token_ids")) for choice in whole.choices
+    )
+    streamed = ["", "", ""]
+    for chunk in client.completions.create(**ask, n=3, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == texts
+    chat = client.chat.completions.create(
+        model="smollm2", messages=TURNS, max_tokens=8, n=2, **SAMPLED
+    )
+    assert [choice.index for choice in chat.choices] == [0, 1]
+
+
+def stack_tokens(stack: Stack, text: str) -> list[int]:
+    got = httpx.post(f"http://{stack.http_address}/tokenize", json={"prompt": text})
+    return got.json()["tokens"]
+
+
+def by_grpc(stack: Stack, **fields: Any) -> list[pb.GenerateResponse]:
+    async def run() -> list[pb.GenerateResponse]:
+        channel, service = stub(stack.address)
+        try:
+            call = service.Generate(pb.GenerateRequest(**fields), timeout=60)
+            return [response async for response in call]
+        finally:
+            await channel.close()
+
+    return asyncio.run(run())
+
+
+def test_logprobs_of_both_apis_equal_grpcs(stack, client):
+    ids, text, _ = stack.generate(PROMPT, max_tokens=10)
+    responses = by_grpc(
+        stack, text=PROMPT, stop=pb.Stop(max_tokens=10), output=pb.Output(logprobs=3)
+    )
+    entries = [entry for r in responses for entry in r.delta.logprobs]
+    assert [entry.chosen.token_id for entry in entries] == ids
+    ask = {"model": "smollm2", "max_tokens": 10, "temperature": 0}
+    whole = client.completions.create(prompt=PROMPT, **ask, logprobs=3)
+    shown = whole.choices[0].logprobs
+    assert shown.tokens == [entry.chosen.text for entry in entries]
+    assert "".join(shown.tokens) == text
+    assert shown.token_logprobs == [entry.chosen.logprob for entry in entries]
+    assert all(len(top) == 3 for top in shown.top_logprobs)
+    assert [max(top.values()) for top in shown.top_logprobs] == shown.token_logprobs  # greedy
+    assert shown.text_offset == [len("".join(shown.tokens[:i])) for i in range(10)]
+    plain = client.completions.create(prompt=PROMPT, **ask, logprobs=0)
+    assert plain.choices[0].logprobs.token_logprobs == shown.token_logprobs
+    offsets = []
+    for chunk in client.completions.create(prompt=PROMPT, **ask, logprobs=3, stream=True):
+        for choice in chunk.choices:
+            offsets += choice.logprobs.text_offset if choice.logprobs else []
+    assert offsets == shown.text_offset
+    chat = client.chat.completions.create(
+        messages=TURNS, **ask, logprobs=True, top_logprobs=2
+    ).choices[0]
+    content = chat.logprobs.content
+    assert "".join(one.token for one in content).startswith(chat.message.content)
+    assert all(bytes(one.bytes).decode() == one.token for one in content)
+    assert all(one.top_logprobs[0].token == one.token for one in content)
+    assert all(len(one.top_logprobs) == 2 for one in content)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_an_echoed_prompt_with_its_logprobs(stack, client, max_tokens):
+    """What lm-eval asks for."""
+    ids = stack_tokens(stack, PROMPT)
+    ask = {"model": "smollm2", "max_tokens": max_tokens, "temperature": 0}
+    for prompt in (PROMPT, ids):
+        got = client.completions.create(prompt=prompt, **ask, logprobs=1, echo=True)
+        (choice,) = got.choices
+        shown = choice.logprobs
+        assert choice.text.startswith(PROMPT)
+        assert choice.finish_reason == "length"
+        assert len(shown.tokens) == len(ids) + max_tokens == len(shown.token_logprobs)
+        assert "".join(shown.tokens) == choice.text
+        assert shown.token_logprobs[0] is None
+        assert shown.top_logprobs[0] is None
+        assert all(value <= 0 for value in shown.token_logprobs[1:])
+        for value, top in zip(shown.token_logprobs[1:], shown.top_logprobs[1:], strict=True):
+            assert value <= max(top.values())
+        assert got.usage.completion_tokens == max_tokens
+    plain = client.completions.create(prompt=PROMPT, **ask, echo=True)
+    assert plain.choices[0].text == choice.text
+    assert plain.choices[0].logprobs is None
+    listed = client.completions.create(prompt=[ids, ids], **ask, logprobs=1, echo=True)
+    assert [c.logprobs.token_logprobs for c in listed.choices] == [shown.token_logprobs] * 2
 
 
 def test_errors_are_the_clients_own(stack, client):
