@@ -57,7 +57,7 @@ def test_holds_from_the_prompt_to_the_end(stack: Stack) -> None:
         if "waits for tokens" not in hold["reason"]:
             return "is being answered" in hold["reason"]
         assert "decode-0 with prefill-0" in hold["reason"]
-        assert 100 < hold["deadline_s"] <= 120
+        assert 100 < hold["deadline_s"] < 121  # gRPC rounds what it sends
         return False
 
     until(
@@ -79,7 +79,7 @@ def test_holds_from_the_prompt_to_the_end(stack: Stack) -> None:
     (running,) = [hold for hold in at_d["holds"] if hold["kind"] == "request"]
     assert running["owner"] == "held" and "running" in running["reason"]
     assert running["num_blocks"] == at_d["pool"]["held"] >= 94
-    assert 0 < running["deadline_s"] <= 120
+    assert 0 < running["deadline_s"] < 121
     command = [sys.executable, "-m", "coordinator.cli", "status", "--holds"]
     shown = subprocess.run(
         [*command, "--server", stack.address], capture_output=True, text=True, timeout=60, cwd=ROOT
