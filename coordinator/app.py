@@ -16,8 +16,8 @@ from prometheus_client import CollectorRegistry
 from coordinator.admission import Admission
 from coordinator.membership import Membership
 from coordinator.model import ServedModel
-from coordinator.openai.api import OpenAiApi
 from coordinator.oip import OipServicer
+from coordinator.openai.api import OpenAiApi
 from coordinator.pipeline import Pipeline
 from coordinator.registry import RegistryServicer
 from coordinator.service import AdminServicer, InferenceServicer
