@@ -1,0 +1,99 @@
+"""The examples of docs/api.md, run as they stand against a stack of their own.
+
+Blocks marked `sh` and `python` are examples; addresses are those of the stack. What needs a program
+or a package that is not here is skipped and says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.integration.stack import Stack
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "api.md"
+BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+PACKAGES = ("openai", "tritonclient", "grpc", "pydantic")
+pytestmark = pytest.mark.timeout(600)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One block and the heading that it stands under."""
+
+    heading: str
+    language: str
+    code: str
+
+    @property
+    def lacks(self) -> str:
+        """What is not here and it needs; "" where nothing is."""
+        if self.language == "sh":
+            programs = {line.split()[0] for line in self.code.splitlines() if line[:1].isalpha()}
+            return ", ".join(sorted(p for p in programs if not shutil.which(p)))
+        used = [p for p in PACKAGES if re.search(rf"^(import|from) {p}\b", self.code, re.MULTILINE)]
+        return ", ".join(p for p in used if importlib.util.find_spec(p) is None)
+
+
+def examples() -> list[Example]:
+    text = PAGE.read_text()
+    found = []
+    for block in BLOCK.finditer(text):
+        headings = [m[1] for m in HEADING.finditer(text[: block.start()])]
+        found.append(Example(headings[-1], block[1], block[2]))
+    return found
+
+
+EXAMPLES = examples()
+CONSTRAINED = ("Structured output", "Tools")
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with Stack(tmp_path_factory.mktemp("examples")) as running:
+        yield running
+        running.assert_at_rest()
+
+
+def serves_constraints(stack: Stack) -> bool:
+    """Whether this build does: until then such examples have nothing to ask."""
+    body = {"prompt": "x", "max_tokens": 2, "guided_regex": "a+"}
+    got = httpx.post(f"http://{stack.http_address}/v1/completions", json=body, timeout=60)
+    if got.status_code == 400 and got.json()["error"]["code"] == "unsupported_parameter":
+        return False
+    assert got.status_code == 200, got.text
+    return True
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 15
+    assert {"sh", "python"} == {example.language for example in EXAMPLES}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: f"{e.heading}-{e.language}")
+def test_example(stack: Stack, example: Example) -> None:
+    if example.lacks:
+        pytest.skip(f"not here: {example.lacks}")
+    if example.heading in CONSTRAINED and not serves_constraints(stack):
+        pytest.skip("constraints are not served yet")
+    code = example.code.replace("127.0.0.1:8000", stack.http_address)
+    code = code.replace("127.0.0.1:50051", stack.address)
+    if example.language == "sh":
+        fails = 'set -e; curl() { command curl --fail-with-body "$@"; }\n'
+        command = ["bash", "-c", fails + code]
+    else:
+        command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, f"{example.code}\n{done.stdout}\n{done.stderr}"
+    assert done.stdout.strip(), "an example shows something"
