@@ -108,21 +108,25 @@ class ServedModel:
         max_model_len: int,
         tools: Sequence[Tool] = (),
         add_generation_prompt: bool = True,
+        field: str = "messages",
     ) -> list[int]:
         """Token ids of a conversation, which by default asks for the next turn.
 
-        The template writes special tokens itself.
+        The template writes special tokens itself. Raises InvalidRequest naming `field`.
         """
         loop = asyncio.get_running_loop()
-        text = await loop.run_in_executor(
-            self._threads,
-            self._template.render,
-            turns(messages),
-            [tool.definition for tool in tools],
-            add_generation_prompt,
-            self.limits.tool_format,
-        )
-        return await self.encode("messages", text, False, max_model_len)
+        try:
+            text = await loop.run_in_executor(
+                self._threads,
+                self._template.render,
+                turns(messages),
+                [tool.definition for tool in tools],
+                add_generation_prompt,
+                self.limits.tool_format,
+            )
+        except InvalidRequest as error:
+            raise InvalidRequest(field, error.description) from None
+        return await self.encode(field, text, False, max_model_len)
 
     async def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Text of `ids`."""

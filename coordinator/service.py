@@ -85,7 +85,7 @@ class InferenceServicer:
                 messages = check_messages("chat.messages", chat.messages, limits)
                 tools = check_tools("chat.tools_json", chat.tools_json)
                 ask = chat.add_generation_prompt or not chat.HasField("add_generation_prompt")
-                ids = await self._model.encode_chat(messages, limit, tools, ask)
+                ids = await self._model.encode_chat(messages, limit, tools, ask, "chat.messages")
             case _:
                 raise InvalidRequest("input", "unset; expected text or chat")
         return inference_pb2.TokenizeResponse(token_ids=ids, max_model_len=limit)

@@ -581,6 +581,20 @@ async def test_tokenize_models_and_workers(checkpoint):
         assert (row.worker_id, row.role, row.state) == ("d0", "decode", "ready")
 
 
+async def test_what_cannot_be_tokenized_is_named_by_its_own_field(checkpoint):
+    async with front(checkpoint) as f:
+        long = inference_pb2.Message(role="user", content="word " * 200_000)
+        chat = inference_pb2.TokenizeRequest(chat=inference_pb2.ChatMessages(messages=[long]))
+        for call, field in (
+            (f.stub.Tokenize(chat), "chat.messages"),
+            (collect(f.stub.Chat(inference_pb2.ChatRequest(messages=[long]))), "messages"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            bad = details_of(caught.value, error_details_pb2.BadRequest)
+            assert bad.field_violations[0].field == field
+
+
 def hello(worker_id="d9", **changes):
     return registry_pb2.Hello(
         worker_id=worker_id,
