@@ -1,0 +1,116 @@
+"""What a process must look the same in before and after: descriptors, threads, memory; and a
+bystander, who asks an ordinary question all the while and wants the right answer in time.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """One process at one moment."""
+
+    num_files: int
+    num_threads: int
+    resident_bytes: int
+
+
+def vitals(pid: int) -> Vitals:
+    """Of a live process."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    numbers = {key: int(value) for key, value in re.findall(r"^(\w+):\s+(\d+)", status, re.M)}
+    return Vitals(
+        num_files=sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()),
+        num_threads=numbers["Threads"],
+        resident_bytes=numbers["VmRSS"] * 1024,
+    )
+
+
+class Watch:
+    """The largest memory of a process while a block runs."""
+
+    def __init__(self, pid: int, interval_s: float = 0.05) -> None:
+        self._pid = pid
+        self._interval_s = interval_s
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.peak_bytes = 0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._over.wait(self._interval_s):
+            self.peak_bytes = max(self.peak_bytes, vitals(self._pid).resident_bytes)
+
+
+@dataclass
+class Bystander:
+    """Calls `ask` again and again in a thread; `check()` says how that went."""
+
+    ask: Callable[[], object]
+    expected: object
+    limit_s: float
+    seconds: list[float] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        self._thread.join(2 * self.limit_s)
+
+    def check(self) -> None:
+        """After the block: at least one answer, all right, all in time."""
+        assert not self._thread.is_alive(), "an unrelated request never ended"
+        assert not self.complaints, f"unrelated requests were harmed: {self.complaints[:5]}"
+        assert self.seconds, "no unrelated request was asked"
+        slowest = max(self.seconds)
+        assert slowest < self.limit_s, (
+            f"an unrelated request took {slowest:.1f} s, the limit is {self.limit_s:.1f} s"
+        )
+
+    def _run(self) -> None:
+        while True:
+            begun_s = time.monotonic()
+            try:
+                answer = self.ask()
+            except Exception as error:  # any error is what we are here to see
+                self.complaints.append(repr(error))
+            else:
+                if answer != self.expected:
+                    self.complaints.append(f"{answer!r} instead of {self.expected!r}")
+            self.seconds.append(time.monotonic() - begun_s)
+            if self._over.is_set():
+                return
