@@ -1,0 +1,16 @@
+"""Constrained answers: grammars over tokens, by llguidance. No torch here: coordinators check, too.
+
+    Constraint --compile, in threads of its own--> a grammar, cached --copy--> Matcher: one answer's
+                                                                                place in it
+    a step   drafts are cut by it, or made of what it forces
+             masks of all positions that may give a token, while the model computes
+             tokens that stand move it on; where nothing can follow, the answer ends
+
+A matcher is a function of the tokens it has been given: whoever has those can make it again.
+"""
+
+from engine.constraints.compiler import Compiler, Vocabulary
+from engine.constraints.masks import Masks
+from engine.constraints.matcher import Matcher
+
+__all__ = ["Compiler", "Masks", "Matcher", "Vocabulary"]

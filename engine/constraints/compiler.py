@@ -1,0 +1,198 @@
+"""Constraints -> grammars, in threads of their own, cached; or the reason why not.
+
+    matcher(constraint, tokens):  known? -> a copy        being compiled? -> wait for that
+                                  else compile, once however many ask
+
+A grammar is refused where it is too long, too deep or too costly for the limits below, so that no
+constraint can hold up an engine: they bound what a mask costs, too. A compilation that takes longer
+than its callers wait goes on, and what it found is known to the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from engine.constraints.deep_threads import DeepThreads
+from engine.constraints.matcher import Matcher, brief
+from engine.errors import InvalidRequest, Unavailable
+from engine.types import Constraint, ConstraintKind
+
+MAX_SOURCE_CHARS = 1 << 20  # what the stacks of DeepThreads are made for
+COMPILE_S = 10.0
+_NUM_THREADS = 2
+_MAX_CACHED = 256
+_MAX_CACHED_CHARS = 16 << 20  # of their sources
+# A step with a mask that costs more than some ten milliseconds would hold up everybody's.
+_LIMITS = LLParserLimits(step_max_items=12_000, step_lexer_fuel=200_000, verbose_errors=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Where a model's tokens are told of."""
+
+    folder: Path  # with tokenizer.json
+    size: int  # of the model
+    eos_token_ids: tuple[int, ...]
+
+    def build(self) -> LLTokenizer:
+        """Takes a fifth of a second, and the interpreter with it."""
+        text = (self.folder / "tokenizer.json").read_text()
+        return LLTokenizer(text, n_vocab=self.size, eos_token=list(self.eos_token_ids) or None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """What became of a constraint: a grammar that nobody advances, or a reason."""
+
+    num_chars: int
+    template: LLMatcher | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiling:
+    """A compilation under way, on its thread and as the loop sees it."""
+
+    work: Future[_Compiled]
+    done: asyncio.Future[_Compiled]
+
+
+class Compiler:
+    """Grammars over one vocabulary. Lives on an event loop; its work is done in its threads."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.num_compiled = 0
+        self._threads = DeepThreads(_NUM_THREADS, "grammars")
+        self._tokenizer = self._threads.submit(vocabulary.build)
+        self._known: OrderedDict[bytes, _Compiled] = OrderedDict()
+        self._num_chars = 0
+        self._compiling: dict[bytes, _Compiling] = {}
+
+    async def matcher(self, constraint: Constraint, tokens: Sequence[int] = ()) -> Matcher:
+        """Where an answer stands that begins with `tokens`.
+
+        Raises InvalidRequest: of "constraint" if that cannot be used, of "tokens" if they do not
+        fit it; Unavailable where the threads do not come to it in time.
+        """
+        compiled = await self._compiled(constraint)
+        if compiled.template is None:
+            raise InvalidRequest("constraint", compiled.reason)
+        matcher = Matcher(compiled.template.deep_copy())
+        if tokens:
+            advance = self._threads.submit(partial(matcher.advance, tokens))
+            try:
+                fits = await asyncio.wait_for(asyncio.wrap_future(advance), COMPILE_S)
+            except TimeoutError:
+                raise _busy() from None
+            if not fits:
+                raise InvalidRequest("tokens", "they do not fit the constraint")
+        return matcher
+
+    def forget(self, constraint: Constraint) -> None:
+        """Compile it anew the next time: its copies share what they have learned, and the limits
+        on that.
+        """
+        self._drop(_digest(constraint))
+
+    def close(self) -> None:
+        """End the threads after what they are doing."""
+        self._threads.close()
+
+    async def _compiled(self, constraint: Constraint) -> _Compiled:
+        key = _digest(constraint)
+        if (known := self._known.get(key)) is not None:
+            self._known.move_to_end(key)
+            return known
+        compiling = self._compiling.get(key)
+        if compiling is None:
+            work = self._threads.submit(partial(self._compile, constraint))
+            compiling = self._compiling[key] = _Compiling(work, asyncio.wrap_future(work))
+            compiling.done.add_done_callback(partial(self._keep, key))
+        try:
+            return await asyncio.wait_for(asyncio.shield(compiling.done), COMPILE_S)
+        except TimeoutError:
+            if not compiling.work.running():
+                raise _busy() from None
+            reason = f"takes longer than {COMPILE_S:g} s to compile"
+            raise InvalidRequest("constraint", reason) from None
+
+    def _keep(self, key: bytes, compiling: asyncio.Future[_Compiled]) -> None:
+        del self._compiling[key]
+        if compiling.cancelled() or compiling.exception() is not None:
+            return
+        compiled = compiling.result()
+        self.num_compiled += 1
+        self._known[key] = compiled
+        self._num_chars += compiled.num_chars
+        while len(self._known) > _MAX_CACHED or self._num_chars > _MAX_CACHED_CHARS:
+            self._drop(next(iter(self._known)))
+
+    def _drop(self, key: bytes) -> None:
+        if (gone := self._known.pop(key, None)) is not None:
+            self._num_chars -= gone.num_chars
+
+    # -- in the threads ----------------------------------------------------------------------------
+
+    def _compile(self, constraint: Constraint) -> _Compiled:
+        num_chars = len(constraint.source)
+        if num_chars > MAX_SOURCE_CHARS:
+            reason = f"{num_chars} characters; expected at most {MAX_SOURCE_CHARS}"
+            return _Compiled(0, None, reason)
+        try:
+            grammar = _grammar(constraint)
+        except (ValueError, RecursionError) as error:
+            what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            return _Compiled(0, None, f"not JSON: {brief(what)}")
+        try:
+            tokenizer = self._tokenizer.result()
+        except Exception as error:  # the library's own, of many kinds
+            reason = f"none is possible with this model's tokenizer: {brief(str(error))}"
+            return _Compiled(0, None, reason)
+        template = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
+        first = template.deep_copy()
+        if not first.is_error():
+            first.compute_bitmask()  # some limits show only here
+        if first.is_error():
+            return _Compiled(0, None, brief(first.get_error()))
+        return _Compiled(num_chars, template)
+
+
+def _busy() -> Unavailable:
+    return Unavailable("the compilers of constraints are busy", retry_after_s=COMPILE_S / 2)
+
+
+def _digest(constraint: Constraint) -> bytes:
+    kind = constraint.kind.value.encode()
+    source = constraint.source.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(source, digest_size=16, person=kind).digest()
+
+
+def _grammar(constraint: Constraint) -> str:
+    """As the library takes it: a JSON list of grammars, in which a source is a value or a text.
+
+    Raises ValueError, RecursionError where a schema is not JSON.
+    """
+    source = constraint.source
+    match constraint.kind:
+        case ConstraintKind.JSON_SCHEMA:
+            json.loads(source, parse_constant=_no_constant)
+            return LLMatcher.grammar_from_json_schema(source)
+        case ConstraintKind.REGEX:
+            return LLMatcher.grammar_from_regex(source)
+        case ConstraintKind.LARK:
+            return json.dumps({"grammars": [{"lark_grammar": source}]})
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")

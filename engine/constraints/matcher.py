@@ -1,0 +1,51 @@
+"""One answer's place in its grammar. One owner at a time: who made it, then the engine thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llguidance import LLMatcher
+
+
+class Matcher:
+    """A function of the tokens that it was given so far.
+
+    What it allows does not depend on how they came: one by one, guessed first, or all at once.
+    """
+
+    __slots__ = ("library",)
+
+    def __init__(self, library: LLMatcher) -> None:
+        """`library` belongs to nobody else."""
+        self.library = library
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more can follow: the grammar is complete, or it has failed."""
+        return self.library.is_stopped()
+
+    @property
+    def error(self) -> str:
+        """Why it can say no more (a limit was reached), or ""."""
+        return brief(self.library.get_error()) if self.library.is_error() else ""
+
+    def advance(self, tokens: Sequence[int]) -> bool:
+        """Take the next tokens; False: they do not fit, and it is of no use any more."""
+        return self.library.consume_tokens(list(tokens))
+
+    def num_valid(self, tokens: Sequence[int]) -> int:
+        """How many of these tokens could come next."""
+        return self.library.validate_tokens(list(tokens))
+
+    def forced(self) -> list[int]:
+        """Tokens that come next whatever the model says; often none."""
+        return self.library.compute_ff_tokens()
+
+
+def brief(message: str) -> str:
+    """A library's message in one line, of a length for people; states and traces left out."""
+    text = message
+    for mark in ("<state>", "<backtrace>", "<non-verbose/>"):
+        text = text.split(mark, 1)[0]
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:200]} ... {line[-95:]}"
