@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from contextlib import suppress
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -29,6 +30,7 @@ from engine.pb.diptych.v1 import admin_pb2, inference_pb2
 from engine.pb.inference import grpc_service_pb2
 from engine.pb.vllm import vllm_engine_pb2
 from engine.rpc.server import RpcServer
+from engine.telemetry.holds import holds_route, shown
 from engine.telemetry.http import HttpServer, make_app, serve_http
 from engine.telemetry.metrics import CoordinatorMetrics, RpcMetrics
 from engine.types import Role
@@ -48,11 +50,11 @@ class Coordinator:
         self.registry = CollectorRegistry()
         metrics = CoordinatorMetrics(self.registry, model.name)
         self.membership = Membership(model.name, model.limits.vocab_size, metrics)
-        admission = Admission(front.max_queued_requests, front.max_queued_tokens, metrics)
+        self._admission = Admission(front.max_queued_requests, front.max_queued_tokens, metrics)
         self.pipeline = Pipeline(
             model,
             self.membership,
-            admission,
+            self._admission,
             metrics,
             worker_wait_s=front.worker_wait_s,
             token=trust.cluster,
@@ -66,15 +68,11 @@ class Coordinator:
         public = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
         self._public.add_service(public, inference, limit_s=front.max_request_s + _STUCK_S)
         admin = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
-        self._public.add_service(
-            admin, AdminServicer(self.membership), token=trust.drain, guarded={"DrainWorker"}
-        )
+        workers = RegistryServicer(self.membership, f"coordinator-{secrets.token_hex(4)}")
+        operator = AdminServicer(self.membership, workers)
+        self._public.add_service(admin, operator, token=trust.drain, guarded={"DrainWorker"})
         registry = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"]
-        self._internal.add_service(
-            registry,
-            RegistryServicer(self.membership, f"coordinator-{secrets.token_hex(4)}"),
-            token=trust.cluster,
-        )
+        self._internal.add_service(registry, workers, token=trust.cluster)
         self._speak_other_protocols(inference, metrics)
         self._http: HttpServer | None = None
         self._openai: OpenAiApi | None = None
@@ -95,12 +93,17 @@ class Coordinator:
             port = self._internal.listen(self._front.internal_listen)
             self.internal_address = _with_port(self._front.internal_listen, port)
         self._openai = OpenAiApi(dialable(self.address), self.registry)
-        app = make_app(self.registry, lambda: self.ready, self._openai.routes())
+        routes = [holds_route(self._holds), *self._openai.routes()]
+        app = make_app(self.registry, lambda: self.ready, routes)
         self._http = await serve_http(app, self._front.http)
         self.http_address = self._http.address
         await self._public.start()
         if self._internal is not self._public:
             await self._internal.start()
+
+    async def _holds(self) -> dict[str, Any]:
+        """The answer of /debug/holds."""
+        return {"process": {"role": "coordinator"}, "holds": shown(self._admission.holds())}
 
     def _speak_other_protocols(
         self, inference: InferenceServicer, metrics: CoordinatorMetrics

@@ -136,9 +136,9 @@ class _Answer:
             self._service.host.in_background(self._clean_up())
 
     async def _clean_up(self) -> None:
-        """Free the blocks, but not before every read into them is terminal.
+        """Free the blocks but those that a read may still write: the read holds them itself then.
 
-        That may take long where a peer hangs: whoever waits for these blocks makes them itself.
+        Whoever waits for these blocks makes them.
         """
         self._service.host.engine.post(lambda core: core.give_up_making(self._stream.key))
         if self._fetching is not None:

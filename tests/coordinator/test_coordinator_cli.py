@@ -64,6 +64,7 @@ BAD_ANSWER_FLAGS = [
     (["--timeout", "-1"], "--timeout"),
     (["--server", "nonsense"], "--server"),
     (["--server", ""], "--server"),
+    (["--server", "127.0.0.1:1,,"], "--server"),
     (["--stop", b"\xff"], "--stop"),
 ]
 
@@ -103,6 +104,8 @@ def test_a_used_port(used_port, flag):
 def test_nobody_answers(used_port):
     for command in (["generate", "x"], ["chat", "x"], ["status"]):
         one_sentence(run(*command, "--server", "127.0.0.1:1"), 1, "nobody answers at 127.0.0.1:1")
+    several = "127.0.0.1:1,127.0.0.1:2"
+    one_sentence(run("generate", "x", "--server", several), 1, f"nobody answers at {several}")
 
 
 def test_help_is_for_newcomers():
@@ -134,8 +137,8 @@ def test_serving_without_workers_until_a_signal(tmp_path):
         with Client(address) as client:
             assert not client.model().ready
         one_sentence(run("generate", "x", "--timeout", "1", "--server", address), 1, "time ran out")
-        done = run("status", "--server", address)
-        assert done.returncode == 0
+        done = run("status", "--server", f"127.0.0.1:1,{address}")
+        assert done.returncode == 0, done.stderr
         assert "not ready" in done.stdout
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)

@@ -98,6 +98,22 @@ def test_sizes():
     assert parse_size(77) == 77
 
 
+@pytest.mark.parametrize(
+    ("argv", "on"),
+    [
+        ((), False),
+        (("--kv-checksums",), True),
+        (("--kv-checksums", "--quarantine-s", "5"), True),
+        (("--kv-checksums=false",), False),
+        (("--kv-checksums", "on"), True),
+    ],
+)
+def test_a_bare_switch_switches_on(argv, on):
+    got = resolve(*argv, groups=(TransferOptions,))
+    assert got["kv_checksums"] is on
+    assert resolve(*to_flags(TransferOptions(**got)), groups=(TransferOptions,)) == got
+
+
 def test_flags_for_a_child_say_the_same():
     model = ModelOptions(model="-odd", dtype="float32", seed_weights=3)
     worker = WorkerOptions(worker_id="--config", coordinator="a:1,b:2")

@@ -93,6 +93,15 @@ class Port:
             self.address, options=(*mine, ("grpc.max_send_message_length", -1), *options)
         )
 
+    def answers(self) -> bool:
+        """Whether a proper call on a new connection is answered."""
+        with self.channel() as channel:
+            call = channel.unary_unary(
+                "/diptych.v1.InferenceService/GetModel",
+                response_deserializer=pb.Model.FromString,
+            )
+            return bool(call(b"", timeout=10).ready)
+
     def held_for(self, name: str, request_id: str) -> bool:
         """Whether a process holds something for a request."""
         response = httpx.get(f"http://{self._http[name]}/debug/holds", timeout=5)
@@ -110,13 +119,9 @@ class Port:
         return sum(map(float, found))
 
     def _ask(self) -> list[int]:
-        asked = request(_NUM_TOKENS)
+        salt = f"salt-{next(_ids)}"
         tokens, _, _ = self.stack.generate(
-            PROMPT,
-            timeout_s=60,
-            max_tokens=_NUM_TOKENS,
-            ignore_eos=True,
-            cache_salt=asked.cache_salt,
+            PROMPT, timeout_s=60, max_tokens=_NUM_TOKENS, ignore_eos=True, cache_salt=salt
         )
         return tokens
 

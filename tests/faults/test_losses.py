@@ -73,12 +73,14 @@ async def test_kill_9_of_the_coordinator_in_mid_stream(row: Row) -> None:
             streams = [follow(client, CASES[name], salt=fresh_salt()) for name in SHORT]
             for stream in streams:
                 await stream.come(10)
-            assert row.samples(dead).get("num_requests_running", 0) >= len(SHORT), "all are on it"
+            written = [stream for stream in streams if not stream.over]
+            assert row.samples(dead).get("num_requests_running", 0) >= 1, "they are on it"
             killed = row.kill(dead)
             await row.all_whole(streams)
+            assert client.num_resumed >= 1
         undisturbed = [row.ask(name) for name in SHORT]
         await row.all_whole(undisturbed)
         assert [s.text for s in streams] == [s.text for s in undisturbed], "the text has no seam"
-        row.in_time([s.wait_after(killed) for s in streams], KILL_S)
+        row.in_time([s.wait_after(killed) for s in written], KILL_S)
         await row.whole()
     await row.finish()

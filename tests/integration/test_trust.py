@@ -450,6 +450,9 @@ def test_local_workers_are_authenticated_by_default(tmp_path: Path) -> None:
         for entry in ("cmdline", "environ"):
             assert not [p for p, text in everywhere(entry).items() if secret.encode() in text]
         asyncio.run(local_services(stack, secret))
+        listening = [where for pid in stack.pids() for where in listeners(pid)]
+        assert len(listening) >= 8, "gRPC and HTTP of three, UCX of two"
+        assert {host for host, _ in listening} == {"127.0.0.1"}, "UCX asks nobody for a token"
         os.kill(stack.pid_of("prefill-0"), signal.SIGKILL)
         until(lambda: not stack.ready(), 10, "the prefill worker is missed")
         until(stack.ready, 60, "the prefill worker is back")
@@ -458,6 +461,25 @@ def test_local_workers_are_authenticated_by_default(tmp_path: Path) -> None:
         assert stack.metrics("decode")["diptych_kv_transfer_blocks_total"] > 0
         stack.assert_at_rest()
         assert secret not in "".join(stack.logs().values())
+
+
+def listeners(pid: int) -> list[tuple[str, int]]:
+    """Addresses at which a process listens for TCP connections."""
+    sockets = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            sockets.add(os.readlink(entry))
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:
+                host, _, port = words[1].partition(":")
+                raw = bytes.fromhex(host)
+                if len(raw) == 4:
+                    host = ".".join(str(byte) for byte in raw[::-1])
+                found.append((host, int(port, 16)))
+    return found
 
 
 async def local_services(stack: Stack, secret: str) -> None:

@@ -94,6 +94,7 @@ class FakeCoordinator:
     requests: list[Any] = field(default_factory=list)
     deadlines: list[float | None] = field(default_factory=list)
     num_cancelled: int = 0
+    host: str = "127.0.0.1"
     port: int = 0
 
     async def start(self) -> None:
@@ -103,7 +104,7 @@ class FakeCoordinator:
             admin_pb2.DESCRIPTOR.services_by_name["AdminService"],
         ):
             self._server.add_service(descriptor, self)
-        self.port = self._server.listen(f"127.0.0.1:{self.port}")
+        self.port = self._server.listen(f"{self.host}:{self.port}")
         await self._server.start()
         self._vanishing: asyncio.Task[None] | None = None
 
@@ -114,7 +115,7 @@ class FakeCoordinator:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     async def Generate(self, request: Any, context: Any) -> Any:
         self.requests.append(request)
