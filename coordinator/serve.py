@@ -15,6 +15,7 @@ import os
 import resource
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import uvloop
 
 from coordinator.app import Coordinator, dialable
 from coordinator.model import ServedModel
-from coordinator.supervisor import Supervisor, worker_command
+from coordinator.supervisor import Supervisor, worker_command, worker_environment
 from coordinator.trust import Trust
 from engine.checkpoint.source import resolve
 from engine.config import (
@@ -42,7 +43,7 @@ from engine.config import (
 from engine.native.threads import memory_board
 from engine.placement import prepare_weights
 from engine.precision import has_gpu
-from engine.rpc.trust import ClusterToken
+from engine.rpc.trust import ClusterToken, stays_on_this_machine
 from engine.telemetry.log import configure_logging, get_logger
 from engine.types import Role
 
@@ -151,7 +152,8 @@ def make_supervisor(
         flags = [*shared, *draft] if role is Role.DECODE else shared
         return worker_command(worker_id, role, [*flags, f"--cores={seats[worker_id]}"])
 
-    return Supervisor(places, log_dir, command)
+    alone = stays_on_this_machine(coordinator_address)
+    return Supervisor(places, log_dir, command, partial(worker_environment, alone=alone))
 
 
 async def _until_stop(

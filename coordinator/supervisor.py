@@ -42,14 +42,19 @@ class WorkerEnvironment:
     nice: int = 0
 
 
-def worker_environment(role: Role, cores: int, num_workers: int) -> WorkerEnvironment:
+def worker_environment(
+    role: Role, cores: int, num_workers: int, *, alone: bool = False
+) -> WorkerEnvironment:
     """What a local worker of `role` gets on a machine of `cores` with `num_workers` of them.
 
     Threads that wait for work must not spin on cores that another worker needs. Decode goes before
-    prefill: a prompt that takes longer delays one answer, a slow step delays all of them.
+    prefill: a prompt that takes longer delays one answer, a slow step delays all of them. `alone`:
+    all peers are on this machine, so UCX, which asks nobody who he is, listens to no other.
     """
     threads = max(1, cores // max(1, num_workers))
     variables = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    if alone:
+        variables["UCX_NET_DEVICES"] = "lo"
     return WorkerEnvironment(variables, nice=5 if role is Role.PREFILL else 0)
 
 

@@ -166,6 +166,12 @@ def test_an_orphan_ends_before_it_begins(modules):
     assert (done.returncode, done.stdout) == (1, "")
 
 
+def test_ucx_of_workers_that_are_alone_stays_on_the_machine():
+    alone = worker_environment(Role.DECODE, 2, 2, alone=True)
+    assert alone.variables["UCX_NET_DEVICES"] == "lo"
+    assert "UCX_NET_DEVICES" not in worker_environment(Role.DECODE, 2, 2).variables
+
+
 def test_environment_shares_the_cores():
     assert worker_environment(Role.DECODE, 16, 4).variables["OMP_NUM_THREADS"] == "4"
     assert worker_environment(Role.PREFILL, 2, 4).variables["OMP_NUM_THREADS"] == "1"
