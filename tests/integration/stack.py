@@ -130,6 +130,11 @@ class Stack:
                     found.append(int(entry.name))
         return found
 
+    def token_flag(self) -> str:
+        """How a local worker was given the cluster's secret: for one from outside."""
+        words = Path(f"/proc/{self.pids('decode-0')[0]}/cmdline").read_text().split("\0")
+        return next(word for word in words if word.startswith("--cluster-token-file="))
+
     def pid_of(self, worker_id: str) -> int:
         """The process that is this worker now."""
         (pid,) = self.pids(worker_id)

@@ -59,14 +59,16 @@ INVALID = {
     "min above max": (stop(max_tokens=2, min_tokens=3), "stop.min_tokens"),
     "empty stop string": (stop(stop=[""]), "stop.stop"),
     "stop id out of range": (stop(stop_token_ids=[99999]), "stop.stop_token_ids"),
+    "no choice": (Request(text="hi", n=0), "n"),
+    "too many choices": (Request(text="hi", n=1000), "n"),
+    "too many alternatives": (
+        Request(text="hi", output=inference_pb2.Output(logprobs=1000)),
+        "output.logprobs",
+    ),
     "long request id": (Request(text="hi", request_id="x" * 200), "request_id"),
 }
 NOT_YET = {
-    "n": Request(text="hi", n=2),
     "constraint": Request(text="hi", constraint=inference_pb2.Constraint(json_object=True)),
-    "output.logprobs": Request(text="hi", output=inference_pb2.Output(logprobs=0)),
-    "output.prompt_logprobs": Request(text="hi", output=inference_pb2.Output(prompt_logprobs=1)),
-    "output.echo": Request(text="hi", output=inference_pb2.Output(echo=True)),
 }
 
 
@@ -171,7 +173,7 @@ def test_a_worker_that_does_not_match_is_refused(stack: Stack, name: str) -> Non
     flags, word = MISMATCHES[name]
     default = ("--dtype", "float32") if name != "another dtype" else ()
     args = (*default, *flags, "--kv-cache-memory", "256MiB", "--max-model-len", "1024")
-    args += ("--coordinator", stack.address, "--log-format", "json")
+    args += ("--coordinator", stack.address, "--log-format", "json", stack.token_flag())
     out = command("decode.cli", "start", *args)
     assert out.returncode == 2
     assert word in out.stderr.splitlines()[-1]
