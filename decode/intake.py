@@ -45,6 +45,7 @@ from kvtransfer.service import Renewer
 
 _log = get_logger(__name__)
 _T = TypeVar("_T")
+_LAST_WORDS_S = 0.5
 _SETTLE_S = 0.2  # a read that was stopped usually ends in milliseconds
 _MAX_ROUNDS = 3  # calls for the same blocks before the rest is computed here
 
@@ -152,7 +153,7 @@ class Intake:
                 num_fresh = await self._pull(fetch, wanted, pool, ready, chunks)
                 num_committed += num_fresh
                 self._commit(fetch, num_committed)
-                self._host.in_background(renewer.release(ready.lease))
+                chunks.release(self._host.in_background(renewer.release(ready.lease)))
                 if num_fresh < len(ready.block_ids):
                     return num_committed
         finally:
@@ -257,6 +258,7 @@ class _Chunks:
         self._peer = peer
         self._queue: asyncio.Queue[worker_pb2.BlocksReady | None] = asyncio.Queue()
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._releasing: set[asyncio.Task[bool]] = set()
         self.finished: worker_pb2.PrefillFinished | None = None
         call = worker_pb2_grpc.PrefillServiceStub(channel).Prefill(request, timeout=timeout_s)
         self._reader = asyncio.create_task(self._read(call))
@@ -278,8 +280,15 @@ class _Chunks:
         finally:
             task.cancel()
 
+    def release(self, releasing: asyncio.Task[bool]) -> None:
+        """A lease is being released: the call is not ended before its peer has heard of it."""
+        self._releasing.add(releasing)
+        releasing.add_done_callback(self._releasing.discard)
+
     async def close(self) -> None:
         """End the call, and with it every lease that is left."""
+        if self._releasing:
+            await asyncio.wait(set(self._releasing), timeout=_LAST_WORDS_S)
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
         self._broken.cancel()

@@ -234,7 +234,10 @@ def test_an_echoed_prompt_with_its_logprobs(stack, client, max_tokens):
     assert plain.choices[0].text == choice.text
     assert plain.choices[0].logprobs is None
     listed = client.completions.create(prompt=[ids, ids], **ask, logprobs=1, echo=True)
-    assert [c.logprobs.token_logprobs for c in listed.choices] == [shown.token_logprobs] * 2
+    for other in listed.choices:  # torch sums in an order that depends on the batch
+        assert other.logprobs.token_logprobs[0] is None
+        wanted = pytest.approx(shown.token_logprobs[1:], abs=1e-3)
+        assert other.logprobs.token_logprobs[1:] == wanted
 
 
 def test_errors_are_the_clients_own(stack, client):
@@ -284,7 +287,7 @@ def test_a_client_that_goes_away_frees_everything(stack, client, streams):
     if streams:
         stream = client.completions.create(**ask, stream=True, extra_body={"ignore_eos": True})
         next(iter(stream))
-        assert held(stack)
+        until(lambda: bool(held(stack)), 5, "a heartbeat tells of it")
         stream.close()
     else:
         impatient = client.with_options(timeout=1.0)

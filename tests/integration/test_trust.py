@@ -476,8 +476,8 @@ def listeners(pid: int) -> list[tuple[str, int]]:
             if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:
                 host, _, port = words[1].partition(":")
                 raw = bytes.fromhex(host)
-                if len(raw) == 4:
-                    host = ".".join(str(byte) for byte in raw[::-1])
+                if len(raw) == 4 or host.startswith("0000000000000000FFFF0000"):  # mapped
+                    host = ".".join(str(byte) for byte in raw[-4:][::-1])
                 found.append((host, int(port, 16)))
     return found
 
