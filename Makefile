@@ -8,7 +8,7 @@ GPU    := $(shell command -v nvidia-smi 2>/dev/null)
 comma  := ,
 EXTRAS := worker$(if $(GPU),$(comma)gpu)
 
-.PHONY: demo serve test faults chaos ecosystem lint protos bench bench-peers clean
+.PHONY: demo serve test faults chaos fuzz ecosystem lint protos bench bench-peers clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m coordinator.demo
@@ -27,6 +27,11 @@ faults: $(VENV)/.dev
 chaos: MINUTES ?= 30
 chaos: $(VENV)/.dev
 	$(BIN)/python -m tests.faults.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(CHAOS_ARGS)
+
+# Random input to the public API: make fuzz INPUTS=100000 SEED=n [FUZZ_ARGS="--wire-inputs N"]
+fuzz: INPUTS ?= 100000
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.faults.fuzz --inputs $(INPUTS) $(if $(SEED),--seed $(SEED)) $(FUZZ_ARGS)
 
 # Clients of others against one stack, each in its own environment: make ecosystem [ECOSYSTEM_ARGS="--only smg"]
 ecosystem: $(VENV)/.dev
