@@ -164,8 +164,8 @@ def _prefill_services(host: Any) -> Any:
                         yield response
                         continue
                     late = ORDERS.standing("late_ready") or {}
-                    large = len(response.ready.block_ids) >= late.get("min_blocks", 0)
-                    if large and ORDERS.take("late_ready"):
+                    meant = late.get("only", request.request_id) == request.request_id
+                    if meant and ORDERS.take("late_ready"):
                         await asyncio.sleep(late["after_s"])
                     if ORDERS.take("lose_ready"):
                         continue

@@ -19,7 +19,7 @@ import httpx
 from coordinator.membership import DOUBT_S
 from tests.faults import checks
 from tests.faults.asks import Asker, Stream
-from tests.faults.cluster import SPARE, Cluster
+from tests.faults.cluster import SPARE, Cluster, until
 from tests.faults.load import Load
 from tests.faults.oracle import CASES, Case, Oracle
 
@@ -222,9 +222,13 @@ class Row:
     # -- breaking ----------------------------------------------------------------------------------
 
     def kill(self, name: str) -> float:
-        """kill -9; returns the moment."""
-        self.cluster[name].kill()
-        return time.monotonic()
+        """kill -9; returns the moment. The process is gone then."""
+        place, killed = self.cluster[name], time.monotonic()
+        process = place.process
+        assert process is not None, f"{name} is down already"
+        place.kill()
+        until(lambda: process.poll() is not None, 5, f"{name} ends", interval_s=0.001)
+        return killed
 
     async def take_down(self, names: Sequence[str]) -> None:
         """kill -9, and nothing comes back before `bring_back`."""

@@ -137,9 +137,8 @@ async def test_d_full_in_mid_transfer(alone: Row) -> None:
     """
     row = alone
     for _ in range(5 if row.full else 1):
-        # Of the long prompt's four chunks the first three; the answers' prompts have fewer blocks.
-        row.order(P, "late_ready", times=3, after_s=1.5, min_blocks=16)
         long = row.ask("long-0")
+        row.order(P, "late_ready", times=3, after_s=1.5, only=long.request_id)
         await row.until(lambda: checks.num_held(row.cluster.http(D)) > 50, 10, "it has its room")
         streams = [row.ask(f"short-3{kind}") for kind in ("", "-sampled", "")]
         await row.all_whole([*streams, long])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 START = """
 import sys
@@ -38,6 +39,30 @@ def test_missing_nixl_is_named() -> None:
 def test_unusable_lanes_are_named() -> None:
     code, out = start(UCX_TLS="self")
     assert code == 2 and "UCX_TLS" in out
+
+
+def test_an_end_that_hangs_with_the_gil_ends_the_process() -> None:
+    """No thread of Python could: a sleep in C that does not let go of it stands for the hang."""
+    script = """
+import ctypes
+from kvtransfer import nixl_transport
+nixl_transport.HANG_S = 0.3
+with nixl_transport._ended_if_it_hangs():
+    pass
+with nixl_transport._ended_if_it_hangs():
+    ctypes.PyDLL(None).sleep(20)
+"""
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1 and time.monotonic() - begun < 15
+    assert "most recent call first" in done.stderr
 
 
 def test_nothing_is_printed_and_logging_is_left_as_it_was() -> None:
