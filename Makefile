@@ -19,9 +19,10 @@ serve: $(VENV)/.run
 test: $(VENV)/.dev
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# The fault suite at its full length; `test` has its shortened form.
+# The fault suite at its full length. FULL= gives the shortened form.
+faults: FULL ?= --full
 faults: $(VENV)/.dev
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/faults --full $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/faults $(FULL) $(PYTEST_ARGS)
 
 # Random faults under load: make chaos MINUTES=30 [SEED=n] [CHAOS_ARGS="--lane tcp --out DIR"]
 chaos: MINUTES ?= 30
