@@ -50,6 +50,16 @@ with grpc.insecure_channel(ADDRESS) as channel:
     sampled = [generate(stub, f"d{i}", temperature=1.0, seed=3)[0] for i in range(2)]
     assert sampled[0] == sampled[1]
 
+    several = stub.Generate(request("e", n=2, temperature=1.0, seed=3), timeout=120)
+    ends = [r.complete for r in several if r.HasField("complete")]
+    assert sorted(end.index for end in ends) == [0, 1]
+    _, scored = generate(stub, "f", ignore_eos=True, logprobs=2, prompt_logprobs=0)
+    assert len(scored.output_logprobs.token_logprobs) == 24
+    assert len(scored.output_logprobs.top_logprobs[0].token_ids) == 2
+    assert list(scored.input_logprobs.token_ids) == PROMPT
+    values = scored.input_logprobs.token_logprobs
+    assert [value.HasField("value") for value in values] == [False] + [True] * (len(PROMPT) - 1)
+
     # An abort from elsewhere ends a stream as "abort".
     long = stub.Generate(request("long", ignore_eos=True, max_tokens=4000), timeout=120)
     next(long)
@@ -65,4 +75,6 @@ with grpc.insecure_channel(ADDRESS) as channel:
         assert error.code() is grpc.StatusCode.UNIMPLEMENTED, error
     else:
         raise AssertionError("KV transfer is taken")
-print("HealthCheck, GetModelInfo, GetServerInfo, Generate (streamed equals whole), Abort")
+print(
+    "HealthCheck, GetModelInfo, GetServerInfo, Generate (streamed equals whole, n, logprobs), Abort"
+)

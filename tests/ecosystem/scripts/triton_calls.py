@@ -164,6 +164,32 @@ def token_ids(client, ids):
         ]
 
 
+def choices_and_logprobs(client, text):
+    options = {"max_tokens": TOKENS, "n": 3, "temperature": 1.0, "seed": 5}
+    several = client.infer(MODEL, [prompt()], parameters=options)
+    assert several.as_numpy("text_output").shape == (3,) and len(set(words(several))) > 1
+    stream = Stream(client)
+    stream.ask("n", [prompt(), tensor("streaming", [True], "BOOL")], parameters=options)
+    pieces = [words(r) for r in stream.gather("n")[0]["n"]]
+    assert ["".join(piece) for piece in zip(*pieces, strict=True)] == words(several)
+    client.stop_stream()
+    scored = client.infer(
+        MODEL,
+        [
+            prompt(),
+            tensor("return_logprobs", [True], "BOOL"),
+            tensor("return_cumulative_logprob", [True], "BOOL"),
+            tensor("exclude_input_in_output", [False], "BOOL"),
+        ],
+        parameters={"max_tokens": TOKENS, "logprobs": 2},
+    )
+    assert words(scored) == [PROMPT + text]
+    tokens = json.loads(words(scored, "logprobs")[0])
+    assert len(tokens) == TOKENS
+    total = sum(next(iter(token.values()))["logprob"] for token in tokens)
+    assert abs(total - scored.as_numpy("cumulative_logprob")[0]) < 1e-3
+
+
 def streams(client, text):
     stream = Stream(client)
     on = tensor("streaming", [True], "BOOL")
@@ -251,10 +277,12 @@ with triton.InferenceServerClient(ADDRESS) as triton_client:
     metadata(triton_client)
     answer, answer_ids = unary(triton_client)
     token_ids(triton_client, answer_ids)
+    choices_and_logprobs(triton_client, answer)
     streams(triton_client, answer)
     refusals(triton_client)
 asyncio.run(asynchronous(answer))
 print(
-    "live, ready, metadata, config; ModelInfer by text and token ids; 6 interleaved requests on a"
-    " stream, errors, cancellation; asyncio; streams equal whole answers"
+    "live, ready, metadata, config; ModelInfer by text and token ids; choices, log-probabilities,"
+    " echo; 6 interleaved requests on a stream, errors, cancellation; asyncio; streams equal whole"
+    " answers"
 )
