@@ -190,12 +190,15 @@ def test_logprobs_of_both_apis_equal_grpcs(stack, client):
     shown = whole.choices[0].logprobs
     assert shown.tokens == [entry.chosen.text for entry in entries]
     assert "".join(shown.tokens) == text
-    assert shown.token_logprobs == [entry.chosen.logprob for entry in entries]
+    # Torch sums in an order that depends on what else is in the step.
+    logprobs = [entry.chosen.logprob for entry in entries]
+    assert shown.token_logprobs == pytest.approx(logprobs, abs=1e-3)
     assert all(len(top) == 3 for top in shown.top_logprobs)
     assert [max(top.values()) for top in shown.top_logprobs] == shown.token_logprobs  # greedy
     assert shown.text_offset == [len("".join(shown.tokens[:i])) for i in range(10)]
     plain = client.completions.create(prompt=PROMPT, **ask, logprobs=0)
-    assert plain.choices[0].logprobs.token_logprobs == shown.token_logprobs
+    again = plain.choices[0].logprobs.token_logprobs
+    assert again == pytest.approx(shown.token_logprobs, abs=1e-3)
     offsets = []
     for chunk in client.completions.create(prompt=PROMPT, **ask, logprobs=3, stream=True):
         for choice in chunk.choices:
