@@ -6,7 +6,7 @@ the reaper. Its id is a secret between us and its owner: nobody guesses 128 rand
 another owner's name it opens nothing.
 
     grant -> held --release--------> gone      each pin leaves the table exactly once, through
-              |  ^                             release, release_owner or expire
+              |  ^                             release or expire
         renew +--+   --ttl passed--> gone
 
 Owned by the asyncio loop of the process whose blocks they are.
@@ -109,11 +109,6 @@ class LeaseTable:
                 del self._leases[lease_id]
                 block_ids.extend(lease.block_ids)
         return block_ids
-
-    def release_owner(self, owner: str) -> list[int]:
-        """End all leases of a peer; returns the block ids to unpin."""
-        owned = [lease.id for lease in self._leases.values() if lease.owner == owner]
-        return self.release(owner, owned)
 
     def any_left(self, lease_ids: Iterable[bytes]) -> bool:
         """Whether one of these is still in the table."""

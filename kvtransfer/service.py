@@ -139,13 +139,6 @@ class KvServicer(KvServiceServicer):
         self._ended.set()
         self._ended = asyncio.Event()
 
-    async def release_owner(self, owner: str) -> None:
-        """End all leases of a peer that is known to be gone."""
-        block_ids = self._leases.release_owner(owner)
-        if block_ids:
-            self._tell_ended()
-            await self._finish(self._host.unpin(block_ids))
-
     async def reap(self, interval_s: float | None = None) -> NoReturn:
         """Run for ever: unpin what has run out."""
         interval_s = interval_s or min(1.0, self._leases.ttl_s / 4)

@@ -171,50 +171,12 @@ class RpcServer:
         token: ClusterToken | None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The grpc handler of one method: bytes in, messages out."""
-        request_class = message_factory.GetMessageClass(method.input_type)
+        requests = _Requests(method, token)
         full_name = f"{method.containing_service.name}/{method.name}"
-
-        def parse(raw: bytes) -> Message:
-            request = _parse(request_class, raw)
-            if request_id := getattr(request, "request_id", ""):
-                bind_request(request_id[:128])
-            return request
-
-        async def parse_all(raw: AsyncIterator[bytes]) -> AsyncIterator[Message]:
-            async for item in raw:
-                yield _parse(request_class, item)
-
-        def check(context: Context) -> None:
-            if token is not None:
-                token.check(context.invocation_metadata())
-
-        async def first(context: Context) -> Message:
-            """The only message of a call, which its caller has to send in time."""
-            try:
-                async with asyncio.timeout(REQUEST_S):
-                    raw = await context.read()
-            except TimeoutError:
-                raise DeadlineExceeded(f"no whole request within {REQUEST_S:g} s") from None
-            check(context)
-            if raw is grpc.aio.EOF:
-                raise InvalidRequest(
-                    "request", f"none; expected a {request_class.DESCRIPTOR.full_name}"
-                )
-            return parse(raw)
-
-        async def request_of(raw: AsyncIterator[bytes], context: Context) -> Any:
-            if not method.client_streaming:
-                return await first(context)
-            try:
-                check(context)
-            except DiptychError:
-                await _hear_one(raw)
-                raise
-            return parse_all(raw)
 
         async def stream(raw: AsyncIterator[bytes], context: Context) -> None:
             async def body() -> None:
-                answer = behaviour(await request_of(raw, context), context)
+                answer = behaviour(await requests.of(raw, context), context)
                 if inspect.isawaitable(answer):  # it writes by itself, as the library's health does
                     await answer
                     return
@@ -226,7 +188,7 @@ class RpcServer:
 
         async def unary(raw: AsyncIterator[bytes], context: Context) -> Any:
             async def body() -> Any:
-                return await behaviour(await request_of(raw, context), context)
+                return await behaviour(await requests.of(raw, context), context)
 
             return await self._guard(full_name, context, body, limit_s)
 
@@ -295,6 +257,49 @@ class RpcServer:
         except Exception:  # the caller has gone, or gRPC itself has refused what it sent
             log.debug("call ended before its status", method=method, exc_info=True)
             raise asyncio.CancelledError from None
+
+
+class _Requests:
+    """What the callers of one method send: looked at only with the token, parsed, and in time."""
+
+    def __init__(self, method: MethodDescriptor, token: ClusterToken | None) -> None:
+        self._class = message_factory.GetMessageClass(method.input_type)
+        self._are_many = method.client_streaming
+        self._token = token
+
+    async def of(self, raw: AsyncIterator[bytes], context: Context) -> Any:
+        """The message of a call, or an async iterator of them. Raises DiptychError."""
+        if not self._are_many:
+            return await self._only(context)
+        try:
+            self._check(context)
+        except DiptychError:
+            await _hear_one(raw)
+            raise
+        return self._all(raw)
+
+    async def _only(self, context: Context) -> Message:
+        """The one message of a call, which its caller has to send in time."""
+        try:
+            async with asyncio.timeout(REQUEST_S):
+                raw = await context.read()
+        except TimeoutError:
+            raise DeadlineExceeded(f"no whole request within {REQUEST_S:g} s") from None
+        self._check(context)
+        if raw is grpc.aio.EOF:
+            raise InvalidRequest("request", f"none; expected a {self._class.DESCRIPTOR.full_name}")
+        request = _parse(self._class, raw)
+        if request_id := getattr(request, "request_id", ""):
+            bind_request(request_id[:128])
+        return request
+
+    async def _all(self, raw: AsyncIterator[bytes]) -> AsyncIterator[Message]:
+        async for item in raw:
+            yield _parse(self._class, item)
+
+    def _check(self, context: Context) -> None:
+        if self._token is not None:
+            self._token.check(context.invocation_metadata())
 
 
 async def _write(context: Context, response: Message) -> None:

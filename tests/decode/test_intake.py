@@ -78,7 +78,7 @@ async def test_blocks_count_before_their_lease_is_given_back(
             await asyncio.wait_for(collect(decode_stub(d).Decode(ask.pb(p)), tokens), 5)
             assert tokens == ask.answer()
             hanging.set()
-        await p.host.kv.release_owner(d.host.incarnation)
+        await p.lose_leases(d.host.incarnation)
         await assert_at_rest(p, d)
 
 

@@ -54,7 +54,7 @@ async def _lose_leases(p: Panel, owner: str, rng: random.Random) -> None:
     """What a stopped process or a lost network does: leases end while their blocks are read."""
     while True:
         await asyncio.sleep(rng.random() * 0.02)
-        await p.host.kv.release_owner(owner)
+        await p.lose_leases(owner)
 
 
 @pytest.mark.parametrize("seed", range(6))

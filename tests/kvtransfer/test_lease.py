@@ -56,11 +56,6 @@ class Leases(RuleBasedStateMachine):
         self._take(freed)
         self.live -= ours.keys()
 
-    @rule(owner=OWNERS)
-    def release_owner(self, owner: str) -> None:
-        self._take(self.table.release_owner(owner))
-        self.live -= {lease.id for lease in self.granted if lease.owner == owner}
-
     @rule(data=st.data(), owner=OWNERS)
     def renew(self, data: st.DataObject, owner: str) -> None:
         some = data.draw(st.lists(st.sampled_from(self.granted))) if self.granted else []

@@ -141,15 +141,6 @@ async def test_a_hold_whose_caller_vanishes_midway_is_reaped() -> None:
         await at_rest(host)
 
 
-async def test_release_owner_takes_all_of_a_dead_peer() -> None:
-    async with serving(ttl_s=60) as (stub, servicer, host):
-        for name in (b"1", b"2"):
-            await stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=[name]))
-        await stub.Hold(pb.HoldRequest(caller_incarnation="other", hashes=[b"3"]))
-        await servicer.release_owner("you")
-        assert +host.pins == {3: 1}
-
-
 async def test_renewer_keeps_leases_alive_until_released() -> None:
     async with serving(ttl_s=0.4) as (stub, _, host):
         renewer = Renewer(stub, "you")

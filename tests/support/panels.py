@@ -180,6 +180,11 @@ class Panel:
             "quarantined": self.host.plane.counters.num_quarantined_blocks,
         }
 
+    async def lose_leases(self, owner: str) -> None:
+        """As if its leases had run out: what they pinned may be taken at any moment."""
+        leases = [lease.id for lease in self.host.kv.leases if lease.owner == owner]
+        await self.host.kv.release(owner, leases)
+
     async def stop(self) -> None:
         await self.server.stop(0)
         self.reaper.cancel()
