@@ -151,9 +151,12 @@ class Admission:
         back together.
         """
         self._forget_old()
-        if not self._completed:
-            return _UNKNOWN_RETRY_S
         now = self._clock()
+        if not self._completed:  # nothing to go by: as if all that may be inside took this long
+            share = max(num_requests / self._max_requests, num_tokens / self._max_tokens)
+            promise_s = min(max(self._promised_s, now + _UNKNOWN_RETRY_S), now + _MAX_RETRY_S)
+            self._promised_s = promise_s + share * _UNKNOWN_RETRY_S
+            return promise_s - now
         begun_s = max(now - _WINDOW_S, min(admitted_s for _, admitted_s, *_ in self._completed))
         span = max(now - begun_s, 1e-3)
         wait = num_requests * span / sum(count for _, _, count, _ in self._completed)

@@ -111,6 +111,17 @@ def test_those_refused_together_come_back_one_by_one(admission, clock):
     assert max(delays) == 60.0
 
 
+def test_those_refused_together_before_any_answer_do_not_come_back_together(admission):
+    admission.admit()
+    admission.admit()
+    delays = []
+    for _ in range(4):
+        with pytest.raises(Overloaded) as caught:
+            admission.admit()
+        delays.append(caught.value.retry_after_s)
+    assert delays == pytest.approx([1.0, 1.5, 2.0, 2.5])  # two may be inside, a second for both
+
+
 def test_holds_name_every_request_inside(admission, clock):
     first = admission.admit("one", deadline_s=60.0)
     clock[0] = 5.0

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -87,10 +88,19 @@ class Row:
                 await asyncio.wait_for(self._load.end(1e9), 60)
 
     def _note_doubts(self) -> None:
-        """Who failed a request is avoided for a while: the next row begins after that."""
-        lost = sum(self.rise(name, "migrations_total") for name in self.cluster.coordinators)
-        if lost:
-            self.cluster.trusted_at = time.monotonic() + DOUBT_S
+        """Who failed a request is avoided for a while, if it is still the same process: the next
+        row begins after that.
+        """
+        for front in self.cluster.coordinators:
+            since = self._then[front].log_bytes if front in self._then else 0
+            for line in self.cluster.log_lines(front, since):
+                if line.get("event") != "attempt lost":
+                    continue
+                happened = time.monotonic() - (time.time() - _seconds(str(line["timestamp"])))
+                name = line["prefill"] if line["lost"] == "prefill" else line["worker"]
+                place = self.cluster[str(name)]
+                if place.alive and place.started_s < happened:
+                    self.cluster.trusted_at = max(self.cluster.trusted_at, happened + DOUBT_S)
 
     def note(self, what: str) -> None:
         """A measured result, printed at the end of the run."""
@@ -271,6 +281,10 @@ class Row:
         """How often a lab worker carried out a fault, since ever."""
         path = self.cluster.orders(name).with_suffix(".done")
         return path.read_text().split().count(fault) if path.exists() else 0
+
+
+def _seconds(timestamp: str) -> float:
+    return datetime.fromisoformat(timestamp).timestamp()
 
 
 def fresh_salt() -> str:

@@ -12,7 +12,7 @@ from tests.faults.row import KILL_S, Row
 
 pytestmark = pytest.mark.timeout(600)
 
-LONG = ("long-0", "long-1", "long-0-sampled", "long-1-sampled")
+LONG = ("long-2", "long-2", "long-2-sampled", "long-2-sampled")  # three fit into a pool
 SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
 CHUNK_BYTES = 1 << 20  # a read of a prompt's chunk, not of a bystander's few blocks
 

@@ -17,7 +17,7 @@ from tests.faults.wires import Namespaces
 
 pytestmark = pytest.mark.timeout(600)
 
-LONG = ("long-0", "long-1", "long-0-sampled", "long-1-sampled")
+LONG = ("long-2", "long-2", "long-2-sampled", "long-2-sampled")  # three fit into a pool
 SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
 WAYS = ("there", "back", "both")
 # gRPC finds a dead connection within half a minute, and TCP waits longer from try to try.
@@ -55,8 +55,9 @@ async def test_partition_p_d(net_row: Row, way: str) -> None:
     row = net_row
     _skip_in_short(row, way, "both")
     streams = [row.ask(case) for case in LONG]
-    prefill = await row.servers(streams, row.cluster.prefill)
-    where = list(zip(prefill, await row.servers(streams, row.cluster.decode), strict=True))
+    both = (row.cluster.prefill, row.cluster.decode)
+    prefill, decode = await asyncio.gather(*(row.servers(streams, pool) for pool in both))
+    where = list(zip(prefill, decode, strict=True))
     pair = max(set(where), key=where.count)
     hit = [s for s, at in zip(streams, where, strict=True) if at == pair]
     cut = _cut(row, *pair, way)

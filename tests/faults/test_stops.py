@@ -15,7 +15,7 @@ from tests.faults.row import SILENT_S, Row
 
 pytestmark = pytest.mark.timeout(600)
 
-LONG = ("long-0", "long-1", "long-0-sampled", "long-1-sampled")
+LONG = ("long-2", "long-2", "long-2-sampled", "long-2-sampled")  # three fit into a pool
 SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
 
 
@@ -76,7 +76,7 @@ async def test_sigstop_of_d_before_a_read_past_the_lease(row: Row) -> None:
         await _past_the_lease(row, frozen)
         # Other prompts take the blocks over, in both pools twice.
         for _ in range(2):
-            await row.all_whole([row.ask(case) for case in (*LONG, "long-2", "long-2-sampled")])
+            await row.all_whole([row.ask(case) for case in (*LONG, "long-0", "long-1-sampled")])
         row.cluster[victim].thaw()
         await row.all_whole([row.ask(case) for case in LONG])
         await row.whole()
