@@ -6,7 +6,8 @@
                                        '-> complete? STOP      max_tokens reached? LENGTH
 
 The token that ends the answer brings all its text: a client that has the token has the text, and
-may resume from there. Owned by one request.
+may resume from there. A constrained answer of full length may just have come to its end: whether
+that is STOP or LENGTH only the worker can say. Owned by one request.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Answer:
         self.ending: Ending | None = None
         self.max_tokens = max_tokens
         self._index = request.index
+        self._is_constrained = request.constraint is not None
         self._stop_token_ids = request.stop_token_ids
         self._include_stop = request.include_stop
         self._min_tokens = min_tokens
@@ -90,7 +92,7 @@ class Answer:
         text = self._stops.push(self._detokenizer.push([token_id]))
         if self._stops.match is not None:
             self.ending = Ending(FinishReason.STOP, matched_text=self._stops.match.text)
-        elif len(self.token_ids) >= self.max_tokens:
+        elif len(self.token_ids) >= self.max_tokens and not self._is_constrained:
             self.ending = Ending(FinishReason.LENGTH)
             text += self._rest()
         return text

@@ -18,6 +18,7 @@ from coordinator.tools import AUTO, Tool, choose_format
 from coordinator.validate import Limits
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.source import Checkpoint
+from engine.constraints import Compiler, Vocabulary
 from engine.errors import InvalidRequest
 
 _NUM_THREADS = 4
@@ -48,6 +49,8 @@ class ServedModel:
             self.max_model_len,
             choose_format(tool_format, template.text).bound(tokenizer),
         )
+        vocabulary = Vocabulary(folder, config.vocab_size, config.eos_token_ids) if folder else None
+        self._compiler = Compiler(vocabulary) if vocabulary else None
         self._template = template
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
 
@@ -87,6 +90,21 @@ class ServedModel:
                 f"{len(ids)} tokens leave no room for an answer in a context of {max_model_len}",
             )
         return ids
+
+    async def check_constraint(self, request: AnswerRequest) -> None:
+        """Raise InvalidRequest where no answer can be held to the request's constraint, or what the
+        client has of one does not fit it; Unavailable where that is not known in time.
+        """
+        if request.constraint is None or self._compiler is None:
+            return
+        await self._compiler.matcher(request.constraint)
+        for i, resumed in enumerate(request.resumes):
+            if resumed.token_ids:
+                try:
+                    await self._compiler.matcher(request.constraint, resumed.token_ids)
+                except InvalidRequest as error:
+                    what = f"of choice {i}: {error.description}"
+                    raise InvalidRequest("resume", what) from None
 
     async def encode(
         self, field: str, text: str, add_special_tokens: bool, max_model_len: int
@@ -137,3 +155,5 @@ class ServedModel:
     def close(self) -> None:
         """End the threads; what they work on is dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._compiler is not None:
+            self._compiler.close()

@@ -37,7 +37,7 @@ from coordinator.request import (
     Timing,
     Usage,
 )
-from engine.errors import DeadlineExceeded, Unavailable
+from engine.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.rpc.trust import ClusterToken
 from engine.telemetry.log import get_logger
@@ -124,6 +124,10 @@ class Pipeline:
                         gauge = self._metrics.num_requests_running
                         gauge.inc(count)
                     yield part
+        except InvalidRequest as error:
+            if error.field == "constraint" and request.tools:
+                raise InvalidRequest("tools_json", error.description) from None
+            raise
         finally:
             gauge.dec(count)
             ticket.release()
@@ -131,6 +135,7 @@ class Pipeline:
     async def _tokenize(self, request: AnswerRequest, deadline_s: float) -> list[int]:
         try:
             async with asyncio.timeout(max(0.0, deadline_s - self._clock())):
+                await self._model.check_constraint(request)
                 return await self._model.prompt_of(request, self.max_model_len)
         except TimeoutError:
             raise DeadlineExceeded("the request's time ran out while it was tokenized") from None

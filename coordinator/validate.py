@@ -14,8 +14,9 @@ from typing import Any
 
 from coordinator.request import DEFAULT_MAX_TOKENS, AnswerRequest, ChatMessage, Resumed
 from coordinator.tools import HERMES, ToolFormat, ToolUse, tool_grammar
+from coordinator.validate_constraint import constraint_from
 from coordinator.validate_tools import check_tool_calls, check_tools, text_schema, tool_use
-from engine.errors import InvalidRequest, NotFound, NotOffered
+from engine.errors import InvalidRequest, NotFound
 from engine.pb.diptych.v1 import inference_pb2
 from engine.seeds import default_seed
 from engine.types import Constraint, SamplingParams
@@ -66,7 +67,12 @@ def validate_generate(request: inference_pb2.GenerateRequest, limits: Limits) ->
         case _:
             raise InvalidRequest("prompt", "unset; expected text or token_ids")
     return _answer_request(
-        request, limits, text=text, token_ids=token_ids, default_max_tokens=DEFAULT_MAX_TOKENS
+        request,
+        limits,
+        text=text,
+        token_ids=token_ids,
+        constraint=constraint_from(request.constraint),
+        default_max_tokens=DEFAULT_MAX_TOKENS,
     )
 
 
@@ -75,11 +81,11 @@ def validate_chat(request: inference_pb2.ChatRequest, limits: Limits) -> AnswerR
     check_model(request.model, limits)
     messages = check_messages("messages", request.messages, limits)
     tools = tool_use(request, check_tools("tools_json", request.tools_json), limits.tool_format)
-    constraint = None
-    if tools and tools.required:
-        raise NotOffered("tool_choice of a call that must be made")
-    if tools:
-        constraint = tool_grammar(tools, text_schema(request.constraint, tools))
+    constraint = (
+        tool_grammar(tools, text_schema(request.constraint, tools))
+        if tools
+        else constraint_from(request.constraint)
+    )
     return _answer_request(
         request,
         limits,
@@ -149,7 +155,6 @@ def _answer_request(
     constraint: Constraint | None = None,
 ) -> AnswerRequest:
     """The part that Generate and Chat share."""
-    _refuse_what_is_not_offered(request)
     request_id = _request_id(request.request_id)
     stop, output = request.stop, request.output
     num_choices = _num_choices(request)
@@ -191,11 +196,6 @@ def _answer_request(
 def _default(message: Any, field: str, default: Any) -> Any:
     """An optional field's value, or its default where it is unset."""
     return getattr(message, field) if message.HasField(field) else default
-
-
-def _refuse_what_is_not_offered(request: Any) -> None:
-    if kind := request.constraint.WhichOneof("kind"):
-        raise NotOffered(f"constraint.{kind}")
 
 
 def _num_choices(request: Any) -> int:

@@ -1,7 +1,7 @@
 """DecodeService: one answer a call, from the blocks' arrival to the last token.
 
-submit -> FetchEvent -> intake task --------> tokens ... -> finished
-             |  again after a preemption          |
+(compile) submit -> FetchEvent -> intake task --------> tokens ... -> finished
+                       |  again after a preemption          |
 the caller goes away, at any point: cancel the intake, wait until its reads are terminal, abort
 
 While there is nothing to say and the engine runs, `Alive` is said every BEAT_S.
@@ -12,14 +12,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from decode.intake import Fetch, Intake
+from engine.constraints import Compiler, Matcher
 from engine.errors import DiptychError, InvalidRequest, Unavailable
 from engine.events import Event, FetchEvent, FinishedEvent, TokensEvent
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.request import Work
 from engine.rpc.convert import (
+    constraint_of,
     logprobs_to_pb,
     prefill_peer_of,
     reason_to_pb,
@@ -30,11 +33,13 @@ from engine.rpc.liveness import BEAT_S
 from engine.telemetry.log import get_logger
 from engine.telemetry.timeline import Event as Mark
 from engine.telemetry.timeline import Timeline
+from engine.types import Constraint
 from engine.worker import Stream
 from kvtransfer.host import WorkerHost
 
 _log = get_logger(__name__)
 _NO_DEADLINE_S = 3600.0
+_ALIVE = worker_pb2.DecodeResponse(alive=worker_pb2.Alive())
 
 
 class DecodeServicer:
@@ -43,18 +48,39 @@ class DecodeServicer:
     def __init__(self, host: WorkerHost) -> None:
         self._host = host
         self._intake = Intake(host)
+        self._compiler = Compiler(host.vocabulary) if host.vocabulary else None
 
     async def Decode(
         self, request: worker_pb2.DecodeRequest, context: Any
     ) -> AsyncIterator[worker_pb2.DecodeResponse]:
         """One answer; see worker.proto."""
-        with self._host.calls.serving(self._work(request, context.time_remaining())) as stream:
+        work = self._work(request, context.time_remaining())
+        constraint = constraint_of(request)
+        if constraint is not None:
+            compiling = asyncio.ensure_future(self._matcher(constraint, work.output))
+            try:
+                while not (await asyncio.wait({compiling}, timeout=BEAT_S))[0]:
+                    yield _ALIVE
+                work = replace(work, matcher=compiling.result())
+            finally:
+                compiling.cancel()
+        with self._host.calls.serving(work) as stream:
             answer = _Answer(self, stream, request, context.time_remaining())
             try:
                 async for response in answer.responses():
                     yield response
+            except InvalidRequest as error:
+                if constraint is not None and error.field == "constraint" and self._compiler:
+                    self._compiler.forget(constraint)  # what its copies learned was too much
+                raise
             finally:
                 answer.close()
+
+    async def _matcher(self, constraint: Constraint, output: Sequence[int]) -> Matcher:
+        """Where the answer stands in its constraint. Raises InvalidRequest, Unavailable."""
+        if self._compiler is None:
+            raise InvalidRequest("constraint", "none is possible with this model")
+        return await self._compiler.matcher(constraint, output)
 
     @property
     def host(self) -> WorkerHost:
@@ -117,7 +143,7 @@ class _Answer:
             event, held = held or await self._stream.next_within(BEAT_S), None
             if event is None:
                 if self._service.host.engine.responsive:
-                    yield worker_pb2.DecodeResponse(alive=worker_pb2.Alive())
+                    yield _ALIVE
             elif isinstance(event, TokensEvent):
                 self._timeline.mark(Mark.TOKENS)
                 events = [event]

@@ -22,6 +22,7 @@ from engine.checkpoint.fingerprint import tokenizer_digest
 from engine.checkpoint.packed import packed_file, read_packed
 from engine.checkpoint.source import Checkpoint, resolve, weights
 from engine.config import CacheOptions, ModelOptions, StepOptions
+from engine.constraints import Vocabulary
 from engine.core import EngineCore
 from engine.errors import ConfigError
 from engine.model.llama import LlamaModel
@@ -62,6 +63,7 @@ class Engine:
     layout: KVLayout
     identity: ModelIdentity
     metrics: WorkerMetrics
+    vocabulary: Vocabulary | None = None  # None: no constraints
 
 
 def pick_device(options: ModelOptions) -> torch.device:
@@ -140,7 +142,9 @@ def build_engine(
         max_model_len=max_model_len,
         native=isinstance(target, NativeModel),
     )
-    return Engine(core, kv_cache, layout, identity, metrics)
+    config = checkpoint.config
+    vocabulary = Vocabulary(checkpoint.folder, config.vocab_size, config.eos_token_ids)
+    return Engine(core, kv_cache, layout, identity, metrics, vocabulary)
 
 
 def numeric_profile(

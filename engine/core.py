@@ -9,12 +9,15 @@ hands over (pinned blocks of an AnnouncedEvent) belongs to whoever receives it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
 
 import torch
 
 from engine.cache.block_table import BlockTable
+from engine.constraints import Masks
+from engine.constraints.masks import Place, Rows
 from engine.drawing import Drawer, Drawn
 from engine.errors import DiptychError, InvalidRequest, Unavailable
 from engine.events import (
@@ -69,6 +72,8 @@ class EngineCore:
         self._runner = runner
         self._draft_runner = draft_runner
         self._drawer = Drawer(sampler)
+        self._vocab_size = sampler.vocab_size
+        self._masks: Masks | None = None  # made for the first constrained answer
         self._metrics = metrics
         self._clock = clock
         self._requests: dict[int, Request] = {}
@@ -205,9 +210,14 @@ class EngineCore:
             drafted = self._draft(plan)
             if drafted:
                 watch.lap("draft")
+            pending = self._begin_masks(plan)
             logits = self._runner.run([self._model_row(planned) for planned in plan])
             watch.lap("forward")
-            drawn = self._drawer.draw(plan, logits)
+            masks = {}
+            if pending is not None:
+                masks = Masks.wait(pending)
+                watch.lap("mask")
+            drawn = self._drawer.draw(plan, logits, masks)
             watch.lap("sample")
         except Exception as error:
             self._metrics.engine_step_failures.inc()
@@ -239,6 +249,9 @@ class EngineCore:
         promised = [p for p in plan if UNWRITTEN in p.draft]
         if promised and self.scheduler.speculation is not None:
             self.scheduler.speculation.drafter.write(promised)
+            for planned in promised:
+                if (matcher := planned.request.work.matcher) is not None:
+                    del planned.draft[matcher.num_valid(planned.draft) :]
         written = {planned.request.key for planned in promised}
         drafted, rows = {}, []
         for planned in plan:
@@ -255,6 +268,19 @@ class EngineCore:
         if rows:
             self._draft_runner.run(rows)
         return drafted
+
+    def _begin_masks(self, plan: Sequence[PlannedRow]) -> Future[dict[int, Rows]] | None:
+        """Have the masks of constrained answers computed while the model computes."""
+        places = {
+            planned.request.key: Place(planned.request.work.matcher, planned.draft)
+            for planned in plan
+            if planned.request.work.matcher is not None and planned.num_sampled
+        }
+        if not places:
+            return None
+        if self._masks is None:
+            self._masks = Masks(self._vocab_size)
+        return self._masks.begin(places)
 
     def _model_row(self, planned: PlannedRow) -> Row:
         request = planned.request
@@ -275,6 +301,7 @@ class EngineCore:
             self._count_prompt(request, planned)
             emitted = self._verify(planned, row.tokens) if row.tokens else []
             kept, reason = self._keep(request, emitted)
+            error = self._constraint_error(request)
             logprobs = self._drawer.logprobs(row, kept, logits)
             request.num_scored += row.num_scored
             request.prompt_logprobs += row.prompt_logprobs
@@ -283,6 +310,8 @@ class EngineCore:
             draft_lag = max(0, num_computed - drafted.get(request.key, num_computed))
             self.scheduler.advance(request, num_computed, draft_lag)
             self._emit(request, kept, logprobs, reason)
+            if error is not None:
+                self._finish(request, FinishReason.ABORTED, error)
 
     def _verify(self, planned: PlannedRow, sampled: Sequence[int]) -> Sequence[int]:
         speculation = self.scheduler.speculation
@@ -313,9 +342,19 @@ class EngineCore:
         for token in emitted:
             request.tokens.append(token)
             kept.append(token)
+            if request.work.matcher is not None:
+                request.work.matcher.advance([token])
             if reason := self._ending(request, token):
                 return kept, reason
         return kept, None
+
+    @staticmethod
+    def _constraint_error(request: Request) -> InvalidRequest | None:
+        """What made the constraint of no more use, if anything did."""
+        matcher = request.work.matcher
+        if matcher is None or not (reason := matcher.error):
+            return None
+        return InvalidRequest("constraint", reason)
 
     def _emit(
         self,
@@ -345,6 +384,9 @@ class EngineCore:
         if token in stop.stop_token_ids and request.num_output >= stop.min_tokens:
             request.matched_stop = token
             return FinishReason.STOP
+        matcher = request.work.matcher
+        if matcher is not None and matcher.ended and not matcher.error:
+            return FinishReason.STOP  # nothing can follow, whatever min_tokens and ignore_eos say
         full = len(request.tokens) >= self.scheduler.max_model_len
         return FinishReason.LENGTH if full or request.num_output >= stop.max_tokens else None
 

@@ -3,18 +3,20 @@
     logits of a row   | they tell of the prompt | ... | each may give a token |
                       first_scored                    first_sampled
 
-Rows whose logits are no distribution fail; the others of the step go on.
+Rows whose logits are no distribution, or whose constraint can say no more, fail; the others of the
+step go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
 
-from engine.errors import DiptychError
+from engine.constraints.masks import Rows
+from engine.errors import DiptychError, InvalidRequest
 from engine.sampling import Sampler, UnusableLogits
 from engine.sampling.logprobs import LogprobScorer
 from engine.scheduler import PlannedRow
@@ -42,10 +44,19 @@ class Drawer:
         self._sampler = sampler
         self._scorer = LogprobScorer(sampler.vocab_size, sampler.device)
 
-    def draw(self, plan: Sequence[PlannedRow], logits: torch.Tensor) -> list[Drawn]:
-        """Of each row of the plan, in its order: tokens, and what the prompt was to tell."""
+    def draw(
+        self, plan: Sequence[PlannedRow], logits: torch.Tensor, masks: Mapping[int, Rows]
+    ) -> list[Drawn]:
+        """Of each row of the plan, in its order: tokens, and what the prompt was to tell.
+
+        `masks`: by request key, of constrained answers, a row for each position that may give one.
+        """
         rows = _laid_out(plan)
-        self._sample([row for row in rows if row.num_sampled], logits)
+        for row in rows:
+            matcher = row.planned.request.work.matcher
+            if matcher is not None and (reason := matcher.error):
+                row.error = InvalidRequest("constraint", reason)
+        self._sample([row for row in rows if row.num_sampled and row.error is None], logits, masks)
         for row in rows:
             if row.num_scored and row.error is None:
                 self._score(row, logits)
@@ -61,18 +72,23 @@ class Drawer:
         first = row.first_sampled
         return self._scorer.score(logits[first : first + len(kept)], kept, wanted)
 
-    def _sample(self, rows: Sequence[Drawn], logits: torch.Tensor) -> None:
+    def _sample(
+        self, rows: Sequence[Drawn], logits: torch.Tensor, masks: Mapping[int, Rows]
+    ) -> None:
         owners = [row for row in rows for _ in range(row.num_sampled)]
         if not owners:
             return
         if len(owners) < len(logits):
             ranges = (range(r.first_sampled, r.first_sampled + r.num_sampled) for r in rows)
             logits = logits[list(chain.from_iterable(ranges))]
-        wanted = [
-            row.planned.request.sample_row(row.planned.draft[:ahead])
-            for row in rows
-            for ahead in range(row.num_sampled)
-        ]
+        wanted = []
+        for row in rows:
+            request, draft = row.planned.request, row.planned.draft
+            mask = masks.get(request.key) if masks else None
+            wanted += [
+                request.sample_row(draft[:ahead], None if mask is None else mask[ahead])
+                for ahead in range(row.num_sampled)
+            ]
         try:
             tokens = self._sampler.sample(logits, wanted)
         except UnusableLogits as error:

@@ -29,8 +29,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.cache.block_table import BlockTable
 from engine.cache.layout import block_name
+from engine.constraints import Matcher
 from engine.sampling.row import SampleRow
 from engine.types import FinishReason, SamplingParams, StopParams, TokenLogprobs
 
@@ -71,6 +75,7 @@ class Work:
     deadline_s: float | None = None  # when its caller stops waiting, monotonic; only shown
     num_logprobs: int | None = None  # alternatives reported with each token; None: nothing is
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens but the first
+    matcher: Matcher | None = None  # after `output`; the engine's from the moment it is submitted
 
 
 @dataclass(slots=True, eq=False)
@@ -146,7 +151,9 @@ class Request:
         """Priority, then age."""
         return (self.work.priority, self.arrival_s, self.key)
 
-    def sample_row(self, draft: Sequence[int] = ()) -> SampleRow:
+    def sample_row(
+        self, draft: Sequence[int] = (), mask: NDArray[np.int32] | None = None
+    ) -> SampleRow:
         """Where the sampler stands after the known tokens and `draft`."""
         work = self.work
         assert work.sampling is not None
@@ -159,6 +166,7 @@ class Request:
             num_prompt=self.num_prompt,
             draft=draft,
             banned=work.stop.stop_token_ids if early else frozenset(),
+            mask=mask,
         )
 
     def whole_names(self, block_size: int) -> list[bytes]:

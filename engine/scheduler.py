@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.cache.block_pool import BlockPool, NoRoom
+from engine.constraints import Matcher
 from engine.request import Request, State
-from engine.speculation import Speculation
+from engine.speculation import FORCED, UNWRITTEN, Draft, Speculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +250,10 @@ class Scheduler:
         for request in decoding:
             limit = min(self._draft_limit(request), self._room_left(request, spare))
             key = str(request.key)
-            proposals.append((key, self.speculation.drafter.propose(key, request.tokens, limit)))
+            draft = self.speculation.drafter.propose(key, request.tokens, limit)
+            if request.work.matcher is not None:
+                draft = fitted(draft, request.work.matcher, limit)
+            proposals.append((key, draft))
         num_chunk_tokens = sum(row.num_tokens for row in chunks)
         num_answers = len(decoding) + sum(row.num_sampled for row in chunks)
         lengths = self.speculation.choose(proposals, len(decoding) + num_chunk_tokens, num_answers)
@@ -327,3 +331,19 @@ class Scheduler:
             if self._makers.get(name) is request:
                 del self._makers[name]
         request.num_named = max(request.num_named, full)
+
+
+def fitted(draft: Draft, matcher: Matcher, limit: int) -> Draft:
+    """A draft that the constraint lets come: what it forces, then the drafter's as far as it fits.
+
+    Tokens that a drafter has only promised are seen to when they are written.
+    """
+    forced = matcher.forced()[:limit]
+    size = len(forced)
+    if size and draft.tokens[:size] != forced:
+        return Draft(forced, [FORCED] * size)
+    if UNWRITTEN in draft.tokens:
+        return draft
+    num_valid = matcher.num_valid(draft.tokens) if draft.tokens else 0
+    grades = [FORCED] * size + draft.grades[size:num_valid]
+    return Draft(draft.tokens[:num_valid], grades[:num_valid])

@@ -26,6 +26,7 @@ class Draft:
 
 NO_DRAFT = Draft([], [])
 UNWRITTEN = -1  # a token that a drafter promises, and writes if it is chosen
+FORCED = -1  # the grade of a token that a constraint leaves no choice about
 
 
 class Drafter(Protocol):

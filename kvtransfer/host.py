@@ -103,6 +103,7 @@ class WorkerHost:
         self.identity: ModelIdentity = engine.identity
         self.incarnation = new_incarnation()
         self.metrics = engine.metrics
+        self.vocabulary = engine.vocabulary
         self.engine = EngineThread(engine.core, asyncio.get_running_loop())
         self.channels = ChannelPool(settings.token)
         self.plane = _data_plane(engine, self.incarnation, settings.transfer)

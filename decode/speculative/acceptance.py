@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from engine.speculation import UNWRITTEN, Draft
+from engine.speculation import FORCED, UNWRITTEN, Draft
 
 GRADE_RATE = 0.1
 REQUEST_RATE = 0.1
@@ -35,8 +35,9 @@ class Acceptance:
         factor, odds = math.exp(self._requests.get(request_id, 0.0)), self._odds
         out, all_stand = [], 1.0
         for grade in grades:
-            x = odds[grade] * factor
-            all_stand *= x / (1.0 + x)
+            if grade != FORCED:
+                x = odds[grade] * factor
+                all_stand *= x / (1.0 + x)
             if all_stand < least:
                 break
             out.append(all_stand)
@@ -48,6 +49,10 @@ class Acceptance:
         for guess, grade, token in zip(draft.tokens, draft.grades, produced, strict=False):
             if guess == UNWRITTEN:
                 break
+            if grade == FORCED:  # that it stands tells nothing of the drafter
+                if guess != token:
+                    break
+                continue
             logit = self._grades[grade]
             surprise = (guess == token) - 1.0 / (1.0 + math.exp(-logit - of_request))
             of_request = _clip(of_request + REQUEST_RATE * surprise)

@@ -1,6 +1,6 @@
 """Masks of a step: which tokens each position may give, computed while the model computes.
 
-    begin(places) -> a thread of ours -> of(place): [1 + len(draft)] rows of bits
+    begin(places) -> a thread of ours -> of each place 1 + len(draft) rows of bits
          |                                  |
          '---- the forward pass ------------'     one buffer, good until the next `begin`
 
@@ -10,7 +10,7 @@ others; the library spreads them over its own threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -43,27 +43,28 @@ class Masks:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._buffer = np.empty((0, self._num_words), np.int32)
 
-    def begin(self, places: Sequence[Place]) -> Future[list[Rows]]:
-        """Compute the masks of these places; one array of rows for each."""
-        num_rows = sum(1 + len(place.draft) for place in places)
+    def begin(self, places: Mapping[int, Place]) -> Future[dict[int, Rows]]:
+        """Compute the masks of these places, by the keys that they have here."""
+        num_rows = sum(1 + len(place.draft) for place in places.values())
         if num_rows > len(self._buffer):
             self._buffer = np.empty((2 * num_rows, self._num_words), np.int32)
         return self._thread.submit(self._fill, places, self._buffer[:num_rows])
 
     @staticmethod
-    def wait(masks: Future[list[Rows]]) -> list[Rows]:
+    def wait(masks: Future[dict[int, Rows]]) -> dict[int, Rows]:
         """The masks; raises TimeoutError."""
         return masks.result(_WAIT_S)
 
-    def _fill(self, places: Sequence[Place], rows: Rows) -> list[Rows]:
+    def _fill(self, places: Mapping[int, Place], rows: Rows) -> dict[int, Rows]:
         rows.fill(-1)  # a row behind a guess that cannot come is never used
-        plain, drafted, parts, first = [], [], [], 0
-        for place in places:
+        plain, drafted, first = [], [], 0
+        parts: dict[int, Rows] = {}
+        for key, place in places.items():
             if place.draft:
                 drafted.append((place.matcher.library, first, list(place.draft)))
             else:
                 plain.append((place.matcher.library, first))
-            parts.append(rows[first : first + 1 + len(place.draft)])
+            parts[key] = rows[first : first + 1 + len(place.draft)]
             first += 1 + len(place.draft)
         where = (rows.ctypes.data, 4 * self._num_words, len(rows))
         if plain:

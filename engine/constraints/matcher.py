@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from llguidance import LLMatcher
 
+_GOOD_ENDS = ("NoExtension", "EndOfSentence")
+
 
 class Matcher:
     """A function of the tokens that it was given so far.
@@ -26,12 +28,20 @@ class Matcher:
 
     @property
     def error(self) -> str:
-        """Why it can say no more (a limit was reached), or ""."""
-        return brief(self.library.get_error()) if self.library.is_error() else ""
+        """Why it can say no more, although it has not come to its end; or ""."""
+        if not self.library.is_stopped():
+            return ""
+        if self.library.is_error():
+            return brief(self.library.get_error())
+        reason = self.library.stop_reason()
+        return "" if reason in _GOOD_ENDS else f"no token can follow ({reason})"
 
     def advance(self, tokens: Sequence[int]) -> bool:
-        """Take the next tokens; False: they do not fit, and it is of no use any more."""
-        return self.library.consume_tokens(list(tokens))
+        """Take the next tokens; False: they do not fit, and it is of no use any more.
+
+        An end of sequence fits also where the grammar has ended by itself.
+        """
+        return all(self.library.consume_token(token) for token in tokens)
 
     def num_valid(self, tokens: Sequence[int]) -> int:
         """How many of these tokens could come next."""

@@ -441,12 +441,9 @@ async def test_a_huge_prompt_stalls_nobody(checkpoint):
         assert worst < 0.5
 
 
-async def test_not_found_and_not_offered(checkpoint):
+async def test_not_found(checkpoint):
     async with front(checkpoint) as f:
         assert (await error_of(f.call(model="other"))).code() is grpc.StatusCode.NOT_FOUND
-        error = await error_of(f.call(constraint=inference_pb2.Constraint(regex="a")))
-        assert error.code() is grpc.StatusCode.UNIMPLEMENTED
-        assert "constraint.regex" in error.details()
 
 
 async def test_malformed_bytes(checkpoint):

@@ -5,9 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.validate import Limits, validate_chat, validate_generate
-from engine.errors import InvalidRequest, NotFound, NotOffered
+from engine.errors import InvalidRequest, NotFound
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.seeds import choice_seed, default_seed
+from engine.types import Constraint
+from engine.types import ConstraintKind as K
 
 LIMITS = Limits("m", 100, (2, 0), 1000)
 
@@ -144,12 +146,6 @@ def test_chat_fields(request_, field):
     assert refused_field(request_, validate_chat) == field
 
 
-NOT_OFFERED = [
-    (generate(constraint=pb.Constraint(regex="a")), "constraint.regex"),
-    (generate(constraint=pb.Constraint(json_object=True)), "constraint.json_object"),
-]
-
-
 def test_no_tokens_where_the_prompt_is_to_tell_something():
     nothing = pb.Stop(max_tokens=0)
     assert refused_field(generate(stop=nothing)) == "stop.max_tokens"
@@ -179,26 +175,49 @@ def test_choices_have_seeds_and_tokens_of_their_own():
     assert got.choice(0).request_id == got.request_id
 
 
-@pytest.mark.parametrize(("request_", "field"), NOT_OFFERED)
-def test_what_is_not_offered_is_refused_by_name(request_, field):
-    with pytest.raises(NotOffered) as caught:
-        validate_generate(request_, LIMITS)
-    assert caught.value.field.startswith(field)
+CONSTRAINTS = [
+    (pb.Constraint(json_schema='{"type": "null"}'), K.JSON_SCHEMA, '{"type": "null"}'),
+    (pb.Constraint(json_object=True), K.JSON_SCHEMA, '{"type": "object"}'),
+    (pb.Constraint(regex="a+"), K.REGEX, "a+"),
+    (pb.Constraint(grammar='start: "a"'), K.LARK, 'start: "a"'),
+    (pb.Constraint(choice=pb.Choices(choices=["a", 'b"'])), K.LARK, 'start: "a" | "b\\""'),
+]
 
 
-def test_calls_that_must_be_made_are_refused_by_name():
-    tools = '[{"type": "function", "function": {"name": "f"}}]'
-    required = pb.ToolChoice(mode=pb.ToolChoice.MODE_REQUIRED)
+@pytest.mark.parametrize(("asked", "kind", "source"), CONSTRAINTS)
+def test_constraints_become_a_kind_and_a_source(asked, kind, source):
+    assert validate_generate(generate(constraint=asked), LIMITS).constraint == Constraint(
+        kind, source
+    )
     turn = pb.Message(role="user", content="x")
-    chat = pb.ChatRequest(messages=[turn], tools_json=tools, tool_choice=required)
-    with pytest.raises(NotOffered, match="tool_choice"):
-        validate_chat(chat, LIMITS)
+    chat = pb.ChatRequest(messages=[turn], constraint=asked)
+    assert validate_chat(chat, LIMITS).constraint == Constraint(kind, source)
+
+
+BAD_CONSTRAINTS = [
+    (pb.Constraint(json_schema=" "), "constraint.json_schema"),
+    (pb.Constraint(json_schema="x" * (2**20 + 1)), "constraint.json_schema"),
+    (pb.Constraint(regex=""), "constraint.regex"),
+    (pb.Constraint(regex="x" * (2**14 + 1)), "constraint.regex"),
+    (pb.Constraint(grammar="x" * (2**16 + 1)), "constraint.grammar"),
+    (pb.Constraint(choice=pb.Choices()), "constraint.choice.choices"),
+    (pb.Constraint(choice=pb.Choices(choices=["x"] * 1001)), "constraint.choice.choices"),
+    (pb.Constraint(choice=pb.Choices(choices=["x" * 40000] * 2)), "constraint.choice.choices"),
+    (pb.Constraint(choice=pb.Choices(choices=["x", ""])), "constraint.choice.choices[1]"),
+]
+
+
+@pytest.mark.parametrize(("asked", "field"), BAD_CONSTRAINTS)
+def test_constraints_out_of_bounds(asked, field):
+    assert refused_field(generate(constraint=asked)) == field
 
 
 def test_what_is_off_is_not_refused():
     validate_generate(
         generate(n=1, output=pb.Output(echo=False), constraint=pb.Constraint()), LIMITS
     )
+    off = pb.Constraint(json_object=False)
+    assert validate_generate(generate(constraint=off), LIMITS).constraint is None
 
 
 def test_unknown_model():
@@ -214,7 +233,7 @@ def test_any_message_that_parses_is_judged(raw):
         return
     try:
         got = validate_generate(request, LIMITS)
-    except (InvalidRequest, NotFound, NotOffered):
+    except (InvalidRequest, NotFound):
         return
     assert got.text or got.token_ids
     assert 0 <= got.sampling.top_p <= 1

@@ -66,9 +66,11 @@ INVALID = {
         "output.logprobs",
     ),
     "long request id": (Request(text="hi", request_id="x" * 200), "request_id"),
-}
-NOT_YET = {
-    "constraint": Request(text="hi", constraint=inference_pb2.Constraint(json_object=True)),
+    "no schema": (
+        Request(text="hi", constraint=inference_pb2.Constraint(json_schema='{"type": "strin"}')),
+        "constraint",
+    ),
+    "no regex": (Request(text="hi", constraint=inference_pb2.Constraint(regex="a(")), "constraint"),
 }
 
 
@@ -96,13 +98,6 @@ def test_invalid_requests_name_their_field(stack: Stack, name: str) -> None:
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert field_of(error).startswith(field)
     assert field.split(".")[-1].split("[")[0] in error.details()
-
-
-@pytest.mark.parametrize("field", NOT_YET)
-def test_what_comes_later_is_refused_by_name(stack: Stack, field: str) -> None:
-    error: Any = fail(stack, NOT_YET[field])
-    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert field in error.details()
 
 
 def test_unknown_model(stack: Stack) -> None:

@@ -38,6 +38,7 @@ class FakeDecode:
     deadlines: list[float | None] = field(default_factory=list)
     peer: Peer | None = None
     by_seed: dict[int, list[int]] = field(default_factory=dict)  # answers of other seeds
+    ends_by_itself: bool = False  # after all of the answer, as one of a grammar does
 
     def __post_init__(self) -> None:
         self.cancelled = asyncio.Event()
@@ -101,6 +102,8 @@ class FakeDecode:
         last = answer[position - 1]
         stopped = position and last in request.stop.stop_token_ids
         reason = inference_pb2.FINISH_REASON_LENGTH
+        if self.ends_by_itself and position == len(answer):
+            reason = inference_pb2.FINISH_REASON_STOP
         finished = worker_pb2.DecodeFinished(
             finish_reason=inference_pb2.FINISH_REASON_STOP if stopped else reason,
             matched_stop_token=last if stopped else None,

@@ -68,7 +68,8 @@ def bits(row: np.ndarray) -> list[int]:
 
 
 def masks_of(masks: Masks, places: list[Place]) -> list[list[list[int]]]:
-    return [[bits(row) for row in rows] for rows in masks.wait(masks.begin(places))]
+    found = masks.wait(masks.begin(dict(enumerate(places))))
+    return [[bits(row) for row in found[i]] for i in range(len(places))]
 
 
 async def test_a_text_that_fits_is_taken_to_its_end(compiler: Compiler, encode) -> None:
@@ -295,7 +296,7 @@ async def main(folder):
             print(error)
             continue
         masks = Masks(49152)
-        masks.wait(masks.begin([Place(matcher, [])]))
+        masks.wait(masks.begin({1: Place(matcher, [])}))
         del matcher
     print("alive")
 

@@ -1,0 +1,182 @@
+"""Constraints at the coordinator, over the wire: refused with the reason, or passed on."""
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+
+from coordinator.app import Coordinator
+from coordinator.model import ServedModel
+from engine.config import FrontOptions
+from engine.pb.diptych.internal.v1 import worker_pb2
+from engine.pb.diptych.v1 import inference_pb2
+from tests.coordinator.test_service import (
+    Front,
+    checkpoint,  # noqa: F401  (a fixture)
+    collect,
+    details_of,
+    error_of,
+    read,
+    stop,
+)
+from tests.support.fake_decode import Cue, lost
+
+TEXT = '{"name": "Ann", "age": 7}'
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+}
+
+
+@asynccontextmanager
+async def front(checkpoint):  # noqa: F811
+    found, tokenizer, template = checkpoint
+    model = ServedModel("smollm2", found.config, tokenizer, template, folder=found.folder)
+    options = FrontOptions(listen="127.0.0.1:0", http="127.0.0.1:0", worker_wait_s=5.0)
+    coordinator = Coordinator(options, model)
+    await coordinator.start()
+    it = Front(coordinator, tokenizer.encode(TEXT))
+    try:
+        yield it
+        assert coordinator.pipeline.num_requests == 0
+    finally:
+        await it.channel.close()
+        await coordinator.stop()
+        for worker in it.workers:
+            await worker.stop()
+
+
+def constraint(**kind):
+    return inference_pb2.Constraint(**kind)
+
+
+def schema(value=SCHEMA):
+    return constraint(json_schema=json.dumps(value))
+
+
+BAD = [
+    (constraint(json_schema='{"type":'), "constraint", "not JSON"),
+    (schema({"not": {}}), "constraint", 'Unimplemented keys: ["not"]'),
+    (constraint(regex="("), "constraint", "unclosed group"),
+    (constraint(regex=""), "constraint.regex", "empty"),
+    (constraint(grammar="start: b"), "constraint", 'unknown name: "b"'),
+    (
+        constraint(choice=inference_pb2.Choices(choices=["a", ""])),
+        "constraint.choice.choices[1]",
+        "empty",
+    ),
+]
+
+
+@pytest.mark.parametrize(("asked", "field", "reason"), BAD)
+async def test_what_cannot_be_compiled_is_refused_and_reaches_no_worker(
+    checkpoint,  # noqa: F811
+    asked,
+    field,
+    reason,
+):
+    async with front(checkpoint) as f:
+        worker = await f.worker()
+        error = await error_of(f.call(constraint=asked))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        (violation,) = details_of(error, error_details_pb2.BadRequest).field_violations
+        assert violation.field == field
+        assert reason in violation.description
+        assert not worker.requests
+
+
+GOOD = [
+    (schema(), worker_pb2.Constraint.KIND_JSON_SCHEMA, json.dumps(SCHEMA)),
+    (constraint(json_object=True), worker_pb2.Constraint.KIND_JSON_SCHEMA, '{"type": "object"}'),
+    (constraint(regex=r"\{.*\}"), worker_pb2.Constraint.KIND_REGEX, r"\{.*\}"),
+    (constraint(grammar="start: /.*/"), worker_pb2.Constraint.KIND_LARK, "start: /.*/"),
+    (
+        constraint(choice=inference_pb2.Choices(choices=[TEXT, 'a"'])),
+        worker_pb2.Constraint.KIND_LARK,
+        f"start: {json.dumps(TEXT)} | {json.dumps(chr(97) + chr(34))}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("asked", "kind", "source"), GOOD)
+async def test_workers_get_the_kind_and_the_source(checkpoint, asked, kind, source):  # noqa: F811
+    async with front(checkpoint) as f:
+        worker = await f.worker(ends_by_itself=True)
+        text, _, finished = read(await collect(f.call(constraint=asked)))
+        assert text == TEXT
+        assert finished.finish_reason == inference_pb2.FINISH_REASON_STOP
+        assert not finished.HasField("matched_stop")
+        (request,) = worker.requests
+        assert (request.constraint.kind, request.constraint.source) == (kind, source)
+
+
+async def test_whether_a_full_answer_has_ended_the_worker_says(checkpoint):  # noqa: F811
+    async with front(checkpoint) as f:
+        full = len(f.answer)
+        cues = [Cue(full, lost())]  # after the last token, before the last word
+        await f.worker("d0", cues=cues, ends_by_itself=True)
+        second = await f.worker("d1", ends_by_itself=True)
+        fields = {"constraint": schema(), "stop": stop(max_tokens=full)}
+        text, ids, finished = read(await collect(f.call(**fields)))
+        assert text == TEXT
+        assert ids == f.answer
+        assert finished.finish_reason == inference_pb2.FINISH_REASON_STOP
+        assert list(second.requests[0].output_token_ids) == f.answer
+        shorter = {**fields, "stop": stop(max_tokens=full - 1)}
+        _, ids, finished = read(await collect(f.call(**shorter)))
+        assert ids == f.answer[:-1]
+        assert finished.finish_reason == inference_pb2.FINISH_REASON_LENGTH
+
+
+async def test_what_is_resumed_must_fit(checkpoint):  # noqa: F811
+    async with front(checkpoint) as f:
+        worker = await f.worker(ends_by_itself=True)
+        resume = [inference_pb2.Resume(token_ids=f.answer[:5])]
+        _, ids, _ = read(await collect(f.call(constraint=schema(), resume=resume)))
+        assert ids == f.answer[5:]
+        wrong = f.coordinator.model.tokenizer.encode("Once upon a time")
+        resume = [inference_pb2.Resume(token_ids=wrong)]
+        error = await error_of(f.call(constraint=schema(), resume=resume))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        (violation,) = details_of(error, error_details_pb2.BadRequest).field_violations
+        assert violation.field == "resume"
+        assert "do not fit" in violation.description
+        assert len(worker.requests) == 1
+
+
+async def test_a_large_schema_does_not_hold_others_up(checkpoint):  # noqa: F811
+    """Its compilation takes a good while; a short answer beside it does not."""
+    async with front(checkpoint) as f:
+        await f.worker()
+        await collect(f.call(constraint=schema(), stop=stop(max_tokens=1)))  # the threads are ready
+        large = schema({"properties": {f"p{i}": {"type": "string"} for i in range(2000)}})
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        slow = asyncio.create_task(collect(f.call(constraint=large, stop=stop(max_tokens=1))))
+        longest = 0.0
+        while not slow.done():
+            before = loop.time()
+            await collect(f.call(stop=stop(max_tokens=3)))
+            longest = max(longest, loop.time() - before)
+        took = loop.time() - begun
+        await slow
+        assert longest < max(0.5, took / 2), f"{longest:.2f} s of {took:.2f} s"
+
+
+async def test_tools_are_named_where_their_grammar_cannot_be(checkpoint):  # noqa: F811
+    async with front(checkpoint) as f:
+        await f.worker()
+        function = {"name": "f", "strict": True, "parameters": {"type": "object", "not": {}}}
+        chat = inference_pb2.ChatRequest(
+            messages=[inference_pb2.Message(role="user", content="x")],
+            tools_json=json.dumps([{"type": "function", "function": function}]),
+        )
+        error = await error_of(f.stub.Chat(chat, timeout=10))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        (violation,) = details_of(error, error_details_pb2.BadRequest).field_violations
+        assert violation.field == "tools_json"
+        assert "not" in violation.description

@@ -1,0 +1,479 @@
+"""The public port under abuse: whatever comes in, the process lives, nothing stays held, and who
+asks properly is answered rightly and in time (tests/faults/port.py checks that after every row).
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import random
+import resource
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+
+from engine.pb.diptych.v1 import inference_pb2 as pb
+from engine.rpc.channel import MAX_MESSAGE_BYTES
+from engine.rpc.status import DETAILS_KEY
+from tests.faults.garbage import garbage, http_garbage
+from tests.faults.port import GENERATE, PROMPT, Port, file_limit, request
+from tests.integration.conftest import EXACT
+from tests.integration.stack import Stack, until
+from tests.support import http2
+from tests.support.fuzz_checks import DOCUMENTED, GUARDED
+from tests.support.fuzz_messages import METHODS, Input, Writer, mutate
+from tests.support.http2 import closed_by_peer, connect, frame, grpc_message
+from tests.support.vitals import MIB, Watch
+
+pytestmark = pytest.mark.timeout(300)
+SEED = 11
+NUM_CONNECTIONS = 5_000
+NUM_HTTP_CONNECTIONS = 1_000
+# What has not said what it wants by then is cut off (engine.rpc.server, engine.telemetry.http), and
+# keepalive needs half a minute to see that nobody is there.
+GONE_S = 50.0
+TEXT = "/diptych.v1.InferenceService/Generate"
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Port]:
+    """Started with few descriptors: `coordinator start` takes what it may have."""
+    folder = tmp_path_factory.mktemp("port")
+    with ExitStack() as exit_stack:
+        with file_limit(1024):
+            stack = exit_stack.enter_context(Stack(folder, *EXACT))
+        yield Port(stack)
+
+
+# -- messages --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_malformed_bytes(port: Port, method: str) -> None:
+    """Mutated, cut and random bytes: the caller's fault, in words."""
+    draw = random.Random(f"{SEED} {method}")
+    descriptor = METHODS[method]
+    whole = Writer(draw, 0.0).message(descriptor.input_type)
+    raws = [b"\xff" * 10, b"\x0b" * 5_000, b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\x02\xc3\x28"]
+    raws += [mutate(draw, whole) for _ in range(30)]
+    raws += [whole[: len(whole) * i // 8] for i in range(8)]
+    raws += [draw.randbytes(n) for n in (1, 10, 100, 10_000)]
+    num_malformed = 0
+    with port.row(), port.channel() as channel:
+        for raw in raws:
+            case = Input(0, method, "", raw)
+            malformed = case.parse() is None
+            num_malformed += malformed
+            code, details = end_of(channel, case.path, raw, stream=descriptor.server_streaming)
+            assert code in DOCUMENTED | (GUARDED if method == "DrainWorker" else frozenset())
+            if malformed and code not in GUARDED:
+                assert code is grpc.StatusCode.INVALID_ARGUMENT
+                assert field_of(details) == "request"
+    assert num_malformed >= 4
+
+
+@pytest.mark.parametrize(
+    ("path", "stream"),
+    [
+        ("/grpc.health.v1.Health/Check", False),
+        ("/grpc.health.v1.Health/Watch", True),
+        ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", True),
+        ("/diptych.internal.v1.RegistryService/Register", True),
+    ],
+)
+def test_malformed_bytes_to_the_services_beside(port: Port, path: str, stream: bool) -> None:
+    with port.row(), port.channel() as channel:
+        for raw in (b"\xff\xff", b"\x0a\x02\xc3\x28", b"\x0a\x7f"):
+            code, _ = end_of(channel, path, raw, stream=stream)
+            expected = {grpc.StatusCode.INVALID_ARGUMENT}
+            if "internal" in path:
+                expected |= {grpc.StatusCode.UNAUTHENTICATED}
+            assert code in expected
+
+
+def test_methods_and_messages_that_are_not_there(port: Port) -> None:
+    with port.row(), port.channel() as channel:
+        for path in ("/diptych.v1.InferenceService/Nothing", "/nobody/Nothing", "/", "//"):
+            code, _ = end_of(channel, path, b"", stream=False)
+            assert code is grpc.StatusCode.UNIMPLEMENTED
+        failed = port.failures("invalid_argument")
+        with port.raw() as raw:  # the call ends without a message: gRPC itself says nothing to that
+            raw.begin()
+            for path in (GENERATE, b"/diptych.v1.InferenceService/Tokenize"):
+                assert raw.wait_for_end(raw.open_stream(path, end=True), 5)
+        assert port.failures("invalid_argument") == failed + 2
+
+
+def test_oversized_messages(port: Port) -> None:
+    """Up to 64 MiB is read and refused in words, more is refused by the transport unread."""
+    room = MAX_MESSAGE_BYTES - len(pb.GenerateRequest(text="x" * 2**26).SerializeToString()) + 2**26
+    ids = pb.TokenIds(ids=[1] * 1_000_000)
+    invalid, exhausted = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED
+    cases: list[tuple[pb.GenerateRequest, grpc.StatusCode, str]] = [
+        (pb.GenerateRequest(text="a" * room), invalid, "text"),
+        (pb.GenerateRequest(text="a" * (room + 1)), exhausted, ""),
+        (pb.GenerateRequest(text="a" * (2 * room)), exhausted, ""),
+        (pb.GenerateRequest(text="word " * 8_000_000), invalid, "text"),
+        (pb.GenerateRequest(text="é" * 20_000_000), invalid, "text"),
+        (pb.GenerateRequest(token_ids=ids), invalid, "token_ids.ids"),
+        (pb.GenerateRequest(text="a", stop=pb.Stop(stop=["x"] * 1_000_000)), invalid, "stop.stop"),
+        (
+            pb.GenerateRequest(text="a", cache_salt="x" * 30_000_000),
+            invalid,
+            "cache_salt",
+        ),
+    ]
+    with port.row(growth_bytes=256 * MIB), Watch(port.pids["coordinator"]) as watch:
+        was = port.vitals().resident_bytes
+        for _ in range(3):
+            for asked, expected, field in cases:
+                with port.channel() as channel:
+                    raw = asked.SerializeToString()
+                    code, details = end_of(channel, TEXT, raw, stream=True)
+                assert (code, field_of(details) if field else "") == (expected, field)
+    # One message at a time: what came in pieces, the whole of it, and what protobuf makes of it.
+    assert watch.peak_bytes - was < 6 * MAX_MESSAGE_BYTES
+
+
+def test_detokenizing_a_million_tokens_hinders_nobody(port: Port) -> None:
+    raw = pb.DetokenizeRequest(token_ids=[5000] * 1_000_000).SerializeToString()
+    with port.row(growth_bytes=256 * MIB), port.channel() as channel:
+        for _ in range(3):
+            path = "/diptych.v1.InferenceService/Detokenize"
+            code, _ = end_of(channel, path, raw, stream=False)
+            assert code is grpc.StatusCode.OK
+
+
+def test_a_compressed_bomb(port: Port) -> None:
+    """1 MiB that would be 1 GiB: compressed requests are refused."""
+    with port.row(), Watch(port.pids["coordinator"]) as watch:
+        was = port.vitals().resident_bytes
+        for size in (1, 2**26, 2**30):
+            raw = gzip.compress(b"\x0a" + b"a" * size, compresslevel=9)
+            with port.raw() as bomb:
+                bomb.begin()
+                stream = bomb.open_stream(GENERATE, (b"grpc-encoding", b"gzip"))
+                body = grpc_message(raw, compressed=True)
+                for at in range(0, len(body), 16384):
+                    with suppress(OSError):
+                        bomb.send(frame(http2.DATA, 0, stream, body[at : at + 16384]))
+                with suppress(OSError):
+                    bomb.send(frame(http2.DATA, http2.END_STREAM, stream))
+                assert bomb.wait_for_end(stream, 10)
+    assert watch.peak_bytes - was < 128 * MIB
+    with port.channel() as channel:
+        call = channel.unary_stream(TEXT)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call(b"\x1a\x01a", timeout=10, compression=grpc.Compression.Gzip))
+    error: Any = caught.value
+    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_too_much_metadata(port: Port) -> None:
+    with port.row(), port.channel() as channel:
+        raw = request(2).SerializeToString()
+        for size in (8_000, 32_000):
+            code, _ = end_of(channel, TEXT, raw, stream=True, metadata=[("x-note", "m" * size)])
+            assert code is grpc.StatusCode.OK
+        for size in (128_000, 1_000_000):
+            code, _ = end_of(channel, TEXT, raw, stream=True, metadata=[("x-note", "m" * size)])
+            assert code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL)
+        code, _ = end_of(channel, TEXT, raw, stream=True)
+        assert code is grpc.StatusCode.OK
+
+
+# -- readers and writers that stop -----------------------------------------------------------------
+
+
+def test_a_reader_that_never_reads(port: Port) -> None:
+    """No window at all: the answer is written, its blocks are free, the call has an end."""
+    names = [f"never-{i}" for i in range(24)]
+    with port.row(), port.raw() as raw:
+        raw.begin({http2.INITIAL_WINDOW_SIZE: 0})
+        for name in names:
+            body = request(40, request_id=name).SerializeToString()
+            raw.request(GENERATE, body, (b"grpc-timeout", b"25S"))
+        held = lambda where: any(port.held_for(where, name) for name in names)  # noqa: E731
+        until(lambda: held("decode-0"), 10, "the decode worker writes them")
+        until(lambda: not held("decode-0"), 24, "their blocks are free")
+        until(lambda: not held("coordinator"), 10, "nothing is admitted any more")
+
+
+def test_a_reader_that_stops_reading(port: Port) -> None:
+    """A real client with a small window takes one message and goes to sleep."""
+    asked = request(1200, request_id="sleeper")
+    with port.row(), port.channel(("grpc.http2.lookahead_bytes", 1024)) as channel:
+        call = channel.unary_stream(TEXT, response_deserializer=pb.GenerateResponse.FromString)
+        answer = call(asked.SerializeToString(), timeout=60)
+        next(answer)
+        assert port.held_for("decode-0", "sleeper")
+        until(lambda: not port.held_for("decode-0", "sleeper"), 60, "its blocks are free")
+        answer.cancel()
+        until(lambda: not port.held_for("coordinator", "sleeper"), 5, "it is let go")
+
+
+def test_a_connection_reset_in_mid_stream(port: Port) -> None:
+    """Cancelled down the chain: blocks are free within a second."""
+    with port.row():
+        for how in ("reset", "close", "rst_stream"):
+            raw, name = port.raw(), f"broken-{how}"
+            raw.begin()
+            body = request(1500, request_id=name).SerializeToString()
+            stream = raw.request(GENERATE, body)
+            seen = (f for f in raw.read_frames(20) if f.kind == http2.DATA)
+            assert next(seen)
+            assert port.held_for("decode-0", name)
+            if how == "reset":
+                raw.reset()
+            elif how == "close":
+                raw.sock.close()
+            else:
+                raw.send(frame(http2.RST_STREAM, 0, stream, (8).to_bytes(4, "big")))
+            until(lambda name=name: not port.held_for("decode-0", name), 1.0, f"{how}: free")  # type: ignore[misc]
+            until(lambda name=name: not port.held_for("coordinator", name), 1.0, f"{how}: free")  # type: ignore[misc]
+            raw.sock.close()
+
+
+_SLEEPER = """
+import sys, time
+from coordinator.client import Client
+with Client(sys.argv[1]) as client:
+    events = client.generate({prompt}, max_tokens=1500, ignore_eos=True, request_id="stopped")
+    next(events); print("begun", flush=True)
+    for event in events: pass
+"""
+
+
+def test_a_client_that_is_stopped(port: Port) -> None:
+    """SIGSTOP: its connection looks alive, until keepalive says otherwise."""
+    with port.row():
+        client = subprocess.Popen(
+            [sys.executable, "-c", _SLEEPER.format(prompt=PROMPT), port.address],
+            stdout=subprocess.PIPE,
+        )
+        try:
+            assert client.stdout is not None
+            assert client.stdout.readline() == b"begun\n"
+            os.kill(client.pid, signal.SIGSTOP)
+            assert port.held_for("decode-0", "stopped")
+            until(lambda: not port.held_for("decode-0", "stopped"), 80, "its blocks are free")
+            until(lambda: not port.held_for("coordinator", "stopped"), GONE_S, "it is let go")
+        finally:
+            client.kill()
+            client.wait()
+
+
+def test_half_open_connections(port: Port) -> None:
+    """Each is cut off in time, whatever it has said before it fell silent."""
+    preface = http2.PREFACE + http2.settings()
+    body = frame(http2.DATA, 0, 1, grpc_message(request(3).SerializeToString(), length=500))
+    headers = frame(http2.HEADERS, http2.END_HEADERS, 1, http2.call_headers(GENERATE))
+    openings = {
+        "silent": b"",
+        "half a preface": http2.PREFACE[:10],
+        "a preface": preface,
+        "half a frame": preface + frame(http2.HEADERS, 0, 1, b"x" * 50)[:20],
+        "headers without an end": preface + frame(http2.HEADERS, 0, 1, b"\x00\x01a\x01b"),
+        "a call without a message": preface + headers,
+        "half a message": preface + headers + body,
+    }
+    with port.row():
+        sockets = {}
+        for name, opening in openings.items():
+            for i in range(10):
+                sock = sockets[f"{name} {i}"] = connect(port.address)
+                sock.sendall(opening)
+        begun_s, closed_s = time.monotonic(), {}
+        for name, sock in sockets.items():
+            left = GONE_S - (time.monotonic() - begun_s)
+            assert closed_by_peer(sock, left), f"{name}: still open after {GONE_S:.0f} s"
+            closed_s[name] = time.monotonic() - begun_s
+            sock.close()
+        print({k: round(v, 1) for k, v in closed_s.items() if k.endswith(" 0")})
+
+
+def test_slow_writers_and_silent_calls_of_a_polite_client(port: Port) -> None:
+    """Every ping is answered, so the connection is well; its calls are ended all the same."""
+    with port.row(), port.raw() as raw:
+        raw.begin()
+        silent = raw.open_stream(GENERATE)
+        slow = raw.open_stream(GENERATE)
+        body = grpc_message(request(3).SerializeToString())
+        begun_s, sent, ended = time.monotonic(), 0, set()
+        while ended != {silent, slow}:
+            assert time.monotonic() - begun_s < GONE_S, f"{ended} of {silent} and {slow} ended"
+            if slow not in ended and sent < len(body) - 1:  # a byte a second
+                raw.send(frame(http2.DATA, 0, slow, body[sent : sent + 1]))
+                sent += 1
+            for found in raw.read_frames(1.0):
+                ended |= {found.stream} if found.ends_stream else set()
+        again = raw.request(GENERATE, request(3).SerializeToString())
+        assert raw.wait_for_end(again, 20), "the connection itself goes on"
+
+
+# -- crowds ----------------------------------------------------------------------------------------
+
+
+def test_5000_connections(port: Port) -> None:
+    """All at once, each with preface and settings; proper requests are served meanwhile."""
+    with file_limit(NUM_CONNECTIONS + 2_000) as allowed:
+        if allowed < NUM_CONNECTIONS + 500:
+            pytest.skip(f"only {allowed} descriptors are allowed here")
+        _, hard = resource.prlimit(port.pids["coordinator"], resource.RLIMIT_NOFILE)
+        soft, _ = resource.prlimit(port.pids["coordinator"], resource.RLIMIT_NOFILE)
+        assert soft == hard, "the coordinator takes all descriptors that it may have"
+        with port.row(growth_bytes=192 * MIB) as bystander:
+            resident = []
+            for _ in range(2):
+                was, served = port.vitals(), len(bystander.seconds)
+                crowd = [greeted(port.address) for _ in range(NUM_CONNECTIONS)]
+                for sock in crowd:
+                    sock.settimeout(20)
+                    assert sock.recv(9), "a connection was not accepted"
+                now = port.vitals()
+                assert now.num_files >= was.num_files + NUM_CONNECTIONS
+                until(lambda n=served: len(bystander.seconds) >= n + 3, 60, "proper answers")  # type: ignore[misc]
+                resident.append(now.resident_bytes - was.resident_bytes)
+                for sock in crowd:
+                    sock.close()
+                until(
+                    lambda was=was: port.vitals().num_files <= was.num_files + 24,  # type: ignore[misc]
+                    20,
+                    "descriptors are given back",
+                )
+            print(f"{NUM_CONNECTIONS} connections take {[n // MIB for n in resident]} MiB")
+        assert resident[1] < resident[0] + 64 * MIB
+
+
+def greeted(address: str) -> socket.socket:
+    """A connection that has said its preface."""
+    sock = connect(address, 20)
+    sock.sendall(http2.PREFACE + http2.settings())
+    return sock
+
+
+def test_ten_thousand_calls_on_one_connection_that_say_nothing(port: Port) -> None:
+    with port.row(growth_bytes=192 * MIB):
+        raw = port.raw()
+        raw.begin()
+        for _ in range(10_000):
+            try:
+                raw.open_stream(GENERATE)
+            except OSError:
+                break  # cut off: as good
+        raw.reset()
+
+
+# -- bytes -----------------------------------------------------------------------------------------
+
+
+def test_garbage_on_the_port(port: Port) -> None:
+    """Bytes that are no HTTP/2, or HTTP/2 that no client speaks (tests/faults/garbage.py)."""
+    with port.row():
+        for name, raw in garbage().items():
+            sock = connect(port.address)
+            with suppress(OSError):  # the server may cut us off in the middle
+                sock.sendall(raw)
+            closed_by_peer(sock, 0.2)
+            sock.close()
+            assert port.answers(), f"after {name!r} nobody is there"
+
+
+def test_tls_on_the_port(port: Port) -> None:
+    with port.row():
+        for where in (port.address, port.stack.http_address):
+            context = ssl.create_default_context()
+            with connect(where) as sock, pytest.raises((ssl.SSLError, OSError)):
+                context.wrap_socket(sock, server_hostname="localhost")
+
+
+# -- HTTP ------------------------------------------------------------------------------------------
+
+
+def test_garbage_on_the_http_port(port: Port) -> None:
+    with port.row(growth_bytes=128 * MIB):
+        for name, raw in http_garbage().items():
+            sock = connect(port.stack.http_address)
+            with suppress(OSError):
+                sock.sendall(raw)
+            closed_by_peer(sock, 0.2)
+            sock.close()
+            assert health(port).startswith(b"HTTP/1.1 200"), f"after {name!r}"
+
+
+def test_1000_connections_to_the_http_port(port: Port) -> None:
+    """Silent, slow and half-asked ones: all are cut off, and others are served meanwhile."""
+    with file_limit(NUM_HTTP_CONNECTIONS + 1_000), port.row(growth_bytes=128 * MIB):
+        openings = (
+            b"",
+            b"GET /hea",
+            b"GET /health HTTP/1.1\r\nHost: x\r\nX: y",
+            b"POST / HTTP/1.1\r\n",
+        )
+        crowd = [connect(port.stack.http_address) for _ in range(NUM_HTTP_CONNECTIONS)]
+        for i, sock in enumerate(crowd):
+            sock.sendall(openings[i % len(openings)])
+        begun_s = time.monotonic()
+        while time.monotonic() - begun_s < 5:  # a byte a second is no sign of life
+            for sock in crowd[1::4]:
+                with suppress(OSError):
+                    sock.sendall(b"x")
+            assert health(port).startswith(b"HTTP/1.1 200")
+            time.sleep(1.0)
+        for sock in crowd:
+            left = GONE_S - (time.monotonic() - begun_s)
+            assert closed_by_peer(sock, left), "still open"
+            sock.close()
+        print(f"all closed after {time.monotonic() - begun_s:.1f} s")
+
+
+def health(port: Port) -> bytes:
+    """What /health says to a proper request."""
+    with connect(port.stack.http_address) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        return sock.recv(65536)
+
+
+# -- asking ----------------------------------------------------------------------------------------
+
+
+def end_of(
+    channel: grpc.Channel,
+    path: str,
+    raw: bytes,
+    *,
+    stream: bool,
+    metadata: list[tuple[str, str]] | None = None,
+) -> tuple[grpc.StatusCode, dict[str, Any]]:
+    """How a call with these bytes ends: its status and its trailers."""
+    call: Any
+    try:
+        if stream:
+            many = channel.unary_stream(path)
+            for _ in many(raw, timeout=60, metadata=metadata):
+                pass
+        else:
+            channel.unary_unary(path)(raw, timeout=60, metadata=metadata)
+    except grpc.RpcError as error:
+        call = error
+        return call.code(), dict(call.trailing_metadata() or ())
+    return grpc.StatusCode.OK, {}
+
+
+def field_of(trailers: dict[str, Any]) -> str:
+    """The field that a refusal names."""
+    for detail in status_pb2.Status.FromString(trailers[DETAILS_KEY]).details:
+        bad = error_details_pb2.BadRequest()
+        if detail.Unpack(bad):
+            return str(bad.field_violations[0].field)
+    raise AssertionError("no BadRequest")
