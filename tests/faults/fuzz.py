@@ -1,6 +1,7 @@
 """The fuzz of the public API.
 
     python -m tests.faults.fuzz --inputs 100000 --wire-inputs 3000 --seed 1     (make fuzz)
+    python -m tests.faults.fuzz --seed 1 --first 25000 --inputs 25000           (a part of a run)
     python -m tests.faults.fuzz --seed 1 --only 4711                            (one input again)
 
 Two levels. In process: a whole coordinator with its real doors and a decode worker that answers
@@ -23,6 +24,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import grpc
 import structlog
@@ -65,6 +67,7 @@ class Report:
     seconds: float = 0.0
     by_method: Counter[tuple[str, str]] = field(default_factory=Counter)
     by_kind: Counter[tuple[str, str]] = field(default_factory=Counter)
+    by_constraint: Counter[tuple[str, str]] = field(default_factory=Counter)
     complaints: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)  # bytes, twenty times or so on the way
@@ -72,10 +75,15 @@ class Report:
     def note(self, case: Input, outcome: Outcome, wrong: str | None) -> None:
         """One more input."""
         self.num_inputs += 1
-        self.num_malformed += case.parse() is None
+        request: Any = case.parse()
+        self.num_malformed += request is None
         name = outcome.code.name
         self.by_method[case.method, name] += 1
         self.by_kind[case.kind, name] += 1
+        if request is not None and case.method in ("Generate", "Chat"):
+            asked = request.constraint.WhichOneof("kind")
+            tools = "tools" if getattr(request, "tools_json", "") else ""
+            self.by_constraint[" and ".join(filter(None, (asked, tools))) or "none", name] += 1
         if case.method in ("Generate", "Chat") and name == "OK":
             self.num_answers += 1
             self.num_tokens += sum(len(m.delta.token_ids) for m in outcome.messages)
@@ -113,6 +121,8 @@ class Report:
                 *self.table(self.by_method),
                 "",
                 *self.table(self.by_kind),
+                "",
+                *self.table(self.by_constraint),
             )
         )
 
@@ -206,6 +216,7 @@ async def front() -> AsyncIterator[tuple[Coordinator, FuzzDecode, Model]]:
         Tokenizer.load(checkpoint.folder),
         ChatTemplate.load(checkpoint.folder),
         MAX_MODEL_LEN,
+        folder=checkpoint.folder,  # without it nobody compiles constraints
     )
     coordinator = Coordinator(FrontOptions(listen="127.0.0.1:0", http="127.0.0.1:0"), served)
     identity = ModelIdentity(MODEL, "00", "exact", MAX_MODEL_LEN, 16, VOCAB_SIZE)
@@ -273,7 +284,7 @@ def fuzz_over_the_wire(seed: int, indexes: range, stack: Stack, concurrency: int
     pids = {name: stack.pid_of(name) for name in ("prefill-0", "decode-0")}
     served = stack.client.model()
     config: ModelConfig = resolve(MODEL, progress=False).config
-    model = Model(served.max_model_len, frozenset(config.eos_token_ids))
+    model = Model(served.max_model_len, frozenset(config.eos_token_ids), holds_constraints=True)
     asyncio.run(run(report, stack.address, stack.process.pid, indexes, model, concurrency))
     stack.assert_at_rest()
     now = {name: stack.pid_of(name) for name in pids}
@@ -291,24 +302,27 @@ def main() -> int:
     """The command; exit status 1 where something was wrong."""
     parser = argparse.ArgumentParser(prog="tests.faults.fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=100_000, help="in process")
+    parser.add_argument("--first", type=int, default=0, help="index of the first input")
     parser.add_argument("--wire-inputs", type=int, default=3_000, help="to a real stack")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=int, default=-1, help="this input alone, shown in full")
     args = parser.parse_args()
-    indexes = range(args.inputs)
+    indexes = range(args.first, args.first + args.inputs)
     if args.only >= 0:
         print(make_input(args.seed, args.only))
         indexes = range(args.only, args.only + 1)
-    reports = [asyncio.run(fuzz_in_process(args.seed, indexes))]
-    print(reports[0], flush=True)
+    reports = []
+    if args.inputs or args.only >= 0:
+        reports.append(asyncio.run(fuzz_in_process(args.seed, indexes)))
+        print(reports[0], flush=True)
     if args.wire_inputs:
         with (
             tempfile.TemporaryDirectory() as folder,
             Stack(Path(folder), "--max-model-len", str(MAX_MODEL_LEN)) as stack,
         ):
-            wire = range(args.wire_inputs) if args.only < 0 else indexes
+            wire = range(args.first, args.first + args.wire_inputs) if args.only < 0 else indexes
             reports.append(fuzz_over_the_wire(args.seed, wire, stack))
-            print(f"\n{reports[1]}", flush=True)
+            print(f"\n{reports[-1]}", flush=True)
     return int(any(report.complaints or report.leaks for report in reports))
 
 

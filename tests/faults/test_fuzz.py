@@ -4,6 +4,7 @@ see what it is there for. `make fuzz INPUTS=100000 SEED=n` is the long form.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -20,6 +21,7 @@ from engine.rpc.status import to_status
 from tests.faults.fuzz import MAX_MODEL_LEN, Report, fuzz_in_process, fuzz_over_the_wire
 from tests.integration.stack import Stack
 from tests.support.fuzz_checks import Model, Outcome, complaint
+from tests.support.fuzz_constraints import PLAIN_REGEXES
 from tests.support.fuzz_messages import METHODS, Input, draw_input, make_input
 from tests.support.fuzz_values import MODEL, VOCAB_SIZE
 from tests.support.vitals import MIB
@@ -138,6 +140,43 @@ def test_the_fuzz_sees_what_is_wrong(outcome: Outcome, words: str | None) -> Non
     found = complaint(ASKED, outcome, MODEL_LIMITS)
     assert (found is None) == (words is None), found
     assert (words or "") in (found or "")
+
+
+OBJECT = {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "text", "words"),
+    [
+        (pb.Constraint(regex=PLAIN_REGEXES[1]), "maybe", None),
+        (pb.Constraint(regex=PLAIN_REGEXES[1]), "mayb", "does not match"),
+        (pb.Constraint(json_schema=json.dumps(OBJECT)), "{}", None),
+        (pb.Constraint(json_schema=json.dumps(OBJECT)), '{"a"', "is not JSON"),
+        (pb.Constraint(json_object=True), "[]", "no JSON object"),
+        (pb.Constraint(choice=pb.Choices(choices=["a", "b"])), "b", None),
+        (pb.Constraint(choice=pb.Choices(choices=["a", "b"])), "ab", "none of the choices"),
+    ],
+)
+def test_the_fuzz_sees_an_answer_that_breaks_its_constraint(
+    asked: pb.Constraint, text: str, words: str | None
+) -> None:
+    request = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[1]), stop=pb.Stop(max_tokens=9), constraint=asked
+    )
+    case = Input(0, "Generate", "sensible", request.SerializeToString())
+    usage = pb.Usage(prompt_tokens=1, completion_tokens=1)
+    for reason in (pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH):
+        messages = [
+            pb.GenerateResponse(request_id="r", delta=pb.Delta(text=text, token_ids=[5])),
+            pb.GenerateResponse(
+                request_id="r", finished=pb.Finished(finish_reason=reason, usage=usage)
+            ),
+        ]
+        whole = words if reason == pb.FINISH_REASON_STOP else None  # cut off, it need not be whole
+        model = Model(MAX_MODEL_LEN, frozenset((2,)), holds_constraints=True)
+        found = complaint(case, Outcome(grpc.StatusCode.OK, messages=messages), model)
+        assert (found is None) == (whole is None), found
+        assert (whole or "") in (found or "")
 
 
 def test_malformed_bytes_must_be_the_callers_fault() -> None:

@@ -8,7 +8,9 @@ the caller went      CANCELLED or DEADLINE_EXCEEDED are as good
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +22,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc.status import DETAILS_KEY, PUSHBACK_KEY
+from tests.support.fuzz_constraints import PLAIN_REGEXES
 from tests.support.fuzz_messages import Input
 from tests.support.fuzz_values import VOCAB_SIZE
 
@@ -50,6 +53,7 @@ class Model:
 
     max_model_len: int
     eos_token_ids: frozenset[int]
+    holds_constraints: bool = False  # a worker that answers anything does not
 
 
 def complaint(case: Input, outcome: Outcome, model: Model) -> str | None:
@@ -113,6 +117,8 @@ def _has(descriptor: Descriptor, path: str) -> bool:
             return True
         if name not in current.fields_by_name:
             return False
+        if name.endswith("_json"):  # what follows is a place in that text
+            return True
         current = current.fields_by_name[name].message_type
     return True
 
@@ -195,7 +201,10 @@ def _check_choice(
     assert finished.usage.cached_tokens <= finished.usage.prompt_tokens
     assert finished.usage.accepted_tokens <= finished.usage.draft_tokens
     _check_ending(request, tokens, finished, model, had_the_end=any(r.finished for r in resumed))
-    _check_text(request, "".join(delta.text for delta in deltas))
+    text = "".join(delta.text for delta in deltas)
+    _check_text(request, text)
+    if model.holds_constraints and not resumed and not getattr(request, "tools_json", ""):
+        _check_constraint(request, text, finished, model)
     for name in ("queue", "prefill", "kv_transfer", "first_token", "decode"):
         value = getattr(finished.timing, name)
         assert 0 <= value < math.inf, f"timing.{name} is {value}"
@@ -209,7 +218,7 @@ def _check_ending(
     matched = finished.matched_stop.WhichOneof("kind")
     if finished.finish_reason == inference_pb2.FINISH_REASON_LENGTH:
         assert matched is None
-    elif not had_the_end:
+    elif not had_the_end and not _is_constrained(request):
         assert matched is not None, "stopped by nothing"
     if matched == "text":
         assert finished.matched_stop.text in request.stop.stop
@@ -226,3 +235,40 @@ def _check_text(request: Any, text: str) -> None:
         return  # it may stand in the text, or may have begun before it
     for unwanted in stop.stop:
         assert unwanted not in text, f"the stop string {unwanted!r} is in the text"
+
+
+def _is_constrained(request: Any) -> bool:
+    """Whether an answer may end by itself: its grammar is complete."""
+    kind = request.constraint.WhichOneof("kind")
+    return kind is not None or bool(getattr(request, "tools_json", ""))
+
+
+def _check_constraint(request: Any, text: str, finished: Any, model: Model) -> None:
+    """A whole answer is what was asked for; one that was cut off need not be."""
+    cut = finished.matched_stop.WhichOneof("kind") == "text" or (
+        finished.matched_stop.HasField("token_id")
+        and finished.matched_stop.token_id not in model.eos_token_ids
+    )
+    if (
+        finished.finish_reason != inference_pb2.FINISH_REASON_STOP
+        or cut
+        or request.stop.include_stop_str_in_output
+    ):
+        return
+    asked = request.constraint
+    match asked.WhichOneof("kind"):
+        case "choice":
+            assert text in asked.choice.choices, f"{text!r} is none of the choices"
+        case "json_schema":
+            _json_of(text)
+        case "json_object" if asked.json_object:
+            assert isinstance(_json_of(text), dict), f"{text!r} is no JSON object"
+        case "regex" if asked.regex in PLAIN_REGEXES:
+            assert re.fullmatch(asked.regex, text), f"{text!r} does not match {asked.regex!r}"
+
+
+def _json_of(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise AssertionError(f"{text!r} is not JSON: {error}") from None

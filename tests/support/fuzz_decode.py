@@ -16,6 +16,7 @@ from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc.server import RpcServer
 from engine.types import ModelIdentity, Peer
 
+_MOST_SOURCE = 1 << 20
 _MIN_PENALTY, _MAX_PENALTY = 0.999e-3, 1.001e3  # 32-bit floats on the wire
 
 
@@ -121,10 +122,18 @@ class FuzzDecode:
                 t < vocab_size and abs(value) <= 100 for t, value in sampling.logit_bias.items()
             ),
             "cache_salt": len(request.cache_salt) <= 1024,
+            "constraint": _is_bounded(request.constraint),
         }
         broken = [name for name, holds in rules.items() if not holds]
         self.breaches.update(broken)
         assert not broken, f"the coordinator let through: {', '.join(broken)}"
+
+
+def _is_bounded(constraint: worker_pb2.Constraint) -> bool:
+    """That it can be compiled the coordinator has tried; a worker is spared what is too long."""
+    return len(constraint.source) <= _MOST_SOURCE and bool(constraint.source.strip()) == bool(
+        constraint.kind
+    )
 
 
 def _scored(count: int) -> worker_pb2.Logprobs:

@@ -13,6 +13,8 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 
+from tests.support.fuzz_constraints import choices, grammar, json_schema, parameters, regex
+
 VOCAB_SIZE = 49152
 MODEL = "smollm2"
 WORDS = (
@@ -94,7 +96,7 @@ TAME: dict[str, Tame | None] = {
     "TokenIds.ids": _tokens,
     "DetokenizeRequest.token_ids": _tokens,
     "Resume.index": lambda r: 0,
-    "Resume.token_ids": _few_tokens,
+    "Resume.token_ids": lambda r: _few_tokens(r) if r.random() < 0.3 else [],
     "temperature": lambda r: r.choice((0.0, 0.3, 1.0, 1.5)),
     "top_p": lambda r: r.choice((0.1, 0.9, 1.0)),
     "top_k": lambda r: r.choice((0, 1, 40)),
@@ -118,13 +120,22 @@ TAME: dict[str, Tame | None] = {
     "echo": lambda r: r.randrange(2),
     "name": lambda r: b"look_up",
     "arguments": lambda r: b'{"word": "river"}',
-    "tools_json": lambda r: TOOLS,
-    "mode": lambda r: r.randrange(3),
-    "constraint": None,
-    "tool_calls": None,
+    "tools_json": lambda r: TOOLS if r.random() < 0.8 else parameters(r),
+    "mode": lambda r: r.choice((0, 0, 1, 1, 2, 3)),
+    "ToolCall.id": lambda r: b"call-1",
+    "tool_call_id": lambda r: b"call-1",
+    "Constraint.json_schema": json_schema,
+    "Constraint.regex": regex,
+    "Constraint.grammar": grammar,
+    "Choices.choices": choices,
 }
 # Sensible requests have these.
-NEEDED = frozenset(("messages", "role", "content", "prompt", "input", "TokenIds.ids"))
+NEEDED = frozenset(
+    (
+        *("messages", "role", "content", "prompt", "input", "TokenIds.ids"),
+        *("kind", "Choices.choices", "ToolCall.name"),
+    )
+)
 
 
 def edge(random: Random, field: FieldDescriptor) -> Any:
