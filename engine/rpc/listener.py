@@ -58,7 +58,7 @@ class Listener:
 
     async def start(self) -> None:
         """Begin to accept calls."""
-        _be_quiet_about_headers()
+        _be_quiet_about_callers()
         await self._server.start()
         self._keeper = asyncio.create_task(self._keep(), name=f"keep {self._address}")
 
@@ -104,10 +104,12 @@ def _is_running(server: Any) -> bool:
     return bool(server._server.is_running())
 
 
-def _be_quiet_about_headers() -> None:
-    """gRPC logs a traceback for a header that is no UTF-8: a caller's fault that harms nobody."""
+def _be_quiet_about_callers() -> None:
+    """gRPC logs a traceback for a header that is no UTF-8, and for a caller that has gone when its
+    status is sent: a caller's doing that harms nobody, and the call's end has a line of its own.
+    """
     logging.getLogger("grpc._cython.cygrpc").addFilter(_tells_more)
 
 
 def _tells_more(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("Invalid encoding on")
+    return not str(record.msg).startswith(("Invalid encoding on", "ExecuteBatchError raised in"))

@@ -100,7 +100,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """A failed row shows the logs of its cluster."""
+    """A failed row shows what its cluster's logs say of it."""
     outcome = yield
     report = outcome.get_result()  # type: ignore[attr-defined]
     if not report.failed:
@@ -108,4 +108,4 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     for value in getattr(item, "funcargs", {}).values():
         if isinstance(value, Row):
             for place in value.cluster.places:
-                report.sections.append((f"log of {place.name}", value.cluster.tail(place.name, 8)))
+                report.sections.append((f"log of {place.name}", value.telling_lines(place.name)))

@@ -11,6 +11,7 @@ import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from typing import Any
@@ -164,14 +165,19 @@ class Row:
         return (await self.servers([stream], pool))[0]
 
     async def servers(self, streams: Sequence[Stream], pool: Sequence[str]) -> list[str]:
-        """The same for several at once; they end sooner than one can ask for each."""
+        """The same for several at once. A worker in a long step answers late, so that some may have
+        ended meanwhile: those are in its log.
+        """
         found: dict[str, str] = {}
+        ids = {stream.request_id for stream in streams}
 
         def look() -> bool:
-            for name in pool:
-                held = self.holds(name)
-                found.update({s.request_id: name for s in streams if s.request_id in held})
-            return len(found) == len(streams)
+            with ThreadPoolExecutor(len(pool)) as threads:
+                for name, held in zip(pool, threads.map(self.holds, pool), strict=True):
+                    ended = self.cluster.log_lines(name, self.log_mark(name))
+                    seen = held | {str(line.get("request_id")) for line in ended}
+                    found.update({request_id: name for request_id in ids & seen})
+            return len(found) == len(ids)
 
         await self.until(look, 10, f"somebody of {list(pool)} serves each of {len(streams)}")
         return [found[stream.request_id] for stream in streams]
@@ -215,6 +221,17 @@ class Row:
     def log_mark(self, name: str) -> int:
         """Where a process's log ended when the row began."""
         return self._then[name].log_bytes
+
+    def telling_lines(self, name: str) -> str:
+        """What a process's log says of this row's own requests, and its warnings since it began."""
+        ids = {stream.request_id for stream in self._streams}
+        since = self._then[name].log_bytes if name in self._then else 0
+        told = [
+            line
+            for line in self.cluster.log_lines(name, since)
+            if line.get("level") not in ("info", "debug") or line.get("request_id") in ids
+        ]
+        return "\n".join(json.dumps(line)[:1500] for line in told[-40:])
 
     def rise(self, name: str, counter: str) -> float:
         """How much a counter of a process rose in this row; it began at 0 where that is new."""
