@@ -176,7 +176,7 @@ class Row:
                 for name, held in zip(pool, threads.map(self.holds, pool), strict=True):
                     ended = self.cluster.log_lines(name, self.log_mark(name))
                     seen = held | {str(line.get("request_id")) for line in ended}
-                    found.update({request_id: name for request_id in ids & seen})
+                    found.update(dict.fromkeys(ids & seen, name))
             return len(found) == len(ids)
 
         await self.until(look, 10, f"somebody of {list(pool)} serves each of {len(streams)}")
