@@ -97,7 +97,7 @@ def _answer(client: Client) -> Done:
     ):
         if isinstance(event, TextDelta):
             print(event.text, end="", flush=True)
-        else:
+        elif isinstance(event, Done):
             print("\n", flush=True)
             return event
     raise DiptychError("the answer had no end")

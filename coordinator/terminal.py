@@ -205,7 +205,7 @@ def _run(server: str, events: Iterator[AnswerEvent], quiet: bool) -> tuple[str, 
             if isinstance(event, TextDelta):
                 texts.append(event.text)
                 print(event.text, end="", flush=True)
-            else:
+            elif isinstance(event, Done):
                 print(flush=True)
                 if not quiet:
                     print(_usage(event), file=sys.stderr)

@@ -7,8 +7,10 @@
 A lost connection or coordinator is a pause: the answer goes on at another one, or at the same one
 when it is back, with the next token. See docs/client.md.
 
-    messages   options -> request, response -> event          attempts  where to call next, and when
-    stream     one answer over several calls: no seam         coordinators  what a client follows
+    messages, turns          options, a conversation -> request
+    events                   response -> what a caller gets, error -> a sentence
+    stream, choice           one answer over several calls: no seam, in any of its choices
+    attempts, coordinators   where to call next, and when; what a client follows
     blocking, asynchronous   the two clients: nothing but calls and waits
 """
 
@@ -17,14 +19,8 @@ from __future__ import annotations
 from coordinator.client.asynchronous import AsyncClient
 from coordinator.client.attempts import Patience
 from coordinator.client.blocking import Client
-from coordinator.client.messages import (
-    AnswerEvent,
-    Done,
-    TextDelta,
-    chat_request,
-    describe,
-    generate_request,
-)
+from coordinator.client.events import AnswerEvent, Done, Prompt, TextDelta, describe
+from coordinator.client.messages import chat_request, generate_request
 
 __all__ = [
     "AnswerEvent",
@@ -32,6 +28,7 @@ __all__ = [
     "Client",
     "Done",
     "Patience",
+    "Prompt",
     "TextDelta",
     "chat_request",
     "describe",

@@ -15,7 +15,8 @@ import grpc
 
 from coordinator.client.attempts import PATIENCE, Patience
 from coordinator.client.coordinators import Coordinators, unreachable
-from coordinator.client.messages import AnswerEvent, chat_request, generate_request
+from coordinator.client.events import AnswerEvent
+from coordinator.client.messages import chat_request, generate_request
 from coordinator.client.stream import Call, Stream
 from engine.errors import DeadlineExceeded, DiptychError
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -56,7 +57,7 @@ class Client:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         timeout_s: float | None = None,
         **options: Any,

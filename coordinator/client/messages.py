@@ -1,49 +1,35 @@
-"""What a caller says and sees: options -> request, response -> event, error -> a sentence."""
+"""What a caller says: a prompt or a conversation, and options by name -> a request.
+
+Options are the fields of Sampling, Stop, Output and Constraint and a few of the request itself, by
+the names that inference.proto gives them. One that is unknown, or a second constraint, is refused
+here; values are checked by the coordinator, which names the field.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import grpc
-
-from engine.errors import DeadlineExceeded, DiptychError
+from coordinator.client import turns
 from engine.pb.diptych.v1 import inference_pb2
 
-_SAMPLING = frozenset(f.name for f in inference_pb2.Sampling.DESCRIPTOR.fields)
-_STOP = frozenset(f.name for f in inference_pb2.Stop.DESCRIPTOR.fields)
-_PLAIN = frozenset(("request_id", "model", "priority", "cache_salt"))
+_PARTS: dict[str, Any] = {
+    "sampling": inference_pb2.Sampling,
+    "stop": inference_pb2.Stop,
+    "output": inference_pb2.Output,
+    "constraint": inference_pb2.Constraint,
+}
+_PART_OF = {field.name: part for part, of in _PARTS.items() for field in of.DESCRIPTOR.fields}
+_PLAIN = frozenset(("request_id", "model", "n", "priority", "cache_salt"))
 
 Request = inference_pb2.GenerateRequest | inference_pb2.ChatRequest
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """Text that became final, and its tokens."""
-
-    text: str
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """The end of an answer. `timing`, and the drafts in `usage`, are those of its last call."""
-
-    finish_reason: str  # "stop", "length" or "aborted"
-    request_id: str
-    usage: inference_pb2.Usage
-    timing: inference_pb2.Timing
-    num_resumed: int = 0  # how often another call took it up
-
-
-AnswerEvent = TextDelta | Done
-
-
 def generate_request(prompt: str | Sequence[int], **options: Any) -> inference_pb2.GenerateRequest:
-    """A request for text or token ids; `options`: fields of sampling, stop and request by name."""
+    """A request for text or token ids."""
     common = _common(options)
     if isinstance(prompt, str):
         return inference_pb2.GenerateRequest(text=prompt, **common)
@@ -52,25 +38,21 @@ def generate_request(prompt: str | Sequence[int], **options: Any) -> inference_p
 
 
 def chat_request(
-    messages: Sequence[Mapping[str, str]], **options: Any
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    tool_choice: str | Mapping[str, Any] | None = None,
+    parallel_tool_calls: bool | None = None,
+    **options: Any,
 ) -> inference_pb2.ChatRequest:
-    """A request for the next turn of `messages` of role and content."""
-    turns = [inference_pb2.Message(role=m["role"], content=m["content"]) for m in messages]
-    return inference_pb2.ChatRequest(messages=turns, **_common(options))
-
-
-def _common(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword options, None left out, sorted into the messages that they belong to."""
-    given = {key: value for key, value in options.items() if value is not None}
-    if unknown := given.keys() - _SAMPLING - _STOP - _PLAIN:
-        raise TypeError(f"unknown option {sorted(unknown)[0]!r}")
-    sampling = {key: value for key, value in given.items() if key in _SAMPLING}
-    stop = {key: value for key, value in given.items() if key in _STOP}
-    return {
-        "sampling": inference_pb2.Sampling(**sampling),
-        "stop": inference_pb2.Stop(**stop),
-        **{key: value for key, value in given.items() if key in _PLAIN},
-    }
+    """A request for the next turn; messages, tools and choice as OpenAI's API has them."""
+    return inference_pb2.ChatRequest(
+        messages=map(turns.message, messages),
+        tools_json=json.dumps(list(tools)) if tools else None,
+        tool_choice=turns.tool_choice(tool_choice),
+        parallel_tool_calls=parallel_tool_calls,
+        **_common(options),
+    )
 
 
 def give_name(request: Request) -> None:
@@ -79,30 +61,35 @@ def give_name(request: Request) -> None:
         request.request_id = uuid.uuid4().hex
 
 
-def resumed(request: Request, token_ids: Sequence[int]) -> Request:
-    """The same request whose first tokens are already delivered."""
+def resumed(request: Request, delivered: Iterable[inference_pb2.Resume | None]) -> Request:
+    """The same request, with what is already delivered of its choices."""
     again = copy.deepcopy(request)
-    del again.resume[:]
-    if token_ids:
-        again.resume.add(index=0, token_ids=token_ids)
+    again.resume.extend(resume for resume in delivered if resume)
     return again
 
 
-def done(response: inference_pb2.GenerateResponse, num_resumed: int) -> Done:
-    """The last event of an answer."""
-    finished = response.finished
-    name = inference_pb2.FinishReason.Name(finished.finish_reason)
-    reason = name.removeprefix("FINISH_REASON_").lower()
-    return Done(reason, response.request_id, finished.usage, finished.timing, num_resumed)
+def _common(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword options, None left out, sorted into the messages that they belong to."""
+    given = {key: value for key, value in options.items() if value is not None}
+    if unknown := given.keys() - _PART_OF.keys() - _PLAIN:
+        raise TypeError(f"unknown option {sorted(unknown)[0]!r}")
+    fields: dict[str, Any] = {key: given.pop(key) for key in _PLAIN & given.keys()}
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in given.items():
+        if key != "json_object" or value:  # a constraint that is off is none
+            parts.setdefault(_PART_OF[key], {})[key] = _as_field(key, value)
+    constraints = parts.get("constraint", {})
+    if len(constraints) > 1:
+        raise TypeError(f"more than one constraint: {' and '.join(constraints)}")
+    return fields | {part: _PARTS[part](**given) for part, given in parts.items()}
 
 
-def describe(error: BaseException) -> str:
-    """One sentence for a person about a failed call."""
-    if isinstance(error, DeadlineExceeded):
-        return "the call's time ran out"
-    if isinstance(error, DiptychError):
-        return error.message
-    call: Any = error
-    return (
-        f"{call.code().name}: {call.details()}" if isinstance(error, grpc.RpcError) else str(error)
-    )
+def _as_field(key: str, value: Any) -> Any:
+    """What Python says more shortly than the protocol."""
+    if key == "stop":
+        return [value] if isinstance(value, str) else value
+    if key == "json_schema":
+        return value if isinstance(value, str) else json.dumps(value)
+    if key == "choice":
+        return inference_pb2.Choices(choices=[value] if isinstance(value, str) else value)
+    return value

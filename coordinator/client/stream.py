@@ -1,13 +1,14 @@
 """One answer over as many calls as it takes; its caller sees no seam. Pure: it neither calls nor
 waits, a client does what it says.
 
-    next -> Call ---> take, take, take ... Finished: done
+    next -> Call ---> take, take, take ... a Finished of each choice: done
      ^                  '-- the call ends otherwise: lost
      |                              |
      '----- another call helps -----+----- it was an answer, or nothing is left ---> raises
 
-The tokens that the caller has go into the next call as `resume`; the sampler is a function of seed
-and position and the text one of the tokens, so both go on exactly there. What is an answer:
+The tokens that the caller has of each choice go into the next call as `resume`; the sampler is a
+function of seed and position and the text one of the tokens, so both go on exactly there (see
+choice.py). What is an answer:
 
     InvalidRequest, NotFound, NotOffered, Mismatch, DeadlineExceeded, a bug   raised at once
     Overloaded, Unavailable (the coordinator's word)   others first; itself after what it asked for
@@ -24,14 +25,9 @@ from typing import Any
 import grpc
 
 from coordinator.client.attempts import Attempts, Patience
-from coordinator.client.messages import (
-    AnswerEvent,
-    Request,
-    TextDelta,
-    done,
-    give_name,
-    resumed,
-)
+from coordinator.client.choice import Choice
+from coordinator.client.events import AnswerEvent, done
+from coordinator.client.messages import Request, give_name, resumed
 from engine.errors import DeadlineExceeded, DiptychError, Overloaded, Unavailable
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc.status import DETAILS_KEY, from_rpc_error
@@ -71,9 +67,9 @@ class Stream:
         self._first_limit = first_limit
         self._ends_s = ends_s
         self._on_resumed = on_resumed
-        self._token_ids: list[int] = []
-        self._rest = ""  # text since the last token; comes only at the end, and again with resume
-        self._num_repeated = 0  # characters of it that this call will send again
+        self._num_open = request.n if request.HasField("n") else 1  # choices without an end
+        self._choices: dict[int, Choice] = {}  # of which something has come
+        self._has_prompt = False
         self._num_resumed = 0
         self._resuming = False  # this call takes the answer up, and has said nothing yet
         self._loss: Unavailable | Overloaded | None = None  # since the answer last moved
@@ -96,7 +92,7 @@ class Stream:
 
     def next(self, now_s: float) -> Call:
         """The next call. Raises Unavailable or Overloaded where nothing is left to try."""
-        begun = bool(self._token_ids or self._rest)
+        begun = self._has_prompt or any(choice.begun for choice in self._choices.values())
         limit = self._patience.resumed if begun else self._first_limit
         found = self._attempts.next(limit, now_s)
         if found is None:
@@ -104,9 +100,12 @@ class Stream:
         coordinator, wait_s = found
         if self._loss and now_s + wait_s >= min(self._gives_up_s, self._ends_s):
             raise self._spent()
-        self._num_repeated = len(self._rest)
         self._resuming = begun
-        return Call(coordinator, resumed(self._request, self._token_ids), wait_s)
+        delivered = []
+        for _, choice in sorted(self._choices.items()):
+            choice.call_again()
+            delivered.append(choice.resume())
+        return Call(coordinator, resumed(self._request, delivered), wait_s)
 
     def take(self, response: inference_pb2.GenerateResponse) -> AnswerEvent | None:
         """The event that a message brings to the caller, if it brings one."""
@@ -114,23 +113,26 @@ class Stream:
             self._resuming = False
             self._num_resumed += 1
             self._on_resumed()
-        if response.HasField("finished"):
-            self.done = True
-            return done(response, self._num_resumed)
-        text, token_ids = response.delta.text, tuple(response.delta.token_ids)
-        if token_ids:
-            self._token_ids += token_ids
-            self._rest, self._num_repeated = "", 0
-        else:
-            num_known = min(self._num_repeated, len(text))
-            self._num_repeated -= num_known
-            text = text[num_known:]
-            self._rest += text
-        if not text and not token_ids:
+        event = self._new(response)
+        if event is not None:
+            self._attempts.progressed()
+            self._loss = None
+        return event
+
+    def _new(self, response: inference_pb2.GenerateResponse) -> AnswerEvent | None:
+        """What the caller does not have yet."""
+        if response.HasField("prompt"):
+            known, self._has_prompt = self._has_prompt, True
+            return None if known else response.prompt
+        choice = self._choices.setdefault(response.index, Choice(response.index))
+        if response.HasField("delta"):
+            return choice.take(response.delta)
+        if choice.finished:
             return None
-        self._attempts.progressed()
-        self._loss = None
-        return TextDelta(text, token_ids)
+        choice.finished = True
+        self._num_open -= 1
+        self.done = self._num_open <= 0
+        return done(response, self._num_resumed)
 
     def lost(self, error: grpc.RpcError | None, now_s: float) -> None:
         """The call ended before the answer: by `error`, or as if all were well.
@@ -144,7 +146,7 @@ class Stream:
             request_id=self._request.request_id,
             coordinator=self._addresses[self._attempts.at],
             reason=loss.message,
-            num_tokens=len(self._token_ids),
+            num_tokens=self._num_tokens,
         )
         if self._loss is None:
             self._gives_up_s = now_s + self._patience.give_up_s
@@ -153,13 +155,18 @@ class Stream:
 
     def broken_off(self, reason: str, retry_after_s: float = 1.0) -> Unavailable:
         """The end of an answer that did not end, with the number of tokens that its caller has."""
-        num = len(self._token_ids)
+        num = self._num_tokens
         message = f"the answer broke off after {num} tokens: {reason}" if num else reason
         return Unavailable(message, retry_after_s, num_emitted=num)
 
+    @property
+    def _num_tokens(self) -> int:
+        """What the caller has, of all choices."""
+        return sum(len(choice.token_ids) for choice in self._choices.values())
+
     def _spent(self) -> DiptychError:
         assert self._loss is not None, "the first call is always left"
-        if isinstance(self._loss, Overloaded) and not self._token_ids:
+        if isinstance(self._loss, Overloaded) and not self._num_tokens:
             return self._loss
         return self.broken_off(self._loss.message, self._loss.retry_after_s)
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from coordinator.client.attempts import PATIENCE, Attempts, Patience
 from coordinator.client.coordinators import Coordinators, addresses_of
-from coordinator.client.messages import Done, TextDelta, generate_request
+from coordinator.client.events import Done, TextDelta
+from coordinator.client.messages import generate_request
 from coordinator.client.stream import Stream
 from engine.errors import DeadlineExceeded, DiptychError, Overloaded, Unavailable
 from engine.rpc.status import internal, to_status

@@ -56,28 +56,51 @@ def whole(tokens: Sequence[int]) -> str:
     return "".join(map(word, tokens))
 
 
+def of_choice(tokens: Sequence[int], index: int) -> list[int]:
+    """What a choice is to say: others than the first something else, and a bit less."""
+    return [(token + index) % 49152 for token in tokens[: max(1, len(tokens) - index)]]
+
+
 def messages(
     request: Any, tokens: Sequence[int], group: int = 2, tail: bool = False
 ) -> Iterator[inference_pb2.GenerateResponse]:
     """What a coordinator sends; `tail`: the last text comes without a token, before the end."""
-    have = list(request.resume[0].token_ids) if request.resume else []
+    resumes = {resume.index: resume for resume in request.resume}
+    choices = [
+        _choice(request.request_id, i, of_choice(tokens, i), resumes.get(i), group, tail)
+        for i in range(request.n or 1)
+    ]
+    while choices:  # in turns
+        for choice in list(choices):
+            if (message := next(choice, None)) is None:
+                choices.remove(choice)
+            else:
+                yield message
+
+
+def _choice(
+    request_id: str, index: int, tokens: Sequence[int], resume: Any, group: int, tail: bool
+) -> Iterator[inference_pb2.GenerateResponse]:
+    have = list(resume.token_ids) if resume else []
     assert have == list(tokens[: len(have)]), f"{have} is not what was sent"
 
     def shown(num: int) -> str:
         return whole(tokens if num == len(tokens) and not tail else tokens[: max(0, num - 1)])
 
-    num, request_id = len(have), request.request_id
+    def response(**event: Any) -> inference_pb2.GenerateResponse:
+        return inference_pb2.GenerateResponse(request_id=request_id, index=index, **event)
+
+    num = len(have)
     while num < len(tokens):
         upto = min(num + group, len(tokens))
-        delta = inference_pb2.Delta(text=shown(upto)[len(shown(num)) :], token_ids=tokens[num:upto])
-        yield inference_pb2.GenerateResponse(request_id=request_id, delta=delta)
+        text = shown(upto)[len(shown(num)) :]
+        yield response(delta=inference_pb2.Delta(text=text, token_ids=tokens[num:upto]))
         num = upto
-    if tail and not (request.resume and request.resume[0].finished):
-        delta = inference_pb2.Delta(text=whole(tokens)[len(shown(num)) :])
-        yield inference_pb2.GenerateResponse(request_id=request_id, delta=delta)
+    if tail and not (resume and resume.finished):
+        yield response(delta=inference_pb2.Delta(text=whole(tokens)[len(shown(num)) :]))
     usage = inference_pb2.Usage(completion_tokens=len(tokens))
-    finished = inference_pb2.Finished(finish_reason=inference_pb2.FINISH_REASON_LENGTH, usage=usage)
-    yield inference_pb2.GenerateResponse(request_id=request_id, finished=finished)
+    reason = inference_pb2.FINISH_REASON_LENGTH
+    yield response(finished=inference_pb2.Finished(finish_reason=reason, usage=usage))
 
 
 @dataclass

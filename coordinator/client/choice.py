@@ -1,0 +1,79 @@
+"""One choice of an answer, as far as its caller has it: each piece once, over any number of calls.
+
+    tokens, and what came with them    the next call is told of them and goes on behind them
+    what came without a token          the end set it free; each call sends it again, all of it
+    the end                            the same
+
+Owned by its stream.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from coordinator.client.events import TextDelta
+from engine.pb.diptych.v1 import inference_pb2
+
+
+class Choice:
+    """What the caller has of it."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.token_ids: list[int] = []
+        self.finished = False
+        self._rest: Counter[str] = Counter()  # characters since the last token, field by field
+        self._repeated: Counter[str] = Counter()  # those that this call will send again
+
+    @property
+    def begun(self) -> bool:
+        """Whether the caller has anything of it."""
+        return bool(self.token_ids or self._rest or self.finished)
+
+    def call_again(self) -> None:
+        """A call begins: it is going to repeat what came without a token."""
+        self._repeated = self._rest.copy()
+
+    def resume(self) -> inference_pb2.Resume | None:
+        """What that call has to be told."""
+        if not self.token_ids and not self.finished:
+            return None
+        return inference_pb2.Resume(
+            index=self.index, token_ids=self.token_ids, finished=self.finished or None
+        )
+
+    def take(self, delta: inference_pb2.Delta) -> TextDelta | None:
+        """What is new in a message, if anything is."""
+        if self.finished:
+            return None
+        if delta.token_ids:
+            self.token_ids += delta.token_ids
+            self._rest.clear()
+            self._repeated.clear()
+            calls = tuple(delta.tool_calls)
+            ids, logprobs = tuple(delta.token_ids), tuple(delta.logprobs)
+            return TextDelta(delta.text, ids, self.index, logprobs, calls)
+        text = self._new("text", delta.text)
+        calls = tuple(filter(None, map(self._new_piece, delta.tool_calls)))
+        return TextDelta(text, (), self.index, (), calls) if text or calls else None
+
+    def _new_piece(self, piece: inference_pb2.ToolCallDelta) -> inference_pb2.ToolCallDelta | None:
+        """The same for a piece of a tool call; its id and name come with the first."""
+        fields = {
+            name: self._new(f"{piece.index}.{name}", getattr(piece, name))
+            for name in ("id", "name", "arguments")
+        }
+        return (
+            inference_pb2.ToolCallDelta(index=piece.index, **fields)
+            if any(fields.values())
+            else None
+        )
+
+    def _new(self, field: str, text: str) -> str:
+        """`text` without what the caller has of this field."""
+        num_known = min(self._repeated[field], len(text))
+        self._repeated[field] -= num_known
+        text = text[num_known:]
+        if text:
+            self._rest[field] += len(text)
+        return text

@@ -1,0 +1,72 @@
+"""What a caller hears: an answer as a stream of events, an error as a sentence.
+
+Parts that are the same as on the wire are its messages (inference.proto tells what is in them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from engine.errors import DeadlineExceeded, DiptychError
+from engine.pb.diptych.v1 import inference_pb2
+
+# The first event where `echo` or `prompt_logprobs` asked for it: text, token_ids, logprobs.
+Prompt = inference_pb2.Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """Text of a choice that became final, and its tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    index: int = 0  # of the choice
+    logprobs: tuple[inference_pb2.TokenLogprobs, ...] = ()  # one a token, where asked for
+    tool_calls: tuple[inference_pb2.ToolCallDelta, ...] = ()  # the next pieces of calls
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The end of a choice. `timing`, and the drafts in `usage`, are those of its last call."""
+
+    finish_reason: str  # "stop", "length" or "aborted"
+    request_id: str
+    usage: inference_pb2.Usage  # of this choice; all choices share the prompt
+    timing: inference_pb2.Timing
+    num_resumed: int = 0  # how often another call took the answer up
+    index: int = 0  # of the choice
+    matched_stop: int | str | None = None  # the stop token or string that ended it
+
+
+AnswerEvent = TextDelta | Done | Prompt
+
+
+def done(response: inference_pb2.GenerateResponse, num_resumed: int) -> Done:
+    """The last event of a choice."""
+    finished, matched = response.finished, response.finished.matched_stop
+    name = inference_pb2.FinishReason.Name(finished.finish_reason)
+    kind = matched.WhichOneof("kind")
+    return Done(
+        name.removeprefix("FINISH_REASON_").lower(),
+        response.request_id,
+        finished.usage,
+        finished.timing,
+        num_resumed,
+        response.index,
+        getattr(matched, kind) if kind else None,
+    )
+
+
+def describe(error: BaseException) -> str:
+    """One sentence for a person about a failed call."""
+    if isinstance(error, DeadlineExceeded):
+        return "the call's time ran out"
+    if isinstance(error, DiptychError):
+        return error.message
+    call: Any = error
+    return (
+        f"{call.code().name}: {call.details()}" if isinstance(error, grpc.RpcError) else str(error)
+    )

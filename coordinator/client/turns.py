@@ -1,0 +1,51 @@
+"""Conversations and tools, as OpenAI's API writes them -> messages of ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from engine.pb.diptych.v1 import inference_pb2
+
+_MODES = {
+    "none": inference_pb2.ToolChoice.MODE_NONE,
+    "auto": inference_pb2.ToolChoice.MODE_AUTO,
+    "required": inference_pb2.ToolChoice.MODE_REQUIRED,
+}
+
+
+def message(turn: Mapping[str, Any]) -> inference_pb2.Message:
+    """One turn: role, content, name, tool_calls, tool_call_id. Raises ValueError at another key."""
+    fields = {key: value for key, value in turn.items() if value is not None}
+    calls = [_tool_call(call) for call in fields.pop("tool_calls", ())]
+    return inference_pb2.Message(tool_calls=calls, **fields)
+
+
+def tool_choice(
+    wanted: str | Mapping[str, Any] | None,
+) -> inference_pb2.ToolChoice | None:
+    """None: the server's default. Raises ValueError."""
+    if wanted is None:
+        return None
+    if isinstance(wanted, str):
+        if wanted not in _MODES:
+            raise ValueError(f"tool_choice: expected {', '.join(_MODES)} or a tool, got {wanted!r}")
+        return inference_pb2.ToolChoice(mode=_MODES[wanted])
+    return inference_pb2.ToolChoice(name=_function(wanted)["name"])
+
+
+def _tool_call(call: Mapping[str, Any]) -> inference_pb2.ToolCall:
+    function = _function(call)
+    arguments = function.get("arguments", "")
+    return inference_pb2.ToolCall(
+        id=call.get("id", ""),
+        name=function["name"],
+        arguments=arguments if isinstance(arguments, str) else json.dumps(arguments),
+    )
+
+
+def _function(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    """{"type": "function", "function": {...}}, or what is in it alone."""
+    found: Mapping[str, Any] = item.get("function", item)
+    return found
