@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
+from h11 import LocalProtocolError
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -52,6 +53,17 @@ class _Protocol(H11Protocol):
         super().on_response_complete()
         if not self.cycle.response_complete:  # the next one was here already, or a part of it
             self._look()
+
+    def send_400_response(self, msg: str) -> None:
+        """Where a request turns out to be none after it was begun, nobody else answers it."""
+        cycle: Any = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        try:
+            super().send_400_response(msg)
+        except LocalProtocolError:  # an answer has begun, or is over
+            self.transport.close()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
@@ -102,7 +114,12 @@ def make_app(
         Route("/health", health),
         Route("/health/ready", health_ready),
     ]
-    return Starlette(routes=[*own, *routes])
+    return Starlette(routes=[*own, *routes], exception_handlers={ClientDisconnect: _gone})
+
+
+async def _gone(_request: Request, _error: Exception) -> Response:
+    """Nobody hears it; without it a caller who leaves in the middle of a body is a traceback."""
+    return Response(status_code=400)
 
 
 class HttpServer:

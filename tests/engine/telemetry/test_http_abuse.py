@@ -6,7 +6,7 @@ import time
 import pytest
 from prometheus_client import CollectorRegistry
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
 from engine.telemetry import http as http_module
@@ -26,7 +26,19 @@ async def address(monkeypatch):
     async def length(request: Request):
         return PlainTextResponse(f"{len(await request.body())}\n")
 
-    routes = [Route("/slow", slow), Route("/length", length, methods=["POST"])]
+    async def endless(_request):
+        async def lines():
+            while True:
+                yield b"x" * 100
+                await asyncio.sleep(0.01)
+
+        return StreamingResponse(lines())
+
+    routes = [
+        Route("/slow", slow),
+        Route("/length", length, methods=["POST"]),
+        Route("/endless", endless, methods=["POST"]),
+    ]
     server = await serve_http(make_app(CollectorRegistry(), lambda: True, routes), "127.0.0.1:0")
     yield server.address
     await server.stop()
@@ -93,3 +105,36 @@ async def test_a_second_request_on_a_connection_gets_its_own_time(address):
         assert (await asyncio.wait_for(reader.readuntil(b"ok\n"), 5)).startswith(b"HTTP/1.1 200")
         await asyncio.sleep(0.3)
     writer.close()
+
+
+CHUNKED = b" HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("path", [b"/health", b"/length", b"/endless"])
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_a_request_that_turns_out_to_be_none_leaves_no_traceback(
+    address, path, at_once, caplog
+):
+    """Its head was good, so that it was begun; then 400, or the end where an answer had begun."""
+    head = b"POST " + path + CHUNKED + b"1\r\na\r\n"
+    got, _ = await (
+        talk(address, head + b"zzz\r\n")
+        if at_once
+        else talk(address, head, b"zz\r\n", every_s=0.05)
+    )
+    begun = path == b"/endless" and not at_once
+    assert got[:12] in ((b"HTTP/1.1 200",) if begun else (b"HTTP/1.1 400", b"HTTP/1.1 405"))
+    assert got.count(b"HTTP/1.1") == 1
+    assert not [r for r in caplog.records if r.exc_info]
+
+
+async def test_a_caller_who_leaves_in_the_middle_of_a_body_leaves_no_traceback(address, caplog):
+    host, _, port = address.rpartition(":")
+    for _ in range(3):
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST /length HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nabc")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.close()
+    await asyncio.sleep(0.1)
+    assert not [r for r in caplog.records if r.exc_info]
