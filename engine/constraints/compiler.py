@@ -19,12 +19,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engine.constraints.deep_threads import DeepThreads
 from engine.constraints.matcher import Matcher, brief
+from engine.constraints.schemas import Refused, held
 from engine.errors import InvalidRequest, Unavailable
 from engine.types import Constraint, ConstraintKind
 
@@ -151,6 +151,8 @@ class Compiler:
             return _Compiled(0, None, reason)
         try:
             grammar = _grammar(constraint)
+        except Refused as error:
+            return _Compiled(0, None, brief(str(error)))
         except (ValueError, RecursionError) as error:
             what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
             return _Compiled(0, None, f"not JSON: {brief(what)}")
@@ -181,18 +183,13 @@ def _digest(constraint: Constraint) -> bytes:
 def _grammar(constraint: Constraint) -> str:
     """As the library takes it: a JSON list of grammars, in which a source is a value or a text.
 
-    Raises ValueError, RecursionError where a schema is not JSON.
+    Raises Refused; ValueError, RecursionError where a schema is not JSON.
     """
     source = constraint.source
     match constraint.kind:
         case ConstraintKind.JSON_SCHEMA:
-            json.loads(source, parse_constant=_no_constant)
-            return LLMatcher.grammar_from_json_schema(source)
+            return LLMatcher.grammar_from_json_schema(held(source))
         case ConstraintKind.REGEX:
             return LLMatcher.grammar_from_regex(source)
         case ConstraintKind.LARK:
             return json.dumps({"grammars": [{"lark_grammar": source}]})
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
