@@ -109,7 +109,15 @@ def _be_quiet_about_callers() -> None:
     status is sent: a caller's doing that harms nobody, and the call's end has a line of its own.
     """
     logging.getLogger("grpc._cython.cygrpc").addFilter(_tells_more)
+    logging.getLogger("asyncio").addFilter(_is_no_death)
 
 
 def _tells_more(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(("Invalid encoding on", "ExecuteBatchError raised in"))
+
+
+def _is_no_death(record: logging.LogRecord) -> bool:
+    """What a server died of comes once more, out of a task of the library that nobody holds."""
+    error = record.exc_info[1] if record.exc_info else None
+    is_of_cython = "<coroutine without __name__>" in str(record.msg)
+    return not (isinstance(error, UnicodeDecodeError) and is_of_cython)

@@ -1,6 +1,7 @@
 """Callers that gRPC's own server would not get rid of, or would die of."""
 
 import asyncio
+import gc
 import gzip
 import time
 from contextlib import asynccontextmanager
@@ -104,7 +105,7 @@ async def test_a_caller_who_does_not_read(monkeypatch):
             await asyncio.wait_for(endless.closed.wait(), 5)
 
 
-async def test_a_method_that_is_no_utf8_costs_others_nothing():
+async def test_a_method_that_is_no_utf8_costs_others_nothing(caplog):
     """grpc.aio ends its server on it; ours is another one at once, and what runs goes on."""
     async with serving() as (address, _, registry), open_channel(address) as channel:
         answer = channel.unary_stream(GENERATE.decode())(b"")
@@ -122,6 +123,8 @@ async def test_a_method_that_is_no_utf8_costs_others_nothing():
             for _ in range(50):
                 assert await answer.read() is not grpc.aio.EOF
         answer.cancel()
+    gc.collect()
+    assert not [r for r in caplog.records if r.exc_info and r.exc_info[0]]
 
 
 async def test_malformed_bytes_to_health_and_reflection(caplog):
