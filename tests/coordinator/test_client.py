@@ -20,7 +20,16 @@ import structlog
 
 from coordinator.client import AsyncClient, Client, Done, Patience, TextDelta
 from engine.errors import DeadlineExceeded, DiptychError, InvalidRequest, Overloaded, Unavailable
-from tests.support.fake_coordinator import ANSWER, BARE, LOSSES, SAID, Cue, FakeCoordinator, whole
+from tests.support.fake_coordinator import (
+    ANSWER,
+    BARE,
+    LOSSES,
+    SAID,
+    Cue,
+    FakeCoordinator,
+    of_choice,
+    whole,
+)
 
 KINDS = ("blocking", "asyncio")
 QUICK = Patience(backoff_s=0.01, max_backoff_s=0.05)
@@ -138,6 +147,35 @@ async def test_a_coordinator_that_dies_in_mid_stream_is_a_pause(kind: str, after
         assert not first.resume
         assert tuple(second.resume[0].token_ids) == ANSWER[: 2 * after]
         assert got.num_resumed == got.done.num_resumed == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("after", [1, 20, 60, 63])
+async def test_it_leaves_no_seam_in_any_choice(kind: str, after: int) -> None:
+    script = {"tail": True, "pace_s": 0.002}
+    async with coordinators({**script, "cues": [Cue(after, "vanish")]}, script) as fakes:
+        got = [Got() for _ in range(3)]
+
+        def blocking() -> None:
+            with Client(both(fakes), patience=QUICK) as client:
+                for event in client.generate("x", n=3, timeout_s=30):
+                    got[event.index].take(event)
+
+        async def for_asyncio() -> None:
+            async with AsyncClient(both(fakes), patience=QUICK) as client:
+                async for event in client.generate("x", n=3, timeout_s=30):
+                    got[event.index].take(event)
+
+        await (asyncio.to_thread(blocking) if kind == "blocking" else for_asyncio())
+        for index, choice in enumerate(got):
+            assert choice.tokens == of_choice(ANSWER, index)
+            assert choice.text == whole(choice.tokens)
+            assert choice.done is not None
+            assert choice.done.index == index
+        assert [len(fake.requests) for fake in fakes] == [1, 1]
+        told = {r.index: r for r in fakes[1].requests[0].resume}
+        assert len(told) == min(after, 3)
+        assert any(r.finished for r in told.values()) == (after == 63)
 
 
 @pytest.mark.parametrize("kind", KINDS)
