@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from coordinator.client import AsyncClient, TextDelta, generate_request
+from coordinator.client import AsyncClient, Done, TextDelta, generate_request
 from engine.errors import DiptychError
 from engine.pb.diptych.v1 import inference_pb2_grpc
 from engine.rpc.channel import open_channel
@@ -28,28 +28,42 @@ class Stream:
 
     case: Case
     request_id: str
-    first: int = 0  # index in the answer of tokens[0]: what came before was handed in by `resume`
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    moments: list[float] = field(default_factory=list)  # of each token
+    given: Sequence[Sequence[int]] = ()  # of each choice, what was handed in by `resume`
+    choices: list[list[int]] = field(default_factory=list)  # tokens that came, of each choice
+    texts: list[str] = field(default_factory=list)
+    moments: list[float] = field(default_factory=list)  # of each token, whatever its choice
     began_s: float = field(default_factory=time.monotonic)
     ended_s: float = 0.0
     error: Exception | None = None
-    done: Any = None  # the Finished message
+    ends: dict[int, Any] = field(default_factory=dict)  # of each choice, its last message
     task: asyncio.Task[None] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def take(self, text: str, token_ids: Sequence[int]) -> None:
+    def __post_init__(self) -> None:
+        self.choices = [[] for _ in range(self.case.num_choices)]
+        self.texts = [""] * self.case.num_choices
+
+    @property
+    def tokens(self) -> list[int]:
+        """All that came, one choice after the other."""
+        return [token for choice in self.choices for token in choice]
+
+    @property
+    def done(self) -> bool:
+        """Whether each choice has come to its end."""
+        return len(self.ends) == self.case.num_choices
+
+    def take(self, choice: int, text: str, token_ids: Sequence[int]) -> None:
         """What has come just now."""
-        self.text += text
-        self.tokens += token_ids
+        self.texts[choice] += text
+        self.choices[choice] += token_ids
         self.moments += [time.monotonic()] * len(token_ids)
         self.changed.set()
 
     async def come(self, count: int, timeout_s: float = PATIENCE_S) -> None:
-        """Until so many tokens are here."""
+        """Until so many tokens of each choice are here."""
         async with asyncio.timeout(timeout_s):
-            while len(self.tokens) < count:
+            while min(map(len, self.choices)) < count:
                 assert not self.over, f"{self} ended early: {self.error!r}"
                 self.changed.clear()
                 await self.changed.wait()
@@ -91,16 +105,23 @@ class Stream:
     def check(self, oracle: Oracle) -> None:
         """It ended well: each token index delivered once, all equal to the undisturbed answer."""
         assert self.error is None, f"{self}: {self.error!r}"
-        assert self.done is not None, f"{self} did not end"
+        assert self.done, f"{self} did not end"
         self.check_so_far(oracle)
-        wanted = len(oracle.answer(self.case))
-        assert self.first + len(self.tokens) == wanted, f"{self}: expected {wanted} tokens"
-        assert self.done.usage.completion_tokens == wanted, f"{self}: {self.done.usage}"
+        for i, tokens in enumerate(self.choices):
+            wanted, usage = len(oracle.answer(self.case, i)), self.ends[i].usage
+            num = self._first(i) + len(tokens)
+            assert num == wanted, f"{self}: choice {i} has {num} tokens, expected {wanted}"
+            assert usage.completion_tokens == wanted, f"{self}: {usage}"
 
     def check_so_far(self, oracle: Oracle) -> None:
         """What has come is right; for requests that a row may cut short."""
-        if wrong := oracle.difference(self.case, self.tokens, self.first):
-            raise AssertionError(f"{self}: {wrong}")
+        for i, tokens in enumerate(self.choices):
+            if wrong := oracle.difference(self.case, i, tokens, self._first(i)):
+                raise AssertionError(f"{self}: {wrong}")
+
+    def _first(self, choice: int) -> int:
+        """Index in the answer of the first token that came."""
+        return len(self.given[choice]) if self.given else 0
 
     def __str__(self) -> str:
         return f"request {self.request_id} ({self.case.name}, {len(self.tokens)} tokens)"
@@ -119,19 +140,19 @@ class Asker:
         *,
         salt: str = "",
         timeout_s: float = 120.0,
-        resume: Sequence[int] = (),
+        resume: Sequence[Sequence[int]] = (),
         **options: Any,
     ) -> Stream:
         """Begin a request; `options` go beside those of the case."""
-        stream = Stream(case, _new_id(case), first=len(resume))
+        stream = Stream(case, _new_id(case), resume)
         request = generate_request(
             case.prompt,
             request_id=stream.request_id,
             cache_salt=salt,
             **{**case.options, **options},
         )
-        if resume:
-            request.resume.add(index=0, token_ids=resume)
+        for i, token_ids in enumerate(resume):
+            request.resume.add(index=i, token_ids=token_ids)
         if address not in self._channels:
             self._channels[address] = open_channel(address, ("grpc.enable_retries", 0))
         stub = inference_pb2_grpc.InferenceServiceStub(self._channels[address])
@@ -160,9 +181,9 @@ def follow(client: AsyncClient, case: Case, *, salt: str = "", timeout_s: float 
     async def read() -> None:
         async for event in events:
             if isinstance(event, TextDelta):
-                stream.take(event.text, event.token_ids)
-            else:
-                stream.done = event
+                stream.take(event.index, event.text, event.token_ids)
+            elif isinstance(event, Done):
+                stream.ends[event.index] = event
 
     stream.task = asyncio.create_task(_guarded(stream, read()))
     return stream
@@ -172,9 +193,10 @@ async def _read(stream: Stream, call: Any) -> None:
     async def read() -> None:
         async for response in call:
             if response.HasField("finished"):
-                stream.done = response.finished
+                stream.ends[response.index] = response.finished
             else:
-                stream.take(response.delta.text, response.delta.token_ids)
+                delta = response.delta
+                stream.take(response.index, delta.text, delta.token_ids)
 
     try:
         await _guarded(stream, read())

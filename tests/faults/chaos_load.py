@@ -100,7 +100,7 @@ class Callers:
         if cancels:
             await asyncio.wait([_task(stream)], timeout=rng.uniform(0.0, 1.5))
             await stream.cancel()
-            if stream.error is None and stream.done is None:
+            if stream.error is None and not stream.done:
                 tally.cancelled += 1
                 self._compare(stream, whole=False)
                 return

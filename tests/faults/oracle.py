@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from coordinator.client import AsyncClient, TextDelta
+from coordinator.client import AsyncClient, Done, TextDelta
 from tests.faults.cluster import NATIVE
 
 _TEXTS = [
@@ -24,6 +24,26 @@ _TEXTS = [
     for case in json.loads((Path(__file__).parents[1] / "data" / "greedy_fp32.json").read_text())
 ]
 _ASKED_AT_ONCE = 6
+_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "kind_of_thing": {"enum": ["a person", "a place", "something else"]},
+        "description": {"type": "string", "minLength": 60, "maxLength": 120},
+        "how_many_there_are": {"type": "integer", "minimum": 0, "maximum": 9999},
+        "words": {
+            "type": "array",
+            "items": {"type": "string", "minLength": 3, "maxLength": 16},
+            "minItems": 8,
+            "maxItems": 8,
+        },
+    },
+    "required": ["kind_of_thing", "description", "how_many_there_are", "words"],
+    "additionalProperties": False,
+}
+_FORMS: dict[str, dict[str, Any]] = {
+    "json": {"json_schema": json.dumps(_SCHEMA)},
+    "regex": {"regex": r"([a-z]{3,9} ){30}and that was (it|all)\."},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +54,18 @@ class Case:
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    num_choices: int = 1
+    constraint: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
-        """As the client library takes them; always the full length, so that a row can time it."""
-        return {"max_tokens": self.max_tokens, "ignore_eos": True, **self.sampling}
+        """As the client library takes them. What is not held to anything has always the full
+        length, so that a row can time it.
+        """
+        ends = {} if self.constraint else {"ignore_eos": True}
+        choices = {"n": self.num_choices} if self.num_choices > 1 else {}
+        given = {**self.sampling, **choices, **self.constraint}
+        return {"max_tokens": self.max_tokens, **ends, **given}
 
 
 def _text(length: int, start: int = 0) -> tuple[int, ...]:
@@ -62,6 +89,14 @@ def _cases() -> dict[str, Case]:
     # Around the borders of a block; all begin as long-0 does.
     for length in (1, 15, 16, 17, 32, 33, 512, 513):
         found.append(Case(f"edge-{length}", _text(832)[:length], 8))
+    # Held to a form which takes 60 tokens and more, part of it without a choice (jump-ahead).
+    for name, form in _FORMS.items():
+        found.append(Case(f"{name}-0", _text(90, 20), 200, {}, 1, form))
+        found.append(Case(f"{name}-0-sampled", _text(90, 20), 200, _sampled(31), 1, form))
+    # Several choices of one prompt, each with a seed of its own.
+    found.append(Case("four-0-sampled", _text(100, 60), 80, _sampled(41), 4))
+    found.append(Case("three-long-sampled", _text(500, 30), 40, _sampled(42), 3))
+    found.append(Case("two-json-sampled", _text(70, 90), 200, _sampled(43), 2, _FORMS["json"]))
     for i in range(4):  # cheap company for everybody
         found.append(Case(f"load-{i}", _text(40 + 16 * i, 300), 24, _sampled(i) if i % 2 else {}))
     return {case.name: case for case in found}
@@ -73,7 +108,7 @@ CASES = _cases()
 class Oracle:
     """The undisturbed answers, by case."""
 
-    def __init__(self, answers: Mapping[str, Sequence[int]], prompt_s: float) -> None:
+    def __init__(self, answers: Mapping[str, Sequence[Sequence[int]]], prompt_s: float) -> None:
         self._answers = dict(answers)
         self.prompt_s = prompt_s  # the slowest first token of four long prompts at once
         self.num_compared = 0
@@ -85,29 +120,33 @@ class Oracle:
         answers = asyncio.run(_ask_all(address, cases))
         return cls(answers, asyncio.run(_first_token_s(address)))
 
-    def answer(self, case: Case) -> list[int]:
+    def answer(self, case: Case, choice: int = 0) -> list[int]:
         """All of it."""
-        return list(self._answers[case.name])
+        return list(self._answers[case.name][choice])
 
-    def difference(self, case: Case, got: Sequence[int], first: int = 0) -> str:
-        """What is wrong with `got`, tokens from index `first` on; "" if nothing is."""
-        wanted = self._answers[case.name][first : first + len(got)]
+    def difference(self, case: Case, choice: int, got: Sequence[int], first: int = 0) -> str:
+        """What is wrong with `got`, tokens of a choice from index `first` on; "" if nothing is."""
+        whole = self.answer(case, choice)
+        wanted = whole[first : first + len(got)]
         self.num_compared += 1
         self.num_tokens += len(got)
         if list(wanted) == list(got):
             return ""
         at = next((i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), -1)
-        if not NATIVE and self._excused(case, [*self._answers[case.name][:first], *got]):
+        if not NATIVE and self._excused(case, [*whole[:first], *got]):
             return ""
+        name = f"{case.name}, choice {choice}"
         if at < 0:
-            return f"{case.name}: {len(got)} tokens from {first} on, there are only {len(wanted)}"
+            return f"{name}: {len(got)} tokens from {first} on, there are only {len(wanted)}"
         return (
-            f"{case.name}: token {first + at} is {got[at]}, undisturbed {wanted[at]}"
+            f"{name}: token {first + at} is {got[at]}, undisturbed {wanted[at]}"
             f" (of {len(got)} from {first} on)"
         )
 
     def _excused(self, case: Case, got: list[int]) -> bool:
-        verdict = self._loop.judge(_work(case), self._answers[case.name][: len(got)], got)
+        if case.num_choices > 1 or case.constraint:
+            return False
+        verdict = self._loop.judge(_work(case), self.answer(case)[: len(got)], got)
         return bool(verdict.ok)
 
     @cached_property
@@ -149,18 +188,21 @@ async def _first_token_s(address: str) -> float:
         )
 
 
-async def _ask_all(address: str, cases: Sequence[Case]) -> dict[str, list[int]]:
+async def _ask_all(address: str, cases: Sequence[Case]) -> dict[str, list[list[int]]]:
     gate = asyncio.Semaphore(_ASKED_AT_ONCE)
 
-    async def ask(client: AsyncClient, case: Case) -> list[int]:
-        tokens: list[int] = []
+    async def ask(client: AsyncClient, case: Case) -> list[list[int]]:
+        choices: list[list[int]] = [[] for _ in range(case.num_choices)]
         async with gate:
             async for event in client.generate(case.prompt, timeout_s=120, **case.options):
                 if isinstance(event, TextDelta):
-                    tokens += event.token_ids
-        assert len(tokens) == case.max_tokens, f"{case.name}: {len(tokens)} tokens"
-        return tokens
+                    choices[event.index] += event.token_ids
+                elif isinstance(event, Done) and case.constraint:
+                    assert event.finish_reason == "stop", f"{case.name} has no end"
+        for tokens in choices:
+            assert case.constraint or len(tokens) == case.max_tokens, f"{case.name}: {len(tokens)}"
+        return choices
 
     async with AsyncClient(address) as client:
         answers = await asyncio.gather(*(ask(client, case) for case in cases))
-    return {case.name: tokens for case, tokens in zip(cases, answers, strict=True)}
+    return {case.name: choices for case, choices in zip(cases, answers, strict=True)}

@@ -29,7 +29,8 @@ async def test_drain_of_each_role_under_load(row: Row) -> None:
     """
     for round_ in range(3 if row.full else 1):
         for i, name in enumerate(row.cluster.workers):
-            streams = [row.ask(case) for case in ("long-0", "long-2-sampled", *SHORT)]
+            cases = ("long-0", *SHORT) if row.full else SHORT[1:3]
+            streams = [row.ask(case) for case in ("long-2-sampled", *cases)]
             await asyncio.sleep(0.3)
             num_ends = len(row.cluster[name].ends)
             row.cluster[name].wanted = True

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.timeout(600)
 
 LONG = ("long-2", "long-2", "long-2-sampled", "long-2-sampled")  # three fit into a pool
 SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
+FORMS = ("json-0", "json-0-sampled", "regex-0-sampled", "two-json-sampled", "four-0-sampled")
 CHUNK_BYTES = 1 << 20  # a read of a prompt's chunk, not of a bystander's few blocks
 
 
@@ -119,6 +120,36 @@ async def test_kill_9_of_d_in_mid_decode(row: Row) -> None:
     await row.finish()
 
 
+async def test_kill_9_of_d_in_mid_form_and_with_choices(row: Row) -> None:
+    """Answers that are held to a grammar go on in the middle of it, and each choice of several
+    where that one was.
+    """
+    for _ in _rounds(row, 10):
+        victim, hit, streams = await row.spread(FORMS, row.cluster.decode, tokens=8)
+        killed = row.kill(victim)
+        assert any(not stream.over for stream in hit), "they were in mid-answer"
+        await row.all_whole(streams)
+        row.in_time([s.wait_after(killed) for s in hit if s.ended_s > killed], KILL_S)
+        row.moved(row.front, "migrations_total{outcome=resumed}")
+        await row.whole()
+    await row.finish()
+
+
+async def test_kill_9_of_p_under_choices(row: Row) -> None:
+    """Three answers wait for one prompt: its blocks are taken up elsewhere, once."""
+    for _ in _rounds(row, 5):
+        for name in row.cluster.prefill:
+            row.order(name, "late_ready", times=99, after_s=1.0)
+        victim, hit, streams = await row.spread(("three-long-sampled",), row.cluster.prefill)
+        killed = row.kill(victim)
+        for name in row.cluster.prefill:
+            row.lift(name)
+        await row.all_whole(streams)
+        row.in_time([s.wait_after(killed) for s in hit], row.first_token_bound(KILL_S))
+        await row.whole()
+    await row.finish()
+
+
 async def test_kill_9_of_d_with_16_streams(row: Row) -> None:
     """All its answers go on on the one that is left, in a pool that is too small for all."""
     for _ in _rounds(row, 5):
@@ -141,7 +172,7 @@ async def test_restart_on_the_same_port_under_load(row: Row) -> None:
     from it what its predecessor announced, and no peer is wedged by it.
     """
     restarts = 0
-    while restarts < (50 if row.full else 10):
+    while restarts < (50 if row.full else 6):
         pair = [f"prefill-{restarts // 2 % 2}", f"decode-{restarts // 2 % 2}"]
         streams = [row.ask(case) for case in ("long-2", "long-2-sampled", "short-2-sampled")]
         for name in pair:

@@ -13,6 +13,7 @@ from tests.faults.oracle import CASES
 from tests.faults.row import KILL_S, Row, fresh_salt
 
 pytestmark = pytest.mark.timeout(600)
+MIXED = ("short-0", "short-1-sampled", "json-0", "two-json-sampled", "four-0-sampled")
 SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
 
 
@@ -55,7 +56,7 @@ async def test_all_d_dead(alone: Row) -> None:
         row.moved(front, "migrations_total{outcome=exhausted}", at_least=len(streams))
         row.moved(front, "request_failures_total{code=unavailable}", at_least=len(streams) + 1)
         await row.bring_back(row.cluster.decode)
-        rest = [row.ask(s.case, front=front, resume=list(s.tokens)) for s in streams]
+        rest = [row.ask(s.case, front=front, resume=s.choices) for s in streams]
         await row.all_whole(rest)
     await row.finish()
 
@@ -70,7 +71,7 @@ async def test_kill_9_of_the_coordinator_in_mid_stream(row: Row) -> None:
         await row.move_load(alive)
         addresses = ",".join(row.cluster.address(name) for name in (dead, alive))
         async with AsyncClient(addresses) as client:
-            streams = [follow(client, CASES[name], salt=fresh_salt()) for name in SHORT]
+            streams = [follow(client, CASES[name], salt=fresh_salt()) for name in MIXED]
             for stream in streams:
                 await stream.come(10)
             written = [stream for stream in streams if not stream.over]
@@ -78,9 +79,9 @@ async def test_kill_9_of_the_coordinator_in_mid_stream(row: Row) -> None:
             killed = row.kill(dead)
             await row.all_whole(streams)
             assert client.num_resumed >= 1
-        undisturbed = [row.ask(name) for name in SHORT]
+        undisturbed = [row.ask(name) for name in MIXED]
         await row.all_whole(undisturbed)
-        assert [s.text for s in streams] == [s.text for s in undisturbed], "the text has no seam"
+        assert [s.texts for s in streams] == [s.texts for s in undisturbed], "the text has no seam"
         row.in_time([s.wait_after(killed) for s in written], KILL_S)
         await row.whole()
     await row.finish()

@@ -109,9 +109,9 @@ async def test_cancel_while_decoding(alone: Row) -> None:
     """In mid-answer."""
     row = alone
     for _ in range(20 if row.full else 1):
-        streams = [row.ask(case) for case in ("short-0", "short-1-sampled")]
+        streams = [row.ask(case) for case in ("short-0", "json-0-sampled", "four-0-sampled")]
         for stream in streams:
-            await stream.come(10)
+            await stream.come(5)
         await _cancel(row, streams)
     await row.finish()
 

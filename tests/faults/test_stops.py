@@ -16,6 +16,7 @@ from tests.faults.row import SILENT_S, Row
 pytestmark = pytest.mark.timeout(600)
 
 LONG = ("long-2", "long-2", "long-2-sampled", "long-2-sampled")  # three fit into a pool
+MIXED = ("short-0", "short-1-sampled", "json-0", "regex-0-sampled", "four-0-sampled")
 SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
 
 
@@ -42,7 +43,7 @@ async def test_sigstop_of_p_past_the_lease(row: Row) -> None:
 async def test_sigstop_of_d_past_the_lease(row: Row) -> None:
     """Its answers go on elsewhere; awake again, it writes into calls that nobody reads."""
     for _ in range(5 if row.full else 1):
-        victim, hit, streams = await row.spread(SHORT, row.cluster.decode, tokens=10)
+        victim, hit, streams = await row.spread(MIXED, row.cluster.decode, tokens=10)
         row.cluster[victim].freeze()
         frozen = time.monotonic()
         assert any(not stream.over for stream in hit), "they were in mid-answer"
