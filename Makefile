@@ -8,7 +8,7 @@ GPU    := $(shell command -v nvidia-smi 2>/dev/null)
 comma  := ,
 EXTRAS := worker$(if $(GPU),$(comma)gpu)
 
-.PHONY: demo serve test faults chaos fuzz ecosystem lint protos bench bench-peers clean
+.PHONY: demo serve test faults chaos fuzz ecosystem conformance lint protos bench bench-peers clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m coordinator.demo
@@ -37,6 +37,10 @@ fuzz: $(VENV)/.dev
 # Clients of others against one stack, each in its own environment: make ecosystem [ECOSYSTEM_ARGS="--only smg"]
 ecosystem: $(VENV)/.dev
 	$(BIN)/python -m tests.ecosystem $(ECOSYSTEM_ARGS)
+
+# JSON Schemas of others, and whether answers under them are valid: make conformance [CONFORMANCE_ARGS="--sources suite"]
+conformance: $(VENV)/.dev
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.ecosystem.conformance $(CONFORMANCE_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -10,7 +10,8 @@ here, or refused with the reason:
     minProperties  it counts members, and a free name may come twice
     x-guidance     its own options in a schema: those that make it hold less
 
-What says nothing by the standard (`uniqueItems: false`) is left out, 2.0 as a count is 2.
+What says nothing by the standard (`uniqueItems: false`) is left out, 2.0 as a count is 2, and
+https: and http: in the name of a draft are the same.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _COUNTS = frozenset(
 _EXACT = 1 << 53  # integers up to here are doubles, and so are their neighbours
 _LARGEST = 1 << 63  # of constants
 _POWERS_OF_TEN = 22  # that are doubles
-_OLD = re.compile(r"json-schema\.org/draft-0[0-3]/")
+_DRAFT = re.compile(r"https?://json-schema\.org/(draft-0\d|draft/20\d\d-\d\d)/schema#?")
 # Control characters that JSON writes with \u alone; in a pattern also by their escapes.
 _CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 _CONTROL_ESCAPE = re.compile(r"\\(x([01]|7[fF]|\{)|u(00[01]|007[fF]|\{)|c[A-Za-z]|[0vae])")
@@ -51,10 +52,16 @@ def held(source: str) -> str:
         schema = {}
     if not isinstance(schema, dict):
         return source
-    if _OLD.search(str(schema.get("$schema", ""))):
-        raise Refused(f"$schema: {schema['$schema']} is older than draft 4")
+    if found := _DRAFT.fullmatch(str(schema.get("$schema"))):
+        schema = {**schema, "$schema": _name_of(found[1])}
     options = {**_options(schema.get("x-guidance", {})), "json_allowed_escapes": _ESCAPES}
     return json.dumps({**_object(schema), "x-guidance": options})
+
+
+def _name_of(draft: str) -> str:
+    if draft < "draft-04":  # and so are draft/20..
+        raise Refused(f"$schema: {draft} is not served; draft-04 is the oldest that is")
+    return f"{'https' if '/' in draft else 'http'}://json-schema.org/{draft}/schema"
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -118,10 +125,6 @@ def _idle(key: str, value: object, schema: dict[str, object]) -> bool:
             return value is True
         case "minContains" | "maxContains":
             return "contains" not in schema
-        case "then" | "else":
-            return "if" not in schema
-        case "if":
-            return "then" not in schema and "else" not in schema
     return False
 
 

@@ -67,7 +67,7 @@ HELD = [
         ['{"a": 1}', '{"b": 1, "b": 1}'],
     ),
     (
-        {"type": "array", "uniqueItems": False, "maxItems": 2.0, "if": {}, "minContains": 2},
+        {"type": "array", "uniqueItems": False, "maxItems": 2.0, "minContains": 2},
         ["[1, 1]"],
         ["[1, 1, 1]"],
     ),
@@ -119,7 +119,7 @@ REFUSED = [
     ({"x-guidance": {"lenient": True}, "not": {}}, "x-guidance.lenient: not served"),
     ({"x-guidance": {"item_separator": ";"}}, "x-guidance.item_separator: not served"),
     ({"x-guidance": 1}, "x-guidance: expected an object"),
-    ({"$schema": "http://json-schema.org/draft-03/schema#"}, "older than draft 4"),
+    ({"$schema": "http://json-schema.org/draft-03/schema#"}, "draft-03 is not served"),
 ]
 
 
@@ -148,7 +148,31 @@ def test_the_rest_stays_as_it_is(schema: dict[str, object]) -> None:
 
 
 def test_idle_keywords_are_left_out_anywhere() -> None:
-    schema = {"$defs": {"if": {"if": {}}}, "foo": [{"uniqueItems": False}], "items": {"then": {}}}
+    schema = {
+        "$defs": {"uniqueItems": {"uniqueItems": False}},
+        "foo": [{"maxContains": 2}],
+        "items": {"unevaluatedItems": True, "contains": {}, "minContains": 1},
+    }
     now = json.loads(held(json.dumps(schema)))
     now.pop("x-guidance")
-    assert now == {"$defs": {"if": {}}, "foo": [{}], "items": {}}
+    assert now == {
+        "$defs": {"uniqueItems": {}},
+        "foo": [{}],
+        "items": {"contains": {}, "minContains": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("named", "is_read_as"),
+    [
+        ("https://json-schema.org/draft-07/schema#", "http://json-schema.org/draft-07/schema"),
+        ("http://json-schema.org/draft-04/schema", "http://json-schema.org/draft-04/schema"),
+        (
+            "http://json-schema.org/draft/2020-12/schema",
+            "https://json-schema.org/draft/2020-12/schema",
+        ),
+        ("http://example.com/mine", "http://example.com/mine"),
+    ],
+)
+def test_drafts_by_any_of_their_names(named: str, is_read_as: str) -> None:
+    assert json.loads(held(json.dumps({"$schema": named})))["$schema"] == is_read_as
