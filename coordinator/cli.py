@@ -10,6 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from engine import config
@@ -76,6 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Complete a text; the answer streams to stdout.",
     )
     generate.add_argument("prompt", help="text to complete; - reads standard input")
+    generate.add_argument("--n", type=int, metavar="N", help="so many answers [1]")
     _add_answer_flags(generate)
     generate.set_defaults(run=_generate)
 
@@ -138,6 +140,9 @@ def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore-eos", action="store_true", default=None, help="go on to the limit"
     )
+    held = parser.add_mutually_exclusive_group()
+    held.add_argument("--json-schema", metavar="FILE", help="the answer fits this JSON schema")
+    held.add_argument("--regex", metavar="REGEX", help="the answer matches this")
     parser.add_argument("--timeout", type=float, metavar="S", help="give up after this long")
     parser.add_argument("--quiet", action="store_true", help="no usage on stderr")
 
@@ -177,11 +182,16 @@ def _start(args: argparse.Namespace) -> int:
 def _answer_options(args: argparse.Namespace) -> dict[str, Any]:
     names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos")
     options = {name: getattr(args, name) for name in names}
-    for name, bits in (("max_tokens", 32), ("top_k", 32), ("seed", 64)):
+    options["n"] = getattr(args, "n", None)  # a conversation goes one way
+    for name, bits in (("max_tokens", 32), ("top_k", 32), ("n", 32), ("seed", 64)):
         if options[name] is not None and not 0 <= options[name] < 2**bits:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag}: expected a number from 0 to {2**bits - 1}")
     options["stop"] = [_utf8("--stop", text) for text in args.stop or ()]
+    if args.regex is not None:
+        options["regex"] = _utf8("--regex", args.regex)
+    if args.json_schema is not None:
+        options["json_schema"] = _text_of("--json-schema", args.json_schema)
     if args.timeout is not None and not 0 < args.timeout <= config.MAX_REQUEST_S:
         raise ConfigError(f"--timeout: expected seconds above 0, got {args.timeout:g}")
     return options
@@ -200,6 +210,16 @@ def _utf8(what: str, argument: str) -> str:
         return os.fsencode(argument).decode()
     except UnicodeError:
         raise ConfigError(f"{what}: not valid UTF-8") from None
+
+
+def _text_of(what: str, path: str) -> str:
+    """A file's text."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{what}: {path}: {error.strerror or error}") from None
+    except UnicodeError:
+        raise ConfigError(f"{what}: {path}: not valid UTF-8") from None
 
 
 def _standard_input() -> str:

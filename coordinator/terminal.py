@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.request import urlopen
@@ -25,9 +26,12 @@ _MIB = 1024 * 1024
 def generate(
     server: str, prompt: str, timeout_s: float | None, quiet: bool, options: dict[str, Any]
 ) -> int:
-    """Stream one completion; returns the exit status."""
+    """Stream one completion, or print several; returns the exit status."""
     with _connect(server) as client:
-        return _run(server, client.generate(prompt, timeout_s=timeout_s, **options), quiet)[1]
+        events = client.generate(prompt, timeout_s=timeout_s, **options)
+        if (options.get("n") or 1) > 1:
+            return _run_choices(server, events, quiet)
+        return _run(server, events, quiet)[1]
 
 
 def chat(
@@ -214,6 +218,22 @@ def _run(server: str, events: Iterator[AnswerEvent], quiet: bool) -> tuple[str, 
             print(flush=True)
         return "".join(texts), _complain(server, error)
     return "".join(texts), 0
+
+
+def _run_choices(server: str, events: Iterator[AnswerEvent], quiet: bool) -> int:
+    """Print each of several answers when it is whole; returns the exit status."""
+    texts: defaultdict[int, str] = defaultdict(str)
+    try:
+        for event in events:
+            if isinstance(event, TextDelta):
+                texts[event.index] += event.text
+            elif isinstance(event, Done):
+                print(f"--- choice {event.index}\n{texts[event.index]}", flush=True)
+                if not quiet:
+                    print(_usage(event), file=sys.stderr)
+    except (DiptychError, grpc.RpcError) as error:
+        return _complain(server, error)
+    return 0
 
 
 def _complain(server: str, error: Exception) -> int:

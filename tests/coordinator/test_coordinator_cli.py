@@ -1,5 +1,6 @@
 """The commands as a user runs them: status, one sentence, no traceback."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ from engine.config import (
     TransferOptions,
 )
 from engine.types import Role
+from tests.support.fake_coordinator import ANSWER, FakeCoordinator, of_choice, whole
 
 
 def run(*args, **kwargs):
@@ -66,12 +68,42 @@ BAD_ANSWER_FLAGS = [
     (["--server", ""], "--server"),
     (["--server", "127.0.0.1:1,,"], "--server"),
     (["--stop", b"\xff"], "--stop"),
+    (["--n", "-1"], "--n"),
+    (["--regex", b"\xff"], "--regex"),
+    (["--json-schema", "/nowhere"], "--json-schema"),
+    (["--json-schema", "/nowhere", "--regex", "a"], "--regex"),
 ]
 
 
 @pytest.mark.parametrize(("flags", "word"), BAD_ANSWER_FLAGS)
 def test_bad_flags_of_an_answer(flags, word):
     one_sentence(run("generate", "x", *flags), 2, word)
+
+
+async def test_several_answers_and_constraints(tmp_path):
+    fake = FakeCoordinator()
+    await fake.start()
+    ask = ["generate", "x", "--server", fake.address]
+    try:
+        done = await asyncio.to_thread(run, *ask, "--n", "3")
+        assert done.returncode == 0, done.stderr
+        texts = [whole(of_choice(ANSWER, i)) for i in range(3)]
+        assert sorted(done.stdout.split("--- ")) == [
+            "",
+            *(f"choice {i}\n{text}\n" for i, text in enumerate(texts)),
+        ]
+        assert done.stderr.count("[length; ") == 3
+        for command in (ask, ["chat", "x", "--server", fake.address]):
+            done = await asyncio.to_thread(run, *command, "--regex", "é+", "--quiet")
+            assert (done.returncode, done.stdout) == (0, whole(ANSWER) + "\n")
+            assert fake.requests[-1].constraint.regex == "é+"
+        schema = tmp_path / "schema.json"
+        schema.write_text('{"type": "object"}')
+        await asyncio.to_thread(run, *ask, "--json-schema", str(schema))
+        assert fake.requests[-1].constraint.json_schema == '{"type": "object"}'
+        assert not fake.requests[-1].HasField("n")
+    finally:
+        await fake.stop()
 
 
 def test_bytes_that_are_no_text():
