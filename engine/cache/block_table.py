@@ -30,19 +30,6 @@ class BlockTable:
         """Take blocks until `num_tokens` positions fit, or none at all and raise NoRoom."""
         self.blocks += self._pool.take(self.missing(num_tokens))
 
-    def fork(self, num_tokens: int) -> tuple[BlockTable, list[tuple[int, int]]]:
-        """A table that shares the whole blocks of the first `num_tokens` positions.
-
-        Returns the table and the (source, destination) blocks whose bytes the caller copies before
-        either side writes on: the partial last block, if there is one. Raises NoRoom.
-        """
-        whole, rest = divmod(num_tokens, self._block_size)
-        fresh = self._pool.take(1) if rest else []
-        twin = BlockTable(self._pool, self._block_size)
-        twin.adopt(self.blocks[:whole])
-        twin.blocks += fresh
-        return twin, [(self.blocks[whole], fresh[0])] if rest else []
-
     def release(self) -> None:
         """Give up everything."""
         blocks, self.blocks = self.blocks, []

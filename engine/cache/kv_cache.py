@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
 
 import torch
 
@@ -116,12 +115,3 @@ class KVCache:
         k_blocks, v_blocks = self.layer(layer)
         k_blocks[block, :, offset] = k
         v_blocks[block, :, offset] = v
-
-    def copy_blocks(self, src: Sequence[int], dst: Sequence[int]) -> None:
-        """Copy whole blocks, both models': src[i] to dst[i]; no dst may be among src."""
-        if len(src) != len(dst) or set(src) & set(dst):
-            raise ValueError("src and dst must be disjoint and of one length")
-        if src:
-            to = torch.tensor(dst, dtype=torch.int64, device=self.device)
-            from_ = torch.tensor(src, dtype=torch.int64, device=self.device)
-            self._memory[to] = self._memory[from_]

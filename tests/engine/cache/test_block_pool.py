@@ -1,4 +1,4 @@
-"""Random admit, extend, name, fork, free and evict sequences keep the pool whole."""
+"""Random admit, extend, name, share, free and evict sequences keep the pool whole."""
 
 from __future__ import annotations
 
@@ -79,22 +79,10 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.bytes[block] == self.promised[bytes([name])], "a name outlived its bytes"
         return table
 
-    @rule(target=tables, table=tables, num_tokens=st.integers(0, 30))
-    def fork(self, table: BlockTable, num_tokens: int) -> BlockTable:
-        num_tokens = min(num_tokens, len(table.blocks) * BLOCK_SIZE)
-        available = self.pool.num_available
-        try:
-            twin, copies = table.fork(num_tokens)
-        except NoRoom:
-            assert available == 0
-            return table
-        whole = num_tokens // BLOCK_SIZE
-        assert twin.blocks[:whole] == table.blocks[:whole]
-        assert len(copies) == (1 if num_tokens % BLOCK_SIZE else 0)
-        for source, destination in copies:
-            assert source == table.blocks[whole]
-            assert destination == twin.blocks[whole]
-        self._write(twin.blocks[whole:], object())
+    @rule(target=tables, table=tables, num_blocks=st.integers(0, 7))
+    def share(self, table: BlockTable, num_blocks: int) -> BlockTable:
+        twin = BlockTable(self.pool, BLOCK_SIZE)
+        twin.adopt(table.blocks[:num_blocks])
         self.live.append(twin)
         return twin
 

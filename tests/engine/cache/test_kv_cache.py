@@ -49,18 +49,6 @@ def test_write_puts_each_token_at_its_slot_and_touches_nothing_else(dtype: str) 
     assert not cache.pool[:, [0, 2]].any()
 
 
-def test_copy_blocks_copies_all_layers() -> None:
-    cache = KVCache(LAYOUT, 6, CPU)
-    cache.pool.copy_(torch.arange(cache.pool.numel()).view(cache.pool.shape))
-    before = cache.pool.clone()
-    cache.copy_blocks([4, 0], [1, 5])
-    assert torch.equal(cache.pool[[1, 5]], before[[4, 0]])
-    assert torch.equal(cache.pool[[0, 2, 3, 4]], before[[0, 2, 3, 4]])
-    cache.copy_blocks([], [])
-    with pytest.raises(ValueError, match="disjoint"):
-        cache.copy_blocks([1, 2], [2, 3])
-
-
 def test_a_pool_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one block"):
         KVCache(LAYOUT, 0, CPU)
@@ -88,9 +76,6 @@ def test_a_draft_models_layers_lie_behind_the_targets_in_every_block(draft_dim: 
         index = 3 * view.block_stride // run + 2 * view.layout.num_kv_heads
         assert view.runs[index].eq(3.0).all() and view.runs.eq(3.0).sum() == run
         view.pool[3, 1, 0, 0] = 0.0
-    cache.copy_blocks([3], [0])
-    assert torch.equal(cache.pool[0], cache.pool[3])
-    assert torch.equal(cache.draft.pool[0], cache.draft.pool[3])
 
 
 def test_two_models_without_a_gap_need_no_padding() -> None:
