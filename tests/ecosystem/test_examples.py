@@ -1,4 +1,4 @@
-"""The examples of docs/api.md, run as they stand against a stack of their own.
+"""The examples of docs/api.md and docs/client.md, run as they stand against a stack of their own.
 
 Blocks marked `sh` and `python` are examples; addresses are those of the stack. What needs a program
 or a package that is not here is skipped and says so.
@@ -21,7 +21,7 @@ import pytest
 from tests.integration.stack import Stack
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "api.md"
+PAGES = ("api", "client")
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 PACKAGES = ("openai", "tritonclient", "grpc", "pydantic")
@@ -32,6 +32,7 @@ pytestmark = pytest.mark.timeout(600)
 class Example:
     """One block and the heading that it stands under."""
 
+    page: str
     heading: str
     language: str
     code: str
@@ -47,11 +48,12 @@ class Example:
 
 
 def examples() -> list[Example]:
-    text = PAGE.read_text()
     found = []
-    for block in BLOCK.finditer(text):
-        headings = [m[1] for m in HEADING.finditer(text[: block.start()])]
-        found.append(Example(headings[-1], block[1], block[2]))
+    for page in PAGES:
+        text = (ROOT / "docs" / f"{page}.md").read_text()
+        for block in BLOCK.finditer(text):
+            headings = [m[1] for m in HEADING.finditer(text[: block.start()])]
+            found.append(Example(page, headings[-1], block[1], block[2]))
     return found
 
 
@@ -81,14 +83,15 @@ def test_there_are_examples() -> None:
     assert {"sh", "python"} == {example.language for example in EXAMPLES}
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: f"{e.heading}-{e.language}")
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: f"{e.page}-{e.heading}-{e.language}")
 def test_example(stack: Stack, example: Example) -> None:
     if example.lacks:
         pytest.skip(f"not here: {example.lacks}")
     if example.heading in CONSTRAINED and not serves_constraints(stack):
         pytest.skip("constraints are not served yet")
     code = example.code.replace("127.0.0.1:8000", stack.http_address)
-    code = code.replace("127.0.0.1:50051", stack.address)
+    for address in ("127.0.0.1:50051", "one:50051,two:50051"):
+        code = code.replace(address, stack.address)
     if example.language == "sh":
         fails = 'set -e; curl() { command curl --fail-with-body "$@"; }\n'
         command = ["bash", "-c", fails + code]
