@@ -239,14 +239,15 @@ class RpcServer:
             failure = internal("internal error; the server's log tells more")
             if isinstance(error, TimeoutError) and limit.expired():
                 failure = to_status(DeadlineExceeded(f"the call took longer than {limit_s:g} s"))
-            elif context.cancelled():  # writing to a caller who has gone
+            elif isinstance(error, _CallerGone) or context.cancelled():
                 log.debug("call ended after its caller had gone", method=method, exc_info=True)
+                failure = RpcStatus(grpc.StatusCode.CANCELLED, "the caller has gone", ())
             else:
                 log.exception("call failed", method=method)
         return await self._abort(method, context, failure)
 
     async def _abort(self, method: str, context: Context, failure: RpcStatus) -> None:
-        if self._metrics:
+        if self._metrics and failure.code is not grpc.StatusCode.CANCELLED:
             self._metrics.failed(method, failure.code.name.lower())
         try:
             await context.abort(
@@ -257,6 +258,10 @@ class RpcServer:
         except Exception:  # the caller has gone, or gRPC itself has refused what it sent
             log.debug("call ended before its status", method=method, exc_info=True)
             raise asyncio.CancelledError from None
+
+
+class _CallerGone(Exception):
+    """A message could not be written: gRPC knows that before the call says that it is cancelled."""
 
 
 class _Requests:
@@ -308,6 +313,8 @@ async def _write(context: Context, response: Message) -> None:
             await context.write(response)
     except TimeoutError:
         raise DeadlineExceeded(f"the caller has not read for {STALLED_S:g} s") from None
+    except grpc.aio.InternalError as error:
+        raise _CallerGone from error
 
 
 def _serialize(message: Any) -> bytes:

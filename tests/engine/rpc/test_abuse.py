@@ -105,6 +105,19 @@ async def test_a_caller_who_does_not_read(monkeypatch):
             await asyncio.wait_for(endless.closed.wait(), 5)
 
 
+async def test_a_caller_whose_deadline_comes_while_he_does_not_read(caplog):
+    """Nothing of ours has failed: no error in the log, none in the counters."""
+    async with serving() as (address, endless, registry):
+        with RawConnection(address) as raw:
+            raw.begin({http2.INITIAL_WINDOW_SIZE: 0})
+            for _ in range(8):
+                raw.request(GENERATE, b"", (b"grpc-timeout", b"300m"))
+            await asyncio.wait_for(endless.closed.wait(), 5)
+            await asyncio.sleep(0.3)
+        assert failures(registry, "InferenceService/Generate", "internal") is None
+    assert not [r for r in caplog.records if r.levelname == "ERROR" or r.exc_info]
+
+
 async def test_a_method_that_is_no_utf8_costs_others_nothing(caplog):
     """grpc.aio ends its server on it; ours is another one at once, and what runs goes on."""
     async with serving() as (address, _, registry), open_channel(address) as channel:
