@@ -28,21 +28,22 @@ _SCHEMA = {
     "type": "object",
     "properties": {
         "kind_of_thing": {"enum": ["a person", "a place", "something else"]},
-        "description": {"type": "string", "minLength": 60, "maxLength": 120},
+        "description": {"type": "string", "minLength": 40, "maxLength": 80},
         "how_many_there_are": {"type": "integer", "minimum": 0, "maximum": 9999},
         "words": {
             "type": "array",
-            "items": {"type": "string", "minLength": 3, "maxLength": 16},
-            "minItems": 8,
-            "maxItems": 8,
+            "items": {"type": "string", "minLength": 3, "maxLength": 12},
+            "minItems": 6,
+            "maxItems": 6,
         },
     },
     "required": ["kind_of_thing", "description", "how_many_there_are", "words"],
     "additionalProperties": False,
+    "x-guidance": {"whitespace_flexible": False},  # a small model would fill pages with it
 }
 _FORMS: dict[str, dict[str, Any]] = {
     "json": {"json_schema": json.dumps(_SCHEMA)},
-    "regex": {"regex": r"([a-z]{3,9} ){30}and that was (it|all)\."},
+    "regex": {"regex": r"([a-z]{3,6} ){25}and that was (it|all)\."},
 }
 
 
@@ -91,12 +92,12 @@ def _cases() -> dict[str, Case]:
         found.append(Case(f"edge-{length}", _text(832)[:length], 8))
     # Held to a form which takes 60 tokens and more, part of it without a choice (jump-ahead).
     for name, form in _FORMS.items():
-        found.append(Case(f"{name}-0", _text(90, 20), 200, {}, 1, form))
-        found.append(Case(f"{name}-0-sampled", _text(90, 20), 200, _sampled(31), 1, form))
+        found.append(Case(f"{name}-0", _text(90, 20), 260, {}, 1, form))
+        found.append(Case(f"{name}-0-sampled", _text(90, 20), 260, _sampled(31), 1, form))
     # Several choices of one prompt, each with a seed of its own.
     found.append(Case("four-0-sampled", _text(100, 60), 80, _sampled(41), 4))
     found.append(Case("three-long-sampled", _text(500, 30), 40, _sampled(42), 3))
-    found.append(Case("two-json-sampled", _text(70, 90), 200, _sampled(43), 2, _FORMS["json"]))
+    found.append(Case("two-json-sampled", _text(70, 90), 260, _sampled(43), 2, _FORMS["json"]))
     for i in range(4):  # cheap company for everybody
         found.append(Case(f"load-{i}", _text(40 + 16 * i, 300), 24, _sampled(i) if i % 2 else {}))
     return {case.name: case for case in found}
