@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coordinator.tokenizer import Tokenizer
+from engine.constraints.schemas import ESCAPES
 from engine.types import Constraint, ConstraintKind
 
 AUTO = "auto"
@@ -203,7 +204,11 @@ def _lark(form: ToolFormat, literal: str) -> str:
 
 def _schema(tool: Tool) -> str:
     """The tool's schema, with the white space in which templates write earlier calls."""
-    style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    if not tool.strict:
-        style["lenient"] = True
+    style = {
+        "whitespace_flexible": False,
+        "item_separator": ", ",
+        "key_separator": ": ",
+        "json_allowed_escapes": ESCAPES,
+        "lenient": not tool.strict,
+    }
     return json.dumps({**tool.parameters, "x-guidance": style})

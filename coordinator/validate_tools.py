@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from coordinator.request import ToolCall
 from coordinator.tools import Tool, ToolFormat, ToolUse
+from engine.constraints.compiler import MAX_SOURCE_CHARS
+from engine.constraints.schemas import Refused, held
 from engine.errors import InvalidRequest, NotOffered
 from engine.pb.diptych.v1 import inference_pb2
 
@@ -86,7 +88,7 @@ def text_schema(constraint: inference_pb2.Constraint, use: ToolUse) -> str | Non
     schema = parse_json("constraint.json_schema", constraint.json_schema)
     if not isinstance(schema, dict):
         raise InvalidRequest("constraint.json_schema", "expected a JSON object")
-    return json.dumps(schema)
+    return _held("constraint.json_schema", schema)
 
 
 def check_tool_calls(field: str, calls: Sequence[inference_pb2.ToolCall]) -> tuple[ToolCall, ...]:
@@ -135,9 +137,20 @@ def _tool(field: str, item: Any) -> Tool:
         if function.get(key) is not None and not isinstance(function[key], kind):
             expected = {str: "text", bool: "true or false", dict: "a JSON schema, an object"}[kind]
             raise InvalidRequest(f"{field}.function.{key}", f"expected {expected}")
-    return Tool(
-        name=name,
-        definition=item,
-        parameters=function.get("parameters") or _NO_PARAMETERS,
-        strict=function.get("strict") is True,
-    )
+    parameters = function.get("parameters") or _NO_PARAMETERS
+    strict = function.get("strict") is True
+    if strict:
+        parameters = json.loads(_held(f"{field}.function.parameters", parameters))
+    return Tool(name, definition=item, parameters=parameters, strict=strict)
+
+
+def _held(field: str, schema: Mapping[str, Any]) -> str:
+    """A schema that a grammar will hold to the letter. Raises InvalidRequest naming `field`."""
+    try:
+        source = json.dumps(schema)
+        if len(source) > MAX_SOURCE_CHARS:
+            raise Refused(f"longer than {MAX_SOURCE_CHARS} characters")
+        return held(source)
+    except (Refused, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InvalidRequest(field, what) from None

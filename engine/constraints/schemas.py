@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import NoReturn
 
-_ESCAPES = 'nrbtf\\"'
+ESCAPES = 'nrbtf\\"'  # that strings of answers may have
 _MAPS = frozenset(
     ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
 )
@@ -54,7 +54,7 @@ def held(source: str) -> str:
         return source
     if found := _DRAFT.fullmatch(str(schema.get("$schema"))):
         schema = {**schema, "$schema": _name_of(found[1])}
-    options = {**_options(schema.get("x-guidance", {})), "json_allowed_escapes": _ESCAPES}
+    options = {**_options(schema.get("x-guidance", {})), "json_allowed_escapes": ESCAPES}
     return json.dumps({**_object(schema), "x-guidance": options})
 
 

@@ -32,6 +32,7 @@ from coordinator.validate import Limits, validate_chat
 from coordinator.validate_tools import check_tool_calls, check_tools, text_schema, tool_use
 from engine.checkpoint.source import resolve
 from engine.config import FrontOptions
+from engine.constraints.schemas import ESCAPES
 from engine.errors import InvalidRequest, NotOffered
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.types import FinishReason
@@ -313,7 +314,8 @@ def test_earlier_calls_come_with_their_arguments_as_objects():
 
 def test_a_schema_for_text_beside_tools():
     schema = pb.Constraint(json_schema='{"type": "string"}')
-    assert json.loads(text_schema(schema, use(HERMES)) or "") == {"type": "string"}
+    held = json.loads(text_schema(schema, use(HERMES)) or "")
+    assert held == {"type": "string", "x-guidance": {"json_allowed_escapes": ESCAPES}}
     assert text_schema(schema, use(HERMES, REQUIRED)) is None
     assert text_schema(pb.Constraint(), use(HERMES)) is None
     with pytest.raises(InvalidRequest, match="json_schema"):
@@ -449,3 +451,26 @@ def test_lax_schemas_compile_where_strict_ones_do_not(tokenizer):
     assert accepts(tokenizer, source(lax), HERMES.write([("f", '{"a": 1}')]))
     with pytest.raises(AssertionError, match="not"):
         accepts(tokenizer, source(strict), "")
+
+
+def test_what_a_schema_beside_calls_says_is_held(tokenizer):
+    """What llguidance by itself would take: names written otherwise, numbers rounded."""
+    function = {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}
+    tools = [{"type": "function", "function": {**function, "strict": True}}]
+    found = tool_use(chat(), check_tools("t", json.dumps(tools)), HERMES)
+    text = text_schema(pb.Constraint(json_schema='{"properties": {"b": {"type": "null"}}}'), found)
+    source = tool_grammar(found, text).source
+    for arguments, fits in (('{"a": 1}', True), ('{"\\u0061": "x"}', False)):
+        assert accepts(tokenizer, source, HERMES.write([("f", arguments)])) is fits
+    for answer, fits in (('{"b": null}', True), ('{"\\u0062": 1}', False)):
+        assert accepts(tokenizer, source, answer) is fits
+    rounded = {"const": 2**53 + 1}
+    with pytest.raises(InvalidRequest, match="digits") as caught:
+        text_schema(pb.Constraint(json_schema=json.dumps(rounded)), found)
+    assert caught.value.field == "constraint.json_schema"
+    tools[0]["function"]["parameters"] = rounded
+    with pytest.raises(InvalidRequest, match="digits") as caught:
+        check_tools("t", json.dumps(tools))
+    assert caught.value.field == "t[0].function.parameters"
+    tools[0]["function"]["strict"] = False
+    assert check_tools("t", json.dumps(tools))[0].parameters == rounded
