@@ -11,11 +11,12 @@ import pytest
 from tests.coordinator.test_constraints import SCHEMA, TEXT, front
 from tests.coordinator.test_service import checkpoint  # noqa: F401  (a fixture)
 from tests.ecosystem.conformance import answers, offline, report
-from tests.ecosystem.conformance.answers import Answer
+from tests.ecosystem.conformance.answers import Answer, Way
 from tests.ecosystem.conformance.checking import NotChecked, fault, validator
 from tests.ecosystem.conformance.offline import Grammar
 from tests.ecosystem.conformance.sources import Case, choice, suite_cases
 
+WAYS = (Way("greedy", 0.0), Way("sampled", 0.8, 1))
 SLICE = Path(__file__).parent / "conformance" / "slice"
 
 
@@ -83,8 +84,8 @@ async def test_a_stack_is_asked_and_what_is_not_valid_is_found(checkpoint) -> No
     cases = [Case(name, json.dumps(schema)) for name, schema in schemas.items()]
     async with front(checkpoint) as f:
         await f.worker(ends_by_itself=True)
-        found = await answers.ask_all(f.coordinator.address, cases, 1, len(f.answer))
-        cut = await answers.ask_all(f.coordinator.address, cases[:1], 1, len(f.answer) - 2)
+        found = await answers.ask_all(f.coordinator.address, cases, WAYS, len(f.answer))
+        cut = await answers.ask_all(f.coordinator.address, cases[:1], WAYS, len(f.answer) - 2)
     assert [(a.case, a.way, a.outcome) for a in found] == [
         ("fits", "greedy", "finished"),
         ("fits", "sampled", "finished"),
@@ -103,6 +104,18 @@ async def test_a_stack_is_asked_and_what_is_not_valid_is_found(checkpoint) -> No
     offline_ = [Grammar("fits", "", ()), Grammar("does not", "", ()), Grammar("refused", "x", ())]
     lines = list(report.problems(report.Results(offline_, found)))
     assert [line.partition(":")[0] for line in lines] == ["NOT VALID does not"] * 2
+
+
+def test_a_way_leans_to_the_end(checkpoint) -> None:  # noqa: F811
+    found, tokenizer, _ = checkpoint
+    ways = answers.ways_of(found.folder, 5)
+    assert [(w.name, w.seed, bool(w.bias)) for w in ways] == [
+        ("greedy", 0, False),
+        ("sampled", 5, False),
+        ("closing", 5, True),
+    ]
+    assert ways[2].bias[tokenizer.encode("}")[0]] > 0 > ways[2].bias[tokenizer.encode("\n")[0]]
+    assert tokenizer.encode("a")[0] not in ways[2].bias
 
 
 def test_problems_are_told() -> None:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from engine.checkpoint.source import DEFAULT_MODEL
+from engine.checkpoint.source import DEFAULT_MODEL, resolve
 from tests.ecosystem.conformance import answers, offline, report, sources
 from tests.ecosystem.conformance.sources import Case
 from tests.integration.stack import Stack
@@ -73,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _ask(address: str, name: str, cases: Sequence[Case], seed: int) -> list[answers.Answer]:
-    max_tokens = answers.MAX_TOKENS[name]
-    return asyncio.run(answers.ask_all(address, cases, seed, max_tokens))
+    ways = answers.ways_of(resolve(DEFAULT_MODEL).folder, seed)
+    return asyncio.run(answers.ask_all(address, cases, ways, answers.MAX_TOKENS[name]))
 
 
 if __name__ == "__main__":
