@@ -151,6 +151,6 @@ def _held(field: str, schema: Mapping[str, Any]) -> str:
         if len(source) > MAX_SOURCE_CHARS:
             raise Refused(f"longer than {MAX_SOURCE_CHARS} characters")
         return held(source)
-    except (Refused, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # 1e999 is read, and cannot be written again
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InvalidRequest(field, what) from None

@@ -266,6 +266,19 @@ def test_definitions_are_checked(source, field):
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1e999"])
+def test_a_number_that_no_double_holds_is_refused_by_name(number):
+    parameters = f'{{"maximum": {number}}}'
+    source = '[{"type": "function", "function": {"name": "f", "strict": true, "parameters": %s}}]'
+    with pytest.raises(InvalidRequest, match="not JSON") as caught:
+        check_tools("t", source % parameters)
+    assert caught.value.field == "t[0].function.parameters"
+    found = tool_use(chat(), check_tools("t", json.dumps([ADD])), HERMES)
+    with pytest.raises(InvalidRequest, match="not JSON") as caught:
+        text_schema(pb.Constraint(json_schema=parameters), found)
+    assert caught.value.field == "constraint.json_schema"
+
+
 @pytest.mark.parametrize("part", BAD_PARTS)
 def test_parts_of_definitions_are_checked(part):
     tool = {"type": "function", "function": {"name": "f", part: BAD_PARTS[part]}}
