@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -33,6 +34,9 @@ COMPILE_S = 10.0
 _NUM_THREADS = 2
 _MAX_CACHED = 256
 _MAX_CACHED_CHARS = 16 << 20  # of their sources
+# What a grammar keeps in memory goes with the time it took: 400 MB a second, however short it is
+# ("((((a{10}){10}){10}){10}){10}" keeps 30 MB); nobody else says how large it is.
+_MAX_CACHED_CPU_S = 1.0
 # A step with a mask that costs more than some ten milliseconds would hold up everybody's.
 _LIMITS = LLParserLimits(step_max_items=12_000, step_lexer_fuel=200_000, verbose_errors=False)
 
@@ -58,6 +62,7 @@ class _Compiled:
     num_chars: int
     template: LLMatcher | None
     reason: str = ""
+    cpu_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,7 @@ class Compiler:
         self._tokenizer = self._threads.submit(vocabulary.build)
         self._known: OrderedDict[bytes, _Compiled] = OrderedDict()
         self._num_chars = 0
+        self._cpu_s = 0.0
         self._compiling: dict[bytes, _Compiling] = {}
 
     async def matcher(self, constraint: Constraint, tokens: Sequence[int] = ()) -> Matcher:
@@ -135,12 +141,18 @@ class Compiler:
         self.num_compiled += 1
         self._known[key] = compiled
         self._num_chars += compiled.num_chars
-        while len(self._known) > _MAX_CACHED or self._num_chars > _MAX_CACHED_CHARS:
+        self._cpu_s += compiled.cpu_s
+        while (
+            len(self._known) > _MAX_CACHED
+            or self._num_chars > _MAX_CACHED_CHARS
+            or (self._cpu_s > _MAX_CACHED_CPU_S and len(self._known) > 1)
+        ):
             self._drop(next(iter(self._known)))
 
     def _drop(self, key: bytes) -> None:
         if (gone := self._known.pop(key, None)) is not None:
             self._num_chars -= gone.num_chars
+            self._cpu_s -= gone.cpu_s
 
     # -- in the threads ----------------------------------------------------------------------------
 
@@ -161,13 +173,14 @@ class Compiler:
         except Exception as error:  # the library's own, of many kinds
             reason = f"none is possible with this model's tokenizer: {brief(str(error))}"
             return _Compiled(0, None, reason)
+        begun_s = time.thread_time()
         template = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
         first = template.deep_copy()
         if not first.is_error():
             first.compute_bitmask()  # some limits show only here
         if first.is_error():
             return _Compiled(0, None, brief(first.get_error()))
-        return _Compiled(num_chars, template)
+        return _Compiled(num_chars, template, cpu_s=time.thread_time() - begun_s)
 
 
 def _busy() -> Unavailable:

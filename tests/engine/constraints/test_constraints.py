@@ -229,6 +229,24 @@ async def test_what_is_kept_has_a_bound(
         made.close()
 
 
+async def test_what_was_dear_to_compile_is_kept_in_small_numbers(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thirty characters of regex make thirty megabytes of grammar."""
+    monkeypatch.setattr(compiler_module, "_MAX_CACHED_CPU_S", 0.02)
+    made = Compiler(vocabulary)
+    try:
+        for i in range(5):
+            await made.matcher(regex(f"((((a{{10}}){{10}}){{10}}){{10}}){{10}}{i}"))
+            assert len(made._known) == 1
+        for i in range(5):
+            await made.matcher(regex(f"a{i}"))
+        assert len(made._known) >= 5
+        assert made._cpu_s <= 0.02
+    finally:
+        made.close()
+
+
 async def test_who_takes_too_long_is_refused_and_who_waits_behind_is_told_to_come_back(
     vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
