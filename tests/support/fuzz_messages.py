@@ -33,6 +33,7 @@ _COUNTS = (0, 1, 1, 2, 3, 17)
 _MANY = 1000
 _NUM_LONG = 2  # strings of 1e5 characters in one message, at most
 _MOST_TEXT = 4_000_000  # bytes of text in one message: it shall fit in 64 MiB
+_MOST_MESSAGES = 2_500  # within one: a thousand messages of a thousand calls take a second to write
 # How often a method is called, and how wild its input is.
 _WEIGHTS = {
     "Generate": 30,
@@ -117,6 +118,7 @@ class Writer:
         self._presence = random.choice((0.1, 0.4, 0.9))
         self._num_long = _NUM_LONG if random.random() < 0.1 else 0
         self._room = _MOST_TEXT
+        self._num_messages = 0
 
     def message(self, descriptor: Descriptor) -> bytes:
         """The bytes of a message."""
@@ -157,7 +159,8 @@ class Writer:
             return b"".join(self._entry(field, key, value) for key, value in pairs)
         if field.message_type is not None:
             once = not field.is_repeated or (field.name == "resume" and not self._wild())
-            count = 1 if once else self._count()
+            count = 1 if once or self._num_messages > _MOST_MESSAGES else self._count()
+            self._num_messages += count
             return b"".join(
                 _delimited(field.number, self.message(field.message_type)) for _ in range(count)
             )
