@@ -10,6 +10,8 @@ here, or refused with the reason:
     minProperties  it counts members, and a free name may come twice
     x-guidance     its own options in a schema: those that make it hold less
 
+    oneOf          it tells branches apart, but not through references: see apart.py
+
 What says nothing by the standard (`uniqueItems: false`) is left out, 2.0 as a count is 2, and
 https: and http: in the name of a draft are the same.
 """
@@ -22,6 +24,8 @@ import re
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import NoReturn
+
+from engine.constraints.apart import Branches
 
 ESCAPES = 'nrbtf\\"'  # that strings of answers may have
 _MAPS = frozenset(
@@ -54,8 +58,10 @@ def held(source: str) -> str:
         return source
     if found := _DRAFT.fullmatch(str(schema.get("$schema"))):
         schema = {**schema, "$schema": _name_of(found[1])}
+    has_const = not found or found[1] != "draft-04"
+    apart = None if "/oneOf/" in source else Branches(schema, has_const)  # a $ref leads there
     options = {**_options(schema.get("x-guidance", {})), "json_allowed_escapes": ESCAPES}
-    return json.dumps({**_object(schema), "x-guidance": options})
+    return json.dumps({**_object(schema, apart), "x-guidance": options})
 
 
 def _name_of(draft: str) -> str:
@@ -81,29 +87,34 @@ def _options(options: object) -> dict[str, object]:
     return dict(options)
 
 
-def _schema(value: object) -> object:
+def _schema(value: object, apart: Branches | None) -> object:
     """A schema, or a list of them, anywhere: a $ref may lead to where no keyword is known."""
     if isinstance(value, list):
-        return [_schema(each) for each in value]
-    return _object(value) if isinstance(value, dict) else value
+        return [_schema(each, apart) for each in value]
+    return _object(value, apart) if isinstance(value, dict) else value
 
 
-def _object(schema: dict[str, object]) -> dict[str, object]:
+def _object(schema: dict[str, object], apart: Branches | None) -> dict[str, object]:
     kept = {
-        key: _keyword(key, value) for key, value in schema.items() if not _idle(key, value, schema)
+        key: _keyword(key, value, apart)
+        for key, value in schema.items()
+        if not _idle(key, value, schema)
     }
     _move_bounds(kept, "minimum", "exclusiveMinimum", math.inf)
     _move_bounds(kept, "maximum", "exclusiveMaximum", -math.inf)
     _check_count(kept)
+    options = schema.get("oneOf") if apart and "anyOf" not in schema else None
+    if isinstance(options, list) and apart and apart.exclude_each_other(options, schema):
+        kept["anyOf"] = kept.pop("oneOf")
     return kept
 
 
-def _keyword(key: str, value: object) -> object:
+def _keyword(key: str, value: object, apart: Branches | None) -> object:
     if key in _MAPS and isinstance(value, dict):
         if key == "patternProperties":
             for pattern in value:
                 _check_pattern(key, pattern)
-        return {name: _schema(each) for name, each in value.items()}
+        return {name: _schema(each, apart) for name, each in value.items()}
     if key in _DATA:
         return value
     if key in ("const", "enum"):
@@ -113,7 +124,7 @@ def _keyword(key: str, value: object) -> object:
         _check_pattern(key, value)
     if key in _COUNTS and isinstance(value, float) and value.is_integer():
         return int(value)
-    return _schema(value)
+    return _schema(value, apart)
 
 
 def _idle(key: str, value: object, schema: dict[str, object]) -> bool:

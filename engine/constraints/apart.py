@@ -1,0 +1,188 @@
+"""Which branches of a `oneOf` exclude each other: then it is an `anyOf`, which grammars can hold.
+
+llguidance tells branches apart by itself, but not through `$ref`, as unions are mostly written:
+
+    {"oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}]}
+        Cat, Dog: objects; "kind" is required and a constant, another in each
+
+Only what is sure is said: types, constants, and required members that are so told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from urllib.parse import unquote
+
+_MOST_STEPS = 10_000  # of one document; beyond, nothing is sure
+_DEEPEST = 12
+_TYPES = {
+    "null": {"null"},
+    "boolean": {"boolean"},
+    "integer": {"integer"},
+    "number": {"integer", "fraction"},
+    "string": {"string"},
+    "array": {"array"},
+    "object": {"object"},
+}
+_ALL_TYPES = frozenset().union(*_TYPES.values())
+_Value = tuple[str, object]  # a type and a value of it: 1 is 1.0, but not true
+Schema = dict[str, object]
+
+
+class Branches:
+    """Looks into one document. In draft 4 `const` says nothing."""
+
+    def __init__(self, root: Schema, has_const: bool = True) -> None:
+        self._root = root
+        self._has_const = has_const
+        self._steps = _MOST_STEPS
+        self._values: dict[int, frozenset[_Value] | None] = {}  # by the id of a part of the root
+        self._is_one_resource = not _names_inside(root)
+
+    def exclude_each_other(self, options: Sequence[object], beside: Schema) -> bool:
+        """Whether no value fits two of the options of a schema that has `beside` them."""
+        common: Schema = {key: beside[key] for key in ("type", "required") if key in beside}
+        sides = [[*self._parts(option), common] for option in options]
+        return all(
+            self._apart(one, other, _DEEPEST) for i, one in enumerate(sides) for other in sides[:i]
+        )
+
+    def _apart(self, one: list[Schema], other: list[Schema], deep: int) -> bool:
+        """Of conjunctions; False: not sure."""
+        self._steps -= 1
+        if self._steps < 0 or deep == 0:
+            return False
+        of_one, of_other = self._values_of(one), self._values_of(other)
+        if not _types(one, of_one) & _types(other, of_other):
+            return True
+        if of_one is not None and of_other is not None and not of_one & of_other:
+            return True
+        for a, values, b in ((one, of_one, other), (other, of_other, one)):
+            for options in _choices(a):
+                if all(self._apart(self._parts(each), b, deep - 1) for each in options):
+                    return True
+            if _types(a, values) == {"object"} and self._member_apart(a, b, deep):
+                return True
+        return False
+
+    def _member_apart(self, one: list[Schema], other: list[Schema], deep: int) -> bool:
+        """Whether a member that the one must have cannot be as the other has it."""
+        names = {name for part in one for name in _listed(part, "required")}
+        return any(
+            any(_forbids(part, name) for part in other)
+            or self._apart(self._member(one, name), self._member(other, name), deep - 1)
+            for name in sorted(map(str, names))
+        )
+
+    def _values_of(self, parts: list[Schema]) -> frozenset[_Value] | None:
+        left: frozenset[_Value] | None = None
+        for part in parts:
+            if "const" not in part and "enum" not in part:
+                continue
+            if id(part) not in self._values:
+                self._values[id(part)] = self._constants(part)
+            if (found := self._values[id(part)]) is not None:
+                self._steps -= len(found) // 16
+                left = found if left is None else left & found
+        return left
+
+    def _constants(self, part: Schema) -> frozenset[_Value] | None:
+        """All that it may be; None: not known."""
+        listed = [part["const"]] if self._has_const and "const" in part else part.get("enum")
+        if not isinstance(listed, list):
+            return None
+        values = [_value(each) for each in listed]
+        return None if None in values else frozenset(value for value in values if value is not None)
+
+    def _member(self, parts: list[Schema], name: str) -> list[Schema]:
+        found: list[Schema] = []
+        for part in parts:
+            properties = part.get("properties")
+            if isinstance(properties, dict) and name in properties:
+                found += self._parts(properties[name])
+        return found
+
+    def _parts(self, schema: object, deep: int = _DEEPEST) -> list[Schema]:
+        """Schemas that all hold where this one does, through references."""
+        self._steps -= 1
+        if not isinstance(schema, dict) or deep == 0 or self._steps < 0:
+            return []
+        if "$ref" in schema:  # what stands beside it counted for nothing once
+            return self._parts(self._target(schema["$ref"]), deep - 1)
+        parts = [schema]
+        for each in _listed(schema, "allOf"):
+            parts += self._parts(each, deep - 1)
+        return parts
+
+    def _target(self, reference: object) -> object:
+        if not self._is_one_resource or not isinstance(reference, str):
+            return None
+        if reference != "#" and not reference.startswith("#/"):
+            return None
+        found: object = self._root
+        for step in unquote(reference).split("/")[1:]:
+            name = step.replace("~1", "/").replace("~0", "~")
+            if isinstance(found, dict):
+                found = found.get(name)
+            elif isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+                found = found[int(name)]
+            else:
+                return None
+        return found
+
+
+def _types(parts: list[Schema], values: frozenset[_Value] | None) -> frozenset[str]:
+    left = _ALL_TYPES
+    for part in parts:
+        named = part.get("type")
+        names = [named] if isinstance(named, str) else named
+        if isinstance(names, list):
+            left &= frozenset().union(*(_TYPES.get(str(name), _ALL_TYPES) for name in names))
+    return left if values is None else left & {kind for kind, _ in values}
+
+
+def _forbids(part: Schema, name: str) -> bool:
+    """Whether objects of it have no such member."""
+    properties = part.get("properties", {})
+    return (
+        part.get("additionalProperties") is False
+        and not part.get("patternProperties")
+        and isinstance(properties, dict)
+        and name not in properties
+    )
+
+
+def _value(value: object) -> _Value | None:
+    """None: a list or an object, which are not compared."""
+    match value:
+        case None:
+            return "null", None
+        case bool():
+            return "boolean", value
+        case int() | float():
+            whole = isinstance(value, int) or value.is_integer()
+            return ("integer" if whole else "fraction"), value
+        case str():
+            return "string", value
+    return None
+
+
+def _choices(parts: list[Schema]) -> Iterator[list[object]]:
+    for part in parts:
+        for key in ("anyOf", "oneOf"):
+            if options := _listed(part, key):
+                yield options
+
+
+def _listed(schema: Schema, key: str) -> list[object]:
+    listed = schema.get(key)
+    return listed if isinstance(listed, list) else []
+
+
+def _names_inside(value: object, depth: int = 0) -> bool:
+    """Whether a schema inside may have an address of its own, to which its references belong."""
+    if isinstance(value, dict):
+        if depth and any(isinstance(value.get(key), str) for key in ("$id", "id")):
+            return True
+        value = list(value.values())
+    return isinstance(value, list) and any(_names_inside(each, depth + 1) for each in value)
