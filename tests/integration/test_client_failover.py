@@ -24,6 +24,16 @@ FLAGS = ("--dtype", "float32", "--kv-cache-memory", "384MiB")
 SLOW = {"DIPTYCH_DRAFTER": "none"}  # an answer takes its time, and is met in the middle
 GREEDY = {"max_tokens": 64}
 SAMPLED = {"max_tokens": 96, "temperature": 0.9, "top_p": 0.95, "ignore_eos": True}
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "string", "maxLength": 30},
+        "b": {"type": "string", "maxLength": 30},
+        "c": {"type": "integer", "minimum": 1, "maximum": 999},
+    },
+    "required": ["a", "b", "c"],
+    "additionalProperties": False,
+}
 NOTICED_S = 6.0  # the client's keepalive: 3 s until a ping, 3 s for its answer
 SLACK_S = 3.0  # for the next coordinator's first token on a busy machine
 KINDS = ("blocking", "asyncio")
@@ -53,6 +63,17 @@ class Got:
             self.disturb = None
 
 
+@dataclass
+class Choices:
+    """The same for an answer of several choices."""
+
+    of: list[Got]
+    num_resumed: int = 0
+
+    def take(self, event: TextDelta | Done) -> None:
+        self.of[event.index].take(event)
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     shape = Shape(prefill=1, decode=1, coordinators=2, worker_flags=FLAGS, env=SLOW)
@@ -60,7 +81,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield running
 
 
-def ask(kind: str, addresses: str, got: Got, **options: Any) -> Got:
+def ask(kind: str, addresses: str, got: Any, **options: Any) -> Any:
     """Read one answer to its end, by one of the two clients."""
     options = {"timeout_s": 60, **options}
 
@@ -130,6 +151,33 @@ def test_kill_9_of_the_coordinator_leaves_no_seam(
         longest_s = max(b - a for a, b in itertools.pairwise(got.moments))
         print(f"{kind}: the longest wait was {longest_s:.2f} s")
         assert longest_s < 2.0
+        assert_at_rest(cluster)
+    finally:
+        bring_back(cluster)
+
+
+@pytest.mark.parametrize("held", [{}, {"json_schema": SCHEMA}], ids=["free", "held"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_leaves_no_seam_in_any_choice(cluster: Cluster, kind: str, held: dict[str, Any]) -> None:
+    options = {**SAMPLED, "max_tokens": 48, "n": 3, "logprobs": 1, **held}
+    options |= {"request_id": f"{kind}-{len(held)}", "ignore_eos": not held}
+    undisturbed = ask(
+        kind, cluster.address("coordinator-1"), Choices([Got(), Got(), Got()]), **options
+    )
+    got = Choices([Got(), Got(lambda: kill_first(cluster)), Got()])
+    try:
+        ask(kind, all_of(cluster), got, **options)
+        assert got.num_resumed == 1, "it was in the middle of the answer"
+        for index, (mine, wanted) in enumerate(zip(got.of, undisturbed.of, strict=True)):
+            assert (mine.tokens, mine.text) == (wanted.tokens, wanted.text)
+            assert mine.done
+            assert wanted.done
+            assert mine.done.index == index
+            assert mine.done.finish_reason == wanted.done.finish_reason
+            assert mine.done.usage.completion_tokens == len(mine.tokens)
+            if held and mine.done.finish_reason == "stop":
+                assert set(json.loads(mine.text)) == {"a", "b", "c"}
+        assert len({tuple(choice.tokens) for choice in got.of}) == 3
         assert_at_rest(cluster)
     finally:
         bring_back(cluster)
