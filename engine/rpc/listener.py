@@ -2,7 +2,8 @@
 
 grpc.aio ends a server for good when its accepting loop raises, and one call does that whose method
 is no UTF-8. What runs on the dead one goes on; so it is kept until `stop`, and a new one with the
-same handlers listens on the same address within a moment.
+same handlers listens on the same address within milliseconds. Who calls in just these is told
+CANCELLED or UNAVAILABLE.
 
     listen -> start -> serving --its loop raised--> dead: calls in progress go on
                           ^                          |
@@ -26,6 +27,7 @@ from engine.telemetry.log import get_logger
 log = get_logger(__name__)
 
 _LOOK_S = 0.1
+_AGAIN_S = 0.005
 _LONGEST_CALL_S = 24 * 3600.0  # on a dead server
 _DEAD = "the gRPC server died; another one takes its place"
 
@@ -59,8 +61,8 @@ class Listener:
     async def start(self) -> None:
         """Begin to accept calls."""
         _be_quiet_about_callers()
-        await self._server.start()
-        self._keeper = asyncio.create_task(self._keep(), name=f"keep {self._address}")
+        accepting = await _start(self._server)
+        self._keeper = asyncio.create_task(self._keep(accepting), name=f"keep {self._address}")
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls at once, give those that run `grace_s`, then cancel them."""
@@ -70,17 +72,22 @@ class Listener:
         await asyncio.gather(*(s.stop(grace_s) for s in (self._server, *self._dead)))
         await asyncio.gather(*self._dead.values(), return_exceptions=True)
 
-    async def _keep(self) -> None:
+    async def _keep(self, accepting: set[asyncio.Task[Any]]) -> None:
         while True:
-            await asyncio.sleep(_LOOK_S)
-            if _is_running(self._server):
+            if accepting:
+                await asyncio.wait(accepting, timeout=_LOOK_S)
+            else:
+                await asyncio.sleep(_LOOK_S)
+            if _is_running(self._server) and not any(task.done() for task in accepting):
                 continue
             log.error(_DEAD, address=self._address)
             self._on_death()
             self._dead[self._server] = asyncio.create_task(self._bury(self._server))
             self._server = self._make()
-            if self._bind(self._address):
-                await self._server.start()
+            # The dead one has the port for a moment more.
+            while not self._bind(self._address):  # noqa: ASYNC110
+                await asyncio.sleep(_AGAIN_S)
+            accepting = await _start(self._server)
 
     async def _bury(self, dead: grpc.aio.Server) -> None:
         """Let go of a server when its last call has ended."""
@@ -97,6 +104,16 @@ class Listener:
             return self._server.add_insecure_port(address)
         except RuntimeError:
             return 0
+
+
+async def _start(server: grpc.aio.Server) -> set[asyncio.Task[Any]]:
+    """Begin; returns the task that accepts calls, which the library keeps to itself: with its end
+    the server has died. Nothing, where the library has another name for it.
+    """
+    before = asyncio.all_tasks()
+    await server.start()
+    new = asyncio.all_tasks() - before
+    return {t for t in new if getattr(t.get_coro(), "__name__", "") == "_server_main_loop"}
 
 
 def _is_running(server: Any) -> bool:

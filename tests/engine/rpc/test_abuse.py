@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from engine.pb.diptych.v1 import inference_pb2
+from engine.rpc import listener as listener_module
 from engine.rpc import server as server_module
 from engine.rpc.channel import open_channel
 from engine.rpc.server import RpcServer
@@ -118,8 +119,9 @@ async def test_a_caller_whose_deadline_comes_while_he_does_not_read(caplog):
     assert not [r for r in caplog.records if r.levelname == "ERROR" or r.exc_info]
 
 
-async def test_a_method_that_is_no_utf8_costs_others_nothing(caplog):
+async def test_a_method_that_is_no_utf8_costs_others_nothing(caplog, monkeypatch):
     """grpc.aio ends its server on it; ours is another one at once, and what runs goes on."""
+    monkeypatch.setattr(listener_module, "_LOOK_S", 600.0)  # it is told, and need not look
     async with serving() as (address, _, registry), open_channel(address) as channel:
         answer = channel.unary_stream(GENERATE.decode())(b"")
         assert await answer.read()
