@@ -20,15 +20,19 @@ import httpx
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.rpc.channel import CHANNEL_OPTIONS
 from tests.integration.stack import Stack, metrics_of, until
-from tests.support.http2 import RawConnection
+from tests.support.http2 import RawConnection, connect
 from tests.support.vitals import MIB, Bystander, Vitals, vitals
 
 GENERATE = b"/diptych.v1.InferenceService/Generate"
 PROMPT = list(range(1000, 1040))  # two whole blocks, which travel, and a tail
 _NUM_TOKENS = 12
+_FEW_BLOCKS = 8
 # gRPC keeps a few threads and descriptors for a while after they were needed.
 MORE_FILES, MORE_THREADS = 24, 8
 SETTLE_S = 15.0
+# A pool that can be filled in a few seconds: its memory is taken with the first use of each block,
+# and would look like a leak later.
+PORT_FLAGS = ("--dtype", "float32", "--kv-cache-memory", "128MiB", "--max-model-len", "2048")
 _ids = itertools.count(1)
 
 
@@ -54,12 +58,14 @@ class Port:
         self.pids["coordinator"] = stack.process.pid
         self._http = {"coordinator": stack.http_address}
         self._http |= {w.worker_id: w.http_address for w in stack.workers()}
+        self._fill_pools()
         self._right = self._ask()
         with Bystander(self._ask, self._right, 60.0) as alone:
             until(lambda: len(alone.seconds) >= 5, 60, "five answers")
         alone.check()
+        self.typical_s = sorted(alone.seconds)[len(alone.seconds) // 2]
         # Others compute beside it, and the abuser takes one of two cores.
-        self.limit_s = 2.0 + 10 * sorted(alone.seconds)[len(alone.seconds) // 2]
+        self.limit_s = 2.0 + 10 * self.typical_s
 
     @contextmanager
     def row(
@@ -100,7 +106,16 @@ class Port:
                 "/diptych.v1.InferenceService/GetModel",
                 response_deserializer=pb.Model.FromString,
             )
-            return bool(call(b"", timeout=10).ready)
+            try:
+                return bool(call(b"", timeout=10).ready)
+            except grpc.RpcError:
+                return False
+
+    def health(self) -> bytes:
+        """What /health says to a proper request on a new connection."""
+        with connect(self.stack.http_address) as sock:
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            return sock.recv(65536)
 
     def held_for(self, name: str, request_id: str) -> bool:
         """Whether a process holds something for a request."""
@@ -117,6 +132,15 @@ class Port:
         text = httpx.get(f"http://{self.stack.http_address}/metrics", timeout=5).text
         found = re.findall(rf'^diptych_rpc_failures_total{{code="{code}".*}} (\S+)$', text, re.M)
         return sum(map(float, found))
+
+    def _fill_pools(self) -> None:
+        """Until every block of every pool has been used once."""
+        for i in range(10):
+            if all(worker.free_blocks <= _FEW_BLOCKS for worker in self.stack.workers()):
+                return
+            prompt = [1000 + (i + j) % 5000 for j in range(1900)]
+            self.stack.generate(prompt, max_tokens=1, cache_salt=f"fill-{i}")
+        raise AssertionError("the pools do not become full")
 
     def _ask(self) -> list[int]:
         salt = f"salt-{next(_ids)}"
