@@ -52,7 +52,10 @@ class AsyncClient:
     def generate(
         self, prompt: str | Sequence[int], *, timeout_s: float | None = None, **options: Any
     ) -> AsyncIterator[AnswerEvent]:
-        """Stream a completion; closing the iterator cancels it."""
+        """Stream a completion; closing the iterator cancels it.
+
+        `options`: fields of the API by name (`temperature`, `stop`, `json_schema`, `n`, ...).
+        """
         return self._answer(generate_request(prompt, **options), timeout_s)
 
     def chat(
@@ -62,7 +65,10 @@ class AsyncClient:
         timeout_s: float | None = None,
         **options: Any,
     ) -> AsyncIterator[AnswerEvent]:
-        """Stream the next turn of a conversation; closing the iterator cancels it."""
+        """Stream the next turn of a conversation; closing the iterator cancels it.
+
+        `options`: the same, and `tools`, `tool_choice`, `parallel_tool_calls`.
+        """
         return self._answer(chat_request(messages, **options), timeout_s)
 
     async def model(self, *, timeout_s: float = 10.0) -> inference_pb2.Model:
