@@ -26,6 +26,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from engine.constraints.deep_threads import DeepThreads
 from engine.constraints.matcher import Matcher, brief
 from engine.constraints.schemas import Refused, held
+from engine.constraints.special_tokens import MARK, numbered, unspelled
 from engine.errors import InvalidRequest, Unavailable
 from engine.types import Constraint, ConstraintKind
 
@@ -51,7 +52,7 @@ class Vocabulary:
 
     def build(self) -> LLTokenizer:
         """Takes a fifth of a second, and the interpreter with it."""
-        text = (self.folder / "tokenizer.json").read_text()
+        text = unspelled((self.folder / "tokenizer.json").read_text())
         return LLTokenizer(text, n_vocab=self.size, eos_token=list(self.eos_token_ids) or None)
 
 
@@ -162,24 +163,24 @@ class Compiler:
             reason = f"{num_chars} characters; expected at most {MAX_SOURCE_CHARS}"
             return _Compiled(0, None, reason)
         try:
-            grammar = _grammar(constraint)
+            tokenizer = self._tokenizer.result()
+        except Exception as error:  # the library's own, of many kinds
+            reason = f"none is possible with this model's tokenizer: {brief(str(error))}"
+            return _Compiled(0, None, reason)
+        try:
+            grammar = _grammar(constraint, tokenizer)
         except Refused as error:
             return _Compiled(0, None, brief(str(error)))
         except (ValueError, RecursionError) as error:
             what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
             return _Compiled(0, None, f"not JSON: {brief(what)}")
-        try:
-            tokenizer = self._tokenizer.result()
-        except Exception as error:  # the library's own, of many kinds
-            reason = f"none is possible with this model's tokenizer: {brief(str(error))}"
-            return _Compiled(0, None, reason)
         begun_s = time.thread_time()
         template = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
         first = template.deep_copy()
         if not first.is_error():
             first.compute_bitmask()  # some limits show only here
         if first.is_error():
-            return _Compiled(0, None, brief(first.get_error()))
+            return _Compiled(0, None, brief(first.get_error().replace(MARK, "")))
         return _Compiled(num_chars, template, cpu_s=time.thread_time() - begun_s)
 
 
@@ -193,7 +194,7 @@ def _digest(constraint: Constraint) -> bytes:
     return hashlib.blake2b(source, digest_size=16, person=kind).digest()
 
 
-def _grammar(constraint: Constraint) -> str:
+def _grammar(constraint: Constraint, tokenizer: LLTokenizer) -> str:
     """As the library takes it: a JSON list of grammars, in which a source is a value or a text.
 
     Raises Refused; ValueError, RecursionError where a schema is not JSON.
@@ -205,4 +206,4 @@ def _grammar(constraint: Constraint) -> str:
         case ConstraintKind.REGEX:
             return LLMatcher.grammar_from_regex(source)
         case ConstraintKind.LARK:
-            return json.dumps({"grammars": [{"lark_grammar": source}]})
+            return json.dumps({"grammars": [{"lark_grammar": numbered(source, tokenizer)}]})

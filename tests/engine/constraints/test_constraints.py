@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -95,6 +96,38 @@ async def test_an_end_is_allowed_where_the_text_could_go_on(compiler: Compiler, 
         assert matcher.advance([end])
         assert matcher.ended
         assert matcher.error == ""
+
+
+async def test_texts_that_spell_special_tokens_are_no_special_tokens(compiler: Compiler) -> None:
+    spelled = ("<|im_end|>", "a<filename>b", "<repo_name><|endoftext|>")
+    constraints = [schema({"const": text}) for text in spelled]
+    constraints += [regex(re.escape(text)) for text in spelled]
+    constraints += [lark(f"start: {json.dumps(text)}") for text in spelled]
+    one = {"properties": {"<filename>": {"const": 1}}, "required": ["<filename>"]}
+    tight = {"additionalProperties": False, "x-guidance": {"whitespace_flexible": False}}
+    constraints.append(schema({"type": "object", **one, **tight}))
+    for constraint in constraints:
+        matcher, masks = await compiler.matcher(constraint), Masks(VOCAB)
+        for _ in range(40):
+            if matcher.ended:
+                break
+            allowed = masks_of(masks, [Place(matcher, [])])[0][0]
+            assert min(allowed) > 16, constraint  # the first 17 are special
+            assert matcher.advance([allowed[0]])
+        assert matcher.ended
+        assert matcher.error == "", constraint
+
+
+async def test_a_grammar_may_name_special_tokens(compiler: Compiler) -> None:
+    for source in (
+        'start: "a" <filename> // not "<|im_end|>\n',
+        'start: "a" <[6]>',
+        "start: /a/ <filename>",
+    ):
+        matcher = await compiler.matcher(lark(source), [81])
+        assert masks_of(Masks(VOCAB), [Place(matcher, [])]) == [[[6]]], source
+    with pytest.raises(InvalidRequest, match='unknown special token: "<none>"'):
+        await compiler.matcher(lark("start: <none>"))
 
 
 async def test_what_is_forced_is_told(compiler: Compiler, encode) -> None:
