@@ -27,7 +27,7 @@ from tests.support.fuzz_messages import Input
 from tests.support.fuzz_values import VOCAB_SIZE
 
 Code = grpc.StatusCode
-# What a stack that is well and not overloaded may say (docs/reliability.md, "Statuses").
+# What a stack that is well and not overloaded may say (docs/reliability.md, "Fuzz").
 DOCUMENTED = frozenset(
     (Code.OK, Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNIMPLEMENTED, Code.RESOURCE_EXHAUSTED)
 )
