@@ -5,6 +5,8 @@ gRPC's, and the like for a port that speaks HTTP/1.1.
 from __future__ import annotations
 
 import random
+import struct
+import zlib
 
 from tests.faults.port import GENERATE, request
 from tests.support import http2
@@ -116,6 +118,18 @@ def garbage() -> dict[str, bytes]:
         "a priority of itself": _BEGIN + frame(http2.PRIORITY, 0, 1, b"\x00\x00\x00\x01\x10"),
         "goodbye": _BEGIN + frame(http2.GOAWAY, 0, 0, bytes(8)),
     }
+
+
+def gzip_of_zeros(size: int) -> bytes:
+    """A gzip of so many zeros, a multiple of 1 MiB, made without them: one MiB again and again."""
+    chunk, count = bytes(1 << 20), size >> 20
+    squeezer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    part = squeezer.compress(chunk) + squeezer.flush(zlib.Z_FULL_FLUSH)
+    checksum = 0
+    for _ in range(count):
+        checksum = zlib.crc32(chunk, checksum)
+    head = b"\x1f\x8b\x08" + bytes(6) + b"\xff"
+    return head + part * count + squeezer.flush() + struct.pack("<II", checksum, size % 2**32)
 
 
 def http_garbage() -> dict[str, bytes]:

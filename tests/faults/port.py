@@ -117,11 +117,12 @@ class Port:
             sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             return sock.recv(65536)
 
-    def held_for(self, name: str, request_id: str) -> bool:
-        """Whether a process holds something for a request."""
+    def held_for(self, name: str, *request_ids: str) -> bool:
+        """Whether a process holds something for one of these requests."""
         response = httpx.get(f"http://{self._http[name]}/debug/holds", timeout=5)
         response.raise_for_status()
-        return request_id in json.dumps(response.json())
+        held = json.dumps(response.json())
+        return any(request_id in held for request_id in request_ids)
 
     def vitals(self, name: str = "coordinator") -> Vitals:
         """Of one of the stack's processes."""
