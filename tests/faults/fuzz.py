@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +44,7 @@ from engine.types import PROTOCOL_VERSION, ModelIdentity, Role
 from tests.integration.stack import Stack
 from tests.support.fuzz_checks import Model, Outcome, complaint
 from tests.support.fuzz_decode import FuzzDecode
-from tests.support.fuzz_messages import Input, make_input
+from tests.support.fuzz_messages import Input, make_input, make_input_beside
 from tests.support.fuzz_values import MODEL, VOCAB_SIZE
 from tests.support.vitals import MIB, vitals
 
@@ -128,7 +128,13 @@ class Report:
 
 
 async def run(
-    report: Report, address: str, pid: int, indexes: range, model: Model, concurrency: int
+    report: Report,
+    address: str,
+    pid: int,
+    indexes: range,
+    model: Model,
+    concurrency: int,
+    make: Callable[[int, int], Input] = make_input,
 ) -> None:
     """Send the inputs `indexes` and judge what comes back."""
     channels = [open_channel(address) for _ in range(_NUM_CHANNELS)]
@@ -137,7 +143,7 @@ async def run(
 
     async def sender(channel: grpc.aio.Channel) -> None:
         for index in waiting:
-            case = make_input(report.seed, index)
+            case = make(report.seed, index)
             outcome = await call(channel, case, Random(f"caller {report.seed}:{index}"))
             report.note(case, outcome, complaint(case, outcome, model))
             if report.num_inputs % every == 0:
@@ -161,8 +167,12 @@ async def call(channel: grpc.aio.Channel, case: Input, random: Random) -> Outcom
     messages = []
     try:
         if case.descriptor.server_streaming:
-            stream = channel.unary_stream(case.path, response_deserializer=deserialize)
-            answer = stream(case.raw, timeout=timeout_s)
+            if case.descriptor.client_streaming:
+                both = channel.stream_stream(case.path, response_deserializer=deserialize)
+                answer = both(iter((case.raw,)), timeout=timeout_s)
+            else:
+                stream = channel.unary_stream(case.path, response_deserializer=deserialize)
+                answer = stream(case.raw, timeout=timeout_s)
             async for message in answer:
                 messages.append(message)
                 if given_up:
@@ -241,14 +251,17 @@ async def front() -> AsyncIterator[tuple[Coordinator, FuzzDecode, Model]]:
         await decode.stop()
 
 
-async def fuzz_in_process(seed: int, indexes: range, concurrency: int = 32) -> Report:
-    """The level for volume."""
-    report = Report("In process", seed)
+async def fuzz_in_process(
+    seed: int, indexes: range, concurrency: int = 32, *, beside: bool = False
+) -> Report:
+    """The level for volume. `beside`: the protocols of others on the same port."""
+    report = Report("In process, protocols beside" if beside else "In process", seed)
+    make = make_input_beside if beside else make_input
     with errors_logged() as logged:
         async with front() as (coordinator, decode, model):
             await asyncio.sleep(0.1)
             tasks = len(asyncio.all_tasks())
-            await run(report, coordinator.address, os.getpid(), indexes, model, concurrency)
+            await run(report, coordinator.address, os.getpid(), indexes, model, concurrency, make)
             report.leaks += await _left_at_rest(coordinator, decode, tasks)
     report.leaks += [f"logged: {line}" for line in logged]
     report.leaks += [f"let through {n} times: {what}" for what, n in decode.breaches.items()]
@@ -304,6 +317,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=100_000, help="in process")
     parser.add_argument("--first", type=int, default=0, help="index of the first input")
     parser.add_argument("--wire-inputs", type=int, default=3_000, help="to a real stack")
+    parser.add_argument("--beside-inputs", type=int, default=20_000, help="of other protocols")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=int, default=-1, help="this input alone, shown in full")
     args = parser.parse_args()
@@ -315,6 +329,10 @@ def main() -> int:
     if args.inputs or args.only >= 0:
         reports.append(asyncio.run(fuzz_in_process(args.seed, indexes)))
         print(reports[0], flush=True)
+    if args.beside_inputs and args.only < 0:
+        beside = range(args.first, args.first + args.beside_inputs)
+        reports.append(asyncio.run(fuzz_in_process(args.seed, beside, beside=True)))
+        print(f"\n{reports[-1]}", flush=True)
     if args.wire_inputs:
         with (
             tempfile.TemporaryDirectory() as folder,

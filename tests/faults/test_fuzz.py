@@ -27,7 +27,7 @@ from tests.support.fuzz_values import MODEL, VOCAB_SIZE
 from tests.support.vitals import MIB
 
 SEED = 7
-IN_PROCESS, OVER_THE_WIRE = 5_000, 250
+IN_PROCESS, BESIDE_IN_PROCESS, OVER_THE_WIRE = 4_000, 1_000, 250
 LIMITS = Limits(MODEL, VOCAB_SIZE, (2,), MAX_MODEL_LEN)
 
 
@@ -50,6 +50,17 @@ async def test_in_process() -> None:
     report = await fuzz_in_process(SEED, range(IN_PROCESS))
     clean(report)
     assert report.growth_bytes < 64 * MIB
+
+
+@pytest.mark.timeout(180)
+async def test_the_protocols_beside_in_process() -> None:
+    report = await fuzz_in_process(SEED, range(BESIDE_IN_PROCESS), beside=True)
+    print(report)
+    assert not report.complaints, "\n".join(report.complaints[:10])
+    assert not report.leaks, "\n".join(report.leaks[:10])
+    for method in ("ModelInfer", "ModelStreamInfer"):
+        assert report.by_method[f"GRPCInferenceService.{method}", "OK"] > BESIDE_IN_PROCESS // 50
+    assert report.by_method["VllmEngine.Generate", "OK"] > BESIDE_IN_PROCESS // 50
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ that nobody knows.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -26,9 +26,16 @@ from google.protobuf.descriptor import (
 from google.protobuf.message import DecodeError, Message
 
 from engine.pb.diptych.v1 import admin_pb2, inference_pb2
+from engine.pb.inference import grpc_service_pb2
+from engine.pb.vllm import vllm_engine_pb2
 from tests.support.fuzz_values import NEEDED, TAME, edge, long_string
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_OF_BYTES = (
+    FieldDescriptor.TYPE_STRING,
+    FieldDescriptor.TYPE_BYTES,
+    FieldDescriptor.TYPE_MESSAGE,
+)
 _COUNTS = (0, 1, 1, 2, 3, 17)
 _MANY = 1000
 _NUM_LONG = 2  # strings of 1e5 characters in one message, at most
@@ -45,6 +52,20 @@ _WEIGHTS = {
     "ListModels": 4,
     "ListWorkers": 4,
 }
+# The protocols of others on the same port, in a run of their own.
+_BESIDE_WEIGHTS = {
+    "GRPCInferenceService.ModelInfer": 30,
+    "GRPCInferenceService.ModelStreamInfer": 20,
+    "GRPCInferenceService.ServerReady": 1,
+    "GRPCInferenceService.ModelReady": 3,
+    "GRPCInferenceService.ModelMetadata": 3,
+    "GRPCInferenceService.ModelConfig": 3,
+    "VllmEngine.Generate": 30,
+    "VllmEngine.Abort": 5,
+    "VllmEngine.HealthCheck": 2,
+    "VllmEngine.GetModelInfo": 2,
+    "VllmEngine.GetServerInfo": 1,
+}
 _WILDNESS = (0.0, 0.0, 0.02, 0.05, 0.2, 1.0)
 
 
@@ -59,6 +80,17 @@ def _methods() -> dict[str, MethodDescriptor]:
 METHODS = _methods()
 
 
+def _methods_beside() -> dict[str, MethodDescriptor]:
+    services = (
+        grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"],
+        vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"],
+    )
+    return {f"{s.name}.{method.name}": method for s in services for method in s.methods}
+
+
+BESIDE = _methods_beside()
+
+
 @dataclass(frozen=True, slots=True)
 class Input:
     """What one call sends. `kind`: how it was made."""
@@ -71,12 +103,12 @@ class Input:
     @property
     def descriptor(self) -> MethodDescriptor:
         """The method's."""
-        return METHODS[self.method]
+        return METHODS.get(self.method) or BESIDE[self.method]
 
     @property
     def path(self) -> str:
         """The method on the wire."""
-        return f"/{self.descriptor.containing_service.full_name}/{self.method}"
+        return f"/{self.descriptor.containing_service.full_name}/{self.descriptor.name}"
 
     def parse(self) -> Message | None:
         """The request as protobuf reads it; None where these bytes are none."""
@@ -92,10 +124,16 @@ def make_input(seed: int, index: int) -> Input:
     return draw_input(Random(f"{seed}:{index}"), index)
 
 
-def draw_input(random: Random, index: int = 0) -> Input:
+def make_input_beside(seed: int, index: int) -> Input:
+    """The same for the protocols beside ours."""
+    return draw_input(Random(f"{seed}:{index} beside"), index, _BESIDE_WEIGHTS)
+
+
+def draw_input(random: Random, index: int = 0, weights: Mapping[str, int] | None = None) -> Input:
     """Any input; `random` may be hypothesis's, which can shrink it."""
-    (method,) = random.choices([*_WEIGHTS], [*_WEIGHTS.values()])
-    descriptor = METHODS[method].input_type
+    weights = weights or _WEIGHTS
+    (method,) = random.choices([*weights], [*weights.values()])
+    descriptor = (METHODS.get(method) or BESIDE[method]).input_type
     writer = Writer(random, random.choice(_WILDNESS))
     raw = writer.message(descriptor)
     kind = "sensible" if writer.wildness == 0 else "wild"
@@ -145,7 +183,7 @@ class Writer:
     def _is_present(self, descriptor: Descriptor, field: FieldDescriptor, oneof: str) -> bool:
         if not self._wild():
             tame = _tame(descriptor, field)
-            if tame is None and field.name in TAME:
+            if tame is None and {field.name, f"{descriptor.name}.{field.name}"} & TAME.keys():
                 return False
             if {field.name, oneof, f"{descriptor.name}.{field.name}"} & NEEDED:
                 return True
@@ -157,6 +195,8 @@ class Writer:
         if _is_map(field):
             pairs = tame(self._random) if sensible and tame else self._pairs(field)
             return b"".join(self._entry(field, key, value) for key, value in pairs)
+        if field.message_type is not None and sensible and tame:
+            return b"".join(_delimited(field.number, raw) for raw in tame(self._random))
         if field.message_type is not None:
             once = not field.is_repeated or (field.name == "resume" and not self._wild())
             count = 1 if once or self._num_messages > _MOST_MESSAGES else self._count()
@@ -170,7 +210,7 @@ class Writer:
             values = tame(self._random)
         else:
             values = [self._edge(field) for _ in range(self._count())]
-        if field.type == FieldDescriptor.TYPE_STRING or self._wild():  # numbers may come unpacked
+        if _wire_type(field) == _BYTES or self._wild():  # numbers may come unpacked
             return b"".join(self._scalar(field, value) for value in values)
         return _delimited(field.number, b"".join(_payload(field, value) for value in values))
 
@@ -184,7 +224,9 @@ class Writer:
         return _tag(field.number, _wire_type(field)) + _payload(field, value)
 
     def _edge(self, field: FieldDescriptor) -> Any:
-        if field.type != FieldDescriptor.TYPE_STRING:
+        if field.message_type is not None:  # of a map
+            return self.message(field.message_type)
+        if _wire_type(field) != _BYTES:
             return edge(self._random, field)
         value = long_string(self._random) if self._num_long else edge(self._random, field)
         self._num_long = max(0, self._num_long - 1)
@@ -193,7 +235,9 @@ class Writer:
 
     def _pairs(self, field: FieldDescriptor) -> Sequence[tuple[Any, Any]]:
         key, value = _entry_fields(field)
-        return [(self._edge(key), self._edge(value)) for _ in range(self._count())]
+        count = self._count() if self._num_messages <= _MOST_MESSAGES else 1
+        self._num_messages += count if value.message_type is not None else 0
+        return [(self._edge(key), self._edge(value)) for _ in range(count)]
 
     def _entry(self, field: FieldDescriptor, key: Any, value: Any) -> bytes:
         key_field, value_field = _entry_fields(field)
@@ -270,7 +314,7 @@ def _entry_fields(field: FieldDescriptor) -> tuple[FieldDescriptor, FieldDescrip
 
 
 def _wire_type(field: FieldDescriptor) -> int:
-    if field.type == FieldDescriptor.TYPE_STRING:
+    if field.type in _OF_BYTES:
         return _BYTES
     if field.type == FieldDescriptor.TYPE_FLOAT:
         return _FIXED32

@@ -13,6 +13,7 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 
+from tests.support.fuzz_beside import BESIDE_TAME
 from tests.support.fuzz_constraints import choices, grammar, json_schema, parameters, regex
 
 VOCAB_SIZE = 49152
@@ -128,12 +129,15 @@ TAME: dict[str, Tame | None] = {
     "Constraint.regex": regex,
     "Constraint.grammar": grammar,
     "Choices.choices": choices,
+    **BESIDE_TAME,
 }
 # Sensible requests have these.
 NEEDED = frozenset(
     (
         *("messages", "role", "content", "prompt", "input", "TokenIds.ids"),
         *("kind", "Choices.choices", "ToolCall.name"),
+        *("ModelInferRequest.model_name", "ModelInferRequest.inputs", "TokenizedInput.input_ids"),
+        *("parameter_choice", "ChoiceConstraint.choices"),
     )
 )
 
@@ -141,7 +145,7 @@ NEEDED = frozenset(
 def edge(random: Random, field: FieldDescriptor) -> Any:
     """A value at an edge of a scalar field's type, or any of it; strings are short ones."""
     kind = field.type
-    if kind == FieldDescriptor.TYPE_STRING:
+    if kind in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES):
         return _string(random)
     if kind == FieldDescriptor.TYPE_FLOAT:
         return random.choice((*FLOATS, _any_float(random), random.uniform(-3, 3)))
@@ -149,7 +153,7 @@ def edge(random: Random, field: FieldDescriptor) -> Any:
         return random.choice((*DOUBLES, random.uniform(-1e3, 1e3)))
     if kind == FieldDescriptor.TYPE_BOOL:
         return random.choice((0, 1, 2, 2**64 - 1))
-    if kind == FieldDescriptor.TYPE_INT32:
+    if kind in (FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_INT64):
         return random.choice((*INT32, random.randrange(-(2**31), 2**31)))
     if kind == FieldDescriptor.TYPE_UINT64:
         return random.choice((*UINT64, random.getrandbits(64)))
