@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from coordinator.openai.constraints import read_constraint
+from coordinator.openai.constraints import names_of, read_constraint
 from coordinator.openai.errors import unsupported
 from coordinator.openai.fields import UINT32, Fields, as_object
 from coordinator.openai.options import IGNORED, Wanted, read_common
@@ -74,7 +74,7 @@ def read_chat(body: Mapping[str, Any], request_id: str) -> ChatCall:
         parallel_tool_calls=parallel,
     )
     names = {
-        "constraint": asked or "tools",  # which are a constraint, too
+        **names_of(asked or "tools"),  # which are a constraint, too
         "tools_json": "tools",
         "stop.max_tokens": limit,
         "output.logprobs": "top_logprobs",

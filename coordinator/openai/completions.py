@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from coordinator.openai.constraints import read_constraint
+from coordinator.openai.constraints import names_of, read_constraint
 from coordinator.openai.fields import UINT32, Fields, whole_list
 from coordinator.openai.options import IGNORED, Wanted, read_common
 from coordinator.validate import MAX_LOGPROBS
@@ -66,7 +66,7 @@ def read_completion(body: Mapping[str, Any], request_id: str) -> CompletionCall:
         )
     names = {"output.prompt_logprobs": "prompt_logprobs"}
     if asked:
-        names["constraint"] = asked
+        names.update(names_of(asked))
     if echo and common.wanted.prompt_logprobs is None:
         names["output.prompt_logprobs"] = "logprobs"
     return CompletionCall(tuple(requests), common.wanted, echo, max_tokens, names)

@@ -28,6 +28,16 @@ def read_constraint(fields: Fields) -> tuple[inference_pb2.Constraint | None, st
     return found[0] if found else (None, "")
 
 
+def names_of(asked: str) -> dict[str, str]:
+    """The option that asked, for the gRPC fields that its value became."""
+    names = {"constraint": asked}
+    if asked != "response_format":  # which calls the kinds by the same names
+        for kind in inference_pb2.Constraint.DESCRIPTOR.fields:
+            names[f"constraint.{kind.name}"] = asked
+        names["constraint.choice.choices"] = asked
+    return names
+
+
 def _asked(fields: Fields) -> list[tuple[inference_pb2.Constraint, str]]:
     found = []
     if (constraint := _response_format(fields)) is not None:
@@ -66,8 +76,11 @@ def _response_format(fields: Fields) -> inference_pb2.Constraint | None:
         form.end()
         return None
     if kind == "json_object":
-        form.end(("schema",))
-        return inference_pb2.Constraint(json_object=True)
+        schema = form.take("schema")  # llama.cpp's and others' way to say which object
+        form.end()
+        if schema is None:
+            return inference_pb2.Constraint(json_object=True)
+        return _constraint("response_format.schema", "json", schema)
     if kind != "json_schema":
         if kind in ("structural_tag", "grammar", "python"):
             raise unsupported("response_format.type", kind)

@@ -167,6 +167,8 @@ def test_constraints():
     }
     assert of(response_format=wrapped) == pb.Constraint(json_schema=json.dumps(schema))
     assert of(response_format={"type": "json_object"}) == pb.Constraint(json_object=True)
+    held = {"type": "json_object", "schema": schema}
+    assert of(response_format=held) == pb.Constraint(json_schema=json.dumps(schema))
     assert of(response_format={"type": "text"}) == pb.Constraint()
     assert of(guided_json=schema) == pb.Constraint(json_schema=json.dumps(schema))
     assert of(guided_json='{"a": 1}') == pb.Constraint(json_schema='{"a": 1}')
@@ -483,3 +485,21 @@ def test_grpc_fields_in_the_clients_words(field, param):
     call = completion(prompt=["a", "b"])
     assert param_of("token_ids.ids[3]", call.names_of(1)) == "prompt[1][3]"
     assert param_of("text", call.names_of(0)) == "prompt[0]"
+
+
+@pytest.mark.parametrize(
+    ("field", "option", "param"),
+    [
+        ("constraint", {"guided_regex": "a"}, "guided_regex"),
+        ("constraint.regex", {"guided_regex": "a"}, "guided_regex"),
+        ("constraint.regex", {"structured_outputs": {"regex": "a"}}, "structured_outputs.regex"),
+        (
+            "constraint.choice.choices[1]",
+            {"structured_outputs": {"choice": ["a", ""]}},
+            "structured_outputs.choice[1]",
+        ),
+    ],
+)
+def test_constraints_in_the_clients_words(field, option, param):
+    assert param_of(field, chat(**option).names) == param
+    assert param_of(field, completion(**option).names_of(0)) == param
