@@ -7,6 +7,7 @@ here, or refused with the reason:
                    is one way to write a name. What only \\u can write cannot be asked for then.
     long numbers   it reckons in doubles: bounds move inwards to the next double, what would be
                    rounded is refused
+    properties     of very many that may come next the masks cost too much, when it is too late
     minProperties  it counts members, and a free name may come twice
     x-guidance     its own options in a schema: those that make it hold less
 
@@ -27,11 +28,13 @@ from typing import NoReturn
 
 from engine.constraints.apart import Branches
 
+MOST_OPTIONAL = 480  # members in a row; beyond, a mask costs so much that answers would end there
 ESCAPES = 'nrbtf\\"'  # that strings of answers may have
 _MAPS = frozenset(
     ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
 )
 _DATA = frozenset(("default", "examples", "required", "dependentRequired", "x-guidance"))
+_SAYS = frozenset(("type", "$ref", "const", "enum", "anyOf", "oneOf", "allOf"))
 _COUNTS = frozenset(
     ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 )
@@ -102,7 +105,7 @@ def _object(schema: dict[str, object], apart: Branches | None) -> dict[str, obje
     }
     _move_bounds(kept, "minimum", "exclusiveMinimum", math.inf)
     _move_bounds(kept, "maximum", "exclusiveMaximum", -math.inf)
-    _check_count(kept)
+    _check_counts(kept)
     options = schema.get("oneOf") if apart and "anyOf" not in schema else None
     if isinstance(options, list) and apart and apart.exclude_each_other(options, schema):
         kept["anyOf"] = kept.pop("oneOf")
@@ -159,16 +162,31 @@ def _move_bounds(schema: dict[str, object], closed: str, opened: str, inwards: f
         schema[key] = int(moved)
 
 
-def _check_count(schema: dict[str, object]) -> None:
+def _check_counts(schema: dict[str, object]) -> None:
     least, properties = schema.get("minProperties"), schema.get("properties", {})
     required = schema.get("required", [])
-    if not isinstance(least, int) or not isinstance(properties, dict):
+    if not isinstance(properties, dict):
+        return
+    required = required if isinstance(required, list) else []
+    if (most := _longest_choice(properties, {*map(str, required)})) > MOST_OPTIONAL:
+        raise Refused(f"properties: {most} to choose from; expected at most {MOST_OPTIONAL}")
+    if not isinstance(least, int):
         return
     if schema.get("additionalProperties") is False and not schema.get("patternProperties"):
         return
-    names = {*properties, *(required if isinstance(required, list) else ())}
+    names = {*properties, *map(str, required)}
     if least > (most := len(names) + 1):
         raise Refused(f"minProperties: {least}, but only {most} can be told apart by their names")
+
+
+def _longest_choice(properties: dict[str, object], required: set[str]) -> int:
+    """How many members may come next at one place; those of any value weigh three times as much."""
+    longest = run = 0
+    for name, schema in properties.items():
+        says = isinstance(schema, dict) and not schema.keys().isdisjoint(_SAYS)
+        run = 0 if name in required else run + (1 if says else 3)
+        longest = max(longest, run)
+    return longest
 
 
 def _check_constant(key: str, value: object) -> None:

@@ -153,7 +153,8 @@ async def test_a_large_schema_does_not_hold_others_up(checkpoint):  # noqa: F811
     async with front(checkpoint) as f:
         await f.worker()
         await collect(f.call(constraint=schema(), stop=stop(max_tokens=1)))  # the threads are ready
-        large = schema({"properties": {f"p{i}": {"type": "string"} for i in range(2000)}})
+        names = [f"p{i}" for i in range(2000)]
+        large = schema({"properties": {n: {"type": "string"} for n in names}, "required": names})
         loop = asyncio.get_running_loop()
         begun = loop.time()
         slow = asyncio.create_task(collect(f.call(constraint=large, stop=stop(max_tokens=1))))

@@ -16,6 +16,7 @@ _KINDS = {
     r"Unknown format": "a format that is not known",
     r"Resource .* is not present|Invalid URI": "a document that is not at hand",
     r"regex parse error|look-?around|not disjoint": "a pattern that is not supported",
+    r"to choose from": "too large, or circular",
     r"minProperties|min/maxProperties": "a count of members",
     r"Unsatisfiable|schema is false": "nothing is valid",
     r"too many digits|cannot be written|too large: ": "a constant or bound that cannot be held",

@@ -9,7 +9,7 @@ import pytest
 
 from engine.checkpoint.source import resolve
 from engine.constraints import Compiler, Vocabulary
-from engine.constraints.schemas import Refused, held
+from engine.constraints.schemas import MOST_OPTIONAL, Refused, held
 from engine.types import Constraint, ConstraintKind
 
 VOCAB = 49152
@@ -114,6 +114,8 @@ REFUSED = [
     ({"const": 1000000000000000.5}, "too many digits"),
     ({"maximum": 0.12345678901234567}, "maximum: 0.12345678901234566 has too many digits"),
     ({"maximum": 10**400}, "maximum: too large"),
+    ({"items": {"properties": {f"p{i}": {} for i in range(161)}}}, "properties: 483 to choose"),
+    ({"properties": {f"p{i}": {"type": "null"} for i in range(481)}}, "properties: 481 to choose"),
     ({"minProperties": 2}, "minProperties: 2, but only 1"),
     ({"anyOf": [{"minProperties": 3, "properties": {"a": {}}}]}, "minProperties: 3, but only 2"),
     ({"x-guidance": {"lenient": True}, "not": {}}, "x-guidance.lenient: not served"),
@@ -145,6 +147,27 @@ def test_the_rest_stays_as_it_is(schema: dict[str, object]) -> None:
     now = json.loads(held(json.dumps(schema)))
     assert now.pop("x-guidance") == {"json_allowed_escapes": 'nrbtf\\"'}
     assert now == schema
+
+
+@pytest.mark.parametrize(
+    ("number", "schema"), [(MOST_OPTIONAL, {"type": "string"}), (MOST_OPTIONAL // 3, True)]
+)
+async def test_an_object_of_many_members_gets_to_its_end(
+    compiler: Compiler, encode: Callable[[str], list[int]], number: int, schema: object
+) -> None:
+    object_ = {"type": "object", "properties": {f"the member {i}": schema for i in range(number)}}
+    matcher = await compiler.matcher(Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(object_)))
+    for token in encode(f'{{"the member 7": "x", "the member {number - 1}": "y", "z": [1, {{}}]}}'):
+        matcher.library.compute_bitmask()
+        assert matcher.advance([token]), matcher.error
+    assert matcher.error == ""
+    assert matcher.library.is_accepting()
+
+
+def test_members_that_must_be_there_are_no_choice() -> None:
+    names = [f"p{i}" for i in range(1000)]
+    schema = {"properties": {n: {"type": "null"} for n in names}, "required": names[::400]}
+    assert held(json.dumps(schema))
 
 
 def test_idle_keywords_are_left_out_anywhere() -> None:
