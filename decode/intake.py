@@ -71,6 +71,11 @@ class Fetch:
         """Whether the request's own time is over."""
         return time.monotonic() >= self.deadline_s
 
+    @property
+    def reads(self) -> bool:
+        """Whether a read may still write to the request's blocks."""
+        return not all(pull.settled.done() for pull in self.pulls)
+
 
 class Intake:
     """All fetches of one decode worker."""
@@ -83,7 +88,8 @@ class Intake:
 
         Raises Unavailable when the peer is lost, DeadlineExceeded when the request's time is over.
 
-        A peer that will not take the prompt (too long for its pool) is no loss: it is done here.
+        A peer that will not take the prompt (too long for its pool) is no loss: it is done here. A
+        refusal in the midst of a read is one: nobody may compute into blocks that are being read.
         """
         num_committed = wanted.first_block
         begun_s = time.monotonic()
@@ -92,14 +98,15 @@ class Intake:
                 num_committed = await self._round(fetch, wanted, num_committed)
                 if num_committed == wanted.first_block + len(wanted.block_ids):
                     break
-        except (InvalidRequest, Overloaded) as error:
-            _log.warning("prefill refused, computing here", reason=error.message)
         except DiptychError as error:
-            if fetch.late:  # its own time ran out: that says nothing of the peer
+            if isinstance(error, InvalidRequest | Overloaded) and not fetch.reads:
+                _log.warning("prefill refused, computing here", reason=error.message)
+            elif fetch.late:  # its own time ran out: that says nothing of the peer
                 raise DeadlineExceeded("the request's time ran out during its prefill") from error
-            self._host.metrics.kv_transfer_failed(type(error).__name__)
-            self._host.channels.keep_only(self._host.peers.addresses)
-            raise Unavailable(f"prefill worker lost: {error}", lost="prefill") from error
+            else:
+                self._host.metrics.kv_transfer_failed(type(error).__name__)
+                self._host.channels.keep_only(self._host.peers.addresses)
+                raise Unavailable(f"prefill worker lost: {error}", lost="prefill") from error
         fetch.prefill_s += time.monotonic() - begun_s
         cached = fetch.num_cached_tokens
         self._host.engine.post(lambda core: core.fetch_ended(fetch.key, cached))

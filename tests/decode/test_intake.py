@@ -13,7 +13,7 @@ import pytest
 
 from decode import intake
 from decode.service import _Answer
-from engine.errors import DeadlineExceeded, Unavailable
+from engine.errors import DeadlineExceeded, Overloaded, Unavailable
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.channel import open_channel
 from engine.rpc.liveness import SILENCE_S
@@ -185,6 +185,25 @@ async def test_a_silent_peer_is_lost_whatever_is_waited_for(
         assert time.monotonic() - begun < 1.5, "the budget of panels lets an owner take 2 s"
         assert (d.pool().num_held > 0) == in_read
         d.transport.gate = lambda read: ReadState.DONE
+        await assert_at_rest(p, d)
+
+
+async def test_a_refusal_in_the_midst_of_a_read_is_no_leave_to_compute() -> None:
+    """gRPC itself may end a call as RESOURCE_EXHAUSTED; the read goes on, into blocks that stay."""
+    async with pair() as (p, d):
+        d.transport.gate = lambda read: ReadState.PENDING
+        ask = Ask(LONG, 3)
+        reading = asyncio.create_task(collect(decode_stub(d).Decode(ask.pb(p)), []))
+        await until(lambda: bool(d.transport.pending))
+        for stream in p.host.engine.streams:
+            stream.push(Overloaded("enhance your calm", 1.0))
+        with pytest.raises(Unavailable, match="enhance your calm") as caught:
+            await asyncio.wait_for(reading, 5)
+        assert caught.value.lost == "prefill"
+        await until(lambda: not d.host.engine.core._requests)
+        assert d.pool().num_held == 2, "the read may still write"
+        d.transport.gate = lambda read: ReadState.DONE
+        assert await answer(d, p, ask) == ask.answer()
         await assert_at_rest(p, d)
 
 
