@@ -2,7 +2,7 @@
 
     resolve the model -> listen -> start local workers -> serve
         SIGTERM, SIGINT: drain -> stop workers -> exit 0     (a second signal skips the draining)
-        a local worker cannot use its options: exit 2
+        a local worker cannot use its options from the start: exit 2
 
 Loaded only for this command: the others need neither a model nor a server.
 """

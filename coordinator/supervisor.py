@@ -3,6 +3,10 @@
     spawn --> running --exit--> backoff --> spawn ...        stop(): SIGTERM, a deadline, SIGKILL
                  '--exit with status 2--> fatal: trying again does not mend a bad configuration
 
+Where a place has had a worker that lived, its configuration was a good one: status 2 is then one
+more exit, for the end of one worker must not be that of all. A process that cannot be started (no
+memory, no descriptor) is tried again.
+
 Each worker writes to a log file of its own. `engine.lifeline` ties it to this process, kill -9
 included; for that workers are forked on the main thread (the event loop's).
 """
@@ -72,6 +76,7 @@ class LocalWorker:
     log_path: Path
     process: subprocess.Popen[bytes] | None = None
     num_restarts: int = 0
+    has_lived: bool = False  # for as long as a worker does whose options can be used
 
 
 class Supervisor:
@@ -125,22 +130,33 @@ class Supervisor:
         backoff_s = _FIRST_BACKOFF_S
         while True:
             started_s = time.monotonic()
-            status = await self._run_once(worker)
+            try:
+                status = await self._run_once(worker)
+            except OSError as error:
+                _log.error(
+                    "local worker cannot be started",
+                    worker=worker.worker_id,
+                    reason=str(error),
+                    restart_in_s=backoff_s,
+                )
+                status = None
             if self._stop.is_set():
                 return
-            if status == BAD_CONFIGURATION:
+            if status == BAD_CONFIGURATION and not worker.has_lived:
                 if not self.fatal.done():
                     self.fatal.set_result(ConfigError(_last_words(worker)))
                 return
             if time.monotonic() - started_s > _STABLE_S:
+                worker.has_lived = True
                 backoff_s = _FIRST_BACKOFF_S
-            _log.warning(
-                "local worker ended",
-                worker=worker.worker_id,
-                status=status,
-                restart_in_s=backoff_s,
-                log=str(worker.log_path),
-            )
+            if status is not None:
+                _log.warning(
+                    "local worker ended",
+                    worker=worker.worker_id,
+                    status=status,
+                    restart_in_s=backoff_s,
+                    log=str(worker.log_path),
+                )
             try:
                 await asyncio.wait_for(self._stop.wait(), backoff_s)
                 return
@@ -150,12 +166,20 @@ class Supervisor:
             worker.num_restarts += 1
 
     async def _run_once(self, worker: LocalWorker) -> int:
-        """One process from start to exit status; negative: the signal that ended it."""
-        with worker.log_path.open("ab") as log:
-            worker.process = self._spawn(worker, log)
-        _log.info("local worker started", worker=worker.worker_id, pid=worker.process.pid)
-        await _ended(worker.process)
-        return worker.process.wait()
+        """One process from start to exit status; negative: the signal that ended it.
+
+        Raises OSError where it cannot be started, or not be watched: none is left then.
+        """
+        with _open_log(worker) as log:
+            process = worker.process = self._spawn(worker, log)
+        _log.info("local worker started", worker=worker.worker_id, pid=process.pid)
+        try:
+            await _ended(process)
+        except OSError:
+            process.kill()
+            process.wait()
+            raise
+        return process.wait()
 
     def _spawn(self, worker: LocalWorker, log: IO[bytes]) -> subprocess.Popen[bytes]:
         """Fork on this thread. Popen does it by vfork, which gRPC's fork handlers do not see."""
@@ -175,6 +199,16 @@ class Supervisor:
         )
 
 
+def _open_log(worker: LocalWorker) -> IO[bytes]:
+    """Where the worker's lines go: nowhere, if its file cannot be had."""
+    try:
+        worker.log_path.parent.mkdir(parents=True, exist_ok=True)
+        return worker.log_path.open("ab")
+    except OSError as error:
+        _log.error("local worker has no log", worker=worker.worker_id, reason=str(error))
+        return open(os.devnull, "ab")
+
+
 async def _ended(process: subprocess.Popen[bytes]) -> None:
     """Until the process has ended; nobody reaps it meanwhile."""
     loop = asyncio.get_running_loop()
@@ -190,7 +224,10 @@ async def _ended(process: subprocess.Popen[bytes]) -> None:
 
 def _last_words(worker: LocalWorker) -> str:
     """The sentence with which a worker refused its options: its last line that is no log line."""
-    lines = worker.log_path.read_text(errors="replace").splitlines()
+    try:
+        lines = worker.log_path.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
     plain = [line.strip() for line in lines if line.strip() and not line.startswith("{")]
     if not plain:
         return f"{worker.worker_id} cannot use its options; see {worker.log_path}"

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,60 @@ async def test_restarts_back_off(modules, tmp_path):
     await supervisor.stop(5.0)  # in the middle of a pause
     assert time.monotonic() - began < 2
     assert supervisor.workers[0].num_restarts < 4
+
+
+async def test_a_worker_whose_log_is_gone_comes_back(modules, tmp_path):
+    supervisor = make(tmp_path, "sleeper", places=2)
+    supervisor.start()
+    await until(lambda: ups(supervisor, 0) and ups(supervisor, 1))
+    pids = [int(ups(supervisor, i)[0][0]) for i in range(2)]
+    shutil.rmtree(tmp_path / "logs")
+    os.kill(pids[0], signal.SIGKILL)
+    await until(lambda: supervisor.workers[0].log_path.exists() and ups(supervisor, 0))
+    shutil.rmtree(tmp_path / "logs")
+    (tmp_path / "logs").write_text("a file")  # nor can it be made anew
+    os.kill(pids[1], signal.SIGKILL)
+    await until(lambda: supervisor.workers[1].process.pid != pids[1])
+    assert supervisor.workers[1].process.poll() is None
+    await supervisor.stop()
+
+
+@pytest.mark.parametrize("what", ["Popen", "pidfd_open"])
+async def test_a_worker_that_cannot_be_started_is_tried_again(modules, tmp_path, monkeypatch, what):
+    """A machine that is out of memory or descriptors for a moment does not cost the place."""
+    owner = subprocess if what == "Popen" else os
+    real, failures = getattr(owner, what), [1, 2]
+
+    def short_of(*args, **options):
+        if failures:
+            failures.pop()
+            raise OSError(24, "Too many open files")
+        return real(*args, **options)
+
+    monkeypatch.setattr(owner, what, short_of)
+    supervisor = make(tmp_path, "sleeper")
+    supervisor.start()
+    pid = int((await until(lambda: ups(supervisor)))[-1][0])
+    assert supervisor.workers[0].process.pid == pid, "whom nobody watches is not left behind"
+    assert supervisor.workers[0].num_restarts == 2
+    await supervisor.stop()
+    assert not alive(pid)
+
+
+async def test_status_2_of_a_place_that_has_lived_ends_nobody_else(modules, tmp_path, monkeypatch):
+    monkeypatch.setattr("coordinator.supervisor._STABLE_S", 0.2)
+    supervisor = make(tmp_path, "sleeper")
+    supervisor.start()
+    pid = int((await until(lambda: ups(supervisor)))[0][0])
+    await asyncio.sleep(0.3)
+    sleeper = (modules / "sleeper_worker.py").read_text()
+    (modules / "sleeper_worker.py").write_text(BAD)  # as if its model were gone
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: supervisor.workers[0].num_restarts >= 2)
+    assert not supervisor.fatal.done()
+    (modules / "sleeper_worker.py").write_text(sleeper)
+    await until(lambda: len(ups(supervisor)) == 2)
+    await supervisor.stop()
 
 
 async def test_a_folder_that_cannot_be_made(tmp_path):
