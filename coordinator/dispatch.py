@@ -82,13 +82,16 @@ class Dispatch:
         deadline_s: float,
         clock: Callable[[], float] = time.monotonic,
         home: Home | None = None,
+        check_open: Callable[[], None] = lambda: None,
     ) -> None:
+        """`check_open` raises Unavailable when there are to be no more attempts."""
         self._membership = membership
         self._worker_wait_s = worker_wait_s
         self._deadline_s = deadline_s
         self._clock = clock
         self._failures: Counter[str] = Counter()  # by incarnation
         self._home = home or Home()
+        self._check_open = check_open
         self._num_failed = 0
 
     def remaining_s(self) -> float:
@@ -148,6 +151,7 @@ class Dispatch:
     async def _decode_worker(self) -> Worker:
         waited_until = self._clock() + self._worker_wait_s
         while True:
+            self._check_open()
             workers = self._membership.snapshot()
             kept = [w for w in workers if w.peer.incarnation == self._home.incarnation]
             found = pick(kept, Role.DECODE) or pick(workers, Role.DECODE, self._worse(workers))

@@ -24,7 +24,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 
@@ -236,10 +236,14 @@ class Membership:
     async def wait_for_change(self, timeout_s: float) -> None:
         """Until the table may have changed, at most `timeout_s`."""
         changed = self._changed
-        try:
-            await asyncio.wait_for(changed.wait(), max(0.0, timeout_s))
-        except TimeoutError:
-            pass
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):  # `wait_for` of 3.11 may swallow a cancel
+                await changed.wait()
+
+    def wake(self) -> None:
+        """Have all who wait for a change look again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def wait_for(self, role: Role, timeout_s: float, count: int = 1) -> bool:
         """Until `count` workers of `role` are ready; False where `timeout_s` was too short."""
@@ -315,8 +319,7 @@ class Membership:
                 self.lost(worker, f"silent for {silent_s:.0f} s")
 
     def _notify(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self.wake()
         for role in Role:
             for state in WorkerState:
                 count = sum(w.role is role and w.state is state for w in self._workers.values())

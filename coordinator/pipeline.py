@@ -93,7 +93,12 @@ class Pipeline:
     async def close(self) -> None:
         """End the requests inside as Unavailable, and close the channels to workers."""
         self.draining = self._closed = True
+        self._membership.wake()  # who waits for a worker
         await self._caller.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Unavailable(_SHUTTING_DOWN)
 
     async def answer(
         self, request: AnswerRequest, timeline: Timeline, deadline_s: float
@@ -187,6 +192,7 @@ class Pipeline:
             deadline_s=ticket.deadline_s,
             clock=self._clock,
             home=home,
+            check_open=self._check_open,
         )
         tells_prompt = request.tells_prompt
         if request.resume_finished and answer.ending is None:
@@ -237,8 +243,7 @@ class Pipeline:
         try:
             if route is None:  # nobody to send it to
                 raise error
-            if self._closed:
-                raise Unavailable(_SHUTTING_DOWN)
+            self._check_open()
             await dispatch.failed(route, error)
         except Unavailable as last:
             if route is not None or answer.num_new:

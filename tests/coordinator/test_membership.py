@@ -200,6 +200,16 @@ def test_who_was_given_up_does_not_take_its_place_back():
     assert [w.peer.incarnation for w in table.snapshot()] == ["new"]
 
 
+async def test_a_cancel_that_crosses_a_change_is_heard():
+    table, _ = make()
+    waiting = asyncio.create_task(table.wait_for_change(5))
+    await asyncio.sleep(0.01)
+    table.register(hello())
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
 def test_a_draining_worker_whose_stream_ends_has_ended():
     table, _ = make()
     worker = table.register(hello())

@@ -704,6 +704,32 @@ async def test_requests_cut_off_by_the_end_learn_how_far_they_came(checkpoint):
         assert details_of(caught.value, error_details_pb2.RetryInfo)
 
 
+@pytest.mark.parametrize("num_tokens", [0, 6])
+async def test_who_waits_for_a_worker_is_told_that_we_end(checkpoint, num_tokens):
+    async with front(checkpoint, worker_wait_s=20.0) as f:
+        membership = f.coordinator.membership
+        if num_tokens:
+            await f.worker(cues=[Cue(after=num_tokens, error=lost("gone"))])
+        responses = aiter(f.call(stop=stop(max_tokens=60), timeout=20))
+        ids = []
+        while len(ids) < num_tokens:
+            ids += (await anext(responses)).delta.token_ids
+            for row in membership.snapshot():
+                membership.lost(row, "gone")
+        await asyncio.sleep(0.3)
+        assert f.coordinator._admission.holds()[0].reason.endswith("waits for a worker")
+        assert not await f.coordinator.drain(0.1)
+        await f.coordinator.end_requests()
+        assert f.coordinator.pipeline.num_requests == 0
+        with pytest.raises(grpc.aio.AioRpcError, match="shutting down") as caught:
+            await anext(responses)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        info = details_of(caught.value, error_details_pb2.ErrorInfo)
+        assert info.metadata["num_emitted"] == str(num_tokens)
+        assert details_of(caught.value, error_details_pb2.RetryInfo)
+        assert f.sample("request_failures_total", code="unavailable") == 1
+
+
 async def test_the_client_library(checkpoint):
     async with front(checkpoint) as f:
         await f.worker()
