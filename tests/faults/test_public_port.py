@@ -33,6 +33,7 @@ from tests.support.vitals import MIB, Watch
 pytestmark = pytest.mark.timeout(300)
 SEED = 11
 NUM_CONNECTIONS, NUM_CONNECTIONS_SHORT = 5_000, 1_000
+METHODS_SHORT = {"Generate", "Chat", "Tokenize", "DrainWorker"}
 TEXT = GENERATE.decode()
 
 
@@ -52,6 +53,8 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Port]:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_malformed_bytes(port: Port, method: str, full: bool) -> None:
     """Mutated, cut and random bytes: the caller's fault, in words."""
+    if not full and method not in METHODS_SHORT:
+        pytest.skip("the same door as the others'")
     draw = random.Random(f"{SEED} {method}")
     descriptor = METHODS[method]
     whole = Writer(draw, 0.0).message(descriptor.input_type)
@@ -75,23 +78,26 @@ def test_malformed_bytes(port: Port, method: str, full: bool) -> None:
     assert num_malformed >= 4
 
 
-@pytest.mark.parametrize(
-    ("path", "stream"),
-    [
-        ("/grpc.health.v1.Health/Check", False),
-        ("/grpc.health.v1.Health/Watch", True),
-        ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", True),
-        ("/diptych.internal.v1.RegistryService/Register", True),
-    ],
-)
-def test_malformed_bytes_to_the_services_beside(port: Port, path: str, stream: bool) -> None:
+SERVICES_BESIDE = {
+    "/inference.GRPCInferenceService/ModelInfer": False,
+    "/inference.GRPCInferenceService/ModelStreamInfer": True,
+    "/vllm.grpc.engine.VllmEngine/Generate": True,
+    "/grpc.health.v1.Health/Check": False,
+    "/grpc.health.v1.Health/Watch": True,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": True,
+    "/diptych.internal.v1.RegistryService/Register": True,
+}
+
+
+def test_malformed_bytes_to_the_services_beside(port: Port) -> None:
     with port.row(), port.channel() as channel:
-        for raw in (b"\xff\xff", b"\x0a\x02\xc3\x28", b"\x0a\x7f"):
-            code, _ = end_of(channel, path, raw, stream=stream)
-            expected = {grpc.StatusCode.INVALID_ARGUMENT}
-            if "internal" in path:
-                expected |= {grpc.StatusCode.UNAUTHENTICATED}
-            assert code in expected
+        for path, stream in SERVICES_BESIDE.items():
+            for raw in (b"\xff\xff", b"\x0a\x02\xc3\x28", b"\x0a\x7f"):
+                code, _ = end_of(channel, path, raw, stream=stream)
+                expected = {grpc.StatusCode.INVALID_ARGUMENT}
+                if "internal" in path:
+                    expected |= {grpc.StatusCode.UNAUTHENTICATED}
+                assert code in expected, f"{path}: {code}"
 
 
 def test_methods_and_messages_that_are_not_there(port: Port) -> None:
@@ -186,23 +192,6 @@ def test_too_much_metadata(port: Port) -> None:
 
 
 # -- readers and writers that stop -----------------------------------------------------------------
-
-
-def test_a_reader_that_never_reads(port: Port, full: bool) -> None:
-    """No window at all: the answer is written, its blocks are free, the call has an end: by its
-    deadline, or, without one, because nobody has read for half a minute.
-    """
-    names = [f"never-{i}" for i in range(24)]
-    limit = () if full else ((b"grpc-timeout", b"6S"),)
-    patience_s = 40.0 if full else 12.0
-    with port.row(), port.raw() as raw:
-        raw.begin({http2.INITIAL_WINDOW_SIZE: 0})
-        for name in names:
-            body = request(40, request_id=name).SerializeToString()
-            raw.request(GENERATE, body, *limit)
-        until(lambda: port.held_for("decode-0", *names), 10, "the decode worker writes them")
-        until(lambda: not port.held_for("decode-0", *names), patience_s, "their blocks are free")
-        until(lambda: not port.held_for("coordinator", *names), 10, "nothing is admitted any more")
 
 
 def test_a_connection_reset_in_mid_stream(port: Port) -> None:

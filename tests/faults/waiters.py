@@ -22,7 +22,22 @@ from tests.support.http2 import closed_by_peer, connect, frame, grpc_message
 # What has not said what it wants by then is cut off (engine.rpc.server, engine.telemetry.http), and
 # keepalive needs half a minute to see that nobody is there.
 GONE_S = 50.0
+NUM_NEVER = 12
 NUM_HTTP_CONNECTIONS = 1_000
+
+
+def never_read(port: Port) -> None:
+    """No window at all, no deadline: the answers are written, their blocks are free, and the calls
+    end because nobody has read for half a minute.
+    """
+    names = [f"never-{i}" for i in range(NUM_NEVER)]
+    with port.raw() as raw:
+        raw.begin({http2.INITIAL_WINDOW_SIZE: 0})
+        for name in names:
+            raw.request(GENERATE, request(40, request_id=name).SerializeToString())
+        until(lambda: port.held_for("decode-0", *names), 20, "the decode worker writes them")
+        until(lambda: not port.held_for("decode-0", *names), GONE_S, "their blocks are free")
+        until(lambda: not port.held_for("coordinator", *names), 10, "nothing is admitted any more")
 
 
 def stops_reading(port: Port) -> None:
@@ -148,6 +163,7 @@ def half_asks_by_http(port: Port) -> None:
 
 
 WAITERS = {
+    "readers that never read": never_read,
     "a reader that stops reading": stops_reading,
     "a client that is stopped": is_stopped,
     "half-open connections": falls_silent,
