@@ -30,7 +30,7 @@ _FEW_BLOCKS = 8
 # gRPC keeps a few threads and descriptors for a while after they were needed.
 MORE_FILES, MORE_THREADS = 24, 8
 SETTLE_S = 15.0
-# Pools that hold all who wait at once, and can be filled in a few seconds before anything else: their
+# Pools that hold all who wait at once and are filled in a few seconds, before anything else: their
 # memory is taken with the first use of each block, and would look like a leak later.
 PORT_FLAGS = ("--dtype", "float32", "--kv-cache-memory", "192MiB", "--max-model-len", "2048")
 _ids = itertools.count(1)
