@@ -26,6 +26,7 @@ _PARTS: dict[str, type[Message]] = {
     "output": inference_pb2.Output,
     "constraint": inference_pb2.Constraint,
 }
+_CONSTRAINTS = inference_pb2.Constraint.DESCRIPTOR.fields_by_name
 _TOP = ("n", "priority", "cache_salt")
 _REQUEST = inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name
 # Name -> (the message within the request that has it, or "", and the field's descriptor).
@@ -101,12 +102,20 @@ class Options:
         if not isinstance(value, Mapping):
             raise InvalidRequest(where, "expected an object such as {'json': schema}")
         for key, item in value.items():
-            if item is not None and item is not False:
-                self.take(f"{where}.{key}", "json_schema" if key == "json" else key, item)
+            if item is None or (item is False and key != "json"):
+                continue
+            name = "json_schema" if key == "json" else key
+            if name not in _CONSTRAINTS:
+                kinds = ", ".join(sorted(_CONSTRAINTS))
+                raise InvalidRequest(f"{where}.{key}", f"not known here; known are json, {kinds}")
+            self.take(f"{where}.{key}", name, item)
 
     def _write(self, where: str, name: str, value: Any) -> None:
         part, field = FIELDS[name]
         target: Message = getattr(self._request, part) if part else self._request
+        if part == "constraint" and (other := target.WhichOneof("kind")) not in (None, name):
+            first = self._given[other]
+            raise InvalidRequest(where, f"{first} is there as well; expected one of them")
         try:
             _assign(target, field, where, value)
         except (TypeError, ValueError) as error:  # out of the field's range, a lone surrogate

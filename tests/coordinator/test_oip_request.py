@@ -284,6 +284,12 @@ def test_a_request_as_vllms_backend_has_it():
     assert asked.form.outputs == expected
 
 
+def test_a_schema_that_nothing_fits_is_no_schema_that_is_off():
+    options = json.dumps({"structured_outputs": {"json": False}}).encode()
+    asked = read_request(add(ask(), "sampling_parameters", "BYTES", [1], options), MODEL)
+    assert asked.generate.constraint.json_schema == "false"
+
+
 @pytest.mark.parametrize(
     ("parameters", "parts"),
     [
@@ -302,6 +308,19 @@ def test_a_request_as_vllms_backend_has_it():
         ({"sampling_parameters": "3"}, ["sampling_parameters", "object"]),
         ({"sampling_parameters": '{"foo": 1}'}, ["sampling_parameters.foo", "not known"]),
         ({"structured_outputs": "x"}, ["structured_outputs", "object"]),
+        (
+            {"sampling_parameters": '{"structured_outputs": {"seed": 1}}'},
+            ["structured_outputs.seed", "not known", "regex"],
+        ),
+        (
+            {"sampling_parameters": '{"structured_outputs": ' * 900 + "{}" + "}" * 900},
+            ["structured_outputs.structured_outputs", "not known"],
+        ),
+        (
+            {"sampling_parameters": '{"structured_outputs": {"regex": "a", "json": {}}}'},
+            ["structured_outputs.json", "structured_outputs.regex", "one of them"],
+        ),
+        ({"regex": "a", "json_schema": "{}"}, ["parameters.json_schema", "parameters.regex"]),
         ({"cache_salt": 3}, ["parameters.cache_salt", "text"]),
         ({"seed": "9" * 5000}, ["parameters.seed", "whole number"]),
         ({"seed": 1, "random_seed": 1}, ["parameters.seed", "parameters.random_seed"]),
