@@ -30,6 +30,10 @@ class RegistryServicer:
         self._coordinator_id = coordinator_id
         self._outboxes: dict[str, Outbox] = {}  # by incarnation
 
+    def hears(self, worker: Worker) -> bool:
+        """Whether the worker's stream is open: its process has not ended."""
+        return worker.peer.incarnation in self._outboxes
+
     def drain(self, worker: Worker, deadline_s: float) -> None:
         """Tell a worker to drain; 0: within its own time. Raises Unavailable if it cannot hear."""
         outbox = self._outboxes.get(worker.peer.incarnation)

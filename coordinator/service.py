@@ -211,8 +211,10 @@ class AdminServicer:
         raise NotFound(f"worker_id: {worker_id!r} is not here; known: {known}")
 
     def _is_here(self, worker: Worker) -> bool:
+        """Whether it has not ended: one that only says nothing has not."""
         return any(
-            row.peer.incarnation == worker.peer.incarnation and row.state is not WorkerState.SUSPECT
+            row.peer.incarnation == worker.peer.incarnation
+            and (row.state is not WorkerState.SUSPECT or self._registry.hears(row))
             for row in self._membership.snapshot()
         )
 

@@ -87,6 +87,7 @@ class PeerTable:
     def _connected(self, incarnation: str, task: asyncio.Task[RemotePool]) -> None:
         self._connecting.pop(incarnation, None)
         if task.cancelled() or task.exception() is not None:
+            self._addresses.pop(incarnation, None)
             return
         self._pools[incarnation] = task.result()
         while len(self._pools) > self._max_peers:

@@ -307,7 +307,10 @@ class DataPlane:
             try:
                 moved |= reading.step(transport, now)
             except Exception as error:
-                _log.exception("pull from %s broke", reading.request.pool.incarnation)
+                request = reading.request
+                _log.exception(
+                    "pull of request %s from %s broke", request.request_id, request.pool.incarnation
+                )
                 reading.crash(error, now)
             if reading.result:
                 self._count(reading.result)

@@ -146,7 +146,12 @@ class KvServicer(KvServiceServicer):
             await asyncio.sleep(interval_s)
             for lease in self._leases.expire():
                 self._tell_ended()
-                _log.warning("lease of %s ran out: %d blocks", lease.owner, len(lease.block_ids))
+                _log.warning(
+                    "lease of %s ran out: %d blocks of request %s",
+                    lease.owner,
+                    len(lease.block_ids),
+                    lease.request_id or "unknown",
+                )
                 try:
                     await self._host.unpin(lease.block_ids)
                 except Exception:

@@ -1,7 +1,7 @@
 """The worker's side of membership: one Register stream to every coordinator there is.
 
 addresses (HOST:PORT, or a name that resolves to many) --re-resolved--> one task a coordinator
-task:  dial -> Hello -> Welcome -> Load, Load, ...   (broken: again after a moment)
+task:  dial -> Hello -> Welcome -> Load, Load, ...   (broken, by whatever: again after a moment)
                      -> Drain: passed on, the worker knows what to do
                      -> Refused, or our token is: remembered; the process ends, for asking again
                         would not help
@@ -88,7 +88,7 @@ class Registration:
         self._stopping = True
         self.report_now()
         tasks = [*self._streams.values(), *([self._resolver] if self._resolver else [])]
-        if heard := [self._streams[address] for address in self._accepted]:
+        if heard := [self._streams[a] for a in self._accepted if a in self._streams]:
             await asyncio.wait(heard, timeout=_GOODBYE_S)
         for task in tasks:
             task.cancel()
@@ -118,6 +118,13 @@ class Registration:
                         self._refuse(address, error.details() or error.code().name)
                     elif address in self._accepted:
                         _log.warning("coordinator lost", coordinator=address, reason=_reason(error))
+                except asyncio.CancelledError:  # what we say of ourselves broke the call?
+                    task = asyncio.current_task()
+                    if task is None or task.cancelling():
+                        raise
+                    _log.error("coordinator lost: the call was cancelled", coordinator=address)
+                except Exception:
+                    _log.exception("coordinator lost", coordinator=address)
                 finally:
                     self._accepted.discard(address)
                     self._changed.pop(address, None)
@@ -139,7 +146,12 @@ class Registration:
             heartbeat_s = await welcomed
             while True:
                 changed.clear()
-                if load := self._load():  # a worker whose engine hangs is silent
+                try:
+                    load = self._load()
+                except Exception:  # gRPC would end the call and keep the reason to itself
+                    _log.exception("no load to report", coordinator=address)
+                    raise
+                if load:  # a worker whose engine hangs is silent
                     yield registry_pb2.WorkerMessage(load=load)
                 if self._stopping:
                     return
@@ -149,7 +161,8 @@ class Registration:
         stub = registry_pb2_grpc.RegistryServiceStub(channel)
         call = stub.Register(say())
         try:
-            answer = await asyncio.wait_for(call.read(), _WELCOME_S)
+            async with asyncio.timeout(_WELCOME_S):
+                answer = await call.read()
             while answer is not grpc.aio.EOF:
                 if answer.HasField("refused"):
                     self._refuse(address, answer.refused.reason)

@@ -665,6 +665,24 @@ async def test_a_worker_is_told_to_drain_and_waited_for(checkpoint):
             assert f.coordinator.membership.snapshot() == ()
 
 
+async def test_a_worker_that_only_fell_silent_has_not_ended(checkpoint, monkeypatch):
+    monkeypatch.setattr(membership_module, "SILENCE_S", 0.2)
+    async with front(checkpoint) as f:
+        admin = admin_pb2_grpc.AdminServiceStub(f.channel)
+        async with open_channel(f.coordinator.internal_address) as channel:
+            call = registry_pb2_grpc.RegistryServiceStub(channel).Register()
+            await call.write(registry_pb2.WorkerMessage(hello=hello()))
+            await call.read()
+            request = admin_pb2.DrainWorkerRequest(worker_id="d9", deadline_s=7.0)
+            drained = asyncio.ensure_future(admin.DrainWorker(request, timeout=20))
+            assert (await call.read()).HasField("drain")
+            await until(lambda: f.coordinator.membership.snapshot()[0].state.value == "suspect")
+            await asyncio.sleep(1.2)  # as often as is looked
+            assert not drained.done(), "it hangs, or its machine is busy"
+            call.cancel()
+            await asyncio.wait_for(drained, 5)
+
+
 async def until(condition, timeout_s=5.0):
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -121,6 +122,18 @@ async def test_an_old_failure_does_not_drop_a_new_connection() -> None:
         await d.host.peers.forget(old)
         pull = d.host.plane.pull(new, [], [], [], 1.0)
         await asyncio.wrap_future(pull.done)
+
+
+async def test_a_peer_that_was_never_connected_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with pair() as (p, d):
+        refused: Future[None] = Future()
+        refused.set_exception(PeerLost("still being disconnected"))
+        monkeypatch.setattr(d.host.plane, "connect", lambda pool: refused)
+        with pytest.raises(PeerLost):
+            await d.host.peers.connect(Peer("p", p.host.incarnation, p.address))
+        assert not d.host.peers.addresses
 
 
 async def test_a_lost_peer_is_connected_anew() -> None:
