@@ -48,6 +48,8 @@ from engine.telemetry.metrics import RpcMetrics
 
 log = get_logger(__name__)
 
+MAX_PENDING = 16_384
+
 _SERVER_OPTIONS = (
     *LENGTH_OPTIONS,
     *KEEPALIVE_OPTIONS,
@@ -59,6 +61,10 @@ _SERVER_OPTIONS = (
     # From a connection to its preface, and on to its acknowledgement of our settings.
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.http2.settings_timeout", 10_000),
+    # Calls that came and are not taken up yet. By default gRPC cancels some beyond 1,000, and then
+    # all, without a reason; who is too much is told so by admission.
+    ("grpc.server.max_pending_requests", MAX_PENDING),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING),
     # Compressed messages are refused: they are unpacked before anybody looks at their size.
     ("grpc.compression_enabled_algorithms_bitset", 1),
 )

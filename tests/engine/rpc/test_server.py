@@ -256,3 +256,19 @@ def test_the_wire_is_torch_free():
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert worker_pb2.DESCRIPTOR.services_by_name["DecodeService"].methods_by_name["Decode"]
+
+
+async def test_a_burst_is_taken_in():
+    """By default gRPC cancels calls that wait to be taken up, at random, beyond 1,000."""
+    async with serving() as (_, scripted, channel, _, _):
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+
+        async def code():
+            call = stub.Generate(inference_pb2.GenerateRequest(), timeout=60)
+            async for _ in call:
+                pass
+            return await call.code()
+
+        codes = await asyncio.gather(*(code() for _ in range(3500)), return_exceptions=True)
+        assert set(codes) == {grpc.StatusCode.OK}
+        assert scripted.attempts == 3500
