@@ -153,10 +153,7 @@ class Intake:
             pool = await chunks.guard(self._host.peers.connect(fetch.peer))
             while (ready := await chunks.next()) is not None:
                 fetch.timeline.mark(Mark.ANNOUNCED)
-                if ready.first_block != num_committed:
-                    raise Unavailable(
-                        f"blocks announced from {ready.first_block}, expected {num_committed}"
-                    )
+                _check_meant(ready, wanted, num_committed)
                 num_fresh = await self._pull(fetch, wanted, pool, ready, chunks)
                 num_committed += num_fresh
                 self._commit(fetch, num_committed)
@@ -244,6 +241,17 @@ class Intake:
     @staticmethod
     def _left(fetch: Fetch) -> float:
         return max(0.001, fetch.deadline_s - time.monotonic())
+
+
+def _check_meant(ready: worker_pb2.BlocksReady, wanted: FetchEvent, num_committed: int) -> None:
+    """Raises Unavailable unless the blocks announced are the next ones of this very prompt."""
+    if ready.first_block != num_committed:
+        raise Unavailable(f"blocks announced from {ready.first_block}, expected {num_committed}")
+    start = num_committed - wanted.first_block
+    names = wanted.names[start : start + len(ready.block_ids)]
+    counts = {len(ready.block_ids), len(ready.generations), len(names)}
+    if len(counts) > 1 or list(ready.hashes) != names:
+        raise Unavailable("blocks announced are not those of the prompt: their hashes differ")
 
 
 class _Chunks:

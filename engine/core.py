@@ -409,15 +409,10 @@ class EngineCore:
         self.totals.prompt_tokens_cached += cached
         self._announce(request)
         if request.state is State.FETCHING:
-            whole = len(request.whole_names(size))
-            self._events.append(
-                FetchEvent(
-                    request.key,
-                    request.num_named,
-                    request.table.blocks[request.num_named : whole],
-                    request.tokens[: whole * size],
-                )
-            )
+            first, names = request.num_named, request.whole_names(size)
+            blocks = request.table.blocks[first : len(names)]
+            tokens = request.tokens[: len(names) * size]
+            self._events.append(FetchEvent(request.key, first, blocks, names[first:], tokens))
         elif not request.samples and request.num_pending == 0:
             self._finish(request, FinishReason.STOP)
 

@@ -39,6 +39,7 @@ class FetchEvent:
     key: int
     first_block: int
     block_ids: list[int]
+    names: list[bytes]  # one a block
     token_ids: list[int]  # of all whole blocks, from position 0
 
 

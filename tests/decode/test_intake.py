@@ -15,12 +15,14 @@ import pytest
 from decode import intake
 from decode.service import _Answer
 from engine.errors import DeadlineExceeded, Overloaded, Unavailable
+from engine.events import AnnouncedEvent
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.channel import open_channel
 from engine.rpc.liveness import SILENCE_S
 from engine.types import Peer
 from kvtransfer.base import PeerLost, ReadState
 from kvtransfer.service import Renewer
+from prefill.announce import Announcer
 from tests.support.panels import (
     Ask,
     answer,
@@ -80,6 +82,42 @@ async def test_blocks_count_before_their_lease_is_given_back(
             assert tokens == ask.answer()
             hanging.set()
         await p.lose_leases(d.host.incarnation)
+        await assert_at_rest(p, d)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hashes": [b"x" * 16, b"y" * 16]},
+        {"hashes": []},
+        {"generations": [2]},
+        {"block_ids": [0, 1, 2]},
+        {"first_block": 1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+async def test_blocks_of_another_prompt_are_refused(
+    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that has lost its way is a lost peer; its blocks are not even read."""
+    offer = Announcer.offer
+
+    def astray(self: Announcer, event: AnnouncedEvent) -> worker_pb2.BlocksReady:
+        ready = offer(self, event)
+        for name in change:
+            ready.ClearField(name)  # type: ignore[arg-type]
+        ready.MergeFrom(worker_pb2.BlocksReady(**change))
+        return ready
+
+    async with pair() as (p, d):
+        ask = Ask(LONG, 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(Announcer, "offer", astray)
+            with pytest.raises(Unavailable, match="blocks announced") as caught:
+                await collect(decode_stub(d).Decode(ask.pb(p)), [])
+        assert caught.value.lost == "prefill"
+        assert d.host.plane.counters.num_blocks == 0
+        assert await answer(d, p, ask) == ask.answer()
         await assert_at_rest(p, d)
 
 
