@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
 
 from tests.integration.stack import Stack
@@ -58,7 +57,6 @@ def examples() -> list[Example]:
 
 
 EXAMPLES = examples()
-CONSTRAINED = ("Structured output", "Tools")
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +64,6 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     with Stack(tmp_path_factory.mktemp("examples")) as running:
         yield running
         running.assert_at_rest()
-
-
-def serves_constraints(stack: Stack) -> bool:
-    """Whether this build does: until then such examples have nothing to ask."""
-    body = {"prompt": "x", "max_tokens": 2, "guided_regex": "a+"}
-    got = httpx.post(f"http://{stack.http_address}/v1/completions", json=body, timeout=60)
-    if got.status_code == 400 and got.json()["error"]["code"] == "unsupported_parameter":
-        return False
-    assert got.status_code == 200, got.text
-    return True
 
 
 def test_there_are_examples() -> None:
@@ -87,8 +75,6 @@ def test_there_are_examples() -> None:
 def test_example(stack: Stack, example: Example) -> None:
     if example.lacks:
         pytest.skip(f"not here: {example.lacks}")
-    if example.heading in CONSTRAINED and not serves_constraints(stack):
-        pytest.skip("constraints are not served yet")
     code = example.code.replace("127.0.0.1:8000", stack.http_address)
     for address in ("127.0.0.1:50051", "one:50051,two:50051"):
         code = code.replace(address, stack.address)

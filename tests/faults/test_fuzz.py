@@ -42,7 +42,9 @@ def clean(report: Report) -> None:
         *METHODS.keys() - {"DrainWorker"}
     }
     seen = {status for _, status in report.by_method}
-    assert seen >= {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"}
+    assert seen >= {"OK", "INVALID_ARGUMENT", "NOT_FOUND"}
+    if report.num_inputs >= IN_PROCESS:  # few fields are left that are not served
+        assert "UNIMPLEMENTED" in seen
 
 
 @pytest.mark.timeout(180)
