@@ -40,7 +40,7 @@ def never_read(port: Port) -> None:
         pings.start()  # a good connection in all else, or it would be cut off for that
         until(lambda: port.held_for("decode-0", *names), 20, "the decode worker writes them")
         until(lambda: not port.held_for("decode-0", *names), GONE_S, "their blocks are free")
-        until(lambda: not port.held_for("coordinator", *names), GONE_S, "nothing is admitted any more")
+        until(lambda: not port.held_for("coordinator", *names), GONE_S, "nothing is admitted")
 
 
 def stops_reading(port: Port) -> None:
