@@ -53,13 +53,13 @@ class Row:
         """Wait until everything is whole and at rest, note how it is, start the background load."""
         await self.whole()
         await asyncio.to_thread(checks.at_rest, self.cluster)
-        await asyncio.sleep(max(0.0, self.cluster.trusted_at - time.monotonic()))
         self._then = checks.before(self.cluster)
         for place in self.cluster.places:
             if place.alive:
                 self._counters[place.name] = (place.pid, self.samples(place.name))
         if load:
-            self._load = Load(self.asker, self.fronts, self.oracle)
+            askers = 2 if self.full else 1
+            self._load = Load(self.asker, self.fronts, self.oracle, num_askers=askers)
             self._load.begin()
 
     async def finish(self, rest_s: float = checks.REST_S) -> None:
@@ -89,8 +89,8 @@ class Row:
                 await asyncio.wait_for(self._load.end(1e9), 60)
 
     def _note_doubts(self) -> None:
-        """Who failed a request is avoided for a while, if it is still the same process: the next
-        row begins after that.
+        """Who failed a request is avoided for a while, if it is still the same process: see
+        `all_trusted`.
         """
         for front in self.cluster.coordinators:
             since = self._then[front].log_bytes if front in self._then else 0
@@ -149,6 +149,10 @@ class Row:
 
     # -- looking -----------------------------------------------------------------------------------
 
+    async def all_trusted(self) -> None:
+        """Until nobody is avoided for what an earlier row did to it: a spare is a spare then."""
+        await asyncio.sleep(max(0.0, self.cluster.trusted_at - time.monotonic()))
+
     async def whole(self, timeout_s: float = 60.0) -> None:
         """Until every place is filled and known."""
         await asyncio.to_thread(self.cluster.until_whole, timeout_s)
@@ -190,6 +194,7 @@ class Row:
         The one with both greedy and sampled requests, else with the most. With `tokens` they have
         come so far before it is chosen.
         """
+        await self.all_trusted()
         streams = [self.ask(case) for case in cases]
         by_name: dict[str, list[Stream]] = {name: [] for name in pool}
         for stream, name in zip(streams, await self.servers(streams, pool), strict=True):

@@ -27,24 +27,32 @@ async def test_drain_of_each_role_under_load(row: Row) -> None:
     """Every worker in turn, by AdminService and by SIGTERM: each ends with status 0 and comes back,
     and every request that ran meanwhile is whole.
     """
-    for round_ in range(3 if row.full else 1):
-        for i, name in enumerate(row.cluster.workers):
-            cases = ("long-0", *SHORT) if row.full else SHORT[1:3]
-            streams = [row.ask(case) for case in ("long-2-sampled", *cases)]
-            await asyncio.sleep(0.3)
-            num_ends = len(row.cluster[name].ends)
-            row.cluster[name].wanted = True
-            begun = time.monotonic()
-            if (i + round_) % 2:
-                row.cluster[name].kill(signal.SIGTERM)
-            else:
-                await _drain(row, name)
-            await row.until(lambda n=name, e=num_ends: len(row.cluster[n].ends) > e, 60, "it ends")
-            row.note(f"{name} drained in {time.monotonic() - begun:.1f} s")
-            assert row.cluster[name].ends[-1] == End(0, wanted=True)
-            await row.all_whole(streams)
-            await row.whole()
+    await row.all_trusted()
+    roles = row.cluster.prefill, row.cluster.decode
+    pairs = list(zip(*roles, strict=True))
+    steps = [(name,) for name in row.cluster.workers] * 3 if row.full else pairs
+    for i, names in enumerate(steps):  # shortened: one of each role at a time
+        cases = ("long-0", *SHORT) if row.full else SHORT[1:3]
+        streams = [row.ask(case) for case in ("long-2-sampled", *cases)]
+        await asyncio.sleep(0.3)
+        by_signal = (i + i // len(row.cluster.workers)) % 2 == 1
+        await asyncio.gather(*(_replace(row, name, by_signal) for name in names))
+        await row.all_whole(streams)
+        await row.whole()
     await row.finish()
+
+
+async def _replace(row: Row, name: str, by_signal: bool) -> None:
+    num_ends = len(row.cluster[name].ends)
+    row.cluster[name].wanted = True
+    begun = time.monotonic()
+    if by_signal:
+        row.cluster[name].kill(signal.SIGTERM)
+    else:
+        await _drain(row, name)
+    await row.until(lambda: len(row.cluster[name].ends) > num_ends, 60, "it ends")
+    row.note(f"{name} drained in {time.monotonic() - begun:.1f} s")
+    assert row.cluster[name].ends[-1] == End(0, wanted=True)
 
 
 async def test_readiness_goes_before_the_last_answer(row: Row) -> None:

@@ -293,7 +293,7 @@ def test_ten_thousand_calls_on_one_connection_that_say_nothing(port: Port) -> No
 # -- bytes -----------------------------------------------------------------------------------------
 
 
-def test_garbage_on_the_port(port: Port) -> None:
+def test_garbage_on_the_port(port: Port, full: bool) -> None:
     """Bytes that are no HTTP/2, or HTTP/2 that no client speaks (tests/faults/garbage.py).
 
     One of them ends gRPC's server, and ours is another one some milliseconds later: who calls in
@@ -302,7 +302,7 @@ def test_garbage_on_the_port(port: Port) -> None:
     """
     resident = []
     with port.row(growth_bytes=1920 * MIB, num_told_to_ask_again=20):
-        for _ in range(7):
+        for _ in range(7 if full else 2):
             for name, raw in garbage().items():
                 sock = connect(port.address)
                 with suppress(OSError):  # the server may cut us off in the middle
