@@ -100,6 +100,7 @@ class Intake:
                     break
         except DiptychError as error:
             if isinstance(error, InvalidRequest | Overloaded) and not fetch.reads:
+                self._host.metrics.prefill_refusals.inc()
                 _log.warning("prefill refused, computing here", reason=error.message)
             elif fetch.late:  # its own time ran out: that says nothing of the peer
                 raise DeadlineExceeded("the request's time ran out during its prefill") from error

@@ -122,6 +122,7 @@ class WorkerHost:
             self.blocks,
             leases,
             engine.metrics.kv_lease_refused,
+            engine.metrics.kv_leases_expired.inc,
         )
         self.calls = Calls(self.engine)
         self.background: dict[asyncio.Task[Any], Begun] = {}

@@ -47,9 +47,13 @@ class KvServicer(KvServiceServicer):
         host: BlockHost,
         leases: LeaseTable,
         on_refused: Callable[[str, int], None] = lambda reason, count: None,
+        on_expired: Callable[[], None] = lambda: None,
     ) -> None:
-        """`pool`: ours, as peers reach it now; `on_refused` counts leases refused to callers."""
+        """`pool`: ours, as peers reach it now; `on_refused` counts leases refused to callers,
+        `on_expired` those that ran out.
+        """
         self._on_refused = on_refused
+        self._on_expired = on_expired
         self._pool = pool
         self._digest = digest
         self._host = host
@@ -146,6 +150,7 @@ class KvServicer(KvServiceServicer):
             await asyncio.sleep(interval_s)
             for lease in self._leases.expire():
                 self._tell_ended()
+                self._on_expired()
                 _log.warning(
                     "lease of %s ran out: %d blocks of request %s",
                     lease.owner,

@@ -143,6 +143,12 @@ class WorkerMetrics:
         self._kv_lease_refusals = make.counter(
             "kv_lease_refusals", "Leases that a caller named and could not use.", "reason"
         )
+        self.kv_leases_expired = make.counter(
+            "kv_leases_expired", "Leases that ran out: their owner neither renewed nor released."
+        )
+        self.prefill_refusals = make.counter(
+            "prefill_refusals", "Prompts that a prefill worker would not take, computed here."
+        )
         self._phases: dict[str, Histogram] = {}
         self._kv_blocks = make.gauge("kv_blocks", "KV blocks by state.", "state")
 

@@ -258,6 +258,22 @@ async def test_a_refusal_in_the_midst_of_a_read_is_no_leave_to_compute() -> None
         await assert_at_rest(p, d)
 
 
+async def test_a_prompt_that_a_peer_will_not_take_is_computed_here_and_counted() -> None:
+    gate = threading.Event()
+    async with pair() as (p, d):
+        p.runner.before_step = lambda: _wait_for(gate)
+        ask = Ask(LONG, 3)
+        answering = asyncio.create_task(answer(d, p, ask))
+        await until(lambda: bool(p.host.engine.streams))
+        for stream in p.host.engine.streams:
+            stream.push(Overloaded("too long for this pool", 1.0))
+        assert await asyncio.wait_for(answering, 5) == ask.answer()
+        gate.set()
+        (family,) = d.host.metrics.prefill_refusals.collect()
+        assert [s.value for s in family.samples if s.name.endswith("_total")] == [1]
+        await assert_at_rest(p, d)
+
+
 async def test_reads_stale_every_time_end_with_computing_here() -> None:
     """Three rounds, then the decode worker helps itself."""
     async with pair() as (p, d):

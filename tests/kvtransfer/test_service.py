@@ -30,6 +30,10 @@ class Host:
         self.pins: Counter[int] = Counter()
         self.slow = asyncio.Event()
         self.slow.set()
+        self.num_expired = 0
+
+    def expired(self) -> None:
+        self.num_expired += 1
 
     async def hold(self, hashes: Sequence[bytes]) -> tuple[list[int], list[int]]:
         block_ids = []
@@ -49,7 +53,8 @@ class Host:
 @asynccontextmanager
 async def serving(ttl_s: float) -> AsyncIterator[tuple[KvServiceStub, KvServicer, Host]]:
     host = Host()
-    servicer = KvServicer(lambda: POOL, "digest", host, LeaseTable(time.monotonic, ttl_s))
+    leases = LeaseTable(time.monotonic, ttl_s)
+    servicer = KvServicer(lambda: POOL, "digest", host, leases, on_expired=host.expired)
     server = grpc.aio.server()
     add_KvServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -130,7 +135,7 @@ async def test_leases_run_out_without_anybody_asking() -> None:
         assert list((await stub.Renew(request)).unknown) == [held.lease, announced.id]
 
 
-async def test_a_hold_whose_caller_vanishes_midway_is_reaped() -> None:
+async def test_a_hold_whose_caller_vanishes_midway_is_reaped_and_counted() -> None:
     async with serving(ttl_s=0.3) as (stub, _, host):
         host.slow.clear()
         call = stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=[b"1"]))
@@ -139,6 +144,7 @@ async def test_a_hold_whose_caller_vanishes_midway_is_reaped() -> None:
         await asyncio.sleep(0.1)
         host.slow.set()
         await at_rest(host)
+        assert host.num_expired == 1
 
 
 async def test_renewer_keeps_leases_alive_until_released() -> None:
