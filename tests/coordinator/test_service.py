@@ -240,13 +240,14 @@ async def test_eos_is_a_stop_token_unless_ignored(checkpoint):
 
 
 @pytest.mark.parametrize("after", [0, 1, 7, 30])
-@pytest.mark.parametrize("how", ["vanish", "unavailable", "mismatch", "foreign"])
+@pytest.mark.parametrize("how", ["vanish", "unavailable", "mismatch", "full", "small"])
 async def test_a_lost_worker_is_replaced_and_no_token_is_doubled(checkpoint, after, how):
     cue = {
         "vanish": Cue(after, vanish=True),
         "unavailable": Cue(after, lost()),
         "mismatch": Cue(after, Mismatch("another incarnation")),
-        "foreign": Cue(after, Overloaded("full", 0.1) if after else lost()),
+        "full": Cue(after, Overloaded("full", 0.1) if after else lost()),
+        "small": Cue(after, InvalidRequest("prompt", "too long") if after else lost()),
     }[how]
     async with front(checkpoint) as f:
         first = await f.worker("d0", cues=[cue])
@@ -799,8 +800,8 @@ async def test_nobody_at_the_address():
 
 def test_the_coordinator_is_torch_free_and_quick_to_import():
     code = (
-        "import sys, time; t = time.monotonic(); import coordinator.cli, coordinator.service,"
-        " coordinator.serve; took = time.monotonic() - t;"
+        "import sys, time; t = time.process_time(); import coordinator.cli, coordinator.service,"
+        " coordinator.serve; took = time.process_time() - t;"
         " assert not {'torch', 'nixl', 'transformers'} & set(sys.modules); print(took)"
     )
     took = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
