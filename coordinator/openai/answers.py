@@ -112,10 +112,11 @@ class Writer(ABC):
     def stop_reason(self, finished: inference_pb2.Finished) -> int | str | None:
         """vLLM's: the stop string, or the stop token that the client named."""
         matched = finished.matched_stop
-        if matched.WhichOneof("kind") == "text":
-            return matched.text
-        if matched.token_id in self.wanted.stop_token_ids:
-            return matched.token_id
+        match matched.WhichOneof("kind"):
+            case "text":
+                return matched.text
+            case "token_id" if matched.token_id in self.wanted.stop_token_ids:
+                return matched.token_id
         return None
 
 

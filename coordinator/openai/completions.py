@@ -9,7 +9,7 @@ from typing import Any
 from coordinator.openai.constraints import names_of, read_constraint
 from coordinator.openai.fields import UINT32, Fields, whole_list
 from coordinator.openai.options import IGNORED, Wanted, read_common
-from coordinator.validate import MAX_LOGPROBS
+from coordinator.validate import MAX_LOGPROBS, MAX_REQUEST_ID_CHARS
 from engine.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2
 
@@ -56,7 +56,10 @@ def read_completion(body: Mapping[str, Any], request_id: str) -> CompletionCall:
     requests = []
     for i, prompt in enumerate(prompts):
         name = common.wanted.request_id
-        given: dict[str, Any] = {"request_id": name if len(prompts) == 1 else f"{name}-{i}"}
+        if len(prompts) > 1:
+            tail = f"-{i}"
+            name = name[: MAX_REQUEST_ID_CHARS - len(tail)] + tail
+        given: dict[str, Any] = {"request_id": name}
         if isinstance(prompt, str):
             given["text"] = prompt
         else:

@@ -87,13 +87,16 @@ def test_a_completion():
 
 def test_reasons():
     def of(**fields):
-        _, whole = feed(completion_writer(stop_token_ids=[9]), delta(text="x"), finished(**fields))
+        writer = completion_writer(stop_token_ids=[0, 9])
+        _, whole = feed(writer, delta(text="x"), finished(**fields))
         choice = whole["choices"][0]
         return choice["finish_reason"], choice["stop_reason"]
 
     assert of(reason=pb.FINISH_REASON_LENGTH) == ("length", None)
     assert of(matched_stop=pb.MatchedStop(text="END")) == ("stop", "END")
+    assert of() == ("stop", None)  # a constraint came to its end
     assert of(matched_stop=pb.MatchedStop(token_id=9)) == ("stop", 9)
+    assert of(matched_stop=pb.MatchedStop(token_id=0)) == ("stop", 0)
     assert of(matched_stop=pb.MatchedStop(token_id=2)) == ("stop", None)  # end of sequence
     assert of(reason=pb.FINISH_REASON_ABORTED) == ("abort", None)
 

@@ -153,6 +153,13 @@ def test_prompts(prompt, expected):
     assert ids == (["id"] if len(expected) == 1 else [f"id-{i}" for i in range(len(expected))])
 
 
+def test_prompts_have_names_of_a_length_that_a_request_may_have():
+    call = read_completion({"prompt": ["a"] * 11}, "i" * 128)
+    ids = [r.request_id for r in call.requests]
+    assert len(set(ids)) == 11
+    assert max(map(len, ids)) == 128
+
+
 def test_constraints():
     schema = {"b": 1, "a": {"$ref": "#/x"}}
 
