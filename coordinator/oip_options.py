@@ -43,7 +43,8 @@ _ALIASES = {
     "num_return_sequences": "n",
 }
 _END_ID = "end_id"  # of TensorRT-LLM: one more stop token; -1: none
-_STRUCTURED = ("structured_outputs", "guided_decoding")  # of vLLM: a constraint in an object
+_STRUCTURED = ("structured_outputs", "guided_decoding")  # of vLLM: a constraint in an object,
+_BACKEND = "backend"  # in which it may name one of its own compilers
 # What Triton's clients send and which at these values changes nothing here; None: at any.
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
     "pad_id": None,
@@ -99,10 +100,12 @@ class Options:
             raise InvalidRequest(where, f"not known here; known are {known()}")
 
     def _take_structured(self, where: str, value: Any) -> None:
+        if isinstance(value, str):  # Triton's backend of vLLM takes the object's JSON alone
+            value = parse_json(where, value)
         if not isinstance(value, Mapping):
             raise InvalidRequest(where, "expected an object such as {'json': schema}")
         for key, item in value.items():
-            if item is None or (item is False and key != "json"):
+            if key == _BACKEND or item is None or (item is False and key != "json"):
                 continue
             name = "json_schema" if key == "json" else key
             if name not in _CONSTRAINTS:

@@ -284,6 +284,18 @@ def test_a_request_as_vllms_backend_has_it():
     assert asked.form.outputs == expected
 
 
+@pytest.mark.parametrize("name", ["structured_outputs", "guided_decoding"])
+def test_a_constraint_as_text_as_vllms_backend_wants_it(name):
+    value = json.dumps({"choice": ["yes", "no"], "regex": None, "backend": "xgrammar"})
+    options = json.dumps({name: value}).encode()
+    for request in (
+        add(ask(), "sampling_parameters", "BYTES", [1], options),
+        ask(**{name: value}),  # a parameter of the request can be nothing but text
+    ):
+        asked = read_request(request, MODEL)
+        assert list(asked.generate.constraint.choice.choices) == ["yes", "no"]
+
+
 def test_a_schema_that_nothing_fits_is_no_schema_that_is_off():
     options = json.dumps({"structured_outputs": {"json": False}}).encode()
     asked = read_request(add(ask(), "sampling_parameters", "BYTES", [1], options), MODEL)
@@ -307,7 +319,8 @@ def test_a_schema_that_nothing_fits_is_no_schema_that_is_off():
         ({"sampling_parameters": "[" * 100_000}, ["sampling_parameters", "JSON"]),
         ({"sampling_parameters": "3"}, ["sampling_parameters", "object"]),
         ({"sampling_parameters": '{"foo": 1}'}, ["sampling_parameters.foo", "not known"]),
-        ({"structured_outputs": "x"}, ["structured_outputs", "object"]),
+        ({"structured_outputs": "x"}, ["structured_outputs", "JSON"]),
+        ({"structured_outputs": "[1]"}, ["structured_outputs", "object"]),
         (
             {"sampling_parameters": '{"structured_outputs": {"seed": 1}}'},
             ["structured_outputs.seed", "not known", "regex"],
