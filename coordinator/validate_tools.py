@@ -138,6 +138,12 @@ def _tool(field: str, item: Any) -> Tool:
             expected = {str: "text", bool: "true or false", dict: "a JSON schema, an object"}[kind]
             raise InvalidRequest(f"{field}.function.{key}", f"expected {expected}")
     parameters = function.get("parameters") or _NO_PARAMETERS
+    kinds = parameters.get("type", "object")
+    if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
+        raise InvalidRequest(
+            f"{field}.function.parameters.type", 'expected "object": arguments have names'
+        )
+    parameters = {**parameters, "type": "object"}  # also where the schema does not say so
     strict = function.get("strict") is True
     if strict:
         parameters = json.loads(_held(f"{field}.function.parameters", parameters))

@@ -279,6 +279,14 @@ def test_a_number_that_no_double_holds_is_refused_by_name(number):
     assert caught.value.field == "constraint.json_schema"
 
 
+@pytest.mark.parametrize("kind", ["string", "array", ["string", "null"], None, 5])
+def test_parameters_that_are_no_object_are_refused(kind):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": kind}}}
+    with pytest.raises(InvalidRequest, match="object") as caught:
+        check_tools("t", json.dumps([tool]))
+    assert caught.value.field == "t[0].function.parameters.type"
+
+
 @pytest.mark.parametrize("part", BAD_PARTS)
 def test_parts_of_definitions_are_checked(part):
     tool = {"type": "function", "function": {"name": "f", part: BAD_PARTS[part]}}
@@ -477,7 +485,7 @@ def test_what_a_schema_beside_calls_says_is_held(tokenizer):
         assert accepts(tokenizer, source, HERMES.write([("f", arguments)])) is fits
     for answer, fits in (('{"b": null}', True), ('{"\\u0062": 1}', False)):
         assert accepts(tokenizer, source, answer) is fits
-    rounded = {"const": 2**53 + 1}
+    rounded = {"properties": {"a": {"const": 2**53 + 1}}}
     with pytest.raises(InvalidRequest, match="digits") as caught:
         text_schema(pb.Constraint(json_schema=json.dumps(rounded)), found)
     assert caught.value.field == "constraint.json_schema"
@@ -486,4 +494,38 @@ def test_what_a_schema_beside_calls_says_is_held(tokenizer):
         check_tools("t", json.dumps(tools))
     assert caught.value.field == "t[0].function.parameters"
     tools[0]["function"]["strict"] = False
-    assert check_tools("t", json.dumps(tools))[0].parameters == rounded
+    assert check_tools("t", json.dumps(tools))[0].parameters == {**rounded, "type": "object"}
+
+
+REF = {"$ref": "#/$defs/A", "$defs": {"A": {"properties": {"a": {"type": "integer"}}}}}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": {"a": {"type": "integer"}}},
+        {"type": ["object", "null"], "properties": {"a": {"type": "integer"}}},
+        {"anyOf": [{"properties": {"a": {"type": "integer"}}}, {"type": "array"}]},
+        REF,
+    ],
+)
+def test_arguments_are_an_object_also_where_the_schema_does_not_say_so(
+    tokenizer, parameters, strict
+):
+    function = {"name": "f", "parameters": parameters, "strict": strict}
+    tools = check_tools("t", json.dumps([{"type": "function", "function": function}]))
+    found = tool_use(chat(tool_choice=pb.ToolChoice(mode=REQUIRED)), tools, HERMES)
+    assert found
+    source = tool_grammar(found).source
+    for arguments, fits in (
+        ('{"a": 1}', True),
+        ("{}", True),
+        ('{"a": "x"}', False),
+        ('"x"', False),
+        ("12", False),
+        ("[1]", False),
+        ("null", False),
+    ):
+        assert accepts(tokenizer, source, HERMES.write([("f", arguments)])) is fits, arguments
+    assert found.tools[0].definition["function"]["parameters"] == parameters  # as the prompt has it
