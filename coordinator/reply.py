@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from coordinator.request import Chunk, Finished, Part, PromptPart
+from coordinator.tokenizer import Tokenizer
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc.convert import reason_to_pb
 from engine.types import TokenLogprobs
 
-TextOf = Callable[[int], str]  # a token alone
+_BROKEN = "\ufffd"
 
 
-def reply(request_id: str, part: Part, text_of: TextOf) -> inference_pb2.GenerateResponse:
+def reply(request_id: str, part: Part, tokenizer: Tokenizer) -> inference_pb2.GenerateResponse:
     """One message of the stream."""
     if isinstance(part, PromptPart):
         prompt = inference_pb2.Prompt(
             text=part.text,
             token_ids=part.token_ids,
-            logprobs=_logprobs(part.token_ids[1:], part.logprobs, text_of),
+            logprobs=_logprobs(part.token_ids[1:], part.logprobs, tokenizer),
         )
         return inference_pb2.GenerateResponse(request_id=request_id, prompt=prompt)
     if isinstance(part, Chunk):
         delta = inference_pb2.Delta(
             text=part.text,
             token_ids=part.token_ids,
-            logprobs=_logprobs(part.token_ids, part.logprobs, text_of),
+            logprobs=_logprobs(part.token_ids, part.logprobs, tokenizer),
             tool_calls=[inference_pb2.ToolCallDelta(**asdict(piece)) for piece in part.tool_calls],
         )
         return inference_pb2.GenerateResponse(request_id=request_id, index=part.index, delta=delta)
@@ -36,12 +37,14 @@ def reply(request_id: str, part: Part, text_of: TextOf) -> inference_pb2.Generat
 
 
 def _logprobs(
-    token_ids: Sequence[int], scored: Sequence[TokenLogprobs], text_of: TextOf
+    token_ids: Sequence[int], scored: Sequence[TokenLogprobs], tokenizer: Tokenizer
 ) -> list[inference_pb2.TokenLogprobs]:
     """One entry a token; none where nothing was asked."""
 
     def entry(token_id: int, logprob: float) -> inference_pb2.Logprob:
-        return inference_pb2.Logprob(token_id=token_id, logprob=logprob, text=text_of(token_id))
+        text = tokenizer.text_of(token_id)
+        raw = tokenizer.raw_of(token_id) if _BROKEN in text else None
+        return inference_pb2.Logprob(token_id=token_id, logprob=logprob, text=text, raw=raw)
 
     return [
         inference_pb2.TokenLogprobs(

@@ -155,10 +155,10 @@ class InferenceServicer:
             _log.info("request ended", code=code, timeline=timeline.as_dict())
 
     async def _reply(self, request_id: str, part: Part) -> inference_pb2.GenerateResponse:
-        text_of = self._model.tokenizer.text_of
+        tokenizer = self._model.tokenizer
         if isinstance(part, PromptPart) and part.logprobs:  # tens of thousands of entries
-            return await asyncio.to_thread(reply, request_id, part, text_of)
-        return reply(request_id, part, text_of)
+            return await asyncio.to_thread(reply, request_id, part, tokenizer)
+        return reply(request_id, part, tokenizer)
 
 
 class AdminServicer:

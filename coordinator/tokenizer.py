@@ -127,6 +127,17 @@ class Tokenizer:
             return ""
         return piece.text if piece.raw is None else piece.raw.decode("utf-8", "replace")
 
+    def raw_of(self, token_id: int) -> bytes | None:
+        """A token's bytes, where they are no whole characters; else its text says all."""
+        piece = self.piece(token_id)
+        if piece is None or piece.raw is None:
+            return None
+        try:
+            piece.raw.decode()
+        except UnicodeDecodeError:
+            return piece.raw
+        return None
+
     def _make_piece(self, token: str) -> Piece:
         if self.decoding.byte_level:
             try:

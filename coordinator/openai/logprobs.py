@@ -7,6 +7,7 @@ vLLM          prompt_logprobs: one object of token ids a token, null for the fir
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +25,21 @@ def _name(entry: inference_pb2.Logprob, as_id: bool) -> str:
     return f"token_id:{entry.token_id}" if as_id else entry.text
 
 
+def bytes_of(token: inference_pb2.Logprob) -> bytes:
+    """What a token writes; it may be part of a character alone."""
+    return token.raw if token.HasField("raw") else token.text.encode()
+
+
+def _decoder() -> codecs.IncrementalDecoder:
+    return codecs.getincrementaldecoder("utf-8")("replace")
+
+
 @dataclass(slots=True)
 class CompletionLogprobs:
-    """Of one choice; offsets count on through all of its chunks."""
+    """Of one choice; offsets count on through all of its chunks.
+
+    Tokens that make a character together have the offset of that character.
+    """
 
     as_ids: bool
     offset: int = 0
@@ -34,6 +47,7 @@ class CompletionLogprobs:
     values: list[float | None] = field(default_factory=list)
     tops: list[dict[str, float] | None] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    decoder: codecs.IncrementalDecoder = field(default_factory=_decoder)
 
     def add_first(self, token: inference_pb2.Logprob) -> None:
         """The first token of a prompt, which nothing predicts."""
@@ -54,7 +68,7 @@ class CompletionLogprobs:
         self.values.append(value)
         self.tops.append(top)
         self.offsets.append(self.offset)
-        self.offset += len(token.text)
+        self.offset += len(self.decoder.decode(bytes_of(token)))
 
     def take(self) -> dict[str, Any]:
         """What has been added since the last time."""
@@ -82,7 +96,7 @@ def _token(entry: inference_pb2.Logprob, as_ids: bool) -> dict[str, Any]:
     return {
         "token": _name(entry, as_ids),
         "logprob": _value(entry.logprob),
-        "bytes": list(entry.text.encode()),
+        "bytes": list(bytes_of(entry)),
     }
 
 

@@ -331,4 +331,6 @@ def test_text_of_a_token_is_what_it_writes_alone(checkpoint):  # noqa: F811
     broken = tokenizer.encode("🙂")
     assert len(broken) > 1
     assert all("\ufffd" in tokenizer.text_of(i) for i in broken)
+    assert b"".join(map(tokenizer.raw_of, broken)).decode() == "🙂"
+    assert [tokenizer.raw_of(i) for i in (2, 10**6, *ids)] == [None] * (2 + len(ids))
     assert Detokenizer(tokenizer).push(broken) == "🙂"

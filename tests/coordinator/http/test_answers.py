@@ -157,6 +157,46 @@ def test_what_json_cannot_say():
     assert whole["choices"][0]["logprobs"]["top_logprobs"] == [{"x": -9999.0, "y": -9999.0}]
 
 
+def broken(token_id, raw, value=-1.0):
+    chosen = pb.Logprob(token_id=token_id, text="\ufffd", raw=raw, logprob=value)
+    return pb.TokenLogprobs(chosen=chosen, top=[chosen])
+
+
+def test_tokens_that_make_a_character_together():
+    made = [broken(1, b" \xf0\x9f"), broken(2, b"\x98"), broken(3, b"\x80"), logprob(4, "é", -1.0)]
+    _, whole = feed(
+        chat_writer(logprobs=True, top_logprobs=1),
+        delta(logprobs=made[:2]),
+        delta(text=" \U0001f600é", logprobs=made[2:]),
+        finished(),
+    )
+    tokens = whole["choices"][0]["logprobs"]["content"]
+    assert b"".join(bytes(token["bytes"]) for token in tokens).decode() == " \U0001f600é"
+    assert tokens[1]["top_logprobs"][0]["bytes"] == [0x98]
+    _, whole = feed(
+        completion_writer(logprobs=0),
+        delta(logprobs=made[:2]),
+        delta(text=" \U0001f600é", logprobs=made[2:]),
+        finished(),
+    )
+    assert whole["choices"][0]["logprobs"]["text_offset"] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "first_text", "entries", "offsets"),
+    [
+        ("\U0001f600é", "\ufffd", [broken(2, b"\x98\x80"), logprob(4, "é", -1.0)], [0, 0, 1]),
+        ("aé", "<s>", [logprob(2, "a", -1.0), logprob(4, "é", -1.0)], [0, 0, 1]),
+    ],
+    ids=["part of a character", "not shown"],
+)
+def test_offsets_behind_a_first_token_whose_text_is_not_there(text, first_text, entries, offsets):
+    writer = completion_writer(echo=True, logprobs=0, max_tokens=0)
+    echoed = prompt(text=text, token_ids=[1, 2, 4], logprobs=entries)
+    _, whole = feed(writer, echoed, finished(), first_text=first_text)
+    assert whole["choices"][0]["logprobs"]["text_offset"] == offsets
+
+
 def test_tokens_by_id():
     _, whole = feed(
         completion_writer(logprobs=1, return_tokens_as_token_ids=True),
