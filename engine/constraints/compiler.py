@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -38,6 +39,9 @@ _MAX_CACHED_CHARS = 16 << 20  # of their sources
 # What a grammar keeps in memory goes with the time it took: 400 MB a second, however short it is
 # ("((((a{10}){10}){10}){10}){10}" keeps 30 MB); nobody else says how large it is.
 _MAX_CACHED_CPU_S = 1.0
+# \d and \w; classes that exclude something, and all other escapes, stay as they are.
+_CLASS_ESCAPE = re.compile(r"\[\^\]?(?:\\.|[^\]\\])*\]|\\.", re.DOTALL)
+_ASCII = {r"\d": "[0-9]", r"\w": "[0-9A-Za-z_]"}
 # A step with a mask that costs more than some ten milliseconds would hold up everybody's.
 _LIMITS = LLParserLimits(step_max_items=12_000, step_lexer_fuel=200_000, verbose_errors=False)
 
@@ -204,6 +208,15 @@ def _grammar(constraint: Constraint, tokenizer: LLTokenizer) -> str:
         case ConstraintKind.JSON_SCHEMA:
             return LLMatcher.grammar_from_json_schema(held(source))
         case ConstraintKind.REGEX:
-            return LLMatcher.grammar_from_regex(source)
+            return LLMatcher.grammar_from_regex(_in_ascii(source))
         case ConstraintKind.LARK:
             return json.dumps({"grammars": [{"lark_grammar": numbered(source, tokenizer)}]})
+
+
+def _in_ascii(regex: str) -> str:
+    r"""The same with the \d and \w of ASCII, as vLLM's default compiler reads them.
+
+    The library's are those of all scripts, and a model that is held to them may well write digits
+    that no reader takes for numbers. What is allowed only shrinks.
+    """
+    return _CLASS_ESCAPE.sub(lambda part: _ASCII.get(part[0], part[0]), regex)

@@ -130,6 +130,22 @@ async def test_a_grammar_may_name_special_tokens(compiler: Compiler) -> None:
         await compiler.matcher(lark("start: <none>"))
 
 
+@pytest.mark.parametrize(
+    ("source", "good", "bad"),
+    [
+        (r"\d{2}[\d.]\w", ["121a", "12._"], ["1\u06611a", "12\u0661a", "12.é", "12.\U0001f189"]),
+        (r"[^\d][^]\d]", ["ab", "éé"], ["1a", "a1", "\u0661a", "a\u0661", "a]"]),
+        (r"\\d[\\d]\D\W", [r"\dd++", "\\d\\é+"], [r"\1d++", r"\d1++", r"\dd1+", r"\dd+é"]),
+    ],
+)
+async def test_digits_and_letters_of_a_regex_are_those_of_ascii(
+    compiler: Compiler, encode, source: str, good: list[str], bad: list[str]
+) -> None:
+    for text, fits in [*((t, True) for t in good), *((t, False) for t in bad)]:
+        matcher = await compiler.matcher(regex(source))
+        assert (matcher.advance(encode(text)) and matcher.advance([2])) is fits, text
+
+
 async def test_what_is_forced_is_told(compiler: Compiler, encode) -> None:
     matcher = await compiler.matcher(schema(PERSON), encode('{"'))
     forced = matcher.forced()
