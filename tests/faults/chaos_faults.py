@@ -15,6 +15,7 @@ from collections import Counter
 from contextlib import suppress
 
 import grpc
+import httpx
 
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc
 from engine.rpc.channel import open_channel
@@ -52,7 +53,7 @@ class Faults:
 
     async def _inject(self, kind: str) -> None:
         if kind == "coordinator":
-            self._kill_coordinator()
+            await self._kill_coordinator()
             return
         if kind == "cut":
             self._cut()
@@ -81,15 +82,21 @@ class Faults:
             place.wanted = True
             self._later(self._drain(name))
 
-    def _kill_coordinator(self) -> None:
-        """Never the last one that could serve."""
-        up = [c for c in self._cluster.coordinators if self._cluster[c].alive]
-        settled = [c for c in up if time.monotonic() - self._cluster[c].started_s > 5.0]
-        if len(settled) < 2:
+    async def _kill_coordinator(self) -> None:
+        """Never the last one that serves."""
+        serving = [c for c in self._cluster.coordinators if await self._serves(c)]
+        if len(serving) < 2:
             return
-        name = self._rng.choice(settled)
+        name = self._rng.choice(serving)
         self._note("kill coordinator", name)
         _signal(self._cluster[name], signal.SIGKILL)
+
+    async def _serves(self, coordinator: str) -> bool:
+        url = f"http://{self._cluster.http(coordinator)}/health/ready"
+        async with httpx.AsyncClient(timeout=1.0) as client:
+            with suppress(httpx.HTTPError):
+                return (await client.get(url)).status_code == 200
+        return False
 
     def _cut(self) -> None:
         """Between two that talk to each other; one cut at a time, for healing ends all."""
