@@ -73,9 +73,9 @@ class ToolCalls:
         return parsed
 
     def flush(self) -> str:
-        """The answer has ended: what is held is text, but for white space after a call."""
+        """The answer has ended: what is held is text; after a call, the beginning of another."""
         held, self._held = self._held, ""
-        return "" if self._says_nothing(held) else held
+        return "" if self.num_calls else held
 
     def _says_nothing(self, text: str) -> bool:
         return self.num_calls > 0 and not text.strip()

@@ -151,6 +151,15 @@ def test_a_call_that_breaks_off_has_the_arguments_so_far(form):
     assert read(form, list(before)) == (before, [])  # of whom it calls nothing is known yet
 
 
+@pytest.mark.parametrize("form", [HERMES, MISTRAL, MISTRAL_ARGS], ids=lambda f: f.name)
+def test_a_second_call_that_breaks_off_early_is_no_text(form):
+    calls = [("add", '{"a": 1}'), ("get_weather", "{}")]
+    whole = form.write(calls)
+    first = len(form.write(calls[:1])) - form.as_list
+    for end in range(first, whole.index("weather")):
+        assert read(form, list(whole[:end])) == ("", calls[:1]), whole[:end]
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     form=st.sampled_from(EVERY),
