@@ -86,7 +86,7 @@ def to_status(error: DiptychError) -> RpcStatus:
     details: list[Message] = []
     metadata: list[tuple[str, str | bytes]] = []
     if isinstance(error, InvalidRequest):
-        details.append(_bad_request(error.field, _clip(error.description)))
+        details.append(_bad_request(error.field, error.description))
     elif isinstance(error, NotOffered):
         details.append(_bad_request(error.field, message))
     elif isinstance(error, Overloaded | Unavailable):
@@ -127,7 +127,9 @@ def internal(message: str) -> RpcStatus:
 
 
 def _bad_request(field: str, description: str) -> Message:
-    violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
+    violation = error_details_pb2.BadRequest.FieldViolation(
+        field=_clip(field), description=_clip(description)
+    )
     details: Message = error_details_pb2.BadRequest(field_violations=[violation])
     return details
 

@@ -89,3 +89,14 @@ def test_a_long_message_fits_the_headers_that_peers_take(text):
     details = dict(status.trailing_metadata)[DETAILS_KEY]
     assert 900 < encoded <= 1000
     assert encoded + len(details) * 4 / 3 < 8192 / 2
+
+
+@pytest.mark.parametrize("error", [InvalidRequest, NotOffered])
+@pytest.mark.parametrize("char", ["\N{LATIN SMALL LETTER E WITH ACUTE}", "a"])
+def test_a_long_name_of_a_field_fits_as_well(error, char):
+    """A caller chooses the keys of a map: `parameters[...]`."""
+    field = f"parameters[{char * 100_000}]"
+    given = (field, "not known; " + char * 5000) if error is InvalidRequest else (field,)
+    status = to_status(error(*given))
+    details = dict(status.trailing_metadata)[DETAILS_KEY]
+    assert len(status.message.encode()) * 3 + len(details) * 4 / 3 < 8192
