@@ -169,14 +169,13 @@ class Dispatch:
 def meaning_of(error: grpc.aio.AioRpcError, *, num_emitted: int) -> DiptychError | None:
     """What a worker's status means for the request: Unavailable is tried again, None is a bug.
 
-    After the first token a worker that is full, or too small for the prompt and what came of it,
-    is no reason to give up: the next attempt may find room.
+    After the first token a full worker is no reason to give up: the next attempt may find room.
     """
     meaning = from_rpc_error(error)
     match meaning:
-        case Unavailable() | DeadlineExceeded():
+        case Unavailable() | InvalidRequest() | DeadlineExceeded():
             return meaning
-        case Overloaded() | InvalidRequest():
+        case Overloaded():
             return Unavailable(meaning.message) if num_emitted else meaning
         case Mismatch() | Unauthenticated() | PermissionDenied():  # another one may know us
             return Unavailable(meaning.message)

@@ -486,6 +486,16 @@ async def test_resume_sends_only_what_is_missing(checkpoint):
         assert len(worker.requests) == num_calls
 
 
+async def test_a_resume_that_no_worker_can_take_is_the_callers_mistake(checkpoint):
+    """Before the first new token, whatever has been received earlier."""
+    async with front(checkpoint) as f:
+        worker = await f.worker(cues=[Cue(0, InvalidRequest("tokens", "they do not fit"))])
+        resume = [inference_pb2.Resume(token_ids=f.answer[:8])]
+        error = await error_of(f.call(stop=stop(max_tokens=20), resume=resume))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert len(worker.requests) == 1
+
+
 async def test_resume_anywhere_doubles_no_text(checkpoint):
     """Also where text is held back at the end: half a stop string, or half a character."""
     async with front(checkpoint) as f:
