@@ -19,7 +19,7 @@ from coordinator.answer import Answer
 from coordinator.dispatch import Dispatch, Route, meaning_of
 from coordinator.membership import Membership
 from coordinator.request import AnswerRequest, Chunk, Ending
-from engine.errors import DeadlineExceeded, InvalidRequest, Unavailable
+from engine.errors import DeadlineExceeded, Unavailable
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.channel import ChannelPool
 from engine.rpc.convert import (
@@ -196,7 +196,5 @@ def _explain(error: grpc.aio.AioRpcError, answer: Answer, dispatch: Dispatch) ->
         raise RuntimeError(f"decode worker: {error.code().name}: {error.details()}") from error
     if isinstance(meaning, DeadlineExceeded):
         dispatch.remaining_s()  # ours, if it has passed
-        raise Unavailable(meaning.message) from None
-    if isinstance(meaning, InvalidRequest) and answer.num_new:  # too large for this worker alone
         raise Unavailable(meaning.message) from None
     raise meaning from None

@@ -107,7 +107,7 @@ class Compiler:
             except TimeoutError:
                 raise _busy() from None
             if not fits:
-                raise InvalidRequest("tokens", "they do not fit the constraint")
+                raise _misfit(matcher.error)
         return matcher
 
     def forget(self, constraint: Constraint) -> None:
@@ -186,6 +186,13 @@ class Compiler:
         if first.is_error():
             return _Compiled(0, None, brief(first.get_error().replace(MARK, "")))
         return _Compiled(num_chars, template, cpu_s=time.thread_time() - begun_s)
+
+
+def _misfit(error: str) -> InvalidRequest:
+    """The tokens are to blame where they are what the library names; else one of its limits."""
+    if error.startswith(("Parser Error: token", "parser stopped")):
+        return InvalidRequest("tokens", "they do not fit the constraint")
+    return InvalidRequest("constraint", error)
 
 
 def _busy() -> Unavailable:

@@ -240,14 +240,13 @@ async def test_eos_is_a_stop_token_unless_ignored(checkpoint):
 
 
 @pytest.mark.parametrize("after", [0, 1, 7, 30])
-@pytest.mark.parametrize("how", ["vanish", "unavailable", "mismatch", "full", "small"])
+@pytest.mark.parametrize("how", ["vanish", "unavailable", "mismatch", "full"])
 async def test_a_lost_worker_is_replaced_and_no_token_is_doubled(checkpoint, after, how):
     cue = {
         "vanish": Cue(after, vanish=True),
         "unavailable": Cue(after, lost()),
         "mismatch": Cue(after, Mismatch("another incarnation")),
         "full": Cue(after, Overloaded("full", 0.1) if after else lost()),
-        "small": Cue(after, InvalidRequest("prompt", "too long") if after else lost()),
     }[how]
     async with front(checkpoint) as f:
         first = await f.worker("d0", cues=[cue])
@@ -486,10 +485,11 @@ async def test_resume_sends_only_what_is_missing(checkpoint):
         assert len(worker.requests) == num_calls
 
 
-async def test_a_resume_that_no_worker_can_take_is_the_callers_mistake(checkpoint):
-    """Before the first new token, whatever has been received earlier."""
+@pytest.mark.parametrize("after", [0, 3])
+async def test_what_a_worker_calls_the_callers_mistake_is_not_tried_again(checkpoint, after):
+    """Also in mid-answer, where a constraint turns out to be more than can be held."""
     async with front(checkpoint) as f:
-        worker = await f.worker(cues=[Cue(0, InvalidRequest("tokens", "they do not fit"))])
+        worker = await f.worker(cues=[Cue(after, InvalidRequest("constraint", "too large"))])
         resume = [inference_pb2.Resume(token_ids=f.answer[:8])]
         error = await error_of(f.call(stop=stop(max_tokens=20), resume=resume))
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT

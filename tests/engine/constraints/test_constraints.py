@@ -164,6 +164,15 @@ async def test_tokens_that_do_not_fit_are_refused(compiler: Compiler, encode) ->
     assert not (await compiler.matcher(regex("a"))).advance(encode("b"))
 
 
+async def test_a_limit_that_shows_only_with_the_tokens_is_the_constraints(
+    compiler: Compiler, encode
+) -> None:
+    """Whoever makes a matcher again from them is told the truth."""
+    with pytest.raises(InvalidRequest, match="too many") as caught:
+        await compiler.matcher(regex("(a{0,99}){0,99}"), encode("a") * 200)
+    assert caught.value.field == "constraint"
+
+
 @pytest.mark.parametrize("seed", range(4))
 async def test_masks_are_a_function_of_the_tokens(compiler: Compiler, encode, seed: int) -> None:
     """One by one, all at once, after wrong guesses, beside others: always the same."""
