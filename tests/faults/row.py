@@ -48,6 +48,7 @@ class Row:
         self._then: dict[str, checks.Before] = {}
         self._counters: dict[str, tuple[int, dict[str, float]]] = {}
         self._streams: list[Stream] = []
+        self._held = {place.name for place in cluster.places if place.held}
 
     async def begin(self, *, load: bool) -> None:
         """Wait until everything is whole and at rest, note how it is, start the background load."""
@@ -79,6 +80,7 @@ class Row:
         """After a failure: leave the cluster usable for the next row."""
         for place in self.cluster.places:
             place.thaw()
+            place.held = place.name in self._held
         self.cluster.wires.heal()
         self._note_doubts()
         for name in self.cluster.workers:
