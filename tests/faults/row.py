@@ -51,8 +51,11 @@ class Row:
         self._held = {place.name for place in cluster.places if place.held}
 
     async def begin(self, *, load: bool) -> None:
-        """Wait until everything is whole and at rest, note how it is, start the background load."""
+        """Wait until everything is whole, trusted and at rest, note how it is, start the background
+        load.
+        """
         await self.whole()
+        await self.all_trusted()
         await asyncio.to_thread(checks.at_rest, self.cluster)
         self._then = checks.before(self.cluster)
         for place in self.cluster.places:
@@ -152,7 +155,9 @@ class Row:
     # -- looking -----------------------------------------------------------------------------------
 
     async def all_trusted(self) -> None:
-        """Until nobody is avoided for what an earlier row did to it: a spare is a spare then."""
+        """Until nobody is avoided for what an earlier row did to it: a spare is a spare then, and
+        prompts are computed by prefill workers.
+        """
         await asyncio.sleep(max(0.0, self.cluster.trusted_at - time.monotonic()))
 
     async def whole(self, timeout_s: float = 60.0) -> None:

@@ -27,7 +27,6 @@ async def test_drain_of_each_role_under_load(row: Row) -> None:
     """Every worker in turn, by AdminService and by SIGTERM: each ends with status 0 and comes back,
     and every request that ran meanwhile is whole.
     """
-    await row.all_trusted()
     roles = row.cluster.prefill, row.cluster.decode
     pairs = list(zip(*roles, strict=True))
     steps = [(name,) for name in row.cluster.workers] * 3 if row.full else pairs

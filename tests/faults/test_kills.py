@@ -43,7 +43,6 @@ async def test_kill_9_of_p_during_a_read(row: Row) -> None:
     """The memory that is read from goes away under the read: what came before is kept, that read
     is not, and the rest comes from elsewhere.
     """
-    await row.all_trusted()
     for _ in _rounds(row, 10):
         rows = row.cluster.rows()
         pids = {rows[p].incarnation: row.cluster[p].pid for p in row.cluster.prefill}
@@ -92,7 +91,6 @@ async def test_kill_9_of_d_during_a_read(row: Row) -> None:
     """Half a chunk is in the dead worker's memory: nobody needs it, the prefill worker still has
     the blocks, and its leases to the dead one end by themselves.
     """
-    await row.all_trusted()
     for _ in _rounds(row, 10):
         row.order("decode-0", "kill_in_data", min_bytes=CHUNK_BYTES)
         row.cluster["decode-0"].wanted = True
@@ -173,7 +171,6 @@ async def test_restart_on_the_same_port_under_load(row: Row) -> None:
     """The same place comes back with the same name and address and another memory: nobody reads
     from it what its predecessor announced, and no peer is wedged by it.
     """
-    await row.all_trusted()
     restarts = 0
     while restarts < (50 if row.full else 4):
         pair = [f"prefill-{restarts // 2 % 2}", f"decode-{restarts // 2 % 2}"]

@@ -22,7 +22,6 @@ async def test_all_p_dead(row: Row) -> None:
     """Decode workers compute prompts themselves, slower; the coming and going of the pool is seen
     by nobody.
     """
-    await row.all_trusted()
     streams = [row.ask(case) for case in ("long-0", "long-1-sampled")]
     for stream in streams:
         await row.server_of(stream, row.cluster.prefill)
@@ -41,7 +40,6 @@ async def test_all_d_dead(alone: Row) -> None:
     """
     row = alone
     async with row.spare_front() as front:
-        await row.all_trusted()
         streams = [row.ask(case, front=front) for case in SHORT]
         for stream in streams:
             await stream.come(10)

@@ -54,7 +54,6 @@ async def test_partition_p_d(net_row: Row, way: str) -> None:
     """
     row = net_row
     _skip_in_short(row, way, "both")
-    await row.all_trusted()
     streams = [row.ask(case) for case in LONG]
     both = (row.cluster.prefill, row.cluster.decode)
     prefill, decode = await asyncio.gather(*(row.servers(streams, pool) for pool in both))
@@ -112,7 +111,6 @@ async def test_reads_that_never_end(net_row: Row) -> None:
     row = net_row
     if not isinstance(row.cluster.wires, Namespaces):
         pytest.skip("without namespaces blocks travel by memory, which a stopped process serves")
-    await row.all_trusted()
     for _ in range(5 if row.full else 1):
         streams = [row.ask(case) for case in LONG]
         victim = await row.server_of(streams[0], row.cluster.prefill)

@@ -61,7 +61,6 @@ async def test_sigstop_of_d_before_a_read_past_the_lease(row: Row) -> None:
     """It wakes up with a read to post, of blocks whose lease is over and which hold another prompt
     by now: the fence refuses them, and not one token is made of them.
     """
-    await row.all_trusted()
     for _ in range(10 if row.full else 1):
         victim = "decode-0"
         row.order(victim, "data_posted_late", times=1, after_s=1.0)
