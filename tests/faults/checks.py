@@ -17,6 +17,7 @@ import httpx
 
 from tests.faults.cluster import BLOCK_BYTES, NUM_BLOCKS, Cluster
 from tests.faults.places import Place
+from tests.support.http_get import http_get
 
 REST_S = 10.0
 # gRPC keeps a thread and a few descriptors a connection or two for a while after it closed.
@@ -53,7 +54,7 @@ def before(cluster: Cluster) -> dict[str, Before]:
 def samples(http_address: str) -> dict[str, float]:
     """/metrics: `name` (labels summed) and `name{label=value}` for each label but the model's."""
     found: dict[str, float] = {}
-    for line in httpx.get(f"http://{http_address}/metrics", timeout=5).text.splitlines():
+    for line in http_get(f"http://{http_address}/metrics").text.splitlines():
         if match := _SAMPLE.match(line):
             name, value = match["name"].removeprefix("diptych_"), float(match["value"])
             found[name] = found.get(name, 0.0) + value
@@ -66,7 +67,7 @@ def samples(http_address: str) -> dict[str, float]:
 
 def holds(http_address: str) -> dict[str, Any]:
     """What /debug/holds says."""
-    response = httpx.get(f"http://{http_address}/debug/holds", timeout=5)
+    response = http_get(f"http://{http_address}/debug/holds")
     response.raise_for_status()
     report: dict[str, Any] = response.json()
     return report

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
-import httpx
 
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.rpc.channel import CHANNEL_OPTIONS
 from tests.integration.stack import Stack, metrics_of, until
 from tests.support.http2 import RawConnection, connect
+from tests.support.http_get import http_get
 from tests.support.vitals import MIB, Bystander, Vitals, vitals
 
 GENERATE = b"/diptych.v1.InferenceService/Generate"
@@ -128,7 +128,7 @@ class Port:
 
     def held_for(self, name: str, *request_ids: str) -> bool:
         """Whether a process holds something for one of these requests."""
-        response = httpx.get(f"http://{self._http[name]}/debug/holds", timeout=5)
+        response = http_get(f"http://{self._http[name]}/debug/holds")
         response.raise_for_status()
         held = json.dumps(response.json())
         return any(request_id in held for request_id in request_ids)
@@ -139,7 +139,7 @@ class Port:
 
     def failures(self, code: str) -> float:
         """Calls of the public port that ended with `code`, so far."""
-        text = httpx.get(f"http://{self.stack.http_address}/metrics", timeout=5).text
+        text = http_get(f"http://{self.stack.http_address}/metrics").text
         found = re.findall(rf'^diptych_rpc_failures_total{{code="{code}".*}} (\S+)$', text, re.M)
         return sum(map(float, found))
 

@@ -32,6 +32,12 @@ _salts = itertools.count(1)
 NOTES: dict[str, list[str]] = {}  # measured results by row
 
 
+class TooLate(AssertionError):
+    """Right, but not in time: others use the machine too, and the shortened suite gives such a row
+    another try (conftest). Every try is printed.
+    """
+
+
 class Row:
     """One row in progress. Lives in the loop of its test."""
 
@@ -116,7 +122,8 @@ class Row:
         """Each stream that was hit had its next token within the bound."""
         assert waits, "nobody was hit"
         self.note(f"next token after {max(waits):.2f} s (bound {bound_s:.1f} s, {len(waits)} hit)")
-        assert max(waits) < bound_s, f"next tokens after {waits}, the bound is {bound_s:.1f} s"
+        if max(waits) >= bound_s:
+            raise TooLate(f"next tokens after {waits}, the bound is {bound_s:.1f} s")
 
     def first_token_bound(self, bound_s: float) -> float:
         """A bound for requests whose prompts have to be computed again: so much more than that

@@ -16,6 +16,7 @@ from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc
 from engine.rpc.channel import open_channel
 from tests.faults.places import End
 from tests.faults.row import KILL_S, Row
+from tests.support.http_get import http_get
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -115,6 +116,6 @@ async def _drain(row: Row, name: str) -> None:
 
 def _ready(row: Row, name: str) -> int:
     try:
-        return httpx.get(f"http://{row.cluster.http(name)}/health/ready", timeout=2).status_code
+        return http_get(f"http://{row.cluster.http(name)}/health/ready", 2).status_code
     except httpx.HTTPError:
         return 0

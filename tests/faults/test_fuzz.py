@@ -27,7 +27,7 @@ from tests.support.fuzz_values import MODEL, VOCAB_SIZE
 from tests.support.vitals import MIB
 
 SEED = 7
-IN_PROCESS, BESIDE_IN_PROCESS, OVER_THE_WIRE = 4_000, 1_000, 250
+IN_PROCESS, BESIDE_IN_PROCESS, OVER_THE_WIRE = 2_500, 1_000, 250
 LIMITS = Limits(MODEL, VOCAB_SIZE, (2,), MAX_MODEL_LEN)
 
 

@@ -172,7 +172,7 @@ async def test_restart_on_the_same_port_under_load(row: Row) -> None:
     from it what its predecessor announced, and no peer is wedged by it.
     """
     restarts = 0
-    while restarts < (50 if row.full else 4):
+    while restarts < (50 if row.full else 2):
         pair = [f"prefill-{restarts // 2 % 2}", f"decode-{restarts // 2 % 2}"]
         streams = [row.ask(case) for case in ("long-2", "long-2-sampled", "short-2-sampled")]
         for name in pair:

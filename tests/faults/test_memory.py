@@ -14,7 +14,7 @@ from tests.faults import checks
 from tests.faults.asks import Stream
 from tests.faults.bench import Bench
 from tests.faults.cluster import Cluster
-from tests.faults.row import Row, fresh_salt
+from tests.faults.row import Row, TooLate, fresh_salt
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("one_pair")]
 
@@ -121,7 +121,8 @@ async def _cancel(row: Row, streams: list[Stream]) -> None:
     await asyncio.gather(*(stream.cancel() for stream in streams))
     cancelled = time.monotonic()
     while left := await asyncio.to_thread(checks.unrest, row.cluster):
-        assert time.monotonic() < cancelled + FREE_S, f"after {FREE_S:g} s still: {left}"
+        if time.monotonic() >= cancelled + FREE_S:
+            raise TooLate(f"after {FREE_S:g} s still: {left}")
         await asyncio.sleep(0.01)
     row.note(f"all free after {time.monotonic() - cancelled:.2f} s (bound {FREE_S:g} s)")
     for stream in streams:

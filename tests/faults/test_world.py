@@ -54,7 +54,7 @@ async def test_idle_then_a_burst(alone: Row) -> None:
     await row.all_whole([row.ask(case) for case in SHORT])
     await asyncio.sleep(1.0)
     await asyncio.to_thread(checks.at_rest, row.cluster, 1.0)
-    idle_s = 600 if row.full else 6
+    idle_s = 600 if row.full else 4
     before = {name: row.cluster[name].usage() for name in row.cluster.workers}
     used = _cpu_s(row)
     await asyncio.sleep(idle_s)

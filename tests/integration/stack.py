@@ -18,12 +18,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
-import httpx
 
 from coordinator.client import Client, Done, TextDelta
 from engine.errors import DiptychError
 from engine.pb.diptych.v1 import admin_pb2, inference_pb2_grpc
 from engine.rpc.channel import open_channel
+from tests.support.http_get import http_get
 
 START_S = 180.0
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def until(check: Callable[[], bool], timeout_s: float, what: str, interval_s: fl
 def metrics_of(http_address: str) -> dict[str, float]:
     """Every sample of /metrics by name, labels summed up."""
     out: dict[str, float] = {}
-    for line in httpx.get(f"http://{http_address}/metrics", timeout=5).text.splitlines():
+    for line in http_get(f"http://{http_address}/metrics").text.splitlines():
         if match := re.match(r"(\w+)(?:\{.*\})? ([-+.\deEinfNa]+)$", line):
             out[match[1]] = out.get(match[1], 0.0) + float(match[2])
     return out

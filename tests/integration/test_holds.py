@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from coordinator.client import generate_request
 from tests.integration.stack import ROOT, Stack, until
+from tests.support.http_get import http_get
 
 ORACLE = json.loads((Path(__file__).parents[1] / "data" / "greedy_fp32.json").read_text())
 LONG = next(case for case in ORACLE if len(case["prompt"]) == 1500)
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(300)
 
 def report(http_address: str) -> dict[str, Any]:
     """What a process says; whatever the moment, nothing lacks an owner, a reason or an end."""
-    response = httpx.get(f"http://{http_address}/debug/holds", timeout=10)
+    response = http_get(f"http://{http_address}/debug/holds", 10)
     assert response.headers["content-type"] == "application/json"
     found: dict[str, Any] = response.json()
     for hold in found["holds"]:

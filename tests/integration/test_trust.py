@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
 import pytest
 
 from coordinator.client import Client
@@ -31,6 +30,7 @@ from engine.rpc.channel import open_channel
 from engine.rpc.trust import ClusterToken
 from tests.integration.conftest import EXACT
 from tests.integration.stack import ROOT, START_S, Stack, free_port, until
+from tests.support.http_get import http_get
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -207,7 +207,7 @@ def address_of(cluster: Cluster, place: str) -> str:
 
 def counted(http_address: str, series: str, **labels: str) -> float:
     """One sample of /metrics; 0 where it is not there."""
-    text = httpx.get(f"http://{http_address}/metrics", timeout=5).text
+    text = http_get(f"http://{http_address}/metrics").text
     for line in text.splitlines():
         named = line.startswith(f"{series}{{")
         if named and all(f'{key}="{value}"' in line for key, value in labels.items()):
