@@ -81,12 +81,14 @@ def _sampled(seed: int) -> dict[str, Any]:
 def _cases() -> dict[str, Case]:
     """By name. A salt makes any of them a new prompt to the prefix caches."""
     found: list[Case] = []
-    for i, (length, start) in enumerate([(832, 0), (832, 600), (500, 100)]):
-        found.append(Case(f"long-{i}", _text(length, start), 64))
-        found.append(Case(f"long-{i}-sampled", _text(length, start), 64, _sampled(i + 1)))
-    for i, (length, start) in enumerate([(100, 0), (129, 200), (64, 400), (200, 40)]):
-        found.append(Case(f"short-{i}", _text(length, start), 160))
-        found.append(Case(f"short-{i}-sampled", _text(length, start), 160, _sampled(i + 10)))
+    longs = [(832, 0, 64), (832, 600, 64), (500, 100, 40)]  # length, start, tokens to write
+    for i, (length, start, tokens) in enumerate(longs):
+        found.append(Case(f"long-{i}", _text(length, start), tokens))
+        found.append(Case(f"long-{i}-sampled", _text(length, start), tokens, _sampled(i + 1)))
+    shorts = [(100, 0, 120), (129, 200, 120), (64, 400, 160), (200, 40, 120)]
+    for i, (length, start, tokens) in enumerate(shorts):
+        found.append(Case(f"short-{i}", _text(length, start), tokens))
+        found.append(Case(f"short-{i}-sampled", _text(length, start), tokens, _sampled(i + 10)))
     # Around the borders of a block; all begin as long-0 does.
     for length in (1, 15, 16, 17, 32, 33, 512, 513):
         found.append(Case(f"edge-{length}", _text(832)[:length], 8))
