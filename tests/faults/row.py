@@ -244,6 +244,8 @@ class Row:
     def telling_lines(self, name: str) -> str:
         """What a process's log says of this row's own requests, and its warnings since it began."""
         ids = {stream.request_id for stream in self._streams}
+        if not self.cluster[name].log.exists():
+            return ""  # it has never been started
         since = self._then[name].log_bytes if name in self._then else 0
         told = [
             line
