@@ -17,7 +17,7 @@ import pytest_asyncio
 from tests.faults.bench import Bench
 from tests.faults.cluster import Cluster, Shape
 from tests.faults.oracle import Oracle
-from tests.faults.row import NOTES, Row, TooLate
+from tests.faults.row import NOTES, Missed, Row, TooLate
 from tests.faults.skew import Skew
 from tests.faults.switchboard import Switchboard
 from tests.faults.wires import Namespaces
@@ -35,12 +35,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Shortened, a row that is late and nothing else is tried again; in full it has failed."""
-    if config.getoption("--full", default=False):
-        return
+    """A row that missed its moment is tried again; shortened, also one that was right but late."""
+    again = [Missed] if config.getoption("--full", default=False) else [Missed, TooLate]
     for item in items:
         if item.path.is_relative_to(_HERE):
-            item.add_marker(pytest.mark.flaky(reruns=2, only_rerun=[TooLate]))
+            item.add_marker(pytest.mark.flaky(reruns=2, only_rerun=again))
 
 
 @pytest.fixture(scope="session")

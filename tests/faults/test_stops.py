@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tests.faults.cluster import LEASE_TTL_S
-from tests.faults.row import SILENT_S, Row
+from tests.faults.row import SILENT_S, Row, struck
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -46,7 +46,7 @@ async def test_sigstop_of_d_past_the_lease(row: Row) -> None:
         victim, hit, streams = await row.spread(MIXED, row.cluster.decode, tokens=10)
         row.cluster[victim].freeze()
         frozen = time.monotonic()
-        assert any(not stream.over for stream in hit), "they were in mid-answer"
+        struck(any(not stream.over for stream in hit), "they were in mid-answer")
         await row.all_whole(streams)
         row.in_time([s.wait_after(frozen) for s in hit if s.ended_s > frozen], SILENT_S)
         await _past_the_lease(row, frozen)
