@@ -62,8 +62,12 @@ async def test_readiness_goes_before_the_last_answer(row: Row) -> None:
     row.cluster[victim].kill(signal.SIGTERM)
     await row.until(lambda: _ready(row, victim) == 503, 2, "it is not ready")
     struck(any(not stream.over for stream in hit), "it still writes")
-    seen = row.cluster.rows()[victim]
-    assert seen.incarnation != incarnation or seen.state != "ready"
+
+    def is_known() -> bool:
+        seen = row.cluster.rows()[victim]
+        return seen.incarnation != incarnation or seen.state != "ready"
+
+    await row.until(is_known, 2, "the coordinator knows it")
     await row.all_whole([*streams, *(row.ask(case) for case in SHORT)])
     await row.whole()
     await row.finish()
