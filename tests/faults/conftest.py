@@ -119,9 +119,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """A failed row shows what its cluster's logs say of it."""
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """A failed row shows what its cluster's logs say of it; why one is tried again is noted."""
     outcome = yield
+    if call.excinfo and isinstance(call.excinfo.value, Missed | TooLate):
+        why = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
+        NOTES.setdefault(item.name, []).append(why)
     report = outcome.get_result()  # type: ignore[attr-defined]
     if not report.failed:
         return

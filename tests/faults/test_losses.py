@@ -83,7 +83,7 @@ async def test_kill_9_of_the_coordinator_in_mid_stream(row: Row) -> None:
             struck(running >= 1, "the dying coordinator has them")
             killed = row.kill(dead)
             await row.all_whole(streams)
-            struck(client.num_resumed >= 1, "an answer was under way")
+            assert client.num_resumed >= 1
         undisturbed = [row.ask(name) for name in MIXED]
         await row.all_whole(undisturbed)
         assert [s.texts for s in streams] == [s.texts for s in undisturbed], "the text has no seam"
