@@ -63,7 +63,7 @@ class Coordinator:
             model, self.pipeline, self.membership, metrics, max_request_s=front.max_request_s
         )
         rpc_metrics = RpcMetrics(self.registry)
-        self._public = RpcServer(rpc_metrics)
+        self._public = RpcServer(rpc_metrics, client_timeout_s=front.client_timeout_s)
         self._internal = RpcServer(rpc_metrics) if front.internal_listen else self._public
         public = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
         self._public.add_service(public, inference, limit_s=front.max_request_s + _STUCK_S)
@@ -95,7 +95,9 @@ class Coordinator:
         self._openai = OpenAiApi(dialable(self.address), self.registry)
         routes = [holds_route(self._holds), *self._openai.routes()]
         app = make_app(self.registry, lambda: self.ready, routes)
-        self._http = await serve_http(app, self._front.http)
+        self._http = await serve_http(
+            app, self._front.http, client_timeout_s=self._front.client_timeout_s
+        )
         self.http_address = self._http.address
         await self._public.start()
         if self._internal is not self._public:

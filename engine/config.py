@@ -24,6 +24,7 @@ from typing import Any
 from engine.errors import ConfigError
 
 ENV_PREFIX = "DIPTYCH_"
+MAX_CLIENT_S = 1e6  # gRPC's keepalive takes milliseconds in 32 bits
 MAX_REQUEST_S = 1e9  # gRPC cannot carry a deadline of some centuries; this is three decades
 _SIZE = re.compile(r"^\s*([0-9.]+)\s*([kmgt]?)i?b?\s*$", re.IGNORECASE)
 
@@ -240,6 +241,13 @@ class FrontOptions:
     routing: str = option("load", "how workers are picked", choices=("load",))
     max_request_s: float = option(
         600.0, "deadline of a request that brings none", minimum=0.1, maximum=MAX_REQUEST_S
+    )
+    client_timeout_s: float = option(
+        30.0,
+        "how long a client may keep the ports waiting: with its request, without reading its "
+        "answer, without a sign of life",
+        minimum=1,
+        maximum=MAX_CLIENT_S,
     )
     worker_wait_s: float = option(
         20.0, "how long a request waits for a worker to appear", minimum=0

@@ -1,7 +1,7 @@
 """Client channels whose limits match our servers', and a small pool of them keyed by address.
 
-Keepalive finds a peer that vanished without closing its connection within `KEEPALIVE_TIME_MS` plus
-its timeout; a process that was killed closes it at once.
+Keepalive finds a peer that vanished without closing its connection within `KEEPALIVE_S`; a process
+that was killed closes it at once.
 
 With a cluster token every call of a channel carries it, as plain metadata: gRPC's own credentials
 ask for TLS, and its interceptors put another object, with another way to be cancelled, in place of
@@ -20,8 +20,7 @@ import grpc
 from engine.rpc.trust import ClusterToken
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-KEEPALIVE_TIME_MS = 15_000
-KEEPALIVE_TIMEOUT_MS = 15_000
+KEEPALIVE_S = 30.0
 
 Option = tuple[str, int | str]
 
@@ -30,16 +29,23 @@ LENGTH_OPTIONS: tuple[Option, ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", 64 * 1024),
 )
-KEEPALIVE_OPTIONS: tuple[Option, ...] = (
-    ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
-    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),  # else a ping waits for a minute
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),  # no limit: a silent decode is not cut
-)
+
+
+def keepalive_options(silence_s: float) -> tuple[Option, ...]:
+    """A ping after half of it without a word, and the end if the other half brings no answer."""
+    half_ms = max(1, round(silence_s * 500))
+    return (
+        ("grpc.keepalive_time_ms", half_ms),
+        ("grpc.keepalive_timeout_ms", half_ms),
+        ("grpc.http2.ping_timeout_ms", half_ms),  # else a ping waits for a minute
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),  # no limit: a silent decode is not cut
+    )
+
+
 CHANNEL_OPTIONS: tuple[Option, ...] = (
     *LENGTH_OPTIONS,
-    *KEEPALIVE_OPTIONS,
+    *keepalive_options(KEEPALIVE_S),
     ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),  # a closed channel's backoff ends with it

@@ -11,8 +11,9 @@ released before the next message of anybody.
 
 Cancellation passes through: it is how a caller, or its deadline, ends a call.
 
-Who does not come to the point is cut off: a connection that says no preface, a call whose request
-is not here within `REQUEST_S` of its headers, one whose caller has not read for `STALLED_S`.
+Who does not come to the point is cut off: a connection that says no preface, and after
+`client_timeout_s` one that answers no ping, a call whose request is not here, one whose caller does
+not read.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from engine.errors import (
     PermissionDenied,
     Unauthenticated,
 )
-from engine.rpc.channel import KEEPALIVE_OPTIONS, LENGTH_OPTIONS
+from engine.rpc.channel import KEEPALIVE_S, LENGTH_OPTIONS, Option, keepalive_options
 from engine.rpc.listener import Listener
 from engine.rpc.reflection import DESCRIPTOR as REFLECTION
 from engine.rpc.reflection import SERVICES as REFLECTION_SERVICES
@@ -50,9 +51,8 @@ log = get_logger(__name__)
 
 MAX_PENDING = 16_384
 
-_SERVER_OPTIONS = (
+_SERVER_OPTIONS: tuple[Option, ...] = (
     *LENGTH_OPTIONS,
-    *KEEPALIVE_OPTIONS,
     # A second process on a used port fails instead of taking half the calls.
     ("grpc.so_reuseport", 0),
     # Clients may ping during a silent decode without being cut.
@@ -69,8 +69,6 @@ _SERVER_OPTIONS = (
     ("grpc.compression_enabled_algorithms_bitset", 1),
 )
 
-REQUEST_S = 30.0
-STALLED_S = 30.0
 _HEAR_S = 1.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -82,9 +80,13 @@ class RpcServer:
     Order of use: add_service, listen, start, set_serving, stop.
     """
 
-    def __init__(self, metrics: RpcMetrics | None = None) -> None:
+    def __init__(
+        self, metrics: RpcMetrics | None = None, *, client_timeout_s: float = KEEPALIVE_S
+    ) -> None:
         self._metrics = metrics
-        self._listener = Listener(_SERVER_OPTIONS, self._died)
+        self._client_timeout_s = client_timeout_s
+        options = (*_SERVER_OPTIONS, *keepalive_options(client_timeout_s))
+        self._listener = Listener(options, self._died)
         self._health = health.aio.HealthServicer()
         self._names: list[str] = []
         self._stopped = asyncio.Event()
@@ -177,10 +179,12 @@ class RpcServer:
         token: ClusterToken | None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The grpc handler of one method: bytes in, messages out."""
-        requests = _Requests(method, token)
+        requests = _Requests(method, token, self._client_timeout_s)
         full_name = f"{method.containing_service.name}/{method.name}"
 
         async def stream(raw: AsyncIterator[bytes], context: Context) -> None:
+            writer = _Writer(context, self._client_timeout_s)
+
             async def body() -> None:
                 answer = behaviour(await requests.of(raw, context), context)
                 if inspect.isawaitable(answer):  # it writes by itself, as the library's health does
@@ -188,9 +192,9 @@ class RpcServer:
                     return
                 async with aclosing(answer) as responses:
                     async for response in responses:
-                        await _write(context, response)
+                        await writer.write(response)
 
-            await self._guard(full_name, context, body, limit_s)
+            await self._guard(full_name, context, body, limit_s, writer)
 
         async def unary(raw: AsyncIterator[bytes], context: Context) -> Any:
             async def body() -> Any:
@@ -215,6 +219,7 @@ class RpcServer:
         context: Context,
         body: Callable[[], Awaitable[Any]],
         limit_s: float | None,
+        writer: _Writer | None = None,
     ) -> Any:
         """Run one call: every failure becomes a status, cancellation passes through."""
         limit = asyncio.timeout(limit_s if context.time_remaining() is None else None)
@@ -250,11 +255,13 @@ class RpcServer:
                 failure = RpcStatus(grpc.StatusCode.CANCELLED, "the caller has gone", ())
             else:
                 log.exception("call failed", method=method)
+        if self._metrics and failure.code is not grpc.StatusCode.CANCELLED:
+            self._metrics.failed(method, failure.code.name.lower())
+        if writer:
+            await writer.settle()
         return await self._abort(method, context, failure)
 
     async def _abort(self, method: str, context: Context, failure: RpcStatus) -> None:
-        if self._metrics and failure.code is not grpc.StatusCode.CANCELLED:
-            self._metrics.failed(method, failure.code.name.lower())
         try:
             await context.abort(
                 failure.code, details=failure.message, trailing_metadata=failure.trailing_metadata
@@ -273,10 +280,13 @@ class _CallerGone(Exception):
 class _Requests:
     """What the callers of one method send: looked at only with the token, parsed, and in time."""
 
-    def __init__(self, method: MethodDescriptor, token: ClusterToken | None) -> None:
+    def __init__(
+        self, method: MethodDescriptor, token: ClusterToken | None, timeout_s: float
+    ) -> None:
         self._class = message_factory.GetMessageClass(method.input_type)
         self._are_many = method.client_streaming
         self._token = token
+        self._timeout_s = timeout_s
 
     async def of(self, raw: AsyncIterator[bytes], context: Context) -> Any:
         """The message of a call, or an async iterator of them. Raises DiptychError."""
@@ -292,10 +302,10 @@ class _Requests:
     async def _only(self, context: Context) -> Message:
         """The one message of a call, which its caller has to send in time."""
         try:
-            async with asyncio.timeout(REQUEST_S):
+            async with asyncio.timeout(self._timeout_s):
                 raw = await context.read()
         except TimeoutError:
-            raise DeadlineExceeded(f"no whole request within {REQUEST_S:g} s") from None
+            raise DeadlineExceeded(f"no whole request within {self._timeout_s:g} s") from None
         self._check(context)
         if raw is grpc.aio.EOF:
             raise InvalidRequest("request", f"none; expected a {self._class.DESCRIPTOR.full_name}")
@@ -313,14 +323,45 @@ class _Requests:
             self._token.check(context.invocation_metadata())
 
 
-async def _write(context: Context, response: Message) -> None:
-    try:
-        async with asyncio.timeout(STALLED_S):
-            await context.write(response)
-    except TimeoutError:
-        raise DeadlineExceeded(f"the caller has not read for {STALLED_S:g} s") from None
-    except grpc.aio.InternalError as error:
-        raise _CallerGone from error
+class _Writer:
+    """The messages of one call.
+
+    One that its caller does not read stays under way, and before it has gone gRPC takes no other
+    word, not even a status: what the call holds is released, and the caller hears why when he reads
+    again.
+    """
+
+    def __init__(self, context: Context, timeout_s: float) -> None:
+        self._context = context
+        self._timeout_s = timeout_s
+        self._last: asyncio.Future[None] | None = None
+
+    async def write(self, response: Message) -> None:
+        """Send one. Raises DeadlineExceeded for a caller who does not read, or _CallerGone."""
+        last = self._last = asyncio.ensure_future(self._context.write(response))
+        try:
+            done, _ = await asyncio.wait((last,), timeout=self._timeout_s)
+        except asyncio.CancelledError:
+            last.add_done_callback(_retrieve)
+            raise
+        if not done:
+            raise DeadlineExceeded(f"the caller has not read for {self._timeout_s:g} s")
+        try:
+            last.result()
+        except grpc.aio.InternalError as error:
+            raise _CallerGone from error
+
+    async def settle(self) -> None:
+        """Until nothing is under way: at the latest with the connection."""
+        if self._last is not None and not self._last.done():
+            self._last.add_done_callback(_retrieve)
+            await asyncio.wait((self._last,))
+
+
+def _retrieve(write: asyncio.Future[None]) -> None:
+    """Its failure is nobody's concern any more."""
+    if not write.cancelled():
+        write.exception()
 
 
 def _serialize(message: Any) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from h11 import LocalProtocolError
@@ -24,7 +24,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from engine.errors import ConfigError
 from engine.rpc.address import listen_on
 
-REQUEST_S = 30.0
+CLIENT_TIMEOUT_S = 30.0
+
+
+class _Config(uvicorn.Config):
+    client_timeout_s: float
 
 
 class _Protocol(H11Protocol):
@@ -67,14 +71,18 @@ class _Protocol(H11Protocol):
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self.loop.call_later(REQUEST_S, self.transport.abort)  # unread, it would never close
+        self._cut_off_later()  # unread, it would never close
 
     def _look(self) -> None:
         cycle: Any = self.cycle
         if cycle is not None and not cycle.response_complete and not cycle.more_body:
             self._stop_timer()
         elif self._timer is None:
-            self._timer = self.loop.call_later(REQUEST_S, self.transport.abort)
+            self._timer = self._cut_off_later()
+
+    def _cut_off_later(self) -> asyncio.TimerHandle:
+        config = cast(_Config, self.config)
+        return self.loop.call_later(config.client_timeout_s, self.transport.abort)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -138,10 +146,15 @@ class HttpServer:
         await asyncio.gather(self._task, return_exceptions=True)
 
 
-async def serve_http(app: Starlette, address: str) -> HttpServer:
-    """Serve `app` on HOST:PORT (port 0: a free one) in this event loop. Raises ConfigError."""
+async def serve_http(
+    app: Starlette, address: str, *, client_timeout_s: float = CLIENT_TIMEOUT_S
+) -> HttpServer:
+    """Serve `app` on HOST:PORT (port 0: a free one) in this event loop. Raises ConfigError.
+
+    Connections that bring no whole request within `client_timeout_s` are cut off.
+    """
     sock = listen_on(address)
-    config = uvicorn.Config(
+    config = _Config(
         app,
         log_config=None,
         log_level="warning",
@@ -150,6 +163,7 @@ async def serve_http(app: Starlette, address: str) -> HttpServer:
         http=_Protocol,
         timeout_graceful_shutdown=1,
     )
+    config.client_timeout_s = client_timeout_s
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[sock]), name="http")
     while not server.started:

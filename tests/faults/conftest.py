@@ -113,6 +113,15 @@ async def net_row(request: pytest.FixtureRequest, net: Bench, full: bool) -> Asy
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    ours = [
+        report
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if isinstance(report, pytest.TestReport) and report.nodeid.startswith("tests/faults/")
+    ]
+    if ours:
+        seconds = sum(report.duration for report in ours)
+        terminalreporter.write_line(f"fault suite: {seconds / 60:.1f} minutes")
     for name, notes in NOTES.items():
         for note in notes:
             terminalreporter.write_line(f"{name.removeprefix('test_')}: {note}")

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from tests.faults.asks import Asker, Stream
 from tests.faults.oracle import CASES, Case, Oracle
 
-_PAUSE_S = 0.15
 CHEAP = tuple(case for name, case in CASES.items() if name.startswith("load-"))
 
 
@@ -27,6 +26,7 @@ class Load:
         oracle: Oracle,
         *,
         num_askers: int = 2,
+        pause_s: float = 0.15,
         cases: Sequence[Case] = CHEAP,
         seed: int = 0,
     ) -> None:
@@ -36,6 +36,7 @@ class Load:
         self._cases = cases
         self._seed = seed
         self._num_askers = num_askers
+        self._pause_s = pause_s
         self._ending = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.streams: list[Stream] = []
@@ -71,4 +72,4 @@ class Load:
             await stream.end(120)
             if self._ending.is_set():
                 return
-            await asyncio.sleep(_PAUSE_S * rng.uniform(0.5, 1.5))
+            await asyncio.sleep(self._pause_s * rng.uniform(0.5, 1.5))

@@ -81,11 +81,11 @@ def _sampled(seed: int) -> dict[str, Any]:
 def _cases() -> dict[str, Case]:
     """By name. A salt makes any of them a new prompt to the prefix caches."""
     found: list[Case] = []
-    longs = [(832, 0, 64), (832, 600, 64), (500, 100, 40)]  # length, start, tokens to write
-    for i, (length, start, tokens) in enumerate(longs):
-        found.append(Case(f"long-{i}", _text(length, start), tokens))
-        found.append(Case(f"long-{i}-sampled", _text(length, start), tokens, _sampled(i + 1)))
-    shorts = [(100, 0, 120), (129, 200, 120), (64, 400, 160), (200, 40, 120)]
+    found.append(Case("long-0", _text(832), 64))
+    found.append(Case("long-1-sampled", _text(832, 600), 64, _sampled(2)))
+    found.append(Case("long-2", _text(500, 100), 40))
+    found.append(Case("long-2-sampled", _text(500, 100), 40, _sampled(3)))
+    shorts = [(100, 0, 120), (129, 200, 120), (64, 400, 160)]  # length, start, tokens to write
     for i, (length, start, tokens) in enumerate(shorts):
         found.append(Case(f"short-{i}", _text(length, start), tokens))
         found.append(Case(f"short-{i}-sampled", _text(length, start), tokens, _sampled(i + 10)))
@@ -93,8 +93,8 @@ def _cases() -> dict[str, Case]:
     for length in (1, 15, 16, 17, 32, 33, 512, 513):
         found.append(Case(f"edge-{length}", _text(832)[:length], 8))
     # Held to a form which takes 60 tokens and more, part of it without a choice (jump-ahead).
+    found.append(Case("json-0", _text(90, 20), 260, {}, 1, _FORMS["json"]))
     for name, form in _FORMS.items():
-        found.append(Case(f"{name}-0", _text(90, 20), 260, {}, 1, form))
         found.append(Case(f"{name}-0-sampled", _text(90, 20), 260, _sampled(31), 1, form))
     # Several choices of one prompt, each with a seed of its own.
     found.append(Case("four-0-sampled", _text(100, 60), 80, _sampled(41), 4))

@@ -78,8 +78,8 @@ class Row:
             if place.alive:
                 self._counters[place.name] = (place.pid, self.samples(place.name))
         if load:
-            askers = 2 if self.full else 1
-            self._load = Load(self.asker, self.fronts, self.oracle, num_askers=askers)
+            pace: dict[str, Any] = {} if self.full else {"num_askers": 1, "pause_s": 0.4}
+            self._load = Load(self.asker, self.fronts, self.oracle, **pace)
             self._load.begin()
 
     async def finish(self, rest_s: float = checks.REST_S) -> None:

@@ -90,7 +90,7 @@ async def test_cancel_while_queued_for_decode(alone: Row) -> None:
     row.order(D, "data_ends_late", times=2, after_s=2.0)
     first = [row.ask(case) for case in ("long-0", "long-1-sampled")]
     await row.until(lambda: checks.num_held(row.cluster.http(D)) > 100, 10, "the pool is full")
-    queued = row.ask("long-0-sampled")
+    queued = row.ask("long-1-sampled")
     await row.until(
         lambda: row.samples(D)["num_requests_waiting"] >= 1, 10, "the third waits for room"
     )

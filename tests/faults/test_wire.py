@@ -13,6 +13,7 @@ from tests.faults.row import Row
 pytestmark = pytest.mark.timeout(600)
 
 LONG = ("long-0", "long-1-sampled")
+SHORTER = ("long-2", "long-2-sampled")  # two chunks each
 
 
 async def _whole_under(row: Row, names: list[str], fault: str, **values: object) -> int:
@@ -21,7 +22,7 @@ async def _whole_under(row: Row, names: list[str], fault: str, **values: object)
     for name in names:
         row.order(name, fault, **{"times": 2, **values})  # type: ignore[arg-type]
     for _ in range(10 if row.full else 1):
-        await row.all_whole([row.ask(case) for case in LONG])
+        await row.all_whole([row.ask(case) for case in (LONG if row.full else SHORTER)])
         if row.full:
             for name in names:
                 row.order(name, fault, **{"times": 2, **values})  # type: ignore[arg-type]
@@ -57,7 +58,8 @@ async def test_a_read_that_never_ends_restarts_the_data_plane(alone: Row) -> Non
     pid = row.cluster[name].pid
     row.order(name, "never_ends", times=1)
     stuck = row.done(name, "never_ends")
-    streams = [row.ask(case) for case in (*LONG, *LONG)]
+    cases = LONG if row.full else SHORTER
+    streams = [row.ask(case) for case in (*cases, *cases)]
     await row.until(lambda: row.done(name, "never_ends") > stuck, 30, "a read hangs")
     await row.all_whole(streams)
     await row.until(
@@ -67,7 +69,7 @@ async def test_a_read_that_never_ends_restarts_the_data_plane(alone: Row) -> Non
     )
     row.lift(name)
     assert row.cluster[name].pid == pid, "the process lives on"
-    await row.all_whole([row.ask(case) for case in (LONG * 2 if row.full else LONG)])
+    await row.all_whole([row.ask(case) for case in (LONG * 2 if row.full else SHORTER)])
     row.moved(name, "kv_transfer_failures_total")
     row.moved(name, "kv_transfer_blocks_total")
     row.explained.append(r"did not end within|kept by reads that do not end")

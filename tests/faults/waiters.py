@@ -1,6 +1,7 @@
 """Callers who let the public port wait: they stop reading, writing or living, and keep the line.
 
-Each returns when the port has got rid of him, and fails where it does not in time. They may all be
+Each returns when the port has got rid of him, and fails where it does not in time: after
+`--client-timeout-s`, and somewhat later on a machine where others work (`gone_s`). They may all be
 there at once.
 """
 
@@ -20,32 +21,31 @@ from tests.integration.stack import until
 from tests.support import http2
 from tests.support.http2 import closed_by_peer, connect, frame, grpc_message
 
-# What has not said what it wants by then is cut off (engine.rpc.server, engine.telemetry.http), and
-# keepalive needs half a minute to see that nobody is there.
-GONE_S = 50.0
 NUM_NEVER = 12
 NUM_HTTP_CONNECTIONS = 1_000
 
 
 def never_read(port: Port) -> None:
     """No window at all, no deadline: the answers are written, their blocks are free, and the calls
-    end because nobody has read for half a minute.
+    end because nobody reads.
     """
     names = [f"never-{i}" for i in range(NUM_NEVER)]
+    gone_s = port.patience.gone_s
     with port.raw() as raw:
         raw.begin({http2.INITIAL_WINDOW_SIZE: 0})
         for name in names:
             raw.request(GENERATE, request(40, request_id=name).SerializeToString())
-        pings = threading.Thread(target=lambda: list(raw.read_frames(GONE_S)), daemon=True)
+        pings = threading.Thread(target=lambda: list(raw.read_frames(gone_s)), daemon=True)
         pings.start()  # a good connection in all else, or it would be cut off for that
-        until(lambda: port.held_for("decode-0", *names), 20, "the decode worker writes them")
-        until(lambda: not port.held_for("decode-0", *names), GONE_S, "their blocks are free")
-        until(lambda: not port.held_for("coordinator", *names), GONE_S, "nothing is admitted")
+        until(lambda: port.held_for("decode-0", *names), gone_s, "the decode worker writes them")
+        until(lambda: not port.held_for("decode-0", *names), gone_s, "their blocks are free")
+        until(lambda: not port.held_for("coordinator", *names), gone_s, "nothing is admitted")
 
 
 def stops_reading(port: Port) -> None:
     """A real client with a small window takes one message and goes to sleep."""
-    asked = request(1200, request_id="sleeper")
+    asked = request(port.patience.sleeper_tokens, request_id="sleeper")
+    gone_s = port.patience.gone_s + 10
     with port.channel(("grpc.http2.lookahead_bytes", 1024)) as channel:
         call = channel.unary_stream(
             GENERATE.decode(), response_deserializer=pb.GenerateResponse.FromString
@@ -53,7 +53,7 @@ def stops_reading(port: Port) -> None:
         answer = call(asked.SerializeToString(), timeout=120)
         next(answer)
         assert port.held_for("decode-0", "sleeper")
-        until(lambda: not port.held_for("decode-0", "sleeper"), 60, "its blocks are free")
+        until(lambda: not port.held_for("decode-0", "sleeper"), gone_s, "its blocks are free")
         answer.cancel()
         until(lambda: not port.held_for("coordinator", "sleeper"), 5, "it is let go")
 
@@ -62,7 +62,7 @@ _SLEEPER = """
 import sys, time
 from coordinator.client import Client
 with Client(sys.argv[1]) as client:
-    events = client.generate({prompt}, max_tokens=1500, ignore_eos=True, request_id="stopped")
+    events = client.generate({prompt}, max_tokens={tokens}, ignore_eos=True, request_id="stopped")
     next(events); print("begun", flush=True)
     for event in events: pass
 """
@@ -70,8 +70,10 @@ with Client(sys.argv[1]) as client:
 
 def is_stopped(port: Port) -> None:
     """SIGSTOP: its connection looks alive, until keepalive says otherwise."""
+    gone_s = port.patience.gone_s
+    code = _SLEEPER.format(prompt=PROMPT, tokens=port.patience.stopped_tokens)
     client = subprocess.Popen(
-        [sys.executable, "-c", _SLEEPER.format(prompt=PROMPT), port.address],
+        [sys.executable, "-c", code, port.address],
         stdout=subprocess.PIPE,
     )
     try:
@@ -79,8 +81,8 @@ def is_stopped(port: Port) -> None:
         assert client.stdout.readline() == b"begun\n"
         os.kill(client.pid, signal.SIGSTOP)
         assert port.held_for("decode-0", "stopped")
-        until(lambda: not port.held_for("decode-0", "stopped"), 80, "its blocks are free")
-        until(lambda: not port.held_for("coordinator", "stopped"), GONE_S, "it is let go")
+        until(lambda: not port.held_for("decode-0", "stopped"), gone_s + 30, "its blocks are free")
+        until(lambda: not port.held_for("coordinator", "stopped"), gone_s, "it is let go")
     finally:
         client.kill()
         client.wait()
@@ -114,8 +116,8 @@ def falls_silent(port: Port) -> None:
             sock.sendall(opening)
     begun_s, closed_s = time.monotonic(), {}
     for name, sock in sockets.items():
-        left = GONE_S - (time.monotonic() - begun_s)
-        assert closed_by_peer(sock, left), f"{name}: still open after {GONE_S:.0f} s"
+        left = port.patience.gone_s - (time.monotonic() - begun_s)
+        assert closed_by_peer(sock, left), f"{name}: still open"
         closed_s[name] = time.monotonic() - begun_s
         sock.close()
     print({k: round(v, 1) for k, v in closed_s.items() if k.endswith(" 0")})
@@ -130,7 +132,9 @@ def writes_slowly(port: Port) -> None:
         body = grpc_message(request(3).SerializeToString())
         begun_s, sent, ended = time.monotonic(), 0, set()
         while ended != {silent, slow}:
-            assert time.monotonic() - begun_s < GONE_S, f"{ended} of {silent} and {slow} ended"
+            assert time.monotonic() - begun_s < port.patience.gone_s, (
+                f"{ended} of {silent} and {slow} ended"
+            )
             if slow not in ended and sent < len(body) - 1:  # a byte a second
                 raw.send(frame(http2.DATA, 0, slow, body[sent : sent + 1]))
                 sent += 1
@@ -159,7 +163,7 @@ def half_asks_by_http(port: Port) -> None:
         assert port.health().startswith(b"HTTP/1.1 200")
         time.sleep(1.0)
     for sock in crowd:
-        left = GONE_S - (time.monotonic() - begun_s)
+        left = port.patience.gone_s - (time.monotonic() - begun_s)
         assert closed_by_peer(sock, left), "still open"
         sock.close()
     print(f"all of the HTTP port closed after {time.monotonic() - begun_s:.1f} s")

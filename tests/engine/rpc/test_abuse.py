@@ -12,7 +12,6 @@ from prometheus_client import CollectorRegistry
 
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc import listener as listener_module
-from engine.rpc import server as server_module
 from engine.rpc.channel import open_channel
 from engine.rpc.server import RpcServer
 from engine.telemetry.metrics import RpcMetrics
@@ -45,9 +44,9 @@ class Endless:
 
 
 @asynccontextmanager
-async def serving():
+async def serving(**options):
     registry, endless = CollectorRegistry(), Endless()
-    server = RpcServer(RpcMetrics(registry))
+    server = RpcServer(RpcMetrics(registry), **options)
     server.add_service(inference_pb2.DESCRIPTOR.services_by_name["InferenceService"], endless)
     address = f"127.0.0.1:{server.listen('127.0.0.1:0')}"
     await server.start()
@@ -84,9 +83,8 @@ async def test_a_call_that_ends_without_a_message():
             assert failures(registry, f"InferenceService/{method}", "invalid_argument") == 1
 
 
-async def test_a_request_that_never_comes(monkeypatch):
-    monkeypatch.setattr(server_module, "REQUEST_S", 0.3)
-    async with serving() as (address, _, registry):
+async def test_a_request_that_never_comes():
+    async with serving(client_timeout_s=0.6) as (address, _, registry):
         with RawConnection(address) as raw:
             raw.begin()
             silent, half = raw.open_stream(GENERATE), raw.open_stream(TOKENIZE.encode())
@@ -96,14 +94,28 @@ async def test_a_request_that_never_comes(monkeypatch):
         assert failures(registry, "InferenceService/Generate", "deadline_exceeded") == 1
 
 
-async def test_a_caller_who_does_not_read(monkeypatch):
-    monkeypatch.setattr(server_module, "STALLED_S", 0.3)
-    async with serving() as (address, endless, _):
+async def test_a_caller_who_does_not_read():
+    async with serving(client_timeout_s=0.6) as (address, endless, registry):
         with RawConnection(address) as raw:
             raw.begin({http2.INITIAL_WINDOW_SIZE: 0})
             raw.request(GENERATE, b"")
             await asyncio.wait_for(endless.begun.wait(), 5)
+            assert not await ends(raw, 1, 1.5)  # a good connection in all else: it answers pings
+            assert endless.closed.is_set(), "what it held is released"
+            assert failures(registry, "InferenceService/Generate", "deadline_exceeded") == 1
+            for stream in (0, 1):
+                raw.send(frame(http2.WINDOW_UPDATE, 0, stream, (2**20).to_bytes(4, "big")))
+            assert await ends(raw, 1), "who reads again is told why"
+
+
+async def test_a_connection_that_answers_no_ping():
+    async with serving(client_timeout_s=0.6) as (address, endless, registry):
+        with RawConnection(address, polite=False) as raw:
+            raw.begin()
+            raw.request(GENERATE, b"")
+            await asyncio.wait_for(endless.begun.wait(), 5)
             await asyncio.wait_for(endless.closed.wait(), 5)
+        assert failures(registry, "InferenceService/Generate", "deadline_exceeded") is None
 
 
 async def test_a_caller_whose_deadline_comes_while_he_does_not_read(caplog):

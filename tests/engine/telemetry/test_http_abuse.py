@@ -9,16 +9,13 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from engine.telemetry import http as http_module
 from engine.telemetry.http import make_app, serve_http
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 
 
 @pytest.fixture
-async def address(monkeypatch):
-    monkeypatch.setattr(http_module, "REQUEST_S", 0.5)
-
+async def address():
     async def slow(_request):
         await asyncio.sleep(1.0)
         return PlainTextResponse("slow\n")
@@ -39,7 +36,8 @@ async def address(monkeypatch):
         Route("/length", length, methods=["POST"]),
         Route("/endless", endless, methods=["POST"]),
     ]
-    server = await serve_http(make_app(CollectorRegistry(), lambda: True, routes), "127.0.0.1:0")
+    app = make_app(CollectorRegistry(), lambda: True, routes)
+    server = await serve_http(app, "127.0.0.1:0", client_timeout_s=0.5)
     yield server.address
     await server.stop()
 
