@@ -103,7 +103,9 @@ class Stream:
         return max((b - a for a, b in itertools.pairwise(moments)), default=0.0)
 
     def check(self, oracle: Oracle) -> None:
-        """It ended well: each token index delivered once, all equal to the undisturbed answer."""
+        """It ended well: each token index delivered once, all equal to the undisturbed answer, and
+        no seam in the text.
+        """
         assert self.error is None, f"{self}: {self.error!r}"
         assert self.done, f"{self} did not end"
         self.check_so_far(oracle)
@@ -112,6 +114,8 @@ class Stream:
             num = self._first(i) + len(tokens)
             assert num == wanted, f"{self}: choice {i} has {num} tokens, expected {wanted}"
             assert usage.completion_tokens == wanted, f"{self}: {usage}"
+            if not self.given and tokens == oracle.answer(self.case, i):
+                assert self.texts[i] == oracle.text(self.case, i), f"{self}: choice {i}"
 
     def check_so_far(self, oracle: Oracle) -> None:
         """What has come is right; for requests that a row may cut short."""

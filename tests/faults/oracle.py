@@ -108,10 +108,18 @@ def _cases() -> dict[str, Case]:
 CASES = _cases()
 
 
+@dataclass(slots=True)
+class Choice:
+    """One of an answer's choices."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+
+
 class Oracle:
     """The undisturbed answers, by case."""
 
-    def __init__(self, answers: Mapping[str, Sequence[Sequence[int]]], prompt_s: float) -> None:
+    def __init__(self, answers: Mapping[str, Sequence[Choice]], prompt_s: float) -> None:
         self._answers = dict(answers)
         self.prompt_s = prompt_s  # the slowest first token of four long prompts at once
         self.num_compared = 0
@@ -128,8 +136,12 @@ class Oracle:
         return Oracle(self._answers, asyncio.run(_first_token_s(address)))
 
     def answer(self, case: Case, choice: int = 0) -> list[int]:
-        """All of it."""
-        return list(self._answers[case.name][choice])
+        """All its tokens."""
+        return list(self._answers[case.name][choice].tokens)
+
+    def text(self, case: Case, choice: int = 0) -> str:
+        """What they say."""
+        return self._answers[case.name][choice].text
 
     def difference(self, case: Case, choice: int, got: Sequence[int], first: int = 0) -> str:
         """What is wrong with `got`, tokens of a choice from index `first` on; "" if nothing is."""
@@ -195,19 +207,21 @@ async def _first_token_s(address: str) -> float:
         )
 
 
-async def _ask_all(address: str, cases: Sequence[Case]) -> dict[str, list[list[int]]]:
+async def _ask_all(address: str, cases: Sequence[Case]) -> dict[str, list[Choice]]:
     gate = asyncio.Semaphore(_ASKED_AT_ONCE)
 
-    async def ask(client: AsyncClient, case: Case) -> list[list[int]]:
-        choices: list[list[int]] = [[] for _ in range(case.num_choices)]
+    async def ask(client: AsyncClient, case: Case) -> list[Choice]:
+        choices = [Choice() for _ in range(case.num_choices)]
         async with gate:
             async for event in client.generate(case.prompt, timeout_s=120, **case.options):
                 if isinstance(event, TextDelta):
-                    choices[event.index] += event.token_ids
+                    choices[event.index].tokens += event.token_ids
+                    choices[event.index].text += event.text
                 elif isinstance(event, Done) and case.constraint:
                     assert event.finish_reason == "stop", f"{case.name} has no end"
-        for tokens in choices:
-            assert case.constraint or len(tokens) == case.max_tokens, f"{case.name}: {len(tokens)}"
+        for choice in choices:
+            num = len(choice.tokens)
+            assert case.constraint or num == case.max_tokens, f"{case.name}: {num}"
         return choices
 
     async with AsyncClient(address) as client:

@@ -31,7 +31,7 @@ _FEW_BLOCKS = 8
 # gRPC keeps a few threads and descriptors for a while after they were needed.
 MORE_FILES, MORE_THREADS = 24, 8
 SETTLE_S = 15.0
-MAX_MODEL_LEN = 2048
+MAX_MODEL_LEN = 1600
 _ids = itertools.count(1)
 
 
@@ -62,7 +62,7 @@ class Patience:
 
 
 FULL = Patience(30, sleeper_tokens=1200, stopped_tokens=1500, pool="192MiB")
-SHORT = Patience(10, sleeper_tokens=400, stopped_tokens=500, pool="104MiB")
+SHORT = Patience(10, sleeper_tokens=300, stopped_tokens=350, pool="84MiB")
 
 
 def request(

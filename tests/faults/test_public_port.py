@@ -307,7 +307,7 @@ def test_garbage_on_the_port(port: Port, full: bool) -> None:
                 sock = connect(port.address)
                 with suppress(OSError):  # the server may cut us off in the middle
                     sock.sendall(raw)
-                closed_by_peer(sock, 0.1)
+                closed_by_peer(sock, 0.05)
                 sock.close()
                 until(port.answers, 2.0, f"after {name!r} a proper call is answered")
             resident.append(port.vitals().resident_bytes)
