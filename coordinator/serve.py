@@ -40,6 +40,7 @@ from engine.config import (
     state_dir,
     to_flags,
 )
+from engine.heap import freeze_heap
 from engine.native.threads import memory_board
 from engine.placement import prepare_weights
 from engine.precision import has_gpu
@@ -116,6 +117,7 @@ async def _serve(options: Options, served: ServedModel, trust: Trust) -> int:
     supervisor = None
     try:
         await coordinator.start()
+        freeze_heap()
         if options.fleet.workers == "local":
             supervisor = make_supervisor(options, coordinator.internal_address, trust.cluster)
             supervisor.start()

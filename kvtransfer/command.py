@@ -27,6 +27,7 @@ from engine.config import (
     set_default_env,
 )
 from engine.errors import CheckpointError, ConfigError
+from engine.heap import put_off_collections
 from engine.types import Role
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def _start(
     model, cache, step, transfer, worker, trust, log, *own = options
     set_default_env(_LIBRARY_ENV)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    put_off_collections()
     import uvloop
     from prometheus_client import CollectorRegistry
 

@@ -29,6 +29,7 @@ from engine.cache.block_pool import GENERATION_BYTES
 from engine.cache.layout import name_salt
 from engine.config import TransferOptions, WorkerOptions
 from engine.errors import ConfigError, InvalidRequest, Mismatch
+from engine.heap import freeze_heap
 from engine.pb.diptych.internal.v1 import registry_pb2, worker_pb2
 from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
 from engine.rpc.channel import ChannelPool
@@ -254,6 +255,7 @@ async def run_worker(
             token=settings.token,
         )
         registration.start()
+        freeze_heap()
         _log.info("worker serves", address=address, http=http.address, incarnation=host.incarnation)
         status = await _until_the_end(host, registration, orders.stop)
         if status == 0:
