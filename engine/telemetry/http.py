@@ -1,14 +1,18 @@
 """The HTTP side door of a process: /metrics, /health (it lives), /health/ready (it can serve).
 
 It runs in the event loop that is there. Signals stay with their owner: uvicorn would take them.
-A connection that brings no whole request in time is cut off: uvicorn would keep it for ever.
+A connection that brings no whole request in time, or does not read its answer, is cut off: uvicorn
+would keep it for ever.
 """
 
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fcntl import ioctl
+from termios import TIOCOUTQ
 from typing import Any, cast
 
 import uvicorn
@@ -32,14 +36,16 @@ class _Config(uvicorn.Config):
 
 
 class _Protocol(H11Protocol):
-    """One connection. `_timer` runs while a request is due:
+    """One connection. `_timer` runs while a request is due, `_unread` while nothing can be written:
 
     connected -> due --all of it is here--> served -> idle (uvicorn's keep-alive) -> closed
-                  ^ '--too late--> cut off             |
+                  ^ '--too late--> cut off <--' unread |
                   '-------------- more bytes ----------'
     """
 
     _timer: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
+    _left: int = 0  # bytes that the peer had not taken when `_unread` was set
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -47,11 +53,21 @@ class _Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._is_read()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._look()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._unread is None:
+            self._wait_for_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._is_read()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -84,10 +100,35 @@ class _Protocol(H11Protocol):
         config = cast(_Config, self.config)
         return self.loop.call_later(config.client_timeout_s, self.transport.abort)
 
+    def _wait_for_reader(self) -> None:
+        self._left = _num_left(self.transport)
+        timeout_s = cast(_Config, self.config).client_timeout_s
+        self._unread = self.loop.call_later(timeout_s, self._look_at_reader)
+
+    def _look_at_reader(self) -> None:
+        """One who reads slowly goes on: the kernel lets us write again after a megabyte or so."""
+        if _num_left(self.transport) < self._left:
+            self._wait_for_reader()
+        else:
+            self.transport.abort()
+
+    def _is_read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _num_left(transport: asyncio.Transport) -> int:
+    """Bytes on their way that the peer's machine has not acknowledged."""
+    queued = array("i", [0])
+    with suppress(OSError):  # not for every kind of socket
+        ioctl(transport.get_extra_info("socket").fileno(), TIOCOUTQ, queued)
+    return transport.get_write_buffer_size() + queued[0]
 
 
 class _Server(uvicorn.Server):
@@ -151,7 +192,7 @@ async def serve_http(
 ) -> HttpServer:
     """Serve `app` on HOST:PORT (port 0: a free one) in this event loop. Raises ConfigError.
 
-    Connections that bring no whole request within `client_timeout_s` are cut off.
+    Connections that within `client_timeout_s` bring no whole request, or read nothing, are cut off.
     """
     sock = listen_on(address)
     config = _Config(

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import kvtransfer.host
+from engine.pb.diptych.internal.v1.worker_pb2 import RenewResponse
 from engine.types import Role
 from kvtransfer.base import Extent, MemoryRegion, PeerLost, PullFailed, ReadState
 from kvtransfer.command import worker_command
@@ -136,7 +137,12 @@ def _kill_soon(pid: int) -> None:
 
 
 class LabKv(KvServicer):
-    """KvService with releases that go wrong."""
+    """KvService with renewals and releases that go wrong."""
+
+    async def Renew(self, request: Any, context: Any) -> Any:
+        if ORDERS.take("lose_renewal"):
+            return RenewResponse()  # as if all were well
+        return await super().Renew(request, context)
 
     async def Release(self, request: Any, context: Any) -> Any:
         if ORDERS.take("lose_release"):

@@ -7,20 +7,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 
 import pytest
 
 from tests.faults import checks
 from tests.faults.asks import Stream
 from tests.faults.bench import Bench
-from tests.faults.cluster import Cluster
-from tests.faults.row import Row, TooLate, fresh_salt
+from tests.faults.cluster import LEASE_TTL_S, NUM_BLOCKS, Cluster
+from tests.faults.leases import calls, leased
+from tests.faults.row import Row, TooLate, fresh_salt, struck
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("one_pair")]
 
 P, D = "prefill-0", "decode-0"
 FREE_S = 1.0  # for everything that a cancelled request held
 BLOCK = 16
+LATE_S = LEASE_TTL_S + 1.5  # before the bench's --pull-timeout-s is over
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +162,36 @@ async def test_preemption_after_transfer(alone: Row) -> None:
         await row.all_whole(streams)
     row.moved(D, "num_preemptions_total")
     await row.finish()
+
+
+# -- blocks that are not what they were -----------------------------------------------------------
+
+
+async def test_a_lease_that_ends_before_its_blocks_are_read(alone: Row) -> None:
+    """No renewal arrives, the pool is full of others' blocks, and the first blocks to become free
+    are those that a read is about to be posted for: they hold another prompt by then, the fence
+    refuses them, and they come anew.
+    """
+    row = alone
+    for _ in range(5 if row.full else 1):
+        row.order(P, "lose_renewal", times=99)
+        row.order(D, "data_posted_late", after_s=LATE_S)
+        already = row.done(D, "data_posted_late")
+        stream = row.ask("long-2")
+        await row.until(lambda n=already: row.done(D, "data_posted_late") > n, 20, "a read waits")
+        due = time.monotonic() + LATE_S
+        async with calls(row, P) as (prefill, _), AsyncExitStack() as others:
+            left = NUM_BLOCKS - len(stream.case.prompt) // BLOCK
+            for i, num_blocks in enumerate((40, left - 40, 10)):  # the last waits for a lease's end
+                await others.enter_async_context(leased(row, prefill, f"other-{i}", num_blocks))
+            struck(time.monotonic() < due, "its blocks have another owner before they are read")
+            await asyncio.sleep(due - time.monotonic() + 0.2)
+        row.lift(P)
+        row.lift(D)
+        await row.all_whole([stream])
+    row.note(f"stale blocks refused: {row.moved(D, 'kv_stale_reads_total'):g}")
+    row.moved(P, "kv_leases_expired_total")
+    await row.finish(rest_s=LEASE_TTL_S + 10)
 
 
 # -- prefix hits -----------------------------------------------------------------------------------

@@ -12,11 +12,10 @@ from typing import Any
 import grpc
 import pytest
 
-from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
-from engine.rpc.channel import open_channel
+from engine.pb.diptych.internal.v1 import worker_pb2
 from tests.faults import checks
 from tests.faults.cluster import NATIVE
-from tests.faults.oracle import CASES
+from tests.faults.leases import calls, leased, prompt
 from tests.faults.places import End
 from tests.faults.row import Row, fresh_salt
 
@@ -59,7 +58,7 @@ def _roles() -> tuple[str, ...]:
 
 async def test_a_peer_of_another_model_is_refused_before_anything_else(alone: Row) -> None:
     """A handshake with another digest tells nothing of our memory."""
-    async with _calls(alone, P) as (_, kv):
+    async with calls(alone, P) as (_, kv):
         request = worker_pb2.HandshakeRequest(digest="another", caller_incarnation="stranger")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await kv.Handshake(request, timeout=10, metadata=alone.cluster.token)
@@ -70,7 +69,7 @@ async def test_a_peer_of_another_model_is_refused_before_anything_else(alone: Ro
 async def test_forged_leases(alone: Row) -> None:
     """A lease that was never granted opens nothing and ends nothing."""
     row = alone
-    async with _calls(row, P) as (prefill, kv), _leased(row, prefill, "owner") as lease:
+    async with calls(row, P) as (prefill, kv), _leased(row, prefill, "owner") as lease:
         forged = [secrets.token_bytes(16), b"", lease[:-1], bytes(16)]
         assert await _renew(row, kv, "owner", forged) == forged
         await _release(row, kv, "owner", forged)
@@ -83,7 +82,7 @@ async def test_forged_leases(alone: Row) -> None:
 async def test_foreign_leases(alone: Row) -> None:
     """Another's lease, even if somebody overheard it, is not his to renew or to end."""
     row = alone
-    async with _calls(row, P) as (prefill, kv), _leased(row, prefill, "owner") as lease:
+    async with calls(row, P) as (prefill, kv), _leased(row, prefill, "owner") as lease:
         assert await _renew(row, kv, "thief", [lease]) == [lease]
         await _release(row, kv, "thief", [lease])
         assert checks.num_held(row.cluster.http(P)) == NUM_BLOCKS
@@ -96,7 +95,7 @@ async def test_replayed_leases(alone: Row) -> None:
     """A release that is said again does not touch the blocks' next lease."""
     row = alone
     salt = fresh_salt()
-    async with _calls(row, P) as (prefill, kv):
+    async with calls(row, P) as (prefill, kv):
         async with _leased(row, prefill, "owner", salt) as old:
             await _release(row, kv, "owner", [old])
             async with _leased(row, prefill, "owner", salt) as new:
@@ -113,12 +112,12 @@ async def test_replayed_leases(alone: Row) -> None:
 async def test_callers_without_the_token(alone: Row) -> None:
     """Neither memory, nor leases, nor work for whoever is not of this cluster."""
     row = alone
-    async with _calls(row, P) as (prefill, kv):
+    async with calls(row, P) as (prefill, kv):
         for metadata, code in (
             ((), grpc.StatusCode.UNAUTHENTICATED),
             ((("authorization", "Bearer " + "x" * 64),), grpc.StatusCode.PERMISSION_DENIED),
         ):
-            calls = (
+            tried = (
                 kv.Handshake(
                     worker_pb2.HandshakeRequest(caller_incarnation="x"),
                     timeout=10,
@@ -127,9 +126,9 @@ async def test_callers_without_the_token(alone: Row) -> None:
                 kv.Release(
                     worker_pb2.ReleaseRequest(caller_incarnation="x"), timeout=10, metadata=metadata
                 ),
-                _first(prefill.Prefill(_prompt("x", ""), timeout=10, metadata=metadata)),
+                _first(prefill.Prefill(prompt("x", "", NUM_BLOCKS), timeout=10, metadata=metadata)),
             )
-            for call in calls:
+            for call in tried:
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await call
                 assert caught.value.code() is code
@@ -137,36 +136,13 @@ async def test_callers_without_the_token(alone: Row) -> None:
 
 
 @asynccontextmanager
-async def _calls(row: Row, name: str) -> AsyncIterator[tuple[Any, Any]]:
-    """Stubs of a worker's PrefillService and KvService."""
-    async with open_channel(row.cluster.address(name)) as channel:
-        yield worker_pb2_grpc.PrefillServiceStub(channel), worker_pb2_grpc.KvServiceStub(channel)
-
-
-def _prompt(owner: str, salt: str) -> worker_pb2.PrefillRequest:
-    return worker_pb2.PrefillRequest(
-        request_id=f"lease-of-{owner}",
-        caller_incarnation=owner,
-        token_ids=CASES["long-0"].prompt[: NUM_BLOCKS * 16],
-        cache_salt=salt,
-    )
-
-
-@asynccontextmanager
 async def _leased(
     row: Row, prefill: Any, owner: str, salt: str | None = None
 ) -> AsyncIterator[bytes]:
     """A lease on a few blocks, as long as its call."""
-    request = _prompt(owner, fresh_salt() if salt is None else salt)
-    call = prefill.Prefill(request, timeout=30, metadata=row.cluster.token)
-    try:
-        async for response in call:
-            if response.HasField("ready"):
-                assert len(response.ready.block_ids) == NUM_BLOCKS
-                yield response.ready.lease
-                break
-    finally:
-        call.cancel()
+    async with leased(row, prefill, owner, NUM_BLOCKS, salt) as announced:
+        (ready,) = announced
+        yield ready.lease
 
 
 async def _first(call: Any) -> Any:

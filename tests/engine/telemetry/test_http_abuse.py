@@ -94,6 +94,41 @@ async def test_who_asks_properly_is_served_however_long_it_takes(address):
     assert got.endswith(b"3\n")
 
 
+async def test_who_does_not_read_is_cut_off():
+    """And what his answer holds is released; one who reads slowly has it all."""
+    closed, num_lines = asyncio.Event(), 0
+
+    async def endless(_request):
+        async def lines():
+            nonlocal num_lines
+            try:
+                while True:
+                    num_lines += 1
+                    yield b"x" * 65536
+                    await asyncio.sleep(0.001)
+            finally:
+                closed.set()
+
+        return StreamingResponse(lines())
+
+    app = make_app(CollectorRegistry(), lambda: True, [Route("/endless", endless)])
+    server = await serve_http(app, "127.0.0.1:0", client_timeout_s=0.5)
+    host, _, port = server.address.rpartition(":")
+    try:
+        reader, writer = await asyncio.open_connection(host, int(port), limit=65536)
+        writer.write(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
+        for _ in range(20):
+            assert await asyncio.wait_for(reader.read(65536), 5)
+            await asyncio.sleep(0.1)
+        assert not closed.is_set()
+        before = num_lines
+        await asyncio.wait_for(closed.wait(), 5)
+        assert num_lines >= before
+        writer.close()
+    finally:
+        await server.stop()
+
+
 async def test_a_second_request_on_a_connection_gets_its_own_time(address):
     """The first one's clock has stopped; uvicorn closes what stays idle."""
     host, _, port = address.rpartition(":")
