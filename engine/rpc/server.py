@@ -105,7 +105,8 @@ class RpcServer:
 
         Server streams are async generators `Method(request, context)`, the others coroutines. With
         a stream of requests, `request` is an async iterator. A call that brings no deadline ends
-        after `limit_s`, also while its caller does not read. With a `token` callers have to bring
+        after `limit_s`; where its caller does not read, what it holds is released then, and he is
+        told when he reads again. With a `token` callers have to bring
         it, to the methods `guarded` or to all.
         """
         self._names.append(descriptor.full_name)
@@ -345,7 +346,7 @@ class _Writer:
             last.add_done_callback(_retrieve)
             raise
         if not done:
-            raise DeadlineExceeded(f"the caller has not read for {self._timeout_s:g} s")
+            raise DeadlineExceeded(f"the caller has not taken a message for {self._timeout_s:g} s")
         try:
             last.result()
         except grpc.aio.InternalError as error:

@@ -36,7 +36,7 @@ class _Config(uvicorn.Config):
 
 
 class _Protocol(H11Protocol):
-    """One connection. `_timer` runs while a request is due, `_unread` while nothing can be written:
+    """One connection. `_timer` runs while a request is due, `_unread` while a reader is waited for:
 
     connected -> due --all of it is here--> served -> idle (uvicorn's keep-alive) -> closed
                   ^ '--too late--> cut off <--' unread |
@@ -62,15 +62,17 @@ class _Protocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self._unread is None:
-            self._wait_for_reader()
+        self._wait_for_reader()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._is_read()
+        if not self.transport.is_closing():
+            self._is_read()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self.transport.is_closing():  # with what is not written yet
+            self._wait_for_reader()
         if not self.cycle.response_complete:  # the next one was here already, or a part of it
             self._look()
 
@@ -84,29 +86,32 @@ class _Protocol(H11Protocol):
             super().send_400_response(msg)
         except LocalProtocolError:  # an answer has begun, or is over
             self.transport.close()
+        self._wait_for_reader()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self._cut_off_later()  # unread, it would never close
+        self._wait_for_reader()
 
     def _look(self) -> None:
         cycle: Any = self.cycle
         if cycle is not None and not cycle.response_complete and not cycle.more_body:
             self._stop_timer()
         elif self._timer is None:
-            self._timer = self._cut_off_later()
+            self._timer = self.loop.call_later(self._timeout_s, self.transport.abort)
 
-    def _cut_off_later(self) -> asyncio.TimerHandle:
-        config = cast(_Config, self.config)
-        return self.loop.call_later(config.client_timeout_s, self.transport.abort)
+    @property
+    def _timeout_s(self) -> float:
+        return cast(_Config, self.config).client_timeout_s
 
     def _wait_for_reader(self) -> None:
-        self._left = _num_left(self.transport)
-        timeout_s = cast(_Config, self.config).client_timeout_s
-        self._unread = self.loop.call_later(timeout_s, self._look_at_reader)
+        """While nothing can be written, or a closing connection has something left to write."""
+        if self._unread is None:
+            self._left = _num_left(self.transport)
+            self._unread = self.loop.call_later(self._timeout_s, self._look_at_reader)
 
     def _look_at_reader(self) -> None:
         """One who reads slowly goes on: the kernel lets us write again after a megabyte or so."""
+        self._unread = None
         if _num_left(self.transport) < self._left:
             self._wait_for_reader()
         else:

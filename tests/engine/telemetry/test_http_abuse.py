@@ -1,6 +1,7 @@
 """Connections to the HTTP port that bring no whole request."""
 
 import asyncio
+import socket
 import time
 
 import pytest
@@ -127,6 +128,36 @@ async def test_who_does_not_read_is_cut_off():
         writer.close()
     finally:
         await server.stop()
+
+
+async def test_who_does_not_read_the_end_is_cut_off():
+    """What is left may be less than what stops the writer; the connection closes behind it."""
+
+    async def much(request):
+        return PlainTextResponse(b"x" * request.path_params["n"])
+
+    app = make_app(CollectorRegistry(), lambda: True, [Route("/much/{n:int}", much)])
+    server = await serve_http(app, "127.0.0.1:0", client_timeout_s=0.5)
+    host, _, port = server.address.rpartition(":")
+    crowd = []
+    for i in range(90):  # around what the kernel takes for itself
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect((host, int(port)))
+        head = f"GET /much/{2_300_000 + i * 16_000} HTTP/1.1\r\nHost: x\r\n"
+        sock.sendall(f"{head}Connection: close\r\n\r\n".encode())
+        crowd.append(sock)
+    connections = server._server.server_state.connections
+    deadline = time.monotonic() + 20
+    while len(connections) < 30:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    while connections:
+        assert time.monotonic() < deadline, f"{len(connections)} are still there"
+        await asyncio.sleep(0.1)
+    for sock in crowd:
+        sock.close()
+    await server.stop()
 
 
 async def test_a_second_request_on_a_connection_gets_its_own_time(address):
