@@ -73,11 +73,9 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 
 def _oracle(cluster: Cluster) -> Oracle:
-    """All cases are asked once a session."""
-    address = cluster.address("coordinator-0")
-    if _oracles:
-        return _oracles[0].elsewhere(address)
-    _oracles.append(Oracle.ask(address))
+    """Asked once a session."""
+    if not _oracles:
+        _oracles.append(Oracle.ask(cluster.address("coordinator-0")))
     return _oracles[0]
 
 

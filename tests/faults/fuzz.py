@@ -24,6 +24,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from statistics import median
 from typing import Any
 
 import grpc
@@ -92,9 +93,13 @@ class Report:
 
     @property
     def growth_bytes(self) -> int:
-        """How much larger the second half of the run was at its peak than the first."""
+        """How much larger the process was in the second half of the run than in the first: the
+        medians, for peaks are those of single large messages.
+        """
         half = len(self.resident) // 2
-        return max(self.resident[half:], default=0) - max(self.resident[:half], default=0)
+        if not half:
+            return 0
+        return int(median(self.resident[half:]) - median(self.resident[:half]))
 
     def table(self, counts: Counter[tuple[str, str]]) -> Iterator[str]:
         """Rows of Markdown: what, and how often each status."""

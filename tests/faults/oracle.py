@@ -131,10 +131,6 @@ class Oracle:
         answers = asyncio.run(_ask_all(address, cases))
         return cls(answers, asyncio.run(_first_token_s(address)))
 
-    def elsewhere(self, address: str) -> Oracle:
-        """The same answers, for clusters of one model agree; another one's prompts."""
-        return Oracle(self._answers, asyncio.run(_first_token_s(address)))
-
     def answer(self, case: Case, choice: int = 0) -> list[int]:
         """All its tokens."""
         return list(self._answers[case.name][choice].tokens)

@@ -144,10 +144,10 @@ def test_oversized_messages(port: Port, full: bool) -> None:
     assert watch.peak_bytes - was < 6 * MAX_MESSAGE_BYTES
 
 
-def test_detokenizing_a_million_tokens_hinders_nobody(port: Port) -> None:
+def test_detokenizing_a_million_tokens_hinders_nobody(port: Port, full: bool) -> None:
     raw = pb.DetokenizeRequest(token_ids=[5000] * 1_000_000).SerializeToString()
     with port.row(growth_bytes=256 * MIB), port.channel() as channel:
-        for _ in range(3):
+        for _ in range(3 if full else 1):
             path = "/diptych.v1.InferenceService/Detokenize"
             code, _ = end_of(channel, path, raw, stream=False)
             assert code is grpc.StatusCode.OK
