@@ -106,8 +106,8 @@ class RpcServer:
         Server streams are async generators `Method(request, context)`, the others coroutines. With
         a stream of requests, `request` is an async iterator. A call that brings no deadline ends
         after `limit_s`; where its caller does not read, what it holds is released then, and he is
-        told when he reads again. With a `token` callers have to bring
-        it, to the methods `guarded` or to all.
+        told when he reads again. With a `token` callers have to bring it, to the methods `guarded`
+        or to all.
         """
         self._names.append(descriptor.full_name)
         self._add(descriptor.full_name, descriptor, servicer, limit_s, token, guarded)

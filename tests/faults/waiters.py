@@ -37,7 +37,7 @@ def never_read(port: Port) -> None:
             raw.request(GENERATE, request(40, request_id=name).SerializeToString())
         pings = threading.Thread(target=lambda: list(raw.read_frames(gone_s)), daemon=True)
         pings.start()  # a good connection in all else, or it would be cut off for that
-        until(lambda: port.held_for("decode-0", *names), gone_s, "the decode worker writes them")
+        until(lambda: port.held_for("decode-0", *names), 20, "the decode worker writes them")
         until(lambda: not port.held_for("decode-0", *names), gone_s, "their blocks are free")
         until(lambda: not port.held_for("coordinator", *names), gone_s, "nothing is admitted")
 

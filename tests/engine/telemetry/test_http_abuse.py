@@ -97,14 +97,12 @@ async def test_who_asks_properly_is_served_however_long_it_takes(address):
 
 async def test_who_does_not_read_is_cut_off():
     """And what his answer holds is released; one who reads slowly has it all."""
-    closed, num_lines = asyncio.Event(), 0
+    closed = asyncio.Event()
 
     async def endless(_request):
         async def lines():
-            nonlocal num_lines
             try:
                 while True:
-                    num_lines += 1
                     yield b"x" * 65536
                     await asyncio.sleep(0.001)
             finally:
@@ -122,9 +120,7 @@ async def test_who_does_not_read_is_cut_off():
             assert await asyncio.wait_for(reader.read(65536), 5)
             await asyncio.sleep(0.1)
         assert not closed.is_set()
-        before = num_lines
         await asyncio.wait_for(closed.wait(), 5)
-        assert num_lines >= before
         writer.close()
     finally:
         await server.stop()
