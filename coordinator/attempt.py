@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc
 
@@ -121,7 +121,8 @@ class Caller:
             call = self._stub(route).Decode(
                 _decode_request(progress, route), timeout=dispatch.remaining_s()
             )
-            name = f"decode worker {route.decode.peer.worker_id}"
+            home = route.decode.peer.worker_id
+            name = f"decode worker {home}"
             try:
                 while (response := await next_message(call, name)) is not None:
                     if response.HasField("tokens"):
@@ -129,7 +130,8 @@ class Caller:
                         spent.report(response.tokens)
                         chunk = progress.take(response.tokens)
                         if chunk.token_ids:
-                            yield chunk
+                            yield replace(chunk, home=home)
+                            home = ""  # once is enough
                         if answer.ending and answer.ending.matched_text is not None:
                             return  # the worker does not know of stop strings
                     elif response.HasField("finished"):

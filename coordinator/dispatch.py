@@ -63,12 +63,20 @@ class Route:
 
 @dataclass(slots=True)
 class Home:
-    """The decode worker that has, or is about to have, the prompt's blocks; "": none.
+    """The decode worker that has, or is about to have, a request's blocks; "": none.
 
-    The choices of a request share one, so that they share those blocks.
+    The choices of a request share one, so that they share the prompt's.
     """
 
     incarnation: str = ""
+
+
+def home_of(membership: Membership, worker_id: str) -> Home:
+    """The home of a request that worker `worker_id` has served, if it may serve it again."""
+    for worker in membership.snapshot():
+        if worker.peer.worker_id == worker_id and not worker.doubtful:
+            return Home(worker.peer.incarnation)
+    return Home()
 
 
 class Dispatch:

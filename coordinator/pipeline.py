@@ -23,7 +23,7 @@ from dataclasses import replace
 from coordinator.admission import Admission, Ticket
 from coordinator.answer import Answer
 from coordinator.attempt import Caller, Progress
-from coordinator.dispatch import Dispatch, Home, Route
+from coordinator.dispatch import Dispatch, Home, Route, home_of
 from coordinator.membership import Membership
 from coordinator.merge import Merge
 from coordinator.model import ServedModel
@@ -149,7 +149,7 @@ class Pipeline:
         self, request: AnswerRequest, prompt: list[int], timeline: Timeline, ticket: Ticket
     ) -> AsyncGenerator[Part, None]:
         """All choices as they come. The failure of one, when no retry is left, ends all."""
-        home = Home()
+        home = home_of(self._membership, request.home)
         num_tokens = 0
         begun = asyncio.Event()  # the prompt's part, if there is one, is the first of all
         if not request.tells_prompt:
@@ -191,7 +191,7 @@ class Pipeline:
             worker_wait_s=self._worker_wait_s,
             deadline_s=ticket.deadline_s,
             clock=self._clock,
-            home=home,
+            home=home or home_of(self._membership, request.home),
             check_open=self._check_open,
         )
         tells_prompt = request.tells_prompt

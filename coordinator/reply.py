@@ -29,6 +29,7 @@ def reply(request_id: str, part: Part, tokenizer: Tokenizer) -> inference_pb2.Ge
             token_ids=part.token_ids,
             logprobs=_logprobs(part.token_ids, part.logprobs, tokenizer),
             tool_calls=[inference_pb2.ToolCallDelta(**asdict(piece)) for piece in part.tool_calls],
+            home=part.home,
         )
         return inference_pb2.GenerateResponse(request_id=request_id, index=part.index, delta=delta)
     return inference_pb2.GenerateResponse(

@@ -39,6 +39,7 @@ class Resumed:
 
     token_ids: tuple[int, ...] = ()
     finished: bool = False
+    home: str = ""  # id of the decode worker that it came from, where that is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,11 @@ class AnswerRequest:
         delivered = any(r.token_ids or r.finished for r in self.resumes)
         return wanted and not delivered and self.index == 0
 
+    @property
+    def home(self) -> str:
+        """Id of a decode worker that may still have what is resumed; "" where none is known."""
+        return next((r.home for r in self.resumes if r.home and not r.finished), "")
+
     def choice(self, index: int) -> AnswerRequest:
         """The same request for one of its choices: another seed, and what it has already."""
         resumed = self.resumes[index] if self.resumes else Resumed()
@@ -112,6 +118,7 @@ class Chunk:
     tool_calls: tuple[ToolCallPiece, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where asked for
     index: int = 0  # of the choice
+    home: str = ""  # with a decode worker's first tokens: its id
 
 
 @dataclass(frozen=True, slots=True)

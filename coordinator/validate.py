@@ -337,5 +337,5 @@ def _resumes(
         ids = check_token_ids(field, entry.token_ids, limits, limits.max_model_len)
         if max_tokens is not None and len(ids) > max_tokens:
             raise InvalidRequest(field, f"{len(ids)} tokens are more than max_tokens {max_tokens}")
-        found[entry.index] = Resumed(ids, entry.finished)
+        found[entry.index] = Resumed(ids, entry.finished, entry.home)
     return tuple(found.get(index, Resumed()) for index in range(num_choices))

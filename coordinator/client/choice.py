@@ -22,6 +22,7 @@ class Choice:
         self.index = index
         self.token_ids: list[int] = []
         self.finished = False
+        self._home = ""  # of the worker that its last tokens came from
         self._rest: Counter[str] = Counter()  # characters since the last token, field by field
         self._repeated: Counter[str] = Counter()  # those that this call will send again
 
@@ -39,13 +40,17 @@ class Choice:
         if not self.token_ids and not self.finished:
             return None
         return inference_pb2.Resume(
-            index=self.index, token_ids=self.token_ids, finished=self.finished or None
+            index=self.index,
+            token_ids=self.token_ids,
+            finished=self.finished or None,
+            home=self._home or None,
         )
 
     def take(self, delta: inference_pb2.Delta) -> TextDelta | None:
         """What is new in a message, if anything is."""
         if self.finished:
             return None
+        self._home = delta.home or self._home
         if delta.token_ids:
             self.token_ids += delta.token_ids
             self._rest.clear()

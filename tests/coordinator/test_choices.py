@@ -177,6 +177,21 @@ async def test_choices_are_resumed_each_by_itself(checkpoint):  # noqa: F811
         assert tops == [1000 + i for i in range(6, 10)], "only of the new ones"
 
 
+async def test_choices_are_resumed_at_one_home(checkpoint):  # noqa: F811
+    """That of the first one that goes on: they share the prompt's blocks."""
+    async with front(checkpoint) as f:
+        workers = [await f.worker(f"d{i}", by_seed=scripted(f, 3)) for i in range(3)]
+        expected = [a[:10] for a in answers(f, 3)]
+        resume = [
+            inference_pb2.Resume(index=0, token_ids=expected[0], finished=True, home="d1"),
+            inference_pb2.Resume(index=1, token_ids=expected[1][:6], home="d2"),
+        ]
+        fields = {"n": 3, "sampling": sampling(), "stop": stop(max_tokens=10)}
+        got = by_index(await collect(f.call(resume=resume, **fields)), 3)
+        assert [ids for _, ids, _ in got] == [[], expected[1][6:], expected[2]]
+        assert [len(worker.requests) for worker in workers] == [0, 0, 2]
+
+
 # -- log-probabilities -----------------------------------------------------------------------------
 
 

@@ -166,6 +166,21 @@ def test_a_broken_call_goes_elsewhere_at_once_with_what_has_come() -> None:
     assert it.done.num_resumed == 1
 
 
+def test_the_next_call_names_the_worker_that_has_the_answers_blocks() -> None:
+    def reply(request: Any) -> list[Any]:
+        found = list(messages(request, [5, 6, 7, 8, 9], 1, False))
+        if not request.resume:
+            found[0].delta.home, found[2].delta.home = "d3", "d5"  # lost in between
+        return found
+
+    it = caller(2)
+    it.read([Cue(2, "cut"), Cue(1, "cut"), Cue(0, "cut")], reply)
+    assert [[r.home for r in request.resume] for request in it.requests] == [[], *[["d3"]] * 3]
+    it = caller(2)
+    it.read([Cue(3, "cut")], reply)
+    assert it.requests[1].resume[0].home == "d5"
+
+
 def test_one_coordinator_is_called_again_after_a_moment_and_then_more_slowly() -> None:
     it = caller(1, alone=True)
     it.read([Cue(1, "cut"), *[Cue(0, "cut")] * 50], answers([5, 6, 7]))

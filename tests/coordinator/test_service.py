@@ -485,6 +485,40 @@ async def test_resume_sends_only_what_is_missing(checkpoint):
         assert len(worker.requests) == num_calls
 
 
+async def test_resume_goes_home(checkpoint):
+    """To the worker that has the answer's blocks, as long as it is there and not in doubt."""
+    async with front(checkpoint) as f:
+        workers = {name: await f.worker(name) for name in ("d0", "d1", "d2")}
+
+        async def served_by(home):
+            resume = [inference_pb2.Resume(token_ids=f.answer[:8], home=home)]
+            before = {name: len(worker.requests) for name, worker in workers.items()}
+            responses = await collect(f.call(stop=stop(max_tokens=20), resume=resume))
+            assert read(responses)[1] == f.answer[8:20]
+            (name,) = [n for n, w in workers.items() if len(w.requests) > before[n]]
+            assert [r.delta.home for r in responses[:-1]] == [name, *[""] * (len(responses) - 2)]
+            return name
+
+        assert await served_by("d1") == "d1"
+        assert await served_by("d2") == "d2"
+        assert await served_by("nobody") == await served_by("") == "d0"
+        await workers["d1"].stop()
+        assert await served_by("d1") == "d0"  # tried, lost
+        assert f.sample("migrations_total", outcome="retried") == 1
+        assert await served_by("d1") == "d0"  # in doubt: not tried again
+        assert f.sample("migrations_total", outcome="retried") == 1
+
+
+async def test_a_new_home_is_told_after_a_loss(checkpoint):
+    async with front(checkpoint) as f:
+        await f.worker("d0", cues=[Cue(6, lost())])
+        await f.worker("d1")
+        responses = await collect(f.call(stop=stop(max_tokens=20)))
+        homes = [(r.delta.home, len(r.delta.token_ids)) for r in responses if r.delta.home]
+        assert [home for home, _ in homes] == ["d0", "d1"]
+        assert all(num for _, num in homes)
+
+
 @pytest.mark.parametrize("after", [0, 3])
 async def test_what_a_worker_calls_the_callers_mistake_is_not_tried_again(checkpoint, after):
     """Also in mid-answer, where a constraint turns out to be more than can be held."""

@@ -116,20 +116,32 @@ class Choice:
     text: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What four long prompts take on a cluster that lost a prefill worker just before they came."""
+
+    first_token_s: float  # the slowest
+    cluster: Path  # its folder
+    measured_s: float  # monotonic
+
+    def holds(self, cluster: Path) -> bool:
+        """Others use the machine too: in a few minutes it is another one."""
+        return cluster == self.cluster and time.monotonic() - self.measured_s < 240.0
+
+
 class Oracle:
     """The undisturbed answers, by case."""
 
-    def __init__(self, answers: Mapping[str, Sequence[Choice]], prompt_s: float) -> None:
+    def __init__(self, answers: Mapping[str, Sequence[Choice]]) -> None:
         self._answers = dict(answers)
-        self.prompt_s = prompt_s  # the slowest first token of four long prompts at once
+        self.pace: Pace | None = None  # measured by the first row, in full anew now and then
         self.num_compared = 0
         self.num_tokens = 0
 
     @classmethod
     def ask(cls, address: str, cases: Sequence[Case] = tuple(CASES.values())) -> Oracle:
-        """Have a healthy cluster answer all of them, and time its prompts."""
-        answers = asyncio.run(_ask_all(address, cases))
-        return cls(answers, asyncio.run(_first_token_s(address)))
+        """Have a healthy cluster answer all of them."""
+        return cls(asyncio.run(_ask_all(address, cases)))
 
     def answer(self, case: Case, choice: int = 0) -> list[int]:
         """All its tokens."""
@@ -186,21 +198,6 @@ def _work(case: Case) -> Any:
     sampling = SamplingParams(**case.sampling)
     stop = StopParams(max_tokens=case.max_tokens)
     return Work(case.name, case.prompt, name_salt(digest="x"), sampling, stop)
-
-
-async def _first_token_s(address: str) -> float:
-    async def first(client: AsyncClient, case: Case, salt: str) -> float:
-        begun_s = time.monotonic()
-        options = {**case.options, "max_tokens": 1, "cache_salt": salt}
-        async for _ in client.generate(case.prompt, timeout_s=120, **options):
-            break
-        return time.monotonic() - begun_s
-
-    cases = [CASES["long-2"]] * 4
-    async with AsyncClient(address) as client:
-        return max(
-            await asyncio.gather(*(first(client, c, f"time{i}") for i, c in enumerate(cases)))
-        )
 
 
 async def _ask_all(address: str, cases: Sequence[Case]) -> dict[str, list[Choice]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +24,12 @@ from tests.faults import checks
 from tests.faults.asks import Asker, Stream
 from tests.faults.cluster import SPARE, Cluster, until
 from tests.faults.load import Load
-from tests.faults.oracle import CASES, Case, Oracle
+from tests.faults.oracle import CASES, Case, Oracle, Pace
 
 KILL_S = 2.0  # with a spare the next token comes within this after a kill
 SILENT_S = 5.0  # and within this after a SIGSTOP or a partition
 _LONGEST_WAIT_S = 12.0  # of unrelated requests, which may have been on the worker that was broken
+LONG = ("long-2", "long-2", "long-2-sampled", "long-2-sampled")  # three fit into a pool
 _salts = itertools.count(1)
 NOTES: dict[str, list[str]] = {}  # measured results by row
 
@@ -71,6 +73,9 @@ class Row:
         load.
         """
         await self.whole()
+        pace = self.oracle.pace
+        if pace is None or (self.full and not pace.holds(self.cluster.folder)):
+            await self._measure_pace()
         await self.all_trusted()
         await asyncio.to_thread(checks.at_rest, self.cluster)
         self._then = checks.before(self.cluster)
@@ -78,9 +83,30 @@ class Row:
             if place.alive:
                 self._counters[place.name] = (place.pid, self.samples(place.name))
         if load:
-            pace: dict[str, Any] = {} if self.full else {"num_askers": 1, "pause_s": 0.4}
-            self._load = Load(self.asker, self.fronts, self.oracle, **pace)
+            self._load = self._new_load()
             self._load.begin()
+
+    def _new_load(self) -> Load:
+        pace: dict[str, Any] = {} if self.full else {"num_askers": 1, "pause_s": 0.4}
+        return Load(self.asker, self.fronts, self.oracle, **pace)
+
+    async def _measure_pace(self) -> None:
+        """Lose a prefill worker, then ask: see `first_token_bound`."""
+        await self.all_trusted()
+        load = self._new_load()
+        load.begin()
+        self.kill(self.cluster.prefill[-1])
+        streams = [self.ask(case) for case in LONG]
+        for stream in streams:
+            await stream.come(1)
+        for stream in streams:
+            await stream.cancel()
+        await load.end(math.inf)
+        slowest_s = max(stream.moments[0] - stream.began_s for stream in streams)
+        self.oracle.pace = Pace(slowest_s, self.cluster.folder, time.monotonic())
+        self.note(f"four prompts after the loss of a prefill worker: {slowest_s:.2f} s")
+        self._note_doubts()
+        await self.whole()
 
     async def finish(self, rest_s: float = checks.REST_S) -> None:
         """Everything that must hold whatever was broken."""
@@ -136,10 +162,12 @@ class Row:
             raise TooLate(f"next tokens after {waits}, the bound is {bound_s:.1f} s")
 
     def first_token_bound(self, bound_s: float) -> float:
-        """A bound for requests whose prompts have to be computed again: so much more than that
-        takes undisturbed, at half the pace, for a worker is starting on the other core.
+        """A bound for requests whose prompts may have to be computed again, where half of a pool
+        is gone and its successor starts: so much more than the same prompts take if they come just
+        after a loss. Measured on this machine, at most some minutes ago in full.
         """
-        return bound_s + 2 * self.oracle.prompt_s
+        assert self.oracle.pace is not None
+        return bound_s + self.oracle.pace.first_token_s
 
     # -- asking ------------------------------------------------------------------------------------
 

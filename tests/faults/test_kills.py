@@ -9,11 +9,10 @@ from collections import Counter
 
 import pytest
 
-from tests.faults.row import KILL_S, Row, struck
+from tests.faults.row import KILL_S, LONG, Row, struck
 
 pytestmark = pytest.mark.timeout(600)
 
-LONG = ("long-2", "long-2", "long-2-sampled", "long-2-sampled")  # three fit into a pool
 SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
 FORMS = ("json-0", "json-0-sampled", "regex-0-sampled", "two-json-sampled", "four-0-sampled")
 CHUNK_BYTES = 1 << 20  # a read of a prompt's chunk, not of a bystander's few blocks

@@ -89,5 +89,8 @@ async def test_kill_9_of_the_coordinator_in_mid_stream(row: Row) -> None:
             await row.all_whole(streams)
             assert client.num_resumed >= 1
         row.in_time([s.wait_after(killed) for s in written], KILL_S)
+        ends = [end.usage for s in written for end in s.ends.values()]
+        cached = sum(u.cached_tokens for u in ends) / sum(u.prompt_tokens for u in ends)
+        row.note(f"{cached:.0%} of their prompts were where they went on")
         await row.whole()
     await row.finish()

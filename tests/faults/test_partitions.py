@@ -12,12 +12,11 @@ import time
 import pytest
 
 from tests.faults.cluster import LEASE_TTL_S
-from tests.faults.row import SILENT_S, Row
+from tests.faults.row import LONG, SILENT_S, Row
 from tests.faults.wires import Namespaces
 
 pytestmark = pytest.mark.timeout(600)
 
-LONG = ("long-2", "long-2", "long-2-sampled", "long-2-sampled")  # three fit into a pool
 SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
 WAYS = ("there", "back", "both")
 # gRPC finds a dead connection within half a minute, and TCP waits longer from try to try.

@@ -11,11 +11,10 @@ import time
 import pytest
 
 from tests.faults.cluster import LEASE_TTL_S
-from tests.faults.row import SILENT_S, Row, struck
+from tests.faults.row import LONG, SILENT_S, Row, struck
 
 pytestmark = pytest.mark.timeout(600)
 
-LONG = ("long-2", "long-2", "long-2-sampled", "long-2-sampled")  # three fit into a pool
 MIXED = ("short-0", "short-1-sampled", "json-0", "regex-0-sampled", "four-0-sampled")
 SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
 

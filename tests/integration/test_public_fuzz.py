@@ -48,15 +48,15 @@ def clean(report: Report) -> None:
 
 
 @pytest.mark.timeout(180)
-async def test_in_process() -> None:
-    report = await fuzz_in_process(SEED, range(IN_PROCESS))
+def test_in_process() -> None:
+    report = fuzz_in_process(SEED, range(IN_PROCESS))
     clean(report)
     assert report.growth_bytes < 64 * MIB
 
 
 @pytest.mark.timeout(180)
-async def test_the_protocols_beside_in_process() -> None:
-    report = await fuzz_in_process(SEED, range(BESIDE_IN_PROCESS), beside=True)
+def test_the_protocols_beside_in_process() -> None:
+    report = fuzz_in_process(SEED, range(BESIDE_IN_PROCESS), beside=True)
     print(report)
     assert not report.complaints, "\n".join(report.complaints[:10])
     assert not report.leaks, "\n".join(report.leaks[:10])
