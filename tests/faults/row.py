@@ -75,7 +75,9 @@ class Row:
         await self.whole()
         pace = self.oracle.pace
         if pace is None or (self.full and not pace.holds(self.cluster.folder)):
-            await self._measure_pace()
+            slowest_s = max([await self._pace() for _ in range(2 if self.full else 1)])
+            self.oracle.pace = Pace(slowest_s, self.cluster.folder, time.monotonic())
+            self.note(f"four prompts after the loss of a prefill worker: {slowest_s:.2f} s")
         await self.all_trusted()
         await asyncio.to_thread(checks.at_rest, self.cluster)
         self._then = checks.before(self.cluster)
@@ -90,8 +92,8 @@ class Row:
         pace: dict[str, Any] = {} if self.full else {"num_askers": 1, "pause_s": 0.4}
         return Load(self.asker, self.fronts, self.oracle, **pace)
 
-    async def _measure_pace(self) -> None:
-        """Lose a prefill worker, then ask: see `first_token_bound`."""
+    async def _pace(self) -> float:
+        """Lose a prefill worker, then ask: when the last first token has come, seconds."""
         await self.all_trusted()
         load = self._new_load()
         load.begin()
@@ -102,11 +104,9 @@ class Row:
         for stream in streams:
             await stream.cancel()
         await load.end(math.inf)
-        slowest_s = max(stream.moments[0] - stream.began_s for stream in streams)
-        self.oracle.pace = Pace(slowest_s, self.cluster.folder, time.monotonic())
-        self.note(f"four prompts after the loss of a prefill worker: {slowest_s:.2f} s")
         self._note_doubts()
         await self.whole()
+        return max(stream.moments[0] - stream.began_s for stream in streams)
 
     async def finish(self, rest_s: float = checks.REST_S) -> None:
         """Everything that must hold whatever was broken."""
@@ -164,7 +164,7 @@ class Row:
     def first_token_bound(self, bound_s: float) -> float:
         """A bound for requests whose prompts may have to be computed again, where half of a pool
         is gone and its successor starts: so much more than the same prompts take if they come just
-        after a loss. Measured on this machine, at most some minutes ago in full.
+        after a loss. Measured on this machine, and in full some minutes ago at most.
         """
         assert self.oracle.pace is not None
         return bound_s + self.oracle.pace.first_token_s
