@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import grpc
 
 from coordinator.answer import Answer
-from coordinator.dispatch import Dispatch, Route, meaning_of
+from coordinator.dispatch import Dispatch, Route, home_name, meaning_of
 from coordinator.membership import Membership
 from coordinator.request import AnswerRequest, Chunk, Ending
 from engine.errors import DeadlineExceeded, Unavailable
@@ -121,8 +121,8 @@ class Caller:
             call = self._stub(route).Decode(
                 _decode_request(progress, route), timeout=dispatch.remaining_s()
             )
-            home = route.decode.peer.worker_id
-            name = f"decode worker {home}"
+            home = home_name(route.decode)
+            name = f"decode worker {route.decode.peer.worker_id}"
             try:
                 while (response := await next_message(call, name)) is not None:
                     if response.HasField("tokens"):

@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import grpc
 
@@ -71,10 +72,21 @@ class Home:
     incarnation: str = ""
 
 
-def home_of(membership: Membership, worker_id: str) -> Home:
-    """The home of a request that worker `worker_id` has served, if it may serve it again."""
-    for worker in membership.snapshot():
-        if worker.peer.worker_id == worker_id and not worker.doubtful:
+def home_name(worker: Worker) -> str:
+    """What clients know a worker's process by; it tells nothing else of it."""
+    return blake2b(worker.peer.incarnation.encode(), digest_size=8).hexdigest()
+
+
+def home_of(membership: Membership, name: str) -> Home:
+    """The home that a client names, unless others are the better choice whatever is there."""
+    ready = [
+        w
+        for w in membership.snapshot()
+        if w.role is Role.DECODE and w.state is WorkerState.READY and not w.doubtful
+    ]
+    fewest_waiting = min((w.load.num_waiting for w in ready), default=0)
+    for worker in ready if name else ():
+        if home_name(worker) == name and (not worker.load.num_waiting or fewest_waiting):
             return Home(worker.peer.incarnation)
     return Home()
 

@@ -39,7 +39,7 @@ class Resumed:
 
     token_ids: tuple[int, ...] = ()
     finished: bool = False
-    home: str = ""  # id of the decode worker that it came from, where that is known
+    home: str = ""  # `home_name` of the decode worker that it came from, where that is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +83,9 @@ class AnswerRequest:
 
     @property
     def home(self) -> str:
-        """Id of a decode worker that may still have what is resumed; "" where none is known."""
-        return next((r.home for r in self.resumes if r.home and not r.finished), "")
+        """Of a decode worker that may still have what is resumed; "" where none is known."""
+        known = [r for r in self.resumes if r.home]
+        return min(known, key=lambda r: r.finished).home if known else ""
 
     def choice(self, index: int) -> AnswerRequest:
         """The same request for one of its choices: another seed, and what it has already."""
@@ -118,7 +119,7 @@ class Chunk:
     tool_calls: tuple[ToolCallPiece, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where asked for
     index: int = 0  # of the choice
-    home: str = ""  # with a decode worker's first tokens: its id
+    home: str = ""  # with a decode worker's first tokens: its `home_name`
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ MAX_REQUEST_ID_CHARS = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_SALT_CHARS = 1024
+MAX_HOME_CHARS = 128
 MAX_DETOKENIZED = 1_000_000
 # Beyond these a float32 logit may overflow, and no token would be left.
 MIN_REPETITION_PENALTY = 1e-3
@@ -337,5 +338,7 @@ def _resumes(
         ids = check_token_ids(field, entry.token_ids, limits, limits.max_model_len)
         if max_tokens is not None and len(ids) > max_tokens:
             raise InvalidRequest(field, f"{len(ids)} tokens are more than max_tokens {max_tokens}")
+        if len(entry.home) > MAX_HOME_CHARS:
+            raise InvalidRequest(f"resume[{i}].home", f"longer than {MAX_HOME_CHARS} characters")
         found[entry.index] = Resumed(ids, entry.finished, entry.home)
     return tuple(found.get(index, Resumed()) for index in range(num_choices))

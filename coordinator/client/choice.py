@@ -22,7 +22,7 @@ class Choice:
         self.index = index
         self.token_ids: list[int] = []
         self.finished = False
-        self._home = ""  # of the worker that its last tokens came from
+        self._home = ""  # of the worker that its last tokens came from, as far as told
         self._rest: Counter[str] = Counter()  # characters since the last token, field by field
         self._repeated: Counter[str] = Counter()  # those that this call will send again
 

@@ -6,6 +6,7 @@ import grpc
 import pytest
 
 from coordinator.detokenizer import Detokenizer
+from coordinator.dispatch import home_name
 from engine.pb.diptych.v1 import inference_pb2
 from engine.seeds import choice_seed
 from tests.coordinator.test_service import (
@@ -182,14 +183,18 @@ async def test_choices_are_resumed_at_one_home(checkpoint):  # noqa: F811
     async with front(checkpoint) as f:
         workers = [await f.worker(f"d{i}", by_seed=scripted(f, 3)) for i in range(3)]
         expected = [a[:10] for a in answers(f, 3)]
+        _, first, second = map(home_name, f.coordinator.membership.snapshot())
         resume = [
-            inference_pb2.Resume(index=0, token_ids=expected[0], finished=True, home="d1"),
-            inference_pb2.Resume(index=1, token_ids=expected[1][:6], home="d2"),
+            inference_pb2.Resume(index=0, token_ids=expected[0], finished=True, home=first),
+            inference_pb2.Resume(index=1, token_ids=expected[1][:6], home=second),
         ]
         fields = {"n": 3, "sampling": sampling(), "stop": stop(max_tokens=10)}
         got = by_index(await collect(f.call(resume=resume, **fields)), 3)
         assert [ids for _, ids, _ in got] == [[], expected[1][6:], expected[2]]
         assert [len(worker.requests) for worker in workers] == [0, 0, 2]
+        got = by_index(await collect(f.call(resume=resume[:1], **fields)), 3)
+        assert [ids for _, ids, _ in got] == [[], *expected[1:]]
+        assert [len(worker.requests) for worker in workers] == [0, 2, 2]
 
 
 # -- log-probabilities -----------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from coordinator import membership as membership_module
 from coordinator.app import Coordinator
 from coordinator.chat import ChatTemplate
 from coordinator.client import AsyncClient, Client, Done, TextDelta
-from coordinator.membership import Hello
+from coordinator.dispatch import home_name
+from coordinator.membership import Hello, Load
 from coordinator.model import ServedModel
 from coordinator.tokenizer import Tokenizer
 from engine.checkpoint.source import resolve
@@ -485,23 +486,38 @@ async def test_resume_sends_only_what_is_missing(checkpoint):
         assert len(worker.requests) == num_calls
 
 
+def told(f, name, load):
+    """A heartbeat of a worker."""
+    (worker,) = [w for w in f.coordinator.membership.snapshot() if w.peer.worker_id == name]
+    assert f.coordinator.membership.heartbeat(worker, load)
+
+
 async def test_resume_goes_home(checkpoint):
     """To the worker that has the answer's blocks, as long as it is there and not in doubt."""
     async with front(checkpoint) as f:
         workers = {name: await f.worker(name) for name in ("d0", "d1", "d2")}
 
         async def served_by(home):
-            resume = [inference_pb2.Resume(token_ids=f.answer[:8], home=home)]
+            names = {w.peer.worker_id: home_name(w) for w in f.coordinator.membership.snapshot()}
+            resume = [inference_pb2.Resume(token_ids=f.answer[:8], home=names.get(home, home))]
             before = {name: len(worker.requests) for name, worker in workers.items()}
             responses = await collect(f.call(stop=stop(max_tokens=20), resume=resume))
             assert read(responses)[1] == f.answer[8:20]
             (name,) = [n for n, w in workers.items() if len(w.requests) > before[n]]
-            assert [r.delta.home for r in responses[:-1]] == [name, *[""] * (len(responses) - 2)]
+            told = [r.delta.home for r in responses[:-1]]
+            assert told == [names[name], *[""] * (len(told) - 1)]
             return name
 
         assert await served_by("d1") == "d1"
         assert await served_by("d2") == "d2"
         assert await served_by("nobody") == await served_by("") == "d0"
+        told(f, "d1", Load(num_waiting=1))
+        assert await served_by("d1") == "d0"  # others have room
+        for name in ("d0", "d2"):
+            told(f, name, Load(num_waiting=1))
+        assert await served_by("d1") == "d1"
+        for name in workers:
+            told(f, name, Load())
         await workers["d1"].stop()
         assert await served_by("d1") == "d0"  # tried, lost
         assert f.sample("migrations_total", outcome="retried") == 1
@@ -515,7 +531,8 @@ async def test_a_new_home_is_told_after_a_loss(checkpoint):
         await f.worker("d1")
         responses = await collect(f.call(stop=stop(max_tokens=20)))
         homes = [(r.delta.home, len(r.delta.token_ids)) for r in responses if r.delta.home]
-        assert [home for home, _ in homes] == ["d0", "d1"]
+        names = [home_name(w) for w in f.coordinator.membership.snapshot()]
+        assert [home for home, _ in homes] == names
         assert all(num for _, num in homes)
 
 

@@ -17,6 +17,7 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -272,13 +273,21 @@ def fuzz_in_process(seed: int, indexes: range, *, beside: bool = False) -> Repor
     try:
         report: Report = ours.recv()
         return report
+    except EOFError:
+        process.join()
+        raise AssertionError(f"the fuzz's process ended with {process.exitcode}") from None
     finally:
         process.kill()
         process.join()
 
 
 def _fuzz_and_tell(answer_to: Connection, seed: int, indexes: range, beside: bool) -> None:
-    answer_to.send(asyncio.run(_fuzz_front(seed, indexes, beside)))
+    raised: list[str] = []
+    sys.unraisablehook = lambda told: raised.append(f"{told.exc_value!r} in {told.object!r}")
+    threading.excepthook = lambda told: raised.append(f"{told.exc_value!r} in {told.thread!r}")
+    report = asyncio.run(_fuzz_front(seed, indexes, beside))
+    report.leaks += [f"raised and noticed by nobody: {what}" for what in raised]
+    answer_to.send(report)
 
 
 async def _fuzz_front(seed: int, indexes: range, beside: bool, concurrency: int = 32) -> Report:

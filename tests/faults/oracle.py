@@ -83,8 +83,8 @@ def _cases() -> dict[str, Case]:
     found: list[Case] = []
     found.append(Case("long-0", _text(832), 64))
     found.append(Case("long-1-sampled", _text(832, 600), 64, _sampled(2)))
-    found.append(Case("long-2", _text(500, 100), 40))
-    found.append(Case("long-2-sampled", _text(500, 100), 40, _sampled(3)))
+    found.append(Case("long-2", _text(500, 100), 24))
+    found.append(Case("long-2-sampled", _text(500, 100), 24, _sampled(3)))
     shorts = [(100, 0, 120), (129, 200, 120), (64, 400, 160)]  # length, start, tokens to write
     for i, (length, start, tokens) in enumerate(shorts):
         found.append(Case(f"short-{i}", _text(length, start), tokens))

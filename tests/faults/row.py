@@ -70,9 +70,10 @@ class Row:
 
     async def begin(self, *, load: bool) -> None:
         """Wait until everything is whole, trusted and at rest, note how it is, start the background
-        load.
+        load. Measures the pace first, where that has not been done lately.
         """
         await self.whole()
+        self._then = checks.before(self.cluster)
         pace = self.oracle.pace
         if pace is None or (self.full and not pace.holds(self.cluster.folder)):
             slowest_s = max([await self._pace() for _ in range(2 if self.full else 1)])
@@ -93,17 +94,26 @@ class Row:
         return Load(self.asker, self.fronts, self.oracle, **pace)
 
     async def _pace(self) -> float:
-        """Lose a prefill worker, then ask: when the last first token has come, seconds."""
+        """Lose a prefill worker, ask when that is known: seconds to the last first token."""
         await self.all_trusted()
-        load = self._new_load()
-        load.begin()
-        self.kill(self.cluster.prefill[-1])
+        self._load = self._new_load()
+        self._load.begin()
+        lost = self.cluster.prefill[-1]
+        before = self.cluster.rows()[lost].incarnation
+
+        def known() -> bool:
+            row = self.cluster.rows().get(lost)
+            return row is None or row.state != "ready" or row.incarnation != before
+
+        self.kill(lost)
+        await self.until(known, 10, "the loss is known")
         streams = [self.ask(case) for case in LONG]
         for stream in streams:
             await stream.come(1)
         for stream in streams:
             await stream.cancel()
-        await load.end(math.inf)
+        await self._load.end(math.inf)
+        self._load = None
         self._note_doubts()
         await self.whole()
         return max(stream.moments[0] - stream.began_s for stream in streams)
@@ -163,8 +173,8 @@ class Row:
 
     def first_token_bound(self, bound_s: float) -> float:
         """A bound for requests whose prompts may have to be computed again, where half of a pool
-        is gone and its successor starts: so much more than the same prompts take if they come just
-        after a loss. Measured on this machine, and in full some minutes ago at most.
+        is gone and its successor starts: so much more than the same prompts take if they come when
+        a loss has just become known. Measured on this machine; in full, minutes before the row.
         """
         assert self.oracle.pace is not None
         return bound_s + self.oracle.pace.first_token_s
