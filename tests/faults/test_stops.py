@@ -75,8 +75,10 @@ async def test_sigstop_of_d_before_a_read_past_the_lease(row: Row) -> None:
         row.in_time([s.wait_after(frozen) for s in streams], row.first_token_bound(SILENT_S))
         await _past_the_lease(row, frozen)
         # Other prompts take the blocks over, in both pools.
+        others = ("long-0", "long-1-sampled")  # as many blocks as there are
         for _ in range(2 if row.full else 1):
-            await row.all_whole([row.ask(case) for case in (*LONG, "long-0", "long-1-sampled")])
+            cases = (*LONG, *others) if row.full else others
+            await row.all_whole([row.ask(case) for case in cases])
         row.cluster[victim].thaw()
         await row.all_whole([row.ask(case) for case in (LONG if row.full else LONG[1:3])])
         await row.whole()
