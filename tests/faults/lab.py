@@ -1,6 +1,7 @@
-"""`prefill start` and `decode start` with three seams that a test may open while they run:
+"""`prefill start` and `decode start` with four seams that a test may open while they run:
 
     reads       post raises; a read ends late or never; a process is killed during a read
+    intakes     held between the last block's commit and the first step      (a decode worker)
     messages    BlocksReady late, lost, doubled, reordered      (a prefill worker)
     releases    Release lost, doubled                           (a worker that others read from)
 
@@ -189,6 +190,27 @@ def _prefill_services(host: Any) -> Any:
     return [(descriptor, LabPrefill(host))]
 
 
+def _decode_services() -> Any:
+    import decode.service
+    from decode import cli
+    from decode.intake import Fetch, Intake
+    from engine.events import FetchEvent
+
+    class LabIntake(Intake):
+        """Has all blocks, and may be told to keep the engine waiting for that news."""
+
+        async def _round(self, fetch: Fetch, wanted: FetchEvent, num_committed: int) -> int:
+            num_committed = await super()._round(fetch, wanted, num_committed)
+            if order := ORDERS.take("hold_intake"):
+                ends_s = time.monotonic() + order["at_most_s"]
+                while ORDERS.standing("hold_intake") and time.monotonic() < ends_s:
+                    await asyncio.sleep(0.02)
+            return num_committed
+
+    decode.service.Intake = LabIntake  # type: ignore[misc]
+    return cli._services
+
+
 def main() -> int:
     """Run one worker; returns its exit status."""
     global ORDERS
@@ -202,7 +224,8 @@ def main() -> int:
     from decode import cli
     from engine.config import DraftOptions
 
-    return worker_command(Role.DECODE, "lab", argv, cli._services, cli.ask_drafting, DraftOptions)
+    services = _decode_services()
+    return worker_command(Role.DECODE, "lab", argv, services, cli.ask_drafting, DraftOptions)
 
 
 if __name__ == "__main__":
