@@ -202,8 +202,9 @@ def _decode_services() -> Any:
         async def _round(self, fetch: Fetch, wanted: FetchEvent, num_committed: int) -> int:
             num_committed = await super()._round(fetch, wanted, num_committed)
             if order := ORDERS.take("hold_intake"):
-                ends_s = time.monotonic() + order["at_most_s"]
-                while ORDERS.standing("hold_intake") and time.monotonic() < ends_s:
+                for _ in range(round(order["at_most_s"] / 0.02)):
+                    if ORDERS.standing("hold_intake") is None:
+                        break
                     await asyncio.sleep(0.02)
             return num_committed
 
