@@ -7,8 +7,8 @@
 
 A decode worker is passed over while another has failed less often; one that the table calls ready
 may be tried again, and where none is ready the request waits for one to appear. A prefill worker
-that failed is done with: the decode worker can do without. Whoever fails one request is doubted
-for a while by all others (`Membership.doubt`).
+that failed is done with: the decode worker can do without. One that did not is kept, for it has the
+prompt's blocks. Whoever fails one request is doubted for a while by all (`Membership.doubt`).
 """
 
 from __future__ import annotations
@@ -64,12 +64,13 @@ class Route:
 
 @dataclass(slots=True)
 class Home:
-    """The decode worker that has, or is about to have, a request's blocks; "": none.
+    """Who has, or is about to have, a request's blocks: incarnations; "": nobody.
 
     The choices of a request share one, so that they share the prompt's.
     """
 
-    incarnation: str = ""
+    decode: str = ""
+    prefill: str = ""
 
 
 def home_name(worker: Worker) -> str:
@@ -128,12 +129,15 @@ class Dispatch:
         Unavailable, DeadlineExceeded.
         """
         decode = await self._decode_worker()
-        self._home.incarnation = decode.peer.incarnation
+        self._home.decode = decode.peer.incarnation
         workers = self._membership.snapshot()
         prefill = None
         # D computes the last token itself, and only whole blocks travel.
         if not alone and (num_tokens - 1) // decode.model.block_size > 0:
-            prefill = pick(workers, Role.PREFILL, self._failures)
+            kept = _only(workers, self._home.prefill)
+            prefill = pick(kept, Role.PREFILL, self._failures)
+            prefill = prefill or pick(workers, Role.PREFILL, self._failures)
+            self._home.prefill = prefill.peer.incarnation if prefill else ""
         return Route(decode, prefill)
 
     def progressed(self) -> None:
@@ -148,8 +152,8 @@ class Dispatch:
         lost = route.decode
         if error.lost == Role.PREFILL.value and route.prefill is not None:
             lost = route.prefill
-        elif self._home.incarnation == lost.peer.incarnation:
-            self._home.incarnation = ""
+        elif self._home.decode == lost.peer.incarnation:
+            self._home.decode = ""
         self._failures[lost.peer.incarnation] += 1
         self._membership.doubt(lost)
         self._num_failed += 1
@@ -173,7 +177,7 @@ class Dispatch:
         while True:
             self._check_open()
             workers = self._membership.snapshot()
-            kept = [w for w in workers if w.peer.incarnation == self._home.incarnation]
+            kept = _only(workers, self._home.decode)
             found = pick(kept, Role.DECODE) or pick(workers, Role.DECODE, self._worse(workers))
             if found:
                 return found
@@ -184,6 +188,10 @@ class Dispatch:
                     retry_after_s=min(max(self._worker_wait_s, 1.0), 5.0),
                 )
             await self._membership.wait_for_change(min(left, self.remaining_s(), 1.0))
+
+
+def _only(workers: Iterable[Worker], incarnation: str) -> list[Worker]:
+    return [w for w in workers if w.peer.incarnation == incarnation]
 
 
 def meaning_of(error: grpc.aio.AioRpcError, *, num_emitted: int) -> DiptychError | None:

@@ -275,6 +275,25 @@ async def test_a_lost_prefill_peer_is_passed_over_and_the_decode_worker_kept(che
         assert [r.prefill.worker_id for r in worker.requests] == ["p0", "p1", ""]
 
 
+async def test_a_lost_decode_worker_leaves_the_prompt_where_it_is(checkpoint):
+    """Its prefill worker has the prompt's blocks, and is kept however busy it is by now."""
+    async with front(checkpoint) as f:
+        first = await f.worker("d0", cues=[Cue(9, lost())], pace_s=0.05)
+        second = await f.worker("d1", cues=[Cue(3, lost(peer="prefill"))])
+        f.prefill("p0")
+        f.prefill("p1")
+        call = f.call(stop=stop(max_tokens=20))
+        responses = []
+        async for response in call:
+            told(f, "p0", Load(num_running=9))
+            responses.append(response)
+        assert read(responses)[1] == f.answer[:20]
+        calls = [*first.requests, *second.requests]
+        assert [r.prefill.worker_id for r in calls] == ["p0", "p0", "p1"]
+        assert (await f.ask(stop=stop(max_tokens=1)))[1] == f.answer[:1]
+        assert [*first.requests, *second.requests][-1].prefill.worker_id == "p1"
+
+
 async def test_the_last_worker_standing_is_tried_again(checkpoint):
     async with front(checkpoint) as f:
         worker = await f.worker(cues=[Cue(2, lost()), Cue(0, lost()), Cue(5, lost())])
