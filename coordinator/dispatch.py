@@ -7,8 +7,9 @@
 
 A decode worker is passed over while another has failed less often; one that the table calls ready
 may be tried again, and where none is ready the request waits for one to appear. A prefill worker
-that failed is done with: the decode worker can do without. One that did not is kept, for it has the
-prompt's blocks. Whoever fails one request is doubted for a while by all (`Membership.doubt`).
+that failed is done with: the decode worker can do without. One that did not is kept, for it is
+likely to have the prompt's blocks. Whoever fails one request is doubted for a while by all
+(`Membership.doubt`).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from hashlib import blake2b
 
 import grpc
 
-from coordinator.membership import Membership, Worker, WorkerState
-from coordinator.router import pick
+from coordinator.membership import HEARTBEAT_S, Membership, Worker, WorkerState
+from coordinator.router import keep, pick
 from engine.errors import (
     DeadlineExceeded,
     DiptychError,
@@ -64,7 +65,7 @@ class Route:
 
 @dataclass(slots=True)
 class Home:
-    """Who has, or is about to have, a request's blocks: incarnations; "": nobody.
+    """Who is likely to have a request's blocks: incarnations; "": nobody.
 
     The choices of a request share one, so that they share the prompt's.
     """
@@ -79,15 +80,10 @@ def home_name(worker: Worker) -> str:
 
 
 def home_of(membership: Membership, name: str) -> Home:
-    """The home that a client names, unless others are the better choice whatever is there."""
-    ready = [
-        w
-        for w in membership.snapshot()
-        if w.role is Role.DECODE and w.state is WorkerState.READY and not w.doubtful
-    ]
-    fewest_waiting = min((w.load.num_waiting for w in ready), default=0)
-    for worker in ready if name else ():
-        if home_name(worker) == name and (not worker.load.num_waiting or fewest_waiting):
+    """The home that a client names, if it may be one; none without a name."""
+    workers = membership.snapshot() if name else ()
+    for worker in workers:
+        if home_name(worker) == name and keep(workers, Role.DECODE, worker.peer.incarnation):
             return Home(worker.peer.incarnation)
     return Home()
 
@@ -134,10 +130,10 @@ class Dispatch:
         prefill = None
         # D computes the last token itself, and only whole blocks travel.
         if not alone and (num_tokens - 1) // decode.model.block_size > 0:
-            kept = _only(workers, self._home.prefill)
-            prefill = pick(kept, Role.PREFILL, self._failures)
-            prefill = prefill or pick(workers, Role.PREFILL, self._failures)
-            self._home.prefill = prefill.peer.incarnation if prefill else ""
+            prefill = self._kept_prefill(workers) or pick(workers, Role.PREFILL, self._failures)
+            # Choices go by load at first: they wait for one prompt, and one worker could stall all.
+            if prefill and (self._failures or not self._home.prefill):
+                self._home.prefill = prefill.peer.incarnation
         return Route(decode, prefill)
 
     def progressed(self) -> None:
@@ -162,6 +158,16 @@ class Dispatch:
         backoff = min(_FIRST_BACKOFF_S * 2 ** (self._num_failed - 1), _MAX_BACKOFF_S)
         await asyncio.sleep(min(backoff, self.remaining_s()))
 
+    def _kept_prefill(self, workers: Iterable[Worker]) -> Worker | None:
+        """The prefill worker of an earlier attempt, if that was not why it failed, as far as is
+        known: who was on the same machine as a decode worker that fell silent is silent as well.
+        """
+        if not self._failures:
+            return None
+        kept = keep(workers, Role.PREFILL, self._home.prefill, self._failures)
+        heard = kept is not None and self._clock() - kept.heard_s < 2 * HEARTBEAT_S
+        return kept if heard else None
+
     def _worse(self, workers: Iterable[Worker]) -> set[str]:
         """Incarnations of decode workers that have failed more often than the best ready one."""
         counts = {
@@ -177,7 +183,7 @@ class Dispatch:
         while True:
             self._check_open()
             workers = self._membership.snapshot()
-            kept = _only(workers, self._home.decode)
+            kept = [w for w in workers if w.peer.incarnation == self._home.decode]
             found = pick(kept, Role.DECODE) or pick(workers, Role.DECODE, self._worse(workers))
             if found:
                 return found
@@ -188,10 +194,6 @@ class Dispatch:
                     retry_after_s=min(max(self._worker_wait_s, 1.0), 5.0),
                 )
             await self._membership.wait_for_change(min(left, self.remaining_s(), 1.0))
-
-
-def _only(workers: Iterable[Worker], incarnation: str) -> list[Worker]:
-    return [w for w in workers if w.peer.incarnation == incarnation]
 
 
 def meaning_of(error: grpc.aio.AioRpcError, *, num_emitted: int) -> DiptychError | None:

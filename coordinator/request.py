@@ -84,7 +84,7 @@ class AnswerRequest:
     @property
     def home(self) -> str:
         """Of a decode worker that may still have what is resumed; "" where none is known."""
-        known = [r for r in self.resumes if r.home]
+        known = [r for r in self.resumes if r.home and (r.token_ids or r.finished)]
         return min(known, key=lambda r: r.finished).home if known else ""
 
     def choice(self, index: int) -> AnswerRequest:

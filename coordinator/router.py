@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable
 from coordinator.membership import Worker, WorkerState
 from engine.types import Role
 
+MANY_WAITING = 4  # requests more than elsewhere: what is in a cache is not worth that queue
+
 
 def pick(workers: Iterable[Worker], role: Role, exclude: Collection[str] = ()) -> Worker | None:
     """The least loaded ready worker of `role` whose incarnation is not in `exclude`, or None.
@@ -15,15 +17,33 @@ def pick(workers: Iterable[Worker], role: Role, exclude: Collection[str] = ()) -
     equal snapshots give equal picks. A doubtful decode worker comes after all others; a doubtful
     prefill worker is not picked, for a decode worker can do without.
     """
-    candidates = (
+    candidates = _ready(workers, role, exclude)
+    if role is Role.PREFILL:
+        candidates = [w for w in candidates if not w.doubtful]
+    return min(candidates, key=_weight, default=None)
+
+
+def keep(
+    workers: Iterable[Worker], role: Role, incarnation: str, exclude: Collection[str] = ()
+) -> Worker | None:
+    """The worker of `role` that has a request's blocks already, unless another one is the better
+    choice all the same: it is doubtful, or many more requests wait there than elsewhere.
+    """
+    ready = [w for w in _ready(workers, role, exclude) if not w.doubtful]
+    fewest_waiting = min((w.load.num_waiting for w in ready), default=0)
+    for worker in ready:
+        if worker.peer.incarnation == incarnation:
+            behind = worker.load.num_waiting > fewest_waiting + MANY_WAITING
+            return None if behind else worker
+    return None
+
+
+def _ready(workers: Iterable[Worker], role: Role, exclude: Collection[str]) -> list[Worker]:
+    return [
         w
         for w in workers
-        if w.role is role
-        and w.state is WorkerState.READY
-        and w.peer.incarnation not in exclude
-        and not (w.doubtful and role is Role.PREFILL)
-    )
-    return min(candidates, key=_weight, default=None)
+        if w.role is role and w.state is WorkerState.READY and w.peer.incarnation not in exclude
+    ]
 
 
 def _weight(worker: Worker) -> tuple[bool, int, int, str]:

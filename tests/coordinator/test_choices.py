@@ -157,6 +157,16 @@ async def test_admission_counts_choices(checkpoint):  # noqa: F811
         assert {r.index for r in responses} == set(range(6))
 
 
+async def test_choices_do_not_all_hang_on_one_prefill_worker(checkpoint):  # noqa: F811
+    """All wait for the first prompt; where its prefill worker is stuck, the next has another."""
+    async with front(checkpoint) as f:
+        worker = await f.worker(by_seed=scripted(f, 3))
+        f.prefill("p0")
+        f.prefill("p1")
+        await collect(f.call(n=3, sampling=sampling(), stop=stop(max_tokens=4)))
+        assert sorted(r.prefill.worker_id for r in worker.requests) == ["p0", "p1", "p1"]
+
+
 async def test_choices_are_resumed_each_by_itself(checkpoint):  # noqa: F811
     async with front(checkpoint) as f:
         worker = await f.worker(by_seed=scripted(f, 3), group=4)

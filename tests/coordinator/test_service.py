@@ -290,8 +290,35 @@ async def test_a_lost_decode_worker_leaves_the_prompt_where_it_is(checkpoint):
         assert read(responses)[1] == f.answer[:20]
         calls = [*first.requests, *second.requests]
         assert [r.prefill.worker_id for r in calls] == ["p0", "p0", "p1"]
+        told(f, "p0", Load())  # but in doubt
         assert (await f.ask(stop=stop(max_tokens=1)))[1] == f.answer[:1]
         assert [*first.requests, *second.requests][-1].prefill.worker_id == "p1"
+
+
+@pytest.mark.parametrize("why", ["behind", "silent"])
+async def test_a_prefill_worker_is_not_kept_at_any_price(checkpoint, why):
+    async with front(checkpoint) as f:
+        first = await f.worker("d0", cues=[Cue(9, lost())], pace_s=0.05)
+        second = await f.worker("d1")
+        f.prefill("p0")
+        f.prefill("p1")
+        begun = asyncio.Event()
+
+        async def ask():
+            async for response in f.call(stop=stop(max_tokens=20)):
+                responses.append(response)
+                begun.set()
+
+        responses = []
+        asking = asyncio.create_task(ask())
+        await begun.wait()
+        told(f, "p0", Load(num_running=9, num_waiting=5 if why == "behind" else 4))
+        if why == "silent":
+            first.pace_s = 1.2  # it is lost more than a second later
+        await asking
+        assert read(responses)[1] == f.answer[:20]
+        assert first.requests[0].prefill.worker_id == "p0"
+        assert second.requests[0].prefill.worker_id == "p1"
 
 
 async def test_the_last_worker_standing_is_tried_again(checkpoint):
@@ -530,7 +557,9 @@ async def test_resume_goes_home(checkpoint):
         assert await served_by("d1") == "d1"
         assert await served_by("d2") == "d2"
         assert await served_by("nobody") == await served_by("") == "d0"
-        told(f, "d1", Load(num_waiting=1))
+        told(f, "d1", Load(num_waiting=4))
+        assert await served_by("d1") == "d1"
+        told(f, "d1", Load(num_waiting=5))
         assert await served_by("d1") == "d0"  # others have room
         for name in ("d0", "d2"):
             told(f, name, Load(num_waiting=1))

@@ -201,7 +201,8 @@ def _decode_services() -> Any:
 
         async def _round(self, fetch: Fetch, wanted: FetchEvent, num_committed: int) -> int:
             num_committed = await super()._round(fetch, wanted, num_committed)
-            if order := ORDERS.take("hold_intake"):
+            order = ORDERS.standing("hold_intake") or {}
+            if len(wanted.block_ids) >= order.get("min_blocks", 0) and ORDERS.take("hold_intake"):
                 for _ in range(round(order["at_most_s"] / 0.02)):
                     if ORDERS.standing("hold_intake") is None:
                         break

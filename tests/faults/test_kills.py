@@ -67,7 +67,7 @@ async def test_kill_9_of_p_after_the_last_chunk_before_the_first_token(row: Row)
     """The blocks are here and fenced: a dead prefill worker is not missed."""
     for _ in _rounds(row, 5):
         for name in row.cluster.decode:
-            row.order(name, "hold_intake", times=99, at_most_s=20.0)
+            row.order(name, "hold_intake", times=99, at_most_s=20.0, min_blocks=16)
         victim, hit, streams = await row.spread(LONG[::2], row.cluster.prefill)
         wanted = {stream.request_id for stream in hit}
 

@@ -21,10 +21,11 @@ SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
 
 async def test_sigstop_of_p_past_the_lease(row: Row) -> None:
     """Prompts go on elsewhere; awake again, it has nothing to say that anybody believes."""
-    for _ in range(5 if row.full else 1):
+    for round_ in range(6 if row.full else 1):
         for name in row.cluster.prefill:
             row.order(name, "late_ready", times=99, after_s=2.0)
-        victim, hit, streams = await row.spread(LONG, row.cluster.prefill)
+        cases = ("three-long-sampled",) if round_ % 2 else LONG  # choices wait for one prompt
+        victim, hit, streams = await row.spread(cases, row.cluster.prefill)
         row.cluster[victim].freeze()
         frozen = time.monotonic()
         for name in row.cluster.prefill:
