@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from coordinator.membership import HEARTBEAT_S
 from tests.faults.cluster import LEASE_TTL_S
 from tests.faults.row import LONG, SILENT_S, Row, struck
 
@@ -28,6 +29,7 @@ async def test_sigstop_of_p_past_the_lease(row: Row) -> None:
         victim, hit, streams = await row.spread(cases, row.cluster.prefill)
         row.cluster[victim].freeze()
         frozen = time.monotonic()
+        struck(not any(stream.tokens for stream in hit), "no token is written yet")
         for name in row.cluster.prefill:
             row.lift(name)
         await row.all_whole(streams)
@@ -37,6 +39,7 @@ async def test_sigstop_of_p_past_the_lease(row: Row) -> None:
         await row.all_whole([row.ask(case) for case in (LONG if row.full else LONG[1:3])])
         row.moved(row.front, "migrations_total{outcome=retried}")
         await row.whole()
+        await asyncio.sleep(2 * HEARTBEAT_S if row.full else 0)  # all tell that they have room
     await row.finish()
 
 
