@@ -269,7 +269,7 @@ async def test_cancelling_a_unary_call_goes_down_the_chain():
     async with oip() as (front, stub):
         worker = await front.worker(pace_s=0.05)
         call = stub.ModelInfer(request(max_tokens=60))
-        await until(lambda: front.coordinator.pipeline.num_requests == 1)
+        await until(lambda: len(worker.requests) == 1)  # the worker itself has it
         call.cancel()
         await asyncio.wait_for(worker.cancelled.wait(), 5)
         await until(lambda: front.coordinator.pipeline.num_requests == 0)

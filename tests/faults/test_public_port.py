@@ -21,7 +21,7 @@ from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.rpc.channel import MAX_MESSAGE_BYTES
 from engine.rpc.status import DETAILS_KEY
 from tests.faults.garbage import garbage, gzip_of_zeros, http_garbage
-from tests.faults.port import FULL, GENERATE, SHORT, Port, file_limit, request
+from tests.faults.port import FULL, GENERATE, MORE_FILES, SHORT, Port, file_limit, request
 from tests.faults.waiters import NUM_HTTP_CONNECTIONS, WAITERS
 from tests.integration.stack import Stack, until
 from tests.support import http2
@@ -257,13 +257,14 @@ def test_5000_connections(port: Port, full: bool) -> None:
                     sock.settimeout(20)
                     assert sock.recv(9), "a connection was not accepted"
                 now = port.vitals()
-                assert now.num_files >= was.num_files + num_connections
+                # Scrapes and pings of others come and go meanwhile.
+                assert now.num_files >= was.num_files - MORE_FILES + num_connections
                 until(lambda n=served: len(bystander.seconds) >= n + 3, 60, "proper answers")  # type: ignore[misc]
                 resident.append(now.resident_bytes - was.resident_bytes)
                 for sock in crowd:
                     sock.close()
                 until(
-                    lambda was=was: port.vitals().num_files <= was.num_files + 24,  # type: ignore[misc]
+                    lambda was=was: port.vitals().num_files <= was.num_files + MORE_FILES,  # type: ignore[misc]
                     20,
                     "descriptors are given back",
                 )
