@@ -121,7 +121,8 @@ class Pipeline:
             ticket.set_tokens(len(prompt))
             self._metrics.prompt_tokens.inc(len(prompt))
             decode = self._decode if count == 1 else self._decode_choices
-            answer = decode(request, prompt, timeline, ticket)
+            home = home_of(self._membership, request.home)
+            answer = decode(request, prompt, timeline, ticket, home)
             async with aclosing(answer) as parts:
                 async for part in parts:
                     if gauge is self._metrics.num_requests_waiting:
@@ -146,10 +147,14 @@ class Pipeline:
             raise DeadlineExceeded("the request's time ran out while it was tokenized") from None
 
     async def _decode_choices(
-        self, request: AnswerRequest, prompt: list[int], timeline: Timeline, ticket: Ticket
+        self,
+        request: AnswerRequest,
+        prompt: list[int],
+        timeline: Timeline,
+        ticket: Ticket,
+        home: Home,
     ) -> AsyncGenerator[Part, None]:
         """All choices as they come. The failure of one, when no retry is left, ends all."""
-        home = home_of(self._membership, request.home)
         num_tokens = 0
         begun = asyncio.Event()  # the prompt's part, if there is one, is the first of all
         if not request.tells_prompt:
@@ -181,7 +186,7 @@ class Pipeline:
         prompt: list[int],
         timeline: Timeline,
         ticket: Ticket,
-        home: Home | None = None,
+        home: Home,
     ) -> AsyncGenerator[Part, None]:
         """All attempts of one choice, as one."""
         answer = self._new_answer(request, len(prompt))
@@ -191,7 +196,7 @@ class Pipeline:
             worker_wait_s=self._worker_wait_s,
             deadline_s=ticket.deadline_s,
             clock=self._clock,
-            home=home or home_of(self._membership, request.home),
+            home=home,
             check_open=self._check_open,
         )
         tells_prompt = request.tells_prompt

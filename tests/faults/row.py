@@ -73,7 +73,7 @@ class Row:
         load. Measures the pace first, where that has not been done lately.
         """
         await self.whole()
-        self._then = checks.before(self.cluster)
+        self._then = checks.before(self.cluster)  # where logs end, for what the measuring does
         pace = self.oracle.pace
         if pace is None or (self.full and not pace.holds(self.cluster.folder)):
             slowest_s = max([await self._pace() for _ in range(2 if self.full else 1)])

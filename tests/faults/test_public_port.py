@@ -257,6 +257,7 @@ def test_5000_connections(port: Port, full: bool) -> None:
                     sock.settimeout(20)
                     assert sock.recv(9), "a connection was not accepted"
                 now = port.vitals()
+                assert not any(closed_by_peer(s, 0.001) for s in crowd), "all are open at once"
                 # Scrapes and pings of others come and go meanwhile.
                 assert now.num_files >= was.num_files - MORE_FILES + num_connections
                 until(lambda n=served: len(bystander.seconds) >= n + 3, 60, "proper answers")  # type: ignore[misc]
