@@ -24,7 +24,7 @@ def pick_kernels(
     library = kernels() if wanted and fits else None
     if library is None and model.weights in ("int8", "int4"):
         raise ConfigError(
-            f"--weights {model.weights}: needs our CPU kernels (a C compiler, AVX512-BF16, "
+            f"--weights {model.weights}: needs our CPU kernels (a C compiler, AVX512 with VNNI, "
             "a --block-size that is a multiple of 16); expected auto or bf16"
         )
     return library

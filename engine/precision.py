@@ -7,13 +7,20 @@ from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
 _BFLOAT16_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))  # the last is Arm's
+# What our kernels are compiled for (engine/native): all of them, or torch computes.
+KERNEL_FLAGS = frozenset(("avx512_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c"))
 
 
 def auto_dtype(*, on_gpu: bool, cpuinfo: Path = _CPUINFO) -> str:
-    """bfloat16 where the hardware multiplies it, else float32."""
-    if on_gpu:
-        return "bfloat16"
-    return "bfloat16" if _BFLOAT16_FLAGS & cpu_flags(cpuinfo) else "float32"
+    """bfloat16 where the hardware or our kernels multiply it, else float32."""
+    flags = cpu_flags(cpuinfo)
+    kernels = flags >= KERNEL_FLAGS and compiler() is not None
+    return "bfloat16" if on_gpu or kernels or _BFLOAT16_FLAGS & flags else "float32"
+
+
+def compiler() -> str | None:
+    """The C compiler of this machine; None where there is none."""
+    return shutil.which("cc") or shutil.which("gcc")
 
 
 def cpu_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:

@@ -15,14 +15,13 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import shutil
 import subprocess
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from engine.config import cache_dir
-from engine.precision import cpu_flags
+from engine.precision import KERNEL_FLAGS, compiler, cpu_flags
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
@@ -30,7 +29,6 @@ _FOLDER = Path(__file__).parent
 # No contraction: an expression must round the same wherever the compiler put it.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
 _LIBRARIES = ("-lm",)
-_NEEDED = {"avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c"}
 _COMPILE_S = 120.0
 
 
@@ -47,13 +45,12 @@ def kernels() -> Kernels | None:
 
     Never raises: everything here has a slower way in torch.
     """
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    flags = cpu_flags()
-    if compiler is None or not flags >= _NEEDED:
-        _log.info("no native kernels", compiler=compiler, missing=sorted(_NEEDED - flags))
+    command, flags = compiler(), cpu_flags()
+    if command is None or not flags >= KERNEL_FLAGS:
+        _log.info("no native kernels", compiler=command, missing=sorted(KERNEL_FLAGS - flags))
         return None
     try:
-        return Kernels(ctypes.CDLL(str(_compiled(compiler, flags))))
+        return Kernels(ctypes.CDLL(str(_compiled(command, flags))))
     except (OSError, subprocess.SubprocessError) as error:
         _log.warning("native kernels could not be built, using torch", reason=_reason(error))
         return None

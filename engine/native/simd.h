@@ -1,4 +1,4 @@
-/* What the kernels share: bfloat16, exp, and fixed orders of sums. AVX512-BF16. */
+/* What the kernels share: bfloat16, exp, and fixed orders of sums. */
 #ifndef DIPTYCH_SIMD_H
 #define DIPTYCH_SIMD_H
 
@@ -15,15 +15,26 @@ static inline __m512 widen(const bf16 *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
+/* Sixteen fp32 rounded to nearest even, as the upper half of each lane. Integer arithmetic: AVX512-BF16
+ * is not needed, and every CPU gets the same bits as torch (subnormals are kept, a NaN stays a NaN). */
+static inline __m512i round_lanes(__m512 value) {
+    const __m512i bits = _mm512_castps_si512(value), upper = _mm512_set1_epi32((int)0xffff0000);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i near = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    near = _mm512_mask_or_epi32(near, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_and_si512(near, upper);
+}
+
 /* Sixteen fp32, rounded to nearest even. */
 static inline void narrow(bf16 *to, __m512 value) {
-    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(value));
+    __m512i upper = _mm512_srli_epi32(round_lanes(value), 16);
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(upper));
 }
 
 /* value rounded to bfloat16 and back. */
 static inline __m512 rounded(__m512 value) {
-    __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(value));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    return _mm512_castsi512_ps(round_lanes(value));
 }
 
 /* The first `count` of sixteen lanes. */

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.precision import auto_dtype
+from engine.precision import KERNEL_FLAGS, auto_dtype
 
 
 @pytest.mark.parametrize(
@@ -11,6 +11,8 @@ from engine.precision import auto_dtype
     [
         ("flags\t\t: fpu avx512f avx512_bf16 sse\n", "bfloat16"),
         ("flags\t\t: fpu avx512f avx512_bf16x\n", "float32"),
+        ("flags\t\t: " + " ".join(KERNEL_FLAGS) + "\n", "bfloat16"),
+        ("flags\t\t: " + " ".join(sorted(KERNEL_FLAGS)[1:]) + "\n", "float32"),
         ("Features\t: fp asimd bf16 sve\n", "bfloat16"),
         ("", "float32"),
     ],
@@ -21,6 +23,15 @@ def test_auto_dtype(tmp_path: Path, text: str, dtype: str) -> None:
     assert auto_dtype(on_gpu=False, cpuinfo=path) == dtype
     assert auto_dtype(on_gpu=True, cpuinfo=path) == "bfloat16"
     assert auto_dtype(on_gpu=False, cpuinfo=tmp_path / "absent") == "float32"
+
+
+def test_without_a_compiler_the_kernels_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = tmp_path / "cpuinfo"
+    path.write_text("flags\t\t: " + " ".join(KERNEL_FLAGS))
+    assert auto_dtype(on_gpu=False, cpuinfo=path) == "float32"
 
 
 def test_it_agrees_with_torch_here() -> None:

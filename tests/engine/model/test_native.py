@@ -24,7 +24,7 @@ from tests.support.paged import CPU, Bench, layout_of, tiny_config
 
 LIBRARY = kernels()
 pytestmark = pytest.mark.skipif(
-    LIBRARY is None, reason="needs a C compiler and a CPU with AVX512-BF16 and VNNI"
+    LIBRARY is None, reason="needs a C compiler and a CPU with AVX512 and VNNI"
 )
 COMMON = {
     "num_hidden_layers": 2,

@@ -15,7 +15,7 @@ from engine.native import kernels
 
 LIBRARY = kernels()
 pytestmark = pytest.mark.skipif(
-    LIBRARY is None, reason="needs a C compiler and a CPU with AVX512-BF16 and VNNI"
+    LIBRARY is None, reason="needs a C compiler and a CPU with AVX512 and VNNI"
 )
 QUANTS = gguf.GGMLQuantizationType
 KINDS = ("q4_0", "q4_1", "q8_0", "bf16")

@@ -18,7 +18,7 @@ from tests.support.random_decoder import make
 
 LIBRARY = kernels()
 pytestmark = pytest.mark.skipif(
-    LIBRARY is None, reason="needs a C compiler and a CPU with AVX512-BF16 and VNNI"
+    LIBRARY is None, reason="needs a C compiler and a CPU with AVX512 and VNNI"
 )
 ROOT = Path(__file__).parents[3]
 

@@ -16,7 +16,7 @@ from engine.native import kernels
 from engine.native.threads import Seat, memory_board, owners, usable_cores
 
 needs_kernels = pytest.mark.skipif(
-    kernels() is None, reason="needs a C compiler and a CPU with AVX512-BF16 and VNNI"
+    kernels() is None, reason="needs a C compiler and a CPU with AVX512 and VNNI"
 )
 
 # On two cores, with three threads: one a share of a board of two, two the other.
