@@ -100,8 +100,12 @@ class Dispatch:
         clock: Callable[[], float] = time.monotonic,
         home: Home | None = None,
         check_open: Callable[[], None] = lambda: None,
+        num_tokens: int = 0,
     ) -> None:
-        """`check_open` raises Unavailable when there are to be no more attempts."""
+        """`check_open` raises Unavailable when there are to be no more attempts.
+
+        `num_tokens`: the longest that prompt and answer may become; a decode worker holds as many.
+        """
         self._membership = membership
         self._worker_wait_s = worker_wait_s
         self._deadline_s = deadline_s
@@ -109,6 +113,7 @@ class Dispatch:
         self._failures: Counter[str] = Counter()  # by incarnation
         self._home = home or Home()
         self._check_open = check_open
+        self._num_tokens = num_tokens
         self._num_failed = 0
 
     def remaining_s(self) -> float:
@@ -173,7 +178,9 @@ class Dispatch:
         counts = {
             w.peer.incarnation: self._failures[w.peer.incarnation]
             for w in workers
-            if w.role is Role.DECODE and w.state is WorkerState.READY
+            if w.role is Role.DECODE
+            and w.state is WorkerState.READY
+            and w.model.max_model_len >= self._num_tokens
         }
         fewest = min(counts.values(), default=0)
         return {incarnation for incarnation, count in counts.items() if count > fewest}
@@ -184,13 +191,17 @@ class Dispatch:
             self._check_open()
             workers = self._membership.snapshot()
             kept = [w for w in workers if w.peer.incarnation == self._home.decode]
-            found = pick(kept, Role.DECODE) or pick(workers, Role.DECODE, self._worse(workers))
+            size = self._num_tokens
+            found = pick(kept, Role.DECODE, num_tokens=size) or pick(
+                workers, Role.DECODE, self._worse(workers), size
+            )
             if found:
                 return found
             left = waited_until - self._clock()
             if left <= 0:
+                fitting = "" if pick(workers, Role.DECODE) is None else f" for {size} tokens"
                 raise Unavailable(
-                    f"no decode worker is ready (waited {self._worker_wait_s:g} s)",
+                    f"no decode worker{fitting} is ready (waited {self._worker_wait_s:g} s)",
                     retry_after_s=min(max(self._worker_wait_s, 1.0), 5.0),
                 )
             await self._membership.wait_for_change(min(left, self.remaining_s(), 1.0))

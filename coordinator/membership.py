@@ -13,7 +13,10 @@ Only READY workers are routed to, those that lately failed a request last of all
 whose place another has taken is refused when it comes back: it was stopped, or cut off, and given
 up. The first worker fixes what all must agree on (digest, numeric
 profile, block size, vocabulary); when the last one has gone it may change. How long a request each
-can hold is its own affair: the shortest of the decode workers counts. Owned by the event loop.
+can hold depends on its memory. The service's context is that of the decode worker with the longest
+one, and a shorter worker gets only requests that fit it (`router.pick`): a worker that joins never
+shortens what a client was promised, nor does one that is lost and may come back.
+Owned by the event loop.
 """
 
 from __future__ import annotations
@@ -29,9 +32,10 @@ from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 
 from engine.errors import Mismatch
+from engine.memory import shown
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import CoordinatorMetrics
-from engine.types import PROTOCOL_VERSION, ModelIdentity, Peer, Role
+from engine.types import NO_KV_POOL, PROTOCOL_VERSION, KVPool, ModelIdentity, Peer, Role
 
 _log = get_logger(__name__)
 
@@ -89,6 +93,7 @@ class Hello:
     http_address: str
     model: ModelIdentity
     protocol_version: int
+    kv_pool: KVPool = NO_KV_POOL
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,7 @@ class Worker:
     assigned_tokens: int = 0
     doubted_s: float = -math.inf  # when it last failed a request, monotonic
     doubtful: bool = False  # whether that was lately, as of the snapshot
+    kv_pool: KVPool = NO_KV_POOL
 
 
 class Membership:
@@ -132,12 +138,22 @@ class Membership:
 
     @property
     def identity(self) -> ModelIdentity | None:
-        """What the workers agree on, at the length that every decode worker can hold; or None."""
+        """What the workers agree on, at the longest context of a decode worker; or None."""
         alive = [w for w in self._workers.values() if w.state is not WorkerState.SUSPECT]
         if not alive:
             return None
-        holders = [w for w in alive if w.role is Role.DECODE] or alive
-        return replace(alive[0].model, max_model_len=min(w.model.max_model_len for w in holders))
+        return replace(alive[0].model, max_model_len=self.max_model_len or _longest(alive))
+
+    @property
+    def max_model_len(self) -> int:
+        """The service's context: the longest of a decode worker's; 0 where there is none."""
+        return self.longest.model.max_model_len if self.longest else 0
+
+    @property
+    def longest(self) -> Worker | None:
+        """The decode worker with the longest context; suspects count until they are forgotten."""
+        holders = [w for w in self._workers.values() if w.role is Role.DECODE]
+        return max(holders, key=lambda w: w.model.max_model_len, default=None)
 
     def snapshot(self) -> tuple[Worker, ...]:
         """All rows, in order of worker_id."""
@@ -167,6 +183,7 @@ class Membership:
             session=next(self._sessions),
             since_s=now,
             heard_s=now,
+            kv_pool=hello.kv_pool,
         )
         if old and old.peer.incarnation == hello.peer.incarnation:  # the same process dialled again
             worker = replace(
@@ -181,10 +198,39 @@ class Membership:
             self._superseded[old.peer.incarnation] = None
             if len(self._superseded) > _MAX_SUPERSEDED:
                 self._superseded.popitem(last=False)
+        before = self.max_model_len
         self._workers[hello.peer.worker_id] = worker
-        _log.info("worker registered", worker=hello.peer.worker_id, pool=hello.role.value)
+        _log.info(
+            "worker registered",
+            worker=hello.peer.worker_id,
+            pool=hello.role.value,
+            max_model_len=hello.model.max_model_len,
+            kv_pool=shown(hello.kv_pool.num_bytes),
+        )
+        self._compare_lengths(worker, before)
         self._notify()
         return worker
+
+    def _compare_lengths(self, worker: Worker, before: int) -> None:
+        """Log where a decode worker is shorter than the service's context, or shortens it."""
+        now, ours = self.max_model_len, worker.model.max_model_len
+        if now < before:  # the longest one has come back with less memory
+            _log.warning(
+                "the context is shorter than before",
+                worker=worker.peer.worker_id,
+                max_model_len=now,
+                before=before,
+                limit=worker.kv_pool.limit,
+            )
+        elif worker.role is Role.DECODE and ours < now:
+            _log.warning(
+                "a decode worker's context is shorter than the service's: it gets only requests"
+                " that fit",
+                worker=worker.peer.worker_id,
+                max_model_len=ours,
+                service=now,
+                limit=worker.kv_pool.limit,
+            )
 
     def heartbeat(self, worker: Worker, load: Load) -> bool:
         """Note the load of a registered worker; False: another stream has taken its place."""
@@ -324,6 +370,10 @@ class Membership:
             for state in WorkerState:
                 count = sum(w.role is role and w.state is state for w in self._workers.values())
                 self._metrics.set_workers(role.value, state.value, count)
+
+
+def _longest(workers: Iterable[Worker]) -> int:
+    return max(w.model.max_model_len for w in workers)
 
 
 def _agreed(model: ModelIdentity) -> ModelIdentity:

@@ -76,9 +76,8 @@ class Pipeline:
     @property
     def max_model_len(self) -> int:
         """Longest prompt plus answer: ours, or the workers' where theirs is shorter."""
-        identity = self._membership.identity
         ours = self._model.max_model_len
-        return min(ours, identity.max_model_len) if identity else ours
+        return min(ours, self._membership.max_model_len or ours)
 
     @property
     def idle(self) -> asyncio.Event:
@@ -198,6 +197,7 @@ class Pipeline:
             clock=self._clock,
             home=home,
             check_open=self._check_open,
+            num_tokens=len(prompt) + answer.max_tokens,
         )
         tells_prompt = request.tells_prompt
         if request.resume_finished and answer.ending is None:

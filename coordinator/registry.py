@@ -15,7 +15,7 @@ from engine.errors import InvalidRequest, Mismatch, Unavailable
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.rpc.convert import identity_from_pb, role_from_pb
 from engine.telemetry.log import get_logger
-from engine.types import Peer
+from engine.types import KVPool, Peer
 
 _log = get_logger(__name__)
 
@@ -104,6 +104,7 @@ def _hello(pb: registry_pb2.Hello) -> Hello:
         http_address=pb.http_address,
         model=identity_from_pb(pb.model),
         protocol_version=pb.protocol_version,
+        kv_pool=KVPool(pb.kv_pool.num_bytes, pb.kv_pool.limit),
     )
 
 

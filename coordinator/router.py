@@ -10,9 +10,12 @@ from engine.types import Role
 MANY_WAITING = 4  # requests more than elsewhere: what is in a cache is not worth that queue
 
 
-def pick(workers: Iterable[Worker], role: Role, exclude: Collection[str] = ()) -> Worker | None:
+def pick(
+    workers: Iterable[Worker], role: Role, exclude: Collection[str] = (), num_tokens: int = 0
+) -> Worker | None:
     """The least loaded ready worker of `role` whose incarnation is not in `exclude`, or None.
 
+    A decode worker must hold `num_tokens`, the longest that prompt and answer may become.
     Least loaded: fewest prompt tokens waiting, then fewest requests, then the lowest id, so that
     equal snapshots give equal picks. A doubtful decode worker comes after all others; a doubtful
     prefill worker is not picked, for a decode worker can do without.
@@ -20,6 +23,8 @@ def pick(workers: Iterable[Worker], role: Role, exclude: Collection[str] = ()) -
     candidates = _ready(workers, role, exclude)
     if role is Role.PREFILL:
         candidates = [w for w in candidates if not w.doubtful]
+    else:
+        candidates = [w for w in candidates if w.model.max_model_len >= num_tokens]
     return min(candidates, key=_weight, default=None)
 
 

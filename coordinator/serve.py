@@ -22,6 +22,7 @@ from typing import Any
 import uvloop
 
 from coordinator.app import Coordinator, dialable
+from coordinator.membership import Worker
 from coordinator.model import ServedModel
 from coordinator.supervisor import Supervisor, worker_command, worker_environment
 from coordinator.trust import Trust
@@ -41,6 +42,7 @@ from engine.config import (
     to_flags,
 )
 from engine.heap import freeze_heap
+from engine.memory import host_memory, shown
 from engine.native.threads import memory_board
 from engine.placement import prepare_weights
 from engine.precision import has_gpu
@@ -143,8 +145,10 @@ def make_supervisor(
     log_dir = Path(fleet.log_dir) if fleet.log_dir else state_dir() / "logs" / str(os.getpid())
     worker = WorkerOptions(coordinator=dialable(coordinator_address))
     trust = TrustOptions(token.share() if token else "")
+    share = str(host_memory().share(len(places)))  # once: a worker that starts again has the same
+    cache = dataclasses.replace(options.cache, memory_share=share)
     shared = to_flags(
-        options.model, options.cache, options.step, options.transfer, options.log, worker, trust
+        options.model, cache, options.step, options.transfer, options.log, worker, trust
     )
     draft = to_flags(options.draft)
     board = memory_board()
@@ -193,7 +197,18 @@ async def _announce(
     ):
         while not await coordinator.membership.wait_for(role, 60.0, count):
             _log.warning("still waiting for local workers", role=role.value, count=count)
-    _say(f"coordinator: serving {where}; workers: {names}; logs in {logs}")
+    context = describe_context(coordinator.pipeline.max_model_len, coordinator.membership.longest)
+    _say(f"coordinator: serving {where}; {context}; workers: {names}; logs in {logs}")
+
+
+def describe_context(max_model_len: int, longest: Worker | None) -> str:
+    """The context that is promised, and what it came from."""
+    text = f"context {max_model_len:,} tokens"
+    if longest is None:
+        return text
+    text += f": KV pool {shown(longest.kv_pool.num_bytes)}"
+    limit = longest.kv_pool.limit
+    return f"{text}, limited by {limit}" if limit else text
 
 
 def _say(line: str) -> None:

@@ -6,7 +6,6 @@ The pool is sized before the model is built, so that a length that cannot fit is
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from engine.attention import select_backend
 from engine.cache.block_pool import BlockPool
 from engine.cache.kv_cache import KVCache
 from engine.cache.layout import KVLayout, compatibility_digest
+from engine.cache.sizing import PoolBudget, PoolSize, fit_pool, host_budget
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.fingerprint import tokenizer_digest
 from engine.checkpoint.packed import packed_file, read_packed
@@ -25,6 +25,7 @@ from engine.config import CacheOptions, ModelOptions, StepOptions
 from engine.constraints import Vocabulary
 from engine.core import EngineCore
 from engine.errors import ConfigError
+from engine.memory import HostMemory, host_memory, shown
 from engine.model.llama import LlamaModel
 from engine.model.loader import load_model, random_model
 from engine.model.native import NativeModel
@@ -39,10 +40,9 @@ from engine.scheduler import Budgets, Scheduler
 from engine.speculation import Drafting
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import WorkerMetrics
-from engine.types import ModelIdentity, Role
+from engine.types import NO_KV_POOL, KVPool, ModelIdentity, Role
 
 _log = get_logger(__name__)
-_MODEST_BYTES, _MOST_BYTES = 192 << 20, 1 << 30  # of a KV pool on a CPU, by default
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -64,6 +64,7 @@ class Engine:
     identity: ModelIdentity
     metrics: WorkerMetrics
     vocabulary: Vocabulary | None = None  # None: no constraints
+    kv_pool: KVPool = NO_KV_POOL
 
 
 def pick_device(options: ModelOptions) -> torch.device:
@@ -110,7 +111,8 @@ def build_engine(
     if draft is not None:
         layout = dataclasses.replace(layout, draft=_layout(draft.config, cache, dtype))
     window = min(drafting.max_draft_tokens, cache.block_size) if drafting else 0
-    num_blocks, max_model_len = _size_pool(checkpoint.config, model, cache, layout, device, window)
+    size = _size_pool(checkpoint.config, model, cache, layout, device, window)
+    num_blocks, max_model_len = size.num_blocks, size.max_model_len
     loader = _Loader(model, cache, step, dtype, device)
     profile = loader.profile(checkpoint)
     if draft is not None:
@@ -144,7 +146,8 @@ def build_engine(
     )
     config = checkpoint.config
     vocabulary = Vocabulary(checkpoint.folder, config.vocab_size, config.eos_token_ids)
-    return Engine(core, kv_cache, layout, identity, metrics, vocabulary)
+    kv_pool = KVPool(size.num_bytes, size.limit)
+    return Engine(core, kv_cache, layout, identity, metrics, vocabulary, kv_pool)
 
 
 def numeric_profile(
@@ -230,33 +233,31 @@ def _size_pool(
     layout: KVLayout,
     device: torch.device,
     draft_window: int,
-) -> tuple[int, int]:
-    """(num_blocks, max_model_len): one request of full length always fits."""
+) -> PoolSize:
+    """One request of full length always fits."""
     limit = config.max_position_embeddings
     if model.max_model_len > limit:
         raise ConfigError(f"--max-model-len {model.max_model_len}: the model's context is {limit}")
     wanted = model.max_model_len or limit
-    longest = layout.num_blocks(wanted + draft_window) * layout.block_bytes
-    num_bytes = cache.kv_cache_memory or _default_pool_bytes(device, longest)
-    num_blocks = num_bytes // layout.block_bytes
-    fits = num_blocks * layout.block_size - draft_window
-    least = model.max_model_len or 2 * layout.block_size
-    if fits < least:
-        needed = layout.num_blocks(least + draft_window) * layout.block_bytes
-        raise ConfigError(
-            f"--kv-cache-memory {num_bytes}: one request of {least} tokens needs {needed} bytes"
+    longest_bytes = layout.num_blocks(wanted + draft_window) * layout.block_bytes
+    if cache.kv_cache_memory:
+        budget = PoolBudget(cache.kv_cache_memory, "--kv-cache-memory")
+    elif device.type == "cuda":
+        budget = PoolBudget(int(torch.cuda.mem_get_info(device)[0] * 0.85))
+    else:
+        share = HostMemory.parse(cache.memory_share) or host_memory()
+        budget = host_budget(longest_bytes, share)
+    size = fit_pool(
+        budget, layout, longest=wanted, asked=model.max_model_len, draft_window=draft_window
+    )
+    if size.max_model_len < wanted:
+        _log.warning(
+            "max_model_len reduced to what the KV pool holds",
+            max_model_len=size.max_model_len,
+            kv_pool=shown(size.num_bytes),
+            limit=size.limit,
         )
-    if fits < wanted:
-        _log.warning("max_model_len reduced to what the KV pool holds", max_model_len=fits)
-    return num_blocks, min(wanted, fits)
-
-
-def _default_pool_bytes(device: torch.device, longest_bytes: int) -> int:
-    """Most of a GPU's free memory; on a CPU two requests of full length, or what is modest."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.85)
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(max(_MODEST_BYTES, 2 * longest_bytes), _MOST_BYTES, available // 8)
+    return size
 
 
 def _identity(

@@ -124,6 +124,9 @@ class CacheOptions:
         parse=parse_size,
         minimum=0,
     )
+    memory_share: str = option(
+        "", "BYTES:LIMIT: a local worker's part of the memory there is; set by the coordinator"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,6 +103,17 @@ class ModelIdentity:
     vocab_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class KVPool:
+    """The size of a worker's KV pool, for people; `limit`: why its context is not the model's."""
+
+    num_bytes: int = 0
+    limit: str = ""
+
+
+NO_KV_POOL = KVPool()
+
+
 def new_incarnation() -> str:
     """A name that no other process has had or will have."""
     return secrets.token_hex(8)

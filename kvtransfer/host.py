@@ -102,6 +102,7 @@ class WorkerHost:
         self.role = settings.role
         self.transfer = settings.transfer
         self.identity: ModelIdentity = engine.identity
+        self.kv_pool = engine.kv_pool
         self.incarnation = new_incarnation()
         self.metrics = engine.metrics
         self.vocabulary = engine.vocabulary
@@ -253,6 +254,7 @@ async def run_worker(
             load=host.load,
             on_drain=orders.told,
             token=settings.token,
+            kv_pool=host.kv_pool,
         )
         registration.start()
         freeze_heap()

@@ -22,7 +22,7 @@ from engine.rpc.channel import open_channel
 from engine.rpc.convert import identity_to_pb, role_to_pb
 from engine.rpc.trust import ClusterToken
 from engine.telemetry.log import get_logger
-from engine.types import PROTOCOL_VERSION, ModelIdentity, Role
+from engine.types import PROTOCOL_VERSION, KVPool, ModelIdentity, Role
 
 _log = get_logger(__name__)
 _RESOLVE_S = 10.0
@@ -48,6 +48,7 @@ class Registration:
         load: Callable[[], registry_pb2.Load | None],
         on_drain: Callable[[float], None],
         token: ClusterToken | None = None,
+        kv_pool: KVPool | None = None,
     ) -> None:
         self._targets = [t.strip() for t in coordinators.split(",") if t.strip()]
         self._load = load
@@ -63,6 +64,9 @@ class Registration:
             model=identity_to_pb(identity),
             protocol_version=PROTOCOL_VERSION,
         )
+        if kv_pool is not None:
+            self._hello.kv_pool.num_bytes = kv_pool.num_bytes
+            self._hello.kv_pool.limit = kv_pool.limit
         self._streams: dict[str, asyncio.Task[None]] = {}
         self._changed: dict[str, asyncio.Event] = {}
         self._accepted: set[str] = set()

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 
 import pytest
 
 from coordinator.app import dialable
 from coordinator.client import Client
-from coordinator.serve import Options, make_supervisor
+from coordinator.membership import Load, Worker
+from coordinator.serve import Options, describe_context, make_supervisor
 from engine.config import (
     CacheOptions,
     DraftOptions,
@@ -24,8 +26,10 @@ from engine.config import (
     StepOptions,
     TransferOptions,
 )
-from engine.types import Role
+from engine.memory import HostMemory
+from engine.types import KVPool, Peer, Role
 from tests.support.fake_coordinator import ANSWER, FakeCoordinator, of_choice, whole
+from tests.support.fake_decode import identity
 
 
 def run(*args, **kwargs):
@@ -181,9 +185,9 @@ def test_serving_without_workers_until_a_signal(tmp_path):
         process.wait()
 
 
-async def test_local_workers_get_their_options_as_flags(tmp_path):
-    options = Options(
-        ModelOptions(model="m.gguf", model_name="mine", dtype="float32"),
+def options_of(tmp_path, **model):
+    return Options(
+        ModelOptions(model="m.gguf", model_name="mine", dtype="float32", **model),
         FrontOptions(),
         FleetOptions(prefill_workers=2, decode_workers=1, log_dir=str(tmp_path)),
         CacheOptions(block_size=32),
@@ -192,6 +196,32 @@ async def test_local_workers_get_their_options_as_flags(tmp_path):
         TransferOptions(),
         LogOptions(),
     )
+
+
+async def test_a_local_worker_keeps_its_share_of_the_memory(tmp_path, monkeypatch):
+    """What others have taken or given back since the start changes no pool."""
+    found = [HostMemory(9 << 30, "the cgroup's 10 GiB"), HostMemory(1 << 20, "a neighbour")]
+    monkeypatch.setattr("coordinator.serve.host_memory", lambda: found.pop(0))
+    supervisor = make_supervisor(options_of(tmp_path), "0.0.0.0:700")
+    for name in ("prefill-0", "prefill-1", "decode-0", "decode-0"):  # the last starts again
+        role = Role(name.partition("-")[0])
+        command = supervisor._command(name, role)
+        assert f"--memory-share={3 << 30}:the cgroup's 10 GiB" in command
+
+
+def test_the_ready_line_tells_where_the_context_comes_from():
+    pool = KVPool(192 << 20)
+    worker = Worker(
+        Peer("d0", "i", "a"), Role.DECODE, "", identity(), "ready", Load(), 1, 0, 0, kv_pool=pool
+    )
+    assert describe_context(8192, worker) == "context 8,192 tokens: KV pool 192 MiB"
+    worker = replace(worker, kv_pool=replace(pool, limit="the cgroup's 2 GiB"))
+    assert describe_context(2944, worker).endswith("MiB, limited by the cgroup's 2 GiB")
+    assert describe_context(8192, None) == "context 8,192 tokens"
+
+
+async def test_local_workers_get_their_options_as_flags(tmp_path):
+    options = options_of(tmp_path)
     supervisor = make_supervisor(options, "0.0.0.0:700")
     names = [(w.worker_id, w.role) for w in supervisor.workers]
     assert names == [

@@ -99,16 +99,41 @@ def test_a_worker_that_means_something_else_is_refused_in_words(changes, words):
     assert list(states(table)) == ["p0"]
 
 
-def test_the_shortest_decode_worker_sets_the_length():
-    """A worker with less memory holds shorter requests; a prefill worker's own does not matter."""
-    table, _ = make()
+def test_a_shorter_decode_worker_does_not_shorten_the_service():
+    """It gets only requests that fit; a prefill worker's own length does not matter."""
+    clock = Clock()
+    table, _ = make(clock)
     table.register(hello("p0", Role.PREFILL, max_model_len=1024))
-    assert table.identity.max_model_len == 1024
-    table.register(hello("d0", max_model_len=8192))
-    worker = table.register(hello("d1", max_model_len=4096))
-    assert table.identity.max_model_len == 4096
-    table.lost(worker, "gone")
-    assert table.identity.max_model_len == 8192
+    assert (table.identity.max_model_len, table.max_model_len) == (1024, 0)
+    table.register(hello("d1", max_model_len=4096))
+    assert table.max_model_len == 4096
+    longest = table.register(hello("d0", incarnation="i1", max_model_len=8192))
+    table.register(hello("d2", incarnation="i2", max_model_len=2048))
+    assert table.identity.max_model_len == table.max_model_len == 8192
+    rows = table.snapshot()
+    assert pick(rows, Role.DECODE, num_tokens=8192).peer.worker_id == "d0"
+    assert pick(rows, Role.DECODE, {"i1"}, 4096).peer.worker_id == "d1"
+    assert pick(rows, Role.DECODE, {"i1"}, 4097) is None
+    assert pick(rows, Role.PREFILL, num_tokens=8192).peer.worker_id == "p0"
+    table.lost(longest, "killed")
+    assert table.identity.max_model_len == 8192, "it may come back"
+    table.register(hello("d0", incarnation="i3", max_model_len=8192))
+    assert table.max_model_len == 8192
+    table.register(hello("d0", incarnation="i4", max_model_len=4096))
+    assert table.max_model_len == 4096, "no worker holds more"
+
+
+def test_what_is_lost_for_long_counts_no_more():
+    clock = Clock()
+    table, _ = make(clock)
+    table.lost(table.register(hello("d0", max_model_len=8192)), "killed")
+    clock.now += FORGET_S / 2
+    worker = table.register(hello("d1", incarnation="i1", max_model_len=4096))
+    assert table.max_model_len == 8192
+    clock.now += FORGET_S / 2 + 1
+    table.heartbeat(worker, Load())
+    table.snapshot()
+    assert table.max_model_len == 4096
 
 
 def test_the_identity_may_change_when_the_last_worker_has_gone():

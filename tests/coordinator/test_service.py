@@ -56,12 +56,13 @@ class Front:
         self.channel = open_channel(coordinator.address)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
 
-    async def worker(self, name="d0", incarnation=None, **script):
+    async def worker(self, name="d0", incarnation=None, max_model_len=8192, **script):
         worker = FakeDecode(self.answer, name=name, **script)
         await worker.start(incarnation or f"of-{name}")
         self.workers.append(worker)
+        model = identity(max_model_len=max_model_len)
         self.coordinator.membership.register(
-            Hello(worker.peer, Role.DECODE, "", identity(), PROTOCOL_VERSION)
+            Hello(worker.peer, Role.DECODE, "", model, PROTOCOL_VERSION)
         )
         return worker
 
@@ -356,6 +357,24 @@ async def test_no_worker_is_unavailable_after_the_wait(checkpoint):
         assert details_of(error, error_details_pb2.RetryInfo).retry_delay.seconds >= 1
         assert int(dict(error.trailing_metadata())[PUSHBACK_KEY]) >= 1000
         assert "no decode worker" in error.details()
+
+
+async def test_a_shorter_worker_gets_what_fits_it_and_shortens_nothing(checkpoint):
+    """Prompt and longest answer fit the worker, on the first attempt and on a later one."""
+    async with front(checkpoint, worker_wait_s=0.3) as f:
+        long = await f.worker("d1", cues=[Cue(2, lost())])
+        short = await f.worker("d0", max_model_len=len(PROMPT) + 20)
+        info = await f.stub.GetModel(inference_pb2.GetModelRequest())
+        assert info.max_model_len == 8192
+        assert (await f.ask(stop=stop(max_tokens=20)))[1] == f.answer[:20]
+        assert (len(short.requests), len(long.requests)) == (1, 0)
+        assert (await f.ask(stop=stop(max_tokens=21)))[1] == f.answer[:21]
+        assert (len(short.requests), len(long.requests)) == (1, 2), "again where it fits"
+        rows = {row.peer.worker_id: row for row in f.coordinator.membership.snapshot()}
+        f.coordinator.membership.lost(rows["d1"], "killed")
+        assert (await f.stub.GetModel(inference_pb2.GetModelRequest())).max_model_len == 8192
+        assert "for 61 tokens" in (await error_of(f.call(stop=stop(max_tokens=21)))).details()
+        assert (await f.ask(stop=stop(max_tokens=20)))[1] == f.answer[:20]
 
 
 async def test_a_request_waits_for_a_worker_to_appear(checkpoint):

@@ -24,7 +24,7 @@ class WorkerMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "address", "http_address", "model", "protocol_version")
+    __slots__ = ("worker_id", "incarnation", "role", "address", "http_address", "model", "protocol_version", "kv_pool")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,7 @@ class Hello(_message.Message):
     HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    KV_POOL_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     role: Role
@@ -39,7 +40,16 @@ class Hello(_message.Message):
     http_address: str
     model: ModelIdentity
     protocol_version: int
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., http_address: _Optional[str] = ..., model: _Optional[_Union[ModelIdentity, _Mapping]] = ..., protocol_version: _Optional[int] = ...) -> None: ...
+    kv_pool: KVPool
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., http_address: _Optional[str] = ..., model: _Optional[_Union[ModelIdentity, _Mapping]] = ..., protocol_version: _Optional[int] = ..., kv_pool: _Optional[_Union[KVPool, _Mapping]] = ...) -> None: ...
+
+class KVPool(_message.Message):
+    __slots__ = ("num_bytes", "limit")
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    num_bytes: int
+    limit: str
+    def __init__(self, num_bytes: _Optional[int] = ..., limit: _Optional[str] = ...) -> None: ...
 
 class ModelIdentity(_message.Message):
     __slots__ = ("name", "digest", "numeric_profile", "max_model_len", "block_size", "vocab_size")

@@ -1,0 +1,133 @@
+"""What memory there is to take, from files as kernels write them; and who may take how much."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.cache.layout import KVLayout
+from engine.cache.sizing import FLOOR_BYTES, MOST_BYTES, PoolBudget, fit_pool, host_budget
+from engine.errors import ConfigError
+from engine.memory import HostMemory, host_memory, shown
+
+GIB, MIB = 1 << 30, 1 << 20
+# SmolLM2-135M: 368,640 bytes a block of 16 tokens.
+LAYOUT = KVLayout(30, 3, 64, 16, "bfloat16")
+LONGEST = LAYOUT.num_blocks(8192 + 16) * LAYOUT.block_bytes
+
+
+class Machine:
+    """A /proc and a /sys/fs/cgroup in a folder."""
+
+    def __init__(self, folder: Path, free: int, cached: int, groups: str = "0::/\n") -> None:
+        self.proc, self.cgroups = folder / "proc", folder / "cgroup"
+        (self.proc / "self").mkdir(parents=True)
+        self.cgroups.mkdir()
+        (self.proc / "self/cgroup").write_text(groups)
+        self.set(free, cached)
+
+    def set(self, free: int, cached: int) -> None:
+        lines = {"MemTotal": 24 * GIB, "MemFree": free, "MemAvailable": free + cached}
+        text = "".join(f"{name}: {size // 1024} kB\n" for name, size in lines.items())
+        (self.proc / "meminfo").write_text(text)
+
+    def group(self, path: str, **files: object) -> None:
+        folder = self.cgroups / path
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in files.items():
+            name = name.replace("__", ".")
+            (folder / name).write_text(f"{value}\n")
+
+    def read(self) -> HostMemory:
+        return host_memory(self.proc, self.cgroups)
+
+
+def context(memory: HostMemory) -> tuple[int, str]:
+    size = fit_pool(host_budget(LONGEST, memory), LAYOUT, longest=8192, asked=0, draft_window=16)
+    return size.max_model_len, size.limit
+
+
+def test_what_the_page_cache_holds_counts_as_available(tmp_path: Path) -> None:
+    """Starts with more and more of the memory in the page cache give one context."""
+    machine = Machine(tmp_path, 20 * GIB, 0)
+    found = set()
+    for cached in (0, 4, 12, 16, 19, 19.9):
+        machine.set(int((20 - cached) * GIB), int(cached * GIB))
+        found.add(context(machine.read().share(2)))
+    assert found == {(8192, "")}
+
+
+def test_a_cgroup_of_version_2_bounds_what_there_is(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, 20 * GIB, 0, "0::/pods/one\n")
+    machine.group("pods/one", memory__max=2 * GIB, memory__current=GIB)
+    assert machine.read() == HostMemory(GIB, "the cgroup's 2 GiB")
+    stat = f"anon {GIB // 4}\ninactive_file {3 * GIB // 4}"
+    machine.group("pods/one", memory__stat=stat)
+    assert machine.read().available_bytes == 7 * GIB // 4, "a page cache is reclaimed"
+    machine.group("pods/one", memory__max="max", memory__high=GIB)
+    assert machine.read() == HostMemory(3 * GIB // 4, "the cgroup's 1 GiB")
+    machine.group("pods", memory__max=GIB // 2, memory__current=GIB // 4)
+    assert machine.read() == HostMemory(GIB // 4, "the cgroup's 512 MiB"), "of a parent"
+    machine.group("pods", memory__current=GIB)
+    assert machine.read().available_bytes == 0, "above its limit"
+    machine.group("pods", memory__max="max")
+    machine.group("pods/one", memory__max="max", memory__high="max")
+    assert machine.read().available_bytes == 20 * GIB
+
+
+def test_a_cgroup_of_version_1_and_one_that_is_mounted_as_the_root(tmp_path: Path) -> None:
+    groups = "5:cpu,cpuacct:/docker/x\n4:memory:/docker/x\n0::/\n"
+    machine = Machine(tmp_path, 20 * GIB, 0, groups)
+    files = {"memory__limit_in_bytes": 2 * GIB, "memory__usage_in_bytes": GIB}
+    machine.group("memory", **files, memory__stat=f"total_inactive_file {GIB // 2}")
+    assert machine.read() == HostMemory(3 * GIB // 2, "the cgroup's 2 GiB")
+    machine.group("memory/docker/x", memory__limit_in_bytes=GIB, memory__usage_in_bytes=0)
+    assert machine.read().limit == "the cgroup's 1 GiB"
+    machine.group("memory/docker/x", memory__limit_in_bytes=(1 << 63) - 4096)  # unlimited
+    assert machine.read().limit == "the cgroup's 2 GiB"
+
+
+def test_this_machine_has_memory() -> None:
+    assert host_memory().available_bytes > 0
+
+
+def test_a_share_is_handed_on_as_text() -> None:
+    share = HostMemory(7 * GIB, "the cgroup's 8 GiB: half").share(2)
+    assert HostMemory.parse(str(share)) == HostMemory(7 * GIB // 2, "the cgroup's 8 GiB: half")
+    assert HostMemory.parse("") is None
+    for text in ("lots", "12", "12:", "-1:x"):
+        with pytest.raises(ConfigError, match=r"--memory-share .*BYTES:LIMIT"):
+            HostMemory.parse(text)
+
+
+def test_a_shorter_context_names_its_cause() -> None:
+    assert context(HostMemory(20 * GIB, "x")) == (8192, "")
+    assert context(HostMemory(GIB // 2, "x")) == (8192, ""), "half for one of full length"
+    tokens, limit = context(HostMemory(GIB // 4, "the cgroup's 2 GiB"))
+    assert (tokens, limit) == ((GIB // 8 // LAYOUT.block_bytes) * 16 - 16, "the cgroup's 2 GiB")
+    assert context(HostMemory(0, "x"))[0] == FLOOR_BYTES // LAYOUT.block_bytes * 16 - 16
+    budget = host_budget(8 * GIB, HostMemory(99 * GIB, "x"))
+    assert budget.num_bytes == MOST_BYTES and "--kv-cache-memory" in budget.limit
+
+
+def test_a_length_that_was_asked_for_and_does_not_fit_is_refused() -> None:
+    budget = PoolBudget(32 * MIB, "the cgroup's 2 GiB")
+    with pytest.raises(ConfigError, match="limited by the cgroup's 2 GiB: one request of 4096"):
+        fit_pool(budget, LAYOUT, longest=4096, asked=4096, draft_window=0)
+    size = fit_pool(budget, LAYOUT, longest=8192, asked=0, draft_window=0)
+    assert (size.num_blocks, size.max_model_len) == (91, 91 * 16)
+    assert size.num_bytes == 91 * LAYOUT.block_bytes <= budget.num_bytes
+    with pytest.raises(ConfigError, match="needs"):
+        fit_pool(PoolBudget(0), LAYOUT, longest=8192, asked=0, draft_window=0)
+
+
+def test_sizes_for_people() -> None:
+    assert [shown(n) for n in (0, 512, 1024, 192 * MIB, 3 * GIB // 2, 2 << 40)] == [
+        "0 bytes",
+        "512 bytes",
+        "1 KiB",
+        "192 MiB",
+        "1.5 GiB",
+        "2 TiB",
+    ]
