@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -79,16 +80,24 @@ class ChatTemplate:
         name = _TOOL_USE if tools and _TOOL_USE in self.templates else "default"
         if name not in self.templates:
             name = next(iter(self.templates))
+        if "developer" not in self.text:  # a role that OpenAI's clients have for system
+            messages = [_without_developer(message) for message in messages]
         if name not in self.knowing_tools and (tools or any(map(_is_of_tools, messages))):
             messages, tools = _without_tools(messages, tools, tool_format), None
+        render = partial(
+            self.templates[name].render,
+            tools=list(tools) if tools else None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **self.special_tokens,
+        )
         try:
-            return self.templates[name].render(
-                messages=list(messages),
-                tools=list(tools) if tools else None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-            )
+            try:
+                return render(messages=list(messages))
+            except TypeError:  # older templates add arguments to strings
+                if not any(message.get("tool_calls") for message in messages):
+                    raise
+                return render(messages=[_with_written_arguments(m) for m in messages])
         except (jinja2.TemplateError, jinja2.exceptions.SecurityError) as error:
             raise InvalidRequest("messages", error.message or "the template failed") from None
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
@@ -96,19 +105,25 @@ class ChatTemplate:
             raise InvalidRequest("messages", f"the chat template failed: {error}") from None
 
 
-def turns(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as templates take them; arguments of calls are objects, not JSON."""
+def turns(
+    messages: Sequence[ChatMessage], tool_format: ToolFormat = HERMES
+) -> list[dict[str, Any]]:
+    """Messages as templates take them; arguments of calls are objects, not JSON.
+
+    Ids of calls are those that the family's templates take.
+    """
     out: list[dict[str, Any]] = []
     for message in messages:
         turn: dict[str, Any] = {"role": message.role, "content": message.content or ""}
         if message.name:
             turn["name"] = message.name
-        if message.tool_call_id:
-            turn["tool_call_id"] = message.tool_call_id
+        answers = message.tool_call_id or message.role == "tool"
+        if answers and (call_id := tool_format.call_id(message.tool_call_id)):
+            turn["tool_call_id"] = call_id
         if message.tool_calls:
             turn["tool_calls"] = [
                 {
-                    "id": call.id,
+                    "id": tool_format.call_id(call.id),
                     "type": "function",
                     "function": {"name": call.name, "arguments": call.arguments},
                 }
@@ -116,6 +131,23 @@ def turns(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
             ]
         out.append(turn)
     return out
+
+
+def _without_developer(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**message, "role": "system"} if message["role"] == "developer" else message
+
+
+def _with_written_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose calls have their arguments as JSON."""
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _json(call["function"])}}
+        for call in message.get("tool_calls") or ()
+    ]
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _json(function: Mapping[str, Any]) -> str:
+    return json.dumps(function["arguments"], ensure_ascii=False)
 
 
 def _is_of_tools(message: Mapping[str, Any]) -> bool:
@@ -134,9 +166,7 @@ def _without_tools(
         role, content = message["role"], message["content"]
         if calls := message.get("tool_calls"):
             functions = [call["function"] for call in calls]
-            written = form.write(
-                [(f["name"], json.dumps(f["arguments"], ensure_ascii=False)) for f in functions]
-            )
+            written = form.write([(f["name"], _json(f)) for f in functions])
             between = "" if not content or content.endswith("\n") else "\n"
             out.append({"role": role, "content": f"{content}{between}{written}"})
         elif role == "tool":

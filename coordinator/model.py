@@ -137,7 +137,7 @@ class ServedModel:
             text = await loop.run_in_executor(
                 self._threads,
                 self._template.render,
-                turns(messages),
+                turns(messages, self.limits.tool_format),
                 [tool.definition for tool in tools],
                 add_generation_prompt,
                 self.limits.tool_format,

@@ -11,6 +11,7 @@ from engine.seeds import choice_seed
 from engine.types import Constraint, FinishReason, SamplingParams, TokenLogprobs
 
 DEFAULT_MAX_TOKENS = 256
+ASSISTANT = "assistant"  # the role of the model's own turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class ChatMessage:
     """One turn of a conversation."""
 
     role: str
-    content: str | None  # None: an assistant's turn that only made calls
+    content: str | None  # None: an assistant's turn without text
     name: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""  # the call that this turn answers

@@ -20,6 +20,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Any
 
 from coordinator.tokenizer import Tokenizer
@@ -47,6 +48,7 @@ class ToolFormat:
     single: bool = False  # the family knows one call an answer
     lead: str = ""  # may stand before a call and says nothing
     id_chars: int = 24  # length of a call's id
+    short_ids: bool = False  # templates refuse ids of another length
     # Markers that are tokens of their own in the model's vocabulary.
     tokens: Mapping[str, int] = field(default_factory=dict)
 
@@ -56,6 +58,15 @@ class ToolFormat:
         if self.as_list:
             return f"{self.trigger}[{self.separator.join(bodies)}]"
         return self.separator.join(self.trigger + body for body in bodies)
+
+    def call_id(self, given: str) -> str:
+        """A call's id as the family's templates take it: the same for the call and its result.
+
+        Conversations begun elsewhere bring ids of another form, or none.
+        """
+        if not self.short_ids or (len(given) == self.id_chars and given.isalnum()):
+            return given
+        return sha256(given.encode()).hexdigest()[: self.id_chars]
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -96,7 +107,8 @@ MISTRAL = ToolFormat(
     end="}",
     separator=", ",
     as_list=True,
-    id_chars=9,  # its templates refuse others
+    id_chars=9,
+    short_ids=True,
 )
 MISTRAL_ARGS = ToolFormat(
     name="mistral_args",
@@ -106,6 +118,7 @@ MISTRAL_ARGS = ToolFormat(
     end="",
     separator="",
     id_chars=9,
+    short_ids=True,
 )
 FORMATS = {f.name: f for f in (HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS)}
 

@@ -12,7 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coordinator.request import DEFAULT_MAX_TOKENS, AnswerRequest, ChatMessage, Resumed
+from coordinator.request import (
+    ASSISTANT,
+    DEFAULT_MAX_TOKENS,
+    AnswerRequest,
+    ChatMessage,
+    Resumed,
+)
 from coordinator.tools import HERMES, ToolFormat, ToolUse, tool_grammar
 from coordinator.validate_constraint import constraint_from
 from coordinator.validate_tools import check_tool_calls, check_tools, text_schema, tool_use
@@ -100,7 +106,10 @@ def validate_chat(request: inference_pb2.ChatRequest, limits: Limits) -> AnswerR
 def check_messages(
     field: str, messages: Sequence[inference_pb2.Message], limits: Limits
 ) -> tuple[ChatMessage, ...]:
-    """A conversation of at least one message, each with a role and a content or tool calls."""
+    """A conversation of at least one message, each with a role and a content.
+
+    An assistant's message may come without: it made calls, or nothing was left of it.
+    """
     if len(messages) > limits.max_model_len:  # a million empty ones would keep a template busy
         raise InvalidRequest(
             field, f"{len(messages)} messages do not fit a context of {limits.max_model_len} tokens"
@@ -109,7 +118,8 @@ def check_messages(
     for i, message in enumerate(messages):
         if not message.role:
             raise InvalidRequest(f"{field}[{i}].role", "unset; expected system, user or assistant")
-        if not message.HasField("content") and not message.tool_calls:
+        silent = message.role == ASSISTANT or message.tool_calls
+        if not message.HasField("content") and not silent:
             raise InvalidRequest(f"{field}[{i}].content", "unset; expected text")
         checked.append(
             ChatMessage(

@@ -19,21 +19,24 @@ from engine.pb.diptych.v1 import inference_pb2
 
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 1024 * 1024
+UNPARSED = "unparsed"  # the name under which arguments stand that are no object
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 def check_tools(field: str, source: str) -> tuple[Tool, ...]:
-    """Tool definitions out of a JSON array of them; an empty text is none."""
+    """Tool definitions out of a JSON array of them; an empty text or array is none."""
     if not source:
         return ()
     if len(source) > MAX_TOOLS_BYTES:
         raise InvalidRequest(field, f"longer than {MAX_TOOLS_BYTES} characters")
     listed = parse_json(field, source)
+    if listed is None:
+        return ()
     if not isinstance(listed, list):
         raise InvalidRequest(field, "expected a JSON array of tool definitions")
-    if not 1 <= len(listed) <= MAX_TOOLS:
-        raise InvalidRequest(field, f"{len(listed)} tools; expected 1 to {MAX_TOOLS}")
+    if len(listed) > MAX_TOOLS:
+        raise InvalidRequest(field, f"{len(listed)} tools; expected at most {MAX_TOOLS}")
     tools: list[Tool] = []
     for i, item in enumerate(listed):
         tool = _tool(f"{field}[{i}]", item)
@@ -51,12 +54,8 @@ def tool_use(
     kind, mode = choice.WhichOneof("kind"), choice.mode
     if mode not in inference_pb2.ToolChoice.Mode.values():
         raise InvalidRequest("tool_choice.mode", f"{mode} is not known")
-    wanted = kind == "name" or mode not in (
-        inference_pb2.ToolChoice.MODE_UNSPECIFIED,
-        inference_pb2.ToolChoice.MODE_NONE,
-    )
-    if not tools:
-        if wanted:
+    if not tools:  # then a model that may call one calls none
+        if kind == "name" or mode == inference_pb2.ToolChoice.MODE_REQUIRED:
             raise InvalidRequest("tool_choice", "there are no tools to choose from")
         return None
     if kind == "mode" and mode == inference_pb2.ToolChoice.MODE_NONE:
@@ -97,12 +96,25 @@ def check_tool_calls(field: str, calls: Sequence[inference_pb2.ToolCall]) -> tup
     for i, call in enumerate(calls):
         if not call.name:
             raise InvalidRequest(f"{field}[{i}].name", "empty; expected the name of a tool")
-        where = f"{field}[{i}].arguments"
-        arguments = parse_json(where, call.arguments) if call.arguments.strip() else {}
-        if not isinstance(arguments, dict):
-            raise InvalidRequest(where, "expected a JSON object")
-        checked.append(ToolCall(call.id, call.name, arguments))
+        checked.append(ToolCall(call.id, call.name, _arguments(call.arguments)))
     return tuple(checked)
+
+
+def _arguments(source: str) -> Mapping[str, Any]:
+    """Arguments as a model wrote them, in any case an object: templates walk through its items.
+
+    A call that the length limit cut off stays in its conversation, so nothing is refused here. An
+    empty text, null and [] are no arguments; another value, and text that is no JSON, is the one
+    argument `UNPARSED`.
+    """
+    try:
+        value = parse_json("", source) if source.strip() else {}
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (InvalidRequest, ValueError, RecursionError):  # no JSON, 1e999, half a character
+        value = source
+    if isinstance(value, dict):
+        return value
+    return {UNPARSED: value} if value not in (None, []) else {}
 
 
 def parse_json(field: str, source: str) -> Any:

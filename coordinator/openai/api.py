@@ -18,12 +18,13 @@ from starlette.routing import BaseRoute, Route
 from coordinator.openai.answers import Choice, Writer
 from coordinator.openai.calls import Names, merged, starts, unary
 from coordinator.openai.chat_answers import ChatWriter
-from coordinator.openai.chats import read_chat, read_messages, read_tools
+from coordinator.openai.chats import read_chat, read_tools
 from coordinator.openai.completion_answers import CompletionWriter
 from coordinator.openai.completions import read_completion
 from coordinator.openai.door import DONE, Asked, Door, Events, Handler, Reply, event
 from coordinator.openai.errors import Failure, Refused
 from coordinator.openai.fields import UINT32, Fields, whole_list
+from coordinator.openai.messages import read_messages
 from coordinator.openai.openapi import description
 from engine.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2, inference_pb2_grpc

@@ -10,6 +10,7 @@ from typing import Any
 from coordinator.openai.constraints import names_of, read_constraint
 from coordinator.openai.errors import unsupported
 from coordinator.openai.fields import UINT32, Fields, as_object
+from coordinator.openai.messages import read_messages
 from coordinator.openai.options import IGNORED, Wanted, read_common
 from coordinator.validate import MAX_LOGPROBS
 from engine.errors import InvalidRequest
@@ -17,8 +18,6 @@ from engine.pb.diptych.v1 import inference_pb2
 
 _Mode = inference_pb2.ToolChoice
 _MODES = {"none": _Mode.MODE_NONE, "auto": _Mode.MODE_AUTO, "required": _Mode.MODE_REQUIRED}
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
@@ -94,83 +93,10 @@ def _logprobs(fields: Fields) -> int | None:
     return (top or 0) if wanted else None
 
 
-def read_messages(fields: Fields) -> list[inference_pb2.Message]:
-    """The conversation; parts of text are joined, parts of other kinds refused by name."""
-    values = fields.list("messages")
-    if not values:
-        raise InvalidRequest("messages", "expected an array of at least one message")
-    return [_message(as_object(f"messages[{i}]", value)) for i, value in enumerate(values)]
-
-
-def _message(fields: Fields) -> inference_pb2.Message:
-    role = fields.text("role")
-    if role == "function":
-        raise unsupported(fields.path("role"), "function")
-    if role not in _ROLES:
-        raise InvalidRequest(fields.path("role"), f"expected one of {', '.join(_ROLES)}")
-    content = _content(fields)
-    calls = [
-        _tool_call(as_object(f"{fields.path('tool_calls')}[{i}]", value))
-        for i, value in enumerate(fields.list("tool_calls") or ())
-    ]
-    refusal = fields.text("refusal")
-    if content is None and not calls:
-        if refusal is None:
-            raise InvalidRequest(fields.path("content"), "unset; expected text")
-        content = refusal
-    name, answers = fields.text("name"), fields.text("tool_call_id")
-    fields.neutral({"audio": (), "function_call": ()})
-    fields.end(("annotations", "reasoning", "reasoning_content"))
-    return inference_pb2.Message(
-        role="system" if role == "developer" else role,
-        content=content,
-        name=name,
-        tool_calls=calls,
-        tool_call_id=answers,
-    )
-
-
-def _content(fields: Fields) -> str | None:
-    path, value = fields.path("content"), fields.take("content")
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise InvalidRequest(path, "expected text or an array of parts")
-    texts = []
-    for i, item in enumerate(value):
-        part = as_object(f"{path}[{i}]", item)
-        kind = part.text("type")
-        if kind is None:
-            raise InvalidRequest(part.path("type"), 'unset; expected "text"')
-        if kind not in _TEXT_PARTS:
-            raise unsupported(part.path("type"), kind[:40])
-        text = part.text(_TEXT_PARTS[kind])
-        if text is None:
-            raise InvalidRequest(part.path(_TEXT_PARTS[kind]), "unset; expected text")
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def _tool_call(fields: Fields) -> inference_pb2.ToolCall:
-    if fields.text("type") not in (None, "function"):
-        raise unsupported(fields.path("type"), "any other than function")
-    function = fields.object("function")
-    if function is None:
-        raise InvalidRequest(fields.path("function"), "unset; expected a name and arguments")
-    arguments = function.take("arguments")
-    if isinstance(arguments, dict):  # some clients send the object itself
-        arguments = json.dumps(arguments)
-    if arguments is not None and not isinstance(arguments, str):
-        raise InvalidRequest(function.path("arguments"), "expected JSON as text")
-    return inference_pb2.ToolCall(
-        id=fields.text("id") or "", name=function.text("name") or "", arguments=arguments or ""
-    )
-
-
 def read_tools(fields: Fields) -> str | None:
     """Tool definitions as they came; their content is the gRPC API's affair."""
     tools = fields.list("tools")
-    if tools is None:
+    if not tools:
         return None
     for i, tool in enumerate(tools):
         kind = tool.get("type") if isinstance(tool, dict) else "function"

@@ -82,9 +82,14 @@ class Fields:
             if value is not None and not any(_same(value, one) for one in harmless):
                 raise unsupported(self.path(key), "this option")
 
-    def end(self, ignored: Collection[str] = ()) -> None:
-        """Raise Refused for the first field that was not read and is not among `ignored`."""
-        for key in self._values:
+    def end(self, ignored: Collection[str] = (), *, nulls: bool = False) -> None:
+        """Raise Refused for the first field that was not read and is not among `ignored`.
+
+        With `nulls` a field that is null is as good as unset.
+        """
+        for key, value in self._values.items():
+            if nulls and value is None:
+                continue
             if key not in self._read and key not in ignored:
                 raise unknown_parameter(self.path(key)[:200])
 

@@ -97,7 +97,7 @@ _MESSAGES: Schema = {
     "minItems": 1,
     "items": _object(
         ["role"],
-        role={"enum": ["system", "developer", "user", "assistant", "tool"]},
+        role={"enum": ["system", "developer", "user", "assistant", "tool", "function"]},
         content={"anyOf": [_TEXT, {"type": "array", "items": _PART}, {"type": "null"}]},
         name=_TEXT,
         tool_calls={"type": "array", "items": _CALL},
@@ -106,7 +106,6 @@ _MESSAGES: Schema = {
 }
 _TOOLS: Schema = {
     "type": "array",
-    "minItems": 1,
     "maxItems": 128,
     "items": _object(
         ["type", "function"],

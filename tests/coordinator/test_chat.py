@@ -14,8 +14,10 @@ import pytest
 from coordinator.chat import ChatTemplate, turns
 from coordinator.request import ChatMessage, ToolCall
 from coordinator.tools import HERMES, MISTRAL
+from coordinator.validate_tools import check_tool_calls
 from engine.checkpoint.source import resolve
 from engine.errors import CheckpointError, InvalidRequest
+from engine.pb.diptych.v1 import inference_pb2 as pb
 
 SYSTEM = {"role": "system", "content": "You are terse."}
 USER = {"role": "user", "content": "What is 2 + 2? <b>&amp;</b> \u4e2d\U0001f600"}
@@ -108,6 +110,66 @@ def test_calls_and_their_answers_equal_transformers(tmp_path: Path) -> None:
     ours = loaded.render(turns(CALLING), TOOLS)
     assert ours == theirs(KNOWS_TOOLS, turns(CALLING), tools=TOOLS)
     assert '<tool_call>f {"city": "R\u00f6m"} R\u00f6m</tool_call>' in ours
+
+
+ADDS_STRINGS = (
+    "{% for m in messages %}{% for call in m.tool_calls %}"
+    "{{ call.function.name + '(' + call.function.arguments + ')' }}{% endfor %}{% endfor %}"
+)
+WALKS = (
+    "{% for m in messages %}{% for call in m.tool_calls %}{{ call.function.name }}("
+    "{% for name, value in call.function.arguments | items %}{{ name }}={{ value }};{% endfor %})"
+    "{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        (ADDS_STRINGS, 'f({"city": "Paris"})f({"unparsed": "{\\"city"})'),
+        (WALKS, 'f(city=Paris;)f(unparsed={"city;)'),
+        (KNOWS_TOOLS, '{"unparsed": "{\\"city"}'),
+    ],
+)
+def test_a_call_that_was_cut_off_fails_no_template(
+    tmp_path: Path, template: str, written: str
+) -> None:
+    calls = [pb.ToolCall(name="f", arguments=a) for a in ('{"city": "Paris"}', '{"city')]
+    message = ChatMessage("assistant", None, tool_calls=check_tool_calls("c", calls))
+    loaded = ChatTemplate.load(write(tmp_path, "{% if tools %}{% endif %}" + template))
+    assert written in loaded.render(turns([message]))
+
+
+NINE = (
+    "{% for m in messages %}{% for call in m.tool_calls %}{% if call.id is undefined or "
+    "call.id | length != 9 %}{{ raise_exception('ids!') }}{% endif %}={{ call.id }}{% endfor %}"
+    "{% if m.role == 'tool' %}{% if m.tool_call_id is undefined or m.tool_call_id | length != 9 %}"
+    "{{ raise_exception('ids!') }}{% endif %}?{{ m.tool_call_id }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("call_id", ["call_9hHDFg7aKqjQ", "", "aB3dE6gH9"])
+def test_ids_of_other_servers_are_taken_by_templates_that_want_nine(
+    tmp_path: Path, call_id: str
+) -> None:
+    messages = [
+        ChatMessage("assistant", None, tool_calls=(ToolCall(call_id, "f", {}),)),
+        ChatMessage("tool", "x", tool_call_id=call_id),
+    ]
+    loaded = ChatTemplate.load(write(tmp_path, "{% if tools %}{% endif %}" + NINE))
+    prompt = loaded.render(turns(messages, MISTRAL))
+    called, _, answered = prompt.removeprefix("=").partition("?")
+    assert called == answered
+
+
+@pytest.mark.parametrize("knows", [False, True])
+def test_developer_is_system_where_the_template_does_not_know_it(
+    tmp_path: Path, knows: bool
+) -> None:
+    template = GENERIC + ("{# system, developer #}" if knows else "")
+    loaded = ChatTemplate.load(write(tmp_path, template))
+    prompt = loaded.render(turns([ChatMessage("developer", "rules")]))
+    assert prompt == ("<developer>rules</developer>" if knows else "<system>rules</system>")
 
 
 GENERIC = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"

@@ -252,7 +252,6 @@ def test_choices():
 
 BAD_TOOLS = [
     ("{}", "tools_json"),
-    ("[]", "tools_json"),
     ("nonsense", "tools_json"),
     ("[NaN]", "tools_json"),
     ("[" * 5000, "tools_json"),
@@ -309,7 +308,6 @@ def test_parts_of_definitions_are_checked(part):
     [
         ({"tool_choice": pb.ToolChoice(name="nobody")}, "tool_choice.name"),
         ({"tool_choice": pb.ToolChoice(mode=9)}, "tool_choice.mode"),
-        ({"tool_choice": pb.ToolChoice(mode=AUTO), "tools_json": ""}, "tool_choice"),
         ({"tool_choice": pb.ToolChoice(name="add"), "tools_json": ""}, "tool_choice"),
     ],
 )
@@ -332,14 +330,59 @@ def test_earlier_calls_come_with_their_arguments_as_objects():
     assert first.tool_calls[0].arguments == {"a": [1]}
     assert second == ChatMessage("tool", "r", tool_call_id="i")
     assert check_tool_calls("c", [pb.ToolCall(name="f")])[0].arguments == {}
-    for bad, field in [
-        (pb.ToolCall(name="f", arguments="{"), "c[0].arguments"),
-        (pb.ToolCall(name="f", arguments="[]"), "c[0].arguments"),
-        (pb.ToolCall(arguments="{}"), "c[0].name"),
-    ]:
+    with pytest.raises(InvalidRequest) as caught:
+        check_tool_calls("c", [pb.ToolCall(arguments="{}")])
+    assert caught.value.field == "c[0].name"
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ("", {}),
+        (" \n", {}),
+        ("null", {}),
+        ("[]", {}),
+        ("{}", {}),
+        ('{"a": null}', {"a": None}),
+        ("[1]", {"unparsed": [1]}),
+        ("0", {"unparsed": 0}),
+        ("false", {"unparsed": False}),
+        ('"Paris"', {"unparsed": "Paris"}),
+        ('{"city": "Par', {"unparsed": '{"city": "Par'}),
+        ("{'city': 'Paris'}", {"unparsed": "{'city': 'Paris'}"}),
+        ('{"a": NaN}', {"unparsed": '{"a": NaN}'}),
+        ('{"a": 1e999}', {"unparsed": '{"a": 1e999}'}),
+        ('{"a": "\\ud800"}', {"unparsed": '{"a": "\\ud800"}'}),
+        ("[" * 100_000, {"unparsed": "[" * 100_000}),
+        ("9" * 5000, {"unparsed": "9" * 5000}),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_arguments_of_any_kind_come_as_an_object(written, arguments):
+    (call,) = check_tool_calls("c", [pb.ToolCall(name="f", arguments=written)])
+    assert call.arguments == arguments
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_ids_of_calls_are_as_the_familys_templates_take_them(form):
+    assert form.call_id("aB3dE6gH9") == "aB3dE6gH9"
+    for other in ("call_9hHDFg7aKqjQ", "call_one_", ""):
+        made = form.call_id(other)
+        assert made == form.call_id(other)
+        assert made == other if form.id_chars > 9 else (len(made) == 9 and made.isalnum())
+
+
+@pytest.mark.parametrize("source", ["", "[]", "null", " [ ] "])
+def test_a_list_of_no_tools_is_none(source):
+    unspecified, none, auto = pb.ToolChoice(), pb.ToolChoice(mode=1), pb.ToolChoice(mode=2)
+    for choice in (unspecified, none, auto):
+        got = validate_chat(chat(tools_json=source, tool_choice=choice), LIMITS)
+        assert got.tools is None
+        assert got.constraint is None
+    for choice in (pb.ToolChoice(mode=3), pb.ToolChoice(name="f")):
         with pytest.raises(InvalidRequest) as caught:
-            check_tool_calls("c", [bad])
-        assert caught.value.field == field
+            validate_chat(chat(tools_json=source, tool_choice=choice), LIMITS)
+        assert caught.value.field == "tool_choice"
 
 
 def test_a_schema_for_text_beside_tools():

@@ -198,7 +198,7 @@ def test_messages():
         {"role": "assistant", "content": "t", "reasoning_content": "never mind"},
     ]
     assert list(chat(messages=messages).request.messages) == [
-        pb.Message(role="system", content="rules"),
+        pb.Message(role="developer", content="rules"),
         pb.Message(role="user", content="a\nb"),
         pb.Message(
             role="assistant", tool_calls=[pb.ToolCall(id="c", name="f", arguments='{"a": 1}')]
@@ -260,7 +260,6 @@ BAD_CHAT = [
     ({"messages": ["x"]}, "messages[0]"),
     ({"messages": [{}]}, "messages[0].role"),
     ({"messages": [{"role": "critic", "content": "x"}]}, "messages[0].role"),
-    ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
@@ -282,6 +281,8 @@ BAD_CHAT = [
         {"messages": [{"role": "assistant", "tool_calls": [{"id": "c"}]}]},
         "messages[0].tool_calls[0].function",
     ),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+    ({"messages": [{"role": "tool", "content": None}]}, "messages[0].content"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": 2}, "logprobs"),
     ({"max_completion_tokens": -1}, "max_completion_tokens"),
