@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from coordinator.detokenizer import Detokenizer
-from coordinator.request import AnswerRequest, Chunk, Ending, ToolCallPiece
+from coordinator.detokenizer import BROKEN, Detokenizer
+from coordinator.request import AnswerRequest, Chunk, Ending, Placement, ToolCallPiece
 from coordinator.stops import StopChecker
 from coordinator.tokenizer import Tokenizer
 from coordinator.tool_parser import ToolCalls, call_id
@@ -30,6 +30,7 @@ class Answer:
         self,
         tokenizer: Tokenizer,
         request: AnswerRequest,
+        prompt: Sequence[int] = (),
         *,
         max_tokens: int,
         min_tokens: int,
@@ -49,7 +50,12 @@ class Answer:
             markers = tuple(form.tokens.values())
             make_id = partial(call_id, f"{request.request_id}/{request.index}", form.id_chars)
             self._calls = ToolCalls(request.tools, make_id)
-        self._detokenizer = Detokenizer(tokenizer, request.skip_special_tokens, markers)
+        self._detokenizer = Detokenizer(tokenizer, request.skip_special_tokens, markers, prompt)
+        # An echoed prompt and the answer make one text: decode(prompt + answer). Where the prompt
+        # ends within a character, that character is the answer's; a prompt given as text is whole.
+        self.broken_prompt_end = ""
+        if request.echo and request.text is None and BROKEN in self._detokenizer.due:
+            self.broken_prompt_end = self._detokenizer.release_due()
         self._stops = StopChecker(request.stop_strings, request.include_stop, min_tokens)
         # Tokens of an earlier connection count in everything; their text has been delivered.
         self.push(request.resumed)
@@ -62,14 +68,24 @@ class Answer:
 
     def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> Chunk:
         """Take the next tokens, with what is known of each; those after the end are dropped."""
-        texts, taken = [], 0
+        texts, offsets, num_at_start = [], [], 0
         for token_id in token_ids:
             if self.ending is not None:
                 break
-            taken += 1
+            offsets.append(self._detokenizer.position)
+            num_at_start += self._detokenizer.is_at_start
             texts.append(self._push(token_id))
         text, calls = self._read_calls("".join(texts))
-        return Chunk(text, tuple(token_ids[:taken]), calls, tuple(logprobs[:taken]), self._index)
+        taken = len(texts)
+        placement = Placement(tuple(offsets), num_at_start) if logprobs else Placement()
+        return Chunk(
+            text,
+            tuple(token_ids[:taken]),
+            calls,
+            tuple(logprobs[:taken]),
+            self._index,
+            placement,
+        )
 
     def finish(self) -> Chunk:
         """What was held back, where another than the last token ended the answer."""

@@ -23,6 +23,7 @@ from dataclasses import replace
 from coordinator.admission import Admission, Ticket
 from coordinator.answer import Answer
 from coordinator.attempt import Caller, Progress
+from coordinator.detokenizer import place_prompt
 from coordinator.dispatch import Dispatch, Home, Route, home_of
 from coordinator.membership import Membership
 from coordinator.merge import Merge
@@ -188,7 +189,7 @@ class Pipeline:
         home: Home,
     ) -> AsyncGenerator[Part, None]:
         """All attempts of one choice, as one."""
-        answer = self._new_answer(request, len(prompt))
+        answer = self._new_answer(request, prompt)
         progress = Progress(request, prompt, answer)
         dispatch = Dispatch(
             self._membership,
@@ -236,10 +237,21 @@ class Pipeline:
 
     async def _prompt_part(self, progress: Progress) -> PromptPart:
         request, prompt = progress.request, progress.prompt
-        text = ""
-        if request.echo:
-            text = request.text or await self._model.decode(prompt, request.skip_special_tokens)
-        return PromptPart(text, tuple(prompt), progress.prompt_logprobs)
+        text = request.text if request.echo else ""
+        if text is None:
+            text = await self._model.decode(prompt, request.skip_special_tokens)
+            text = text.removesuffix(progress.answer.broken_prompt_end)
+        part = PromptPart(text, tuple(prompt), progress.prompt_logprobs)
+        if not part.logprobs:
+            return part
+        return await asyncio.to_thread(self._placed, part, request.skip_special_tokens)
+
+    def _placed(self, part: PromptPart, skip_special_tokens: bool) -> PromptPart:
+        """With the places of its tokens, of which there may be tens of thousands."""
+        tokenizer, ids = self._model.tokenizer, part.token_ids
+        text = part.text or tokenizer.decode(ids, skip_special_tokens)
+        placement = place_prompt(tokenizer, ids, text, skip_special_tokens)
+        return replace(part, placement=placement)
 
     async def _next_attempt(
         self, dispatch: Dispatch, route: Route | None, error: Unavailable, answer: Answer
@@ -266,14 +278,15 @@ class Pipeline:
             num_tokens=len(answer.token_ids),
         )
 
-    def _new_answer(self, request: AnswerRequest, num_prompt_tokens: int) -> Answer:
+    def _new_answer(self, request: AnswerRequest, prompt: list[int]) -> Answer:
         """With its limits: beyond the room left it ends as LENGTH at the context's end."""
-        room = self.max_model_len - num_prompt_tokens
+        room = self.max_model_len - len(prompt)
         wanted = request.default_max_tokens if request.max_tokens is None else request.max_tokens
         max_tokens = room if wanted is None else min(wanted, room)
         return Answer(
             self._model.tokenizer,
             request,
+            prompt,
             max_tokens=max_tokens,
             min_tokens=min(request.min_tokens, max_tokens),
         )

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from coordinator.request import Chunk, Finished, Part, PromptPart
+from coordinator.detokenizer import BROKEN
+from coordinator.request import Chunk, Finished, Part, Placement, PromptPart
 from coordinator.tokenizer import Tokenizer
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc.convert import reason_to_pb
 from engine.types import TokenLogprobs
-
-_BROKEN = "\ufffd"
 
 
 def reply(request_id: str, part: Part, tokenizer: Tokenizer) -> inference_pb2.GenerateResponse:
@@ -20,14 +19,14 @@ def reply(request_id: str, part: Part, tokenizer: Tokenizer) -> inference_pb2.Ge
         prompt = inference_pb2.Prompt(
             text=part.text,
             token_ids=part.token_ids,
-            logprobs=_logprobs(part.token_ids[1:], part.logprobs, tokenizer),
+            logprobs=_logprobs(part.token_ids, part.logprobs, part.placement, tokenizer, first=1),
         )
         return inference_pb2.GenerateResponse(request_id=request_id, prompt=prompt)
     if isinstance(part, Chunk):
         delta = inference_pb2.Delta(
             text=part.text,
             token_ids=part.token_ids,
-            logprobs=_logprobs(part.token_ids, part.logprobs, tokenizer),
+            logprobs=_logprobs(part.token_ids, part.logprobs, part.placement, tokenizer),
             tool_calls=[inference_pb2.ToolCallDelta(**asdict(piece)) for piece in part.tool_calls],
             home=part.home,
         )
@@ -38,21 +37,27 @@ def reply(request_id: str, part: Part, tokenizer: Tokenizer) -> inference_pb2.Ge
 
 
 def _logprobs(
-    token_ids: Sequence[int], scored: Sequence[TokenLogprobs], tokenizer: Tokenizer
+    token_ids: Sequence[int],
+    scored: Sequence[TokenLogprobs],
+    placement: Placement,
+    tokenizer: Tokenizer,
+    first: int = 0,  # the token that the first entry is of
 ) -> list[inference_pb2.TokenLogprobs]:
     """One entry a token; none where nothing was asked."""
 
-    def entry(token_id: int, logprob: float) -> inference_pb2.Logprob:
-        text = tokenizer.text_of(token_id)
-        raw = tokenizer.raw_of(token_id) if _BROKEN in text else None
+    def entry(index: int, token_id: int, logprob: float) -> inference_pb2.Logprob:
+        at_start = index < placement.num_at_start
+        text = tokenizer.text_at_start(token_id) if at_start else tokenizer.text_of(token_id)
+        raw = tokenizer.raw_of(token_id) if BROKEN in text else None
         return inference_pb2.Logprob(token_id=token_id, logprob=logprob, text=text, raw=raw)
 
     return [
         inference_pb2.TokenLogprobs(
-            chosen=entry(token_id, s.chosen),
-            top=[entry(*pair) for pair in zip(s.token_ids, s.logprobs, strict=True)],
+            chosen=entry(i, token_ids[i], s.chosen),
+            top=[entry(i, *pair) for pair in zip(s.token_ids, s.logprobs, strict=True)],
+            text_offset=placement.offsets[i],
         )
-        for token_id, s in zip(token_ids, scored, strict=False)
+        for i, s in enumerate(scored, start=first)
     ]
 
 

@@ -112,6 +112,14 @@ class ToolCallPiece:
 
 
 @dataclass(frozen=True, slots=True)
+class Placement:
+    """Where tokens stand in a text."""
+
+    offsets: tuple[int, ...] = ()  # of each: the characters before its own
+    num_at_start: int = 0  # first tokens, before which there is nothing in the whole text
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Tokens of an answer, the text that they made final, and their pieces of tool calls."""
 
@@ -120,6 +128,7 @@ class Chunk:
     tool_calls: tuple[ToolCallPiece, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where asked for
     index: int = 0  # of the choice
+    placement: Placement = Placement()  # of its tokens, where there are logprobs
     home: str = ""  # with a decode worker's first tokens: its `home_name`
 
 
@@ -130,6 +139,7 @@ class PromptPart:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]  # of tokens 1, 2, ...
+    placement: Placement = Placement()  # of all tokens, where there are logprobs
 
 
 @dataclass(frozen=True, slots=True)

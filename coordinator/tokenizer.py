@@ -5,7 +5,8 @@ families of decoders exist among the models that are served, and an unknown one 
 model is loaded:
 
     byte-level    a token is bytes; the answer is their UTF-8 (GPT-2, Llama 3, Qwen2, SmolLM2)
-    SentencePiece a token is text, or one byte written <0xAB> (Llama 2, Mistral 7B)
+    SentencePiece a token is text, or one byte written <0xAB> (Llama 2, Mistral 7B, Gemma, T5);
+                  the first word of a text may lose the space before it
 """
 
 from __future__ import annotations
@@ -36,12 +37,19 @@ def _byte_alphabet() -> dict[str, int]:
 _ALPHABET = _byte_alphabet()
 
 
+Replacement = tuple[str, str, str]  # old, new, and what is new in the first token of a text
+
+
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How token texts become an answer."""
+    """How token texts become a text: the steps of a decoder in their order."""
 
-    byte_level: bool  # else SentencePiece
-    strip_first_space: bool = False  # SentencePiece writes one before the first word
+    byte_level: bool  # else SentencePiece, which the other fields describe
+    replaced: tuple[Replacement, ...] = ()  # in each token
+    has_byte_tokens: bool = False
+    then_replaced: tuple[Replacement, ...] = ()  # after byte tokens have become characters
+    stripped: str = ""  # this character is removed from the start of a text
+    num_stripped: int = 0  # at most so many of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,7 @@ class Piece:
 
     text: str
     raw: bytes | None  # None: `text` is complete by itself (SentencePiece, except byte tokens)
+    first: str = ""  # `text` where this is the first token of a text
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +85,26 @@ class Tokenizer:
             library = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more exact
             raise CheckpointError(f"{path}: not a tokenizer ({error})") from None
+        return cls.of(library, spec, path, vocab_size=config.vocab_size, bos=config.bos_token_id)
+
+    @classmethod
+    def of(
+        cls,
+        library: tokenizers.Tokenizer,
+        spec: dict[str, Any],
+        path: Path,
+        *,
+        vocab_size: int,
+        bos: int | None,
+    ) -> Tokenizer:
+        """From what tokenizer.json at `path` holds. Raises CheckpointError naming the file."""
         library.no_truncation()
         library.no_padding()
         added = spec.get("added_tokens") or []
         return cls(
             library=library,
-            vocab_size=config.vocab_size,
-            bos=config.bos_token_id,
+            vocab_size=vocab_size,
+            bos=bos,
             special_ids=frozenset(t["id"] for t in added if t.get("special")),
             decoding=_decoding(spec.get("decoder"), path),
             longest_token=_longest_token(spec),
@@ -127,6 +149,16 @@ class Tokenizer:
             return ""
         return piece.text if piece.raw is None else piece.raw.decode("utf-8", "replace")
 
+    def text_at_start(self, token_id: int) -> str:
+        """The same of the first token of a text, which may lose a space."""
+        piece, decoding = self.piece(token_id), self.decoding
+        if piece is None or piece.raw is not None:
+            return self.text_of(token_id)
+        text = piece.first
+        for _ in range(decoding.num_stripped):
+            text = text.removeprefix(decoding.stripped)
+        return text
+
     def raw_of(self, token_id: int) -> bytes | None:
         """A token's bytes, where they are no whole characters; else its text says all."""
         piece = self.piece(token_id)
@@ -145,10 +177,28 @@ class Tokenizer:
             except KeyError:  # an added token, written plainly
                 raw = token.encode()
             return Piece("", raw)
-        text = token.replace("\u2581", " ")
-        if match := _BYTE.fullmatch(text):
+        decoding = self.decoding
+        text = _replaced(token, decoding.replaced)
+        if decoding.has_byte_tokens and (match := _BYTE.fullmatch(text)):
             return Piece("", bytes([int(match[1], 16)]))
-        return Piece(text, None)
+        first = _replaced(token, decoding.replaced, first=True)
+        return Piece(
+            _replaced(text, decoding.then_replaced),
+            None,
+            _replaced(first, decoding.then_replaced, first=True),
+        )
+
+
+def _replaced(text: str, replacements: Sequence[Replacement], *, first: bool = False) -> str:
+    for old, new, new_in_first in replacements:
+        text = text.replace(old, new_in_first if first else new)
+    return text
+
+
+# Replace and Metaspace change each token, ByteFallback joins byte tokens to characters, Fuse makes
+# one text of all; only behind it Strip acts on the text, before it on every token.
+_LETTERS = {"Replace": "r", "Metaspace": "r", "ByteFallback": "b", "Fuse": "f", "Strip": "s"}
+_SENTENCEPIECE = re.compile("(r*)(b?)(r*)(f?)((?<=f)s|)")
 
 
 def _decoding(spec: dict[str, Any] | None, path: Path) -> Decoding:
@@ -157,19 +207,36 @@ def _decoding(spec: dict[str, Any] | None, path: Path) -> Decoding:
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
         return Decoding(byte_level=True)
-    if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and kinds[3:] in ([], ["Strip"]):
-        replace, strip = steps[0], steps[3:]
-        usual = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-        if (
-            replace["pattern"] == {"String": "\u2581"}
-            and replace["content"] == " "
-            and strip in ([], [usual])
-        ):
-            return Decoding(byte_level=False, strip_first_space=bool(strip))
+    match = _SENTENCEPIECE.fullmatch("".join(_LETTERS.get(kind, "?") for kind in kinds))
+    try:
+        if match and steps:
+            before, after = match.span(1), match.span(3)
+            strip: dict[str, Any] = (
+                steps[-1] if match[5] else {"content": "", "start": 0, "stop": 0}
+            )
+            if strip["stop"] == 0:
+                return Decoding(
+                    byte_level=False,
+                    replaced=tuple(_replacement(step) for step in steps[slice(*before)]),
+                    has_byte_tokens=bool(match[2]),
+                    then_replaced=tuple(_replacement(step) for step in steps[slice(*after)]),
+                    stripped=strip["content"],
+                    num_stripped=strip["start"],
+                )
+    except KeyError:  # a pattern that is no plain text
+        pass
     raise CheckpointError(
         f"{path}: decoder {' + '.join(kinds) or 'none'} is not supported; known are ByteLevel and "
-        "SentencePiece's Replace + ByteFallback + Fuse [+ Strip]"
+        "SentencePiece's Replace or Metaspace [+ ByteFallback] [+ Fuse [+ Strip at the start]]"
     )
+
+
+def _replacement(step: dict[str, Any]) -> Replacement:
+    """Raises KeyError for a regular expression."""
+    if step["type"] == "Replace":
+        return step["pattern"]["String"], step["content"], step["content"]
+    prepends = step.get("prepend_scheme", "always") != "never"
+    return step["replacement"], " ", "" if prepends else " "
 
 
 def _longest_token(spec: dict[str, Any]) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from coordinator.openai.answers import Choice, Writer, joined, reason_of, replaced
 from coordinator.openai.completions import CompletionCall
-from coordinator.openai.logprobs import CompletionLogprobs, bytes_of, prompt_logprobs
+from coordinator.openai.logprobs import CompletionLogprobs, prompt_logprobs
 from engine.pb.diptych.v1 import inference_pb2
 
 _ARRAYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
@@ -74,13 +74,10 @@ class CompletionWriter(Writer):
         if self._echo and self.wanted.logprobs is not None:
             logprobs = self._logprobs_of(index)
             first = inference_pb2.Logprob(token_id=event.token_ids[0], text=first_text)
-            if not event.text.startswith(first_text):  # part of a character, or not shown
-                text = event.text.encode()
-                rest = sum(len(bytes_of(entry.chosen)) for entry in event.logprobs)
-                first.raw = text[: max(0, len(text) - rest)]
             logprobs.add_first(first)
             logprobs.add(event.logprobs)
             choice["logprobs"] = logprobs.take()
+            logprobs.num_echoed = len(event.text)
         if self.wanted.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs(event.logprobs)
         return choice

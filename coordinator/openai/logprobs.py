@@ -7,7 +7,6 @@ vLLM          prompt_logprobs: one object of token ids a token, null for the fir
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,28 +29,20 @@ def bytes_of(token: inference_pb2.Logprob) -> bytes:
     return token.raw if token.HasField("raw") else token.text.encode()
 
 
-def _decoder() -> codecs.IncrementalDecoder:
-    return codecs.getincrementaldecoder("utf-8")("replace")
-
-
 @dataclass(slots=True)
 class CompletionLogprobs:
-    """Of one choice; offsets count on through all of its chunks.
-
-    Tokens that make a character together have the offset of that character.
-    """
+    """Of one choice; an echoed prompt's come first, and its length counts in all that follow."""
 
     as_ids: bool
-    offset: int = 0
+    num_echoed: int = 0  # characters of the prompt before the answer
     tokens: list[str] = field(default_factory=list)
     values: list[float | None] = field(default_factory=list)
     tops: list[dict[str, float] | None] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
-    decoder: codecs.IncrementalDecoder = field(default_factory=_decoder)
 
     def add_first(self, token: inference_pb2.Logprob) -> None:
         """The first token of a prompt, which nothing predicts."""
-        self._add(token, None, None)
+        self._add(token, None, None, 0)
 
     def add(self, entries: Iterable[inference_pb2.TokenLogprobs]) -> None:
         """More tokens."""
@@ -59,16 +50,19 @@ class CompletionLogprobs:
             top: dict[str, float] = {}
             for one in (*entry.top, entry.chosen):  # two tokens may read alike: the likelier stays
                 top.setdefault(_name(one, self.as_ids), _value(one.logprob))
-            self._add(entry.chosen, _value(entry.chosen.logprob), top)
+            self._add(entry.chosen, _value(entry.chosen.logprob), top, entry.text_offset)
 
     def _add(
-        self, token: inference_pb2.Logprob, value: float | None, top: dict[str, float] | None
+        self,
+        token: inference_pb2.Logprob,
+        value: float | None,
+        top: dict[str, float] | None,
+        offset: int,
     ) -> None:
         self.tokens.append(_name(token, self.as_ids))
         self.values.append(value)
         self.tops.append(top)
-        self.offsets.append(self.offset)
-        self.offset += len(self.decoder.decode(bytes_of(token)))
+        self.offsets.append(self.num_echoed + offset)
 
     def take(self) -> dict[str, Any]:
         """What has been added since the last time."""

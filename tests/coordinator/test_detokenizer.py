@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,59 +15,62 @@ from hypothesis import strategies as st
 
 from coordinator.detokenizer import Detokenizer
 from coordinator.tokenizer import Tokenizer
-from engine.checkpoint.gguf_tokenizer import tokenizer_files
 from engine.checkpoint.source import resolve
+from tests.support.tiny_tokenizer import KINDS, tiny_tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
+SMOLLM2 = "smollm2"
 
 
-def sentencepiece(folder: Path) -> Tokenizer:
-    """A small vocabulary with byte tokens and a space before the first word."""
-    pieces = ["\u2581", "a", "b", "\u2581a", "ab", "\u00e9", "\u2581\u2581"]
-    tokens = ["<unk>", "<s>", "</s>", "<tool>", *(f"<0x{b:02X}>" for b in range(256)), *pieces]
-    meta = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": [-float(i) for i in range(len(tokens))],
-        "tokenizer.ggml.token_type": [2, 3, 3, 4] + [6] * 256 + [1] * len(pieces),
-    }
-    for name, content in tokenizer_files(meta, folder / "m.gguf").items():
-        (folder / name).write_text(json.dumps(content))
-    config = json.loads((resolve("smollm2", progress=False).folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": len(tokens) + 5}))
-    return Tokenizer.load(folder)
+@cache
+def tokenizer_of(kind: str) -> Tokenizer:
+    if kind == SMOLLM2:
+        return Tokenizer.load(resolve("smollm2", progress=False).folder)
+    return tiny_tokenizer(kind)
 
 
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
-    return {
-        "byte-level": Tokenizer.load(resolve("smollm2", progress=False).folder),
-        "sentencepiece": sentencepiece(tmp_path_factory.mktemp("spm")),
-    }
+def expected(tokenizer: Tokenizer, prompt: list[int], ids: list[int], skip: bool) -> str:
+    """decode(prompt + answer) without decode(prompt), as far as that has not changed."""
+    before, whole = tokenizer.decode(prompt, skip), tokenizer.decode(prompt + ids, skip)
+    while not whole.startswith(before):
+        before = before[:-1]
+    return whole.removeprefix(before)
 
 
-def check(tokenizer: Tokenizer, ids: list[int], cuts: list[int], skip: bool) -> None:
+def check(
+    tokenizer: Tokenizer, ids: list[int], cuts: list[int], skip: bool, prompt: Sequence[int] = ()
+) -> None:
     """Grouping changes nothing, and all that was released is the whole decode."""
-    single = Detokenizer(tokenizer, skip)
-    released = [single.push([i]) for i in ids]
+    prompt = list(prompt)
+    single = Detokenizer(tokenizer, skip, prompt=prompt)
+    positions, released = [], []
+    for i in ids:
+        positions.append(single.position)
+        released.append(single.push([i]))
     rest = single.flush()
-    whole = tokenizer.decode(ids, skip)
-    assert "".join(released) + rest == whole
-    grouped = Detokenizer(tokenizer, skip)
+    text = "".join(released) + rest
+    assert text == expected(tokenizer, prompt, ids, skip)
+    grouped = Detokenizer(tokenizer, skip, prompt=prompt)
     for begin, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
         assert grouped.push(ids[begin:end]) == "".join(released[begin:end])
+        assert grouped.position >= positions[begin] if begin < len(ids) else True
     assert grouped.flush() == rest
+    # Where the prompt is shown without its broken end, the answer completes it.
+    shown = Detokenizer(tokenizer, skip, prompt=prompt)
+    due = shown.release_due()
+    before = tokenizer.decode(prompt, skip).removesuffix(due)
+    assert before + shown.push(ids) + shown.flush() == tokenizer.decode(prompt + ids, skip)
 
 
 def cuts_of(ids: list[int], r: random.Random) -> list[int]:
     return sorted(r.choices(range(len(ids) + 1), k=r.randrange(5)))
 
 
-def test_recorded_texts(tokenizers: dict[str, Tokenizer]) -> None:
+def test_recorded_texts() -> None:
     r = random.Random(0)
     for entry in json.loads((DATA / "tokenization.json").read_text()):
         for skip in (False, True):
-            check(tokenizers["byte-level"], entry["ids"], cuts_of(entry["ids"], r), skip)
+            check(tokenizer_of(SMOLLM2), entry["ids"], cuts_of(entry["ids"], r), skip)
 
 
 def byte_tokens(tokenizer: Tokenizer) -> list[int]:
@@ -75,26 +80,69 @@ def byte_tokens(tokenizer: Tokenizer) -> list[int]:
     return [i for i, p in pieces if p and p.raw and len(p.raw) <= 2 and max(p.raw) >= 0x80]
 
 
-@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
-def test_any_tokens(tokenizers: dict[str, Tokenizer], kind: str) -> None:
-    tokenizer = tokenizers[kind]
-    token = st.one_of(
-        st.integers(0, tokenizer.vocab_size + 3),
-        st.sampled_from(byte_tokens(tokenizer)),
+@pytest.mark.parametrize("kind", [SMOLLM2, *KINDS])
+def test_any_tokens_after_any_prompt(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    tokens = [
+        st.integers(0, tokenizer.library.get_vocab_size() + 3),
         st.integers(0, 3),
-    )
+        *([st.sampled_from(found)] if (found := byte_tokens(tokenizer)) else []),
+    ]
+    token = st.one_of(*tokens)
 
-    @settings(max_examples=400, deadline=None, derandomize=True)
-    @given(st.lists(token, max_size=40), st.booleans(), st.randoms(use_true_random=False))
-    def run(ids: list[int], skip: bool, r: random.Random) -> None:
-        check(tokenizer, ids, cuts_of(ids, r), skip)
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(
+        st.lists(token, max_size=8),
+        st.lists(token, max_size=30),
+        st.booleans(),
+        st.randoms(use_true_random=False),
+    )
+    def run(prompt: list[int], ids: list[int], skip: bool, r: random.Random) -> None:
+        check(tokenizer, ids, cuts_of(ids, r), skip, prompt)
 
     run()
 
 
-@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
-def test_characters_are_released_whole(tokenizers: dict[str, Tokenizer], kind: str) -> None:
-    tokenizer = tokenizers[kind]
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_does_not_take_the_answers_first_space(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    prompt = tokenizer.encode("The worker reads")
+    whole = tokenizer.encode("The worker reads the the")
+    assert whole[: len(prompt)] == prompt
+    stream = Detokenizer(tokenizer, prompt=prompt)
+    assert stream.push(whole[len(prompt) :]) + stream.flush() == " the the"
+    begun = Detokenizer(tokenizer, prompt=tokenizer.encode(""))  # BOS, or nothing
+    assert begun.push(prompt) + begun.flush() == tokenizer.decode(prompt)
+
+
+@pytest.mark.parametrize("kind", ["llama2", "gemma", "metaspace, bytes", "bytes, metaspace"])
+def test_a_prompt_may_end_within_a_character(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    the, a = (tokenizer.library.token_to_id(f"\u2581{word}") for word in ("the", "a"))
+    first, second = (tokenizer.library.token_to_id(f"<0x{b}>") for b in ("C3", "A9"))
+    broken = [1, the, a, first]
+    assert Detokenizer(tokenizer, prompt=broken).push([second]) == ""
+    stream = Detokenizer(tokenizer, prompt=broken)
+    assert stream.push([second, a]) == "é a"
+    assert Detokenizer(tokenizer, prompt=broken).push([a]) == " a"
+    whole = Detokenizer(tokenizer, prompt=[*broken, second])  # the prompt's text has it
+    assert whole.push([a]) == " a"
+
+
+def test_the_position_of_a_token_is_that_of_its_character() -> None:
+    tokenizer = tokenizer_of("llama2")
+    stream = Detokenizer(tokenizer, prompt=tokenizer.encode("The worker"))
+    positions = []
+    for token in [*tokenizer.encode("the a \u4e2d\u6587 c")[1:], 3, 3]:
+        positions.append(stream.position)
+        stream.push([token])
+    # " the", " a", " ", three bytes, three bytes, " ", "c", two that are not shown
+    assert positions == [0, 4, 6, 7, 7, 7, 8, 8, 8, 9, 10, 11, 11]
+
+
+@pytest.mark.parametrize("kind", [SMOLLM2, "byte-level", "llama2", "gemma"])
+def test_characters_are_released_whole(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
     text = "a \U0001f600\U0001f469\u200d\U0001f680 \u4e2d\u6587 e\u0301 \u0928\u092e b"
     stream = Detokenizer(tokenizer)
     parts = [stream.push([i]) for i in tokenizer.encode(text, add_special_tokens=False)]
@@ -103,8 +151,8 @@ def test_characters_are_released_whole(tokenizers: dict[str, Tokenizer], kind: s
     assert len([part for part in parts if part]) > 5, "streams, not all at the end"
 
 
-def test_half_a_character_is_replaced_only_at_the_end(tokenizers: dict[str, Tokenizer]) -> None:
-    tokenizer = tokenizers["byte-level"]
+def test_half_a_character_is_replaced_only_at_the_end() -> None:
+    tokenizer = tokenizer_of(SMOLLM2)
     ids = tokenizer.encode("\U0001f680")
     assert len(ids) > 1
     stream = Detokenizer(tokenizer)
@@ -112,8 +160,8 @@ def test_half_a_character_is_replaced_only_at_the_end(tokenizers: dict[str, Toke
     assert stream.flush() == "\ufffd"
 
 
-def test_a_push_costs_the_same_at_any_length(tokenizers: dict[str, Tokenizer]) -> None:
-    tokenizer = tokenizers["byte-level"]
+def test_a_push_costs_the_same_at_any_length() -> None:
+    tokenizer = tokenizer_of(SMOLLM2)
     ids = tokenizer.encode("The quick brown \U0001f98a jumps over the lazy \U0001f436.\n" * 2000)
 
     def cost(part: list[int]) -> float:
@@ -130,3 +178,12 @@ def test_a_push_costs_the_same_at_any_length(tokenizers: dict[str, Tokenizer]) -
         stream.push(ids[size:-size])
         ratios.append(cost(ids[-size:]) / first)
     assert min(ratios) < 2
+
+
+@pytest.mark.parametrize("kind", [SMOLLM2, *KINDS])
+def test_a_long_prompt_costs_nothing(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    prompt = tokenizer.encode("The worker reads the, a b the.") * 10_000
+    begin = time.perf_counter()
+    Detokenizer(tokenizer, prompt=prompt)
+    assert time.perf_counter() - begin < 0.01, "only its start and its end are read"

@@ -44,8 +44,15 @@ class HttpFront:
         self.workers: list[FakeDecode] = []
         self._hearts: list[asyncio.Task[None]] = []
 
-    async def worker(self, text: str = TEXT, name: str = "d0", **script: Any) -> FakeDecode:
-        worker = FakeDecode(self.tokenizer.encode(text), name=name, **script)
+    async def worker(
+        self,
+        text: str = TEXT,
+        name: str = "d0",
+        answer: list[int] | None = None,
+        **script: Any,
+    ) -> FakeDecode:
+        """One that writes `text`, or these tokens."""
+        worker = FakeDecode(answer or self.tokenizer.encode(text), name=name, **script)
         await worker.start(f"of-{name}")
         self.workers.append(worker)
         row = self.coordinator.membership.register(
@@ -103,10 +110,13 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 
 
 @asynccontextmanager
-async def http_front(max_model_len: int = 0, **options: Any) -> AsyncIterator[HttpFront]:
+async def http_front(
+    max_model_len: int = 0, own: Tokenizer | None = None, **options: Any
+) -> AsyncIterator[HttpFront]:
+    """With the tokenizer `own`, or the default model's."""
     options = {"listen": "127.0.0.1:0", "http": "127.0.0.1:0", "worker_wait_s": 5.0, **options}
     found, tokenizer, template = _loaded()
-    model = ServedModel("smollm2", found.config, tokenizer, template, max_model_len)
+    model = ServedModel("smollm2", found.config, own or tokenizer, template, max_model_len)
     coordinator = Coordinator(FrontOptions(**options), model)
     await coordinator.start()
     channel = open_channel(coordinator.address)

@@ -17,10 +17,10 @@ USAGE = pb.Usage(prompt_tokens=4, completion_tokens=2, cached_tokens=1)
 HEAD = {"model": "m", "created": 7}
 
 
-def logprob(token_id, text, value, *top):
+def logprob(token_id, text, value, *top, at=0):
     chosen = pb.Logprob(token_id=token_id, text=text, logprob=value)
     tops = [pb.Logprob(token_id=i, text=t, logprob=v) for i, t, v in top]
-    return pb.TokenLogprobs(chosen=chosen, top=tops)
+    return pb.TokenLogprobs(chosen=chosen, top=tops, text_offset=at)
 
 
 def delta(index=0, **fields):
@@ -129,7 +129,7 @@ def test_choices_are_numbered_over_prompts_and_usage_counts_a_prompt_once():
 
 ENTRIES = [
     logprob(5, " a", -0.5, (5, " a", -0.5), (6, " b", -1.5)),
-    logprob(7, "c", -3.0, (8, "d", -0.25), (9, "c", -2.0)),
+    logprob(7, "c", -3.0, (8, "d", -0.25), (9, "c", -2.0), at=2),
 ]
 
 
@@ -173,28 +173,6 @@ def test_tokens_that_make_a_character_together():
     tokens = whole["choices"][0]["logprobs"]["content"]
     assert b"".join(bytes(token["bytes"]) for token in tokens).decode() == " \U0001f600é"
     assert tokens[1]["top_logprobs"][0]["bytes"] == [0x98]
-    _, whole = feed(
-        completion_writer(logprobs=0),
-        delta(logprobs=made[:2]),
-        delta(text=" \U0001f600é", logprobs=made[2:]),
-        finished(),
-    )
-    assert whole["choices"][0]["logprobs"]["text_offset"] == [0, 1, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("text", "first_text", "entries", "offsets"),
-    [
-        ("\U0001f600é", "\ufffd", [broken(2, b"\x98\x80"), logprob(4, "é", -1.0)], [0, 0, 1]),
-        ("aé", "<s>", [logprob(2, "a", -1.0), logprob(4, "é", -1.0)], [0, 0, 1]),
-    ],
-    ids=["part of a character", "not shown"],
-)
-def test_offsets_behind_a_first_token_whose_text_is_not_there(text, first_text, entries, offsets):
-    writer = completion_writer(echo=True, logprobs=0, max_tokens=0)
-    echoed = prompt(text=text, token_ids=[1, 2, 4], logprobs=entries)
-    _, whole = feed(writer, echoed, finished(), first_text=first_text)
-    assert whole["choices"][0]["logprobs"]["text_offset"] == offsets
 
 
 def test_tokens_by_id():
@@ -208,13 +186,15 @@ def test_tokens_by_id():
     assert logprobs["top_logprobs"] == [{"token_id:5": -0.5, "token_id:6": -1.5}]
 
 
-ECHOED = prompt(text="Once a", token_ids=[3, 5], logprobs=ENTRIES[:1])
+ECHOED_ENTRY = logprob(5, " a", -0.5, (5, " a", -0.5), (6, " b", -1.5), at=4)
+ECHOED = prompt(text="Once a", token_ids=[3, 5], logprobs=[ECHOED_ENTRY])
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_an_echoed_prompt_begins_every_choice(n):
     writer = completion_writer(echo=True, logprobs=2, n=n)
-    responses = [delta(index=i, text="c", token_ids=[7], logprobs=ENTRIES[1:]) for i in range(n)]
+    made = [logprob(7, "c", -3.0)]  # at the start of the answer
+    responses = [delta(index=i, text="c", token_ids=[7], logprobs=made) for i in range(n)]
     responses += [finished(index=i) for i in range(n)]
     parts, whole = feed(writer, ECHOED, *responses, first_text="Once")
     assert len(whole["choices"]) == n
@@ -223,7 +203,7 @@ def test_an_echoed_prompt_begins_every_choice(n):
         assert choice["logprobs"] == {
             "tokens": ["Once", " a", "c"],
             "token_logprobs": [None, -0.5, -3.0],
-            "top_logprobs": [None, {" a": -0.5, " b": -1.5}, {"d": -0.25, "c": -2.0}],
+            "top_logprobs": [None, {" a": -0.5, " b": -1.5}, {"c": -3.0}],
             "text_offset": [0, 4, 6],
         }
     assert [part["index"] for part in parts[:n]] == list(range(n))
