@@ -419,6 +419,11 @@ def set_default_env(defaults: Mapping[str, str]) -> dict[str, str]:
     return {key: os.environ[key] for key in defaults}
 
 
+def environment_with(**changes: str) -> dict[str, str]:
+    """Our variables with some of them changed, for a tool that runs as a child."""
+    return {**os.environ, **changes}
+
+
 def child_environment() -> dict[str, str]:
     """Ours without the variables of options, for a process that gets its options as flags."""
     kept = (ENV_PREFIX + "CACHE_DIR", ENV_PREFIX + "STATE_DIR")

@@ -11,8 +11,9 @@ from engine.checkpoint.packed import packable, packed_file
 from engine.checkpoint.source import Checkpoint, resolve, weights
 from engine.config import CacheOptions, ModelOptions
 from engine.errors import ConfigError
-from engine.native import Kernels, kernels
+from engine.native import TIMES_SLOWER, Kernels, kernels, why_not
 from engine.precision import auto_dtype
+from engine.telemetry.progress import print_line
 
 
 def pick_kernels(
@@ -26,8 +27,20 @@ def pick_kernels(
         raise ConfigError(
             f"--weights {model.weights}: needs our CPU kernels (a C compiler, AVX512 with VNNI, "
             "a --block-size that is a multiple of 16); expected auto or bf16"
+            + (f" ({reason})" if wanted and (reason := why_torch(config, model, cache)) else "")
         )
     return library
+
+
+def why_torch(config: ModelConfig, model: ModelOptions, cache: CacheOptions) -> str:
+    """Why torch computes on a CPU what our kernels could; "" where they do, or torch was chosen."""
+    if model.seed_weights >= 0 or model.dtype not in ("auto", "bfloat16"):
+        return ""
+    if not packable(config):
+        return "the kernels do not take this model's widths"
+    if cache.block_size % 16:
+        return f"--block-size {cache.block_size} is not a multiple of 16"
+    return why_not()
 
 
 def packing(checkpoint: Checkpoint, options: ModelOptions) -> str:
@@ -80,6 +93,8 @@ def prepare_weights(
         if not first_layers(model.draft_model):
             alone = dataclasses.replace(model, draft_model="")
             prepare_weights(draft, alone, cache, on_gpu=on_gpu)
+    if not on_gpu and (reason := why_torch(checkpoint.config, model, cache)):
+        print_line(f"{checkpoint.name} runs on torch, about {TIMES_SLOWER} times slower: {reason}")
     dtype = auto_dtype(on_gpu=on_gpu) if model.dtype == "auto" else model.dtype
     if pick_kernels(checkpoint.config, model, cache, dtype, on_gpu=on_gpu) is not None:
         packed_file(checkpoint, packing(checkpoint, model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -11,11 +12,23 @@ _BFLOAT16_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))  # the last is 
 KERNEL_FLAGS = frozenset(("avx512_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c"))
 
 
-def auto_dtype(*, on_gpu: bool, cpuinfo: Path = _CPUINFO) -> str:
+def _kernels_build() -> bool:
+    """Whether our kernels are there; compiles them where that was not done yet."""
+    from engine.native import kernels  # it needs this module
+
+    return kernels() is not None
+
+
+def auto_dtype(
+    *, on_gpu: bool, cpuinfo: Path = _CPUINFO, kernels_build: Callable[[], bool] = _kernels_build
+) -> str:
     """bfloat16 where the hardware or our kernels multiply it, else float32."""
     flags = cpu_flags(cpuinfo)
-    kernels = flags >= KERNEL_FLAGS and compiler() is not None
-    return "bfloat16" if on_gpu or kernels or _BFLOAT16_FLAGS & flags else "float32"
+    if on_gpu or _BFLOAT16_FLAGS & flags:
+        return "bfloat16"
+    # A compiler that is there and fails must not leave torch with a precision that it emulates.
+    kernels = flags >= KERNEL_FLAGS and compiler() is not None and kernels_build()
+    return "bfloat16" if kernels else "float32"
 
 
 def compiler() -> str | None:

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.fingerprint import weights_fingerprint
 from engine.checkpoint.gguf_tokenizer import tokenizer_files
 from engine.checkpoint.gguf_weights import ROPE_FREQS, PackedTensor, packed_tensors
 from engine.errors import CheckpointError
+from engine.telemetry.progress import bar
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 # Llama 3.1 and 3.2 store the divisors that these numbers give, not the numbers.
@@ -85,19 +85,19 @@ def open_gguf(path: Path) -> GGUFFile:
 
 def convert(path: Path, folder: Path, *, progress: bool) -> str:
     """Write all but the weights into the empty folder `folder`; returns the fingerprint."""
-    with tqdm(total=4, desc=f"Reading {path.name}", disable=None if progress else True) as bar:
+    with bar(total=4, desc=f"Reading {path.name}", show=progress) as shown:
         file = open_gguf(path)
-        bar.update()
+        shown.update()
         files = {"config.json": config_json(file), "generation_config.json": _generation(file)}
-        bar.update()
+        shown.update()
         files |= tokenizer_files(file.meta, path)
         for name, content in files.items():
             _write_json(folder / name, content)
-        bar.update()
+        shown.update()
         config = ModelConfig.from_folder(folder)
         _check_shapes(file, config)
         fingerprint = gguf_fingerprint(file, config)
-        bar.update()
+        shown.update()
     return fingerprint
 
 

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from engine.checkpoint.shards import write_shard
 from engine.errors import CheckpointError
+from engine.telemetry.progress import Bar, bar
 
 SAFETENSORS_DTYPE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _PIECE_BYTES = 64 << 20  # of dequantised fp32 at a time
@@ -104,19 +104,19 @@ def write_weights(
     even).
     """
     kind = SAFETENSORS_DTYPE[dtype]
-    bar = tqdm(
+    shown = bar(
         total=sum(int(np.prod(t.shape)) for t in tensors),
         desc=f"Converting {source.name} to {dtype}",
         unit=" weights",
         unit_scale=True,
-        disable=None if progress else True,
+        show=progress,
     )
-    with bar:
-        pieces = (piece for t in tensors for piece in _pieces(t, dtype, source, bar))
+    with shown:
+        pieces = (piece for t in tensors for piece in _pieces(t, dtype, source, shown))
         write_shard(out, [(t.name, kind, t.shape) for t in tensors], pieces)
 
 
-def _pieces(tensor: PackedTensor, dtype: str, source: Path, bar: Any) -> Iterator[memoryview]:
+def _pieces(tensor: PackedTensor, dtype: str, source: Path, shown: Bar) -> Iterator[memoryview]:
     """The tensor's bytes in `dtype`, a bounded number of rows at a time."""
     rows = tensor.rows()
     num_columns = tensor.shape[-1]
@@ -126,7 +126,7 @@ def _pieces(tensor: PackedTensor, dtype: str, source: Path, bar: Any) -> Iterato
             rows[start : start + step], tensor.kind, f"{source}: {tensor.gguf_name}"
         )
         yield cast(values, dtype, f"{source}: {tensor.gguf_name}").data.cast("B")
-        bar.update(values.size)
+        shown.update(values.size)
 
 
 def dequantize(rows: npt.NDArray[Any], kind: Any, where: str) -> npt.NDArray[np.float32]:

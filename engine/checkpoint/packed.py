@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.gguf_weights import PackedTensor, cast, dequantize
@@ -30,6 +29,7 @@ from engine.checkpoint.shards import TensorEntry, read_entries, read_header, wri
 from engine.checkpoint.source import Checkpoint
 from engine.config import cache_dir
 from engine.errors import CheckpointError
+from engine.telemetry.progress import bar
 
 GROUP, BLOCK = 16, 32
 _VERSION = 1  # part of the file's name: raise it with the layout
@@ -325,11 +325,10 @@ def _write(path: Path, checkpoint: Checkpoint, choice: str, progress: bool) -> N
         for p in products
     ]
     header += [(name, "F32", (sum(sizes),)) for name, _, sizes in vectors]
-    off = None if progress else True
 
     def arrays() -> Iterator[npt.NDArray[Any]]:
         title = f"Packing {checkpoint.name} ({choice})"
-        for product in tqdm(products, desc=title, disable=off):
+        for product in bar(products, desc=title, show=progress):
             for part in product.parts:  # each has whole groups: see `packable`
                 yield from _packed(source[f"{part}.weight"], kinds[product.name])
         for _, parts, _ in vectors:

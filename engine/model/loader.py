@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from engine.checkpoint.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.model.layers import LayerWeights, ModelWeights
 from engine.model.llama import LlamaModel
+from engine.telemetry.progress import Bar, bar
 
 # Buffers that old exports carry and that follow from the configuration.
 _IGNORED = ("rotary_emb.inv_freq",)
@@ -120,7 +119,7 @@ def _fill(place: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
 
 
 def _load_shard(
-    path: Path, config: ModelConfig, places: _Places, filled: dict[str, Path], bar: tqdm[NoReturn]
+    path: Path, config: ModelConfig, places: _Places, filled: dict[str, Path], shown: Bar
 ) -> None:
     """Copy a shard's tensors to their places and note in `filled` where they came from."""
     with safe_open(path, framework="pt") as shard:
@@ -134,7 +133,7 @@ def _load_shard(
                 raise CheckpointError(f"tensor {name} is in {filled[name]} already")
             _fill(places.by_name[name], name, shard.get_tensor(name))
             filled[name] = path
-            bar.update()
+            shown.update()
 
 
 def load_model(
@@ -146,15 +145,15 @@ def load_model(
 ) -> LlamaModel:
     """Read the shards into a model. Raises CheckpointError naming the file and the tensor.
 
-    `progress` draws a bar when standard error is a terminal.
+    `progress` shows how far it is on standard error.
     """
     places = _allocate(config, dtype, device)
     filled: dict[str, Path] = {}
-    off = None if progress else True  # None: off unless a terminal
-    with tqdm(total=len(places.by_name), desc="Loading weights", unit="tensor", disable=off) as bar:
+    num_tensors = len(places.by_name)
+    with bar(total=num_tensors, desc="Loading weights", unit="tensor", show=progress) as shown:
         for path in shard_paths:
             try:
-                _load_shard(path, config, places, filled, bar)
+                _load_shard(path, config, places, filled, shown)
             except CheckpointError as error:
                 raise CheckpointError(f"{path}: {error.message}") from None
             except FileNotFoundError:

@@ -11,7 +11,7 @@ from engine.checkpoint.source import Checkpoint
 from engine.config import CacheOptions, DraftOptions, ModelOptions
 from engine.errors import ConfigError
 from engine.native import Kernels
-from engine.placement import first_layers, packing, pick_kernels, resolve_draft
+from engine.placement import first_layers, packing, pick_kernels, prepare_weights, resolve_draft
 from tests.support.paged import tiny_config
 
 CONFIG = tiny_config(hidden_size=96, intermediate_size=160, head_dim=32)
@@ -108,3 +108,45 @@ def test_what_drafts_is_said_once() -> None:
     DraftOptions(drafter="model").check(ModelOptions(draft_model="first:2"))
     DraftOptions(drafter="none").check(ModelOptions(draft_model="first:2"))  # carried, unused
     DraftOptions().check(ModelOptions())
+
+
+@pytest.mark.parametrize(
+    ("model", "block_size", "odd", "said"),
+    [
+        (ModelOptions(), 16, False, "x runs on torch, about 3 times slower: no compiler here"),
+        (ModelOptions(), 8, False, "--block-size 8 is not a multiple of 16"),
+        (ModelOptions(), 16, True, "the kernels do not take this model's widths"),
+        (ModelOptions(dtype="float32"), 16, False, ""),  # asked for
+        (ModelOptions(seed_weights=1), 16, False, ""),
+    ],
+)
+def test_the_start_says_why_torch_computes(
+    model: ModelOptions,
+    block_size: int,
+    odd: bool,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(placement, "kernels", lambda: None)
+    monkeypatch.setattr(placement, "why_not", lambda: "no compiler here")
+    monkeypatch.setattr(placement, "TIMES_SLOWER", 3)
+    monkeypatch.setattr(placement, "weights", lambda checkpoint, dtype: [])
+    checkpoint = Checkpoint(Path("x"), "x", tiny_config() if odd else CONFIG, "f")
+    prepare_weights(checkpoint, model, CacheOptions(block_size), on_gpu=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [] if not said else said in lines[0]
+    prepare_weights(checkpoint, model, CacheOptions(block_size), on_gpu=True)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_with_kernels_the_start_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(placement, "why_not", lambda: "")
+    monkeypatch.setattr(placement, "packed_file", lambda checkpoint, choice: Path("x"))
+    checkpoint = Checkpoint(Path("x"), "x", CONFIG, "f")
+    options = ModelOptions(dtype="bfloat16")
+    prepare_weights(checkpoint, options, CacheOptions(), on_gpu=False)
+    assert capsys.readouterr().err == ""

@@ -20,7 +20,7 @@ from engine.precision import KERNEL_FLAGS, auto_dtype
 def test_auto_dtype(tmp_path: Path, text: str, dtype: str) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text(text)
-    assert auto_dtype(on_gpu=False, cpuinfo=path) == dtype
+    assert auto_dtype(on_gpu=False, cpuinfo=path, kernels_build=lambda: True) == dtype
     assert auto_dtype(on_gpu=True, cpuinfo=path) == "bfloat16"
     assert auto_dtype(on_gpu=False, cpuinfo=tmp_path / "absent") == "float32"
 
@@ -38,3 +38,13 @@ def test_it_agrees_with_torch_here() -> None:
     known = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if known:
         assert auto_dtype(on_gpu=False) == "bfloat16"
+
+
+def test_where_the_kernels_cannot_be_compiled_torch_gets_a_precision_that_it_computes(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text("flags\t\t: " + " ".join(KERNEL_FLAGS))
+    assert auto_dtype(on_gpu=False, cpuinfo=path, kernels_build=lambda: False) == "float32"
+    path.write_text("flags\t\t: avx512_bf16 " + " ".join(KERNEL_FLAGS))
+    assert auto_dtype(on_gpu=False, cpuinfo=path, kernels_build=lambda: False) == "bfloat16"

@@ -1,0 +1,126 @@
+"""Progress of work that takes a while, for a person: a bar on a terminal, plain lines elsewhere.
+
+While the work goes on a line is printed at least every `LINE_S`, whatever the work waits for: a log
+file and a CI console show that the process is alive, and with what.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sized
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from tqdm import tqdm
+
+LINE_S = 5.0
+_FIRST_LINE_S = 2.0  # of a bar: work that is over by then needs none
+
+
+class Bar(Protocol):
+    """What `bar` gives: the part of tqdm that is used here."""
+
+    def update(self, n: int = 1) -> Any:
+        """`n` more units are done."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+class Progress:
+    """Lines on standard error about one piece of work. Use as a context manager.
+
+    The first line comes after `first_s` (0: at once). `detail` may be set from any thread; each
+    line shows the value of that moment.
+    """
+
+    def __init__(self, title: str, *, first_s: float = 0.0) -> None:
+        self.detail = ""
+        self._title = title
+        self._first_s = first_s
+        self._began_s = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the work began."""
+        return time.monotonic() - self._began_s
+
+    def __enter__(self) -> Self:
+        if not self._first_s:
+            print_line(self._title)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._thread.join(1.0)
+
+    def _run(self) -> None:
+        wait_s = self._first_s or LINE_S
+        while not self._ended.wait(wait_s):
+            detail = f"{self.detail}, " if self.detail else ""
+            print_line(f"{self._title}: {detail}{self.elapsed_s:.0f} s")
+            wait_s = LINE_S
+
+
+class _LineBar(Progress):
+    """A bar as lines: 'Packing smollm2 (auto): 34 %, 5 s'."""
+
+    def __init__(self, iterable: Iterable[Any] | None, total: int | None, title: str) -> None:
+        super().__init__(title, first_s=_FIRST_LINE_S)
+        self._iterable = iterable
+        self._total = total
+        self._num_done = 0
+
+    def update(self, n: int = 1) -> None:
+        self._num_done += n
+        if self._total:
+            self.detail = f"{min(100, 100 * self._num_done // self._total)} %"
+
+    def __iter__(self) -> Iterator[Any]:
+        with self:
+            for item in self._iterable or ():
+                yield item
+                self.update()
+
+
+def bar(
+    iterable: Iterable[Any] | None = None,
+    *,
+    desc: str,
+    total: int | None = None,
+    show: bool = True,
+    **options: Any,
+) -> Bar:
+    """A bar with tqdm's options, to be iterated or updated; `show=False`: nothing is shown."""
+    if not show or sys.stderr.isatty():
+        return tqdm(iterable, desc=desc, total=total, disable=not show, **options)
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable)
+    return _LineBar(iterable, total, desc)
+
+
+def print_line(text: str) -> None:
+    """One whole line on standard error; a reader that has gone is no reason to stop the work."""
+    try:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass
