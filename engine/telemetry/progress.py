@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
+from operator import length_hint
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -112,8 +113,8 @@ def bar(
     """A bar with tqdm's options, to be iterated or updated; `show=False`: nothing is shown."""
     if not show or sys.stderr.isatty():
         return tqdm(iterable, desc=desc, total=total, disable=not show, **options)
-    if total is None and isinstance(iterable, Sized):
-        total = len(iterable)
+    if total is None:
+        total = length_hint(iterable) or None
     return _LineBar(iterable, total, desc)
 
 
