@@ -27,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from coordinator.request import ChatMessage
 from coordinator.tools import HERMES, ToolFormat
-from engine.checkpoint.config import read_json
+from engine.checkpoint.jsonfile import read_json
 from engine.errors import CheckpointError, InvalidRequest
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")

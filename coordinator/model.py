@@ -41,7 +41,7 @@ class ServedModel:
         self.config = config
         self.folder = folder  # of the checkpoint
         self.tokenizer = tokenizer
-        self.max_model_len = max_model_len or config.max_position_embeddings
+        self.max_model_len = max_model_len or config.context
         self.limits = Limits(
             name,
             config.vocab_size,

@@ -44,7 +44,7 @@ from engine.config import (
 from engine.heap import freeze_heap
 from engine.memory import host_memory, shown
 from engine.native.threads import memory_board
-from engine.placement import prepare_weights
+from engine.placement import check_length, prepare_weights
 from engine.precision import has_gpu
 from engine.rpc.trust import ClusterToken, stays_on_this_machine
 from engine.telemetry.log import configure_logging, get_logger
@@ -89,12 +89,16 @@ def serve(
     trusted = Trust.of(trust, front, local_workers=fleet.workers == "local")
     if fleet.workers == "local":
         draft.check(model)
-    checkpoint = resolve(model.model, weights=fleet.workers == "local")
+    # What configuration and tokenizer tell is refused before weights are fetched or read.
+    checkpoint = resolve(model.model, weights=False)
+    check_length(checkpoint.config, model.max_model_len)
+    name = model.model_name or checkpoint.name
+    served = ServedModel.load(checkpoint, name, model.max_model_len, front.tool_format)
+    if fleet.workers == "local":
+        checkpoint = resolve(model.model)
     if fleet.workers == "local" and model.seed_weights < 0:
         # Here, where a person sees the progress.
         prepare_weights(checkpoint, model, cache, on_gpu=model.device != "cpu" and has_gpu())
-    name = model.model_name or checkpoint.name
-    served = ServedModel.load(checkpoint, name, model.max_model_len, front.tool_format)
     model = dataclasses.replace(model, model_name=name)
     options = Options(model, front, fleet, cache, step, draft, transfer, log)
     return uvloop.run(_serve(options, served, trusted))

@@ -21,8 +21,14 @@ from typing import Any
 
 import tokenizers
 
-from engine.checkpoint.config import ModelConfig, read_json
+from engine.checkpoint.added_tokens import merged_tokenizer
+from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.gguf_tokenizer import CONTROL_BY_NAME
+from engine.checkpoint.jsonfile import read_json
 from engine.errors import CheckpointError
+from engine.telemetry.log import get_logger
+
+_log = get_logger(__name__)
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -79,12 +85,20 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.exists():
             raise CheckpointError(f"{path}: this file is missing (tokenizer.model is not read)")
-        spec = read_json(path)
+        read_json(path)  # what is no JSON is refused by name
+        text = merged_tokenizer(folder)
+        spec = json.loads(text)
         config = ModelConfig.from_folder(folder)
         try:
-            library = tokenizers.Tokenizer.from_file(str(path))
+            library = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing more exact
             raise CheckpointError(f"{path}: not a tokenizer ({error})") from None
+        config_path = folder / "tokenizer_config.json"
+        if names := (read_json(config_path) if config_path.exists() else {}).get(CONTROL_BY_NAME):
+            _log.warning(
+                "control tokens of the GGUF file are typed as text; taken for control tokens",
+                tokens=names,
+            )
         return cls.of(library, spec, path, vocab_size=config.vocab_size, bos=config.bos_token_id)
 
     @classmethod

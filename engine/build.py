@@ -31,7 +31,7 @@ from engine.model.loader import load_model, random_model
 from engine.model.native import NativeModel
 from engine.native import Kernels
 from engine.native.threads import Seat, Threads, usable_cores
-from engine.placement import first_layers, packing, pick_kernels, resolve_draft
+from engine.placement import check_length, first_layers, packing, pick_kernels, resolve_draft
 from engine.precision import auto_dtype
 from engine.runner.base import ModelRunner
 from engine.runner.runner import NativeRunner, Runner
@@ -235,10 +235,8 @@ def _size_pool(
     draft_window: int,
 ) -> PoolSize:
     """One request of full length always fits."""
-    limit = config.max_position_embeddings
-    if model.max_model_len > limit:
-        raise ConfigError(f"--max-model-len {model.max_model_len}: the model's context is {limit}")
-    wanted = model.max_model_len or limit
+    check_length(config, model.max_model_len)
+    wanted = model.max_model_len or config.context
     longest_bytes = layout.num_blocks(wanted + draft_window) * layout.block_bytes
     if cache.kv_cache_memory:
         budget = PoolBudget(cache.kv_cache_memory, "--kv-cache-memory")

@@ -71,14 +71,23 @@ def resolve_draft(target: Checkpoint, spec: str, *, weights: bool) -> Checkpoint
         config = dataclasses.replace(target.config, num_layers=num_layers)
         fingerprint = f"{target.fingerprint}-{spec}"
         return dataclasses.replace(target, config=config, fingerprint=fingerprint)
-    draft = resolve(spec, weights=weights)
+    draft = resolve(spec, weights=False)  # what its configuration tells goes first
     sizes = draft.config.vocab_size, target.config.vocab_size
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"--draft-model {spec}: has a vocabulary of {sizes[0]} tokens, {target.name} of "
             f"{sizes[1]}; expected the same vocabulary"
         )
-    return draft
+    return resolve(spec, weights=True) if weights else draft
+
+
+def check_length(config: ModelConfig, max_model_len: int) -> None:
+    """Raise ConfigError where a context is asked for that the model does not have."""
+    limit = config.context
+    if max_model_len > limit:
+        dynamic = config.rope_scaling.kind == "dynamic"
+        why = "; dynamic rope scaling is not computed beyond it" if dynamic else ""
+        raise ConfigError(f"--max-model-len {max_model_len}: the model's context is {limit}{why}")
 
 
 def prepare_weights(

@@ -7,13 +7,14 @@ refused by name, never guessed.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint.added_tokens import eos_token_ids
+from engine.checkpoint.jsonfile import read_json
 from engine.errors import CheckpointError
 
 # model_type -> architecture, for config files that leave `architectures` out
@@ -37,6 +38,7 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 0.0  # 0: derived
+    truncate: bool = True  # yarn: the ramp begins and ends at whole dimensions
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +65,25 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
+    @property
+    def context(self) -> int:
+        """The longest text that the model reads, as its files describe it.
+
+        YaRN and linear scaling stretch the original context by their factor, and
+        `max_position_embeddings` is that original one unless the scaling names another. Llama 3's
+        already counts the stretched one. Dynamic scaling ends at `max_position_embeddings`: beyond
+        it the rotation of all positions would change with the length.
+        """
+        scaling, limit = self.rope_scaling, self.max_position_embeddings
+        if scaling.kind not in ("yarn", "linear"):
+            return limit
+        return int((scaling.original_max_position_embeddings or limit) * scaling.factor)
+
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
         """Read `config.json` and `generation_config.json` of a folder in Hugging Face layout.
 
+        Tokens that end an answer are those that any file of the folder names (added_tokens.py).
         Raises CheckpointError naming the file and the key that is missing or not supported.
         """
         path = folder / "config.json"
@@ -103,23 +120,8 @@ class ModelConfig:
             mlp_bias=is_llama and bool(raw.get("mlp_bias", False)),
             sliding_window=_sliding_window(raw, architecture),
             bos_token_id=next(iter(_token_ids(tokens, raw, "bos_token_id")), None),
-            eos_token_ids=_token_ids(tokens, raw, "eos_token_id"),
+            eos_token_ids=_eos_token_ids(folder, tokens, raw),
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError if it is missing, unreadable or not an object."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: this file of the model is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +188,13 @@ def _rope(raw: _Keys) -> tuple[float, RopeScaling]:
         return theta, RopeScaling()
     original = keys.get("original_max_position_embeddings")
     original = original or raw.get("original_max_position_embeddings")
+    if original is not None:
+        original = _Keys({**raw.data, **data}, raw.path).integer("original_max_position_embeddings")
+    if kind == "yarn" and original and keys.get("factor") is None:
+        # The factor that the two contexts tell.
+        keys = _Keys(
+            {**data, "factor": raw.integer("max_position_embeddings") / original}, raw.path
+        )
     if kind in ("yarn", "dynamic"):
         original = original or raw.integer("max_position_embeddings")
     elif kind == "llama3" and not original:
@@ -199,13 +208,12 @@ def _rope(raw: _Keys) -> tuple[float, RopeScaling]:
         beta_fast=keys.number("beta_fast", 32.0),
         beta_slow=keys.number("beta_slow", 1.0),
         attention_factor=_attention_factor(keys) if kind == "yarn" else 0.0,
+        truncate=bool(keys.get("truncate", True)) if kind == "yarn" else True,
     )
 
 
 def _attention_factor(keys: _Keys) -> float:
     """YaRN's attention factor if the file fixes it, else 0 (derived from `factor`)."""
-    if not keys.get("truncate", True):
-        raise keys.refuse("truncate", False, "expected true")
     if keys.get("mscale") and keys.get("mscale_all_dim") and not keys.get("attention_factor"):
         m, m_all = keys.number("mscale"), keys.number("mscale_all_dim")
         log = 0.1 * math.log(max(keys.number("factor"), 1.0))
@@ -236,11 +244,20 @@ def _sliding_window(raw: _Keys, architecture: str) -> int:
     raise raw.refuse("sliding_window", window, "a mixture of full and sliding layers is not built")
 
 
+def _eos_token_ids(folder: Path, generation: Mapping[str, Any], raw: _Keys) -> tuple[int, ...]:
+    """Every id that ends an answer: each file may name some, and none is complete."""
+    key = "eos_token_id"
+    named = (*_ids(generation.get(key), raw, key), *_ids(raw.get(key), raw, key))
+    return eos_token_ids(folder, named, raw.integer("vocab_size"))
+
+
 def _token_ids(generation: Mapping[str, Any], raw: _Keys, key: str) -> tuple[int, ...]:
     """Ids under `key`, an int or a list, of generation_config.json, else of config.json."""
-    value = generation.get(key)
-    value = raw.get(key, []) if value is None else value
-    ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
+    return _ids(generation.get(key), raw, key) or _ids(raw.get(key), raw, key)
+
+
+def _ids(value: Any, raw: _Keys, key: str) -> tuple[int, ...]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= -1 for i in ids):
         raise raw.refuse(key, value, "expected a token id or a list of them")
-    return tuple(ids)
+    return tuple(i for i in ids if i >= 0)  # -1: none, as some files write it

@@ -15,13 +15,13 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from engine.checkpoint.added_tokens import TOKENIZER, merged_tokenizer
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.shards import TensorEntry
 from engine.errors import CheckpointError
 
 _NUM_SAMPLES = 16
 _SAMPLE_BYTES = 1024
-_TOKENIZER_FILES = ("tokenizer.json",)
 
 
 def sample_ranges(num_bytes: int) -> list[tuple[int, int]]:
@@ -77,13 +77,15 @@ def shards_fingerprint(config: ModelConfig, entries: Iterable[TensorEntry]) -> s
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """Hex digest of the tokenizer's file: equal digests read and write the same token ids."""
+    """Hex digest of the tokenizer: equal digests read and write the same token ids.
+
+    Raises CheckpointError.
+    """
     h = hashlib.blake2b(digest_size=16, person=b"diptych-tokens")
-    for name in _TOKENIZER_FILES:
-        try:
-            _add(h, (folder / name).read_bytes())
-        except OSError as error:
-            raise CheckpointError(f"{folder / name}: {error.strerror}") from None
+    try:
+        _add(h, merged_tokenizer(folder).encode())
+    except OSError as error:
+        raise CheckpointError(f"{folder / TOKENIZER}: {error.strerror}") from None
     return h.hexdigest()
 
 

@@ -20,12 +20,12 @@ import numpy.typing as npt
 
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.fingerprint import weights_fingerprint
+from engine.checkpoint.gguf_header import ARCHITECTURES
 from engine.checkpoint.gguf_tokenizer import tokenizer_files
 from engine.checkpoint.gguf_weights import ROPE_FREQS, PackedTensor, packed_tensors
 from engine.errors import CheckpointError
 from engine.telemetry.progress import bar
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 # Llama 3.1 and 3.2 store the divisors that these numbers give, not the numbers.
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
 
@@ -122,11 +122,6 @@ def config_json(file: GGUFFile) -> dict[str, Any]:
     supported.
     """
     arch = file.architecture
-    if arch not in _ARCHITECTURES:
-        raise CheckpointError(
-            f"{file.path}: architecture {arch!r} is not supported; "
-            f"known are {', '.join(_ARCHITECTURES)}"
-        )
     shapes = {t.name: tuple(map(int, reversed(t.shape))) for t in file.tensors}
     if "token_embd.weight" not in shapes:
         raise CheckpointError(f"{file.path}: tensor 'token_embd.weight' is missing")
@@ -136,7 +131,7 @@ def config_json(file: GGUFFile) -> dict[str, Any]:
     if _integer(file, "rope.dimension_count", head_dim) != head_dim:
         raise CheckpointError(f"{file.path}: {arch}.rope.dimension_count must be {head_dim}")
     out = {
-        "architectures": [_ARCHITECTURES[arch]],
+        "architectures": [ARCHITECTURES[arch]],
         "model_type": arch,
         "hidden_act": "silu",
         "num_hidden_layers": _integer(file, "block_count"),
@@ -175,19 +170,24 @@ def _rope_scaling(file: GGUFFile, head_dim: int) -> dict[str, Any] | None:
     if divisors is not None:
         return _llama3_scaling(file, np.asarray(divisors, np.float64).reshape(-1), head_dim)
     prefix = f"{file.architecture}.rope.scaling."
-    kind = file.meta.get(prefix + "type", "none")
-    factor = _float(file, "rope.scaling.factor", _float(file, "rope.scale_linear", 1.0))
+    old = _float(file, "rope.scale_linear", 1.0)  # files from before there were types
+    kind = file.meta.get(prefix + "type", "linear" if old not in (0.0, 1.0) else "none")
+    original = file.meta.get(prefix + "original_context_length")
+    factor = _float(file, "rope.scaling.factor", old)
+    if kind == "yarn" and factor in (0.0, 1.0) and original:
+        factor = _integer(file, "context_length") / original
     if kind == "none" or factor in (0.0, 1.0):
         return None
     out: dict[str, Any] = {"rope_type": kind, "factor": factor}
+    if original:
+        out["original_max_position_embeddings"] = original
     if kind == "yarn":
-        original = file.meta.get(prefix + "original_context_length")
-        fields = {
-            "original_max_position_embeddings": original,
-            "beta_fast": file.meta.get(prefix + "yarn_beta_fast"),
-            "beta_slow": file.meta.get(prefix + "yarn_beta_slow"),
-        }
-        out |= {key: value for key, value in fields.items() if value is not None}
+        for name in ("beta_fast", "beta_slow"):
+            if f"{prefix}yarn_{name}" in file.meta:
+                out[name] = _float(file, f"rope.scaling.yarn_{name}", 0.0)
+        if (attention := _float(file, "rope.scaling.attn_factor", 1.0)) != 1.0:
+            # The format's factor multiplies the one that follows from `factor`.
+            out["attention_factor"] = attention * (0.1 * math.log(max(factor, 1.0)) + 1.0)
     elif kind != "linear":
         raise CheckpointError(f"{file.path}: {prefix}type {kind!r} is not supported")
     return out

@@ -4,18 +4,43 @@ A GGUF file holds the vocabulary and, for byte-level BPE, the merges, but only t
 pre-tokenizer (`tokenizer.ggml.pre`); the expressions behind those names are facts of the models'
 own tokenizers. A name that is not known here is refused: a wrong split of digits or spaces gives
 other token ids and worse answers, silently.
+
+Some converters type control tokens NORMAL, and a prompt would spell `<|im_start|>` in letters. A
+NORMAL token is taken for a control token where metadata give it a role, or its name is one that
+only control tokens have, unless merges lead to it: those make a word of the vocabulary.
+USER_DEFINED tokens are found in any text and are no control tokens; they stay so unless they mark
+turns by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint.added_tokens import END_OF_TURN
 from engine.errors import CheckpointError
 
 _Json = dict[str, Any]
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types of the format
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token types of the format
+# In tokenizer_config.json: tokens that the GGUF file types as text; a start logs them.
+CONTROL_BY_NAME = "control_tokens_by_name"
+_ENDS = ("bos", "eos", "eot", "eom")  # roles that only control tokens have
+_ROLES = (*_ENDS, "unknown", "padding")
+# How control tokens are written, and words never: <|name|>, in DeepSeek's wide bars too.
+_CONTROL_SHAPE = re.compile(r"<\|[^\s<>|]+\|>|<\uff5c[^\s<>\uff5c]+\uff5c>")
+_TURNS = END_OF_TURN | {
+    *(
+        "<|im_start|>",
+        "<start_of_turn>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<s>",
+        "<bos>",
+    ),
+    *("<|begin_of_text|>", "<|user|>", "<|assistant|>", "<|system|>", "<pad>", "<unk>"),
+}
 _SPACE = "\u2581"  # how SentencePiece writes a space
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -76,9 +101,11 @@ def tokenizer_files(meta: Mapping[str, Any], path: Path) -> dict[str, _Json]:
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens) or len(types) != len(tokens):
         raise CheckpointError(f"{path}: tokenizer.ggml.tokens has duplicates or lacks types")
-    for role in ("bos", "eos", "unknown"):
+    for role in _ROLES:
         if (meta.get(f"tokenizer.ggml.{role}_token_id") or 0) >= len(tokens):
             raise CheckpointError(f"{path}: tokenizer.ggml.{role}_token_id names no token")
+    typed, types = types, _typed(meta, tokens, types)
+    by_name = [token for token, old, new in zip(tokens, typed, types, strict=True) if old != new]
     if kind == "gpt2":
         body, bos = _byte_level_bpe(meta, vocab, path)
     elif kind == "llama":
@@ -99,17 +126,59 @@ def tokenizer_files(meta: Mapping[str, Any], path: Path) -> dict[str, _Json]:
         **body,
         "post_processor": _template(meta, tokens, add_bos=bos),
     }
-    return {"tokenizer.json": tokenizer, "tokenizer_config.json": _tokenizer_config(meta, tokens)}
+    config = _tokenizer_config(meta, tokens)
+    if by_name:
+        config[CONTROL_BY_NAME] = by_name
+    return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
 
 
-def _byte_level_bpe(
-    meta: Mapping[str, Any], vocab: dict[str, int], path: Path
-) -> tuple[_Json, bool]:
+def check_pre(meta: Mapping[str, Any], path: Path) -> str:
+    """The name of the pre-tokenizer; CheckpointError for one that is not known."""
     pre = meta.get("tokenizer.ggml.pre", "default")
     if pre not in _PRE:
         raise CheckpointError(
             f"{path}: tokenizer.ggml.pre {pre!r} is not known; known are {', '.join(sorted(_PRE))}"
         )
+    return str(pre)
+
+
+def _typed(meta: Mapping[str, Any], tokens: list[str], types: list[int]) -> list[int]:
+    """The types, with control tokens that are typed NORMAL put right."""
+    roles = {meta.get(f"tokenizer.ggml.{role}_token_id") for role in _ENDS}
+    normal = [i for i, t in enumerate(types) if t == _NORMAL and len(tokens[i]) > 1]
+    named = [i for i in normal if i not in roles and _looks_control(tokens[i])]
+    wrong = [i for i, t in enumerate(types) if t == _USER_DEFINED and tokens[i] in _TURNS]
+    wrong += [i for i in normal if i in roles]
+    if named:
+        is_word = _words(meta, tokens, types)
+        wrong += [i for i in named if not is_word(tokens[i])]
+    if not wrong:
+        return types
+    put_right = set(wrong)
+    return [_CONTROL if i in put_right else t for i, t in enumerate(types)]
+
+
+def _words(meta: Mapping[str, Any], tokens: list[str], types: list[int]) -> Callable[[str], bool]:
+    """Whether text can come to a token piece by piece: by merges, or by two pieces that make it."""
+    if merges := meta.get("tokenizer.ggml.merges"):
+        made = {merge.replace(" ", "", 1) for merge in merges}
+        return made.__contains__
+    pieces = {token for token, t in zip(tokens, types, strict=True) if t == _NORMAL}
+
+    def joined(token: str) -> bool:
+        return any(token[:n] in pieces and token[n:] in pieces for n in range(1, len(token)))
+
+    return joined
+
+
+def _looks_control(token: str) -> bool:
+    return token in _TURNS or _CONTROL_SHAPE.fullmatch(token) is not None
+
+
+def _byte_level_bpe(
+    meta: Mapping[str, Any], vocab: dict[str, int], path: Path
+) -> tuple[_Json, bool]:
+    pre = check_pre(meta, path)
     merges: list[str] = meta.get("tokenizer.ggml.merges") or []
     if not merges:
         raise CheckpointError(f"{path}: tokenizer.ggml.merges is missing")
@@ -234,6 +303,18 @@ def _tokenizer_config(meta: Mapping[str, Any], tokens: list[str]) -> _Json:
     for role, short in roles.items():
         if (i := meta.get(f"tokenizer.ggml.{role}_token_id")) is not None and i < len(tokens):
             out[f"{short}_token"] = tokens[i]
-    if template := meta.get("tokenizer.chat_template"):
-        out["chat_template"] = template
+    if templates := _chat_templates(meta):
+        only = len(templates) == 1 and templates.get("default")
+        named = [{"name": name, "template": text} for name, text in templates.items()]
+        out["chat_template"] = only or named
     return out
+
+
+def _chat_templates(meta: Mapping[str, Any]) -> dict[str, str]:
+    """Texts by name; `tokenizer.chat_templates` lists the names, which not every file has."""
+    prefix = "tokenizer.chat_template"
+    found = {"default": meta.get(prefix)}
+    for key, text in meta.items():
+        if key.startswith(f"{prefix}."):
+            found[key.removeprefix(f"{prefix}.")] = text
+    return {name: text for name, text in found.items() if isinstance(text, str) and text}

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoint.config import read_json
+from engine.checkpoint.jsonfile import read_json
 from engine.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"

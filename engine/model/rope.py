@@ -61,10 +61,12 @@ def _yarn(inv_freq: torch.Tensor, scaling: RopeScaling, theta: float) -> torch.T
     def dim_of(rotations: float) -> float:
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(dim_of(scaling.beta_fast)), 0)
-    high = min(math.ceil(dim_of(scaling.beta_slow)), dim - 1)
+    first, last = dim_of(scaling.beta_fast), dim_of(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    low, high = max(first, 0), min(last, dim - 1)
     steps = torch.arange(dim // 2, dtype=torch.float32)
-    stretched = ((steps - low) / max(high - low, 0.001)).clamp(0, 1)
+    stretched = ((steps - low) / ((high - low) or 0.001)).clamp(0, 1)
     return inv_freq / scaling.factor * stretched + inv_freq * (1 - stretched)
 
 

@@ -7,11 +7,19 @@ from pathlib import Path
 import pytest
 
 from engine import placement
+from engine.checkpoint.config import RopeScaling
 from engine.checkpoint.source import Checkpoint
 from engine.config import CacheOptions, DraftOptions, ModelOptions
 from engine.errors import ConfigError
 from engine.native import Kernels
-from engine.placement import first_layers, packing, pick_kernels, prepare_weights, resolve_draft
+from engine.placement import (
+    check_length,
+    first_layers,
+    packing,
+    pick_kernels,
+    prepare_weights,
+    resolve_draft,
+)
 from tests.support.paged import tiny_config
 
 CONFIG = tiny_config(hidden_size=96, intermediate_size=160, head_dim=32)
@@ -150,3 +158,13 @@ def test_with_kernels_the_start_says_nothing(
     options = ModelOptions(dtype="bfloat16")
     prepare_weights(checkpoint, options, CacheOptions(), on_gpu=False)
     assert capsys.readouterr().err == ""
+
+
+def test_a_context_beyond_the_models_is_refused_by_name() -> None:
+    yarn = tiny_config(rope_scaling=RopeScaling("yarn", 4.0, original_max_position_embeddings=512))
+    check_length(yarn, 2048)
+    with pytest.raises(ConfigError, match="--max-model-len 2049: the model's context is 2048"):
+        check_length(yarn, 2049)
+    dynamic = tiny_config(rope_scaling=RopeScaling("dynamic", 4.0))
+    with pytest.raises(ConfigError, match="context is 512; dynamic rope scaling is not computed"):
+        check_length(dynamic, 513)

@@ -4,6 +4,7 @@ llama).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,12 @@ def write(
     quantized: frozenset[str] = frozenset(),
     meta: dict[str, Any] | None = None,
     pre: str = "smollm",
+    tokens_more: Sequence[tuple[str, int]] = (),
 ) -> Path:
-    """`numbers` are keys under `arch.`, `meta` whole keys; `tensors` by GGUF name, fp32."""
+    """`numbers` are keys under `arch.`, `meta` whole keys; `tensors` by GGUF name, fp32.
+
+    `tokens_more` are (token, type) behind the usual vocabulary.
+    """
     writer = gguf.GGUFWriter(path, arch)
     for key, value in numbers.items():
         add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
@@ -55,8 +60,9 @@ def write(
     tokens, merges = byte_level_vocab()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, 4] + [1] * (len(tokens) - 3))
+    types = [3, 3, 4] + [1] * (len(tokens) - 3)
+    writer.add_token_list(tokens + [token for token, _ in tokens_more])
+    writer.add_token_types(types + [kind for _, kind in tokens_more])
     writer.add_token_merges(merges)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(0)
@@ -130,10 +136,11 @@ def tiny(
     extra: dict[str, np.ndarray] | None = None,
     quantized: frozenset[str] = frozenset(),
     seed: int = 0,
+    tokens_more: Sequence[tuple[str, int]] = (),
     **kwargs: Any,
 ) -> dict[str, np.ndarray]:
     """Write a random model; returns its weights under Hugging Face names, before quantisation."""
-    vocab = len(byte_level_vocab()[0])
+    vocab = len(byte_level_vocab()[0]) + len(tokens_more)
     tensors = _layers(vocab, 2, bias=bias, permuted=arch == "llama", seed=seed)
     if untied:
         head = np.random.default_rng(seed + 1).standard_normal((vocab, 64), dtype=np.float32)
@@ -149,6 +156,7 @@ def tiny(
         numbers={k: v for k, v in (NUMBERS | (numbers or {})).items() if v is not None},
         tensors=stored | (extra or {}),
         quantized=quantized,
+        tokens_more=tokens_more,
         **kwargs,
     )
     return dict(tensors.values())

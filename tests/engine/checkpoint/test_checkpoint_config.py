@@ -151,11 +151,33 @@ def test_yarn_mscale_gives_transformers_attention_factor(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        ({"rope_type": "default"}, 512),
+        ({"rope_type": "linear", "factor": 2.5}, 1280),
+        ({"rope_type": "linear", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"rope_type": "yarn", "factor": 4.0}, 2048),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"rope_type": "yarn", "original_max_position_embeddings": 128}, 512),
+        ({"rope_type": "llama3", **LLAMA3}, 512),
+        ({"rope_type": "dynamic", "factor": 4.0}, 512),
+    ],
+)
+def test_the_context_is_the_one_that_the_scaling_reaches(
+    tmp_path: Path, rope: dict[str, Any], context: int
+) -> None:
+    assert read(tmp_path, {"rope_scaling": rope}).context == context
+
+
+@pytest.mark.parametrize(
     ("changes", "generation", "expected"),
     [
         ({"eos_token_id": 7}, None, (7,)),
         ({"eos_token_id": [7, 8]}, None, (7, 8)),
-        ({"eos_token_id": 7}, {"eos_token_id": [1, 2]}, (1, 2)),
+        ({"eos_token_id": 7}, {"eos_token_id": [1, 2]}, (1, 2, 7)),
+        ({"eos_token_id": [7, 99, 100]}, {"eos_token_id": 7}, (7, 99)),
+        ({"eos_token_id": -1}, None, ()),
         ({"eos_token_id": 7}, {"temperature": 1.0}, (7,)),
         ({}, None, ()),
     ],

@@ -6,13 +6,16 @@ import json
 import random
 import re
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize as gguf_dequantize
 from safetensors import safe_open
+from tokenizers import Tokenizer
 
+from coordinator.tokenizer import Tokenizer as Served
 from engine.checkpoint import source
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.gguf import config_json, llama3_divisors, open_gguf
@@ -79,7 +82,8 @@ def test_default_model_equals_transformers(tmp_path: Path) -> None:
     config = ModelConfig.from_folder(tmp_path)
     assert (config.num_layers, config.vocab_size, config.head_dim) == (30, 49152, 64)
     assert config.tie_word_embeddings
-    assert config.eos_token_ids == (2,)
+    assert config.eos_token_ids == (2,)  # no tokenizer beside it
+    assert source.resolve("smollm2", progress=False).config.eos_token_ids == (2, 0)
     packed = file.packed(config)
     assert len(packed) == 272
     chosen = [t for t in packed if re.search(r"layers\.(0|29)\.|embed_tokens|model\.norm", t.name)]
@@ -139,6 +143,27 @@ def test_rope_scaling_keys(
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("numbers", "context", "attention"),
+    [
+        ({"rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 512}, 2048, 0.0),
+        ({"rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 128}, 512, 0.0),
+        ({"rope.scaling.factor": 4.0}, 2048, 0.0),
+        ({"rope.scaling.original_context_length": 128}, 512, 0.0),
+        ({"rope.scaling.factor": 4.0, "rope.scaling.attn_factor": 1.5}, 2048, 1.70794),
+    ],
+)
+def test_the_context_of_a_yarn_file(
+    tmp_path: Path, numbers: dict, context: int, attention: float
+) -> None:
+    meta = {"llama.rope.scaling.type": "yarn"}
+    tiny_gguf.tiny(tmp_path / "m.gguf", numbers=numbers, meta=meta)
+    config = resolve(str(tmp_path / "m.gguf"), progress=False).config
+    assert config.context == context
+    assert config.rope_scaling.factor == 4.0
+    assert config.rope_scaling.attention_factor == pytest.approx(attention, abs=1e-4)
+
+
 def test_llama3_scaling_is_recognised_by_its_divisors(tmp_path: Path) -> None:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -167,10 +192,28 @@ def test_every_end_token_of_the_metadata_ends_an_answer(tmp_path: Path) -> None:
     assert resolve(str(tmp_path / "m.gguf"), progress=False).config.eos_token_ids == (0, 2)
 
 
+def test_control_tokens_end_an_answer_by_name_and_words_do_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [("<|im_end|>", 3), ("<|eot_id|>", 4), ("</s>", 1), ("<|im_start|>", 1)]
+    tiny_gguf.tiny(tmp_path / "m.gguf", tokens_more=more)
+    checkpoint = resolve(str(tmp_path / "m.gguf"), progress=False)
+    first = checkpoint.config.vocab_size - len(more)
+    assert checkpoint.config.eos_token_ids == (0, first + 2, first + 1, first)
+    Served.load(checkpoint.folder)
+    log = "".join(capsys.readouterr())
+    assert all(name in log for name in ("<|eot_id|>", "</s>", "<|im_start|>"))
+    assert "<|im_end|>" not in log
+    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    ids = tokenizer.encode("<|im_start|>t<|eot_id|></s>").ids
+    assert [i for i in ids if i >= first] == [first + 3, first + 1, first + 2]
+
+
 @pytest.mark.parametrize(
     ("kwargs", "named"),
     [
         ({"arch": "falcon"}, "falcon"),
+        ({"meta": {"split.count": 3, "split.no": 1}}, "part 2 of 3 of a split GGUF.*merge"),
         ({"pre": "klingon"}, "klingon"),
         ({"extra": {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}}, "attn_sinks"),
         ({"numbers": {"block_count": 3}}, "layers.2"),
@@ -189,8 +232,14 @@ def test_what_is_not_supported_is_named(
     tmp_path: Path, cache: Path, kwargs: dict, named: str
 ) -> None:
     tiny_gguf.tiny(tmp_path / "m.gguf", **kwargs)
-    with pytest.raises(CheckpointError, match=named) as error:
+    hashed = mock.Mock(wraps=source._file_digest)
+    with (
+        pytest.raises(CheckpointError, match=named) as error,
+        mock.patch.object(source, "_file_digest", hashed),
+    ):
         resolve(str(tmp_path / "m.gguf"), progress=False)
+    early = ("falcon", "klingon", "longrope", "split GGUF")
+    assert hashed.called is not any(name in named for name in early), "refused before it is hashed"
     assert "m.gguf" in error.value.message
     assert "\n" not in error.value.message
     assert list((cache / "models").glob("m-*/")) == []

@@ -13,12 +13,21 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from engine.checkpoint.gguf_tokenizer import tokenizer_files
+from engine.checkpoint.gguf_tokenizer import CONTROL_BY_NAME, tokenizer_files
 from engine.errors import CheckpointError
 from tests.support import tiny_gguf
 
 TOKENS, MERGES = tiny_gguf.byte_level_vocab()
 ALPHABET = "aZ é中\U0001f600'’sLL1²³٣½ \t\n\r.,!/_-<>$+=~^|`\u00a0\u3000İß\u0301ǅ"
+
+
+META = {
+    "model": "gpt2",
+    "tokens": TOKENS,
+    "merges": MERGES,
+    "pre": "smollm",
+    "token_type": [3, 3, 4] + [1] * (len(TOKENS) - 3),
+}
 
 
 def make(meta: dict[str, Any]) -> Tokenizer:
@@ -27,9 +36,7 @@ def make(meta: dict[str, Any]) -> Tokenizer:
 
 
 def byte_level(pre: str, **more: Any) -> Tokenizer:
-    base = {"model": "gpt2", "tokens": TOKENS, "merges": MERGES, "pre": pre}
-    types = [3, 3, 4] + [1] * (len(TOKENS) - 3)
-    meta = {f"tokenizer.ggml.{k}": v for k, v in (base | {"token_type": types} | more).items()}
+    meta = {f"tokenizer.ggml.{k}": v for k, v in (META | {"pre": pre} | more).items()}
     return make(meta)
 
 
@@ -150,6 +157,74 @@ def test_sentencepiece_equals_its_rule(seed: int) -> None:
 def test_control_tokens_in_text_are_read_as_such() -> None:
     tokenizer = make(spm_meta(spm_pieces(0)))
     assert tokenizer.encode("a</s>b").ids.count(2) == 1
+
+
+def special(meta: dict[str, Any]) -> set[str]:
+    files = tokenizer_files(meta, Path("m.gguf"))
+    return {t["content"] for t in files["tokenizer.json"]["added_tokens"] if t["special"]}
+
+
+def test_control_tokens_typed_normal_are_found_by_name() -> None:
+    more = ["<|im_start|>", "<|im_end|>", "</s>", "<\uff5cUser\uff5c>", "<|>", "<|a b|>", "<div>"]
+    tokens = [*TOKENS, *more]
+    meta = {"tokens": tokens, "token_type": [3, 3, 4] + [1] * (len(tokens) - 3)}
+    tokenizer = byte_level("smollm", **meta)
+    for name in more[:4]:
+        assert tokenizer.encode(f"t{name}t").ids.count(tokens.index(name)) == 1, name
+    for name in more[4:]:
+        assert tokens.index(name) not in tokenizer.encode(f"t{name}t").ids, name
+    files = tokenizer_files(
+        {f"tokenizer.ggml.{k}": v for k, v in (META | meta).items()}, Path("m.gguf")
+    )
+    assert files["tokenizer_config.json"][CONTROL_BY_NAME] == more[:4], "for the log"
+
+
+def test_a_word_that_merges_lead_to_stays_a_word() -> None:
+    merges = [*MERGES, "< |", "| >", "<| e", "<|e n", "<|en d", "<|end |>"]
+    words = ["<|", "|>", "<|e", "<|en", "<|end", "<|end|>x"]
+    tokens = ["<|other|>", *TOKENS[1:], *words[:-1], "<|end|>"]
+    types = [3, 3, 4] + [1] * (len(tokens) - 3)
+    base = {"model": "gpt2", "tokens": tokens, "merges": merges, "pre": "gpt-2"}
+    meta = {f"tokenizer.ggml.{k}": v for k, v in (base | {"token_type": types}).items()}
+    assert special(meta) == {"<|other|>", "<s>"}
+    # A role in the metadata is no guess.
+    assert special(meta | {"tokenizer.ggml.eot_token_id": len(tokens) - 1}) >= {"<|end|>"}
+
+
+def test_sentencepiece_control_tokens_typed_normal() -> None:
+    meta = spm_meta(spm_pieces(0) | {"<end_of_turn>": -100.0, "<start_of_turn>": -101.0})
+    assert special(meta) == {"<unk>", "<s>", "</s>", "<end_of_turn>", "<start_of_turn>"}
+    meta["tokenizer.ggml.token_type"][2] = 1  # </s>, by its role
+    assert "</s>" in special(meta)
+    # Two pieces make it: a word.
+    meta = spm_meta(spm_pieces(0) | {"<end_of_": -90.0, "turn>": -91.0, "<end_of_turn>": -100.0})
+    assert special(meta) == {"<unk>", "<s>", "</s>"}
+
+
+def test_user_defined_tokens_stay_text_unless_they_mark_turns() -> None:
+    meta = spm_meta(spm_pieces(0) | {"<end_of_turn>": -1.0, "<think>": -1.0})
+    meta["tokenizer.ggml.token_type"][-2:] = [4, 4]
+    added = tokenizer_files(meta, Path("m.gguf"))["tokenizer.json"]["added_tokens"]
+    assert {t["content"]: t["special"] for t in added[-2:]} == {
+        "<end_of_turn>": True,
+        "<think>": False,
+    }
+
+
+def test_all_templates_of_the_metadata_are_kept() -> None:
+    key = "tokenizer.chat_template"
+    meta = spm_meta(spm_pieces(0)) | {
+        key: "d",
+        f"{key}.tool_use": "t",
+        "tokenizer.chat_templates": [],
+    }
+    config = tokenizer_files(meta, Path("m.gguf"))["tokenizer_config.json"]
+    assert config["chat_template"] == [
+        {"name": "default", "template": "d"},
+        {"name": "tool_use", "template": "t"},
+    ]
+    del meta[f"{key}.tool_use"]
+    assert tokenizer_files(meta, Path("m.gguf"))["tokenizer_config.json"]["chat_template"] == "d"
 
 
 @pytest.mark.parametrize(

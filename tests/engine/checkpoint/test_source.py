@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -259,6 +260,41 @@ def test_hub_ids_come_from_the_hubs_cache_when_offline(tmp_path: Path) -> None:
     folder(repository / "snapshots" / sha, shards=SHARDS)
     assert hub(tmp_path, "owner/model-7b") == f"model-7b {sha} True\n"
     assert hub(tmp_path, "owner/model-7b", with_weights=False) == f"model-7b {sha} False\n"
+
+
+def test_what_configuration_tells_goes_before_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder nothing is read, of a hub id nothing is fetched, that does not matter."""
+    place = folder(tmp_path / "m")
+    read = mock.Mock(side_effect=AssertionError("weights are read"))
+    monkeypatch.setattr(source, "find_shards", read)
+    fetched: list[str] = []
+
+    def download(model: str, *, allow_patterns: tuple[str, ...], **_: object) -> str:
+        fetched.extend(p for p in allow_patterns if p not in fetched)
+        return str(place)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+
+    def refused(named: str, upto: list[str]) -> None:
+        fetched.clear()
+        for model in (str(place), "owner/model"):
+            with pytest.raises(CheckpointError, match=named):
+                resolve(model, progress=False)
+        assert fetched == upto
+
+    for changes, named in (
+        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
+        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+    ):
+        (place / "config.json").write_text(json.dumps(CONFIG | changes))
+        refused(named, ["config.json"])
+    (place / "config.json").write_text(json.dumps(CONFIG))
+    (place / "tokenizer.json").unlink()
+    refused(r"tokenizer\.json.*missing", ["config.json", "*.json", "*.jinja"])
 
 
 def test_unknown_hub_ids_are_one_sentence(tmp_path: Path) -> None:

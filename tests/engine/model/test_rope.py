@@ -34,6 +34,9 @@ SCALINGS = {
         beta_slow=2.0,
         attention_factor=1.3,
     ),
+    "yarn, not truncated": RopeScaling(
+        kind="yarn", factor=4.0, original_max_position_embeddings=128, truncate=False
+    ),
     "dynamic": RopeScaling(kind="dynamic", factor=2.0),
 }
 
@@ -45,6 +48,7 @@ def test_rotation_equals_transformers(scaling: RopeScaling, theta: float) -> Non
     parameters: dict[str, object] = {"rope_type": scaling.kind, "rope_theta": theta}
     for key in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
         parameters[key] = getattr(scaling, key)
+    parameters["truncate"] = scaling.truncate
     parameters["original_max_position_embeddings"] = scaling.original_max_position_embeddings or 512
     if scaling.attention_factor:
         parameters["attention_factor"] = scaling.attention_factor

@@ -1,0 +1,165 @@
+"""The scalars of a GGUF file's metadata, read in milliseconds: what cannot be served is refused
+before gigabytes are hashed, mapped or converted.
+
+    | "GGUF" | version u32 | tensors u64 | pairs u64 | (key, type u32, value) ... |
+
+Arrays are passed over; `gguf` reads them later, where a file is converted.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from engine.checkpoint.gguf_tokenizer import check_pre
+from engine.errors import CheckpointError
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+ROPE_TYPES = ("none", "linear", "yarn")
+TOKENIZERS = ("gpt2", "llama")
+# type -> (struct format, bytes); 8 is a string, 9 an array
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
+_STRING, _ARRAY = 8, 9
+_MAX_PAIRS, _MAX_KEY, _MAX_STRING = 1 << 16, 1 << 16, 1 << 26
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Scalars and strings by key; of an array its length."""
+
+    path: Path
+    scalars: Mapping[str, Any]
+    lengths: Mapping[str, int]
+
+    @property
+    def architecture(self) -> str:
+        """The format's own name of the architecture."""
+        return str(self.scalars.get("general.architecture"))
+
+
+def check_gguf(path: Path) -> None:
+    """Raise CheckpointError where the metadata alone tells that the file cannot be served."""
+    header = read_header(path)
+    _refuse_split(header)
+    arch = header.architecture
+    if arch not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{path}: architecture {arch!r} is not supported; known are {', '.join(ARCHITECTURES)}"
+        )
+    key = f"{arch}.rope.scaling.type"
+    if (kind := header.scalars.get(key, "none")) not in ROPE_TYPES:
+        raise CheckpointError(
+            f"{path}: {key} {kind!r} is not supported; known are {', '.join(ROPE_TYPES)}"
+        )
+    model = header.scalars.get("tokenizer.ggml.model")
+    if not header.lengths.get("tokenizer.ggml.tokens"):
+        raise CheckpointError(f"{path}: tokenizer.ggml.tokens is missing")
+    if model not in TOKENIZERS:
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.model {model!r} is not supported; known are 'gpt2' and 'llama'"
+        )
+    if model == "gpt2":
+        check_pre(header.scalars, path)
+
+
+def _refuse_split(header: Header) -> None:
+    """One part of a model in several files has the metadata and some of the tensors only."""
+    count = int(header.scalars.get("split.count") or 0)
+    part = int(header.scalars.get("split.no") or 0) + 1
+    if count <= 1 and (match := _PART.search(header.path.name)):
+        part, count = int(match[1]), int(match[2])
+    if count > 1:
+        whole = _PART.sub("", header.path.name).removesuffix(".gguf") + ".gguf"
+        first = _PART.sub(f"-00001-of-{count:05}.gguf", header.path.name)
+        raise CheckpointError(
+            f"{header.path}: part {part} of {count} of a split GGUF file; split files are not read "
+            f"yet: merge them first (llama-gguf-split --merge {first} {whole}) and name the result"
+        )
+
+
+def read_header(path: Path) -> Header:
+    """Read the metadata. Raises CheckpointError in one sentence that names the file."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+            if magic != b"GGUF":
+                raise CheckpointError(f"{path}: not a GGUF file (it starts with {magic!r})")
+            return _pairs(path, file)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    except (struct.error, ValueError, EOFError):
+        raise CheckpointError(
+            f"{path}: truncated or damaged GGUF file ({path.stat().st_size} bytes); fetch it again"
+        ) from None
+
+
+def _pairs(path: Path, file: BinaryIO) -> Header:
+    version = _number(file, "<I")
+    if version & 0xFFFF == 0:
+        raise CheckpointError(f"{path}: written in the other byte order; convert it first")
+    if version == 1:
+        raise CheckpointError(f"{path}: GGUF version 1 is not supported; convert it to version 3")
+    _number(file, "<Q")  # tensors
+    scalars: dict[str, Any] = {}
+    lengths: dict[str, int] = {}
+    num_pairs = _bounded(_number(file, "<Q"), _MAX_PAIRS)
+    for _ in range(num_pairs):
+        key = _string(file, _MAX_KEY).decode()
+        kind = _number(file, "<I")
+        if kind == _ARRAY:
+            lengths[key] = _pass_over(file)
+        elif kind == _STRING:
+            scalars[key] = _string(file, _MAX_STRING).decode("utf-8", "replace")
+        elif kind in _SCALARS:
+            scalars[key] = _number(file, _SCALARS[kind])
+        else:
+            raise ValueError(kind)
+    return Header(path, scalars, lengths)
+
+
+def _pass_over(file: BinaryIO) -> int:
+    """Skip an array; returns its length."""
+    kind, length = _number(file, "<I"), _number(file, "<Q")
+    if kind in _SCALARS:
+        file.seek(length * struct.calcsize(_SCALARS[kind]), 1)
+    elif kind == _STRING:
+        for _ in range(_bounded(length, 1 << 26)):
+            file.seek(_bounded(_number(file, "<Q"), _MAX_STRING), 1)
+    else:
+        raise ValueError(kind)  # arrays of arrays are not used
+    return int(length)
+
+
+def _string(file: BinaryIO, limit: int) -> bytes:
+    length = _bounded(_number(file, "<Q"), limit)
+    data = file.read(length)
+    if len(data) != length:
+        raise EOFError
+    return data
+
+
+def _number(file: BinaryIO, form: str) -> Any:
+    return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+
+
+def _bounded(value: int, limit: int) -> int:
+    if value > limit:
+        raise ValueError(value)
+    return value

@@ -1,0 +1,123 @@
+"""Added tokens and end-of-turn tokens: the union of all files of a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from engine.checkpoint.added_tokens import added_tokens, end_of_turn, merged_tokenizer
+from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.fingerprint import tokenizer_digest
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 1,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "vocab_size": 20,
+    "max_position_embeddings": 64,
+}
+
+
+def token(token_id: int, content: str, special: bool = True) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token_id, "content": content, **flags, "special": special}
+
+
+def folder(
+    place: Path, added: list[dict[str, Any]], vocab: dict[str, int] | None = None, **files: Any
+) -> Path:
+    vocab = vocab or {"a": 0, "b": 1, '"added_tokens"': 2, "added_tokens": 3}
+    model = {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": None}
+    spec = {"version": "1.0", "model": model, "added_tokens": added}  # in an order of our own
+    (place / "tokenizer.json").write_text(json.dumps(spec))
+    (place / "config.json").write_text(json.dumps(CONFIG | files.pop("config", {})))
+    for name, content in files.items():
+        (place / f"{name}.json").write_text(json.dumps(content))
+    return place
+
+
+def ends(place: Path) -> tuple[int, ...]:
+    return ModelConfig.from_folder(place).eos_token_ids
+
+
+ADDED = [token(4, "<s>"), token(5, "</s>"), token(6, "<|x|>"), token(7, "word", False)]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, (5,)),
+        ({"config": {"eos_token_id": 6}}, (6, 5)),
+        ({"generation_config": {"eos_token_id": [7]}, "config": {"eos_token_id": 6}}, (7, 6, 5)),
+        ({"tokenizer_config": {"eos_token": "<|x|>"}}, (6, 5)),
+        ({"tokenizer_config": {"eos_token": {"content": "<|x|>", "special": True}}}, (6, 5)),
+        ({"tokenizer_config": {"eos_token": "word"}}, (7, 5)),
+        ({"tokenizer_config": {"eos_token": None}}, (5,)),
+        ({"special_tokens_map": {"eos_token": {"content": "<|x|>"}}}, (6, 5)),
+        ({"special_tokens_map": {"eos_token": "no such token"}}, (5,)),
+    ],
+)
+def test_every_file_may_name_an_end(tmp_path: Path, files: Any, expected: Any) -> None:
+    assert ends(folder(tmp_path, ADDED, **files)) == expected
+
+
+def test_a_name_counts_for_control_tokens_alone(tmp_path: Path) -> None:
+    vocab = {"a": 0, "<|im_end|>": 1}  # a word
+    added = [token(2, "<|eot_id|>", False), token(3, "<|im_start|>"), token(4, "<end_of_turn>")]
+    assert ends(folder(tmp_path, added, vocab)) == (4,)
+
+
+def test_families_that_use_a_name_otherwise() -> None:
+    assert end_of_turn(["<|end|>", "<|user|>"]) == ["<|end|>"]
+    assert end_of_turn(["<|end|>", "<|return|>", "<|call|>"]) == ["<|call|>", "<|return|>"]
+    assert end_of_turn(["</s>", "<turn|>", "<|tool_response>"]) == ["<turn|>", "<|tool_response>"]
+
+
+def test_added_tokens_may_stand_in_other_files_alone(tmp_path: Path) -> None:
+    decoder = {
+        "4": {"content": "<s>", "special": True, "lstrip": False},
+        "5": {"content": "<|im_end|>", "special": True},
+        "6": {"content": "<think>", "special": False},
+    }
+    before = tokenizer_digest(folder(tmp_path, []))
+    folder(
+        tmp_path,
+        [],
+        tokenizer_config={"added_tokens_decoder": decoder, "eos_token": "<|im_end|>"},
+        added_tokens={"<|im_end|>": 5, "<|y|>": 7, "b": 1},
+    )
+    found = {t["content"]: (t["id"], t["special"]) for t in added_tokens(tmp_path)}
+    expected = {"<s>": (4, True), "<|im_end|>": (5, True), "<think>": (6, False)}
+    assert found == expected | {"<|y|>": (7, False), "b": (1, False)}
+    library = Tokenizer.from_str(merged_tokenizer(tmp_path))
+    assert library.encode("a<|im_end|><think><|y|>").ids == [0, 5, 6, 7]
+    assert ends(tmp_path) == (5,)
+    assert tokenizer_digest(tmp_path) != before
+
+
+def test_a_token_with_a_role_is_special(tmp_path: Path) -> None:
+    added = [token(4, "<end>", False), token(5, "<more>", False)]
+    roles = {"eos_token": "<end>", "additional_special_tokens": [{"content": "<more>"}]}
+    folder(tmp_path, added, special_tokens_map=roles)
+    assert all(t["special"] for t in json.loads(merged_tokenizer(tmp_path))["added_tokens"])
+
+
+def test_a_token_whose_id_the_library_would_not_give_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoder = {"9": {"content": "<far>", "special": True}}
+    folder(tmp_path, ADDED, tokenizer_config={"added_tokens_decoder": decoder})
+    merged = json.loads(merged_tokenizer(tmp_path))
+    assert [t["content"] for t in merged["added_tokens"]] == [t["content"] for t in ADDED]
+    assert "<far>" in "".join(capsys.readouterr())
+
+
+def test_a_whole_file_is_taken_as_it_is(tmp_path: Path) -> None:
+    folder(tmp_path, ADDED)
+    assert merged_tokenizer(tmp_path) == (tmp_path / "tokenizer.json").read_text()
