@@ -51,6 +51,10 @@ class Overloaded(DiptychError):
         self.retry_after_s = retry_after_s
 
 
+class TooLarge(DiptychError):
+    """RESOURCE_EXHAUSTED: a message above the bound, as gRPC itself refuses one."""
+
+
 class Unavailable(DiptychError):
     """UNAVAILABLE + RetryInfo: nobody can serve this now; `num_emitted` tokens were delivered.
 

@@ -5,9 +5,9 @@ invalid UTF-8 are the caller's error and nothing becomes UNKNOWN. Our servicers 
 yielding; the generator is closed by us, at once, however the call ends, so that what it holds is
 released before the next message of anybody.
 
-    bytes -> token? -> parse -> servicer.Method(request, context) -> yields -> context.write
-               |         |            |-> DiptychError  -> status with details
-               '---------'------------'-> anything else -> INTERNAL, logged with its traceback
+    bytes -> token? -> unpack, parse -> servicer.Method(request, context) -> yields -> context.write
+               |             |               |-> DiptychError  -> status with details
+               '-------------'---------------'-> anything else -> INTERNAL, logged with a traceback
 
 Cancellation passes through: it is how a caller, or its deadline, ends a call.
 
@@ -44,6 +44,8 @@ from engine.rpc.reflection import SERVICES as REFLECTION_SERVICES
 from engine.rpc.reflection import reflection_servicer
 from engine.rpc.status import RpcStatus, internal, to_status
 from engine.rpc.trust import ClusterToken
+from engine.rpc.unpack import SERVER_OPTIONS as UNPACKED_BY_US
+from engine.rpc.unpack import Unpacker
 from engine.telemetry.log import bind_request, get_logger
 from engine.telemetry.metrics import RpcMetrics
 
@@ -65,8 +67,7 @@ _SERVER_OPTIONS: tuple[Option, ...] = (
     # all, without a reason; who is too much is told so by admission.
     ("grpc.server.max_pending_requests", MAX_PENDING),
     ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING),
-    # Compressed messages are refused: they are unpacked before anybody looks at their size.
-    ("grpc.compression_enabled_algorithms_bitset", 1),
+    *UNPACKED_BY_US,
 )
 
 _HEAR_S = 1.0
@@ -91,6 +92,7 @@ class RpcServer:
         self._names: list[str] = []
         self._stopped = asyncio.Event()
         self._started = False
+        self._unpacker = Unpacker()
 
     def add_service(
         self,
@@ -180,7 +182,7 @@ class RpcServer:
         token: ClusterToken | None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The grpc handler of one method: bytes in, messages out."""
-        requests = _Requests(method, token, self._client_timeout_s)
+        requests = _Requests(method, token, self._client_timeout_s, self._unpacker)
         full_name = f"{method.containing_service.name}/{method.name}"
 
         async def stream(raw: AsyncIterator[bytes], context: Context) -> None:
@@ -282,12 +284,17 @@ class _Requests:
     """What the callers of one method send: looked at only with the token, parsed, and in time."""
 
     def __init__(
-        self, method: MethodDescriptor, token: ClusterToken | None, timeout_s: float
+        self,
+        method: MethodDescriptor,
+        token: ClusterToken | None,
+        timeout_s: float,
+        unpacker: Unpacker,
     ) -> None:
         self._class = message_factory.GetMessageClass(method.input_type)
         self._are_many = method.client_streaming
         self._token = token
         self._timeout_s = timeout_s
+        self._unpacker = unpacker
 
     async def of(self, raw: AsyncIterator[bytes], context: Context) -> Any:
         """The message of a call, or an async iterator of them. Raises DiptychError."""
@@ -310,14 +317,25 @@ class _Requests:
         self._check(context)
         if raw is grpc.aio.EOF:
             raise InvalidRequest("request", f"none; expected a {self._class.DESCRIPTOR.full_name}")
-        request = _parse(self._class, raw)
+        request = await self._parse(raw)
         if request_id := getattr(request, "request_id", ""):
             bind_request(request_id[:128])
         return request
 
     async def _all(self, raw: AsyncIterator[bytes]) -> AsyncIterator[Message]:
         async for item in raw:
-            yield _parse(self._class, item)
+            yield await self._parse(item)
+
+    async def _parse(self, raw: bytes) -> Message:
+        """One message; raises InvalidRequest for bytes that are none, invalid UTF-8 included."""
+        try:
+            return self._class.FromString(await self._unpacker.plain(raw))
+        except (DecodeError, ValueError) as error:
+            is_text = "UTF-8" in str(error)
+            what = "a string that is not valid UTF-8" if is_text else "malformed bytes"
+            raise InvalidRequest(
+                "request", f"{what} where a {self._class.DESCRIPTOR.full_name} was expected"
+            ) from None
 
     def _check(self, context: Context) -> None:
         if self._token is not None:
@@ -377,14 +395,3 @@ async def _hear_one(raw: AsyncIterator[bytes]) -> None:
     with suppress(TimeoutError, StopAsyncIteration):
         async with asyncio.timeout(_HEAR_S):
             await anext(aiter(raw))
-
-
-def _parse(request_class: type[Message], raw: bytes) -> Message:
-    """One message; raises InvalidRequest for bytes that are none, invalid UTF-8 included."""
-    try:
-        return request_class.FromString(raw)
-    except DecodeError as error:
-        what = "a string that is not valid UTF-8" if "UTF-8" in str(error) else "malformed bytes"
-        raise InvalidRequest(
-            "request", f"{what} where a {request_class.DESCRIPTOR.full_name} was expected"
-        ) from None

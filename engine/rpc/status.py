@@ -7,6 +7,7 @@ The only place that knows both sides:
     NotFound          NOT_FOUND
     Mismatch          FAILED_PRECONDITION
     Overloaded        RESOURCE_EXHAUSTED  RetryInfo, grpc-retry-pushback-ms
+    TooLarge          RESOURCE_EXHAUSTED
     Unavailable       UNAVAILABLE         the same, ErrorInfo{num_emitted}, diptych-lost
     DeadlineExceeded  DEADLINE_EXCEEDED
     anything else     INTERNAL
@@ -34,6 +35,7 @@ from engine.errors import (
     NotOffered,
     Overloaded,
     PermissionDenied,
+    TooLarge,
     Unauthenticated,
     Unavailable,
 )
@@ -66,7 +68,7 @@ def _code(error: DiptychError) -> grpc.StatusCode:
             return grpc.StatusCode.NOT_FOUND
         case Mismatch():
             return grpc.StatusCode.FAILED_PRECONDITION
-        case Overloaded():
+        case Overloaded() | TooLarge():
             return grpc.StatusCode.RESOURCE_EXHAUSTED
         case Unavailable():
             return grpc.StatusCode.UNAVAILABLE

@@ -4,16 +4,20 @@ import asyncio
 import gc
 import gzip
 import time
+import zlib
 from contextlib import asynccontextmanager
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2
 from prometheus_client import CollectorRegistry
 
+from engine.errors import TooLarge
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc import listener as listener_module
-from engine.rpc.channel import open_channel
+from engine.rpc.channel import MAX_MESSAGE_BYTES, open_channel
 from engine.rpc.server import RpcServer
+from engine.rpc.unpack import unpack
 from engine.telemetry.metrics import RpcMetrics
 from tests.support import http2
 from tests.support.http2 import RawConnection, frame, grpc_message
@@ -173,18 +177,54 @@ async def test_malformed_bytes_to_health_and_reflection(caplog):
     assert not [r for r in caplog.records if r.exc_info]
 
 
-async def test_compressed_requests_are_refused():
-    """Their size is looked at when they are unpacked: half a megabyte would take a gigabyte."""
+@pytest.mark.parametrize("packing", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+async def test_compressed_requests_are_unpacked(packing):
     async with serving() as (address, _, _), open_channel(address) as channel:
-        gzipped = {"compression": grpc.Compression.Gzip}
-        code = await code_of(channel, TOKENIZE, b"\x12\x7f" + b"a" * 127, **gzipped)
-        assert code is grpc.StatusCode.UNIMPLEMENTED
+        tokenize = channel.unary_unary(TOKENIZE)
+        for size in (0, 1, 100, 10_000, 3_000_000):
+            request = inference_pb2.TokenizeRequest(text="a" * size).SerializeToString()
+            answer = await tokenize(request, compression=packing, timeout=10)
+            (counted,) = inference_pb2.TokenizeResponse.FromString(answer).token_ids
+            assert counted == size
+        watch = channel.unary_stream("/grpc.health.v1.Health/Watch")
+        service = health_pb2.HealthCheckRequest(service="s" * 5000).SerializeToString()
+        call = watch(service, compression=packing, timeout=10)
+        assert await call.read() == b"\x08\x03"  # a service that is not known
+        call.cancel()
+
+
+@pytest.mark.parametrize("packing", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+async def test_the_limit_of_a_message_holds_unpacked(caplog, packing):
+    bomb = bytes(MAX_MESSAGE_BYTES + 1)
+    async with serving() as (address, _, registry), grpc.aio.insecure_channel(address) as channel:
+        code = await code_of(channel, TOKENIZE, bomb, compression=packing)
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert failures(registry, "InferenceService/Tokenize", "resource_exhausted") == 1
+    assert not [r for r in caplog.records if r.levelname == "ERROR" or r.exc_info]
+
+
+async def test_what_was_packed_badly_is_the_callers_error():
+    good = gzip.compress(inference_pb2.TokenizeRequest(text="a" * 900).SerializeToString())
+    async with serving() as (address, _, registry):
         with RawConnection(address) as raw:
             raw.begin()
-            stream = raw.open_stream(GENERATE, (b"grpc-encoding", b"gzip"))
-            body = grpc_message(gzip.compress(b"a" * 1_000_000), compressed=True)
-            raw.send(frame(http2.DATA, http2.END_STREAM, stream, body))
-            assert await ends(raw, stream)
+            for packed in (good[:-9], good[:-8] + bytes(8), good + good, good[:2]):
+                stream = raw.open_stream(TOKENIZE.encode(), (b"grpc-encoding", b"gzip"))
+                body = grpc_message(packed, compressed=True)
+                raw.send(frame(http2.DATA, http2.END_STREAM, stream, body))
+                assert await ends(raw, stream)
+        assert failures(registry, "InferenceService/Tokenize", "invalid_argument") == 4
+
+
+def test_unpacking():
+    packed = zlib.compress(b"a" * 1000)
+    assert unpack(packed, 1000) == b"a" * 1000
+    assert unpack(gzip.compress(b""), 0) == b""
+    for plain in (b"", b"x", b"\x78", b"\x78\x01", b"\x78\x9c" + b"a" * 50, packed[:-1]):
+        assert unpack(plain, 1000) == plain  # field 15 of a protobuf
+    for bomb in (packed, gzip.compress(b"a" * 1000)):
+        with pytest.raises(TooLarge):
+            unpack(bomb, 999)
 
 
 async def test_metadata_that_is_no_utf8_leaves_no_traceback(caplog):
