@@ -19,6 +19,7 @@ from coordinator.membership import Membership
 from coordinator.model import ServedModel
 from coordinator.oip import OipServicer
 from coordinator.openai.api import OpenAiApi
+from coordinator.openai.cors import with_cors
 from coordinator.pipeline import Pipeline
 from coordinator.registry import RegistryServicer
 from coordinator.service import AdminServicer, InferenceServicer
@@ -92,11 +93,16 @@ class Coordinator:
         if self._internal is not self._public:
             port = self._internal.listen(self._front.internal_listen)
             self.internal_address = _with_port(self._front.internal_listen, port)
-        self._openai = OpenAiApi(dialable(self.address), self.registry)
+        self._openai = OpenAiApi(
+            dialable(self.address), self.registry, sse_keepalive_s=self._front.sse_keepalive_s
+        )
         routes = [holds_route(self._holds), *self._openai.routes()]
         app = make_app(self.registry, lambda: self.ready, routes)
         self._http = await serve_http(
-            app, self._front.http, client_timeout_s=self._front.client_timeout_s
+            with_cors(app, self._front.cors_origins),
+            self._front.http,
+            client_timeout_s=self._front.client_timeout_s,
+            keepalive_s=self._front.http_keepalive_s,
         )
         self.http_address = self._http.address
         await self._public.start()

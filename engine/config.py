@@ -26,6 +26,7 @@ from engine.errors import ConfigError
 ENV_PREFIX = "DIPTYCH_"
 MAX_CLIENT_S = 1e6  # gRPC's keepalive takes milliseconds in 32 bits
 MAX_REQUEST_S = 1e9  # gRPC cannot carry a deadline of some centuries; this is three decades
+_ORIGIN = re.compile(r"^[a-z][a-z0-9+.-]*://[^\s/,?#*]+$")
 _SIZE = re.compile(r"^\s*([0-9.]+)\s*([kmgt]?)i?b?\s*$", re.IGNORECASE)
 
 
@@ -55,6 +56,14 @@ def parse_addresses(text: str) -> str:
             parse_address(address.strip())
     except ValueError:
         raise ValueError("expected HOST:PORT[,HOST:PORT...]") from None
+    return text
+
+
+def parse_origins(text: str) -> str:
+    """SCHEME://HOST[:PORT][,...] as browsers send them, "*" for all, or nothing."""
+    origins = [origin.strip() for origin in text.split(",")]
+    if text and origins != ["*"] and not all(_ORIGIN.match(origin) for origin in origins):
+        raise ValueError("expected SCHEME://HOST[:PORT][,...] without a path, or *")
     return text
 
 
@@ -251,6 +260,26 @@ class FrontOptions:
         "answer, without a sign of life",
         minimum=1,
         maximum=MAX_CLIENT_S,
+    )
+    http_keepalive_s: float = option(
+        60.0,
+        "how long an HTTP connection may rest between two requests; longer than that of a proxy "
+        "before it",
+        minimum=1,
+        maximum=MAX_CLIENT_S,
+    )
+    sse_keepalive_s: float = option(
+        0.0,
+        "a comment line on a stream of events that was silent for so long, in the queue and before "
+        "the first token too: then the status is sent, and a later failure is an event; 0: none",
+        minimum=0,
+        maximum=MAX_CLIENT_S,
+    )
+    cors_origins: str = option(
+        "",
+        "ORIGIN[,ORIGIN...] of pages that browsers may let call the API, such as "
+        "https://chat.example.com; *: all; default: none",
+        parse=parse_origins,
     )
     worker_wait_s: float = option(
         20.0, "how long a request waits for a worker to appear", minimum=0

@@ -43,10 +43,13 @@ class OpenAiApi:
         address: str,
         registry: CollectorRegistry,
         clock: Callable[[], float] = time.time,
+        *,
+        sse_keepalive_s: float = 0.0,
     ) -> None:
         self._channel = open_channel(address, ("grpc.enable_retries", 0))
         self._stub: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._clock = clock
+        self._sse_keepalive_s = sse_keepalive_s
         self._born = int(clock())
         self._counter = Counter(
             PREFIX + "http_requests",
@@ -63,8 +66,9 @@ class OpenAiApi:
         """All endpoints, for make_app."""
 
         def route(path: str, method: str, handler: Handler) -> Route:
-            return Route(path, Door(path, method, handler, self._counter))
+            return Route(path, Door(path, method, handler, self._counter, self._sse_keepalive_s))
 
+        nowhere = Door("other", "", self._nowhere, self._counter)
         return [
             route("/v1/completions", "POST", self._completions),
             route("/v1/chat/completions", "POST", self._chat),
@@ -74,7 +78,7 @@ class OpenAiApi:
             route("/detokenize", "POST", self._detokenize),
             route("/version", "GET", self._version),
             route("/openapi.json", "GET", self._openapi),
-            Route("/v1/{path:path}", Door("other", "", self._nowhere, self._counter)),
+            *(Route(path, nowhere) for path in ("/v1", "/v1/{path:path}")),
         ]
 
     async def _completions(self, asked: Asked) -> Reply:

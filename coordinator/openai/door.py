@@ -2,6 +2,7 @@
 
     method, X-Request-Id, body --> handler --> JSON
                                          '---> server-sent events, the first one in hand
+                                               (or, with `sse_keepalive_s`, a comment before it)
     meanwhile: http.disconnect? --> the handler is cancelled, and with it its gRPC calls
 
 Whatever a client sends, it gets an answer in OpenAI's shape; 500 is a bug, logged with its
@@ -25,6 +26,7 @@ from starlette.types import Receive, Scope, Send
 from coordinator.openai.body import Gone, parse_body, read_body
 from coordinator.openai.calls import Broken
 from coordinator.openai.errors import INTERNAL, Failure, Refused, failure_of
+from coordinator.openai.keepalive import kept_alive
 from coordinator.validate import MAX_REQUEST_ID_CHARS
 from engine.errors import DiptychError, InvalidRequest
 from engine.telemetry.log import bind_request, get_logger
@@ -71,11 +73,19 @@ def to_json(value: Any) -> str:
 class Door:
     """The ASGI application of one path; `method` is the one that it knows."""
 
-    def __init__(self, name: str, method: str, handler: Handler, counter: Counter) -> None:
+    def __init__(
+        self,
+        name: str,
+        method: str,
+        handler: Handler,
+        counter: Counter,
+        sse_keepalive_s: float = 0.0,  # 0: silent streams stay silent
+    ) -> None:
         self._name = name
         self._method = method
         self._handler = handler
         self._counter = counter
+        self._sse_keepalive_s = sse_keepalive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; ends early where the client goes away."""
@@ -127,6 +137,8 @@ class Door:
 
     async def _stream(self, visit: _Visit, events: Events) -> int:
         status = 200
+        if self._sse_keepalive_s:
+            events = kept_alive(events, self._sse_keepalive_s)
         async with aclosing(events):
             try:
                 first = await anext(events)  # until then a failure has a status of its own

@@ -1,8 +1,9 @@
 """The HTTP side door of a process: /metrics, /health (it lives), /health/ready (it can serve).
 
-It runs in the event loop that is there. Signals stay with their owner: uvicorn would take them.
-A connection that brings no whole request in time, or does not read its answer, is cut off: uvicorn
-would keep it for ever.
+A path that ends in a slash is the path without it. The server runs in the event loop that is there.
+Signals stay with their owner: uvicorn would take them. A connection that brings no whole request in
+time, or does not read its answer, is cut off: uvicorn would keep it for ever. What a client does
+with its connection is no error of this process.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ from h11 import LocalProtocolError
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engine.errors import ConfigError
 from engine.rpc.address import listen_on
 
 CLIENT_TIMEOUT_S = 30.0
+KEEPALIVE_S = 60.0  # what proxies and clients expect of a connection that rests
 
 
 class _Config(uvicorn.Config):
@@ -46,15 +50,18 @@ class _Protocol(H11Protocol):
     _timer: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
     _left: int = 0  # bytes that the peer had not taken when `_unread` was set
+    _lost: bool = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
         self._stop_timer()
         self._is_read()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # which uvicorn forgets where the peer has reset
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -105,7 +112,7 @@ class _Protocol(H11Protocol):
 
     def _wait_for_reader(self) -> None:
         """While nothing can be written, or a closing connection has something left to write."""
-        if self._unread is None:
+        if self._unread is None and not self._lost:
             self._left = _num_left(self.transport)
             self._unread = self.loop.call_later(self._timeout_s, self._look_at_reader)
 
@@ -131,7 +138,7 @@ class _Protocol(H11Protocol):
 def _num_left(transport: asyncio.Transport) -> int:
     """Bytes on their way that the peer's machine has not acknowledged."""
     queued = array("i", [0])
-    with suppress(OSError):  # not for every kind of socket
+    with suppress(OSError, ValueError):  # not for every kind of socket, nor for one that is closed
         ioctl(transport.get_extra_info("socket").fileno(), TIOCOUTQ, queued)
     return transport.get_write_buffer_size() + queued[0]
 
@@ -154,8 +161,8 @@ def make_app(
     """
 
     async def metrics(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(registry), media_type=content_type)
+        body, content_type = _encoded(registry, request.headers.get("accept", ""))
+        return Response(body, media_type=content_type)
 
     async def health(_request: Request) -> Response:
         return PlainTextResponse("ok\n") if alive() else PlainTextResponse("stuck\n", 503)
@@ -168,7 +175,38 @@ def make_app(
         Route("/health", health),
         Route("/health/ready", health_ready),
     ]
-    return Starlette(routes=[*own, *routes], exception_handlers={ClientDisconnect: _gone})
+    app = Starlette(
+        routes=[*own, *routes],
+        middleware=[Middleware(_WithoutSlash)],
+        exception_handlers={ClientDisconnect: _gone},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def _encoded(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    """All metrics and their media type, as plain text where `accept` is none that is understood."""
+    try:
+        encode, content_type = choose_encoder(accept)
+        return encode(registry), content_type
+    except (TypeError, ValueError):  # the library takes any version for numbers
+        encode, content_type = choose_encoder("")
+        return encode(registry), content_type
+
+
+class _WithoutSlash:
+    """Takes the slash off the end of a path: some clients put one there, and few follow when they
+    are sent elsewhere.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if path.endswith("/"):
+            scope = {**scope, "path": path.rstrip("/") or "/"}
+        await self._app(scope, receive, send)
 
 
 async def _gone(_request: Request, _error: Exception) -> Response:
@@ -193,11 +231,16 @@ class HttpServer:
 
 
 async def serve_http(
-    app: Starlette, address: str, *, client_timeout_s: float = CLIENT_TIMEOUT_S
+    app: ASGIApp,
+    address: str,
+    *,
+    client_timeout_s: float = CLIENT_TIMEOUT_S,
+    keepalive_s: float = KEEPALIVE_S,
 ) -> HttpServer:
     """Serve `app` on HOST:PORT (port 0: a free one) in this event loop. Raises ConfigError.
 
-    Connections that within `client_timeout_s` bring no whole request, or read nothing, are cut off.
+    Connections that within `client_timeout_s` bring no whole request, or read nothing, are cut off;
+    those between two requests are closed after `keepalive_s`.
     """
     sock = listen_on(address)
     config = _Config(
@@ -208,6 +251,7 @@ async def serve_http(
         lifespan="off",
         http=_Protocol,
         timeout_graceful_shutdown=1,
+        timeout_keep_alive=cast(int, keepalive_s),  # a timer's delay, whatever its type says
     )
     config.client_timeout_s = client_timeout_s
     server = _Server(config)

@@ -83,6 +83,11 @@ def test_a_file_may_write_numbers_as_numbers_or_text(tmp_path):
         ("--max-request-s", "nan"),
         ("--max-request-s", "inf"),
         ("--worker-wait-s", "nan"),
+        ("--cors-origins", "chat.example.com"),
+        ("--cors-origins", "https://a.example.com/"),
+        ("--cors-origins", "https://a.example.com,*"),
+        ("--http-keepalive-s", "0"),
+        ("--sse-keepalive-s", "-1"),
     ],
 )
 def test_a_bad_flag_is_one_sentence_that_names_it(flag, value):

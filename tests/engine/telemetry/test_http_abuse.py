@@ -1,10 +1,14 @@
 """Connections to the HTTP port that bring no whole request."""
 
 import asyncio
+import itertools
 import socket
+import struct
 import time
 
+import httpx
 import pytest
+import uvloop
 from prometheus_client import CollectorRegistry
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
@@ -198,3 +202,114 @@ async def test_a_caller_who_leaves_in_the_middle_of_a_body_leaves_no_traceback(a
         writer.close()
     await asyncio.sleep(0.1)
     assert not [r for r in caplog.records if r.exc_info]
+
+
+# What a client does with its connection is no error of ours.
+
+WHOLE = HEAD + b"\r\n"
+SAID = {
+    "nothing": b"",
+    "ten bytes": WHOLE[:10],
+    "a request": WHOLE,
+    "two requests": WHOLE * 2,
+    "half a body": b"POST /length HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nabc",
+    "a slow answer": b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a bad chunk": b"POST /length HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "garbage": bytes(range(256)),
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "a huge head": HEAD + b"X: " + b"y" * 200_000,
+    "a websocket": HEAD + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+    "a tunnel": b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a star": b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a bad path": b"GET /%ff%00//..//%zz HTTP/1.1\r\nHost: x\r\n\r\n",
+}
+ENDS = ("reads 10 bytes", "reads", "closes", "resets", "half-closes")
+
+
+async def _misbehave(address: str, said: bytes, end: str) -> None:
+    host, _, port = address.rpartition(":")
+    sock = socket.create_connection((host, int(port)))
+    sock.setblocking(False)
+    loop = asyncio.get_running_loop()
+    try:
+        await loop.sock_sendall(sock, said)
+        if end == "half-closes":
+            sock.shutdown(socket.SHUT_WR)
+        if end.startswith("reads") or end == "half-closes":
+            async with asyncio.timeout(0.3):
+                await loop.sock_recv(sock, 10 if end == "reads 10 bytes" else 65536)
+    except (OSError, TimeoutError):
+        pass
+    if end != "closes":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_nothing_that_a_client_does_is_an_error_in_the_log(caplog, run):
+    async def slow(_request):
+        await asyncio.sleep(0.2)
+        return PlainTextResponse("slow\n")
+
+    async def length(request: Request):
+        return PlainTextResponse(f"{len(await request.body())}\n")
+
+    async def scene():
+        routes = [Route("/slow", slow), Route("/length", length, methods=["POST"])]
+        app = make_app(CollectorRegistry(), lambda: True, routes)
+        server = await serve_http(app, "127.0.0.1:0", client_timeout_s=0.5, keepalive_s=0.4)
+        cases = list(itertools.product(SAID.values(), ENDS)) * 2
+        await asyncio.gather(*(_misbehave(server.address, *case) for case in cases))
+        await asyncio.sleep(0.8)  # all timers of these connections
+        got, _ = await talk(server.address, HEAD + b"Connection: close\r\n\r\n")
+        await server.stop()
+        return got
+
+    assert run(scene()).startswith(b"HTTP/1.1 200")
+    assert not [r for r in caplog.records if r.levelname == "ERROR" or r.exc_info]
+
+
+ACCEPTS = [
+    "application/openmetrics-text;version=abc",
+    "application/openmetrics-text;version=",
+    "application/openmetrics-text; version=1.0.0; escaping=nonsense",
+    "application/openmetrics-text;version=99.9.9",
+    "application/openmetrics-text;version=1.0.0.0.0",
+    "application/openmetrics-text;version=-1.0.0",
+    "application/openmetrics-text;version=1.0.0\u00e9",
+    "application/openmetrics-text;version=\u00b2.0.0",
+    "application/openmetrics-text;version==;;=,",
+    "text/plain;version=x.y",
+    "text/plain;version=1e5.0",
+    ",;,;=;",
+    "*/*;q=x",
+    "\x80\xff",
+    "a" * 5000,
+]
+
+
+async def test_any_accept_header_gets_metrics(address):
+    async with httpx.AsyncClient(base_url=f"http://{address}") as http:
+        for accept in ACCEPTS:
+            got = await http.get("/metrics", headers={"accept": accept.encode("latin-1")})
+            assert got.status_code == 200, accept
+        got = await http.get("/metrics", headers={"accept": "application/openmetrics-text"})
+        assert got.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+
+
+async def test_a_path_may_end_in_a_slash(address):
+    async with httpx.AsyncClient(base_url=f"http://{address}") as http:
+        for path in ("/metrics/", "/health/", "/health/ready/", "/health//"):
+            assert (await http.get(path)).status_code == 200
+        assert (await http.post("/length/", content=b"abc")).text == "3\n"
+        for path in ("/", "/nothing/"):
+            assert (await http.get(path)).status_code == 404
+
+
+async def test_a_connection_rests_as_long_as_it_may():
+    app = make_app(CollectorRegistry(), lambda: True)
+    server = await serve_http(app, "127.0.0.1:0", client_timeout_s=0.2, keepalive_s=1.0)
+    _, took_s = await talk(server.address, WHOLE)
+    assert 0.9 < took_s < 3
+    await server.stop()
