@@ -41,11 +41,11 @@ from engine.config import (
     state_dir,
     to_flags,
 )
+from engine.gpus import deal_gpus, find_gpus
 from engine.heap import freeze_heap
 from engine.memory import host_memory, shown
 from engine.native.threads import memory_board
 from engine.placement import check_length, prepare_weights
-from engine.precision import has_gpu
 from engine.rpc.trust import ClusterToken, stays_on_this_machine
 from engine.telemetry.log import configure_logging, get_logger
 from engine.types import Role
@@ -67,6 +67,7 @@ class Options:
     draft: DraftOptions
     transfer: TransferOptions
     log: LogOptions
+    gpus: tuple[str, ...] = ()  # for local workers
 
 
 def serve(
@@ -94,13 +95,15 @@ def serve(
     check_length(checkpoint.config, model.max_model_len)
     name = model.model_name or checkpoint.name
     served = ServedModel.load(checkpoint, name, model.max_model_len, front.tool_format)
-    if fleet.workers == "local":
+    local = fleet.workers == "local"
+    gpus = tuple(find_gpus()) if local and model.device != "cpu" else ()
+    if local:
         checkpoint = resolve(model.model)
-    if fleet.workers == "local" and model.seed_weights < 0:
+    if local and model.seed_weights < 0:
         # Here, where a person sees the progress.
-        prepare_weights(checkpoint, model, cache, on_gpu=model.device != "cpu" and has_gpu())
+        prepare_weights(checkpoint, model, cache, on_gpu=bool(gpus))
     model = dataclasses.replace(model, model_name=name)
-    options = Options(model, front, fleet, cache, step, draft, transfer, log)
+    options = Options(model, front, fleet, cache, step, draft, transfer, log, gpus)
     return uvloop.run(_serve(options, served, trusted))
 
 
@@ -149,21 +152,31 @@ def make_supervisor(
     log_dir = Path(fleet.log_dir) if fleet.log_dir else state_dir() / "logs" / str(os.getpid())
     worker = WorkerOptions(coordinator=dialable(coordinator_address))
     trust = TrustOptions(token.share() if token else "")
-    share = str(host_memory().share(len(places)))  # once: a worker that starts again has the same
-    cache = dataclasses.replace(options.cache, memory_share=share)
-    shared = to_flags(
-        options.model, cache, options.step, options.transfer, options.log, worker, trust
-    )
+    # Dealt once: a worker that starts again has the share and the GPU of its predecessor.
+    memory = str(host_memory().share(len(places)))
+    cache = dataclasses.replace(options.cache, memory_share=memory)
+    shared = to_flags(options.model, options.step, options.transfer, options.log, worker, trust)
     draft = to_flags(options.draft)
     board = memory_board()
     seats = {name: f"{board}:{i}:{len(places)}" for i, (name, _) in enumerate(places)}
 
+    dealt = deal_gpus(options.gpus, [name for name, _ in places])
+
     def command(worker_id: str, role: Role) -> list[str]:
         flags = [*shared, *draft] if role is Role.DECODE else shared
+        own = cache
+        if part := dealt.get(worker_id):
+            share = cache.gpu_memory_utilization / part.num_sharing
+            own = dataclasses.replace(cache, gpu_memory_utilization=share)
+        flags = [*flags, *to_flags(own)]
         return worker_command(worker_id, role, [*flags, f"--cores={seats[worker_id]}"])
 
     alone = stays_on_this_machine(coordinator_address)
-    return Supervisor(places, log_dir, command, partial(worker_environment, alone=alone))
+    environment = partial(worker_environment, alone=alone)
+    assigned = {name: {"CUDA_VISIBLE_DEVICES": part.device} for name, part in dealt.items()}
+    for name, part in dealt.items():
+        _log.info("GPU dealt", worker=name, gpu=part.device, num_sharing=part.num_sharing)
+    return Supervisor(places, log_dir, command, environment, assigned)
 
 
 async def _until_stop(

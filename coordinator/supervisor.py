@@ -88,12 +88,15 @@ class Supervisor:
         log_dir: Path,
         command: Callable[[str, Role], Sequence[str]],
         environment: Callable[[Role, int, int], WorkerEnvironment] = worker_environment,
+        assigned: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
+        """`assigned`: by worker, variables that hold whatever the user set (its GPU)."""
         self.workers = [LocalWorker(name, role, log_dir / f"{name}.log") for name, role in places]
         self.fatal: asyncio.Future[ConfigError] = asyncio.get_running_loop().create_future()
         self._log_dir = log_dir
         self._command = command
         self._environment = environment
+        self._assigned = assigned or {}
         self._tasks: list[asyncio.Task[None]] = []
         self._stop = asyncio.Event()
 
@@ -193,7 +196,7 @@ class Supervisor:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=child_environment(),
+            env={**child_environment(), **self._assigned.get(worker.worker_id, {})},
             # Ctrl-C in a terminal is for the coordinator, which ends them in order.
             start_new_session=True,
         )

@@ -133,6 +133,13 @@ class CacheOptions:
         parse=parse_size,
         minimum=0,
     )
+    gpu_memory_utilization: float = option(
+        0.9,
+        "share of a GPU's memory for a worker's weights, activations and KV pool; local workers on"
+        " one GPU divide it",
+        minimum=0.01,
+        maximum=1,
+    )
     memory_share: str = option(
         "", "BYTES:LIMIT: a local worker's part of the memory there is; set by the coordinator"
     )
@@ -451,6 +458,11 @@ def set_default_env(defaults: Mapping[str, str]) -> dict[str, str]:
 def environment_with(**changes: str) -> dict[str, str]:
     """Our variables with some of them changed, for a tool that runs as a child."""
     return {**os.environ, **changes}
+
+
+def visible_devices() -> str | None:
+    """CUDA_VISIBLE_DEVICES: the GPUs that the user lets us use; None: all."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def child_environment() -> dict[str, str]:

@@ -45,8 +45,3 @@ def cpu_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
     lines = (line.partition(":") for line in text.splitlines())
     flags = next((v for key, _, v in lines if key.strip().lower() in ("flags", "features")), "")
     return frozenset(flags.split())
-
-
-def has_gpu() -> bool:
-    """Whether this machine seems to have an NVIDIA GPU; a worker asks torch, which knows."""
-    return shutil.which("nvidia-smi") is not None

@@ -209,6 +209,21 @@ async def test_a_local_worker_keeps_its_share_of_the_memory(tmp_path, monkeypatc
         assert f"--memory-share={3 << 30}:the cgroup's 10 GiB" in command
 
 
+async def test_local_workers_are_dealt_gpus_and_parts_of_them(tmp_path):
+    options = replace(options_of(tmp_path), gpus=("GPU-a", "GPU-b"))
+    supervisor = make_supervisor(options, "0.0.0.0:700")
+    assert supervisor._assigned == {
+        "prefill-0": {"CUDA_VISIBLE_DEVICES": "GPU-a"},
+        "prefill-1": {"CUDA_VISIBLE_DEVICES": "GPU-b"},
+        "decode-0": {"CUDA_VISIBLE_DEVICES": "GPU-a"},
+    }
+    shared = supervisor._command("decode-0", Role.DECODE)
+    assert "--gpu-memory-utilization=0.45" in shared
+    alone = supervisor._command("prefill-1", Role.PREFILL)
+    assert not any("utilization" in word for word in alone), "the default, 0.9"
+    assert make_supervisor(options_of(tmp_path), "0.0.0.0:700")._assigned == {}
+
+
 def test_the_ready_line_tells_where_the_context_comes_from():
     pool = KVPool(192 << 20)
     worker = Worker(

@@ -90,6 +90,23 @@ async def test_a_killed_worker_comes_back_and_all_end(modules, tmp_path, monkeyp
     assert not any(alive(p) for p in pids)
 
 
+async def test_a_worker_keeps_its_gpu_when_it_starts_again(modules, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    show = "import os\nprint('up', 0, os.environ['CUDA_VISIBLE_DEVICES'], 0, flush=True)\n"
+    (modules / "gpu_worker.py").write_text(show)
+    supervisor = Supervisor(
+        [("w0", Role.PREFILL), ("w1", Role.DECODE)],
+        tmp_path / "logs",
+        lambda worker_id, role: ["gpu_worker", worker_id],
+        assigned={"w0": {"CUDA_VISIBLE_DEVICES": "4"}, "w1": {"CUDA_VISIBLE_DEVICES": "GPU-b"}},
+    )
+    supervisor.start()
+    await until(lambda: all(len(ups(supervisor, i)) >= 2 for i in range(2)))
+    await supervisor.stop()
+    assert {start[1] for start in ups(supervisor, 0)} == {"4"}
+    assert {start[1] for start in ups(supervisor, 1)} == {"GPU-b"}
+
+
 async def test_a_worker_that_does_not_listen_is_killed(modules, tmp_path):
     supervisor = make(tmp_path, "stubborn")
     supervisor.start()
