@@ -1,57 +1,52 @@
-"""From options to an engine: checkpoint, identity, pool size, model, scheduler.
+"""From options to an engine: checkpoint, model, warm-up, KV pool, scheduler.
 
-The pool is sized before the model is built, so that a length that cannot fit is refused at once.
+    budget known (a CPU, --kv-cache-memory)   pool sized -> weights -> warm-up -> pool
+    a GPU                                     weights -> warm-up -> pool sized -> pool
+
+Where its budget is known the pool is sized first, so that a length that cannot fit is refused at
+once. On a GPU weights, activations and workspaces have their memory before the pool is sized.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from prometheus_client import CollectorRegistry
 
-from engine.attention import select_backend
 from engine.cache.block_pool import BlockPool
 from engine.cache.kv_cache import KVCache
 from engine.cache.layout import KVLayout, compatibility_digest
-from engine.cache.sizing import PoolBudget, PoolSize, fit_pool, host_budget
+from engine.cache.sizing import PoolBudget, PoolSize, fit_pool, gpu_budget, host_budget
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.fingerprint import tokenizer_digest
-from engine.checkpoint.packed import packed_file, read_packed
-from engine.checkpoint.source import Checkpoint, resolve, weights
+from engine.checkpoint.source import Checkpoint, resolve
 from engine.config import CacheOptions, ModelOptions, StepOptions
 from engine.constraints import Vocabulary
 from engine.core import EngineCore
+from engine.device import Device, pick_device
 from engine.errors import ConfigError
+from engine.loading import Loader, Models, layout_of, pick_dtype
 from engine.memory import HostMemory, host_memory, shown
-from engine.model.llama import LlamaModel
-from engine.model.loader import load_model, random_model
-from engine.model.native import NativeModel
-from engine.native import Kernels
-from engine.native.threads import Seat, Threads, usable_cores
-from engine.placement import check_length, first_layers, packing, pick_kernels, resolve_draft
-from engine.precision import auto_dtype
-from engine.runner.base import ModelRunner
-from engine.runner.runner import NativeRunner, Runner
+from engine.placement import check_length, resolve_draft
+from engine.runner.runner import NativeRunner
 from engine.sampling import Sampler
 from engine.scheduler import Budgets, Scheduler
 from engine.speculation import Drafting
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import WorkerMetrics
 from engine.types import NO_KV_POOL, KVPool, ModelIdentity, Role
+from engine.warmup import small, step_shapes, warm_up
 
 _log = get_logger(__name__)
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-# Prompt tokens a step: a prefill worker wants whole matrix products, a decode worker short steps.
-# On a CPU products are whole at 256 already, and who comes next waits half as long.
-_PROMPT_TOKENS = {Role.PREFILL: 512, Role.DECODE: 256}
-_PROMPT_TOKENS_CPU = 256
+# (prompt tokens a step, answers at once). On a CPU products are whole at 256 tokens already, and
+# the next request waits half as long; on a GPU as vLLM has them.
+_CPU_BUDGETS, _GPU_BUDGETS = (256, 64), (8192, 256)
+_GPU_LOGITS = 1024  # of a step on a GPU: fp32 ones of 128,256 tokens take 0.5 GiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,24 +62,14 @@ class Engine:
     kv_pool: KVPool = NO_KV_POOL
 
 
-def pick_device(options: ModelOptions) -> torch.device:
-    """The device asked for; `auto` is the GPU if there is one. Raises ConfigError."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: this machine has no CUDA device; expected auto or cpu")
-    use_gpu = options.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda:0" if use_gpu else "cpu")
-
-
-def pick_dtype(options: ModelOptions, device: torch.device) -> str:
-    """The precision asked for; `auto` is bfloat16 where the hardware multiplies it."""
-    if options.weights != "auto" and options.dtype in ("float32", "float16"):
-        raise ConfigError(
-            f"--weights {options.weights} contradicts --dtype {options.dtype}; "
-            "expected --weights auto"
-        )
-    if options.dtype != "auto":
-        return options.dtype
-    return auto_dtype(on_gpu=device.type == "cuda")
+def pick_budgets(options: StepOptions, device: Device) -> Budgets:
+    """The budgets of a step: those asked for, else the device's."""
+    prompt_tokens, num_seqs = _GPU_BUDGETS if device.on_gpu else _CPU_BUDGETS
+    num_seqs = options.max_num_seqs or num_seqs
+    budgets = Budgets(options.max_batched_tokens or prompt_tokens, num_seqs)
+    if device.on_gpu:
+        budgets = dataclasses.replace(budgets, num_logits=max(_GPU_LOGITS, 2 * num_seqs))
+    return budgets
 
 
 def build_engine(
@@ -94,55 +79,69 @@ def build_engine(
     step: StepOptions,
     registry: CollectorRegistry,
     drafting: Drafting | None = None,
+    device: Device | None = None,
 ) -> Engine:
     """Load everything; `drafting`: what the worker was asked to draft with.
 
-    Raises ConfigError, CheckpointError.
+    Raises ConfigError, also where a GPU's memory is too small, CheckpointError.
     """
     if step.num_threads:  # else OMP_NUM_THREADS, else all cores
         torch.set_num_threads(step.num_threads)
-    device = pick_device(model)
+    device = device or pick_device(model)
+    with memory_errors(device, cache.gpu_memory_utilization):
+        return _build(role, model, cache, step, registry, drafting, device)
+
+
+def _build(
+    role: Role,
+    model: ModelOptions,
+    cache: CacheOptions,
+    step: StepOptions,
+    registry: CollectorRegistry,
+    drafting: Drafting | None,
+    device: Device,
+) -> Engine:
     dtype = pick_dtype(model, device)
     checkpoint = resolve(model.model, weights=model.seed_weights < 0)
     draft: Checkpoint | None = None
     if model.draft_model:
         draft = resolve_draft(checkpoint, model.draft_model, weights=model.seed_weights < 0)
-    layout = _layout(checkpoint.config, cache, dtype)
+    layout = layout_of(checkpoint.config, cache, dtype)
     if draft is not None:
-        layout = dataclasses.replace(layout, draft=_layout(draft.config, cache, dtype))
+        layout = dataclasses.replace(layout, draft=layout_of(draft.config, cache, dtype))
     window = min(drafting.max_draft_tokens, cache.block_size) if drafting else 0
-    size = _size_pool(checkpoint.config, model, cache, layout, device, window)
-    num_blocks, max_model_len = size.num_blocks, size.max_model_len
-    loader = _Loader(model, cache, step, dtype, device)
+    pool_of = _PoolSizer(checkpoint.config, model, cache, layout, window)
+    size = None if device.on_gpu and not cache.kv_cache_memory else pool_of(device)
+    loader = Loader(model, cache, step, dtype, device)
+    models = loader.load_all(checkpoint, draft, layout)
+    sampler = Sampler(checkpoint.config.vocab_size, device.place)
+    budgets = pick_budgets(step, device)
+    _warm_up(models, sampler, budgets, layout, pool_of.wanted, window, device)
+    size = size or pool_of(device)
+    kv_cache = KVCache(layout, size.num_blocks, device.place, device.allocate)
+    runner, draft_runner = models.over(kv_cache)
+
     profile = loader.profile(checkpoint)
     if draft is not None:
         profile += f" draft=({loader.profile(draft)})"
-    identity = _identity(checkpoint, model, layout, profile, max_model_len)
-    pool = BlockPool(num_blocks)
-    kv_cache = KVCache(layout, num_blocks, device)
-    target = loader.load(checkpoint)
-    draft_runner = None
-    if draft is not None and kv_cache.draft is not None:
-        num_first = first_layers(model.draft_model)
-        drafter = target.first_layers(num_first) if num_first else loader.load(draft)
-        draft_runner = loader.runner(drafter, kv_cache.draft)
-    sampler = Sampler(checkpoint.config.vocab_size, device)
+    identity = _identity(checkpoint, model, layout, profile, size.max_model_len)
     speculation = drafting.begin(draft_runner, sampler) if drafting else None
-    prompt_tokens = _PROMPT_TOKENS_CPU if device.type == "cpu" else _PROMPT_TOKENS[role]
-    budgets = Budgets(step.max_batched_tokens or prompt_tokens, step.max_num_seqs)
-    scheduler = Scheduler(pool, layout.block_size, budgets, speculation, max_model_len)
+    pool = BlockPool(size.num_blocks)
+    scheduler = Scheduler(pool, layout.block_size, budgets, speculation, size.max_model_len)
     metrics = WorkerMetrics(registry, identity.name)
-    runner = loader.runner(target, kv_cache)
     core = EngineCore(scheduler, runner, sampler, metrics, time.monotonic, draft_runner)
     _log.info(
         "engine built",
         model=identity.name,
+        role=role.value,
         profile=identity.numeric_profile,
-        device=str(device),
-        num_blocks=num_blocks,
+        device=device.name,
+        num_blocks=size.num_blocks,
         block_bytes=layout.block_bytes,
-        max_model_len=max_model_len,
-        native=isinstance(target, NativeModel),
+        max_model_len=size.max_model_len,
+        native=isinstance(runner, NativeRunner),
+        prompt_tokens=budgets.prompt_tokens,
+        num_seqs=budgets.num_seqs,
     )
     config = checkpoint.config
     vocabulary = Vocabulary(checkpoint.folder, config.vocab_size, config.eos_token_ids)
@@ -150,112 +149,93 @@ def build_engine(
     return Engine(core, kv_cache, layout, identity, metrics, vocabulary, kv_pool)
 
 
-def numeric_profile(
-    checkpoint: Checkpoint, options: ModelOptions, dtype: str, *, native: bool
-) -> str:
-    """Everything that changes the numbers of an answer; part of the compatibility digest."""
-    source = checkpoint.fingerprint
-    if options.seed_weights >= 0:
-        source = f"random-{options.seed_weights}-{source}"
-    if not native:
-        return f"{source} weights={dtype} activations={dtype} kv={dtype}"
-    kept = {"auto": "gguf", "bf16": "bfloat16"}
-    choice = packing(checkpoint, options)
-    return f"{source} weights={kept.get(choice, choice)} activations=float32/int16 kv={dtype}"
+@contextmanager
+def memory_errors(device: Device, utilization: float) -> Iterator[None]:
+    """While an engine starts: memory that runs out is a ConfigError with figures and options."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        full = isinstance(error, torch.OutOfMemoryError) or any(
+            words in str(error) for words in ("out of memory", "ALLOC_FAILED")
+        )
+        if not full or device.memory is None:
+            raise
+        now = device.memory()
+        raise ConfigError(
+            f"{device.name}: GPU memory ran out at the start ({shown(now.total_bytes)} in all,"
+            f" {shown(now.free_bytes)} free, {shown(now.reserved_bytes)} taken here); expected a"
+            f" smaller model, --max-batched-tokens, --max-num-seqs or --gpu-memory-utilization"
+            f" (now {utilization:g}), --weights, or another GPU"
+        ) from error
 
 
-def _layout(config: ModelConfig, cache: CacheOptions, dtype: str) -> KVLayout:
-    return KVLayout(
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        block_size=cache.block_size,
-        dtype=dtype,
+def _warm_up(
+    models: Models,
+    sampler: Sampler,
+    budgets: Budgets,
+    layout: KVLayout,
+    max_model_len: int,
+    window: int,
+    device: Device,
+) -> None:
+    if not device.on_gpu:
+        budgets, max_model_len = small(budgets, layout.block_size), 2 * layout.block_size
+    shapes = step_shapes(
+        budgets, draft_window=window, block_size=layout.block_size, max_model_len=max_model_len
     )
+    if device.on_gpu:
+        _log.info("loading or compiling GPU kernels: minutes at the first start on a machine")
+    seconds = warm_up(shapes, models.runners, sampler, show=device.on_gpu)
+    _log.info("warmed up", seconds=round(seconds, 2))
 
 
-class _Loader:
-    """Loads models, by our own kernels where they can compute them; their runners share threads."""
+class _PoolSizer:
+    """Sizes the pool by what its device has left; one request of full length always fits."""
 
     def __init__(
         self,
+        config: ModelConfig,
         model: ModelOptions,
         cache: CacheOptions,
-        step: StepOptions,
-        dtype: str,
-        device: torch.device,
+        layout: KVLayout,
+        draft_window: int,
     ) -> None:
-        self._model = model
+        """Raises ConfigError for a length that the model does not have."""
+        check_length(config, model.max_model_len)
+        self.wanted = model.max_model_len or config.context
+        self._asked = model.max_model_len
         self._cache = cache
-        self._step = step
-        self._dtype = dtype
-        self._device = device
-        self._threads: Threads | None = None
+        self._layout = layout
+        self._draft_window = draft_window
 
-    def profile(self, checkpoint: Checkpoint) -> str:
-        """The numeric profile of a model as it is loaded here."""
-        native = self._kernels(checkpoint.config) is not None
-        return numeric_profile(checkpoint, self._model, self._dtype, native=native)
-
-    def load(self, checkpoint: Checkpoint) -> LlamaModel | NativeModel:
-        """Map or read the weights. Raises CheckpointError."""
-        config, dtype = checkpoint.config, _DTYPES[self._dtype]
-        library = self._kernels(config)
-        if library is not None:
-            path = packed_file(checkpoint, packing(checkpoint, self._model))
-            return NativeModel(config, read_packed(path, config), library)
-        if self._model.seed_weights >= 0:
-            return random_model(config, self._model.seed_weights, dtype, self._device)
-        return load_model(config, weights(checkpoint, self._dtype), dtype, self._device)
-
-    def runner(self, model: LlamaModel | NativeModel, kv_cache: KVCache) -> ModelRunner:
-        """What computes `model` over its view of the pool."""
-        config = model.config
-        if isinstance(model, LlamaModel):
-            backend = select_backend(kv_cache, config.num_heads, config.sliding_window)
-            return Runner(model, kv_cache, backend)
-        if self._threads is None:
-            library = self._kernels(config)
-            assert library is not None, "it was loaded by them"
-            num_threads = self._step.num_threads or usable_cores()
-            self._threads = Threads(library, num_threads, Seat.parse(self._step.cores))
-        return NativeRunner(model, kv_cache, self._threads)
-
-    def _kernels(self, config: ModelConfig) -> Kernels | None:
-        on_gpu = self._device.type == "cuda"
-        return pick_kernels(config, self._model, self._cache, self._dtype, on_gpu=on_gpu)
-
-
-def _size_pool(
-    config: ModelConfig,
-    model: ModelOptions,
-    cache: CacheOptions,
-    layout: KVLayout,
-    device: torch.device,
-    draft_window: int,
-) -> PoolSize:
-    """One request of full length always fits."""
-    check_length(config, model.max_model_len)
-    wanted = model.max_model_len or config.context
-    longest_bytes = layout.num_blocks(wanted + draft_window) * layout.block_bytes
-    if cache.kv_cache_memory:
-        budget = PoolBudget(cache.kv_cache_memory, "--kv-cache-memory")
-    elif device.type == "cuda":
-        budget = PoolBudget(int(torch.cuda.mem_get_info(device)[0] * 0.85))
-    else:
-        share = HostMemory.parse(cache.memory_share) or host_memory()
-        budget = host_budget(longest_bytes, share)
-    size = fit_pool(
-        budget, layout, longest=wanted, asked=model.max_model_len, draft_window=draft_window
-    )
-    if size.max_model_len < wanted:
-        _log.warning(
-            "max_model_len reduced to what the KV pool holds",
-            max_model_len=size.max_model_len,
-            kv_pool=shown(size.num_bytes),
-            limit=size.limit,
+    def __call__(self, device: Device) -> PoolSize:
+        """The size that fits now. Raises ConfigError."""
+        layout, window = self._layout, self._draft_window
+        size = fit_pool(
+            self._budget(device),
+            layout,
+            longest=self.wanted,
+            asked=self._asked,
+            draft_window=window,
         )
-    return size
+        if size.max_model_len < self.wanted:
+            _log.warning(
+                "max_model_len reduced to what the KV pool holds",
+                max_model_len=size.max_model_len,
+                kv_pool=shown(size.num_bytes),
+                limit=size.limit,
+            )
+        return size
+
+    def _budget(self, device: Device) -> PoolBudget:
+        cache, layout = self._cache, self._layout
+        if cache.kv_cache_memory:
+            return PoolBudget(cache.kv_cache_memory, "--kv-cache-memory")
+        if device.memory is not None:
+            return gpu_budget(device.memory(), cache.gpu_memory_utilization)
+        longest_bytes = layout.num_blocks(self.wanted + self._draft_window) * layout.block_bytes
+        memory = HostMemory.parse(cache.memory_share) or host_memory()
+        return host_budget(longest_bytes, memory)
 
 
 def _identity(

@@ -149,8 +149,12 @@ class CacheOptions:
 class StepOptions:
     """The two budgets of a step, and what bounds a pool's queue."""
 
-    max_batched_tokens: int = option(0, "prompt tokens a step; 0: chosen by role", minimum=0)
-    max_num_seqs: int = option(64, "answers written at once by one worker", minimum=1)
+    max_batched_tokens: int = option(
+        0, "prompt tokens a step; 0: 256 on a CPU, 8192 on a GPU", minimum=0
+    )
+    max_num_seqs: int = option(
+        0, "answers written at once by one worker; 0: 64 on a CPU, 256 on a GPU", minimum=0
+    )
     num_threads: int = option(
         0, "compute threads; 0: all cores (with torch, a local worker's equal share)", minimum=0
     )

@@ -31,6 +31,7 @@ class Budgets:
     num_seqs: int  # requests that hold memory at once
     owner_wait_s: float = 30.0
     aging_tokens_per_s: float = 50.0  # a second of waiting is worth so many tokens less to compute
+    num_logits: int = 1 << 30  # positions of answers and drafts of one step: each costs memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,8 +259,10 @@ class Scheduler:
         num_answers = len(decoding) + sum(row.num_sampled for row in chunks)
         lengths = self.speculation.choose(proposals, len(decoding) + num_chunk_tokens, num_answers)
         drafts = []
+        left = max(0, self.budgets.num_logits - num_answers)
         for request, (_, proposal), length in zip(decoding, proposals, lengths, strict=True):
-            length = min(length, self._room_left(request, spare))
+            length = min(length, self._room_left(request, spare), left)
+            left -= length
             missing = request.table.missing(len(request.tokens) + length)
             request.table.reserve(len(request.tokens) + length)
             spare -= missing

@@ -1,20 +1,91 @@
-"""Attention backends behind one contract (`base`); `select_backend` picks one."""
+"""Attention backends behind one contract (`base`): one is chosen by name, then made.
+
+FlashInfer computes on CUDA what its kernels know, torch everything else. The choice is part of the
+numeric profile, so it is made before anything is loaded.
+"""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from engine.attention.base import AttentionBackend
 from engine.attention.torch_backend import TorchBackend
 from engine.cache.kv_cache import KVCache
+from engine.cache.layout import KVLayout
+
+_HEAD_SIZES = (64, 128, 256)  # of flashinfer 0.7's paged fa2 kernels
+_DTYPES = ("float16", "bfloat16")
+_LEAST_ARCH = 80  # bfloat16 products, and the copies that its kernels are written with
+
+
+@dataclass(frozen=True, slots=True)
+class BackendChoice:
+    """An attention backend, and why it was taken."""
+
+    name: str  # flashinfer or torch
+    version: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.version}" if self.version else self.name
+
+
+def choose_backend(
+    layout: KVLayout, num_heads: int, *, arch: str, flashinfer: str | None
+) -> BackendChoice:
+    """FlashInfer where it is installed (its version) and has kernels for this; else torch.
+
+    `arch` is a GPU's, such as sm90; "": a CPU.
+    """
+    if not arch:
+        return BackendChoice("torch", "", "on a CPU")
+    number = arch.removeprefix("sm")
+    lacks = ""
+    if flashinfer is None:
+        lacks = "flashinfer is not installed (install diptych[gpu])"
+    elif layout.dtype not in _DTYPES:
+        lacks = f"flashinfer has no {layout.dtype} kernels"
+    elif layout.head_dim not in _HEAD_SIZES:
+        known = ", ".join(map(str, _HEAD_SIZES))
+        lacks = f"flashinfer has no kernels for heads of {layout.head_dim}, but of {known}"
+    elif num_heads % layout.num_kv_heads:
+        lacks = f"{num_heads} heads are no multiple of {layout.num_kv_heads} KV heads"
+    elif not number.isdecimal() or int(number) < _LEAST_ARCH:
+        lacks = f"flashinfer needs sm{_LEAST_ARCH} or later, this GPU is {arch}"
+    if lacks or flashinfer is None:
+        return BackendChoice("torch", "", lacks)
+    return BackendChoice("flashinfer", flashinfer, f"kernels for heads of {layout.head_dim}")
+
+
+def flashinfer_version() -> str | None:
+    """Of the package that is installed; None without one."""
+    try:
+        return version("flashinfer-python")
+    except PackageNotFoundError:
+        return None
+
+
+def make_backend(
+    choice: BackendChoice, kv_cache: KVCache, num_heads: int, sliding_window: int
+) -> AttentionBackend[Any]:
+    """The backend of a choice. Raises ImportError where FlashInfer is broken."""
+    layout = kv_cache.layout
+    if choice.name == "flashinfer":
+        from engine.attention.flashinfer_backend import FlashInferBackend
+
+        return FlashInferBackend(layout, num_heads, kv_cache.device, sliding_window)
+    return TorchBackend(layout, num_heads, sliding_window, kv_cache.block_stride)
 
 
 def select_backend(kv_cache: KVCache, num_heads: int, sliding_window: int) -> AttentionBackend[Any]:
-    """FlashInfer on CUDA where it is installed and knows the precision; torch elsewhere."""
-    layout, device = kv_cache.layout, kv_cache.device
-    if device.type == "cuda" and layout.dtype != "float32" and find_spec("flashinfer"):
-        from engine.attention.flashinfer_backend import FlashInferBackend
+    """The backend that suits the cache's device."""
+    arch = ""
+    if kv_cache.device.type == "cuda":
+        import torch
 
-        return FlashInferBackend(layout, num_heads, device, sliding_window)
-    return TorchBackend(layout, num_heads, sliding_window, kv_cache.block_stride)
+        major, minor = torch.cuda.get_device_capability(kv_cache.device)
+        arch = f"sm{major}{minor}"
+    choice = choose_backend(kv_cache.layout, num_heads, arch=arch, flashinfer=flashinfer_version())
+    return make_backend(choice, kv_cache, num_heads, sliding_window)

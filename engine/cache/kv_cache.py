@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Callable
 
 import torch
 
@@ -21,7 +22,7 @@ PAGE_BYTES = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _zeroed_pages(num_bytes: int) -> torch.Tensor:
+def zeroed_pages(num_bytes: int) -> torch.Tensor:
     """uint8 [num_bytes] of private zero pages, page-aligned.
 
     They become resident as blocks are used. Huge pages, so that a first read over NIXL does not
@@ -41,13 +42,21 @@ class KVCache:
         draft: the same blocks as the draft model sees them, if there is one.
     """
 
-    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
-        """Allocate the blocks of `layout`."""
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        device: torch.device,
+        allocate: Callable[[int], torch.Tensor] | None = None,
+    ) -> None:
+        """Allocate the blocks of `layout`; `allocate` gives zeros, uint8 of so many bytes."""
         if num_blocks < 1:
             raise ValueError(f"num_blocks is {num_blocks}; a pool needs at least one block")
         num_bytes = num_blocks * layout.block_bytes
-        if device.type == "cpu":
-            raw = _zeroed_pages(num_bytes)
+        if allocate is not None:
+            raw = allocate(num_bytes)
+        elif device.type == "cpu":
+            raw = zeroed_pages(num_bytes)
         else:
             raw = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self._see(layout, raw.view(DTYPES[layout.dtype]).view(num_blocks, -1), 0)

@@ -1,7 +1,11 @@
 """How large the KV pool becomes, and the longest request that fits it. No torch here.
 
 Pure functions of memory that is handed in. A pool on a host takes a modest part of a share that the
-coordinator dealt, so that a worker that starts again has its predecessor's pool.
+coordinator dealt, so that a worker that starts again has its predecessor's pool. A pool on a GPU is
+the last to be allocated:
+
+    | CUDA's own | weights | activations of the largest step, workspaces | KV pool |  left alone  |
+    0            '------------- reserved by torch -------------'         utilization          total
 """
 
 from __future__ import annotations
@@ -48,6 +52,38 @@ def host_budget(longest_bytes: int, memory: HostMemory) -> PoolBudget:
     return PoolBudget(wanted)
 
 
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """A GPU at one moment; `reserved_bytes` is what this process's torch holds of it."""
+
+    total_bytes: int
+    free_bytes: int
+    reserved_bytes: int
+
+
+# An allowance for what the driver counts to this process beside torch: the context, loaded kernels,
+# cuBLAS. With a neighbour on the GPU it cannot be told apart from the neighbour's memory.
+CONTEXT_BYTES = 768 << 20
+
+
+def gpu_budget(memory: GpuMemory, utilization: float) -> PoolBudget:
+    """What the worker's part of a GPU leaves after weights, activations and workspaces.
+
+    Never more than is free, but for the share that is left alone.
+    """
+    total, taken = memory.total_bytes, memory.reserved_bytes + CONTEXT_BYTES
+    part = int(total * utilization) - taken
+    free = memory.free_bytes - min(CONTEXT_BYTES, int(total * (1 - utilization)))
+    if free < part:
+        limit = f"the {shown(memory.free_bytes)} that are free of the GPU's {shown(total)}"
+        return PoolBudget(max(0, free), f"{limit}: other processes use it too")
+    limit = (
+        f"--gpu-memory-utilization {utilization:g} of the GPU's {shown(total)}, of which weights,"
+        f" activations and workspaces take {shown(taken)}"
+    )
+    return PoolBudget(max(0, part), limit)
+
+
 def fit_pool(
     budget: PoolBudget, layout: KVLayout, *, longest: int, asked: int, draft_window: int
 ) -> PoolSize:
@@ -63,8 +99,7 @@ def fit_pool(
         cause = f", limited by {budget.limit}" if budget.limit else ""
         raise ConfigError(
             f"the KV pool of {max(0, budget.num_bytes)} bytes{cause}: one request of {least} tokens"
-            f" needs {needed} bytes; expected a larger --kv-cache-memory, or a smaller"
-            " --max-model-len"
+            f" needs {needed} bytes; expected more memory for it, or a smaller --max-model-len"
         )
     length = min(longest, fits)
     size = num_blocks * layout.block_bytes

@@ -31,6 +31,10 @@ class Runner:
         self._backend = backend
         self._done = _event(model.device)
 
+    def over(self, kv_cache: KVCache) -> Runner:
+        """The same model and workspaces over another pool of the same layout."""
+        return Runner(self._model, kv_cache, self._backend)
+
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> torch.Tensor:
         """The rows' wanted logits, row by row: fp32 [S, vocab] on the model's device.
@@ -56,6 +60,10 @@ class NativeRunner:
         self._model = model
         self._kv_cache = kv_cache
         self._threads = threads
+
+    def over(self, kv_cache: KVCache) -> NativeRunner:
+        """The same model over another pool of the same layout."""
+        return NativeRunner(self._model, kv_cache, self._threads)
 
     def run(self, rows: Sequence[Row]) -> torch.Tensor:
         """The rows' wanted logits, row by row: fp32 [S, vocab], good until the next call.

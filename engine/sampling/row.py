@@ -37,3 +37,4 @@ class UnusableLogits(ArithmeticError):
     def __init__(self, rows: Sequence[int], reason: str) -> None:
         super().__init__(f"row {', '.join(map(str, rows))} of the logits: {reason}")
         self.rows = tuple(rows)
+        self.reason = reason

@@ -30,6 +30,8 @@ from engine.sampling.philox import (
 )
 from engine.sampling.row import SampleRow, UnusableLogits
 
+MAX_ROWS = 256  # sampled at once in torch; rows do not depend on each other
+
 
 class Sampler:
     """Draws tokens. Holds no state but sizes and work space; safe to share.
@@ -58,7 +60,25 @@ class Sampler:
             return []
         if self._native is not None:
             return self._native.sample(logits, rows)
-        logits = logits.detach()
+        return self._in_slices(logits.detach(), rows)
+
+    def _in_slices(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
+        """A slice after the other: copies, sorts and noise take several times the logits."""
+        tokens: list[int] = []
+        bad: list[int] = []
+        reason = ""
+        for first in range(0, len(rows), MAX_ROWS):
+            part = slice(first, first + MAX_ROWS)
+            try:
+                tokens += self._sample(logits[part], rows[part])
+            except UnusableLogits as error:
+                bad += [first + row for row in error.rows]
+                reason = reason or error.reason
+        if bad:
+            raise UnusableLogits(bad, reason)
+        return tokens
+
+    def _sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
         _check(logits, range(len(rows)), "not a number, infinite, or -inf throughout")
 
         plain, edited, drawn = [], [], []

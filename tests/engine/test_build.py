@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from prometheus_client import CollectorRegistry
 
 from decode.cli import ask_drafting
 from decode.speculative.draft_model import ModelDrafter
-from engine.build import Engine, build_engine
+from engine import build as build_module
+from engine import loading
+from engine.build import Engine, build_engine, memory_errors, pick_budgets
+from engine.cache.sizing import CONTEXT_BYTES, GpuMemory
 from engine.config import CacheOptions, DraftOptions, ModelOptions, StepOptions
+from engine.device import Device
 from engine.errors import ConfigError
+from engine.runner.runner import Runner
 from engine.types import Role
+from tests.support.paged import CPU
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -80,6 +89,130 @@ def test_first_layers_share_the_targets_weights(folder: Path) -> None:
     target, draft = core._runner._model, core._draft_runner._model  # type: ignore[attr-defined,union-attr]
     assert draft.weights.layers[1] is target.weights.layers[1]
     assert draft.weights.head is target.weights.head
+
+
+class FakeGpu:
+    """A GPU of numbers, with memory of the host behind them."""
+
+    def __init__(self, total: int, monkeypatch: pytest.MonkeyPatch, fails_at: str = "") -> None:
+        self.order: list[str] = []
+        self._fails_at = fails_at
+        self.memory = GpuMemory(total, total, 0)
+        self.device = Device(CPU, "sm90", "Fake H100", self._memory, self._allocate)
+        for module, name in ((loading, "random_model"), (build_module, "warm_up")):
+            monkeypatch.setattr(module, name, self._noting(name, getattr(module, name)))
+
+    def _noting(self, name: str, call: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self._note(name)
+            self.memory = replace(self.memory, reserved_bytes=self.memory.reserved_bytes + GIB)
+            return call(*args, **kwargs)
+
+        return noted
+
+    def _note(self, name: str) -> None:
+        self.order.append(name)
+        if name == self._fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def _memory(self) -> GpuMemory:
+        self._note("measured")
+        return self.memory
+
+    def _allocate(self, num_bytes: int) -> torch.Tensor:
+        self._note("pool")
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
+
+GIB = 1 << 30
+SIXTEEN_MIB = 1 << 24
+
+
+def build_on(gpu: FakeGpu, folder: Path, **options: Any) -> Engine:
+    model = ModelOptions(model=str(folder / "big"), dtype="bfloat16", seed_weights=1)
+    step = StepOptions(max_batched_tokens=64, max_num_seqs=3)
+    cache = CacheOptions(**options)
+    drafting = ask_drafting(model, DraftOptions())
+    return build_engine(Role.DECODE, model, cache, step, CollectorRegistry(), drafting, gpu.device)
+
+
+def test_on_a_gpu_the_pool_is_the_last_to_be_sized(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and the largest step have their memory by then: a GiB each, here."""
+    total = int((2 * GIB + CONTEXT_BYTES + SIXTEEN_MIB) / 0.9)
+    gpu = FakeGpu(total, monkeypatch)
+    engine = build_on(gpu, folder)
+    assert gpu.order == ["random_model", "warm_up", "measured", "pool"]
+    assert 0 <= SIXTEEN_MIB - engine.kv_cache.num_bytes < engine.layout.block_bytes + 2
+    gpu = FakeGpu(total, monkeypatch)
+    assert build_on(gpu, folder, kv_cache_memory=1 << 20).core.pool.num_blocks == 170
+    assert "measured" not in gpu.order
+
+
+@pytest.mark.parametrize("moment", ["random_model", "warm_up", "pool"])
+def test_a_gpu_that_is_full_is_one_sentence(
+    moment: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = FakeGpu(8 * GIB, monkeypatch, fails_at=moment)
+    with pytest.raises(ConfigError) as caught:
+        build_on(gpu, folder)
+    words = caught.value.message
+    for word in ("Fake H100", "8 GiB in all", "free", "--gpu-memory-utilization", "0.9"):
+        assert word in words
+    assert "\n" not in words
+
+
+def test_other_errors_stay_what_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(8 * GIB, monkeypatch)
+    with pytest.raises(RuntimeError, match="illegal"), memory_errors(gpu.device, 0.9):
+        raise RuntimeError("an illegal memory access was encountered")
+    for words in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling"):
+        ran_out = pytest.raises(ConfigError, match="GPU memory ran out")
+        with ran_out, memory_errors(gpu.device, 0.9):
+            raise RuntimeError(words)
+
+
+def test_the_profile_names_the_gpu_and_its_kernels(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another architecture, or other kernels, round otherwise: such workers are refused."""
+    gpu = FakeGpu(8 * GIB, monkeypatch)
+    engine = build_on(gpu, folder)
+    assert engine.identity.numeric_profile.endswith(" device=cuda arch=sm90 attention=torch")
+    gpu.device = replace(gpu.device, arch="sm80")
+    other = build_on(gpu, folder)
+    assert other.identity.digest != engine.identity.digest
+    assert build(folder, "", drafter="none").identity.numeric_profile.endswith("kv=float32")
+
+
+def test_a_gpu_has_the_budgets_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(8 * GIB, monkeypatch).device
+    budgets = pick_budgets(StepOptions(), gpu)
+    assert (budgets.prompt_tokens, budgets.num_seqs, budgets.num_logits) == (8192, 256, 1024)
+    budgets = pick_budgets(StepOptions(max_batched_tokens=100, max_num_seqs=700), gpu)
+    assert (budgets.prompt_tokens, budgets.num_seqs, budgets.num_logits) == (100, 700, 1400)
+    budgets = pick_budgets(StepOptions(), Device(CPU))
+    assert (budgets.prompt_tokens, budgets.num_seqs) == (256, 64)
+
+
+def test_every_kind_of_step_is_run_before_a_worker_is_built(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, too: by the target and by the model that drafts for it."""
+    seen: list[tuple[int, int, int]] = []
+    run = Runner.run
+
+    def noting(self: Runner, rows: Any) -> torch.Tensor:
+        logits = run(self, rows)
+        seen.append((id(self), max(len(row.token_ids) for row in rows), len(logits)))
+        return logits
+
+    monkeypatch.setattr(Runner, "run", noting)
+    build(folder, "first:2")
+    by_runner = {runner: [step[1:] for step in seen if step[0] == runner] for runner, *_ in seen}
+    expected = [(32, 1), (1, 2), (17, 34), (32, 32 + 34)]
+    assert list(by_runner.values()) == [expected, expected]
 
 
 def test_what_cannot_be_is_refused(folder: Path) -> None:

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from engine.cache.layout import KVLayout
-from engine.cache.sizing import FLOOR_BYTES, MOST_BYTES, PoolBudget, fit_pool, host_budget
+from engine.cache.sizing import (
+    CONTEXT_BYTES,
+    FLOOR_BYTES,
+    MOST_BYTES,
+    GpuMemory,
+    PoolBudget,
+    fit_pool,
+    gpu_budget,
+    host_budget,
+)
 from engine.errors import ConfigError
 from engine.memory import HostMemory, host_memory, shown
 
@@ -120,6 +129,45 @@ def test_a_length_that_was_asked_for_and_does_not_fit_is_refused() -> None:
     assert size.num_bytes == 91 * LAYOUT.block_bytes <= budget.num_bytes
     with pytest.raises(ConfigError, match="needs"):
         fit_pool(PoolBudget(0), LAYOUT, longest=8192, asked=0, draft_window=0)
+
+
+# Llama 3.1 8B in bfloat16: 2 MiB a block of 16 tokens, 16 GB of weights.
+EIGHT_B = KVLayout(32, 8, 128, 16, "bfloat16")
+EIGHT_B_TAKES = 18 * GIB  # with activations and workspaces
+
+
+@pytest.mark.parametrize(("card_gib", "tokens"), [(24, 22_000), (40, 131_072), (80, 131_072)])
+def test_an_8b_model_fits_cards_of_24_to_80_gb(card_gib: int, tokens: int) -> None:
+    total = card_gib * GIB
+    free = total - EIGHT_B_TAKES - CONTEXT_BYTES
+    budget = gpu_budget(GpuMemory(total, free, EIGHT_B_TAKES), 0.9)
+    assert budget.num_bytes == int(0.9 * total) - EIGHT_B_TAKES - CONTEXT_BYTES
+    size = fit_pool(budget, EIGHT_B, longest=131_072, asked=0, draft_window=16)
+    assert size.max_model_len >= tokens
+    assert size.num_bytes + EIGHT_B_TAKES + CONTEXT_BYTES <= 0.9 * total
+    assert bool(size.limit) == (tokens < 131_072)
+
+
+def test_two_workers_on_one_gpu_keep_to_their_parts() -> None:
+    """Whatever the other one has taken by then: less, or all that it may."""
+    total, taken = 80 * GIB, 18 * GIB
+    part = gpu_budget(GpuMemory(total, total - taken - CONTEXT_BYTES, taken), 0.45)
+    assert part.num_bytes == int(0.45 * total) - taken - CONTEXT_BYTES
+    free = total - int(0.45 * total) - taken - CONTEXT_BYTES  # the other one is complete
+    assert gpu_budget(GpuMemory(total, free, taken), 0.45).num_bytes == part.num_bytes
+    assert 2 * (part.num_bytes + taken + CONTEXT_BYTES) <= 0.9 * total + 2
+
+
+def test_what_other_programs_hold_of_a_gpu_is_left_to_them() -> None:
+    budget = gpu_budget(GpuMemory(80 * GIB, 10 * GIB, 18 * GIB), 0.9)
+    assert budget.num_bytes == 10 * GIB - CONTEXT_BYTES
+    assert "10 GiB that are free of the GPU's 80 GiB" in budget.limit
+
+
+def test_a_gpu_that_is_too_small_is_refused_with_figures() -> None:
+    budget = gpu_budget(GpuMemory(16 * GIB, GIB // 4, 15 * GIB), 0.9)
+    with pytest.raises(ConfigError, match=r"16 GiB.*needs \d+ bytes; expected .*--max-model-len"):
+        fit_pool(budget, EIGHT_B, longest=8192, asked=0, draft_window=0)
 
 
 def test_sizes_for_people() -> None:

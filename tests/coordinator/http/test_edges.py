@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from coordinator.openai.keepalive import COMMENT, kept_alive
-from tests.support.fake_decode import Cue, lost
+from tests.support.fake_decode import Cue
 from tests.support.http_front import http_front, until
 
 ORIGIN = {"origin": "https://chat.example.com"}

@@ -1,0 +1,96 @@
+"""The shapes that are run before a worker listens, and the largest step that can come."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from engine.cache.block_pool import BlockPool
+from engine.cache.block_table import BlockTable
+from engine.request import Request, Work
+from engine.sampling import Sampler, UnusableLogits
+from engine.sampling import sampler as sampler_module
+from engine.sampling.row import SampleRow
+from engine.scheduler import Budgets, Scheduler
+from engine.speculation import Draft, Speculation
+from engine.types import SamplingParams, StopParams
+from engine.warmup import step_shapes
+
+GPU = Budgets(8192, 256, num_logits=1024)
+
+
+def test_shapes_are_as_large_as_the_budgets_let_a_step_be() -> None:
+    shapes = {
+        s.name: s for s in step_shapes(GPU, draft_window=16, block_size=16, max_model_len=8192)
+    }
+    assert list(shapes) == ["prompt chunk", "decode", "verify", "largest"]
+    assert (shapes["prompt chunk"].num_tokens, shapes["prompt chunk"].num_logits) == (8192, 1)
+    assert (shapes["decode"].num_tokens, shapes["decode"].num_logits) == (256, 256)
+    assert shapes["verify"].num_logits == shapes["verify"].num_tokens == 48 * 17
+    largest = shapes["largest"]
+    assert largest.num_tokens == 8192 + 48 * 17 + 208
+    assert largest.num_logits == 256 + 48 * 17 + 208
+    for shape in shapes.values():
+        for row in shape.rows:
+            assert row.start + len(row.token_ids) <= len(row.block_ids) * 16
+
+
+@pytest.mark.parametrize("max_model_len", [1, 7, 100])
+@pytest.mark.parametrize("window", [0, 1, 16])
+def test_short_contexts_and_no_drafts(max_model_len: int, window: int) -> None:
+    shapes = step_shapes(GPU, draft_window=window, block_size=16, max_model_len=max_model_len)
+    names = [shape.name for shape in shapes]
+    assert ("verify" in names) == (window > 0 and max_model_len > 1)
+    assert max(len(row.token_ids) for shape in shapes for row in shape.rows) <= max(
+        max_model_len, 1
+    )
+
+
+class Eager:
+    """Drafts as many tokens as it may."""
+
+    name = "eager"
+    acceptance = (1.0,)
+
+    def propose(self, request_id: str, tokens: object, max_tokens: int) -> Draft:
+        return Draft([1] * max_tokens, [0] * max_tokens)
+
+    def write(self, rows: object) -> None: ...
+
+    def finish(self, request_id: str) -> None: ...
+
+
+def test_no_step_has_more_logits_than_were_warmed_up() -> None:
+    pool = BlockPool(400)
+    budgets = Budgets(64, 8, num_logits=20)
+    speculation = Speculation(Eager(), lambda draft, sampled: None, 6)  # type: ignore[arg-type,return-value]
+    scheduler = Scheduler(pool, 16, budgets, speculation, 200)
+    for key in range(8):
+        work = Work(str(key), (1, 2), b"", SamplingParams(), StopParams(100))
+        scheduler.add(Request(key, work, BlockTable(pool, 16), 0.0))
+    scheduler.admit(0.0)
+    assert len(scheduler.plan(0.0)) == 8
+    for request in scheduler.active:
+        request.tokens.append(3)
+        scheduler.advance(request, 2)
+    plan = scheduler.plan(0.0)
+    assert [len(row.draft) for row in plan] == [6, 6, 0, 0, 0, 0, 0, 0]
+    assert sum(row.num_logits for row in plan) == budgets.num_logits
+
+
+def test_sampling_in_slices_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does, where copies, sorts and noise of all rows would not fit."""
+    logits = torch.from_numpy(np.random.default_rng(1).normal(size=(11, 97)).astype(np.float32))
+    rows = [
+        SampleRow(SamplingParams(0.9 * (i % 2), top_p=0.9, seed=i), i + 2, [3, 4], 1)
+        for i in range(11)
+    ]
+    sampler = Sampler(97, native=False)
+    whole = sampler.sample(logits, rows)
+    monkeypatch.setattr(sampler_module, "MAX_ROWS", 4)
+    assert sampler.sample(logits, rows) == whole
+    logits[1] = logits[9] = torch.nan
+    with pytest.raises(UnusableLogits) as caught:
+        sampler.sample(logits, rows)
+    assert caught.value.rows == (1, 9)
