@@ -83,10 +83,19 @@ class Detokenizer:
             self._is_first or self._num_to_strip
         )
 
+    def hides(self, token_id: int) -> bool:
+        """Whether this token is never part of the text."""
+        return token_id in self._skipped
+
     def release_due(self) -> str:
         """Give what is due to the answer: the prompt's text is shown without it."""
         due, self._due = self._due, ""
         return due
+
+    def peek(self) -> str:
+        """What `flush` would give now, if the answer ended here."""
+        text = self._incomplete()
+        return text[_num_common(self._due, text) :]
 
     def push(self, ids: Iterable[int]) -> str:
         """Text that these tokens made final; may be empty while a character is incomplete."""
@@ -141,6 +150,14 @@ class Detokenizer:
             text = text.replace(old, new_in_first if is_first else new)
         return text
 
+    def _incomplete(self) -> str:
+        """The text of what waits for its end, as it is so far."""
+        decoding = self._tokenizer.decoding
+        if decoding.byte_level:
+            return self._utf8.getstate()[0].decode("utf-8", "replace")
+        text = self._text_of_run(bytes(self._run), self._is_first) if self._run else ""
+        return _strip(text, decoding.stripped, self._num_to_strip)[0]
+
     def _stripped(self, text: str) -> str:
         """Without what SentencePiece writes before the first word of a text."""
         if not self._num_to_strip:
@@ -168,12 +185,7 @@ class Detokenizer:
             self.push(prompt[begin : begin + 1])
             begin += 1
         self.push(reversed(self._tail(prompt, begin)))
-        if self._tokenizer.decoding.byte_level:
-            self._due = self._utf8.getstate()[0].decode("utf-8", "replace")
-        elif self._run:
-            text = self._text_of_run(bytes(self._run), self._is_first)
-            stripped = self._tokenizer.decoding.stripped
-            self._due = _strip(text, stripped, self._num_to_strip)[0]
+        self._due = self._incomplete()
 
     def _tail(self, prompt: Sequence[int], begin: int) -> list[int]:
         """The last tokens, last one first, that may belong to an incomplete character or run."""

@@ -78,6 +78,7 @@ class Tokenizer:
     decoding: Decoding
     longest_token: int  # no token stands for more characters than this; 0: there is no bound
     _pieces: dict[int, Piece | None] = field(default_factory=dict, repr=False, compare=False)
+    _names: list[frozenset[str]] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -155,6 +156,18 @@ class Tokenizer:
             token = self.library.id_to_token(token_id) if token_id >= 0 else None
             self._pieces[token_id] = None if token is None else self._make_piece(token)
         return self._pieces[token_id]
+
+    @property
+    def special_names(self) -> frozenset[str]:
+        """How texts spell the special tokens."""
+        if not self._names:
+            names = (self.library.id_to_token(token_id) for token_id in self.special_ids)
+            self._names.append(frozenset(name for name in names if name))
+        return self._names[0]
+
+    def special_name(self, token_id: int) -> str:
+        """The name of a special token; of any other ""."""
+        return (self.library.id_to_token(token_id) or "") if token_id in self.special_ids else ""
 
     def text_of(self, token_id: int) -> str:
         """A token alone, special ones included; what is no whole character in it is U+FFFD."""

@@ -66,6 +66,96 @@ def test_equals_the_oracle(
     assert checker.push("aaaa" if checker.match else "") == ""
 
 
+SPECIAL = ["<e>", "<s>"]
+pieces = st.lists(st.one_of(words, st.sampled_from(SPECIAL)), max_size=12)
+
+
+def tape_oracle(
+    tokens: list[str], stops: list[str], include: bool, hidden: bool
+) -> tuple[str, StopMatch | None]:
+    """The same where tokens are texts or special ones: read event by event.
+
+    A stop string is found in what is shown, and in what is written with special tokens as they
+    are, which nothing but themselves matches.
+    """
+    shown = ""
+    tape: list[tuple[str, str]] = []  # symbol, what of it is shown
+    for number, token in enumerate(tokens, start=1):
+        special = token in SPECIAL
+        visible = ("" if hidden else token) if special else token
+        events = [(char, char, False) for char in visible] or ([("", "", True)] if special else [])
+        if special:
+            events[-1] = (events[-1][0], token, True)
+        for char, symbol, is_special in events:
+            shown += char
+            if not special or is_special:
+                tape.append((symbol, visible if is_special else char))
+            done = []
+            for stop in stops:
+                if char and shown.endswith(stop):
+                    done.append((len(stop), len(stop), stop))
+                for start in range(len(tape)):
+                    if is_special or not special:
+                        text = "".join(s for s, _ in tape[start:])
+                        named = any(s in SPECIAL for s, _ in tape[start:])
+                        if named and text == stop:
+                            done.append((len(stop), sum(len(v) for _, v in tape[start:]), stop))
+            if done:
+                _, size, stop = max(done)
+                kept = shown[: len(shown) - size] + (stop if include else "")
+                return kept, StopMatch(stop, number)
+    return shown, None
+
+
+@settings(max_examples=800, deadline=None, derandomize=True)
+@given(
+    pieces,
+    st.lists(
+        st.lists(st.sampled_from(["a", "b", *SPECIAL]), min_size=1, max_size=3).map("".join),
+        max_size=3,
+    ),
+    st.booleans(),
+    st.booleans(),
+)
+def test_special_tokens_are_matched_whether_shown_or_not(
+    tokens: list[str], stops: list[str], include: bool, hidden: bool
+) -> None:
+    checker = StopChecker(stops, include, special_names=SPECIAL)
+    released = []
+    for number, token in enumerate(tokens, start=1):
+        if token in SPECIAL:
+            released.append(checker.push("", token, "" if hidden else token))
+        else:
+            released.append(checker.push(token))
+        kept, match = tape_oracle(tokens[:number], stops, include, hidden)
+        assert checker.match == match
+        assert kept.startswith("".join(released))
+        if match:
+            break
+    expected = tape_oracle(tokens, stops, include, hidden)[0]
+    assert "".join(released) + checker.flush() == expected
+
+
+def test_a_special_token_is_matched_as_a_whole() -> None:
+    for stop in ("im", ">", "<|im", "|im_end|>x"):
+        checker = StopChecker([stop], special_names=["<|im_end|>"])
+        assert [checker.push("a"), checker.push("", "<|im_end|>"), checker.push("b")] == [
+            *"a",
+            "",
+            "b",
+        ]
+        assert checker.match is None
+    checker = StopChecker(["\n<|im_end|>"], special_names=["<|im_end|>"])
+    assert [checker.push("Yes"), checker.push("\n"), checker.push("", "<|im_end|>")] == [
+        "Yes",
+        "",
+        "",
+    ]
+    assert checker.match == StopMatch("\n<|im_end|>", 3)
+    assert checker.names("<|im_end|>")
+    assert not checker.names("<|im_start|>")
+
+
 @given(st.text("ab", max_size=30), st.lists(st.integers(0, 30), max_size=8), st.booleans())
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_the_cut_between_tokens_changes_nothing(text: str, cuts: list[int], include: bool) -> None:
