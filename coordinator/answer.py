@@ -2,24 +2,29 @@
 
     token -> stop token? --yes--> STOP, its text is not shown (unless the client wants it)
                |
-               '-> detokenizer -> stop strings -> text that may be released -> tool calls?
-                                       '-> complete? STOP      max_tokens reached? LENGTH
+               '-> detokenizer -> tool calls -> content -> stop strings -> text that may be released
+                                       |                       '-> complete? STOP
+                                       '-> calls that ended            max_tokens reached? LENGTH
 
-The token that ends the answer brings all its text: a client that has the token has the text, and
-may resume from there. A constrained answer of full length may just have come to its end: whether
-that is STOP or LENGTH only the worker can say. Owned by one request.
+Stop strings, and stop tokens that the client named, act on content: what is part of a tool call, or
+may be, is none. A special token ends an answer also where a stop string spells it and no text shows
+it. The token that ends the answer brings all its text: a client that has the token has the text,
+and may resume from there. A constrained answer of full length may just have come to its end:
+whether that is STOP or LENGTH only the worker can say. Owned by one request.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 
 from coordinator.detokenizer import BROKEN, Detokenizer
 from coordinator.request import AnswerRequest, Chunk, Ending, Placement, ToolCallPiece
 from coordinator.stops import StopChecker
 from coordinator.tokenizer import Tokenizer
-from coordinator.tool_parser import ToolCalls, call_id
+from coordinator.tool_parser import Parsed, ToolCalls, call_id
 from engine.types import FinishReason, TokenLogprobs
 
 
@@ -41,6 +46,7 @@ class Answer:
         self._index = request.index
         self._is_constrained = request.constraint is not None
         self._stop_token_ids = request.stop_token_ids
+        self._content_stop_ids = request.content_stop_ids
         self._include_stop = request.include_stop
         self._min_tokens = min_tokens
         self._calls: ToolCalls | None = None
@@ -56,7 +62,13 @@ class Answer:
         self.broken_prompt_end = ""
         if request.echo and request.text is None and BROKEN in self._detokenizer.due:
             self.broken_prompt_end = self._detokenizer.release_due()
-        self._stops = StopChecker(request.stop_strings, request.include_stop, min_tokens)
+        self._tokenizer = tokenizer
+        self._stops = StopChecker(
+            request.stop_strings,
+            request.include_stop,
+            min_tokens,
+            tokenizer.special_names if request.stop_strings else (),
+        )
         # Tokens of an earlier connection count in everything; their text has been delivered.
         self.push(request.resumed)
         self.num_resumed = len(self.token_ids)
@@ -68,20 +80,23 @@ class Answer:
 
     def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> Chunk:
         """Take the next tokens, with what is known of each; those after the end are dropped."""
-        texts, offsets, num_at_start = [], [], 0
+        texts: list[str] = []
+        calls: list[ToolCallPiece] = []
+        offsets, num_at_start = [], 0
         for token_id in token_ids:
             if self.ending is not None:
                 break
             offsets.append(self._detokenizer.position)
             num_at_start += self._detokenizer.is_at_start
-            texts.append(self._push(token_id))
-        text, calls = self._read_calls("".join(texts))
+            released = self._push(token_id)
+            texts.append(released.text)
+            calls += released.pieces
         taken = len(texts)
         placement = Placement(tuple(offsets), num_at_start) if logprobs else Placement()
         return Chunk(
-            text,
+            "".join(texts),
             tuple(token_ids[:taken]),
-            calls,
+            tuple(calls),
             tuple(logprobs[:taken]),
             self._index,
             placement,
@@ -89,30 +104,105 @@ class Answer:
 
     def finish(self) -> Chunk:
         """What was held back, where another than the last token ended the answer."""
-        text, calls = self._read_calls(self._rest())
-        return Chunk(text, (), calls, index=self._index)
+        rest = self._rest()
+        return Chunk(rest.text, (), rest.pieces, index=self._index)
 
-    def _read_calls(self, text: str) -> tuple[str, tuple[ToolCallPiece, ...]]:
-        """What of the next text is plain, and what are pieces of tool calls."""
-        if self._calls is None:
-            return text, ()
-        parsed = self._calls.push(text)
-        rest = self._calls.flush() if self.ending is not None else ""
-        return parsed.text + rest, parsed.pieces
+    @property
+    def ended_here(self) -> bool:
+        """Whether it has ended by something that the worker does not know of."""
+        ending = self.ending
+        return ending is not None and (
+            ending.matched_text is not None or ending.matched_token in self._content_stop_ids
+        )
 
-    def _push(self, token_id: int) -> str:
+    def _push(self, token_id: int) -> Parsed:
+        """What a token releases; it may end the answer."""
         self.token_ids.append(token_id)
-        if token_id in self._stop_token_ids and len(self.token_ids) > self._min_tokens:
+        if self._is_stop_token(token_id):
             self.ending = Ending(FinishReason.STOP, matched_token=token_id)
-            return self._rest(self._detokenizer.push([token_id]) if self._include_stop else "")
-        text = self._stops.push(self._detokenizer.push([token_id]))
-        if self._stops.match is not None:
-            self.ending = Ending(FinishReason.STOP, matched_text=self._stops.match.text)
-        elif len(self.token_ids) >= self.max_tokens and not self._is_constrained:
+            return self._end_at(token_id)
+        name, shown = self._special(token_id)
+        if name and not shown:
+            released = Parsed(self._push_hidden(name), ())
+        elif self._calls is not None:  # a special token that is shown is a marker of calls
+            parsed = self._calls.push(self._detokenizer.push((token_id,)))
+            released = replace(parsed, text=self._stops.push(parsed.text))
+        else:
+            text = self._detokenizer.push((token_id,)).removesuffix(shown)
+            released = Parsed(self._stops.push(text, name, shown), ())
+        self._stop_if_matched()
+        if (
+            self.ending is None
+            and len(self.token_ids) >= self.max_tokens
+            and not self._is_constrained
+        ):
             self.ending = Ending(FinishReason.LENGTH)
-            text += self._rest()
+            rest = self._rest()
+            return Parsed(released.text + rest.text, released.pieces + rest.pieces)
+        return released
+
+    def _is_stop_token(self, token_id: int) -> bool:
+        if len(self.token_ids) <= self._min_tokens:
+            return False
+        if token_id in self._stop_token_ids:
+            return True
+        is_named = token_id in self._content_stop_ids
+        return is_named and (
+            self._calls is None or self._calls.is_content(self._tokenizer.text_of(token_id))
+        )
+
+    def _special(self, token_id: int) -> tuple[str, str]:
+        """A special token's name, and what of it is shown; of any other token nothing."""
+        name = self._tokenizer.special_name(token_id)
+        hidden = not name or self._detokenizer.hides(token_id)
+        return name, "" if hidden else self._tokenizer.text_of(token_id)
+
+    def _push_hidden(self, name: str) -> str:
+        """Text that may be released after a special token that no text shows.
+
+        Only a stop string makes something of it; all that is still held stands before it then.
+        """
+        if not self._stops.names(name) or (self._calls and self._calls.is_in_call):
+            return self._stops.push("")
+        before = self._calls.held_text if self._calls else ""
+        before += self._detokenizer.peek()
+        if not before:
+            return self._stops.push("", name)
+        trial = deepcopy(self._stops)
+        text = trial.push(before, name)
+        if trial.match is None:  # the answer goes on, and so do they
+            return self._stops.push("", name)
+        self._stops = trial
         return text
 
-    def _rest(self, text: str = "") -> str:
-        """What was held back, then `text`, then what the detokenizer still had."""
-        return self._stops.flush(text + self._detokenizer.flush())
+    def _end_at(self, token_id: int) -> Parsed:
+        """The rest of an answer that a stop token ends, whose own text few clients want."""
+        text = self._detokenizer.push((token_id,)) if self._include_stop else ""
+        text += self._detokenizer.flush()
+        name, shown = self._special(token_id)
+        shown = shown if self._include_stop else ""
+        parsed = self._read_calls(text.removesuffix(shown), is_cut=False)
+        released = self._stops.push(parsed.text, name, shown) + self._stops.flush()
+        self._stop_if_matched()
+        return replace(parsed, text=released)
+
+    def _rest(self) -> Parsed:
+        """What was held back of an answer that ends behind its last token."""
+        if self._stops.match is not None:
+            return Parsed("", ())
+        is_cut = self.ending is not None and self.ending.reason is FinishReason.LENGTH
+        parsed = self._read_calls(self._detokenizer.flush(), is_cut=is_cut)
+        text = self._stops.flush(parsed.text)
+        self._stop_if_matched()
+        return replace(parsed, text=text)
+
+    def _read_calls(self, text: str, is_cut: bool) -> Parsed:
+        """The last text of the answer: what of it is plain, and the calls that end with it."""
+        if self._calls is None:
+            return Parsed(text, ())
+        parsed, rest = self._calls.push(text), self._calls.flush(is_cut)
+        return Parsed(parsed.text + rest.text, parsed.pieces + rest.pieces)
+
+    def _stop_if_matched(self) -> None:
+        if self._stops.match is not None:
+            self.ending = Ending(FinishReason.STOP, matched_text=self._stops.match.text)

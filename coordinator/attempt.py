@@ -132,8 +132,8 @@ class Caller:
                         if chunk.token_ids:
                             yield replace(chunk, home=home)
                             home = ""  # once is enough
-                        if answer.ending and answer.ending.matched_text is not None:
-                            return  # the worker does not know of stop strings
+                        if answer.ended_here:
+                            return
                     elif response.HasField("finished"):
                         spent.report(response.finished)
                         _take_ending(answer, response.finished)

@@ -60,6 +60,7 @@ class AnswerRequest:
     min_tokens: int
     stop_strings: tuple[str, ...]
     stop_token_ids: frozenset[int]  # end-of-sequence ids included unless they are ignored
+    content_stop_ids: frozenset[int]  # beside tools: those that act outside of calls only
     include_stop: bool
     skip_special_tokens: bool
     priority: int
@@ -103,7 +104,7 @@ class AnswerRequest:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallPiece:
-    """The next piece of a tool call: its id and name with the first, then more of its arguments."""
+    """A tool call that has come to its end."""
 
     index: int  # of the call within the answer
     id: str

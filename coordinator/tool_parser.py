@@ -9,8 +9,9 @@
 
 Fed one token's text at a time; what is released depends on the text so far alone, so a parser that
 was fed the same tokens before (failover, resume) goes on where the other one stopped. White space
-between the parts is skipped. A call is told of once its name is known, and its arguments are passed
-on as they come. Owned by one answer.
+between the parts is skipped. A call is announced, whole, once it has come to its end: a stream
+cannot take back a call that max_tokens then cuts off, and clients run what is announced. Owned by
+one answer.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Parsed:
 
 
 class ToolCalls:
-    """The calls of one answer; `num_calls` have been told of."""
+    """The calls of one answer; `num_calls` have been announced."""
 
     def __init__(self, use: ToolUse, make_id: Callable[[int], str]) -> None:
         self.num_calls = 0
@@ -53,7 +54,7 @@ class ToolCalls:
         self._depth, self._in_string, self._escaped = 0, False, False
         self._text: list[str] = []
         self._pieces: list[ToolCallPiece] = []
-        self._call = ("", "")  # id and name, until a piece has brought them
+        self._is_call = False  # arguments have begun
         self._arguments: list[str] = []
         self._expected, self._seen = "", 0
         self._holds = True  # whether what is expected is text if it does not come
@@ -67,15 +68,48 @@ class ToolCalls:
         """Take the next text of the answer."""
         for char in text:
             self._read(char)
-        self._end_piece()
+        return self._parsed()
+
+    def flush(self, is_cut: bool) -> Parsed:
+        """The answer has ended, or `is_cut`: it would have gone on.
+
+        At its end what is held is text, and a call without its last marker is a call. Where it is
+        cut, what is held may be the beginning of a call, and is nothing.
+        """
+        held, self._held = self._held, ""
+        if not is_cut and self._read == self._read_expected and self._is_call:
+            self._announce()
+        elif not is_cut and not self.num_calls:
+            self._text.append(held)
+        self._is_call = False
+        return self._parsed()
+
+    @property
+    def is_in_call(self) -> bool:
+        """Whether what comes next would be part of a call, as far as it goes."""
+        if self._is_call or self._read == self._read_text:
+            return self._is_call
+        return bool(self._held) or self.num_calls > 0
+
+    def is_content(self, text: str) -> bool:
+        """Whether `text`, if it came next, would be part of no call, and begin none."""
+        trigger, seen = self._format.trigger, self._held + text
+        if self.is_in_call:
+            return False
+        if not trigger:
+            begins = (self._format.begin[:1], self._format.lead[:1])
+            return self._read == self._read_text or text.strip()[:1] not in ("", *begins)
+        return trigger not in seen and not _overlap(seen, trigger)
+
+    @property
+    def held_text(self) -> str:
+        """What would be text if the answer ended here."""
+        return "" if self.num_calls or self._is_call else self._held
+
+    def _parsed(self) -> Parsed:
         parsed = Parsed("".join(self._text), tuple(self._pieces))
         self._text, self._pieces = [], []
         return parsed
-
-    def flush(self) -> str:
-        """The answer has ended: what is held is text; after a call, the beginning of another."""
-        held, self._held = self._held, ""
-        return "" if self.num_calls else held
 
     def _says_nothing(self, text: str) -> bool:
         return self.num_calls > 0 and not text.strip()
@@ -129,8 +163,7 @@ class ToolCalls:
     def _to_arguments(self) -> None:
         self._held, self._read = "", self._read_arguments
         self._depth, self._in_string, self._escaped = 0, False, False
-        self._call = (self._make_id(self.num_calls), self._name)
-        self.num_calls += 1
+        self._arguments, self._is_call = [], True
 
     def _read_arguments(self, char: str) -> None:
         """One character of a JSON object, which ends where its first bracket is closed."""
@@ -151,17 +184,16 @@ class ToolCalls:
         elif char in "}]":
             self._depth -= 1
         if self._depth <= 0 and not self._in_string:
-            self._end_piece()
             self._expect(self._format.end, self._to_next, self._no_end, holds=False)
 
-    def _end_piece(self) -> None:
-        call_id, name = self._call
-        if name or self._arguments:
-            arguments = "".join(self._arguments)
-            self._pieces.append(ToolCallPiece(self.num_calls - 1, call_id, name, arguments))
-        self._call, self._arguments = ("", ""), []
+    def _announce(self) -> None:
+        call, arguments = self.num_calls, "".join(self._arguments)
+        self._pieces.append(ToolCallPiece(call, self._make_id(call), self._name, arguments))
+        self.num_calls += 1
+        self._is_call = False
 
     def _to_next(self) -> None:
+        self._announce()
         self._to_text()
         if self._format.as_list:
             self._read = self._read_list
@@ -174,10 +206,12 @@ class ToolCalls:
         elif char == "]":
             self._to_text()
         elif not char.isspace():
-            self._no_end(char)
+            self._to_text()
+            self._read(char)
 
     def _no_end(self, char: str) -> None:
-        """A call, once told of, stays one; what follows is text."""
+        """Another thing than the call's end: its arguments are whole, so it is one."""
+        self._announce()
         self._to_text()
         self._read(char)
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.answer import Answer
-from coordinator.request import ChatMessage
+from coordinator.request import ChatMessage, Ending
 from coordinator.tokenizer import Tokenizer
 from coordinator.tool_parser import ToolCalls, call_id
 from coordinator.tools import (
@@ -63,23 +63,16 @@ def use(form: ToolFormat, mode: int = AUTO, **fields) -> ToolUse:
     return found
 
 
-def read(form: ToolFormat, pieces) -> tuple[str, list[tuple[str, str]]]:
+def read(
+    form: ToolFormat, pieces, *, is_cut: bool = False, mode: int = AUTO
+) -> tuple[str, list[tuple[str, str]]]:
     """(text, [(name, arguments)]) of an answer that comes in `pieces`."""
-    parser = ToolCalls(use(form), lambda i: f"id{i}")
-    texts, calls = [], {}
-    for piece in pieces:
-        parsed = parser.push(piece)
-        texts.append(parsed.text)
-        for part in parsed.pieces:
-            call = calls.setdefault(part.index, ["", "", ""])
-            assert (part.id != "") == (call[1] == ""), "the first piece, and no other, has the id"
-            call[0] += part.id
-            call[1] += part.name
-            call[2] += part.arguments
-    texts.append(parser.flush())
-    assert list(calls) == list(range(parser.num_calls))
-    assert [call[0] for call in calls.values()] == [f"id{i}" for i in calls]
-    return "".join(texts), [(name, arguments) for _, name, arguments in calls.values()]
+    parser = ToolCalls(use(form, mode), lambda i: f"id{i}")
+    parsed = [*map(parser.push, pieces), parser.flush(is_cut), parser.flush(is_cut)]
+    calls = [call for each in parsed for call in each.pieces]
+    assert [call.index for call in calls] == list(range(parser.num_calls))
+    assert [call.id for call in calls] == [f"id{call.index}" for call in calls]
+    return "".join(each.text for each in parsed), [(call.name, call.arguments) for call in calls]
 
 
 ARGUMENTS = ['{"city": "a \\"b\\" } ] \\\\"}', "{}", '{"x": [{"y": "]}"}, [1, 2]], "z": null}']
@@ -132,23 +125,36 @@ def test_white_space_is_free():
     assert read(LLAMA3, ['<|python_tag|>{"name": "add", "parameters": {}}'])[1] == [("add", "{}")]
 
 
-def test_arguments_come_as_they_are_written():
-    parser = ToolCalls(use(HERMES), str)
-    assert not parser.push('<tool_call>\n{"name": "add", ').pieces
-    assert not parser.push('"argum').pieces
-    (first,) = parser.push('ents": {"a').pieces
-    assert (first.id, first.name, first.arguments) == ("0", "add", '{"a')
-    (second,) = parser.push('": 5').pieces
-    assert (second.id, second.name, second.arguments) == ("", "", '": 5')
+@pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
+@pytest.mark.parametrize("mode", [AUTO, REQUIRED])
+def test_a_call_is_announced_at_its_end_and_one_that_is_cut_is_not(form, mode):
+    calls = [("get_weather", '{"city": "Par \\"}"}')]
+    if not form.single:
+        calls.append(("add", '{"a": [1]}'))
+    whole = form.write(calls)
+    ends = [len(form.write(calls[: i + 1])) - form.as_list for i in range(len(calls))]
+    for cut in range(len(whole) + 1):
+        announced = calls[: sum(end <= cut for end in ends)]
+        text, found = read(form, list(whole[:cut]), is_cut=True, mode=mode)
+        assert (text, found) == ("", announced), whole[:cut]
+        assert read(form, [whole[:cut]], is_cut=True, mode=mode) == ("", announced)
+
+
+@pytest.mark.parametrize("form", [HERMES, MISTRAL, MISTRAL_ARGS], ids=lambda f: f.name)
+def test_text_before_a_call_that_is_cut_stays(form):
+    whole = form.write([("add", '{"a": 1}')])
+    for cut in range(len(whole) - form.as_list):
+        assert read(form, ["I look. ", whole[:cut]], is_cut=True) == ("I look. ", [])
 
 
 @pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
-def test_a_call_that_breaks_off_has_the_arguments_so_far(form):
+def test_an_answer_that_ends_by_itself_within_a_call(form):
     whole = form.write([("get_weather", '{"city": "Par"}')])
-    at = whole.index("Par")
-    assert read(form, list(whole[: at + 1])) == ("", [("get_weather", '{"city": "P')])
     before = whole[: whole.index("weather")]
-    assert read(form, list(before)) == (before, [])  # of whom it calls nothing is known yet
+    assert read(form, list(before)) == (before, [])  # which it calls is not known: it is text
+    assert read(form, list(whole[: whole.index("Par")])) == ("", [])  # part of a call, and none
+    closed = whole[: whole.index("}") + 1]  # its arguments are whole
+    assert read(form, list(closed)) == ("", [("get_weather", '{"city": "Par"}')])
 
 
 @pytest.mark.parametrize("form", [HERMES, MISTRAL, MISTRAL_ARGS], ids=lambda f: f.name)
@@ -158,6 +164,24 @@ def test_a_second_call_that_breaks_off_early_is_no_text(form):
     first = len(form.write(calls[:1])) - form.as_list
     for end in range(first, whole.index("weather")):
         assert read(form, list(whole[:end])) == ("", calls[:1]), whole[:end]
+
+
+@pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
+def test_what_is_content(form):
+    parser = ToolCalls(use(form), str)
+    assert parser.is_content("x")
+    assert not parser.is_content(form.write([("add", "{}")]))
+    whole = form.write([("get_weather", '{"city": "Par"}')])
+    begun = len(form.trigger) or 1
+    end = len(whole) - form.as_list
+    for i, char in enumerate(whole):
+        assert parser.is_content("x") == (i < begun), whole[:i]
+        assert parser.is_in_call == (i >= begun), whole[:i]
+        if i == end:
+            break
+        parser.push(char)
+    if not form.as_list:  # a list is not closed before its last bracket
+        assert parser.is_content("x")
 
 
 @settings(max_examples=300, deadline=None)
@@ -452,13 +476,71 @@ def test_calls_are_read_from_tokens_and_after_a_resume(tokenizer, form, markers)
     assert answer_of(tokenizer, form).push(tokens).tool_calls[0].id == pieces[0].id
 
 
-def test_stop_strings_are_looked_for_in_calls_too(tokenizer):
-    text = HERMES.write([("add", '{"a": "stop here"}')])
-    answer = answer_of(tokenizer, HERMES, stop=pb.Stop(stop=["here"]))
-    chunk = answer.push(tokenizer.encode(text))
-    assert answer.ending
-    assert answer.ending.matched_text == "here"
-    assert chunk.tool_calls[0].arguments == '{"a": "stop '
+@pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
+@pytest.mark.parametrize("markers", [False, True], ids=["plain", "tokens"])
+@pytest.mark.parametrize("choice", ["auto", "required", "named"])
+def test_stops_do_not_act_inside_calls(tokenizer, form, markers, choice):
+    if markers:
+        tokenizer = with_markers(tokenizer)
+        form = form.bound(tokenizer)
+    chosen = {
+        "auto": pb.ToolChoice(mode=AUTO),
+        "required": pb.ToolChoice(mode=REQUIRED),
+        "named": pb.ToolChoice(name="get_weather"),
+    }[choice]
+    arguments = '{"city": "stop here"}'
+    tokens = tokenizer.encode(form.write([("get_weather", arguments)]))
+    words = ["city", "stop", "{", "get", "<", "[", "}", *form.markers]
+    stop = pb.Stop(stop=words[:16], stop_token_ids=set(tokens))
+    for include in (False, True):
+        stop.include_stop_str_in_output = include
+        answer = answer_of(tokenizer, form, stop=stop, tool_choice=chosen)
+        chunks = [answer.push([token]) for token in tokens]
+        assert answer.ending is None
+        last = answer.push([2])
+        assert answer.ending.matched_token == 2
+        assert not "".join(chunk.text for chunk in [*chunks, last])
+        (piece,) = [piece for chunk in [*chunks, last] for piece in chunk.tool_calls]
+        assert (piece.name, piece.arguments) == ("get_weather", arguments)
+
+
+@pytest.mark.parametrize("form", [HERMES, MISTRAL_ARGS], ids=lambda f: f.name)
+def test_stops_act_on_what_is_said_around_calls(tokenizer, form):
+    call = form.write([("add", "{}")])
+    for text, expected in (("I stop. ", "I "), (f"{call} and stop", " and ")):
+        answer = answer_of(tokenizer, form, stop=pb.Stop(stop=["stop"]))
+        chunks = [answer.push([token]) for token in tokenizer.encode(text)]
+        assert answer.ended_here
+        assert answer.ending.matched_text == "stop"
+        assert "".join(chunk.text for chunk in chunks) == expected
+    # A stop token that the client names, unlike an end of sequence, which the grammar places.
+    (full_stop,) = tokenizer.encode(".")
+    answer = answer_of(tokenizer, form, stop=pb.Stop(stop_token_ids=[full_stop]))
+    chunk = answer.push(tokenizer.encode("I look. "))
+    assert chunk.text == "I look"
+    assert answer.ended_here
+    assert answer.ending.matched_token == full_stop
+
+
+@pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_max_tokens_within_a_call(tokenizer, form, size):
+    calls = [("get_weather", '{"city": "Paris"}')]
+    if not form.single:
+        calls.append(("add", '{"a": 1}'))
+    tokens = tokenizer.encode(form.write(calls))
+    seen = 0
+    for limit in range(1, len(tokens) + 1):
+        answer = answer_of(tokenizer, form)
+        chunks = [answer.push(tokens[i : min(i + size, limit)]) for i in range(0, limit, size)]
+        answer.ending = Ending(FinishReason.LENGTH)  # of constrained answers the worker says so
+        chunks.append(answer.finish())
+        assert not "".join(chunk.text for chunk in chunks)
+        found = [(p.name, p.arguments) for chunk in chunks for p in chunk.tool_calls]
+        assert found == calls[: len(found)]
+        assert len(found) >= seen
+        seen = len(found)
+    assert seen == len(calls)
 
 
 # What llguidance makes of our grammars
