@@ -2,6 +2,7 @@
 
     matcher(constraint, tokens):  known? -> a copy        being compiled? -> wait for that
                                   else compile, once however many ask
+    fitting(schema):              the same for one schema of several, or the part that compiles
 
 A grammar is refused where it is too long, too deep or too costly for the limits below, so that no
 constraint can hold up an engine: they bound what a mask costs, too. A compilation that takes longer
@@ -16,17 +17,20 @@ import json
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engine.checkpoint.added_tokens import merged_tokenizer
 from engine.constraints.deep_threads import DeepThreads
+from engine.constraints.leniency import loosened
 from engine.constraints.matcher import Matcher, brief
+from engine.constraints.numbers import NumberScanner, NumberTokens
 from engine.constraints.schemas import Refused, held
 from engine.constraints.special_tokens import MARK, numbered, unspelled
 from engine.errors import InvalidRequest, Unavailable
@@ -44,7 +48,7 @@ _MAX_CACHED_CPU_S = 1.0
 _CLASS_ESCAPE = re.compile(r"\[\^\]?(?:\\.|[^\]\\])*\]|\\.", re.DOTALL)
 _ASCII = {r"\d": "[0-9]", r"\w": "[0-9A-Za-z_]"}
 # A step with a mask that costs more than some ten milliseconds would hold up everybody's.
-_LIMITS = LLParserLimits(step_max_items=12_000, step_lexer_fuel=200_000, verbose_errors=False)
+_LIMITS = LLParserLimits(step_max_items=16_000, step_lexer_fuel=200_000, verbose_errors=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,8 @@ class _Compiled:
     template: LLMatcher | None
     reason: str = ""
     cpu_s: float = 0.0
+    scanner: NumberScanner | None = None
+    schema: str = ""  # instead of a grammar: what of a schema compiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,7 @@ class Compiler:
         self.num_compiled = 0
         self._threads = DeepThreads(_NUM_THREADS, "grammars")
         self._tokenizer = self._threads.submit(vocabulary.build)
+        self._numbers = self._threads.submit(self._number_tokens)
         self._known: OrderedDict[bytes, _Compiled] = OrderedDict()
         self._num_chars = 0
         self._cpu_s = 0.0
@@ -97,10 +104,11 @@ class Compiler:
         Raises InvalidRequest: of "constraint" if that cannot be used, of "tokens" if they do not
         fit it; Unavailable where the threads do not come to it in time.
         """
-        compiled = await self._compiled(constraint)
+        compiled = await self._compiled(_digest(constraint), partial(self._compile, constraint))
         if compiled.template is None:
             raise InvalidRequest("constraint", compiled.reason)
-        matcher = Matcher(compiled.template.deep_copy())
+        numbers, scanner = self._numbers.result(0), compiled.scanner
+        matcher = Matcher(compiled.template.deep_copy(), numbers, scanner and scanner.copy())
         if tokens:
             advance = self._threads.submit(partial(matcher.advance, tokens))
             try:
@@ -110,6 +118,18 @@ class Compiler:
             if not fits:
                 raise _misfit(matcher.error)
         return matcher
+
+    async def fitting(self, schema: str, lenient: bool) -> str:
+        """The schema, made by `held`, if it compiles; else the part that does, if it is lenient.
+
+        Raises InvalidRequest of "constraint", Unavailable as above.
+        """
+        person = b"lenient" if lenient else b"strict"
+        key = hashlib.blake2b(schema.encode(), digest_size=16, person=person).digest()
+        found = await self._compiled(key, partial(self._fit, schema, lenient))
+        if found.reason:
+            raise InvalidRequest("constraint", found.reason)
+        return found.schema
 
     def forget(self, constraint: Constraint) -> None:
         """Compile it anew the next time: its copies share what they have learned, and the limits
@@ -121,14 +141,13 @@ class Compiler:
         """End the threads after what they are doing."""
         self._threads.close()
 
-    async def _compiled(self, constraint: Constraint) -> _Compiled:
-        key = _digest(constraint)
+    async def _compiled(self, key: bytes, compile_: Callable[[], _Compiled]) -> _Compiled:
         if (known := self._known.get(key)) is not None:
             self._known.move_to_end(key)
             return known
         compiling = self._compiling.get(key)
         if compiling is None:
-            work = self._threads.submit(partial(self._compile, constraint))
+            work = self._threads.submit(compile_)
             compiling = self._compiling[key] = _Compiling(work, asyncio.wrap_future(work))
             compiling.done.add_done_callback(partial(self._keep, key))
         try:
@@ -181,12 +200,55 @@ class Compiler:
             return _Compiled(0, None, f"not JSON: {brief(what)}")
         begun_s = time.thread_time()
         template = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
-        first = template.deep_copy()
-        if not first.is_error():
-            first.compute_bitmask()  # some limits show only here
-        if first.is_error():
-            return _Compiled(0, None, brief(first.get_error().replace(MARK, "")))
-        return _Compiled(num_chars, template, cpu_s=time.thread_time() - begun_s)
+        if reason := _fault(template):
+            return _Compiled(0, None, reason)
+        self._numbers.result()
+        cpu_s, scanner = time.thread_time() - begun_s, _scanner(constraint)
+        return _Compiled(num_chars, template, cpu_s=cpu_s, scanner=scanner)
+
+    def _fit(self, schema: str, lenient: bool) -> _Compiled:
+        tokenizer = self._tokenizer.result()
+        whole = json.loads(schema)
+        style = whole.pop("x-guidance")
+
+        def fault(part: dict[str, Any]) -> str:
+            source = json.dumps({**part, "x-guidance": style})
+            try:
+                grammar = LLMatcher.grammar_from_json_schema(source)
+            except ValueError as error:  # 1e999
+                return str(error)
+            return _fault(LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS))
+
+        if not (reason := fault(whole)):
+            return _Compiled(len(schema), None, schema=schema)
+        if not lenient:
+            return _Compiled(0, None, reason)
+        left = {**loosened(whole, lambda part: not fault(part)), "x-guidance": style}
+        return _Compiled(len(schema), None, schema=json.dumps(left))
+
+    def _number_tokens(self) -> NumberTokens | None:
+        try:
+            tokenizer = self._tokenizer.result()
+        except Exception:  # each compilation gives the reason
+            return None
+        return NumberTokens(tokenizer, tokenizer.vocab_size)
+
+
+def _fault(template: LLMatcher) -> str:
+    """Why a grammar is of no use; ""."""
+    first = template.deep_copy()
+    if not first.is_error():
+        first.compute_bitmask()  # some limits show only here
+    return brief(first.get_error().replace(MARK, "")) if first.is_error() else ""
+
+
+def _scanner(constraint: Constraint) -> NumberScanner | None:
+    match constraint.kind:
+        case ConstraintKind.JSON_SCHEMA:
+            return NumberScanner()
+        case ConstraintKind.LARK:
+            return NumberScanner.of_lark(constraint.source)
+    return None
 
 
 def _misfit(error: str) -> InvalidRequest:

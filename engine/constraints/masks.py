@@ -71,4 +71,6 @@ class Masks:
             self._executor.unsafe_compute_mask_ptr(plain, *where)
         if drafted:
             self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *where)
+        for key, place in places.items():
+            place.matcher.bound_numbers(parts[key], place.draft)
         return parts

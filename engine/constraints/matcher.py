@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from llguidance import LLMatcher
+from numpy.typing import NDArray
+
+from engine.constraints.numbers import NumberScanner, NumberTokens
 
 _GOOD_ENDS = ("NoExtension", "EndOfSentence")
 
@@ -15,11 +19,17 @@ class Matcher:
     What it allows does not depend on how they came: one by one, guessed first, or all at once.
     """
 
-    __slots__ = ("library",)
+    __slots__ = ("_numbers", "_scanner", "library")
 
-    def __init__(self, library: LLMatcher) -> None:
-        """`library` belongs to nobody else."""
+    def __init__(
+        self,
+        library: LLMatcher,
+        numbers: NumberTokens | None = None,
+        scanner: NumberScanner | None = None,
+    ) -> None:
+        """`library` and `scanner` are its own; without a scanner no number is bounded."""
         self.library = library
+        self._numbers, self._scanner = numbers, scanner
 
     @property
     def ended(self) -> bool:
@@ -41,7 +51,17 @@ class Matcher:
 
         An end of sequence fits also where the grammar has ended by itself.
         """
-        return all(self.library.consume_token(token) for token in tokens)
+        return all(self._take(token) for token in tokens)
+
+    def _take(self, token: int) -> bool:
+        if self._numbers and self._scanner:
+            self._scanner.feed(self._numbers.text(token))
+        return self.library.consume_token(token)
+
+    def bound_numbers(self, rows: NDArray[np.int32], draft: Sequence[int]) -> None:
+        """Take from the masks behind each beginning of `draft` what makes a number too long."""
+        if self._numbers and self._scanner:
+            self._numbers.bound(rows, self._scanner, draft)
 
     def num_valid(self, tokens: Sequence[int]) -> int:
         """How many of these tokens could come next."""

@@ -9,7 +9,7 @@ import pytest
 
 from engine.checkpoint.source import resolve
 from engine.constraints import Compiler, Vocabulary
-from engine.constraints.schemas import MOST_OPTIONAL, Refused, held
+from engine.constraints.schemas import FORMATS, MOST_OPTIONAL, WHITE_SPACE, Leniency, Refused, held
 from engine.types import Constraint, ConstraintKind
 
 VOCAB = 49152
@@ -77,6 +77,43 @@ HELD = [
         ['{"then": 1}', '{"uniqueItems": false}'],
     ),
     ({"pattern": "^[^\\x00-\\x1f]b$", "type": "string"}, ['"ab"'], ['"b"', '"\\nb"']),
+    ({"const": "a\u0001b\u007f"}, ['"a\\u0001b\\u007f"'], ['"ab"', '"a b"', '"a\\nb"']),
+    ({"enum": [["\u001f\u00e9\U0001f600"]]}, ['["\\u001fé😀"]'], ['["é😀"]']),
+    ({"pattern": "^a\\x01b$", "type": "string"}, ['"a\\u0001b"'], ['"ab"']),
+    ({"pattern": "^a[\\x01]b$", "type": "string"}, ['"a\\u0001b"'], ['"ab"']),
+    ({"pattern": "^\\[\\x01]$", "type": "string"}, ['"[\\u0001]"'], ['"[]"']),
+    ({"pattern": "^\u0001$", "type": "string"}, ['"\\u0001"'], ['""']),
+    (
+        {
+            "properties": {"foo": {"const": "\u0001"}},
+            "additionalProperties": False,
+            "type": "object",
+        },
+        ['{"foo": "\\u0001"}'],
+        ['{"\\u0066oo": 1}', '{"foo": "\\u0002"}', '{"foo": "", "foo": 1}'],
+    ),
+    (
+        {"type": "array", "items": {"type": "integer"}},
+        ["[1, 2]", "[\n  1,\n  2\n]", "[\r\n\t1]", "[  1 ]", "[\n" + " " * 24 + "1]"],
+        ["[\n\n1]", "[   1]", "[\n" + " " * 25 + "1]", "[1" + "\t" * 3 + "]", "[1 \n]"],
+    ),
+    (
+        {"type": "number", "multipleOf": 1000},
+        ["9223372036854774000", "-9223372036854774000", "0"],
+        ["10000000000000000000", "-10000000000000000000"],
+    ),
+    (
+        {"type": "number", "multipleOf": 0.01, "maximum": 1},
+        ["0.99", "1", "-9223372036854774784.00"],
+        ["1.01", "0.001", "-10000000000000000000"],
+    ),
+    (
+        {"type": "string", "format": "date-time"},
+        ['"2026-11-30T08:16:48.123456789+00:00"', '"2026-11-30T08:16:48Z"'],
+        ['"2026-11-30T08:16:48.12345678901+00:00"', '"2026-11-30"', '"x"'],
+    ),
+    ({"type": "string", "format": "colour", "maxLength": 2}, ['"ab"'], ['"abc"']),
+    ({"title": "\ud800", "examples": ["\udc00"], "type": "null", "x": "\ud801"}, ["null"], ["1"]),
     (True, ["1", '{"a": [null]}'], ["{]", "nul"]),
     (
         {"type": "array", "x-guidance": {"whitespace_flexible": False, "item_separator": ", "}},
@@ -101,12 +138,15 @@ async def test_it_allows_what_is_valid(
 
 
 REFUSED = [
-    ({"const": "a\u0001b"}, "const: character U+0001"),
-    ({"properties": {"a": {"enum": [{"b": ["\u007f"]}]}}}, "enum: character U+007F"),
-    ({"pattern": "^a\\x01b$"}, "pattern: control character"),
-    ({"pattern": "^a[\\x01]b$"}, "pattern: control character"),
-    ({"pattern": "\\[^\\x01]"}, "pattern: control character"),
-    ({"pattern": "\u0001"}, "pattern: control character"),
+    ({"properties": {"a": {"const": "b\u0001"}}}, "const: character U+0001"),
+    ({"properties": {"a\nb": {"const": "a\u0001b"}}}, "const: character U+0001"),
+    ({"required": ["a\u0001"], "enum": [{"b": ["\u007f"]}]}, "enum: character U+007F"),
+    ({"properties": {"\t": {"pattern": "^a\\x01b$"}}}, "pattern: control character"),
+    ({"const": "a\ud800"}, "const: character U+D800"),
+    ({"enum": [{"\udfff": 1}]}, "enum: character U+DFFF"),
+    ({"pattern": "\ud83d"}, "pattern: character U+D83D"),
+    ({"properties": {"\ud83d": {}}}, "properties: character U+D83D"),
+    ({"required": ["\ud83d"]}, "required: character U+D83D"),
     ({"patternProperties": {"\\cA": {}}}, "patternProperties: control character"),
     ({"const": EXACT + 1}, "const: 9007199254740993 has too many digits"),
     ({"enum": [1, {"a": [EXACT + 1]}]}, "enum: 9007199254740993"),
@@ -135,17 +175,18 @@ def test_what_cannot_be_held_is_refused(schema: object, reason: str) -> None:
 @pytest.mark.parametrize(
     "schema",
     [
-        {"pattern": "\\\\x01|[\\x01-\\x08]|\\n\\t"},
+        {"pattern": "\\\\x01|[\\x01-\\x08]|\\n\\t", "format": "email"},
         {"const": "a\tb\n\r\b\f"},
         {"properties": {"minimum": {"type": "integer"}, "const": {"const": 1}}},
         {"minProperties": 3, "additionalProperties": False, "properties": {"a": {}}},
-        {"minimum": -0.1, "maximum": 1e17, "multipleOf": 0.01},
+        {"minimum": -0.1, "maximum": 1e17, "multipleOf": 10000},
         {"default": EXACT + 1, "examples": [{"uniqueItems": False}]},
     ],
 )
 def test_the_rest_stays_as_it_is(schema: dict[str, object]) -> None:
     now = json.loads(held(json.dumps(schema)))
-    assert now.pop("x-guidance") == {"json_allowed_escapes": 'nrbtf\\"'}
+    options = now.pop("x-guidance")
+    assert options == {"json_allowed_escapes": 'nrbtf\\"', "whitespace_pattern": WHITE_SPACE}
     assert now == schema
 
 
@@ -199,3 +240,75 @@ def test_idle_keywords_are_left_out_anywhere() -> None:
 )
 def test_drafts_by_any_of_their_names(named: str, is_read_as: str) -> None:
     assert json.loads(held(json.dumps({"$schema": named})))["$schema"] == is_read_as
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+async def test_formats_that_are_known_are_the_librarys(compiler: Compiler, name: str) -> None:
+    schema = json.dumps({"type": "string", "format": name, "x-guidance": {}})
+    await compiler.matcher(Constraint(ConstraintKind.LARK, f"start: %json {schema}"))
+
+
+def test_a_format_that_is_not_known_is_refused_where_the_schema_must_be_held() -> None:
+    schema = json.dumps({"items": {"type": "string", "format": "colour"}})
+    with pytest.raises(Refused, match="format: 'colour' is not known; known are date, "):
+        held(schema, Leniency.NONE)
+    assert "colour" not in held(schema) + held(schema, Leniency.ALL)
+    properties = {"properties": {"format": {"const": "colour"}}, "default": {"format": "colour"}}
+    assert held(json.dumps(properties), Leniency.NONE)
+
+
+LEFT_OUT = [
+    ({"const": "\ud800", "type": "string"}, {"type": "string"}),
+    ({"enum": ["a", "\ud800", 1 << 60 | 1, {"b": "c"}]}, {"enum": ["a", {"b": "c"}]}),
+    ({"enum": ["\ud800"]}, {}),
+    (
+        {"properties": {"\ud800": {}, "a": {}}, "required": ["\ud800", "a"]},
+        {"properties": {"a": {}}, "required": ["a"]},
+    ),
+    ({"pattern": "\ud800", "maxLength": 3}, {"maxLength": 3}),
+    ({"patternProperties": {"\\cA": {}, "^b": {}}}, {"patternProperties": {"^b": {}}}),
+    ({"maximum": 10**400, "minimum": 1}, {"minimum": 1}),
+    ({"minProperties": 2, "maxProperties": 3}, {"maxProperties": 3}),
+    ({"title": "a\ud800"}, {"title": "a\ufffd"}),
+    (
+        {
+            "properties": {f"p{i}": {} for i in range(200)},
+            "required": ["p199"],
+            "additionalProperties": False,
+        },
+        {"properties": {f"p{i}": {} for i in [*range(160), 199]}, "required": ["p199"]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("schema", "left"), LEFT_OUT, ids=[str(s)[:60] for s, _ in LEFT_OUT])
+def test_a_lenient_schema_loses_what_cannot_be_held(
+    schema: dict[str, object], left: dict[str, object]
+) -> None:
+    now = json.loads(held(json.dumps({"properties": {"x": schema}}), Leniency.ALL))
+    assert now.pop("x-guidance")["lenient"] is True
+    assert now["properties"]["x"] == left
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        ("a\u0001b", r'"a\u0001b"'),
+        (["\u007f\n"], r'["\u007f\n"]'),
+        ({"\u001f": "\u0000"}, r'{"\u001f": "\u0000"}'),
+        ('\U0001f600\u2028"\\', '"\U0001f600\u2028\\"\\\\"'),
+        (1e-22, "0.0000000000000000000001"),
+        (-(1 << 62), "-4611686018427387904"),
+    ],
+)
+async def test_a_lenient_constant_is_written_exactly(
+    compiler: Compiler, encode: Callable[[str], list[int]], value: object, written: str
+) -> None:
+    """Also where names are free, so that a strict one is refused."""
+    for way in ({"const": value}, {"enum": [value, "\ud800"]}):
+        mended = held(json.dumps({"type": "object", "properties": {"x": way}}), Leniency.ALL)
+        source = Constraint(ConstraintKind.LARK, f"start: %json {mended}")
+        for text, fits in ((written, True), ('"a b"', False), ("[]", False), ("1", False)):
+            matcher = await compiler.matcher(source)
+            taken = matcher.advance(encode(f'{{"x": {text}}}')) and matcher.advance([2])
+            assert taken is fits, text

@@ -1,0 +1,249 @@
+"""Answers that would never end by a model's own choice: white space, digits, zeros, exponents."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from decimal import Decimal
+
+import numpy as np
+import pytest
+from llguidance import LLTokenizer
+
+from coordinator.tools import FORMATS, ToolUse, tool_grammar
+from coordinator.validate_tools import check_tools, tool_use
+from engine.checkpoint.source import resolve
+from engine.constraints import Compiler, Masks, Matcher, Vocabulary
+from engine.constraints.masks import Place
+from engine.constraints.numbers import MOST_DIGITS, NumberScanner, Part, json_after
+from engine.pb.diptych.v1 import inference_pb2 as pb
+from engine.types import Constraint, ConstraintKind
+
+VOCAB, END = 49152, 2
+NUMBER = re.compile(r"-?([0-9]+)(?:\.([0-9]+))?(?:[eE][+-]?([0-9]+))?")
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+    return Vocabulary(resolve("smollm2", progress=False).folder, VOCAB, (END, 0))
+
+
+@pytest.fixture(scope="module")
+def tokens(vocabulary: Vocabulary) -> LLTokenizer:
+    return vocabulary.build()
+
+
+@pytest.fixture(scope="module")
+def compiler(vocabulary: Vocabulary) -> Iterator[Compiler]:
+    made = Compiler(vocabulary)
+    yield made
+    made.close()
+
+
+def allowed(masks: Masks, matcher: Matcher, draft: list[int] | None = None) -> list[list[int]]:
+    rows = masks.wait(masks.begin({0: Place(matcher, draft or [])}))[0]
+    bits = np.unpackbits(rows.view(np.uint8), axis=1, bitorder="little")
+    return [np.flatnonzero(row).tolist() for row in bits]
+
+
+def written(matcher: Matcher, tokens: LLTokenizer, likes: str, most: int = 300) -> str:
+    """The answer of a model that has always liked one of these characters best, and ends last."""
+    masks, text = Masks(VOCAB), b""
+    order = [tokens.tokenize_str(char)[0] for char in likes]
+    for _ in range(most):
+        can = allowed(masks, matcher)[0]
+        liked = [token for token in order if token in can]
+        others = [token for token in can if token not in (END, 0)]
+        if not liked and not others:
+            break
+        token = liked[0] if liked else min(others, key=lambda t: (len(tokens.decode_bytes([t])), t))
+        assert matcher.advance([token]), matcher.error
+        text += tokens.decode_bytes([token])
+        if matcher.ended:
+            break
+    else:
+        pytest.fail(f"no end: {text[:300]!r}")
+    return text.decode()
+
+
+NUMBERS: list[dict[str, object]] = [
+    {"type": "number"},
+    {"type": "integer"},
+    {"type": ["number", "null"]},
+    {"anyOf": [{"type": "number"}, {"const": 8.5}]},
+    {"type": "integer", "minimum": 8},
+    {"type": "number", "minimum": 0, "maximum": 1},
+    {"type": "number", "exclusiveMinimum": 0.5, "maximum": 9},
+    {"type": "number", "exclusiveMaximum": -0.25},
+    {"type": "number", "multipleOf": 0.01},
+    {"type": "integer", "multipleOf": 7},
+    {"type": "integer", "multipleOf": 1000},
+    {"type": "integer", "multipleOf": 100000},
+    {"allOf": [{"multipleOf": 30}, {"type": "integer", "minimum": 100}]},
+]
+
+
+@pytest.mark.parametrize("likes", ["8", "0", "9.e", "1.0", "e0-.8", "-0.8"])
+@pytest.mark.parametrize("schema", NUMBERS, ids=lambda s: json.dumps(s)[:60])
+async def test_numbers_come_to_an_end_within_their_bounds(
+    compiler: Compiler, tokens: LLTokenizer, schema: dict[str, object], likes: str
+) -> None:
+    source = {"type": "array", "items": schema, "minItems": 1, "maxItems": 2}
+    matcher = await compiler.matcher(Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(source)))
+    text = written(matcher, tokens, likes)
+    for number in json.loads(text, parse_float=Decimal):
+        assert number is not None
+    for whole, fraction, exponent in NUMBER.findall(text):
+        zeros = 5 if schema.get("multipleOf") == 100000 else 0  # a multiple must come of it
+        assert len(whole) <= MOST_DIGITS[Part.WHOLE] + zeros
+        assert len(fraction) <= MOST_DIGITS[Part.FRACTION] + 1  # above an exclusive bound
+        assert len(exponent) <= MOST_DIGITS[Part.EXPONENT]
+
+
+@pytest.mark.parametrize("likes", [" ", "\n ", "\t\n", "\r\n\t", " \n8"])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": {"type": "integer", "maximum": 3}, "maxItems": 3},
+        {"type": "object", "properties": {"a": {"type": "null"}}, "additionalProperties": False},
+        {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+    ],
+)
+async def test_white_space_comes_to_an_end(
+    compiler: Compiler, tokens: LLTokenizer, schema: dict[str, object], likes: str
+) -> None:
+    """As the issue's list, which ran into blanks."""
+    matcher = await compiler.matcher(Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(schema)))
+    text = written(matcher, tokens, likes)
+    json.loads(text)
+    assert max(map(len, re.findall(r"\s+", text))) <= len("\r\n") + 24
+
+
+LEGITIMATE = [
+    *("0.30000000000000004", "1.7976931348623157e+308", "5e-324", "6.02214076e23", "-0.0"),
+    *("9223372036854775807", "-9223372036854775808", "18446744073709551615", "1E400", "1e-007"),
+    *(
+        "0.00000012345678901234567",
+        "123456789012.12345678901234567",
+        "1e5",
+        "100000000000000000000",
+    ),
+]
+
+
+async def test_numbers_of_full_precision_are_offered(
+    compiler: Compiler, tokens: LLTokenizer
+) -> None:
+    matcher_of = Constraint(ConstraintKind.JSON_SCHEMA, '{"type": "number"}')
+    masks = Masks(VOCAB)
+    for text in LEGITIMATE[:-1]:
+        matcher = await compiler.matcher(matcher_of)
+        for token in tokens.tokenize_str(text):
+            assert token in allowed(masks, matcher)[0], text
+            assert matcher.advance([token])
+        assert END in allowed(masks, matcher)[0]
+    matcher = await compiler.matcher(matcher_of)
+    assert matcher.advance(tokens.tokenize_str("1" * 20))
+    assert not [t for t in allowed(masks, matcher)[0] if tokens.decode_bytes([t])[:1].isdigit()]
+
+
+@pytest.mark.parametrize(
+    "value", [1e22, 123456789e14, 1 << 62, 0.1 + 0.75, 1234567890123456e-22, -12345678e-15]
+)
+async def test_constants_are_written_to_their_end(
+    compiler: Compiler, tokens: LLTokenizer, value: float
+) -> None:
+    for schema in ({"const": value}, {"enum": [value, 7]}):
+        matcher = await compiler.matcher(Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(schema)))
+        text = written(matcher, tokens, "-0123456")
+        if "const" in schema:
+            assert Decimal(text) == Decimal(repr(value))
+
+
+async def test_masks_are_a_function_of_the_tokens(compiler: Compiler, tokens: LLTokenizer) -> None:
+    """Behind a draft as token by token, at the bound and over it."""
+    constraint = Constraint(ConstraintKind.JSON_SCHEMA, '{"type": "array"}')
+    given = tokens.tokenize_str('["8e8\\"8888888888888888888888", 8.' + "8" * 22)
+    draft = tokens.tokenize_str("88888, 8")
+    masks, matcher = Masks(VOCAB), await compiler.matcher(constraint, given)
+    behind = allowed(masks, matcher, draft)
+    for i in range(3):
+        assert allowed(masks, matcher)[0] == behind[i]
+        assert matcher.advance([draft[i]])
+    assert draft[1] in behind[1]
+    assert draft[2] not in behind[2]  # the sampler cannot give it: the draft ends there
+
+
+def scanned(text: str, trigger: str = "", cut: int = 1) -> tuple[Part, int]:
+    scanner = NumberScanner(trigger)
+    for i in range(0, len(text), cut):
+        scanner.feed(text[i : i + cut].encode())
+    return scanner.part, scanner.num_digits
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 100])
+def test_only_numbers_are_counted(cut: int) -> None:
+    for text, place in {
+        "[12": (Part.WHOLE, 2),
+        "[12, -3.45": (Part.FRACTION, 2),
+        '{"a": 12E+045': (Part.EXPONENT, 3),
+        '{"a\\"12': (Part.NONE, 0),
+        '{"a\\\\": 1': (Part.WHOLE, 1),
+        "[1.5, true": (Part.NONE, 0),
+        "[1e5-": (Part.NONE, 0),
+        '"é12': (Part.NONE, 0),
+        "": (Part.NONE, 0),
+    }.items():
+        assert scanned(text, cut=cut) == place, text
+    assert scanned("3.14 <tool", "<tool>", cut) == (Part.NONE, 0)
+    assert scanned('3.14 "<tool>[1.25', "<tool>", cut) == (Part.FRACTION, 2)
+    assert scanned("x[3", "[", cut) == (Part.WHOLE, 1)
+    assert NumberScanner.of_lark("start: /.*/") is None
+    marked = NumberScanner.of_lark(json_after('<"é">') + "start: /.*/")
+    assert marked is not None
+    marked.feed('12<"é">345'.encode())
+    assert (marked.part, marked.num_digits) == (Part.WHOLE, 3)
+
+
+def called(form_name: str, mode: int) -> ToolUse:
+    parameters = {
+        "type": "object",
+        "properties": {"a": {"type": "number"}, "b": {"type": "array", "maxItems": 2}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    function = {"name": "f", "parameters": parameters}
+    tools = check_tools("t", json.dumps([{"type": "function", "function": function}]))
+    request = pb.ChatRequest(tool_choice=pb.ToolChoice(mode=mode), parallel_tool_calls=False)
+    found = tool_use(request, tools, FORMATS[form_name])
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("mode", [pb.ToolChoice.MODE_AUTO, pb.ToolChoice.MODE_REQUIRED])
+async def test_arguments_of_calls_come_to_an_end(
+    compiler: Compiler, tokens: LLTokenizer, name: str, mode: int
+) -> None:
+    use = called(name, mode)
+    begin = use.format.write([("f", '{"a": ')]).partition('{"a": ')[0] + '{"a": '
+    for text in ("", "3.1415926535897932384626433832795 "):
+        if text and (mode == pb.ToolChoice.MODE_REQUIRED or not use.format.trigger):
+            continue
+        matcher = await compiler.matcher(tool_grammar(use), tokens.tokenize_str(text + begin))
+        rest = written(matcher, tokens, "8")
+        assert max(map(len, re.findall("8+", rest))) == 24
+    if mode == pb.ToolChoice.MODE_AUTO:  # text is free
+        matcher = await compiler.matcher(tool_grammar(use), tokens.tokenize_str("x " + "8" * 40))
+        assert tokens.tokenize_str("8")[0] in allowed(Masks(VOCAB), matcher)[0]
+
+
+async def test_other_constraints_are_left_alone(compiler: Compiler, tokens: LLTokenizer) -> None:
+    digit = tokens.tokenize_str("8")[0]
+    for kind, source in (
+        (ConstraintKind.REGEX, "[0-9]+"),
+        (ConstraintKind.LARK, "start: /[0-9]+/"),
+    ):
+        matcher = await compiler.matcher(Constraint(kind, source), [digit] * 60)
+        assert digit in allowed(Masks(VOCAB), matcher)[0]
