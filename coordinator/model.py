@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from coordinator.chat import ChatTemplate, turns
 from coordinator.request import AnswerRequest, ChatMessage
 from coordinator.tokenizer import Tokenizer
+from coordinator.tool_schemas import fitting_constraint
 from coordinator.tools import AUTO, Tool, choose_format
 from coordinator.validate import Limits
 from engine.checkpoint.config import ModelConfig
@@ -91,13 +93,20 @@ class ServedModel:
             )
         return ids
 
-    async def check_constraint(self, request: AnswerRequest) -> None:
-        """Raise InvalidRequest where no answer can be held to the request's constraint, or what the
-        client has of one does not fit it; Unavailable where that is not known in time.
+    async def checked(self, request: AnswerRequest) -> AnswerRequest:
+        """The request, its constraint changed where schemas of tools can be held in part.
+
+        Raises InvalidRequest where no answer can be held to its constraint, or what the client has
+        of one does not fit it; Unavailable where that is not known in time.
         """
         if request.constraint is None or self._compiler is None:
-            return
-        await self._compiler.matcher(request.constraint)
+            return request
+        try:
+            await self._compiler.matcher(request.constraint)
+        except InvalidRequest as error:
+            constraint = await fitting_constraint(self._compiler, request, error)
+            request = replace(request, constraint=constraint)
+        assert request.constraint is not None
         for i, resumed in enumerate(request.resumes):
             if resumed.token_ids:
                 try:
@@ -105,6 +114,7 @@ class ServedModel:
                 except InvalidRequest as error:
                     what = f"of choice {i}: {error.description}"
                     raise InvalidRequest("resume", what) from None
+        return request
 
     async def encode(
         self, field: str, text: str, add_special_tokens: bool, max_model_len: int

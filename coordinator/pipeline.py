@@ -116,7 +116,7 @@ class Pipeline:
         gauge = self._metrics.num_requests_waiting
         gauge.inc(count)
         try:
-            prompt = await self._tokenize(request, deadline_s)
+            request, prompt = await self._prepared(request, deadline_s)
             timeline.mark(Event.TOKENIZED)
             ticket.set_tokens(len(prompt))
             self._metrics.prompt_tokens.inc(len(prompt))
@@ -138,11 +138,14 @@ class Pipeline:
             gauge.dec(count)
             ticket.release()
 
-    async def _tokenize(self, request: AnswerRequest, deadline_s: float) -> list[int]:
+    async def _prepared(
+        self, request: AnswerRequest, deadline_s: float
+    ) -> tuple[AnswerRequest, list[int]]:
+        """The request as it can be served, and its prompt."""
         try:
             async with asyncio.timeout(max(0.0, deadline_s - self._clock())):
-                await self._model.check_constraint(request)
-                return await self._model.prompt_of(request, self.max_model_len)
+                request = await self._model.checked(request)
+                return request, await self._model.prompt_of(request, self.max_model_len)
         except TimeoutError:
             raise DeadlineExceeded("the request's time ran out while it was tokenized") from None
 

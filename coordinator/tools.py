@@ -20,11 +20,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
 from coordinator.tokenizer import Tokenizer
-from engine.constraints.schemas import ESCAPES
+from engine.constraints.numbers import json_after
+from engine.constraints.schemas import Leniency, held
 from engine.types import Constraint, ConstraintKind
 
 AUTO = "auto"
@@ -134,14 +136,41 @@ def choose_format(option: str, template: str) -> ToolFormat:
     return HERMES
 
 
+# Arguments have the white space in which templates write earlier calls.
+_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_SHORT_SCHEMA = 16 << 10  # characters; no more than 512 of these are kept
+ANY_OBJECT = held('{"type": "object"}', Leniency.ALL, _STYLE)
+
+
+def argument_schema(parameters: Mapping[str, Any], strict: bool) -> str:
+    """A tool's schema as a grammar takes it. Raises, of a strict one, Refused and what `held` does;
+    one that is not strict loses what cannot be held.
+    """
+    try:
+        source = json.dumps(parameters)
+        short = len(source) <= _SHORT_SCHEMA
+        return _short_schema(source, strict) if short else _argument_schema(source, strict)
+    except (ValueError, RecursionError):
+        if strict:
+            raise
+        return ANY_OBJECT
+
+
+def _argument_schema(source: str, strict: bool) -> str:
+    return held(source, Leniency.NONE if strict else Leniency.ALL, _STYLE)
+
+
+_short_schema = lru_cache(maxsize=512)(_argument_schema)  # each turn of a conversation has them
+
+
 @dataclass(frozen=True, slots=True)
 class Tool:
     """A function that the model may call."""
 
     name: str
     definition: Mapping[str, Any]  # {"type": "function", "function": {...}}, as templates take it
-    parameters: Mapping[str, Any]  # JSON schema of the arguments
-    strict: bool  # else keywords of the schema that grammars do not know are passed over
+    schema: str  # of the arguments, as a grammar takes it
+    strict: bool  # else what grammars cannot hold of the schema is left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +182,7 @@ class ToolUse:
     callable: tuple[Tool, ...]  # those that the answer may call
     required: bool
     single: bool  # at most one call
+    text_schema: str | None = None  # of text where no call is made, as a grammar takes it
 
     @property
     def names(self) -> frozenset[str]:
@@ -160,18 +190,21 @@ class ToolUse:
         return frozenset(tool.name for tool in self.callable)
 
 
-def tool_grammar(use: ToolUse, text_schema: str | None = None) -> Constraint:
+def tool_grammar(
+    use: ToolUse, text_schema: str | None = None, schemas: Mapping[str, str] | None = None
+) -> Constraint:
     """What the answer must be: calls, or text (a JSON text of `text_schema`) where none need be.
 
-    Text ends where a call begins: from its trigger on, the rest of the answer is calls.
+    Text ends where a call begins: from its trigger on, the rest of the answer is calls. `schemas`:
+    of arguments, by the names of their tools, where they are not the tools' own.
     """
-    form = use.format
+    form, schemas = use.format, schemas or {}
     bodies = " | ".join(f"body_{i}" for i in range(len(use.callable)))
     rules = [f"body: {bodies}"]
     for i, tool in enumerate(use.callable):
         head, tail = form.begin + tool.name + form.middle, form.end
         rules.append(f"body_{i}: {_lark(form, head)} args_{i} {_lark(form, tail)}".rstrip())
-        rules.append(f"args_{i}: %json {_schema(tool)}")
+        rules.append(f"args_{i}: %json {schemas.get(tool.name, tool.schema)}")
     more = _lark(form, form.separator + ("" if form.as_list else form.trigger))
     calls = "body" if use.single else f"body ({more} body)*"
     if form.as_list:
@@ -179,7 +212,16 @@ def tool_grammar(use: ToolUse, text_schema: str | None = None) -> Constraint:
     rules.append(f"calls: {calls}")
     if text_schema is not None:
         rules.append(f"text: %json {text_schema}")
-    return Constraint(ConstraintKind.LARK, "\n".join([*_start(use, text_schema), *rules]) + "\n")
+    lines = [*_start(use, text_schema), *rules]
+    source = json_after(_json_begins(use, text_schema)) + "\n".join(lines) + "\n"
+    return Constraint(ConstraintKind.LARK, source)
+
+
+def _json_begins(use: ToolUse, text_schema: str | None) -> str:
+    """The text from which on an answer is JSON; "": its first character."""
+    if use.required or text_schema is not None:
+        return ""
+    return use.format.trigger or use.format.begin.partition(" ")[0]
 
 
 def _start(use: ToolUse, text_schema: str | None) -> list[str]:
@@ -213,15 +255,3 @@ def _lark(form: ToolFormat, literal: str) -> str:
     parts = re.split("(" + "|".join(map(re.escape, form.tokens)) + ")", literal)
     written = [f"<[{form.tokens[p]}]>" if p in form.tokens else json.dumps(p) for p in parts if p]
     return " ".join(written)
-
-
-def _schema(tool: Tool) -> str:
-    """The tool's schema, with the white space in which templates write earlier calls."""
-    style = {
-        "whitespace_flexible": False,
-        "item_separator": ", ",
-        "key_separator": ": ",
-        "json_allowed_escapes": ESCAPES,
-        "lenient": not tool.strict,
-    }
-    return json.dumps({**tool.parameters, "x-guidance": style})

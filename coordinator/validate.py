@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from coordinator.request import (
@@ -88,11 +88,11 @@ def validate_chat(request: inference_pb2.ChatRequest, limits: Limits) -> AnswerR
     check_model(request.model, limits)
     messages = check_messages("messages", request.messages, limits)
     tools = tool_use(request, check_tools("tools_json", request.tools_json), limits.tool_format)
-    constraint = (
-        tool_grammar(tools, text_schema(request.constraint, tools))
-        if tools
-        else constraint_from(request.constraint)
-    )
+    if tools:
+        tools = replace(tools, text_schema=text_schema(request.constraint, tools))
+        constraint: Constraint | None = tool_grammar(tools, tools.text_schema)
+    else:
+        constraint = constraint_from(request.constraint)
     return _answer_request(
         request,
         limits,

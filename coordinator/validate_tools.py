@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from coordinator.request import ToolCall
-from coordinator.tools import Tool, ToolFormat, ToolUse
+from coordinator.tools import Tool, ToolFormat, ToolUse, argument_schema
 from engine.constraints.compiler import MAX_SOURCE_CHARS
 from engine.constraints.schemas import Refused, held
 from engine.errors import InvalidRequest, NotOffered
@@ -21,6 +22,7 @@ MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 1024 * 1024
 UNPARSED = "unparsed"  # the name under which arguments stand that are no object
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_OTHER_TYPES = ("null", "boolean", "integer", "number", "string", "array")
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -81,13 +83,13 @@ def text_schema(constraint: inference_pb2.Constraint, use: ToolUse) -> str | Non
     if not use.format.trigger:
         raise NotOffered(f"constraint.{kind} beside tools, with a model whose calls are bare JSON")
     if kind == "json_object":
-        return json.dumps({"type": "object"}) if constraint.json_object else None
+        return held('{"type": "object"}') if constraint.json_object else None
     if kind != "json_schema":
         raise NotOffered(f"constraint.{kind} beside tools")
     schema = parse_json("constraint.json_schema", constraint.json_schema)
     if not isinstance(schema, dict):
         raise InvalidRequest("constraint.json_schema", "expected a JSON object")
-    return _held("constraint.json_schema", schema)
+    return _fitting("constraint.json_schema", partial(held, json.dumps(schema)))
 
 
 def check_tool_calls(field: str, calls: Sequence[inference_pb2.ToolCall]) -> tuple[ToolCall, ...]:
@@ -149,26 +151,27 @@ def _tool(field: str, item: Any) -> Tool:
         if function.get(key) is not None and not isinstance(function[key], kind):
             expected = {str: "text", bool: "true or false", dict: "a JSON schema, an object"}[kind]
             raise InvalidRequest(f"{field}.function.{key}", f"expected {expected}")
+    strict = function.get("strict") is True
     parameters = function.get("parameters") or _NO_PARAMETERS
     kinds = parameters.get("type", "object")
-    if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if "object" not in kinds and (strict or any(kind in _OTHER_TYPES for kind in kinds)):
         raise InvalidRequest(
             f"{field}.function.parameters.type", 'expected "object": arguments have names'
         )
     parameters = {**parameters, "type": "object"}  # also where the schema does not say so
-    strict = function.get("strict") is True
-    if strict:
-        parameters = json.loads(_held(f"{field}.function.parameters", parameters))
-    return Tool(name, definition=item, parameters=parameters, strict=strict)
+    make = partial(argument_schema, parameters, strict)
+    schema = _fitting(f"{field}.function.parameters", make)
+    return Tool(name, definition=item, schema=schema, strict=strict)
 
 
-def _held(field: str, schema: Mapping[str, Any]) -> str:
-    """A schema that a grammar will hold to the letter. Raises InvalidRequest naming `field`."""
+def _fitting(field: str, make: Callable[[], str]) -> str:
+    """A schema that is made for a grammar. Raises InvalidRequest naming `field`."""
     try:
-        source = json.dumps(schema)
+        source = make()
         if len(source) > MAX_SOURCE_CHARS:
             raise Refused(f"longer than {MAX_SOURCE_CHARS} characters")
-        return held(source)
+        return source
     except (ValueError, RecursionError) as error:  # 1e999 is read, and cannot be written again
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InvalidRequest(field, what) from None

@@ -14,6 +14,7 @@ from typing import Any
 
 from coordinator.openai.errors import unsupported
 from coordinator.openai.fields import Fields
+from engine.constraints import schemas
 from engine.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2
 
@@ -90,13 +91,20 @@ def _response_format(fields: Fields) -> inference_pb2.Constraint | None:
         raise InvalidRequest("response_format.json_schema", "unset; expected a schema and its name")
     wrapper.text("name")
     wrapper.text("description")
-    wrapper.boolean("strict")  # the schema is held in either case
+    strict = wrapper.boolean("strict")  # the schema is held in either case
     schema = wrapper.take("schema")
     wrapper.end()
     form.end()
     if schema is None:
         return inference_pb2.Constraint(json_object=True)
-    return _constraint("response_format.json_schema.schema", "json", schema)
+    path = "response_format.json_schema.schema"
+    if strict:
+        try:
+            schemas.check_formats(schema)
+        except (schemas.Refused, RecursionError) as error:
+            what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise InvalidRequest(path, what) from None
+    return _constraint(path, "json", schema)
 
 
 def _constraint(path: str, kind: str, value: Any) -> inference_pb2.Constraint:

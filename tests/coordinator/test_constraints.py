@@ -1,16 +1,20 @@
 """Constraints at the coordinator, over the wire: refused with the reason, or passed on."""
 
 import asyncio
+import itertools
 import json
+import re
 from contextlib import asynccontextmanager
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2
+from llguidance import LLParserLimits
 
 from coordinator.app import Coordinator
 from coordinator.model import ServedModel
 from engine.config import FrontOptions
+from engine.constraints import compiler as compiler_module
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.pb.diptych.v1 import inference_pb2
 from tests.coordinator.test_service import (
@@ -168,16 +172,142 @@ async def test_a_large_schema_does_not_hold_others_up(checkpoint):  # noqa: F811
         assert longest < max(0.5, took / 2), f"{longest:.2f} s of {took:.2f} s"
 
 
-async def test_tools_are_named_where_their_grammar_cannot_be(checkpoint):  # noqa: F811
+def tool(name, parameters, strict=False):
+    return {
+        "type": "function",
+        "function": {"name": name, "parameters": parameters, "strict": strict},
+    }
+
+
+def asks(*tools, choice=None, **fields):
+    return inference_pb2.ChatRequest(
+        messages=[inference_pb2.Message(role="user", content="x")],
+        tools_json=json.dumps(tools),
+        tool_choice=choice,
+        **fields,
+    )
+
+
+def properties(**schemas):
+    return {"type": "object", "properties": schemas, "additionalProperties": False}
+
+
+FINE = tool("good", properties(n={"type": "integer"}), strict=True)
+MODES = inference_pb2.ToolChoice
+REQUIRED = MODES(mode=MODES.MODE_REQUIRED)
+CHOICES = [None, MODES(mode=MODES.MODE_AUTO), REQUIRED, MODES(name="bad")]
+# what cannot be compiled, and what is left of it
+LOST = {
+    "lookahead": (
+        properties(a={"type": "string", "pattern": "^(?=x)y$", "maxLength": 3}),
+        properties(a={"type": "string", "maxLength": 3}),
+    ),
+    "type any": (properties(a={"type": "any"}), properties(a={})),
+    "dangling": (
+        properties(a={"$ref": "#/$defs/b"}, c={"type": "null"}),
+        properties(a={}, c={"type": "null"}),
+    ),
+    "elsewhere": (properties(a={"$ref": "https://example.com/a"}), properties(a={})),
+    "required null": (
+        {**properties(a={"type": "null"}), "required": None},
+        properties(a={"type": "null"}),
+    ),
+    "in a definition": (
+        {
+            **properties(a={"$ref": "#/$defs/b"}, d={"$ref": "#/properties/a"}),
+            "$defs": {"b": properties(c={"type": "foo"}, e={"const": 1})},
+        },
+        {
+            **properties(a={"$ref": "#/$defs/part0"}, d={"$ref": "#/$defs/part1"}),
+            "$defs": {
+                "part0": properties(c={}, e={"const": 1}),
+                "part1": {"$ref": "#/$defs/part0"},
+            },
+        },
+    ),
+    "a branch": (
+        properties(a={"anyOf": [{"type": "null"}, {"type": "object", "properties": None}]}),
+        properties(a={"anyOf": [{"type": "null"}, {"type": "object"}]}),
+    ),
+    "too large": (
+        properties(a={"type": "string", "minLength": 1 << 40}),
+        properties(a={"type": "string"}),
+    ),
+}
+
+
+async def test_a_lax_tool_loses_what_cannot_be_compiled_and_others_keep_theirs(
+    checkpoint,  # noqa: F811
+):
+    async with front(checkpoint) as f:
+        worker = await f.worker()
+        for (case, (bad, left)), choice in itertools.product(LOST.items(), CHOICES):
+            request = asks(FINE, tool("bad", bad), choice=choice, stop=stop(max_tokens=1))
+            await collect(f.stub.Chat(request, timeout=30))
+            source = worker.requests[-1].constraint.source
+            *others, mine = map(json.loads, re.findall(r"^args_\d: %json (.*)$", source, re.M))
+            mine.pop("x-guidance")
+            assert mine == left, case
+            assert len(others) == (choice is None or not choice.name)
+            for other in others:
+                assert other["properties"] == {"n": {"type": "integer"}}
+
+
+async def test_a_strict_tool_that_cannot_be_compiled_is_refused_by_its_place(
+    checkpoint,  # noqa: F811
+):
     async with front(checkpoint) as f:
         await f.worker()
-        function = {"name": "f", "strict": True, "parameters": {"type": "object", "not": {}}}
-        chat = inference_pb2.ChatRequest(
-            messages=[inference_pb2.Message(role="user", content="x")],
-            tools_json=json.dumps([{"type": "function", "function": function}]),
-        )
-        error = await error_of(f.stub.Chat(chat, timeout=10))
-        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        for (case, (bad, _)), choice in itertools.product(LOST.items(), CHOICES):
+            request = asks(FINE, tool("bad", bad, strict=True), choice=choice)
+            error = await error_of(f.stub.Chat(request, timeout=30))
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, case
+            (violation,) = details_of(error, error_details_pb2.BadRequest).field_violations
+            assert violation.field == "tools_json[1].function.parameters"
+            assert "start:" not in violation.description
+        assert f.workers[0].requests == []
+
+
+async def test_the_schema_of_text_is_named_where_it_cannot_be_compiled(checkpoint):  # noqa: F811
+    async with front(checkpoint) as f:
+        await f.worker()
+        bad = schema({"type": "any"})
+        error = await error_of(f.stub.Chat(asks(FINE, constraint=bad), timeout=30))
+        (violation,) = details_of(error, error_details_pb2.BadRequest).field_violations
+        assert violation.field == "constraint.json_schema"
+
+
+async def test_what_is_too_much_together_is_held_in_part(checkpoint, monkeypatch):  # noqa: F811
+    """The longest lax schemas are given up first, strict ones never."""
+
+    def large(name, count, **more):
+        enums = {f"p{i}": {"enum": [f"{name}{i}", f"{i}"]} for i in range(count)}
+        return tool(name, properties(**enums), **more)
+
+    tools = [large("a", 30), large("b", 31), large("c", 32, strict=True), FINE]
+    async with front(checkpoint) as f:
+        worker = await f.worker()
+        limit = LLParserLimits(max_grammar_size=650)
+        monkeypatch.setattr(compiler_module, "_LIMITS", limit)
+        await collect(f.stub.Chat(asks(*tools, stop=stop(max_tokens=1)), timeout=30))
+        source = worker.requests[-1].constraint.source
+        schemas = [json.loads(s) for s in re.findall(r"^args_\d: %json (.*)$", source, re.M)]
+        assert [len(s.get("properties", ())) for s in schemas] == [30, 0, 32, 1]
+        tools = [large("a", 30, strict=True), large("b", 31, strict=True), tools[2]]
+        error = await error_of(f.stub.Chat(asks(*tools), timeout=30))
         (violation,) = details_of(error, error_details_pb2.BadRequest).field_violations
         assert violation.field == "tools_json"
-        assert "not" in violation.description
+
+
+async def test_a_format_that_is_not_known_is_an_annotation(checkpoint):  # noqa: F811
+    async with front(checkpoint) as f:
+        worker = await f.worker()
+        part = {"type": "string", "format": "colour"}
+        await collect(f.call(constraint=schema(part), stop=stop(max_tokens=1)))
+        await collect(f.stub.Chat(asks(tool("f", properties(a=part))), timeout=30))
+        assert "colour" not in worker.requests[-1].constraint.source
+        strict = asks(tool("f", properties(a=part), strict=True))
+        error = await error_of(f.stub.Chat(strict, timeout=30))
+        (violation,) = details_of(error, error_details_pb2.BadRequest).field_violations
+        assert violation.field == "tools_json[0].function.parameters"
+        assert "format: 'colour' is not known" in violation.description

@@ -32,7 +32,7 @@ from coordinator.validate import Limits, validate_chat
 from coordinator.validate_tools import check_tool_calls, check_tools, text_schema, tool_use
 from engine.checkpoint.source import resolve
 from engine.config import FrontOptions
-from engine.constraints.schemas import ESCAPES
+from engine.constraints.schemas import ESCAPES, WHITE_SPACE
 from engine.errors import InvalidRequest, NotOffered
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.types import FinishReason
@@ -305,18 +305,28 @@ def test_a_number_that_no_double_holds_is_refused_by_name(number):
     with pytest.raises(InvalidRequest, match="not JSON") as caught:
         check_tools("t", source % parameters)
     assert caught.value.field == "t[0].function.parameters"
+    lax = source.replace("true", "false") % f'{{"maximum": {number}, "minProperties": 0}}'
+    (tool,) = check_tools("t", lax)
+    assert "maximum" not in tool.schema and "minProperties" in tool.schema
     found = tool_use(chat(), check_tools("t", json.dumps([ADD])), HERMES)
     with pytest.raises(InvalidRequest, match="not JSON") as caught:
         text_schema(pb.Constraint(json_schema=parameters), found)
     assert caught.value.field == "constraint.json_schema"
 
 
-@pytest.mark.parametrize("kind", ["string", "array", ["string", "null"], None, 5])
+@pytest.mark.parametrize("kind", ["string", "array", ["string", "null"], None, 5, "any"])
 def test_parameters_that_are_no_object_are_refused(kind):
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": kind}}}
-    with pytest.raises(InvalidRequest, match="object") as caught:
-        check_tools("t", json.dumps([tool]))
-    assert caught.value.field == "t[0].function.parameters.type"
+    """A type that there is not is one only of strict tools."""
+    function = {"name": "f", "parameters": {"type": kind}, "strict": True}
+    for strict in (True, False):
+        function["strict"] = strict
+        tool = {"type": "function", "function": function}
+        if kind in (None, 5, "any") and not strict:
+            assert json.loads(check_tools("t", json.dumps([tool]))[0].schema)["type"] == "object"
+            continue
+        with pytest.raises(InvalidRequest, match="object") as caught:
+            check_tools("t", json.dumps([tool]))
+        assert caught.value.field == "t[0].function.parameters.type"
 
 
 @pytest.mark.parametrize("part", BAD_PARTS)
@@ -412,7 +422,8 @@ def test_a_list_of_no_tools_is_none(source):
 def test_a_schema_for_text_beside_tools():
     schema = pb.Constraint(json_schema='{"type": "string"}')
     held = json.loads(text_schema(schema, use(HERMES)) or "")
-    assert held == {"type": "string", "x-guidance": {"json_allowed_escapes": ESCAPES}}
+    options = {"json_allowed_escapes": ESCAPES, "whitespace_pattern": WHITE_SPACE}
+    assert held == {"type": "string", "x-guidance": options}
     assert text_schema(schema, use(HERMES, REQUIRED)) is None
     assert text_schema(pb.Constraint(), use(HERMES)) is None
     with pytest.raises(InvalidRequest, match="json_schema"):
@@ -628,7 +639,8 @@ def test_what_a_schema_beside_calls_says_is_held(tokenizer):
         check_tools("t", json.dumps(tools))
     assert caught.value.field == "t[0].function.parameters"
     tools[0]["function"]["strict"] = False
-    assert check_tools("t", json.dumps(tools))[0].parameters == {**rounded, "type": "object"}
+    (tool,) = check_tools("t", json.dumps(tools))
+    assert json.loads(tool.schema)["properties"] == {"a": {}}  # the constant alone is left out
 
 
 REF = {"$ref": "#/$defs/A", "$defs": {"A": {"properties": {"a": {"type": "integer"}}}}}

@@ -174,6 +174,13 @@ def test_constraints():
     }
     assert of(response_format=wrapped) == pb.Constraint(json_schema=json.dumps(schema))
     assert of(response_format={"type": "json_object"}) == pb.Constraint(json_object=True)
+    unknown = {"format": "colour", "enum": [{"format": "x"}], "properties": {"format": {}}}
+    for strict in (None, False):  # an annotation
+        form = {**wrapped, "json_schema": {"name": "n", "strict": strict, "schema": unknown}}
+        assert of(response_format=form) == pb.Constraint(json_schema=json.dumps(unknown))
+    del unknown["format"]
+    form = {**wrapped, "json_schema": {"name": "n", "strict": True, "schema": unknown}}
+    assert of(response_format=form) == pb.Constraint(json_schema=json.dumps(unknown))
     held = {"type": "json_object", "schema": schema}
     assert of(response_format=held) == pb.Constraint(json_schema=json.dumps(schema))
     assert of(response_format={"type": "text"}) == pb.Constraint()
@@ -329,6 +336,15 @@ BAD_COMMON = [
     ({"response_format": {"type": "structural_tag"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"strict": True, "schema": {"items": {"format": "colour"}}},
+            }
+        },
+        "response_format.json_schema.schema",
+    ),
+    (
         {"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}},
         "response_format.json_schema.schema",
     ),
@@ -482,6 +498,7 @@ def test_when_to_come_back():
         ("stop.max_tokens", "max_completion_tokens"),
         ("output.logprobs", "top_logprobs"),
         ("tools_json[0].function.name", "tools[0].function.name"),
+        ("tools_json[1].function.parameters", "tools[1].function.parameters"),
         ("constraint.json_schema", "response_format.json_schema"),
         ("messages[0].role", "messages[0].role"),
         ("model", "model"),
