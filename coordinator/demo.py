@@ -1,11 +1,13 @@
 """`make demo`: the whole stack on this machine, one real answer, a summary, nothing left behind.
 
 It starts `coordinator start` on free ports like any user would, and talks to it through the public
-API alone.
+API alone. What the stack prints while it starts is shown as it comes. A slow start is waited for as
+long as something moves (a line in a log, processor time); Ctrl-C ends the stack in order.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -13,17 +15,23 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
+import grpc
 from rich.console import Console
 from rich.table import Table
 
-from coordinator.client import Client, Done, TextDelta
+from coordinator.client import Client, Done, TextDelta, describe
+from coordinator.demo_progress import StackOutput, Stillness
 from engine.config import child_environment, state_dir
 from engine.errors import DiptychError
 from engine.pb.diptych.v1 import admin_pb2
 
-_START_S = 300.0  # the first start converts the model
-_ANSWER_S = 120.0
+# The first start compiles kernels and converts the model. A loaded machine takes its time: what
+# ends the demo is a stack that stands still, and at last a limit that no start should reach.
+_STILL_S = 120.0
+_START_S = 3600.0
+_ANSWER_S = 600.0
 _STOP_S = 20.0
 _SETTLE_S = 5.0
 _QUESTION = (
@@ -37,32 +45,62 @@ _QUESTION = (
 
 def main() -> int:
     """Run the demo; returns the exit status."""
-    console = Console(stderr=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _demo(Console(stderr=True))
+    except KeyboardInterrupt:
+        print("\ndemo: interrupted", file=sys.stderr)
+        return 130
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _demo(console: Console) -> int:
     log_dir = state_dir() / "demo"
     log_dir.mkdir(parents=True, exist_ok=True)
     server, http = _free_address(), _free_address()
-    command = [sys.executable, "-m", "coordinator.cli", "start", "--listen", server]
-    command += ["--http", http, "--log-dir", str(log_dir)]
-    with (log_dir / "coordinator.log").open("wb") as log:
-        stack = subprocess.Popen(command, stdout=log, stderr=log, env=child_environment())
+    # Tied to this process, kill -9 included; a session of its own: Ctrl-C is for this process.
+    command = [sys.executable, "-m", "engine.lifeline", "--parent", str(os.getpid())]
+    command += ["coordinator.cli", "start", "--listen", server]
+    command += ["--http", http, "--log-dir", str(log_dir), "--log-format", "json"]
+    print("Starting a coordinator, a prefill worker and a decode worker", flush=True)
+    stack = _start(command, log_dir / "coordinator.log")
     try:
         with Client(server) as client:
-            with console.status("Starting a coordinator, a prefill worker and a decode worker"):
-                _wait_ready(client, stack, log_dir)
+            _wait_ready(client, stack, log_dir)
             done = _answer(client)
             workers = _at_rest(client)
         _summary(console, done, workers, log_dir)
     except DiptychError as error:
-        console.print(f"demo: {error.message}; logs in {log_dir}", highlight=False)
+        console.print(f"demo: {error.message}; logs in {log_dir}", highlight=False, soft_wrap=True)
+        return 1
+    except grpc.RpcError as error:
+        console.print(
+            f"demo: {describe(error)}; logs in {log_dir}", highlight=False, soft_wrap=True
+        )
         return 1
     finally:
-        stack.send_signal(signal.SIGTERM)
-        try:
-            stack.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            stack.kill()  # takes its workers along
-            stack.wait()
+        _end(stack)
     return 0
+
+
+def _start(command: Sequence[str], log_path: Path) -> subprocess.Popen[bytes]:
+    with log_path.open("wb") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, env=child_environment(), start_new_session=True
+        )
+
+
+def _end(stack: subprocess.Popen[bytes]) -> None:
+    """End the stack in order; at once where that takes long, or on another Ctrl-C."""
+    try:
+        stack.send_signal(signal.SIGTERM)
+        stack.wait(_STOP_S)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        stack.kill()  # takes its workers along
+        stack.wait()
 
 
 def _free_address() -> str:
@@ -74,19 +112,24 @@ def _free_address() -> str:
 def _wait_ready(client: Client, stack: subprocess.Popen[bytes], log_dir: Path) -> None:
     """Until a worker of each role is ready. Raises DiptychError."""
     deadline = time.monotonic() + _START_S
+    output = StackOutput(log_dir / "coordinator.log")
+    stillness = Stillness(stack.pid, log_dir, time.monotonic)
     while True:
+        output.show()
         if stack.poll() is not None:
-            last = (log_dir / "coordinator.log").read_text(errors="replace").strip().splitlines()
-            raise DiptychError(f"the stack ended: {last[-1] if last else 'no output'}")
+            output.show()
+            raise DiptychError(f"the stack ended: {output.last or 'no output'}")
         try:
             ready = {w.role for w in client.workers(timeout_s=2.0) if w.state == "ready"}
             if ready == {"prefill", "decode"}:
                 return
         except DiptychError:
             pass
+        if stillness.seconds() > _STILL_S:
+            raise DiptychError(f"the stack has stood still for {_STILL_S:.0f} s")
         if time.monotonic() > deadline:
             raise DiptychError(f"the workers were not ready after {_START_S:.0f} s")
-        time.sleep(0.1)
+        time.sleep(0.2)
 
 
 def _answer(client: Client) -> Done:

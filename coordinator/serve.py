@@ -1,7 +1,8 @@
 """`coordinator start`: the process from its options to its end.
 
     resolve the model -> listen -> start local workers -> serve
-        SIGTERM, SIGINT: drain -> stop workers -> exit 0     (a second signal skips the draining)
+        SIGTERM, SIGINT: drain -> stop workers -> exit 0
+        a second signal: stop at once          -> exit 130 after Ctrl-C, else 0
         a local worker cannot use its options from the start: exit 2
 
 Loaded only for this command: the others need neither a model nor a server.
@@ -14,9 +15,10 @@ import dataclasses
 import os
 import resource
 import signal
-import sys
+import time
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvloop
@@ -43,11 +45,13 @@ from engine.config import (
 )
 from engine.gpus import deal_gpus, find_gpus
 from engine.heap import freeze_heap
+from engine.installed import require_worker_packages
 from engine.memory import host_memory, shown
 from engine.native.threads import memory_board
 from engine.placement import check_length, prepare_weights
 from engine.rpc.trust import ClusterToken, stays_on_this_machine
 from engine.telemetry.log import configure_logging, get_logger
+from engine.telemetry.progress import LINE_S, print_line
 from engine.types import Role
 
 _log = get_logger(__name__)
@@ -88,7 +92,9 @@ def serve(
     configure_logging(log, role="coordinator")
     _take_descriptors()
     trusted = Trust.of(trust, front, local_workers=fleet.workers == "local")
+    signal.signal(signal.SIGTERM, _terminated)  # until the loop takes it: compilers end too
     if fleet.workers == "local":
+        require_worker_packages("local workers", "; workers on other machines: --workers external")
         draft.check(model)
     # What configuration and tokenizer tell is refused before weights are fetched or read.
     checkpoint = resolve(model.model, weights=False)
@@ -104,7 +110,14 @@ def serve(
         prepare_weights(checkpoint, model, cache, on_gpu=bool(gpus))
     model = dataclasses.replace(model, model_name=name)
     options = Options(model, front, fleet, cache, step, draft, transfer, log, gpus)
-    return uvloop.run(_serve(options, served, trusted))
+    try:
+        return uvloop.run(_serve(options, served, trusted))
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is over; no traceback at the very end
+
+
+def _terminated(_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _take_descriptors() -> None:
@@ -117,11 +130,8 @@ def _take_descriptors() -> None:
 
 
 async def _serve(options: Options, served: ServedModel, trust: Trust) -> int:
-    stop = asyncio.Event()
-    hurry = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
+    signals = _Signals()
+    stop, hurry = signals.stop, signals.hurry
     coordinator = Coordinator(options.front, served, trust)
     supervisor = None
     try:
@@ -131,7 +141,9 @@ async def _serve(options: Options, served: ServedModel, trust: Trust) -> int:
             supervisor = make_supervisor(options, coordinator.internal_address, trust.cluster)
             supervisor.start()
         await _until_stop(coordinator, supervisor, options, stop)
-        _log.info("draining", num_requests=coordinator.pipeline.num_requests)
+        num_requests = coordinator.pipeline.num_requests
+        _log.info("draining", num_requests=num_requests)
+        _tell(f"stopping; {num_requests} requests may finish; Ctrl-C again to stop now")
         await _first(hurry.wait(), coordinator.drain(options.front.drain_s))
         await coordinator.end_requests()
     finally:
@@ -139,7 +151,23 @@ async def _serve(options: Options, served: ServedModel, trust: Trust) -> int:
         if supervisor:
             await supervisor.stop(0.0 if hurry.is_set() else _STOP_S)
         await coordinator.stop()
-    return 0
+    return 130 if hurry.is_set() and signals.interrupted else 0
+
+
+class _Signals:
+    """The first signal asks for an orderly end, a second one for an end at once."""
+
+    def __init__(self) -> None:
+        self.stop = asyncio.Event()
+        self.hurry = asyncio.Event()
+        self.interrupted = False  # by Ctrl-C, not by a supervisor's SIGTERM
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._take, number)
+
+    def _take(self, number: signal.Signals) -> None:
+        self.interrupted = self.interrupted or number == signal.SIGINT
+        (self.hurry if self.stop.is_set() else self.stop).set()
 
 
 def make_supervisor(
@@ -207,13 +235,15 @@ async def _announce(
         return
     names = ", ".join(w.worker_id for w in supervisor.workers) or "none"
     logs = supervisor.workers[0].log_path.parent if supervisor.workers else "nowhere"
-    print(f"coordinator: starting {names}; logs in {logs}", file=sys.stderr, flush=True)
+    _tell(f"starting {names}; logs in {logs}")
+    began_s = time.monotonic()
     for role, count in (
         (Role.PREFILL, options.fleet.prefill_workers),
         (Role.DECODE, options.fleet.decode_workers),
     ):
-        while not await coordinator.membership.wait_for(role, 60.0, count):
-            _log.warning("still waiting for local workers", role=role.value, count=count)
+        while not await coordinator.membership.wait_for(role, LINE_S, count):
+            waited_s = time.monotonic() - began_s
+            _tell(f"waiting for {count} {role.value} workers to load the model, {waited_s:.0f} s")
     context = describe_context(coordinator.pipeline.max_model_len, coordinator.membership.longest)
     _say(f"coordinator: serving {where}; {context}; workers: {names}; logs in {logs}")
 
@@ -230,6 +260,10 @@ def describe_context(max_model_len: int, longest: Worker | None) -> str:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _tell(line: str) -> None:
+    print_line(f"coordinator: {line}")
 
 
 async def _first(*awaitables: object) -> None:

@@ -158,6 +158,7 @@ class Supervisor:
                     worker=worker.worker_id,
                     status=status,
                     restart_in_s=backoff_s,
+                    said=_last_words(worker),
                     log=str(worker.log_path),
                 )
             try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from engine.config import (
 )
 from engine.errors import CheckpointError, ConfigError
 from engine.heap import put_off_collections
+from engine.installed import require_worker_packages, unusable
 from engine.types import Role
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ _GROUPS = (
 # A waiting OpenMP thread must not burn the core that the other panel computes on.
 _LIBRARY_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 
+BAD_CONFIGURATION = 2  # exit status: another start would end the same way
+
 # How long the engine thread waits at most for a busy event loop: Python's 5 ms are a whole step.
 _SWITCH_INTERVAL_S = 0.0005
 
@@ -58,7 +62,7 @@ def worker_command(
     ask_drafting: Callable[[ModelOptions, Any], Drafting | None] | None = None,
     own_options: type[Any] | None = None,
 ) -> int:
-    """Run one worker until it ends; returns the exit status: 2 for a mistake of the user's."""
+    """Run one worker until it ends; returns the exit status: 2 for what a restart cannot cure."""
     groups = (*_GROUPS, own_options) if own_options else _GROUPS
     command = parser(role.value, description)
     start = command.add_subparsers(dest="command", required=True).add_parser(
@@ -67,10 +71,13 @@ def worker_command(
     add_flags(start, *groups)
     try:
         options = resolve(command.parse_args(argv), *groups)
+        require_worker_packages(f"{role.value} workers")
         return _start(role, options, make_services, ask_drafting)
     except (ConfigError, CheckpointError) as error:
         print(f"{role.value}: {error.message}", file=sys.stderr)
-        return 2
+        return BAD_CONFIGURATION
+    except KeyboardInterrupt:  # while it loads; later the loop has the signal
+        return 130
 
 
 def _start(
@@ -91,9 +98,12 @@ def _start(
 
     configure_logging(log, role=role.value, worker_id=worker.worker_id)
     token = token_for(trust, "--listen", worker.listen)  # before the model: a mistake shows at once
-    from engine.build import build_engine
-    from kvtransfer.connections import unfreed
-    from kvtransfer.host import WorkerSettings, run_worker
+    try:
+        from engine.build import build_engine
+        from kvtransfer.connections import unfreed
+        from kvtransfer.host import WorkerSettings, run_worker
+    except (ImportError, OSError) as error:  # OSError: a shared library that is not there
+        raise unusable(error) from error
 
     registry = CollectorRegistry()
     drafting = ask_drafting(model, own[0]) if ask_drafting else None
@@ -101,6 +111,7 @@ def _start(
     settings = WorkerSettings(role, worker, transfer, token)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         status = runner.run(run_worker(settings, engine, registry, make_services))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is over; no traceback at the very end
     if unfreed():  # the interpreter's end would free it, and might hang there
         logging.shutdown()
         sys.stdout.flush()

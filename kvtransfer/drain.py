@@ -4,7 +4,7 @@
       -> not ready any more: /health/ready, grpc.health, the table of workers; new calls are refused
       -> the calls inside finish, for at most --drain-s
       -> those that are left end as UNAVAILABLE: whoever called carries them on elsewhere
-      -> exit 0                                          a second signal skips the waiting
+      -> exit 0          a second signal skips the waiting (exit 130 after Ctrl-C)
 
 Owned by the asyncio loop.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 from collections.abc import Iterator
 
 from engine.errors import Unavailable
@@ -81,10 +82,17 @@ class Orders:
         self.drain_s = drain_s
         self.stop = asyncio.Event()
         self.hurry = asyncio.Event()
+        self.interrupted = False  # by Ctrl-C: a person waits at a terminal
 
-    def signalled(self) -> None:
+    def signalled(self, number: signal.Signals = signal.SIGTERM) -> None:
         """A signal: drain; the second one: do not wait."""
+        self.interrupted = self.interrupted or number == signal.SIGINT
         (self.hurry if self.stop.is_set() else self.stop).set()
+
+    @property
+    def exit_status(self) -> int:
+        """Of an end that was asked for: 130 where Ctrl-C cut it short."""
+        return 130 if self.interrupted and self.hurry.is_set() else 0
 
     def told(self, deadline_s: float) -> None:
         """A coordinator's word: drain, within so many seconds; 0: within our own time."""

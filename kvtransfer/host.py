@@ -40,6 +40,7 @@ from engine.telemetry.holds import holds_route
 from engine.telemetry.http import make_app, serve_http
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import RpcMetrics
+from engine.telemetry.progress import print_line
 from engine.types import ModelIdentity, Role, new_incarnation
 from engine.worker import EngineDied, EngineThread
 from kvtransfer.base import MemoryRegion
@@ -219,7 +220,7 @@ async def run_worker(
     """Serve until told to stop; returns the exit status. Raises ConfigError for a used port."""
     orders = Orders(settings.worker.drain_s)
     for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, orders.signalled)
+        asyncio.get_running_loop().add_signal_handler(signum, orders.signalled, signum)
     host = WorkerHost(settings, engine)
     server = RpcServer(RpcMetrics(registry))
     kv_service = worker_pb2.DESCRIPTOR.services_by_name["KvService"]
@@ -261,10 +262,13 @@ async def run_worker(
         _log.info("worker serves", address=address, http=http.address, incarnation=host.incarnation)
         status = await _until_the_end(host, registration, orders.stop)
         if status == 0:
+            if orders.interrupted:
+                print_line(f"{host.role.value}: stopping; Ctrl-C again to stop now")
             host.calls.draining = True
             registration.report_now()
             await server.set_serving(False)
             await host.calls.drain(orders.drain_s, orders.hurry)
+            return orders.exit_status
         return status
     finally:
         if registration is not None:

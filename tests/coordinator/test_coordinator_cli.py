@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -183,6 +184,52 @@ def test_serving_without_workers_until_a_signal(tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_drains_and_once_more_stops_now(tmp_path, presses):
+    """A request that waits for a worker is inside: it is what the draining waits for."""
+    command = [sys.executable, "-m", "coordinator.cli", "start", "--workers", "external"]
+    command += ["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--log-format", "json"]
+    command += ["--worker-wait-s", "3" if presses == 1 else "60", "--drain-s", "60"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        line = process.stdout.readline()
+        address, http = line.split(" on ")[1].split()[0], line.split("(HTTP ")[1].split(")")[0]
+        asking = subprocess.Popen(
+            [sys.executable, "-m", "coordinator.cli", "generate", "x", "--server", address],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        until(lambda: is_waiting(http))
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        until(lambda: "Ctrl-C again to stop now" in (tmp_path / "log").read_text())
+        if presses == 2:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(20) == (0 if presses == 1 else 130)
+        assert time.monotonic() - began < 10
+        said = (tmp_path / "log").read_text()
+        assert "Traceback" not in said
+        assert "KeyboardInterrupt" not in said
+    finally:
+        process.kill()
+        process.wait()
+        asking.kill()
+        asking.wait()
+
+
+def is_waiting(http):
+    with urllib.request.urlopen(f"http://{http}/metrics", timeout=5) as answer:
+        return re.search(r"num_requests_waiting\S* 1", answer.read().decode())
+
+
+def until(condition, timeout_s=20.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def options_of(tmp_path, **model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from typing import Any
 
@@ -101,3 +102,15 @@ async def test_what_was_said_first_holds() -> None:
     orders.signalled()
     assert orders.hurry.is_set(), "a signal after that is the second word"
     assert Orders(20.0).drain_s == 20.0
+
+
+async def test_a_second_ctrl_c_ends_with_its_status() -> None:
+    for number, once, twice in ((signal.SIGINT, 0, 130), (signal.SIGTERM, 0, 0)):
+        orders = Orders(20.0)
+        orders.signalled(number)
+        assert orders.stop.is_set()
+        assert orders.exit_status == once
+        orders.signalled(number)
+        assert orders.hurry.is_set()
+        assert orders.exit_status == twice
+        assert orders.interrupted == (number == signal.SIGINT)
