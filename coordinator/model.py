@@ -85,7 +85,8 @@ class ServedModel:
             assert request.text is not None, "a checked request has a prompt"
             field, ids = "text", await self.encode("text", request.text, True, max_model_len)
         if not ids:
-            raise InvalidRequest(field, "no tokens in it; expected at least one")
+            why = "this model has none to begin with" if field == "text" else "nothing is rendered"
+            raise InvalidRequest(field, f"no tokens in it, and {why}; expected at least one")
         if len(ids) >= max_model_len:
             raise InvalidRequest(
                 field,

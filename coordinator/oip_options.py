@@ -17,6 +17,7 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
+from coordinator.oip_neutral import NEUTRAL, instead, is_neutral
 from engine.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2
 
@@ -41,30 +42,24 @@ _ALIASES = {
     "min_length": "min_tokens",
     "request_output_len": "max_tokens",
     "num_return_sequences": "n",
+    "runtime_top_k": "top_k",
+    "runtime_top_p": "top_p",
 }
 _END_ID = "end_id"  # of TensorRT-LLM: one more stop token; -1: none
 _STRUCTURED = ("structured_outputs", "guided_decoding")  # of vLLM: a constraint in an object,
 _BACKEND = "backend"  # in which it may name one of its own compilers
-# What Triton's clients send and which at these values changes nothing here; None: at any.
-_WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
-    "pad_id": None,
-    "bad_words": ("", [], [""]),
-    "beam_width": (1,),
-    "length_penalty": (0, 1),
-    "detokenize": (True,),
-    "spaces_between_special_tokens": (True,),
-}
-_LISTS = {"bad_words", "choice", "stop", "stop_token_ids", "stop_words"}
+_UNSET = ("top_k", "seed")  # for which -1 is as good as nothing
+_LISTS = {"choice", "stop", "stop_token_ids", "stop_words"}
 
 
 def takes_list(name: str) -> bool:
     """Whether a tensor of this option holds any number of elements."""
-    return name in _LISTS
+    return name in _LISTS or name in NEUTRAL
 
 
 def known() -> str:
     """All names, for error messages."""
-    return ", ".join(sorted([*FIELDS, *_ALIASES, _END_ID, *_WITHOUT_EFFECT]))
+    return ", ".join(sorted([*FIELDS, *_ALIASES, _END_ID]))
 
 
 class Options:
@@ -83,21 +78,32 @@ class Options:
         elif name == _END_ID:
             if (token := _whole(where, value)) != -1:
                 self._write(where, "stop_token_ids", [token])
-        elif name in _WITHOUT_EFFECT:
-            harmless = _WITHOUT_EFFECT[name]
-            if harmless is not None and value not in harmless:
-                raise InvalidRequest(where, f"{value!r} is not served; leave it out")
+        elif name in NEUTRAL:
+            if not is_neutral(name, value):
+                raise InvalidRequest(where, f"{_shown(value)} is not served; {instead(name)}")
         elif (canonical := _ALIASES.get(name, name)) in FIELDS:
             if first := self._given.get(canonical):
                 raise InvalidRequest(where, f"given already, as {first}")
             self._given[canonical] = where
-            if name == "stop_words":  # empty ones stand for none
-                value = [text for text in _list(where, value) if text != ""]
-            if canonical == "top_k" and str(value) == "-1":  # off, in vLLM's words
-                value = 0
+            if canonical == "stop":  # empty ones stand for none, and so does TensorRT-LLM's flag
+                value = [text for text in _list(where, value) if text not in ("", False)]
+            if canonical in _UNSET and _is_minus_one(value):
+                return
             self._write(where, canonical, value)
         else:
             raise InvalidRequest(where, f"not known here; known are {known()}")
+
+    def finish(self) -> None:
+        """What several options mean together; call it after the last one.
+
+        A top_p of 0 is TensorRT-LLM's default. There it means that top_k alone decides, and without
+        one the likeliest token.
+        """
+        sampling = self._request.sampling
+        if sampling.HasField("top_p") and sampling.top_p == 0:
+            sampling.ClearField("top_p")
+            if not sampling.top_k:
+                sampling.top_k = 1
 
     def _take_structured(self, where: str, value: Any) -> None:
         if isinstance(value, str):  # Triton's backend of vLLM takes the object's JSON alone
@@ -164,6 +170,10 @@ def flag_of(where: str, value: Any) -> bool:
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     raise InvalidRequest(where, f"{_shown(value)}; expected true or false")
+
+
+def _is_minus_one(value: Any) -> bool:
+    return not isinstance(value, bool) and str(value) in ("-1", "-1.0")
 
 
 def _real(where: str, value: Any) -> float:

@@ -24,6 +24,7 @@ from coordinator.oip_model import (
     SAMPLING_PARAMETERS,
     check_served,
 )
+from coordinator.oip_neutral import NEUTRAL
 from coordinator.oip_options import Options, flag_of, parse_json, takes_list
 from coordinator.oip_tensors import BYTES, Tensor, read_tensors, row, scalar, text
 from engine.errors import InvalidRequest
@@ -72,6 +73,7 @@ def read_request(request: grpc_service_pb2.ModelInferRequest, served: str) -> As
             flags[name] = flag_of(where, value)
         else:
             options.take(where, name, value)
+    options.finish()
     if not flags.get("exclude_input_in_output", True):
         generate.output.echo = True
     outputs = _outputs(request, flags, generate, prompt.name == "input_ids")
@@ -157,7 +159,10 @@ def _value(where: str, parameter: grpc_service_pb2.InferParameter) -> Any:
 
 def _element(tensor: Tensor) -> Any:
     """The element of an option's tensor, or the list of them; BYTES are text."""
-    values = row(tensor) if takes_list(tensor.name) else [scalar(tensor)]
+    if takes_list(tensor.name):  # of words there may be rows, with their ends
+        values = list(tensor.values) if tensor.name in NEUTRAL else row(tensor)
+    else:
+        values = [scalar(tensor)]
     if tensor.datatype == BYTES:
         values = [text(f"inputs.{tensor.name}", value) for value in values]
     return values if takes_list(tensor.name) else values[0]

@@ -63,14 +63,14 @@ def validate_generate(request: inference_pb2.GenerateRequest, limits: Limits) ->
     text, token_ids = None, None
     match request.WhichOneof("prompt"):
         case "text":
-            text = request.text
-            if not text:
-                raise InvalidRequest("text", "empty; expected a prompt")
+            text = request.text  # an empty one is a prompt where the tokenizer adds a token
         case "token_ids":
             ids = request.token_ids.ids
             token_ids = check_token_ids("token_ids.ids", ids, limits, limits.max_model_len)
             if not token_ids:
-                raise InvalidRequest("token_ids.ids", "empty; expected at least one token")
+                raise InvalidRequest(
+                    "token_ids.ids", "empty; expected at least one token, such as the model's first"
+                )
         case _:
             raise InvalidRequest("prompt", "unset; expected text or token_ids")
     return _answer_request(

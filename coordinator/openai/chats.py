@@ -8,31 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from coordinator.openai.constraints import names_of, read_constraint
+from coordinator.openai.decisions import CHAT_NEUTRAL, IGNORED
 from coordinator.openai.errors import unsupported
 from coordinator.openai.fields import UINT32, Fields, as_object
 from coordinator.openai.messages import read_messages
-from coordinator.openai.options import IGNORED, Wanted, read_common
+from coordinator.openai.options import Wanted, read_common
 from coordinator.validate import MAX_LOGPROBS
 from engine.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2
 
 _Mode = inference_pb2.ToolChoice
 _MODES = {"none": _Mode.MODE_NONE, "auto": _Mode.MODE_AUTO, "required": _Mode.MODE_REQUIRED}
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
-    "add_special_tokens": (False,),
-    "audio": (),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "echo": (False,),
-    "function_call": (),
-    "functions": ([],),
-    "modalities": (["text"], []),
-    "return_prompt_text": (False,),
-    "web_search_options": (),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +47,7 @@ def read_chat(body: Mapping[str, Any], request_id: str) -> ChatCall:
     parallel = None
     if fields.take("parallel_tool_calls") is not None:
         parallel = fields.boolean("parallel_tool_calls")
-    fields.neutral(_NEUTRAL)
+    fields.neutral(CHAT_NEUTRAL)
     fields.end(IGNORED)
     request = inference_pb2.ChatRequest(
         **common.request,

@@ -7,20 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coordinator.openai.constraints import names_of, read_constraint
+from coordinator.openai.decisions import COMPLETION_NEUTRAL, IGNORED
 from coordinator.openai.fields import UINT32, Fields, whole_list
-from coordinator.openai.options import IGNORED, Wanted, read_common
+from coordinator.openai.options import Wanted, read_common
 from coordinator.validate import MAX_LOGPROBS, MAX_REQUEST_ID_CHARS
 from engine.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2
 
 MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
-_NEUTRAL = {
-    "add_special_tokens": (True,),
-    "prompt_embeds": (),
-    "suffix": ("",),
-    "return_prompt_text": (False,),
-}
 Prompt = str | list[int]
 
 
@@ -51,7 +46,7 @@ def read_completion(body: Mapping[str, Any], request_id: str) -> CompletionCall:
     echo = fields.boolean("echo")
     common = read_common(fields, request_id, max_tokens=max_tokens, logprobs=logprobs, echo=echo)
     constraint, asked = read_constraint(fields)
-    fields.neutral({**_NEUTRAL, "best_of": (1, common.wanted.n)})
+    fields.neutral({**COMPLETION_NEUTRAL, "best_of": (1, common.wanted.n)})
     fields.end(IGNORED)
     requests = []
     for i, prompt in enumerate(prompts):

@@ -41,7 +41,7 @@ _COMMON: dict[str, Schema] = {
     "stream": _BOOLEAN,
     "stream_options": _object([], include_usage=_BOOLEAN, continuous_usage_stats=_BOOLEAN),
     "temperature": {"type": "number", "minimum": 0},
-    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    "top_p": {"type": "number", "minimum": 0, "maximum": 1},
     "top_k": {"type": "integer", "minimum": -1, "maximum": UINT32},
     "min_p": {"type": "number", "minimum": 0, "maximum": 1},
     "frequency_penalty": {"type": "number", "minimum": -2, "maximum": 2},

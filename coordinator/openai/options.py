@@ -2,10 +2,7 @@
 
 Types are checked here; ranges are the gRPC API's own affair, whose errors name the same options.
 
-    served          sampling, stops, n, logprobs, constraints, streaming, vLLM's extras
-    NEUTRAL         accepted where they do nothing, else refused by name
-    IGNORED         they change no answer of such a model, at OpenAI or vLLM
-    anything else   refused as unknown, as OpenAI does
+What becomes of each option is listed in decisions.py.
 """
 
 from __future__ import annotations
@@ -13,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from coordinator.openai.decisions import NEUTRAL
 from coordinator.openai.fields import UINT32, Fields, real, whole, whole_list
 from coordinator.validate import MAX_CHOICES, MAX_LOGPROBS
 from engine.errors import InvalidRequest
@@ -20,50 +18,6 @@ from engine.pb.diptych.v1 import inference_pb2
 
 DEFAULT_TEMPERATURE = 1.0
 _INT64, _UINT64 = 2**63, 2**64
-
-IGNORED = frozenset(
-    {
-        # OpenAI's
-        "metadata",
-        "prediction",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "reasoning_effort",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-        "verbosity",
-        # vLLM's
-        "guided_decoding_backend",
-        "include_reasoning",
-        "return_mm_kwargs",
-        "return_token_offsets",
-        "session_id",
-        "spaces_between_special_tokens",
-        "stream_interval",
-        "vllm_xargs",
-    }
-)
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": ([],),
-    "bad_words": ([],),
-    "early_stopping": (False,),
-    "ec_transfer_params": ({},),
-    "kv_transfer_params": ({},),
-    "length_penalty": (1.0,),
-    "logits_processors": ([],),
-    "mm_processor_kwargs": ({},),
-    "media_io_kwargs": ({},),
-    "repetition_detection": (),
-    "routed_experts_prompt_start": (0,),
-    "thinking_token_budget": (-1,),
-    "truncate_prompt_tokens": (),
-    "truncation_side": (),
-    "use_beam_search": (False,),
-    "watermarking": (False,),
-    "logprob_token_ids": (),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +108,12 @@ def _sampling(fields: Fields) -> inference_pb2.Sampling:
     temperature = fields.number("temperature")
     seed = fields.integer("seed", -_INT64, _UINT64 - 1)
     top_k = fields.integer("top_k", -1, UINT32)
+    top_p = fields.number("top_p")
+    if top_p == 0:  # OpenAI takes it: the likeliest token is always in
+        top_p, top_k = None, 1
     return inference_pb2.Sampling(
         temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
-        top_p=fields.number("top_p"),
+        top_p=top_p,
         top_k=0 if top_k == -1 else top_k,  # vLLM's other way to say off
         min_p=fields.number("min_p"),
         frequency_penalty=fields.number("frequency_penalty"),

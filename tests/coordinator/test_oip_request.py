@@ -8,16 +8,19 @@ import hypothesis.strategies as st
 import pytest
 
 from coordinator import oip_model
+from coordinator.oip_neutral import NEUTRAL
 from coordinator.oip_options import FIELDS
 from coordinator.oip_reply import FINAL, Reply
 from coordinator.oip_request import read_request
 from coordinator.oip_tensors import Tensor, read_tensors, write_tensor
+from coordinator.validate import Limits, validate_generate
 from engine.errors import DiptychError, InvalidRequest, NotFound
 from engine.pb.diptych.v1 import inference_pb2
 from engine.pb.inference import grpc_service_pb2 as pb
 from engine.pb.inference import model_config_pb2
 
 MODEL = "smollm2"
+LIMITS = Limits(MODEL, 1000, (2,), 500)
 RANGES = {
     "BOOL": st.booleans(),
     "INT8": st.integers(-128, 127),
@@ -260,8 +263,174 @@ def test_a_request_as_tensorrt_llm_has_it():
     assert list(asked.generate.stop.stop) == ["x"]
     assert list(asked.generate.stop.stop_token_ids) == [2]
     assert asked.generate.sampling.seed == 2**63
-    refused(ask(beam_width=4), "parameters.beam_width", "not served")
+    refused(ask(beam_width=4), "parameters.beam_width", "4", "not served")
     refused(add(ask(), "bad_words", "BYTES", [1], b"rude"), "inputs.bad_words", "not served")
+
+
+def every_default_of_tensorrt_llm():
+    """What a client sends that fills in every input of the backend's configuration."""
+    request = ask(shape=(1, 1))
+    for name, datatype, *values in [
+        ("max_tokens", "INT32", 9),
+        ("num_return_sequences", "INT32", 1),
+        ("bad_words", "BYTES", b""),
+        ("stop_words", "BYTES", b"", b""),
+        ("exclude_input_in_output", "BOOL", True),
+        ("end_id", "INT32", 2),
+        ("pad_id", "INT32", 0),
+        ("top_k", "INT32", 0),
+        ("top_p", "FP32", 0.0),
+        ("temperature", "FP32", 1.0),
+        ("length_penalty", "FP32", 1.0),
+        ("repetition_penalty", "FP32", 1.0),
+        ("min_length", "INT32", 1),
+        ("presence_penalty", "FP32", 0.0),
+        ("frequency_penalty", "FP32", 0.0),
+        ("random_seed", "UINT64", 0),
+        ("return_log_probs", "BOOL", False),
+        ("return_context_logits", "BOOL", False),
+        ("return_generation_logits", "BOOL", False),
+        ("return_perf_metrics", "BOOL", False),
+        ("beam_width", "INT32", 1),
+        ("stream", "BOOL", False),
+        ("prompt_vocab_size", "INT32", 0),
+        ("embedding_bias_words", "BYTES"),
+        ("embedding_bias_weights", "FP32"),
+        ("num_draft_tokens", "INT32", 0),
+        ("use_draft_logits", "BOOL", False),
+        ("guided_decoding_guide_type", "BYTES", b""),
+        ("guided_decoding_guide", "BYTES", b""),
+        ("decoder_text_input", "BYTES", b""),
+        ("runtime_top_p_min", "FP32", 1e-6),
+        ("runtime_top_p_decay", "FP32", 1.0),
+        ("runtime_top_p_reset_ids", "INT32", -1),
+        ("beam_search_diversity_rate", "FP32", 0.0),
+        ("early_stopping", "BOOL", True),
+    ]:
+        add(request, name, datatype, [1, len(values)], *values)
+    add(request, "stop_words_list", "INT32", [1, 2, 2], 0, 0, -1, -1)
+    return add(request, "bad_words_list", "INT32", [1, 2, 0])
+
+
+def test_every_default_of_tensorrt_llms_clients_is_taken():
+    asked = read_request(every_default_of_tensorrt_llm(), MODEL)
+    assert asked.generate == inference_pb2.GenerateRequest(
+        model=MODEL,
+        request_id="",
+        text="Hello",
+        n=1,
+        # No top_k and a top_p of 0: the likeliest token, whatever the temperature.
+        sampling=inference_pb2.Sampling(
+            temperature=1.0,
+            top_k=1,
+            repetition_penalty=1.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            seed=0,
+        ),
+        stop=inference_pb2.Stop(max_tokens=9, min_tokens=1, stop_token_ids=[2]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "expected"),
+    [
+        (0, 0.0, (1, 1.0)),
+        (-1, 0.0, (1, 1.0)),
+        (None, 0.0, (1, 1.0)),
+        (50, 0.0, (50, 1.0)),
+        (-1, 0.5, (0, 0.5)),
+        (0, 0.5, (0, 0.5)),
+        (-1, None, (0, 1.0)),
+        (7, 1.0, (7, 1.0)),
+    ],
+)
+@pytest.mark.parametrize("names", [("top_k", "top_p"), ("runtime_top_k", "runtime_top_p")])
+def test_filters_as_tensorrt_llm_reads_them(names, top_k, top_p, expected):
+    given = {n: v for n, v in zip(names, (top_k, top_p), strict=True) if v is not None}
+    text = {name: str(value) for name, value in given.items()}
+    tensors = ask()
+    for name, value in given.items():
+        add(tensors, name, "INT32" if name.endswith("k") else "FP32", [1], value)
+    vllms = add(ask(), "sampling_parameters", "BYTES", [1], json.dumps(text).encode())
+    for request in (ask(**given), ask(**text), tensors, vllms):
+        sampling = validate_generate(read_request(request, MODEL).generate, LIMITS).sampling
+        assert (sampling.top_k, sampling.top_p) == expected
+
+
+# Every option that is not served, and values at which it would do something.
+BEYOND = {
+    "bad_words": ["rude", ["rude"]],
+    "bad_words_list": [[5, 1]],
+    "stop_words_list": [[5, 1]],
+    "beam_width": [2, 0, "4", 10**400, "1e999", "NaN", "one"],
+    "return_log_probs": [True, "true", 1],
+    "return_context_logits": [True],
+    "return_generation_logits": [True],
+    "return_perf_metrics": [True],
+    "no_repeat_ngram_size": [3],
+    "length_penalty": [2.0],
+    "top_p_decay": [0.9],
+    "top_p_min": [0.1],
+    "early_stopping": ["never"],
+    "lora_task_id": [0, 7],
+    "lora_name": ["x"],
+    "prompt_vocab_size": [8],
+    "embedding_bias": [[0.0, 1.0]],
+    "embedding_bias_words": ["x"],
+    "guided_decoding_guide": ["{}x"],
+    "num_draft_tokens": [4],
+    "use_beam_search": [True],
+    "best_of": [2, "2"],
+    "detokenize": [False],
+    "allowed_token_ids": [[1, 2], "[1, 2]"],
+    "logits_processors": [["x"]],
+    "extra_args": [{"a": 1}],
+    "logit_processors": ["[" * 900 + "]" * 900, json.loads("[" * 900 + "]" * 900)],
+    "truncate_prompt_tokens": [5],
+    "thinking_token_budget": [5],
+    "image": ["abc"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL))
+def test_options_that_are_not_served_are_taken_at_neutral_values_alone(name):
+    plain = read_request(ask(), MODEL).generate
+
+    def carry(value):
+        options = json.dumps({name: value}).encode()
+        yield add(ask(), "sampling_parameters", "BYTES", [1], options)
+        if isinstance(value, str | float) or (isinstance(value, int) and value < 2**63):
+            yield ask(**{name: value})
+
+    harmless = NEUTRAL[name]
+    for value in ("", [], "[]", [""], *((5, "x") if harmless is None else harmless)):
+        text = value if isinstance(value, str) else json.dumps(value)
+        for request in [*carry(value), *carry(text)]:
+            assert read_request(request, MODEL).generate == plain, value
+    for value in BEYOND.get(name, []):
+        for request in carry(value):
+            refused(request, f".{name}: ", "not served")
+
+
+def test_what_is_served_in_place_of_an_option_is_said():
+    refused(ask(return_log_probs=True), "expected return_logprobs")
+    refused(ask(no_repeat_ngram_size=3), "leave it out")
+
+
+def test_empty_stops_are_none():
+    for request in (
+        ask(stop=""),
+        ask(stop="[]"),
+        ask(stop='[""]'),
+        add(ask(), "stop", "BOOL", [1], False),  # TensorRT-LLM's: do not end the request
+        add(ask(), "stop_words", "BYTES", [1, 0]),
+        ask(seed=-1),
+    ):
+        generate = read_request(request, MODEL).generate
+        assert not generate.stop.ByteSize()
+        assert not generate.sampling.ByteSize()
+    assert list(read_request(ask(stop='["", "x"]'), MODEL).generate.stop.stop) == ["x"]
 
 
 def test_a_request_as_vllms_backend_has_it():

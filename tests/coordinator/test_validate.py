@@ -87,7 +87,6 @@ def test_sampling_ranges(field, value):
 
 
 BAD = [
-    (generate(text=""), "text"),
     (pb.GenerateRequest(), "prompt"),
     (pb.GenerateRequest(token_ids=pb.TokenIds()), "token_ids.ids"),
     (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 2, 3, 100])), "token_ids.ids[3]"),

@@ -16,10 +16,8 @@ import random
 from collections import Counter
 from typing import Any
 
-from coordinator.openai.chats import _NEUTRAL as CHAT_NEUTRAL
-from coordinator.openai.completions import _NEUTRAL
+from coordinator.openai.decisions import CHAT_NEUTRAL, COMPLETION_NEUTRAL, IGNORED, NEUTRAL
 from coordinator.openai.openapi import description
-from coordinator.openai.options import IGNORED, NEUTRAL
 from engine.config import LogOptions
 from engine.telemetry.log import configure_logging
 from tests.support.http_front import HttpFront, http_front
@@ -105,7 +103,7 @@ ODD: list[Any] = [
 
 def names() -> list[str]:
     """Every option there is, and some that are not."""
-    found = {*IGNORED, *NEUTRAL, *_NEUTRAL, *CHAT_NEUTRAL, "request_id", "nonsense", ""}
+    found = {*IGNORED, *NEUTRAL, *COMPLETION_NEUTRAL, *CHAT_NEUTRAL, "request_id", "nonsense", ""}
     for path in description("0")["paths"].values():
         for operation in path.values():
             if isinstance(operation, dict) and "requestBody" in operation:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 
+import openai
 import pytest
 
 from coordinator.openai.body import MAX_DEPTH, parse_body
 from coordinator.openai.chats import read_chat
 from coordinator.openai.completions import MAX_PROMPTS, read_completion
+from coordinator.openai.decisions import (
+    CHAT,
+    CHAT_NEUTRAL,
+    COMPLETION,
+    COMPLETION_NEUTRAL,
+    IGNORED,
+    NEUTRAL,
+    SERVED,
+)
 from coordinator.openai.errors import Failure, Refused, failure_of, param_of
 from coordinator.openai.fields import Fields
 from coordinator.openai.openapi import description
-from coordinator.openai.options import IGNORED, NEUTRAL
 from engine.errors import (
     CheckpointError,
     DeadlineExceeded,
@@ -122,6 +132,7 @@ def test_defaults_are_openais():
 
 
 def test_small_agreements():
+    assert chat(top_p=0).request.sampling == pb.Sampling(temperature=1.0, top_k=1)
     (request,) = completion(stop="x", top_k=-1, seed=-2, max_tokens=16.0).requests
     assert list(request.stop.stop) == ["x"]
     assert request.sampling.top_k == 0
@@ -385,17 +396,52 @@ def test_codes_tell_what_is_unknown_from_what_is_not_there():
     assert failure(completion, max_tokens=-1).code is None
 
 
-@pytest.mark.parametrize("name", sorted(IGNORED))
-def test_what_changes_no_answer_is_passed_over(name):
-    assert completion(**{name: "whatever"}).requests == completion().requests
-    assert chat(**{name: {"any": 1}}).request == chat().request
+READERS = {CHAT: chat, COMPLETION: completion}
+NEUTRALS = {CHAT: {**NEUTRAL, **CHAT_NEUTRAL}, COMPLETION: {**NEUTRAL, **COMPLETION_NEUTRAL}}
+CONTENT = ("prompt", "messages")  # which may not be null
 
 
-@pytest.mark.parametrize("name", sorted(NEUTRAL))
-def test_options_at_values_that_do_nothing(name):
-    for harmless in (None, *NEUTRAL[name]):
-        assert completion(**{name: harmless}).requests == completion().requests
-    assert failure(completion, **{name: "something"}).param == name
+@pytest.mark.parametrize("path", READERS)
+def test_the_table_says_what_is_done(path):
+    read, served, neutral = READERS[path], SERVED[path], NEUTRALS[path]
+    assert not served & IGNORED
+    assert not (served | IGNORED) & neutral.keys()
+    odd = {"an": ["odd", {"thing": None}]}
+    for name in served:
+        value = 5 if name == "guided_json" else odd  # which is a schema
+        found = failure(read, **{name: value})  # it is looked at
+        assert found.param
+        assert found.param.startswith(name)
+        assert found.param != name or found.code is None
+        if name not in CONTENT:
+            read(**{name: None})
+    for name, harmless in neutral.items():
+        for value in (None, *harmless):
+            assert read(**{name: value}) == read()
+        found = failure(read, **{name: odd})
+        assert (found.param, found.code) == (name, "unsupported_parameter")
+    for name in IGNORED:
+        assert read(**{name: odd}) == read()
+    assert failure(read, temprature=1).code == "unknown_parameter"
+
+
+# What the client does not send.
+OF_THE_CLIENT = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+
+
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [
+        (CHAT, openai.resources.chat.Completions.create),
+        (CHAT, openai.resources.chat.Completions.parse),
+        (CHAT, openai.resources.chat.Completions.stream),
+        (COMPLETION, openai.resources.Completions.create),
+    ],
+)
+def test_every_option_of_the_openai_client_is_decided(path, method):
+    asked = set(inspect.signature(method).parameters) - OF_THE_CLIENT
+    assert len(asked) > 15
+    assert not asked - SERVED[path] - NEUTRALS[path].keys() - IGNORED
 
 
 def test_every_described_option_is_known():
@@ -406,8 +452,9 @@ def test_every_described_option_is_known():
         return body["properties"]
 
     for read, path in [(completion, "/v1/completions"), (chat, "/v1/chat/completions")]:
+        assert SERVED[path] <= properties(path).keys()
         for name in properties(path):
-            if name not in ("prompt", "messages"):
+            if name not in CONTENT:
                 read(**{name: None})
 
 

@@ -121,6 +121,20 @@ def unary(client):
         ],
     )
     assert batched.as_numpy("text_output").shape == (1, 1) and words(batched) == [text]
+    # With every option at the default that TensorRT-LLM's clients have, and compressed.
+    defaults = [
+        tensor("max_tokens", [[TOKENS]], "INT32"),
+        tensor("top_k", [[-1]], "INT32"),
+        tensor("top_p", [[0.0]], "FP32"),
+        tensor("temperature", [[1.0]], "FP32"),
+        tensor("repetition_penalty", [[1.0]], "FP32"),
+        tensor("random_seed", [[0]], "UINT64"),
+        tensor("return_log_probs", [[False]], "BOOL"),
+        tensor("bad_words", [[b""]], "BYTES"),
+    ]
+    for packing in ("gzip", "deflate"):
+        packed = client.infer(MODEL, [prompt(), *defaults], compression_algorithm=packing)
+        assert words(packed) == [text], packing
     options = json.dumps({"temperature": "0", "max_tokens": str(TOKENS)}).encode()
     as_vllm = client.infer(
         MODEL,
