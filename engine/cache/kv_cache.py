@@ -117,10 +117,15 @@ class KVCache:
         """K, V of a layer: strided views [num_blocks, num_kv_heads, block_size, head_dim] (HND)."""
         return self.pool[:, index, 0], self.pool[:, index, 1]
 
-    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Put k, v [T, num_kv_heads, head_dim] at slots [T] int64: block * block_size + offset."""
-        block = torch.div(slots, self.layout.block_size, rounding_mode="floor")
-        offset = slots - block * self.layout.block_size
+    def write(
+        self,
+        layer: int,
+        blocks: torch.Tensor,
+        offsets: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> None:
+        """Put k, v [T, num_kv_heads, head_dim] at positions offsets of blocks, both [T] int64."""
         k_blocks, v_blocks = self.layer(layer)
-        k_blocks[block, :, offset] = k
-        v_blocks[block, :, offset] = v
+        k_blocks[blocks, :, offsets] = k
+        v_blocks[blocks, :, offsets] = v

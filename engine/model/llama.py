@@ -57,7 +57,7 @@ class LlamaModel:
         eps, last = self.config.rms_norm_eps, len(self.weights.layers) - 1
         for index, layer in enumerate(self.weights.layers):
             q, k, v = self._qkv(rms_norm(x, layer.input_norm, eps), layer, cos, sin)
-            kv_cache.write(index, batch.slots, k, v)
+            kv_cache.write(index, batch.blocks, batch.offsets, k, v)
             if index == last and batch.num_logits == 0:
                 break  # nobody reads what comes after the last layer's KV
             attended = backend.run(plan, index, q, kv_cache).flatten(1)

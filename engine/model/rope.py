@@ -34,7 +34,7 @@ class Rope:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate heads x [T, heads, head_dim] by tables [T, 1, head_dim / 2], in fp32; x's dtype."""
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = x.chunk(2, dim=-1)  # products with fp32 tables are fp32
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x.dtype)
 

@@ -1,9 +1,8 @@
 """A step's ragged rows as tensors: a pure function of the rows, without cache or model.
 
     row 0            row 1   row 2
-    |t t t t t t t t|t      |t t t|        token_ids, positions, slots   [T]
-    0               8       9     12       query_start                   [R + 1]
-              (n-1) ^       ^  ^ ^ ^       logit_index                   [S]
+    |t t t t t t t t|t      |t t t|        token_ids, positions, blocks, offsets   [T]
+              (n-1) ^       ^  ^ ^ ^       logit_index                             [S]
 
 A row is a prompt chunk, a decode token or a draft to be verified: nothing here knows which.
 """
@@ -35,14 +34,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """All rows of a step: T tokens, R rows, S wanted logits. int64, on the model's device."""
+    """All rows of a step: T tokens, S wanted logits. int64, on the model's device.
+
+    The tensors are views of one: they reach a GPU in one copy.
+    """
 
     token_ids: torch.Tensor  # [T]
     positions: torch.Tensor  # [T]
-    slots: torch.Tensor  # [T]: block * block_size + offset
-    query_start: torch.Tensor  # [R + 1]: row r has tokens query_start[r] to query_start[r + 1]
-    context_lens: torch.Tensor  # [R], new tokens included
-    block_tables: torch.Tensor  # [R, max_blocks], padded with 0
+    blocks: torch.Tensor  # [T]: the block where the token's K and V go ...
+    offsets: torch.Tensor  # [T]: ... and the position in it
     logit_index: torch.Tensor  # [S]: tokens whose logits are wanted, row by row
     block_size: int
     rows: tuple[Row, ...]  # the same in plain Python, for planning
@@ -84,28 +84,25 @@ def build_batch(rows: Sequence[Row], block_size: int, device: torch.device) -> B
     num_tokens = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
     starts = np.array([row.start for row in rows], dtype=np.int64)
     num_logits = np.array([row.num_logits for row in rows], dtype=np.int64)
-    query_start = np.concatenate([[0], np.cumsum(num_tokens)]).astype(np.int64)
+    ends = np.cumsum(num_tokens)
 
     token_ids = np.concatenate([np.asarray(r.token_ids, dtype=np.int64) for r in rows] or [starts])
     positions = ranges(starts, num_tokens)
-    tables = np.zeros((len(rows), max((len(r.block_ids) for r in rows), default=0)), dtype=np.int64)
-    for table, row in zip(tables, rows, strict=True):
-        table[: len(row.block_ids)] = row.block_ids
-    row_of_token = np.repeat(np.arange(len(rows)), num_tokens)
-    block, offset = np.divmod(positions, block_size)
-    slots = tables[row_of_token, block] * block_size + offset
+    entry, offsets = np.divmod(positions, block_size)
+    tables = [np.asarray(r.block_ids, dtype=np.int64) for r in rows]
+    first_entry = np.cumsum([0, *map(len, tables)])[:-1]
+    blocks = np.concatenate(tables or [starts])[np.repeat(first_entry, num_tokens) + entry]
+    logit_index = ranges(ends - num_logits, num_logits)
 
-    def tensor(array: npt.NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
+    parts = (token_ids, positions, blocks, offsets, logit_index)
+    moved = torch.from_numpy(np.concatenate(parts)).to(device)
+    views = moved.split([len(part) for part in parts])
     return Batch(
-        token_ids=tensor(token_ids),
-        positions=tensor(positions),
-        slots=tensor(slots),
-        query_start=tensor(query_start),
-        context_lens=tensor(starts + num_tokens),
-        block_tables=tensor(tables),
-        logit_index=tensor(ranges(query_start[1:] - num_logits, num_logits)),
+        token_ids=views[0],
+        positions=views[1],
+        blocks=views[2],
+        offsets=views[3],
+        logit_index=views[4],
         block_size=block_size,
         rows=tuple(rows),
     )

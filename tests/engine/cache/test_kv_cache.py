@@ -39,7 +39,7 @@ def test_write_puts_each_token_at_its_slot_and_touches_nothing_else(dtype: str) 
     slots = torch.tensor([21, 0, 7, 6])
     k = torch.randn(4, 2, 4).to(cache.pool.dtype)
     v = torch.randn(4, 2, 4).to(cache.pool.dtype)
-    cache.write(1, slots, k, v)
+    cache.write(1, slots // 4, slots % 4, k, v)
     k_blocks, v_blocks = cache.layer(1)
     for i, slot in enumerate(slots.tolist()):
         block, offset = divmod(slot, 4)

@@ -28,7 +28,7 @@ def rows_of(draw: st.DrawFn) -> tuple[list[Row], int]:
 def test_a_batch_says_token_by_token_what_the_rows_say(case: tuple[list[Row], int]) -> None:
     rows, block_size = case
     batch = build_batch(rows, block_size, CPU)
-    token_ids, positions, slots, wanted, query_start = [], [], [], [], [0]
+    token_ids, positions, slots, wanted = [], [], [], []
     for row in rows:
         for i, token in enumerate(row.token_ids):
             position = row.start + i
@@ -36,18 +36,13 @@ def test_a_batch_says_token_by_token_what_the_rows_say(case: tuple[list[Row], in
                 wanted.append(len(token_ids))
             token_ids.append(token)
             positions.append(position)
-            slots.append(row.block_ids[position // block_size] * block_size + position % block_size)
-        query_start.append(len(token_ids))
+            slots.append((row.block_ids[position // block_size], position % block_size))
     assert batch.token_ids.tolist() == token_ids
     assert batch.positions.tolist() == positions
-    assert batch.slots.tolist() == slots
+    assert list(zip(batch.blocks.tolist(), batch.offsets.tolist(), strict=True)) == slots
     assert batch.logit_index.tolist() == wanted
-    assert batch.query_start.tolist() == query_start
-    assert batch.context_lens.tolist() == [row.start + len(row.token_ids) for row in rows]
-    for table, row in zip(batch.block_tables.tolist(), rows, strict=True):
-        assert table[: len(row.block_ids)] == row.block_ids
     assert (batch.num_tokens, batch.num_logits) == (len(token_ids), len(wanted))
-    assert all(t.dtype == torch.int64 for t in (batch.token_ids, batch.slots, batch.logit_index))
+    assert all(t.dtype == torch.int64 for t in (batch.token_ids, batch.blocks, batch.logit_index))
 
 
 @pytest.mark.parametrize(
