@@ -29,9 +29,9 @@ class FlashInferPlan:
     """Which tokens go to which kernel; the rest lies in the wrappers."""
 
     serial: int
-    decode_tokens: torch.Tensor | None  # [n]
-    prefill_tokens: torch.Tensor | None  # [T - n]
-    order: torch.Tensor  # [T]
+    num_decode: int  # tokens of the decode kernel; the prefill kernel takes the others
+    tokens: torch.Tensor | None  # [T]: decode's, then prefill's; None: they lie so already
+    order: torch.Tensor | None  # [T]: where a token's output lies among those
 
 
 def _int32(array: npt.NDArray[np.int32]) -> torch.Tensor:
@@ -58,7 +58,7 @@ class FlashInferBackend:
         self._device = device
         self._serial = 0
         # The float workspace is scratch of a single run, and runs follow one another on one stream.
-        workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         group = num_heads // layout.num_kv_heads
         self._prefill: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
             workspace, "HND", backend="fa2"
@@ -75,17 +75,16 @@ class FlashInferBackend:
             self._plan_decode(step.decode)
         if step.prefill is not None:
             self._plan_prefill(step.prefill)
-
-        def tokens(part: PagedIndices | None) -> torch.Tensor | None:
-            return None if part is None else torch.from_numpy(part.tokens).to(self._device)
-
-        order = torch.from_numpy(step.order).to(self._device)
-        return FlashInferPlan(self._serial, tokens(step.decode), tokens(step.prefill), order)
+        num_decode = 0 if step.decode is None else len(step.decode.tokens)
+        if step.in_order:
+            return FlashInferPlan(self._serial, num_decode, None, None)
+        tokens, order = torch.from_numpy(np.stack([step.tokens, step.order])).to(self._device)
+        return FlashInferPlan(self._serial, num_decode, tokens, order)
 
     def _plan_decode(self, part: PagedIndices) -> None:
         self._decode.plan(
             _int32(part.kv_indptr),
-            _int32(part.kv_indices).to(self._device),
+            _int32(part.kv_indices),
             _int32(part.kv_last_page_len),
             self._num_heads,
             self._layout.num_kv_heads,
@@ -100,7 +99,7 @@ class FlashInferBackend:
         self._prefill.plan(
             _int32(part.qo_indptr),
             _int32(part.kv_indptr),
-            _int32(part.kv_indices).to(self._device),
+            _int32(part.kv_indices),
             _int32(part.kv_last_page_len),
             self._num_heads,
             self._layout.num_kv_heads,
@@ -119,15 +118,13 @@ class FlashInferBackend:
         if plan.serial != self._serial:
             raise RuntimeError("this plan is void: the backend has planned another step since")
         kv = kv_cache.layer(layer)
-        if plan.prefill_tokens is None:
-            return self._as_tensor(self._decode.run(q, kv))
-        if plan.decode_tokens is None:
-            return self._as_tensor(self._prefill.run(q, kv))
-        decoded = self._decode.run(q.index_select(0, plan.decode_tokens), kv)
-        prefilled = self._prefill.run(q.index_select(0, plan.prefill_tokens), kv)
-        return torch.cat([decoded, prefilled]).index_select(0, plan.order)
-
-    @staticmethod
-    def _as_tensor(out: Any) -> torch.Tensor:
-        assert isinstance(out, torch.Tensor)
-        return out
+        n = plan.num_decode
+        if plan.tokens is not None:
+            q = q.index_select(0, plan.tokens)
+        # The prefill wrapper would fill an output of its own with zeros, in each layer.
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if n > 0:
+            self._decode.run(q[:n], kv, out=out[:n])
+        if n < len(q):
+            self._prefill.run(q[n:], kv, out=out[n:])
+        return out if plan.order is None else out.index_select(0, plan.order)

@@ -41,9 +41,13 @@ class StepIndices:
 
     decode: PagedIndices | None
     prefill: PagedIndices | None
-    order: npt.NDArray[
-        np.int64
-    ]  # [T]: where a token's output lies after decode's and prefill's are joined
+    tokens: npt.NDArray[np.int64]  # [T]: decode's tokens, then prefill's
+    order: npt.NDArray[np.int64]  # [T]: where a token's output lies among those
+
+    @property
+    def in_order(self) -> bool:
+        """The step's tokens lie in that order already."""
+        return bool((self.order[1:] > self.order[:-1]).all())
 
 
 def paged_indices(
@@ -74,4 +78,4 @@ def step_indices(rows: Sequence[Row], block_size: int) -> StepIndices:
     joined = np.concatenate([part.tokens for part in parts if part is not None] or [lengths])
     order = np.empty_like(joined)
     order[joined] = np.arange(len(joined), dtype=np.int64)
-    return StepIndices(decode=parts[0], prefill=parts[1], order=order)
+    return StepIndices(decode=parts[0], prefill=parts[1], tokens=joined, order=order)
