@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from decode.speculative.draft_model import ModelDrafter
 from decode.speculative.step_cost import StepCost
 from decode.speculative.verify import verify
 from engine.attention import select_backend
+from engine.attention.base import AttentionBackend
 from engine.cache.block_pool import BlockPool
 from engine.cache.kv_cache import KVCache
 from engine.cache.layout import name_salt
@@ -51,17 +54,21 @@ class Panel:
         draft_tokens: int = 4,
         prompt_tokens: int = 16,
         pace: Pace | None = None,
+        size: int = SIZE,
+        backend_of: Callable[[KVCache, int, int], AttentionBackend[Any]] = select_backend,
     ) -> None:
+        dtype = str(target.dtype).removeprefix("torch.")
         layout = dataclasses.replace(
-            layout_of(target.config, SIZE), draft=layout_of(draft.config, SIZE)
+            layout_of(target.config, size, dtype), draft=layout_of(draft.config, size, dtype)
         )
+        self.size = size
         self.kv_cache = KVCache(layout, num_blocks, CPU)
         assert self.kv_cache.draft
         views = (self.kv_cache, self.kv_cache.draft)
         runners = []
         for model, view in zip((target, draft), views, strict=True):
             view.pool.fill_(float("nan"))
-            backend = select_backend(view, model.config.num_heads, 0)
+            backend = backend_of(view, model.config.num_heads, 0)
             runners.append(Runner(model, view, backend))
         sampler = Sampler(VOCAB, CPU)
         speculation = None
@@ -69,7 +76,7 @@ class Panel:
             drafter = ModelDrafter(runners[1], sampler, StepCost(), lambda: 0.0)
             speculation = Speculation(drafter, verify, draft_tokens, pace)
         self.pool = BlockPool(num_blocks)
-        self.scheduler = Scheduler(self.pool, SIZE, Budgets(prompt_tokens, 8), speculation, MAX_LEN)
+        self.scheduler = Scheduler(self.pool, size, Budgets(prompt_tokens, 8), speculation, MAX_LEN)
         metrics = WorkerMetrics(CollectorRegistry(), "draft")
         self.core = EngineCore(
             self.scheduler, runners[0], sampler, metrics, lambda: 0.0, runners[1]
@@ -88,7 +95,7 @@ class Panel:
         self.core.step()
         self.num_steps += 1
         for request in self.scheduler.active:
-            request.check(SIZE)
+            request.check(self.size)
         for event in self.core.take_events():
             if isinstance(event, TokensEvent):
                 self.answers[event.key] += event.token_ids

@@ -1,7 +1,12 @@
-"""FlashInfer's kernels against the float64 reference; a whole model on CUDA against the CPU."""
+"""FlashInfer's wrappers against the float64 reference; a whole model on CUDA against the CPU.
+
+Without a GPU the package's classes run on CPU tensors and torch code stands for its kernels
+(`tests/support/flashinfer_cpu.py`): arguments, layouts and plans are checked, the kernels are not.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import pytest
@@ -18,26 +23,29 @@ from engine.runner.runner import Runner
 from tests.engine.attention.reference import CASES, HEADS, poisoned, queries, reference_attention
 from tests.support.paged import CPU, layout_of, tiny_config
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(find_spec("flashinfer") is None, reason="needs flashinfer (extra `gpu`)"),
-]
 CUDA = torch.device("cuda:0")
+
+
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """What only a GPU can show."""
+    missing = find_spec("flashinfer") is None or not torch.cuda.is_available()
+    skipped = pytest.mark.skipif(missing, reason="needs a CUDA device and flashinfer")
+    return pytest.mark.gpu(skipped(test))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("window", [0, 6, 37])
 @pytest.mark.parametrize("shapes", CASES.values(), ids=CASES.keys())
 def test_kernels_equal_the_reference_over_a_poisoned_pool(
-    shapes: list[tuple[int, int]], window: int, dtype: str
+    shapes: list[tuple[int, int]], window: int, dtype: str, flashinfer_device: torch.device
 ) -> None:
     from engine.attention.flashinfer_backend import FlashInferBackend
 
-    rows, cache = poisoned(shapes, block_size=16, dtype=dtype, head_dim=64, device=CUDA)
+    device = flashinfer_device
+    rows, cache = poisoned(shapes, block_size=16, dtype=dtype, head_dim=64, device=device)
     q = queries(rows, cache)
-    backend = FlashInferBackend(cache.layout, HEADS, CUDA, window)
-    plan = backend.plan(build_batch(rows, 16, CUDA))
+    backend = FlashInferBackend(cache.layout, HEADS, device, window)
+    plan = backend.plan(build_batch(rows, 16, device))
     got = backend.run(plan, 1, q, cache)
     on_cpu = KVCache(cache.layout, cache.num_blocks, CPU)
     on_cpu.pool.copy_(cache.pool)
@@ -45,17 +53,19 @@ def test_kernels_equal_the_reference_over_a_poisoned_pool(
     torch.testing.assert_close(got.double().cpu(), expected, rtol=2e-2, atol=2e-2)
 
 
-def test_an_outdated_plan_is_refused() -> None:
+def test_an_outdated_plan_is_refused(flashinfer_device: torch.device) -> None:
     from engine.attention.flashinfer_backend import FlashInferBackend
 
-    rows, cache = poisoned([(4, 1)], block_size=16, dtype="bfloat16", head_dim=64, device=CUDA)
-    backend = FlashInferBackend(cache.layout, HEADS, CUDA)
-    old = backend.plan(build_batch(rows, 16, CUDA))
-    backend.plan(build_batch(rows, 16, CUDA))
+    device = flashinfer_device
+    rows, cache = poisoned([(4, 1)], block_size=16, dtype="bfloat16", head_dim=64, device=device)
+    backend = FlashInferBackend(cache.layout, HEADS, device)
+    old = backend.plan(build_batch(rows, 16, device))
+    backend.plan(build_batch(rows, 16, device))
     with pytest.raises(RuntimeError, match="void"):
         backend.run(old, 0, queries(rows, cache), cache)
 
 
+@on_gpu
 def test_fp32_is_left_to_the_torch_backend() -> None:
     from engine.attention.flashinfer_backend import FlashInferBackend
 
@@ -65,6 +75,7 @@ def test_fp32_is_left_to_the_torch_backend() -> None:
     assert isinstance(select_backend(KVCache(layout, 1, CUDA), 6, 0), TorchBackend)
 
 
+@on_gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_on_cuda_answers_as_on_the_cpu(dtype: str) -> None:
     config = tiny_config(hidden_size=384, head_dim=64, num_layers=2)

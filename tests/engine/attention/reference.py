@@ -1,10 +1,9 @@
-"""Attention one query and head at a time, in float64: slow, plain; and batches to try it on."""
+"""Attention one query at a time, in float64: slow, plain; and batches to try it on."""
 
 from __future__ import annotations
 
 import random
 
-import numpy as np
 import torch
 
 from engine.cache.kv_cache import KVCache
@@ -56,11 +55,11 @@ def poisoned(
     return rows, cache
 
 
-def queries(rows: list[Row], cache: KVCache) -> torch.Tensor:
-    """Random q [T, HEADS, head_dim] of the cache's dtype and device."""
+def queries(rows: list[Row], cache: KVCache, num_heads: int = HEADS) -> torch.Tensor:
+    """Random q [T, num_heads, head_dim] of the cache's dtype and device."""
     torch.manual_seed(99)
     num_tokens = sum(len(row.token_ids) for row in rows)
-    return torch.randn(num_tokens, HEADS, cache.layout.head_dim).to(cache.pool)
+    return torch.randn(num_tokens, num_heads, cache.layout.head_dim).to(cache.pool)
 
 
 def reference_attention(
@@ -78,11 +77,10 @@ def reference_attention(
             seen = range(max(0, last - window + 1) if window else 0, last + 1)
             block = [row.block_ids[p // layout.block_size] for p in seen]
             offset = [p % layout.block_size for p in seen]
-            for head in range(q.shape[1]):
-                k = k_blocks[block, head // group, offset].double().numpy()
-                v = v_blocks[block, head // group, offset].double().numpy()
-                score = k @ q[token, head].double().numpy() * layout.head_dim**-0.5
-                weight = np.exp(score - score.max())
-                out[token, head] = torch.from_numpy(weight @ v / weight.sum())
+            # [seen, num_heads, head_dim]
+            k = k_blocks[block, :, offset].double().repeat_interleave(group, 1)
+            v = v_blocks[block, :, offset].double().repeat_interleave(group, 1)
+            score = (k * q[token].double()).sum(-1) * layout.head_dim**-0.5
+            out[token] = (score.softmax(0)[..., None] * v).sum(0)
             token += 1
     return out
