@@ -96,7 +96,7 @@ def build_batch(rows: Sequence[Row], block_size: int, device: torch.device) -> B
 
     parts = (token_ids, positions, blocks, offsets, logit_index)
     moved = torch.from_numpy(np.concatenate(parts)).to(device)
-    views = moved.split([len(part) for part in parts])
+    views = moved.split_with_sizes([len(part) for part in parts])
     return Batch(
         token_ids=views[0],
         positions=views[1],

@@ -144,8 +144,19 @@ def test_the_workers_image_serves_both_commands():
     assert json_form(command)[0] in pyproject()["project"]["scripts"]
     _, http = rest(WORKER, "EXPOSE")[0].split()
     assert f"http://127.0.0.1:{http}/health/ready'" in rest(WORKER, "HEALTHCHECK")[0]
-    # FlashInfer compiles with nvcc, and torch 2.13 is built for CUDA 13.
+
+
+def test_the_workers_image_can_compile_flashinfers_kernels():
+    """With nvcc, whose CUDA is that of torch 2.13's build, its host compiler, and c++ to link."""
     assert re.match(r"nvidia/cuda:13\.\S+-devel-", build_arguments(WORKER)["BASE"])
+    (install,) = (line for line in rest(WORKER, "RUN") if "apt-get install" in line)
+    assert {"gcc", "g++", "libc6-dev"} <= set(install.split())
+    environ = image_environment(WORKER)
+    assert environ["FLASHINFER_WORKSPACE_BASE"] == environ["DIPTYCH_CACHE_DIR"]
+    assert environ["PATH"].startswith("/opt/venv/bin:"), "where pip puts ninja"
+    assert re.fullmatch(
+        r"flashinfer-python==[\d.]+", *pyproject()["project"]["optional-dependencies"]["gpu"]
+    )
 
 
 # --- compose

@@ -113,6 +113,7 @@ def test_it_and_pyproject_name_the_same_things() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == f">={machine.OLDEST[0]}.{machine.OLDEST[1]}"
     assert setup.TORCH in project["optional-dependencies"]["worker"]
+    assert setup.FLASHINFER in project["optional-dependencies"]["gpu"]
     assert sorted(machine.KERNEL_FLAGS) == sorted(KERNEL_FLAGS)
     assert machine.TIMES_SLOWER == engine.native.TIMES_SLOWER
     assert setup.MODEL in (ROOT / "engine/checkpoint/source.py").read_text()
@@ -341,12 +342,22 @@ def test_a_step_is_done_once(environment: Venv, installing: _Pip) -> None:
         ("-e", ".[worker]"),
         ("--no-deps", setup.MODEL),
         ("-e", ".[worker,dev]"),
+        ("--no-deps", "--no-compile", setup.FLASHINFER),
     ]
     for step in ("dev", "run"):
         assert setup.Setup(environment, "", "").to(step) == 0
-    assert len(installing.calls) == 4
+    assert len(installing.calls) == 5
     assert setup.Setup(environment, "", "").to("bench") == 0
-    assert installing.calls[4:] == [("-e", ".[worker,bench]")]
+    assert installing.calls[5:] == [("-e", ".[worker,bench]")]
+
+
+def test_with_a_gpu_flashinfer_comes_whole(
+    environment: Venv, installing: _Pip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert setup.Setup(environment, "", "").to("dev") == 0
+    assert ("-e", ".[worker,gpu,dev]") in installing.calls
+    assert not any(setup.FLASHINFER in call for call in installing.calls)
 
 
 def test_torch_with_cuda_is_announced_in_gigabytes_before_it_is_fetched(
