@@ -1,9 +1,8 @@
 """Chat templates: messages -> prompt text, as the model's authors wrote it down in Jinja.
 
-The template comes with the model and runs sandboxed; the environment and its helpers are those that
-such templates are written for (Hugging Face's): trim_blocks, lstrip_blocks, break and continue,
-tojson, raise_exception, strftime_now. Special tokens are part of the rendered text, so tokenize it
-with add_special_tokens=False.
+The template comes with the model and runs sandboxed (template_environment.py). Special tokens are
+part of the rendered text, so tokenize it with add_special_tokens=False. A template that is not
+Jinja stops no start: the model still serves Generate, and Chat answers with the reason.
 
 A template that does not know tools is given a conversation without them: their definitions stand in
 the system message, calls in the words of the model's family, and what tools said in turns of the
@@ -18,19 +17,21 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
 from jinja2 import meta
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from coordinator.caller_text import joined
 from coordinator.request import ChatMessage
+from coordinator.template_environment import template_environment
 from coordinator.tools import HERMES, ToolFormat
+from engine.checkpoint.added_tokens import ROLES
 from engine.checkpoint.jsonfile import read_json
-from engine.errors import CheckpointError, InvalidRequest
+from engine.errors import InvalidRequest
+from engine.telemetry.log import get_logger
 
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+_log = get_logger(__name__)
 _TOOL_USE = "tool_use"  # the name of a second template that some models bring
 
 
@@ -42,27 +43,44 @@ class ChatTemplate:
     special_tokens: Mapping[str, str]
     knowing_tools: frozenset[str]  # names of the templates that render tools
     text: str  # of all templates
+    broken: Mapping[str, str]  # templates that cannot be used, with the reason
 
     @classmethod
     def load(cls, folder: Path, *, now: Callable[[], datetime] = datetime.now) -> ChatTemplate:
-        """Read `chat_template.jinja`, else `tokenizer_config.json`; neither need exist.
+        """Read the templates of a folder, which need not have any; `now` is strftime_now's clock.
 
-        `now` is the clock behind strftime_now. Raises CheckpointError if a template is not Jinja.
+        Raises CheckpointError if one of the tokenizer's files is not JSON.
         """
-        path = folder / "tokenizer_config.json"
-        config = read_json(path) if path.exists() else {}
-        environment = _environment(now)
+        environment = template_environment(now)
         templates, knowing = {}, set()
-        sources = _sources(folder, config)
+        sources, broken = _sources(folder)
         for name, source in sources.items():
             try:
                 templates[name] = environment.from_string(source)
                 if "tools" in meta.find_undeclared_variables(environment.parse(source)):
                     knowing.add(name)
-            except jinja2.TemplateError as error:
-                raise CheckpointError(f"{folder}: chat template {name!r}: {error}") from None
+            except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
+                broken[name] = " ".join(str(error).split()) or type(error).__name__
+        for name, reason in broken.items():
+            _log.warning("chat template cannot be used; Generate works", name=name, reason=reason)
         text = "\n".join(sources.values())
-        return cls(templates, _special_tokens(config), frozenset(knowing), text)
+        special = _special_tokens(folder)
+        return cls(templates, special, frozenset(knowing), text, broken)
+
+    def _named(self, tools: bool) -> str:
+        """The template that a request is rendered by. Raises InvalidRequest where none can be."""
+        names = [*self.templates, *self.broken]
+        if not names:
+            raise InvalidRequest("messages", "this model has no chat template; use Generate")
+        wanted = _TOOL_USE if tools and _TOOL_USE in names else "default"
+        name = wanted if wanted in names else names[0]
+        if name in self.broken:
+            raise InvalidRequest(
+                "messages",
+                f"this model's chat template {name!r} cannot be used ({self.broken[name]}); "
+                "use Generate",
+            )
+        return name
 
     def render(
         self,
@@ -75,15 +93,27 @@ class ChatTemplate:
 
         `tool_format` is for a template that does not know tools.
         """
-        if not self.templates:
-            raise InvalidRequest("messages", "this model has no chat template; use Generate")
-        name = _TOOL_USE if tools and _TOOL_USE in self.templates else "default"
-        if name not in self.templates:
-            name = next(iter(self.templates))
+        name = self._named(bool(tools))
         if "developer" not in self.text:  # a role that OpenAI's clients have for system
             messages = [_without_developer(message) for message in messages]
-        if name not in self.knowing_tools and (tools or any(map(_is_of_tools, messages))):
-            messages, tools = _without_tools(messages, tools, tool_format), None
+        if name in self.knowing_tools or not (tools or any(map(_is_of_tools, messages))):
+            return self._render(name, messages, tools, add_generation_prompt)
+        told = _without_tools(messages, tools, tool_format)
+        try:
+            return self._render(name, told, None, add_generation_prompt)
+        except InvalidRequest:
+            if not tools or messages[0]["role"] == "system":
+                raise
+            # Some templates take no system message; what it would say goes before the first words.
+            return self._render(name, _without_system(told), None, add_generation_prompt)
+
+    def _render(
+        self,
+        name: str,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+    ) -> str:
         render = partial(
             self.templates[name].render,
             tools=list(tools) if tools else None,
@@ -168,9 +198,9 @@ def _without_tools(
             functions = [call["function"] for call in calls]
             written = form.write([(f["name"], _json(f)) for f in functions])
             between = "" if not content or content.endswith("\n") else "\n"
-            out.append({"role": role, "content": f"{content}{between}{written}"})
+            out.append({"role": role, "content": joined((content, between, written))})
         elif role == "tool":
-            result = f"<tool_response>\n{content}\n</tool_response>"
+            result = joined(("<tool_response>\n", content, "\n</tool_response>"))
             if previous == "tool":
                 out[-1]["content"] += "\n" + result
             else:
@@ -181,10 +211,17 @@ def _without_tools(
     if tools:
         told = _told(tools, form)
         if out and out[0]["role"] == "system":
-            out[0]["content"] = f"{out[0]['content']}\n\n{told}"
+            out[0]["content"] = joined((out[0]["content"], f"\n\n{told}"))
         else:
             out.insert(0, {"role": "system", "content": told})
     return list(out)
+
+
+def _without_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first message's content before the second one's."""
+    system, first, *rest = messages
+    content = joined((system["content"], "\n\n", first["content"]))
+    return [{**first, "content": content}, *rest]
 
 
 def _told(tools: Sequence[Mapping[str, Any]], form: ToolFormat) -> str:
@@ -198,61 +235,54 @@ def _told(tools: Sequence[Mapping[str, Any]], form: ToolFormat) -> str:
     )
 
 
-def _sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Template texts by name; files of their own go before tokenizer_config.json."""
+def _sources(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """(texts by name, reasons why others cannot be read), as transformers looks for them.
+
+    chat_template.jinja goes before tokenizer_config.json and that before chat_template.json, where
+    processors keep it; additional_chat_templates/ adds names.
+    """
+    found: dict[str, str] = {}
+    broken: dict[str, str] = {}
     files = {"default": folder / "chat_template.jinja"}
     extra = folder / "additional_chat_templates"
     files |= {path.stem: path for path in sorted(extra.glob("*.jinja"))}
-    try:
-        found = {n: path.read_text(encoding="utf-8") for n, path in files.items() if path.exists()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder}: chat template cannot be read ({error})") from None
-    if found:
-        return found
-    template = config.get("chat_template")
-    if isinstance(template, str):
-        return {"default": template}
-    return {item["name"]: item["template"] for item in template or []}
+    for name, path in files.items():
+        try:
+            if path.exists():
+                found[name] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            broken[name] = f"{path.name}: {error}"
+    if "default" in {*found, *broken}:
+        return found, broken
+    for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
+        value = read_json(path).get("chat_template") if path.exists() else None
+        if value:
+            return _templates(value) | found, broken
+    return found, broken
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+def _templates(value: Any) -> dict[str, str]:
+    """Of one text, or of several with names: [{"name": ..., "template": ...}] or {name: text}."""
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, dict):
+        value = [{"name": name, "template": text} for name, text in value.items()]
+    items = [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    return {
+        str(item["name"]): item["template"]
+        for item in items
+        if "name" in item and isinstance(item.get("template"), str)
+    }
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
     """Special tokens by role, which old files write as objects."""
-    out = {}
-    for role in _SPECIAL:
-        value = config.get(role)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            out[role] = value
+    out: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        config = read_json(folder / file) if (folder / file).exists() else {}
+        for role in ROLES:
+            value = config.get(role)
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                out[role] = value
     return out
-
-
-def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
-    def to_json(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # Jinja's own filter escapes HTML, which models have not been trained on.
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(form: str) -> str:
-        return now().strftime(form)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    return environment

@@ -16,7 +16,7 @@ from coordinator.request import ChatMessage, ToolCall
 from coordinator.tools import HERMES, MISTRAL
 from coordinator.validate_tools import check_tool_calls
 from engine.checkpoint.source import resolve
-from engine.errors import CheckpointError, InvalidRequest
+from engine.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2 as pb
 
 SYSTEM = {"role": "system", "content": "You are terse."}
@@ -239,6 +239,99 @@ def test_template_errors_are_invalid_requests(tmp_path: Path, template: str, nam
     assert error.value.field == "messages"
 
 
-def test_broken_template_is_the_checkpoints_fault(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="chat template"):
-        ChatTemplate.load(write(tmp_path, "{% if %}"))
+def test_a_template_that_is_not_jinja_stops_no_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "{% if %}"}]
+    loaded = ChatTemplate.load(write(tmp_path, named))
+    assert "tool_use" in "".join(capsys.readouterr()), "a log line names it"
+    assert loaded.render([USER]) == "d"
+    with pytest.raises(InvalidRequest, match=r"template 'tool_use' cannot be used.*use Generate"):
+        loaded.render([USER], TOOLS)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(InvalidRequest, match=r"chat_template\.jinja"):
+        ChatTemplate.load(tmp_path).render([USER])
+    for odd in ([{"template": "no name"}], 7, [1], {"default": 3}):
+        with pytest.raises(InvalidRequest, match="no chat template"):
+            fresh = tmp_path / "odd"
+            fresh.mkdir(exist_ok=True)
+            ChatTemplate.load(write(fresh, odd)).render([USER])
+
+
+GENERATION = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}\n  {% generation %}\n{{ m.content }}"
+    "\n  {% endgeneration %}\n{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{%- generation -%} {% set x = 1 %}{{ x }} {%- endgeneration -%}{{ x is defined }}"
+)
+
+
+def test_generation_blocks_are_rendered(tmp_path: Path) -> None:
+    messages = [SYSTEM, USER, ASSISTANT]
+    loaded = ChatTemplate.load(write(tmp_path, GENERATION))
+    assert loaded.render(messages) == theirs(GENERATION, messages)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "messages | tojson",
+        "messages | tojson(indent=2)",
+        "messages | tojson(ensure_ascii=True)",
+        "messages | tojson(sort_keys=True, separators=(',', ':'))",
+        "'a' ~ messages[0].content ~ 1",
+        "messages | map(attribute='content') | join(', ')",
+        "messages | map(attribute='role') | list",
+        "messages[1].content | safe ~ '<' ",
+        "messages[1].content | e",
+        "'%s!' | format(1)",
+        "messages[0].content | trim | upper | replace('A', 'b')",
+        "namespace(a=1).a ~ none",
+        "messages | selectattr('role', 'equalto', 'user') | list | length",
+        "tools is none",
+        "(messages | first).content[::-1] ~ (messages | last).content[:2]",
+        "'x' if tools else 'y'",
+    ],
+)
+def test_expressions_equal_transformers(tmp_path: Path, expression: str) -> None:
+    template = "{{ " + expression + " }}"
+    messages = [SYSTEM, USER, ASSISTANT]
+    assert ChatTemplate.load(write(tmp_path, template)).render(messages) == theirs(
+        template, messages
+    )
+
+
+def test_a_template_without_system_messages_is_told_of_tools_too(tmp_path: Path) -> None:
+    refuses = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + GENERIC
+    )
+    loaded = ChatTemplate.load(write(tmp_path, refuses))
+    prompt = loaded.render([USER], TOOLS)
+    assert prompt.startswith("<user>You can call functions.")
+    assert prompt.endswith(f"\n\n{USER['content']}</user>")
+    with pytest.raises(InvalidRequest, match="no system"):
+        loaded.render([SYSTEM, USER], TOOLS)
+
+
+def test_further_templates_in_their_folder(tmp_path: Path) -> None:
+    extra = tmp_path / "additional_chat_templates"
+    extra.mkdir()
+    (extra / "tool_use.jinja").write_text("t {{ tools | length }}")
+    (extra / "rag.jinja").write_text("r")
+    write(tmp_path, "inside")
+    loaded = ChatTemplate.load(tmp_path)
+    assert (loaded.render([USER]), loaded.render([USER], TOOLS)) == ("inside", "t 1")
+    (tmp_path / "chat_template.jinja").write_text("file")
+    loaded = ChatTemplate.load(tmp_path)
+    assert (loaded.render([USER]), loaded.render([USER], TOOLS)) == ("file", "t 1")
+
+
+def test_the_last_places_for_a_template_and_its_tokens(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ eos_token }}!"}))
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": {"content": "</s>"}})
+    )
+    assert ChatTemplate.load(tmp_path).render([USER]) == "</s>!"
+    write(tmp_path, {"default": "config", "tool_use": "config t"}, eos_token="<e>")
+    loaded = ChatTemplate.load(tmp_path)
+    assert (loaded.render([USER]), loaded.render([USER], TOOLS)) == ("config", "config t")

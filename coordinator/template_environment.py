@@ -1,0 +1,109 @@
+"""The Jinja environment that chat templates are written for (Hugging Face's), sandboxed.
+
+trim_blocks, lstrip_blocks, break and continue, `{% generation %}`, tojson, raise_exception,
+strftime_now. Joining texts keeps the class of the caller's text (caller_text.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from markupsafe import Markup
+
+from coordinator.caller_text import CallerText, is_marked, joined
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the model wrote, for training; the text inside is rendered."""
+
+    tags = {"generation"}  # noqa: RUF012 the name and type that Jinja reads
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+class _Joining(CodeGenerator):
+    """`a ~ b` by the environment's own joining."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.write("concat(map(str, (")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write(")))")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    code_generator_class = _Joining
+    concat = staticmethod(joined)
+
+
+def template_environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
+    """`now` is the clock behind strftime_now."""
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def strftime_now(form: str) -> str:
+        return now().strftime(form)
+
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.filters["safe"] = _safe
+    environment.filters["join"] = _join(environment.filters["join"])
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML, which models have not been trained on.
+    text = json.dumps(
+        value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+    if not ensure_ascii or text.isascii():
+        return text
+    # Marks stay marks: they stand for characters of the caller, most of them ASCII.
+    return "".join(c if c.isascii() or is_marked(c) else json.dumps(c)[1:-1] for c in text)
+
+
+def _safe(value: Any) -> Markup:
+    return Markup(str.__str__(value) if isinstance(value, CallerText) else value)
+
+
+def _join(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Jinja's join filter, with the class of the caller's text kept."""
+
+    @jinja2.pass_eval_context
+    def join(
+        context: nodes.EvalContext, value: Any, d: str = "", attribute: str | int | None = None
+    ) -> str:
+        parts = list(value)
+        text = original(context, parts, d, attribute)
+        return text if not isinstance(text, str) else joined([text, *(_empty(p) for p in parts)])
+
+    return join
+
+
+def _empty(part: Any) -> str:
+    """Nothing, in the class of the caller's text where `part` has it."""
+    return part[:0] if isinstance(part, str) else ""
