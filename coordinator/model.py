@@ -10,9 +10,11 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from coordinator.chat import ChatTemplate, turns
+from coordinator.chat_prompt import Turns, chat_prompt
 from coordinator.request import AnswerRequest, ChatMessage
 from coordinator.tokenizer import Tokenizer
 from coordinator.tool_schemas import fitting_constraint
@@ -38,6 +40,7 @@ class ServedModel:
         max_model_len: int = 0,
         tool_format: str = AUTO,
         folder: Path | None = None,
+        parse_special: str = "prompts",
     ) -> None:
         self.name = name
         self.config = config
@@ -54,11 +57,17 @@ class ServedModel:
         vocabulary = Vocabulary(folder, config.vocab_size, config.eos_token_ids) if folder else None
         self._compiler = Compiler(vocabulary) if vocabulary else None
         self._template = template
+        self._parse_special = parse_special
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, name: str, max_model_len: int, tool_format: str = AUTO
+        cls,
+        checkpoint: Checkpoint,
+        name: str,
+        max_model_len: int,
+        tool_format: str = AUTO,
+        parse_special: str = "prompts",
     ) -> ServedModel:
         """Read tokenizer and template of a checkpoint. Raises CheckpointError."""
         return cls(
@@ -69,6 +78,7 @@ class ServedModel:
             max_model_len,
             tool_format,
             checkpoint.folder,
+            parse_special,
         )
 
     async def prompt_of(self, request: AnswerRequest, max_model_len: int) -> list[int]:
@@ -121,15 +131,18 @@ class ServedModel:
         self, field: str, text: str, add_special_tokens: bool, max_model_len: int
     ) -> list[int]:
         """Token ids of `text`. Raises InvalidRequest, untokenized, where it can never fit."""
+        self._check_length(field, max_model_len, text)
+        meant: list[tuple[int, int]] | None = [] if self._parse_special == "none" else None
+        encode = partial(self.tokenizer.encode, text, add_special_tokens, meant)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+
+    def _check_length(self, field: str, max_model_len: int, text: str) -> None:
         if (least := self.tokenizer.min_num_tokens(text)) > max_model_len:
             raise InvalidRequest(
                 field,
                 f"{len(text)} characters are at least {least} tokens, above a context of"
                 f" {max_model_len}",
             )
-        loop = asyncio.get_running_loop()
-        encode = self.tokenizer.encode
-        return await loop.run_in_executor(self._threads, encode, text, add_special_tokens)
 
     async def encode_chat(
         self,
@@ -141,21 +154,29 @@ class ServedModel:
     ) -> list[int]:
         """Token ids of a conversation, which by default asks for the next turn.
 
-        The template writes special tokens itself. Raises InvalidRequest naming `field`.
+        The template writes special tokens; what spells one in the caller's texts is text, unless
+        --parse-special is all. Raises InvalidRequest naming `field`.
         """
-        loop = asyncio.get_running_loop()
-        try:
-            text = await loop.run_in_executor(
-                self._threads,
-                self._template.render,
-                turns(messages, self.limits.tool_format),
+        form = self.limits.tool_format
+
+        def render(messages: Turns, tools: Turns) -> str:
+            return self._template.render(messages, tools, add_generation_prompt, form)
+
+        def encode() -> list[int]:
+            prompt = chat_prompt(
+                render,
+                self.tokenizer.special,
+                turns(messages, form),
                 [tool.definition for tool in tools],
-                add_generation_prompt,
-                self.limits.tool_format,
+                partial(self._check_length, field, max_model_len),
+                callers_too=self._parse_special == "all",
             )
+            return self.tokenizer.encode(prompt.text, False, prompt.meant)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
         except InvalidRequest as error:
             raise InvalidRequest(field, error.description) from None
-        return await self.encode(field, text, False, max_model_len)
 
     async def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Text of `ids`."""

@@ -100,7 +100,9 @@ def serve(
     checkpoint = resolve(model.model, weights=False)
     check_length(checkpoint.config, model.max_model_len)
     name = model.model_name or checkpoint.name
-    served = ServedModel.load(checkpoint, name, model.max_model_len, front.tool_format)
+    served = ServedModel.load(
+        checkpoint, name, model.max_model_len, front.tool_format, front.parse_special
+    )
     local = fleet.workers == "local"
     gpus = tuple(find_gpus()) if local and model.device != "cpu" else ()
     if local:

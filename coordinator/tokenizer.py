@@ -21,6 +21,8 @@ from typing import Any
 
 import tokenizers
 
+from coordinator.caller_text import without_surrogates
+from coordinator.special_tokens import SpecialTokens
 from engine.checkpoint.added_tokens import merged_tokenizer
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.gguf_tokenizer import CONTROL_BY_NAME
@@ -77,6 +79,7 @@ class Tokenizer:
     special_ids: frozenset[int]  # tokens that skip_special_tokens leaves out
     decoding: Decoding
     longest_token: int  # no token stands for more characters than this; 0: there is no bound
+    special: SpecialTokens
     _pieces: dict[int, Piece | None] = field(default_factory=dict, repr=False, compare=False)
     _names: list[frozenset[str]] = field(default_factory=list, repr=False, compare=False)
 
@@ -123,16 +126,24 @@ class Tokenizer:
             special_ids=frozenset(t["id"] for t in added if t.get("special")),
             decoding=_decoding(spec.get("decoder"), path),
             longest_token=_longest_token(spec),
+            special=SpecialTokens(library),
         )
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        add_special_tokens: bool = True,
+        meant: Sequence[tuple[int, int]] | None = None,
+    ) -> list[int]:
         """Token ids of `text`; special tokens written in it are read as such.
 
+        With `meant` only those at these [begin, end) are, and the others are text.
         `add_special_tokens` puts around it what the model wants (a BOS for Llama, nothing for
         SmolLM2). A lone surrogate, which no UTF-8 text can hold, counts as U+FFFD.
         """
-        if not text.isascii():
-            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        text = without_surrogates(text)
+        if meant is not None:
+            return self.special.encode(text, meant, add_special_tokens)
         # The batch call, unlike `encode`, lets go of the interpreter lock while it works.
         encodings = self.library.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encodings[0].ids)

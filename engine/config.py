@@ -261,6 +261,12 @@ class FrontOptions:
         "how the model writes tool calls; auto: as its chat template tells",
         choices=("auto", "hermes", "llama3", "mistral", "mistral_args"),
     )
+    parse_special: str = option(
+        "prompts",
+        "where special tokens that a request spells are read as such: raw prompts alone, "
+        "the texts of conversations too (all), or nowhere (none)",
+        choices=("prompts", "all", "none"),
+    )
     routing: str = option("load", "how workers are picked", choices=("load",))
     max_request_s: float = option(
         600.0, "deadline of a request that brings none", minimum=0.1, maximum=MAX_REQUEST_S
