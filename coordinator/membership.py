@@ -35,7 +35,7 @@ from engine.errors import Mismatch
 from engine.memory import shown
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import CoordinatorMetrics
-from engine.types import NO_KV_POOL, PROTOCOL_VERSION, KVPool, ModelIdentity, Peer, Role
+from engine.types import NO_KV_POOL, PROTOCOL_VERSION, KVLink, KVPool, ModelIdentity, Peer, Role
 
 _log = get_logger(__name__)
 
@@ -81,6 +81,7 @@ class Load:
     total_blocks: int = 0
     quarantined_blocks: int = 0
     draining: bool = False
+    links: tuple[KVLink, ...] = ()  # to the peers that it has read from
     totals: Totals = field(default_factory=Totals)
 
 

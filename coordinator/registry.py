@@ -13,7 +13,7 @@ from typing import Any
 from coordinator.membership import HEARTBEAT_S, Hello, Load, Membership, Totals, Worker
 from engine.errors import InvalidRequest, Mismatch, Unavailable
 from engine.pb.diptych.internal.v1 import registry_pb2
-from engine.rpc.convert import identity_from_pb, role_from_pb
+from engine.rpc.convert import identity_from_pb, link_from_pb, role_from_pb
 from engine.telemetry.log import get_logger
 from engine.types import KVPool, Peer
 
@@ -120,6 +120,7 @@ def _load(pb: registry_pb2.Load) -> Load:
         total_blocks=pb.total_blocks,
         quarantined_blocks=pb.quarantined_blocks,
         draining=pb.draining,
+        links=tuple(link_from_pb(link) for link in pb.links),
         totals=Totals(
             prompt_tokens_computed=totals.prompt_tokens_computed,
             prompt_tokens_cached=totals.prompt_tokens_cached,

@@ -32,7 +32,7 @@ from engine.rpc.status import to_status
 from engine.telemetry.log import bind_request, get_logger
 from engine.telemetry.metrics import CoordinatorMetrics
 from engine.telemetry.timeline import Event, Timeline
-from engine.types import Role
+from engine.types import KVLink, Role
 
 _log = get_logger(__name__)
 
@@ -248,5 +248,19 @@ def _row(worker: Worker, now: float) -> admin_pb2.Worker:
         held_blocks=load.held_blocks,
         total_blocks=load.total_blocks,
         quarantined_blocks=load.quarantined_blocks,
+        links=[_link(link) for link in load.links],
+        max_model_len=worker.model.max_model_len,
+        kv_pool_bytes=worker.kv_pool.num_bytes,
+        kv_pool_limit=worker.kv_pool.limit,
         **asdict(totals),
+    )
+
+
+def _link(link: KVLink) -> admin_pb2.KVLink:
+    return admin_pb2.KVLink(
+        worker_id=link.peer,
+        lane=link.lane,
+        bytes_per_s=link.bytes_per_s,
+        num_bytes=link.num_bytes,
+        memory=link.memory,
     )

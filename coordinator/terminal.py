@@ -17,7 +17,9 @@ from rich.table import Table
 
 from coordinator.client import AnswerEvent, Client, Done, TextDelta, describe
 from engine.errors import ConfigError, DiptychError, Unavailable
+from engine.memory import shown
 from engine.pb.diptych.v1 import admin_pb2
+from engine.types import KVLink
 
 _HOLDS_S = 5.0  # for a worker to say what it holds
 _MIB = 1024 * 1024
@@ -83,6 +85,13 @@ def status(server: str, *, holds: bool = False) -> int:
         console.print(f"numeric profile {escape(model.numeric_profile)}", highlight=False)
     console.print(_pool("prefill", workers, ("computed", "cached"), _read))
     console.print(_pool("decode", workers, ("pulled", "drafts accepted", "stale"), _written))
+    if any(w.links for w in workers):
+        console.print(_links(workers))
+    for w in workers:
+        if w.kv_pool_limit:
+            size = f"{w.max_model_len:,} tokens: KV pool {shown(w.kv_pool_bytes)}"
+            line = f"{w.worker_id} holds {size}, limited by {w.kv_pool_limit}"
+            console.print(escape(line), highlight=False)
     if holds:
         console.print(_holds(workers))
     return 0
@@ -135,6 +144,28 @@ def _holds(workers: Sequence[admin_pb2.Worker]) -> Table:
                 f"{hold['age_s']:.1f}s",
                 "-" if left_s is None else f"{left_s:.1f}s",
                 escape(hold["reason"]),
+            )
+    return table
+
+
+def _links(workers: Sequence[admin_pb2.Worker]) -> Table:
+    """How fast each worker reads from each of its peers, and over which lane."""
+    table = Table(title="KV reads", title_justify="left", header_style="bold")
+    for name in ("worker", "from", "memory", "lane"):
+        table.add_column(name)
+    for name in ("read", "speed"):
+        table.add_column(name, justify="right")
+    for w in workers:
+        for pb in w.links:
+            link = KVLink(pb.worker_id, pb.lane, pb.bytes_per_s, pb.num_bytes, pb.memory)
+            speed = f"{link.bytes_per_s / 1e9:.1f} GB/s"
+            table.add_row(
+                escape(w.worker_id),
+                escape(link.peer),
+                "GPU" if link.memory == "VRAM" else "host",
+                escape(link.lane or "unknown"),
+                shown(link.num_bytes),
+                f"[red]{speed}: slow for a GPU[/red]" if link.slow else speed,
             )
     return table
 

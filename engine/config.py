@@ -470,6 +470,11 @@ def environment_with(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+def unset_env(name: str) -> None:
+    """Remove a variable that was meant for a library of this process, not for its children."""
+    os.environ.pop(name, None)
+
+
 def visible_devices() -> str | None:
     """CUDA_VISIBLE_DEVICES: the GPUs that the user lets us use; None: all."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 from enum import Enum
+from hashlib import blake2b
+from pathlib import Path
 
 PROTOCOL_VERSION = 2
 
@@ -112,6 +114,31 @@ class KVPool:
 
 
 NO_KV_POOL = KVPool()
+SLOW_BYTES_PER_S = 5e9  # for reads of a GPU's memory: TCP is slower, all else faster
+
+
+@dataclass(frozen=True, slots=True)
+class KVLink:
+    """What reads from one peer have shown."""
+
+    peer: str  # whose memory was read
+    lane: str  # as UCX names it; "": not known
+    bytes_per_s: float  # smoothed
+    num_bytes: int  # since the start
+    memory: str  # DRAM or VRAM
+
+    @property
+    def slow(self) -> bool:
+        """Whether a GPU's memory is read slower than by any lane but TCP."""
+        return self.memory == "VRAM" and self.bytes_per_s < SLOW_BYTES_PER_S
+
+
+def machine_id(boot_id: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:
+    """Equal for all processes of this machine until it boots again; "" where it has none."""
+    try:
+        return blake2b(boot_id.read_bytes(), digest_size=8).hexdigest()
+    except OSError:
+        return ""
 
 
 def new_incarnation() -> str:

@@ -59,6 +59,7 @@ class RemotePool:
     block_bytes: int
     metadata: bytes
     agent: str  # whom the metadata names: another one after its data plane began anew
+    machine: str = ""  # equal for two workers of one machine
 
 
 class Extent(NamedTuple):
@@ -108,6 +109,9 @@ class Transport(Protocol):
 
     def release(self, handle: ReadHandle) -> None:
         """Give back a handle that is DONE or has failed. Never raises."""
+
+    def lane(self, kind: MemoryKind, *, same_machine: bool) -> str:
+        """The lane of reads from such a peer, for people; "": not known. Any thread may call."""
 
     def close(self) -> None:
         """Deregister and end, reads pending or not: once it returns, nothing of them lands.

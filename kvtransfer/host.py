@@ -33,6 +33,7 @@ from engine.heap import freeze_heap
 from engine.pb.diptych.internal.v1 import registry_pb2, worker_pb2
 from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
 from engine.rpc.channel import ChannelPool
+from engine.rpc.convert import link_to_pb
 from engine.rpc.registration import Registration
 from engine.rpc.server import RpcServer
 from engine.rpc.trust import ClusterToken
@@ -41,7 +42,7 @@ from engine.telemetry.http import make_app, serve_http
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import RpcMetrics
 from engine.telemetry.progress import print_line
-from engine.types import ModelIdentity, Role, new_incarnation
+from engine.types import ModelIdentity, Role, machine_id, new_incarnation
 from engine.worker import EngineDied, EngineThread
 from kvtransfer.base import MemoryRegion
 from kvtransfer.checksum import Checksums
@@ -116,6 +117,7 @@ class WorkerHost:
             digest=self.identity.digest,
             stub_factory=lambda address: KvServiceStub(self.channels.get(address)),
         )
+        self.metrics.watch_links(self.peers.links)
         leases = LeaseTable(time.monotonic, settings.transfer.lease_ttl_s)
         self.blocks = EngineBlocks(self.engine)
         self.checksums = Checksums(engine.kv_cache.read_block)
@@ -177,6 +179,7 @@ class WorkerHost:
             total_blocks=pool.num_blocks,
             quarantined_blocks=moved.num_quarantined_blocks,
             draining=self.calls.draining,
+            links=[link_to_pb(link) for link in self.peers.links()],
             totals=registry_pb2.Totals(
                 prompt_tokens_computed=totals.prompt_tokens_computed,
                 prompt_tokens_cached=totals.prompt_tokens_cached,
@@ -204,6 +207,7 @@ def _data_plane(engine: Engine, incarnation: str, options: TransferOptions) -> D
         generations=MemoryRegion(generations.ctypes.data, len(generations) * GENERATION_BYTES),
         num_blocks=engine.core.pool.num_blocks,
         block_bytes=engine.layout.block_bytes,
+        machine=machine_id(),
         quarantine=Quarantine(options.quarantine_s, options.quarantine_share),
         on_restart=engine.metrics.kv_data_plane_restarts.inc,
     )

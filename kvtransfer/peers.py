@@ -12,13 +12,14 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 
 import grpc
 
 from engine.errors import Mismatch
 from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
-from engine.types import Peer
+from engine.types import KVLink, Peer
 from kvtransfer.base import GENERATION_BYTES, MemoryKind, MemoryRegion, PeerLost, RemotePool
 from kvtransfer.pull import DataPlane
 
@@ -45,7 +46,7 @@ class PeerTable:
         self._max_peers = max_peers
         self._timeout_s = timeout_s
         self._pools: OrderedDict[str, RemotePool] = OrderedDict()  # least recently used first
-        self._addresses: dict[str, str] = {}  # HOST:PORT by incarnation
+        self._known: dict[str, Peer] = {}  # by incarnation
         self._connecting: dict[str, asyncio.Task[RemotePool]] = {}
         self._dropping: set[asyncio.Future[None]] = set()
 
@@ -72,7 +73,13 @@ class PeerTable:
     @property
     def addresses(self) -> set[str]:
         """Of the peers that are remembered."""
-        return set(self._addresses.values())
+        return {peer.address for peer in self._known.values()}
+
+    def links(self) -> list[KVLink]:
+        """What reads from the peers that are remembered have shown."""
+        found = self._data_plane.links()
+        known = self._known.copy()
+        return [replace(found[i], peer=known[i].worker_id) for i in known if i in found]
 
     async def forget(self, pool: RemotePool) -> None:
         """Drop a peer and disconnect it; returns when its last read is over.
@@ -81,18 +88,18 @@ class PeerTable:
         """
         if self._pools.get(pool.incarnation) is pool:
             del self._pools[pool.incarnation]
-            self._addresses.pop(pool.incarnation, None)
+            self._known.pop(pool.incarnation, None)
             await asyncio.wrap_future(self._data_plane.disconnect(pool.incarnation))
 
     def _connected(self, incarnation: str, task: asyncio.Task[RemotePool]) -> None:
         self._connecting.pop(incarnation, None)
         if task.cancelled() or task.exception() is not None:
-            self._addresses.pop(incarnation, None)
+            self._known.pop(incarnation, None)
             return
         self._pools[incarnation] = task.result()
         while len(self._pools) > self._max_peers:
             _, oldest = self._pools.popitem(last=False)
-            self._addresses.pop(oldest.incarnation, None)
+            self._known.pop(oldest.incarnation, None)
             drop = asyncio.wrap_future(self._data_plane.disconnect(oldest.incarnation))
             self._dropping.add(drop)
             drop.add_done_callback(self._dropping.discard)
@@ -109,7 +116,7 @@ class PeerTable:
                 raise Mismatch(f"peer {peer.address}: {error.details()}") from error
             raise PeerLost(f"peer {peer.address}: {error.code().name} {error.details()}") from error
         pool = self._checked(peer, response)
-        self._addresses[peer.incarnation] = peer.address
+        self._known[peer.incarnation] = peer
         connected = asyncio.wrap_future(self._data_plane.connect(pool))
         try:
             await asyncio.wait_for(connected, self._timeout_s)
@@ -135,6 +142,7 @@ class PeerTable:
             block_bytes=response.block_bytes,
             metadata=response.nixl_metadata,
             agent=response.agent,
+            machine=response.machine,
         )
         ours = self._data_plane.local_pool.block_bytes
         if pool.block_bytes != ours:

@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from engine.types import KVLink
 from kvtransfer.base import (
     GENERATION_BYTES,
     MemoryRegion,
@@ -41,6 +42,7 @@ from kvtransfer.base import (
 )
 from kvtransfer.connections import Connections
 from kvtransfer.fence import Fence
+from kvtransfer.links import LinkMeter
 from kvtransfer.plan import coalesce
 from kvtransfer.quarantine import Quarantine
 from kvtransfer.reads import LocalMemory, Pull, PullHold, PullRequest, PullResult, Reading
@@ -75,7 +77,8 @@ class DataPlane:
 
     `blocks` is the local pool of num_blocks x block_bytes, `generations` its num_blocks 64-bit
     generations in DRAM; both are registered at `start` and must outlive `stop`. `transport_factory`
-    makes a transport for an agent's name. `on_restart` is called on the data-plane thread.
+    makes a transport for an agent's name. `on_restart` is called on the data-plane thread. Workers
+    of one machine have one `machine`.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class DataPlane:
         fence: Fence | None = None,
         quarantine: Quarantine | None = None,
         on_restart: Callable[[], None] = lambda: None,
+        machine: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if blocks.num_bytes < num_blocks * block_bytes:
@@ -110,6 +114,8 @@ class DataPlane:
         self._fence = fence or Fence()
         self._quarantine = quarantine or Quarantine()
         self._on_restart = on_restart
+        self._machine = machine
+        self._meter = LinkMeter(machine, self._lane)
         self._clock = clock
         landed = np.zeros(num_blocks, dtype=np.uint64)
         landing = MemoryRegion(landed.ctypes.data, landed.nbytes)
@@ -146,7 +152,18 @@ class DataPlane:
             block_bytes=self._block_bytes,
             metadata=agent.metadata,
             agent=agent.name,
+            machine=self._machine,
         )
+
+    def links(self) -> dict[str, KVLink]:
+        """What reads from each peer have shown, by incarnation."""
+        return self._meter.links()
+
+    def _lane(self, pool: RemotePool, same_machine: bool) -> str:
+        transport = self._connections.transport
+        if transport is None:
+            return ""
+        return transport.lane(pool.blocks.kind, same_machine=same_machine)
 
     def connect(self, pool: RemotePool) -> Future[None]:
         """Make a peer's pool readable; repeating it is harmless. PeerLost, PullFailed."""
@@ -313,7 +330,7 @@ class DataPlane:
                 )
                 reading.crash(error, now)
             if reading.result:
-                self._count(reading.result)
+                self._count(reading.request.pool, reading.result, now)
             elif was_open and reading.error:
                 self._count_failure(reading)
         self._readings = [reading for reading in self._readings if not reading.settle(now)]
@@ -369,7 +386,8 @@ class DataPlane:
         now = self._clock()
         return [reading.hold(now, self._quarantine.max_s) for reading in self._readings]
 
-    def _count(self, result: PullResult) -> None:
+    def _count(self, pool: RemotePool, result: PullResult, now: float) -> None:
+        self._meter.note(pool, result.num_bytes, result.seconds, now)
         c = self.counters
         self.counters = replace(
             c,

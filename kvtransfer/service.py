@@ -80,6 +80,7 @@ class KvServicer(KvServiceServicer):
             num_blocks=pool.num_blocks,
             block_bytes=pool.block_bytes,
             agent=pool.agent,
+            machine=pool.machine,
         )
 
     async def Hold(self, request: pb.HoldRequest, context: Any) -> pb.HoldResponse:

@@ -14,6 +14,7 @@ from engine.types import (
     Constraint,
     ConstraintKind,
     FinishReason,
+    KVLink,
     ModelIdentity,
     Peer,
     Role,
@@ -169,3 +170,19 @@ def role_to_pb(role: Role) -> registry_pb2.Role:
 def role_from_pb(pb: registry_pb2.Role) -> Role | None:
     """A worker's role; None where it is unset or unknown."""
     return _ROLE_FROM_PB.get(pb)
+
+
+def link_to_pb(link: KVLink) -> registry_pb2.KVLink:
+    """A link to a peer, by the peer's worker id."""
+    return registry_pb2.KVLink(
+        worker_id=link.peer,
+        lane=link.lane,
+        bytes_per_s=link.bytes_per_s,
+        num_bytes=link.num_bytes,
+        memory=link.memory,
+    )
+
+
+def link_from_pb(pb: registry_pb2.KVLink) -> KVLink:
+    """The reverse of `link_to_pb`."""
+    return KVLink(pb.worker_id, pb.lane, pb.bytes_per_s, pb.num_bytes, pb.memory)

@@ -12,6 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine.types import KVLink
 
 PREFIX = "diptych_"
 
@@ -86,6 +90,7 @@ class WorkerMetrics:
 
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
         make = _Maker(registry, model_name)
+        self._registry = registry
         self._model_name = model_name
         self.num_requests_running = make.gauge("num_requests_running", "Requests in the batch.")
         self.num_requests_waiting = make.gauge("num_requests_waiting", "Requests not yet begun.")
@@ -163,6 +168,10 @@ class WorkerMetrics:
         """Ask for the number of quarantined blocks whenever metrics are read; any thread asks."""
         self._kv_quarantined_blocks.set_function(num_blocks)
 
+    def watch_links(self, links: Callable[[], Sequence[KVLink]]) -> None:
+        """Ask for the links to peers whenever metrics are read; any thread asks."""
+        self._registry.register(_Links(self._model_name, links))
+
     def kv_transfer_failed(self, reason: str) -> None:
         """Count one failed pull; `reason` is one of a few fixed words."""
         self._kv_transfer_failures.labels(self._model_name, reason).inc()
@@ -176,6 +185,34 @@ class WorkerMetrics:
         for state, count in (("free", free), ("cached", cached), ("held", held)):
             self._kv_blocks.labels(self._model_name, state).set(count)
         self.kv_cache_usage_perc.set(held / max(1, free + cached + held))
+
+
+class _Links(Collector):
+    """A series a peer, as long as the peer is remembered."""
+
+    def __init__(self, model_name: str, links: Callable[[], Sequence[KVLink]]) -> None:
+        self._model_name = model_name
+        self._links = links
+
+    def describe(self) -> list[Metric]:
+        """The name alone: nothing is asked at registration."""
+        return [self._family()]
+
+    def collect(self) -> list[Metric]:
+        """Measured bytes per second of each peer, with its lane."""
+        family = self._family()
+        for link in self._links():
+            lane = link.lane or "unknown"
+            family.add_metric([self._model_name, link.peer, lane, link.memory], link.bytes_per_s)
+        return [family]
+
+    @staticmethod
+    def _family() -> GaugeMetricFamily:
+        return GaugeMetricFamily(
+            PREFIX + "kv_transfer_bytes_per_second",
+            "Speed of reads from a peer, smoothed over pulls.",
+            labels=("model_name", "peer", "lane", "memory"),
+        )
 
 
 class CoordinatorMetrics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import sys
 import time
 from collections import deque
@@ -75,6 +76,21 @@ def test_adjacent_blocks_coalesce(local: kv_worker.Pool) -> None:
         assert (result.num_blocks, result.num_extents, result.stale) == (31, 3, ())
         content = kv_worker.pattern(3, (NUM_BLOCKS, BLOCK_BYTES))
         assert (local.blocks[:31] == content[source]).all()
+
+
+def test_the_lane_and_the_speed_of_real_reads_are_known(local: kv_worker.Pool) -> None:
+    with kv_worker.workers(1, NUM_BLOCKS, BLOCK_BYTES) as (peer,):
+        pool, _ = peer.ask("pool")
+        told = peer.ask("fill", 3)
+        local.plane.connect(pool).result(10)
+        blocks = list(range(NUM_BLOCKS))
+        local.plane.pull(pool, blocks, blocks, told, 30).done.result(30)
+        until_s = time.monotonic() + 10
+        while not (link := local.plane.links()[pool.incarnation]).lane:
+            assert time.monotonic() < until_s
+            time.sleep(0.02)
+    assert re.search("cma/memory|tcp/|posix/|sysv/", link.lane)
+    assert link.num_bytes == NUM_BLOCKS * BLOCK_BYTES and link.bytes_per_s > 1e6
 
 
 def test_reused_blocks_are_reported_by_index(local: kv_worker.Pool) -> None:

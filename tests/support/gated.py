@@ -85,6 +85,9 @@ class GatedTransport:
     def release(self, handle: tuple[Read, MemoryRegion, MemoryRegion]) -> None:
         handle[0].released = True
 
+    def lane(self, kind: str, *, same_machine: bool) -> str:
+        return "test/memory" if same_machine else "test/wire"
+
     def close(self) -> None:
         assert not self.closed
         self.log.append("close")

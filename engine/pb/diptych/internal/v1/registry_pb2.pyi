@@ -1,7 +1,8 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -68,7 +69,7 @@ class ModelIdentity(_message.Message):
     def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., numeric_profile: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "waiting_tokens", "free_blocks", "cached_blocks", "held_blocks", "total_blocks", "draining", "totals", "quarantined_blocks")
+    __slots__ = ("num_running", "num_waiting", "waiting_tokens", "free_blocks", "cached_blocks", "held_blocks", "total_blocks", "draining", "totals", "links", "quarantined_blocks")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +79,7 @@ class Load(_message.Message):
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     TOTALS_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     QUARANTINED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
@@ -88,8 +90,23 @@ class Load(_message.Message):
     total_blocks: int
     draining: bool
     totals: Totals
+    links: _containers.RepeatedCompositeFieldContainer[KVLink]
     quarantined_blocks: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., totals: _Optional[_Union[Totals, _Mapping]] = ..., quarantined_blocks: _Optional[int] = ...) -> None: ...
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., totals: _Optional[_Union[Totals, _Mapping]] = ..., links: _Optional[_Iterable[_Union[KVLink, _Mapping]]] = ..., quarantined_blocks: _Optional[int] = ...) -> None: ...
+
+class KVLink(_message.Message):
+    __slots__ = ("worker_id", "lane", "bytes_per_s", "num_bytes", "memory")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    lane: str
+    bytes_per_s: float
+    num_bytes: int
+    memory: str
+    def __init__(self, worker_id: _Optional[str] = ..., lane: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., num_bytes: _Optional[int] = ..., memory: _Optional[str] = ...) -> None: ...
 
 class Totals(_message.Message):
     __slots__ = ("prompt_tokens_computed", "prompt_tokens_cached", "blocks_pulled", "bytes_pulled", "pull_seconds", "stale_reads", "draft_tokens", "accepted_tokens")

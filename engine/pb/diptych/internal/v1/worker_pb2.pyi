@@ -238,7 +238,7 @@ class HandshakeRequest(_message.Message):
     def __init__(self, digest: _Optional[str] = ..., caller_incarnation: _Optional[str] = ...) -> None: ...
 
 class HandshakeResponse(_message.Message):
-    __slots__ = ("incarnation", "digest", "nixl_metadata", "blocks", "generations", "num_blocks", "block_bytes", "agent")
+    __slots__ = ("incarnation", "digest", "nixl_metadata", "blocks", "generations", "num_blocks", "block_bytes", "agent", "machine")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     NIXL_METADATA_FIELD_NUMBER: _ClassVar[int]
@@ -247,6 +247,7 @@ class HandshakeResponse(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     AGENT_FIELD_NUMBER: _ClassVar[int]
+    MACHINE_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     digest: str
     nixl_metadata: bytes
@@ -255,7 +256,8 @@ class HandshakeResponse(_message.Message):
     num_blocks: int
     block_bytes: int
     agent: str
-    def __init__(self, incarnation: _Optional[str] = ..., digest: _Optional[str] = ..., nixl_metadata: _Optional[bytes] = ..., blocks: _Optional[_Union[Memory, _Mapping]] = ..., generations: _Optional[_Union[Memory, _Mapping]] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., agent: _Optional[str] = ...) -> None: ...
+    machine: str
+    def __init__(self, incarnation: _Optional[str] = ..., digest: _Optional[str] = ..., nixl_metadata: _Optional[bytes] = ..., blocks: _Optional[_Union[Memory, _Mapping]] = ..., generations: _Optional[_Union[Memory, _Mapping]] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., agent: _Optional[str] = ..., machine: _Optional[str] = ...) -> None: ...
 
 class Memory(_message.Message):
     __slots__ = ("address", "num_bytes", "device_id", "kind")
