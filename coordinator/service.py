@@ -84,7 +84,7 @@ class InferenceServicer:
             case "chat":
                 chat = request.chat
                 messages = check_messages("chat.messages", chat.messages, limits)
-                tools = check_tools("chat.tools_json", chat.tools_json)
+                tools = await asyncio.to_thread(check_tools, "chat.tools_json", chat.tools_json)
                 ask = chat.add_generation_prompt or not chat.HasField("add_generation_prompt")
                 ids = await self._model.encode_chat(messages, limit, tools, ask, "chat.messages")
             case _:

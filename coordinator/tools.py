@@ -25,6 +25,7 @@ from hashlib import sha256
 from typing import Any
 
 from coordinator.tokenizer import Tokenizer
+from engine.constraints.compiler import MAX_SOURCE_CHARS
 from engine.constraints.numbers import json_after
 from engine.constraints.schemas import Leniency, held
 from engine.types import Constraint, ConstraintKind
@@ -149,7 +150,8 @@ def argument_schema(parameters: Mapping[str, Any], strict: bool) -> str:
     try:
         source = json.dumps(parameters)
         short = len(source) <= _SHORT_SCHEMA
-        return _short_schema(source, strict) if short else _argument_schema(source, strict)
+        made = _short_schema(source, strict) if short else _argument_schema(source, strict)
+        return made if strict or len(made) <= MAX_SOURCE_CHARS else ANY_OBJECT
     except (ValueError, RecursionError):
         if strict:
             raise

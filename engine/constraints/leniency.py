@@ -8,20 +8,24 @@ schemas.py leaves out what it knows; the rest only a compilation shows, so this 
                then the keywords beside each other: those that compile together stay
            all of them together; where that fails, the definitions that do not fit are let go
 
-The number of compilations is bounded; beyond, arguments are any JSON object. The same schema gives
-the same one everywhere, so that a second coordinator goes on with an answer of the first.
+The number of compilations and their time are bounded; beyond, arguments are any JSON object. But
+for that time the same schema gives the same one everywhere, so that a second coordinator goes on
+with an answer of the first.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 from urllib.parse import unquote
 
 _MOST_TRIES = 400
+_MOST_CPU_S = 3.0
 _MAPS = frozenset(("properties", "patternProperties", "dependentSchemas"))
 _LISTS = frozenset(("anyOf", "oneOf", "allOf", "prefixItems", "items"))
 _SINGLE = frozenset(("items", "additionalProperties", "additionalItems"))
+_ALL_HOLD = frozenset(("allOf", "required"))
 _DATA = frozenset(("const", "enum", "default", "examples"))
 # What says most is kept first where not all can be.
 _ORDER = ("type", "properties", "required", "items", "$ref", "enum", "const", "anyOf", "oneOf")
@@ -35,12 +39,12 @@ class _Spent(Exception):
 
 def loosened(schema: Schema, compiles: Compiles) -> Schema:
     """The part of an object's schema that compiles; it takes all that the schema takes."""
-    left = _MOST_TRIES
+    left, until_s = _MOST_TRIES, time.thread_time() + _MOST_CPU_S
 
     def tries(part: Schema) -> bool:
         nonlocal left
         left -= 1
-        if left < 0:
+        if left < 0 or time.thread_time() > until_s:
             raise _Spent
         return compiles(part)
 
@@ -64,8 +68,11 @@ def _loosened(schema: Schema, compiles: Compiles) -> Schema:
         return whole
     kept = dict(anything)
     for name, part in parts.items():
-        if compiles({**main, "$defs": {**kept, name: part}}):
-            kept[name] = part
+
+        def among(some: Schema, name: str = name) -> bool:
+            return compiles({**main, "$defs": {**kept, name: some}})
+
+        kept[name] = _mended(part, among)
     return {**main, "$defs": kept}
 
 
@@ -82,9 +89,34 @@ def _mended(schema: Any, compiles: Compiles) -> Any:
         return inner
     kept: Schema = {}
     for key in sorted(inner, key=lambda k: _ORDER.index(k) if k in _ORDER else len(_ORDER)):
-        if compiles(_in_order({**kept, key: inner[key]}, inner)):
+
+        def fits(value: Any, key: str = key) -> bool:
+            return compiles(_in_order({**kept, key: value}, inner))
+
+        if fits(inner[key]):
             kept[key] = inner[key]
+        elif (fewer := _fewer(key, inner[key], fits)) is not None:
+            kept[key] = fewer
     return _in_order(kept, inner)
+
+
+def _fewer(key: str, value: Any, fits: Callable[[Any], bool]) -> Any:
+    """Those entries of a keyword that compile together, where fewer of them allow more; or None."""
+    if key in _ALL_HOLD and isinstance(value, list):
+        some: list[Any] = []
+        for each in value:
+            if fits([*some, each]):
+                some.append(each)
+        return some or None
+    if key in ("properties", "patternProperties") and isinstance(value, dict):
+        entries: Schema = {}
+        for name, each in value.items():
+            if fits({**entries, name: each}):
+                entries[name] = each
+            elif key == "properties" and fits({**entries, name: {}}):
+                entries[name] = {}
+        return entries or None
+    return None
 
 
 def _in_order(some: Schema, all_: Schema) -> Schema:
@@ -126,7 +158,7 @@ def _flattened(schema: Schema) -> tuple[Schema, dict[str, Any]]:
     def definition(reference: str) -> str:
         if reference not in names:
             found = list(_target(schema, reference))
-            names[reference] = f"part{len(names)}" if found else ""
+            names[reference] = f"part{len(parts)}" if found else ""
             if found:
                 parts[names[reference]] = {}  # it may refer to itself
                 parts[names[reference]] = copied(found[0])

@@ -32,14 +32,24 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from decimal import Decimal
-from enum import Enum
-from typing import Any, NoReturn
 
 from engine.constraints.apart import Branches
+from engine.constraints.bounds import MOST_OPTIONAL, bound_lengths, check_counts, move_bounds
+from engine.constraints.ways import Leniency, Refused, Ways
+from engine.constraints.writable import (
+    MAY_NEED_ESCAPES,
+    SURROGATE,
+    cannot_be_written,
+    check_constant,
+    check_pattern,
+    names_vary,
+    needs_unicode_escapes,
+    plain,
+    read_json,
+)
 
-MOST_OPTIONAL = 480  # members in a row; beyond, a mask costs so much that answers would end there
+__all__ = ["ESCAPES", "FORMATS", "MOST_OPTIONAL", "WHITE_SPACE", "Leniency", "Refused", "held"]
+
 ESCAPES = 'nrbtf\\"'  # that strings of answers may have
 # Two blanks, or one end of a line and what the next one is indented by.
 WHITE_SPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,24}"
@@ -50,57 +60,14 @@ FORMATS = frozenset(
         *("ipv4", "ipv6", "uuid", "uri", "unknown"),
     )
 )
-_LONGEST = {"date-time": 35, "time": 24, "duration": 40}  # nanoseconds, an offset
-_MOST_MULTIPLE = 1000  # beyond, the states of digits and remainders are too many
-_BOUND_OF_MULTIPLES = 9223372036854774784  # the last double below 2^63
 _MAPS = frozenset(
     ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
 )
 _DATA = frozenset(("default", "examples", "required", "dependentRequired", "x-guidance"))
-_NAMING = ("properties", "patternProperties", "required")
-_SAYS = frozenset(("type", "$ref", "const", "enum", "anyOf", "oneOf", "allOf"))
 _COUNTS = frozenset(
     ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 )
-_EXACT = 1 << 53  # integers up to here are doubles, and so are their neighbours
-_LARGEST = 1 << 63  # of constants
-_POWERS_OF_TEN = 22  # that are doubles
 _DRAFT = re.compile(r"https?://json-schema\.org/(draft-0\d|draft/20\d\d-\d\d)/schema#?")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # one by itself is no character
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-# Control characters that JSON writes with \u alone; in a pattern also by their escapes.
-_CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
-_MAY_NEED_ESCAPES = re.compile(r"\\u00[01]|\\u007[fF]|\x7f|\\\\[xuc0vae]")
-_ANY_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_CONTROL_ESCAPE = re.compile(r"\\(x([01]|7[fF]|\{)|u(00[01]|007[fF]|\{)|c[A-Za-z]|[0vae])")
-_WIDE_CLASS = re.compile(r"(?<!\\)\[(\^|[^\]]*[^\]\\]-)(\\.|[^\]\\])*\]", re.S)
-
-
-class Leniency(Enum):
-    """What is done about a part that cannot be held."""
-
-    NONE = "none"  # it is refused, an unknown format too
-    FORMATS = "formats"  # it is refused, an unknown format is an annotation
-    ALL = "all"  # it is left out
-
-
-class Refused(ValueError):
-    """A schema that cannot be held; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Ways:
-    """How a document is read."""
-
-    apart: Branches | None
-    leniency: Leniency
-    escapes: str
-    may_be_odd: bool  # whether surrogates or numbers without an end may be in it
-
-    def leave_out(self, why: Refused) -> None:
-        """Raise the reason where nothing may be left out."""
-        if self.leniency is not Leniency.ALL:
-            raise why
 
 
 def held(
@@ -113,7 +80,7 @@ def held(
     `style`: options of the library, in place of those in the schema.
     """
     lenient = leniency is Leniency.ALL
-    schema, is_odd = _read(source, lenient)
+    schema, is_odd = read_json(source, lenient)
     if schema is True:
         schema = {}
     if not isinstance(schema, dict):
@@ -129,12 +96,12 @@ def held(
     has_const = not found or found[1] != "draft-04"
     apart = None if "/oneOf/" in source else Branches(schema, has_const)  # a $ref leads there
     own = schema.pop("x-guidance", {})
-    is_plain = not _MAY_NEED_ESCAPES.search(source)
-    may_vary = lenient or not (is_plain or _names_vary(schema))
+    is_plain = not MAY_NEED_ESCAPES.search(source)
+    may_vary = lenient or not (is_plain or names_vary(schema))
     escapes = ESCAPES + "u" if may_vary else ESCAPES
-    ways = _Ways(apart, leniency, escapes, is_odd)
+    ways = Ways(apart, leniency, escapes, is_odd)
     kept = _object(schema, ways)
-    needs_all = not is_plain and _needs_unicode_escapes(kept)
+    needs_all = not is_plain and needs_unicode_escapes(kept)
     options = _options(own) if style is None else dict(style)
     options["json_allowed_escapes"] = escapes if needs_all else ESCAPES
     if lenient:
@@ -163,30 +130,11 @@ def check_formats(schema: object) -> None:
 
 def _not_known(name: str) -> Refused:
     known = ", ".join(sorted(FORMATS - {"unknown"}))
-    return Refused(f"format: {_plain(name)!r} is not known; known are {known}")
+    return Refused(f"format: {plain(name)!r} is not known; known are {known}")
 
 
 def _name_of(draft: str) -> str:
     return f"{'https' if '/' in draft else 'http'}://json-schema.org/{draft}/schema"
-
-
-def _read(source: str, lenient: bool) -> tuple[object, bool]:
-    """The value of a JSON text, and whether surrogates or numbers without an end may be in it."""
-    is_odd = _SURROGATE_ESCAPE.search(source) is not None
-    is_odd = is_odd or (not source.isascii() and _SURROGATE.search(source) is not None)
-
-    def number(text: str) -> float:
-        nonlocal is_odd
-        value = float(text)
-        is_odd = is_odd or not math.isfinite(value)
-        return value
-
-    constant = number if lenient else _no_constant
-    return json.loads(source, parse_float=number, parse_constant=constant), is_odd
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _options(options: object) -> dict[str, object]:
@@ -202,22 +150,22 @@ def _options(options: object) -> dict[str, object]:
     return dict(options)
 
 
-def _schema(value: object, ways: _Ways) -> object:
+def _schema(value: object, ways: Ways) -> object:
     """A schema, or a list of them, anywhere: a $ref may lead to where no keyword is known."""
     if isinstance(value, list):
         return [_schema(each, ways) for each in value]
     if isinstance(value, dict):
         return _object(value, ways)
-    return _plain(value) if ways.may_be_odd else value
+    return plain(value) if ways.may_be_odd else value
 
 
-def _object(schema: dict[str, object], ways: _Ways) -> dict[str, object]:
+def _object(schema: dict[str, object], ways: Ways) -> dict[str, object]:
     kept: dict[str, object] = {}
     for key, value in schema.items():
         if _idle(key, value, schema, ways):
             continue
         try:
-            kept[_plain(key) if ways.may_be_odd else key] = _keyword(key, value, ways)
+            kept[plain(key) if ways.may_be_odd else key] = _keyword(key, value, ways)
         except Refused as why:
             ways.leave_out(why)
     for closed, opened, inwards in (
@@ -225,12 +173,12 @@ def _object(schema: dict[str, object], ways: _Ways) -> dict[str, object]:
         ("maximum", "exclusiveMaximum", -math.inf),
     ):
         try:
-            _move_bounds(kept, closed, opened, inwards)
+            move_bounds(kept, closed, opened, inwards)
         except Refused as why:
             ways.leave_out(why)
             kept.pop(closed, None), kept.pop(opened, None)
-    _bound(kept)
-    _check_counts(kept, ways)
+    bound_lengths(kept, ways)
+    check_counts(kept, ways)
     apart, options = ways.apart, schema.get("oneOf")
     if (
         apart is not None
@@ -242,20 +190,20 @@ def _object(schema: dict[str, object], ways: _Ways) -> dict[str, object]:
     return kept
 
 
-def _keyword(key: str, value: object, ways: _Ways) -> object:
+def _keyword(key: str, value: object, ways: Ways) -> object:
     if key in _MAPS and isinstance(value, dict):
         return dict(_entries(key, value, ways))
     if key == "required" and isinstance(value, list):
         return [name for name in value if _is_written(key, name, ways)]
     if key in _DATA:
-        return _plain(value) if ways.may_be_odd else value
+        return plain(value) if ways.may_be_odd else value
     if key == "const":
-        _check_constant(key, value, ways)
+        check_constant(key, value, ways)
         return value
     if key == "enum":
         return _values(value, ways)
     if key == "pattern" and isinstance(value, str):
-        _check_pattern(key, value, ways)
+        check_pattern(key, value, ways)
     if isinstance(value, float) and not math.isfinite(value):
         raise Refused(f"{key}: {value} is not JSON")
     if key in _COUNTS and isinstance(value, float) and value.is_integer():
@@ -263,12 +211,12 @@ def _keyword(key: str, value: object, ways: _Ways) -> object:
     return _schema(value, ways)
 
 
-def _entries(key: str, entries: dict[str, object], ways: _Ways) -> Iterator[tuple[str, object]]:
+def _entries(key: str, entries: dict[str, object], ways: Ways) -> Iterator[tuple[str, object]]:
     """Of a map of schemas, those whose name can be written."""
     for name, schema in entries.items():
         try:
             if key == "patternProperties":
-                _check_pattern(key, name, None)
+                check_pattern(key, name, None)
         except Refused as why:
             ways.leave_out(why)
             continue
@@ -276,23 +224,23 @@ def _entries(key: str, entries: dict[str, object], ways: _Ways) -> Iterator[tupl
             yield name, _schema(schema, ways)
 
 
-def _is_written(key: str, name: object, ways: _Ways) -> bool:
-    found = _SURROGATE.search(name) if ways.may_be_odd and isinstance(name, str) else None
+def _is_written(key: str, name: object, ways: Ways) -> bool:
+    found = SURROGATE.search(name) if ways.may_be_odd and isinstance(name, str) else None
     if found:
-        ways.leave_out(_cannot_be_written(key, found[0]))
+        ways.leave_out(cannot_be_written(key, found[0]))
         return False
     return True
 
 
-def _values(value: object, ways: _Ways) -> object:
+def _values(value: object, ways: Ways) -> object:
     """Of an `enum`, those that can be written."""
     if not isinstance(value, list):
-        _check_constant("enum", value, ways)
+        check_constant("enum", value, ways)
         return value
     values, why = [], None
     for each in value:
         try:
-            _check_constant("enum", each, ways)
+            check_constant("enum", each, ways)
             values.append(each)
         except Refused as found:
             ways.leave_out(found)
@@ -302,20 +250,7 @@ def _values(value: object, ways: _Ways) -> object:
     return values
 
 
-def _plain(value: Any) -> Any:
-    """The same without what the library could not read."""
-    if isinstance(value, str):
-        return _SURROGATE.sub("\ufffd", value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    if isinstance(value, dict):
-        return {_plain(name): _plain(each) for name, each in value.items()}
-    return value
-
-
-def _idle(key: str, value: object, schema: dict[str, object], ways: _Ways) -> bool:
+def _idle(key: str, value: object, schema: dict[str, object], ways: Ways) -> bool:
     """Whether it says nothing, although the library would refuse it."""
     match key:
         case "format" if isinstance(value, str) and value not in FORMATS:
@@ -328,178 +263,4 @@ def _idle(key: str, value: object, schema: dict[str, object], ways: _Ways) -> bo
             return value is True
         case "minContains" | "maxContains":
             return "contains" not in schema
-    return False
-
-
-def _move_bounds(schema: dict[str, object], closed: str, opened: str, inwards: float) -> None:
-    """Bounds that are no doubles, or whose neighbours are none, into what they allow."""
-    for key in (closed, opened):
-        bound = schema.get(key)
-        if isinstance(bound, bool) or not isinstance(bound, int | float):
-            continue
-        if isinstance(bound, float) and not _is_read_well(bound):
-            raise Refused(f"{key}: {bound} has too many digits")
-        if abs(bound) < _EXACT:
-            continue
-        try:
-            moved = float(bound)
-        except OverflowError:
-            raise Refused(f"{key}: too large") from None
-        outside = moved < bound if inwards > 0 else moved > bound
-        if outside or key == opened or schema.get(opened) is True:
-            moved = math.nextafter(moved, inwards)
-        schema[key] = int(moved)
-
-
-def _bound(schema: dict[str, object]) -> None:
-    """An end for what has none and does not end by the masks alone."""
-    longest = _LONGEST.get(str(schema.get("format")), 0)
-    least, most = schema.get("minLength", 0), schema.get("maxLength")
-    is_longer = most is None or (isinstance(most, int) and most > longest)
-    if is_longer and longest and isinstance(least, int) and least <= longest:
-        schema["maxLength"] = longest
-    step = schema.get("multipleOf")
-    if isinstance(step, bool) or not isinstance(step, int | float) or not math.isfinite(step):
-        return
-    digits = Decimal(repr(step)).normalize().as_tuple()
-    coefficient = int("".join(map(str, digits.digits))) * 10 ** max(0, int(digits.exponent))
-    if coefficient <= _MOST_MULTIPLE:
-        if "minimum" not in schema and "exclusiveMinimum" not in schema:
-            schema["minimum"] = -_BOUND_OF_MULTIPLES
-        if "maximum" not in schema and "exclusiveMaximum" not in schema:
-            schema["maximum"] = _BOUND_OF_MULTIPLES
-
-
-def _check_counts(schema: dict[str, object], ways: _Ways) -> None:
-    least, properties = schema.get("minProperties"), schema.get("properties", {})
-    required = schema.get("required", [])
-    if not isinstance(properties, dict):
-        return
-    required = required if isinstance(required, list) else []
-    names = {*map(str, required)}
-    if (most := _longest_choice(properties, names)) > MOST_OPTIONAL:
-        reason = f"properties: {most} to choose from; expected at most {MOST_OPTIONAL}"
-        ways.leave_out(Refused(reason))
-        schema["properties"] = _fewer(properties, names)
-        schema.pop("additionalProperties", None)  # the others may come by their names
-    if not isinstance(least, int):
-        return
-    if schema.get("additionalProperties") is False and not schema.get("patternProperties"):
-        return
-    names |= {*properties}
-    if least > (most := len(names) + 1):
-        reason = f"minProperties: {least}, but only {most} can be told apart by their names"
-        ways.leave_out(Refused(reason))
-        del schema["minProperties"]
-
-
-def _fewer(properties: dict[str, object], required: set[str]) -> dict[str, object]:
-    """Those that must be there, and the first of the others as far as they go."""
-    kept: dict[str, object] = {}
-    weight = 0
-    for name, schema in properties.items():
-        weight += 0 if name in required else _weight(schema)
-        if name in required or weight <= MOST_OPTIONAL:
-            kept[name] = schema
-    return kept
-
-
-def _weight(schema: object) -> int:
-    """Of a member that may come next; those of any value weigh three times as much."""
-    says = isinstance(schema, dict) and not schema.keys().isdisjoint(_SAYS)
-    return 1 if says else 3
-
-
-def _longest_choice(properties: dict[str, object], required: set[str]) -> int:
-    """How many members may come next at one place, by their weight."""
-    longest = run = 0
-    for name, schema in properties.items():
-        run = 0 if name in required else run + _weight(schema)
-        longest = max(longest, run)
-    return longest
-
-
-def _check_constant(key: str, value: object, ways: _Ways) -> None:
-    dumped = json.dumps(value, ensure_ascii=False) if ways.may_be_odd else ""
-    if found := _SURROGATE.search(dumped):
-        raise _cannot_be_written(key, found[0])
-    for part in _scalars(value):
-        if isinstance(part, str) and "u" not in ways.escapes and (found := _CONTROL.search(part)):
-            raise _cannot_be_written(key, found[0])
-        if isinstance(part, int | float) and not _fits(part):
-            raise Refused(f"{key}: {part} has too many digits")
-
-
-def _cannot_be_written(key: str, character: str) -> Refused:
-    return Refused(f"{key}: character U+{ord(character):04X} cannot be written")
-
-
-def _fits(number: int | float) -> bool:
-    if isinstance(number, float):
-        return _is_read_well(number)
-    return abs(number) < _LARGEST and int(float(number)) == number
-
-
-def _is_read_well(number: float) -> bool:
-    """The library reads decimals of more digits one off in the last place."""
-    if not math.isfinite(number):
-        return False
-    _, digits, exponent = Decimal(repr(number)).as_tuple()
-    return int("".join(map(str, digits))) < _EXACT and abs(int(exponent)) <= _POWERS_OF_TEN
-
-
-def _scalars(value: object) -> Iterator[object]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for each in value:
-            yield from _scalars(each)
-    else:
-        yield value
-
-
-def _check_pattern(key: str, pattern: str, ways: _Ways | None) -> None:
-    """`ways`: how its strings may be written; None: as names, which have no control characters."""
-    if found := _SURROGATE.search(pattern):
-        raise _cannot_be_written(key, found[0])
-    if (ways is None or "u" not in ways.escapes) and (found := _control_in(pattern)):
-        raise Refused(f"{key}: control character {found[0]!a} cannot be written")
-
-
-def _control_in(pattern: str) -> re.Match[str] | None:
-    rest = _WIDE_CLASS.sub("", pattern.replace("\\\\", ""))
-    return _CONTROL.search(rest) or _CONTROL_ESCAPE.search(rest)
-
-
-def _names_vary(value: object) -> bool:
-    """Whether \\u could write one of its names in another way: one with a control character, or any
-    where free names may come beside those that are given.
-    """
-    if isinstance(value, dict):
-        if any(_ANY_CONTROL.search(name) for name in value):
-            return True
-        if value.get("additionalProperties") is not False and any(map(value.get, _NAMING)):
-            return True
-        required = value.get("required")
-        if isinstance(required, list) and any(_ANY_CONTROL.search(str(n)) for n in required):
-            return True
-        value = list(value.values())
-    return isinstance(value, list) and any(map(_names_vary, value))
-
-
-def _needs_unicode_escapes(value: object) -> bool:
-    """Whether a constant or a pattern in it has a character that only \\u can write."""
-    if isinstance(value, list):
-        return any(map(_needs_unicode_escapes, value))
-    if not isinstance(value, dict):
-        return False
-    for key, each in value.items():
-        if key in ("const", "enum"):
-            if any(isinstance(part, str) and _CONTROL.search(part) for part in _scalars(each)):
-                return True
-        elif key == "pattern" and isinstance(each, str):
-            if _control_in(each):
-                return True
-        elif _needs_unicode_escapes(each):
-            return True
     return False
