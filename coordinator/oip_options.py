@@ -80,7 +80,8 @@ class Options:
                 self._write(where, "stop_token_ids", [token])
         elif name in NEUTRAL:
             if not is_neutral(name, value):
-                raise InvalidRequest(where, f"{_shown(value)} is not served; {instead(name)}")
+                one = value[0] if isinstance(value, list) and len(value) == 1 else value
+                raise InvalidRequest(where, f"{_shown(one)} is not served; {instead(name)}")
         elif (canonical := _ALIASES.get(name, name)) in FIELDS:
             if first := self._given.get(canonical):
                 raise InvalidRequest(where, f"given already, as {first}")

@@ -13,13 +13,32 @@ _MODES = {
     "auto": inference_pb2.ToolChoice.MODE_AUTO,
     "required": inference_pb2.ToolChoice.MODE_REQUIRED,
 }
+_FIELDS = frozenset(("role", "content", "name", "tool_call_id"))
 
 
 def message(turn: Mapping[str, Any]) -> inference_pb2.Message:
-    """One turn: role, content, name, tool_calls, tool_call_id. Raises ValueError at another key."""
+    """One turn: role, content, name, tool_calls, tool_call_id. Raises ValueError at another key.
+
+    What an API returned as an assistant's turn may have more keys, which say nothing here.
+    """
     fields = {key: value for key, value in turn.items() if value is not None}
     calls = [_tool_call(call) for call in fields.pop("tool_calls", ())]
+    if fields.get("role") == "assistant":
+        refusal = fields.get("refusal")
+        fields = {key: fields[key] for key in _FIELDS & fields.keys()}
+        if refusal is not None:
+            fields.setdefault("content", refusal)
+    if isinstance(content := fields.get("content"), list):
+        fields["content"] = "\n".join(map(_text_of, content))
     return inference_pb2.Message(tool_calls=calls, **fields)
+
+
+def _text_of(part: Mapping[str, Any]) -> str:
+    """A part of text. Raises ValueError for one of another kind."""
+    text = part.get("text", part.get("refusal"))
+    if not isinstance(text, str):
+        raise ValueError(f"content: expected parts of text, got {part.get('type')!r}")
+    return text
 
 
 def tool_choice(
@@ -37,9 +56,9 @@ def tool_choice(
 
 def _tool_call(call: Mapping[str, Any]) -> inference_pb2.ToolCall:
     function = _function(call)
-    arguments = function.get("arguments", "")
+    arguments = function.get("arguments") or ""
     return inference_pb2.ToolCall(
-        id=call.get("id", ""),
+        id=call.get("id") or "",
         name=function["name"],
         arguments=arguments if isinstance(arguments, str) else json.dumps(arguments),
     )

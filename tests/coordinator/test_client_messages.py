@@ -148,3 +148,24 @@ def test_a_conversation_with_calls_and_what_they_gave() -> None:
     assert [c.arguments for c in checked.messages[1].tool_calls] == [{}, {"city": "Paris"}]
     with pytest.raises(ValueError, match="nonsense"):
         chat_request([{"role": "user", "content": "x", "nonsense": 1}])
+
+
+def test_an_assistants_turn_as_clients_dump_it() -> None:
+    call = {"id": None, "index": 0, "function": {"name": "weather", "arguments": None}}
+    call["function"]["parsed_arguments"] = {"city": "Paris"}  # type: ignore[index]
+    dumped = {"parsed": {"a": 1}, "annotations": [], "reasoning_content": "so", "audio": None}
+    request = chat_request(
+        [
+            *TURNS,
+            {"role": "assistant", "content": None, "tool_calls": [call], **dumped},
+            {"role": "assistant", "content": None, "refusal": "no", **dumped},
+            {"role": "assistant", **dumped},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "b"}]},
+        ]
+    )
+    called, refused, silent, asked = request.messages[len(TURNS) :]
+    assert [(c.id, c.name, c.arguments) for c in called.tool_calls] == [("", "weather", "")]
+    assert (refused.content, silent.HasField("content"), asked.content) == ("no", False, "a\nb")
+    assert validate_chat(request, Limits("m", 100, (0,), 1000)).messages
+    with pytest.raises(ValueError, match="image_url"):
+        chat_request([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}])
