@@ -83,6 +83,11 @@ class Detokenizer:
             self._is_first or self._num_to_strip
         )
 
+    @property
+    def stripped_next(self) -> str:
+        """What would be removed from the start of the next text."""
+        return self._tokenizer.decoding.stripped * self._num_to_strip
+
     def hides(self, token_id: int) -> bool:
         """Whether this token is never part of the text."""
         return token_id in self._skipped
@@ -201,6 +206,14 @@ class Detokenizer:
             if self._tokenizer.decoding.byte_level and num_bytes >= _MAX_CHAR_BYTES:
                 break
         return tail
+
+
+def lead_of(tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool) -> str:
+    """What an answer writes before its text, because it is stripped from the start of a text.
+
+    A grammar is about the text. Where there is none yet, a text " yes" is written "▁▁yes".
+    """
+    return Detokenizer(tokenizer, skip_special_tokens, prompt=prompt).stripped_next
 
 
 def place_prompt(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from coordinator.chat import ChatTemplate, turns
 from coordinator.chat_prompt import Turns, chat_prompt
+from coordinator.detokenizer import lead_of
 from coordinator.request import AnswerRequest, ChatMessage
 from coordinator.tokenizer import Tokenizer
 from coordinator.tool_schemas import fitting_constraint
@@ -104,28 +105,30 @@ class ServedModel:
             )
         return ids
 
-    async def checked(self, request: AnswerRequest) -> AnswerRequest:
-        """The request, its constraint changed where schemas of tools can be held in part.
+    async def checked(self, request: AnswerRequest, prompt: Sequence[int]) -> AnswerRequest:
+        """The request, its constraint changed where schemas of tools can be held in part, and to
+        what an answer behind this prompt writes before its text.
 
         Raises InvalidRequest where no answer can be held to its constraint, or what the client has
         of one does not fit it; Unavailable where that is not known in time.
         """
         if request.constraint is None or self._compiler is None:
             return request
+        lead = lead_of(self.tokenizer, prompt, request.skip_special_tokens)
+        constraint = replace(request.constraint, lead=lead)
         try:
-            await self._compiler.matcher(request.constraint)
+            await self._compiler.matcher(constraint)
         except InvalidRequest as error:
-            constraint = await fitting_constraint(self._compiler, request, error)
-            request = replace(request, constraint=constraint)
-        assert request.constraint is not None
+            fitting = await fitting_constraint(self._compiler, request, error)
+            constraint = replace(fitting, lead=lead)
         for i, resumed in enumerate(request.resumes):
             if resumed.token_ids:
                 try:
-                    await self._compiler.matcher(request.constraint, resumed.token_ids)
+                    await self._compiler.matcher(constraint, resumed.token_ids)
                 except InvalidRequest as error:
                     what = f"of choice {i}: {error.description}"
                     raise InvalidRequest("resume", what) from None
-        return request
+        return replace(request, constraint=constraint)
 
     async def encode(
         self, field: str, text: str, add_special_tokens: bool, max_model_len: int

@@ -144,8 +144,8 @@ class Pipeline:
         """The request as it can be served, and its prompt."""
         try:
             async with asyncio.timeout(max(0.0, deadline_s - self._clock())):
-                request = await self._model.checked(request)
-                return request, await self._model.prompt_of(request, self.max_model_len)
+                prompt = await self._model.prompt_of(request, self.max_model_len)
+                return await self._model.checked(request, prompt), prompt
         except TimeoutError:
             raise DeadlineExceeded("the request's time ran out while it was tokenized") from None
 

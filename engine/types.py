@@ -73,6 +73,9 @@ class Constraint:
 
     kind: ConstraintKind
     source: str
+    # What is written before the text and is no part of it: a tokenizer strips a space from the
+    # start of a text, where no prompt stands before it.
+    lead: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,7 +192,7 @@ class Compiler:
             reason = f"none is possible with this model's tokenizer: {brief(str(error))}"
             return _Compiled(0, None, reason)
         try:
-            grammar = _grammar(constraint, tokenizer)
+            grammar = _led(_grammar(constraint, tokenizer), constraint.lead)
         except Refused as error:
             return _Compiled(0, None, brief(str(error)))
         except (ValueError, RecursionError) as error:
@@ -264,7 +264,7 @@ def _busy() -> Unavailable:
 
 def _digest(constraint: Constraint) -> bytes:
     kind = constraint.kind.value.encode()
-    source = constraint.source.encode("utf-8", "surrogatepass")
+    source = f"{constraint.lead}\0{constraint.source}".encode("utf-8", "surrogatepass")
     return hashlib.blake2b(source, digest_size=16, person=kind).digest()
 
 
@@ -281,6 +281,16 @@ def _grammar(constraint: Constraint, tokenizer: LLTokenizer) -> str:
             return LLMatcher.grammar_from_regex(_in_ascii(source))
         case ConstraintKind.LARK:
             return json.dumps({"grammars": [{"lark_grammar": numbered(source, tokenizer)}]})
+
+
+def _led(grammar: str, lead: str) -> str:
+    """The grammar behind what the tokenizer strips from the start of a text."""
+    if not lead:
+        return grammar
+    whole = json.loads(grammar)
+    whole["grammars"][0]["name"] = "led"
+    whole["grammars"].insert(0, {"lark_grammar": f"start: {json.dumps(lead)} @led"})
+    return json.dumps(whole)
 
 
 def _in_ascii(regex: str) -> str:

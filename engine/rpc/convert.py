@@ -87,7 +87,9 @@ def constraint_to_pb(constraint: Constraint | None) -> worker_pb2.Constraint | N
     """What the answer must be, on the wire; None leaves the field unset."""
     if constraint is None:
         return None
-    return worker_pb2.Constraint(kind=_KIND_TO_PB[constraint.kind], source=constraint.source)
+    return worker_pb2.Constraint(
+        kind=_KIND_TO_PB[constraint.kind], source=constraint.source, lead=constraint.lead
+    )
 
 
 def constraint_of(request: worker_pb2.DecodeRequest) -> Constraint | None:
@@ -97,7 +99,7 @@ def constraint_of(request: worker_pb2.DecodeRequest) -> Constraint | None:
     kind = _KIND_FROM_PB.get(request.constraint.kind)
     if kind is None:
         raise InvalidRequest("constraint.kind", f"{request.constraint.kind} is not known")
-    return Constraint(kind, request.constraint.source)
+    return Constraint(kind, request.constraint.source, request.constraint.lead)
 
 
 def logprobs_to_pb(scored: Iterable[TokenLogprobs]) -> list[worker_pb2.Logprobs]:

@@ -60,10 +60,15 @@ DECODERS = {
 KINDS = [*DECODERS, "byte-level"]
 
 
+def tokenizer_json(kind: str) -> dict[str, Any]:
+    """What its tokenizer.json holds."""
+    return _byte_level() if kind == "byte-level" else _sentencepiece(DECODERS[kind])
+
+
 @cache
 def tiny_tokenizer(kind: str) -> Tokenizer:
     """One of KINDS; all write a BOS before a text."""
-    spec = _byte_level() if kind == "byte-level" else _sentencepiece(DECODERS[kind])
+    spec = tokenizer_json(kind)
     library = tokenizers.Tokenizer.from_str(json.dumps(spec))
     return Tokenizer.of(library, spec, Path(kind), vocab_size=1000, bos=1)
 
