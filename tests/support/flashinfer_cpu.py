@@ -39,6 +39,7 @@ def flashinfer_on_cpu(folder: Path) -> Iterator[Launches]:
         assert all(Path(source).exists() for source in spec.sources), "nothing to compile"
         if "kv_stride_independent" in spec.name:
             raise KernelError("K and V have different strides: that is another module")
+        launches.modules.append(spec.name)
         kind = DecodeModule if spec.name.startswith("batch_decode") else PrefillModule
         return kind(Compiled.of(spec.name), launches)
 

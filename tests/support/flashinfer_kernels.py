@@ -34,9 +34,10 @@ NON_CAUSAL, CAUSAL = 0, 1
 
 @dataclass(slots=True)
 class Launches:
-    """Names of the kernels that ran, in order."""
+    """What ran, in order."""
 
-    names: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # kernels
+    modules: list[str] = field(default_factory=list)  # compiled or loaded, by name
 
 
 @dataclass(frozen=True, slots=True)
