@@ -82,6 +82,10 @@ class ServedModel:
             parse_special,
         )
 
+    def prepare(self) -> None:
+        """In a thread, before requests come: what the first message of some kind would wait for."""
+        self._threads.submit(self.tokenizer.special.prepare)
+
     async def prompt_of(self, request: AnswerRequest, max_model_len: int) -> list[int]:
         """The request's prompt as token ids, at least one token shorter than the context.
 

@@ -103,6 +103,7 @@ def serve(
     served = ServedModel.load(
         checkpoint, name, model.max_model_len, front.tool_format, front.parse_special
     )
+    served.prepare()
     local = fleet.workers == "local"
     gpus = tuple(find_gpus()) if local and model.device != "cpu" else ()
     if local:

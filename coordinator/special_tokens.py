@@ -67,6 +67,10 @@ class SpecialTokens:
         encodings = library.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encodings[0].ids)
 
+    def prepare(self) -> None:
+        """Make the other tokenizer now: it holds up the interpreter for as long as a load does."""
+        self._by_other_names()
+
     def _appears(self, text: str) -> bool:
         """Whether normalizing makes special tokens of other text (of wide characters, say)."""
         if self._normalizer is None:

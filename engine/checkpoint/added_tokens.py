@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.jsonfile import read_json
+from engine.errors import CheckpointError
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
@@ -62,7 +63,10 @@ def added_tokens(folder: Path) -> list[dict[str, Any]]:
     named = {token["content"] for token in found.values()}
     special = set(special_names(folder))
     for key, value in (config.get("added_tokens_decoder") or {}).items():
-        token_id, content = int(key), value["content"]
+        if not (str(key).isdecimal() and isinstance(value, dict) and _content(value)):
+            path = folder / "tokenizer_config.json"
+            raise CheckpointError(f"{path}: added_tokens_decoder[{key!r}] is no token with an id")
+        token_id, content = int(key), _content(value)
         if value.get("special"):
             special.add(content)
         if token_id not in found and content not in named:

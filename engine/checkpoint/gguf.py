@@ -170,10 +170,9 @@ def _rope_scaling(file: GGUFFile, head_dim: int) -> dict[str, Any] | None:
     if divisors is not None:
         return _llama3_scaling(file, np.asarray(divisors, np.float64).reshape(-1), head_dim)
     prefix = f"{file.architecture}.rope.scaling."
-    old = _float(file, "rope.scale_linear", 1.0)  # files from before there were types
-    kind = file.meta.get(prefix + "type", "linear" if old not in (0.0, 1.0) else "none")
+    factor = _float(file, "rope.scaling.factor", _float(file, "rope.scale_linear", 1.0))
+    kind = file.meta.get(prefix + "type", "linear")  # the format's default
     original = file.meta.get(prefix + "original_context_length")
-    factor = _float(file, "rope.scaling.factor", old)
     if kind == "yarn" and factor in (0.0, 1.0) and original:
         factor = _integer(file, "context_length") / original
     if kind == "none" or factor in (0.0, 1.0):

@@ -74,6 +74,34 @@ def test_both_panels_agree_and_nobody_else_does(folder: Path) -> None:
     assert len(digests) == 4
 
 
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),
+        ({"rope_type": "linear", "factor": 2.0}, 512),
+    ],
+)
+def test_a_stretched_context_is_served(folder: Path, rope: dict, context: int) -> None:
+    (folder / "big" / "config.json").write_text(json.dumps(CONFIG | {"rope_scaling": rope}))
+
+    def length(max_model_len: int) -> int:
+        model = ModelOptions(
+            model=str(folder / "big"),
+            dtype="float32",
+            device="cpu",
+            seed_weights=1,
+            max_model_len=max_model_len,
+        )
+        cache = CacheOptions(kv_cache_memory=4 << 20)
+        engine = build_engine(Role.PREFILL, model, cache, StepOptions(), CollectorRegistry())
+        return engine.identity.max_model_len
+
+    assert length(0) == length(context) == context
+    assert length(300) == 300
+    with pytest.raises(ConfigError, match=f"the model's context is {context}"):
+        length(context + 1)
+
+
 def test_the_pool_holds_both(folder: Path) -> None:
     engine = build(folder, str(folder / "small"))
     # keys and values of 16 tokens in fp32: 3 layers of 2 heads of 16, 1 layer of 2 heads of 8

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from engine.checkpoint.added_tokens import added_tokens, end_of_turn, merged_tokenizer
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.fingerprint import tokenizer_digest
+from engine.errors import CheckpointError
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -116,6 +117,13 @@ def test_a_token_whose_id_the_library_would_not_give_is_left_out(
     merged = json.loads(merged_tokenizer(tmp_path))
     assert [t["content"] for t in merged["added_tokens"]] == [t["content"] for t in ADDED]
     assert "<far>" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("decoder", [{"x": {"content": "a"}}, {"4": "a"}, {"4": {"content": 1}}])
+def test_a_broken_list_is_named(tmp_path: Path, decoder: Any) -> None:
+    folder(tmp_path, ADDED, tokenizer_config={"added_tokens_decoder": decoder})
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: added_tokens_decoder\["):
+        added_tokens(tmp_path)
 
 
 def test_a_whole_file_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -127,6 +127,9 @@ def test_float16_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
     [
         ({}, {}, ("default", 1.0, 0)),
         ({"rope.scaling.factor": 4.0}, {"llama.rope.scaling.type": "linear"}, ("linear", 4.0, 0)),
+        ({"rope.scaling.factor": 4.0}, {}, ("linear", 4.0, 0)),
+        ({"rope.scale_linear": 2.0}, {}, ("linear", 2.0, 0)),
+        ({"rope.scaling.factor": 4.0}, {"llama.rope.scaling.type": "none"}, ("default", 1.0, 0)),
         (
             {"rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 128},
             {"llama.rope.scaling.type": "yarn"},
