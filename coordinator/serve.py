@@ -26,7 +26,7 @@ import uvloop
 from coordinator.app import Coordinator, dialable
 from coordinator.membership import Worker
 from coordinator.model import ServedModel
-from coordinator.supervisor import Supervisor, worker_command, worker_environment
+from coordinator.supervisor import Supervisor, doing, worker_command, worker_environment
 from coordinator.trust import Trust
 from engine.checkpoint.source import resolve
 from engine.config import (
@@ -247,6 +247,9 @@ async def _announce(
         while not await coordinator.membership.wait_for(role, LINE_S, count):
             waited_s = time.monotonic() - began_s
             _tell(f"waiting for {count} {role.value} workers to load the model, {waited_s:.0f} s")
+            for worker in supervisor.workers:
+                if worker.role is role and (what := doing(worker)):
+                    _tell(f"{worker.worker_id}: {what}")
     context = describe_context(coordinator.pipeline.max_model_len, coordinator.membership.longest)
     _say(f"coordinator: serving {where}; {context}; workers: {names}; logs in {logs}")
 

@@ -14,12 +14,14 @@ included; for that workers are forked on the main thread (the event loop's).
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -35,6 +37,7 @@ _log = get_logger(__name__)
 BAD_CONFIGURATION = 2  # exit status of a command that cannot use its options
 _FIRST_BACKOFF_S = 0.25
 _MAX_BACKOFF_S = 10.0
+_LAST_BYTES = 4096  # of a log, for its last line
 _STABLE_S = 30.0  # a worker that lived this long starts over with the shortest backoff
 
 
@@ -224,6 +227,22 @@ async def _ended(process: subprocess.Popen[bytes]) -> None:
     finally:
         loop.remove_reader(descriptor)
         os.close(descriptor)
+
+
+def doing(worker: LocalWorker) -> str:
+    """What a worker logged last, such as "warm-up begins: decode"; "" where it logs no JSON."""
+    try:
+        with worker.log_path.open("rb") as log:
+            log.seek(max(0, worker.log_path.stat().st_size - _LAST_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    for line in reversed(lines):
+        with suppress(ValueError, TypeError, AttributeError, KeyError):
+            entry = json.loads(line)
+            step = entry.get("step")
+            return f"{entry['event']}: {step}" if step else str(entry["event"])
+    return ""
 
 
 def _last_words(worker: LocalWorker) -> str:

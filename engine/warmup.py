@@ -4,7 +4,8 @@ largest step has taken its memory before the KV pool gets what is left.
     chunk    | t t t ... t |                  a prompt's
     decode   | t | t | t | ... | t |          one token of each answer
     verify   | t d d d | t d d d | ... |      with drafts
-    largest  all of them in one step
+    mixed    a short one of each in one step
+    largest  as much as the budgets allow in one step
 
 The steps run over a scratch cache of one block that every row's block table repeats: what they
 compute means nothing.
@@ -80,10 +81,12 @@ def step_shapes(
     decode = [row(1, 1, block_size)] * num_seqs
     verify = [row(1 + window, 1 + window, 2 * block_size)] * num_verified
     largest = [row(chunk, scored, max_model_len), *verify, *decode[num_verified:]]
+    mixed = [row(min(chunk, 2 * block_size), 1, 0), *verify[:1], *decode[:1]]
     shapes = [
         Shape("prompt chunk", (row(chunk, 1, max_model_len),)),
         Shape("decode", tuple(decode)),
         Shape("verify", tuple(verify)),
+        Shape("mixed", tuple(mixed)),
         Shape("largest", tuple(largest)),
     ]
     return [shape for shape in shapes if shape.rows]

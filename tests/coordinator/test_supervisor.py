@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.supervisor import Supervisor, WorkerEnvironment, worker_environment
+from coordinator.supervisor import (
+    LocalWorker,
+    Supervisor,
+    WorkerEnvironment,
+    doing,
+    worker_environment,
+)
 from engine.errors import ConfigError
 from engine.types import Role
 
@@ -188,6 +194,16 @@ async def test_status_2_of_a_place_that_has_lived_ends_nobody_else(modules, tmp_
     (modules / "sleeper_worker.py").write_text(sleeper)
     await until(lambda: len(ups(supervisor)) == 2)
     await supervisor.stop()
+
+
+def test_what_a_worker_does_is_what_it_logged_last(tmp_path):
+    worker = LocalWorker("d0", Role.DECODE, tmp_path / "d0.log")
+    assert doing(worker) == ""
+    worker.log_path.write_text("plain\n" * 2000 + '{"event": "warm-up begins", "step": "decode"}\n')
+    assert doing(worker) == "warm-up begins: decode"
+    with worker.log_path.open("a") as log:
+        log.write('{"event": "engine built"}\nnvcc: a line of a compiler\n[1, 2]\n{"no": 1}')
+    assert doing(worker) == "engine built"
 
 
 async def test_a_folder_that_cannot_be_made(tmp_path):

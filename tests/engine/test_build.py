@@ -239,7 +239,7 @@ def test_every_kind_of_step_is_run_before_a_worker_is_built(
     monkeypatch.setattr(Runner, "run", noting)
     build(folder, "first:2")
     by_runner = {runner: [step[1:] for step in seen if step[0] == runner] for runner, *_ in seen}
-    expected = [(32, 1), (1, 2), (17, 34), (32, 32 + 34)]
+    expected = [(32, 1), (1, 2), (17, 34), (32, 1 + 17 + 1), (32, 32 + 34)]
     assert list(by_runner.values()) == [expected, expected]
 
 

@@ -24,10 +24,11 @@ def test_shapes_are_as_large_as_the_budgets_let_a_step_be() -> None:
     shapes = {
         s.name: s for s in step_shapes(GPU, draft_window=16, block_size=16, max_model_len=8192)
     }
-    assert list(shapes) == ["prompt chunk", "decode", "verify", "largest"]
+    assert list(shapes) == ["prompt chunk", "decode", "verify", "mixed", "largest"]
     assert (shapes["prompt chunk"].num_tokens, shapes["prompt chunk"].num_logits) == (8192, 1)
     assert (shapes["decode"].num_tokens, shapes["decode"].num_logits) == (256, 256)
     assert shapes["verify"].num_logits == shapes["verify"].num_tokens == 48 * 17
+    assert [len(row.token_ids) for row in shapes["mixed"].rows] == [32, 17, 1]
     largest = shapes["largest"]
     assert largest.num_tokens == 8192 + 48 * 17 + 208
     assert largest.num_logits == 256 + 48 * 17 + 208

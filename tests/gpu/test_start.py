@@ -1,0 +1,75 @@
+"""The start of a worker on a GPU: FlashInfer's modules are loaded before it could listen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from prometheus_client import CollectorRegistry
+
+from decode.cli import ask_drafting
+from engine.build import Engine, build_engine
+from engine.cache.kv_cache import zeroed_pages
+from engine.cache.sizing import GpuMemory
+from engine.config import CacheOptions, DraftOptions, ModelOptions, StepOptions
+from engine.device import Device
+from engine.events import FinishedEvent, TokensEvent
+from engine.request import Work
+from engine.types import Role, SamplingParams, StopParams
+from tests.engine.test_build import CONFIG
+from tests.support.flashinfer_kernels import Launches
+
+WIDE = CONFIG | {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def start(folder: Path, place: torch.device) -> Engine:
+    """A GPU of numbers, whose tensors lie where FlashInfer computes in this test."""
+    (folder / "config.json").write_text(json.dumps(WIDE))
+    (folder / "tokenizer.json").write_text("{}")
+    memory = GpuMemory(8 << 30, 7 << 30, 1 << 30)
+    allocate = zeroed_pages
+    if place.type == "cuda":
+
+        def allocate(size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.uint8, device=place)
+
+    device = Device(place, "sm90", "Fake H100", lambda: memory, allocate)
+    model = ModelOptions(model=str(folder), dtype="bfloat16", seed_weights=1)
+    drafting = ask_drafting(model, DraftOptions(draft_tokens=4))
+    return build_engine(
+        Role.DECODE,
+        model,
+        CacheOptions(kv_cache_memory=1 << 20),
+        StepOptions(max_batched_tokens=40, max_num_seqs=3),
+        CollectorRegistry(),
+        drafting,
+        device,
+    )
+
+
+def test_both_kernels_have_run_when_a_worker_is_built(
+    tmp_path: Path, flashinfer_kernels: Launches
+) -> None:
+    engine = start(tmp_path, torch.device("cpu"))
+    assert {"decode", "prefill"} <= set(flashinfer_kernels.names)
+    profile = "device=cuda arch=sm90 attention=flashinfer-0.7.4"
+    assert engine.identity.numeric_profile.endswith(profile)
+
+
+def test_an_answer_over_the_pool_that_came_last(
+    tmp_path: Path, flashinfer_device: torch.device
+) -> None:
+    core = start(tmp_path, flashinfer_device).core
+    work = Work("r", tuple(range(2, 60)), b"", SamplingParams(), StopParams(12))
+    key = core.new_key()
+    core.add(key, work)
+    events = []
+    for _ in range(60):
+        core.step()
+        events += core.take_events()
+        if events and isinstance(events[-1], FinishedEvent):
+            break
+    tokens = [t for e in events if isinstance(e, TokensEvent) for t in e.token_ids]
+    assert isinstance(events[-1], FinishedEvent) and events[-1].error is None
+    assert 0 < len(tokens) <= 12
