@@ -90,8 +90,9 @@ class WorkerMetrics:
 
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
         make = _Maker(registry, model_name)
-        self._registry = registry
         self._model_name = model_name
+        self._links = _Links(model_name)
+        registry.register(self._links)
         self.num_requests_running = make.gauge("num_requests_running", "Requests in the batch.")
         self.num_requests_waiting = make.gauge("num_requests_waiting", "Requests not yet begun.")
         self.kv_cache_usage_perc = make.gauge(
@@ -170,7 +171,7 @@ class WorkerMetrics:
 
     def watch_links(self, links: Callable[[], Sequence[KVLink]]) -> None:
         """Ask for the links to peers whenever metrics are read; any thread asks."""
-        self._registry.register(_Links(self._model_name, links))
+        self._links.ask = links
 
     def kv_transfer_failed(self, reason: str) -> None:
         """Count one failed pull; `reason` is one of a few fixed words."""
@@ -190,9 +191,9 @@ class WorkerMetrics:
 class _Links(Collector):
     """A series a peer, as long as the peer is remembered."""
 
-    def __init__(self, model_name: str, links: Callable[[], Sequence[KVLink]]) -> None:
+    def __init__(self, model_name: str) -> None:
+        self.ask: Callable[[], Sequence[KVLink]] = lambda: ()
         self._model_name = model_name
-        self._links = links
 
     def describe(self) -> list[Metric]:
         """The name alone: nothing is asked at registration."""
@@ -201,7 +202,7 @@ class _Links(Collector):
     def collect(self) -> list[Metric]:
         """Measured bytes per second of each peer, with its lane."""
         family = self._family()
-        for link in self._links():
+        for link in self.ask():
             lane = link.lane or "unknown"
             family.add_metric([self._model_name, link.peer, lane, link.memory], link.bytes_per_s)
         return [family]
