@@ -103,6 +103,7 @@ class Coordinator:
             self._front.http,
             client_timeout_s=self._front.client_timeout_s,
             keepalive_s=self._front.http_keepalive_s,
+            grpc_port=int(self.address.rpartition(":")[2]),
         )
         self.http_address = self._http.address
         await self._public.start()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,6 +24,9 @@ from engine.pb.diptych.v1 import admin_pb2
 from engine.types import KVLink
 
 _HOLDS_S = 5.0  # for a worker to say what it holds
+_QUIET_S = 0.3  # without an event: the reason is looked for
+_AGAIN_S = 10.0
+_ASK_S = 5.0
 _MIB = 1024 * 1024
 
 
@@ -30,7 +35,7 @@ def generate(
 ) -> int:
     """Stream one completion, or print several; returns the exit status."""
     with _connect(server) as client:
-        events = client.generate(prompt, timeout_s=timeout_s, **options)
+        events = _watched(client, client.generate(prompt, timeout_s=timeout_s, **options), quiet)
         if (options.get("n") or 1) > 1:
             return _run_choices(server, events, quiet)
         return _run(server, events, quiet)[1]
@@ -49,13 +54,14 @@ def chat(
     with _connect(server) as client:
         if question is not None:
             messages.append({"role": "user", "content": question})
-            return _run(server, client.chat(messages, timeout_s=timeout_s, **options), quiet)[1]
+            events = client.chat(messages, timeout_s=timeout_s, **options)
+            return _run(server, _watched(client, events, quiet), quiet)[1]
         if sys.stdin.isatty():
             print("Type a message; an empty line or Ctrl-D ends.", file=sys.stderr)
         while question := _ask():
             messages.append({"role": "user", "content": question})
             events = client.chat(messages, timeout_s=timeout_s, **options)
-            text, failed = _run(server, events, quiet)
+            text, failed = _run(server, _watched(client, events, quiet), quiet)
             if failed:
                 messages.pop()
                 if not sys.stdin.isatty():
@@ -230,6 +236,39 @@ def _ask() -> str:
         return ""
     except UnicodeError:
         raise ConfigError("standard input: not valid UTF-8") from None
+
+
+def _watched(client: Client, events: Iterator[AnswerEvent], quiet: bool) -> Iterator[AnswerEvent]:
+    """The events; while the first one is not there, standard error tells what is waited for."""
+    begun = threading.Event()
+    if not quiet:
+        threading.Thread(target=_tell_of_waiting, args=(client, begun), daemon=True).start()
+    try:
+        for event in events:
+            begun.set()
+            yield event
+    finally:
+        begun.set()
+
+
+def _tell_of_waiting(client: Client, begun: threading.Event) -> None:
+    began_s, wait_s = time.monotonic(), _QUIET_S
+    while not begun.wait(wait_s):
+        reason = _waited_for(client)
+        if reason and not begun.is_set():
+            waited_s = time.monotonic() - began_s
+            so_far = f", {waited_s:.0f} s" if wait_s == _AGAIN_S else ""
+            print(f"coordinator: {reason}{so_far}", file=sys.stderr, flush=True)
+        wait_s = _AGAIN_S
+
+
+def _waited_for(client: Client) -> str:
+    """What is missing for an answer; "" where one is being computed."""
+    try:
+        ready = client.model(timeout_s=_ASK_S).ready
+    except (DiptychError, grpc.RpcError, ValueError):  # the call itself tells it; a closed client
+        return ""
+    return "" if ready else "waiting for a decode worker"
 
 
 def _run(server: str, events: Iterator[AnswerEvent], quiet: bool) -> tuple[str, int]:

@@ -241,6 +241,7 @@ async def run_worker(
             alive=lambda: host.engine.responsive,
         ),
         settings.worker.http,
+        grpc_port=port,
     )
     reaper = asyncio.create_task(host.kv.reap())
     host.engine.start()

@@ -23,7 +23,9 @@ class Patience:
     resumed: int = 10  # and after it, since the last token
     backoff_s: float = 0.2  # before the second call to the same coordinator; then twice that ...
     max_backoff_s: float = 5.0
-    give_up_s: float = 60.0  # no call begins later than this after the first one that was lost
+    # No call begins later than this after the first one that was lost; where a coordinator has
+    # waited in vain for a worker, after that call's beginning.
+    give_up_s: float = 60.0
     ping_s: float = 3.0  # silence after which a connection is tried, and given up as long after
 
 

@@ -3,20 +3,18 @@
 A client stays with one coordinator, the first named, until a call to it is lost. A DNS name may
 stand for several: gRPC then connects to all of them and gives each the next call.
 
-Before the first token there are two ways to try again. With one coordinator (or name), gRPC's own:
-the policy in the channel's service config, which also waits as long as the coordinator asked. With
-several, ours, because gRPC would wait for the one that asked while others are free.
+A call that is lost is tried again by `Stream`, before the first token too. gRPC's own retry policy
+is not used: it waits for the coordinator that asked for it while others are free, and it knows no
+time at which a caller gives up (five calls that each wait for a worker took two minutes).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import grpc
 
@@ -66,7 +64,7 @@ class Coordinators:
             "grpc.keepalive_timeout_ms": ping_ms,
             "grpc.http2.ping_timeout_ms": ping_ms,
             "grpc.dns_min_time_between_resolutions_ms": 2_000,
-            "grpc.service_config": self._service_config(),
+            "grpc.service_config": '{"loadBalancingConfig": [{"round_robin": {}}]}',
         }
         return tuple({**dict(CHANNEL_OPTIONS), **ours}.items())
 
@@ -79,13 +77,13 @@ class Coordinators:
 
     def stream(self, request: Request, timeout_s: float | None) -> Stream:
         """A new answer, which is to be complete within `timeout_s`."""
-        patience, alone = self._patience, len(self.addresses) == 1
+        patience = self._patience
         return Stream(
             request,
             Attempts(len(self.addresses), self._at, patience, self._dice),
             patience,
             self.addresses,
-            first_limit=1 if alone else patience.first,  # alone: gRPC itself tries again
+            first_limit=patience.first,
             ends_s=math.inf if timeout_s is None else self.clock() + timeout_s,
             on_resumed=self._resumed,
         )
@@ -97,20 +95,6 @@ class Coordinators:
     def _resumed(self) -> None:
         with self._lock:
             self.num_resumed += 1
-
-    def _service_config(self) -> str:
-        config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
-        if len(self.addresses) == 1:
-            policy = {
-                "maxAttempts": min(5, max(2, self._patience.first)),  # what gRPC takes
-                "initialBackoff": f"{self._patience.backoff_s:.3f}s",
-                "maxBackoff": f"{self._patience.max_backoff_s:.3f}s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
-            }
-            service = {"service": "diptych.v1.InferenceService"}
-            config["methodConfig"] = [{"name": [service], "retryPolicy": policy}]
-        return json.dumps(config)
 
 
 def unreachable(error: grpc.RpcError) -> DiptychError:

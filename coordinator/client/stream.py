@@ -73,6 +73,7 @@ class Stream:
         self._num_resumed = 0
         self._resuming = False  # this call takes the answer up, and has said nothing yet
         self._loss: Unavailable | Overloaded | None = None  # since the answer last moved
+        self._first_call_s = math.inf
         self._gives_up_s = math.inf
         self.done = False
 
@@ -100,6 +101,7 @@ class Stream:
         coordinator, wait_s = found
         if self._loss and now_s + wait_s >= min(self._gives_up_s, self._ends_s):
             raise self._spent()
+        self._first_call_s = min(self._first_call_s, now_s)
         self._resuming = begun
         delivered = []
         for _, choice in sorted(self._choices.items()):
@@ -149,7 +151,9 @@ class Stream:
             num_tokens=self._num_tokens,
         )
         if self._loss is None:
-            self._gives_up_s = now_s + self._patience.give_up_s
+            # What a coordinator has waited for in vain (a worker) counts as ours.
+            since_s = self._first_call_s if waits and not self._num_tokens else now_s
+            self._gives_up_s = since_s + self._patience.give_up_s
         if waits or self._loss is None:  # a coordinator's word tells more than a dead connection
             self._loss = loss
 

@@ -14,6 +14,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
 import grpc
 
@@ -27,9 +28,18 @@ from engine.types import PROTOCOL_VERSION, KVPool, ModelIdentity, Role
 _log = get_logger(__name__)
 _RESOLVE_S = 10.0
 _RETRY_S = 0.5
+WARN_S = 10.0  # between two lines about one that is not reached
 _WELCOME_S = 10.0
 _TOKEN_REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 _GOODBYE_S = 1.0
+
+
+@dataclass(slots=True)
+class _Outage:
+    """A coordinator that is not reached; moments of the loop's clock."""
+
+    began_s: float
+    warn_s: float  # when the next line is due
 
 
 class Registration:
@@ -70,6 +80,7 @@ class Registration:
         self._streams: dict[str, asyncio.Task[None]] = {}
         self._changed: dict[str, asyncio.Event] = {}
         self._accepted: set[str] = set()
+        self._outages: dict[str, _Outage] = {}
         self._resolver: asyncio.Task[None] | None = None
         self.refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -122,6 +133,8 @@ class Registration:
                         self._refuse(address, error.details() or error.code().name)
                     elif address in self._accepted:
                         _log.warning("coordinator lost", coordinator=address, reason=_reason(error))
+                    else:
+                        self._not_reached(address, _reason(error))
                 except asyncio.CancelledError:  # what we say of ourselves broke the call?
                     task = asyncio.current_task()
                     if task is None or task.cancelling():
@@ -136,6 +149,19 @@ class Registration:
                     await asyncio.sleep(_RETRY_S)
         finally:
             await channel.close()
+
+    def _not_reached(self, address: str, reason: str) -> None:
+        """Log that a coordinator is still not there: at once, then every `WARN_S`."""
+        now_s = asyncio.get_running_loop().time()
+        outage = self._outages.setdefault(address, _Outage(now_s, now_s))
+        if now_s >= outage.warn_s:
+            outage.warn_s = now_s + WARN_S
+            _log.warning(
+                "coordinator cannot be reached",
+                coordinator=address,
+                reason=reason,
+                for_s=round(now_s - outage.began_s),
+            )
 
     def _refuse(self, address: str, reason: str) -> None:
         if not self.refused.done():
@@ -173,6 +199,7 @@ class Registration:
                     return
                 if answer.HasField("welcome") and not welcomed.done():
                     self._accepted.add(address)
+                    self._outages.pop(address, None)
                     welcomed.set_result(answer.welcome.heartbeat_s)
                     _log.info("registered", coordinator=address)
                 if answer.HasField("drain"):
@@ -202,4 +229,6 @@ async def _resolve(target: str) -> set[str]:
 def _reason(error: BaseException) -> str:
     if isinstance(error, grpc.aio.AioRpcError):
         return f"{error.code().name}: {error.details()}"
+    if isinstance(error, TimeoutError):
+        return f"no answer within {_WELCOME_S:g} s"
     return type(error).__name__

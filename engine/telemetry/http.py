@@ -30,6 +30,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engine.errors import ConfigError
 from engine.rpc.address import listen_on
+from engine.telemetry.grpc_refusal import PREFACE, GrpcRefusal
 
 CLIENT_TIMEOUT_S = 30.0
 KEEPALIVE_S = 60.0  # what proxies and clients expect of a connection that rests
@@ -37,6 +38,7 @@ KEEPALIVE_S = 60.0  # what proxies and clients expect of a connection that rests
 
 class _Config(uvicorn.Config):
     client_timeout_s: float
+    to_grpc_clients: str
 
 
 class _Protocol(H11Protocol):
@@ -49,6 +51,8 @@ class _Protocol(H11Protocol):
 
     _timer: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
+    _has_received = False
+    _refusal: GrpcRefusal | None = None  # of a gRPC client, which has taken the wrong port
     _left: int = 0  # bytes that the peer had not taken when `_unread` was set
     _lost: bool = False
 
@@ -64,8 +68,18 @@ class _Protocol(H11Protocol):
         self._unset_keepalive_if_required()  # which uvicorn forgets where the peer has reset
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._look()
+        if self._refusal is None and not self._has_received and PREFACE.startswith(data[:4]):
+            self._refusal = GrpcRefusal(cast(_Config, self.config).to_grpc_clients)
+        self._has_received = True
+        if self._refusal is None:
+            super().data_received(data)
+            self._look()
+            return
+        answer = self._refusal.take(data)
+        if answer is None:
+            self.transport.close()
+        else:
+            self.transport.write(answer)  # `_timer` runs on, and ends it
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -236,11 +250,13 @@ async def serve_http(
     *,
     client_timeout_s: float = CLIENT_TIMEOUT_S,
     keepalive_s: float = KEEPALIVE_S,
+    grpc_port: int = 0,
 ) -> HttpServer:
     """Serve `app` on HOST:PORT (port 0: a free one) in this event loop. Raises ConfigError.
 
     Connections that within `client_timeout_s` bring no whole request, or read nothing, are cut off;
-    those between two requests are closed after `keepalive_s`.
+    those between two requests are closed after `keepalive_s`. `grpc_port`: this process's, for
+    gRPC clients that come here.
     """
     sock = listen_on(address)
     config = _Config(
@@ -254,6 +270,9 @@ async def serve_http(
         timeout_keep_alive=cast(int, keepalive_s),  # a timer's delay, whatever its type says
     )
     config.client_timeout_s = client_timeout_s
+    config.to_grpc_clients = "this is an HTTP port"
+    if grpc_port:
+        config.to_grpc_clients += f"; the gRPC port of this process is {grpc_port}"
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[sock]), name="http")
     while not server.started:

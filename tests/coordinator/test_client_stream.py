@@ -45,6 +45,14 @@ class Lost(grpc.RpcError):
         return self._status[2]
 
 
+class Refused(Lost):
+    """A call that a coordinator has ended with an error of its own."""
+
+    def __init__(self, error: DiptychError) -> None:
+        status = to_status(error)
+        self._status = (status.code, status.message, status.trailing_metadata)
+
+
 class Caller:
     """Who reads the stream: what it has seen, and what it cost."""
 
@@ -330,9 +338,28 @@ def test_addresses() -> None:
             addresses_of(bad)
 
 
-def test_one_coordinator_is_retried_by_service_config_several_are_not() -> None:
-    alone = dict(Coordinators("a:1", Patience()).options)
-    several = dict(Coordinators("a:1,b:2", Patience()).options)
-    assert '"maxAttempts": 5' in str(alone["grpc.service_config"])
-    assert "retryPolicy" not in str(several["grpc.service_config"])
-    assert alone["grpc.keepalive_time_ms"] == alone["grpc.keepalive_timeout_ms"] == 3000
+def test_grpc_itself_retries_nothing() -> None:
+    for addresses in ("a:1", "a:1,b:2"):
+        options = dict(Coordinators(addresses, Patience()).options)
+        assert "retryPolicy" not in str(options["grpc.service_config"])
+        assert options["grpc.keepalive_time_ms"] == options["grpc.keepalive_timeout_ms"] == 3000
+
+
+@pytest.mark.parametrize(("worker_wait_s", "gives_up_s"), [(20.0, 80.0), (70.0, 70.0)])
+def test_waiting_in_vain_for_a_worker_ends_with_the_minute(
+    worker_wait_s: float, gives_up_s: float
+) -> None:
+    """Each call waits on the coordinator; no call begins after the minute, whoever has waited."""
+    now_s, num_calls = 100.0, 0
+    stream = Coordinators("a:1", PATIENCE, clock=lambda: now_s, dice=random.Random(3)).stream(
+        generate_request("x"), None
+    )
+    with pytest.raises(Unavailable, match="no decode worker is ready"):
+        while True:
+            now_s += stream.next(now_s).wait_s
+            num_calls += 1
+            assert now_s - 100.0 < 60.0
+            now_s += worker_wait_s
+            stream.lost(Refused(Unavailable("no decode worker is ready", 5.0)), now_s)
+    assert worker_wait_s <= now_s - 100.0 <= gives_up_s
+    assert num_calls == (3 if worker_wait_s == 20.0 else 1)

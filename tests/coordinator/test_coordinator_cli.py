@@ -173,7 +173,16 @@ def test_serving_without_workers_until_a_signal(tmp_path):
             urllib.request.urlopen(f"http://{http}/health/ready", timeout=5)
         with Client(address) as client:
             assert not client.model().ready
-        one_sentence(run("generate", "x", "--timeout", "1", "--server", address), 1, "time ran out")
+        done = run("generate", "x", "--timeout", "3", "--server", address)
+        first, last = done.stderr.splitlines()
+        assert first == "coordinator: waiting for a decode worker"
+        assert "time ran out" in last
+        done = run("generate", "x", "--timeout", "3", "--quiet", "--server", address)
+        one_sentence(done, 1, "time ran out")
+        port = address.rpartition(":")[2]
+        for command in (("generate", "x"), ("chat", "x"), ("status",), ("drain", "w")):
+            wrong = run(*command, "--server", http)
+            one_sentence(wrong, 1, "this is an HTTP port", f"is {port}")
         done = run("status", "--server", f"127.0.0.1:1,{address}")
         assert done.returncode == 0, done.stderr
         assert "not ready" in done.stdout

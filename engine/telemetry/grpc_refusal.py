@@ -1,0 +1,89 @@
+"""What a gRPC client is told that dials an HTTP port: one sentence that names the gRPC port.
+
+Without it such a client sees a connection that closes, and its error says nothing of a port. This
+is the smallest server of HTTP/2 (RFC 9113) that any gRPC client understands: it reads no header,
+and answers every stream with the same trailers. Pure: bytes in, bytes out.
+"""
+
+from __future__ import annotations
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_HEADERS, _SETTINGS, _PING = 1, 4, 6
+_ACK, _END_STREAM, _END_HEADERS = 1, 1, 4
+_FRAME_HEADER = 9
+_MAX_FRAME = 1 << 14
+_FAILED_PRECONDITION = b"9"
+_STATUS_200, _CONTENT_TYPE = b"\x88", b"\x0f\x10"  # of HPACK's static table (RFC 7541)
+
+
+class GrpcRefusal:
+    """One connection of a gRPC client, all of whose calls fail with `message`."""
+
+    def __init__(self, message: str) -> None:
+        fields = (
+            (b"grpc-status", _FAILED_PRECONDITION),
+            (b"grpc-message", _percent_encoded(message)),
+        )
+        self._trailers = _STATUS_200 + _CONTENT_TYPE + _text(b"application/grpc")
+        self._trailers += b"".join(b"\0" + _text(name) + _text(value) for name, value in fields)
+        self._unread = b""
+        self._has_begun = False
+
+    def take(self, data: bytes) -> bytes | None:
+        """The bytes to answer with; None where this is no client of HTTP/2 after all."""
+        self._unread += data
+        out = b""
+        if not self._has_begun:
+            if not PREFACE.startswith(self._unread[: len(PREFACE)]):
+                return None
+            if len(self._unread) < len(PREFACE):
+                return b""
+            self._unread = self._unread[len(PREFACE) :]
+            self._has_begun = True
+            out = _frame(_SETTINGS, 0, 0, b"")
+        while len(self._unread) >= _FRAME_HEADER:
+            length = int.from_bytes(self._unread[:3], "big")
+            if length > _MAX_FRAME:
+                return None
+            end = _FRAME_HEADER + length
+            if len(self._unread) < end:
+                break
+            out += self._answer(self._unread[:end])
+            self._unread = self._unread[end:]
+        return out
+
+    def _answer(self, frame: bytes) -> bytes:
+        kind, flags = frame[3], frame[4]
+        stream = int.from_bytes(frame[5:9], "big") & 0x7FFFFFFF
+        if kind == _SETTINGS and not flags & _ACK:
+            return _frame(_SETTINGS, _ACK, 0, b"")
+        if kind == _PING and not flags & _ACK:
+            return _frame(_PING, _ACK, 0, frame[_FRAME_HEADER:])
+        if kind == _HEADERS and stream:
+            return _frame(_HEADERS, _END_STREAM | _END_HEADERS, stream, self._trailers)
+        return b""
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return (
+        len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big") + payload
+    )
+
+
+def _text(value: bytes) -> bytes:
+    """A string of HPACK: its length, as an integer with a prefix of 7 bits, and itself."""
+    if len(value) < 127:
+        return bytes((len(value),)) + value
+    rest, length = len(value) - 127, b"\x7f"
+    while rest >= 128:
+        length += bytes((rest % 128 + 128,))
+        rest //= 128
+    return length + bytes((rest,)) + value
+
+
+def _percent_encoded(message: str) -> bytes:
+    """As gRPC writes a status message."""
+    return b"".join(
+        bytes((byte,)) if 0x20 <= byte <= 0x7E and byte != 0x25 else b"%%%02X" % byte
+        for byte in message.encode()
+    )
