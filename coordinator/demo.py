@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 
@@ -26,6 +27,7 @@ from coordinator.demo_progress import StackOutput, Stillness
 from engine.config import child_environment, state_dir
 from engine.errors import DiptychError
 from engine.pb.diptych.v1 import admin_pb2
+from engine.telemetry.progress import LINE_S, Progress
 
 # The first start compiles kernels and converts the model. A loaded machine takes its time: what
 # ends the demo is a stack that stands still, and at last a limit that no start should reach.
@@ -112,7 +114,7 @@ def _free_address() -> str:
 def _wait_ready(client: Client, stack: subprocess.Popen[bytes], log_dir: Path) -> None:
     """Until a worker of each role is ready. Raises DiptychError."""
     deadline = time.monotonic() + _START_S
-    output = StackOutput(log_dir / "coordinator.log")
+    output = StackOutput(log_dir / "coordinator.log", time.monotonic)
     stillness = Stillness(stack.pid, log_dir, time.monotonic)
     while True:
         output.show()
@@ -135,9 +137,11 @@ def _wait_ready(client: Client, stack: subprocess.Popen[bytes], log_dir: Path) -
 def _answer(client: Client) -> Done:
     """Stream one answer to standard output."""
     print(f"> {_QUESTION}\n", flush=True)
-    for event in client.chat(
-        ({"role": "user", "content": _QUESTION},), timeout_s=_ANSWER_S, max_tokens=160
-    ):
+    question = ({"role": "user", "content": _QUESTION},)
+    events = iter(client.chat(question, timeout_s=_ANSWER_S, max_tokens=160))
+    with Progress("waiting for the first token", first_s=LINE_S):
+        first = next(events)
+    for event in chain([first], events):
         if isinstance(event, TextDelta):
             print(event.text, end="", flush=True)
         elif isinstance(event, Done):

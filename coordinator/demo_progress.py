@@ -6,14 +6,20 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+_SILENT_S = 4.0
 _MOVED_S = 0.1  # of processor time: a process that only polls takes less
 
 
 class StackOutput:
-    """The lines for people in a coordinator's output: those that are no log lines."""
+    """The lines for people in a coordinator's output: those that are no log lines.
 
-    def __init__(self, path: Path) -> None:
+    Where none comes for a while there is one of ours.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
         self.last = ""
+        self._clock = clock
+        self._began_s = self._shown_s = clock()
         self._path = path
         self._read = 0
         self._rest = b""
@@ -29,7 +35,13 @@ class StackOutput:
             line = raw.decode(errors="replace").strip()
             if line and not line.startswith("{"):
                 self.last = line
-                print(f"  {line}", flush=True)
+                self._print(line)
+        if self._clock() - self._shown_s >= _SILENT_S:
+            self._print(f"starting, {self._clock() - self._began_s:.0f} s")
+
+    def _print(self, line: str) -> None:
+        self._shown_s = self._clock()
+        print(f"  {line}", flush=True)
 
 
 class Stillness:

@@ -31,7 +31,7 @@ class State:
     """
 
     def __init__(self) -> None:
-        self.text = "starting"
+        self.text = ""
         self._file = ""
 
     def take(self, line: str) -> None:
@@ -83,7 +83,8 @@ def run(command: Sequence[str], title: str, **how: object) -> list[str]:
                         state.take(lines[-1])
                 if time.monotonic() - shown >= LINE_S:
                     shown = time.monotonic()
-                    print("  %s, %.0f s" % (state.text, shown - began), flush=True)
+                    at = "%s, " % state.text if state.text else ""
+                    print("  %s%.0f s" % (at, shown - began), flush=True)
         status = process.wait()
     finally:
         if process.poll() is None:

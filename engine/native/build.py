@@ -105,6 +105,7 @@ def _build(compiler: str, path: Path) -> None:
             for source, made in zip(sources, objects, strict=True)
         ]
         _run_all(commands, folder, shown)
+        shown.detail = "linking"
         part = Path(folder) / path.name
         _run_all([[compiler, *_FLAGS, "-o", str(part), *map(str, objects), *_LINK]], folder, shown)
         content = part.read_bytes()
@@ -131,7 +132,8 @@ def _run_all(commands: Sequence[Sequence[str]], folder: str, shown: Progress) ->
                 if process.poll() is not None:
                     running.remove((process, said))
                     _check(process, said)
-                    shown.detail = f"{len(commands) - len(waiting) - len(running)} done"
+                    if len(commands) > 1:
+                        shown.detail = f"{len(commands) - len(waiting) - len(running)} done"
             if time.monotonic() > deadline:
                 raise BuildError(f"the compiler did not end within {_COMPILE_S:.0f} s")
             time.sleep(_POLL_S)

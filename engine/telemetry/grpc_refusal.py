@@ -2,16 +2,18 @@
 
 Without it such a client sees a connection that closes, and its error says nothing of a port. This
 is the smallest server of HTTP/2 (RFC 9113) that any gRPC client understands: it reads no header,
-and answers every stream with the same trailers. Pure: bytes in, bytes out.
+and answers every stream with the same trailers, after its first message: a client that is answered
+while it writes makes a status of its own. Pure: bytes in, bytes out.
 """
 
 from __future__ import annotations
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_HEADERS, _SETTINGS, _PING = 1, 4, 6
+_DATA, _HEADERS, _SETTINGS, _PING = 0, 1, 4, 6
 _ACK, _END_STREAM, _END_HEADERS = 1, 1, 4
 _FRAME_HEADER = 9
 _MAX_FRAME = 1 << 14
+_MAX_OPEN = 1000
 _FAILED_PRECONDITION = b"9"
 _STATUS_200, _CONTENT_TYPE = b"\x88", b"\x0f\x10"  # of HPACK's static table (RFC 7541)
 
@@ -28,6 +30,7 @@ class GrpcRefusal:
         self._trailers += b"".join(b"\0" + _text(name) + _text(value) for name, value in fields)
         self._unread = b""
         self._has_begun = False
+        self._open: set[int] = set()  # streams whose first message has not come
 
     def take(self, data: bytes) -> bytes | None:
         """The bytes to answer with; None where this is no client of HTTP/2 after all."""
@@ -43,7 +46,7 @@ class GrpcRefusal:
             out = _frame(_SETTINGS, 0, 0, b"")
         while len(self._unread) >= _FRAME_HEADER:
             length = int.from_bytes(self._unread[:3], "big")
-            if length > _MAX_FRAME:
+            if length > _MAX_FRAME or len(self._open) > _MAX_OPEN:
                 return None
             end = _FRAME_HEADER + length
             if len(self._unread) < end:
@@ -59,7 +62,10 @@ class GrpcRefusal:
             return _frame(_SETTINGS, _ACK, 0, b"")
         if kind == _PING and not flags & _ACK:
             return _frame(_PING, _ACK, 0, frame[_FRAME_HEADER:])
-        if kind == _HEADERS and stream:
+        if kind == _HEADERS and stream and not flags & _END_STREAM:
+            self._open.add(stream)
+        elif (kind == _HEADERS and stream) or (kind == _DATA and stream in self._open):
+            self._open.discard(stream)
             return _frame(_HEADERS, _END_STREAM | _END_HEADERS, stream, self._trailers)
         return b""
 

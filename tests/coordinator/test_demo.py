@@ -90,7 +90,8 @@ def test_lines_for_people_are_shown_once_and_whole(
 ) -> None:
     path = tmp_path / "log"
     path.write_text('{"event": "x"}\ncompiling\ncoord')
-    output = StackOutput(path)
+    now = [0.0]
+    output = StackOutput(path, lambda: now[0])
     output.show()
     assert capsys.readouterr().out == "  compiling\n"
     with path.open("a") as file:
@@ -98,6 +99,10 @@ def test_lines_for_people_are_shown_once_and_whole(
     output.show()
     output.show()
     assert capsys.readouterr().out == "  coordinator: starting\n"
+    now[0] += 4.5
+    output.show()
+    output.show()
+    assert capsys.readouterr().out == "  starting, 4 s\n", "where the stack itself prints nothing"
     assert output.last == "coordinator: starting"
 
 

@@ -18,7 +18,8 @@ from tests.support.http_get import http_get
 
 pytestmark = pytest.mark.timeout(60)
 SETTINGS = b"\0\0\0\4\0\0\0\0\0"
-HEADERS = b"\0\0\2\1\5\0\0\0\1xx"
+HEADERS = b"\0\0\2\1\4\0\0\0\1xx"
+DATA = b"\0\0\3\0\0\0\0\0\1abc"
 
 
 async def test_a_real_client_reads_the_sentence_and_http_goes_on() -> None:
@@ -47,7 +48,7 @@ async def test_a_real_client_reads_the_sentence_and_http_goes_on() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 5, 1000])
 def test_however_the_bytes_come(size: int) -> None:
-    data = PREFACE + SETTINGS + HEADERS
+    data = PREFACE + SETTINGS + HEADERS + DATA + DATA
     refusal = GrpcRefusal("50 % of ports; " + "\u00e4" * 90)
     out = b""
     for at in range(0, len(data), size):
@@ -58,6 +59,14 @@ def test_however_the_bytes_come(size: int) -> None:
     assert b"50 %25 of ports" in out
     assert b"%C3%A4" * 90 in out
     assert out.count(b"grpc-status") == 1
+
+
+def test_a_call_is_answered_after_its_first_message() -> None:
+    refusal = GrpcRefusal("x")
+    assert b"grpc-status" not in (refusal.take(PREFACE + SETTINGS + HEADERS) or b"")
+    assert b"grpc-status" in (refusal.take(DATA) or b"")
+    without_message = HEADERS[:4] + b"\5" + HEADERS[5:-3] + b"\3xx"
+    assert b"grpc-status" in (refusal.take(without_message) or b"")
 
 
 @pytest.mark.parametrize(
