@@ -47,7 +47,7 @@ async def fitting_constraint(
             error = still
             continue
         changed = [tool.name for tool in use.callable if schemas[tool.name] != tool.schema]
-        _log.warning("schemas of tools are held in part", tools=changed, reason=error.description)
+        _log.info("schemas of tools are held in part", tools=changed, reason=error.description)
         return constraint
     raise InvalidRequest("tools_json", error.description)
 

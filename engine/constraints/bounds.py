@@ -12,7 +12,7 @@ MOST_OPTIONAL = 480  # members in a row; beyond, a mask costs so much that answe
 _SAYS = frozenset(("type", "$ref", "const", "enum", "anyOf", "oneOf", "allOf"))
 _LONGEST = {"date-time": 35, "time": 24, "duration": 40}  # nanoseconds, an offset
 _MOST_MULTIPLE = 1000  # beyond, the states of digits and remainders are too many
-_MOST_REMAINDERS = 100_000  # these alone take seconds to compile
+_MOST_REMAINDERS = 100_000  # of whole numbers; these alone take seconds to compile
 _BOUND_OF_MULTIPLES = 9223372036854774784  # the last double below 2^63
 
 
@@ -48,8 +48,9 @@ def bound_lengths(schema: dict[str, object], ways: Ways) -> None:
         return
     digits = Decimal(repr(step)).normalize().as_tuple()
     coefficient = int("".join(map(str, digits.digits))) * 10 ** max(0, int(digits.exponent))
-    if _without(2, _without(5, coefficient)) > _MOST_REMAINDERS:
-        ways.leave_out(Refused(f"multipleOf: {step} takes too long to compile"))
+    is_whole = float(step).is_integer() or "integer" in str(schema.get("type"))
+    if is_whole and _without(2, _without(5, coefficient)) > _MOST_REMAINDERS:
+        ways.leave_out(Refused(f"multipleOf: {step} has too many digits"))
         del schema["multipleOf"]
     elif coefficient <= _MOST_MULTIPLE:
         if "minimum" not in schema and "exclusiveMinimum" not in schema:

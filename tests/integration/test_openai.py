@@ -140,6 +140,29 @@ def test_stops_and_options_of_vllm(stack, client):
     assert long.usage.completion_tokens == 20
 
 
+def test_json_comes_to_an_end(stack, client):
+    """Also for a model that likes digits and blanks best."""
+    likes = {}
+    for text in ("8", " ", "\n", ".", "e"):
+        asked = {"prompt": text, "add_special_tokens": False}
+        tokens = httpx.post(f"http://{stack.http_address}/tokenize", json=asked).json()["tokens"]
+        likes |= dict.fromkeys(tokens, 12.0)
+    schema = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 3}
+    for options in ({"temperature": 0}, SAMPLED):
+        got = client.completions.create(
+            model="smollm2",
+            prompt=PROMPT,
+            max_tokens=400,
+            logit_bias={str(token): bias for token, bias in likes.items()},
+            extra_body={"guided_json": schema, "return_token_ids": True},
+            **options,
+        )
+        assert got.choices[0].finish_reason == "stop"
+        assert 2 <= len(json.loads(got.choices[0].text)) <= 3
+        asked = {"max_tokens": 400, "logit_bias": likes, "json_schema": json.dumps(schema)}
+        assert stack.generate(PROMPT, **asked, **options)[0] == extra(got.choices[0], "token_ids")
+
+
 def test_choices_differ_and_equal_grpcs(stack, client):
     ask = {"model": "smollm2", "prompt": PROMPT, "max_tokens": 12, **SAMPLED}
     whole = client.completions.create(**ask, n=3, extra_body={"return_token_ids": True})
