@@ -189,8 +189,7 @@ class Compiler:
         try:
             tokenizer = self._tokenizer.result()
         except Exception as error:  # the library's own, of many kinds
-            reason = f"none is possible with this model's tokenizer: {brief(str(error))}"
-            return _Compiled(0, None, reason)
+            return _Compiled(0, None, _no_tokenizer(error))
         try:
             grammar = _led(_grammar(constraint, tokenizer), constraint.lead)
         except Refused as error:
@@ -207,7 +206,10 @@ class Compiler:
         return _Compiled(num_chars, template, cpu_s=cpu_s, scanner=scanner)
 
     def _fit(self, schema: str, lenient: bool) -> _Compiled:
-        tokenizer = self._tokenizer.result()
+        try:
+            tokenizer = self._tokenizer.result()
+        except Exception as error:
+            return _Compiled(0, None, _no_tokenizer(error))
         whole = json.loads(schema)
         style = whole.pop("x-guidance")
 
@@ -232,6 +234,10 @@ class Compiler:
         except Exception:  # each compilation gives the reason
             return None
         return NumberTokens(tokenizer, tokenizer.vocab_size)
+
+
+def _no_tokenizer(error: Exception) -> str:
+    return f"none is possible with this model's tokenizer: {brief(str(error))}"
 
 
 def _fault(template: LLMatcher) -> str:

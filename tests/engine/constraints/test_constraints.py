@@ -345,6 +345,9 @@ async def test_a_tokenizer_that_is_not_known_is_a_reason(tmp_path) -> None:
     try:
         with pytest.raises(InvalidRequest, match="none is possible with this model's tokenizer"):
             await made.matcher(regex("a"))
+        for lenient in (False, True):
+            with pytest.raises(InvalidRequest, match="none is possible"):
+                await made.fitting('{"x-guidance": {}}', lenient)
     finally:
         made.close()
 
