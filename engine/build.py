@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 from engine.cache.block_pool import BlockPool
 from engine.cache.kv_cache import KVCache
 from engine.cache.layout import KVLayout, compatibility_digest
-from engine.cache.sizing import PoolBudget, PoolSize, fit_pool, gpu_budget, host_budget
+from engine.cache.sizing import GpuMemory, PoolBudget, PoolSize, fit_pool, gpu_budget, host_budget
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.fingerprint import tokenizer_digest
 from engine.checkpoint.source import Checkpoint, resolve
@@ -160,13 +160,20 @@ def memory_errors(device: Device, utilization: float) -> Iterator[None]:
         )
         if not full or device.memory is None:
             raise
-        now = device.memory()
         raise ConfigError(
-            f"{device.name}: GPU memory ran out at the start ({shown(now.total_bytes)} in all,"
-            f" {shown(now.free_bytes)} free, {shown(now.reserved_bytes)} taken here); expected a"
-            f" smaller model, --max-batched-tokens, --max-num-seqs or --gpu-memory-utilization"
-            f" (now {utilization:g}), --weights, or another GPU"
+            f"{device.name}: GPU memory ran out at the start{_figures(device.memory)}; expected a"
+            f" smaller model, --max-batched-tokens, --max-num-seqs, or --gpu-memory-utilization"
+            f" (now {utilization:g}); or another GPU"
         ) from error
+
+
+def _figures(memory: Callable[[], GpuMemory]) -> str:
+    try:
+        now = memory()
+    except RuntimeError:  # not even a context fits
+        return ""
+    total, free, taken = map(shown, (now.total_bytes, now.free_bytes, now.reserved_bytes))
+    return f" ({total} in all, {free} free, {taken} taken here)"
 
 
 def _warm_up(

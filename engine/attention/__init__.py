@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
+
 from engine.attention.base import AttentionBackend
 from engine.attention.torch_backend import TorchBackend
 from engine.cache.kv_cache import KVCache
@@ -55,7 +57,7 @@ def choose_backend(
     elif not number.isdecimal() or int(number) < _LEAST_ARCH:
         lacks = f"flashinfer needs sm{_LEAST_ARCH} or later, this GPU is {arch}"
     if lacks or flashinfer is None:
-        return BackendChoice("torch", "", lacks)
+        return BackendChoice("torch", torch.__version__.partition("+")[0], lacks)
     return BackendChoice("flashinfer", flashinfer, f"kernels for heads of {layout.head_dim}")
 
 
@@ -83,8 +85,6 @@ def select_backend(kv_cache: KVCache, num_heads: int, sliding_window: int) -> At
     """The backend that suits the cache's device."""
     arch = ""
     if kv_cache.device.type == "cuda":
-        import torch
-
         major, minor = torch.cuda.get_device_capability(kv_cache.device)
         arch = f"sm{major}{minor}"
     choice = choose_backend(kv_cache.layout, num_heads, arch=arch, flashinfer=flashinfer_version())

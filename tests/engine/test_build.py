@@ -191,6 +191,16 @@ def test_a_gpu_that_is_full_is_one_sentence(
     assert "\n" not in words
 
 
+def test_a_gpu_that_is_full_may_not_even_tell_how_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> GpuMemory:
+        raise RuntimeError("CUDA error: out of memory")
+
+    device = Device(CPU, "sm90", "Fake H100", broken)
+    ran_out = pytest.raises(ConfigError, match="Fake H100: GPU memory ran out")
+    with ran_out, memory_errors(device, 0.9):
+        device.memory()  # type: ignore[misc]
+
+
 def test_other_errors_stay_what_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = FakeGpu(8 * GIB, monkeypatch)
     with pytest.raises(RuntimeError, match="illegal"), memory_errors(gpu.device, 0.9):
@@ -207,7 +217,9 @@ def test_the_profile_names_the_gpu_and_its_kernels(
     """Another architecture, or other kernels, round otherwise: such workers are refused."""
     gpu = FakeGpu(8 * GIB, monkeypatch)
     engine = build_on(gpu, folder)
-    assert engine.identity.numeric_profile.endswith(" device=cuda arch=sm90 attention=torch")
+    version = torch.__version__.partition("+")[0]
+    profile = f" kv=bfloat16 device=cuda arch=sm90 attention=torch-{version}"
+    assert engine.identity.numeric_profile.endswith(profile)
     gpu.device = replace(gpu.device, arch="sm80")
     other = build_on(gpu, folder)
     assert other.identity.digest != engine.identity.digest
