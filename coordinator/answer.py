@@ -17,15 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 
 from coordinator.detokenizer import BROKEN, Detokenizer
 from coordinator.request import AnswerRequest, Chunk, Ending, Placement, ToolCallPiece
 from coordinator.stops import StopChecker
 from coordinator.tokenizer import Tokenizer
-from coordinator.tool_parser import Parsed, ToolCalls, call_id
+from coordinator.tool_parser import ToolCalls, call_id
 from engine.types import FinishReason, TokenLogprobs
+
+_NOWHERE = Placement()
 
 
 class Answer:
@@ -50,6 +51,7 @@ class Answer:
         self._include_stop = request.include_stop
         self._min_tokens = min_tokens
         self._calls: ToolCalls | None = None
+        self._ended_calls: list[ToolCallPiece] = []
         markers: tuple[int, ...] = ()
         if request.tools:
             form = request.tools.format
@@ -63,6 +65,7 @@ class Answer:
         if request.echo and request.text is None and BROKEN in self._detokenizer.due:
             self.broken_prompt_end = self._detokenizer.release_due()
         self._tokenizer = tokenizer
+        self._special_ids = tokenizer.special_ids
         self._stops = StopChecker(
             request.stop_strings,
             request.include_stop,
@@ -81,31 +84,34 @@ class Answer:
     def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> Chunk:
         """Take the next tokens, with what is known of each; those after the end are dropped."""
         texts: list[str] = []
-        calls: list[ToolCallPiece] = []
-        offsets, num_at_start = [], 0
+        offsets: list[int] = []
+        num_at_start = 0
         for token_id in token_ids:
             if self.ending is not None:
                 break
-            offsets.append(self._detokenizer.position)
-            num_at_start += self._detokenizer.is_at_start
-            released = self._push(token_id)
-            texts.append(released.text)
-            calls += released.pieces
+            if logprobs:
+                offsets.append(self._detokenizer.position)
+                num_at_start += self._detokenizer.is_at_start
+            texts.append(self._push(token_id))
         taken = len(texts)
-        placement = Placement(tuple(offsets), num_at_start) if logprobs else Placement()
         return Chunk(
             "".join(texts),
             tuple(token_ids[:taken]),
-            tuple(calls),
+            self._take_calls(),
             tuple(logprobs[:taken]),
             self._index,
-            placement,
+            Placement(tuple(offsets), num_at_start) if logprobs else _NOWHERE,
         )
 
     def finish(self) -> Chunk:
         """What was held back, where another than the last token ended the answer."""
-        rest = self._rest()
-        return Chunk(rest.text, (), rest.pieces, index=self._index)
+        text = self._rest()
+        return Chunk(text, (), self._take_calls(), index=self._index)
+
+    def _take_calls(self) -> tuple[ToolCallPiece, ...]:
+        """Those that have ended since the last time."""
+        calls, self._ended_calls = tuple(self._ended_calls), []
+        return calls
 
     @property
     def ended_here(self) -> bool:
@@ -115,31 +121,37 @@ class Answer:
             ending.matched_text is not None or ending.matched_token in self._content_stop_ids
         )
 
-    def _push(self, token_id: int) -> Parsed:
-        """What a token releases; it may end the answer."""
+    def _push(self, token_id: int) -> str:
+        """Text that a token releases; it may end the answer."""
         self.token_ids.append(token_id)
         if self._is_stop_token(token_id):
             self.ending = Ending(FinishReason.STOP, matched_token=token_id)
             return self._end_at(token_id)
-        name, shown = self._special(token_id)
+        name, shown = self._special(token_id) if token_id in self._special_ids else ("", "")
         if name and not shown:
-            released = Parsed(self._push_hidden(name), ())
+            text = self._push_hidden(name)
         elif self._calls is not None:  # a special token that is shown is a marker of calls
-            parsed = self._calls.push(self._detokenizer.push((token_id,)))
-            released = replace(parsed, text=self._stops.push(parsed.text))
+            text = self._stops.push(self._content(self._detokenizer.push((token_id,))))
         else:
             text = self._detokenizer.push((token_id,)).removesuffix(shown)
-            released = Parsed(self._stops.push(text, name, shown), ())
+            text = self._stops.push(text, name, shown)
         self._stop_if_matched()
         if (
-            self.ending is None
-            and len(self.token_ids) >= self.max_tokens
+            len(self.token_ids) >= self.max_tokens
+            and self.ending is None
             and not self._is_constrained
         ):
             self.ending = Ending(FinishReason.LENGTH)
-            rest = self._rest()
-            return Parsed(released.text + rest.text, released.pieces + rest.pieces)
-        return released
+            text += self._rest()
+        return text
+
+    def _content(self, text: str) -> str:
+        """What of the next text is part of no call."""
+        if self._calls is None:
+            return text
+        parsed = self._calls.push(text)
+        self._ended_calls += parsed.pieces
+        return parsed.text
 
     def _is_stop_token(self, token_id: int) -> bool:
         if len(self.token_ids) <= self._min_tokens:
@@ -152,7 +164,7 @@ class Answer:
         )
 
     def _special(self, token_id: int) -> tuple[str, str]:
-        """A special token's name, and what of it is shown; of any other token nothing."""
+        """A special token's name, and what of it is shown."""
         name = self._tokenizer.special_name(token_id)
         hidden = not name or self._detokenizer.hides(token_id)
         return name, "" if hidden else self._tokenizer.text_of(token_id)
@@ -175,33 +187,35 @@ class Answer:
         self._stops = trial
         return text
 
-    def _end_at(self, token_id: int) -> Parsed:
+    def _end_at(self, token_id: int) -> str:
         """The rest of an answer that a stop token ends, whose own text few clients want."""
         text = self._detokenizer.push((token_id,)) if self._include_stop else ""
         text += self._detokenizer.flush()
         name, shown = self._special(token_id)
         shown = shown if self._include_stop else ""
-        parsed = self._read_calls(text.removesuffix(shown), is_cut=False)
-        released = self._stops.push(parsed.text, name, shown) + self._stops.flush()
+        content = self._last_content(text.removesuffix(shown), is_cut=False)
+        text = self._stops.push(content, name, shown) + self._stops.flush()
         self._stop_if_matched()
-        return replace(parsed, text=released)
+        return text
 
-    def _rest(self) -> Parsed:
+    def _rest(self) -> str:
         """What was held back of an answer that ends behind its last token."""
         if self._stops.match is not None:
-            return Parsed("", ())
+            return ""
         is_cut = self.ending is not None and self.ending.reason is FinishReason.LENGTH
-        parsed = self._read_calls(self._detokenizer.flush(), is_cut=is_cut)
-        text = self._stops.flush(parsed.text)
+        content = self._last_content(self._detokenizer.flush(), is_cut=is_cut)
+        text = self._stops.flush(content)
         self._stop_if_matched()
-        return replace(parsed, text=text)
+        return text
 
-    def _read_calls(self, text: str, is_cut: bool) -> Parsed:
-        """The last text of the answer: what of it is plain, and the calls that end with it."""
-        if self._calls is None:
-            return Parsed(text, ())
-        parsed, rest = self._calls.push(text), self._calls.flush(is_cut)
-        return Parsed(parsed.text + rest.text, parsed.pieces + rest.pieces)
+    def _last_content(self, text: str, is_cut: bool) -> str:
+        """The same of the last text of the answer; what waited for its end is decided."""
+        content = self._content(text)
+        if self._calls is not None:
+            rest = self._calls.flush(is_cut)
+            self._ended_calls += rest.pieces
+            content += rest.text
+        return content
 
     def _stop_if_matched(self) -> None:
         if self._stops.match is not None:

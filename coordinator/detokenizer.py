@@ -34,6 +34,7 @@ class Detokenizer:
 
     __slots__ = (
         "_due",
+        "_is_byte_level",
         "_is_first",
         "_num_released",
         "_num_run_chars",
@@ -55,6 +56,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._skipped = skipped
+        self._is_byte_level = tokenizer.decoding.byte_level
         self._utf8 = _utf8_decoder()
         self._run = bytearray()  # SentencePiece: byte tokens whose run has not ended
         self._run_utf8 = _utf8_decoder()  # tells how many characters the run has so far
@@ -79,9 +81,7 @@ class Detokenizer:
     @property
     def is_at_start(self) -> bool:
         """Whether the next token may be the first of the whole text, which loses a space."""
-        return not self._tokenizer.decoding.byte_level and bool(
-            self._is_first or self._num_to_strip
-        )
+        return not self._is_byte_level and bool(self._is_first or self._num_to_strip)
 
     @property
     def stripped_next(self) -> str:
@@ -104,12 +104,12 @@ class Detokenizer:
 
     def push(self, ids: Iterable[int]) -> str:
         """Text that these tokens made final; may be empty while a character is incomplete."""
-        step = self._push_bytes if self._tokenizer.decoding.byte_level else self._push_text
+        step = self._push_bytes if self._is_byte_level else self._push_text
         return self._released("".join([step(token_id) for token_id in ids]))
 
     def flush(self) -> str:
         """The rest at the end of an answer: whatever was incomplete, as U+FFFD."""
-        if self._tokenizer.decoding.byte_level:
+        if self._is_byte_level:
             return self._released(self._utf8.decode(b"", final=True))
         return self._released(self._stripped(self._end_run()))
 
@@ -117,7 +117,7 @@ class Detokenizer:
         return None if token_id in self._skipped else self._tokenizer.piece(token_id)
 
     def _push_bytes(self, token_id: int) -> str:
-        piece = self._piece(token_id)
+        piece = None if token_id in self._skipped else self._tokenizer.piece(token_id)
         if piece is None or piece.raw is None:
             return ""
         return self._utf8.decode(piece.raw)
@@ -158,7 +158,7 @@ class Detokenizer:
     def _incomplete(self) -> str:
         """The text of what waits for its end, as it is so far."""
         decoding = self._tokenizer.decoding
-        if decoding.byte_level:
+        if self._is_byte_level:
             return self._utf8.getstate()[0].decode("utf-8", "replace")
         text = self._text_of_run(bytes(self._run), self._is_first) if self._run else ""
         return _strip(text, decoding.stripped, self._num_to_strip)[0]
@@ -203,7 +203,7 @@ class Detokenizer:
                 break
             tail.append(prompt[i])
             num_bytes += len(piece.raw)
-            if self._tokenizer.decoding.byte_level and num_bytes >= _MAX_CHAR_BYTES:
+            if self._is_byte_level and num_bytes >= _MAX_CHAR_BYTES:
                 break
         return tail
 

@@ -71,10 +71,12 @@ class StopChecker:
     __slots__ = (
         "_held",
         "_include",
+        "_is_idle",
         "_min_tokens",
         "_named",
         "_num_tokens",
         "_plain",
+        "_starts",
         "_tape",
         "match",
     )
@@ -99,6 +101,8 @@ class StopChecker:
         # Shown text of the last symbols, as many as a stop string may have.
         size = max((len(each.symbols) for each in self._named), default=0)
         self._tape: deque[str] = deque(maxlen=size)
+        self._starts = {each.symbols[0] for each in (*self._plain, *self._named)}
+        self._is_idle = True  # no automaton is within its stop string
         self._held = ""
         self._include = include_stop
         self._min_tokens = min_tokens
@@ -128,12 +132,14 @@ class StopChecker:
         return rest
 
     def _feed(self, text: str, special: str = "", shown: str = "") -> str:
-        if not self._plain:
-            return text + shown
+        if self._is_idle and not special and self._starts.isdisjoint(text):
+            return text  # most tokens begin no stop string
         window = self._held + text + shown
         counts = self._num_tokens > self._min_tokens
         end = len(self._held)
-        for char, symbol in _read(text, special, shown):
+        for char, symbol in (
+            _read(text, special, shown) if special else zip(text, text, strict=True)
+        ):
             end += len(char)
             found = self._advance(char, symbol, shown)
             if found and counts:
@@ -141,10 +147,11 @@ class StopChecker:
                 self.match = StopMatch(stop, self._num_tokens)
                 self._held = ""
                 return window[: end - num_shown] + (stop if self._include else "")
-        keep = max(each.state for each in self._plain)
+        keep = max((each.state for each in self._plain), default=0)
         for each in self._named:
             keep = max(keep, self._num_shown(each.state))
         self._held = window[len(window) - keep :]
+        self._is_idle = not keep and not any(each.state for each in self._named)
         return window[: len(window) - keep]
 
     def _advance(self, char: str, symbol: str, shown: str) -> tuple[str, int] | None:
