@@ -40,7 +40,7 @@ from engine.speculation import Drafting
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import WorkerMetrics
 from engine.types import NO_KV_POOL, KVPool, ModelIdentity, Role
-from engine.warmup import small, step_shapes, warm_up
+from engine.warmup import smallest_shape, step_shapes, warm_up
 
 _log = get_logger(__name__)
 # (prompt tokens a step, answers at once). On a CPU products are whole at 256 tokens already, and
@@ -185,11 +185,13 @@ def _warm_up(
     window: int,
     device: Device,
 ) -> None:
-    if not device.on_gpu:
-        budgets, max_model_len = small(budgets, layout.block_size), 2 * layout.block_size
-    shapes = step_shapes(
-        budgets, draft_window=window, block_size=layout.block_size, max_model_len=max_model_len
-    )
+    block_size = layout.block_size
+    if device.on_gpu:
+        shapes = step_shapes(
+            budgets, draft_window=window, block_size=block_size, max_model_len=max_model_len
+        )
+    else:
+        shapes = [smallest_shape(draft_window=window, block_size=block_size)]
     if device.on_gpu:
         _log.info("loading or compiling GPU kernels: minutes at the first start on a machine")
     seconds = warm_up(shapes, models.runners, sampler, show=device.on_gpu)

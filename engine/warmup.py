@@ -92,10 +92,13 @@ def step_shapes(
     return [shape for shape in shapes if shape.rows]
 
 
-def small(budgets: Budgets, block_size: int) -> Budgets:
-    """Budgets of the shapes that do on a CPU, where no step leaves memory behind."""
-    chunk = min(budgets.prompt_tokens, 2 * block_size)
-    return Budgets(chunk, min(budgets.num_seqs, 2), num_logits=budgets.num_logits)
+def smallest_shape(*, draft_window: int, block_size: int) -> Shape:
+    """One short step of all kinds: enough on a CPU, which loads no kernel and keeps no memory."""
+    budgets = Budgets(prompt_tokens=2, num_seqs=1)
+    shapes = step_shapes(
+        budgets, draft_window=min(draft_window, 1), block_size=block_size, max_model_len=block_size
+    )
+    return next(shape for shape in shapes if shape.name == "mixed")
 
 
 def warm_up(

@@ -236,23 +236,42 @@ def test_a_gpu_has_the_budgets_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     assert (budgets.prompt_tokens, budgets.num_seqs) == (256, 64)
 
 
-def test_every_kind_of_step_is_run_before_a_worker_is_built(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On the CPU, too: by the target and by the model that drafts for it."""
-    seen: list[tuple[int, int, int]] = []
+def steps_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int], int]]:
+    """Of each step: who ran it, the tokens of its rows, its logits."""
+    seen: list[tuple[int, list[int], int]] = []
     run = Runner.run
 
     def noting(self: Runner, rows: Any) -> torch.Tensor:
         logits = run(self, rows)
-        seen.append((id(self), max(len(row.token_ids) for row in rows), len(logits)))
+        seen.append((id(self), [len(row.token_ids) for row in rows], len(logits)))
         return logits
 
     monkeypatch.setattr(Runner, "run", noting)
+    return seen
+
+
+def test_every_kind_of_step_is_run_before_a_worker_is_built(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = steps_run(monkeypatch)
+    build_on(FakeGpu(8 * GIB, monkeypatch), folder)
+    assert [(rows, num_logits) for _, rows, num_logits in seen] == [
+        ([64], 1),
+        ([1] * 3, 3),
+        ([17] * 3, 51),
+        ([32, 17, 1], 19),
+        ([64, *[17] * 3], 64 + 51),
+    ]
+
+
+def test_a_cpu_runs_one_short_step_of_all_kinds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the target and by the model that drafts for it."""
+    seen = steps_run(monkeypatch)
     build(folder, "first:2")
-    by_runner = {runner: [step[1:] for step in seen if step[0] == runner] for runner, *_ in seen}
-    expected = [(32, 1), (1, 2), (17, 34), (32, 1 + 17 + 1), (32, 32 + 34)]
-    assert list(by_runner.values()) == [expected, expected]
+    assert [(rows, num_logits) for _, rows, num_logits in seen] == [([2, 2, 1], 4)] * 2
+    assert seen[0][0] != seen[1][0]
 
 
 def test_what_cannot_be_is_refused(folder: Path) -> None:
