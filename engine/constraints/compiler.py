@@ -221,11 +221,12 @@ class Compiler:
                 return str(error)
             return _fault(LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS))
 
+        begun_s = time.thread_time()
         if not (reason := fault(whole)):
             return _Compiled(len(schema), None, schema=schema)
         if not lenient:
             return _Compiled(0, None, reason)
-        left = {**loosened(whole, lambda part: not fault(part)), "x-guidance": style}
+        left = loosened(whole, lambda part: not fault(part), begun_s) | {"x-guidance": style}
         return _Compiled(len(schema), None, schema=json.dumps(left))
 
     def _number_tokens(self) -> NumberTokens | None:

@@ -37,9 +37,13 @@ class _Spent(Exception):
     """Too many compilations."""
 
 
-def loosened(schema: Schema, compiles: Compiles) -> Schema:
-    """The part of an object's schema that compiles; it takes all that the schema takes."""
-    left, until_s = _MOST_TRIES, time.thread_time() + _MOST_CPU_S
+def loosened(schema: Schema, compiles: Compiles, begun_s: float | None = None) -> Schema:
+    """The part of an object's schema that compiles; it takes all that the schema takes.
+
+    `begun_s`: since when time of this thread was spent on it.
+    """
+    left = _MOST_TRIES
+    until_s = (time.thread_time() if begun_s is None else begun_s) + _MOST_CPU_S
 
     def tries(part: Schema) -> bool:
         nonlocal left
