@@ -2,8 +2,11 @@
 
     Constraint --compile, in threads of its own--> a grammar, cached --copy--> Matcher: one answer's
                                                                                 place in it
+    a schema is mended first, so that all that it says is held (schemas.py); where it need not be
+    held as a whole, what cannot be is left out (leniency.py)
     a step   drafts are cut by it, or made of what it forces
-             masks of all positions that may give a token, while the model computes
+             masks of all positions that may give a token, while the model computes; numbers come
+             to an end by them (numbers.py)
              tokens that stand move it on; where nothing can follow, the answer ends
 
 A matcher is a function of the tokens it has been given: whoever has those can make it again.

@@ -12,7 +12,7 @@ import pytest
 from llguidance import LLTokenizer
 
 from coordinator.tools import FORMATS, ToolUse, tool_grammar
-from coordinator.validate_tools import check_tools, tool_use
+from coordinator.validate_tools import check_tools, text_schema, tool_use
 from engine.checkpoint.source import resolve
 from engine.constraints import Compiler, Masks, Matcher, Vocabulary
 from engine.constraints.masks import Place
@@ -237,6 +237,22 @@ async def test_arguments_of_calls_come_to_an_end(
     if mode == pb.ToolChoice.MODE_AUTO:  # text is free
         matcher = await compiler.matcher(tool_grammar(use), tokens.tokenize_str("x " + "8" * 40))
         assert tokens.tokenize_str("8")[0] in allowed(Masks(VOCAB), matcher)[0]
+
+
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.trigger])
+async def test_json_beside_calls_comes_to_an_end(
+    compiler: Compiler, tokens: LLTokenizer, name: str
+) -> None:
+    """Text by a schema, a number by itself and one in a list."""
+    use = called(name, pb.ToolChoice.MODE_AUTO)
+    for schema in ({"type": "number"}, {"type": "array", "items": {"type": "number"}}):
+        constraint = pb.Constraint(json_schema=json.dumps(schema))
+        grammar = tool_grammar(use, text_schema(constraint, use))
+        opening = "[" if "items" in schema else ""
+        matcher = await compiler.matcher(grammar, tokens.tokenize_str(opening))
+        text = written(matcher, tokens, "8 \n]")
+        assert max(map(len, re.findall("8+", text))) == 20
+        json.loads(opening + text)
 
 
 async def test_other_constraints_are_left_alone(compiler: Compiler, tokens: LLTokenizer) -> None:
