@@ -34,7 +34,11 @@ STORIES = (
 )
 OBJECTS = (TEXT, '{"name": "雪 🙂", "age": 12}', '{"name": "", "age": 1}')
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "%s"}}\n</tool_call>'
-CALLS = (CALL % "Paris", "\n".join((CALL % "Oslo", CALL % "雪 🙂")), "It rains.\n" + CALL % "Rome")
+CALLS = (
+    CALL.removesuffix("\n</tool_call>") % "Paris",
+    "\n".join((CALL % "Oslo", CALL % "雪 🙂")),
+    "It rains. <tool",
+)
 WEATHER = {
     "type": "function",
     "function": {
@@ -62,9 +66,10 @@ def held(full: int) -> Any:
 
 
 def tools(full: int) -> Any:
-    """One is cut off in its call, of which the stop string held the last arguments back."""
-    stop = ['"}}\n</tool_call>!']
-    return chat_request(TURNS, tools=[WEATHER], stop=stop, max_tokens=full, **COMMON)
+    """One ends without its last marker, and one within what might begin a call: then a call and a
+    text come without a token. One is cut off in its call.
+    """
+    return chat_request(TURNS, tools=[WEATHER], stop=["snow"], max_tokens=full, **COMMON)
 
 
 def stream_of(request: Any) -> Stream:
