@@ -251,7 +251,7 @@ async def test_json_beside_calls_comes_to_an_end(
         opening = "[" if "items" in schema else ""
         matcher = await compiler.matcher(grammar, tokens.tokenize_str(opening))
         text = written(matcher, tokens, "8 \n]")
-        assert max(map(len, re.findall("8+", text))) == 20
+        assert max(map(len, re.findall("8+", text))) in (20, 24)
         json.loads(opening + text)
 
 
