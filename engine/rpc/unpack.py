@@ -22,7 +22,7 @@ SERVER_OPTIONS = (("grpc.per_message_decompression", 0),)
 _GZIP, _ZLIB = b"\x1f\x8b", 0x78  # 32 KiB windows, as all of gRPC's zlib has
 _GZIP_BITS, _ZLIB_BITS = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS
 _PIECE_BYTES = 1 << 20
-_SMALL_BYTES = 1 << 14  # compressed; of these a bomb is 16 MiB, some 20 ms
+_SMALL_BYTES = 1 << 12  # compressed; a bomb of these is 4 MiB
 _AT_ONCE = 2
 
 
@@ -44,29 +44,36 @@ class Unpacker:
 
 
 def unpack(raw: bytes, max_bytes: int) -> bytes:
-    """See Unpacker.plain."""
+    """See Unpacker.plain. Only what is known to be small enough is ever held."""
     if not _looks_compressed(raw):
         return raw
-    is_gzip = raw.startswith(_GZIP)
-    unpacker = zlib.decompressobj(_GZIP_BITS if is_gzip else _ZLIB_BITS)
-    pieces: list[bytes] = []
-    size, rest = 0, raw
+    bits = _GZIP_BITS if raw.startswith(_GZIP) else _ZLIB_BITS
     try:
-        while not unpacker.eof:
-            pieces.append(unpacker.decompress(rest, _PIECE_BYTES))
-            size += len(pieces[-1])
-            if size > max_bytes:
-                raise TooLarge(f"request: unpacked it is larger than {max_bytes} bytes")
-            if not pieces[-1] and not unpacker.eof:
-                raise zlib.error("cut off")
-            rest = unpacker.unconsumed_tail
-        if unpacker.unused_data:
-            raise zlib.error("more than one message")
+        piece, size = _measure(raw, bits, max_bytes)
+        return piece if len(piece) == size else zlib.decompress(raw, bits, size)
     except zlib.error as error:
-        if not is_gzip:  # a protobuf may begin like that
+        if bits == _ZLIB_BITS:  # a protobuf may begin like that
             return raw
         raise ValueError(str(error)) from None
-    return b"".join(pieces)
+
+
+def _measure(raw: bytes, bits: int, max_bytes: int) -> tuple[bytes, int]:
+    """The first piece of what is in `raw`, and the size of all of it. Raises TooLarge."""
+    unpacker = zlib.decompressobj(bits)
+    first = piece = unpacker.decompress(raw, _PIECE_BYTES)
+    size = len(piece)
+    while not unpacker.eof:
+        piece = unpacker.decompress(unpacker.unconsumed_tail, _PIECE_BYTES)
+        size += len(piece)
+        if size > max_bytes:
+            break
+        if not piece and not unpacker.eof:
+            raise zlib.error("cut off")
+    if size > max_bytes:
+        raise TooLarge(f"request: unpacked it is larger than {max_bytes} bytes")
+    if unpacker.unused_data:
+        raise zlib.error("more than one message")
+    return first, size
 
 
 def _looks_compressed(raw: bytes) -> bool:

@@ -217,6 +217,12 @@ async def test_what_was_packed_badly_is_the_callers_error():
 
 
 def test_unpacking():
+    many = bytes(range(256)) * 20_000
+    for size in (0, 1, 2**20 - 1, 2**20, 2**20 + 1, len(many)):
+        assert unpack(gzip.compress(many[:size], 1), size) == many[:size]
+        assert unpack(zlib.compress(many[:size], 1), size) == many[:size]
+    with pytest.raises(TooLarge):
+        unpack(gzip.compress(many, 1), len(many) - 1)
     packed = zlib.compress(b"a" * 1000)
     assert unpack(packed, 1000) == b"a" * 1000
     assert unpack(gzip.compress(b""), 0) == b""
