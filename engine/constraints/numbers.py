@@ -163,8 +163,9 @@ def _mask(size: int, tokens: Sequence[int]) -> _Row:
 
 def _keep(row: _Row, wanted: _Row) -> bool:
     """Only what is wanted, if there is any of it."""
-    kept = row[: len(wanted)] & wanted
+    size = min(len(row), len(wanted))
+    kept = row[:size] & wanted[:size]
     if not kept.any():
         return False
-    row[: len(wanted)] = kept
+    row[:size] = kept
     return True
