@@ -6,6 +6,8 @@ import json
 from functools import cache
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from coordinator.answer import Answer
 from coordinator.tokenizer import Tokenizer
@@ -113,6 +115,49 @@ def test_a_stop_that_the_last_characters_complete():
     assert answer.push(ids).text + answer.finish().text == "a "
     assert answer.ending
     assert answer.ending.matched_text == "\u4e2d"
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["llama2", "t5", "byte-level"]),
+    st.lists(st.one_of(st.integers(0, 6), st.integers(190, 400)), max_size=20),
+    st.lists(st.sampled_from(["<|end|>", "</s>", "a", " ", "<|end|>a", "\u00e9<|end|>", "\ufffd"])),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 20),
+)
+def test_neither_messages_nor_a_resume_change_an_answer(kind, ids, stops, skip, include, cut):
+    request = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[1]),
+        stop=pb.Stop(
+            max_tokens=15, stop=stops[:16], include_stop_str_in_output=include, stop_token_ids=[5]
+        ),
+        output=pb.Output(skip_special_tokens=skip),
+    )
+    tokenizer = tiny_tokenizer(kind)
+
+    def new(resumed=()):
+        request.ClearField("resume")
+        if resumed:
+            request.resume.add(token_ids=resumed)
+        checked = validate_generate(request, LIMITS)
+        return Answer(tokenizer, checked, [1, 200], max_tokens=15, min_tokens=0)
+
+    single = new()
+    chunks = []
+    for token in ids:
+        if single.ending is None:
+            chunks.append(single.push([token]))
+    rest = single.finish() if single.ending else None
+    assert rest is None or rest.text == "", "the token that ends an answer brings all its text"
+    whole = new()
+    assert whole.push(ids).text == "".join(chunk.text for chunk in chunks)
+    assert (whole.ending, whole.token_ids) == (single.ending, single.token_ids)
+    taken = single.token_ids
+    cut = min(cut, len(taken))
+    later = new(taken[:cut])
+    assert [later.push([token]) for token in taken[cut:]] == chunks[cut:]
+    assert later.ending == single.ending
 
 
 def test_beside_tools():
