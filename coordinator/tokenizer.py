@@ -285,10 +285,12 @@ def _longest_token(spec: dict[str, Any]) -> int:
     # Some pre-tokenizers drop what they split at.
     drops = re.search("Removed|Whitespace|Bert|CharDelimiter", json.dumps(spec["pre_tokenizer"]))
     # SentencePiece fuses runs of unknown characters into one token, unless it falls back to bytes.
-    fuses = model.get("fuse_unk") and not model.get("byte_fallback")
+    is_unigram = model.get("type") == "Unigram"
+    fuses = (model.get("fuse_unk") or is_unigram) and not model.get("byte_fallback")
     if swallows or drops or fuses:
         return 0
-    tokens = [*model.get("vocab", {}), *(t["content"] for t in added)]
+    vocab = [token for token, _ in model["vocab"]] if is_unigram else model.get("vocab", {})
+    tokens = [*vocab, *(t["content"] for t in added)]
     return shrink * max((len(token) for token in tokens), default=0)
 
 

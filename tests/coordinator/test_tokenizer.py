@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from coordinator.tokenizer import Tokenizer
 from engine.checkpoint.source import resolve
@@ -134,3 +135,16 @@ def test_no_bound_where_a_token_may_swallow_text(folder: Path, tmp_path: Path) -
     spec["normalizer"] = None
     spec["added_tokens"][3]["lstrip"] = True
     assert bound() == 0
+
+
+@pytest.mark.parametrize("byte_fallback", [False, True])
+def test_the_longest_token_of_a_unigram_model(byte_fallback: bool) -> None:
+    vocab = [("<unk>", 0.0), ("\u2581", -1.0), ("\u2581aaaa", -1.0)]
+    vocab += [(f"<0x{byte:02X}>", -9.0) for byte in range(256)]
+    library = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, 0, byte_fallback))
+    library.decoder = tokenizers.decoders.Metaspace()
+    spec = json.loads(library.to_str())
+    tokenizer = Tokenizer.of(library, spec, Path("x"), vocab_size=300, bos=None)
+    text = "\u2581aaaa" * 100
+    assert tokenizer.min_num_tokens(text) == (84 if byte_fallback else 0)
+    assert len(tokenizer.encode(text)) == 100
