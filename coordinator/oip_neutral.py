@@ -19,6 +19,7 @@ _OFF = (False,)
 # By name: the values that change nothing here; `_ANY`: all of them.
 NEUTRAL: Mapping[str, tuple[Any, ...] | None] = {
     # TensorRT-LLM's
+    "Streaming": _OFF,
     "bad_words": _EMPTY,
     "bad_words_list": _EMPTY,
     "beam_search_diversity_rate": (0,),
@@ -49,6 +50,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...] | None] = {
     "return_kv_cache_reuse_stats": _OFF,
     "return_log_probs": _OFF,
     "return_perf_metrics": _OFF,
+    "return_stop_reason": _OFF,
     "runtime_top_p_decay": (1,),
     "runtime_top_p_min": (0, 1e-6),
     "runtime_top_p_reset_ids": (-1,),
@@ -105,7 +107,7 @@ def is_neutral(name: str, value: Any) -> bool:
 def instead(name: str) -> str:
     """What to do about an option at another value, for its error message."""
     if other := _INSTEAD.get(name):
-        return f"expected {other} in its place"
+        return f"expected the option {other} in its place"
     return "leave it out"
 
 

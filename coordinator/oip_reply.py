@@ -96,8 +96,8 @@ class Reply:
         """An output; None where this response has nothing to say of it."""
         rows = self._rows
         match name:
-            case "text_output":
-                return self._make(name, BYTES, [row.text.encode() for row in rows])
+            case "text_output":  # of one dimension: TensorRT-LLM's clients, which batch, expect that
+                return Tensor(name, BYTES, (len(rows),), [row.text.encode() for row in rows])
             case "finish_reason":
                 return self._make(name, BYTES, [row.reason.encode() for row in rows])
             case "output_ids":

@@ -36,6 +36,8 @@ _TOKEN_TYPES = ("INT32", "INT64", "UINT32", "UINT64")
 _EMPTY_FINAL = "triton_enable_empty_final_response"
 _TIMEOUT = "timeout"  # microseconds
 _BINARY, _BINARY_OF_ONE = "binary_data_output", "binary_data"
+_PREFIX = "sampling_param_"  # of options, for TensorRT-LLM's backend of its LLM API
+_FLAG_ALIASES = {"exclude_input_from_output": "exclude_input_in_output"}  # there
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,8 @@ def read_request(request: grpc_service_pb2.ModelInferRequest, served: str) -> As
     tensors = read_tensors(request)
     prompt = _take_prompt(generate, tensors)
     for where, name, value in _named(request, tensors):
-        if name in FLAGS:
-            flags[name] = flag_of(where, value)
+        if (flag := _FLAG_ALIASES.get(name, name)) in FLAGS:
+            flags[flag] = flag_of(where, value)
         else:
             options.take(where, name, value)
     options.finish()
@@ -134,11 +136,13 @@ def _named(
     if any(name.startswith("sequence_") for name in request.parameters):
         raise InvalidRequest("parameters.sequence_id", "requests of one sequence are not served")
     given = [
-        (f"parameters.{name}", name, _value(f"parameters.{name}", parameter))
+        (f"parameters.{name}", name.removeprefix(_PREFIX), _value(f"parameters.{name}", parameter))
         for name, parameter in sorted(request.parameters.items())
         if name not in (_EMPTY_FINAL, _TIMEOUT, _BINARY)
     ]
-    given += [(f"inputs.{name}", name, _element(tensor)) for name, tensor in tensors.items()]
+    for tensor in tensors.values():
+        name = tensor.name.removeprefix(_PREFIX)
+        given.append((f"inputs.{tensor.name}", name, _element(name, tensor)))
     for where, name, value in given:
         if name != SAMPLING_PARAMETERS:
             yield where, name, value
@@ -157,15 +161,15 @@ def _value(where: str, parameter: grpc_service_pb2.InferParameter) -> Any:
     return getattr(parameter, kind)
 
 
-def _element(tensor: Tensor) -> Any:
-    """The element of an option's tensor, or the list of them; BYTES are text."""
-    if takes_list(tensor.name):  # of words there may be rows, with their ends
-        values = list(tensor.values) if tensor.name in NEUTRAL else row(tensor)
+def _element(name: str, tensor: Tensor) -> Any:
+    """The element of the tensor of option `name`, or the list of them; BYTES are text."""
+    if takes_list(name):  # of words there may be rows, with their ends
+        values = list(tensor.values) if name in NEUTRAL else row(tensor)
     else:
         values = [scalar(tensor)]
     if tensor.datatype == BYTES:
         values = [text(f"inputs.{tensor.name}", value) for value in values]
-    return values if takes_list(tensor.name) else values[0]
+    return values if takes_list(name) else values[0]
 
 
 def _outputs(

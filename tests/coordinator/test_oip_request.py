@@ -267,6 +267,41 @@ def test_a_request_as_tensorrt_llm_has_it():
     refused(add(ask(), "bad_words", "BYTES", [1], b"rude"), "inputs.bad_words", "not served")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_request_as_tensorrt_llms_backend_of_its_llm_api_has_it(streaming):
+    request = ask(Streaming=False)
+    for name, datatype, *values in [
+        ("beam_width", "INT32", 1),
+        ("temperature", "FP32", 0.5),
+        ("top_k", "INT32", 7),
+        ("top_p", "FP32", 0.0),
+        ("frequency_penalty", "FP32", 0.0),
+        ("max_tokens", "INT32", 9),
+        ("stop", "BYTES", b"x", b"y"),
+        ("seed", "UINT64", 5),
+        ("exclude_input_from_output", "BOOL", False),
+    ]:
+        add(request, f"sampling_param_{name}", datatype, [len(values)], *values)
+    add(request, "streaming", "BOOL", [1], streaming)
+    add(request, "return_stop_reason", "BOOL", [1], False)
+    asked = read_request(request, MODEL)
+    assert asked.streaming == streaming
+    assert asked.generate == inference_pb2.GenerateRequest(
+        model=MODEL,
+        request_id="",
+        text="Hello",
+        sampling=inference_pb2.Sampling(temperature=0.5, top_k=7, frequency_penalty=0.0, seed=5),
+        stop=inference_pb2.Stop(max_tokens=9, stop=["x", "y"]),
+        output=inference_pb2.Output(echo=True),
+    )
+    again = add(request, "seed", "UINT64", [1], 6)
+    refused(again, "inputs.seed", "given already, as inputs.sampling_param_seed")
+    other = add(ask(), "sampling_param_beam_width", "INT32", [1], 4)
+    refused(other, "inputs.sampling_param_beam_width", "4 is not served")
+    refused(ask(sampling_param_x=1), "parameters.sampling_param_x", "not known")
+    refused(ask(Streaming=True), "parameters.Streaming", "not served")
+
+
 def every_default_of_tensorrt_llm():
     """What a client sends that fills in every input of the backend's configuration."""
     request = ask(shape=(1, 1))
@@ -414,7 +449,9 @@ def test_options_that_are_not_served_are_taken_at_neutral_values_alone(name):
 
 
 def test_what_is_served_in_place_of_an_option_is_said():
-    refused(ask(return_log_probs=True), "expected return_logprobs")
+    refused(ask(return_log_probs=True), "expected the option return_logprobs")
+    kind = "guided_decoding_guide_type"
+    refused(ask(**{kind: "json_schema"}), "expected the option json_schema, regex,")
     refused(ask(no_repeat_ngram_size=3), "leave it out")
 
 
@@ -651,7 +688,7 @@ def test_a_stream_tells_each_thing_once():
     reply.add(delta("a", [1], logprobs=[token(1, -0.5)]))
     assert reply.worth_sending
     assert contents(reply.take(final=False)) == {
-        "text_output": ([1, 1], [b"a"]),
+        "text_output": ([1], [b"a"]),  # TensorRT-LLM's clients decode each of its elements
         "output_ids": ([1, 1], [1]),
         "cumulative_logprob": ([1, 1], [-0.5]),
     }
@@ -659,6 +696,16 @@ def test_a_stream_tells_each_thing_once():
     reply.add(delta("", [2], logprobs=[token(2, -0.25)]))
     assert reply.worth_sending
     assert contents(reply.take(final=False))["cumulative_logprob"] == ([1, 1], [-0.75])
+
+
+def test_texts_of_a_batched_request_are_a_row_of_choices():
+    reply = Reply(form("text_output", "finish_reason", batched=True), 2)
+    for each in (delta("a", [1]), delta("x", [7], index=1), finished(1), finished()):
+        reply.add(each)
+    assert contents(reply.take(final=True)) == {
+        "text_output": ([2], [b"a", b"x"]),
+        "finish_reason": ([1, 2], [b"stop", b"stop"]),
+    }
 
 
 def test_held_text_is_no_response_where_only_text_was_asked_for():

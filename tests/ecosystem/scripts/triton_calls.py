@@ -120,7 +120,7 @@ def unary(client):
             tensor("beam_width", [[1]], "INT32"),
         ],
     )
-    assert batched.as_numpy("text_output").shape == (1, 1) and words(batched) == [text]
+    assert batched.as_numpy("text_output").shape == (1,) and words(batched) == [text]
     # With every option at the default that TensorRT-LLM's clients have, and compressed.
     defaults = [
         tensor("max_tokens", [[TOKENS]], "INT32"),
