@@ -33,6 +33,7 @@ from engine.rpc.address import listen_on
 from engine.telemetry.grpc_refusal import PREFACE, GrpcRefusal
 
 CLIENT_TIMEOUT_S = 30.0
+_TELLING = 4  # bytes by which HTTP/2's preface differs from any request of HTTP/1.1
 KEEPALIVE_S = 60.0  # what proxies and clients expect of a connection that rests
 
 
@@ -51,7 +52,7 @@ class _Protocol(H11Protocol):
 
     _timer: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
-    _has_received = False
+    _first: bytes | None = b""  # too little to tell the protocol by; None: it is told
     _refusal: GrpcRefusal | None = None  # of a gRPC client, which has taken the wrong port
     _left: int = 0  # bytes that the peer had not taken when `_unread` was set
     _lost: bool = False
@@ -68,9 +69,13 @@ class _Protocol(H11Protocol):
         self._unset_keepalive_if_required()  # which uvicorn forgets where the peer has reset
 
     def data_received(self, data: bytes) -> None:
-        if self._refusal is None and not self._has_received and PREFACE.startswith(data[:4]):
-            self._refusal = GrpcRefusal(cast(_Config, self.config).to_grpc_clients)
-        self._has_received = True
+        if self._first is not None:
+            data = self._first + data
+            self._first = data if len(data) < _TELLING and PREFACE.startswith(data) else None
+            if self._first is not None:
+                return
+            if PREFACE.startswith(data[:_TELLING]):
+                self._refusal = GrpcRefusal(cast(_Config, self.config).to_grpc_clients)
         if self._refusal is None:
             super().data_received(data)
             self._look()
@@ -108,6 +113,9 @@ class _Protocol(H11Protocol):
         except LocalProtocolError:  # an answer has begun, or is over
             self.transport.close()
         self._wait_for_reader()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """No log line: the request is served without it. Java's client asks for HTTP/2 each time."""
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()

@@ -270,6 +270,29 @@ def test_nothing_that_a_client_does_is_an_error_in_the_log(caplog, run):
     assert not [r for r in caplog.records if r.levelname == "ERROR" or r.exc_info]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("path", ["/length", "/PRI"])
+async def test_a_request_may_come_in_pieces(address, size, path):
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    said = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nConnection: close\r\n\r\nabc"
+    for at in range(0, 4 * size, size):  # "P" may begin HTTP/2's preface, too
+        writer.write(said[at : at + size].encode())
+        await asyncio.sleep(0.01)
+    writer.write(said[4 * size :].encode())
+    got = await asyncio.wait_for(reader.read(), 5)
+    assert got.startswith(b"HTTP/1.1 200" if path == "/length" else b"HTTP/1.1 404")
+    writer.close()
+
+
+@pytest.mark.parametrize("to", [b"h2c", b"websocket"])
+async def test_an_upgrade_that_is_not_served_is_passed_over_in_silence(address, caplog, to):
+    said = HEAD + b"Connection: Upgrade, close\r\nUpgrade: " + to + b"\r\n\r\n"
+    got, _ = await talk(address, said)
+    assert got.startswith(b"HTTP/1.1 200")
+    assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+
+
 ACCEPTS = [
     "application/openmetrics-text;version=abc",
     "application/openmetrics-text;version=",
