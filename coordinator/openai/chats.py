@@ -47,7 +47,7 @@ def read_chat(body: Mapping[str, Any], request_id: str) -> ChatCall:
     parallel = None
     if fields.take("parallel_tool_calls") is not None:
         parallel = fields.boolean("parallel_tool_calls")
-    fields.neutral(CHAT_NEUTRAL)
+    fields.neutral({**CHAT_NEUTRAL, "best_of": (1, common.wanted.n)})
     fields.end(IGNORED)
     request = inference_pb2.ChatRequest(
         **common.request,

@@ -81,6 +81,7 @@ CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "audio": (),
+    "best_of": (1,),  # and `n`
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),

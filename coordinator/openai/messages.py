@@ -56,6 +56,8 @@ def _message(fields: Fields) -> inference_pb2.Message:
     transcript = _transcript(fields)
     if content is None:
         content = refusal if refusal is not None else transcript
+    if content is None and role == "function":  # null where a function returned nothing
+        content = ""
     if content is None and not is_output:
         raise InvalidRequest(fields.path("content"), "unset; expected text")
     if content is None and not calls:

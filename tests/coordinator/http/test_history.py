@@ -222,10 +222,12 @@ def test_what_applications_note_in_their_own_messages():
         {"role": "user", "content": parts, **noted, **nulls},
         {"role": "tool", "tool_call_id": "c", "content": parts, **noted, **nulls},
         {"role": "function", "name": "f", "content": "r"},
+        {"role": "function", "name": "f", "content": None},  # as OpenAI's client types it
     ]
     assert list(read_chat({"messages": history}, "id").request.messages) == [
         pb.Message(role="system", content="s"),
         pb.Message(role="user", content="r"),
         pb.Message(role="tool", tool_call_id="c", content="r"),
         pb.Message(role="tool", name="f", content="r"),
+        pb.Message(role="tool", name="f", content=""),
     ]
