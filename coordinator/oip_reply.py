@@ -96,7 +96,7 @@ class Reply:
         """An output; None where this response has nothing to say of it."""
         rows = self._rows
         match name:
-            case "text_output":  # of one dimension: TensorRT-LLM's clients, which batch, expect that
+            case "text_output":  # of one dimension, as TensorRT-LLM's clients decode it
                 return Tensor(name, BYTES, (len(rows),), [row.text.encode() for row in rows])
             case "finish_reason":
                 return self._make(name, BYTES, [row.reason.encode() for row in rows])

@@ -115,7 +115,7 @@ class _Protocol(H11Protocol):
         self._wait_for_reader()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """No log line: the request is served without it. Java's client asks for HTTP/2 each time."""
+        """No log line: the request is served all the same, and Java's client asks for HTTP/2."""
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
