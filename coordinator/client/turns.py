@@ -14,22 +14,28 @@ _MODES = {
     "required": inference_pb2.ToolChoice.MODE_REQUIRED,
 }
 _FIELDS = frozenset(("role", "content", "name", "tool_call_id"))
+_REASONING_PARTS = ("reasoning", "thinking", "redacted_thinking")
 
 
 def message(turn: Mapping[str, Any]) -> inference_pb2.Message:
     """One turn: role, content, name, tool_calls, tool_call_id. Raises ValueError at another key.
 
-    What an API returned as an assistant's turn may have more keys, which say nothing here.
+    What an API returned as an assistant's turn may have more keys, which say nothing here, but for
+    a call of the older kind and text that stands elsewhere.
     """
     fields = {key: value for key, value in turn.items() if value is not None}
     calls = [_tool_call(call) for call in fields.pop("tool_calls", ())]
-    if fields.get("role") == "assistant":
-        refusal = fields.get("refusal")
+    is_output = fields.get("role") == "assistant"
+    if is_output:
+        if not calls and (older := fields.get("function_call")):
+            calls = [_tool_call(older)]
+        elsewhere = fields.get("refusal", fields.get("audio", {}).get("transcript"))
         fields = {key: fields[key] for key in _FIELDS & fields.keys()}
-        if refusal is not None:
-            fields.setdefault("content", refusal)
+        if elsewhere is not None:
+            fields.setdefault("content", elsewhere)
     if isinstance(content := fields.get("content"), list):
-        fields["content"] = "\n".join(map(_text_of, content))
+        parts = [p for p in content if not (is_output and p.get("type") in _REASONING_PARTS)]
+        fields["content"] = "\n".join(map(_text_of, parts))
     return inference_pb2.Message(tool_calls=calls, **fields)
 
 
@@ -55,6 +61,8 @@ def tool_choice(
 
 
 def _tool_call(call: Mapping[str, Any]) -> inference_pb2.ToolCall:
+    if custom := call.get("custom"):  # of a tool that takes any text
+        call = {**call, "function": {**custom, "arguments": {"input": custom.get("input") or ""}}}
     function = _function(call)
     arguments = function.get("arguments") or ""
     return inference_pb2.ToolCall(

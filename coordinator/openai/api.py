@@ -192,7 +192,7 @@ class OpenAiApi:
     async def _tokenize(self, asked: Asked) -> Reply:
         fields = Fields(asked.body)
         request = inference_pb2.TokenizeRequest(model=fields.text("model"))
-        if "messages" in asked.body:
+        if fields.take("messages") is not None:
             fields.neutral({"continue_final_message": (False,), "add_special_tokens": (False,)})
             request.chat.CopyFrom(
                 inference_pb2.ChatMessages(
@@ -209,7 +209,7 @@ class OpenAiApi:
             request.text = prompt
             request.add_special_tokens = fields.boolean("add_special_tokens", True)
         fields.neutral({"return_token_strs": (False,)})
-        fields.end(("media_io_kwargs", "mm_processor_kwargs"))
+        fields.end(("media_io_kwargs", "mm_processor_kwargs"), nulls=True)
         response = await unary(self._stub.Tokenize(request), _CHAT_NAMES)
         ids = list(response.token_ids)
         return {"count": len(ids), "max_model_len": response.max_model_len, "tokens": ids}

@@ -169,3 +169,21 @@ def test_an_assistants_turn_as_clients_dump_it() -> None:
     assert validate_chat(request, Limits("m", 100, (0,), 1000)).messages
     with pytest.raises(ValueError, match="image_url"):
         chat_request([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}])
+
+
+def test_what_an_assistants_turn_has_in_other_places() -> None:
+    odd = [
+        {"function_call": {"name": "weather", "arguments": "{}"}, "content": None},
+        {"tool_calls": [{"id": "c", "type": "custom", "custom": {"name": "run", "input": "go"}}]},
+        {"content": [{"type": "thinking", "thinking": "so"}, {"type": "text", "text": "a"}]},
+        {"content": None, "audio": {"id": "a", "transcript": "said"}},
+    ]
+    request = chat_request([{"role": "assistant", **fields} for fields in odd])
+    older, custom, thought, spoken = request.messages
+    assert [(c.id, c.name, c.arguments) for c in older.tool_calls] == [("", "weather", "{}")]
+    assert [(c.id, c.name, c.arguments) for c in custom.tool_calls] == [
+        ("c", "run", '{"input": "go"}')
+    ]
+    assert (thought.content, spoken.content) == ("a", "said")
+    with pytest.raises(ValueError, match="thinking"):
+        chat_request([{"role": "user", "content": [{"type": "thinking", "thinking": "so"}]}])

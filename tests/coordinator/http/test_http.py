@@ -349,6 +349,8 @@ async def test_tokenize_and_back():
     async with http_front() as f:
         encode = f.tokenizer.encode
         got = (await f.http.post("/tokenize", json={"prompt": "The river"})).json()
+        nulls = {"prompt": "The river", "messages": None, "model": None, "tools": None}
+        assert (await f.http.post("/tokenize", json=nulls)).json() == got
         assert got == {"count": 2, "max_model_len": 8192, "tokens": encode("The river")}
         back = await f.http.post("/detokenize", json={"tokens": got["tokens"], "model": "smollm2"})
         assert back.json() == {"prompt": "The river"}
