@@ -2,10 +2,12 @@
 
     available = min(MemAvailable, limit - what cannot be reclaimed, of each control group)
 
-A page cache can be reclaimed: free memory would shrink with every file that is read. A coordinator
-asks once, and deals what there is to its local workers (`share`): two workers that ask at the same
-moment would both count memory that the other one has not touched yet, and a worker that starts
-again would count what its neighbours have taken since.
+A page cache can be reclaimed: free memory would shrink with every file that is read. Active pages
+of a group's files count, too: a model that is read at each start is active.
+
+A coordinator asks once, and deals what there is to its local workers (`share`): two workers that
+ask at the same moment would both count memory that the other one has not touched yet, and a worker
+that starts again would count what its neighbours have taken since.
 """
 
 from __future__ import annotations
@@ -89,10 +91,10 @@ def _cgroup_limits(own: Path, root: Path) -> list[tuple[int, int]]:
         _, controllers, name = [*line.split(":", 2), "", ""][:3]
         if controllers == "":
             base, limits, usage = root, _V2_LIMITS, "memory.current"
-            reclaimable = "inactive_file"
+            reclaimable = ("inactive_file", "active_file")
         elif "memory" in controllers.split(","):
             base, limits, usage = root / "memory", _V1_LIMITS, "memory.usage_in_bytes"
-            reclaimable = "total_inactive_file"
+            reclaimable = ("total_inactive_file", "total_active_file")
         else:
             continue
         folder = base / name.lstrip("/")
@@ -101,7 +103,7 @@ def _cgroup_limits(own: Path, root: Path) -> list[tuple[int, int]]:
             limit = min((number for number in numbers if number is not None), default=None)
             used = _number(place / usage)
             if place.is_relative_to(base) and limit is not None and used is not None:
-                cached = _field(place / "memory.stat", reclaimable)
+                cached = sum(_field(place / "memory.stat", name) for name in reclaimable)
                 found.append((limit, max(0, limit - max(0, used - cached))))
     return found
 

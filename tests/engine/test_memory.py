@@ -74,6 +74,9 @@ def test_a_cgroup_of_version_2_bounds_what_there_is(tmp_path: Path) -> None:
     stat = f"anon {GIB // 4}\ninactive_file {3 * GIB // 4}"
     machine.group("pods/one", memory__stat=stat)
     assert machine.read().available_bytes == 7 * GIB // 4, "a page cache is reclaimed"
+    read_twice = f"anon {GIB // 4}\ninactive_file {GIB // 4}\nactive_file {GIB // 2}\nfile 9"
+    machine.group("pods/one", memory__stat=read_twice)
+    assert machine.read().available_bytes == 7 * GIB // 4, "its active part as well"
     machine.group("pods/one", memory__max="max", memory__high=GIB)
     assert machine.read() == HostMemory(3 * GIB // 4, "the cgroup's 1 GiB")
     machine.group("pods", memory__max=GIB // 2, memory__current=GIB // 4)
@@ -91,6 +94,9 @@ def test_a_cgroup_of_version_1_and_one_that_is_mounted_as_the_root(tmp_path: Pat
     files = {"memory__limit_in_bytes": 2 * GIB, "memory__usage_in_bytes": GIB}
     machine.group("memory", **files, memory__stat=f"total_inactive_file {GIB // 2}")
     assert machine.read() == HostMemory(3 * GIB // 2, "the cgroup's 2 GiB")
+    stat = f"total_inactive_file {GIB // 4}\ntotal_active_file {GIB // 4}\nactive_file 1"
+    machine.group("memory", memory__stat=stat)
+    assert machine.read().available_bytes == 3 * GIB // 2
     machine.group("memory/docker/x", memory__limit_in_bytes=GIB, memory__usage_in_bytes=0)
     assert machine.read().limit == "the cgroup's 1 GiB"
     machine.group("memory/docker/x", memory__limit_in_bytes=(1 << 63) - 4096)  # unlimited
