@@ -7,6 +7,8 @@ largest step has taken its memory before the KV pool gets what is left.
     mixed    a short one of each in one step
     largest  as much as the budgets allow in one step
 
+Prompts that are shorter than a step's budget fill it together.
+
 The steps run over a scratch cache of one block that every row's block table repeats: what they
 compute means nothing.
 """
@@ -73,14 +75,20 @@ def step_shapes(
         return Row([0] * num_tokens, end - num_tokens, [0] * -(-end // block_size), num_logits)
 
     chunk = min(budgets.prompt_tokens, max_model_len)
-    scored = min(MAX_SCORED, chunk)
+    prompts: list[Row] = []
+    num_left, num_to_score = budgets.prompt_tokens, MAX_SCORED
+    while num_left and len(prompts) < budgets.num_seqs:
+        size = min(chunk, num_left)
+        scored = min(num_to_score, size)
+        prompts.append(row(size, scored, max_model_len))
+        num_left, num_to_score = num_left - size, num_to_score - scored
     window = min(draft_window, max_model_len - 1)
     num_seqs = budgets.num_seqs
     # So many answers are verified with a whole draft; the others of a full batch write one token.
     num_verified = min(num_seqs, max(1, (budgets.num_logits - num_seqs) // window)) if window else 0
     decode = [row(1, 1, block_size)] * num_seqs
     verify = [row(1 + window, 1 + window, 2 * block_size)] * num_verified
-    largest = [row(chunk, scored, max_model_len), *verify, *decode[num_verified:]]
+    largest = [*prompts, *verify, *decode[num_verified:]]
     mixed = [row(min(chunk, 2 * block_size), 1, 0), *verify[:1], *decode[:1]]
     shapes = [
         Shape("prompt chunk", (row(chunk, 1, max_model_len),)),
@@ -131,7 +139,8 @@ def _sample(sampler: Sampler, scorer: LogprobScorer, logits: torch.Tensor) -> No
     """Greedy, then with all options, then under a mask; log-probabilities of some rows."""
     tokens = [0, 1]
     mask = np.full(-(-sampler.vocab_size // 32), -1, np.int32)
-    usable = logits.nan_to_num_()  # over a scratch cache they may be anything
+    logits.nan_to_num_()  # over a scratch cache they may be anything
+    usable = logits[list(range(len(logits)))]  # a copy, as of those that give tokens in a step
     for params, allowed in ((_PLAIN, None), (_EVERYTHING, None), (_EVERYTHING, mask)):
         rows = [SampleRow(params, 2, tokens, 1, mask=allowed)] * len(usable)
         sampler.sample(usable, rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -9,13 +11,14 @@ import torch
 from engine.cache.block_pool import BlockPool
 from engine.cache.block_table import BlockTable
 from engine.request import Request, Work
+from engine.runner.batch import Row
 from engine.sampling import Sampler, UnusableLogits
 from engine.sampling import sampler as sampler_module
 from engine.sampling.row import SampleRow
 from engine.scheduler import Budgets, Scheduler
 from engine.speculation import Draft, Speculation
 from engine.types import SamplingParams, StopParams
-from engine.warmup import step_shapes
+from engine.warmup import step_shapes, warm_up
 
 GPU = Budgets(8192, 256, num_logits=1024)
 
@@ -46,6 +49,48 @@ def test_short_contexts_and_no_drafts(max_model_len: int, window: int) -> None:
     assert max(len(row.token_ids) for shape in shapes for row in shape.rows) <= max(
         max_model_len, 1
     )
+
+
+@pytest.mark.parametrize(("max_model_len", "num_prompts"), [(2048, 4), (3000, 3), (16, 256)])
+def test_short_contexts_fill_the_largest_step_together(
+    max_model_len: int, num_prompts: int
+) -> None:
+    """A step computes 8,192 tokens of any number of prompts: the memory of them all is needed."""
+    shapes = step_shapes(GPU, draft_window=0, block_size=16, max_model_len=max_model_len)
+    largest = next(shape for shape in shapes if shape.name == "largest")
+    prompts = largest.rows[:-256]
+    assert len(prompts) == num_prompts
+    assert sum(len(row.token_ids) for row in prompts) == min(8192, num_prompts * max_model_len)
+    assert sum(row.num_logits for row in prompts) == 256
+    assert all(row.context_len <= max_model_len for row in prompts)
+
+
+class Model:
+    """Logits that are no numbers, as over a scratch cache they may be."""
+
+    def run(self, rows: list[Row]) -> torch.Tensor:
+        self.logits = torch.full((sum(row.num_logits for row in rows), 97), torch.nan)
+        return self.logits
+
+
+class Watched(Sampler):
+    """Notes where the logits lie that it samples from."""
+
+    def __init__(self) -> None:
+        super().__init__(97, native=False)
+        self.places: set[int] = set()
+
+    def sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
+        self.places.add(logits.data_ptr())
+        return super().sample(logits, rows)
+
+
+def test_what_is_sampled_is_a_copy_as_beside_a_prompt_that_is_scored() -> None:
+    """Half a GiB for 1,024 rows of 128,256 tokens, which the largest step needs too."""
+    shapes = step_shapes(Budgets(8, 2), draft_window=2, block_size=16, max_model_len=64)
+    model, sampler = Model(), Watched()
+    warm_up(shapes[-1:], [model], sampler)
+    assert sampler.places and model.logits.data_ptr() not in sampler.places
 
 
 class Eager:
