@@ -470,6 +470,13 @@ def environment_with(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+def extend_path(folder: str) -> None:
+    """Have the programs in `folder` found too, after those that are in PATH."""
+    found = os.environ.get("PATH", os.defpath)
+    if folder not in found.split(os.pathsep):
+        os.environ["PATH"] = f"{found}{os.pathsep}{folder}"
+
+
 def unset_env(name: str) -> None:
     """Remove a variable that was meant for a library of this process, not for its children."""
     os.environ.pop(name, None)

@@ -72,7 +72,7 @@ def flashinfer_version() -> str | None:
 def make_backend(
     choice: BackendChoice, kv_cache: KVCache, num_heads: int, sliding_window: int
 ) -> AttentionBackend[Any]:
-    """The backend of a choice. Raises ImportError where FlashInfer is broken."""
+    """The backend of a choice. Raises ConfigError where FlashInfer is broken."""
     layout = kv_cache.layout
     if choice.name == "flashinfer":
         from engine.attention.flashinfer_backend import FlashInferBackend

@@ -7,6 +7,10 @@ time and checks that it is the newest one; a draft model has a backend of its ow
 
 from __future__ import annotations
 
+import importlib
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +21,7 @@ import torch
 from engine.attention.flashinfer_plan import PagedIndices, step_indices
 from engine.cache.kv_cache import DTYPES, KVCache
 from engine.cache.layout import KVLayout
+from engine.config import extend_path
 from engine.errors import ConfigError
 from engine.runner.batch import Batch
 
@@ -38,19 +43,54 @@ def _int32(array: npt.NDArray[np.int32]) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
+def _package() -> Any:
+    """flashinfer, which calls ninja by name: it is in our environment, which PATH may not have."""
+    extend_path(sysconfig.get_path("scripts"))
+    try:
+        return importlib.import_module("flashinfer")
+    except (ImportError, RuntimeError, OSError) as error:  # RuntimeError: of other versions' parts
+        raise ConfigError(
+            f"flashinfer cannot be imported ({_line(str(error))}); install diptych[gpu] anew, or"
+            " remove flashinfer-python: torch computes attention then"
+        ) from error
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """While a module may be loaded or compiled: what prevents it becomes a ConfigError."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        text = str(error)
+        words = ("Ninja build failed", "nvcc", "JIT")
+        if not isinstance(error, OSError) and not any(word in text for word in words):
+            raise
+        raise ConfigError(
+            f"flashinfer cannot compile its kernels ({_line(text)}); expected nvcc of CUDA"
+            f" {torch.version.cuda}, g++ and ninja in the path, or its prebuilt modules, see"
+            " docs/gpu.md; without flashinfer-python torch computes attention"
+        ) from error
+
+
+def _line(text: str) -> str:
+    """Of many lines the first that tells of an error."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"]
+    telling = (line for line in lines if "error:" in line or "not found" in line)
+    return next(telling, lines[0])[:300]
+
+
 class FlashInferBackend:
     """AttentionBackend over FlashInfer; fp16 and bf16 only, as its kernels are."""
 
     def __init__(
         self, layout: KVLayout, num_heads: int, device: torch.device, sliding_window: int = 0
     ) -> None:
-        """Raises ConfigError for fp32, and ImportError without the package (extra `gpu`)."""
+        """Raises ConfigError for fp32, and where the package (extra `gpu`) cannot be imported."""
         if layout.dtype == "float32":
             raise ConfigError(
                 "--dtype float32: FlashInfer has no fp32 kernels; use the torch backend"
             )
-        import flashinfer
-
+        flashinfer = _package()
         self._layout = layout
         self._num_heads = num_heads
         self._dtype = DTYPES[layout.dtype]
@@ -68,13 +108,17 @@ class FlashInferBackend:
         )
 
     def plan(self, batch: Batch) -> FlashInferPlan:
-        """Plan both kernels for this step; the plan before it is void."""
+        """Plan both kernels for this step; the plan before it is void.
+
+        The first of a kind loads or compiles its module. Raises ConfigError where that fails.
+        """
         step = step_indices(batch.rows, self._layout.block_size)
         self._serial += 1
-        if step.decode is not None:
-            self._plan_decode(step.decode)
-        if step.prefill is not None:
-            self._plan_prefill(step.prefill)
+        with _compiling():
+            if step.decode is not None:
+                self._plan_decode(step.decode)
+            if step.prefill is not None:
+                self._plan_prefill(step.prefill)
         num_decode = 0 if step.decode is None else len(step.decode.tokens)
         if step.in_order:
             return FlashInferPlan(self._serial, num_decode, None, None)
