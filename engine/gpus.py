@@ -46,10 +46,17 @@ def find_gpus(
         return present
     names = []
     for name in (part.strip() for part in chosen.split(",")):
-        if not name or name.startswith("-"):  # CUDA takes what comes before such a name
+        if not _exists(name, present):  # CUDA takes what comes before such a name
             break
         names.append(name)
     return names
+
+
+def _exists(name: str, present: Sequence[str]) -> bool:
+    """A number in the list, or a UUID, of which the beginning will do."""
+    if name.isdecimal():
+        return int(name) < len(present)
+    return name.startswith(("GPU-", "MIG-"))
 
 
 def deal_gpus(gpus: Sequence[str], workers: Sequence[str]) -> dict[str, GpuPart]:

@@ -47,7 +47,12 @@ def test_the_drivers_folder_tells_where_there_is_no_tool(tmp_path: Path) -> None
         ("", []),
         ("-1", []),
         ("0,-1,1", ["0"]),
-        ("NoDevFiles", ["NoDevFiles"]),
+        ("NoDevFiles", []),
+        ("none", []),
+        ("2", []),
+        ("0,7,1", ["0"]),
+        ("GPU-5f27", ["GPU-5f27"]),
+        ("MIG-GPU-a/1/0", ["MIG-GPU-a/1/0"]),
     ],
 )
 def test_what_the_user_lets_us_see_is_kept(visible: str, expected: list[str]) -> None:
