@@ -76,10 +76,11 @@ class PeerTable:
         return {peer.address for peer in self._known.values()}
 
     def links(self) -> list[KVLink]:
-        """What reads from the peers that are remembered have shown."""
+        """What reads from the peers that are remembered have shown, of each its latest process."""
         found = self._data_plane.links()
         known = self._known.copy()
-        return [replace(found[i], peer=known[i].worker_id) for i in known if i in found]
+        latest = {known[i].worker_id: found[i] for i in known if i in found}
+        return [replace(link, peer=worker_id) for worker_id, link in latest.items()]
 
     async def forget(self, pool: RemotePool) -> None:
         """Drop a peer and disconnect it; returns when its last read is over.

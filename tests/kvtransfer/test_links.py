@@ -24,6 +24,7 @@ from engine.types import KVLink, KVPool, Peer, Role, machine_id
 from kvtransfer.base import MemoryRegion, RemotePool
 from kvtransfer.links import LinkMeter
 from kvtransfer.nixl_transport import DEFAULT_ENV
+from kvtransfer.peers import PeerTable
 from kvtransfer.ucx_lanes import LaneTables
 from tests.support.fake_decode import identity
 from tests.support.gated import Rig
@@ -140,6 +141,19 @@ def test_the_data_plane_measures_its_pulls() -> None:
         assert link.lane == "test/wire"
     finally:
         assert rig.plane.stop()
+
+
+def test_a_peer_that_has_started_again_has_one_link() -> None:
+    """A second series of the same name would be refused with all that Prometheus reads."""
+    links = meter()
+    links.note(pool("old"), 1000, 1.0, 1.0)
+    links.note(pool("new"), 3000, 1.0, 2.0)
+    links.note(pool("other"), 10, 1.0, 3.0)
+    table = PeerTable(links, digest="d", stub_factory=lambda address: None)  # type: ignore[arg-type,return-value]
+    peers = (Peer("p0", "old", "a:1"), Peer("p1", "other", "a:3"), Peer("p0", "new", "a:2"))
+    table._known = {peer.incarnation: peer for peer in peers}
+    assert {link.peer: link.num_bytes for link in table.links()} == {"p0": 3000, "p1": 10}
+    assert len(table.links()) == 2
 
 
 LINK = KVLink("prefill-0", "tcp/eth0", 0.5e9, 64 * MIB, "VRAM")
