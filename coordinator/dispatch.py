@@ -134,8 +134,11 @@ class Dispatch:
         workers = self._membership.snapshot()
         prefill = None
         # D computes the last token itself, and only whole blocks travel.
-        if not alone and (num_tokens - 1) // decode.model.block_size > 0:
-            prefill = self._kept_prefill(workers) or pick(workers, Role.PREFILL, self._failures)
+        num_whole = (num_tokens - 1) // decode.model.block_size * decode.model.block_size
+        if not alone and num_whole > 0:
+            prefill = self._kept_prefill(workers) or pick(
+                workers, Role.PREFILL, self._failures, num_whole
+            )
             # Choices go by load at first: they wait for one prompt, and one worker could stall all.
             if prefill and (self._failures or not self._home.prefill):
                 self._home.prefill = prefill.peer.incarnation

@@ -15,16 +15,16 @@ def pick(
 ) -> Worker | None:
     """The least loaded ready worker of `role` whose incarnation is not in `exclude`, or None.
 
-    A decode worker must hold `num_tokens`, the longest that prompt and answer may become.
+    It must hold `num_tokens`: of decode the longest that prompt and answer may become, of prefill
+    the prompt's whole blocks.
     Least loaded: fewest prompt tokens waiting, then fewest requests, then the lowest id, so that
     equal snapshots give equal picks. A doubtful decode worker comes after all others; a doubtful
     prefill worker is not picked, for a decode worker can do without.
     """
     candidates = _ready(workers, role, exclude)
+    candidates = [w for w in candidates if w.model.max_model_len >= num_tokens]
     if role is Role.PREFILL:
         candidates = [w for w in candidates if not w.doubtful]
-    else:
-        candidates = [w for w in candidates if w.model.max_model_len >= num_tokens]
     return min(candidates, key=_weight, default=None)
 
 

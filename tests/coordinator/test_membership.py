@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 from prometheus_client import CollectorRegistry
 
+from coordinator.dispatch import Dispatch
 from coordinator.membership import (
     DOUBT_S,
     FORGET_S,
@@ -100,7 +101,7 @@ def test_a_worker_that_means_something_else_is_refused_in_words(changes, words):
 
 
 def test_a_shorter_decode_worker_does_not_shorten_the_service():
-    """It gets only requests that fit; a prefill worker's own length does not matter."""
+    """It gets only requests that fit; a prefill worker's own length shortens nothing."""
     clock = Clock()
     table, _ = make(clock)
     table.register(hello("p0", Role.PREFILL, max_model_len=1024))
@@ -114,13 +115,26 @@ def test_a_shorter_decode_worker_does_not_shorten_the_service():
     assert pick(rows, Role.DECODE, num_tokens=8192).peer.worker_id == "d0"
     assert pick(rows, Role.DECODE, {"i1"}, 4096).peer.worker_id == "d1"
     assert pick(rows, Role.DECODE, {"i1"}, 4097) is None
-    assert pick(rows, Role.PREFILL, num_tokens=8192).peer.worker_id == "p0"
+    assert pick(rows, Role.PREFILL, num_tokens=1024).peer.worker_id == "p0"
     table.lost(longest, "killed")
     assert table.identity.max_model_len == 8192, "it may come back"
     table.register(hello("d0", incarnation="i3", max_model_len=8192))
     assert table.max_model_len == 8192
     table.register(hello("d0", incarnation="i4", max_model_len=4096))
     assert table.max_model_len == 4096, "no worker holds more"
+
+
+@pytest.mark.parametrize(("num_tokens", "prefill"), [(600, "p0"), (1040, "p0"), (1041, "p1")])
+async def test_a_prompt_goes_to_a_prefill_worker_that_holds_it(num_tokens, prefill):
+    """Its whole blocks; the smaller one would refuse it, and the decode worker compute it all."""
+    table, _ = make()
+    table.register(hello("d0", max_model_len=8192))
+    table.register(hello("p0", Role.PREFILL, max_model_len=1024))
+    dispatch = Dispatch(table, worker_wait_s=0, deadline_s=1e9, num_tokens=num_tokens)
+    if prefill == "p1":
+        assert (await dispatch.next(num_tokens)).prefill is None
+    table.register(hello("p1", Role.PREFILL, max_model_len=8192))
+    assert (await dispatch.next(num_tokens)).prefill.peer.worker_id == prefill
 
 
 def test_what_is_lost_for_long_counts_no_more():
