@@ -49,6 +49,7 @@ from engine.installed import require_worker_packages
 from engine.memory import host_memory, shown
 from engine.native.threads import memory_board
 from engine.placement import check_length, prepare_weights
+from engine.rpc.address import check_free
 from engine.rpc.trust import ClusterToken, stays_on_this_machine
 from engine.telemetry.log import configure_logging, get_logger
 from engine.telemetry.progress import LINE_S, print_line
@@ -93,6 +94,7 @@ def serve(
     _take_descriptors()
     trusted = Trust.of(trust, front, local_workers=fleet.workers == "local")
     signal.signal(signal.SIGTERM, _terminated)  # until the loop takes it: compilers end too
+    check_free(front.listen, front.internal_listen, front.http)
     if fleet.workers == "local":
         require_worker_packages("local workers", "; workers on other machines: --workers external")
         draft.check(model)

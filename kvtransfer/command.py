@@ -93,11 +93,14 @@ def _start(
     import uvloop
     from prometheus_client import CollectorRegistry
 
+    from engine.rpc.address import check_free
     from engine.rpc.trust import token_for
     from engine.telemetry.log import configure_logging
 
     configure_logging(log, role=role.value, worker_id=worker.worker_id)
-    token = token_for(trust, "--listen", worker.listen)  # before the model: a mistake shows at once
+    # Before the model: a mistake shows at once.
+    token = token_for(trust, "--listen", worker.listen)
+    check_free(worker.listen, worker.http)
     try:
         from engine.build import build_engine
         from kvtransfer.connections import unfreed

@@ -9,6 +9,13 @@ from engine.errors import ConfigError
 _BACKLOG = 128
 
 
+def check_free(*addresses: str) -> None:
+    """Before work that takes a while: raise ConfigError where one cannot be listened on."""
+    for address in addresses:
+        if address:
+            listen_on(address).close()
+
+
 def listen_on(address: str) -> socket.socket:
     """A listening TCP socket on HOST:PORT (port 0: a free one). Raises ConfigError naming it.
 
