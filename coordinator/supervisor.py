@@ -161,7 +161,7 @@ class Supervisor:
                     worker=worker.worker_id,
                     status=status,
                     restart_in_s=backoff_s,
-                    said=_last_words(worker),
+                    said=_last_line(worker),
                     log=str(worker.log_path),
                 )
             try:
@@ -246,12 +246,17 @@ def doing(worker: LocalWorker) -> str:
 
 
 def _last_words(worker: LocalWorker) -> str:
-    """The sentence with which a worker refused its options: its last line that is no log line."""
+    """The sentence with which a worker refused its options."""
+    if line := _last_line(worker):
+        return f"{worker.worker_id}: {line}"
+    return f"{worker.worker_id} cannot use its options; see {worker.log_path}"
+
+
+def _last_line(worker: LocalWorker) -> str:
+    """The worker's last line that is no log line; "" without one."""
     try:
         lines = worker.log_path.read_text(errors="replace").splitlines()
     except OSError:
-        lines = []
+        return ""
     plain = [line.strip() for line in lines if line.strip() and not line.startswith("{")]
-    if not plain:
-        return f"{worker.worker_id} cannot use its options; see {worker.log_path}"
-    return f"{worker.worker_id}: {plain[-1]}"
+    return plain[-1] if plain else ""

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import structlog.testing
 
 from coordinator.supervisor import (
     LocalWorker,
@@ -94,6 +95,16 @@ async def test_a_killed_worker_comes_back_and_all_end(modules, tmp_path, monkeyp
     pids = [int(ups(supervisor, i)[-1][0]) for i in range(2)]
     await supervisor.stop(5.0)
     assert not any(alive(p) for p in pids)
+
+
+async def test_a_killed_worker_is_not_said_to_have_bad_options(modules, tmp_path):
+    (modules / "silent_worker.py").write_text("import os\nprint('{}')\nos.kill(os.getpid(), 9)\n")
+    supervisor = make(tmp_path, "silent")
+    with structlog.testing.capture_logs() as lines:
+        supervisor.start()
+        (end,) = await until(lambda: [x for x in lines if x["event"] == "local worker ended"])
+        await supervisor.stop()
+    assert (end["status"], end["said"]) == (-signal.SIGKILL, "")
 
 
 async def test_a_worker_keeps_its_gpu_when_it_starts_again(modules, tmp_path, monkeypatch):
