@@ -130,6 +130,8 @@ class ChatTemplate:
                 return render(messages=[_with_written_arguments(m) for m in messages])
         except (jinja2.TemplateError, jinja2.exceptions.SecurityError) as error:
             raise InvalidRequest("messages", error.message or "the template failed") from None
+        except RecursionError:  # a macro that walks through a schema
+            raise InvalidRequest("messages", "nested too deeply for the chat template") from None
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             # Templates add strings and index lists without asking first.
             raise InvalidRequest("messages", f"the chat template failed: {error}") from None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
+from coordinator.nesting import MAX_DEPTH, depth
 from coordinator.request import ToolCall
 from coordinator.tools import Tool, ToolFormat, ToolUse, argument_schema
 from engine.constraints.compiler import MAX_SOURCE_CHARS
@@ -21,6 +22,7 @@ from engine.pb.diptych.v1 import inference_pb2
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 1024 * 1024
 UNPARSED = "unparsed"  # the name under which arguments stand that are no object
+_TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _OTHER_TYPES = ("null", "boolean", "integer", "number", "string", "array")
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -107,7 +109,7 @@ def _arguments(source: str) -> Mapping[str, Any]:
 
     A call that the length limit cut off stays in its conversation, so nothing is refused here. An
     empty text, null and [] are no arguments; another value, and text that is no JSON, is the one
-    argument `UNPARSED`.
+    argument `UNPARSED`; so is text that is nested too deeply for templates.
     """
     try:
         value = parse_json("", source) if source.strip() else {}
@@ -126,12 +128,15 @@ def parse_json(field: str, source: str) -> Any:
         raise ValueError(f"{constant} is not JSON")
 
     try:
-        return json.loads(source, parse_constant=refuse)
+        value = json.loads(source, parse_constant=refuse)
     except json.JSONDecodeError as error:
         raise InvalidRequest(field, f"not JSON: {error.msg} at character {error.pos}") from None
     except (ValueError, RecursionError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise InvalidRequest(field, f"not JSON: {what}") from None
+        what = _TOO_DEEP if isinstance(error, RecursionError) else f"not JSON: {error}"
+        raise InvalidRequest(field, what) from None
+    if isinstance(value, dict | list) and depth(value) > MAX_DEPTH:
+        raise InvalidRequest(field, _TOO_DEEP)
+    return value
 
 
 def _tool(field: str, item: Any) -> Tool:

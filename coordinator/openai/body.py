@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 
 from starlette.types import Receive
 
+from coordinator.nesting import MAX_DEPTH, depth
 from coordinator.openai.errors import Failure, Refused
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
-MAX_DEPTH = 100
 _CODE = "invalid_json"
 
 
@@ -63,7 +63,7 @@ def parse_body(raw: bytes) -> dict[str, Any]:
         raise _malformed(str(error).partition(";")[0]) from None
     if not isinstance(value, dict):
         raise _malformed("expected an object")
-    if _depth(value) > MAX_DEPTH:
+    if depth(value) > MAX_DEPTH:
         raise _malformed(f"nested deeper than {MAX_DEPTH}")
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -74,16 +74,3 @@ def parse_body(raw: bytes) -> dict[str, Any]:
 
 def _malformed(reason: str) -> Refused:
     return Refused(Failure(400, f"the body is not a JSON object: {reason}", code=_CODE))
-
-
-def _depth(value: Any) -> int:
-    """Levels of arrays and objects; stops counting just above the bound."""
-    depth, level = 0, [value]
-    while level and depth <= MAX_DEPTH:
-        depth += 1
-        below = []
-        for container in level:
-            items = container.values() if isinstance(container, dict) else container
-            below += [item for item in items if isinstance(item, dict | list)]
-        level = below
-    return depth

@@ -26,6 +26,15 @@ from engine.telemetry.log import get_logger
 _log = get_logger(__name__)
 TOKENIZER = "tokenizer.json"
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_ENDS = ("bos_token", "eos_token")
+_ROLE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+# Further special tokens, in a list or by name.
+_MORE_SPECIAL = (
+    "additional_special_tokens",
+    "extra_special_tokens",
+    "model_specific_special_tokens",
+)
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # Tokens that end a turn or a text in the families that use them.
 END_OF_TURN = frozenset(
     {
@@ -59,37 +68,51 @@ def added_tokens(folder: Path) -> list[dict[str, Any]]:
     file makes it so. A token that it lacks comes from the other files.
     """
     found = {int(token["id"]): dict(token) for token in _in_tokenizer_json(folder / TOKENIZER)}
-    config = _optional(folder / "tokenizer_config.json")
     named = {token["content"] for token in found.values()}
     special = set(special_names(folder))
-    for key, value in (config.get("added_tokens_decoder") or {}).items():
-        if not (str(key).isdecimal() and isinstance(value, dict) and _content(value)):
-            path = folder / "tokenizer_config.json"
-            raise CheckpointError(f"{path}: added_tokens_decoder[{key!r}] is no token with an id")
-        token_id, content = int(key), _content(value)
-        if value.get("special"):
-            special.add(content)
+
+    def add(token_id: int, content: str, flags: Mapping[str, Any]) -> None:
         if token_id not in found and content not in named:
-            found[token_id] = {"id": token_id, **_defaults(content), **value}
+            given = {flag: bool(flags.get(flag)) for flag in _FLAGS}
+            found[token_id] = {"id": token_id, "content": content, **given}
             named.add(content)
+
+    for token_id, value in _decoder(folder / "tokenizer_config.json"):
+        if value.get("special"):
+            special.add(_content(value))
+        add(token_id, _content(value), value)
     for content, token_id in _optional(folder / "added_tokens.json").items():
-        if isinstance(token_id, int) and token_id not in found and content not in named:
-            found[token_id] = {"id": token_id, **_defaults(content)}
-            named.add(content)
+        if isinstance(token_id, int):
+            add(token_id, content, {})
+    # transformers takes these from the vocabulary too, where no file adds them.
+    if around := [name for role in _ENDS for name in _roles(folder, role) if name not in named]:
+        vocab = _vocabulary(_optional(folder / TOKENIZER))
+        for content in around:
+            if content in vocab:
+                add(vocab[content], content, {})
     for token in found.values():
         token["special"] = bool(token.get("special")) or token["content"] in special
     return [found[token_id] for token_id in sorted(found)]
 
 
 def special_names(folder: Path) -> Iterator[str]:
-    """Names of the tokens that have a role in tokenizer_config.json or special_tokens_map.json."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        roles = _optional(folder / name)
-        more = roles.get("additional_special_tokens") or []
-        values = more.values() if isinstance(more, dict) else more
-        for value in (*(roles.get(role) for role in ROLES), *values):
-            if content := _content(value):
-                yield content
+    """Names of the tokens that tokenizer_config.json or special_tokens_map.json give a role."""
+    for file in _ROLE_FILES:
+        for key, value in _optional(folder / file).items():
+            if key.endswith("_token"):  # transformers takes any: eot_token, image_token
+                values = [value]
+            elif key in _MORE_SPECIAL:
+                values = list(value.values()) if isinstance(value, dict) else value
+                values = values if isinstance(values, list) else [values]
+            else:
+                continue
+            yield from filter(None, map(_content, values))
+
+
+def _roles(folder: Path, role: str) -> list[str]:
+    """The tokens that the files name for a role."""
+    names = (_content(_optional(folder / file).get(role)) for file in _ROLE_FILES)
+    return [name for name in names if name]
 
 
 def eos_token_ids(folder: Path, named: Iterable[int], vocab_size: int) -> tuple[int, ...]:
@@ -100,9 +123,7 @@ def eos_token_ids(folder: Path, named: Iterable[int], vocab_size: int) -> tuple[
     tokens = added_tokens(folder)
     ids = {token["content"]: int(token["id"]) for token in tokens}
     special = [token["content"] for token in tokens if token["special"]]
-    files = ("tokenizer_config.json", "special_tokens_map.json")
-    roles = [_content(_optional(folder / name).get("eos_token")) for name in files]
-    names = [*(role for role in roles if role), *end_of_turn(special)]
+    names = [*_roles(folder, "eos_token"), *end_of_turn(special)]
     found = [*named, *(ids[name] for name in names if name in ids)]
     return tuple(dict.fromkeys(i for i in found if i < vocab_size))
 
@@ -127,9 +148,7 @@ def _loadable(
     spec: Mapping[str, Any], more: Iterable[Mapping[str, Any]], path: Path
 ) -> list[Mapping[str, Any]]:
     """Tokens that the library would give their own ids: of the vocabulary, or the next free one."""
-    vocab = (spec.get("model") or {}).get("vocab") or {}
-    if not isinstance(vocab, dict):
-        vocab = {token: i for i, (token, *_) in enumerate(vocab)}
+    vocab = _vocabulary(spec)
     names = {token["content"] for token in spec["added_tokens"]}
     highest = max([len(vocab) - 1, *(int(t["id"]) for t in spec["added_tokens"])])
     out = []
@@ -145,6 +164,25 @@ def _loadable(
         out.append(token)
         highest = max(highest, int(token["id"]))
     return out
+
+
+def _decoder(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """`added_tokens_decoder` of tokenizer_config.json. Raises CheckpointError."""
+    decoder = _optional(path).get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise CheckpointError(f"{path}: added_tokens_decoder is no object of tokens by id")
+    for key, value in decoder.items():
+        if not (key.isdecimal() and isinstance(value, dict) and _content(value)):
+            raise CheckpointError(f"{path}: added_tokens_decoder[{key!r}] is no token with an id")
+        yield int(key), value
+
+
+def _vocabulary(spec: Mapping[str, Any]) -> dict[str, int]:
+    """Ids by token of a tokenizer.json's model."""
+    vocab = (spec.get("model") or {}).get("vocab") or {}
+    if isinstance(vocab, dict):
+        return vocab
+    return {token: i for i, (token, *_) in enumerate(vocab)}
 
 
 def _in_tokenizer_json(path: Path) -> list[Mapping[str, Any]]:
@@ -167,7 +205,8 @@ def _in_tokenizer_json(path: Path) -> list[Mapping[str, Any]]:
                     value, _ = decoder.raw_decode(text, at)
                 except ValueError:
                     return []
-                return [t for t in value if isinstance(t, dict) and "id" in t and "content" in t]
+                tokens = [t for t in value if isinstance(t, dict)]
+                return [t for t in tokens if isinstance(t.get("id"), int) and _content(t)]
         begin = text.find(key, begin + 1)
     return []
 
@@ -180,8 +219,3 @@ def _content(value: Any) -> str:
     """A token of a role, which old files write as objects; "" for none."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else ""
-
-
-def _defaults(content: str) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-    return {"content": content, **flags}

@@ -139,7 +139,8 @@ class _Keys:
         value = self.get(key, default)
         if value is None:
             raise CheckpointError(f"{self.path}: {key} is missing")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf:
             raise CheckpointError(f"{self.path}: {key} must be a number above zero, not {value!r}")
         return float(value)
 

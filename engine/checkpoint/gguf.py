@@ -94,7 +94,11 @@ def convert(path: Path, folder: Path, *, progress: bool) -> str:
         for name, content in files.items():
             _write_json(folder / name, content)
         shown.update()
-        config = ModelConfig.from_folder(folder)
+        try:
+            config = ModelConfig.from_folder(folder)
+        except CheckpointError as error:  # of the file, not of the folder that is about to go
+            message = error.message.replace(str(folder / "config.json"), str(path))
+            raise CheckpointError(message) from None
         _check_shapes(file, config)
         fingerprint = gguf_fingerprint(file, config)
         shown.update()

@@ -81,8 +81,10 @@ def check_gguf(path: Path) -> None:
 
 def _refuse_split(header: Header) -> None:
     """One part of a model in several files has the metadata and some of the tensors only."""
-    count = int(header.scalars.get("split.count") or 0)
-    part = int(header.scalars.get("split.no") or 0) + 1
+    count, part = (header.scalars.get(f"split.{key}", 0) for key in ("count", "no"))
+    if not isinstance(count, int) or not isinstance(part, int):
+        raise CheckpointError(f"{header.path}: split.count and split.no must be whole numbers")
+    part += 1
     if count <= 1 and (match := _PART.search(header.path.name)):
         part, count = int(match[1]), int(match[2])
     if count > 1:

@@ -102,7 +102,8 @@ def tokenizer_files(meta: Mapping[str, Any], path: Path) -> dict[str, _Json]:
     if len(vocab) != len(tokens) or len(types) != len(tokens):
         raise CheckpointError(f"{path}: tokenizer.ggml.tokens has duplicates or lacks types")
     for role in _ROLES:
-        if (meta.get(f"tokenizer.ggml.{role}_token_id") or 0) >= len(tokens):
+        token_id = meta.get(f"tokenizer.ggml.{role}_token_id", 0)
+        if type(token_id) is not int or not 0 <= token_id < len(tokens):
             raise CheckpointError(f"{path}: tokenizer.ggml.{role}_token_id names no token")
     typed, types = types, _typed(meta, tokens, types)
     by_name = [token for token, old, new in zip(tokens, typed, types, strict=True) if old != new]

@@ -265,6 +265,17 @@ GENERATION = (
 )
 
 
+def test_a_template_that_recurses_refuses_what_is_nested(tmp_path: Path) -> None:
+    source = (
+        "{% macro m(x) %}{% for k in x %}{{ m(x[k]) }}{% endfor %}{% endmacro %}{{ m(tools[0]) }}"
+    )
+    nested: dict[str, Any] = {}
+    for _ in range(600):
+        nested = {"a": nested}
+    with pytest.raises(InvalidRequest, match="nested too deeply"):
+        ChatTemplate.load(write(tmp_path, source)).render([USER], [nested])
+
+
 def test_generation_blocks_are_rendered(tmp_path: Path) -> None:
     messages = [SYSTEM, USER, ASSISTANT]
     loaded = ChatTemplate.load(write(tmp_path, GENERATION))

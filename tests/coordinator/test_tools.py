@@ -388,6 +388,7 @@ def test_earlier_calls_come_with_their_arguments_as_objects():
         ('{"a": 1e999}', {"unparsed": '{"a": 1e999}'}),
         ('{"a": "\\ud800"}', {"unparsed": '{"a": "\\ud800"}'}),
         ("[" * 100_000, {"unparsed": "[" * 100_000}),
+        ("[" * 600 + "]" * 600, {"unparsed": "[" * 600 + "]" * 600}),
         ("9" * 5000, {"unparsed": "9" * 5000}),
     ],
     ids=lambda value: str(value)[:20],
@@ -395,6 +396,14 @@ def test_earlier_calls_come_with_their_arguments_as_objects():
 def test_arguments_of_any_kind_come_as_an_object(written, arguments):
     (call,) = check_tool_calls("c", [pb.ToolCall(name="f", arguments=written)])
     assert call.arguments == arguments
+
+
+def test_a_definition_nested_too_deeply_is_refused():
+    schema = '{"a":' * 600 + "1" + "}" * 600
+    tool = f'[{{"type": "function", "function": {{"name": "f", "parameters": {schema}}}}}]'
+    with pytest.raises(InvalidRequest, match="nested deeper than 100") as caught:
+        check_tools("tools_json", tool)
+    assert caught.value.field == "tools_json"
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)

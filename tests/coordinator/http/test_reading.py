@@ -9,7 +9,8 @@ import math
 import openai
 import pytest
 
-from coordinator.openai.body import MAX_DEPTH, parse_body
+from coordinator.nesting import MAX_DEPTH
+from coordinator.openai.body import parse_body
 from coordinator.openai.chats import read_chat
 from coordinator.openai.completions import MAX_PROMPTS, read_completion
 from coordinator.openai.decisions import (

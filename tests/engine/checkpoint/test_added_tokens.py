@@ -109,6 +109,39 @@ def test_a_token_with_a_role_is_special(tmp_path: Path) -> None:
     assert all(t["special"] for t in json.loads(merged_tokenizer(tmp_path))["added_tokens"])
 
 
+@pytest.mark.parametrize(
+    "roles",
+    [
+        {"extra_special_tokens": ["<end>"]},
+        {"extra_special_tokens": {"image_token": "<end>"}},
+        {"model_specific_special_tokens": {"eot_token": {"content": "<end>"}}},
+        {"eot_token": "<end>"},
+        {"additional_special_tokens": "<end>"},
+    ],
+)
+def test_special_tokens_of_transformers_five(tmp_path: Path, roles: Any) -> None:
+    added = [token(4, "<end>", False), token(5, "<more>", False)]
+    folder(tmp_path, added, tokenizer_config=roles | {"add_bos_token": True, "name": "x"})
+    assert [t["special"] for t in added_tokens(tmp_path)] == [True, False]
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config", "special_tokens_map"])
+def test_an_end_may_stand_in_the_vocabulary_alone(tmp_path: Path, file: str) -> None:
+    vocab = {"a": 0, "<fin>": 1, "b": 2, "!": 3}
+    roles = {"eos_token": "<fin>", "bos_token": "<no such>", "pad_token": "!"}
+    folder(tmp_path, [token(4, "<s>")], vocab, **{file: roles})
+    assert ends(tmp_path) == (1,)
+    library = Tokenizer.from_str(merged_tokenizer(tmp_path))
+    assert library.encode("a<fin>b!").ids == [0, 1, 2, 3]
+    assert {t["content"] for t in added_tokens(tmp_path)} == {"<s>", "<fin>"}  # no word to pad with
+
+
+def test_flags_that_are_null_or_unknown_are_not_set(tmp_path: Path) -> None:
+    decoder = {"4": {"content": "<far>", "special": True, "lstrip": None, "other": 1}}
+    folder(tmp_path, [], tokenizer_config={"added_tokens_decoder": decoder})
+    assert Tokenizer.from_str(merged_tokenizer(tmp_path)).encode("a<far>").ids == [0, 4]
+
+
 def test_a_token_whose_id_the_library_would_not_give_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,10 +152,12 @@ def test_a_token_whose_id_the_library_would_not_give_is_left_out(
     assert "<far>" in "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("decoder", [{"x": {"content": "a"}}, {"4": "a"}, {"4": {"content": 1}}])
+@pytest.mark.parametrize(
+    "decoder", [{"x": {"content": "a"}}, {"4": "a"}, {"4": {"content": 1}}, [{"content": "a"}], "a"]
+)
 def test_a_broken_list_is_named(tmp_path: Path, decoder: Any) -> None:
     folder(tmp_path, ADDED, tokenizer_config={"added_tokens_decoder": decoder})
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: added_tokens_decoder\["):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: added_tokens_decoder"):
         added_tokens(tmp_path)
 
 

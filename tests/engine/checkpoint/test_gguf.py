@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -217,7 +218,11 @@ def test_control_tokens_end_an_answer_by_name_and_words_do_not(
     [
         ({"arch": "falcon"}, "falcon"),
         ({"meta": {"split.count": 3, "split.no": 1}}, "part 2 of 3 of a split GGUF.*merge"),
+        ({"meta": {"split.count": "x"}}, "split.count"),
         ({"pre": "klingon"}, "klingon"),
+        ({"meta": {"tokenizer.ggml.eot_token_id": "x"}}, "eot_token_id names no token"),
+        ({"meta": {"tokenizer.ggml.eot_token_id": True}}, "eot_token_id names no token"),
+        ({"numbers": {"rope.scaling.factor": math.nan}}, "m.gguf: factor must be a number"),
         ({"extra": {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}}, "attn_sinks"),
         ({"numbers": {"block_count": 3}}, "layers.2"),
         ({"numbers": {"attention.head_count": None}}, "attention.head_count"),
@@ -241,7 +246,7 @@ def test_what_is_not_supported_is_named(
         mock.patch.object(source, "_file_digest", hashed),
     ):
         resolve(str(tmp_path / "m.gguf"), progress=False)
-    early = ("falcon", "klingon", "longrope", "split GGUF")
+    early = ("falcon", "klingon", "longrope", "split GGUF", "split.count")
     assert hashed.called is not any(name in named for name in early), "refused before it is hashed"
     assert "m.gguf" in error.value.message
     assert "\n" not in error.value.message
