@@ -25,7 +25,7 @@ from rich.table import Table
 from coordinator.client import Client, Done, TextDelta, describe
 from coordinator.demo_progress import StackOutput, Stillness
 from engine.config import child_environment, state_dir
-from engine.errors import DiptychError
+from engine.errors import ConfigError, DiptychError
 from engine.pb.diptych.v1 import admin_pb2
 from engine.telemetry.progress import LINE_S, Progress
 
@@ -50,6 +50,13 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _demo(Console(stderr=True))
+    except ConfigError as error:
+        print(f"demo: {error.message}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"demo: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ndemo: interrupted", file=sys.stderr)
         return 130
@@ -60,7 +67,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 def _demo(console: Console) -> int:
-    log_dir = state_dir() / "demo"
+    log_dir = state_dir() / "demo" / str(os.getpid())  # of its own: two may run at once
     log_dir.mkdir(parents=True, exist_ok=True)
     server, http = _free_address(), _free_address()
     # Tied to this process, kill -9 included; a session of its own: Ctrl-C is for this process.

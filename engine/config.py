@@ -448,14 +448,25 @@ def cache_dir() -> Path:
     """Where converted models are kept: $DIPTYCH_CACHE_DIR, else the user's cache folder."""
     if base := os.environ.get(ENV_PREFIX + "CACHE_DIR"):
         return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diptych"
+    return Path(os.environ.get("XDG_CACHE_HOME") or _home("CACHE_DIR") / ".cache") / "diptych"
 
 
 def state_dir() -> Path:
     """Where logs are kept: $DIPTYCH_STATE_DIR, else the user's state folder."""
     if base := os.environ.get(ENV_PREFIX + "STATE_DIR"):
         return Path(base)
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "diptych"
+    where = os.environ.get("XDG_STATE_HOME") or _home("STATE_DIR") / ".local" / "state"
+    return Path(where) / "diptych"
+
+
+def _home(instead: str) -> Path:
+    """The user's home folder; ConfigError where the system knows none (a container's user)."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise ConfigError(
+            f"this user has no home folder: set HOME or {ENV_PREFIX}{instead}"
+        ) from None
 
 
 def set_default_env(defaults: Mapping[str, str]) -> dict[str, str]:

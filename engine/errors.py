@@ -43,6 +43,16 @@ class NotOffered(DiptychError):
         self.field = field
 
 
+class UnknownMethod(NotOffered):
+    """UNIMPLEMENTED without a field: the server at that address is another kind of process."""
+
+    def __init__(self, said: str) -> None:
+        DiptychError.__init__(
+            self, f"{said.rstrip('.!')}: expected a coordinator's gRPC port, not a worker's"
+        )
+        self.field = "method"
+
+
 class Overloaded(DiptychError):
     """RESOURCE_EXHAUSTED + RetryInfo: try again after `retry_after_s`."""
 

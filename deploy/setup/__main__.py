@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from deploy.setup.machine import check_disk, look, places
-from deploy.setup.pip import LINE_S, Failed, Pip, run
+from deploy.setup.pip import LINE_S, Failed, Lines, Pip, run
 from deploy.setup.venv import Venv
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +44,8 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--torch-index", default="", help="package index of torch's CPU builds")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     try:
         with _OnlyOne():
             return Setup(Venv(ROOT / ".venv"), options.python, options.torch_index).to(options.step)
@@ -69,6 +70,7 @@ class _OnlyOne:
 
     def __enter__(self) -> None:
         self._descriptor = os.open(str(ROOT), os.O_RDONLY)
+        os.set_inheritable(self._descriptor, True)
         shown = 0.0
         while True:
             try:
@@ -95,16 +97,16 @@ class Setup:
 
     def to(self, step: str) -> int:
         """Everything up to `step`; returns the exit status. Raises Failed."""
-        problem = self._venv.problem()
-        stamps = {} if problem else self._venv.stamps()
-        if stamps.get(step) == self._fingerprint(step):
-            return 0
-        has_torch = not problem and any(
-            self._venv.folder.glob("lib/python*/site-packages/torch/__init__.py")
-        )
-        found = look(
-            self._wanted, ROOT, KEEP_GB if has_torch else NEED_GB[step], has_venv_python=not problem
-        )
+        with Lines("looking at this machine"):
+            problem = self._venv.problem()
+            stamps = {} if problem else self._venv.stamps()
+            if stamps.get(step) == self._fingerprint(step):
+                return 0
+            has_torch = not problem and any(
+                self._venv.folder.glob("lib/python*/site-packages/torch/__init__.py")
+            )
+            need_gb = KEEP_GB if has_torch else NEED_GB[step]
+            found = look(self._wanted, ROOT, need_gb, has_venv_python=not problem)
         for note in found.notes:
             print("Note: %s" % note, flush=True)
         for error in found.errors:

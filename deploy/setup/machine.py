@@ -11,7 +11,9 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Sequence, Tuple
+from typing import Callable, Mapping, Sequence, Tuple
+
+from deploy.setup.pip import end
 
 Version = Tuple[int, int]
 OLDEST: Version = (3, 11)  # as in pyproject.toml
@@ -92,6 +94,9 @@ def look(wanted: str, root: Path, need_gb: float, has_venv_python: bool = False)
         found.errors += [problem] if problem else []
         found.notes += [note] if note else []
     found.errors += check_disk(places(root), need_gb)
+    found.errors += check_home(os.path.expanduser("~"), os.environ)
+    if found.errors:
+        return found
     found.notes += check_cpu(platform.machine(), cpu_flags(), compiler_problem)
     return found
 
@@ -229,16 +234,33 @@ def check_platform(system: str, machine: str, libc: tuple[str, str]) -> list[str
 def places(root: Path) -> list[Path]:
     """The folders that an installation fills."""
     cache = os.environ.get("DIPTYCH_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return [root, Path(tempfile.gettempdir()), Path(cache).expanduser()]
+    # tempfile's own function raises where the disk is full.
+    temporary = os.environ.get("TMPDIR", "")
+    temporary = temporary if os.path.isdir(temporary) else "/tmp"
+    return [root, Path(temporary), Path(os.path.expanduser(cache)).absolute()]
+
+
+def check_home(home: str, environment: Mapping[str, str]) -> list[str]:
+    """Whether caches and logs have a place: a container's user may have no home folder."""
+    for kind in ("CACHE", "STATE"):
+        named = any(environment.get(n) for n in ("DIPTYCH_%s_DIR" % kind, "XDG_%s_HOME" % kind))
+        if home == "~" and not named:
+            return [
+                "this user has no home folder: set HOME, or DIPTYCH_CACHE_DIR and DIPTYCH_STATE_DIR"
+            ]
+    return []
 
 
 def check_disk(folders: Sequence[Path], need_gb: float) -> list[str]:
-    """Whether the first folder has room, and the others a part of it."""
+    """Whether they can be written to, the first folder has room, and the others a part of it."""
     out = []
     seen = set()
     for at, folder in enumerate(folders):
-        while not folder.exists():
+        while not os.path.exists(str(folder)):  # a Path's raises where we may not look
             folder = folder.parent
+        if not os.access(str(folder), os.W_OK):
+            out.append("%s cannot be written to: change its rights%s" % (folder, _elsewhere(at)))
+            continue
         device = folder.stat().st_dev
         if device in seen:
             continue
@@ -288,7 +310,10 @@ def check_cpu(machine: str, flags: Sequence[str], compiler_problem: Callable[[],
 
 
 def compiler_problem() -> str:
-    """Why the kernels cannot be compiled here; "" where they can."""
+    """Why the kernels cannot be compiled here; "" where they can.
+
+    A compiler that is slow is none: the first start waits for it.
+    """
     remedy = "Debian, Ubuntu: apt-get install build-essential; Fedora: dnf install gcc"
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
@@ -298,18 +323,24 @@ def compiler_problem() -> str:
         source.write_text(_PROBE)
         command = [compiler, "-march=native", "-shared", "-fPIC", "-pthread", str(source), "-lm"]
         try:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [*command, "-o", str(Path(folder) / "probe.so")],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                timeout=_ASK_S,
-                check=False,
+                start_new_session=True,
             )
-        except (OSError, subprocess.SubprocessError) as error:
-            return "%s: %s (%s)" % (compiler, error, remedy)
-    if done.returncode == 0:
+        except OSError as error:
+            return "%s: %s (%s)" % (compiler, error.strerror, remedy)
+        try:
+            output, _ = process.communicate(timeout=_ASK_S)
+        except subprocess.TimeoutExpired:
+            return ""
+        finally:
+            if process.poll() is None:
+                end(process)
+    if process.returncode == 0:
         return ""
-    lines = done.stdout.decode("utf-8", "replace").splitlines()
+    lines = output.decode("utf-8", "replace").splitlines()
     telling = [line for line in lines if "error" in line] or lines or ["it fails"]
     return "%s cannot compile them: %s (%s)" % (compiler, telling[0].strip()[-200:], remedy)

@@ -1,4 +1,4 @@
-"""pip as a child process: a line of progress at least every few seconds, its words on failure."""
+"""pip and compilers as child processes: a line every few seconds, and their words on failure."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import selectors
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Sequence
@@ -54,6 +55,27 @@ class State:
             self.text = line.rstrip(". ").split(":")[0].lower()
 
 
+class Lines:
+    """Lines about work that says nothing itself: "  looking at this machine, 4 s"."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _show(self) -> None:
+        began = time.monotonic()
+        while not self._ended.wait(LINE_S):
+            print("  %s, %.0f s" % (self._text, time.monotonic() - began), flush=True)
+
+
 def run(command: Sequence[str], title: str, **how: object) -> list[str]:
     """Run to the end and show what it is at; returns its lines. Raises Failed."""
     began = shown = time.monotonic()
@@ -66,6 +88,7 @@ def run(command: Sequence[str], title: str, **how: object) -> list[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,  # Ctrl-C is for us, and we end it
+        close_fds=False,  # where we are killed the lock of .venv is held until it has ended
         **how,  # type: ignore[call-overload]
     )
     try:
@@ -88,13 +111,14 @@ def run(command: Sequence[str], title: str, **how: object) -> list[str]:
         status = process.wait()
     finally:
         if process.poll() is None:
-            _end(process)
+            end(process)
     if status:
         raise Failed(_why(lines, status))
     return lines
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a session, with all that it has started."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

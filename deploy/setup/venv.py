@@ -76,9 +76,7 @@ class Venv:
         try:
             run([python, "-m", "venv", str(self.folder)], "Making %s" % self.folder.name)
         except Failed as error:
-            raise Failed(
-                "%s -m venv: %s\nDebian, Ubuntu: apt-get install python3-venv" % (python, error)
-            ) from None
+            raise Failed("%s -m venv: %s" % (python, error)) from None
 
     # -- what was installed ------------------------------------------------------------------------
 

@@ -54,10 +54,15 @@ class GGUFFile:
         )
 
 
-def open_gguf(path: Path) -> GGUFFile:
-    """Read a file's metadata and map its tensors. Raises CheckpointError in one sentence naming the
-    file.
+def open_gguf(path: Path, *, progress: bool = False) -> GGUFFile:
+    """Read a file's metadata, which takes seconds, and map its tensors. Raises CheckpointError in
+    one sentence naming the file.
     """
+    with bar(total=1, desc=f"Reading {path.name}", show=progress):
+        return _read(path)
+
+
+def _read(path: Path) -> GGUFFile:
     try:
         with path.open("rb") as file:
             magic = file.read(4)

@@ -125,12 +125,12 @@ class _Tensor:
     values: Callable[[int, int], _Floats]  # of rows first .. end - 1; a vector is one row
 
 
-def _tensors(checkpoint: Checkpoint) -> Mapping[str, _Tensor]:
+def _tensors(checkpoint: Checkpoint, progress: bool) -> Mapping[str, _Tensor]:
     if checkpoint.gguf is not None:
         from engine.checkpoint.gguf import open_gguf
 
         path = checkpoint.gguf
-        packed = open_gguf(path).packed(checkpoint.config)
+        packed = open_gguf(path, progress=progress).packed(checkpoint.config)
         return {t.name: _of_gguf(path, t) for t in packed}
     from engine.checkpoint.source import weights
 
@@ -316,7 +316,7 @@ def _packed(tensor: _Tensor, kind: str) -> Iterator[_Bytes]:
 
 
 def _write(path: Path, checkpoint: Checkpoint, choice: str, progress: bool) -> None:
-    config, source = checkpoint.config, _tensors(checkpoint)
+    config, source = checkpoint.config, _tensors(checkpoint, progress)
     _check(source, checkpoint)
     products, vectors = list(_products(config)), list(_vectors(config))
     kinds = {p.name: _kind(p, source, choice) for p in products}

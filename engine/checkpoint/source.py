@@ -104,7 +104,7 @@ def weights(checkpoint: Checkpoint, dtype: str, *, progress: bool = True) -> lis
                 from engine.checkpoint.gguf import open_gguf
                 from engine.checkpoint.gguf_weights import write_weights
 
-                file = open_gguf(checkpoint.gguf)
+                file = open_gguf(checkpoint.gguf, progress=progress)
                 packed = file.packed(checkpoint.config)
                 write_weights(out, packed, dtype, source=checkpoint.gguf, progress=progress)
     return [out]

@@ -25,14 +25,13 @@ from engine.checkpoint.lock import exclusive
 from engine.config import cache_dir, environment_with
 from engine.errors import CheckpointError
 from engine.telemetry.log import get_logger
-from engine.telemetry.progress import Progress
+from engine.telemetry.progress import LINE_S, Progress
 
 _log = get_logger(__name__)
 FOLDER = Path(__file__).parent
 # No contraction: an expression must round the same wherever the compiler put it.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-pthread")
 _LINK = ("-shared", "-lm")
-_VERSION_S = 60.0  # for `cc --version`
 # A compiler that hangs ends here; one that is slow (a loaded machine took 300 s) does not.
 _COMPILE_S = 3600.0
 _POLL_S = 0.05
@@ -68,13 +67,14 @@ def built_library(compiler: str, flags: frozenset[str]) -> Path:
 def _key(compiler: str, flags: frozenset[str]) -> str:
     """A digest of all that decides what comes out."""
     try:
-        version = subprocess.run(
-            [compiler, "--version"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_VERSION_S,
-            check=True,
-        ).stdout
+        with Progress(f"waiting for {compiler} --version", first_s=LINE_S):
+            version = subprocess.run(
+                [compiler, "--version"],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=_COMPILE_S,
+                check=True,
+            ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"{compiler} --version: {error}") from None
     key = hashlib.blake2b(digest_size=8)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from engine.errors import UnknownMethod
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc
 from engine.rpc.channel import open_channel
 from engine.rpc.convert import identity_to_pb, role_to_pb
@@ -228,6 +229,8 @@ async def _resolve(target: str) -> set[str]:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, grpc.aio.AioRpcError):
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            return UnknownMethod(error.details() or "unknown method").message
         return f"{error.code().name}: {error.details()}"
     if isinstance(error, TimeoutError):
         return f"no answer within {_WELCOME_S:g} s"

@@ -38,6 +38,7 @@ from engine.errors import (
     TooLarge,
     Unauthenticated,
     Unavailable,
+    UnknownMethod,
 )
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -153,7 +154,7 @@ def from_rpc_error(error: grpc.RpcError) -> DiptychError | None:
                 return InvalidRequest(violation.field, violation.description)
             return InvalidRequest("request", message)
         case grpc.StatusCode.UNIMPLEMENTED:
-            return NotOffered(violation.field if violation else message)
+            return NotOffered(violation.field) if violation else UnknownMethod(message)
         case grpc.StatusCode.NOT_FOUND:
             return NotFound(message)
         case grpc.StatusCode.FAILED_PRECONDITION:

@@ -68,6 +68,23 @@ def test_an_interrupt_ends_it_without_a_traceback_and_leaves_nothing(
     assert not alive(int(line.split()[1]))
 
 
+def test_two_at_once_have_logs_of_their_own(tmp_path: Path) -> None:
+    both = [demo(tmp_path, f"print('line of {i}')", still_s=9.0) for i in range(2)]
+    for i, process in enumerate(both):
+        shown, said = process.communicate(timeout=60)
+        assert f"line of {i}" in shown
+        assert f"line of {1 - i}" not in shown + said
+    assert len({path.parent for path in tmp_path.glob("**/coordinator.log")}) == 2
+
+
+def test_a_folder_for_logs_that_cannot_be_made_is_one_sentence() -> None:
+    process = demo(Path("/proc/none"), WAITS)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert said.startswith("demo: /proc/none")
+    assert len(said.splitlines()) == 1
+
+
 def test_a_stack_that_stands_still_is_given_up(tmp_path: Path) -> None:
     process = demo(tmp_path, WAITS, still_s=1.0)
     _, said = process.communicate(timeout=60)

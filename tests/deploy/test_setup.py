@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import fcntl
 import os
 import re
 import shutil
@@ -187,6 +188,47 @@ def test_a_compiler_that_cannot_compile_counts_as_none(
     assert problem in found
     assert bool(problem) == bool(found)
     assert not problem or "apt-get install build-essential" in found
+
+
+def test_a_slow_compiler_is_no_missing_one_and_is_not_left_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded machines take minutes; the first start waits, so nothing is slower for it."""
+    path = tmp_path / "cc"
+    path.write_text(f"#!/bin/sh\n/bin/sleep 60 &\necho $! > {tmp_path}/pid\nwait\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(machine, "_ASK_S", 1.0)
+    assert machine.compiler_problem() == ""
+    assert ended(int((tmp_path / "pid").read_text()))
+
+
+def test_a_full_disk_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tempfile finds no folder that it can write to, and there is no room for a compiler."""
+
+    def full(*_arguments: object, **_how: object) -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(machine.tempfile, "gettempdir", full)
+    monkeypatch.setattr(machine.tempfile, "TemporaryDirectory", full)
+    found = machine.look(sys.executable, tmp_path, 1e9)
+    assert any("GB of free disk space" in error for error in found.errors)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine.os, "access", lambda path, mode: False)
+    assert check_disk([tmp_path], 0.0) == [f"{tmp_path} cannot be written to: change its rights"]
+
+
+def test_a_user_without_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (error,) = machine.check_home("~", {"DIPTYCH_CACHE_DIR": "/x"})
+    assert "set HOME, or DIPTYCH_CACHE_DIR and DIPTYCH_STATE_DIR" in error
+    assert machine.check_home("~", {"DIPTYCH_CACHE_DIR": "/x", "XDG_STATE_HOME": "/y"}) == []
+    assert machine.check_home("/root", {}) == []
+    monkeypatch.setattr(machine.os.path, "expanduser", lambda path: path)
+    assert tmp_path in machine.places(tmp_path)
 
 
 # -- pip -------------------------------------------------------------------------------------------
@@ -438,6 +480,22 @@ def test_nothing_is_installed_where_something_is_missing(
     assert said.out == "Note: slow\n"
 
 
+def test_looking_at_the_machine_shows_lines(
+    environment: Venv,
+    installing: _Pip,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slow(*_arguments: object, **_how: object) -> machine.Findings:
+        time.sleep(0.5)
+        return machine.Findings(errors=["no disk"])
+
+    monkeypatch.setattr(pip, "LINE_S", 0.1)
+    monkeypatch.setattr(setup, "look", slow)
+    assert setup.Setup(environment, "", "").to("run") == 2
+    assert "  looking at this machine, 0 s\n" in capsys.readouterr().out
+
+
 def test_make_under_a_python_that_is_too_old_says_so_in_one_sentence(tmp_path: Path) -> None:
     """The whole way from `make`: a path on which the only Python is an old one."""
     for tool in ("sh", "make"):
@@ -474,27 +532,74 @@ def test_make_under_a_python_that_is_too_old_says_so_in_one_sentence(tmp_path: P
     assert "python3 is Python 3.10, which is too old; Diptych needs Python 3.11 to 3.13" in lines[0]
 
 
-def test_ctrl_c_ends_pip_and_leaves_no_traceback(tmp_path: Path) -> None:
-    script = (
-        "import sys\nfrom deploy.setup import __main__ as setup, pip\n"
-        "class S:\n"
-        "    def __init__(self, *a): pass\n"
-        "    def to(self, step): pip.run(['sleep', '61.5'], 'Trying')\n"
-        "setup.Setup = S\nsys.exit(setup.main(['run']))"
-    )
+# A setup of {root} that does nothing but wait for a child.
+WAITS = """
+import sys
+from pathlib import Path
+from deploy.setup import __main__ as setup, pip
+class S:
+    def __init__(self, *a): pass
+    def to(self, step):
+        pip.run([sys.executable, "-c", {child!r}], "Trying")
+setup.ROOT = Path({root!r})
+setup.Setup = S
+sys.exit(setup.main(["run"]))
+"""
+CHILD = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
+
+
+def waiting(tmp_path: Path) -> tuple[subprocess.Popen[str], int]:
+    """A setup, and the child that it waits for."""
     process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
+        [sys.executable, "-c", WAITS.format(root=str(tmp_path), child=CHILD)],
+        cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert process.stdout is not None
-    while process.stdout.readline().startswith("Waiting"):  # another make of this checkout
-        pass
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
+    path = tmp_path / "pid"
+    deadline = time.monotonic() + 30
+    while not (path.exists() and path.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return process, int(path.read_text())
+
+
+def ended(pid: int) -> bool:
+    """Whether a process ends within a few seconds."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_pip_and_leaves_no_traceback(tmp_path: Path, number: int) -> None:
+    """SIGHUP: the terminal was closed."""
+    process, child = waiting(tmp_path)
+    process.send_signal(number)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert said == "\nsetup: interrupted; the next run goes on from here\n"
+    assert ended(child)
+
+
+def test_a_pip_whose_setup_was_killed_keeps_others_out(tmp_path: Path) -> None:
+    """Two at work in one environment leave packages half written."""
+    process, child = waiting(tmp_path)
+    process.kill()
+    process.communicate(timeout=30)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.kill(child, signal.SIGKILL)
+        assert ended(child)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(descriptor)

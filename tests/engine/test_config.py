@@ -97,6 +97,19 @@ def test_a_bad_flag_is_one_sentence_that_names_it(flag, value):
     assert "\n" not in caught.value.message
 
 
+@pytest.mark.parametrize("kind", ["CACHE", "STATE"])
+def test_a_user_without_a_home_folder_gets_one_sentence(monkeypatch, kind):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in (f"DIPTYCH_{kind}_DIR", f"XDG_{kind}_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(config.Path, "home", no_home)
+    where = config.cache_dir if kind == "CACHE" else config.state_dir
+    with pytest.raises(ConfigError, match=f"no home folder: set HOME or DIPTYCH_{kind}_DIR"):
+        where()
+
+
 def test_sizes():
     assert parse_size("2GiB") == parse_size("2g") == 2 << 30
     assert parse_size("1.5k") == 1536

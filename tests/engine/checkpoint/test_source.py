@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from engine.checkpoint.fingerprint import sample_ranges, tokenizer_digest
 from engine.checkpoint.lock import exclusive
 from engine.checkpoint.source import resolve, weights
 from engine.errors import CheckpointError
+from engine.telemetry import progress
 from tests.support import tiny_gguf
 
 CONFIG = {
@@ -125,6 +127,25 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
     assert resolve(str(path), weights=False).fingerprint == ""
     (path / "config.json").unlink()
     refused(r"config\.json")
+
+
+def test_reading_a_gguf_again_shows_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its metadata takes seconds, before the first weight is converted."""
+    tiny_gguf.tiny(tmp_path / "m.gguf")
+    found = resolve(str(tmp_path / "m.gguf"))
+    capsys.readouterr()
+    slowly = gguf.GGUFReader
+
+    def reader(path: Path) -> gguf.GGUFReader:
+        time.sleep(0.5)
+        return slowly(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", reader)
+    monkeypatch.setattr(progress, "_FIRST_LINE_S", 0.1)
+    weights(found, "float32")
+    assert "Reading m.gguf: 0 s" in capsys.readouterr().err
 
 
 def test_gguf_is_converted_once(tmp_path: Path, cache: Path) -> None:

@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,6 +95,27 @@ def test_slow_is_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(build, "_COMPILE_S", 0.2)
     with pytest.raises(BuildError, match="did not end within"):
         built_library(compiler(tmp_path, "time.sleep(30)"), frozenset("another"))
+
+
+def test_a_compiler_that_is_slow_to_tell_its_version_is_waited_for_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A loaded machine, a network file system: torch would compute in silence."""
+    path = tmp_path / "slow"
+    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && sleep 1\nexec {compiler(tmp_path)} "$@"\n')
+    path.chmod(0o755)
+    asked: list[float] = []
+    run = subprocess.run
+
+    def noted(command: list[str], **how: Any) -> Any:
+        asked.append(how["timeout"])
+        return run(command, **how)
+
+    monkeypatch.setattr(build.subprocess, "run", noted)
+    monkeypatch.setattr(build, "LINE_S", 0.1)
+    assert built_library(str(path), FLAGS).exists()
+    assert f"waiting for {path} --version: 0 s" in capsys.readouterr().err
+    assert asked == [build._COMPILE_S], "as long as for a compilation"
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])

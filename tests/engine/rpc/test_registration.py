@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -110,6 +111,23 @@ async def test_a_coordinator_that_is_not_reached_is_a_warning_now_and_then(
         assert fields["reason"].startswith("UNAVAILABLE: ")
     first, second = (fields["for_s"] for _, fields in lines.warnings[:2])
     assert (first, second) == (0, 1)
+
+
+async def test_the_port_of_another_worker_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = _Lines()
+    monkeypatch.setattr(registration_module, "_log", lines)
+    server = grpc.aio.server()  # without the coordinator's methods
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    registration = _registration(f"127.0.0.1:{port}", registry_pb2.Load)
+    registration.start()
+    async with asyncio.timeout(20):
+        while not lines.warnings:  # noqa: ASYNC110, there is nothing to wait for
+            await asyncio.sleep(0.01)
+    await registration.stop()
+    await server.stop(None)
+    reason = lines.warnings[0][1]["reason"]
+    assert reason == "Method not found: expected a coordinator's gRPC port, not a worker's"
 
 
 async def test_the_http_port_of_a_coordinator_is_told_apart(

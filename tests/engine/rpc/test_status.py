@@ -49,6 +49,13 @@ def test_every_error_survives_the_wire(error, code):
         assert getattr(back, name, None) == getattr(error, name, None)
 
 
+def test_a_server_without_the_method_is_told_apart_from_a_field_that_is_not_offered():
+    call = (grpc.StatusCode.UNIMPLEMENTED, grpc.aio.Metadata(), grpc.aio.Metadata())
+    back = from_rpc_error(grpc.aio.AioRpcError(*call, "Method not found!"))
+    assert back.message == "Method not found: expected a coordinator's gRPC port, not a worker's"
+    assert to_status(back).code is grpc.StatusCode.UNIMPLEMENTED
+
+
 def test_details_are_google_rpc_details():
     metadata = dict(to_status(Unavailable("lost", 0.25, 17)).trailing_metadata)
     assert metadata[PUSHBACK_KEY] == "250"
