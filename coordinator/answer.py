@@ -90,7 +90,7 @@ class Answer:
             if self.ending is not None:
                 break
             if logprobs:
-                offsets.append(self._detokenizer.position)
+                offsets.append(self._detokenizer.position_of(token_id))
                 num_at_start += self._detokenizer.is_at_start
             texts.append(self._push(token_id))
         taken = len(texts)

@@ -73,14 +73,28 @@ class Detokenizer:
         """The end of decode(prompt) that the answer's first tokens may change."""
         return self._due
 
-    @property
-    def position(self) -> int:
-        """Characters of the answer before the next token's own."""
-        return self._num_released + self._num_run_chars
+    def position_of(self, token_id: int) -> int:
+        """Characters of the answer before this token's own, if it came next.
+
+        One that goes on with a character has that one's; one that breaks it stands behind.
+        """
+        piece = self._piece(token_id)
+        if piece is None or (piece.raw is not None and not self._is_byte_level):
+            return self._num_released + self._num_run_chars
+        if piece.raw is None:
+            before = self._incomplete()
+        else:
+            begun = self._utf8.getstate()[0]
+            before = (begun + piece.raw[:1]).decode("utf-8", "replace")[:-1] if begun else ""
+        return self._num_released + len(before) - _num_common(self._due, before)
 
     @property
     def is_at_start(self) -> bool:
         """Whether the next token may be the first of the whole text, which loses a space."""
+        if self._run:
+            decoding = self._tokenizer.decoding
+            text = self._text_of_run(bytes(self._run), self._is_first)
+            return bool(_strip(text, decoding.stripped, self._num_to_strip)[1])
         return not self._is_byte_level and bool(self._is_first or self._num_to_strip)
 
     @property
@@ -95,6 +109,7 @@ class Detokenizer:
     def release_due(self) -> str:
         """Give what is due to the answer: the prompt's text is shown without it."""
         due, self._due = self._due, ""
+        self._num_run_chars = len(_utf8_decoder().decode(bytes(self._run)))
         return due
 
     def peek(self) -> str:
@@ -186,7 +201,7 @@ class Detokenizer:
     def _read_prompt(self, prompt: Sequence[int]) -> None:
         """Its start, and its end: what lies between changes nothing of the state."""
         begin = 0
-        while begin < len(prompt) and self.is_at_start:
+        while begin < len(prompt) and (self._run or self.is_at_start):
             self.push(prompt[begin : begin + 1])
             begin += 1
         self.push(reversed(self._tail(prompt, begin)))
@@ -224,7 +239,7 @@ def place_prompt(
     offsets, num_released, at, num_at_start = [], 0, 0, 0
     for token_id in ids:
         num_at_start += stream.is_at_start
-        offsets.append(min(at + stream.position - num_released, len(text)))
+        offsets.append(min(at + stream.position_of(token_id) - num_released, len(text)))
         if skip_special_tokens and token_id in tokenizer.special_ids:
             name = tokenizer.text_of(token_id)
             at += len(name) * text.startswith(name, at)

@@ -37,23 +37,51 @@ def expected(tokenizer: Tokenizer, prompt: list[int], ids: list[int], skip: bool
     return whole.removeprefix(before)
 
 
+def written(stream: Detokenizer, ids: list[int]) -> tuple[str, list[int], list[str], str]:
+    """Text, positions of the tokens, what each released, and the rest."""
+    positions, released = [], []
+    for i in ids:
+        positions.append(stream.position_of(i))
+        released.append(stream.push([i]))
+    rest = stream.flush()
+    return "".join(released) + rest, positions, released, rest
+
+
+def check_positions(tokenizer: Tokenizer, prompt: list[int], ids: list[int], skip: bool) -> None:
+    """Whole characters stand in the text from their position on, behind broken ones too."""
+    for is_echoed in (False, True):
+        stream = Detokenizer(tokenizer, skip, prompt=prompt)
+        if is_echoed:
+            stream.release_due()
+        starts = []
+        text, positions, _, _ = written(stream, ids)
+        again = Detokenizer(tokenizer, skip, prompt=prompt)
+        for i in ids:
+            starts.append(again.is_at_start)
+            again.push([i])
+        for i, at, at_start in zip(ids, positions, starts, strict=True):
+            piece = tokenizer.piece(i)
+            is_byte = piece and piece.raw is not None and not tokenizer.decoding.byte_level
+            token = tokenizer.text_at_start(i) if at_start else tokenizer.text_of(i)
+            if not is_byte and "\ufffd" not in token and not again.hides(i):
+                assert text.startswith(token, at), (i, token, at, text)
+
+
 def check(
     tokenizer: Tokenizer, ids: list[int], cuts: list[int], skip: bool, prompt: Sequence[int] = ()
 ) -> None:
-    """Grouping changes nothing, and all that was released is the whole decode."""
+    """Grouping changes nothing, all that was released is the whole decode, and tokens stand in it
+    where it is said that they do.
+    """
     prompt = list(prompt)
     single = Detokenizer(tokenizer, skip, prompt=prompt)
-    positions, released = [], []
-    for i in ids:
-        positions.append(single.position)
-        released.append(single.push([i]))
-    rest = single.flush()
-    text = "".join(released) + rest
+    text, positions, released, rest = written(single, ids)
     assert text == expected(tokenizer, prompt, ids, skip)
+    check_positions(tokenizer, prompt, ids, skip)
     grouped = Detokenizer(tokenizer, skip, prompt=prompt)
     for begin, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
         assert grouped.push(ids[begin:end]) == "".join(released[begin:end])
-        assert grouped.position >= positions[begin] if begin < len(ids) else True
+        assert grouped.position_of(ids[end]) == positions[end] if end < len(ids) else True
     assert grouped.flush() == rest
     # Where the prompt is shown without its broken end, the answer completes it.
     shown = Detokenizer(tokenizer, skip, prompt=prompt)
@@ -129,12 +157,23 @@ def test_a_prompt_may_end_within_a_character(kind: str) -> None:
     assert whole.push([a]) == " a"
 
 
+def test_a_token_that_breaks_a_character_stands_behind_it() -> None:
+    for kind in ("llama2", "byte-level"):
+        tokenizer = tokenizer_of(kind)
+        head = tokenizer.encode("\u4e2d", add_special_tokens=False)[-3:-1]
+        word = tokenizer.encode("The worker", add_special_tokens=False)[-1]
+        stream = Detokenizer(tokenizer, prompt=tokenizer.encode("The"))
+        text, positions, _, _ = written(stream, [word, *head, word])
+        assert text[positions[-1] :] == " worker"
+        assert positions[:3] == [0, 7, 7]
+
+
 def test_the_position_of_a_token_is_that_of_its_character() -> None:
     tokenizer = tokenizer_of("llama2")
     stream = Detokenizer(tokenizer, prompt=tokenizer.encode("The worker"))
     positions = []
     for token in [*tokenizer.encode("the a \u4e2d\u6587 c")[1:], 3, 3]:
-        positions.append(stream.position)
+        positions.append(stream.position_of(token))
         stream.push([token])
     # " the", " a", " ", three bytes, three bytes, " ", "c", two that are not shown
     assert positions == [0, 4, 6, 7, 7, 7, 8, 8, 8, 9, 10, 11, 11]
