@@ -1,4 +1,4 @@
-"""Bounds and counts of a schema, as the library can hold them, and an end for what has none."""
+"""Bounds and counts of a schema, as the library can hold them, and an end for times."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from engine.constraints.writable import EXACT, is_read_well
 MOST_OPTIONAL = 480  # members in a row; beyond, a mask costs so much that answers would end there
 _SAYS = frozenset(("type", "$ref", "const", "enum", "anyOf", "oneOf", "allOf"))
 _LONGEST = {"date-time": 35, "time": 24, "duration": 40}  # nanoseconds, an offset
-_MOST_MULTIPLE = 1000  # beyond, the states of digits and remainders are too many
 _MOST_REMAINDERS = 100_000  # of whole numbers; these alone take seconds to compile
-_BOUND_OF_MULTIPLES = 9223372036854774784  # the last double below 2^63
+_FARTHEST = 9223372036854774784  # the last double below 2^63; the library's integers end there
 
 
 def move_bounds(schema: dict[str, object], closed: str, opened: str, inwards: float) -> None:
@@ -22,14 +21,16 @@ def move_bounds(schema: dict[str, object], closed: str, opened: str, inwards: fl
         bound = schema.get(key)
         if isinstance(bound, bool) or not isinstance(bound, int | float):
             continue
+        if abs(bound) > _FARTHEST:
+            if (bound < 0) != (inwards > 0):
+                raise Refused(f"{key}: {bound} leaves no number of 64 bits")
+            schema[key] = _FARTHEST if bound > 0 else -_FARTHEST
+            continue
         if isinstance(bound, float) and not is_read_well(bound):
             raise Refused(f"{key}: {bound} has too many digits")
         if abs(bound) < EXACT:
             continue
-        try:
-            moved = float(bound)
-        except OverflowError:
-            raise Refused(f"{key}: too large") from None
+        moved = float(bound)
         outside = moved < bound if inwards > 0 else moved > bound
         if outside or key == opened or schema.get(opened) is True:
             moved = math.nextafter(moved, inwards)
@@ -37,12 +38,13 @@ def move_bounds(schema: dict[str, object], closed: str, opened: str, inwards: fl
 
 
 def bound_lengths(schema: dict[str, object], ways: Ways) -> None:
-    """An end for what has none and does not end by the masks alone: times and multiples."""
+    """An end for times, and no multiples that are too costly."""
     longest = _LONGEST.get(str(schema.get("format")), 0)
     least, most = schema.get("minLength", 0), schema.get("maxLength")
-    is_longer = most is None or (isinstance(most, int) and most > longest)
-    if is_longer and longest and isinstance(least, int) and least <= longest:
-        schema["maxLength"] = longest
+    if longest and isinstance(least, int):
+        longest = max(longest, least)
+        if most is None or (isinstance(most, int) and most > longest):
+            schema["maxLength"] = longest
     step = schema.get("multipleOf")
     if isinstance(step, bool) or not isinstance(step, int | float) or not math.isfinite(step):
         return
@@ -52,11 +54,6 @@ def bound_lengths(schema: dict[str, object], ways: Ways) -> None:
     if is_whole and _without(2, _without(5, coefficient)) > _MOST_REMAINDERS:
         ways.leave_out(Refused(f"multipleOf: {step} has too many digits"))
         del schema["multipleOf"]
-    elif coefficient <= _MOST_MULTIPLE:
-        if "minimum" not in schema and "exclusiveMinimum" not in schema:
-            schema["minimum"] = -_BOUND_OF_MULTIPLES
-        if "maximum" not in schema and "exclusiveMaximum" not in schema:
-            schema["maximum"] = _BOUND_OF_MULTIPLES
 
 
 def _without(factor: int, number: int) -> int:

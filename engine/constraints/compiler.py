@@ -30,7 +30,7 @@ from engine.checkpoint.added_tokens import merged_tokenizer
 from engine.constraints.deep_threads import DeepThreads
 from engine.constraints.leniency import loosened
 from engine.constraints.matcher import Matcher, brief
-from engine.constraints.numbers import NumberScanner, NumberTokens
+from engine.constraints.numbers import NumberScanner, NumberTokens, step_of
 from engine.constraints.schemas import Refused, held
 from engine.constraints.special_tokens import MARK, numbered, unspelled
 from engine.errors import InvalidRequest, Unavailable
@@ -252,7 +252,7 @@ def _fault(template: LLMatcher) -> str:
 def _scanner(constraint: Constraint) -> NumberScanner | None:
     match constraint.kind:
         case ConstraintKind.JSON_SCHEMA:
-            return NumberScanner()
+            return NumberScanner(step=step_of(constraint.source))
         case ConstraintKind.LARK:
             return NumberScanner.of_lark(constraint.source)
     return None

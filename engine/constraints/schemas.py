@@ -14,9 +14,8 @@ here, or refused with the reason:
 
     oneOf          it tells branches apart, but not through references: see apart.py
 
-What has no end gets one: white space, the digits of multiples and of times (the digits of other
-numbers: numbers.py). A `format` that is not known is an annotation, as the standard has it, unless
-the schema must be held to the letter.
+What has no end gets one: white space and times (the digits of numbers: numbers.py). A `format` that
+is not known is an annotation, as the standard has it, unless the schema must be held to the letter.
 
 A lenient schema (a tool's that is not strict) goes the same way, and what would be refused is left
 out: a keyword, or one of the values of an `enum`. What only a compilation shows is left out by
@@ -52,7 +51,7 @@ __all__ = ["ESCAPES", "FORMATS", "MOST_OPTIONAL", "WHITE_SPACE", "Leniency", "Re
 
 ESCAPES = 'nrbtf\\"'  # that strings of answers may have
 # Two blanks, or one end of a line and what the next one is indented by.
-WHITE_SPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,24}"
+WHITE_SPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,40}"
 # Those that the library holds; of others it knows nothing.
 FORMATS = frozenset(
     (

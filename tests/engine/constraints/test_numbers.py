@@ -16,7 +16,7 @@ from coordinator.validate_tools import check_tools, text_schema, tool_use
 from engine.checkpoint.source import resolve
 from engine.constraints import Compiler, Masks, Matcher, Vocabulary
 from engine.constraints.masks import Place
-from engine.constraints.numbers import MOST_DIGITS, NumberScanner, Part, json_after
+from engine.constraints.numbers import MOST_DIGITS, NumberScanner, Part, json_after, step_of
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.types import Constraint, ConstraintKind
 
@@ -80,6 +80,10 @@ NUMBERS: list[dict[str, object]] = [
     {"type": "integer", "multipleOf": 7},
     {"type": "integer", "multipleOf": 1000},
     {"type": "integer", "multipleOf": 100000},
+    *({"type": "integer", "multipleOf": step} for step in (1999, 3600, 86400)),
+    {"type": "number", "multipleOf": 12.345},
+    {"multipleOf": 1440, "type": "number", "minimum": 7},
+    {"anyOf": [{"type": "integer", "multipleOf": 1999}, {"type": "integer", "multipleOf": 2003}]},
     {"allOf": [{"multipleOf": 30}, {"type": "integer", "minimum": 100}]},
 ]
 
@@ -95,8 +99,8 @@ async def test_numbers_come_to_an_end_within_their_bounds(
     for number in json.loads(text, parse_float=Decimal):
         assert number is not None
     for whole, fraction, exponent in NUMBER.findall(text):
-        zeros = 5 if schema.get("multipleOf") == 100000 else 0  # a multiple must come of it
-        assert len(whole) <= MOST_DIGITS[Part.WHOLE] + zeros
+        more = 7 if "multipleOf" in json.dumps(schema) else 0  # a multiple must come of it
+        assert len(whole) <= MOST_DIGITS[Part.WHOLE] + more
         assert len(fraction) <= MOST_DIGITS[Part.FRACTION] + 1  # above an exclusive bound
         assert len(exponent) <= MOST_DIGITS[Part.EXPONENT]
 
@@ -117,7 +121,7 @@ async def test_white_space_comes_to_an_end(
     matcher = await compiler.matcher(Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(schema)))
     text = written(matcher, tokens, likes)
     json.loads(text)
-    assert max(map(len, re.findall(r"\s+", text))) <= len("\r\n") + 24
+    assert max(map(len, re.findall(r"\s+", text))) <= len("\r\n") + 40
 
 
 LEGITIMATE = [
@@ -159,6 +163,28 @@ async def test_constants_are_written_to_their_end(
         text = written(matcher, tokens, "-0123456")
         if "const" in schema:
             assert Decimal(text) == Decimal(repr(value))
+
+
+@pytest.mark.parametrize("step", [1, 7, 10, 1999, 86400, 10**6])
+@pytest.mark.parametrize("digits", ["1", "98765432109876543210", "20000000000000000001"])
+def test_a_number_is_brought_to_a_multiple(step: int, digits: str) -> None:
+    scanner = NumberScanner(step=step)
+    scanner.feed(f"[7, -3.5, -{digits}".encode())
+    for _ in range(len(str(step))):
+        digits += str(scanner.to_multiple)
+        scanner.feed(digits[-1:].encode())
+        if int(digits) % step == 0:
+            return
+    pytest.fail(digits)
+
+
+def test_the_step_of_a_schema_is_one_for_all_of_its_multiples() -> None:
+    assert step_of('{"multipleOf":4, "items": {"multipleOf" : 6.0}}') == 12
+    assert step_of('{"multipleOf": 12.345}') == 2469  # whole multiples of 2469/200
+    assert step_of('{"multipleOf": 1e-7, "x": {"multipleOf": 1e999999999}}') == 1
+    assert step_of('{"multipleOf": 0, "x": {"multipleOf": -5}}') == 1
+    many = json.dumps([{"multipleOf": 2 * i + 100_001} for i in range(2000)])
+    assert step_of(many).bit_length() <= 256
 
 
 async def test_masks_are_a_function_of_the_tokens(compiler: Compiler, tokens: LLTokenizer) -> None:

@@ -94,18 +94,30 @@ HELD = [
     ),
     (
         {"type": "array", "items": {"type": "integer"}},
-        ["[1, 2]", "[\n  1,\n  2\n]", "[\r\n\t1]", "[  1 ]", "[\n" + " " * 24 + "1]"],
-        ["[\n\n1]", "[   1]", "[\n" + " " * 25 + "1]", "[1" + "\t" * 3 + "]", "[1 \n]"],
+        ["[1, 2]", "[\n  1,\n  2\n]", "[\r\n\t1]", "[  1 ]", "[\n" + " " * 40 + "1]"],
+        ["[\n\n1]", "[   1]", "[\n" + " " * 41 + "1]", "[1" + "\t" * 3 + "]", "[1 \n]"],
     ),
     (
         {"type": "number", "multipleOf": 1000},
-        ["9223372036854774000", "-9223372036854774000", "0"],
-        ["10000000000000000000", "-10000000000000000000"],
+        ["9223372036854776000", "-10000000000000000000", "0"],
+        ["9223372036854775807", "1e3"],
     ),
     (
         {"type": "number", "multipleOf": 0.01, "maximum": 1},
-        ["0.99", "1", "-9223372036854774784.00"],
-        ["1.01", "0.001", "-10000000000000000000"],
+        ["0.99", "1", "-10000000000000000000.00"],
+        ["1.01", "0.001"],
+    ),
+    *(
+        ({"type": kind, "minimum": least, "maximum": most}, ["0", str(EXACT), "-1"], ['"a"'])
+        for kind in ("integer", "number", ["integer", "null"])
+        for least, most in ((-1 << 63, (1 << 63) - 1), (-1.7976931348623157e308, 1e30))
+    ),
+    ({"type": "integer", "minimum": -(10**400)}, ["0", "-1"], [str(-(1 << 63))]),
+    ({"type": "integer", "exclusiveMaximum": 1 << 64, "minimum": 1}, ["7"], ["0"]),
+    (
+        {"type": "string", "format": "time", "minLength": 26},
+        ['"08:16:48.12345678901+00:00"'],
+        ['"08:16:48.123456789012+00:00"'],
     ),
     (
         {"type": "string", "format": "date-time"},
@@ -153,7 +165,9 @@ REFUSED = [
     ({"const": 1 << 63}, "const: 9223372036854775808"),
     ({"const": 1000000000000000.5}, "too many digits"),
     ({"maximum": 0.12345678901234567}, "maximum: 0.12345678901234566 has too many digits"),
-    ({"maximum": 10**400}, "maximum: too large"),
+    ({"minimum": 10**400}, "minimum: 1000"),
+    ({"minimum": 1 << 63, "maximum": (1 << 64) - 1}, "minimum: 9223372036854775808"),
+    ({"exclusiveMaximum": -1e19, "type": "number"}, "exclusiveMaximum: -1e+19"),
     ({"multipleOf": 999983}, "multipleOf: 999983 has too many digits"),
     ({"multipleOf": 0.999983, "type": ["integer", "null"]}, "multipleOf: 0.999983 has"),
     ({"items": {"properties": {f"p{i}": {} for i in range(161)}}}, "properties: 483 to choose"),
@@ -269,7 +283,7 @@ LEFT_OUT = [
     ),
     ({"pattern": "\ud800", "maxLength": 3}, {"maxLength": 3}),
     ({"patternProperties": {"\\cA": {}, "^b": {}}}, {"patternProperties": {"^b": {}}}),
-    ({"maximum": 10**400, "minimum": 1}, {"minimum": 1}),
+    ({"minimum": 10**400, "maximum": 1}, {"maximum": 1}),
     ({"multipleOf": 999983, "type": "number"}, {"type": "number"}),
     ({"multipleOf": 99.9983, "type": "number"},) * 2,
     ({"minProperties": 2, "maxProperties": 3}, {"maxProperties": 3}),
