@@ -63,11 +63,15 @@ def known() -> str:
 
 
 class Options:
-    """Writes options into `request`, each at most once."""
+    """Writes options into `request`, each once.
+
+    One that comes again with the same value says nothing new: the client of vLLM's backend sends
+    its options in sampling_parameters and in the parameters map.
+    """
 
     def __init__(self, request: inference_pb2.GenerateRequest) -> None:
         self._request = request
-        self._given: dict[str, str] = {}
+        self._given: dict[str, tuple[str, Any]] = {}  # name -> (where it stood, its value)
 
     def take(self, where: str, name: str, value: Any) -> None:
         """One option. Raises InvalidRequest naming `where` it stood."""
@@ -84,8 +88,10 @@ class Options:
                 raise InvalidRequest(where, f"{_shown(one)} is not served; {instead(name)}")
         elif (canonical := _ALIASES.get(name, name)) in FIELDS:
             if first := self._given.get(canonical):
-                raise InvalidRequest(where, f"given already, as {first}")
-            self._given[canonical] = where
+                if _is_same(value, first[1]):
+                    return
+                raise InvalidRequest(where, f"given already, as {first[0]}, with another value")
+            self._given[canonical] = (where, value)
             if canonical == "stop":  # empty ones stand for none, and so does TensorRT-LLM's flag
                 value = [text for text in _list(where, value) if text not in ("", False)]
             if canonical in _UNSET and _is_minus_one(value):
@@ -124,7 +130,7 @@ class Options:
         part, field = FIELDS[name]
         target: Message = getattr(self._request, part) if part else self._request
         if part == "constraint" and (other := target.WhichOneof("kind")) not in (None, name):
-            first = self._given[other]
+            first, _ = self._given[other]
             raise InvalidRequest(where, f"{first} is there as well; expected one of them")
         try:
             _assign(target, field, where, value)
@@ -171,6 +177,11 @@ def flag_of(where: str, value: Any) -> bool:
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     raise InvalidRequest(where, f"{_shown(value)}; expected true or false")
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Equal, whatever carries them: a number may be text."""
+    return bool(value == other) or str(value) == str(other)
 
 
 def _is_minus_one(value: Any) -> bool:

@@ -302,6 +302,18 @@ def test_a_request_as_tensorrt_llms_backend_of_its_llm_api_has_it(streaming):
     refused(ask(Streaming=True), "parameters.Streaming", "not served")
 
 
+def test_a_request_as_the_client_of_vllms_backend_has_it():
+    options = {"temperature": "0.1", "top_p": "0.95", "max_tokens": "100", "stop": "A", "seed": 7}
+    request = ask(**{**options, "seed": "7"})
+    add(request, "sampling_parameters", "BYTES", [1], json.dumps(options).encode())
+    alone = add(ask(), "sampling_parameters", "BYTES", [1], json.dumps(options).encode())
+    assert read_request(request, MODEL).generate == read_request(alone, MODEL).generate
+    for name, other in (("temperature", "0.2"), ("stop", "a"), ("seed", 8)):
+        request.parameters[name].CopyFrom(ask(**{name: other}).parameters[name])
+        refused(request, f"sampling_parameters.{name}: given already", "with another value")
+        request.parameters[name].CopyFrom(ask(**{name: str(options[name])}).parameters[name])
+
+
 def every_default_of_tensorrt_llm():
     """What a client sends that fills in every input of the backend's configuration."""
     request = ask(shape=(1, 1))
@@ -542,7 +554,7 @@ def test_a_schema_that_nothing_fits_is_no_schema_that_is_off():
         ({"regex": "a", "json_schema": "{}"}, ["parameters.json_schema", "parameters.regex"]),
         ({"cache_salt": 3}, ["parameters.cache_salt", "text"]),
         ({"seed": "9" * 5000}, ["parameters.seed", "whole number"]),
-        ({"seed": 1, "random_seed": 1}, ["parameters.seed", "parameters.random_seed"]),
+        ({"seed": 1, "random_seed": 2}, ["parameters.seed", "parameters.random_seed"]),
         ({"timeout": -1}, ["parameters.timeout", "microseconds"]),
         ({"sequence_id": 5}, ["parameters.sequence_id", "not served"]),
         ({"request_id": "x"}, ["parameters.request_id", "not known"]),
