@@ -10,13 +10,15 @@ import sys
 import time
 import urllib.request
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
 from coordinator.app import dialable
 from coordinator.client import Client
 from coordinator.membership import Load, Worker
-from coordinator.serve import Options, describe_context, make_supervisor
+from coordinator.serve import Options, describe_context, make_supervisor, serve
 from engine.config import (
     CacheOptions,
     DraftOptions,
@@ -26,6 +28,7 @@ from engine.config import (
     ModelOptions,
     StepOptions,
     TransferOptions,
+    TrustOptions,
 )
 from engine.memory import HostMemory
 from engine.types import KVPool, Peer, Role
@@ -295,6 +298,46 @@ async def test_local_workers_are_dealt_gpus_and_parts_of_them(tmp_path):
     alone = supervisor._command("prefill-1", Role.PREFILL)
     assert not any("utilization" in word for word in alone), "the default, 0.9"
     assert make_supervisor(options_of(tmp_path), "0.0.0.0:700")._assigned == {}
+
+
+@pytest.mark.parametrize(
+    ("device", "workers", "gpus"),
+    [("auto", "local", ("GPU-a", "GPU-b")), ("cpu", "local", ()), ("auto", "external", ())],
+)
+def test_a_start_looks_for_the_gpus_of_its_own_workers(monkeypatch, device, workers, gpus):
+    """And prepares no weights for kernels of the CPU where they compute."""
+    started, prepared = [], []
+
+    async def start(options, served, trust):
+        started.append(options)
+        return 0
+
+    fakes = {
+        "find_gpus": lambda: ["GPU-a", "GPU-b"],
+        "resolve": lambda model, weights=True: SimpleNamespace(name="m", config=None),
+        "check_length": lambda config, max_model_len: None,
+        "prepare_weights": lambda *args, on_gpu: prepared.append(on_gpu),
+        "ServedModel": mock.Mock(),
+        "configure_logging": mock.Mock(),
+        "_serve": start,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(f"coordinator.serve.{name}", fake)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        status = serve(
+            ModelOptions(device=device),
+            FrontOptions(listen="127.0.0.1:0", http="127.0.0.1:0"),
+            FleetOptions(workers=workers),
+            *(kind() for kind in (CacheOptions, StepOptions, DraftOptions, TransferOptions)),
+            LogOptions(),
+            TrustOptions(),
+        )
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert (status, started[0].gpus) == (0, gpus)
+    assert prepared == ([bool(gpus)] if workers == "local" else [])
 
 
 def test_the_ready_line_tells_where_the_context_comes_from():

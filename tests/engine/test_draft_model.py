@@ -212,6 +212,8 @@ def test_no_draft_changes_a_token(draft: LlamaModel, seed: int) -> None:
         draft_tokens=rng.choice([1, 4, 9]),
         pace=None if seed == 0 else Moody(seed),
     )
+    if seed == 2:  # a step on a GPU has a limit: here 8 answers and 3 tokens of drafts
+        panel.scheduler.budgets = dataclasses.replace(panel.scheduler.budgets, num_logits=11)
     keys = []
     for work in works:
         keys.append(panel.add(work))

@@ -77,14 +77,16 @@ def check(bench: Scored, key: int, work: Work) -> None:
             assert_close(scored, wanted)
 
 
-@pytest.mark.parametrize("draft_tokens", [0, 4])
+@pytest.mark.parametrize(("draft_tokens", "num_logits"), [(0, 1 << 30), (4, 1 << 30), (4, 10)])
 @pytest.mark.parametrize("num_blocks", [24, 64])
 @pytest.mark.parametrize("seed", range(3))
 def test_equal_to_log_softmax_and_no_token_changes(
-    seed: int, num_blocks: int, draft_tokens: int
+    seed: int, num_blocks: int, draft_tokens: int, num_logits: int
 ) -> None:
+    """Also where drafts are cut to the logits that a GPU's step may have."""
     rng = random.Random(seed)
     bench = Scored(num_blocks=num_blocks, prompt_tokens=16, draft_tokens=draft_tokens)
+    bench.scheduler.budgets = replace(bench.scheduler.budgets, num_logits=num_logits)
     shared = [rng.randrange(VOCAB) for _ in range(24)]
     works = {}
     for _ in range(24):
