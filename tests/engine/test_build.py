@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog.testing
 import torch
 from prometheus_client import CollectorRegistry
 
@@ -254,7 +255,12 @@ def test_every_kind_of_step_is_run_before_a_worker_is_built(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = steps_run(monkeypatch)
-    build_on(FakeGpu(8 * GIB, monkeypatch), folder)
+    with structlog.testing.capture_logs() as lines:
+        build_on(FakeGpu(8 * GIB, monkeypatch), folder)
+    shown = [x["step"] for x in lines if (x["event"], x["log_level"]) == ("warm-up begins", "info")]
+    assert shown == ["prompt chunk", "decode", "verify", "mixed", "largest"]
+    (choice,) = (x for x in lines if x["event"] == "attention backend")
+    assert choice["backend"].startswith("torch-") and choice["reason"]
     assert [(rows, num_logits) for _, rows, num_logits in seen] == [
         ([64], 1),
         ([1] * 3, 3),

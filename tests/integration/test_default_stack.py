@@ -48,6 +48,8 @@ def test_64_mixed_requests_equal_the_oracle_bit_for_bit(choice: str, tmp_path: P
         assert seen["diptych_kv_stale_reads_total"] == 0
         assert seen["diptych_spec_decode_num_draft_tokens_total"] > 0
         assert seen["diptych_kv_transfer_bytes_per_second"] > 0
-        (link,) = next(w for w in stack.workers() if w.role == "decode").links
+        decode = next(w for w in stack.workers() if w.role == "decode")
+        assert decode.kv_pool_bytes >= 64 << 20 and decode.max_model_len == 2048
+        (link,) = decode.links
         assert link.worker_id == "prefill-0" and link.lane and link.num_bytes > 0
         print(f"{choice}: {num_tokens} tokens equal, none excused")
