@@ -52,7 +52,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def build(folder: Path, draft: str, role: Role = Role.DECODE, drafter: str = "model") -> Engine:
+def build(
+    folder: Path, draft: str, role: Role = Role.DECODE, drafter: str = "model", **cache_options: Any
+) -> Engine:
     model = ModelOptions(
         model=str(folder / "big"),
         dtype="float32",
@@ -60,7 +62,7 @@ def build(folder: Path, draft: str, role: Role = Role.DECODE, drafter: str = "mo
         seed_weights=1,
         draft_model=draft,
     )
-    cache = CacheOptions(kv_cache_memory=1 << 20)
+    cache = CacheOptions(**(cache_options or {"kv_cache_memory": 1 << 20}))
     drafting = ask_drafting(model, DraftOptions(drafter)) if role is Role.DECODE else None
     return build_engine(role, model, cache, StepOptions(), CollectorRegistry(), drafting)
 
@@ -111,6 +113,13 @@ def test_the_pool_holds_both(folder: Path) -> None:
     assert engine.kv_cache.num_bytes == engine.core.pool.num_blocks * engine.layout.block_bytes
     assert engine.core.scheduler.speculation is not None
     assert isinstance(engine.core.scheduler.speculation.drafter, ModelDrafter)
+
+
+def test_a_pool_is_sized_by_the_share_that_was_dealt(folder: Path) -> None:
+    """Not by what the machine has at the moment: a restart would have another context."""
+    engine = build(folder, "", drafter="none", memory_share=f"{320 << 20}:the cgroup's 2 GiB")
+    assert 0 <= (80 << 20) - engine.kv_cache.num_bytes < engine.layout.block_bytes
+    assert engine.kv_pool.num_bytes == engine.kv_cache.num_bytes
 
 
 def test_first_layers_share_the_targets_weights(folder: Path) -> None:
