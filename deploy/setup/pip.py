@@ -132,8 +132,10 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _why(lines: Sequence[str], status: int) -> str:
-    """pip's errors, or its last lines."""
+    """pip's errors, or its last lines. Without a network it tells of packages that do not exist."""
     errors = [line for line in lines if line.startswith("ERROR")]
+    if errors and any("after connection broken by" in line for line in lines):
+        errors.append("The package index was not reached: look at the network, or pip's proxy")
     return "\n".join(errors[-3:] or list(lines)[-8:] or ["exit status %d" % status])
 
 

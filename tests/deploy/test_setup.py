@@ -277,6 +277,14 @@ def test_a_failed_step_gives_its_errors() -> None:
         pip.run([sys.executable, "-c", script], "Trying")
 
 
+def test_without_a_network_the_network_is_named() -> None:
+    said = """print('''WARNING: Retrying (Retry(total=0)) after connection broken by 'X': /simple/y/
+ERROR: Could not find a version that satisfies the requirement y
+ERROR: No matching distribution found for y'''); raise SystemExit(1)"""
+    with pytest.raises(pip.Failed, match=r"for y\nThe package index was not reached: look at the"):
+        pip.run([sys.executable, "-c", said], "Trying")
+
+
 # -- the environment -------------------------------------------------------------------------------
 
 
