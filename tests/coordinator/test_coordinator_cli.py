@@ -34,6 +34,7 @@ from engine.memory import HostMemory
 from engine.types import KVPool, Peer, Role
 from tests.support.fake_coordinator import ANSWER, FakeCoordinator, of_choice, whole
 from tests.support.fake_decode import identity
+from tests.support.stderr import sentences
 
 
 def run(*args, **kwargs):
@@ -53,7 +54,7 @@ def used_port():
 def one_sentence(done, status, *words):
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
-    (line,) = [x for x in done.stderr.splitlines() if not x.startswith("{")]
+    (line,) = sentences(done.stderr)
     for word in words:
         assert word in line
 
@@ -192,7 +193,7 @@ def test_serving_without_workers_until_a_signal(tmp_path):
         with Client(address) as client:
             assert not client.model().ready
         done = run("generate", "x", "--timeout", "3", "--server", address)
-        first, last = done.stderr.splitlines()
+        first, last = sentences(done.stderr)
         assert first == "coordinator: waiting for a decode worker"
         # The client tries again until its time is over; a loaded machine leaves none for the last.
         assert "time ran out" in last or "no decode worker is ready" in last

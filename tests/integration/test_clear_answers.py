@@ -20,6 +20,7 @@ from engine.rpc.channel import open_channel
 from engine.rpc.status import DETAILS_KEY
 from tests.integration.conftest import EXACT
 from tests.integration.stack import ROOT, Stack, free_port, until
+from tests.support.stderr import sentences
 
 pytestmark = pytest.mark.timeout(180)
 Request = inference_pb2.GenerateRequest
@@ -147,12 +148,9 @@ def command(module: str, *args: str, timeout_s: float = 90) -> subprocess.Comple
 
 
 def one_sentence(stderr: str) -> None:
-    """Besides log lines, standard error holds one line."""
+    """Besides log lines and progress, standard error holds one line."""
     assert "Traceback" not in stderr
-    plain = [
-        line for line in stderr.splitlines() if line.strip() and not line.startswith(("{", "\r"))
-    ]
-    assert len(plain) == 1, stderr
+    assert len(sentences(stderr)) == 1, stderr
 
 
 MISMATCHES = {

@@ -31,6 +31,7 @@ from engine.rpc.trust import ClusterToken
 from tests.integration.conftest import EXACT
 from tests.integration.stack import ROOT, START_S, Stack, free_port, until
 from tests.support.http_get import http_get
+from tests.support.stderr import sentences
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -364,7 +365,7 @@ def test_a_worker_with_another_token_ends_with_2(
     own = () if sent is None else ("--cluster-token-file", cluster.file("wrong", WRONG))
     done = cluster.run(role, *cluster.worker_flags(*own), "--worker-id", "intruder")
     assert done.returncode == 2, done.stderr
-    (sentence,) = [x for x in done.stderr.splitlines() if not x.startswith("{")]
+    (sentence,) = sentences(done.stderr)
     assert sentence.startswith(f"{role}: refused by coordinator {cluster.address}: ")
     assert "--cluster-token-file" in sentence
     assert WRONG not in done.stderr and "intruder" not in cluster.workers()
@@ -384,7 +385,7 @@ def test_what_other_machines_reach_does_not_start_without_a_token(
 ) -> None:
     done = cluster.run(command, *flags, "--http", "127.0.0.1:0")
     assert done.returncode == 2, done.stderr
-    (sentence,) = [x for x in done.stderr.splitlines() if not x.startswith("{")]
+    (sentence,) = sentences(done.stderr)
     assert words in sentence and "--cluster-token-file" in sentence
 
 
