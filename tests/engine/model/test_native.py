@@ -83,6 +83,7 @@ def pair(
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
     folder = tmp_path_factory.mktemp("model")
     source.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")  # a folder without one is refused
     checkpoint = resolve(str(folder), progress=False)
     paths = weights(checkpoint, "float32")
     exact = load_model(checkpoint.config, paths, torch.float32, CPU, progress=False)
@@ -127,8 +128,8 @@ def test_logits_are_those_of_torch(pair: tuple[LlamaModel, NativeModel]) -> None
         patch.setattr(
             KVCache,
             "write",
-            lambda self, layer, slots, k, v: write(
-                self, layer, slots, k.bfloat16().float(), v.bfloat16().float()
+            lambda self, layer, blocks, offsets, k, v: write(
+                self, layer, blocks, offsets, k.bfloat16().float(), v.bfloat16().float()
             ),
         )
         expected = whole(exact, prompt)
