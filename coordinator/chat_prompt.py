@@ -3,7 +3,7 @@
 Meant are those that the template writes. What the caller wrote is text: contents, names, results
 and arguments of calls, definitions of tools, and roles that are not usual ones. The conversation is
 rendered twice, as it is and with the caller's characters marked (caller_text.py); as a rule both
-give one text, and the marks tell who wrote what.
+give one text, and the marks tell the caller's characters from the template's.
 
 A template that treats marked text otherwise (it counts bytes, say) gives two texts. Then the first
 is taken if it holds nothing of the caller's that spells a special token, else the second.

@@ -190,7 +190,7 @@ def _in_tokenizer_json(path: Path) -> list[Mapping[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return []  # whoever needs the file says what is wrong with it
+        return []  # reading the file itself reports what is wrong with it
     decoder, key = json.JSONDecoder(), '"added_tokens"'
     begin = text.find(key)
     while begin >= 0:

@@ -1,4 +1,4 @@
-"""What a gRPC client is told that dials an HTTP port: one sentence that names the gRPC port.
+"""The answer to a gRPC client that dials an HTTP port: one sentence that names the gRPC port.
 
 Without it such a client sees a connection that closes, and its error says nothing of a port. This
 is the smallest server of HTTP/2 (RFC 9113) that any gRPC client understands: it reads no header,

@@ -52,7 +52,7 @@ class _Protocol(H11Protocol):
 
     _timer: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
-    _first: bytes | None = b""  # too little to tell the protocol by; None: it is told
+    _first: bytes | None = b""  # bytes held until the protocol is known; None: it is
     _refusal: GrpcRefusal | None = None  # of a gRPC client, which has taken the wrong port
     _left: int = 0  # bytes that the peer had not taken when `_unread` was set
     _lost: bool = False

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from coordinator.chat import ChatTemplate, turns
 from coordinator.request import ChatMessage, ToolCall
@@ -239,12 +240,11 @@ def test_template_errors_are_invalid_requests(tmp_path: Path, template: str, nam
     assert error.value.field == "messages"
 
 
-def test_a_template_that_is_not_jinja_stops_no_start(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_template_that_is_not_jinja_stops_no_start(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "{% if %}"}]
-    loaded = ChatTemplate.load(write(tmp_path, named))
-    assert "tool_use" in "".join(capsys.readouterr()), "a log line names it"
+    with structlog.testing.capture_logs() as lines:
+        loaded = ChatTemplate.load(write(tmp_path, named))
+    assert "tool_use" in str(lines), "a log line names it"
     assert loaded.render([USER]) == "d"
     with pytest.raises(InvalidRequest, match=r"template 'tool_use' cannot be used.*use Generate"):
         loaded.render([USER], TOOLS)

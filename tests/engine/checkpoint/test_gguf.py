@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import structlog
 import torch
 from gguf.quants import dequantize as gguf_dequantize
 from safetensors import safe_open
@@ -196,16 +197,15 @@ def test_every_end_token_of_the_metadata_ends_an_answer(tmp_path: Path) -> None:
     assert resolve(str(tmp_path / "m.gguf"), progress=False).config.eos_token_ids == (0, 2)
 
 
-def test_control_tokens_end_an_answer_by_name_and_words_do_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_control_tokens_end_an_answer_by_name_and_words_do_not(tmp_path: Path) -> None:
     more = [("<|im_end|>", 3), ("<|eot_id|>", 4), ("</s>", 1), ("<|im_start|>", 1)]
     tiny_gguf.tiny(tmp_path / "m.gguf", tokens_more=more)
-    checkpoint = resolve(str(tmp_path / "m.gguf"), progress=False)
+    with structlog.testing.capture_logs() as lines:
+        checkpoint = resolve(str(tmp_path / "m.gguf"), progress=False)
+        Served.load(checkpoint.folder)
     first = checkpoint.config.vocab_size - len(more)
     assert checkpoint.config.eos_token_ids == (0, first + 2, first + 1, first)
-    Served.load(checkpoint.folder)
-    log = "".join(capsys.readouterr())
+    log = str(lines)
     assert all(name in log for name in ("<|eot_id|>", "</s>", "<|im_start|>"))
     assert "<|im_end|>" not in log
     tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
