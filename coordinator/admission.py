@@ -56,6 +56,41 @@ class Ticket:
             self._admission._release(self)
 
 
+class _Endings:
+    """Requests that left lately: sums and the earliest start, each in O(1) a request."""
+
+    def __init__(self) -> None:
+        # (moment, when it had come, choices, prompt tokens), oldest first.
+        self._all: deque[tuple[float, float, int, int]] = deque()
+        # (moment, when it had come) of those that no later one began before: the first began first.
+        self._earliest: deque[tuple[float, float]] = deque()
+        self.num_requests = 0
+        self.num_tokens = 0
+
+    @property
+    def first_admitted_s(self) -> float:
+        """When the one that came first had come. There has to be one."""
+        return self._earliest[0][1]
+
+    def add(self, now: float, admitted_s: float, num_requests: int, num_tokens: int) -> None:
+        """One has left at `now`, which never goes back."""
+        self._all.append((now, admitted_s, num_requests, num_tokens))
+        self.num_requests += num_requests
+        self.num_tokens += num_tokens
+        while self._earliest and self._earliest[-1][1] >= admitted_s:
+            self._earliest.pop()
+        self._earliest.append((now, admitted_s))
+
+    def forget(self, horizon_s: float) -> None:
+        """Drop those that left before `horizon_s`."""
+        while self._all and self._all[0][0] < horizon_s:
+            *_, num_requests, num_tokens = self._all.popleft()
+            self.num_requests -= num_requests
+            self.num_tokens -= num_tokens
+        while self._earliest and self._earliest[0][0] < horizon_s:
+            self._earliest.popleft()
+
+
 class Admission:
     """Counts what is inside. A prompt larger than the bound comes in when nothing else is."""
 
@@ -65,13 +100,15 @@ class Admission:
         max_tokens: int,
         metrics: CoordinatorMetrics,
         clock: Callable[[], float] = time.monotonic,
+        what: str = "",
     ) -> None:
+        """`what` stands before the reasons of the counter, and names the requests in messages."""
+        self._what = what
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._metrics = metrics
         self._clock = clock
-        # Those that left: (moment, when they had come, choices, prompt tokens).
-        self._completed: deque[tuple[float, float, int, int]] = deque()
+        self._completed = _Endings()
         self._tickets: set[Ticket] = set()
         self._promised_s = 0.0  # when the last one that was refused was told to come back
         self.num_requests = 0
@@ -88,10 +125,10 @@ class Admission:
         """
         excess = self.num_requests + num_requests - self._max_requests
         if self.num_requests and excess > 0:
-            self._metrics.admission_rejected("requests")
+            self._metrics.admission_rejected(self._reason("requests"))
             raise Overloaded(
-                f"{self.num_requests} requests are admitted and {num_requests} more are above the"
-                f" limit of {self._max_requests}",
+                f"{self.num_requests} {self._named('requests')} are admitted and {num_requests}"
+                f" more are above the limit of {self._max_requests}",
                 self._retry_after_s(num_requests=min(excess, self.num_requests), num_tokens=0),
             )
         self.num_requests += num_requests
@@ -118,11 +155,11 @@ class Admission:
 
     def _claim(self, ticket: Ticket, num_tokens: int) -> None:
         if self.num_tokens and self.num_tokens + num_tokens > self._max_tokens:
-            self._metrics.admission_rejected("tokens")
+            self._metrics.admission_rejected(self._reason("tokens"))
             excess = self.num_tokens + num_tokens - self._max_tokens
             raise Overloaded(
-                f"{self.num_tokens} prompt tokens are admitted and {num_tokens} more are above"
-                f" the limit of {self._max_tokens}",
+                f"{self.num_tokens} {self._named('prompt tokens')} are admitted and {num_tokens}"
+                f" more are above the limit of {self._max_tokens}",
                 self._retry_after_s(num_requests=0, num_tokens=min(excess, self.num_tokens)),
             )
         ticket.num_tokens = num_tokens
@@ -135,14 +172,16 @@ class Admission:
         if not self.num_requests:
             self.idle.set()
         if ticket.num_tokens:  # who was refused at once tells nothing about the pace
-            left = (self._clock(), ticket.admitted_s, ticket.num_requests, ticket.num_tokens)
-            self._completed.append(left)
-        self._forget_old()
+            self._completed.add(
+                self._clock(), ticket.admitted_s, ticket.num_requests, ticket.num_tokens
+            )
+        self._completed.forget(self._clock() - _WINDOW_S)
 
-    def _forget_old(self) -> None:
-        horizon = self._clock() - _WINDOW_S
-        while self._completed and self._completed[0][0] < horizon:
-            self._completed.popleft()
+    def _named(self, noun: str) -> str:
+        return f"{self._what} {noun}" if self._what else noun
+
+    def _reason(self, bound: str) -> str:
+        return f"{self._what}_{bound}" if self._what else bound
 
     def _retry_after_s(self, *, num_requests: int, num_tokens: int) -> float:
         """Time in which, at the recent pace, as much leaves as is in the way.
@@ -150,17 +189,18 @@ class Admission:
         It begins where the last promise ends, so that those who are refused together do not come
         back together.
         """
-        self._forget_old()
         now = self._clock()
-        if not self._completed:  # nothing to go by: as if all that may be inside took this long
+        self._completed.forget(now - _WINDOW_S)
+        if not self._completed.num_requests:
+            # Nothing to go by: as if all that may be inside took this long.
             share = max(num_requests / self._max_requests, num_tokens / self._max_tokens)
             promise_s = min(max(self._promised_s, now + _UNKNOWN_RETRY_S), now + _MAX_RETRY_S)
             self._promised_s = promise_s + share * _UNKNOWN_RETRY_S
             return promise_s - now
-        begun_s = max(now - _WINDOW_S, min(admitted_s for _, admitted_s, *_ in self._completed))
+        begun_s = max(now - _WINDOW_S, self._completed.first_admitted_s)
         span = max(now - begun_s, 1e-3)
-        wait = num_requests * span / sum(count for _, _, count, _ in self._completed)
+        wait = num_requests * span / self._completed.num_requests
         if num_tokens:
-            wait = max(wait, num_tokens * span / max(1, sum(n for *_, n in self._completed)))
+            wait = max(wait, num_tokens * span / max(1, self._completed.num_tokens))
         self._promised_s = min(max(self._promised_s, now) + wait, now + _MAX_RETRY_S)
         return max(self._promised_s - now, _MIN_RETRY_S)

@@ -60,8 +60,16 @@ class Coordinator:
             worker_wait_s=front.worker_wait_s,
             token=trust.cluster,
         )
+        self._tokenizing = Admission(
+            front.max_queued_requests, front.max_queued_tokens, metrics, what="tokenize"
+        )
         inference = InferenceServicer(
-            model, self.pipeline, self.membership, metrics, max_request_s=front.max_request_s
+            model,
+            self.pipeline,
+            self.membership,
+            metrics,
+            max_request_s=front.max_request_s,
+            tokenizing=self._tokenizing,
         )
         rpc_metrics = RpcMetrics(self.registry)
         self._public = RpcServer(rpc_metrics, client_timeout_s=front.client_timeout_s)
@@ -112,7 +120,8 @@ class Coordinator:
 
     async def _holds(self) -> dict[str, Any]:
         """The answer of /debug/holds."""
-        return {"process": {"role": "coordinator"}, "holds": shown(self._admission.holds())}
+        holds = [*self._admission.holds(), *self._tokenizing.holds()]
+        return {"process": {"role": "coordinator"}, "holds": shown(holds)}
 
     def _speak_other_protocols(
         self, inference: InferenceServicer, metrics: CoordinatorMetrics

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
+from coordinator.admission import Admission
 from coordinator.membership import Membership, Worker, WorkerState
 from coordinator.model import ServedModel
 from coordinator.pipeline import Pipeline
@@ -37,6 +38,8 @@ from engine.types import KVLink, Role
 _log = get_logger(__name__)
 
 _SCHEMAS_AT_ONCE = 4 << 10  # characters that are checked on the event loop: half a millisecond
+_TOKENIZING_AT_ONCE = 2  # of the tokenizer's threads: the others are for requests
+_CHARS_A_TOKEN = 4  # about: what a text counts as before it is tokenized
 _WORKERS_OWN_S = 120.0  # a drain whose deadline only the worker knows is waited for so long
 _END_S = 15.0  # from the end of a worker's requests to its own
 
@@ -54,7 +57,11 @@ class InferenceServicer:
         metrics: CoordinatorMetrics,
         *,
         max_request_s: float,
+        tokenizing: Admission | None = None,
     ) -> None:
+        """`tokenizing` bounds calls of Tokenize and Detokenize, apart from requests."""
+        self._tokenizing = tokenizing
+        self._slots = asyncio.Semaphore(_TOKENIZING_AT_ONCE)
         self._model = model
         self._pipeline = pipeline
         self._membership = membership
@@ -80,13 +87,18 @@ class InferenceServicer:
         match request.WhichOneof("input"):
             case "text":
                 special = request.add_special_tokens or not request.HasField("add_special_tokens")
-                ids = await self._model.encode("text", request.text, special, limit)
+                async with self._admitted(len(request.text) // _CHARS_A_TOKEN, context):
+                    ids = await self._model.encode("text", request.text, special, limit)
             case "chat":
                 chat = request.chat
-                messages = check_messages("chat.messages", chat.messages, limits)
-                tools = await asyncio.to_thread(check_tools, "chat.tools_json", chat.tools_json)
-                ask = chat.add_generation_prompt or not chat.HasField("add_generation_prompt")
-                ids = await self._model.encode_chat(messages, limit, tools, ask, "chat.messages")
+                size = len(chat.tools_json) + sum(len(m.content) for m in chat.messages)
+                async with self._admitted(size // _CHARS_A_TOKEN, context):
+                    messages = check_messages("chat.messages", chat.messages, limits)
+                    tools = await asyncio.to_thread(check_tools, "chat.tools_json", chat.tools_json)
+                    ask = chat.add_generation_prompt or not chat.HasField("add_generation_prompt")
+                    ids = await self._model.encode_chat(
+                        messages, limit, tools, ask, "chat.messages"
+                    )
             case _:
                 raise InvalidRequest("input", "unset; expected text or chat")
         return inference_pb2.TokenizeResponse(token_ids=ids, max_model_len=limit)
@@ -97,9 +109,26 @@ class InferenceServicer:
         """Text of token ids."""
         limits = self._model.limits
         check_model(request.model, limits)
-        ids = check_token_ids("token_ids", request.token_ids, limits, MAX_DETOKENIZED)
-        text = await self._model.decode(ids, request.skip_special_tokens)
+        async with self._admitted(len(request.token_ids), context):
+            ids = check_token_ids("token_ids", request.token_ids, limits, MAX_DETOKENIZED)
+            text = await self._model.decode(ids, request.skip_special_tokens)
         return inference_pb2.DetokenizeResponse(text=text)
+
+    @asynccontextmanager
+    async def _admitted(self, num_tokens: int, context: Any) -> AsyncIterator[None]:
+        """While a text of about `num_tokens` is tokenized, or the like. Raises Overloaded."""
+        if self._tokenizing is None:
+            yield
+            return
+        left_s = context.time_remaining()
+        limit_s = self._max_request_s if left_s is None else left_s
+        ticket = self._tokenizing.admit(deadline_s=time.monotonic() + limit_s)
+        try:
+            ticket.set_tokens(max(1, num_tokens))
+            async with self._slots:
+                yield
+        finally:
+            ticket.release()
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Any

@@ -265,7 +265,7 @@ class CoordinatorMetrics:
         self._request_failures.labels(self._model_name, code).inc()
 
     def admission_rejected(self, reason: str) -> None:
-        """Count one refused admission: requests or tokens."""
+        """Count one refused admission: requests or tokens, of tokenize calls too."""
         self._admission_rejections.labels(self._model_name, reason).inc()
 
     def migrated(self, outcome: str) -> None:

@@ -1,6 +1,9 @@
 import json
+import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from coordinator.admission import Admission
@@ -138,3 +141,81 @@ def test_holds_name_every_request_inside(admission, clock):
     first.release()
     first.release()
     assert admission.holds() == []
+
+
+class _Summed:
+    """The retry hint by its definition: over all recent endings, one by one."""
+
+    def __init__(self, max_requests: int, max_tokens: int) -> None:
+        self.max_requests, self.max_tokens = max_requests, max_tokens
+        self.endings: list[tuple[float, float, int, int]] = []
+        self.promised_s = 0.0
+
+    def retry_after_s(self, now: float, num_requests: int, num_tokens: int) -> float:
+        self.endings = [ending for ending in self.endings if ending[0] >= now - 60.0]
+        if not self.endings:
+            share = max(num_requests / self.max_requests, num_tokens / self.max_tokens)
+            promise_s = min(max(self.promised_s, now + 1.0), now + 60.0)
+            self.promised_s = promise_s + share
+            return promise_s - now
+        span = max(now - max(now - 60.0, min(begun for _, begun, *_ in self.endings)), 1e-3)
+        wait = num_requests * span / sum(count for _, _, count, _ in self.endings)
+        if num_tokens:
+            wait = max(wait, num_tokens * span / max(1, sum(n for *_, n in self.endings)))
+        self.promised_s = min(max(self.promised_s, now) + wait, now + 60.0)
+        return max(self.promised_s - now, 0.1)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["admit", "release", "refuse"]),
+            st.integers(0, 300),  # tenths of a second that pass before it
+            st.integers(1, 4),
+            st.integers(1, 60),
+        ),
+        max_size=60,
+    )
+)
+def test_the_retry_hint_is_what_all_recent_endings_sum_up_to(steps):
+    now = [0.0]
+    metrics = CoordinatorMetrics(CollectorRegistry(), "m")
+    admission = Admission(1000, 100_000, metrics, lambda: now[0])
+    oracle = _Summed(1000, 100_000)
+    inside = []
+    for action, tenths, count, tokens in steps:
+        now[0] += tenths / 10
+        if action == "admit":
+            ticket = admission.admit(num_requests=count)
+            ticket.set_tokens(tokens)
+            inside.append(ticket)
+        elif action == "release" and inside:
+            ticket = inside.pop(tokens % len(inside))
+            ending = (now[0], ticket.admitted_s, ticket.num_requests, ticket.num_tokens)
+            oracle.endings.append(ending)
+            ticket.release()
+        elif inside:
+            with pytest.raises(Overloaded) as caught:
+                admission.admit(num_requests=1000)
+            excess = admission.num_requests  # all that is inside has to leave first
+            assert caught.value.retry_after_s == oracle.retry_after_s(now[0], excess, 0)
+            with pytest.raises(Overloaded) as caught:
+                ticket = admission.admit(num_requests=0)
+                ticket.set_tokens(100_000)
+            ticket.release()
+            excess = admission.num_tokens
+            assert caught.value.retry_after_s == oracle.retry_after_s(now[0], 0, excess)
+
+
+def test_a_refusal_costs_the_same_after_many_endings(admission, clock):
+    for _ in range(100_000):
+        ticket = admission.admit()
+        ticket.set_tokens(1)
+        ticket.release()
+    admission.admit()
+    admission.admit()
+    began = time.process_time()
+    for _ in range(100):
+        with pytest.raises(Overloaded):
+            admission.admit()
+    assert time.process_time() - began < 1.0  # 100 sums over all endings take 2 s and more

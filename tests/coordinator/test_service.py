@@ -454,6 +454,35 @@ async def test_too_many_requests_are_told_when_to_come_back(checkpoint):
         await asyncio.wait_for(f.coordinator.pipeline.idle.wait(), 5)
 
 
+async def test_tokenize_and_detokenize_are_admitted(checkpoint):
+    """Apart from requests: neither takes the other's room."""
+    async with front(checkpoint, max_queued_requests=2, max_queued_tokens=100) as f:
+        await f.worker(pace_s=0.1)
+        calls = [
+            lambda: f.stub.Tokenize(inference_pb2.TokenizeRequest(text="a b c"), timeout=10),
+            lambda: f.stub.Detokenize(inference_pb2.DetokenizeRequest(token_ids=[5]), timeout=10),
+        ]
+        inside = f.coordinator._tokenizing
+        for reason, tickets in (("requests", 2), ("tokens", 1)):
+            held = [inside.admit() for _ in range(tickets)]
+            held[0].set_tokens(100)
+            for call in calls:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call()
+                error = caught.value
+                assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert "tokenize" in error.details()
+                retry = details_of(error, error_details_pb2.RetryInfo).retry_delay
+                assert retry.ToMilliseconds() > 0
+            await collect(f.call(stop=stop(max_tokens=2)))
+            for ticket in held:
+                ticket.release()
+            assert f.sample("admission_rejections_total", reason=f"tokenize_{reason}") == 2
+        for call in calls:
+            await call()
+        assert (inside.num_requests, inside.num_tokens) == (0, 0)
+
+
 async def test_a_full_worker_is_passed_on(checkpoint):
     async with front(checkpoint) as f:
         await f.worker(cues=[Cue(0, Overloaded("full", 3.0))])
