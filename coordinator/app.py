@@ -49,7 +49,7 @@ class Coordinator:
         self._front = front
         self.model = model
         self.registry = CollectorRegistry()
-        metrics = CoordinatorMetrics(self.registry, model.name)
+        self.metrics = metrics = CoordinatorMetrics(self.registry, model.name)
         self.membership = Membership(model.name, model.limits.vocab_size, metrics)
         self._admission = Admission(front.max_queued_requests, front.max_queued_tokens, metrics)
         self.pipeline = Pipeline(

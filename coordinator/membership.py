@@ -109,13 +109,14 @@ class Worker:
     load: Load
     session: int  # of its stream: what an older stream still says does not count
     since_s: float  # of this incarnation's registration, monotonic
-    heard_s: float  # last sign of life, monotonic
+    heard_s: float  # last sign of life, or when it was lost, monotonic
     # What this coordinator has sent there and not had back: newer than any heartbeat.
     assigned_requests: int = 0
     assigned_tokens: int = 0
     doubted_s: float = -math.inf  # when it last failed a request, monotonic
     doubtful: bool = False  # whether that was lately, as of the snapshot
     kv_pool: KVPool = NO_KV_POOL
+    beat_s: float = 0.0  # its registration or last heartbeat, monotonic
 
 
 class Membership:
@@ -184,6 +185,7 @@ class Membership:
             session=next(self._sessions),
             since_s=now,
             heard_s=now,
+            beat_s=now,
             kv_pool=hello.kv_pool,
         )
         if old and old.peer.incarnation == hello.peer.incarnation:  # the same process dialled again
@@ -241,7 +243,8 @@ class Membership:
         state = WorkerState.DRAINING if load.draining else WorkerState.READY
         if state is not current.state:
             _log.info("worker changed", worker=worker.peer.worker_id, state=state.value)
-        self._put(replace(current, load=load, state=state, heard_s=self._clock()))
+        now = self._clock()
+        self._put(replace(current, load=load, state=state, heard_s=now, beat_s=now))
         return True
 
     def left(self, worker: Worker) -> None:
@@ -279,6 +282,14 @@ class Membership:
             yield
         finally:
             self._assign(worker.peer, -1, -num_tokens)
+
+    def last_beat_s(self, worker_id: str, since_s: float) -> float | None:
+        """When a process of this place that registered after `since_s` last reported, monotonic.
+
+        None: there is none in the table.
+        """
+        worker = self._workers.get(worker_id)
+        return worker.beat_s if worker and worker.since_s >= since_s else None
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Until the table may have changed, at most `timeout_s`."""

@@ -28,6 +28,7 @@ from coordinator.membership import Worker
 from coordinator.model import ServedModel
 from coordinator.supervisor import Supervisor, doing, worker_command, worker_environment
 from coordinator.trust import Trust
+from coordinator.watchdog import Watchdog
 from engine.checkpoint.source import resolve
 from engine.config import (
     CacheOptions,
@@ -138,13 +139,14 @@ async def _serve(options: Options, served: ServedModel, trust: Trust) -> int:
     signals = _Signals()
     stop, hurry = signals.stop, signals.hurry
     coordinator = Coordinator(options.front, served, trust)
-    supervisor = None
+    supervisor, watching = None, None
     try:
         await coordinator.start()
         freeze_heap()
         if options.fleet.workers == "local":
             supervisor = make_supervisor(options, coordinator.internal_address, trust.cluster)
             supervisor.start()
+            watching = asyncio.create_task(make_watchdog(options, coordinator, supervisor).run())
         await _until_stop(coordinator, supervisor, options, stop)
         num_requests = coordinator.pipeline.num_requests
         _log.info("draining", num_requests=num_requests)
@@ -152,6 +154,8 @@ async def _serve(options: Options, served: ServedModel, trust: Trust) -> int:
         await _first(hurry.wait(), coordinator.drain(options.front.drain_s))
         await coordinator.end_requests()
     finally:
+        if watching:
+            watching.cancel()
         # Workers before the doors: what they still send finds somebody.
         if supervisor:
             await supervisor.stop(0.0 if hurry.is_set() else _STOP_S)
@@ -210,6 +214,17 @@ def make_supervisor(
     for name, part in dealt.items():
         _log.info("GPU dealt", worker=name, gpu=part.device, num_sharing=part.num_sharing)
     return Supervisor(places, log_dir, command, environment, assigned)
+
+
+def make_watchdog(options: Options, coordinator: Coordinator, supervisor: Supervisor) -> Watchdog:
+    """What replaces the supervisor's workers where they hang."""
+    return Watchdog(
+        supervisor.workers,
+        coordinator.membership.last_beat_s,
+        hang_s=options.fleet.worker_hang_s,
+        start_s=options.fleet.worker_start_s,
+        on_hang=coordinator.metrics.worker_hung,
+    )
 
 
 async def _until_stop(

@@ -7,6 +7,9 @@ Where a place has had a worker that lived, its configuration was a good one: sta
 more exit, for the end of one worker must not be that of all. A process that cannot be started (no
 memory, no descriptor) is tried again.
 
+A worker that hangs does not end. What has registered and is then silent is killed, and the place
+begins again (`coordinator.watchdog`).
+
 Each worker writes to a log file of its own. `engine.lifeline` ties it to this process, kill -9
 included; for that workers are forked on the main thread (the event loop's).
 """
@@ -78,6 +81,7 @@ class LocalWorker:
     role: Role
     log_path: Path
     process: subprocess.Popen[bytes] | None = None
+    started_s: float = 0.0  # of the process, monotonic
     num_restarts: int = 0
     has_lived: bool = False  # for as long as a worker does whose options can be used
 
@@ -177,6 +181,7 @@ class Supervisor:
 
         Raises OSError where it cannot be started, or not be watched: none is left then.
         """
+        worker.started_s = time.monotonic()
         with _open_log(worker) as log:
             process = worker.process = self._spawn(worker, log)
         _log.info("local worker started", worker=worker.worker_id, pid=process.pid)

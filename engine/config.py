@@ -322,6 +322,20 @@ class FleetOptions:
     log_dir: str = option(
         "", "folder for the local workers' logs; default: under the user's state folder"
     )
+    worker_hang_s: float = option(
+        30.0,
+        "a local worker that has registered and then was silent for so long is killed and started "
+        "again; 0: never",
+        minimum=0,
+        maximum=MAX_CLIENT_S,
+    )
+    worker_start_s: float = option(
+        1800.0,
+        "the same for a local worker that has not registered so long after its start: it loads, "
+        "converts and compiles in this time; 0: never",
+        minimum=0,
+        maximum=MAX_CLIENT_S,
+    )
 
 
 def _base_type(annotation: Any) -> type:

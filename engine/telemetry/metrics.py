@@ -255,6 +255,9 @@ class CoordinatorMetrics:
             "migrations", "Requests carried on elsewhere after a worker was lost.", "outcome"
         )
         self._workers = make.gauge("workers", "Workers by role and state.", "role", "state")
+        self._worker_hangs = make.counter(
+            "worker_hangs", "Local workers killed because they were silent.", "worker"
+        )
 
     def request_succeeded(self, finished_reason: str) -> None:
         """Count one finished answer: stop, length or aborted."""
@@ -271,6 +274,10 @@ class CoordinatorMetrics:
     def migrated(self, outcome: str) -> None:
         """Count one attempt to carry a request on: resumed, retried (no token yet) or exhausted."""
         self._migrations.labels(self._model_name, outcome).inc()
+
+    def worker_hung(self, worker_id: str) -> None:
+        """Count one local worker that was killed because it was silent."""
+        self._worker_hangs.labels(self._model_name, worker_id).inc()
 
     def set_workers(self, role: str, state: str, count: int) -> None:
         """Number of workers of `role` in `state`."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import EXACT
-from tests.integration.stack import Stack, until
+from tests.integration.stack import Stack, metrics_of, until
 
 ORACLE = json.loads((Path(__file__).parents[1] / "data" / "greedy_fp32.json").read_text())
 LONG = next(case for case in ORACLE if len(case["prompt"]) == 1500)
@@ -56,6 +56,24 @@ def test_requests_between_death_and_return_wait_and_finish(stack: Stack) -> None
     assert tokens == SHORT["tokens"][:32]
     until(stack.ready, 60, "the decode worker is back")
     stack.assert_at_rest()
+
+
+def test_a_stopped_worker_is_replaced(tmp_path: Path) -> None:
+    """SIGSTOP of the only decode worker in mid-answer: it is killed, and the answer goes on."""
+    flags = (*EXACT, "--worker-hang-s", "4", "--worker-wait-s", "60")
+    with Stack(tmp_path, *flags) as stack:
+        first = stop = stack.pid_of("decode-0")
+        tokens: list[int] = []
+        for event in stack.client.generate(SHORT["prompt"], timeout_s=120, max_tokens=64):
+            tokens += getattr(event, "token_ids", ())
+            if len(tokens) > 10 and stop:
+                os.kill(stop, signal.SIGSTOP)
+                stop = 0
+        assert tokens == SHORT["tokens"]
+        assert stack.pid_of("decode-0") != first
+        assert metrics_of(stack.http_address)["diptych_worker_hangs_total"] == 1
+        assert "local worker hangs; killing it" in stack.logs()["coordinator"]
+        stack.assert_at_rest()
 
 
 def test_kill_9_of_the_coordinator_takes_its_workers(tmp_path: Path) -> None:
