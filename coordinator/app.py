@@ -33,6 +33,7 @@ from engine.pb.vllm import vllm_engine_pb2
 from engine.rpc.server import RpcServer
 from engine.telemetry.holds import holds_route, shown
 from engine.telemetry.http import HttpServer, make_app, serve_http
+from engine.telemetry.http_guard import refusals_counter
 from engine.telemetry.metrics import CoordinatorMetrics, RpcMetrics
 from engine.types import Role
 
@@ -45,7 +46,7 @@ class Coordinator:
     """One front. Make it, start it and stop it in one event loop."""
 
     def __init__(self, front: FrontOptions, model: ServedModel, trust: Trust | None = None) -> None:
-        trust = trust or Trust()
+        self.trust = trust = trust or Trust()
         self._front = front
         self.model = model
         self.registry = CollectorRegistry()
@@ -79,7 +80,7 @@ class Coordinator:
         admin = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
         workers = RegistryServicer(self.membership, f"coordinator-{secrets.token_hex(4)}")
         operator = AdminServicer(self.membership, workers)
-        self._public.add_service(admin, operator, token=trust.drain, guarded={"DrainWorker"})
+        self._public.add_service(admin, operator, token=trust.operator, guarded={"DrainWorker"})
         registry = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"]
         self._internal.add_service(registry, workers, token=trust.cluster)
         self._speak_other_protocols(inference, metrics)
@@ -104,7 +105,7 @@ class Coordinator:
         self._openai = OpenAiApi(
             dialable(self.address), self.registry, sse_keepalive_s=self._front.sse_keepalive_s
         )
-        routes = [holds_route(self._holds), *self._openai.routes()]
+        routes = [holds_route(self._holds, self.trust.operator), *self._openai.routes()]
         app = make_app(self.registry, lambda: self.ready, routes)
         self._http = await serve_http(
             with_cors(app, self._front.cors_origins),
@@ -112,6 +113,9 @@ class Coordinator:
             client_timeout_s=self._front.client_timeout_s,
             keepalive_s=self._front.http_keepalive_s,
             grpc_port=int(self.address.rpartition(":")[2]),
+            allowed_hosts=self._front.allowed_hosts,
+            origins=self._front.cors_origins,
+            refused=refusals_counter(self.registry),
         )
         self.http_address = self._http.address
         await self._public.start()
@@ -141,7 +145,7 @@ class Coordinator:
             grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"], oip
         )
         engine = VllmEngineServicer(
-            self.model, inference, self.pipeline, self.membership, lambda: self.ready
+            self.model, inference, self.pipeline, self.membership, metrics, lambda: self.ready
         )
         self._public.add_service(
             vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"],

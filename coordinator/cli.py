@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine import config
 from engine.config import (
@@ -26,6 +26,9 @@ from engine.config import (
     TrustOptions,
 )
 from engine.errors import CheckpointError, ConfigError, DiptychError
+
+if TYPE_CHECKING:
+    from engine.rpc.trust import ClusterToken
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 START_GROUPS = (
@@ -98,6 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     status.add_argument(
         "--holds", action="store_true", help="and what each worker holds, for whom, until when"
     )
+    _add_token_flag(status)
     status.set_defaults(run=_status)
 
     drain = commands.add_parser(
@@ -111,6 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     drain.add_argument(
         "--deadline", type=float, metavar="S", help="its requests may take so long [its --drain-s]"
     )
+    _add_token_flag(drain)
     drain.set_defaults(run=_drain)
     return parser
 
@@ -122,6 +127,15 @@ def _add_server_flag(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT[,...]",
         help=f"coordinators; the next is called where one is lost [{DEFAULT_SERVER}]",
     )
+
+
+def _add_token_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cluster-token-file",
+        metavar="FILE",
+        help="as of `start`; needed where the coordinator is not this user's on this machine",
+    )
+    parser.set_defaults(config=None)
 
 
 def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
@@ -249,13 +263,21 @@ def _chat(args: argparse.Namespace) -> int:
 def _status(args: argparse.Namespace) -> int:
     from coordinator.terminal import status
 
-    return status(_server(args), holds=args.holds)
+    return status(_server(args), holds=args.holds, token=_token(args))
 
 
 def _drain(args: argparse.Namespace) -> int:
     from coordinator.terminal import drain
 
-    return drain(_server(args), args.worker, args.deadline)
+    return drain(_server(args), args.worker, args.deadline, _token(args))
+
+
+def _token(args: argparse.Namespace) -> ClusterToken | None:
+    """Of the file that flag, environment or --config name."""
+    from engine.rpc.trust import ClusterToken
+
+    path = config.resolve(args, *START_GROUPS)[-1].cluster_token_file
+    return ClusterToken.load(path) if path else None
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ def serve(
     _take_descriptors()
     trusted = Trust.of(trust, front, local_workers=fleet.workers == "local")
     signal.signal(signal.SIGTERM, _terminated)  # until the loop takes it: compilers end too
+    trusted.operator.share()  # for commands of this user
     check_free(front.listen, front.internal_listen, front.http)
     if fleet.workers == "local":
         require_worker_packages("local workers", "; workers on other machines: --workers external")
@@ -187,7 +188,9 @@ def make_supervisor(
     places = [(f"prefill-{i}", Role.PREFILL) for i in range(fleet.prefill_workers)]
     places += [(f"decode-{i}", Role.DECODE) for i in range(fleet.decode_workers)]
     log_dir = Path(fleet.log_dir) if fleet.log_dir else state_dir() / "logs" / str(os.getpid())
-    worker = WorkerOptions(coordinator=dialable(coordinator_address))
+    worker = WorkerOptions(
+        coordinator=dialable(coordinator_address), allowed_hosts=options.front.allowed_hosts
+    )
     trust = TrustOptions(token.share() if token else "")
     # Dealt once: a worker that starts again has the share and the GPU of its predecessor.
     memory = str(host_memory().share(len(places)))

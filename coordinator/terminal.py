@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import grpc
 from rich.console import Console
@@ -18,9 +18,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from coordinator.client import AnswerEvent, Client, Done, TextDelta, describe
-from engine.errors import ConfigError, DiptychError, Unavailable
+from engine.errors import (
+    ConfigError,
+    DiptychError,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+)
 from engine.memory import shown
 from engine.pb.diptych.v1 import admin_pb2
+from engine.rpc.local_token import local_token
+from engine.rpc.trust import ClusterToken
 from engine.types import KVLink
 
 _HOLDS_S = 5.0  # for a worker to say what it holds
@@ -71,7 +79,7 @@ def chat(
     return 0
 
 
-def status(server: str, *, holds: bool = False) -> int:
+def status(server: str, *, holds: bool = False, token: ClusterToken | None = None) -> int:
     """Print the pools, and what their workers hold if asked; returns the exit status."""
     with _connect(server) as client:
         try:
@@ -99,15 +107,25 @@ def status(server: str, *, holds: bool = False) -> int:
             line = f"{w.worker_id} holds {size}, limited by {w.kv_pool_limit}"
             console.print(escape(line), highlight=False)
     if holds:
-        console.print(_holds(workers))
+        console.print(_holds(workers, token or _found(server)))
     return 0
 
 
-def drain(server: str, worker_id: str, deadline_s: float | None) -> int:
+def drain(
+    server: str, worker_id: str, deadline_s: float | None, token: ClusterToken | None = None
+) -> int:
     """Wait until a worker has drained and ended; returns the exit status."""
     with _connect(server) as client:
         try:
-            client.drain(worker_id, deadline_s)
+            client.drain(worker_id, deadline_s, token=token)
+        except (Unauthenticated, PermissionDenied):
+            which = "no cluster token" if token is None else "another cluster's token"
+            print(
+                f"coordinator: {which}: give --cluster-token-file, the file that the coordinator at"
+                f" {server} was started with; without one, drain on its machine and as its user",
+                file=sys.stderr,
+            )
+            return 1
         except (DiptychError, grpc.RpcError) as error:
             return _complain(server, error)
     print(f"{worker_id} has ended")
@@ -120,8 +138,13 @@ def _connect(server: str) -> Client:
     return Client(server)
 
 
-def _holds(workers: Sequence[admin_pb2.Worker]) -> Table:
-    """What every worker says of itself over HTTP."""
+def _found(server: str) -> ClusterToken | None:
+    """The token of the first of these coordinators that runs here, for this user."""
+    return next((token for a in server.split(",") if (token := local_token(a.strip()))), None)
+
+
+def _holds(workers: Sequence[admin_pb2.Worker], token: ClusterToken | None) -> Table:
+    """What every worker says of itself over HTTP; request ids are shown to those with a token."""
     from engine.telemetry.holds import HOLDS_PATH  # it imports a server's parts
 
     table = Table(title="holds", title_justify="left", header_style="bold")
@@ -132,7 +155,9 @@ def _holds(workers: Sequence[admin_pb2.Worker]) -> Table:
     table.add_column("reason")
     for w in workers:
         try:
-            with urlopen(f"http://{w.http_address}{HOLDS_PATH}", timeout=_HOLDS_S) as answer:
+            url = f"http://{w.http_address}{HOLDS_PATH}"
+            asked = Request(url, headers=dict(token.metadata) if token else {})
+            with urlopen(asked, timeout=_HOLDS_S) as answer:
                 found = json.load(answer)
         except (OSError, ValueError) as error:
             table.add_row(escape(w.worker_id), "", "", "", "", "", escape(f"unknown: {error}"))

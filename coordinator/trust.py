@@ -1,40 +1,38 @@
 """Whom a coordinator believes to be of its cluster.
 
-    --cluster-token-file   internal services and DrainWorker ask for its token
-    local workers alone    a token of our own, which they get in a file in memory
-    neither, on loopback   nothing is asked for, and a line in the log says so
+                           asked of workers       asked of operators
+    --cluster-token-file   its token              its token
+    local workers alone    one of our own         the same
+    neither, on loopback   none; the log warns    one of our own
 
-DrainWorker stands on the public port: where that can be reached from other machines and there is no
-file, it asks for a token that nobody has.
+What operators may do: AdminService.DrainWorker, and request ids in /debug/holds. A token of our own
+is in a file in memory; local workers and commands of the same user read it there.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.config import FrontOptions, TrustOptions
-from engine.rpc.trust import ClusterToken, stays_on_this_machine, token_for
+from engine.rpc.trust import ClusterToken, token_for
 
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """The tokens that are asked for; None: none is."""
+    """The tokens that are asked for."""
 
-    cluster: ClusterToken | None = None  # of calls between coordinators and workers
-    drain: ClusterToken | None = None  # of AdminService.DrainWorker
+    cluster: ClusterToken | None = None  # of calls between coordinators and workers; None: none is
+    operator: ClusterToken = field(default_factory=ClusterToken.random)
 
     @classmethod
     def of(cls, options: TrustOptions, front: FrontOptions, *, local_workers: bool) -> Trust:
         """Read the file, or make a token. Raises ConfigError."""
-        token: ClusterToken | None
         if options.cluster_token_file:
             token = ClusterToken.load(options.cluster_token_file)
             return cls(token, token)
         if local_workers:
             token = ClusterToken.random()
-        elif front.internal_listen:
-            token = token_for(options, "--internal-listen", front.internal_listen)
-        else:
-            token = token_for(options, "--listen", front.listen)
-        open_to_others = not stays_on_this_machine(front.listen)
-        return cls(token, ClusterToken.random() if open_to_others else None)
+            return cls(token, token)
+        if front.internal_listen:
+            return cls(token_for(options, "--internal-listen", front.internal_listen))
+        return cls(token_for(options, "--listen", front.listen))

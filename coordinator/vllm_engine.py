@@ -6,6 +6,9 @@ Tokens in, tokens out. A thin translation to our own Generate in this process:
                  ^
     Abort(ids) --'  the task ends, and what is unfinished completes as "abort"
 
+An abort ends requests of the connection over which it comes, and no others: ids are chosen by
+clients, and several clients reach one coordinator. A gateway sends both over one connection.
+
 Owned by the event loop.
 """
 
@@ -27,9 +30,11 @@ from coordinator.vllm_request import to_generate
 from engine.pb.diptych.v1 import inference_pb2
 from engine.pb.vllm import vllm_engine_pb2
 from engine.telemetry.log import get_logger
+from engine.telemetry.metrics import CoordinatorMetrics
 
 _log = get_logger(__name__)
 
+_MAX_LOGGED = 8  # ids of one refused abort
 _SERVER_TYPE = "vllm-grpc"  # the protocol's word for who speaks it
 
 Responses = AsyncGenerator[vllm_engine_pb2.GenerateResponse, None]
@@ -45,6 +50,7 @@ class VllmEngineServicer:
         inference: InferenceServicer,
         pipeline: Pipeline,
         membership: Membership,
+        metrics: CoordinatorMetrics,
         ready: Callable[[], bool],
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -52,12 +58,13 @@ class VllmEngineServicer:
         self._inference = inference
         self._pipeline = pipeline
         self._membership = membership
+        self._metrics = metrics
         self._ready = ready
         self._clock = clock
         self._started = clock()
         self._last_request = 0.0
-        # Several callers may use one id; an abort ends them all.
-        self._running: dict[str, set[asyncio.Task[None]]] = {}
+        # By connection and id; several requests of one connection may have the same.
+        self._running: dict[tuple[str, str], set[asyncio.Task[None]]] = {}
 
     # Method names are the wire's.
     async def Generate(self, request: vllm_engine_pb2.GenerateRequest, context: Any) -> Responses:
@@ -68,7 +75,7 @@ class VllmEngineServicer:
         events: Events = Merge()
         async with events:
             task = events.add(self._run(generate, context, events))
-            with self._abortable(request.request_id, task):
+            with self._abortable((context.peer(), request.request_id), task):
                 async for event in events:
                     for response in reply.add(event):
                         yield response
@@ -88,10 +95,19 @@ class VllmEngineServicer:
     async def Abort(
         self, request: vllm_engine_pb2.AbortRequest, context: Any
     ) -> vllm_engine_pb2.AbortResponse:
-        """End requests by id; ids that run nowhere here are ignored."""
-        for request_id in request.request_ids:
-            for task in self._running.get(request_id, ()):
-                task.cancel()
+        """End requests of this connection by id; other ids are ignored."""
+        wanted, peer = set(request.request_ids), context.peer()
+        foreign = set()
+        for (owner, request_id), tasks in self._running.items():
+            if request_id in wanted and owner != peer:
+                foreign.add(request_id)
+            elif request_id in wanted:
+                for task in tasks:
+                    task.cancel()
+        if foreign:
+            self._metrics.aborts_refused.inc(len(foreign))
+            ids = sorted(foreign)[:_MAX_LOGGED]
+            _log.warning("abort refused: requests of other connections", peer=peer, request_ids=ids)
         return vllm_engine_pb2.AbortResponse()
 
     async def GetModelInfo(
@@ -136,13 +152,13 @@ class VllmEngineServicer:
                 await events.put(event)
 
     @contextmanager
-    def _abortable(self, request_id: str, task: asyncio.Task[None]) -> Iterator[None]:
+    def _abortable(self, key: tuple[str, str], task: asyncio.Task[None]) -> Iterator[None]:
         """While inside, Abort finds the task."""
-        self._running.setdefault(request_id, set()).add(task)
+        self._running.setdefault(key, set()).add(task)
         try:
             yield
         finally:
-            tasks = self._running[request_id]
+            tasks = self._running[key]
             tasks.discard(task)
             if not tasks:
-                del self._running[request_id]
+                del self._running[key]

@@ -27,6 +27,9 @@ ENV_PREFIX = "DIPTYCH_"
 MAX_CLIENT_S = 1e6  # gRPC's keepalive takes milliseconds in 32 bits
 MAX_REQUEST_S = 1e9  # gRPC cannot carry a deadline of some centuries; this is three decades
 _ORIGIN = re.compile(r"^[a-z][a-z0-9+.-]*://[^\s/,?#*]+$")
+_HOST = re.compile(
+    r"^(\*\.)?[A-Za-z0-9_-]([A-Za-z0-9_.-]*)$|^\[?[0-9a-fA-F]*:[0-9a-fA-F.:]*:[0-9a-fA-F.]*\]?$"
+)
 _SIZE = re.compile(r"^\s*([0-9.]+)\s*([kmgt]?)i?b?\s*$", re.IGNORECASE)
 
 
@@ -67,6 +70,14 @@ def parse_origins(text: str) -> str:
     return text
 
 
+def parse_hosts(text: str) -> str:
+    """NAME[,NAME...] without ports; "*.example.com" for all below one, "*" for all, or nothing."""
+    names = [name.strip() for name in text.split(",")]
+    if text and names != ["*"] and not all(_HOST.match(name) for name in names):
+        raise ValueError("expected NAME[,NAME...] without ports, *.DOMAIN, or *")
+    return text
+
+
 def _parse_bool(text: str | bool) -> bool:
     if isinstance(text, bool):
         return text
@@ -89,6 +100,13 @@ def option(
     """A dataclass field that is also a flag."""
     meta = {"help": help, "choices": tuple(choices), "parse": parse, "min": minimum, "max": maximum}
     return dataclasses.field(default=default, metadata=meta)
+
+
+_ALLOWED_HOSTS = (
+    "NAME[,NAME...] that clients may put into the Host header of HTTP requests, *.DOMAIN for all "
+    "below one, *: any; besides localhost, loopback addresses and the host of --http; default on a "
+    "loopback address: none, on others: any"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +232,7 @@ class WorkerOptions:
         "127.0.0.1:0", "HOST:PORT of the worker's gRPC services", parse=parse_address
     )
     http: str = option("127.0.0.1:0", "HOST:PORT of /metrics and /health", parse=parse_address)
+    allowed_hosts: str = option("", _ALLOWED_HOSTS, parse=parse_hosts)
     advertise: str = option(
         "", "HOST by which peers reach this worker; default: the host of --listen"
     )
@@ -255,6 +274,7 @@ class FrontOptions:
     http: str = option(
         "127.0.0.1:8000", "HOST:PORT of the OpenAI API, /metrics and /health", parse=parse_address
     )
+    allowed_hosts: str = option("", _ALLOWED_HOSTS, parse=parse_hosts)
     internal_listen: str = option("", "HOST:PORT for workers alone; default: they use --listen")
     tool_format: str = option(
         "auto",

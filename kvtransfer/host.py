@@ -39,6 +39,7 @@ from engine.rpc.server import RpcServer
 from engine.rpc.trust import ClusterToken
 from engine.telemetry.holds import holds_route
 from engine.telemetry.http import make_app, serve_http
+from engine.telemetry.http_guard import refusals_counter
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import RpcMetrics
 from engine.telemetry.progress import print_line
@@ -237,11 +238,13 @@ async def run_worker(
         make_app(
             registry,
             lambda: bool(registration and registration.registered) and not host.calls.draining,
-            [holds_route(host.holds.report)],
+            [holds_route(host.holds.report, settings.token)],
             alive=lambda: host.engine.responsive,
         ),
         settings.worker.http,
         grpc_port=port,
+        allowed_hosts=settings.worker.allowed_hosts,
+        refused=refusals_counter(registry),
     )
     reaper = asyncio.create_task(host.kv.reap())
     host.engine.start()

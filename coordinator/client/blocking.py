@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,6 +21,8 @@ from coordinator.client.messages import chat_request, generate_request
 from coordinator.client.stream import Call, Stream
 from engine.errors import DeadlineExceeded, DiptychError
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from engine.rpc.local_token import local_token
+from engine.rpc.trust import ClusterToken
 
 
 class Client:
@@ -83,14 +86,25 @@ class Client:
         return list(self._ask(methods, admin_pb2.ListWorkersRequest(), timeout_s).workers)
 
     def drain(
-        self, worker_id: str, deadline_s: float | None = None, *, timeout_s: float = 600.0
+        self,
+        worker_id: str,
+        deadline_s: float | None = None,
+        *,
+        token: ClusterToken | None = None,
+        timeout_s: float = 600.0,
     ) -> None:
         """Have a worker finish or hand over its requests and end; returns when it has ended.
 
         `deadline_s`: how long they may take to finish; None: as the worker itself was told.
+        `token`: the cluster's; None: that of a coordinator of this user on this machine.
         """
         request = admin_pb2.DrainWorkerRequest(worker_id=worker_id, deadline_s=deadline_s)
-        self._ask([stub.DrainWorker for stub in self._admin], request, timeout_s)
+        methods = []
+        for stub, address in zip(self._admin, self._coordinators.addresses, strict=True):
+            own = token or local_token(address)
+            metadata = own.metadata if own else ()
+            methods.append(partial(stub.DrainWorker, metadata=metadata))
+        self._ask(methods, request, timeout_s)
 
     def close(self) -> None:
         """Close the connections; calls on them are cancelled."""

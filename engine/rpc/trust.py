@@ -7,8 +7,9 @@ Whoever has the token is trusted with the cluster: with its prompts, its workers
 answers (docs/security.md). Several lines let it be changed without a pause: all are accepted, the
 first is sent. The secret is in no command line, no variable, no log line and no repr.
 
-A coordinator makes a token of its own for workers that it starts, and hands it over in a file in
-memory, which no other user can open and which ends with it.
+A coordinator without a file makes a token of its own. Workers that it starts, and commands of its
+user (local_token.py), find it in a file in memory, which no other user can open and which ends with
+the coordinator.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import hmac
 import os
 import secrets
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
@@ -33,6 +34,7 @@ _MAX_SECRET_BYTES = 1024  # it travels in the headers of every call
 _MAX_SECRETS = 8
 _FLAG = "--cluster-token-file"
 _KEY = "authorization"
+SHARED_NAME = "diptych-cluster-token"  # of the file in memory
 _REMEDY = f"set {_FLAG} to the file that the processes of this cluster share"
 
 Metadata = Iterable[tuple[str, str | bytes]]
@@ -77,7 +79,7 @@ class ClusterToken:
 
     def share(self) -> str:
         """A file in memory that `load` can read while this process lives; its owner's alone."""
-        descriptor = os.memfd_create("diptych-cluster-token")
+        descriptor = os.memfd_create(SHARED_NAME)
         os.fchmod(descriptor, 0o600)
         os.write(descriptor, "\n".join(self._secrets).encode())
         return f"/proc/{os.getpid()}/fd/{descriptor}"
@@ -89,7 +91,10 @@ class ClusterToken:
 
     def check(self, metadata: Metadata | None) -> None:
         """Raise Unauthenticated where a call carries no token, PermissionDenied for another one."""
-        given = [str(value) for key, value in metadata or () if key == _KEY]
+        self.check_values([str(value) for key, value in metadata or () if key == _KEY])
+
+    def check_values(self, given: Sequence[str]) -> None:
+        """The same, of the values of an `authorization` header."""
         if not given:
             raise Unauthenticated(f"no cluster token; {_REMEDY}")
         # Digests are of one length, and all are compared: the time taken tells nothing.
@@ -101,6 +106,12 @@ class ClusterToken:
                 found |= hmac.compare_digest(digest, _digest(secret))
         if not found:
             raise PermissionDenied(f"not this cluster's token; {_REMEDY}")
+
+    def pseudonym(self, text: str) -> str:
+        """A short name for `text`, the same in all processes of the cluster, and no way back."""
+        key = self._secrets[0].encode()[: hashlib.blake2b.MAX_KEY_SIZE]
+        digest = hashlib.blake2b(text.encode(errors="replace"), key=key, digest_size=6)
+        return f"~{digest.hexdigest()}"
 
 
 def token_for(options: TrustOptions, flag: str, address: str) -> ClusterToken | None:

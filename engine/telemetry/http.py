@@ -9,6 +9,7 @@ with its connection is no error of this process.
 from __future__ import annotations
 
 import asyncio
+import logging
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -31,15 +32,24 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from engine.errors import ConfigError
 from engine.rpc.address import listen_on
 from engine.telemetry.grpc_refusal import PREFACE, GrpcRefusal
+from engine.telemetry.http_framing import Connection
+from engine.telemetry.http_guard import AllowedHosts, Guard, Refused
+from engine.telemetry.log import get_logger
+
+_log = get_logger(__name__)
 
 CLIENT_TIMEOUT_S = 30.0
 _TELLING = 4  # bytes by which HTTP/2's preface differs from any request of HTTP/1.1
+_MAX_HEAD_BYTES = 64 * 1024
+_http_log = logging.getLogger("uvicorn.error.http")
+_http_log.setLevel(logging.ERROR)
 KEEPALIVE_S = 60.0  # what proxies and clients expect of a connection that rests
 
 
 class _Config(uvicorn.Config):
     client_timeout_s: float
     to_grpc_clients: str
+    refused: Refused
 
 
 class _Protocol(H11Protocol):
@@ -56,6 +66,11 @@ class _Protocol(H11Protocol):
     _refusal: GrpcRefusal | None = None  # of a gRPC client, which has taken the wrong port
     _left: int = 0  # bytes that the peer had not taken when `_unread` was set
     _lost: bool = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conn: Connection = Connection(_MAX_HEAD_BYTES)
+        self.logger = _http_log  # a refusal is logged here, with its reason
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -108,8 +123,11 @@ class _Protocol(H11Protocol):
         if cycle is not None and not cycle.response_complete:
             cycle.disconnected = True
             cycle.message_event.set()
+        reason = self.conn.refused or msg
+        cast(_Config, self.config).refused("framing")
+        _log.info("http request refused", reason=reason, peer=self.client)
         try:
-            super().send_400_response(msg)
+            super().send_400_response(f"{reason}\n")
         except LocalProtocolError:  # an answer has begun, or is over
             self.transport.close()
         self._wait_for_reader()
@@ -259,16 +277,21 @@ async def serve_http(
     client_timeout_s: float = CLIENT_TIMEOUT_S,
     keepalive_s: float = KEEPALIVE_S,
     grpc_port: int = 0,
+    allowed_hosts: str = "*",
+    origins: str = "",
+    refused: Refused = lambda reason: None,
 ) -> HttpServer:
     """Serve `app` on HOST:PORT (port 0: a free one) in this event loop. Raises ConfigError.
 
     Connections that within `client_timeout_s` bring no whole request, or read nothing, are cut off;
     those between two requests are closed after `keepalive_s`. `grpc_port`: this process's, for
-    gRPC clients that come here.
+    gRPC clients that come here. `allowed_hosts`, `origins`: see http_guard; `refused` counts what
+    is refused.
     """
     sock = listen_on(address)
+    hosts = AllowedHosts.of(allowed_hosts, address, sock.getsockname()[0])
     config = _Config(
-        app,
+        Guard(app, hosts, origins, refused),
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -278,6 +301,7 @@ async def serve_http(
         timeout_keep_alive=cast(int, keepalive_s),  # a timer's delay, whatever its type says
     )
     config.client_timeout_s = client_timeout_s
+    config.refused = refused
     config.to_grpc_clients = "this is an HTTP port"
     if grpc_port:
         config.to_grpc_clients += f"; the gRPC port of this process is {grpc_port}"

@@ -245,6 +245,9 @@ class CoordinatorMetrics:
         self._request_success = make.counter(
             "request_success", "Answers that ended well.", "finished_reason"
         )
+        self.aborts_refused = make.counter(
+            "aborts_refused", "Aborts of requests that came over another connection."
+        )
         self._request_failures = make.counter(
             "request_failures", "Requests that ended with an error.", "code"
         )

@@ -33,6 +33,7 @@ from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, infer
 from engine.rpc.channel import open_channel
 from engine.rpc.convert import identity_to_pb
 from engine.rpc.status import DETAILS_KEY, PUSHBACK_KEY
+from engine.rpc.trust import ClusterToken
 from engine.types import PROTOCOL_VERSION, Peer, Role
 from tests.support.fake_decode import Cue, FakeDecode, identity, lost
 
@@ -811,11 +812,18 @@ async def test_a_worker_is_told_to_drain_and_waited_for(checkpoint):
             await call.write(registry_pb2.WorkerMessage(hello=hello()))
             assert (await call.read()).HasField("welcome")
 
-            async def refused(**fields):
+            token = f.coordinator.trust.operator.metadata
+
+            async def refused(metadata=token, **fields):
+                request = admin_pb2.DrainWorkerRequest(**fields)
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await admin.DrainWorker(admin_pb2.DrainWorkerRequest(**fields))
+                    await admin.DrainWorker(request, metadata=metadata)
                 return caught.value.code(), caught.value.details()
 
+            code, _ = await refused((), worker_id="d9")
+            assert code is grpc.StatusCode.UNAUTHENTICATED
+            code, _ = await refused(ClusterToken.random().metadata, worker_id="d9")
+            assert code is grpc.StatusCode.PERMISSION_DENIED
             code, words = await refused(worker_id="d1")
             assert (code, "known: d9" in words) == (grpc.StatusCode.NOT_FOUND, True)
             code, words = await refused()
@@ -825,7 +833,8 @@ async def test_a_worker_is_told_to_drain_and_waited_for(checkpoint):
                 assert (code, "deadline_s" in words) == (grpc.StatusCode.INVALID_ARGUMENT, True)
 
             request = admin_pb2.DrainWorkerRequest(worker_id="d9", deadline_s=7.0)
-            drained = asyncio.ensure_future(admin.DrainWorker(request, timeout=20))
+            drain = admin.DrainWorker(request, timeout=20, metadata=token)
+            drained = asyncio.ensure_future(drain)
             assert (await call.read()).drain.deadline_s == 7.0
             load = registry_pb2.Load(num_running=1, draining=True)
             await call.write(registry_pb2.WorkerMessage(load=load))
@@ -847,7 +856,9 @@ async def test_a_worker_that_only_fell_silent_has_not_ended(checkpoint, monkeypa
             await call.write(registry_pb2.WorkerMessage(hello=hello()))
             await call.read()
             request = admin_pb2.DrainWorkerRequest(worker_id="d9", deadline_s=7.0)
-            drained = asyncio.ensure_future(admin.DrainWorker(request, timeout=20))
+            token = f.coordinator.trust.operator.metadata
+            drain = admin.DrainWorker(request, timeout=20, metadata=token)
+            drained = asyncio.ensure_future(drain)
             assert (await call.read()).HasField("drain")
             await until(lambda: f.coordinator.membership.snapshot()[0].state.value == "suspect")
             await asyncio.sleep(1.2)  # as often as is looked

@@ -21,23 +21,29 @@ def file(tmp_path):
 @pytest.mark.parametrize("listen", ["127.0.0.1:1", "0.0.0.0:1"])
 def test_a_file_is_asked_for_everywhere(file, local, listen):
     trust = Trust.of(file, FrontOptions(listen=listen), local_workers=local)
-    assert trust.cluster == trust.drain is not None
+    assert trust.cluster == trust.operator is not None
     trust.cluster.check((("authorization", "Bearer 0123456789abcdef"),))
 
 
 def test_local_workers_get_a_token_of_their_own():
     first, second = (Trust.of(TrustOptions(), FrontOptions(), local_workers=True) for _ in "ab")
     assert first.cluster is not None and first.cluster != second.cluster
-    assert first.drain is None, "whoever may start it may drain it"
+    assert first.operator == first.cluster
 
 
-def test_nobody_elsewhere_drains_without_a_file():
+def test_operators_need_a_token_without_a_file_too():
     for front, local in (
+        (FrontOptions(), True),
+        (FrontOptions(), False),
         (FrontOptions(listen="0.0.0.0:1"), True),
+        (FrontOptions(internal_listen="127.0.0.1:2"), False),
         (FrontOptions(listen="0.0.0.0:1", internal_listen="127.0.0.1:2"), False),
     ):
         trust = Trust.of(TrustOptions(), front, local_workers=local)
-        assert trust.drain is not None and trust.drain != trust.cluster
+        with pytest.raises(Unauthenticated):
+            trust.operator.check(())
+        with pytest.raises(PermissionDenied):
+            trust.operator.check(Trust().operator.metadata)
 
 
 def test_workers_that_dial_in_from_elsewhere_need_a_file():
@@ -49,7 +55,7 @@ def test_workers_that_dial_in_from_elsewhere_need_a_file():
             Trust.of(TrustOptions(), FrontOptions(**options), local_workers=False)
         assert caught.value.message.startswith(flag)
     trust = Trust.of(TrustOptions(), FrontOptions(), local_workers=False)
-    assert trust == Trust(None, None)
+    assert trust.cluster is None
 
 
 @pytest.mark.parametrize("error", [Unauthenticated("no token"), PermissionDenied("another")])

@@ -252,6 +252,26 @@ async def test_an_abort_ends_every_request_of_that_id_and_no_other():
         assert last.complete.finish_reason == "length"
 
 
+async def test_an_abort_over_another_connection_ends_nothing():
+    async with engine() as (front, stub):
+        await front.worker(pace_s=0.02)
+        reading = asyncio.create_task(responses(stub.Generate(request("a", max_tokens=20))))
+        await until(lambda: front.coordinator.pipeline.num_requests == 1)
+        alone = ("grpc.use_local_subchannel_pool", 1)
+        async with open_channel(front.coordinator.address, alone) as channel:
+            stranger = vllm_engine_pb2_grpc.VllmEngineStub(channel)
+            await stranger.Abort(pb.AbortRequest(request_ids=["a", "b"]))
+            own = asyncio.create_task(responses(stranger.Generate(request("a", max_tokens=60))))
+            await until(lambda: front.coordinator.pipeline.num_requests == 2)
+            await stranger.Abort(pb.AbortRequest(request_ids=["a"]))
+            *_, last = await asyncio.wait_for(own, 5)
+            assert last.complete.finish_reason == "abort"
+        *_, last = await asyncio.wait_for(reading, 10)
+        assert last.complete.finish_reason == "length"
+        sample = front.coordinator.registry.get_sample_value
+        assert sample("diptych_aborts_refused_total", {"model_name": "smollm2"}) == 2
+
+
 async def test_a_client_that_goes_takes_its_request_along():
     async with engine() as (front, stub):
         worker = await front.worker(pace_s=0.05)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,9 +65,9 @@ def samples(http_address: str) -> dict[str, float]:
     return found
 
 
-def holds(http_address: str) -> dict[str, Any]:
-    """What /debug/holds says."""
-    response = http_get(f"http://{http_address}/debug/holds")
+def holds(http_address: str, token: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
+    """What /debug/holds shows; with the cluster's token, request ids too."""
+    response = http_get(f"http://{http_address}/debug/holds", headers=dict(token))
     response.raise_for_status()
     report: dict[str, Any] = response.json()
     return report

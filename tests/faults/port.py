@@ -153,12 +153,12 @@ class Port:
     def health(self) -> bytes:
         """What /health says to a proper request on a new connection."""
         with connect(self.stack.http_address) as sock:
-            sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             return sock.recv(65536)
 
     def held_for(self, name: str, *request_ids: str) -> bool:
         """Whether a process holds something for one of these requests."""
-        response = http_get(f"http://{self._http[name]}/debug/holds")
+        response = http_get(f"http://{self._http[name]}/debug/holds", headers=self.stack.operator)
         response.raise_for_status()
         held = json.dumps(response.json())
         return any(request_id in held for request_id in request_ids)

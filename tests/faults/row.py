@@ -274,7 +274,8 @@ class Row:
     def holds(self, name: str) -> set[str]:
         """Owners of what a worker holds; requests own by their ids."""
         try:
-            return {str(h["owner"]) for h in checks.holds(self.cluster.http(name))["holds"]}
+            found = checks.holds(self.cluster.http(name), self.cluster.token)["holds"]
+            return {str(hold["owner"]) for hold in found}
         except httpx.HTTPError:
             return set()
 

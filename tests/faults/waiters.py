@@ -149,7 +149,7 @@ def half_asks_by_http(port: Port) -> None:
     openings = (
         b"",
         b"GET /hea",
-        b"GET /health HTTP/1.1\r\nHost: x\r\nX: y",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: y",
         b"POST / HTTP/1.1\r\n",
     )
     crowd = [connect(port.stack.http_address) for _ in range(NUM_HTTP_CONNECTIONS)]

@@ -23,6 +23,7 @@ from coordinator.client import Client, Done, TextDelta
 from engine.errors import DiptychError
 from engine.pb.diptych.v1 import admin_pb2, inference_pb2_grpc
 from engine.rpc.channel import open_channel
+from engine.rpc.local_token import local_token
 from tests.support.http_get import http_get
 
 START_S = 180.0
@@ -129,6 +130,13 @@ class Stack:
                 if state != "Z" and self.address in command and name in command:
                     found.append(int(entry.name))
         return found
+
+    @property
+    def operator(self) -> dict[str, str]:
+        """Headers of an operator's HTTP request to any process of the stack."""
+        token = local_token(self.address)
+        assert token is not None
+        return dict(token.metadata)
 
     def token_flag(self) -> str:
         """How a local worker was given the cluster's secret: for one from outside."""

@@ -21,7 +21,7 @@ LONG = next(case for case in ORACLE if len(case["prompt"]) == 1500)
 pytestmark = pytest.mark.timeout(300)
 
 
-def report(http_address: str) -> dict[str, Any]:
+def report(stack: Stack, http_address: str) -> dict[str, Any]:
     """What a process says; whatever the moment, nothing lacks an owner, a reason or an end.
 
     An engine in a step of more than a second does not answer, and says so: it is asked again.
@@ -29,7 +29,7 @@ def report(http_address: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def answered() -> bool:
-        response = http_get(f"http://{http_address}/debug/holds", 10)
+        response = http_get(f"http://{http_address}/debug/holds", 10, stack.operator)
         assert response.headers["content-type"] == "application/json"
         found.update(response.json())
         return "pool" not in found or found["pool"].get("unexplained") is not None
@@ -58,10 +58,10 @@ def test_holds_from_the_prompt_to_the_end(stack: Stack) -> None:
     seen: dict[str, set[str]] = {"prefill": set(), "decode": set()}
 
     def prefilling() -> bool:
-        at_p, at_d = report(p.http_address), report(d.http_address)
+        at_p, at_d = report(stack, p.http_address), report(stack, d.http_address)
         seen["prefill"] |= kinds(at_p, "held")
         seen["decode"] |= kinds(at_d, "held")
-        (hold,) = report(stack.http_address)["holds"]
+        (hold,) = report(stack, stack.http_address)["holds"]
         assert (hold["owner"], hold["num_tokens"]) == ("held", 1500)
         if "waits for tokens" not in hold["reason"]:
             return "is being answered" in hold["reason"]
@@ -71,9 +71,9 @@ def test_holds_from_the_prompt_to_the_end(stack: Stack) -> None:
 
     until(
         lambda: (
-            bool(report(stack.http_address)["holds"])
-            and report(stack.http_address)["holds"][0].get("num_tokens") == 1500
-            and "waits for tokens" in report(stack.http_address)["holds"][0]["reason"]
+            bool(report(stack, stack.http_address)["holds"])
+            and report(stack, stack.http_address)["holds"][0].get("num_tokens") == 1500
+            and "waits for tokens" in report(stack, stack.http_address)["holds"][0]["reason"]
         ),
         10,
         "the request is on its way",
@@ -84,7 +84,7 @@ def test_holds_from_the_prompt_to_the_end(stack: Stack) -> None:
     assert {"request", "task"} <= seen["decode"]
 
     next(call)
-    at_d = report(d.http_address)
+    at_d = report(stack, d.http_address)
     (running,) = [hold for hold in at_d["holds"] if hold["kind"] == "request"]
     assert running["owner"] == "held" and "running" in running["reason"]
     assert running["num_blocks"] == at_d["pool"]["held"] >= 94
@@ -96,9 +96,9 @@ def test_holds_from_the_prompt_to_the_end(stack: Stack) -> None:
     assert shown.returncode == 0, shown.stderr
     (line,) = [line for line in shown.stdout.splitlines() if "running: this answer" in line]
     assert "decode-0" in line and "held" in line
-    until(lambda: not report(p.http_address)["holds"], 10, "the prefill worker is done")
+    until(lambda: not report(stack, p.http_address)["holds"], 10, "the prefill worker is done")
 
     call.cancel()
     stack.assert_at_rest()
     for address in (stack.http_address, p.http_address, d.http_address):
-        until(lambda a=address: not report(a)["holds"], 5, f"nothing is held at {address}")  # type: ignore[misc]
+        until(lambda a=address: not report(stack, a)["holds"], 5, f"nothing is held at {address}")  # type: ignore[misc]

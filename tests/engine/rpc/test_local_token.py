@@ -1,0 +1,104 @@
+"""The token of a process that listens here: found by its address and its user, or not at all."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from engine.rpc.local_token import local_token
+from engine.rpc.trust import ClusterToken
+
+HOLDER = """
+import socket, sys
+from engine.rpc.trust import ClusterToken
+sock = socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET)
+if "mapped" in sys.argv: sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+sock.bind((sys.argv[1], 0))
+sock.listen()
+if sys.argv[2] == "shared": ClusterToken(("the-secret-of-the-holder",)).share()
+print(sock.getsockname()[1], flush=True)
+sys.stdin.read()
+"""
+TOKEN = ClusterToken(("the-secret-of-the-holder",))
+FINDER = """
+import encodings.idna, os, sys
+from engine.rpc.local_token import local_token
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+print(local_token(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def holding():
+    """Start a process that listens on a host and holds a token; returns it and its port."""
+    started = []
+
+    def start(host, *words):
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, host, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process, int(process.stdout.readline())
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("listens", "words", "asked"),
+    [
+        ("127.0.0.1", (), ("127.0.0.1", "localhost")),
+        ("0.0.0.0", (), ("127.0.0.1", "127.4.5.6", "localhost")),
+        ("::ffff:127.0.0.1", ("mapped",), ("127.0.0.1",)),
+        ("::", ("mapped",), ("127.0.0.1", "[::1]")),
+        ("::1", (), ("[::1]",)),
+    ],
+)
+def test_it_is_found_by_the_address(holding, listens, words, asked):
+    try:
+        _, port = holding(listens, "shared", *words)
+    except ValueError:
+        pytest.skip(f"nothing can listen on {listens} here")
+    for host in asked:
+        assert local_token(f"{host}:{port}") == TOKEN, host
+
+
+def test_no_other_address_has_it(holding):
+    _, port = holding("127.0.0.1", "shared")
+    for address in (f"127.0.0.1:{port ^ 1}", f"127.0.0.2:{port}", f"192.0.2.1:{port}", "x", "x:y"):
+        assert local_token(address) is None, address
+    _, port = holding("0.0.0.0", "shared")
+    assert local_token(f"192.0.2.1:{port}") is None, "not of this machine"
+
+
+def test_nothing_is_left_of_a_process_that_was_killed(holding):
+    process, port = holding("127.0.0.1", "shared")
+    process.kill()
+    process.wait()
+    assert local_token(f"127.0.0.1:{port}") is None
+    with socket.socket() as taken:  # another process has the port now
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        assert local_token(f"127.0.0.1:{port}") is None
+
+
+def test_a_process_without_a_token_has_none(holding):
+    _, port = holding("127.0.0.1", "plain")
+    assert local_token(f"127.0.0.1:{port}") is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_does_not_get_it(holding):
+    _, port = holding("127.0.0.1", "shared")
+    done = subprocess.run(
+        [sys.executable, "-c", FINDER, f"127.0.0.1:{port}"], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "None", done.stderr
