@@ -15,18 +15,18 @@ whether that is STOP or LENGTH only the worker can say. Owned by one request.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from coordinator.detokenizer import BROKEN, Detokenizer
 from coordinator.request import AnswerRequest, Chunk, Ending, Placement, ToolCallPiece
-from coordinator.stops import StopChecker
+from coordinator.stops import StopChecker, StopSet
 from coordinator.tokenizer import Tokenizer
 from coordinator.tool_parser import ToolCalls, call_id
 from engine.types import FinishReason, TokenLogprobs
 
 _NOWHERE = Placement()
+_PIECE_TOKENS = 64  # a millisecond of work
 
 
 class Answer:
@@ -40,7 +40,12 @@ class Answer:
         *,
         max_tokens: int,
         min_tokens: int,
+        stops: StopSet | None = None,
     ) -> None:
+        """`stops`: of the request, ready; None: they are made here.
+
+        What the request resumes is taken by `catch_up`.
+        """
         self.token_ids: list[int] = []
         self.ending: Ending | None = None
         self.max_tokens = max_tokens
@@ -66,15 +71,21 @@ class Answer:
             self.broken_prompt_end = self._detokenizer.release_due()
         self._tokenizer = tokenizer
         self._special_ids = tokenizer.special_ids
-        self._stops = StopChecker(
-            request.stop_strings,
-            request.include_stop,
-            min_tokens,
-            tokenizer.special_names if request.stop_strings else (),
-        )
-        # Tokens of an earlier connection count in everything; their text has been delivered.
-        self.push(request.resumed)
-        self.num_resumed = len(self.token_ids)
+        names = tokenizer.special_names if request.stop_strings else ()
+        stops = stops or StopSet(request.stop_strings, names)
+        self._stops = StopChecker(stops, request.include_stop, min_tokens)
+        self._resumed = request.resumed
+        self.num_resumed = 0
+
+    def catch_up(self) -> Iterator[bool]:
+        """Take the tokens of an earlier connection, a piece a step, before all others.
+
+        They count in everything; their text has been delivered.
+        """
+        for start in range(0, len(self._resumed), _PIECE_TOKENS):
+            self.push(self._resumed[start : start + _PIECE_TOKENS])
+            self.num_resumed = len(self.token_ids)
+            yield True
 
     @property
     def num_new(self) -> int:
@@ -180,7 +191,7 @@ class Answer:
         before += self._detokenizer.peek()
         if not before:
             return self._stops.push("", name)
-        trial = deepcopy(self._stops)
+        trial = self._stops.fork()
         text = trial.push(before, name)
         if trial.match is None:  # the answer goes on, and so do they
             return self._stops.push("", name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field, replace
 
 import grpc
@@ -19,6 +19,7 @@ from coordinator.answer import Answer
 from coordinator.dispatch import Dispatch, Route, home_name, meaning_of
 from coordinator.membership import Membership
 from coordinator.request import AnswerRequest, Chunk, Ending
+from coordinator.shared_parts import SharedParts
 from engine.errors import DeadlineExceeded, Unavailable
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.channel import ChannelPool
@@ -69,6 +70,7 @@ class Progress:
     request: AnswerRequest
     prompt: list[int]
     answer: Answer
+    parts: SharedParts = field(default_factory=SharedParts)
     spent: Spent = field(default_factory=Spent)
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
@@ -118,26 +120,23 @@ class Caller:
             # The other choices find the prompt's blocks with choice 0.
             num_tokens = 0 if progress.request.index else progress.num_tokens
             until_first_token.enter_context(self._membership.assigned(computing, num_tokens))
-            call = self._stub(route).Decode(
-                _decode_request(progress, route), timeout=dispatch.remaining_s()
-            )
             home = home_name(route.decode)
-            name = f"decode worker {route.decode.peer.worker_id}"
             try:
-                while (response := await next_message(call, name)) is not None:
-                    if response.HasField("tokens"):
-                        until_first_token.close()
-                        spent.report(response.tokens)
-                        chunk = progress.take(response.tokens)
-                        if chunk.token_ids:
-                            yield replace(chunk, home=home)
-                            home = ""  # once is enough
-                        if answer.ended_here:
+                async with aclosing(self._responses(progress, route, dispatch)) as responses:
+                    async for response in responses:
+                        if response.HasField("tokens"):
+                            until_first_token.close()
+                            spent.report(response.tokens)
+                            chunk = progress.take(response.tokens)
+                            if chunk.token_ids:
+                                yield replace(chunk, home=home)
+                                home = ""  # once is enough
+                            if answer.ended_here:
+                                return
+                        elif response.HasField("finished"):
+                            spent.report(response.finished)
+                            _take_ending(answer, response.finished)
                             return
-                    elif response.HasField("finished"):
-                        spent.report(response.finished)
-                        _take_ending(answer, response.finished)
-                        return
                 if answer.ending is None:
                     raise Unavailable("the decode worker ended its stream before the answer")
             except grpc.aio.AioRpcError as error:
@@ -148,8 +147,37 @@ class Caller:
                 if not self._closed or (task and task.cancelling()):
                     raise
                 raise Unavailable("the channels to workers were closed") from None
+
+    async def _responses(
+        self, progress: Progress, route: Route, dispatch: Dispatch
+    ) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
+        """Messages of a call of Decode, or of a second one where D lacked the shared parts."""
+        parts, incarnation = progress.parts, route.decode.peer.incarnation
+        name = f"decode worker {route.decode.peer.worker_id}"
+        while True:
+            carries = await parts.turn(incarnation, dispatch.remaining_s())
+            is_unknown = False
+            call = None
+            try:
+                request = _decode_request(progress, route, carries)
+                call = self._stub(route).Decode(request, timeout=dispatch.remaining_s())
+                del request  # it may be large, and the call long
+                while (response := await next_message(call, name)) is not None:
+                    if is_unknown := response.HasField("unknown"):
+                        break
+                    if carries:
+                        parts.arrived(incarnation)
+                    yield response
             finally:
-                call.cancel()
+                if carries:
+                    parts.end_turn(incarnation)
+                if call is not None:
+                    call.cancel()
+            if not is_unknown:
+                return
+            if carries:
+                raise Unavailable("the decode worker does not take the request's shared parts")
+            parts.forgotten(incarnation)
 
     def _stub(self, route: Route) -> worker_pb2_grpc.DecodeServiceStub:
         """Of the route's decode worker; channels to workers that have gone are let go."""
@@ -157,18 +185,23 @@ class Caller:
         return worker_pb2_grpc.DecodeServiceStub(self._channels.get(route.decode.peer.address))
 
 
-def _decode_request(progress: Progress, route: Route) -> worker_pb2.DecodeRequest:
+def _decode_request(
+    progress: Progress, route: Route, carries: bool = True
+) -> worker_pb2.DecodeRequest:
+    """One call's message; `carries`: with what the choices share, else the worker has that."""
     request, answer = progress.request, progress.answer
+    sampling = request.sampling if carries else replace(request.sampling, logit_bias=())
     stop = StopParams(
         max_tokens=answer.max_tokens,
         min_tokens=min(request.min_tokens, answer.max_tokens),
-        stop_token_ids=request.stop_token_ids,
+        stop_token_ids=request.stop_token_ids if carries else frozenset(),
     )
     return worker_pb2.DecodeRequest(
         request_id=request.request_id,
-        prompt_token_ids=progress.prompt,
+        shared_key=progress.parts.key,
+        prompt_token_ids=progress.prompt if carries else (),
         output_token_ids=answer.token_ids,
-        sampling=sampling_to_pb(request.sampling),
+        sampling=sampling_to_pb(sampling),
         stop=stop_to_pb(stop),
         prefill=peer_to_pb(route.prefill.peer) if route.prefill else None,
         cache_salt=request.cache_salt,
@@ -176,7 +209,7 @@ def _decode_request(progress: Progress, route: Route) -> worker_pb2.DecodeReques
         incarnation=route.decode.peer.incarnation,
         num_logprobs=request.num_logprobs,
         num_prompt_logprobs=request.num_prompt_logprobs if progress.scores_prompt else None,
-        constraint=constraint_to_pb(request.constraint),
+        constraint=constraint_to_pb(request.constraint) if carries else None,
     )
 
 

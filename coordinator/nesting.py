@@ -1,10 +1,27 @@
-"""How deeply JSON of a caller may be nested: what walks through it later recurses."""
+"""How much JSON of a caller may be: how deep, for what walks through it later recurses, and how
+much in number.
+
+A byte of JSON becomes up to 30 of Python's objects, made in one go with the GIL held. So a text is
+counted first, by pieces that hold the GIL for less than a millisecond each.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import re
+from typing import Any, NoReturn
 
 MAX_DEPTH = 100
+MAX_ITEMS = 262_144  # texts, names, commas, arrays and objects
+MAX_CONTAINERS = 65_536  # arrays and objects
+TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
+TOO_MANY = (
+    f"more than {MAX_ITEMS} texts, names, commas, arrays and objects, or more than"
+    f" {MAX_CONTAINERS} arrays and objects"
+)
+_SMALL_CHARS = 64 * 1024  # a text of this size is within the bounds, or nearly so
+_MARK = re.compile(r'["\[{,]')
+_TEXT = re.compile(r'[^"\\]{0,65536}+(?:\\.[^"\\]{0,256}+){0,256}+', re.DOTALL)  # a piece of one
 
 
 def depth(value: Any) -> int:
@@ -18,3 +35,66 @@ def depth(value: Any) -> int:
             below += [item for item in items if isinstance(item, dict | list)]
         level = below
     return levels
+
+
+def num_items(source: str) -> int:
+    """Texts, names, commas, arrays and objects in a JSON text; counts until just above a bound.
+
+    Raises ValueError there.
+    """
+    items = containers = at = 0
+    while (mark := _MARK.search(source, at)) is not None:
+        items += 1
+        at = mark.end()
+        found = mark[0]
+        if found == '"':
+            at = _end_of_text(source, at)
+        elif found != ",":
+            containers += 1
+        if items > MAX_ITEMS or containers > MAX_CONTAINERS:
+            raise ValueError(TOO_MANY)
+    return items
+
+
+class Items:
+    """What several JSON texts of one request may have in sum."""
+
+    def __init__(self) -> None:
+        self._left = MAX_ITEMS
+
+    def take(self, source: str) -> bool:
+        """Whether there is room for one more text, which is counted then."""
+        try:
+            size = num_items(source)
+        except ValueError:
+            return False
+        fits = size <= self._left
+        self._left -= size if fits else 0
+        return fits
+
+
+def _end_of_text(source: str, at: int) -> int:
+    """The position behind the quote that ends the text which goes on at `at`."""
+    while (piece := _TEXT.match(source, at)) is not None and piece.end() > at:
+        at = piece.end()
+    return at + 1
+
+
+def loads(source: str, *, may_be_deep: bool = False) -> Any:
+    """The value of a JSON text. Raises ValueError where it is none, or beyond the bounds.
+
+    NaN and infinities are no JSON. `may_be_deep`: nothing walks through it.
+    """
+    if len(source) > _SMALL_CHARS:
+        num_items(source)
+    try:
+        value = json.loads(source, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    if not may_be_deep and isinstance(value, dict | list) and depth(value) > MAX_DEPTH:
+        raise ValueError(TOO_DEEP)
+    return value
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")

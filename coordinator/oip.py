@@ -36,6 +36,7 @@ from engine.telemetry.metrics import CoordinatorMetrics
 _log = get_logger(__name__)
 
 _MAX_OPEN = 256  # requests of one stream at once; the next ones stay in the client's buffers
+_LARGE_BYTES = 64 * 1024  # a larger request is read in a thread
 _STUCK_S = 10.0  # what a request may take beyond its own time: its client does not read
 _ERRORS_END_STREAM = "triton_grpc_error"  # metadata by which a client asks for that
 
@@ -120,7 +121,7 @@ class OipServicer:
         self, request: grpc_service_pb2.ModelInferRequest, context: Any
     ) -> grpc_service_pb2.ModelInferResponse:
         """One whole answer."""
-        asked = self._read(request)
+        asked = await self._read(request)
         if asked.streaming:
             raise InvalidRequest("streaming", "true; expected ModelStreamInfer, which can stream")
         async with aclosing(self._responses(asked, context)) as responses:
@@ -163,7 +164,7 @@ class OipServicer:
         """One request of a stream, its error included."""
         stream_response = grpc_service_pb2.ModelStreamInferResponse
         try:
-            asked = self._read(request)
+            asked = await self._read(request)
             async with aclosing(self._responses(asked, context)) as responses:
                 async for response in responses:
                     await merge.put(stream_response(infer_response=response))
@@ -181,9 +182,11 @@ class OipServicer:
             status = internal("internal error; the server's log tells more")
             await merge.put(_failure(request, status, error))
 
-    def _read(self, request: grpc_service_pb2.ModelInferRequest) -> Asked:
+    async def _read(self, request: grpc_service_pb2.ModelInferRequest) -> Asked:
         """A request, understood; one that is not is counted here, and by Generate from there on."""
         try:
+            if request.ByteSize() > _LARGE_BYTES:  # tensors of it are unpacked one by one
+                return await asyncio.to_thread(read_request, request, self._served)
             return read_request(request, self._served)
         except DiptychError as error:
             code = to_status(error).code.name.lower()

@@ -7,11 +7,12 @@ the answer would be another one there.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
+
+from coordinator import nesting
 
 _ANY = None
 _EMPTY: tuple[Any, ...] = ()  # nothing, "", [], and lists of these: harmless for every option
@@ -120,8 +121,9 @@ def _plain(value: Any, depth: int = 3) -> Any:
         if text in ("", "None"):
             return None
         try:
-            parsed = json.loads(text.lower() if text.lower() in ("true", "false") else text)
-        except (ValueError, RecursionError):
+            json = text.lower() if text.lower() in ("true", "false") else text
+            parsed = nesting.loads(json, may_be_deep=True)
+        except ValueError:
             return text
         return text if isinstance(parsed, str) else _plain(parsed, depth - 1)
     if isinstance(value, Mapping):

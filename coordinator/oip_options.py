@@ -17,6 +17,7 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
+from coordinator import nesting
 from coordinator.oip_neutral import NEUTRAL, instead, is_neutral
 from engine.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2
@@ -165,8 +166,8 @@ def _assign(target: Any, field: FieldDescriptor, where: str, value: Any) -> None
 def parse_json(where: str, text: str) -> Any:
     """Raises InvalidRequest where `text` is no JSON."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return nesting.loads(text, may_be_deep=True)
+    except ValueError as error:
         raise InvalidRequest(where, f"not valid JSON ({error})") from None
 
 
@@ -221,8 +222,8 @@ def _list(where: str, value: Any) -> list[Any]:
     """A list, the JSON of one, or the one element of one."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = nesting.loads(value, may_be_deep=True)
+        except ValueError:
             pass  # a text that begins with a bracket
     return value if isinstance(value, list) else [value]
 

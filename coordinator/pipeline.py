@@ -18,7 +18,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from coordinator.admission import Admission, Ticket
 from coordinator.answer import Answer
@@ -38,6 +38,8 @@ from coordinator.request import (
     Timing,
     Usage,
 )
+from coordinator.shared_parts import SharedParts
+from coordinator.stops import StopSet
 from engine.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.rpc.trust import ClusterToken
@@ -47,7 +49,17 @@ from engine.telemetry.timeline import Event, Timeline
 from engine.types import FinishReason
 
 _log = get_logger(__name__)
+_MANY_STOP_CHARS = 2048  # more stop strings are made ready in a thread
 _SHUTTING_DOWN = "this coordinator is shutting down"
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the choices of a request have in common, made once."""
+
+    prompt: list[int]  # token ids
+    stops: StopSet
+    parts: SharedParts
 
 
 class Pipeline:
@@ -71,6 +83,7 @@ class Pipeline:
         self._worker_wait_s = worker_wait_s
         self._clock = clock
         self._caller = Caller(membership, token)
+        self._catching_up = asyncio.Semaphore(1)  # one piece of it at a time, between others' work
         self.draining = False
         self._closed = False
 
@@ -118,11 +131,12 @@ class Pipeline:
         try:
             request, prompt = await self._prepared(request, deadline_s)
             timeline.mark(Event.TOKENIZED)
-            ticket.set_tokens(len(prompt))
+            ticket.set_tokens(len(prompt) + sum(len(r.token_ids) for r in request.resumes))
             self._metrics.prompt_tokens.inc(len(prompt))
             decode = self._decode if count == 1 else self._decode_choices
             home = home_of(self._membership, request.home)
-            answer = decode(request, prompt, timeline, ticket, home)
+            shared = await self._shared(request, prompt)
+            answer = decode(request, shared, timeline, ticket, home)
             async with aclosing(answer) as parts:
                 async for part in parts:
                     if gauge is self._metrics.num_requests_waiting:
@@ -149,10 +163,20 @@ class Pipeline:
         except TimeoutError:
             raise DeadlineExceeded("the request's time ran out while it was tokenized") from None
 
+    async def _shared(self, request: AnswerRequest, prompt: list[int]) -> Shared:
+        """What all choices need; long stop strings are read in a thread."""
+        strings = request.stop_strings
+        names = self._model.tokenizer.special_names if strings else ()
+        if sum(map(len, strings)) > _MANY_STOP_CHARS:
+            stops = await asyncio.to_thread(StopSet, strings, names)
+        else:
+            stops = StopSet(strings, names)
+        return Shared(prompt, stops, SharedParts.of(request, prompt))
+
     async def _decode_choices(
         self,
         request: AnswerRequest,
-        prompt: list[int],
+        shared: Shared,
         timeline: Timeline,
         ticket: Ticket,
         home: Home,
@@ -167,7 +191,7 @@ class Pipeline:
             if index:
                 await begun.wait()
             of_choice = timeline.fork() if index else timeline
-            answer = self._decode(request.choice(index), prompt, of_choice, ticket, home)
+            answer = self._decode(request.choice(index), shared, of_choice, ticket, home)
             async with aclosing(answer) as parts:
                 async for part in parts:
                     await merge.put(part)
@@ -186,14 +210,17 @@ class Pipeline:
     async def _decode(
         self,
         request: AnswerRequest,
-        prompt: list[int],
+        shared: Shared,
         timeline: Timeline,
         ticket: Ticket,
         home: Home,
     ) -> AsyncGenerator[Part, None]:
         """All attempts of one choice, as one."""
-        answer = self._new_answer(request, prompt)
-        progress = Progress(request, prompt, answer)
+        prompt = shared.prompt
+        answer = self._new_answer(request, shared)
+        if request.resumed:
+            await self._catch_up(answer)
+        progress = Progress(request, prompt, answer, shared.parts)
         dispatch = Dispatch(
             self._membership,
             worker_wait_s=self._worker_wait_s,
@@ -281,8 +308,17 @@ class Pipeline:
             num_tokens=len(answer.token_ids),
         )
 
-    def _new_answer(self, request: AnswerRequest, prompt: list[int]) -> Answer:
+    async def _catch_up(self, answer: Answer) -> None:
+        """Take what an earlier connection delivered, in pieces between which others go on."""
+        pieces, is_more = answer.catch_up(), True
+        while is_more and answer.ending is None:
+            async with self._catching_up:
+                is_more = next(pieces, False)
+                await asyncio.sleep(0)
+
+    def _new_answer(self, request: AnswerRequest, shared: Shared) -> Answer:
         """With its limits: beyond the room left it ends as LENGTH at the context's end."""
+        prompt = shared.prompt
         room = self.max_model_len - len(prompt)
         wanted = request.default_max_tokens if request.max_tokens is None else request.max_tokens
         max_tokens = room if wanted is None else min(wanted, room)
@@ -292,6 +328,7 @@ class Pipeline:
             prompt,
             max_tokens=max_tokens,
             min_tokens=min(request.min_tokens, max_tokens),
+            stops=shared.stops,
         )
 
     def _observe(self, timeline: Timeline, num_tokens: int) -> None:

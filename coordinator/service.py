@@ -17,6 +17,7 @@ from coordinator.registry import RegistryServicer
 from coordinator.reply import reply
 from coordinator.request import AnswerRequest, Finished, Part, PromptPart
 from coordinator.validate import (
+    MAX_CHOICES,
     MAX_DETOKENIZED,
     Limits,
     check_messages,
@@ -37,7 +38,7 @@ from engine.types import KVLink, Role
 
 _log = get_logger(__name__)
 
-_SCHEMAS_AT_ONCE = 4 << 10  # characters that are checked on the event loop: half a millisecond
+_AT_ONCE = 4 << 10  # characters or elements checked on the event loop: half a millisecond
 _TOKENIZING_AT_ONCE = 2  # of the tokenizer's threads: the others are for requests
 _CHARS_A_TOKEN = 4  # about: what a text counts as before it is tokenized
 _WORKERS_OWN_S = 120.0  # a drain whose deadline only the worker knows is waited for so long
@@ -188,10 +189,8 @@ class InferenceServicer:
         self, validate: Callable[[Any, Limits], AnswerRequest], request: Any
     ) -> AnswerRequest:
         """The request as the pipeline takes it. Raises what `validate` does."""
-        if isinstance(request, inference_pb2.ChatRequest) and request.tools_json:
-            size = len(request.tools_json) + len(request.constraint.json_schema)
-            if size > _SCHEMAS_AT_ONCE:
-                return await asyncio.to_thread(validate, request, self._model.limits)
+        if _num_checked(request) > _AT_ONCE:
+            return await asyncio.to_thread(validate, request, self._model.limits)
         return validate(request, self._model.limits)
 
     async def _reply(self, request_id: str, part: Part) -> inference_pb2.GenerateResponse:
@@ -199,6 +198,21 @@ class InferenceServicer:
         if isinstance(part, PromptPart) and part.logprobs:  # tens of thousands of entries
             return await asyncio.to_thread(reply, request_id, part, tokenizer)
         return reply(request_id, part, tokenizer)
+
+
+def _num_checked(request: Any) -> int:
+    """Characters of JSON and elements of lists that are looked at one by one, about."""
+    stop, constraint = request.stop, request.constraint
+    num = len(constraint.json_schema) + len(constraint.regex) + len(constraint.grammar)
+    num += len(request.sampling.logit_bias) + len(stop.stop_token_ids)
+    num += sum(len(entry.token_ids) for entry in request.resume[:MAX_CHOICES])
+    if isinstance(request, inference_pb2.ChatRequest):
+        messages = request.messages[:_AT_ONCE]
+        num += len(request.tools_json) + len(request.messages)
+        num += sum(len(call.arguments) for message in messages for call in message.tool_calls)
+    else:
+        num += len(request.token_ids.ids)
+    return num
 
 
 class AdminServicer:

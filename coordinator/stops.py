@@ -8,11 +8,12 @@ back:
     released                      | held: longest suffix that begins a stop string |
     ------------------------------+------------------------------------------------+--> next token
 
-Each stop string has its Knuth-Morris-Pratt automaton (Knuth, Morris, Pratt 1977), whose state is
-the length of that suffix: a character costs O(1) a stop string, and no text is searched twice.
+All stop strings of a request share one Aho-Corasick automaton (Aho and Corasick 1975), whose state
+is the node of that suffix: a character costs O(1), however many stop strings there are, and no text
+is searched twice. It is made once a request; each choice has its own state.
 
-A stop string may name special tokens, whose text is often not shown. Such a one has a second
-automaton over symbols, where a special token is one symbol, shown or not:
+Stop strings that name special tokens, whose text is often not shown, have a second automaton over
+symbols, where a special token is one symbol, shown or not:
 
     stop        "\\n<|im_end|>"  ->  "\\n", <|im_end|>
     shown text  "Yes.\\n"            symbols  "Y" "e" "s" "." "\\n" <|im_end|>
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 _SPECIAL = "\0"  # before its name, so that the symbol of a special token is no character
@@ -35,30 +37,80 @@ class StopMatch:
     num_tokens: int  # tokens up to and including the one whose text completed it
 
 
-@dataclass(slots=True)
 class _Automaton:
-    """One stop string: characters, or symbols of which some are special tokens."""
+    """Some stop strings as sequences of symbols. Immutable; a state is a node's number, 0 at first.
 
-    text: str
-    symbols: Sequence[str]
-    failures: list[int]
-    state: int = 0
+    Nodes are prefixes of the stop strings, and lie in the order of their lengths.
+    """
 
-    @classmethod
-    def of(cls, text: str, symbols: Sequence[str]) -> _Automaton:
-        return cls(text, symbols, _failure(symbols))
+    __slots__ = ("_next", "_suffix", "depth", "found", "rest")
 
-    def advance(self, symbol: str) -> bool:
-        """Whether this symbol completes the stop string."""
-        state = self.state
-        while state and self.symbols[state] != symbol:
-            state = self.failures[state]
-        if self.symbols[state] == symbol:
-            state += 1
-        is_whole = state == len(self.symbols)
-        # Whole, it begins nothing but what overlaps it.
-        self.state = self.failures[state] if is_whole else state
-        return is_whole
+    def __init__(self, stops: Sequence[tuple[str, Sequence[str]]]) -> None:
+        self._next: list[dict[str, int]] = [{}]  # by node: symbol -> node
+        self.depth = [0]  # symbols of a node's prefix
+        ends: dict[int, tuple[str, int]] = {}  # a stop string, and its symbols
+        tips = [0] * len(stops)
+        for length in range(max((len(symbols) for _, symbols in stops), default=0)):
+            for i, (text, symbols) in enumerate(stops):
+                if length >= len(symbols):
+                    continue
+                below = self._next[tips[i]]
+                if (node := below.get(symbols[length])) is None:
+                    node = below[symbols[length]] = len(self._next)
+                    self._next.append({})
+                    self.depth.append(length + 1)
+                tips[i] = node
+                if length + 1 == len(symbols):
+                    ends[node] = text, len(symbols)
+        size = len(self._next)
+        self._suffix = [0] * size  # the longest other node that a node's prefix ends with
+        # By node: the longest stop string that its prefix ends with, and its symbols.
+        self.found: list[tuple[str, int] | None] = [None] * size
+        self.rest = list(range(size))  # where the search goes on: what is whole begins nothing
+        for node in range(size):
+            for symbol, below_node in self._next[node].items():
+                self._suffix[below_node] = self.step(self._suffix[node], symbol) if node else 0
+            shorter = self._suffix[node]
+            self.found[node] = ends.get(node) or self.found[shorter]
+            if node and not self._next[node]:
+                self.rest[node] = self.rest[shorter]
+
+    def step(self, node: int, symbol: str) -> int:
+        """The longest prefix that the text ends with after one more symbol."""
+        following = self._next
+        while (found := following[node].get(symbol)) is None:
+            if not node:
+                return 0
+            node = self._suffix[node]
+        return found
+
+    @property
+    def starts(self) -> Collection[str]:
+        """First symbols of the stop strings."""
+        return self._next[0].keys()
+
+
+class StopSet:
+    """The stop strings of a request, made ready once for all of its choices. Immutable."""
+
+    __slots__ = ("named", "names", "plain", "starts", "tape_size")
+
+    def __init__(self, stops: Sequence[str], special_names: Collection[str] = ()) -> None:
+        """`special_names`: of all special tokens."""
+        if not all(stops):
+            raise ValueError("a stop string must not be empty")
+        unique = set(stops)
+        self.plain = _Automaton([(stop, stop) for stop in unique])
+        split = [(stop, _symbols(stop, special_names)) for stop in unique] if special_names else []
+        named = [(stop, symbols) for stop, symbols in split if max(map(len, symbols)) > 1]
+        self.named = _Automaton(named) if named else None
+        self.names = {symbol for _, symbols in named for symbol in symbols if len(symbol) > 1}
+        # Shown text of the last symbols, as many as a stop string may have.
+        self.tape_size = max((len(symbols) for _, symbols in named), default=0)
+        self.starts = {*self.plain.starts, *(self.named.starts if self.named else ())}
+
+
+NO_STOPS = StopSet(())
 
 
 class StopChecker:
@@ -71,47 +123,36 @@ class StopChecker:
     __slots__ = (
         "_held",
         "_include",
-        "_is_idle",
         "_min_tokens",
         "_named",
         "_num_tokens",
         "_plain",
-        "_starts",
+        "_stops",
         "_tape",
         "match",
     )
 
     def __init__(
-        self,
-        stops: Sequence[str],
-        include_stop: bool = False,
-        min_tokens: int = 0,
-        special_names: Collection[str] = (),  # of all special tokens
+        self, stops: StopSet = NO_STOPS, include_stop: bool = False, min_tokens: int = 0
     ) -> None:
-        if not all(stops):
-            raise ValueError("a stop string must not be empty")
-        ordered = sorted(set(stops), key=len, reverse=True)  # the longer one wins
-        self._plain = [_Automaton.of(stop, stop) for stop in ordered]
-        split = [(stop, _symbols(stop, special_names)) for stop in ordered]
-        self._named = [
-            _Automaton.of(stop, symbols)
-            for stop, symbols in split
-            if any(len(symbol) > 1 for symbol in symbols)
-        ]
-        # Shown text of the last symbols, as many as a stop string may have.
-        size = max((len(each.symbols) for each in self._named), default=0)
-        self._tape: deque[str] = deque(maxlen=size)
-        self._starts = {each.symbols[0] for each in (*self._plain, *self._named)}
-        self._is_idle = True  # no automaton is within its stop string
+        self._stops = stops
+        self._plain = self._named = 0  # states
+        self._tape: deque[str] = deque(maxlen=stops.tape_size)
         self._held = ""
         self._include = include_stop
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self.match: StopMatch | None = None  # set once; nothing is released after it
 
+    def fork(self) -> StopChecker:
+        """Another one that is as far as this one."""
+        other = copy(self)
+        other._tape = self._tape.copy()
+        return other
+
     def names(self, special: str) -> bool:
         """Whether a stop string names this special token."""
-        return any(_SPECIAL + special in each.symbols for each in self._named)
+        return _SPECIAL + special in self._stops.names
 
     def push(self, text: str, special: str = "", shown: str = "") -> str:
         """Text that may be released after one more token, whose own text is `text`.
@@ -132,7 +173,9 @@ class StopChecker:
         return rest
 
     def _feed(self, text: str, special: str = "", shown: str = "") -> str:
-        if self._is_idle and not special and self._starts.isdisjoint(text):
+        stops = self._stops
+        is_idle = not self._plain and not self._named
+        if is_idle and not special and stops.starts.isdisjoint(text):
             return text  # most tokens begin no stop string
         window = self._held + text + shown
         counts = self._num_tokens > self._min_tokens
@@ -147,25 +190,28 @@ class StopChecker:
                 self.match = StopMatch(stop, self._num_tokens)
                 self._held = ""
                 return window[: end - num_shown] + (stop if self._include else "")
-        keep = max((each.state for each in self._plain), default=0)
-        for each in self._named:
-            keep = max(keep, self._num_shown(each.state))
+        keep = stops.plain.depth[self._plain]
+        if stops.named:
+            keep = max(keep, self._num_shown(stops.named.depth[self._named]))
         self._held = window[len(window) - keep :]
-        self._is_idle = not keep and not any(each.state for each in self._named)
         return window[: len(window) - keep]
 
     def _advance(self, char: str, symbol: str, shown: str) -> tuple[str, int] | None:
         """The longest stop string that ends here, and how many characters of it are shown."""
         found = None
         if char:
-            for each in self._plain:
-                if each.advance(char) and found is None:
-                    found = each.text, len(each.text)
-        if symbol and self._named:
+            plain = self._stops.plain
+            node = plain.step(self._plain, char)
+            self._plain = plain.rest[node]
+            found = plain.found[node]
+        named = self._stops.named
+        if symbol and named:
             self._tape.append(char if len(symbol) == 1 else shown)
-            for each in self._named:
-                if each.advance(symbol) and (found is None or len(each.text) > len(found[0])):
-                    found = each.text, self._num_shown(len(each.symbols))
+            node = named.step(self._named, symbol)
+            self._named = named.rest[node]
+            end = named.found[node]
+            if end and (found is None or len(end[0]) > len(found[0])):
+                found = end[0], self._num_shown(end[1])
         return found
 
     def _num_shown(self, num_symbols: int) -> int:
@@ -194,16 +240,3 @@ def _symbols(stop: str, special_names: Collection[str]) -> list[str]:
         symbols.append(_SPECIAL + name if name else stop[at])
         at += len(name) or 1
     return symbols
-
-
-def _failure(symbols: Sequence[str]) -> list[int]:
-    """[len + 1]: for each prefix length, the longest proper prefix that is also its suffix."""
-    failure = [0] * (len(symbols) + 1)
-    state = 0
-    for i in range(1, len(symbols)):
-        while state and symbols[state] != symbols[i]:
-            state = failure[state]
-        if symbols[state] == symbols[i]:
-            state += 1
-        failure[i + 1] = state
-    return failure

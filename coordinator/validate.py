@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from coordinator import nesting
 from coordinator.request import (
     ASSISTANT,
     DEFAULT_MAX_TOKENS,
@@ -115,6 +116,7 @@ def check_messages(
             field, f"{len(messages)} messages do not fit a context of {limits.max_model_len} tokens"
         )
     checked = []
+    items = nesting.Items()
     for i, message in enumerate(messages):
         if not message.role:
             raise InvalidRequest(f"{field}[{i}].role", "unset; expected system, user or assistant")
@@ -126,7 +128,7 @@ def check_messages(
                 message.role,
                 message.content if message.HasField("content") else None,
                 message.name,
-                check_tool_calls(f"{field}[{i}].tool_calls", message.tool_calls),
+                check_tool_calls(f"{field}[{i}].tool_calls", message.tool_calls, items),
                 message.tool_call_id,
             )
         )

@@ -9,9 +9,9 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
-from coordinator.nesting import MAX_DEPTH, depth
+from coordinator import nesting
 from coordinator.request import ToolCall
 from coordinator.tools import Tool, ToolFormat, ToolUse, argument_schema
 from engine.constraints.compiler import MAX_SOURCE_CHARS
@@ -22,7 +22,6 @@ from engine.pb.diptych.v1 import inference_pb2
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 1024 * 1024
 UNPARSED = "unparsed"  # the name under which arguments stand that are no object
-_TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _OTHER_TYPES = ("null", "boolean", "integer", "number", "string", "array")
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -94,13 +93,21 @@ def text_schema(constraint: inference_pb2.Constraint, use: ToolUse) -> str | Non
     return _fitting("constraint.json_schema", partial(held, json.dumps(schema)))
 
 
-def check_tool_calls(field: str, calls: Sequence[inference_pb2.ToolCall]) -> tuple[ToolCall, ...]:
-    """Calls that an earlier turn made; templates get their arguments as objects."""
+def check_tool_calls(
+    field: str, calls: Sequence[inference_pb2.ToolCall], items: nesting.Items | None = None
+) -> tuple[ToolCall, ...]:
+    """Calls that an earlier turn made; templates get their arguments as objects.
+
+    `items`: what the JSON of the conversation may still have.
+    """
+    items = items or nesting.Items()
     checked = []
     for i, call in enumerate(calls):
         if not call.name:
             raise InvalidRequest(f"{field}[{i}].name", "empty; expected the name of a tool")
-        checked.append(ToolCall(call.id, call.name, _arguments(call.arguments)))
+        fits = items.take(call.arguments)
+        arguments = _arguments(call.arguments) if fits else {UNPARSED: call.arguments}
+        checked.append(ToolCall(call.id, call.name, arguments))
     return tuple(checked)
 
 
@@ -109,7 +116,7 @@ def _arguments(source: str) -> Mapping[str, Any]:
 
     A call that the length limit cut off stays in its conversation, so nothing is refused here. An
     empty text, null and [] are no arguments; another value, and text that is no JSON, is the one
-    argument `UNPARSED`; so is text that is nested too deeply for templates.
+    argument `UNPARSED`; so is text that is nested too deeply for templates, or too much.
     """
     try:
         value = parse_json("", source) if source.strip() else {}
@@ -123,20 +130,14 @@ def _arguments(source: str) -> Mapping[str, Any]:
 
 def parse_json(field: str, source: str) -> Any:
     """The value of a JSON text. Raises InvalidRequest naming `field`."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
-
     try:
-        value = json.loads(source, parse_constant=refuse)
+        return nesting.loads(source)
     except json.JSONDecodeError as error:
         raise InvalidRequest(field, f"not JSON: {error.msg} at character {error.pos}") from None
-    except (ValueError, RecursionError) as error:
-        what = _TOO_DEEP if isinstance(error, RecursionError) else f"not JSON: {error}"
-        raise InvalidRequest(field, what) from None
-    if isinstance(value, dict | list) and depth(value) > MAX_DEPTH:
-        raise InvalidRequest(field, _TOO_DEEP)
-    return value
+    except ValueError as error:
+        what = str(error)
+        bounds = (nesting.TOO_DEEP, nesting.TOO_MANY)
+        raise InvalidRequest(field, what if what in bounds else f"not JSON: {what}") from None
 
 
 def _tool(field: str, item: Any) -> Tool:

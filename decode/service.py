@@ -16,13 +16,13 @@ from dataclasses import replace
 from typing import Any
 
 from decode.intake import Fetch, Intake
+from decode.shared_parts import Parts, PartsStore
 from engine.constraints import Compiler, Matcher
 from engine.errors import DiptychError, InvalidRequest, Unavailable
 from engine.events import Event, FetchEvent, FinishedEvent, TokensEvent
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.request import Work
 from engine.rpc.convert import (
-    constraint_of,
     logprobs_to_pb,
     prefill_peer_of,
     reason_to_pb,
@@ -40,6 +40,7 @@ from kvtransfer.host import WorkerHost
 _log = get_logger(__name__)
 _NO_DEADLINE_S = 3600.0
 _ALIVE = worker_pb2.DecodeResponse(alive=worker_pb2.Alive())
+_UNKNOWN = worker_pb2.DecodeResponse(unknown=worker_pb2.Unknown())
 
 
 class DecodeServicer:
@@ -48,14 +49,22 @@ class DecodeServicer:
     def __init__(self, host: WorkerHost) -> None:
         self._host = host
         self._intake = Intake(host)
+        self._parts = PartsStore(host.check_token_ids)
         self._compiler = Compiler(host.vocabulary) if host.vocabulary else None
 
     async def Decode(
         self, request: worker_pb2.DecodeRequest, context: Any
     ) -> AsyncIterator[worker_pb2.DecodeResponse]:
         """One answer; see worker.proto."""
-        work = self._work(request, context.time_remaining())
-        constraint = constraint_of(request)
+        self._host.check_incarnation(request.incarnation)
+        parts = self._parts.of(request)
+        if parts is None:
+            yield _UNKNOWN
+            return
+        work = self._work(request, parts, context.time_remaining())
+        if request.shared_key and request.prompt_token_ids:
+            yield _ALIVE  # the other choices wait for it
+        constraint = parts.constraint
         if constraint is not None:
             compiling = asyncio.ensure_future(self._matcher(constraint, work.output))
             try:
@@ -92,21 +101,21 @@ class DecodeServicer:
         """Where blocks come in."""
         return self._intake
 
-    def _work(self, request: worker_pb2.DecodeRequest, time_remaining_s: float | None) -> Work:
-        self._host.check_incarnation(request.incarnation)
-        if not request.prompt_token_ids:
+    def _work(
+        self, request: worker_pb2.DecodeRequest, parts: Parts, time_remaining_s: float | None
+    ) -> Work:
+        if not parts.prompt:
             raise InvalidRequest("prompt_token_ids", "empty; expected at least one token")
-        self._host.check_token_ids(request.prompt_token_ids)
         self._host.check_token_ids(request.output_token_ids)
         if request.stop.max_tokens < 1 and not request.HasField("num_prompt_logprobs"):
             raise InvalidRequest("stop.max_tokens", "0; expected at least 1")
         return Work(
             request_id=request.request_id,
-            prompt=tuple(request.prompt_token_ids),
+            prompt=parts.prompt,
             output=tuple(request.output_token_ids),
             salt=self._host.salt(request.cache_salt),
-            sampling=sampling_from_pb(request.sampling),
-            stop=stop_from_pb(request.stop),
+            sampling=sampling_from_pb(request.sampling, parts.logit_bias),
+            stop=stop_from_pb(request.stop, parts.stop_token_ids),
             fetch=request.HasField("prefill"),
             priority=request.priority,
             deadline_s=None if time_remaining_s is None else time.monotonic() + time_remaining_s,

@@ -82,7 +82,7 @@ class OpenAiApi:
         ]
 
     async def _completions(self, asked: Asked) -> Reply:
-        call = read_completion(asked.body, asked.request_id)
+        call = await asked.read_by(read_completion)
         wanted = call.wanted
         prompt_ids = None
         if wanted.token_ids or wanted.continuous_usage:
@@ -101,7 +101,7 @@ class OpenAiApi:
         return await self._answer(writer, calls, call.names_of, needs_first)
 
     async def _chat(self, asked: Asked) -> Reply:
-        call = read_chat(asked.body, asked.request_id)
+        call = await asked.read_by(read_chat)
         prompt_ids = None
         if call.wanted.token_ids or call.wanted.continuous_usage:
             prompt_ids = [await self._conversation_ids(call.request, call.names)]

@@ -1,23 +1,27 @@
 """A request's body: its bytes within a bound, and the JSON object that they are.
 
 What comes out can be handed on without a second look: no NaN, no lone surrogate (which no message
-can carry), no deep nesting, and small enough that parsing it does not keep the event loop from
-others.
+can carry), no deep nesting, and within bounds of bytes and of values. Large bodies are parsed one
+at a time, in a thread: what they become is many times their size.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from starlette.types import Receive
 
-from coordinator.nesting import MAX_DEPTH, depth
+from coordinator import nesting
 from coordinator.openai.errors import Failure, Refused
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
+LARGE_BYTES = 64 * 1024
 _CODE = "invalid_json"
+_PARSER = ThreadPoolExecutor(1, thread_name_prefix="json")
 
 
 class Gone(Exception):
@@ -44,29 +48,30 @@ async def read_body(headers: Mapping[str, str], receive: Receive) -> bytes:
             return b"".join(parts)
 
 
+async def parse(raw: bytes) -> dict[str, Any]:
+    """The JSON object in `raw`, a large one read in a thread. Raises Refused."""
+    if len(raw) <= LARGE_BYTES:
+        return parse_body(raw)
+    return await asyncio.get_running_loop().run_in_executor(_PARSER, parse_body, raw)
+
+
 def parse_body(raw: bytes) -> dict[str, Any]:
     """The JSON object in `raw`. Raises Refused."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
-
     try:
-        value = json.loads(raw.decode(), parse_constant=refuse)
+        text = raw.decode()
+        value = nesting.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise _malformed(f"{error.msg}: {where}") from None
     except UnicodeDecodeError:
         raise _malformed("not valid UTF-8") from None
-    except RecursionError:
-        raise _malformed(f"nested deeper than {MAX_DEPTH}") from None
-    except ValueError as error:  # NaN, a number of thousands of digits
+    except ValueError as error:  # too much, NaN, a number of thousands of digits
         raise _malformed(str(error).partition(";")[0]) from None
     if not isinstance(value, dict):
         raise _malformed("expected an object")
-    if depth(value) > MAX_DEPTH:
-        raise _malformed(f"nested deeper than {MAX_DEPTH}")
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise _malformed("a lone surrogate, which is no character") from None
     return value

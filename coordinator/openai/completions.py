@@ -15,6 +15,7 @@ from engine.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2
 
 MAX_PROMPTS = 1024
+MAX_REPEATED_BYTES = 16 * 1024 * 1024  # what all prompts' requests have in common, once a prompt
 DEFAULT_MAX_TOKENS = 16
 Prompt = str | list[int]
 
@@ -48,6 +49,7 @@ def read_completion(body: Mapping[str, Any], request_id: str) -> CompletionCall:
     constraint, asked = read_constraint(fields)
     fields.neutral({**COMPLETION_NEUTRAL, "best_of": (1, common.wanted.n)})
     fields.end(IGNORED)
+    _check_repeated(len(prompts), common.request, constraint)
     requests = []
     for i, prompt in enumerate(prompts):
         name = common.wanted.request_id
@@ -68,6 +70,19 @@ def read_completion(body: Mapping[str, Any], request_id: str) -> CompletionCall:
     if echo and common.wanted.prompt_logprobs is None:
         names["output.prompt_logprobs"] = "logprobs"
     return CompletionCall(tuple(requests), common.wanted, echo, max_tokens, names)
+
+
+def _check_repeated(
+    num_prompts: int, common: Mapping[str, Any], constraint: inference_pb2.Constraint | None
+) -> None:
+    """Each prompt is a request of its own, which repeats biases, stops and the constraint."""
+    size = inference_pb2.GenerateRequest(**common, constraint=constraint).ByteSize()
+    if num_prompts > 1 and num_prompts * size > MAX_REPEATED_BYTES:
+        raise InvalidRequest(
+            "prompt",
+            f"{num_prompts} prompts repeat {size} bytes of other fields each; expected at most"
+            f" {MAX_REPEATED_BYTES} in sum",
+        )
 
 
 def _prompts(fields: Fields) -> list[Prompt]:

@@ -17,13 +17,13 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import Counter
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from coordinator.openai.body import Gone, parse_body, read_body
+from coordinator.openai.body import LARGE_BYTES, Gone, parse, read_body
 from coordinator.openai.calls import Broken
 from coordinator.openai.errors import INTERNAL, Failure, Refused, failure_of
 from coordinator.openai.keepalive import kept_alive
@@ -33,7 +33,6 @@ from engine.telemetry.log import bind_request, get_logger
 
 _log = get_logger(__name__)
 
-_SMALL_BYTES = 64 * 1024  # a larger body is parsed in a thread
 _GONE = 499  # in the counter, as nginx counts it: the client went first
 _SSE_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -46,6 +45,7 @@ _HEAD = ("GET", "HEAD")  # served, and asked for
 
 Events = AsyncGenerator[str, None]
 Reply = dict[str, Any] | Events
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,13 @@ class Asked:
     request_id: str  # the header's, the body's, or made up
     path: Mapping[str, str]
     body: dict[str, Any]  # {} for GET
+    is_large: bool = False
+
+    async def read_by(self, read: Callable[[dict[str, Any], str], Read]) -> Read:
+        """What `read` makes of body and request id, of a large body in a thread."""
+        if self.is_large:
+            return await asyncio.to_thread(read, self.body, self.request_id)
+        return read(self.body, self.request_id)
 
 
 Handler = Callable[[Asked], Awaitable[Reply]]
@@ -124,16 +131,15 @@ class Door:
             raise Refused(Failure(405, message, headers={"allow": self._method}))
         visit.check_id()
         body: dict[str, Any] = {}
+        is_large = False
         if self._method == "POST":
             raw = await read_body(visit.headers, visit.receive)
             visit.listen()
-            if len(raw) > _SMALL_BYTES:
-                body = await asyncio.to_thread(parse_body, raw)
-            else:
-                body = parse_body(raw)
+            body = await parse(raw)
+            is_large = len(raw) > LARGE_BYTES
             visit.take_id(body.get("request_id"))
         visit.listen()
-        return Asked(visit.request_id, visit.path, body)
+        return Asked(visit.request_id, visit.path, body, is_large)
 
     async def _stream(self, visit: _Visit, events: Events) -> int:
         status = 200

@@ -54,8 +54,10 @@ def sampling_to_pb(params: SamplingParams) -> worker_pb2.SamplingParams:
     )
 
 
-def sampling_from_pb(pb: worker_pb2.SamplingParams) -> SamplingParams:
-    """The resolved parameters; logit_bias is sorted by token id."""
+def sampling_from_pb(
+    pb: worker_pb2.SamplingParams, logit_bias: tuple[tuple[int, float], ...]
+) -> SamplingParams:
+    """The resolved parameters; `logit_bias` is sorted by token id."""
     return SamplingParams(
         temperature=pb.temperature,
         top_p=pb.top_p,
@@ -65,7 +67,7 @@ def sampling_from_pb(pb: worker_pb2.SamplingParams) -> SamplingParams:
         presence_penalty=pb.presence_penalty,
         repetition_penalty=pb.repetition_penalty,
         seed=pb.seed,
-        logit_bias=tuple(sorted(pb.logit_bias.items())),
+        logit_bias=logit_bias,
     )
 
 
@@ -78,9 +80,9 @@ def stop_to_pb(params: StopParams) -> worker_pb2.StopParams:
     )
 
 
-def stop_from_pb(pb: worker_pb2.StopParams) -> StopParams:
-    """The inverse of stop_to_pb."""
-    return StopParams(pb.max_tokens, pb.min_tokens, frozenset(pb.stop_token_ids))
+def stop_from_pb(pb: worker_pb2.StopParams, stop_token_ids: frozenset[int]) -> StopParams:
+    """The inverse of stop_to_pb, with ids that may have come otherwise."""
+    return StopParams(pb.max_tokens, pb.min_tokens, stop_token_ids)
 
 
 def constraint_to_pb(constraint: Constraint | None) -> worker_pb2.Constraint | None:

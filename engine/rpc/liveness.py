@@ -19,17 +19,34 @@ from engine.errors import Silent
 
 BEAT_S = 0.5
 SILENCE_S = 2.5
+_LATE_S = 0.25  # a timer that is later than this: the loop was held up
+_READ_S = 2 * BEAT_S  # to read what has come meanwhile
 
 
 async def next_message(call: Any, who: str, silence_s: float = SILENCE_S) -> Any | None:
     """The next message of a server stream (grpc.aio), None at its end.
 
-    Raises Silent, naming `who`, after `silence_s` without one; the call is cancelled then. Raises
-    AioRpcError as `call.read` does.
+    Raises Silent, naming `who`, after `silence_s` without one; the call is cancelled then. Time in
+    which this event loop did not turn is no silence of its peer: what has come meanwhile is read
+    first. Raises AioRpcError as `call.read` does.
     """
+    loop = asyncio.get_running_loop()
+
+    def look(due_s: float) -> None:
+        nonlocal timer
+        now_s = loop.time()
+        if now_s - due_s > _LATE_S:
+            timer = loop.call_at(now_s + _READ_S, look, now_s + _READ_S)
+        else:
+            limit.reschedule(now_s)
+
+    due_s = loop.time() + silence_s
+    timer = loop.call_at(due_s, look, due_s)
     try:
-        async with asyncio.timeout(silence_s):
+        async with asyncio.timeout(None) as limit:
             message = await call.read()
     except TimeoutError:
         raise Silent(f"{who} has said nothing for {silence_s:g} s") from None
+    finally:
+        timer.cancel()
     return None if message is grpc.aio.EOF else message

@@ -141,7 +141,9 @@ def test_neither_messages_nor_a_resume_change_an_answer(kind, ids, stops, skip, 
         if resumed:
             request.resume.add(token_ids=resumed)
         checked = validate_generate(request, LIMITS)
-        return Answer(tokenizer, checked, [1, 200], max_tokens=15, min_tokens=0)
+        answer = Answer(tokenizer, checked, [1, 200], max_tokens=15, min_tokens=0)
+        list(answer.catch_up())
+        return answer
 
     single = new()
     chunks = []

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.stops import StopChecker, StopMatch
+from coordinator.stops import StopChecker, StopMatch, StopSet
 
 
 def oracle(
@@ -47,7 +47,7 @@ words = st.text("ab\u4e2d", max_size=4)
 def test_equals_the_oracle(
     texts: list[str], stops: list[str], include: bool, min_tokens: int
 ) -> None:
-    checker = StopChecker(stops, include, min_tokens)
+    checker = StopChecker(StopSet(stops), include, min_tokens)
     released: list[str] = []
     for number, text in enumerate(texts, start=1):
         released.append(checker.push(text))
@@ -120,7 +120,7 @@ def tape_oracle(
 def test_special_tokens_are_matched_whether_shown_or_not(
     tokens: list[str], stops: list[str], include: bool, hidden: bool
 ) -> None:
-    checker = StopChecker(stops, include, special_names=SPECIAL)
+    checker = StopChecker(StopSet(stops, SPECIAL), include)
     released = []
     for number, token in enumerate(tokens, start=1):
         if token in SPECIAL:
@@ -138,14 +138,14 @@ def test_special_tokens_are_matched_whether_shown_or_not(
 
 def test_a_special_token_is_matched_as_a_whole() -> None:
     for stop in ("im", ">", "<|im", "|im_end|>x"):
-        checker = StopChecker([stop], special_names=["<|im_end|>"])
+        checker = StopChecker(StopSet([stop], ["<|im_end|>"]))
         assert [checker.push("a"), checker.push("", "<|im_end|>"), checker.push("b")] == [
             *"a",
             "",
             "b",
         ]
         assert checker.match is None
-    checker = StopChecker(["\n<|im_end|>"], special_names=["<|im_end|>"])
+    checker = StopChecker(StopSet(["\n<|im_end|>"], ["<|im_end|>"]))
     assert [checker.push("Yes"), checker.push("\n"), checker.push("", "<|im_end|>")] == [
         "Yes",
         "",
@@ -160,7 +160,7 @@ def test_a_special_token_is_matched_as_a_whole() -> None:
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_the_cut_between_tokens_changes_nothing(text: str, cuts: list[int], include: bool) -> None:
     def run(parts: list[str]) -> tuple[str, str | None]:
-        checker = StopChecker(["abba", "bb", "aab"], include)
+        checker = StopChecker(StopSet(["abba", "bb", "aab"]), include)
         out = "".join([checker.push(part) for part in parts])
         return out + checker.flush(), checker.match and checker.match.text
 
@@ -170,7 +170,7 @@ def test_the_cut_between_tokens_changes_nothing(text: str, cuts: list[int], incl
 
 
 def test_straddling_stop() -> None:
-    checker = StopChecker(["\n\nUser:"])
+    checker = StopChecker(StopSet(["\n\nUser:"]))
     assert [checker.push(t) for t in ["Hi", " there", "\n", "\nUs", "er", ": x"]] == [
         "Hi",
         " there",
@@ -184,7 +184,7 @@ def test_straddling_stop() -> None:
 
 
 def test_false_alarm_is_released() -> None:
-    checker = StopChecker(["STOP"])
+    checker = StopChecker(StopSet(["STOP"]))
     assert [checker.push(t) for t in ["S", "T", "AND"]] == ["", "", "STAND"]
     assert checker.push("ST") == ""
     assert checker.flush("\ufffd") == "ST\ufffd"
@@ -192,21 +192,21 @@ def test_false_alarm_is_released() -> None:
 
 
 def test_stop_may_begin_within_the_first_tokens_but_not_end_there() -> None:
-    checker = StopChecker(["ab", "c"], min_tokens=2)
+    checker = StopChecker(StopSet(["ab", "c"]), min_tokens=2)
     assert [checker.push(t) for t in ["ab", "a", "b"]] == ["ab", "", ""]
     assert checker.match == StopMatch("ab", 3)
 
 
 def test_nothing_to_stop_at() -> None:
-    checker = StopChecker([])
+    checker = StopChecker(StopSet([]))
     assert checker.push("text") == "text"
     with pytest.raises(ValueError, match="empty"):
-        StopChecker(["a", ""])
+        StopSet(["a", ""])
 
 
 def test_long_stop_strings_cost_no_more_a_character() -> None:
     stop = "a" * 5000 + "b"
-    checker = StopChecker([stop])
+    checker = StopChecker(StopSet([stop]))
     out = "".join([checker.push("a") for _ in range(20_000)])
     assert out == "a" * 15_000
     assert checker.push("b") == ""

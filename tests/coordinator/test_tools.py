@@ -468,7 +468,9 @@ def with_markers(tokenizer: Tokenizer) -> Tokenizer:
 def answer_of(tokenizer: Tokenizer, form: ToolFormat, **fields) -> Answer:
     request = chat(request_id="r", **fields)
     limits = replace(LIMITS, vocab_size=60_000, tool_format=form)
-    return Answer(tokenizer, validate_chat(request, limits), max_tokens=500, min_tokens=0)
+    answer = Answer(tokenizer, validate_chat(request, limits), max_tokens=500, min_tokens=0)
+    list(answer.catch_up())
+    return answer
 
 
 @pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)

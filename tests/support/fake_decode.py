@@ -38,6 +38,9 @@ class FakeDecode:
     deadlines: list[float | None] = field(default_factory=list)
     peer: Peer | None = None
     by_seed: dict[int, list[int]] = field(default_factory=dict)  # answers of other seeds
+    shared: dict[bytes, worker_pb2.DecodeRequest] = field(default_factory=dict)
+    num_carried: int = 0  # calls that brought what the choices share
+    num_unknown: int = 0  # calls that brought a key which is not in `shared`
     ends_by_itself: bool = False  # after all of the answer, as one of a grammar does
 
     def __post_init__(self) -> None:
@@ -56,6 +59,18 @@ class FakeDecode:
         await self._server.stop()
 
     async def Decode(self, request, context):
+        if request.shared_key and not request.prompt_token_ids:
+            parts = self.shared.get(request.shared_key)
+            if parts is None:
+                self.num_unknown += 1
+                yield worker_pb2.DecodeResponse(unknown=worker_pb2.Unknown())
+                return
+            request.prompt_token_ids.extend(parts.prompt_token_ids)
+            request.stop.stop_token_ids.extend(parts.stop.stop_token_ids)
+        elif request.shared_key:
+            self.shared[request.shared_key] = request
+            self.num_carried += 1
+            yield worker_pb2.DecodeResponse(alive=worker_pb2.Alive())
         self.requests.append(request)
         self.deadlines.append(context.time_remaining())
         cue = self.cues.pop(0) if self.cues else None

@@ -30,8 +30,10 @@ def test_sampling_round_trip():
         logit_bias=((3, -100.0), (49151, 0.5)),
     )
     wire = convert.sampling_to_pb(params).SerializeToString()
-    assert convert.sampling_from_pb(worker_pb2.SamplingParams.FromString(wire)) == params
-    assert convert.sampling_from_pb(worker_pb2.SamplingParams(top_p=0.7)).top_p == float(
+    pb = worker_pb2.SamplingParams.FromString(wire)
+    bias = tuple(sorted(pb.logit_bias.items()))
+    assert convert.sampling_from_pb(pb, bias) == params
+    assert convert.sampling_from_pb(worker_pb2.SamplingParams(top_p=0.7), ()).top_p == float(
         np.float32(0.7)
     )
 
@@ -40,7 +42,7 @@ def test_stop_round_trip():
     params = StopParams(max_tokens=9, min_tokens=2, stop_token_ids=frozenset({2, 0, 5}))
     pb = convert.stop_to_pb(params)
     assert list(pb.stop_token_ids) == [0, 2, 5]
-    assert convert.stop_from_pb(pb) == params
+    assert convert.stop_from_pb(pb, frozenset(pb.stop_token_ids)) == params
 
 
 def test_peer_and_its_absence():

@@ -19,7 +19,7 @@ class PrefillPeer(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "output_token_ids", "sampling", "stop", "prefill", "cache_salt", "priority", "incarnation", "num_logprobs", "constraint", "num_prompt_logprobs")
+    __slots__ = ("request_id", "prompt_token_ids", "output_token_ids", "sampling", "stop", "prefill", "cache_salt", "priority", "incarnation", "num_logprobs", "constraint", "num_prompt_logprobs", "shared_key")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,7 @@ class DecodeRequest(_message.Message):
     NUM_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     CONSTRAINT_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_KEY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     output_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -44,7 +45,8 @@ class DecodeRequest(_message.Message):
     num_logprobs: int
     constraint: Constraint
     num_prompt_logprobs: int
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., prefill: _Optional[_Union[PrefillPeer, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., incarnation: _Optional[str] = ..., num_logprobs: _Optional[int] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., num_prompt_logprobs: _Optional[int] = ...) -> None: ...
+    shared_key: bytes
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., prefill: _Optional[_Union[PrefillPeer, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., incarnation: _Optional[str] = ..., num_logprobs: _Optional[int] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., num_prompt_logprobs: _Optional[int] = ..., shared_key: _Optional[bytes] = ...) -> None: ...
 
 class Constraint(_message.Message):
     __slots__ = ("kind", "source", "lead")
@@ -116,14 +118,20 @@ class StopParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("tokens", "finished", "alive")
+    __slots__ = ("tokens", "finished", "alive", "unknown")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     ALIVE_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_FIELD_NUMBER: _ClassVar[int]
     tokens: Tokens
     finished: DecodeFinished
     alive: Alive
-    def __init__(self, tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[DecodeFinished, _Mapping]] = ..., alive: _Optional[_Union[Alive, _Mapping]] = ...) -> None: ...
+    unknown: Unknown
+    def __init__(self, tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[DecodeFinished, _Mapping]] = ..., alive: _Optional[_Union[Alive, _Mapping]] = ..., unknown: _Optional[_Union[Unknown, _Mapping]] = ...) -> None: ...
+
+class Unknown(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Alive(_message.Message):
     __slots__ = ()
