@@ -31,6 +31,7 @@ async def next_message(call: Any, who: str, silence_s: float = SILENCE_S) -> Any
     first. Raises AioRpcError as `call.read` does.
     """
     loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle
 
     def look(due_s: float) -> None:
         nonlocal timer
