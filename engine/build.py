@@ -23,7 +23,7 @@ from engine.cache.kv_cache import KVCache
 from engine.cache.layout import KVLayout, compatibility_digest
 from engine.cache.sizing import GpuMemory, PoolBudget, PoolSize, fit_pool, gpu_budget, host_budget
 from engine.checkpoint.config import ModelConfig
-from engine.checkpoint.fingerprint import tokenizer_digest
+from engine.checkpoint.fingerprint import rope_fields, tokenizer_digest
 from engine.checkpoint.source import Checkpoint, resolve
 from engine.config import CacheOptions, ModelOptions, StepOptions
 from engine.constraints import Vocabulary
@@ -259,7 +259,7 @@ def _identity(
         numeric_profile=profile,
         tokenizer_digest=tokenizer_digest(checkpoint.folder),
         layout=layout,
-        rope=f"{config.rope_theta} {config.rope_scaling}",
+        rope=" ".join((config.rope_theta.hex(), *rope_fields(config.rope_scaling))),
     )
     return ModelIdentity(
         name=options.model_name or checkpoint.name,

@@ -16,6 +16,7 @@ from engine.attention import (
 from engine.cache.kv_cache import DTYPES, KVCache
 from engine.cache.layout import KVLayout
 from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.fingerprint import config_digest
 from engine.checkpoint.packed import packed_file, read_packed
 from engine.checkpoint.source import Checkpoint, weights
 from engine.config import CacheOptions, ModelOptions, StepOptions
@@ -57,7 +58,7 @@ def numeric_profile(
     """
     source = checkpoint.fingerprint
     if options.seed_weights >= 0:
-        source = f"random-{options.seed_weights}-{source}"
+        source = f"random-{options.seed_weights}-{config_digest(checkpoint.config)}"
     if not native:
         return f"{source} weights={dtype} activations={dtype} kv={dtype}{on and ' ' + on}"
     kept = {"auto": "gguf", "bf16": "bfloat16"}
@@ -146,7 +147,9 @@ class Loader:
             return NativeModel(config, read_packed(path, config), library)
         if self._model.seed_weights >= 0:
             return random_model(config, self._model.seed_weights, dtype, place)
-        return load_model(config, weights(checkpoint, self._dtype), dtype, place)
+        model = load_model(config, weights(checkpoint, self._dtype), dtype, place)
+        checkpoint.check_unchanged()
+        return model
 
     def _runner(self, model: LlamaModel | NativeModel, kv_cache: KVCache) -> Runner | NativeRunner:
         """What computes `model` over its view of the pool."""

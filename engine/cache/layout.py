@@ -73,6 +73,12 @@ class KVLayout:
         """Size of one block of all layers of both models."""
         return self.block_elements * DTYPE_BYTES[self.dtype]
 
+    @property
+    def text(self) -> str:
+        """All fields, for digests."""
+        own = (*self.block_shape, self.dtype)
+        return " ".join(map(str, own)) + (f" draft=({self.draft.text})" if self.draft else "")
+
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` positions occupy."""
         return -(-num_tokens // self.block_size)
@@ -98,7 +104,7 @@ def compatibility_digest(
 
     Compared at registration and at every handshake, before anything else is decoded.
     """
-    fields = (str(PROTOCOL_VERSION), numeric_profile, tokenizer_digest, repr(layout), rope)
+    fields = (str(PROTOCOL_VERSION), numeric_profile, tokenizer_digest, layout.text, rope)
     return _digest(b"diptych-compat", *(f.encode() for f in fields)).hex()
 
 

@@ -1,79 +1,111 @@
-"""What the weights are, in one short digest, without reading all of them.
+"""What the weights are, in one short digest of all their bytes.
 
-Two workers may exchange KV blocks only if they hold the same weights. A 140 GB checkpoint cannot be
-hashed at every start, so each tensor gives its name, shape, dtype and up to 16 KiB of evenly
-sampled bytes. The digest is of the *source* (the GGUF's packed tensors, or the shards as they were
-published), never of a conversion, so it is the same whatever precision a worker computes in; it
-does not depend on how tensors are spread over files. It guards against mistakes, not against
-forgery.
+Two workers may exchange KV blocks only if they hold the same weights. The digest is of the *source*
+(the GGUF file, or the shards' tensors as they were published), never of a conversion, so it is the
+same whatever precision a worker computes in; it does not depend on how tensors are spread over
+shards. Configuration goes in by an explicit list of fields.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from engine.checkpoint.added_tokens import TOKENIZER, merged_tokenizer
-from engine.checkpoint.config import ModelConfig
-from engine.checkpoint.shards import TensorEntry
+from engine.checkpoint.config import ModelConfig, RopeScaling
+from engine.checkpoint.digest import file_digests
+from engine.checkpoint.files import FileState
+from engine.checkpoint.shards import read_entries, read_metadata
 from engine.errors import CheckpointError
 
-_NUM_SAMPLES = 16
-_SAMPLE_BYTES = 1024
+_VERSION = "2"  # of the fields below and of their order
+ROPE_FIELDS = (
+    "kind",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "truncate",
+)
+CONFIG_FIELDS = (
+    "architecture",
+    "num_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "tie_word_embeddings",
+    "attention_bias",
+    "output_bias",
+    "mlp_bias",
+    "sliding_window",
+    "bos_token_id",
+    "eos_token_ids",
+)
 
 
-def sample_ranges(num_bytes: int) -> list[tuple[int, int]]:
-    """[begin, end) byte ranges to look at: everything if it is small, else first to last, evenly
-    spread.
+def config_digest(config: ModelConfig) -> str:
+    """Hex digest of the configuration: for weights that come from a seed."""
+    return _digest(b"diptych-config", config_fields(config))
+
+
+def config_fields(config: ModelConfig) -> list[str]:
+    """`name=value` of every field, numbers in full."""
+    return [f"{name}={_text(getattr(config, name))}" for name in CONFIG_FIELDS]
+
+
+def rope_fields(scaling: RopeScaling) -> list[str]:
+    """`name=value` of every field, numbers in full."""
+    return [f"{name}={_text(getattr(scaling, name))}" for name in ROPE_FIELDS]
+
+
+def _text(value: object) -> str:
+    """A field's value: floats in hexadecimal, so that no digit is lost."""
+    if isinstance(value, float):
+        return value.hex()
+    if isinstance(value, tuple):
+        return ",".join(map(_text, value))
+    if isinstance(value, RopeScaling):
+        return " ".join(rope_fields(value))
+    if value is None or isinstance(value, bool | int | str):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} in a digest")
+
+
+def gguf_fingerprint(config: ModelConfig, digest: str) -> str:
+    """Hex fingerprint of a GGUF file, by the digest of all its bytes."""
+    return _digest(b"diptych-weights", [_VERSION, *config_fields(config), digest])
+
+
+def shards_fingerprint(
+    config: ModelConfig, shards: Sequence[Path], *, progress: bool
+) -> tuple[str, tuple[FileState, ...]]:
+    """Hex fingerprint of safetensors files, and the states of the files that it is of.
+
+    Raises CheckpointError on unreadable ones.
     """
-    if num_bytes <= _NUM_SAMPLES * _SAMPLE_BYTES:
-        return [(0, num_bytes)]
-    last = num_bytes - _SAMPLE_BYTES
-    starts = (last * i // (_NUM_SAMPLES - 1) for i in range(_NUM_SAMPLES))
-    return [(start, start + _SAMPLE_BYTES) for start in starts]
-
-
-def weights_fingerprint(
-    config: ModelConfig,
-    tensors: Iterable[tuple[str, str, tuple[int, ...], int, Callable[[int, int], bytes]]],
-) -> str:
-    """Hex digest of (name, dtype, shape, num_bytes, read(begin, end)) tensors in any order, and of
-    `config`.
-    """
-    h = hashlib.blake2b(digest_size=16, person=b"diptych-weights")
-    _add(h, repr(config).encode())
-    for name, dtype, shape, num_bytes, read in sorted(tensors, key=lambda t: t[0]):
-        _add(h, f"{name} {dtype} {shape}".encode())
-        for begin, end in sample_ranges(num_bytes):
-            _add(h, read(begin, end))
-    return h.hexdigest()
-
-
-def shards_fingerprint(config: ModelConfig, entries: Iterable[TensorEntry]) -> str:
-    """`weights_fingerprint` of safetensors files. Raises CheckpointError on unreadable ones."""
-    files: dict[Path, int] = {}
-
-    def reader(entry: TensorEntry) -> Callable[[int, int], bytes]:
-        def read(begin: int, end: int) -> bytes:
-            if entry.path not in files:
-                files[entry.path] = os.open(entry.path, os.O_RDONLY)
-            data = os.pread(files[entry.path], end - begin, entry.offset + begin)
-            if len(data) != end - begin:
-                raise CheckpointError(f"{entry.path}: truncated inside tensor {entry.name!r}")
-            return data
-
-        return read
-
-    try:
-        tensors = [(e.name, e.dtype, e.shape, e.num_bytes, reader(e)) for e in entries]
-        return weights_fingerprint(config, tensors)
-    except OSError as error:
-        raise CheckpointError(f"{error.filename}: {error.strerror}") from None
-    finally:
-        for fd in files.values():
-            os.close(fd)
+    states, tensors, metadata = [], [], set[str]()
+    for path in shards:
+        entries = list(read_entries([path]))
+        ranges = [(e.offset, e.offset + e.num_bytes) for e in entries]
+        digested = file_digests(path, ranges, progress=progress)
+        states.append(digested.state)
+        metadata |= {f"{key}={value}" for key, value in read_metadata(path).items()}
+        for entry, digest in zip(entries, digested.digests, strict=True):
+            shape = _text(entry.shape)
+            tensors.append(f"{entry.name} {entry.dtype} {shape} {digest}")
+    fields = [_VERSION, *config_fields(config), *sorted(metadata), *sorted(tensors)]
+    return _digest(b"diptych-weights", fields), tuple(states)
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -81,15 +113,17 @@ def tokenizer_digest(folder: Path) -> str:
 
     Raises CheckpointError.
     """
-    h = hashlib.blake2b(digest_size=16, person=b"diptych-tokens")
     try:
-        _add(h, merged_tokenizer(folder).encode())
+        return _digest(b"diptych-tokens", [merged_tokenizer(folder)])
     except OSError as error:
         raise CheckpointError(f"{folder / TOKENIZER}: {error.strerror}") from None
+
+
+def _digest(person: bytes, fields: Iterable[str]) -> str:
+    """BLAKE2b-128 over length-prefixed fields: they cannot run into each other."""
+    h = hashlib.blake2b(digest_size=16, person=person)
+    for field in fields:
+        data = field.encode()
+        h.update(len(data).to_bytes(8, "little"))
+        h.update(data)
     return h.hexdigest()
-
-
-def _add(h: hashlib.blake2b, field: bytes) -> None:
-    """Length-prefixed, so that fields cannot run into each other."""
-    h.update(len(field).to_bytes(8, "little"))
-    h.update(field)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.checkpoint.config import ModelConfig
-from engine.checkpoint.fingerprint import weights_fingerprint
 from engine.checkpoint.gguf_header import ARCHITECTURES
 from engine.checkpoint.gguf_tokenizer import tokenizer_files
 from engine.checkpoint.gguf_weights import ROPE_FREQS, PackedTensor, packed_tensors
@@ -88,8 +87,8 @@ def _read(path: Path) -> GGUFFile:
     return GGUFFile(path, meta, list(reader.tensors))
 
 
-def convert(path: Path, folder: Path, *, progress: bool) -> str:
-    """Write all but the weights into the empty folder `folder`; returns the fingerprint."""
+def convert(path: Path, folder: Path, *, progress: bool) -> None:
+    """Write all but the weights into the empty folder `folder`."""
     with bar(total=4, desc=f"Reading {path.name}", show=progress) as shown:
         file = open_gguf(path)
         shown.update()
@@ -105,25 +104,7 @@ def convert(path: Path, folder: Path, *, progress: bool) -> str:
             message = error.message.replace(str(folder / "config.json"), str(path))
             raise CheckpointError(message) from None
         _check_shapes(file, config)
-        fingerprint = gguf_fingerprint(file, config)
         shown.update()
-    return fingerprint
-
-
-def gguf_fingerprint(file: GGUFFile, config: ModelConfig) -> str:
-    """Fingerprint of the packed tensors: the same whatever dtype they are converted to."""
-
-    def reader(data: npt.NDArray[Any]) -> Callable[[int, int], bytes]:
-        flat = data.reshape(-1).view(np.uint8)
-        return lambda begin, end: flat[begin:end].tobytes()
-
-    return weights_fingerprint(
-        config,
-        (
-            (t.name, t.tensor_type.name, tuple(map(int, t.shape)), t.data.nbytes, reader(t.data))
-            for t in file.tensors
-        ),
-    )
 
 
 def config_json(file: GGUFFile) -> dict[str, Any]:

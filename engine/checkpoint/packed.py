@@ -9,7 +9,7 @@ GGUF's Q4_0, Q4_1 and Q8_0 keep their own integers and scales: only their order 
 another type, and every weight under `--weights bf16`, is rounded to bfloat16. `--weights int8` and
 `int4` quantise again: a numeric profile of its own.
 
-One safetensors file a (checkpoint, choice), in the cache folder; torch is not needed.
+One entry of the cache (kept.py) a (checkpoint, choice); torch is not needed.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ import numpy.typing as npt
 
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.gguf_weights import PackedTensor, cast, dequantize
-from engine.checkpoint.lock import exclusive
+from engine.checkpoint.kept import kept
 from engine.checkpoint.shards import TensorEntry, read_entries, read_header, write_shard
 from engine.checkpoint.source import Checkpoint
-from engine.config import cache_dir
 from engine.errors import CheckpointError
 from engine.telemetry.progress import bar
 
 GROUP, BLOCK = 16, 32
-_VERSION = 1  # part of the file's name: raise it with the layout
-_WAIT_S = 1800.0
+_VERSION = 1  # part of the entry's name: raise it with the layout
+_FILE = "weights.safetensors"
 _PIECE_BYTES = 64 << 20  # of fp32 at a time
 _RECORD_BYTES = {"bf16": 1024, "q4_0": 288, "q4_1": 320, "q8_0": 544}  # 16 rows x 32 columns
 _Bytes = npt.NDArray[np.uint8]
@@ -267,26 +266,12 @@ def packed_file(checkpoint: Checkpoint, choice: str, *, progress: bool = True) -
 
     Raises CheckpointError.
     """
-    name = f"{checkpoint.fingerprint}-{choice}-{_VERSION}.safetensors"
-    path = cache_dir() / "packed" / name
-    if not _is_whole(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with exclusive(path.with_suffix(".lock"), _WAIT_S):
-                if not _is_whole(path):
-                    _write(path, checkpoint, choice, progress)
-        except OSError as error:
-            raise CheckpointError(
-                f"{error.filename or path}: {error.strerror}; DIPTYCH_CACHE_DIR names another place"
-            ) from None
-    return path
 
+    def make(folder: Path) -> None:
+        _write(folder / _FILE, checkpoint, choice, progress)
+        checkpoint.check_unchanged()
 
-def _is_whole(path: Path) -> bool:
-    try:
-        return path.exists() and bool(read_header(path))
-    except CheckpointError:
-        return False
+    return kept("packed", f"{checkpoint.fingerprint}-{choice}-{_VERSION}", make) / _FILE
 
 
 def _kind(product: _Product, source: Mapping[str, _Tensor], choice: str) -> str:

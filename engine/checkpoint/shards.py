@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.checkpoint.jsonfile import read_json
 from engine.errors import CheckpointError
@@ -56,6 +56,36 @@ class TensorEntry:
 
 def read_header(path: Path) -> list[TensorEntry]:
     """The tensors of one safetensors file, which is checked to be whole. Raises CheckpointError."""
+    header, base, size = _read(path)
+    try:
+        entries = [_entry(path, base, *kv) for kv in header.items() if kv[0] != "__metadata__"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
+    end = max((e.offset + e.num_bytes for e in entries), default=base)
+    if end > size:
+        raise CheckpointError(
+            f"{path}: truncated, {size} bytes where its header promises {end}; fetch it again"
+        )
+    place = base
+    for entry in sorted(entries, key=lambda e: (e.offset, e.num_bytes)):
+        if entry.offset != place:
+            raise CheckpointError(f"{path}: bytes {place} to {entry.offset} are not one tensor's")
+        place += entry.num_bytes
+    if place != size:
+        raise CheckpointError(f"{path}: bytes {place} to {size} belong to no tensor")
+    return entries
+
+
+def read_metadata(path: Path) -> dict[str, object]:
+    """What the header tells besides tensors. Raises CheckpointError."""
+    found = _read(path)[0].get("__metadata__") or {}
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: not a safetensors file (its metadata is no object)")
+    return found
+
+
+def _read(path: Path) -> tuple[dict[str, Any], int, int]:
+    """(header, where the data begins, size of the file), in bytes."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -67,18 +97,9 @@ def read_header(path: Path) -> list[TensorEntry]:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     except ValueError:
         raise CheckpointError(f"{path}: not a safetensors file (its header is no JSON)") from None
-    try:
-        entries = [
-            _entry(path, 8 + length, *kv) for kv in header.items() if kv[0] != "__metadata__"
-        ]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
-    end = max((e.offset + e.num_bytes for e in entries), default=8 + length)
-    if end > size:
-        raise CheckpointError(
-            f"{path}: truncated, {size} bytes where its header promises {end}; fetch it again"
-        )
-    return entries
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: not a safetensors file (its header is no object)")
+    return header, 8 + length, size
 
 
 def _entry(path: Path, base: int, name: str, info: dict[str, object]) -> TensorEntry:
@@ -137,10 +158,10 @@ def write_shard(
     tensors: Sequence[tuple[str, str, tuple[int, ...]]],
     pieces: Iterable[bytes | memoryview],
 ) -> None:
-    """Write one safetensors file, whole or not at all.
+    """Write one safetensors file into a folder that bears no final name yet.
 
     `tensors` are (name, dtype, shape) in the order of the data; `pieces` are their bytes one after
-    another, cut anywhere. A half-written file never bears the final name.
+    another, cut anywhere.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -149,13 +170,8 @@ def write_shard(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data starts aligned
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            written = sum(file.write(piece) for piece in pieces)
-        if written != end:
-            raise AssertionError(f"{path}: {written} bytes written where the header says {end}")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        written = sum(file.write(piece) for piece in pieces)
+    if written != end:
+        raise AssertionError(f"{path}: {written} bytes written where the header says {end}")

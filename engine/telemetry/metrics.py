@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engine.telemetry.cache import CacheMetrics
 from engine.types import KVLink
 
 PREFIX = "diptych_"
@@ -91,6 +92,7 @@ class WorkerMetrics:
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
         make = _Maker(registry, model_name)
         self._model_name = model_name
+        CacheMetrics(registry)
         self._links = _Links(model_name)
         registry.register(self._links)
         self.num_requests_running = make.gauge("num_requests_running", "Requests in the batch.")
@@ -221,6 +223,7 @@ class CoordinatorMetrics:
 
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
         make = _Maker(registry, model_name)
+        CacheMetrics(registry)
         self._model_name = model_name
         self.time_to_first_token = make.histogram(
             "time_to_first_token_seconds", "Arrival until the first token.", FIRST_TOKEN_BUCKETS

@@ -240,10 +240,10 @@ def test_what_is_not_supported_is_named(
     tmp_path: Path, cache: Path, kwargs: dict, named: str
 ) -> None:
     tiny_gguf.tiny(tmp_path / "m.gguf", **kwargs)
-    hashed = mock.Mock(wraps=source._file_digest)
+    hashed = mock.Mock(wraps=source.file_digests)
     with (
         pytest.raises(CheckpointError, match=named) as error,
-        mock.patch.object(source, "_file_digest", hashed),
+        mock.patch.object(source, "file_digests", hashed),
     ):
         resolve(str(tmp_path / "m.gguf"), progress=False)
     early = ("falcon", "klingon", "longrope", "split GGUF", "split.count")
