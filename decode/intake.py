@@ -107,7 +107,9 @@ class Intake:
             else:
                 self._host.metrics.kv_transfer_failed(type(error).__name__)
                 self._host.channels.keep_only(self._host.peers.addresses)
-                raise Unavailable(f"prefill worker lost: {error}", lost="prefill") from error
+                sick = isinstance(error, Unavailable) and error.sick
+                what = f"prefill worker lost: {error}"
+                raise Unavailable(what, lost="prefill", sick=sick) from error
         fetch.prefill_s += time.monotonic() - begun_s
         cached = fetch.num_cached_tokens
         self._host.engine.post(lambda core: core.fetch_ended(fetch.key, cached))

@@ -117,6 +117,7 @@ class DecodeServicer:
             sampling=sampling_from_pb(request.sampling, parts.logit_bias),
             stop=stop_from_pb(request.stop, parts.stop_token_ids),
             fetch=request.HasField("prefill"),
+            source=request.prefill.incarnation,
             priority=request.priority,
             deadline_s=None if time_remaining_s is None else time.monotonic() + time_remaining_s,
             num_logprobs=request.num_logprobs if request.HasField("num_logprobs") else None,

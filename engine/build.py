@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -30,12 +30,14 @@ from engine.constraints import Vocabulary
 from engine.core import EngineCore
 from engine.device import Device, pick_device
 from engine.errors import ConfigError
+from engine.health import EngineHealth
 from engine.loading import Loader, Models, layout_of, pick_dtype
 from engine.memory import HostMemory, host_memory, shown
 from engine.placement import check_length, resolve_draft
 from engine.runner.runner import NativeRunner
 from engine.sampling import Sampler
 from engine.scheduler import Budgets, Scheduler
+from engine.self_test import SelfTest
 from engine.speculation import Drafting
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import WorkerMetrics
@@ -83,7 +85,7 @@ def build_engine(
 ) -> Engine:
     """Load everything; `drafting`: what the worker was asked to draft with.
 
-    Raises ConfigError, also where a GPU's memory is too small, CheckpointError.
+    Raises ConfigError, also where a GPU's memory is too small, CheckpointError, SelfTestFailed.
     """
     if step.num_threads:  # else OMP_NUM_THREADS, else all cores
         torch.set_num_threads(step.num_threads)
@@ -117,6 +119,8 @@ def _build(
     sampler = Sampler(checkpoint.config.vocab_size, device.place)
     budgets = pick_budgets(step, device)
     _warm_up(models, sampler, budgets, layout, pool_of.wanted, window, device)
+    self_tests = models.self_tests(layout.block_size, checkpoint.config.vocab_size)
+    _test(self_tests)
     size = size or pool_of(device)
     kv_cache = KVCache(layout, size.num_blocks, device.place, device.allocate)
     runner, draft_runner = models.over(kv_cache)
@@ -129,7 +133,8 @@ def _build(
     pool = BlockPool(size.num_blocks)
     scheduler = Scheduler(pool, layout.block_size, budgets, speculation, size.max_model_len)
     metrics = WorkerMetrics(registry, identity.name)
-    core = EngineCore(scheduler, runner, sampler, metrics, time.monotonic, draft_runner)
+    health = EngineHealth(kv_cache, self_tests)
+    core = EngineCore(scheduler, runner, sampler, metrics, time.monotonic, draft_runner, health)
     _log.info(
         "engine built",
         model=identity.name,
@@ -196,6 +201,14 @@ def _warm_up(
         _log.info("loading or compiling GPU kernels: minutes at the first start on a machine")
     seconds = warm_up(shapes, models.runners, sampler, show=device.on_gpu)
     _log.info("warmed up", seconds=round(seconds, 2))
+
+
+def _test(self_tests: Sequence[SelfTest]) -> None:
+    """Raise SelfTestFailed before a request could find out."""
+    begun_s = time.monotonic()
+    for test in self_tests:
+        test()
+    _log.info("self-test passed", seconds=round(time.monotonic() - begun_s, 3))
 
 
 class _PoolSizer:

@@ -1,6 +1,7 @@
 """The engine: one short step() over ragged rows, for both roles. It knows no thread and no wire.
 
     admit -> plan -> draft -> run the model -> accept -> advance
+                                       '--> not finite: nothing of the step is used (`_discard`)
 
 Every request that was added gives exactly one FinishedEvent, whatever happens to it; what an event
 hands over (pinned blocks of an AnnouncedEvent) belongs to whoever receives it.
@@ -8,18 +9,20 @@ hands over (pinned blocks of an AnnouncedEvent) belongs to whoever receives it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
 
 import torch
 
+from engine.cache.block_pool import NO_SOURCES
 from engine.cache.block_table import BlockTable
 from engine.constraints import Masks
 from engine.constraints.masks import Place, Rows
 from engine.drawing import Drawer, Drawn
-from engine.errors import DiptychError, InvalidRequest, Unavailable
+from engine.errors import DiptychError, InvalidRequest, SelfTestFailed, Unavailable
 from engine.events import (
     AnnouncedEvent,
     Counts,
@@ -28,6 +31,7 @@ from engine.events import (
     FinishedEvent,
     TokensEvent,
 )
+from engine.health import Health, Unchecked
 from engine.holds import EngineHolds, RequestHold
 from engine.request import Request, State, Work
 from engine.runner.base import ModelRunner
@@ -41,6 +45,7 @@ from engine.telemetry.stopwatch import Stopwatch
 from engine.types import FinishReason, TokenLogprobs
 
 _log = get_logger(__name__)
+DEGRADED_S = 60.0  # how long a worker reports that its numbers were not finite
 
 
 @dataclass(slots=True)
@@ -64,6 +69,7 @@ class EngineCore:
         metrics: WorkerMetrics,
         clock: Callable[[], float],
         draft_runner: ModelRunner | None = None,
+        health: Health | None = None,
     ) -> None:
         """`draft_runner` computes the draft model, whose KV lies in the same blocks."""
         self.scheduler = scheduler
@@ -80,6 +86,8 @@ class EngineCore:
         self._keys = count(1)
         self._events: list[Event] = []
         self._num_failures = 0  # steps in a row
+        self._health = health or Unchecked()
+        self._degraded_until_s = -math.inf
         self._num_preemptions = 0  # of those, counted in the metrics
 
     # -- what is asked of it -----------------------------------------------------------------------
@@ -129,6 +137,7 @@ class EngineCore:
         if request is not None and request.state is State.FETCHING:
             num_tokens = num_blocks * self.scheduler.block_size
             if num_tokens > request.num_computed:
+                request.sources |= {request.work.source}
                 self.scheduler.advance(request, num_tokens)
 
     def fetch_ended(self, key: int, num_cached_tokens: int | None = None) -> None:
@@ -138,6 +147,27 @@ class EngineCore:
             if num_cached_tokens is not None:
                 request.num_cached_tokens = min(num_cached_tokens, request.num_prompt)
             request.move(State.RUNNING)
+            if self.pool.has_forgotten(request.sources):
+                self._finish(request, FinishReason.ABORTED, _from_sick_peer())
+
+    def forget(self, source: str) -> int:
+        """A peer, by its incarnation, is sick: what it had a part in is neither found nor used.
+
+        Returns how many blocks were found until now. Answers that read such blocks begin anew,
+        after the tokens that they have.
+        """
+        num_blocks = self.pool.forget(source)
+        self._metrics.kv_blocks_forgotten.inc(num_blocks)
+        for request in list(self.scheduler.active):
+            if source in request.sources and request.state is State.RUNNING:
+                self.scheduler.preempt(request)
+        _log.warning("blocks of a sick peer forgotten", peer=source, num_blocks=num_blocks)
+        return num_blocks
+
+    @property
+    def degraded(self) -> bool:
+        """Whether what was computed here lately was not finite. Any thread may ask."""
+        return self._clock() < self._degraded_until_s
 
     def hold(self, names: Sequence[bytes]) -> tuple[list[int], list[int]]:
         """Pin the longest leading run of these blocks; returns their ids and generations."""
@@ -185,8 +215,7 @@ class EngineCore:
             self._on_admitted(request)
         plan = self.scheduler.plan(now_s)
         watch.lap("schedule")
-        if plan:
-            self._compute(plan, watch)
+        booked = bool(plan) and self._compute(plan, watch)
         self._record_load()
         watch.lap("emit")
         if plan:
@@ -195,29 +224,34 @@ class EngineCore:
             self._metrics.step_took(watch.laps)
             # A prompt's tokens want no logits: what they cost tells nothing about drafts.
             decoding = all(planned.num_tokens == 1 for planned in plan)
-            if self.scheduler.speculation is not None and decoding and not self._num_failures:
+            if self.scheduler.speculation is not None and decoding and booked:
                 verified_s = sum(watch.laps.values()) - watch.laps.get("draft", 0.0)
                 self.scheduler.speculation.stepped(num_rows, verified_s)
         return bool(plan)
 
-    def _compute(self, plan: Sequence[PlannedRow], watch: Stopwatch) -> None:
+    def _compute(self, plan: Sequence[PlannedRow], watch: Stopwatch) -> bool:
         """Run the model and accept; a failure ends the requests of this step, not the worker.
+        Returns whether the step was booked.
 
         Until `_accept` nothing has been booked, so giving those requests up leaves a consistent
-        state. A second failure in a row is the device's, not a request's: it is raised.
+        state. A second failure in a row is the device's, not a request's: it is raised. So is
+        SelfTestFailed: a worker that has failed shows first that it still computes what it should.
         """
         try:
             drafted = self._draft(plan)
             if drafted:
                 watch.lap("draft")
             pending = self._begin_masks(plan)
-            logits = self._runner.run([self._model_row(planned) for planned in plan])
+            rows = [self._model_row(planned) for planned in plan]
+            logits = self._runner.run(rows)
             watch.lap("forward")
             masks = {}
             if pending is not None:
                 masks = Masks.wait(pending)
                 watch.lap("mask")
             drawn = self._drawer.draw(plan, logits, masks)
+            for index in self._health.unsound_prompts(rows):
+                drawn[index].broken = True
             watch.lap("sample")
         except Exception as error:
             self._metrics.engine_step_failures.inc()
@@ -229,9 +263,61 @@ class EngineCore:
             for planned in plan:
                 fault = Unavailable(f"step failed: {error}")
                 self._finish(planned.request, FinishReason.ABORTED, fault)
-        else:
-            self._num_failures = 0
-            self._accept(drawn, logits, drafted)
+            self._test_health()
+            return False
+        self._num_failures = 0
+        if any(row.broken for row in drawn):
+            self._discard([row.planned.request for row in drawn if row.broken])
+            return False
+        self._accept(drawn, logits, drafted)
+        return True
+
+    def _discard(self, broken: Sequence[Request]) -> None:
+        """A step gave these requests numbers that are not finite: end them, test, compute again.
+
+        Nothing of the step is booked, for the other rows' numbers came from the same computation:
+        no token is sent, no block is named, and the next step begins where this one began. A
+        request that ends so goes on at another worker. Where a complete block that it read is
+        damaged, the fault is that block's: with a peer's, all that this peer had a part in goes.
+        """
+        self._metrics.non_finite_requests.inc(len(broken))
+        ours = False
+        for request in broken:
+            damaged = self._health.damaged(request.table.blocks[: request.num_named])
+            # A second copy of a block has no name, and its sources are not kept: any may be it.
+            peers = (self.pool.sources(damaged) or request.sources) if damaged else NO_SOURCES
+            _log.error(
+                "numbers are not finite",
+                request_id=request.work.request_id,
+                num_damaged_blocks=len(damaged),
+                peers=sorted(peers),
+            )
+            self.pool.hide(damaged)
+            for peer in peers:
+                self.forget(peer)
+            ours = ours or not peers
+            self._finish(request, FinishReason.ABORTED, self._fault(request, peers))
+        if ours:
+            self._degraded_until_s = self._clock() + DEGRADED_S
+        self._test_health()
+
+    @staticmethod
+    def _fault(request: Request, peers: Collection[str]) -> Unavailable:
+        """What a request ends with whose numbers were not finite."""
+        if not peers:
+            return Unavailable("this worker computed numbers that are not finite", sick=True)
+        if request.work.source in peers:
+            return _from_sick_peer()
+        return Unavailable("cached blocks of a sick peer were dropped")
+
+    def _test_health(self) -> None:
+        """Raise SelfTestFailed unless this worker computes what it did at its start."""
+        try:
+            self._health.self_test()
+        except SelfTestFailed:
+            self._metrics.self_tested("failed")
+            raise
+        self._metrics.self_tested("passed")
 
     def take_events(self) -> list[Event]:
         """Events since the last call, in order."""
@@ -408,7 +494,9 @@ class EngineCore:
         self._metrics.prefix_cache_hits.inc(cached)
         self.totals.prompt_tokens_cached += cached
         self._announce(request)
-        if request.state is State.FETCHING:
+        if request.state is State.FETCHING and self.pool.has_forgotten([request.work.source]):
+            self._finish(request, FinishReason.ABORTED, _from_sick_peer())
+        elif request.state is State.FETCHING:
             first, names = request.num_named, request.whole_names(size)
             blocks = request.table.blocks[first : len(names)]
             tokens = request.tokens[: len(names) * size]
@@ -473,3 +561,8 @@ class EngineCore:
         metrics.set_blocks(free=pool.num_free, cached=pool.num_cached, held=pool.num_held)
         metrics.num_preemptions.inc(scheduler.num_preemptions - self._num_preemptions)
         self._num_preemptions = scheduler.num_preemptions
+
+
+def _from_sick_peer() -> Unavailable:
+    """What a request ends with whose prefill worker's blocks are not to be used."""
+    return Unavailable("blocks of this prefill worker were not finite", lost="prefill", sick=True)

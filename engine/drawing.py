@@ -3,8 +3,9 @@
     logits of a row   | they tell of the prompt | ... | each may give a token |
                       first_scored                    first_sampled
 
-Rows whose logits are no distribution, or whose constraint can say no more, fail; the others of the
-step go on.
+A row that its own request leaves no token (mask, bans, biases, penalties), or whose constraint can
+say no more, fails with that request; the others of the step go on. A row whose logits are no
+distribution as the model gave them is `broken`: that is the worker's fault, or its blocks'.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Drawn:
     num_sampled: int
     tokens: list[int] = field(default_factory=list)  # the sampler's, at each sampled position
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    error: DiptychError | None = None  # the same logits would come anywhere: not to be tried again
+    error: DiptychError | None = None  # the request's own: it would come anywhere
+    broken: bool = False  # what the model computed for it is not finite
 
 
 class Drawer:
@@ -58,7 +60,7 @@ class Drawer:
                 row.error = InvalidRequest("constraint", reason)
         self._sample([row for row in rows if row.num_sampled and row.error is None], logits, masks)
         for row in rows:
-            if row.num_scored and row.error is None:
+            if row.num_scored and row.error is None and not row.broken:
                 self._score(row, logits)
         return rows
 
@@ -89,16 +91,23 @@ class Drawer:
                 request.sample_row(draft[:ahead], None if mask is None else mask[ahead])
                 for ahead in range(row.num_sampled)
             ]
-        try:
-            tokens = self._sampler.sample(logits, wanted)
-        except UnusableLogits as error:
-            for index in error.rows:
-                owners[index].error = DiptychError(str(error))
-            keep = [i for i, owner in enumerate(owners) if owner.error is None]
-            owners = [owners[i] for i in keep]
-            tokens = self._sampler.sample(logits[keep], [wanted[i] for i in keep]) if keep else []
-        for row, token in zip(owners, tokens, strict=True):
-            row.tokens.append(token)
+        while owners:
+            try:
+                tokens = self._sampler.sample(logits, wanted)
+            except UnusableLogits as error:
+                if error.broken:  # nothing of this step will be used
+                    for index in error.broken:
+                        owners[index].broken = True
+                    return
+                for index in error.rows:
+                    owners[index].error = _nothing_left(owners[index])
+                keep = [i for i, owner in enumerate(owners) if owner.error is None]
+                owners, wanted = [owners[i] for i in keep], [wanted[i] for i in keep]
+                logits = logits[keep]
+            else:
+                for row, token in zip(owners, tokens, strict=True):
+                    row.tokens.append(token)
+                return
 
     def _score(self, row: Drawn, logits: torch.Tensor) -> None:
         request = row.planned.request
@@ -109,8 +118,18 @@ class Drawer:
                 request.tokens[begin + 1 : begin + 1 + row.num_scored],
                 request.work.num_prompt_logprobs or 0,
             )
-        except UnusableLogits as error:
-            row.error = DiptychError(str(error))
+        except UnusableLogits:
+            row.broken = True
+
+
+def _nothing_left(row: Drawn) -> InvalidRequest:
+    """The error of a request that forbids every token that the model could write next."""
+    sampling = row.planned.request.work.sampling
+    biased = sampling is not None and sampling.logit_bias
+    field = "sampling.logit_bias" if biased else "sampling"
+    return InvalidRequest(
+        field, "no token is left: constraint, min_tokens, biases and penalties forbid each one"
+    )
 
 
 def _laid_out(plan: Sequence[PlannedRow]) -> list[Drawn]:

@@ -73,12 +73,20 @@ class Unavailable(DiptychError):
     """
 
     def __init__(
-        self, message: str, retry_after_s: float = 1.0, num_emitted: int = 0, lost: str = ""
+        self,
+        message: str,
+        retry_after_s: float = 1.0,
+        num_emitted: int = 0,
+        lost: str = "",
+        *,
+        sick: bool = False,
     ) -> None:
+        """`sick`: what that worker computed was not finite."""
         super().__init__(message)
         self.retry_after_s = retry_after_s
         self.num_emitted = num_emitted
         self.lost = lost
+        self.sick = sick
 
 
 class Silent(Unavailable):
@@ -91,6 +99,10 @@ class Unauthenticated(DiptychError):
 
 class PermissionDenied(DiptychError):
     """PERMISSION_DENIED: the call's token is not the one that is asked for."""
+
+
+class SelfTestFailed(DiptychError):
+    """This worker computes what it should not: the process must end."""
 
 
 class Mismatch(DiptychError):

@@ -31,6 +31,7 @@ from engine.placement import first_layers, packing, pick_kernels
 from engine.precision import auto_dtype
 from engine.runner.base import ModelRunner
 from engine.runner.runner import NativeRunner, Runner
+from engine.self_test import SelfTest, num_scratch_blocks
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
@@ -89,6 +90,21 @@ class Models:
         """Both."""
         return [runner for runner in (self.target, self.draft) if runner is not None]
 
+    def self_tests(self, block_size: int, vocab_size: int) -> list[SelfTest]:
+        """Of both, on the scratch pool."""
+        found = (("the model", self.target), ("the draft model", self.draft))
+        return [
+            SelfTest(
+                name,
+                runner,
+                block_size=block_size,
+                vocab_size=vocab_size,
+                exact=isinstance(runner, NativeRunner),
+            )
+            for name, runner in found
+            if runner is not None
+        ]
+
     def over(self, kv_cache: KVCache) -> tuple[ModelRunner, ModelRunner | None]:
         """The same over another pool."""
         draft = None
@@ -118,8 +134,8 @@ class Loader:
     def load_all(
         self, checkpoint: Checkpoint, draft: Checkpoint | None, layout: KVLayout
     ) -> Models:
-        """Both models over a scratch pool of one block. Raises CheckpointError, ConfigError."""
-        scratch = KVCache(layout, 1, self._device.place)
+        """Both models over a scratch pool of a few blocks. Raises CheckpointError, ConfigError."""
+        scratch = KVCache(layout, num_scratch_blocks(layout.block_size), self._device.place)
         target = self._load(checkpoint)
         draft_runner = None
         if draft is not None and scratch.draft is not None:

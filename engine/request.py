@@ -32,6 +32,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.cache.block_pool import NO_SOURCES
 from engine.cache.block_table import BlockTable
 from engine.cache.layout import block_name
 from engine.constraints import Matcher
@@ -75,6 +76,7 @@ class Work:
     deadline_s: float | None = None  # when its caller stops waiting, monotonic; only shown
     num_logprobs: int | None = None  # alternatives reported with each token; None: nothing is
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens but the first
+    source: str = ""  # incarnation of the peer that is asked for missing blocks
     matcher: Matcher | None = None  # after `output`; the engine's from the moment it is submitted
 
 
@@ -93,6 +95,7 @@ class Request:
     names: list[bytes] = field(default_factory=list)  # of whole blocks, grown on demand
     num_named: int = 0  # leading blocks of the table that are complete and named
     num_announced: int = 0
+    sources: frozenset[str] = NO_SOURCES  # of its complete blocks: see BlockPool
     num_cached_tokens: int = 0  # prompt tokens hit when it was first admitted
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0

@@ -184,6 +184,7 @@ class Scheduler:
         request.table.adopt(hits)
         request.table.reserve((len(hits) + needed) * self.block_size)
         request.num_named = len(hits)
+        request.sources = self.pool.sources(hits)
         request.num_computed = len(hits) * self.block_size
         request.draft_lag = 0  # a named block holds the draft model's KV, too
         return True
@@ -330,7 +331,7 @@ class Scheduler:
             request.whole_names(self.block_size)
         for index in range(request.num_named, full):
             name = request.names[index]
-            self.pool.name(request.table.blocks[index], name)
+            self.pool.name(request.table.blocks[index], name, request.sources)
             if self._makers.get(name) is request:
                 del self._makers[name]
         request.num_named = max(request.num_named, full)

@@ -12,7 +12,8 @@
 - A Stream ends with a FinishedEvent, once, also after abort(): whoever iterates sees every event
   that hands something over.
 - If the engine thread dies, every stream ends with `EngineDied` and `died` is set: the process
-  should exit. If it hangs in a step, `responsive` says so: then nobody vouches for it any more.
+  should exit. Where its self-test failed, `sick` is the reason. If it hangs in a step, `responsive`
+  is False: then nothing reports for it any more.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from engine.core import EngineCore
-from engine.errors import DiptychError, Unavailable
+from engine.errors import DiptychError, SelfTestFailed, Unavailable
 from engine.events import AnnouncedEvent, Event, FinishedEvent
 from engine.request import Work
 from engine.telemetry.log import get_logger
@@ -103,6 +104,7 @@ class EngineThread:
     def __init__(self, core: EngineCore, loop: asyncio.AbstractEventLoop) -> None:
         self.core = core
         self.died = asyncio.Event()
+        self.sick = ""  # how its self-test failed; set before `died`
         self._loop = loop
         self._inbox: queue.SimpleQueue[Callable[[EngineCore], None]] = queue.SimpleQueue()
         self._streams: dict[int, Stream] = {}
@@ -189,9 +191,13 @@ class EngineThread:
                 self._publish(self.core.take_events())
                 if not busy:
                     self._wait()
+        except SelfTestFailed as error:
+            self.sick = error.message
+            _log.error("engine is sick", reason=error.message)
         except BaseException:
             _log.exception("engine thread died")
         finally:
+            self._step_began_s = None
             self._to_loop(self._bury)
 
     def _take_messages(self) -> None:

@@ -27,7 +27,7 @@ from engine.config import (
     resolve,
     set_default_env,
 )
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError, ConfigError, SelfTestFailed
 from engine.heap import put_off_collections
 from engine.installed import require_worker_packages, unusable
 from engine.types import Role
@@ -49,6 +49,7 @@ _GROUPS = (
 _LIBRARY_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 
 BAD_CONFIGURATION = 2  # exit status: another start would end the same way
+EXIT_SICK = 72  # the self-test failed
 
 # How long the engine thread waits at most for a busy event loop: Python's 5 ms are a whole step.
 _SWITCH_INTERVAL_S = 0.0005
@@ -76,6 +77,9 @@ def worker_command(
     except (ConfigError, CheckpointError) as error:
         print(f"{role.value}: {error.message}", file=sys.stderr)
         return BAD_CONFIGURATION
+    except SelfTestFailed as error:
+        print(f"{role.value}: {error.message}", file=sys.stderr)
+        return EXIT_SICK
     except KeyboardInterrupt:  # while it loads; later the loop has the signal
         return 130
 

@@ -7,7 +7,7 @@
 
 `run_worker` builds them in order and takes them down in reverse. A drain (see `drain`), a refusal
 by a coordinator, the death of the engine thread and that of the data plane all end there, with exit
-status 0, 2, 70 and 71.
+status 0, 2, 70 (72 where its self-test failed) and 71.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from engine.types import ModelIdentity, Role, machine_id, new_incarnation
 from engine.worker import EngineDied, EngineThread
 from kvtransfer.base import MemoryRegion
 from kvtransfer.checksum import Checksums
+from kvtransfer.command import EXIT_SICK
 from kvtransfer.drain import Calls, Orders
 from kvtransfer.holds import Begun, Holds
 from kvtransfer.lease import LeaseTable
@@ -301,8 +302,8 @@ async def _until_the_end(host: WorkerHost, registration: Registration, stop: asy
         if registration.refused.done():
             raise ConfigError(f"refused by coordinator {registration.refused.result()}")
         if died.done():
-            _log.error("the engine thread died; exiting")
-            return EXIT_ENGINE_DIED
+            _log.error("the engine thread died; exiting", sick=host.engine.sick)
+            return EXIT_SICK if host.engine.sick else EXIT_ENGINE_DIED
         if severed.done():
             _log.error("the data plane died; exiting", reason=severed.result())
             return EXIT_DATA_PLANE_DIED

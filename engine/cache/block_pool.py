@@ -16,6 +16,10 @@ Owned by the engine thread; nobody else calls it. Only the generations' memory i
 
     free + cached + held = total, always; held = 0 at rest.
 
+A block may hold what other workers computed: its own bytes came from one, or those before it in
+its sequence did, and it was computed from them. `sources` are their incarnations. Of a worker that
+turns out to be sick no block stays findable, however far its numbers have travelled (`forget`).
+
 The fence rests on one rule kept here: `take` bumps a block's generation *before* anybody can write
 to it again. A reader that was told generation g and
 still reads g after its copy has the bytes of g.
@@ -31,6 +35,8 @@ import numpy as np
 import numpy.typing as npt
 
 GENERATION_BYTES = 8
+NO_SOURCES: frozenset[str] = frozenset()
+_MAX_FORGOTTEN = 1024
 
 
 class NoRoom(Exception):
@@ -57,6 +63,8 @@ class BlockPool:
         self._refs = [0] * num_blocks
         self._names: list[bytes | None] = [None] * num_blocks
         self._by_name: dict[bytes, int] = {}
+        self._sources: dict[int, frozenset[str]] = {}  # of named blocks that have any
+        self._forgotten: OrderedDict[str, None] = OrderedDict()  # sources, the oldest first
         self._free = deque(range(num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
@@ -129,14 +137,50 @@ class BlockPool:
                 else:
                     self._cached[block] = None
 
-    def name(self, block: int, name: bytes) -> None:
-        """Make a held block of complete bytes findable; a second copy of a name stays unnamed."""
+    def name(self, block: int, name: bytes, sources: frozenset[str] = NO_SOURCES) -> None:
+        """Make a held block of complete bytes findable; a second copy of a name stays unnamed, and
+        so does what a forgotten source has had a part in.
+        """
         if self._refs[block] <= 0:
             raise ValueError(f"block {block} is not held and cannot be named")
         if name in self._by_name or self._names[block] is not None:
             return
+        if sources:
+            if self.has_forgotten(sources):
+                return
+            self._sources[block] = sources
         self._names[block] = name
         self._by_name[name] = block
+
+    def sources(self, blocks: Iterable[int]) -> frozenset[str]:
+        """Incarnations of the workers that had a part in these named blocks."""
+        if not self._sources:
+            return NO_SOURCES
+        return NO_SOURCES.union(*(self._sources.get(block, NO_SOURCES) for block in blocks))
+
+    def has_forgotten(self, sources: Iterable[str]) -> bool:
+        """Whether one of them was given to `forget` before."""
+        return any(source in self._forgotten for source in sources)
+
+    def forget(self, source: str) -> int:
+        """Let no block be found that `source` had a part in, now or later; returns how many were.
+
+        Holders keep theirs.
+        """
+        self._forgotten[source] = None
+        if len(self._forgotten) > _MAX_FORGOTTEN:
+            self._forgotten.popitem(last=False)
+        return self.hide([b for b, sources in self._sources.items() if source in sources])
+
+    def hide(self, blocks: Iterable[int]) -> int:
+        """Drop the names of these blocks; returns how many had one. Holders keep theirs."""
+        named = [block for block in blocks if self._names[block] is not None]
+        for block in named:
+            self._drop_name(block)
+            if self._refs[block] == 0:
+                del self._cached[block]
+                self._free.append(block)
+        return len(named)
 
     def match(self, names: Sequence[bytes]) -> list[int]:
         """Blocks of the longest leading run of `names` that is here, not pinned."""
@@ -159,6 +203,7 @@ class BlockPool:
         assert all(refs >= 0 for refs in self._refs)
         assert all(self._refs[b] == 0 and self._names[b] is None for b in self._free)
         assert all(self._refs[b] == 0 and self._names[b] is not None for b in self._cached)
+        assert all(self._names[block] is not None for block in self._sources)
         assert {
             self._names[b]: b for b in range(self.num_blocks) if self._names[b]
         } == self._by_name
@@ -168,3 +213,4 @@ class BlockPool:
         assert name is not None
         del self._by_name[name]
         self._names[block] = None
+        self._sources.pop(block, None)

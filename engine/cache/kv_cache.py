@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.cache.layout import KVLayout
@@ -112,6 +114,24 @@ class KVCache:
     def read_block(self, block: int) -> memoryview:
         """All bytes of a block, in memory of the host: in place on a CPU, else a copy."""
         return self._memory[block].cpu().view(torch.uint8).numpy().data
+
+    def damaged(self, blocks: Sequence[int]) -> list[int]:
+        """Those of these complete blocks in which a number of this model's is not finite."""
+        return [b for b in blocks if not bool(torch.isfinite(self.pool[b]).all())]
+
+    def finite(
+        self, blocks: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
+        """[T]: whether the last layer's K and V at positions `offsets` of `blocks` are finite.
+
+        A layer reads the one before it, so a position that went wrong below is not finite here.
+        """
+        where = torch.from_numpy(np.stack((blocks, offsets))).to(self.device)
+        ok = torch.ones(len(blocks), dtype=torch.bool, device=self.device)
+        for part in self.layer(self.layout.num_layers - 1):
+            ok &= torch.isfinite(part[where[0], :, where[1]]).flatten(1).all(1)
+        found: npt.NDArray[np.bool_] = ok.cpu().numpy()
+        return found
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K, V of a layer: strided views [num_blocks, num_kv_heads, block_size, head_dim] (HND)."""

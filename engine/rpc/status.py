@@ -8,7 +8,8 @@ The only place that knows both sides:
     Mismatch          FAILED_PRECONDITION
     Overloaded        RESOURCE_EXHAUSTED  RetryInfo, grpc-retry-pushback-ms
     TooLarge          RESOURCE_EXHAUSTED
-    Unavailable       UNAVAILABLE         the same, ErrorInfo{num_emitted}, diptych-lost
+    Unavailable       UNAVAILABLE         the same, ErrorInfo{num_emitted}, diptych-lost,
+                                          diptych-sick
     DeadlineExceeded  DEADLINE_EXCEEDED
     anything else     INTERNAL
 
@@ -44,6 +45,7 @@ from engine.errors import (
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 LOST_KEY = "diptych-lost"
+SICK_KEY = "diptych-sick"
 ERROR_DOMAIN = "diptych"
 # Statuses travel in HTTP/2 headers, percent-encoded and once more in the details; by default peers
 # take 8 KiB of them, and replace a status that is larger.
@@ -103,6 +105,8 @@ def to_status(error: DiptychError) -> RpcStatus:
         details.append(info)
         if error.lost:
             metadata.append((LOST_KEY, error.lost))
+        if error.sick:
+            metadata.append((SICK_KEY, "1"))
     status = status_pb2.Status(code=code.value[0], message=message)
     for detail in details:
         status.details.add().Pack(detail)
@@ -163,9 +167,9 @@ def from_rpc_error(error: grpc.RpcError) -> DiptychError | None:
             return Overloaded(message, retry_after_s)
         case grpc.StatusCode.UNAVAILABLE:
             num_emitted = int(info.metadata.get("num_emitted", "0")) if info else 0
-            return Unavailable(
-                message, retry_after_s, num_emitted, lost=str(metadata.get(LOST_KEY, ""))
-            )
+            lost = str(metadata.get(LOST_KEY, ""))
+            sick = SICK_KEY in metadata
+            return Unavailable(message, retry_after_s, num_emitted, lost, sick=sick)
         case grpc.StatusCode.UNAUTHENTICATED:
             return Unauthenticated(message)
         case grpc.StatusCode.PERMISSION_DENIED:

@@ -80,7 +80,7 @@ def _rows(
 ) -> list[TokenLogprobs]:
     bad = [i for i, value in enumerate(chosen) if math.isnan(value)]
     if bad:
-        raise UnusableLogits(bad, _REASON)
+        raise UnusableLogits(bad, _REASON, bad)
     starts = range(0, len(chosen) * num_top, num_top) if num_top else [0] * len(chosen)
     return [
         TokenLogprobs(value, tuple(ids[at : at + num_top]), tuple(values[at : at + num_top]))
@@ -92,7 +92,8 @@ def _score(logits: torch.Tensor, tokens: Sequence[int], num_top: int) -> list[To
     """The same in torch, on any device."""
     usable = torch.isfinite(logits.amax(1))
     if not bool(usable.all()):
-        raise UnusableLogits((~usable).nonzero().flatten().tolist(), _REASON)
+        bad = (~usable).nonzero().flatten().tolist()
+        raise UnusableLogits(bad, _REASON, bad)
     logprobs = logits.float().log_softmax(1)
     picked = torch.tensor(tokens, device=logits.device).view(-1, 1)
     chosen = logprobs.gather(1, picked).flatten().tolist()

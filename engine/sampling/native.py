@@ -31,7 +31,8 @@ _NO_HISTORY = bytes(_HISTORY.size)
 _ALIGNMENT = 64
 _64_BITS = 2**64 - 1
 _NO_SUCH_TOKEN = -3
-_REASONS = {-1: "not a number, infinite, or -inf throughout", -2: "no token is left"}
+_BROKEN = -1
+_REASONS = {_BROKEN: "not a number, infinite, or -inf throughout", -2: "no token is left"}
 _Source = TypeVar("_Source")
 _Value = TypeVar("_Value")
 
@@ -194,7 +195,11 @@ def _raise(drawn: Sequence[int]) -> None:
         row = drawn.index(_NO_SUCH_TOKEN)
         raise IndexError(f"row {row} bans, biases or has seen a token beyond the vocabulary")
     reasons = [reason for code, reason in _REASONS.items() if code in drawn]
-    raise UnusableLogits([i for i, token in enumerate(drawn) if token < 0], "; ".join(reasons))
+    raise UnusableLogits(
+        [i for i, token in enumerate(drawn) if token < 0],
+        "; ".join(reasons),
+        [i for i, token in enumerate(drawn) if token == _BROKEN],
+    )
 
 
 def native_sampler(vocab_size: int) -> NativeSampler | None:

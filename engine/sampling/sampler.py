@@ -66,6 +66,7 @@ class Sampler:
         """A slice after the other: copies, sorts and noise take several times the logits."""
         tokens: list[int] = []
         bad: list[int] = []
+        broken: list[int] = []
         reason = ""
         for first in range(0, len(rows), MAX_ROWS):
             part = slice(first, first + MAX_ROWS)
@@ -73,13 +74,15 @@ class Sampler:
                 tokens += self._sample(logits[part], rows[part])
             except UnusableLogits as error:
                 bad += [first + row for row in error.rows]
+                broken += [first + row for row in error.broken]
                 reason = reason or error.reason
         if bad:
-            raise UnusableLogits(bad, reason)
+            raise UnusableLogits(bad, reason, broken)
         return tokens
 
     def _sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
-        _check(logits, range(len(rows)), "not a number, infinite, or -inf throughout")
+        reason = "not a number, infinite, or -inf throughout"
+        _check(logits, range(len(rows)), reason, raw=True)
 
         plain, edited, drawn = [], [], []
         for i, row in enumerate(rows):
@@ -134,12 +137,13 @@ def _let_bans_give_way(
             edit_logits(x[i : i + 1], [replace(rows[i], banned=frozenset())])
 
 
-def _check(x: torch.Tensor, names: Sequence[int], reason: str) -> None:
+def _check(x: torch.Tensor, names: Sequence[int], reason: str, *, raw: bool = False) -> None:
     """A maximum is finite unless the row holds NaN or +inf, or nothing but -inf."""
     usable = torch.isfinite(x.amax(1))
     if not bool(usable.all()):
         bad = (~usable).nonzero().flatten().tolist()
-        raise UnusableLogits([names[i] for i in bad], reason)
+        rows = [names[i] for i in bad]
+        raise UnusableLogits(rows, reason, rows if raw else ())
 
 
 def argmax(x: torch.Tensor) -> list[int]:

@@ -142,6 +142,13 @@ class WorkerMetrics:
         self.engine_step_failures = make.counter(
             "engine_step_failures", "Steps whose computation raised; their requests were given up."
         )
+        self.non_finite_requests = make.counter(
+            "non_finite_requests", "Requests given up because what was computed was not finite."
+        )
+        self._self_tests = make.counter("self_tests", "Self-tests after a fault.", "outcome")
+        self.kv_blocks_forgotten = make.counter(
+            "kv_blocks_forgotten", "Cached blocks dropped because a sick peer had a part in them."
+        )
         self.iteration_tokens = make.histogram(
             "iteration_tokens_total", "Tokens computed in one step.", TOKEN_BUCKETS
         )
@@ -166,6 +173,10 @@ class WorkerMetrics:
             if phase not in self._phases:
                 self._phases[phase] = self._engine_step_seconds.labels(self._model_name, phase)
             self._phases[phase].observe(seconds)
+
+    def self_tested(self, outcome: str) -> None:
+        """Count one self-test after a fault: passed or failed."""
+        self._self_tests.labels(self._model_name, outcome).inc()
 
     def watch_quarantine(self, num_blocks: Callable[[], int]) -> None:
         """Ask for the number of quarantined blocks whenever metrics are read; any thread asks."""
