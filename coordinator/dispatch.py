@@ -9,7 +9,8 @@ A decode worker is passed over while another has failed less often; one that the
 may be tried again, and where none is ready the request waits for one to appear. A prefill worker
 that failed is done with: the decode worker can do without. One that did not is kept, for it is
 likely to have the prompt's blocks. Whoever fails one request is doubted for a while by all
-(`Membership.doubt`).
+(`Membership.doubt`). A worker that found its own numbers not finite is accused only when another
+one has computed what it could not (`Membership.accuse`): a request may be the reason, too.
 """
 
 from __future__ import annotations
@@ -115,6 +116,8 @@ class Dispatch:
         self._check_open = check_open
         self._num_tokens = num_tokens
         self._num_failed = 0
+        self._route: Route | None = None
+        self._suspects: list[Worker] = []  # gave the request up as not finite
 
     def remaining_s(self) -> float:
         """Time until the request's deadline; raises DeadlineExceeded where there is none."""
@@ -142,11 +145,18 @@ class Dispatch:
             # Choices go by load at first: they wait for one prompt, and one worker could stall all.
             if prefill and (self._failures or not self._home.prefill):
                 self._home.prefill = prefill.peer.incarnation
-        return Route(decode, prefill)
+        self._route = Route(decode, prefill)
+        return self._route
 
     def progressed(self) -> None:
         """New tokens came: earlier failures no longer count."""
         self._num_failed = 0
+        if self._suspects and self._route is not None:
+            used = {w.peer.incarnation for w in (self._route.decode, self._route.prefill) if w}
+            for suspect in self._suspects:
+                if suspect.peer.incarnation not in used:
+                    self._membership.accuse(suspect)
+            self._suspects = []
 
     async def failed(self, route: Route, error: Unavailable) -> None:
         """An attempt was lost: returns after a moment if there may be another.
@@ -160,6 +170,8 @@ class Dispatch:
             self._home.decode = ""
         self._failures[lost.peer.incarnation] += 1
         self._membership.doubt(lost)
+        if error.sick:
+            self._suspects.append(lost)
         self._num_failed += 1
         if self._num_failed >= MAX_ATTEMPTS:
             raise Unavailable(f"{self._num_failed} attempts failed, the last with: {error.message}")

@@ -9,7 +9,9 @@
                                   v incarnation of the place   v
                               (forgotten) <--------------------+
 
-Only READY workers are routed to, those that lately failed a request last of all. An incarnation
+Only READY workers are routed to, those that lately failed a request last of all. A worker is sick
+where its own self-test failed, or where requests that it gave up for numbers that were not finite
+went on at other workers, several times: then all are told of it (`on_sick`), once. An incarnation
 whose place another has taken is refused when it comes back: it was stopped, or cut off, and given
 up. The first worker fixes what all must agree on (digest, numeric
 profile, block size, vocabulary); when the last one has gone it may change. How long a request each
@@ -35,7 +37,16 @@ from engine.errors import Mismatch
 from engine.memory import shown
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import CoordinatorMetrics
-from engine.types import NO_KV_POOL, PROTOCOL_VERSION, KVLink, KVPool, ModelIdentity, Peer, Role
+from engine.types import (
+    NO_KV_POOL,
+    PROTOCOL_VERSION,
+    Health,
+    KVLink,
+    KVPool,
+    ModelIdentity,
+    Peer,
+    Role,
+)
 
 _log = get_logger(__name__)
 
@@ -43,6 +54,8 @@ HEARTBEAT_S = 0.5
 SILENCE_S = 3.0  # without a heartbeat: suspect
 FORGET_S = 60.0  # a suspect stays in the table, for operators to see
 DOUBT_S = 5.0  # how long a worker that failed a request is avoided
+STRIKES = 3  # so many proofs against a worker that tests itself well make it sick,
+STRIKES_S = 600.0  # within so long
 _MAX_SUPERSEDED = 1024
 
 
@@ -81,6 +94,7 @@ class Load:
     total_blocks: int = 0
     quarantined_blocks: int = 0
     draining: bool = False
+    health: Health = Health.OK
     links: tuple[KVLink, ...] = ()  # to the peers that it has read from
     totals: Totals = field(default_factory=Totals)
 
@@ -116,6 +130,8 @@ class Worker:
     doubted_s: float = -math.inf  # when it last failed a request, monotonic
     doubtful: bool = False  # whether that was lately, as of the snapshot
     kv_pool: KVPool = NO_KV_POOL
+    strikes: tuple[float, ...] = ()  # when it was proven to compute wrongly, monotonic
+    is_sick: bool = False
     beat_s: float = 0.0  # its registration or last heartbeat, monotonic
 
 
@@ -137,6 +153,7 @@ class Membership:
         self._superseded: OrderedDict[str, None] = OrderedDict()  # incarnations, oldest first
         self._changed = asyncio.Event()
         self._sessions = itertools.count(1)
+        self.on_sick: Callable[[Worker], None] = lambda worker: None
 
     @property
     def identity(self) -> ModelIdentity | None:
@@ -162,7 +179,12 @@ class Membership:
         self._look_at_the_clock()
         doubted_since_s = self._clock() - DOUBT_S
         return tuple(
-            replace(worker, doubtful=worker.doubted_s > doubted_since_s)
+            replace(
+                worker,
+                doubtful=worker.doubted_s > doubted_since_s
+                or worker.load.health is not Health.OK
+                or worker.is_sick,
+            )
             for _, worker in sorted(self._workers.items())
         )
 
@@ -196,6 +218,8 @@ class Membership:
                 assigned_requests=old.assigned_requests,
                 assigned_tokens=old.assigned_tokens,
                 doubted_s=old.doubted_s,
+                strikes=old.strikes,
+                is_sick=old.is_sick,
             )
         elif old:
             self._superseded[old.peer.incarnation] = None
@@ -245,6 +269,8 @@ class Membership:
             _log.info("worker changed", worker=worker.peer.worker_id, state=state.value)
         now = self._clock()
         self._put(replace(current, load=load, state=state, heard_s=now, beat_s=now))
+        if load.health is Health.SICK:
+            self._found_sick(worker.peer, "its self-test failed")
         return True
 
     def left(self, worker: Worker) -> None:
@@ -273,6 +299,33 @@ class Membership:
         current = self._workers.get(worker.peer.worker_id)
         if current and current.peer.incarnation == worker.peer.incarnation:
             self._workers[worker.peer.worker_id] = replace(current, doubted_s=self._clock())
+
+    def accuse(self, worker: Worker) -> None:
+        """What the worker could not compute was computed elsewhere: the request is not the reason.
+
+        One incident counts once, however many requests it had.
+        """
+        current = self._workers.get(worker.peer.worker_id)
+        if current is None or current.peer.incarnation != worker.peer.incarnation:
+            return
+        now = self._clock()
+        if current.strikes and now - current.strikes[-1] < DOUBT_S:
+            return
+        strikes = (*(s for s in current.strikes if now - s < STRIKES_S), now)
+        self._workers[worker.peer.worker_id] = replace(current, strikes=strikes)
+        _log.warning(
+            "worker computed wrongly", worker=worker.peer.worker_id, num_times=len(strikes)
+        )
+        if len(strikes) >= STRIKES:
+            self._found_sick(worker.peer, "others computed what it could not")
+
+    def _found_sick(self, peer: Peer, reason: str) -> None:
+        current = self._workers[peer.worker_id]
+        if not current.is_sick:
+            _log.error("worker is sick", worker=peer.worker_id, reason=reason)
+            self._metrics.worker_sick(peer.worker_id)
+            self._workers[peer.worker_id] = replace(current, is_sick=True)
+            self.on_sick(current)
 
     @contextmanager
     def assigned(self, worker: Worker, num_tokens: int) -> Iterator[None]:

@@ -1,23 +1,28 @@
 """RegistryService: a worker's Register stream -> rows of the table of workers, and words back.
 
 worker --Hello, Load, Load ...--> listener task --> Membership
-       <--Welcome, Drain--------- outbox          <-- drain()
+       <--Welcome, Drain, Forget- outbox          <-- drain(), a worker that is found sick
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 from coordinator.membership import HEARTBEAT_S, Hello, Load, Membership, Totals, Worker
 from engine.errors import InvalidRequest, Mismatch, Unavailable
 from engine.pb.diptych.internal.v1 import registry_pb2
-from engine.rpc.convert import identity_from_pb, link_from_pb, role_from_pb
+from engine.rpc.convert import health_from_pb, identity_from_pb, link_from_pb, role_from_pb
 from engine.telemetry.log import get_logger
 from engine.types import KVPool, Peer
 
 _log = get_logger(__name__)
+
+_SICK_DRAIN_S = 0.001  # nothing that a sick worker still computes is to be waited for
+_MAX_SICK = 64
 
 Outbox = asyncio.Queue[registry_pb2.CoordinatorMessage | None]  # None: the stream is over
 
@@ -29,6 +34,8 @@ class RegistryServicer:
         self._membership = membership
         self._coordinator_id = coordinator_id
         self._outboxes: dict[str, Outbox] = {}  # by incarnation
+        self._sick: deque[str] = deque(maxlen=_MAX_SICK)  # incarnations
+        membership.on_sick = self._quarantine
 
     def hears(self, worker: Worker) -> bool:
         """Whether the worker's stream is open: its process has not ended."""
@@ -41,6 +48,15 @@ class RegistryServicer:
             raise Unavailable(f"worker {worker.peer.worker_id} is not connected now")
         drain = registry_pb2.Drain(deadline_s=deadline_s)
         outbox.put_nowait(registry_pb2.CoordinatorMessage(drain=drain))
+
+    def _quarantine(self, sick: Worker) -> None:
+        """Have a sick worker end, and all others drop the blocks that it had a part in."""
+        self._sick.append(sick.peer.incarnation)
+        for incarnation, outbox in self._outboxes.items():
+            if incarnation != sick.peer.incarnation:
+                outbox.put_nowait(_forget(sick.peer.incarnation))
+        with suppress(Unavailable):
+            self.drain(sick, _SICK_DRAIN_S)
 
     async def Register(
         self, messages: AsyncIterator[registry_pb2.WorkerMessage], context: Any
@@ -65,6 +81,8 @@ class RegistryServicer:
                 coordinator_id=self._coordinator_id, heartbeat_s=HEARTBEAT_S
             )
             yield registry_pb2.CoordinatorMessage(welcome=welcome)
+            for incarnation in tuple(self._sick):  # it may have missed one
+                yield _forget(incarnation)
             while (message := await outbox.get()) is not None:
                 yield message
             await listener
@@ -87,6 +105,11 @@ class RegistryServicer:
                     return
         finally:
             outbox.put_nowait(None)
+
+
+def _forget(incarnation: str) -> registry_pb2.CoordinatorMessage:
+    forget = registry_pb2.Forget(incarnation=incarnation)
+    return registry_pb2.CoordinatorMessage(forget=forget)
 
 
 def _hello(pb: registry_pb2.Hello) -> Hello:
@@ -120,6 +143,7 @@ def _load(pb: registry_pb2.Load) -> Load:
         total_blocks=pb.total_blocks,
         quarantined_blocks=pb.quarantined_blocks,
         draining=pb.draining,
+        health=health_from_pb(pb.health),
         links=tuple(link_from_pb(link) for link in pb.links),
         totals=Totals(
             prompt_tokens_computed=totals.prompt_tokens_computed,

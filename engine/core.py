@@ -150,19 +150,18 @@ class EngineCore:
             if self.pool.has_forgotten(request.sources):
                 self._finish(request, FinishReason.ABORTED, _from_sick_peer())
 
-    def forget(self, source: str) -> int:
+    def forget(self, source: str) -> None:
         """A peer, by its incarnation, is sick: what it had a part in is neither found nor used.
 
-        Returns how many blocks were found until now. Answers that read such blocks begin anew,
-        after the tokens that they have.
+        Answers that read such blocks begin anew, after the tokens that they have.
         """
         num_blocks = self.pool.forget(source)
         self._metrics.kv_blocks_forgotten.inc(num_blocks)
         for request in list(self.scheduler.active):
             if source in request.sources and request.state is State.RUNNING:
                 self.scheduler.preempt(request)
-        _log.warning("blocks of a sick peer forgotten", peer=source, num_blocks=num_blocks)
-        return num_blocks
+        if num_blocks:
+            _log.warning("blocks of a sick peer forgotten", peer=source, num_blocks=num_blocks)
 
     @property
     def degraded(self) -> bool:

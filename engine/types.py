@@ -18,6 +18,14 @@ class Role(Enum):
     DECODE = "decode"
 
 
+class Health(Enum):
+    """Whether a worker computes what it should, as far as is known."""
+
+    OK = "ok"
+    DEGRADED = "degraded"  # its numbers were not finite lately
+    SICK = "sick"  # it does not
+
+
 class FinishReason(Enum):
     """Why an answer ended."""
 

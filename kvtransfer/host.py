@@ -33,7 +33,7 @@ from engine.heap import freeze_heap
 from engine.pb.diptych.internal.v1 import registry_pb2, worker_pb2
 from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
 from engine.rpc.channel import ChannelPool
-from engine.rpc.convert import link_to_pb
+from engine.rpc.convert import health_to_pb, link_to_pb
 from engine.rpc.registration import Registration
 from engine.rpc.server import RpcServer
 from engine.rpc.trust import ClusterToken
@@ -43,7 +43,7 @@ from engine.telemetry.http_guard import refusals_counter
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import RpcMetrics
 from engine.telemetry.progress import print_line
-from engine.types import ModelIdentity, Role, machine_id, new_incarnation
+from engine.types import Health, ModelIdentity, Role, machine_id, new_incarnation
 from engine.worker import EngineDied, EngineThread
 from kvtransfer.base import MemoryRegion
 from kvtransfer.checksum import Checksums
@@ -164,6 +164,17 @@ class WorkerHost:
                 f"{max(token_ids)} is out of range; expected less than {self.identity.vocab_size}",
             )
 
+    @property
+    def health(self) -> Health:
+        """Whether this worker computes what it should, as far as it knows."""
+        if self.engine.sick:
+            return Health.SICK
+        return Health.DEGRADED if self.engine.core.degraded else Health.OK
+
+    def forget(self, incarnation: str) -> None:
+        """A peer is sick: use no block that it had a part in."""
+        self.engine.post(lambda core: core.forget(incarnation))
+
     def load(self) -> registry_pb2.Load | None:
         """What coordinators are told with every heartbeat; None while the engine hangs."""
         if not self.engine.responsive:
@@ -181,6 +192,7 @@ class WorkerHost:
             total_blocks=pool.num_blocks,
             quarantined_blocks=moved.num_quarantined_blocks,
             draining=self.calls.draining,
+            health=health_to_pb(self.health),
             links=[link_to_pb(link) for link in self.peers.links()],
             totals=registry_pb2.Totals(
                 prompt_tokens_computed=totals.prompt_tokens_computed,
@@ -263,6 +275,7 @@ async def run_worker(
             identity=host.identity,
             load=host.load,
             on_drain=orders.told,
+            on_forget=host.forget,
             token=settings.token,
             kv_pool=host.kv_pool,
         )

@@ -14,6 +14,7 @@ from engine.types import (
     Constraint,
     ConstraintKind,
     FinishReason,
+    Health,
     KVLink,
     ModelIdentity,
     Peer,
@@ -35,6 +36,12 @@ _KIND_TO_PB = {
     ConstraintKind.LARK: worker_pb2.Constraint.KIND_LARK,
 }
 _KIND_FROM_PB = {pb: kind for kind, pb in _KIND_TO_PB.items()}
+_HEALTH_TO_PB = {
+    Health.OK: registry_pb2.HEALTH_UNSPECIFIED,
+    Health.DEGRADED: registry_pb2.HEALTH_DEGRADED,
+    Health.SICK: registry_pb2.HEALTH_SICK,
+}
+_HEALTH_FROM_PB = {pb: health for health, pb in _HEALTH_TO_PB.items()}
 _ROLE_TO_PB = {Role.PREFILL: registry_pb2.ROLE_PREFILL, Role.DECODE: registry_pb2.ROLE_DECODE}
 _ROLE_FROM_PB = {pb: role for role, pb in _ROLE_TO_PB.items()}
 
@@ -174,6 +181,16 @@ def role_to_pb(role: Role) -> registry_pb2.Role:
 def role_from_pb(pb: registry_pb2.Role) -> Role | None:
     """A worker's role; None where it is unset or unknown."""
     return _ROLE_FROM_PB.get(pb)
+
+
+def health_to_pb(health: Health) -> registry_pb2.Health:
+    """A worker's health, on the wire."""
+    return _HEALTH_TO_PB[health]
+
+
+def health_from_pb(pb: registry_pb2.Health) -> Health:
+    """A worker's health; what we do not know is degraded."""
+    return _HEALTH_FROM_PB.get(pb, Health.DEGRADED)
 
 
 def link_to_pb(link: KVLink) -> registry_pb2.KVLink:

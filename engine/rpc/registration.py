@@ -2,7 +2,7 @@
 
 addresses (HOST:PORT, or a name that resolves to many) --re-resolved--> one task a coordinator
 task:  dial -> Hello -> Welcome -> Load, Load, ...   (broken, by whatever: again after a moment)
-                     -> Drain: passed on, the worker knows what to do
+                     -> Drain, Forget: passed on, the worker knows what to do
                      -> Refused, or our token is: remembered; the process ends, for asking again
                         would not help
 stop:  a last Load, then the end of the stream: an orderly end looks like one
@@ -58,6 +58,7 @@ class Registration:
         identity: ModelIdentity,
         load: Callable[[], registry_pb2.Load | None],
         on_drain: Callable[[float], None],
+        on_forget: Callable[[str], None] = lambda incarnation: None,
         token: ClusterToken | None = None,
         kv_pool: KVPool | None = None,
     ) -> None:
@@ -65,6 +66,7 @@ class Registration:
         self._load = load
         self._token = token
         self._on_drain = on_drain
+        self._on_forget = on_forget
         self._stopping = False
         self._hello = registry_pb2.Hello(
             worker_id=worker_id,
@@ -206,6 +208,8 @@ class Registration:
                 if answer.HasField("drain"):
                     _log.info("told to drain", coordinator=address)
                     self._on_drain(answer.drain.deadline_s)
+                if answer.HasField("forget"):
+                    self._on_forget(answer.forget.incarnation)
                 answer = await call.read()
         finally:
             call.cancel()

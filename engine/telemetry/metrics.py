@@ -272,6 +272,9 @@ class CoordinatorMetrics:
             "migrations", "Requests carried on elsewhere after a worker was lost.", "outcome"
         )
         self._workers = make.gauge("workers", "Workers by role and state.", "role", "state")
+        self._worker_sick = make.counter(
+            "sick_workers", "Workers that were found to compute wrongly.", "worker"
+        )
         self._worker_hangs = make.counter(
             "worker_hangs", "Local workers killed because they were silent.", "worker"
         )
@@ -291,6 +294,10 @@ class CoordinatorMetrics:
     def migrated(self, outcome: str) -> None:
         """Count one attempt to carry a request on: resumed, retried (no token yet) or exhausted."""
         self._migrations.labels(self._model_name, outcome).inc()
+
+    def worker_sick(self, worker_id: str) -> None:
+        """Count one worker that was found to compute wrongly."""
+        self._worker_sick.labels(self._model_name, worker_id).inc()
 
     def worker_hung(self, worker_id: str) -> None:
         """Count one local worker that was killed because it was silent."""

@@ -20,7 +20,7 @@ from engine.build import Engine, build_engine, memory_errors, pick_budgets
 from engine.cache.sizing import CONTEXT_BYTES, GpuMemory
 from engine.config import CacheOptions, DraftOptions, ModelOptions, StepOptions
 from engine.device import Device
-from engine.errors import ConfigError
+from engine.errors import ConfigError, SelfTestFailed
 from engine.runner.runner import Runner
 from engine.types import Role
 from tests.support.paged import CPU
@@ -246,6 +246,9 @@ def test_a_gpu_has_the_budgets_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     assert (budgets.prompt_tokens, budgets.num_seqs) == (256, 64)
 
 
+SELF_TEST = [([24], 1), ([1], 1), ([25], 2)]
+
+
 def steps_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int], int]]:
     """Of each step: who ran it, the tokens of its rows, its logits."""
     seen: list[tuple[int, list[int], int]] = []
@@ -276,6 +279,7 @@ def test_every_kind_of_step_is_run_before_a_worker_is_built(
         ([17] * 3, 51),
         ([32, 17, 1], 19),
         ([64, *[17] * 3], 64 + 51),
+        *SELF_TEST,
     ]
 
 
@@ -285,8 +289,22 @@ def test_a_cpu_runs_one_short_step_of_all_kinds(
     """By the target and by the model that drafts for it."""
     seen = steps_run(monkeypatch)
     build(folder, "first:2")
-    assert [(rows, num_logits) for _, rows, num_logits in seen] == [([2, 2, 1], 4)] * 2
+    steps = [([2, 2, 1], 4)] * 2 + SELF_TEST * 2
+    assert [(rows, num_logits) for _, rows, num_logits in seen] == steps
     assert seen[0][0] != seen[1][0]
+
+
+def test_a_model_that_fails_its_self_test_is_not_built(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Runner.run
+
+    def no_numbers(self: Runner, rows: Any) -> torch.Tensor:
+        return torch.full_like(run(self, rows), torch.nan)
+
+    monkeypatch.setattr(Runner, "run", no_numbers)
+    with pytest.raises(SelfTestFailed, match=r"self-test of the model failed.*not finite"):
+        build(folder, "first:2")
 
 
 def test_what_cannot_be_is_refused(folder: Path) -> None:

@@ -12,9 +12,18 @@ class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLE_UNSPECIFIED: _ClassVar[Role]
     ROLE_PREFILL: _ClassVar[Role]
     ROLE_DECODE: _ClassVar[Role]
+
+class Health(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    HEALTH_UNSPECIFIED: _ClassVar[Health]
+    HEALTH_DEGRADED: _ClassVar[Health]
+    HEALTH_SICK: _ClassVar[Health]
 ROLE_UNSPECIFIED: Role
 ROLE_PREFILL: Role
 ROLE_DECODE: Role
+HEALTH_UNSPECIFIED: Health
+HEALTH_DEGRADED: Health
+HEALTH_SICK: Health
 
 class WorkerMessage(_message.Message):
     __slots__ = ("hello", "load")
@@ -69,7 +78,7 @@ class ModelIdentity(_message.Message):
     def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., numeric_profile: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "waiting_tokens", "free_blocks", "cached_blocks", "held_blocks", "total_blocks", "draining", "totals", "links", "quarantined_blocks")
+    __slots__ = ("num_running", "num_waiting", "waiting_tokens", "free_blocks", "cached_blocks", "held_blocks", "total_blocks", "draining", "totals", "links", "health", "quarantined_blocks")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +89,7 @@ class Load(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     TOTALS_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
+    HEALTH_FIELD_NUMBER: _ClassVar[int]
     QUARANTINED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
@@ -91,8 +101,9 @@ class Load(_message.Message):
     draining: bool
     totals: Totals
     links: _containers.RepeatedCompositeFieldContainer[KVLink]
+    health: Health
     quarantined_blocks: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., totals: _Optional[_Union[Totals, _Mapping]] = ..., links: _Optional[_Iterable[_Union[KVLink, _Mapping]]] = ..., quarantined_blocks: _Optional[int] = ...) -> None: ...
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., totals: _Optional[_Union[Totals, _Mapping]] = ..., links: _Optional[_Iterable[_Union[KVLink, _Mapping]]] = ..., health: _Optional[_Union[Health, str]] = ..., quarantined_blocks: _Optional[int] = ...) -> None: ...
 
 class KVLink(_message.Message):
     __slots__ = ("worker_id", "lane", "bytes_per_s", "num_bytes", "memory")
@@ -129,20 +140,28 @@ class Totals(_message.Message):
     def __init__(self, prompt_tokens_computed: _Optional[int] = ..., prompt_tokens_cached: _Optional[int] = ..., blocks_pulled: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., pull_seconds: _Optional[float] = ..., stale_reads: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
 
 class CoordinatorMessage(_message.Message):
-    __slots__ = ("welcome", "refused", "drain")
+    __slots__ = ("welcome", "refused", "drain", "forget")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
+    FORGET_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     refused: Refused
     drain: Drain
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ...) -> None: ...
+    forget: Forget
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ...) -> None: ...
 
 class Drain(_message.Message):
     __slots__ = ("deadline_s",)
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     deadline_s: float
     def __init__(self, deadline_s: _Optional[float] = ...) -> None: ...
+
+class Forget(_message.Message):
+    __slots__ = ("incarnation",)
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    incarnation: str
+    def __init__(self, incarnation: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("coordinator_id", "heartbeat_s")

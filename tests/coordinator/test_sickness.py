@@ -1,0 +1,206 @@
+"""Which workers are found sick, and what all workers hear of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from coordinator.dispatch import Dispatch
+from coordinator.membership import DOUBT_S, STRIKES, STRIKES_S, Hello, Load, Membership, Worker
+from coordinator.registry import RegistryServicer
+from engine.errors import Unavailable
+from engine.pb.diptych.internal.v1 import registry_pb2
+from engine.rpc.status import from_rpc_error, to_status
+from engine.telemetry.metrics import CoordinatorMetrics
+from engine.types import PROTOCOL_VERSION, Health, ModelIdentity, Peer, Role
+
+MODEL = ModelIdentity(
+    name="m", digest="d", numeric_profile="p", max_model_len=100, block_size=4, vocab_size=50
+)
+
+
+class Table:
+    """Two workers of each role, and a clock."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.registry = CollectorRegistry()
+        metrics = CoordinatorMetrics(self.registry, "m")
+        self.members = Membership("m", 50, metrics, lambda: self.now)
+        self.sick: list[str] = []
+        self.members.on_sick = lambda worker: self.sick.append(worker.peer.worker_id)
+        for role in Role:
+            for i in range(2):
+                name = f"{role.value}-{i}"
+                peer = Peer(name, f"{name}-x", "127.0.0.1:1")
+                self.members.register(Hello(peer, role, "", MODEL, PROTOCOL_VERSION))
+
+    def worker(self, name: str) -> Worker:
+        return next(w for w in self.members.snapshot() if w.peer.worker_id == name)
+
+    def beat(self, health: Health = Health.OK, of: str = "") -> None:
+        for worker in self.members.snapshot():
+            mine = health if worker.peer.worker_id == of else Health.OK
+            self.members.heartbeat(worker, Load(health=mine))
+
+    def pass_time(self, seconds: float) -> None:
+        for _ in range(round(seconds)):
+            self.now += 1.0
+            self.beat()
+
+    def dispatch(self) -> Dispatch:
+        return Dispatch(
+            self.members, worker_wait_s=1.0, deadline_s=self.now + 60, clock=lambda: self.now
+        )
+
+
+def test_a_degraded_worker_is_the_last_choice_and_no_more() -> None:
+    table = Table()
+    table.beat(Health.DEGRADED, "decode-0")
+    assert table.worker("decode-0").doubtful
+    assert not table.sick
+    table.beat()
+    assert not table.worker("decode-0").doubtful
+
+
+def test_a_failed_self_test_is_enough_and_counts_once() -> None:
+    table = Table()
+    for _ in range(3):
+        table.beat(Health.SICK, "prefill-1")
+    assert table.sick == ["prefill-1"]
+    assert table.worker("prefill-1").doubtful
+    labels = {"model_name": "m", "worker": "prefill-1"}
+    assert table.registry.get_sample_value("diptych_sick_workers_total", labels) == 1
+
+
+def test_proofs_of_one_moment_are_one_and_old_ones_do_not_count() -> None:
+    table = Table()
+    worker = table.worker("decode-0")
+    for _ in range(40):
+        table.members.accuse(worker)
+    assert not table.sick
+    table.pass_time(DOUBT_S + 1)
+    table.members.accuse(worker)
+    table.pass_time(STRIKES_S + 1)
+    for _ in range(STRIKES - 1):
+        table.members.accuse(worker)
+        table.pass_time(DOUBT_S + 1)
+    assert not table.sick
+    table.members.accuse(replace(worker, peer=replace(worker.peer, incarnation="older")))
+    assert not table.sick
+    table.members.accuse(worker)
+    assert table.sick == ["decode-0"]
+
+
+async def attempts(table: Table, *, elsewhere: bool) -> None:
+    """One request that the worker it goes to gives up as not finite, and then another."""
+    dispatch = table.dispatch()
+    error = Unavailable("not finite", sick=True)
+    route = await dispatch.next(10)
+    await dispatch.failed(route, error)
+    if elsewhere:
+        again = await dispatch.next(10)
+        assert again.decode.peer != route.decode.peer
+        dispatch.progressed()
+        dispatch.progressed()
+
+
+async def test_who_could_not_what_another_could_is_accused() -> None:
+    table = Table()
+    for _ in range(2 * STRIKES):  # each worker is avoided after its failure: the two take turns
+        await attempts(table, elsewhere=True)
+        table.pass_time(DOUBT_S + 1)
+    assert table.sick
+
+
+async def test_a_request_that_fails_everywhere_makes_nobody_sick() -> None:
+    table = Table()
+    for _ in range(3 * STRIKES):
+        dispatch = table.dispatch()
+        for _ in range(3):
+            await dispatch.failed(await dispatch.next(10), Unavailable("not finite", sick=True))
+        table.pass_time(DOUBT_S + 1)
+    assert not table.sick
+
+
+async def test_a_prefill_worker_is_accused_for_its_blocks() -> None:
+    table = Table()
+    for _ in range(2 * STRIKES):
+        dispatch = table.dispatch()
+        route = await dispatch.next(10)
+        assert route.prefill is not None
+        await dispatch.failed(route, Unavailable("damaged", lost="prefill", sick=True))
+        again = await dispatch.next(10)
+        assert again.prefill is None or again.prefill.peer != route.prefill.peer
+        dispatch.progressed()
+        table.pass_time(DOUBT_S + 1)
+    assert table.sick
+    assert all(name.startswith("prefill") for name in table.sick)
+
+
+class _Call(Exception):
+    """What a caller sees of a status."""
+
+    def __init__(self, error: Unavailable) -> None:
+        self._status = to_status(error)
+
+    def code(self) -> Any:
+        return self._status.code
+
+    def details(self) -> str:
+        return self._status.message
+
+    def trailing_metadata(self) -> Any:
+        return self._status.trailing_metadata
+
+
+@pytest.mark.parametrize("sick", [True, False])
+def test_sickness_travels_with_the_status(sick: bool) -> None:
+    error: Any = _Call(Unavailable("x", lost="prefill", sick=sick))
+    back = from_rpc_error(error)
+    assert isinstance(back, Unavailable)
+    assert (back.sick, back.lost) == (sick, "prefill")
+
+
+async def test_all_others_forget_a_sick_worker_and_it_ends() -> None:
+    members = Membership("m", 50, CoordinatorMetrics(CollectorRegistry(), "m"))
+    servicer = RegistryServicer(members, "c")
+
+    def messages(name: str, queue: asyncio.Queue[Any]) -> AsyncIterator[Any]:
+        async def stream() -> AsyncIterator[Any]:
+            hello = registry_pb2.Hello(
+                worker_id=name,
+                incarnation=f"{name}-x",
+                address="127.0.0.1:1",
+                role=registry_pb2.ROLE_PREFILL,
+                protocol_version=PROTOCOL_VERSION,
+                model=registry_pb2.ModelIdentity(
+                    name="m", max_model_len=100, block_size=4, vocab_size=50
+                ),
+            )
+            yield registry_pb2.WorkerMessage(hello=hello)
+            while (load := await queue.get()) is not None:
+                yield registry_pb2.WorkerMessage(load=load)
+
+        return stream()
+
+    queues = {name: asyncio.Queue[Any]() for name in "abc"}
+    streams = {n: servicer.Register(messages(n, queues[n]), None) for n in "ab"}
+    for stream in streams.values():
+        assert (await anext(stream)).HasField("welcome")
+    nexts = {name: asyncio.ensure_future(anext(s)) for name, s in streams.items()}
+    await asyncio.sleep(0)
+    queues["a"].put_nowait(registry_pb2.Load(health=registry_pb2.HEALTH_SICK))
+    async with asyncio.timeout(5):
+        assert (await nexts["b"]).forget.incarnation == "a-x"
+        assert (await nexts["a"]).drain.deadline_s > 0
+    late = servicer.Register(messages("c", queues["c"]), None)
+    assert (await anext(late)).HasField("welcome")
+    assert (await anext(late)).forget.incarnation == "a-x"
+    for stream in (*streams.values(), late):
+        await stream.aclose()
