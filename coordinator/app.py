@@ -26,10 +26,13 @@ from coordinator.service import AdminServicer, InferenceServicer
 from coordinator.trust import Trust
 from coordinator.vllm_engine import VllmEngineServicer
 from engine.config import FrontOptions
+from engine.memory import host_memory
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.pb.diptych.v1 import admin_pb2, inference_pb2
 from engine.pb.inference import grpc_service_pb2
 from engine.pb.vllm import vllm_engine_pb2
+from engine.rpc.channel import MAX_REQUEST_BYTES
+from engine.rpc.receive_budget import ReceiveBudget
 from engine.rpc.server import RpcServer
 from engine.telemetry.holds import holds_route, shown
 from engine.telemetry.http import HttpServer, make_app, serve_http
@@ -39,6 +42,7 @@ from engine.types import Role
 
 # A call without a deadline is ended by the pipeline; this is for one whose client stopped reading.
 _STUCK_S = 10.0
+_LEAST_IN_FLIGHT, _MOST_IN_FLIGHT = 128 << 20, 2 << 30  # bytes of requests
 _LAST_WORDS_S = 1.0  # for the statuses of requests that are cut off
 
 
@@ -73,8 +77,19 @@ class Coordinator:
             tokenizing=self._tokenizing,
         )
         rpc_metrics = RpcMetrics(self.registry)
-        self._public = RpcServer(rpc_metrics, client_timeout_s=front.client_timeout_s)
-        self._internal = RpcServer(rpc_metrics) if front.internal_listen else self._public
+        self._budget = ReceiveBudget(
+            front.max_request_bytes_in_flight or _bytes_in_flight(),
+            lambda: metrics.admission_rejected("bytes"),
+        )
+        self._public = RpcServer(
+            rpc_metrics,
+            client_timeout_s=front.client_timeout_s,
+            max_request_bytes=MAX_REQUEST_BYTES,
+            budget=self._budget,
+        )
+        self._internal = self._public
+        if front.internal_listen:
+            self._internal = RpcServer(rpc_metrics, budget=self._budget)
         public = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
         self._public.add_service(public, inference, limit_s=front.max_request_s + _STUCK_S)
         admin = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
@@ -103,7 +118,10 @@ class Coordinator:
             port = self._internal.listen(self._front.internal_listen)
             self.internal_address = _with_port(self._front.internal_listen, port)
         self._openai = OpenAiApi(
-            dialable(self.address), self.registry, sse_keepalive_s=self._front.sse_keepalive_s
+            dialable(self.address),
+            self.registry,
+            sse_keepalive_s=self._front.sse_keepalive_s,
+            budget=self._budget,
         )
         routes = [holds_route(self._holds, self.trust.operator), *self._openai.routes()]
         app = make_app(self.registry, lambda: self.ready, routes)
@@ -180,6 +198,12 @@ class Coordinator:
         if self._openai:
             await self._openai.close()
         self.model.close()
+
+
+def _bytes_in_flight() -> int:
+    """What requests that are received may take of this machine's memory, or of the cgroup's."""
+    share = host_memory().available_bytes // 8
+    return min(max(share, _LEAST_IN_FLIGHT), _MOST_IN_FLIGHT)
 
 
 def dialable(address: str) -> str:

@@ -325,6 +325,12 @@ class FrontOptions:
         256, "admitted requests at once; more are told to retry", minimum=1
     )
     max_queued_tokens: int = option(1_000_000, "their prompt tokens at once", minimum=1)
+    max_request_bytes_in_flight: int = option(
+        0,
+        "bytes of requests that are received at once, over all connections, and of large ones that "
+        "are served; 0: an eighth of the memory at hand, from 128 MiB to 2 GiB",
+        minimum=0,
+    )
     drain_s: float = option(
         25.0, "when told to end: how long requests may take to finish", minimum=0
     )

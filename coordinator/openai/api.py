@@ -29,6 +29,7 @@ from coordinator.openai.openapi import description
 from engine.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2, inference_pb2_grpc
 from engine.rpc.channel import open_channel
+from engine.rpc.receive_budget import ReceiveBudget
 from engine.telemetry.metrics import PREFIX
 
 _OWNER = "diptych"
@@ -45,7 +46,9 @@ class OpenAiApi:
         clock: Callable[[], float] = time.time,
         *,
         sse_keepalive_s: float = 0.0,
+        budget: ReceiveBudget | None = None,
     ) -> None:
+        self._budget = budget
         self._channel = open_channel(address, ("grpc.enable_retries", 0))
         self._stub: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._clock = clock
@@ -66,7 +69,8 @@ class OpenAiApi:
         """All endpoints, for make_app."""
 
         def route(path: str, method: str, handler: Handler) -> Route:
-            return Route(path, Door(path, method, handler, self._counter, self._sse_keepalive_s))
+            door = Door(path, method, handler, self._counter, self._sse_keepalive_s, self._budget)
+            return Route(path, door)
 
         nowhere = Door("other", "", self._nowhere, self._counter)
         return [

@@ -17,8 +17,10 @@ from starlette.types import Receive
 
 from coordinator import nesting
 from coordinator.openai.errors import Failure, Refused
+from engine.rpc.channel import MAX_REQUEST_BYTES
+from engine.rpc.receive_budget import SMALL_BYTES, Lease
 
-MAX_BODY_BYTES = 16 * 1024 * 1024
+MAX_BODY_BYTES = MAX_REQUEST_BYTES
 LARGE_BYTES = 64 * 1024
 _CODE = "invalid_json"
 _PARSER = ThreadPoolExecutor(1, thread_name_prefix="json")
@@ -28,13 +30,31 @@ class Gone(Exception):
     """The client went away."""
 
 
-async def read_body(headers: Mapping[str, str], receive: Receive) -> bytes:
-    """All bytes of a JSON body. Raises Refused, Gone."""
+async def read_body(headers: Mapping[str, str], receive: Receive, lease: Lease) -> bytes:
+    """All bytes of a JSON body. Raises Refused, Gone, Overloaded.
+
+    Its bytes are taken of `lease` before they are received; a body without Content-Length takes as
+    many as it may have.
+    """
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refused(Failure(415, "content-type: expected application/json"))
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise Refused(Failure(415, "content-encoding: send the body as it is"))
+    given = headers.get("content-length", "")
+    length = int(given) if given.isdecimal() and len(given) < 20 else MAX_BODY_BYTES
+    if length > MAX_BODY_BYTES:
+        raise _too_large()
+    try:
+        async with asyncio.timeout(None) as limit:
+            if length > SMALL_BYTES:
+                await lease.take(length, limit)
+            return await _received(receive)
+    except TimeoutError:
+        raise lease.refusal() from None
+
+
+async def _received(receive: Receive) -> bytes:
     parts, size = [], 0
     while True:
         message = await receive()
@@ -43,7 +63,7 @@ async def read_body(headers: Mapping[str, str], receive: Receive) -> bytes:
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > MAX_BODY_BYTES:
-            raise Refused(Failure(413, f"the body is larger than {MAX_BODY_BYTES} bytes"))
+            raise _too_large()
         if not message.get("more_body"):
             return b"".join(parts)
 
@@ -75,6 +95,10 @@ def parse_body(raw: bytes) -> dict[str, Any]:
     except UnicodeEncodeError:
         raise _malformed("a lone surrogate, which is no character") from None
     return value
+
+
+def _too_large() -> Refused:
+    return Refused(Failure(413, f"the body is larger than {MAX_BODY_BYTES} bytes"))
 
 
 def _malformed(reason: str) -> Refused:

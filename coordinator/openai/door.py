@@ -29,6 +29,7 @@ from coordinator.openai.errors import INTERNAL, Failure, Refused, failure_of
 from coordinator.openai.keepalive import kept_alive
 from coordinator.validate import MAX_REQUEST_ID_CHARS
 from engine.errors import DiptychError, InvalidRequest
+from engine.rpc.receive_budget import ReceiveBudget
 from engine.telemetry.log import bind_request, get_logger
 
 _log = get_logger(__name__)
@@ -87,7 +88,9 @@ class Door:
         handler: Handler,
         counter: Counter,
         sse_keepalive_s: float = 0.0,  # 0: silent streams stay silent
+        budget: ReceiveBudget | None = None,  # of bodies that are received; None: no bound
     ) -> None:
+        self._budget = budget or ReceiveBudget()
         self._name = name
         self._method = method
         self._handler = handler
@@ -133,9 +136,10 @@ class Door:
         body: dict[str, Any] = {}
         is_large = False
         if self._method == "POST":
-            raw = await read_body(visit.headers, visit.receive)
-            visit.listen()
-            body = await parse(raw)
+            with self._budget.lease() as lease:
+                raw = await read_body(visit.headers, visit.receive, lease)
+                visit.listen()
+                body = await parse(raw)
             is_large = len(raw) > LARGE_BYTES
             visit.take_id(body.get("request_id"))
         visit.listen()

@@ -20,6 +20,7 @@ import grpc
 from engine.rpc.trust import ClusterToken
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+MAX_REQUEST_BYTES = 16 * 1024 * 1024  # of a message to a coordinator, and of a body over HTTP
 KEEPALIVE_S = 30.0
 
 Option = tuple[str, int | str]

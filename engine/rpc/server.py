@@ -37,8 +37,15 @@ from engine.errors import (
     PermissionDenied,
     Unauthenticated,
 )
-from engine.rpc.channel import KEEPALIVE_S, LENGTH_OPTIONS, Option, keepalive_options
+from engine.rpc.channel import (
+    KEEPALIVE_S,
+    LENGTH_OPTIONS,
+    MAX_MESSAGE_BYTES,
+    Option,
+    keepalive_options,
+)
 from engine.rpc.listener import Listener
+from engine.rpc.receive_budget import Lease, ReceiveBudget
 from engine.rpc.reflection import DESCRIPTOR as REFLECTION
 from engine.rpc.reflection import SERVICES as REFLECTION_SERVICES
 from engine.rpc.reflection import reflection_servicer
@@ -67,9 +74,12 @@ _SERVER_OPTIONS: tuple[Option, ...] = (
     # all, without a reason; who is too much is told so by admission.
     ("grpc.server.max_pending_requests", MAX_PENDING),
     ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING),
+    # A stream whose message is not asked for yet holds the first 64 KiB of it, whatever its pace.
+    ("grpc.http2.bdp_probe", 0),
     *UNPACKED_BY_US,
 )
 
+_MAX_RECEIVE = "grpc.max_receive_message_length"
 _HEAR_S = 1.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -82,17 +92,29 @@ class RpcServer:
     """
 
     def __init__(
-        self, metrics: RpcMetrics | None = None, *, client_timeout_s: float = KEEPALIVE_S
+        self,
+        metrics: RpcMetrics | None = None,
+        *,
+        client_timeout_s: float = KEEPALIVE_S,
+        max_request_bytes: int = MAX_MESSAGE_BYTES,
+        budget: ReceiveBudget | None = None,
     ) -> None:
+        """`budget`: of the bytes that are received at once, with other servers'; None: no bound."""
         self._metrics = metrics
         self._client_timeout_s = client_timeout_s
-        options = (*_SERVER_OPTIONS, *keepalive_options(client_timeout_s))
+        self._max_request_bytes = max_request_bytes
+        self._budget = budget or ReceiveBudget()
+        options = (
+            *(option for option in _SERVER_OPTIONS if option[0] != _MAX_RECEIVE),
+            (_MAX_RECEIVE, max_request_bytes),
+            *keepalive_options(client_timeout_s),
+        )
         self._listener = Listener(options, self._died)
         self._health = health.aio.HealthServicer()
         self._names: list[str] = []
         self._stopped = asyncio.Event()
         self._started = False
-        self._unpacker = Unpacker()
+        self._unpacker = Unpacker(max_request_bytes)
 
     def add_service(
         self,
@@ -182,26 +204,31 @@ class RpcServer:
         token: ClusterToken | None,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The grpc handler of one method: bytes in, messages out."""
-        requests = _Requests(method, token, self._client_timeout_s, self._unpacker)
+        requests = _Requests(
+            method, token, self._client_timeout_s, self._unpacker, self._max_request_bytes
+        )
+        new_lease = self._budget.lease
         full_name = f"{method.containing_service.name}/{method.name}"
 
         async def stream(raw: AsyncIterator[bytes], context: Context) -> None:
             writer = _Writer(context, self._client_timeout_s)
 
             async def body() -> None:
-                answer = behaviour(await requests.of(raw, context), context)
-                if inspect.isawaitable(answer):  # it writes by itself, as the library's health does
-                    await answer
-                    return
-                async with aclosing(answer) as responses:
-                    async for response in responses:
-                        await writer.write(response)
+                with new_lease() as lease:
+                    answer = behaviour(await requests.of(raw, context, lease), context)
+                    if inspect.isawaitable(answer):  # it writes, as the library's health does
+                        await answer
+                        return
+                    async with aclosing(answer) as responses:
+                        async for response in responses:
+                            await writer.write(response)
 
             await self._guard(full_name, context, body, limit_s, writer)
 
         async def unary(raw: AsyncIterator[bytes], context: Context) -> Any:
             async def body() -> Any:
-                return await behaviour(await requests.of(raw, context), context)
+                with new_lease() as lease:
+                    return await behaviour(await requests.of(raw, context, lease), context)
 
             return await self._guard(full_name, context, body, limit_s)
 
@@ -289,42 +316,60 @@ class _Requests:
         token: ClusterToken | None,
         timeout_s: float,
         unpacker: Unpacker,
+        max_bytes: int,
     ) -> None:
+        self._max_bytes = max_bytes
         self._class = message_factory.GetMessageClass(method.input_type)
         self._are_many = method.client_streaming
         self._token = token
         self._timeout_s = timeout_s
         self._unpacker = unpacker
 
-    async def of(self, raw: AsyncIterator[bytes], context: Context) -> Any:
+    async def of(self, raw: AsyncIterator[bytes], context: Context, lease: Lease) -> Any:
         """The message of a call, or an async iterator of them. Raises DiptychError."""
         if not self._are_many:
-            return await self._only(context)
+            return await self._only(context, lease)
         try:
             self._check(context)
         except DiptychError:
-            await _hear_one(raw)
+            await self._hear_one(raw, lease)
             raise
-        return self._all(raw)
+        return self._all(raw, lease)
 
-    async def _only(self, context: Context) -> Message:
+    async def _only(self, context: Context, lease: Lease) -> Message:
         """The one message of a call, which its caller has to send in time."""
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._timeout_s) as limit:
+                await lease.take(self._max_bytes, limit)
                 raw = await context.read()
         except TimeoutError:
+            if lease.is_ended:
+                raise lease.refusal() from None
             raise DeadlineExceeded(f"no whole request within {self._timeout_s:g} s") from None
         self._check(context)
         if raw is grpc.aio.EOF:
             raise InvalidRequest("request", f"none; expected a {self._class.DESCRIPTOR.full_name}")
         request = await self._parse(raw)
+        lease.keep(len(raw))
         if request_id := getattr(request, "request_id", ""):
             bind_request(request_id[:128])
         return request
 
-    async def _all(self, raw: AsyncIterator[bytes]) -> AsyncIterator[Message]:
-        async for item in raw:
-            yield await self._parse(item)
+    async def _all(self, raw: AsyncIterator[bytes], lease: Lease) -> AsyncIterator[Message]:
+        """The messages of a call; while others need the room, it may rest for the timeout alone."""
+        messages = aiter(raw)
+        while True:
+            try:
+                async with asyncio.timeout(None) as limit:
+                    await lease.take(self._max_bytes, limit, self._timeout_s)
+                    item = await anext(messages)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise lease.refusal() from None
+            request = await self._parse(item)
+            lease.keep(0)
+            yield request
 
     async def _parse(self, raw: bytes) -> Message:
         """One message; raises InvalidRequest for bytes that are none, invalid UTF-8 included."""
@@ -336,6 +381,16 @@ class _Requests:
             raise InvalidRequest(
                 "request", f"{what} where a {self._class.DESCRIPTOR.full_name} was expected"
             ) from None
+
+    async def _hear_one(self, raw: AsyncIterator[bytes], lease: Lease) -> None:
+        """Take one message off a stream that is refused, unread.
+
+        A caller whose first write comes after our refusal gets INTERNAL of its own gRPC instead.
+        """
+        with suppress(TimeoutError, StopAsyncIteration):
+            async with asyncio.timeout(_HEAR_S) as limit:
+                await lease.take(self._max_bytes, limit)
+                await anext(aiter(raw))
 
     def _check(self, context: Context) -> None:
         if self._token is not None:
@@ -385,13 +440,3 @@ def _retrieve(write: asyncio.Future[None]) -> None:
 
 def _serialize(message: Any) -> bytes:
     return bytes(message.SerializeToString())
-
-
-async def _hear_one(raw: AsyncIterator[bytes]) -> None:
-    """Take one message off a stream that is refused, unread.
-
-    A caller whose first write comes after our refusal is told INTERNAL by its own gRPC instead.
-    """
-    with suppress(TimeoutError, StopAsyncIteration):
-        async with asyncio.timeout(_HEAR_S):
-            await anext(aiter(raw))

@@ -1,0 +1,176 @@
+"""ReceiveBudget: requests are received within it, and slow ones give way to others."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+
+from engine.errors import Overloaded
+from engine.pb.diptych.v1 import inference_pb2 as pb
+from engine.rpc import receive_budget
+from engine.rpc.channel import open_channel
+from engine.rpc.receive_budget import Lease, ReceiveBudget
+from engine.rpc.server import RpcServer
+
+MIB = 1 << 20
+
+
+async def hold(lease: Lease, size: int, grace_s: float = 60.0) -> None:
+    """Receive `size` bytes for ever."""
+    try:
+        async with asyncio.timeout(None) as limit:
+            await lease.take(size, limit, grace_s)
+            await asyncio.sleep(60)
+    except TimeoutError:
+        raise lease.refusal() from None
+    finally:
+        lease.keep(0)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receive_budget, "WAIT_S", 0.3)
+
+
+async def started(budget: ReceiveBudget, size: int, grace_s: float = 60.0) -> asyncio.Task[None]:
+    task = asyncio.create_task(hold(budget.lease(), size, grace_s))
+    await asyncio.sleep(0.01)
+    return task
+
+
+async def ended(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_what_finds_no_room_waits_and_is_refused_then() -> None:
+    refused: list[int] = []
+    budget = ReceiveBudget(10, lambda: refused.append(1))
+    first = await started(budget, 7)
+    with pytest.raises(Overloaded, match="7 bytes of requests are in flight, of at most 10") as it:
+        await hold(budget.lease(), 4)
+    assert it.value.retry_after_s > 0
+    assert len(refused) == 1
+    second = await started(budget, 3)
+    assert budget.in_flight == 10
+    await ended(first, second)
+    assert budget.in_flight == 0
+
+
+async def test_room_that_is_given_back_goes_to_the_newest() -> None:
+    budget = ReceiveBudget(10)
+    first = await started(budget, 10)
+    old, new = await started(budget, 10), await started(budget, 10)
+    await ended(first)
+    await asyncio.sleep(0.01)
+    assert budget.in_flight == 10
+    with pytest.raises(Overloaded):
+        await old
+    assert not new.done()
+    await ended(new)
+    assert budget.in_flight == 0
+
+
+async def test_what_is_not_whole_in_time_gives_way_where_others_wait() -> None:
+    budget = ReceiveBudget(10)
+    slow, fresh = await started(budget, 5, grace_s=0.05), await started(budget, 5, grace_s=30)
+    await asyncio.sleep(0.2)
+    assert not slow.done()  # nothing else wants the room
+    third = await started(budget, 5)
+    with pytest.raises(Overloaded, match="not whole in time"):
+        await asyncio.wait_for(slow, 5)
+    assert not third.done()
+    assert not fresh.done()
+    assert budget.in_flight == 10
+    await ended(third, fresh)
+    assert budget.in_flight == 0
+
+
+async def test_no_more_are_ended_than_need_be() -> None:
+    budget = ReceiveBudget(12)
+    slow = [await started(budget, 4, grace_s=0.0) for _ in range(3)]
+    fresh = await started(budget, 4)
+    await asyncio.sleep(0.05)
+    assert [task.done() for task in slow] == [True, False, False]
+    assert not fresh.done()
+    await ended(*slow, fresh)
+    assert budget.in_flight == 0
+
+
+async def test_a_large_request_counts_while_it_is_served_a_small_one_does_not() -> None:
+    budget = ReceiveBudget(4 * MIB)
+    for size, kept in ((2 * MIB, 2 * MIB), (100, 0)):
+        with budget.lease() as lease:
+            async with asyncio.timeout(None) as limit:
+                await lease.take(4 * MIB, limit)
+            assert budget.in_flight == 4 * MIB
+            lease.keep(size)
+            assert budget.in_flight == kept
+        assert budget.in_flight == 0
+
+
+async def test_what_is_larger_than_all_comes_alone() -> None:
+    budget = ReceiveBudget(10)
+    task = await started(budget, 100)
+    assert budget.in_flight == 10
+    await ended(task)
+    assert budget.in_flight == 0
+
+
+async def test_one_that_leaves_while_it_waits_takes_nothing() -> None:
+    budget = ReceiveBudget(10)
+    first = await started(budget, 10)
+    waiting = await started(budget, 10)
+    await ended(waiting)
+    await ended(first)
+    assert budget.in_flight == 0
+
+
+class Echo:
+    """Answers Detokenize with the number of ids."""
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: object) -> object:
+        return pb.DetokenizeResponse(text=str(len(request.token_ids)))
+
+    def __getattr__(self, name: str) -> object:
+        return self.Detokenize
+
+
+async def test_unfinished_messages_take_no_more_than_the_budget(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sixteen messages whose rest never comes, and one that is whole."""
+    monkeypatch.setattr(receive_budget, "WAIT_S", 5.0)
+    refused: list[int] = []
+    budget = ReceiveBudget(32 * MIB, lambda: refused.append(1))
+    server = RpcServer(max_request_bytes=16 * MIB, budget=budget)
+    server.add_service(pb.DESCRIPTOR.services_by_name["InferenceService"], Echo())
+    port = server.listen("127.0.0.1:0")
+    await server.start()
+    channel = open_channel(f"127.0.0.1:{port}")
+    path = "/diptych.v1.InferenceService/Detokenize"
+    try:
+        # A call without its message is one whose message is not whole.
+        open_calls = [channel.stream_unary(path)(timeout=30) for _ in range(16)]
+        await asyncio.sleep(0.5)
+        assert budget.in_flight == 32 * MIB
+        ids = pb.DetokenizeRequest(token_ids=[1] * 1000).SerializeToString()
+        reply = await channel.unary_unary(path)(ids, timeout=10)
+        assert pb.DetokenizeResponse.FromString(reply).text == "1000"
+        assert refused
+        codes = [await call.code() for call in open_calls if call.done()]
+        assert codes
+        assert set(codes) == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        for call in open_calls:
+            call.cancel()
+        for _ in range(100):
+            if budget.in_flight == 0:
+                break
+            await asyncio.sleep(0.05)
+        assert budget.in_flight == 0
+    finally:
+        await channel.close()
+        await server.stop()
