@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from prometheus_client import CollectorRegistry
+from starlette.routing import BaseRoute
 
 from coordinator.admission import Admission
 from coordinator.membership import Membership
@@ -23,6 +24,7 @@ from coordinator.openai.cors import with_cors
 from coordinator.pipeline import Pipeline
 from coordinator.registry import RegistryServicer
 from coordinator.service import AdminServicer, InferenceServicer
+from coordinator.switches import Switches
 from coordinator.trust import Trust
 from coordinator.vllm_engine import VllmEngineServicer
 from engine.config import FrontOptions
@@ -52,6 +54,7 @@ class Coordinator:
     def __init__(self, front: FrontOptions, model: ServedModel, trust: Trust | None = None) -> None:
         self.trust = trust = trust or Trust()
         self._front = front
+        self._switches = Switches(front.disable)
         self.model = model
         self.registry = CollectorRegistry()
         self.metrics = metrics = CoordinatorMetrics(self.registry, model.name)
@@ -75,21 +78,24 @@ class Coordinator:
             metrics,
             max_request_s=front.max_request_s,
             tokenizing=self._tokenizing,
+            switches=self._switches,
         )
         rpc_metrics = RpcMetrics(self.registry)
         self._budget = ReceiveBudget(
             front.max_request_bytes_in_flight or _bytes_in_flight(),
             lambda: metrics.admission_rejected("bytes"),
         )
+        reflection = self._switches.serves("reflection")
         self._public = RpcServer(
             rpc_metrics,
             client_timeout_s=front.client_timeout_s,
             max_request_bytes=MAX_REQUEST_BYTES,
             budget=self._budget,
+            reflection=reflection,
         )
         self._internal = self._public
         if front.internal_listen:
-            self._internal = RpcServer(rpc_metrics, budget=self._budget)
+            self._internal = RpcServer(rpc_metrics, budget=self._budget, reflection=reflection)
         public = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
         self._public.add_service(public, inference, limit_s=front.max_request_s + _STUCK_S)
         admin = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
@@ -117,13 +123,15 @@ class Coordinator:
         if self._internal is not self._public:
             port = self._internal.listen(self._front.internal_listen)
             self.internal_address = _with_port(self._front.internal_listen, port)
-        self._openai = OpenAiApi(
-            dialable(self.address),
-            self.registry,
-            sse_keepalive_s=self._front.sse_keepalive_s,
-            budget=self._budget,
-        )
-        routes = [holds_route(self._holds, self.trust.operator), *self._openai.routes()]
+        routes: list[BaseRoute] = [holds_route(self._holds, self.trust.operator)]
+        if self._switches.serves("openai"):
+            self._openai = OpenAiApi(
+                dialable(self.address),
+                self.registry,
+                sse_keepalive_s=self._front.sse_keepalive_s,
+                budget=self._budget,
+            )
+            routes += self._openai.routes()
         app = make_app(self.registry, lambda: self.ready, routes)
         self._http = await serve_http(
             with_cors(app, self._front.cors_origins),
@@ -158,18 +166,20 @@ class Coordinator:
             lambda: self.ready,
             max_request_s=limit_s,
         )
-        # No limit on its streams, which clients keep; each request of one has its own.
-        self._public.add_service(
-            grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"], oip
-        )
+        if self._switches.serves("oip"):
+            # No limit on its streams, which clients keep; each request of one has its own.
+            self._public.add_service(
+                grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"], oip
+            )
         engine = VllmEngineServicer(
             self.model, inference, self.pipeline, self.membership, metrics, lambda: self.ready
         )
-        self._public.add_service(
-            vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"],
-            engine,
-            limit_s=limit_s + _STUCK_S,
-        )
+        if self._switches.serves("engine-protocol"):
+            self._public.add_service(
+                vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"],
+                engine,
+                limit_s=limit_s + _STUCK_S,
+            )
 
     async def drain(self, deadline_s: float) -> bool:
         """Refuse new requests and wait for those inside; False: some are left at the deadline."""

@@ -44,6 +44,7 @@ from engine.config import (
     state_dir,
     to_flags,
 )
+from engine.core_dumps import forbid_core_dumps
 from engine.gpus import deal_gpus, find_gpus
 from engine.heap import freeze_heap
 from engine.installed import require_worker_packages
@@ -92,6 +93,7 @@ def serve(
     Raises ConfigError, CheckpointError.
     """
     configure_logging(log, role="coordinator")
+    forbid_core_dumps(allowed=log.core_dumps)
     _take_descriptors()
     trusted = Trust.of(trust, front, local_workers=fleet.workers == "local")
     signal.signal(signal.SIGTERM, _terminated)  # until the loop takes it: compilers end too

@@ -16,6 +16,7 @@ from coordinator.pipeline import Pipeline
 from coordinator.registry import RegistryServicer
 from coordinator.reply import reply
 from coordinator.request import AnswerRequest, Finished, Part, PromptPart
+from coordinator.switches import Switches
 from coordinator.validate import (
     MAX_CHOICES,
     MAX_DETOKENIZED,
@@ -59,9 +60,11 @@ class InferenceServicer:
         *,
         max_request_s: float,
         tokenizing: Admission | None = None,
+        switches: Switches | None = None,
     ) -> None:
         """`tokenizing` bounds calls of Tokenize and Detokenize, apart from requests."""
         self._tokenizing = tokenizing
+        self._switches = switches or Switches()
         self._slots = asyncio.Semaphore(_TOKENIZING_AT_ONCE)
         self._model = model
         self._pipeline = pipeline
@@ -92,6 +95,7 @@ class InferenceServicer:
                     ids = await self._model.encode("text", request.text, special, limit)
             case "chat":
                 chat = request.chat
+                self._switches.check_tools("chat.tools_json", bool(chat.tools_json))
                 size = len(chat.tools_json) + sum(len(m.content) for m in chat.messages)
                 async with self._admitted(size // _CHARS_A_TOKEN, context):
                     messages = check_messages("chat.messages", chat.messages, limits)
@@ -153,6 +157,7 @@ class InferenceServicer:
             block_size=identity.block_size if identity else 0,
             numeric_profile=identity.numeric_profile if identity else "",
             ready=self._membership.ready(Role.DECODE),
+            disabled=self._switches.off,
         )
 
     async def _serve(
@@ -188,7 +193,8 @@ class InferenceServicer:
     async def _checked(
         self, validate: Callable[[Any, Limits], AnswerRequest], request: Any
     ) -> AnswerRequest:
-        """The request as the pipeline takes it. Raises what `validate` does."""
+        """The request as the pipeline takes it. Raises what `validate` does, and NotOffered."""
+        self._switches.check(request)
         if _num_checked(request) > _AT_ONCE:
             return await asyncio.to_thread(validate, request, self._model.limits)
         return validate(request, self._model.limits)

@@ -97,6 +97,8 @@ def status(server: str, *, holds: bool = False, token: ClusterToken | None = Non
     )
     if model.numeric_profile:
         console.print(f"numeric profile {escape(model.numeric_profile)}", highlight=False)
+    if model.disabled:
+        console.print(f"switched off: {escape(', '.join(model.disabled))}", highlight=False)
     console.print(_pool("prefill", workers, ("computed", "cached"), _read))
     console.print(_pool("decode", workers, ("pulled", "drafts accepted", "stale"), _written))
     if any(w.links for w in workers):

@@ -26,6 +26,11 @@ from engine.errors import ConfigError
 ENV_PREFIX = "DIPTYCH_"
 MAX_CLIENT_S = 1e6  # gRPC's keepalive takes milliseconds in 32 bits
 MAX_REQUEST_S = 1e9  # gRPC cannot carry a deadline of some centuries; this is three decades
+# What --disable can switch off: parts of requests, then protocols (coordinator/switches.py).
+DISABLABLE = (
+    *("constraints", "echo", "logit-bias", "logprobs", "n", "priority", "prompt-logprobs"),
+    *("resume", "tools", "engine-protocol", "oip", "openai", "reflection"),
+)
 _ORIGIN = re.compile(r"^[a-z][a-z0-9+.-]*://[^\s/,?#*]+$")
 _HOST = re.compile(
     r"^(\*\.)?[A-Za-z0-9_-]([A-Za-z0-9_.-]*)$|^\[?[0-9a-fA-F]*:[0-9a-fA-F.:]*:[0-9a-fA-F.]*\]?$"
@@ -78,6 +83,14 @@ def parse_hosts(text: str) -> str:
     return text
 
 
+def parse_disabled(text: str) -> str:
+    """NAME[,NAME...] out of `DISABLABLE`, or nothing; in order, each once."""
+    names = {name.strip() for name in text.split(",")} - {""}
+    if unknown := sorted(names - set(DISABLABLE)):
+        raise ValueError(f"{unknown[0]!r} is unknown; expected one of {', '.join(DISABLABLE)}")
+    return ",".join(sorted(names))
+
+
 def _parse_bool(text: str | bool) -> bool:
     if isinstance(text, bool):
         return text
@@ -96,10 +109,14 @@ def option(
     parse: Callable[[str], Any] | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
+    repeated: bool = False,
 ) -> Any:
-    """A dataclass field that is also a flag."""
+    """A dataclass field that is also a flag.
+
+    `repeated`: a list with commas; the flag may stand several times, and in a file be an array.
+    """
     meta = {"help": help, "choices": tuple(choices), "parse": parse, "min": minimum, "max": maximum}
-    return dataclasses.field(default=default, metadata=meta)
+    return dataclasses.field(default=default, metadata={**meta, "repeated": repeated})
 
 
 _ALLOWED_HOSTS = (
@@ -258,11 +275,14 @@ class TrustOptions:
 
 @dataclass(frozen=True, slots=True)
 class LogOptions:
-    """Log lines: readable on a terminal, JSON elsewhere."""
+    """Log lines: readable on a terminal, JSON elsewhere; and what a crash leaves."""
 
     log_format: str = option("auto", "shape of log lines", choices=("auto", "console", "json"))
     log_level: str = option(
         "info", "least level that is written", choices=("debug", "info", "warning", "error")
+    )
+    core_dumps: bool = option(
+        False, "let the system write core dumps: prompts, answers and the token, without KV pools"
     )
 
 
@@ -286,6 +306,12 @@ class FrontOptions:
         "where special tokens that a request spells are read as such: raw prompts alone, "
         "the texts of conversations too (all), or nowhere (none)",
         choices=("prompts", "all", "none"),
+    )
+    disable: str = option(
+        "",
+        "NAME[,NAME...] of what is switched off, in all protocols: " + ", ".join(DISABLABLE),
+        parse=parse_disabled,
+        repeated=True,
     )
     routing: str = option("load", "how workers are picked", choices=("load",))
     max_request_s: float = option(
@@ -374,6 +400,8 @@ def _base_type(annotation: Any) -> type:
 def _parse(field: dataclasses.Field[Any], base: type, raw: Any, where: str) -> Any:
     """One value from any source, checked; errors name the source."""
     meta = field.metadata
+    if meta.get("repeated") and isinstance(raw, list) and all(isinstance(r, str) for r in raw):
+        raw = ",".join(raw)
     try:
         if base is bool:
             value = _parse_bool(raw)
@@ -431,7 +459,7 @@ def add_flags(parser: argparse.ArgumentParser, *groups: type) -> None:
             if field.default not in ("", None):
                 text += f" [{field.default}]"
             flag = "--" + field.name.replace("_", "-")
-            switch: dict[str, Any] = {}
+            switch: dict[str, Any] = {"action": "append"} if meta.get("repeated") else {}
             if isinstance(field.default, bool):  # a bare flag switches on
                 switch = {"nargs": "?", "const": "true"}
             section.add_argument(

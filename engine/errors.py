@@ -36,11 +36,12 @@ class NotFound(DiptychError):
 
 
 class NotOffered(DiptychError):
-    """UNIMPLEMENTED: `field` is part of the protocol and not served yet."""
+    """UNIMPLEMENTED: `field` is part of the protocol and not served yet, or not here."""
 
-    def __init__(self, field: str) -> None:
-        super().__init__(f"{field} is not implemented yet; leave it unset")
+    def __init__(self, field: str, why: str = "is not implemented yet; leave it unset") -> None:
+        super().__init__(f"{field} {why}")
         self.field = field
+        self.why = why
 
 
 class UnknownMethod(NotOffered):
@@ -50,7 +51,7 @@ class UnknownMethod(NotOffered):
         DiptychError.__init__(
             self, f"{said.rstrip('.!')}: expected a coordinator's gRPC port, not a worker's"
         )
-        self.field = "method"
+        self.field, self.why = "method", "is unknown"
 
 
 class Overloaded(DiptychError):

@@ -27,6 +27,7 @@ from engine.config import (
     resolve,
     set_default_env,
 )
+from engine.core_dumps import forbid_core_dumps
 from engine.errors import CheckpointError, ConfigError, SelfTestFailed
 from engine.heap import put_off_collections
 from engine.installed import require_worker_packages, unusable
@@ -102,6 +103,7 @@ def _start(
     from engine.telemetry.log import configure_logging
 
     configure_logging(log, role=role.value, worker_id=worker.worker_id)
+    forbid_core_dumps(allowed=log.core_dumps)
     # Before the model: a mistake shows at once.
     token = token_for(trust, "--listen", worker.listen)
     check_free(worker.listen, worker.http)

@@ -98,7 +98,7 @@ def failure_of(error: DiptychError, names: Mapping[str, str] | None = None) -> F
     elif isinstance(error, NotOffered):
         field, _, more = error.field.partition(" ")
         param = param_of(field, names or {})
-        message = f"{param}{' ' if more else ''}{more}: not supported"
+        message = f"{param}{' ' if more else ''}{more} {error.why}"
     elif code == "model_not_found":
         param = "model"
     elif isinstance(error, Overloaded | Unavailable):

@@ -33,6 +33,8 @@ def zeroed_pages(num_bytes: int) -> torch.Tensor:
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
+    if hasattr(mmap, "MADV_DONTDUMP"):  # prompts can be recovered from it
+        pages.madvise(mmap.MADV_DONTDUMP)
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 

@@ -98,9 +98,11 @@ class RpcServer:
         client_timeout_s: float = KEEPALIVE_S,
         max_request_bytes: int = MAX_MESSAGE_BYTES,
         budget: ReceiveBudget | None = None,
+        reflection: bool = True,
     ) -> None:
         """`budget`: of the bytes that are received at once, with other servers'; None: no bound."""
         self._metrics = metrics
+        self._reflection = reflection
         self._client_timeout_s = client_timeout_s
         self._max_request_bytes = max_request_bytes
         self._budget = budget or ReceiveBudget()
@@ -145,7 +147,7 @@ class RpcServer:
         service: Any = health_pb2.DESCRIPTOR.services_by_name["Health"]
         self._add(health.SERVICE_NAME, service, self._health)
         reflection = reflection_servicer((*self._names, health.SERVICE_NAME))
-        for name in REFLECTION_SERVICES:
+        for name in REFLECTION_SERVICES if self._reflection else ():
             self._add(name, REFLECTION, reflection)
         await self.set_serving(serving)
         await self._listener.start()

@@ -158,7 +158,10 @@ def from_rpc_error(error: grpc.RpcError) -> DiptychError | None:
                 return InvalidRequest(violation.field, violation.description)
             return InvalidRequest("request", message)
         case grpc.StatusCode.UNIMPLEMENTED:
-            return NotOffered(violation.field) if violation else UnknownMethod(message)
+            if not violation:
+                return UnknownMethod(message)
+            why = violation.description.removeprefix(violation.field).strip()
+            return NotOffered(violation.field, why) if why else NotOffered(violation.field)
         case grpc.StatusCode.NOT_FOUND:
             return NotFound(message)
         case grpc.StatusCode.FAILED_PRECONDITION:

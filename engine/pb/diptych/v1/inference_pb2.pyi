@@ -398,17 +398,19 @@ class GetModelRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "max_model_len", "vocab_size", "block_size", "numeric_profile", "ready")
+    __slots__ = ("name", "max_model_len", "vocab_size", "block_size", "numeric_profile", "ready", "disabled")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     NUMERIC_PROFILE_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
+    DISABLED_FIELD_NUMBER: _ClassVar[int]
     name: str
     max_model_len: int
     vocab_size: int
     block_size: int
     numeric_profile: str
     ready: bool
-    def __init__(self, name: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., block_size: _Optional[int] = ..., numeric_profile: _Optional[str] = ..., ready: _Optional[bool] = ...) -> None: ...
+    disabled: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., block_size: _Optional[int] = ..., numeric_profile: _Optional[str] = ..., ready: _Optional[bool] = ..., disabled: _Optional[_Iterable[str]] = ...) -> None: ...
