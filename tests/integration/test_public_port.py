@@ -133,10 +133,11 @@ async def test_an_abort_of_a_stranger_ends_nothing(guarded: Stack) -> None:
             stream=True,
         )
         call = vllm_engine_pb2_grpc.VllmEngineStub(first).Generate(request, timeout=60)
-        await call.read()
+        messages = aiter(call)
+        await anext(messages)
         abort = engine_pb.AbortRequest(request_ids=["shared"])
         await vllm_engine_pb2_grpc.VllmEngineStub(second).Abort(abort, timeout=10)
-        *_, last = [message async for message in call]
+        *_, last = [message async for message in messages]
         assert last.complete.finish_reason == "length"
 
 
