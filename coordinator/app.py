@@ -58,7 +58,9 @@ class Coordinator:
         self.model = model
         self.registry = CollectorRegistry()
         self.metrics = metrics = CoordinatorMetrics(self.registry, model.name)
-        self.membership = Membership(model.name, model.limits.vocab_size, metrics)
+        self.membership = Membership(
+            model.name, model.limits.vocab_size, metrics, tokenizer_digest=model.tokenizer_digest
+        )
         self._admission = Admission(front.max_queued_requests, front.max_queued_tokens, metrics)
         self.pipeline = Pipeline(
             model,

@@ -144,9 +144,11 @@ class Membership:
         vocab_size: int,
         metrics: CoordinatorMetrics,
         clock: Callable[[], float] = time.monotonic,
+        tokenizer_digest: str = "",
     ) -> None:
         self._model_name = model_name
         self._vocab_size = vocab_size
+        self._tokenizer_digest = tokenizer_digest
         self._metrics = metrics
         self._clock = clock
         self._workers: dict[str, Worker] = {}  # by worker_id
@@ -260,10 +262,18 @@ class Membership:
             )
 
     def heartbeat(self, worker: Worker, load: Load) -> bool:
-        """Note the load of a registered worker; False: another stream has taken its place."""
+        """Note the load of a registered worker; False: its stream counts no more, as another has
+        taken its place, or workers of another model came while it was silent.
+        """
         current = self._workers.get(worker.peer.worker_id)
         if current is None or current.session != worker.session:
             return False
+        if current.state is WorkerState.SUSPECT:
+            try:  # another model may have come meanwhile
+                self._check_others(worker.model, worker.peer.worker_id)
+            except Mismatch as error:
+                _log.warning("worker refused", worker=worker.peer.worker_id, reason=error.message)
+                return False
         state = WorkerState.DRAINING if load.draining else WorkerState.READY
         if state is not current.state:
             _log.info("worker changed", worker=worker.peer.worker_id, state=state.value)
@@ -388,10 +398,19 @@ class Membership:
                 f"vocab_size {hello.model.vocab_size} is not {self._vocab_size} as this"
                 " coordinator's tokenizer has it"
             )
-        others = self._others(hello.peer.worker_id)
-        if others and _agreed(hello.model) != _agreed(others[0].model):
+        tokens, ours = hello.model.tokenizer_digest, self._tokenizer_digest
+        if tokens and ours and tokens != ours:
             raise Mismatch(
-                f"{_differences(hello.model, others[0].model)}; the workers of one model must"
+                f"tokenizer_digest {tokens} is not {ours}, which this coordinator's tokenizer has;"
+                " start both with the same --model"
+            )
+        self._check_others(hello.model, hello.peer.worker_id)
+
+    def _check_others(self, model: ModelIdentity, worker_id: str) -> None:
+        others = self._others(worker_id)
+        if others and _agreed(model) != _agreed(others[0].model):
+            raise Mismatch(
+                f"{_differences(model, others[0].model)}; the workers of one model must"
                 f" agree, and {others[0].peer.worker_id} is here already"
             )
 

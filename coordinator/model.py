@@ -22,6 +22,7 @@ from coordinator.tool_schemas import fitting_constraint
 from coordinator.tools import AUTO, Tool, choose_format
 from coordinator.validate import Limits
 from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.fingerprint import tokenizer_digest
 from engine.checkpoint.source import Checkpoint
 from engine.constraints import Compiler, Vocabulary
 from engine.errors import InvalidRequest
@@ -42,11 +43,13 @@ class ServedModel:
         tool_format: str = AUTO,
         folder: Path | None = None,
         parse_special: str = "prompts",
+        tokenizer_digest: str = "",
     ) -> None:
         self.name = name
         self.config = config
         self.folder = folder  # of the checkpoint
         self.tokenizer = tokenizer
+        self.tokenizer_digest = tokenizer_digest
         self.max_model_len = max_model_len or config.context
         self.limits = Limits(
             name,
@@ -80,6 +83,7 @@ class ServedModel:
             tool_format,
             checkpoint.folder,
             parse_special,
+            tokenizer_digest(checkpoint.folder),
         )
 
     def prepare(self) -> None:

@@ -267,10 +267,10 @@ def _identity(
     profile: str,
     max_model_len: int,
 ) -> ModelIdentity:
-    config = checkpoint.config
+    config, tokens = checkpoint.config, tokenizer_digest(checkpoint.folder)
     digest = compatibility_digest(
         numeric_profile=profile,
-        tokenizer_digest=tokenizer_digest(checkpoint.folder),
+        tokenizer_digest=tokens,
         layout=layout,
         rope=" ".join((config.rope_theta.hex(), *rope_fields(config.rope_scaling))),
     )
@@ -281,4 +281,5 @@ def _identity(
         max_model_len=max_model_len,
         block_size=layout.block_size,
         vocab_size=config.vocab_size,
+        tokenizer_digest=tokens,
     )

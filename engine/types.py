@@ -114,6 +114,7 @@ class ModelIdentity:
     max_model_len: int
     block_size: int
     vocab_size: int
+    tokenizer_digest: str = ""  # hex; equal ones read and write the same token ids
 
 
 @dataclass(frozen=True, slots=True)

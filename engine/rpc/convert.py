@@ -148,6 +148,7 @@ def identity_to_pb(model: ModelIdentity) -> registry_pb2.ModelIdentity:
         max_model_len=model.max_model_len,
         block_size=model.block_size,
         vocab_size=model.vocab_size,
+        tokenizer_digest=model.tokenizer_digest,
     )
 
 
@@ -160,6 +161,7 @@ def identity_from_pb(pb: registry_pb2.ModelIdentity) -> ModelIdentity:
         max_model_len=pb.max_model_len,
         block_size=pb.block_size,
         vocab_size=pb.vocab_size,
+        tokenizer_digest=pb.tokenizer_digest,
     )
 
 

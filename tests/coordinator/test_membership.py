@@ -45,6 +45,28 @@ def states(table):
     return {w.peer.worker_id: w.state.value for w in table.snapshot()}
 
 
+def test_another_tokenizer_is_refused():
+    metrics = CoordinatorMetrics(CollectorRegistry(), "smollm2")
+    table = Membership("smollm2", 49152, metrics, tokenizer_digest="aa")
+    with pytest.raises(Mismatch, match="tokenizer_digest bb is not aa"):
+        table.register(hello(tokenizer_digest="bb"))
+    table.register(hello(tokenizer_digest="aa"))
+
+
+def test_a_silent_worker_does_not_come_back_among_those_of_another_model():
+    """Both would be routed to: a retry would go on with other weights."""
+    clock = Clock()
+    table, _ = make(clock)
+    first = table.register(hello("p0", Role.PREFILL))
+    clock.now += SILENCE_S + 1
+    second = table.register(hello("d0", numeric_profile="other", digest="other"))
+    assert not table.heartbeat(first, Load())
+    assert table.heartbeat(second, Load())
+    assert states(table) == {"p0": "suspect", "d0": "ready"}
+    with pytest.raises(Mismatch, match="numeric_profile"):
+        table.register(hello("p0", Role.PREFILL))
+
+
 def test_the_life_of_a_worker():
     clock = Clock()
     table, registry = make(clock)

@@ -53,7 +53,7 @@ def test_peer_and_its_absence():
 
 
 def test_identity_reason_role():
-    model = ModelIdentity("m", "00ff", "p", 8192, 16, 49152)
+    model = ModelIdentity("m", "00ff", "p", 8192, 16, 49152, "0a")
     assert convert.identity_from_pb(convert.identity_to_pb(model)) == model
     for reason in FinishReason:
         assert convert.reason_from_pb(convert.reason_to_pb(reason)) is reason

@@ -62,20 +62,22 @@ class KVPool(_message.Message):
     def __init__(self, num_bytes: _Optional[int] = ..., limit: _Optional[str] = ...) -> None: ...
 
 class ModelIdentity(_message.Message):
-    __slots__ = ("name", "digest", "numeric_profile", "max_model_len", "block_size", "vocab_size")
+    __slots__ = ("name", "digest", "numeric_profile", "max_model_len", "block_size", "vocab_size", "tokenizer_digest")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     NUMERIC_PROFILE_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     numeric_profile: str
     max_model_len: int
     block_size: int
     vocab_size: int
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., numeric_profile: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
+    tokenizer_digest: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., numeric_profile: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., tokenizer_digest: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("num_running", "num_waiting", "waiting_tokens", "free_blocks", "cached_blocks", "held_blocks", "total_blocks", "draining", "totals", "links", "health", "quarantined_blocks")
