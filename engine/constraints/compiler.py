@@ -44,8 +44,9 @@ _MAX_CACHED_CHARS = 16 << 20  # of their sources
 # What a grammar keeps in memory goes with the time it took: 400 MB a second, however short it is
 # ("((((a{10}){10}){10}){10}){10}" keeps 30 MB); nobody else says how large it is.
 _MAX_CACHED_CPU_S = 1.0
-# \d and \w; classes that exclude something, and all other escapes, stay as they are.
-_CLASS_ESCAPE = re.compile(r"\[\^\]?(?:\\.|[^\]\\])*\]|\\.", re.DOTALL)
+# \d and \w; classes that exclude something, and all other escapes, stay as they are. One pass: a
+# class that is not closed reaches to the end, where the library refuses it.
+_CLASS_ESCAPE = re.compile(r"\[\^\]?(?:\\.|[^\]\\])*+(?:\]|\\?\Z)|\\.", re.DOTALL)
 _ASCII = {r"\d": "[0-9]", r"\w": "[0-9A-Za-z_]"}
 # A step with a mask that costs more than some ten milliseconds would hold up everybody's.
 _LIMITS = LLParserLimits(step_max_items=16_000, step_lexer_fuel=200_000, verbose_errors=False)

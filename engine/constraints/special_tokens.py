@@ -20,7 +20,12 @@ from llguidance import LLTokenizer
 
 MARK = "\U0010ffff"  # no character
 # Comments, texts and regular expressions of Lark are passed over; what is left is a token by name.
-_PARTS = re.compile(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(?P<token><[^<>\s\[\]"/]+>)')
+# One pass: what is not closed reaches to the end of its line, where the library refuses it.
+_PARTS = re.compile(
+    r'//[^\n]*|"(?:\\.|[^"\\\n])*+(?:"|\\?$)|/(?:\\.|[^/\\\n])++(?:/|\\?$)'
+    r'|(?P<token><[^<>\s\[\]"/]++>)',
+    re.MULTILINE,
+)
 _FROM_SPACE = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
 _SENTENCEPIECE = {
     "type": "Sequence",

@@ -25,7 +25,9 @@ _CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 _ANY_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _CONTROL_ESCAPE = re.compile(r"\\(x([01]|7[fF]|\{)|u(00[01]|007[fF]|\{)|c[A-Za-z]|[0vae])")
 MAY_NEED_ESCAPES = re.compile(r"\\u00[01]|\\u007[fF]|\x7f|\\\\[xuc0vae]")  # in JSON
-_WIDE_CLASS = re.compile(r"(?<!\\)\[(\^|[^\]]*[^\]\\]-)(\\.|[^\]\\])*\]", re.S)
+# One pass: a class that is not closed reaches to the end, where the library refuses it.
+_CLASS = re.compile(r"(?<!\\)\[((?:\\.|[^\]\\])*+)(?:\]|\\?\Z)", re.S)
+_RANGE = re.compile(r"[^\]\\]-")
 _NAMING = ("properties", "patternProperties", "required")
 
 
@@ -111,8 +113,13 @@ def check_pattern(key: str, pattern: str, ways: Ways | None) -> None:
 
 
 def _control_in(pattern: str) -> re.Match[str] | None:
-    rest = _WIDE_CLASS.sub("", pattern.replace("\\\\", ""))
+    rest = _CLASS.sub(_narrow, pattern.replace("\\\\", ""))
     return _CONTROL.search(rest) or _CONTROL_ESCAPE.search(rest)
+
+
+def _narrow(found: re.Match[str]) -> str:
+    """A class, unless it has a range or excludes something: then it has other characters too."""
+    return "" if found[1].startswith("^") or _RANGE.search(found[1]) else found[0]
 
 
 def names_vary(value: object) -> bool:
