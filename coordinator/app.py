@@ -61,6 +61,7 @@ class Coordinator:
         self.membership = Membership(
             model.name, model.limits.vocab_size, metrics, tokenizer_digest=model.tokenizer_digest
         )
+        model.count_constraints(metrics.constraints.tried)
         self._admission = Admission(front.max_queued_requests, front.max_queued_tokens, metrics)
         self.pipeline = Pipeline(
             model,

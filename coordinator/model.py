@@ -7,7 +7,7 @@ everybody.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -24,7 +24,8 @@ from coordinator.validate import Limits
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.fingerprint import tokenizer_digest
 from engine.checkpoint.source import Checkpoint
-from engine.constraints import Compiler, Vocabulary
+from engine.constraints import Checker, Vocabulary
+from engine.constraints.checker import refusal
 from engine.errors import InvalidRequest
 
 _NUM_THREADS = 4
@@ -59,7 +60,7 @@ class ServedModel:
             choose_format(tool_format, template.text).bound(tokenizer),
         )
         vocabulary = Vocabulary(folder, config.vocab_size, config.eos_token_ids) if folder else None
-        self._compiler = Compiler(vocabulary) if vocabulary else None
+        self._checker = Checker(vocabulary) if vocabulary else None
         self._template = template
         self._parse_special = parse_special
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
@@ -86,9 +87,16 @@ class ServedModel:
             tokenizer_digest(checkpoint.folder),
         )
 
+    def count_constraints(self, count: Callable[[str], None]) -> None:
+        """Have `count` called with the outcome of each try of a constraint."""
+        if self._checker is not None:
+            self._checker.count = count
+
     def prepare(self) -> None:
         """In a thread, before requests come: what the first message of some kind would wait for."""
         self._threads.submit(self.tokenizer.special.prepare)
+        if self._checker is not None:
+            self._checker.prepare()
 
     async def prompt_of(self, request: AnswerRequest, max_model_len: int) -> list[int]:
         """The request's prompt as token ids, at least one token shorter than the context.
@@ -120,22 +128,22 @@ class ServedModel:
         Raises InvalidRequest where no answer can be held to its constraint, or what the client has
         of one does not fit it; Unavailable where that is not known in time.
         """
-        if request.constraint is None or self._compiler is None:
+        if request.constraint is None or self._checker is None:
             return request
         lead = lead_of(self.tokenizer, prompt, request.skip_special_tokens)
         constraint = replace(request.constraint, lead=lead)
-        try:
-            await self._compiler.matcher(constraint)
-        except InvalidRequest as error:
-            fitting = await fitting_constraint(self._compiler, request, error)
+        found = await self._checker.tried(constraint)
+        if found.reason:
+            fitting = await fitting_constraint(self._checker, request, refusal(found))
             constraint = replace(fitting, lead=lead)
-        for i, resumed in enumerate(request.resumes):
-            if resumed.token_ids:
-                try:
-                    await self._compiler.matcher(constraint, resumed.token_ids)
-                except InvalidRequest as error:
-                    what = f"of choice {i}: {error.description}"
-                    raise InvalidRequest("resume", what) from None
+        resumed = [resume.token_ids for resume in request.resumes]
+        if any(resumed):
+            found = await self._checker.tried(constraint, resumed)
+            if found.misfit >= 0:
+                what = f"of choice {found.misfit}: {refusal(found).description}"
+                raise InvalidRequest("resume", what)
+            if found.reason:
+                raise InvalidRequest("resume", f"of a constrained answer: {found.reason}")
         return replace(request, constraint=constraint)
 
     async def encode(
@@ -198,5 +206,5 @@ class ServedModel:
     def close(self) -> None:
         """End the threads; what they work on is dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        if self._compiler is not None:
-            self._compiler.close()
+        if self._checker is not None:
+            self._checker.close()

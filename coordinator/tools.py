@@ -25,7 +25,7 @@ from hashlib import sha256
 from typing import Any
 
 from coordinator.tokenizer import Tokenizer
-from engine.constraints.compiler import MAX_SOURCE_CHARS
+from engine.constraints.grammar import MAX_SOURCE_CHARS
 from engine.constraints.numbers import json_after
 from engine.constraints.schemas import Leniency, held
 from engine.types import Constraint, ConstraintKind

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from engine.constraints.compiler import MAX_SOURCE_CHARS
+from engine.constraints.grammar import MAX_SOURCE_CHARS
 from engine.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2
 from engine.types import Constraint, ConstraintKind

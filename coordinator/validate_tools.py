@@ -14,7 +14,7 @@ from typing import Any
 from coordinator import nesting
 from coordinator.request import ToolCall
 from coordinator.tools import Tool, ToolFormat, ToolUse, argument_schema
-from engine.constraints.compiler import MAX_SOURCE_CHARS
+from engine.constraints.grammar import MAX_SOURCE_CHARS
 from engine.constraints.schemas import Refused, held
 from engine.errors import InvalidRequest, NotOffered
 from engine.pb.diptych.v1 import inference_pb2

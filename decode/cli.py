@@ -26,7 +26,9 @@ def _services(host: WorkerHost) -> Services:
     from engine.pb.diptych.internal.v1 import worker_pb2
 
     descriptor = worker_pb2.DESCRIPTOR.services_by_name["DecodeService"]
-    return [(descriptor, DecodeServicer(host))]
+    service = DecodeServicer(host)
+    service.prepare()
+    return [(descriptor, service)]
 
 
 def ask_drafting(model: ModelOptions, options: DraftOptions) -> Drafting | None:

@@ -50,7 +50,13 @@ class DecodeServicer:
         self._host = host
         self._intake = Intake(host)
         self._parts = PartsStore(host.check_token_ids)
-        self._compiler = Compiler(host.vocabulary) if host.vocabulary else None
+        count = host.metrics.constraints.tried
+        self._compiler = Compiler(host.vocabulary, count) if host.vocabulary else None
+
+    def prepare(self) -> None:
+        """Start what the first constrained answer would wait for."""
+        if self._compiler is not None:
+            self._compiler.prepare()
 
     async def Decode(
         self, request: worker_pb2.DecodeRequest, context: Any

@@ -12,8 +12,10 @@
 A matcher is a function of the tokens it has been given: whoever has those can make it again.
 """
 
-from engine.constraints.compiler import Compiler, Vocabulary
+from engine.constraints.checker import Checker
+from engine.constraints.compiler import Compiler
+from engine.constraints.grammar import Vocabulary
 from engine.constraints.masks import Masks
 from engine.constraints.matcher import Matcher
 
-__all__ = ["Compiler", "Masks", "Matcher", "Vocabulary"]
+__all__ = ["Checker", "Compiler", "Masks", "Matcher", "Vocabulary"]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-STACK_BYTES = 512 << 20
+STACK_BYTES = 128 << 20
 _T = TypeVar("_T")
 
 

@@ -86,6 +86,22 @@ class _Maker:
         return series.labels(self._model_name) if not labels else series
 
 
+class ConstraintMetrics:
+    """What becomes of constraints that are tried; in both kinds of process."""
+
+    def __init__(self, make: _Maker, model_name: str) -> None:
+        self._model_name = model_name
+        self._tries = make.counter(
+            "constraint_compilations",
+            "Constraints tried: compiled, refused, ended at a limit, abandoned or lost.",
+            "outcome",
+        )
+
+    def tried(self, outcome: str) -> None:
+        """Count one; `outcome` is one of the fixed words of checker.py."""
+        self._tries.labels(self._model_name, outcome).inc()
+
+
 class WorkerMetrics:
     """What a prefill or decode worker counts; at most one a registry."""
 
@@ -164,6 +180,7 @@ class WorkerMetrics:
         self.prefill_refusals = make.counter(
             "prefill_refusals", "Prompts that a prefill worker would not take, computed here."
         )
+        self.constraints = ConstraintMetrics(make, model_name)
         self._phases: dict[str, Histogram] = {}
         self._kv_blocks = make.gauge("kv_blocks", "KV blocks by state.", "state")
 
@@ -271,6 +288,7 @@ class CoordinatorMetrics:
         self._migrations = make.counter(
             "migrations", "Requests carried on elsewhere after a worker was lost.", "outcome"
         )
+        self.constraints = ConstraintMetrics(make, model_name)
         self._workers = make.gauge("workers", "Workers by role and state.", "role", "state")
         self._worker_sick = make.counter(
             "sick_workers", "Workers that were found to compute wrongly.", "worker"

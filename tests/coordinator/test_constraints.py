@@ -11,10 +11,13 @@ import pytest
 from google.rpc import error_details_pb2
 from llguidance import LLParserLimits
 
+from coordinator import model as model_module
 from coordinator.app import Coordinator
 from coordinator.model import ServedModel
 from engine.config import FrontOptions
-from engine.constraints import compiler as compiler_module
+from engine.constraints import Checker, Vocabulary
+from engine.constraints import grammar as grammar_module
+from engine.constraints.known import Known
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.pb.diptych.v1 import inference_pb2
 from tests.coordinator.test_service import (
@@ -34,6 +37,19 @@ SCHEMA = {
     "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
     "required": ["name", "age"],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def checker(checkpoint):  # noqa: F811
+    """One set of processes for all tests: they take a second to start."""
+    found, _, _ = checkpoint
+    config = found.config
+    made = Checker(Vocabulary(found.folder, config.vocab_size, config.eos_token_ids))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_module, "Checker", lambda vocabulary: made)
+        patch.setattr(made, "close", lambda: None)
+        yield made
+    made.close()
 
 
 @asynccontextmanager
@@ -277,7 +293,7 @@ async def test_the_schema_of_text_is_named_where_it_cannot_be_compiled(checkpoin
         assert violation.field == "constraint.json_schema"
 
 
-async def test_what_is_too_much_together_is_held_in_part(checkpoint, monkeypatch):  # noqa: F811
+async def test_what_is_too_much_together_is_held_in_part(checkpoint, checker, monkeypatch):  # noqa: F811
     """The longest lax schemas are given up first, strict ones never."""
 
     def large(name, count, **more):
@@ -285,10 +301,18 @@ async def test_what_is_too_much_together_is_held_in_part(checkpoint, monkeypatch
         return tool(name, properties(**enums), **more)
 
     tools = [large("a", 30), large("b", 31), large("c", 32, strict=True), FINE]
+    config = checkpoint[0].config
+    vocabulary = Vocabulary(checkpoint[0].folder, config.vocab_size, config.eos_token_ids)
+    tokenizer = vocabulary.build()
+
+    async def here(job):
+        return await asyncio.to_thread(job, tokenizer)
+
     async with front(checkpoint) as f:
         worker = await f.worker()
-        limit = LLParserLimits(max_grammar_size=650)
-        monkeypatch.setattr(compiler_module, "_LIMITS", limit)
+        monkeypatch.setattr(grammar_module, "LIMITS", LLParserLimits(max_grammar_size=650))
+        monkeypatch.setattr(checker, "_try", here)
+        monkeypatch.setattr(checker, "known", Known(lambda found: (), (), 9))
         await collect(f.stub.Chat(asks(*tools, stop=stop(max_tokens=1)), timeout=30))
         source = worker.requests[-1].constraint.source
         schemas = [json.loads(s) for s in re.findall(r"^args_\d: %json (.*)$", source, re.M)]

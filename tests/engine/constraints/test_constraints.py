@@ -8,17 +8,16 @@ import random
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from engine.checkpoint.source import resolve
-from engine.constraints import Compiler, Masks, Matcher, Vocabulary
+from engine.constraints import Checker, Compiler, Masks, Matcher, Vocabulary
 from engine.constraints import compiler as compiler_module
 from engine.constraints.masks import Place
-from engine.errors import InvalidRequest, Unavailable
+from engine.errors import InvalidRequest
 from engine.types import Constraint, ConstraintKind
 
 VOCAB = 49152
@@ -250,15 +249,15 @@ async def test_what_cannot_be_used_is_refused_with_the_reason(
 
 
 async def test_many_ask_and_it_is_compiled_once(compiler: Compiler) -> None:
-    before = compiler.num_compiled
+    before = compiler.known.num_made
     wanted = schema({"type": "object", "properties": {"once": {"type": "string"}}})
     matchers = await asyncio.gather(*(compiler.matcher(wanted) for _ in range(20)))
     assert len({id(m.library) for m in matchers}) == 20
     await compiler.matcher(wanted)
-    assert compiler.num_compiled == before + 1
+    assert compiler.known.num_made == before + 1
     compiler.forget(wanted)
     await compiler.matcher(wanted)
-    assert compiler.num_compiled == before + 2
+    assert compiler.known.num_made == before + 2
 
 
 async def test_a_reason_is_not_another_kind_s(compiler: Compiler) -> None:
@@ -276,13 +275,13 @@ async def test_what_is_kept_has_a_bound(
     try:
         for i in (0, 1, 2, 0, 3, 4):  # 0 was used again; 1 and 2 go
             await made.matcher(regex(f"a{i}"))
-        assert made.num_compiled == 5
+        assert made.known.num_made == 5
         await made.matcher(regex("a0"))
-        assert made.num_compiled == 5
+        assert made.known.num_made == 5
         await made.matcher(regex("a1"))
-        assert made.num_compiled == 6
-        assert len(made._known) == 3
-        assert made._num_chars == sum(k.num_chars for k in made._known.values())
+        assert made.known.num_made == 6
+        assert len(made.known) == 3
+        assert made.known.costs[0] == sum(k.num_chars for k in made.known._values.values())
     finally:
         made.close()
 
@@ -296,46 +295,12 @@ async def test_what_was_dear_to_compile_is_kept_in_small_numbers(
     try:
         for i in range(5):
             await made.matcher(regex(f"((((a{{10}}){{10}}){{10}}){{10}}){{10}}{i}"))
-            assert len(made._known) == 1
+            assert len(made.known) == 1
         for i in range(5):
             await made.matcher(regex(f"a{i}"))
-        assert len(made._known) >= 5
-        assert made._cpu_s <= 0.02
+        assert len(made.known) >= 5
+        assert made.known.costs[1] <= 0.02
     finally:
-        made.close()
-
-
-async def test_who_takes_too_long_is_refused_and_who_waits_behind_is_told_to_come_back(
-    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compiler_module, "COMPILE_S", 0.3)
-    made = Compiler(vocabulary)
-    go_on = threading.Event()
-    try:
-        await asyncio.wait_for(asyncio.wrap_future(made._tokenizer), 30)
-        compile_, held = made._compile, threading.Semaphore(2)
-
-        def slow(constraint: Constraint) -> object:
-            with held:
-                go_on.wait(20)
-            return compile_(constraint)
-
-        monkeypatch.setattr(made, "_compile", slow)
-        tasks = [asyncio.create_task(made.matcher(regex(f"b{i}"))) for i in range(3)]
-        first, second, behind = await asyncio.gather(*tasks, return_exceptions=True)
-        for error in (first, second):
-            assert isinstance(error, InvalidRequest)
-            assert "takes longer than" in error.description
-        assert isinstance(behind, Unavailable)
-        go_on.set()
-        for _ in range(100):
-            if made.num_compiled == 3:
-                break
-            await asyncio.sleep(0.05)
-        await made.matcher(regex("b0"))  # what was found is known to the next
-        assert made.num_compiled == 3
-    finally:
-        go_on.set()
         made.close()
 
 
@@ -345,17 +310,21 @@ async def test_a_tokenizer_that_is_not_known_is_a_reason(tmp_path) -> None:
     try:
         with pytest.raises(InvalidRequest, match="none is possible with this model's tokenizer"):
             await made.matcher(regex("a"))
-        for lenient in (False, True):
-            with pytest.raises(InvalidRequest, match="none is possible"):
-                await made.fitting('{"x-guidance": {}}', lenient)
     finally:
         made.close()
+    checker = Checker(Vocabulary(tmp_path, 10, (1,)))
+    try:
+        for lenient in (False, True):
+            found = await checker.fitting('{"x-guidance": {}}', lenient)
+            assert "none is possible" in found.reason
+    finally:
+        checker.close()
 
 
 _DEEP = """
 import asyncio, json, sys
 from pathlib import Path
-from engine.constraints import Compiler, Masks, Vocabulary
+from engine.constraints import Checker, Compiler, Masks, Vocabulary
 from engine.constraints.masks import Place
 from engine.errors import InvalidRequest
 from engine.types import Constraint, ConstraintKind

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from engine.constraints import compiler, numbers, special_tokens, writable
+from engine.constraints import grammar, numbers, special_tokens, writable
 
 
 class _Tokenizer:
@@ -19,10 +19,10 @@ def numbered(text: str) -> object:
     return special_tokens.numbered(text, _Tokenizer())  # type: ignore[arg-type]
 
 
-SCANNERS = (compiler._in_ascii, writable._control_in, numbered, numbers.step_of)
+SCANNERS = (grammar._in_ascii, writable._control_in, numbered, numbers.step_of)
 PIECES = (
     *("[^", "[a-", "[^]", "[", "[a-[^", "[\\]", "\\[", "\\", "[^\\]", "[a-z-"),
-    *('"', '"\\"', "\\\"", "/\\/", "/", "/a", "<", "<a", "<a\n", '"a\n', "//"),
+    *('"', '"\\"', '\\"', "/\\/", "/", "/a", "<", "<a", "<a\n", '"a\n', "//"),
     *('"multipleOf"', '"multipleOf" ', '"multipleOf": 1', "1e", "\\x", "\\u00", "]", "-]"),
 )
 ENDS = ("", "\\", "]", "\n", '"', "/", ">")

@@ -1,0 +1,231 @@
+"""The processes in which constraints are tried: `python -m engine.constraints`.
+
+    parent ==lanes==> keeper   has the tokenizer and one thread; reads nothing that a client wrote
+                        | forks, before a job comes: one runner a lane
+                      runner   one job at a time, limited in memory, CPU time and depth
+
+A runner that reaches a limit is ended by the kernel, and its parent learns from the signal which
+limit it was. It is also ended where its parent asks for that. The next one is forked in some
+milliseconds, and shares the tokenizer's memory. All of them end with their parent.
+
+    lane      a Unix socket; one job at a time: HEAD and a pickled call, or HEAD of KILL
+    reply     one a job: REPLY with status 0 and a pickled Done, or with minus the ending signal
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import resource
+import selectors
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from llguidance import LLMatcher, LLTokenizer
+
+from engine.constraints.grammar import LIMITS, Grammar, Vocabulary, fault, no_tokenizer
+from engine.lifeline import die_with_parent
+
+HEAD = struct.Struct("!dI")  # CPU seconds, bytes of the call
+REPLY = struct.Struct("!iI")  # status, bytes of the result
+KILL = HEAD.pack(-1.0, 0)
+MOST_BYTES = 256 << 20  # beyond what a runner begins with, its stack aside
+STACK_BYTES = 64 << 20
+QUICK_CPU_S = 0.25  # longer jobs have a lower priority
+# A runner that took more than this gives its memory back by ending.
+_FRESH_CPU_S, _FRESH_BYTES = 0.1, 32 << 20
+
+Job = Callable[[LLTokenizer], Grammar]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A job that came to its end."""
+
+    grammar: Grammar
+    cpu_s: float
+    is_last: bool  # the runner ends after it
+
+
+class _Lane:
+    """One socket and its runner; in the keeper."""
+
+    def __init__(self, parent: socket.socket, work: Callable[[], NoReturn]) -> None:
+        self.parent = parent
+        self._work = work
+        self._busy = False
+        self._pid = self._jobs = self.results = -1
+
+    def fork(self) -> None:
+        """Start a runner, with its jobs as standard input and its results as standard output."""
+        read_jobs, self._jobs = os.pipe()
+        self.results, write_results = os.pipe()
+        keeper = os.getpid()
+        self._pid = os.fork()
+        if not self._pid:
+            try:
+                die_with_parent(keeper)
+                for fd, place in ((read_jobs, 0), (write_results, 1), (os.open(os.devnull, 1), 2)):
+                    os.dup2(fd, place)
+                os.closerange(3, max(read_jobs, write_results, self.parent.fileno()) + 64)
+                self._work()
+            finally:
+                os._exit(1)
+        os.close(read_jobs)
+        os.close(write_results)
+
+    def from_parent(self) -> None:
+        """Pass a job on, or end the one that runs. Raises EOFError where the parent is gone."""
+        head = read_all(self.parent.fileno(), HEAD.size)
+        if head == KILL:
+            if self._busy:  # else the reply was under way already
+                os.kill(self._pid, signal.SIGKILL)
+            return
+        call = read_all(self.parent.fileno(), HEAD.unpack(head)[1])
+        self._busy = True
+        with suppress(BrokenPipeError):  # then its end is the reply
+            write_all(self._jobs, head + call)
+
+    def from_runner(self) -> bool:
+        """Pass a result on; True: the runner ended, and there is another one."""
+        try:
+            reply = read_all(self.results, REPLY.size)
+            result = read_all(self.results, REPLY.unpack(reply)[1])
+            is_last = bool(pickle.loads(result).is_last)
+        except EOFError:
+            status = os.waitpid(self._pid, 0)[1]
+            code = os.waitstatus_to_exitcode(status)
+            reply, result, is_last = REPLY.pack(min(code, -1), 0), b"", True
+            self._pid = 0
+        if self._busy:
+            self._busy = False
+            write_all(self.parent.fileno(), reply + result)
+        if is_last:
+            if self._pid:
+                os.waitpid(self._pid, 0)
+            os.close(self._jobs)
+            os.close(self.results)
+            self.fork()
+        return is_last
+
+
+def read_all(fd: int, size: int) -> bytes:
+    """Exactly `size` bytes. Raises EOFError."""
+    parts = []
+    while size:
+        if not (part := os.read(fd, size)):
+            raise EOFError
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """All of it, waiting where there is no room."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+# -- in a runner -----------------------------------------------------------------------------------
+
+
+def _run(tokenizer: LLTokenizer | None, reason: str) -> NoReturn:
+    """Jobs until the runner has to end, on a thread whose stack is known."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # rather this one than its parents
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    threading.stack_size(STACK_BYTES)
+    thread = threading.Thread(target=_jobs, args=(tokenizer, reason), daemon=True)
+    thread.start()
+    thread.join()
+    os._exit(0)
+
+
+def _jobs(tokenizer: LLTokenizer | None, reason: str) -> None:
+    begin_bytes = _num_bytes()
+    if begin_bytes:
+        limit = begin_bytes + MOST_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    with suppress(EOFError):
+        while True:
+            cpu_s, size = HEAD.unpack(read_all(0, HEAD.size))
+            call = read_all(0, size)
+            if cpu_s > QUICK_CPU_S:
+                os.nice(5)
+            begun_s = time.process_time()
+            signal.setitimer(signal.ITIMER_PROF, cpu_s)  # unhandled, it ends the process
+            try:
+                job: Job = pickle.loads(call)
+                grammar = job(tokenizer) if tokenizer else Grammar(reason=reason)
+            except MemoryError:
+                os.abort()  # as the library does
+            except BaseException as error:  # its panics are no Exceptions
+                grammar = Grammar(reason=f"cannot be compiled: {type(error).__name__}")
+            used_s = time.process_time() - begun_s
+            is_last = cpu_s > QUICK_CPU_S or used_s > _FRESH_CPU_S
+            is_last = is_last or _num_bytes() > begin_bytes + _FRESH_BYTES
+            result = pickle.dumps(Done(grammar, used_s, is_last))
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            write_all(1, REPLY.pack(0, len(result)) + result)
+            if is_last:
+                return
+
+
+def _num_bytes() -> int:
+    """Of the address space; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+# -- the keeper ------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Arguments: the tokenizer's folder, the vocabulary's size, ends of sequence, sockets."""
+    folder, size, ends, sockets = sys.argv[1:]
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent may still have requests then
+        signal.signal(number, signal.SIG_IGN)
+    eos = tuple(int(token) for token in ends.split(",") if token)
+    tokenizer, reason = None, ""
+    try:
+        tokenizer = Vocabulary(Path(folder), int(size), eos).build()
+        warm = LLMatcher.grammar_from_json_schema('{"type": "object"}')
+        fault(LLMatcher(tokenizer, warm, log_level=0, limits=LIMITS))
+    except Exception as error:  # the library's own, of many kinds
+        reason = no_tokenizer(error)
+    gc.collect()
+    gc.freeze()
+    lanes = [
+        _Lane(socket.socket(fileno=int(fd)), lambda: _run(tokenizer, reason))
+        for fd in sockets.split(",")
+    ]
+    with selectors.DefaultSelector() as selector:
+        for lane in lanes:
+            lane.fork()
+            selector.register(lane.parent, selectors.EVENT_READ, lane)
+            selector.register(lane.results, selectors.EVENT_READ, lane)
+        while True:
+            for key, _ in selector.select():
+                lane = key.data
+                if key.fileobj is lane.parent:
+                    try:
+                        lane.from_parent()
+                    except (EOFError, OSError):
+                        return
+                else:
+                    selector.unregister(lane.results)
+                    lane.from_runner()
+                    selector.register(lane.results, selectors.EVENT_READ, lane)

@@ -1,0 +1,240 @@
+"""Work on constraints is bounded: in time, in memory, by the wait for it, by its parent's life."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.checkpoint.source import resolve
+from engine.constraints import Checker, Vocabulary
+from engine.constraints import checker as checker_module
+from engine.constraints.sandbox import Ended, Sandbox
+from engine.errors import Unavailable
+from engine.types import Constraint, ConstraintKind
+from tests.support import constraint_jobs as jobs
+
+
+def schema(value: object) -> Constraint:
+    return Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(value))
+
+
+def endless(mark: str) -> Constraint:
+    """Compiles for hours, and takes gigabytes in the first minute."""
+    patterns = [{"pattern": f"[a-z]*{chr(97 + i)}"} for i in range(26)]
+    return schema({"type": "string", "title": mark, "allOf": patterns})
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+    return Vocabulary(resolve("smollm2", progress=False).folder, 49152, (2, 0))
+
+
+@pytest.fixture(scope="module")
+def sandbox(vocabulary: Vocabulary) -> Iterator[Sandbox]:
+    made = Sandbox(vocabulary)
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine seconds of CPU time take longer."""
+    monkeypatch.setattr(checker_module, "COMPILE_S", 60.0)
+
+
+@pytest.fixture
+def outcomes() -> Counter[str]:
+    return Counter()
+
+
+@pytest.fixture
+def checker(vocabulary: Vocabulary, outcomes: Counter[str]) -> Iterator[Checker]:
+    made = Checker(vocabulary, lambda outcome: outcomes.update([outcome]), cpu_s=0.6)
+    yield made
+    made.close()
+
+
+def stat_of(pid: int) -> list[str]:
+    """State, parent and more; [] where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def children(pid: int) -> list[int]:
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    return [each for each in pids if stat_of(each)[1:2] == [str(pid)]]
+
+
+def is_alive(pid: int) -> bool:
+    return stat_of(pid)[:1] not in ([], ["Z"])
+
+
+def until(condition: Callable[[], bool], what: str, within_s: float = 30) -> None:
+    end_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end_s, what
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("job", "ended"),
+    [(jobs.burn, Ended.CPU_TIME), (jobs.hog, Ended.MEMORY), (jobs.crash, Ended.DEPTH)],
+)
+def test_a_job_at_a_limit_ends_alone(sandbox: Sandbox, job: object, ended: Ended) -> None:
+    for slow in (False, True):
+        bad = sandbox.submit(job, 0.5, slow=slow)  # type: ignore[arg-type]
+        assert sandbox.submit(jobs.pid, 1.0).future.result(60).ended is Ended.DONE
+        assert bad.future.result(60).ended is ended
+        assert sandbox.submit(jobs.pid, 1.0, slow=slow).future.result(60).ended is Ended.DONE
+
+
+def test_an_error_of_the_library_is_a_reason(sandbox: Sandbox) -> None:
+    outcome = sandbox.submit(jobs.fail, 1.0).future.result(60)
+    assert outcome.grammar is not None
+    assert outcome.grammar.reason == "cannot be compiled: RuntimeError"
+
+
+def test_an_abandoned_job_ends(sandbox: Sandbox) -> None:
+    sandbox.submit(jobs.pid, 1.0).future.result(60)
+    assert sandbox._keeper is not None
+    keeper = sandbox._keeper.pid
+    trial = sandbox.submit(jobs.burn, 600.0, slow=True)
+
+    def burning() -> list[int]:  # clock ticks of this process alone grow
+        return [each for each in children(keeper) if sum(map(int, stat_of(each)[11:13])) >= 20]
+
+    until(lambda: bool(burning()), "it runs")
+    (runner,) = burning()
+    trial.abandon()
+    assert trial.future.result(10).ended is Ended.LOST
+    assert not is_alive(runner)
+    assert sandbox.submit(jobs.pid, 1.0, slow=True).future.result(60).ended is Ended.DONE
+
+
+def test_a_lost_keeper_is_started_again(sandbox: Sandbox) -> None:
+    sandbox.submit(jobs.pid, 1.0).future.result(60)
+    trial = sandbox.submit(jobs.burn, 600.0)
+    until(trial.future.running, "it begins")
+    assert sandbox._keeper is not None
+    gone = [sandbox._keeper.pid, *children(sandbox._keeper.pid)]
+    os.kill(gone[0], signal.SIGKILL)
+    assert trial.future.result(60).ended is Ended.LOST
+    assert sandbox.submit(jobs.pid, 1.0).future.result(60).ended is Ended.DONE
+    until(lambda: not any(map(is_alive, gone)), "its runners end with it")
+
+
+def test_a_stopped_keeper_is_replaced(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.constraints.sandbox._SILENT_S", 0.3)
+    sandbox.submit(jobs.pid, 1.0).future.result(60)
+    assert sandbox._keeper is not None
+    os.kill(sandbox._keeper.pid, signal.SIGSTOP)
+    trial = sandbox.submit(jobs.pid, 1.0)
+    until(trial.future.running, "it is sent")
+    trial.abandon()
+    assert trial.future.result(30).ended is Ended.LOST
+    assert sandbox.submit(jobs.pid, 1.0).future.result(60).ended is Ended.DONE
+
+
+_PARENT = """
+import sys, time
+from pathlib import Path
+from engine.constraints.grammar import Vocabulary
+from engine.constraints.sandbox import Sandbox
+from tests.support import constraint_jobs as jobs
+
+sandbox = Sandbox(Vocabulary(Path(sys.argv[1]), 49152, (2, 0)))
+sandbox.submit(jobs.pid, 1.0).future.result(60)
+sandbox.submit(jobs.burn, 600.0, slow=True)
+print(sandbox._keeper.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_all_processes_end_with_their_parent(vocabulary: Vocabulary) -> None:
+    command = [sys.executable, "-c", _PARENT, str(vocabulary.folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            assert parent.stdout is not None
+            keeper = int(parent.stdout.readline())
+            until(lambda: len(children(keeper)) == 3, "a runner a lane")
+            ended = [keeper, *children(keeper)]
+        finally:
+            parent.kill()
+        until(lambda: not any(map(is_alive, ended)), "all end")
+
+
+async def test_what_compiles_without_end_is_refused_and_others_go_on(
+    checker: Checker, outcomes: Counter[str]
+) -> None:
+    bad = [asyncio.create_task(checker.tried(endless(str(i)))) for i in range(3)]
+    for i in range(5):
+        assert not (await checker.tried(schema({"const": i}))).reason
+    found = await asyncio.gather(*bad, return_exceptions=True)
+    assert any(not isinstance(each, BaseException) and "CPU time" in each.reason for each in found)
+    assert outcomes["compiled"] == 5
+    assert outcomes["cpu_time"] >= 1
+
+
+async def test_what_reached_a_limit_is_not_tried_again(
+    checker: Checker, outcomes: Counter[str]
+) -> None:
+    for _ in range(3):
+        assert "CPU time" in (await checker.tried(endless("again"))).reason
+    assert outcomes["cpu_time"] == 1
+
+
+async def test_the_last_wait_s_end_is_the_end_of_the_work(
+    vocabulary: Vocabulary, outcomes: Counter[str]
+) -> None:
+    checker = Checker(vocabulary, lambda outcome: outcomes.update([outcome]), cpu_s=600.0)
+    try:
+        waits = [asyncio.create_task(checker.tried(endless("left"))) for _ in range(2)]
+        await asyncio.sleep(1.0)
+        waits[0].cancel()
+        await asyncio.sleep(0.2)
+        assert not outcomes["abandoned"]
+        waits[1].cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+        for _ in range(100):
+            if outcomes["abandoned"]:
+                break
+            await asyncio.sleep(0.05)
+        assert outcomes["abandoned"] == 1
+        assert not (await checker.tried(schema({"const": "then"}))).reason
+    finally:
+        checker.close()
+
+
+async def test_a_wait_has_an_end(
+    vocabulary: Vocabulary, outcomes: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checker = Checker(vocabulary, lambda outcome: outcomes.update([outcome]), cpu_s=600.0)
+    try:
+        await checker.tried(schema({"const": 0}))
+        monkeypatch.setattr(checker_module, "COMPILE_S", 0.5)
+        with pytest.raises(Unavailable, match="busy"):
+            await checker.tried(endless("waited for"))
+        assert outcomes["busy"] == outcomes["abandoned"] == 1
+    finally:
+        checker.close()
+
+
+async def test_tokens_that_cost_too_much_are_refused(
+    checker: Checker, outcomes: Counter[str]
+) -> None:
+    ambiguous = Constraint(ConstraintKind.LARK, 'start: s\ns: s s | "a" | s s s')
+    assert not (await checker.tried(ambiguous)).reason
+    assert "CPU time" in (await checker.tried(ambiguous, [[81] * 4000])).reason
+    assert (await checker.tried(ambiguous, [[81], [82]])).misfit == 1
