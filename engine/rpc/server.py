@@ -53,6 +53,7 @@ from engine.rpc.status import RpcStatus, internal, to_status
 from engine.rpc.trust import ClusterToken
 from engine.rpc.unpack import SERVER_OPTIONS as UNPACKED_BY_US
 from engine.rpc.unpack import Unpacker
+from engine.rpc.wire import MAX_FIELDS, SMALL_BYTES, has_too_many_fields
 from engine.telemetry.log import bind_request, get_logger
 from engine.telemetry.metrics import RpcMetrics
 
@@ -376,7 +377,14 @@ class _Requests:
     async def _parse(self, raw: bytes) -> Message:
         """One message; raises InvalidRequest for bytes that are none, invalid UTF-8 included."""
         try:
-            return self._class.FromString(await self._unpacker.plain(raw))
+            raw = await self._unpacker.plain(raw)
+            if len(raw) > SMALL_BYTES:
+                kind = self._class.DESCRIPTOR
+                if await asyncio.to_thread(has_too_many_fields, raw, kind):
+                    raise InvalidRequest(
+                        "request", f"more than {MAX_FIELDS} fields in all messages of it"
+                    )
+            return self._class.FromString(raw)
         except (DecodeError, ValueError) as error:
             is_text = "UTF-8" in str(error)
             what = "a string that is not valid UTF-8" if is_text else "malformed bytes"
