@@ -19,7 +19,7 @@ from engine.runner.base import ModelRunner
 from engine.runner.batch import Row
 
 NUM_PROMPT, NUM_STEPS = 24, 2
-_TOLERANCE = 0.05  # of the largest logit: reduced precision and another order of sums stay below
+_TOLERANCE = 0.1  # of the largest logit: reduced precision and another order of sums stay below
 _ADVICE = "this machine's processor or memory, the weights or the precision are not to be trusted"
 
 

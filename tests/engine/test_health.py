@@ -290,13 +290,15 @@ def test_names_and_sources_of_a_pool() -> None:
     pool.check()
 
 
-def layout() -> KVLayout:
-    return KVLayout(num_layers=2, num_kv_heads=1, head_dim=4, block_size=4, dtype="bfloat16")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_a_prompt_wrote_is_looked_at_and_nothing_else(value: float) -> None:
-    cache = KVCache(layout(), 8, torch.device("cpu"))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), float("-inf")])
+def test_what_a_prompt_wrote_is_looked_at_and_nothing_else(value: float, dtype: str) -> None:
+    layout = KVLayout(num_layers=2, num_kv_heads=1, head_dim=4, block_size=4, dtype=dtype)
+    cache = KVCache(layout, 8, torch.device("cpu"))
+    limits = torch.finfo(cache.pool.dtype)
+    cache.pool[5, 1, 0, 0, 1] = limits.max
+    cache.pool[5, 1, 1, 0, 2] = limits.min
+    cache.pool[5, 1, 1, 0, 3] = limits.tiny
     health = EngineHealth(cache, ())
     rows = [
         Row([1] * 6, 1, [5, 2], 0),  # positions 1 .. 6

@@ -1,9 +1,10 @@
-"""`prefill start` and `decode start` with four seams that a test may open while they run:
+"""`prefill start` and `decode start` with five seams that a test may open while they run:
 
     reads       post raises; a read ends late or never; a process is killed during a read
     intakes     held between the last block's commit and the first step      (a decode worker)
     messages    BlocksReady late, lost, doubled, reordered      (a prefill worker)
     releases    Release lost, doubled                           (a worker that others read from)
+    numbers     logits that are NaN, KV that is NaN in one layer
 
     python -m tests.faults.lab --orders FILE prefill|decode start ...
 
@@ -29,6 +30,7 @@ from typing import Any
 
 import kvtransfer.host
 from engine.pb.diptych.internal.v1.worker_pb2 import RenewResponse
+from engine.runner import runner
 from engine.types import Role
 from kvtransfer.base import Extent, MemoryRegion, PeerLost, PullFailed, ReadState
 from kvtransfer.command import worker_command
@@ -153,6 +155,25 @@ class LabKv(KvServicer):
         return await super().Release(request, context)
 
 
+def _sick_runner(kind: Any) -> None:
+    """Have a runner's numbers go wrong. The self-test has a pool of its own, of two blocks."""
+    run = kind.run
+
+    def sick_run(self: Any, rows: Any) -> Any:
+        logits = run(self, rows)
+        of_test = self._kv_cache.num_blocks <= 2
+        if ORDERS.standing("nan_logits") and len(logits) and ORDERS.take("nan_logits"):
+            logits = logits.new_full(logits.shape, float("nan"))
+        order = None if of_test else ORDERS.standing("nan_kv")
+        if order and any(len(row.token_ids) > 1 for row in rows) and ORDERS.take("nan_kv"):
+            for row in rows:
+                block = row.block_ids[row.start // self._kv_cache.layout.block_size]
+                self._kv_cache.pool[block, order["layer"]] = float("nan")
+        return logits
+
+    kind.run = sick_run
+
+
 def _prefill_services(host: Any) -> Any:
     from engine.pb.diptych.internal.v1 import worker_pb2
     from prefill.service import PrefillServicer
@@ -221,6 +242,8 @@ def main() -> int:
     ORDERS = Orders(Path(path))
     kvtransfer.host.NixlTransport = LabTransport  # type: ignore[misc]
     kvtransfer.host.KvServicer = LabKv  # type: ignore[misc]
+    _sick_runner(runner.NativeRunner)
+    _sick_runner(runner.Runner)
     if role == "prefill":
         return worker_command(Role.PREFILL, "lab", argv, _prefill_services)
     from decode import cli

@@ -1,0 +1,62 @@
+"""Workers that are there and compute wrongly: a pause for some, not one wrong token for anybody."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from kvtransfer.command import EXIT_SICK
+from tests.faults.cluster import NATIVE
+from tests.faults.row import Row
+
+pytestmark = pytest.mark.timeout(600)
+SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
+FOR_EVER = 10**9
+
+
+async def anew(row: Row, names: Sequence[str]) -> None:
+    """End workers that others avoid from now on, so that the next row has a whole cluster."""
+    for name in names:
+        row.lift(name)
+        if row.cluster[name].alive:
+            row.kill(name)
+    await row.whole()
+
+
+async def test_a_decode_worker_whose_logits_become_nan(alone: Row) -> None:
+    """It ends, and its requests go on at the healthy one with the same tokens."""
+    row = alone
+    victim = row.cluster.decode[0]
+    await row.all_trusted()
+    streams = [row.ask(case) for case in SHORT * (10 if row.full else 4)]
+    for stream in streams[:4]:
+        await stream.come(5)
+    row.cluster[victim].wanted = True
+    row.order(victim, "nan_logits", times=FOR_EVER)
+    await row.until(lambda: bool(row.cluster[victim].ends), 30, "the sick worker ends")
+    row.lift(victim)
+    await row.all_whole(streams)
+    assert row.cluster[victim].ends[-1].status == EXIT_SICK
+    row.moved(row.cluster.coordinators, f"sick_workers_total{{worker={victim}}}")
+    row.moved(row.front, "migrations_total{outcome=resumed}")
+    await anew(row, [victim])
+    await row.finish()
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_self_test_that_fails_at_the_start(tmp_path: Path, role: str) -> None:
+    """The worker ends before it listens, with a status of its own and a sentence."""
+    orders = tmp_path / "orders"
+    orders.write_text(json.dumps({"nan_logits": {"id": 1, "times": FOR_EVER}}))
+    flags = () if NATIVE else ("--dtype", "float32")
+    command = [sys.executable, "-m", "tests.faults.lab", "--orders", str(orders), role, "start"]
+    command += ["--coordinator", "127.0.0.1:1", "--kv-cache-memory", "128MiB", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == EXIT_SICK
+    assert done.stderr.splitlines()[-1].startswith(f"{role}: the self-test of the model failed: ")
+    assert "worker serves" not in done.stderr
