@@ -150,12 +150,14 @@ class EngineCore:
             if self.pool.has_forgotten(request.sources):
                 self._finish(request, FinishReason.ABORTED, _from_sick_peer())
 
-    def forget(self, source: str) -> None:
+    def forget(self, source: str, *, for_good: bool = True) -> None:
         """A peer, by its incarnation, is sick: what it had a part in is neither found nor used.
 
+        `for_good`: nothing more is taken from it. Where blocks of it were damaged, that is for a
+        coordinator to decide, which knows whether others could compute them.
         Answers that read such blocks begin anew, after the tokens that they have.
         """
-        num_blocks = self.pool.forget(source)
+        num_blocks = self.pool.forget(source, for_good=for_good)
         self._metrics.kv_blocks_forgotten.inc(num_blocks)
         for request in list(self.scheduler.active):
             if source in request.sources and request.state is State.RUNNING:
@@ -280,23 +282,24 @@ class EngineCore:
         damaged, the fault is that block's: with a peer's, all that this peer had a part in goes.
         """
         self._metrics.non_finite_requests.inc(len(broken))
-        ours = False
-        for request in broken:
-            damaged = self._health.damaged(request.table.blocks[: request.num_named])
-            # A second copy of a block has no name, and its sources are not kept: any may be it.
-            peers = (self.pool.sources(damaged) or request.sources) if damaged else NO_SOURCES
+        damaged = [self._health.damaged(r.table.blocks[: r.num_named]) for r in broken]
+        # A second copy of a block has no name, and its sources are not kept: any may be it.
+        causes = [
+            (self.pool.sources(blocks) or request.sources) if blocks else NO_SOURCES
+            for request, blocks in zip(broken, damaged, strict=True)
+        ]
+        for request, blocks, peers in zip(broken, damaged, causes, strict=True):
             _log.error(
                 "numbers are not finite",
                 request_id=request.work.request_id,
-                num_damaged_blocks=len(damaged),
+                num_damaged_blocks=len(blocks),
                 peers=sorted(peers),
             )
-            self.pool.hide(damaged)
-            for peer in peers:
-                self.forget(peer)
-            ours = ours or not peers
+            self.pool.hide(blocks)
             self._finish(request, FinishReason.ABORTED, self._fault(request, peers))
-        if ours:
+        for peer in NO_SOURCES.union(*causes):
+            self.forget(peer, for_good=False)
+        if not all(causes):
             self._degraded_until_s = self._clock() + DEGRADED_S
         self._test_health()
 

@@ -159,17 +159,18 @@ class BlockPool:
         return NO_SOURCES.union(*(self._sources.get(block, NO_SOURCES) for block in blocks))
 
     def has_forgotten(self, sources: Iterable[str]) -> bool:
-        """Whether one of them was given to `forget` before."""
+        """Whether one of them was forgotten for good."""
         return any(source in self._forgotten for source in sources)
 
-    def forget(self, source: str) -> int:
-        """Let no block be found that `source` had a part in, now or later; returns how many were.
+    def forget(self, source: str, *, for_good: bool) -> int:
+        """Let no block be found that `source` had a part in; returns how many were.
 
-        Holders keep theirs.
+        Holders keep theirs. `for_good`: nor will any block be that it has a part in later.
         """
-        self._forgotten[source] = None
-        if len(self._forgotten) > _MAX_FORGOTTEN:
-            self._forgotten.popitem(last=False)
+        if for_good:
+            self._forgotten[source] = None
+            if len(self._forgotten) > _MAX_FORGOTTEN:
+                self._forgotten.popitem(last=False)
         return self.hide([b for b, sources in self._sources.items() if source in sources])
 
     def hide(self, blocks: Iterable[int]) -> int:

@@ -233,15 +233,37 @@ def test_damaged_blocks_of_a_peer_and_all_that_was_computed_from_them_are_forgot
     assert bench.pool.num_cached == num_clean
     assert not bench.core.degraded, "it is the peer's fault"
     assert bench.count("diptych_kv_blocks_forgotten_total") > 2
-    late = bench.add(replace(work("late", tuple(range(40, 49))), fetch=True, source="P1"))
-    bench.step()
-    assert bench.error(late).lost == "prefill", "nothing more is taken from it"
     other = fetched(bench, "other", tuple(range(30, 39)), "P2")
     bench.poison = lambda row: False
     bench.run()
     assert bench.tokens[other] == oracle(work("other", tuple(range(30, 39))))[0]
     assert bench.finished[clean].error is None
     assert bench.finished[first].error is None
+    bench.at_rest()
+
+
+def test_several_that_read_damaged_blocks_in_one_step() -> None:
+    """Each blames the peer, also that which shares its blocks, and the worker none of it on itself;
+    an answer on other blocks of that peer begins anew.
+    """
+    bench = Sick()
+    prompt = tuple(range(30, 39))
+    keys = [fetched(bench, "a", prompt, "P1")]
+    keys.append(bench.add(replace(work("b", prompt), fetch=True, source="P1")))  # hits
+    keys.append(fetched(bench, "c", tuple(range(9)), "P1"))
+    well = fetched(bench, "d", tuple(range(11, 20)), "P1")
+    tables = {r.key: r.table.blocks for r in bench.scheduler.active}
+    bench.health.bad_blocks = {tables[keys[0]][0], tables[keys[2]][1]}
+    bad = set(bench.health.bad_blocks)
+    bench.poison = lambda row: bool(bad & set(row.block_ids))
+    bench.step()
+    assert [bench.error(key).lost for key in keys] == ["prefill"] * 3
+    assert not bench.core.degraded
+    assert bench.pool.num_cached == 0
+    (waiting,) = bench.scheduler.waiting
+    assert waiting.key == well
+    bench.core.abort(well)
+    bench.step()
     bench.at_rest()
 
 
@@ -276,7 +298,7 @@ def test_names_and_sources_of_a_pool() -> None:
     pool.name(blocks[3], b"p2", frozenset({"P2"}))
     assert pool.sources(blocks) == {"P1", "P2"}
     pool.release(blocks[:2])
-    assert pool.forget("P1") == 2
+    assert pool.forget("P1", for_good=True) == 2
     pool.check()
     assert (pool.num_cached, pool.num_held) == (1, 3)
     assert pool.match([b"p1"]) == pool.match([b"both"]) == []
