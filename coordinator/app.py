@@ -23,6 +23,7 @@ from coordinator.openai.api import OpenAiApi
 from coordinator.openai.cors import with_cors
 from coordinator.pipeline import Pipeline
 from coordinator.registry import RegistryServicer
+from coordinator.reply import alive
 from coordinator.service import AdminServicer, InferenceServicer
 from coordinator.switches import Switches
 from coordinator.trust import Trust
@@ -100,7 +101,8 @@ class Coordinator:
         if front.internal_listen:
             self._internal = RpcServer(rpc_metrics, budget=self._budget, reflection=reflection)
         public = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
-        self._public.add_service(public, inference, limit_s=front.max_request_s + _STUCK_S)
+        limit_s = front.max_request_s + _STUCK_S
+        self._public.add_service(public, inference, limit_s=limit_s, alive=alive)
         admin = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
         workers = RegistryServicer(self.membership, f"coordinator-{secrets.token_hex(4)}")
         operator = AdminServicer(self.membership, workers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from coordinator.detokenizer import BROKEN
 from coordinator.request import Chunk, Finished, Part, Placement, PromptPart
@@ -11,6 +12,15 @@ from coordinator.tokenizer import Tokenizer
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc.convert import reason_to_pb
 from engine.types import TokenLogprobs
+
+
+def alive(request: Any) -> inference_pb2.GenerateResponse | None:
+    """What the stream brings while nothing else does, where the request asks for it."""
+    if not getattr(request, "alive", False):
+        return None
+    return inference_pb2.GenerateResponse(
+        request_id=request.request_id, alive=inference_pb2.Alive()
+    )
 
 
 def reply(request_id: str, part: Part, tokenizer: Tokenizer) -> inference_pb2.GenerateResponse:

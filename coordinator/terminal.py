@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from coordinator.client import AnswerEvent, Client, Done, TextDelta, describe
+from coordinator.client import AnswerEvent, Client, Done, Patience, TextDelta, describe
 from engine.errors import (
     ConfigError,
     DiptychError,
@@ -34,6 +34,7 @@ from engine.types import KVLink
 _HOLDS_S = 5.0  # for a worker to say what it holds
 _QUIET_S = 0.3  # without an event: the reason is looked for
 _AGAIN_S = 10.0
+_PATIENCE = Patience(give_up_s=5.0)  # a person waits
 _ASK_S = 5.0
 _MIB = 1024 * 1024
 
@@ -137,7 +138,7 @@ def drain(
 def _connect(server: str) -> Client:
     """A call that was lost is told with the usage, not in the middle of the text."""
     logging.getLogger("coordinator.client").setLevel(logging.ERROR)
-    return Client(server)
+    return Client(server, patience=_PATIENCE)
 
 
 def _found(server: str) -> ClusterToken | None:

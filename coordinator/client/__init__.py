@@ -11,6 +11,7 @@ when it is back, with the next token. See docs/client.md.
     events                   response -> what a caller gets, error -> a sentence
     stream, choice           one answer over several calls: no seam, in any of its choices
     attempts, coordinators   where to call next, and when; what a client follows
+    silence                  calls that are open and bring nothing
     blocking, asynchronous   the two clients: nothing but calls and waits
 """
 

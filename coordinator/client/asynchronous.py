@@ -109,24 +109,32 @@ class AsyncClient:
             if plan.wait_s > 0:
                 await self._sleep(plan.wait_s)
             call = self._call(stream, plan)
-            try:
-                async for response in call:
-                    if event := stream.take(response):
-                        yield event
-                    if stream.done:
-                        return
-                stream.lost(None, clock())
-            except grpc.aio.AioRpcError as error:
-                if self._coordinators.closed:
-                    raise stream.broken_off("the client was closed") from None
-                stream.lost(error, clock())
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if not self._coordinators.closed or (task and task.cancelling()):
-                    raise
-                raise stream.broken_off("the client was closed") from None
-            finally:
-                call.cancel()
+            with self._coordinators.ticks.by_loop(call, plan.silence_s) as silence:
+                try:
+                    async for response in call:
+                        silence.heard()
+                        if event := stream.take(response):
+                            silence.waiting = False
+                            yield event
+                            silence.waiting = True
+                        if stream.done:
+                            return
+                    stream.lost(None, clock())
+                except grpc.aio.AioRpcError as error:
+                    if self._coordinators.closed:
+                        raise stream.broken_off("the client was closed") from None
+                    stream.lost(error, clock())
+                except asyncio.CancelledError:
+                    task = asyncio.current_task()
+                    if task and task.cancelling():
+                        raise
+                    if self._coordinators.closed:
+                        raise stream.broken_off("the client was closed") from None
+                    if not silence.over:
+                        raise
+                    stream.silent(clock())
+                finally:
+                    call.cancel()
 
     def _call(self, stream: Stream, plan: Call) -> Any:
         """One call of an answer."""

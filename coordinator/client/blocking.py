@@ -133,19 +133,26 @@ class Client:
             if plan.wait_s > 0:
                 self._sleep(plan.wait_s)
             call = self._call(stream, plan)
-            try:
-                for response in call:
-                    if event := stream.take(response):
-                        yield event
-                    if stream.done:
-                        return
-                stream.lost(None, clock())
-            except grpc.RpcError as error:
-                if self._coordinators.closed:
-                    raise stream.broken_off("the client was closed") from None
-                stream.lost(error, clock())
-            finally:
-                call.cancel()
+            with self._coordinators.ticks.by_thread(call, plan.silence_s) as silence:
+                try:
+                    for response in call:
+                        silence.heard()
+                        if event := stream.take(response):
+                            silence.waiting = False
+                            yield event
+                            silence.waiting = True
+                        if stream.done:
+                            return
+                    stream.lost(None, clock())
+                except grpc.RpcError as error:
+                    if self._coordinators.closed:
+                        raise stream.broken_off("the client was closed") from None
+                    if silence.over:
+                        stream.silent(clock())
+                    else:
+                        stream.lost(error, clock())
+                finally:
+                    call.cancel()
 
     def _call(self, stream: Stream, plan: Call) -> Any:
         """One call of an answer."""

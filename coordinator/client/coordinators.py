@@ -20,6 +20,7 @@ import grpc
 
 from coordinator.client.attempts import Attempts, Patience
 from coordinator.client.messages import Request
+from coordinator.client.silence import Ticks
 from coordinator.client.stream import Stream
 from engine.errors import DeadlineExceeded, DiptychError, Unavailable
 from engine.rpc.channel import CHANNEL_OPTIONS, Option
@@ -50,6 +51,7 @@ class Coordinators:
         self.clock = clock
         self.num_resumed = 0
         self.closed = False
+        self.ticks = Ticks(patience.silence_s)
         self._patience = patience
         self._dice = dice or random.Random()
         self._at = 0
@@ -83,7 +85,6 @@ class Coordinators:
             Attempts(len(self.addresses), self._at, patience, self._dice),
             patience,
             self.addresses,
-            first_limit=patience.first,
             ends_s=math.inf if timeout_s is None else self.clock() + timeout_s,
             on_resumed=self._resumed,
         )

@@ -12,7 +12,7 @@ choice.py). What is an answer:
 
     InvalidRequest, NotFound, NotOffered, Mismatch, DeadlineExceeded, a bug   raised at once
     Overloaded, Unavailable (the coordinator's word)   others first; itself after what it asked for
-    no connection, a broken one, a stream without an end                      others first
+    no connection, a broken one, a stream without an end, a silent one        others first
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc.status import DETAILS_KEY, from_rpc_error
 from engine.telemetry.log import library_logger
 
+_EVENTS = ("delta", "finished", "prompt")
 _BROKEN = (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
 
 
@@ -43,6 +44,7 @@ class Call:
     coordinator: int
     request: Request
     wait_s: float
+    silence_s: float  # without a message: it is lost
 
 
 class Stream:
@@ -55,16 +57,16 @@ class Stream:
         patience: Patience,
         addresses: Sequence[str],
         *,
-        first_limit: int,
         ends_s: float = math.inf,  # a moment of the client's clock
         on_resumed: Callable[[], None] = lambda: None,
     ) -> None:
         give_name(request)
+        if not math.isinf(patience.silence_s):
+            request.alive = True
         self._request = request
         self._attempts = attempts
         self._patience = patience
         self._addresses = addresses
-        self._first_limit = first_limit
         self._ends_s = ends_s
         self._on_resumed = on_resumed
         self._num_open = request.n if request.HasField("n") else 1  # choices without an end
@@ -72,6 +74,7 @@ class Stream:
         self._has_prompt = False
         self._num_resumed = 0
         self._resuming = False  # this call takes the answer up, and has said nothing yet
+        self._silence_s = math.inf  # of the last call
         self._loss: Unavailable | Overloaded | None = None  # since the answer last moved
         self._first_call_s = math.inf
         self._gives_up_s = math.inf
@@ -94,23 +97,25 @@ class Stream:
     def next(self, now_s: float) -> Call:
         """The next call. Raises Unavailable or Overloaded where nothing is left to try."""
         begun = self._has_prompt or any(choice.begun for choice in self._choices.values())
-        limit = self._patience.resumed if begun else self._first_limit
-        found = self._attempts.next(limit, now_s)
+        ends_s = min(self._gives_up_s, self._ends_s) if self._loss else math.inf
+        found = self._attempts.next(now_s, ends_s)
         if found is None:
             raise self._spent()
         coordinator, wait_s = found
-        if self._loss and now_s + wait_s >= min(self._gives_up_s, self._ends_s):
-            raise self._spent()
         self._first_call_s = min(self._first_call_s, now_s)
         self._resuming = begun
         delivered = []
         for _, choice in sorted(self._choices.items()):
             choice.call_again()
             delivered.append(choice.resume())
-        return Call(coordinator, resumed(self._request, delivered), wait_s)
+        request = resumed(self._request, delivered)
+        self._silence_s = self._attempts.silence_s
+        return Call(coordinator, request, wait_s, self._silence_s)
 
     def take(self, response: inference_pb2.GenerateResponse) -> AnswerEvent | None:
         """The event that a message brings to the caller, if it brings one."""
+        if response.WhichOneof("event") not in _EVENTS:  # Alive, or what later versions send
+            return None
         if self._resuming:
             self._resuming = False
             self._num_resumed += 1
@@ -142,7 +147,17 @@ class Stream:
         Raises what the coordinator meant if that was an answer.
         """
         loss, waits = _loss(error)
-        self._attempts.lost(loss.retry_after_s if waits else 0.0, now_s)
+        self._lost(loss, waits, now_s)
+
+    def silent(self, now_s: float) -> None:
+        """The call was cancelled: nothing came for its `silence_s`."""
+        loss = Unavailable(f"nothing came for {self._silence_s:g} s")
+        self._lost(loss, False, now_s, silent=True)
+
+    def _lost(
+        self, loss: Unavailable | Overloaded, waits: bool, now_s: float, *, silent: bool = False
+    ) -> None:
+        self._attempts.lost(loss.retry_after_s if waits else 0.0, now_s, silent=silent)
         library_logger("coordinator.client").warning(
             "call lost",
             request_id=self._request.request_id,

@@ -74,7 +74,7 @@ def tools(full: int) -> Any:
 
 def stream_of(request: Any) -> Stream:
     attempts = Attempts(1, 0, PATIENCE, random.Random(1))
-    return Stream(request, attempts, PATIENCE, ["a"], first_limit=PATIENCE.first)
+    return Stream(request, attempts, PATIENCE, ["a"])
 
 
 async def heard(stub: Any, request: Any, cuts: list[int]) -> tuple[list[Any], int]:

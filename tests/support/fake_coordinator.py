@@ -4,19 +4,23 @@ Used only to script deaths, delays and refusals. The token at a position is alwa
 is the text of a token, so that what is doubled, missing or different is seen. Text lags a token
 behind, as if its end could still become a stop string.
 
-`python -m tests.support.fake_coordinator PORT` is one in a process of its own, to be stopped.
+`python -m tests.support.fake_coordinator PORT [FIRST_S]` is one in a process of its own, to be
+stopped; at SIGUSR1 its event loop hangs, and gRPC's threads go on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
+from coordinator.reply import alive
 from engine.errors import InvalidRequest, NotFound, Overloaded, Unavailable
 from engine.pb.diptych.v1 import admin_pb2, inference_pb2
 from engine.rpc.server import RpcServer
@@ -43,7 +47,7 @@ class Cue:
     """What happens in one call after so many messages."""
 
     after: int = 0
-    how: str = "cut"  # a key of SAID or BARE, or: end, silent, vanish
+    how: str = "cut"  # a key of SAID or BARE, or: end, silent, stuck (sends no Alive), vanish
 
 
 def word(token_id: int) -> str:
@@ -126,7 +130,7 @@ class FakeCoordinator:
             inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
             admin_pb2.DESCRIPTOR.services_by_name["AdminService"],
         ):
-            self._server.add_service(descriptor, self)
+            self._server.add_service(descriptor, self, alive=self._alive)
         self.port = self._server.listen(f"{self.host}:{self.port}")
         await self._server.start()
         self._vanishing: asyncio.Task[None] | None = None
@@ -139,6 +143,10 @@ class FakeCoordinator:
     @property
     def address(self) -> str:
         return f"{self.host}:{self.port}"
+
+    def _alive(self, request: Any) -> Any:
+        stuck = self.cues and self.cues[0].how == "stuck"
+        return None if stuck else alive(request)
 
     async def Generate(self, request: Any, context: Any) -> Any:
         self.requests.append(request)
@@ -186,12 +194,13 @@ class FakeCoordinator:
             await self.start()
 
 
-async def _main(port: int) -> None:
-    fake = FakeCoordinator(port=port, pace_s=0.1)
+async def _main(port: int, first_s: float = 0.0) -> None:
+    fake = FakeCoordinator(port=port, pace_s=0.1, first_s=first_s)
     await fake.start()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, time.sleep, 600)
     print("ready", flush=True)
     await asyncio.sleep(600)
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(int(sys.argv[1])))
+    asyncio.run(_main(int(sys.argv[1]), *map(float, sys.argv[2:])))
