@@ -37,13 +37,13 @@ class Merge(Generic[Item]):
         self._items: asyncio.Queue[Item | _End] = asyncio.Queue()  # `_room` is its bound
         self._room = asyncio.Semaphore(room)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._num_open = 0
+        self.num_open = 0  # pieces whose end the reader has not seen
 
     def add(
         self, work: Coroutine[Any, Any, None], limit_s: float | None = None
     ) -> asyncio.Task[None]:
         """Begin `work`; it fails after `limit_s`, also while the reader does not read."""
-        self._num_open += 1
+        self.num_open += 1
         task = asyncio.create_task(self._run(work, limit_s))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -59,12 +59,12 @@ class Merge(Generic[Item]):
         return self
 
     async def __anext__(self) -> Item:
-        while self._num_open:
+        while self.num_open:
             item = await self._items.get()
             if not isinstance(item, _End):
                 self._room.release()
                 return item
-            self._num_open -= 1
+            self.num_open -= 1
             if item.error is not None:
                 raise item.error
         raise StopAsyncIteration

@@ -27,7 +27,7 @@ from coordinator.oip_reply import FINAL, Reply, bare_response
 from coordinator.oip_request import Asked, read_request
 from coordinator.pipeline import Pipeline
 from coordinator.service import InferenceServicer
-from engine.errors import DiptychError, InvalidRequest, Overloaded, Unavailable
+from engine.errors import DeadlineExceeded, DiptychError, InvalidRequest, Overloaded, Unavailable
 from engine.pb.inference import grpc_service_pb2
 from engine.rpc.status import RpcStatus, internal, to_status
 from engine.telemetry.log import get_logger
@@ -135,7 +135,7 @@ class OipServicer:
         """Any number of requests at once."""
         metadata_given = dict(context.invocation_metadata() or ())
         end_stream = str(metadata_given.get(_ERRORS_END_STREAM, "")).lower() == "true"
-        slots = asyncio.Semaphore(_MAX_OPEN)
+        slots, ended = asyncio.Semaphore(_MAX_OPEN), asyncio.Event()
         merge: Merge[grpc_service_pb2.ModelStreamInferResponse] = Merge()
 
         async def answer(request: grpc_service_pb2.ModelInferRequest) -> None:
@@ -143,9 +143,19 @@ class OipServicer:
                 await self._answer(request, context, merge, end_stream)
             finally:
                 slots.release()
+                ended.set()
 
         async def read() -> None:
-            async for request in requests:
+            while True:
+                try:
+                    request = await anext(requests, None)
+                except DeadlineExceeded:
+                    if merge.num_open > 1 or ended.is_set():  # it has waited for answers
+                        ended.clear()
+                        continue
+                    raise
+                if request is None:
+                    return
                 await slots.acquire()
                 merge.add(answer(request), self._max_request_s + _STUCK_S)
 

@@ -90,8 +90,20 @@ class Unavailable(DiptychError):
         self.sick = sick
 
 
-class Silent(Unavailable):
+class WorkerLost(Unavailable):
+    """The worker was lost under the call: its process has ended, hangs or computes nonsense."""
+
+
+class Silent(WorkerLost):
     """A call that is open and says nothing: its other end is stopped, cut off or hangs."""
+
+
+class WorkersLost(DiptychError):
+    """INTERNAL, ErrorInfo WORKERS_LOST: so many were lost under the request that it is ended."""
+
+    def __init__(self, message: str, num_emitted: int = 0) -> None:
+        super().__init__(message)
+        self.num_emitted = num_emitted
 
 
 class Unauthenticated(DiptychError):

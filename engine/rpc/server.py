@@ -13,7 +13,7 @@ Cancellation passes through: it is how a caller, or its deadline, ends a call.
 
 Who does not come to the point is cut off: a connection that says no preface, and after
 `client_timeout_s` one that answers no ping, a call whose request is not here, one whose caller does
-not read.
+not read. Streams in which nothing is sent: see streams.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import aclosing, suppress
+from contextlib import aclosing, nullcontext, suppress
 from typing import Any
 
 import grpc
@@ -36,6 +36,7 @@ from engine.errors import (
     InvalidRequest,
     PermissionDenied,
     Unauthenticated,
+    WorkersLost,
 )
 from engine.rpc.channel import (
     KEEPALIVE_S,
@@ -50,6 +51,7 @@ from engine.rpc.reflection import DESCRIPTOR as REFLECTION
 from engine.rpc.reflection import SERVICES as REFLECTION_SERVICES
 from engine.rpc.reflection import reflection_servicer
 from engine.rpc.status import RpcStatus, internal, to_status
+from engine.rpc.streams import CallerGone, Context, Incoming, KeptStreams, Writer
 from engine.rpc.trust import ClusterToken
 from engine.rpc.unpack import SERVER_OPTIONS as UNPACKED_BY_US
 from engine.rpc.unpack import Unpacker
@@ -82,8 +84,6 @@ _SERVER_OPTIONS: tuple[Option, ...] = (
 
 _MAX_RECEIVE = "grpc.max_receive_message_length"
 _HEAR_S = 1.0
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class RpcServer:
@@ -127,6 +127,7 @@ class RpcServer:
         limit_s: float | None = None,
         token: ClusterToken | None = None,
         guarded: Collection[str] | None = None,
+        alive: Callable[[Any], Message | None] = lambda request: None,
     ) -> None:
         """Serve every method of `descriptor` by the method of the same name of `servicer`.
 
@@ -134,10 +135,11 @@ class RpcServer:
         a stream of requests, `request` is an async iterator. A call that brings no deadline ends
         after `limit_s`; where its caller does not read, what it holds is released then, and he is
         told when he reads again. With a `token` callers have to bring it, to the methods `guarded`
-        or to all.
+        or to all. Where `alive` has a message for a request, a server stream sends it each second
+        in which it sends nothing else.
         """
         self._names.append(descriptor.full_name)
-        self._add(descriptor.full_name, descriptor, servicer, limit_s, token, guarded)
+        self._add(descriptor.full_name, descriptor, servicer, limit_s, token, guarded, alive)
 
     def listen(self, address: str) -> int:
         """Bind HOST:PORT and return the port; raises ConfigError where that fails."""
@@ -187,6 +189,7 @@ class RpcServer:
         limit_s: float | None = None,
         token: ClusterToken | None = None,
         guarded: Collection[str] | None = None,
+        alive: Callable[[Any], Message | None] = lambda request: None,
     ) -> None:
         handlers = {
             method.name: self._handler(
@@ -194,6 +197,7 @@ class RpcServer:
                 getattr(servicer, method.name),
                 limit_s,
                 token if guarded is None or method.name in guarded else None,
+                alive,
             )
             for method in descriptor.methods
         }
@@ -205,6 +209,7 @@ class RpcServer:
         behaviour: Callable[..., Any],
         limit_s: float | None,
         token: ClusterToken | None,
+        alive: Callable[[Any], Message | None],
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The grpc handler of one method: bytes in, messages out."""
         requests = _Requests(
@@ -212,19 +217,29 @@ class RpcServer:
         )
         new_lease = self._budget.lease
         full_name = f"{method.containing_service.name}/{method.name}"
+        writes = inspect.iscoroutinefunction(behaviour)  # as the library's Watch, which never ends
+        is_kept = method.server_streaming and (writes or method.client_streaming)
+        kept = KeptStreams() if is_kept else None
 
         async def stream(raw: AsyncIterator[bytes], context: Context) -> None:
-            writer = _Writer(context, self._client_timeout_s)
+            writer = Writer(context, self._client_timeout_s)
 
             async def body() -> None:
-                with new_lease() as lease:
-                    answer = behaviour(await requests.of(raw, context, lease), context)
-                    if inspect.isawaitable(answer):  # it writes, as the library's health does
-                        await answer
+                with kept.opened(context.peer()) if kept else nullcontext(), new_lease() as lease:
+                    request = await requests.of(raw, context, lease)
+                    if writes:
+                        await behaviour(request, writer)
                         return
-                    async with aclosing(answer) as responses:
-                        async for response in responses:
-                            await writer.write(response)
+                    try:
+                        writer.send_alive(alive(request))
+                        async with aclosing(behaviour(request, context)) as responses:
+                            async for response in responses:
+                                await writer.write(response)
+                        await writer.finish()
+                    finally:
+                        writer.close()
+                        if isinstance(request, Incoming):
+                            request.close()
 
             await self._guard(full_name, context, body, limit_s, writer)
 
@@ -252,7 +267,7 @@ class RpcServer:
         context: Context,
         body: Callable[[], Awaitable[Any]],
         limit_s: float | None,
-        writer: _Writer | None = None,
+        writer: Writer | None = None,
     ) -> Any:
         """Run one call: every failure becomes a status, cancellation passes through."""
         limit = asyncio.timeout(limit_s if context.time_remaining() is None else None)
@@ -261,7 +276,7 @@ class RpcServer:
                 return await body()
         except DiptychError as error:
             failure = to_status(error)
-            if failure.code is grpc.StatusCode.INTERNAL:
+            if failure.code is grpc.StatusCode.INTERNAL and not isinstance(error, WorkersLost):
                 log.exception("call failed", method=method)
             elif isinstance(error, Unauthenticated | PermissionDenied):
                 log.warning(
@@ -283,7 +298,7 @@ class RpcServer:
             failure = internal("internal error; the server's log tells more")
             if isinstance(error, TimeoutError) and limit.expired():
                 failure = to_status(DeadlineExceeded(f"the call took longer than {limit_s:g} s"))
-            elif isinstance(error, _CallerGone) or context.cancelled():
+            elif isinstance(error, CallerGone) or context.cancelled():
                 log.debug("call ended after its caller had gone", method=method, exc_info=True)
                 failure = RpcStatus(grpc.StatusCode.CANCELLED, "the caller has gone", ())
             else:
@@ -304,10 +319,6 @@ class RpcServer:
         except Exception:  # the caller has gone, or gRPC itself has refused what it sent
             log.debug("call ended before its status", method=method, exc_info=True)
             raise asyncio.CancelledError from None
-
-
-class _CallerGone(Exception):
-    """A message could not be written: gRPC knows that before the call says that it is cancelled."""
 
 
 class _Requests:
@@ -337,7 +348,8 @@ class _Requests:
         except DiptychError:
             await self._hear_one(raw, lease)
             raise
-        return self._all(raw, lease)
+        messages = aiter(raw)
+        return Incoming(lambda: self._next(messages, lease), self._timeout_s)
 
     async def _only(self, context: Context, lease: Lease) -> Message:
         """The one message of a call, which its caller has to send in time."""
@@ -358,21 +370,19 @@ class _Requests:
             bind_request(request_id[:128])
         return request
 
-    async def _all(self, raw: AsyncIterator[bytes], lease: Lease) -> AsyncIterator[Message]:
-        """The messages of a call; while others need the room, it may rest for the timeout alone."""
-        messages = aiter(raw)
-        while True:
-            try:
-                async with asyncio.timeout(None) as limit:
-                    await lease.take(self._max_bytes, limit, self._timeout_s)
-                    item = await anext(messages)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise lease.refusal() from None
-            request = await self._parse(item)
-            lease.keep(0)
-            yield request
+    async def _next(self, messages: AsyncIterator[bytes], lease: Lease) -> Message | None:
+        """Another message, None at the end; while others need the room it may rest for a time."""
+        try:
+            async with asyncio.timeout(None) as limit:
+                await lease.take(self._max_bytes, limit, self._timeout_s)
+                item = await anext(messages)
+        except StopAsyncIteration:
+            return None
+        except TimeoutError:
+            raise lease.refusal() from None
+        request = await self._parse(item)
+        lease.keep(0)
+        return request
 
     async def _parse(self, raw: bytes) -> Message:
         """One message; raises InvalidRequest for bytes that are none, invalid UTF-8 included."""
@@ -405,47 +415,6 @@ class _Requests:
     def _check(self, context: Context) -> None:
         if self._token is not None:
             self._token.check(context.invocation_metadata())
-
-
-class _Writer:
-    """The messages of one call.
-
-    One that its caller does not read stays under way, and before it has gone gRPC takes no other
-    word, not even a status: what the call holds is released, and the caller hears why when he reads
-    again.
-    """
-
-    def __init__(self, context: Context, timeout_s: float) -> None:
-        self._context = context
-        self._timeout_s = timeout_s
-        self._last: asyncio.Future[None] | None = None
-
-    async def write(self, response: Message) -> None:
-        """Send one. Raises DeadlineExceeded for a caller who does not read, or _CallerGone."""
-        last = self._last = asyncio.ensure_future(self._context.write(response))
-        try:
-            done, _ = await asyncio.wait((last,), timeout=self._timeout_s)
-        except asyncio.CancelledError:
-            last.add_done_callback(_retrieve)
-            raise
-        if not done:
-            raise DeadlineExceeded(f"the caller has not taken a message for {self._timeout_s:g} s")
-        try:
-            last.result()
-        except grpc.aio.InternalError as error:
-            raise _CallerGone from error
-
-    async def settle(self) -> None:
-        """Until nothing is under way: at the latest with the connection."""
-        if self._last is not None and not self._last.done():
-            self._last.add_done_callback(_retrieve)
-            await asyncio.wait((self._last,))
-
-
-def _retrieve(write: asyncio.Future[None]) -> None:
-    """Its failure is nobody's concern any more."""
-    if not write.cancelled():
-        write.exception()
 
 
 def _serialize(message: Any) -> bytes:

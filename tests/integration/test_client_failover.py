@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,9 +36,11 @@ SCHEMA = {
     "required": ["a", "b", "c"],
     "additionalProperties": False,
 }
-NOTICED_S = 6.0  # the client's keepalive: 3 s until a ping, 3 s for its answer
+NOTICED_S = 3.0  # the client's limit of silence, and half a tick
 SLACK_S = 3.0  # for the next coordinator's first token on a busy machine
 KINDS = ("blocking", "asyncio")
+# At SIGUSR1 a coordinator's event loop hangs, and gRPC's threads go on.
+HANG = "import signal, time; signal.signal(signal.SIGUSR1, lambda *_: time.sleep(600))"
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -77,7 +81,12 @@ class Choices:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     shape = Shape(prefill=1, decode=1, coordinators=2, worker_flags=FLAGS, env=SLOW)
-    with Cluster(tmp_path_factory.mktemp("failover"), shape) as running:
+    folder = tmp_path_factory.mktemp("failover")
+    (folder / "sitecustomize.py").write_text(HANG)
+    made = Cluster(folder, shape)
+    for name in made.coordinators:
+        made[name].env = {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
+    with made as running:
         yield running
 
 
@@ -113,6 +122,10 @@ def kill_first(cluster: Cluster) -> None:
     place = cluster["coordinator-0"]
     place.held = True
     place.kill()
+
+
+def hang_first(cluster: Cluster) -> None:
+    os.kill(cluster["coordinator-0"].pid, signal.SIGUSR1)
 
 
 def bring_back(cluster: Cluster) -> None:
@@ -181,6 +194,32 @@ def test_it_leaves_no_seam_in_any_choice(cluster: Cluster, kind: str, held: dict
         assert_at_rest(cluster)
     finally:
         bring_back(cluster)
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_coordinator_whose_event_loop_hangs_is_left_within_seconds(
+    cluster: Cluster, kind: str, options: dict[str, Any]
+) -> None:
+    """Its connection answers pings. In mid-answer, and then before the first token."""
+    options = {**options, "request_id": f"hang-{kind}-{options['max_tokens']}"}
+    undisturbed = ask(kind, cluster.address("coordinator-1"), Got(), **options)
+    try:
+        got = ask(kind, all_of(cluster), Got(lambda: hang_first(cluster)), **options)
+        assert got.num_resumed == 1, "it was in the middle of the answer"
+        assert (got.tokens, got.text) == (undisturbed.tokens, undisturbed.text)
+        longest_s = max(b - a for a, b in itertools.pairwise(got.moments))
+        began_s = time.monotonic()
+        got = ask(kind, all_of(cluster), Got(), **options)
+        assert got.num_resumed == 0
+        assert (got.tokens, got.text) == (undisturbed.tokens, undisturbed.text)
+        first_s = got.moments[0] - began_s
+        print(f"{kind}: the longest wait was {longest_s:.2f} s, of the first token {first_s:.2f} s")
+        assert max(longest_s, first_s) < NOTICED_S + SLACK_S
+    finally:
+        kill_first(cluster)
+        bring_back(cluster)
+    assert_at_rest(cluster)
 
 
 @pytest.mark.parametrize("kind", KINDS)
