@@ -11,6 +11,7 @@ that failed is done with: the decode worker can do without. One that did not is 
 likely to have the prompt's blocks. Whoever fails one request is doubted for a while by all
 (`Membership.doubt`). A worker that found its own numbers not finite is accused only when another
 one has computed what it could not (`Membership.accuse`): a request may be the reason, too.
+A request under which one worker after the other is lost is ended (harm.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from hashlib import blake2b
 
 import grpc
 
+from coordinator.harm import Harm, Trial
 from coordinator.membership import HEARTBEAT_S, Membership, Worker, WorkerState
 from coordinator.router import keep, pick
 from engine.errors import (
@@ -35,6 +37,7 @@ from engine.errors import (
     PermissionDenied,
     Unauthenticated,
     Unavailable,
+    WorkerLost,
 )
 from engine.rpc.status import DETAILS_KEY, from_rpc_error
 from engine.types import Role
@@ -102,6 +105,7 @@ class Dispatch:
         home: Home | None = None,
         check_open: Callable[[], None] = lambda: None,
         num_tokens: int = 0,
+        trial: Trial | None = None,
     ) -> None:
         """`check_open` raises Unavailable when there are to be no more attempts.
 
@@ -118,6 +122,7 @@ class Dispatch:
         self._num_failed = 0
         self._route: Route | None = None
         self._suspects: list[Worker] = []  # gave the request up as not finite
+        self._harm = Harm(membership, trial or Trial(clock))
 
     def remaining_s(self) -> float:
         """Time until the request's deadline; raises DeadlineExceeded where there is none."""
@@ -157,11 +162,16 @@ class Dispatch:
                 if suspect.peer.incarnation not in used:
                     self._membership.accuse(suspect)
             self._suspects = []
+        self._harm.clear()
+
+    def close(self) -> None:
+        """The attempt is over, however it ended."""
+        self._harm.end_trial()
 
     async def failed(self, route: Route, error: Unavailable) -> None:
         """An attempt was lost: returns after a moment if there may be another.
 
-        Raises Unavailable, DeadlineExceeded.
+        Raises Unavailable, WorkersLost, DeadlineExceeded.
         """
         lost = route.decode
         if error.lost == Role.PREFILL.value and route.prefill is not None:
@@ -173,6 +183,11 @@ class Dispatch:
         if error.sick:
             self._suspects.append(lost)
         self._num_failed += 1
+        is_gone = lost is route.prefill and not self._is_heard(lost)
+        if isinstance(error, WorkerLost) or error.sick or is_gone:
+            self._harm.add(lost)
+        else:
+            self._harm.end_trial()
         if self._num_failed >= MAX_ATTEMPTS:
             raise Unavailable(f"{self._num_failed} attempts failed, the last with: {error.message}")
         backoff = min(_FIRST_BACKOFF_S * 2 ** (self._num_failed - 1), _MAX_BACKOFF_S)
@@ -185,8 +200,16 @@ class Dispatch:
         if not self._failures:
             return None
         kept = keep(workers, Role.PREFILL, self._home.prefill, self._failures)
-        heard = kept is not None and self._clock() - kept.heard_s < 2 * HEARTBEAT_S
-        return kept if heard else None
+        return kept if kept and self._is_heard(kept) else None
+
+    def _is_heard(self, worker: Worker) -> bool:
+        """Whether it is in the table, and was heard a moment ago."""
+        return any(
+            row.peer.incarnation == worker.peer.incarnation
+            and row.state is not WorkerState.SUSPECT
+            and self._clock() - row.heard_s < 2 * HEARTBEAT_S
+            for row in self._membership.snapshot()
+        )
 
     def _worse(self, workers: Iterable[Worker]) -> set[str]:
         """Incarnations of decode workers that have failed more often than the best ready one."""
@@ -210,9 +233,13 @@ class Dispatch:
             found = pick(kept, Role.DECODE, num_tokens=size) or pick(
                 workers, Role.DECODE, self._worse(workers), size
             )
-            if found:
+            if found and self._harm.may_begin():
                 return found
             left = waited_until - self._clock()
+            if left <= 0 and found:
+                raise Unavailable(
+                    "workers were lost under this request, and others are tried first"
+                )
             if left <= 0:
                 fitting = "" if pick(workers, Role.DECODE) is None else f" for {size} tokens"
                 raise Unavailable(
@@ -228,15 +255,16 @@ def meaning_of(error: grpc.aio.AioRpcError, *, num_emitted: int) -> DiptychError
     After the first token a full worker is no reason to give up: the next attempt may find room.
     """
     meaning = from_rpc_error(error)
+    said = DETAILS_KEY in dict(error.trailing_metadata() or ())  # else gRPC made the status up
     match meaning:
+        case Unavailable() if not said:
+            return WorkerLost(meaning.message)
         case Unavailable() | InvalidRequest() | DeadlineExceeded():
             return meaning
         case Overloaded():
             return Unavailable(meaning.message) if num_emitted else meaning
         case Mismatch() | Unauthenticated() | PermissionDenied():  # another one may know us
             return Unavailable(meaning.message)
-    metadata = dict(error.trailing_metadata() or ())
-    foreign = error.code() is grpc.StatusCode.INTERNAL and DETAILS_KEY not in metadata
-    if error.code() in _LOST_CODES or foreign:
-        return Unavailable(f"{error.code().name}: {error.details()}")
+    if error.code() in _LOST_CODES or (error.code() is grpc.StatusCode.INTERNAL and not said):
+        return WorkerLost(f"{error.code().name}: {error.details()}")
     return None

@@ -28,7 +28,7 @@ import itertools
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
@@ -53,6 +53,7 @@ _log = get_logger(__name__)
 HEARTBEAT_S = 0.5
 SILENCE_S = 3.0  # without a heartbeat: suspect
 FORGET_S = 60.0  # a suspect stays in the table, for operators to see
+LOST_S = 60.0  # how long a loss is remembered
 DOUBT_S = 5.0  # how long a worker that failed a request is avoided
 STRIKES = 3  # so many proofs against a worker that tests itself well make it sick,
 STRIKES_S = 600.0  # within so long
@@ -153,6 +154,7 @@ class Membership:
         self._clock = clock
         self._workers: dict[str, Worker] = {}  # by worker_id
         self._superseded: OrderedDict[str, None] = OrderedDict()  # incarnations, oldest first
+        self._lost_s: OrderedDict[str, float] = OrderedDict()  # incarnations that were lost
         self._changed = asyncio.Event()
         self._sessions = itertools.count(1)
         self.on_sick: Callable[[Worker], None] = lambda worker: None
@@ -224,6 +226,8 @@ class Membership:
                 is_sick=old.is_sick,
             )
         elif old:
+            if old.state is WorkerState.READY:
+                self._note_loss(old)
             self._superseded[old.peer.incarnation] = None
             if len(self._superseded) > _MAX_SUPERSEDED:
                 self._superseded.popitem(last=False)
@@ -302,6 +306,7 @@ class Membership:
             return
         if current.state is not WorkerState.SUSPECT:
             _log.warning("worker lost", worker=worker.peer.worker_id, reason=reason)
+            self._note_loss(current)
             self._put(replace(current, state=WorkerState.SUSPECT, heard_s=self._clock()))
 
     def doubt(self, worker: Worker) -> None:
@@ -336,6 +341,12 @@ class Membership:
             self._metrics.worker_sick(peer.worker_id)
             self._workers[peer.worker_id] = replace(current, is_sick=True)
             self.on_sick(current)
+
+    def num_lost_beside(self, incarnations: Container[str]) -> int:
+        """How many workers were lost in the last minute that are not of `incarnations`."""
+        since_s = self._clock() - LOST_S
+        lately = (i for i, lost_s in self._lost_s.items() if lost_s > since_s)
+        return sum(incarnation not in incarnations for incarnation in lately)
 
     @contextmanager
     def assigned(self, worker: Worker, num_tokens: int) -> Iterator[None]:
@@ -429,6 +440,12 @@ class Membership:
                 assigned_requests=worker.assigned_requests + num_requests,
                 assigned_tokens=worker.assigned_tokens + num_tokens,
             )
+
+    def _note_loss(self, worker: Worker) -> None:
+        self._lost_s[worker.peer.incarnation] = self._clock()
+        self._lost_s.move_to_end(worker.peer.incarnation)
+        if len(self._lost_s) > _MAX_SUPERSEDED:
+            self._lost_s.popitem(last=False)
 
     def _put(self, worker: Worker) -> None:
         before = self._workers.get(worker.peer.worker_id)

@@ -25,6 +25,7 @@ from coordinator.answer import Answer
 from coordinator.attempt import Caller, Progress
 from coordinator.detokenizer import place_prompt
 from coordinator.dispatch import Dispatch, Home, Route, home_of
+from coordinator.harm import Trial
 from coordinator.membership import Membership
 from coordinator.merge import Merge
 from coordinator.model import ServedModel
@@ -40,7 +41,7 @@ from coordinator.request import (
 )
 from coordinator.shared_parts import SharedParts
 from coordinator.stops import StopSet
-from engine.errors import DeadlineExceeded, InvalidRequest, Unavailable
+from engine.errors import DeadlineExceeded, InvalidRequest, Unavailable, WorkersLost
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.rpc.trust import ClusterToken
 from engine.telemetry.log import get_logger
@@ -84,6 +85,7 @@ class Pipeline:
         self._clock = clock
         self._caller = Caller(membership, token)
         self._catching_up = asyncio.Semaphore(1)  # one piece of it at a time, between others' work
+        self._trial = Trial(clock)
         self.draining = False
         self._closed = False
 
@@ -229,6 +231,7 @@ class Pipeline:
             home=home,
             check_open=self._check_open,
             num_tokens=len(prompt) + answer.max_tokens,
+            trial=self._trial,
         )
         tells_prompt = request.tells_prompt
         if request.resume_finished and answer.ending is None:
@@ -257,6 +260,7 @@ class Pipeline:
                 await self._next_attempt(dispatch, route, error, answer)
             finally:
                 progress.spent.end_attempt()
+                dispatch.close()
         if tells_prompt:
             yield await self._prompt_part(progress)
         rest = answer.finish()
@@ -286,7 +290,10 @@ class Pipeline:
     async def _next_attempt(
         self, dispatch: Dispatch, route: Route | None, error: Unavailable, answer: Answer
     ) -> None:
-        """After a lost attempt: returns if there may be another, else raises Unavailable."""
+        """After a lost attempt: returns if there may be another.
+
+        Else raises Unavailable or WorkersLost.
+        """
         try:
             if route is None:  # nobody to send it to
                 raise error
@@ -298,6 +305,9 @@ class Pipeline:
             raise Unavailable(
                 last.message, last.retry_after_s, num_emitted=answer.num_new
             ) from None
+        except WorkersLost as last:
+            self._metrics.migrated("given_up")
+            raise WorkersLost(last.message, answer.num_new) from None
         self._metrics.migrated("resumed" if answer.num_new else "retried")
         _log.warning(
             "attempt lost",

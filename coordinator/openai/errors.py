@@ -9,6 +9,7 @@
     RESOURCE_EXHAUSTED    429 + Retry-After     rate_limit_error          rate_limit_exceeded
     UNAVAILABLE           503 + Retry-After     service_unavailable       service_unavailable
     DEADLINE_EXCEEDED     504                   timeout_error             deadline_exceeded
+    INTERNAL WORKERS_LOST 500 x-should-retry    server_error              workers_lost
     all others            500                   server_error              internal_error
 
 OpenAI's client asks again after 408, 409, 429 and from 500 on: what cannot go well a second time is
@@ -30,6 +31,7 @@ from engine.errors import (
     NotOffered,
     Overloaded,
     Unavailable,
+    WorkersLost,
 )
 from engine.rpc.status import to_status
 
@@ -107,6 +109,8 @@ def failure_of(error: DiptychError, names: Mapping[str, str] | None = None) -> F
             "retry-after": str(max(1, math.ceil(after_s))),
             "retry-after-ms": str(round(after_s * 1000)),
         }
+    elif isinstance(error, WorkersLost):
+        code, headers = "workers_lost", {"x-should-retry": "false"}  # OpenAI's clients obey it
     return Failure(status, message, kind, param, code, headers)
 
 

@@ -11,6 +11,7 @@ The only place that knows both sides:
     Unavailable       UNAVAILABLE         the same, ErrorInfo{num_emitted}, diptych-lost,
                                           diptych-sick
     DeadlineExceeded  DEADLINE_EXCEEDED
+    WorkersLost       INTERNAL            ErrorInfo{num_emitted}
     anything else     INTERNAL
 
 A `DiptychError` that is no answer to a call (ConfigError, CheckpointError) is a bug here: INTERNAL.
@@ -40,6 +41,7 @@ from engine.errors import (
     Unauthenticated,
     Unavailable,
     UnknownMethod,
+    WorkersLost,
 )
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -47,6 +49,7 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 LOST_KEY = "diptych-lost"
 SICK_KEY = "diptych-sick"
 ERROR_DOMAIN = "diptych"
+WORKERS_LOST = "WORKERS_LOST"  # the reason of an ErrorInfo
 # Statuses travel in HTTP/2 headers, percent-encoded and once more in the details; by default peers
 # take 8 KiB of them, and replace a status that is larger.
 _MAX_MESSAGE_BYTES = 1000
@@ -99,14 +102,15 @@ def to_status(error: DiptychError) -> RpcStatus:
         retry.retry_delay.FromMilliseconds(round(error.retry_after_s * 1000))
         details.append(retry)
         metadata.append((PUSHBACK_KEY, str(round(error.retry_after_s * 1000))))
-    if isinstance(error, Unavailable):
-        info = error_details_pb2.ErrorInfo(reason="UNAVAILABLE", domain=ERROR_DOMAIN)
+    if isinstance(error, Unavailable | WorkersLost):
+        reason = WORKERS_LOST if isinstance(error, WorkersLost) else "UNAVAILABLE"
+        info = error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN)
         info.metadata["num_emitted"] = str(error.num_emitted)
         details.append(info)
-        if error.lost:
-            metadata.append((LOST_KEY, error.lost))
-        if error.sick:
-            metadata.append((SICK_KEY, "1"))
+    if isinstance(error, Unavailable) and error.lost:
+        metadata.append((LOST_KEY, error.lost))
+    if isinstance(error, Unavailable) and error.sick:
+        metadata.append((SICK_KEY, "1"))
     status = status_pb2.Status(code=code.value[0], message=message)
     for detail in details:
         status.details.add().Pack(detail)
@@ -151,6 +155,7 @@ def from_rpc_error(error: grpc.RpcError) -> DiptychError | None:
     metadata = dict(_pairs(call.trailing_metadata()))
     bad, retry, info = _details(metadata.get(DETAILS_KEY))
     retry_after_s = retry.retry_delay.ToMilliseconds() / 1000 if retry else 1.0
+    num_emitted = int(info.metadata.get("num_emitted", "0")) if info else 0
     violation = bad.field_violations[0] if bad and bad.field_violations else None
     match code:
         case grpc.StatusCode.INVALID_ARGUMENT:
@@ -169,7 +174,6 @@ def from_rpc_error(error: grpc.RpcError) -> DiptychError | None:
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return Overloaded(message, retry_after_s)
         case grpc.StatusCode.UNAVAILABLE:
-            num_emitted = int(info.metadata.get("num_emitted", "0")) if info else 0
             lost = str(metadata.get(LOST_KEY, ""))
             sick = SICK_KEY in metadata
             return Unavailable(message, retry_after_s, num_emitted, lost, sick=sick)
@@ -179,6 +183,8 @@ def from_rpc_error(error: grpc.RpcError) -> DiptychError | None:
             return PermissionDenied(message)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(message)
+        case grpc.StatusCode.INTERNAL if info and info.reason == WORKERS_LOST:
+            return WorkersLost(message, num_emitted)
     return None
 
 

@@ -310,7 +310,10 @@ class CoordinatorMetrics:
         self._admission_rejections.labels(self._model_name, reason).inc()
 
     def migrated(self, outcome: str) -> None:
-        """Count one attempt to carry a request on: resumed, retried (no token yet) or exhausted."""
+        """Count one attempt to carry a request on.
+
+        resumed, retried (no token yet), exhausted, or given_up (it may harm workers).
+        """
         self._migrations.labels(self._model_name, outcome).inc()
 
     def worker_sick(self, worker_id: str) -> None:
