@@ -195,7 +195,8 @@ class InferenceServicer:
     ) -> AnswerRequest:
         """The request as the pipeline takes it. Raises what `validate` does, and NotOffered."""
         self._switches.check(request)
-        if _num_checked(request) > _AT_ONCE:
+        tools = isinstance(request, inference_pb2.ChatRequest) and request.tools_json
+        if tools or _num_checked(request) > _AT_ONCE:  # schemas take long for their size
             return await asyncio.to_thread(validate, request, self._model.limits)
         return validate(request, self._model.limits)
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from urllib.parse import unquote
 
 _MOST_STEPS = 10_000  # of one document; beyond, nothing is sure
+_ITEMS = 16  # that are looked at in a step
 _DEEPEST = 12
 _TYPES = {
     "null": {"null"},
@@ -49,11 +50,11 @@ class Branches:
 
     def _apart(self, one: list[Schema], other: list[Schema], deep: int) -> bool:
         """Of conjunctions; False: not sure."""
-        self._steps -= 1
+        self._steps -= 1 + (len(one) + len(other)) // _ITEMS
         if self._steps < 0 or deep == 0:
             return False
         of_one, of_other = self._values_of(one), self._values_of(other)
-        if not _types(one, of_one) & _types(other, of_other):
+        if not self._types_of(one, of_one) & self._types_of(other, of_other):
             return True
         if of_one is not None and of_other is not None and not of_one & of_other:
             return True
@@ -61,17 +62,19 @@ class Branches:
             for options in _choices(a):
                 if all(self._apart(self._parts(each), b, deep - 1) for each in options):
                     return True
-            if _types(a, values) == {"object"} and self._member_apart(a, b, deep):
+            if self._types_of(a, values) == {"object"} and self._member_apart(a, b, deep):
                 return True
         return False
 
     def _member_apart(self, one: list[Schema], other: list[Schema], deep: int) -> bool:
         """Whether a member that the one must have cannot be as the other has it."""
-        names = {name for part in one for name in _listed(part, "required")}
+        listed = [_listed(part, "required") for part in one]
+        self._steps -= sum(map(len, listed)) // _ITEMS
+        names = {str(name) for names in listed for name in names}
         return any(
             any(_forbids(part, name) for part in other)
             or self._apart(self._member(one, name), self._member(other, name), deep - 1)
-            for name in sorted(map(str, names))
+            for name in sorted(names)
         )
 
     def _values_of(self, parts: list[Schema]) -> frozenset[_Value] | None:
@@ -82,9 +85,13 @@ class Branches:
             if id(part) not in self._values:
                 self._values[id(part)] = self._constants(part)
             if (found := self._values[id(part)]) is not None:
-                self._steps -= len(found) // 16
+                self._steps -= len(found) // _ITEMS
                 left = found if left is None else left & found
         return left
+
+    def _types_of(self, parts: list[Schema], values: frozenset[_Value] | None) -> frozenset[str]:
+        self._steps -= sum(len(_listed(part, "type")) for part in parts) // _ITEMS
+        return _types(parts, values)
 
     def _constants(self, part: Schema) -> frozenset[_Value] | None:
         """All that it may be; None: not known."""
@@ -119,6 +126,7 @@ class Branches:
             return None
         if reference != "#" and not reference.startswith("#/"):
             return None
+        self._steps -= len(reference) // _ITEMS
         found: object = self._root
         for step in unquote(reference).split("/")[1:]:
             name = step.replace("~1", "/").replace("~0", "~")

@@ -12,6 +12,7 @@ MOST_OPTIONAL = 480  # members in a row; beyond, a mask costs so much that answe
 _SAYS = frozenset(("type", "$ref", "const", "enum", "anyOf", "oneOf", "allOf"))
 _LONGEST = {"date-time": 35, "time": 24, "duration": 40}  # nanoseconds, an offset
 _MOST_REMAINDERS = 100_000  # of whole numbers; these alone take seconds to compile
+_MOST_STEP = 10**64  # a factor of such a number takes long to find, and no answer has one
 _FARTHEST = 9223372036854774784  # the last double below 2^63; the library's integers end there
 
 
@@ -46,7 +47,13 @@ def bound_lengths(schema: dict[str, object], ways: Ways) -> None:
         if most is None or (isinstance(most, int) and most > longest):
             schema["maxLength"] = longest
     step = schema.get("multipleOf")
-    if isinstance(step, bool) or not isinstance(step, int | float) or not math.isfinite(step):
+    if isinstance(step, bool) or not isinstance(step, int | float):
+        return
+    if abs(step) > _MOST_STEP:
+        ways.leave_out(Refused("multipleOf: too many digits"))
+        del schema["multipleOf"]
+        return
+    if not math.isfinite(step):
         return
     digits = Decimal(repr(step)).normalize().as_tuple()
     coefficient = int("".join(map(str, digits.digits))) * 10 ** max(0, int(digits.exponent))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 
 import pytest
 
 from engine.constraints import grammar, numbers, special_tokens, writable
+from engine.constraints.schemas import Leniency, Refused, held
 
 
 class _Tokenizer:
@@ -45,3 +47,43 @@ def test_time_grows_with_the_text(scan: Callable[[str], object], piece: str) -> 
         short = best_s(scan, "a" + 2000 * piece + end)
         long = best_s(scan, "a" + 8000 * piece + end)
         assert long < 10 * short + 0.02, (piece, end)
+
+
+def branches(num: int, common: object) -> object:
+    """A oneOf whose branches have a large part in common and are told apart by one constant."""
+    told = [{"required": ["a"], "properties": {"a": {"const": i}}} for i in range(num // 20)]
+    one_of = [{"allOf": [{"$ref": "#/$defs/A"}, each]} for each in told]
+    return {"$defs": {"A": common}, "oneOf": one_of}
+
+
+SCHEMAS: dict[str, Callable[[int], object]] = {
+    "required": lambda n: branches(n, {"required": [f"n{i}" for i in range(n)], "type": "object"}),
+    "types": lambda n: branches(n, {"type": ["object"] * n}),
+    "parts": lambda n: branches(n, {"allOf": [{"type": "object"}] * n}),
+    "reference": lambda n: branches(n, {"$ref": "#" + "/x" * n}),
+    "options": lambda n: {"oneOf": [{"const": f"c{i}"} for i in range(n)]},
+    "enums": lambda n: {
+        "oneOf": [{"enum": [f"{i} {j}" for j in range(20)]} for i in range(n // 20)]
+    },
+    "members": lambda n: {"properties": {f"p{i}": {} for i in range(n)}},
+    "pattern": lambda n: {"pattern": "[a-" * n},
+    "multiples": lambda n: {"items": [{"multipleOf": 5**400 * i} for i in range(n // 20)]},
+}
+
+
+@pytest.mark.parametrize("shape", SCHEMAS)
+def test_time_grows_with_the_schema(shape: str) -> None:
+    def hold(source: str) -> None:
+        held(source, Leniency.ALL)
+
+    short = best_s(hold, json.dumps(SCHEMAS[shape](2000)))
+    long = best_s(hold, json.dumps(SCHEMAS[shape](8000)))
+    assert long < 10 * short + 0.1
+
+
+@pytest.mark.parametrize("step", [10**4000, -(10**400), 1e300])
+def test_a_multiple_of_what_no_double_is_is_refused(step: float) -> None:
+    source = json.dumps({"multipleOf": step})
+    with pytest.raises(Refused, match="too many digits"):
+        held(source)
+    assert "multipleOf" not in held(source, Leniency.ALL)
