@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
 
@@ -19,8 +18,7 @@ import torch
 
 from engine.cache.block_pool import NO_SOURCES
 from engine.cache.block_table import BlockTable
-from engine.constraints import Masks
-from engine.constraints.masks import Place, Rows
+from engine.constrained import ConstrainedAnswers
 from engine.drawing import Drawer, Drawn
 from engine.errors import DiptychError, InvalidRequest, SelfTestFailed, Unavailable
 from engine.events import (
@@ -78,8 +76,7 @@ class EngineCore:
         self._runner = runner
         self._draft_runner = draft_runner
         self._drawer = Drawer(sampler)
-        self._vocab_size = sampler.vocab_size
-        self._masks: Masks | None = None  # made for the first constrained answer
+        self._constrained = ConstrainedAnswers(sampler.vocab_size, metrics)
         self._metrics = metrics
         self._clock = clock
         self._requests: dict[int, Request] = {}
@@ -214,9 +211,14 @@ class EngineCore:
         now_s = self._clock()
         for request in self.scheduler.admit(now_s):
             self._on_admitted(request)
-        plan = self.scheduler.plan(now_s)
+        held = self._hold_constrained()
+        plan = self.scheduler.plan(now_s, held)
         watch.lap("schedule")
         booked = bool(plan) and self._compute(plan, watch)
+        if plan:
+            self._constrained.look(self.scheduler.active)
+        elif held:
+            self._constrained.wait_for_late()
         self._record_load()
         watch.lap("emit")
         if plan:
@@ -228,7 +230,16 @@ class EngineCore:
             if self.scheduler.speculation is not None and decoding and booked:
                 verified_s = sum(watch.laps.values()) - watch.laps.get("draft", 0.0)
                 self.scheduler.speculation.stepped(num_rows, verified_s)
-        return bool(plan)
+        return bool(plan or held)
+
+    def _hold_constrained(self) -> set[int]:
+        """End the constrained answers that cannot go on; returns which stay out of this step."""
+        self._constrained.look(self.scheduler.active)
+        self._constrained.settle()
+        for request in list(self.scheduler.active):
+            if error := self._constraint_error(request):
+                self._end_constrained(request, error)
+        return self._constrained.held(self.scheduler.active)
 
     def _compute(self, plan: Sequence[PlannedRow], watch: Stopwatch) -> bool:
         """Run the model and accept; a failure ends the requests of this step, not the worker.
@@ -242,15 +253,14 @@ class EngineCore:
             drafted = self._draft(plan)
             if drafted:
                 watch.lap("draft")
-            pending = self._begin_masks(plan)
+            self._constrained.begin(plan)
             rows = [self._model_row(planned) for planned in plan]
             logits = self._runner.run(rows)
             watch.lap("forward")
-            masks = {}
-            if pending is not None:
-                masks = Masks.wait(pending)
+            masks, late = self._constrained.wait(plan)
+            if masks:
                 watch.lap("mask")
-            drawn = self._drawer.draw(plan, logits, masks)
+            drawn = self._drawer.draw(plan, logits, masks, late)
             for index in self._health.unsound_prompts(rows):
                 drawn[index].broken = True
             watch.lap("sample")
@@ -357,19 +367,6 @@ class EngineCore:
             self._draft_runner.run(rows)
         return drafted
 
-    def _begin_masks(self, plan: Sequence[PlannedRow]) -> Future[dict[int, Rows]] | None:
-        """Have the masks of constrained answers computed while the model computes."""
-        places = {
-            planned.request.key: Place(planned.request.work.matcher, planned.draft)
-            for planned in plan
-            if planned.request.work.matcher is not None and planned.num_sampled
-        }
-        if not places:
-            return None
-        if self._masks is None:
-            self._masks = Masks(self._vocab_size)
-        return self._masks.begin(places)
-
     def _model_row(self, planned: PlannedRow) -> Row:
         request = planned.request
         start = request.num_computed
@@ -391,15 +388,17 @@ class EngineCore:
             kept, reason = self._keep(request, emitted)
             error = self._constraint_error(request)
             logprobs = self._drawer.logprobs(row, kept, logits)
+            # A row without its token has its last position computed again.
+            num_new = planned.num_tokens - (1 if planned.num_sampled and not kept else 0)
             request.num_scored += row.num_scored
             request.prompt_logprobs += row.prompt_logprobs
             # KV exists for the tokens before the newest: the row's own and the accepted draft's.
-            num_computed = request.num_computed + planned.num_tokens + max(0, len(kept) - 1)
+            num_computed = request.num_computed + num_new + max(0, len(kept) - 1)
             draft_lag = max(0, num_computed - drafted.get(request.key, num_computed))
             self.scheduler.advance(request, num_computed, draft_lag)
             self._emit(request, kept, logprobs, reason)
             if error is not None:
-                self._finish(request, FinishReason.ABORTED, error)
+                self._end_constrained(request, error)
 
     def _verify(self, planned: PlannedRow, sampled: Sequence[int]) -> Sequence[int]:
         speculation = self.scheduler.speculation
@@ -440,9 +439,17 @@ class EngineCore:
     def _constraint_error(request: Request) -> InvalidRequest | None:
         """What made the constraint of no more use, if anything did."""
         matcher = request.work.matcher
-        if matcher is None or not (reason := matcher.error):
+        if matcher is None or matcher.busy or not (reason := matcher.error):
             return None
         return InvalidRequest("constraint", reason)
+
+    def _end_constrained(self, request: Request, error: InvalidRequest) -> None:
+        matcher = request.work.matcher
+        if matcher is not None and matcher.is_too_costly:
+            self._metrics.constraints_too_costly.inc()
+        name = request.work.request_id
+        _log.warning("constraint failed", request_id=name, reason=error.description)
+        self._finish(request, FinishReason.ABORTED, error)
 
     def _emit(
         self,

@@ -10,13 +10,13 @@ distribution as the model gave them is `broken`: that is the worker's fault, or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
 
-from engine.constraints.masks import Rows
+from engine.constraints.matcher import Rows
 from engine.errors import DiptychError, InvalidRequest
 from engine.sampling import Sampler, UnusableLogits
 from engine.sampling.logprobs import LogprobScorer
@@ -47,18 +47,25 @@ class Drawer:
         self._scorer = LogprobScorer(sampler.vocab_size, sampler.device)
 
     def draw(
-        self, plan: Sequence[PlannedRow], logits: torch.Tensor, masks: Mapping[int, Rows]
+        self,
+        plan: Sequence[PlannedRow],
+        logits: torch.Tensor,
+        masks: Mapping[int, Rows],
+        late: Container[int] = (),
     ) -> list[Drawn]:
         """Of each row of the plan, in its order: tokens, and what the prompt was to tell.
 
         `masks`: by request key, of constrained answers, a row for each position that may give one.
+        The `late` ones give no token.
         """
         rows = _laid_out(plan)
         for row in rows:
-            matcher = row.planned.request.work.matcher
+            request = row.planned.request
+            matcher = request.work.matcher if request.key in masks else None
             if matcher is not None and (reason := matcher.error):
                 row.error = InvalidRequest("constraint", reason)
-        self._sample([row for row in rows if row.num_sampled and row.error is None], logits, masks)
+        sampled = [r for r in rows if r.num_sampled and r.planned.request.key not in late]
+        self._sample([row for row in sampled if row.error is None], logits, masks)
         for row in rows:
             if row.num_scored and row.error is None and not row.broken:
                 self._score(row, logits)

@@ -14,7 +14,7 @@ takes over when the maker is gone or the wait has lasted `owner_wait_s`.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from engine.cache.block_pool import BlockPool, NoRoom
@@ -85,13 +85,14 @@ class StepBudget:
         self._left_to_score = MAX_SCORED
         self._untouched = True
 
-    def take(self, request: Request, block_size: int) -> int:
+    def take(self, request: Request, block_size: int, is_held: bool = False) -> int:
         """Tokens of the request's next chunk, 0 if there is no room.
 
-        A chunk that is not the last ends on a block border: only whole blocks can be announced.
+        A chunk that is not the last ends on a block border: only whole blocks can be announced. A
+        held request keeps its last token for later.
         """
         scores = request.num_scored < request.num_to_score
-        count = min(request.num_pending, self._left)
+        count = min(request.num_pending - is_held, self._left)
         if scores:
             count = min(count, self._left_to_score)
         if 0 < count < request.num_pending:
@@ -215,14 +216,18 @@ class Scheduler:
 
     # -- one step ----------------------------------------------------------------------------------
 
-    def plan(self, now_s: float = 0.0) -> list[PlannedRow]:
-        """Rows of the next step: decode rows, oldest first, then prompt chunks under the budget."""
-        decoding = [request for request in list(self.active) if self._goes_on(request)]
+    def plan(self, now_s: float = 0.0, held: Container[int] = ()) -> list[PlannedRow]:
+        """Rows of the next step: decode rows, oldest first, then prompt chunks under the budget.
+
+        The requests of the keys `held` give no token in it.
+        """
+        running = [r for r in list(self.active) if not (r.decoding and r.key in held)]
+        decoding = [request for request in running if self._goes_on(request)]
         prompts = [r for r in self.active if r.state is State.RUNNING and not r.decoding]
         prompts.sort(key=lambda r: self._turn(r, now_s))
         budget, chunks = StepBudget(self.budgets.prompt_tokens), []
         for request in prompts:
-            if count := budget.take(request, self.block_size):
+            if count := budget.take(request, self.block_size, request.key in held):
                 chunks.append(PlannedRow(request, count, []))
         drafts = self._drafts(decoding, chunks)
         return [PlannedRow(r, 1, d) for r, d in zip(decoding, drafts, strict=True)] + chunks

@@ -13,7 +13,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from llguidance import LLMatcher
@@ -30,7 +30,7 @@ from engine.constraints.checker import (
 from engine.constraints.deep_threads import DeepThreads
 from engine.constraints.grammar import LIMITS, Grammar, Vocabulary, fault, misfit
 from engine.constraints.known import Known
-from engine.constraints.matcher import Matcher
+from engine.constraints.matcher import Kin, Matcher
 from engine.constraints.numbers import NumberScanner, NumberTokens
 from engine.errors import InvalidRequest
 from engine.types import Constraint
@@ -53,6 +53,7 @@ class _Compiled:
     refused: Grammar
     cpu_s: float = 0.0
     scanner: NumberScanner | None = None
+    kin: Kin = field(default_factory=Kin)
 
 
 class Compiler:
@@ -84,7 +85,8 @@ class Compiler:
                 if compiled.template is None:
                     raise refusal(compiled.refused)
                 scanner = compiled.scanner and compiled.scanner.copy()
-                matcher = Matcher(compiled.template.deep_copy(), self._numbers.result(0), scanner)
+                library, numbers = compiled.template.deep_copy(), self._numbers.result(0)
+                matcher = Matcher(library, numbers, scanner, compiled.kin)
                 if tokens:
                     await self._advance(matcher, tokens)
                 return matcher

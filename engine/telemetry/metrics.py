@@ -165,6 +165,12 @@ class WorkerMetrics:
         self.kv_blocks_forgotten = make.counter(
             "kv_blocks_forgotten", "Cached blocks dropped because a sick peer had a part in them."
         )
+        self.constraint_masks_late = make.counter(
+            "constraint_masks_late", "Steps that an answer stayed out of: its mask was not there."
+        )
+        self.constraints_too_costly = make.counter(
+            "constraints_too_costly", "Answers that ended because their constraint took too long."
+        )
         self.iteration_tokens = make.histogram(
             "iteration_tokens_total", "Tokens computed in one step.", TOKEN_BUCKETS
         )
