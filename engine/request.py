@@ -88,6 +88,7 @@ class Request:
     work: Work
     table: BlockTable
     arrival_s: float
+    rank: int = 0  # its priority, until the scheduler raises it
     state: State = State.WAITING
     tokens: list[int] = field(default_factory=list)
     num_computed: int = 0
@@ -107,6 +108,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.tokens = [*self.work.prompt, *self.work.output]
+        self.rank = self.work.priority
         self.num_announced = max(0, self.work.announce_from)
 
     @property
@@ -151,8 +153,8 @@ class Request:
 
     @property
     def sort_key(self) -> tuple[int, float, int]:
-        """Priority, then age."""
-        return (self.work.priority, self.arrival_s, self.key)
+        """Rank, then age."""
+        return (self.rank, self.arrival_s, self.key)
 
     def sample_row(
         self, draft: Sequence[int] = (), mask: NDArray[np.int32] | None = None

@@ -3,6 +3,10 @@
     waiting  sorted by (priority, age)      holds nothing
     active   sorted by (priority, age)      FETCHING or RUNNING, each with its blocks
 
+Priorities cannot keep a request out for ever: of FAIR_SHARE admissions one goes to the request that
+has waited longest, whatever its priority, and from then on it goes before all others, so that it is
+not the one to be preempted. Likewise one plan in FAIR_SHARE computes the oldest prompt first.
+
 Whoever waits for memory holds none: a request is admitted only when its whole prompt and one draft
 window fit, and a running one that finds no block for its next token makes the youngest running one
 give up everything and wait again. Its blocks keep their names, so it comes back as a prefix hit.
@@ -73,16 +77,20 @@ class PlannedRow:
         return self.num_tokens - max(0, request.num_scored - request.num_computed)
 
 
-# Positions whose logits one step computes to score prompts: a vocabulary of floats each.
+# Positions whose logits one step computes to score prompts: a vocabulary of floats each; and beside
+# answers that are being written, for which the step is to stay short.
 MAX_SCORED = 256
+MAX_SCORED_BESIDE = 16
+FAIR_SHARE = 4
+FIRST_RANK = -(1 << 63)  # before all priorities
 
 
 class StepBudget:
     """Prompt tokens left in one scheduling pass; made for it and thrown away."""
 
-    def __init__(self, prompt_tokens: int) -> None:
+    def __init__(self, prompt_tokens: int, max_scored: int = MAX_SCORED) -> None:
         self._left = prompt_tokens
-        self._left_to_score = MAX_SCORED
+        self._left_to_score = max_scored
         self._untouched = True
 
     def take(self, request: Request, block_size: int, is_held: bool = False) -> int:
@@ -126,6 +134,7 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.active: list[Request] = []
         self.num_preemptions = 0
+        self._num_admitted = self._num_plans = 0  # since the oldest had its turn
         self._makers: dict[bytes, Request] = {}  # name of a block in the making -> who makes it
 
     @property
@@ -161,15 +170,22 @@ class Scheduler:
         Nobody overtakes a request that waits for memory. Who waits for another's block is
         passed by.
         """
-        admitted = []
-        for request in list(self.waiting):
-            if len(self.active) >= self.budgets.num_seqs:
-                break
+        admitted: list[Request] = []
+        left = list(self.waiting)
+        while left and len(self.active) < self.budgets.num_seqs:
+            request = left[0]
+            if self._num_admitted >= FAIR_SHARE - 1 and request.rank < left[-1].rank:
+                request = min(left, key=lambda r: (r.arrival_s, r.key))
+            is_first = request is left[0]
+            left.remove(request)
             if self._waits_for_maker(request, now_s):
                 continue
             if not self._reserve(request):
                 break
             self.waiting.remove(request)
+            self._num_admitted = (self._num_admitted + 1) % FAIR_SHARE
+            if not is_first:
+                request.rank = FIRST_RANK
             self._enter(request, now_s)
             admitted.append(request)
         return admitted
@@ -225,12 +241,24 @@ class Scheduler:
         decoding = [request for request in running if self._goes_on(request)]
         prompts = [r for r in self.active if r.state is State.RUNNING and not r.decoding]
         prompts.sort(key=lambda r: self._turn(r, now_s))
-        budget, chunks = StepBudget(self.budgets.prompt_tokens), []
+        self._let_the_oldest_go_first(prompts)
+        max_scored = MAX_SCORED_BESIDE if decoding else MAX_SCORED
+        budget, chunks = StepBudget(self.budgets.prompt_tokens, max_scored), []
         for request in prompts:
             if count := budget.take(request, self.block_size, request.key in held):
                 chunks.append(PlannedRow(request, count, []))
         drafts = self._drafts(decoding, chunks)
         return [PlannedRow(r, 1, d) for r, d in zip(decoding, drafts, strict=True)] + chunks
+
+    def _let_the_oldest_go_first(self, prompts: list[Request]) -> None:
+        """Once in FAIR_SHARE of the plans in which priorities decide."""
+        if len({request.rank for request in prompts}) < 2:
+            return
+        self._num_plans = (self._num_plans + 1) % FAIR_SHARE
+        if not self._num_plans:
+            oldest = min(prompts, key=lambda r: (r.arrival_s, r.key))
+            prompts.remove(oldest)
+            prompts.insert(0, oldest)
 
     def _turn(self, request: Request, now_s: float) -> tuple[int, float]:
         """Which prompt goes first: of one priority, the one with the least left to compute.
@@ -240,7 +268,7 @@ class Scheduler:
         """
         waited_s = now_s - request.arrival_s
         left = request.num_pending - waited_s * self.budgets.aging_tokens_per_s
-        return request.work.priority, left
+        return request.rank, left
 
     def _goes_on(self, request: Request) -> bool:
         """Whether the request writes its next token now; it has room for that then."""
