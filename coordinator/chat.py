@@ -24,6 +24,7 @@ from jinja2 import meta
 
 from coordinator.caller_text import joined
 from coordinator.request import ChatMessage
+from coordinator.template_budget import TooCostly, rendering
 from coordinator.template_environment import template_environment
 from coordinator.tools import HERMES, ToolFormat
 from engine.checkpoint.added_tokens import ROLES
@@ -122,12 +123,18 @@ class ChatTemplate:
             **self.special_tokens,
         )
         try:
-            try:
-                return render(messages=list(messages))
-            except TypeError:  # older templates add arguments to strings
-                if not any(message.get("tool_calls") for message in messages):
-                    raise
-                return render(messages=[_with_written_arguments(m) for m in messages])
+            with rendering():
+                try:
+                    return render(messages=list(messages))
+                except TypeError:  # older templates add arguments to strings
+                    if not any(message.get("tool_calls") for message in messages):
+                        raise
+                    return render(messages=[_with_written_arguments(m) for m in messages])
+        except TooCostly as error:
+            _log.warning("chat template ended", name=name, reason=str(error))
+            raise InvalidRequest("messages", f"too much for the chat template: {error}") from None
+        except MemoryError:
+            raise InvalidRequest("messages", "too long for the chat template") from None
         except (jinja2.TemplateError, jinja2.exceptions.SecurityError) as error:
             raise InvalidRequest("messages", error.message or "the template failed") from None
         except RecursionError:  # a macro that walks through a schema

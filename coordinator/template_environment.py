@@ -1,13 +1,14 @@
 """The Jinja environment that chat templates are written for (Hugging Face's), sandboxed.
 
 trim_blocks, lstrip_blocks, break and continue, `{% generation %}`, tojson, raise_exception,
-strftime_now. Joining texts keeps the class of the caller's text (caller_text.py).
+strftime_now. Joining texts keeps the class of the caller's text (caller_text.py). Loops, calls and
+texts count (template_budget.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -16,10 +17,14 @@ from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
 from coordinator.caller_text import CallerText, is_marked, joined
+from coordinator.template_budget import check_operands, count, counted, counted_parts
+
+_COUNTED = "_counted"  # the filter around what a loop goes through
 
 
 class _Generation(Extension):
@@ -46,7 +51,25 @@ class _Joining(CodeGenerator):
 
 class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _Joining
-    concat = staticmethod(joined)
+    intercepted_binops = frozenset({"+", "*", "**"})
+
+    @staticmethod
+    def concat(parts: Iterable[str]) -> str:
+        return joined(counted_parts(parts))
+
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        count()
+        return super().call(context, function, *args, **kwargs)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        check_operands(operator, left, right)
+        return super().call_binop(context, operator, left, right)
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        template = super()._parse(source, name, filename)
+        for loop in template.find_all(nodes.For):
+            loop.iter = nodes.Filter(loop.iter, _COUNTED, [], [], None, None, lineno=loop.lineno)
+        return template
 
 
 def template_environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
@@ -61,6 +84,7 @@ def template_environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvir
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
+    environment.filters[_COUNTED] = counted
     environment.filters["tojson"] = _to_json
     environment.filters["safe"] = _safe
     environment.filters["join"] = _join(environment.filters["join"])

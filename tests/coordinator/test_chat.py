@@ -5,6 +5,7 @@ error.
 from __future__ import annotations
 
 import json
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import structlog
 
+from coordinator import template_budget
 from coordinator.chat import ChatTemplate, turns
 from coordinator.request import ChatMessage, ToolCall
 from coordinator.tools import HERMES, MISTRAL
@@ -274,6 +276,64 @@ def test_a_template_that_recurses_refuses_what_is_nested(tmp_path: Path) -> None
         nested = {"a": nested}
     with pytest.raises(InvalidRequest, match="nested too deeply"):
         ChatTemplate.load(write(tmp_path, source)).render([USER], [nested])
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        (
+            "{% for i in range(9999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+            " s of",
+        ),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = 1 %}{% endfor %}"
+            "{% endfor %}",
+            " s of",
+        ),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+            "{{ f(60) }}",
+            " s of",
+        ),
+        ("{% for m in messages %}{{ 'x' * m.content | int }}{% endfor %}", "characters"),
+        (
+            "{% set ns = namespace(t='xy') %}{% for i in range(60) %}{% set ns.t = ns.t + ns.t %}"
+            "{% endfor %}",
+            "characters",
+        ),
+        (
+            "{% set ns = namespace(t='xy') %}{% for i in range(60) %}{% set ns.t = ns.t ~ ns.t %}"
+            "{% endfor %}",
+            "characters",
+        ),
+        ("{% for i in range(99999) %}{{ 'x' * 60000000 }}{% endfor %}", "characters"),
+        ("{% for i in range(99999) %}{{ 9 ** (9 ** 9) }}{% endfor %}", "characters"),
+    ],
+)
+def test_a_template_that_goes_on_and_on_ends_with_its_request(
+    tmp_path: Path, template: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_budget, "RENDER_S", 0.2)
+    chat = ChatTemplate.load(write(tmp_path, template))
+    begun_s = time.thread_time()
+    with pytest.raises(InvalidRequest, match=named) as error:
+        chat.render([USER | {"content": "90000000"}])
+    assert error.value.field == "messages"
+    assert time.thread_time() - begun_s < 5
+
+
+def test_loops_know_their_place_though_they_are_counted(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}"
+        "{{ loop.revindex }}{{ loop.previtem is defined }}|{% endfor %}"
+        "{% for k, v in messages[0].items() if v != 'user' %}{{ k }}{{ v }}{% endfor %}"
+        "{% for x in nothing %}{{ x }}{% else %}none{% endfor %}"
+        "{% for x in [1, [2, 3]] recursive %}"
+        "{{ loop(x) if x is iterable else x * loop.depth }}{% endfor %}"
+    )
+    messages = [USER, ASSISTANT, USER]
+    chat = ChatTemplate.load(write(tmp_path, template))
+    assert chat.render(messages) == theirs(template, messages)
 
 
 def test_generation_blocks_are_rendered(tmp_path: Path) -> None:
