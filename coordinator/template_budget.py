@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 RENDER_S = 2.0  # of processor time
-MAX_CHARS = 1 << 26  # of any text: as many as a request has bytes
+MAX_CHARS = 1 << 26  # of any text: four times as many as a request has bytes
 _CHARS_A_COUNT = 1024
 _COUNTS_A_LOOK = 64
 _MAX_BITS = 1 << 16  # of a power

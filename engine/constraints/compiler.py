@@ -155,5 +155,7 @@ def _advance(
             what = f"{len(tokens)} tokens take longer than {_MAX_ADVANCE_CPU_S:g} s of CPU time"
             return InvalidRequest("constraint", what)
         if not matcher.advance([token]):
+            if matcher.is_too_costly:
+                return InvalidRequest("constraint", matcher.error)
             return refusal(Grammar(reason=misfit(matcher.library), misfit=0))
     return None
