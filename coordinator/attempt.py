@@ -76,8 +76,6 @@ class Progress:
 
     def take(self, tokens: worker_pb2.Tokens) -> Chunk:
         """What has come from a worker."""
-        if tokens.prompt_logprobs:
-            self.prompt_logprobs = tuple(logprobs_from_pb(tokens.prompt_logprobs))
         return self.answer.push(tokens.token_ids, logprobs_from_pb(tokens.logprobs))
 
     @property
@@ -127,6 +125,9 @@ class Caller:
                         if response.HasField("tokens"):
                             until_first_token.close()
                             spent.report(response.tokens)
+                            if scores := response.tokens.prompt_logprobs:  # of thousands of tokens
+                                read = await asyncio.to_thread(logprobs_from_pb, scores)
+                                progress.prompt_logprobs = tuple(read)
                             chunk = progress.take(response.tokens)
                             if chunk.token_ids:
                                 yield replace(chunk, home=home)

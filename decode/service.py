@@ -165,7 +165,11 @@ class _Answer:
                 events = [event]
                 while isinstance(held := self._stream.next_ready(), TokensEvent):
                     events.append(held)
-                yield worker_pb2.DecodeResponse(tokens=self._tokens(events))
+                if any(event.prompt_logprobs for event in events):  # of thousands of tokens
+                    tokens = await asyncio.to_thread(self._tokens, events)
+                else:
+                    tokens = self._tokens(events)
+                yield worker_pb2.DecodeResponse(tokens=tokens)
             elif isinstance(event, FetchEvent):
                 self._start_fetch(event)
             elif isinstance(event, FinishedEvent):
