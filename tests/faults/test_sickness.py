@@ -12,7 +12,7 @@ import pytest
 
 from kvtransfer.command import EXIT_SICK
 from tests.faults.cluster import NATIVE
-from tests.faults.row import Row
+from tests.faults.row import Row, fresh_salt, struck
 
 pytestmark = pytest.mark.timeout(600)
 SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
@@ -45,6 +45,46 @@ async def test_a_decode_worker_whose_logits_become_nan(alone: Row) -> None:
     row.moved(row.cluster.coordinators, f"sick_workers_total{{worker={victim}}}")
     row.moved(row.front, "migrations_total{outcome=resumed}")
     await anew(row, [victim])
+    await row.finish()
+
+
+async def test_a_decode_worker_whose_logits_are_nan_once(alone: Row) -> None:
+    """Its self-test passes: it lives, and is the last choice for a while."""
+    row = alone
+    victim = row.cluster.decode[0]
+    await row.all_trusted()
+    streams = [row.ask(case) for case in SHORT]
+    for stream in streams:
+        await stream.come(5)
+    before = row.done(victim, "nan_logits")
+    row.order(victim, "nan_logits", times=1)
+    await row.all_whole(streams)
+    struck(row.done(victim, "nan_logits") > before, "a step was under way")
+    row.moved(victim, "non_finite_requests_total")
+    row.moved(victim, "self_tests_total{outcome=passed}")
+    assert row.cluster[victim].alive
+    await anew(row, [victim])
+    await row.finish()
+
+
+@pytest.mark.parametrize("layer", [3, -1])
+async def test_a_prefill_worker_whose_kv_is_nan(alone: Row, layer: int) -> None:
+    """In its last layer it finds that itself, before a block is announced. What is damaged later is
+    found by its reader, which drops all that came from there: the same prompt is computed anew.
+    """
+    row = alone
+    await row.all_trusted()
+    before = {name: row.done(name, "nan_kv") for name in row.cluster.prefill}
+    for name in row.cluster.prefill:
+        row.order(name, "nan_kv", times=1, layer=layer)
+    salt = fresh_salt()
+    streams = [row.ask(case, salt=salt) for case in SHORT]
+    await row.all_whole(streams)
+    hit = [name for name, times in before.items() if row.done(name, "nan_kv") > times]
+    struck(bool(hit), "a prefill worker computed one of them")
+    row.moved(row.cluster.workers, "non_finite_requests_total")
+    await row.all_whole([row.ask(case, salt=salt) for case in SHORT])
+    await anew(row, row.cluster.workers)
     await row.finish()
 
 
