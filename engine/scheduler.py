@@ -80,7 +80,7 @@ class PlannedRow:
 # Positions whose logits one step computes to score prompts: a vocabulary of floats each; and beside
 # answers that are being written, for which the step is to stay short.
 MAX_SCORED = 256
-MAX_SCORED_BESIDE = 16
+MAX_SCORED_BESIDE = 4
 FAIR_SHARE = 4
 FIRST_RANK = -(1 << 63)  # before all priorities
 
