@@ -183,6 +183,8 @@ class Dispatch:
         if error.sick:
             self._suspects.append(lost)
         self._num_failed += 1
+        backoff = min(_FIRST_BACKOFF_S * 2 ** (self._num_failed - 1), _MAX_BACKOFF_S)
+        await asyncio.sleep(min(backoff, self.remaining_s()))  # the table hears of an end meanwhile
         is_gone = lost is route.prefill and not self._is_heard(lost)
         if isinstance(error, WorkerLost) or error.sick or is_gone:
             self._harm.add(lost)
@@ -190,8 +192,6 @@ class Dispatch:
             self._harm.end_trial()
         if self._num_failed >= MAX_ATTEMPTS:
             raise Unavailable(f"{self._num_failed} attempts failed, the last with: {error.message}")
-        backoff = min(_FIRST_BACKOFF_S * 2 ** (self._num_failed - 1), _MAX_BACKOFF_S)
-        await asyncio.sleep(min(backoff, self.remaining_s()))
 
     def _kept_prefill(self, workers: Iterable[Worker]) -> Worker | None:
         """The prefill worker of an earlier attempt, if that was not why it failed, as far as is

@@ -8,7 +8,9 @@
 Lost is a worker process that ended, fell silent or computed nonsense under the request. Of the
 requests that were on such a worker one may be the cause. Those that get a token are not, and the
 rest are told apart by the trial: at the third worker a suspect is the only one. Workers that were
-lost without the request speak for it: where they are as many, the cluster is to blame.
+lost without the request, nor under one that was ended for it, speak for it: where they are as many,
+the cluster is to blame, or another request that is still here. So that several do not excuse each
+other without end, one ends at `MOST_HARMED` all the same.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from engine.telemetry.log import get_logger
 _log = get_logger(__name__)
 
 MAX_HARMED = 3  # workers; see above
+MOST_HARMED = 6  # whatever else was lost
 _TRIAL_S = 10.0  # a suspect that has harmed nothing for so long lets the next one begin
 
 
@@ -66,8 +69,10 @@ class Harm:
         self.end_trial()
         self._workers[worker.peer.incarnation] = worker.peer.worker_id
         num = len(self._workers)
-        if num < MAX_HARMED or self._membership.num_lost_beside(self._workers) >= num:
+        beside = self._membership.num_lost_beside(self._workers)
+        if num < MAX_HARMED or (num < MOST_HARMED and beside >= num):
             return
+        self._membership.explain_losses(self._workers)  # they speak for no other request
         _log.error(
             "request given up: workers were lost under it",
             workers=list(self._workers.values()),

@@ -348,6 +348,11 @@ class Membership:
         lately = (i for i, lost_s in self._lost_s.items() if lost_s > since_s)
         return sum(incarnation not in incarnations for incarnation in lately)
 
+    def explain_losses(self, incarnations: Iterable[str]) -> None:
+        """A request was found to be the reason: these are counted no more."""
+        for incarnation in incarnations:
+            self._lost_s.pop(incarnation, None)
+
     @contextmanager
     def assigned(self, worker: Worker, num_tokens: int) -> Iterator[None]:
         """While a request of `num_tokens` uncomputed tokens is with `worker`, count it there."""

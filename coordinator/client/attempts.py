@@ -62,9 +62,10 @@ class Attempts:
         return max(first_s, min(first_s * 2.0 ** self._num_silent[self.at], _MAX_SILENCE_S))
 
     def progressed(self) -> None:
-        """The answer has moved: whatever was lost before does not count any more."""
+        """The answer has moved: backoffs begin anew. Silences stay counted: a coordinator that goes
+        on and is silent again is slow, and each new call is more work for it.
+        """
         self._num_lost = [0] * len(self._num_lost)
-        self._num_silent = [0] * len(self._num_silent)
 
     def lost(self, retry_after_s: float, now_s: float, *, silent: bool = False) -> None:
         """The last call was; its coordinator asked to be left alone for `retry_after_s`."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import aclosing, nullcontext, suppress
+from contextlib import ExitStack, aclosing, suppress
 from typing import Any
 
 import grpc
@@ -225,8 +225,10 @@ class RpcServer:
             writer = Writer(context, self._client_timeout_s)
 
             async def body() -> None:
-                with kept.opened(context.peer()) if kept else nullcontext(), new_lease() as lease:
+                with new_lease() as lease, ExitStack() as counted:
                     request = await requests.of(raw, context, lease)
+                    if kept:  # now that it has the token, where one is needed
+                        counted.enter_context(kept.opened(context.peer()))
                     if writes:
                         await behaviour(request, writer)
                         return

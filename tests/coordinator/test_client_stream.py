@@ -253,7 +253,23 @@ def test_silence_is_loss_and_each_such_loss_doubles_the_time_to_answer() -> None
     (first, *_) = messages(call.request, [5, 6, 7])
     assert it.stream.take(first)
     it.stream.silent(it.now_s)
-    assert it.stream.next(it.now_s).silence_s <= 5.0, "it has moved: they are counted anew"
+    assert it.stream.next(it.now_s).silence_s == 20.0, "it has moved, and was silent again"
+
+
+def test_a_slow_coordinator_is_not_asked_again_and_again_between_its_tokens() -> None:
+    """It stands still for 6 s after each token: two calls more, and not one each time."""
+    it = caller(1)
+    call, tokens, num_calls = it.stream.next(it.now_s), list(range(40)), 1
+    for num in range(1, 40):
+        if call.silence_s < 6.0:
+            it.now_s += call.silence_s
+            it.stream.silent(it.now_s)
+            call, num_calls = it.stream.next(it.now_s), num_calls + 1
+            arriving = messages(call.request, tokens, group=1)
+        elif num == 1:
+            arriving = messages(call.request, tokens, group=1)
+        assert it.stream.take(next(arriving))
+    assert num_calls == 3
 
 
 def test_one_stuck_coordinator_is_waited_for_until_the_minute_is_over() -> None:

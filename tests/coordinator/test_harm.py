@@ -109,6 +109,20 @@ async def test_a_prefill_worker_that_is_gone_counts_and_one_that_is_here_does_no
     await request.failed(await request.next(100), LOST)
 
 
+async def test_a_prefill_worker_whose_end_is_known_a_moment_later_counts(monkeypatch):
+    """The decode worker that waited for it may notice before the coordinator does."""
+    monkeypatch.setattr("coordinator.dispatch._FIRST_BACKOFF_S", 0.05)
+    table, gone = Table(1, prefill=3), Unavailable("Socket closed", lost="prefill")
+    request = table.request()
+    with pytest.raises(WorkersLost):
+        for _ in range(3):
+            route = await request.next(100)
+            failing = asyncio.create_task(request.failed(route, gone))
+            await asyncio.sleep(0)
+            table.membership.lost(route.prefill, "its stream broke")
+            await failing
+
+
 async def test_a_token_in_between_clears_it():
     table = Table()
     request = table.request()
@@ -124,6 +138,46 @@ async def test_what_a_worker_answers_is_no_loss():
     request = table.request()
     for _ in range(7):
         await request.failed(await request.next(100), Unavailable("this worker is draining"))
+
+
+async def test_a_worker_that_computed_nonsense_counts():
+    """Its self-test passes, so it stays; and so does a prefill worker whose blocks are damaged."""
+    table = Table(3, prefill=1)
+    nonsense = Unavailable("not finite", sick=True)
+    request = table.request()
+    for _ in range(2):
+        await request.failed(await request.next(100), nonsense)
+    with pytest.raises(WorkersLost):
+        await request.failed(await request.next(100), nonsense)
+    request = table.request()
+    await request.failed(await request.next(100), Unavailable("damaged", lost="prefill", sick=True))
+    await request.failed(await request.next(100), nonsense)
+    with pytest.raises(WorkersLost, match="3 workers"):
+        await request.failed(await request.next(100), nonsense)
+
+
+async def test_one_that_was_ended_excuses_none_after_it():
+    table = Table(4)
+    for _ in range(4):
+        request = table.request()
+        await table.lose(request)
+        await table.lose(request)
+        with pytest.raises(WorkersLost, match="3 workers"):
+            await table.lose(request)
+
+
+async def test_several_that_harm_do_not_excuse_each_other_without_end():
+    table = Table(6)
+    harmful = [table.request(5.0) for _ in range(5)]
+    num_lost, left = 0, list(harmful)
+    while left:
+        for request in list(left):
+            num_lost += 1
+            try:
+                await table.lose(request)
+            except WorkersLost:
+                left.remove(request)
+    assert num_lost <= 6 * len(harmful)
 
 
 async def test_a_worker_that_stays_counts_once():

@@ -331,6 +331,24 @@ async def test_an_idle_stream_outlives_a_requests_limit():
         call.cancel()
 
 
+async def test_a_stream_is_idle_only_while_no_request_of_it_runs():
+    """The wait for an answer is the server's, so the limit begins anew behind it."""
+    async with oip(client_timeout_s=0.2) as (front, stub):  # idle: 2 s
+        worker = await front.worker(pace_s=0.4)
+        call = stub.ModelStreamInfer()
+        for name in ("a", "b"):
+            await call.write(request(name, max_tokens=18))  # 2.4 s
+            assert tokens((await collect(call, name))[name]) == worker.answer[:18]
+            await asyncio.sleep(0.5)
+        error = await error_of(asyncio.wait_for(call.read(), 20))
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "no message within 2 s" in error.details()
+        assert front.coordinator.pipeline.num_requests == 0
+        never = stub.ModelStreamInfer()
+        error = await error_of(asyncio.wait_for(never.read(), 20))
+        assert "no message within 0.2 s" in error.details()
+
+
 async def test_overload_says_when_to_come_back():
     async with oip(max_queued_requests=1) as (front, stub):
         await front.worker(pace_s=0.1)

@@ -1,10 +1,11 @@
-"""`prefill start` and `decode start` with five seams that a test may open while they run:
+"""`prefill start` and `decode start` with six seams that a test may open while they run:
 
     reads       post raises; a read ends late or never; a process is killed during a read
     intakes     held between the last block's commit and the first step      (a decode worker)
     messages    BlocksReady late, lost, doubled, reordered      (a prefill worker)
     releases    Release lost, doubled                           (a worker that others read from)
     numbers     logits that are NaN, KV that is NaN in one layer
+    poison      a token that ends the process which computes it, or hangs its engine
 
     python -m tests.faults.lab --orders FILE prefill|decode start ...
 
@@ -160,6 +161,12 @@ def _sick_runner(kind: Any) -> None:
     run = kind.run
 
     def sick_run(self: Any, rows: Any) -> Any:
+        poison = ORDERS.standing("poison")
+        if poison and any(poison["token"] in row.token_ids for row in rows):
+            ORDERS.take("poison")
+            if not poison["hang_s"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(poison["hang_s"])
         logits = run(self, rows)
         of_test = self._kv_cache.num_blocks <= 2
         if ORDERS.standing("nan_logits") and len(logits) and ORDERS.take("nan_logits"):

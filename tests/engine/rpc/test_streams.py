@@ -18,6 +18,7 @@ from engine.rpc.channel import open_channel
 from engine.rpc.server import RpcServer
 from engine.rpc.status import from_rpc_error
 from engine.rpc.streams import KeptStreams
+from engine.rpc.trust import ClusterToken
 from engine.telemetry.metrics import RpcMetrics
 from tests.support import http2
 from tests.support.http2 import RawConnection
@@ -118,11 +119,11 @@ class Chatty:
 
 
 @asynccontextmanager
-async def registry(**options):
+async def registry(*, token=None, **options):
     counts = CollectorRegistry()
     server = RpcServer(RpcMetrics(counts), **options)
     service = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"]
-    server.add_service(service, Chatty())
+    server.add_service(service, Chatty(), token=token)
     address = f"127.0.0.1:{server.listen('127.0.0.1:0')}"
     await server.start()
     try:
@@ -219,6 +220,19 @@ async def test_silent_streams_are_bounded_on_a_connection_and_each_end_gives_one
             raise AssertionError("its place was not given back")
         for channel in channels:
             await channel.close()
+
+
+async def test_a_stranger_takes_no_place_among_streams_that_need_a_token(monkeypatch):
+    monkeypatch.setattr(streams.KeptStreams.__init__, "__defaults__", (2, 2))
+    token = ClusterToken("t" * 32)
+    async with registry(token=token) as (address, _), open_channel(address) as channel:
+        strangers = [channel.stream_stream(REGISTER)() for _ in range(20)]
+        await asyncio.sleep(0.3)  # each is heard for a second before it is refused
+        worker = channel.stream_stream(REGISTER)(metadata=token.metadata)
+        await worker.write(b"")
+        assert await asyncio.wait_for(worker.read(), 5) is not grpc.aio.EOF
+        for stranger in strangers:
+            stranger.cancel()
 
 
 def test_counts_of_streams_return_to_nothing():

@@ -1,0 +1,79 @@
+"""Requests that end, or hang, every worker that computes them, beside innocent ones."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from datetime import datetime
+
+import pytest
+
+from coordinator.harm import MAX_HARMED, MOST_HARMED
+from coordinator.membership import LOST_S
+from engine.errors import WorkersLost
+from tests.faults.oracle import CASES, Case
+from tests.faults.row import Row
+
+pytestmark = pytest.mark.timeout(900)
+POISON = 49_000  # in no text of the oracle
+INNOCENT = ("short-0", "short-1-sampled", "long-2", "load-0", "load-1")
+FOR_EVER = 10**9
+_harmed_s: list[float] = []  # when a request of this module ended a worker, by time.time()
+
+
+def poisoned(where: str) -> Case:
+    """With the token where a prefill worker computes it, or a decode worker alone."""
+    case = CASES["short-0"]
+    at = 3 if where == "prefill" else len(case.prompt) - 1
+    prompt = (*case.prompt[:at], POISON, *case.prompt[at + 1 :])
+    return replace(case, name=f"poison-{where}", prompt=prompt)
+
+
+@pytest.mark.parametrize(
+    ("where", "hang_s", "number"),
+    [("decode", 0, 1), ("prefill", 0, 1), ("decode", 20, 1), ("decode", 0, 3)],
+)
+async def test_a_request_that_harms_every_worker_ends_and_the_others_do_not(
+    alone: Row, where: str, hang_s: float, number: int
+) -> None:
+    """Of several at once each is lost with what it did; workers come back meanwhile."""
+    row = alone
+    await row.all_trusted()
+    most = MAX_HARMED if number == 1 and _is_calm(row) else MOST_HARMED * number
+    assert not any(POISON in case.prompt for case in CASES.values())
+    before = {name: row.done(name, "poison") for name in row.cluster.workers}
+    num_ends = {name: len(row.cluster[name].ends) for name in row.cluster.workers}
+    for name in row.cluster.workers:
+        row.order(name, "poison", times=FOR_EVER, token=POISON, hang_s=hang_s)
+    innocent = [row.ask(case) for case in INNOCENT]
+    for stream in innocent[:2]:
+        await stream.come(3)
+    guilty = [row.ask(poisoned(where)) for _ in range(number)]
+    innocent += [row.ask(case) for case in INNOCENT]
+    for stream in guilty:
+        await stream.end(240)
+    ends_s = max(stream.ended_s - stream.began_s for stream in guilty)
+    for name in row.cluster.workers:
+        row.lift(name)
+    harmed = sum(row.done(name, "poison") - was for name, was in before.items())
+    row.note(f"{where}, {hang_s:g} s, {number}: {harmed} workers in {ends_s:.1f} s")
+    await row.all_whole(innocent, 240)
+    for stream in guilty:
+        assert isinstance(stream.meaning, WorkersLost), f"{stream}: {stream.error!r}"
+        assert not stream.tokens
+    _harmed_s.extend([time.time()] * harmed)
+    assert harmed <= most
+    row.moved(row.front, "migrations_total{outcome=given_up}", number)
+    for name, num in num_ends.items():  # what the poison did is wanted
+        ends = row.cluster[name].ends
+        ends[num:] = [replace(end, wanted=end.wanted or end.status == -9) for end in ends[num:]]
+    await row.finish()
+
+
+def _is_calm(row: Row) -> bool:
+    """Whether earlier rows have not lost so many workers lately that they speak for a request."""
+    since_s = time.time() - LOST_S
+    lines = row.cluster.log_lines(row.front)
+    lost = [line for line in lines if line.get("event") == "worker lost"]
+    lately = [x for x in lost if datetime.fromisoformat(x["timestamp"]).timestamp() > since_s]
+    return len(lately) - sum(at_s > since_s for at_s in _harmed_s) < MAX_HARMED
