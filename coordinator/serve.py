@@ -52,7 +52,12 @@ from engine.memory import host_memory, shown
 from engine.native.threads import memory_board
 from engine.placement import check_length, prepare_weights
 from engine.rpc.address import check_free
-from engine.rpc.trust import ClusterToken, stays_on_this_machine
+from engine.rpc.trust import (
+    OPERATOR_NAME,
+    SHARED_NAME,
+    ClusterToken,
+    stays_on_this_machine,
+)
 from engine.telemetry.log import configure_logging, get_logger
 from engine.telemetry.progress import LINE_S, print_line
 from engine.types import Role
@@ -97,7 +102,7 @@ def serve(
     _take_descriptors()
     trusted = Trust.of(trust, front, local_workers=fleet.workers == "local")
     signal.signal(signal.SIGTERM, _terminated)  # until the loop takes it: compilers end too
-    trusted.operator.share()  # for commands of this user
+    trusted.operator.share(SHARED_NAME if trusted.cluster else OPERATOR_NAME)  # for commands
     check_free(front.listen, front.internal_listen, front.http)
     if fleet.workers == "local":
         require_worker_packages("local workers", "; workers on other machines: --workers external")

@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 import grpc
 from rich.console import Console
@@ -142,8 +142,9 @@ def _connect(server: str) -> Client:
 
 
 def _found(server: str) -> ClusterToken | None:
-    """The token of the first of these coordinators that runs here, for this user."""
-    return next((token for a in server.split(",") if (token := local_token(a.strip()))), None)
+    """The token of these coordinators, where all run here and for this user and have the same."""
+    tokens = {local_token(address.strip()) for address in server.split(",")}
+    return tokens.pop() if len(tokens) == 1 else None
 
 
 def _holds(workers: Sequence[admin_pb2.Worker], token: ClusterToken | None) -> Table:
@@ -156,11 +157,12 @@ def _holds(workers: Sequence[admin_pb2.Worker], token: ClusterToken | None) -> T
     for name in ("blocks", "age", "ends in"):
         table.add_column(name, justify="right")
     table.add_column("reason")
+    direct = build_opener(ProxyHandler({}))  # no proxy of the environment sees the token
     for w in workers:
         try:
             url = f"http://{w.http_address}{HOLDS_PATH}"
             asked = Request(url, headers=dict(token.metadata) if token else {})
-            with urlopen(asked, timeout=_HOLDS_S) as answer:
+            with direct.open(asked, timeout=_HOLDS_S) as answer:
                 found = json.load(answer)
         except (OSError, ValueError) as error:
             table.add_row(escape(w.worker_id), "", "", "", "", "", escape(f"unknown: {error}"))

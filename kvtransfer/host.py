@@ -240,7 +240,7 @@ async def run_worker(
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, orders.signalled, signum)
     host = WorkerHost(settings, engine)
-    server = RpcServer(RpcMetrics(registry))
+    server = RpcServer(RpcMetrics(registry), reflection=False)  # none but the cluster calls
     kv_service = worker_pb2.DESCRIPTOR.services_by_name["KvService"]
     for descriptor, servicer in [*make_services(host), (kv_service, host.kv)]:
         server.add_service(descriptor, servicer, token=settings.token)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +22,7 @@ from coordinator.client.messages import chat_request, generate_request
 from coordinator.client.stream import Call, Stream
 from engine.errors import DeadlineExceeded, DiptychError
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
-from engine.rpc.local_token import local_token
+from engine.rpc.local_token import local_coordinator
 from engine.rpc.trust import ClusterToken
 
 
@@ -100,11 +101,17 @@ class Client:
         """
         request = admin_pb2.DrainWorkerRequest(worker_id=worker_id, deadline_s=deadline_s)
         methods = []
-        for stub, address in zip(self._admin, self._coordinators.addresses, strict=True):
-            own = token or local_token(address)
-            metadata = own.metadata if own else ()
-            methods.append(partial(stub.DrainWorker, metadata=metadata))
-        self._ask(methods, request, timeout_s)
+        with ExitStack() as opened:
+            for stub, address in zip(self._admin, self._coordinators.addresses, strict=True):
+                own = token
+                if token is None and (found := local_coordinator(address)):
+                    # To the address that was looked at, not to all that the name may lead to.
+                    own, options = found[1], self._coordinators.options
+                    channel = grpc.insecure_channel(found[0], options=options)
+                    stub = admin_pb2_grpc.AdminServiceStub(opened.enter_context(channel))
+                metadata = own.metadata if own else ()
+                methods.append(partial(stub.DrainWorker, metadata=metadata))
+            self._ask(methods, request, timeout_s)
 
     def close(self) -> None:
         """Close the connections; calls on them are cancelled."""

@@ -35,6 +35,7 @@ _MAX_SECRETS = 8
 _FLAG = "--cluster-token-file"
 _KEY = "authorization"
 SHARED_NAME = "diptych-cluster-token"  # of the file in memory
+OPERATOR_NAME = "diptych-operator-token"  # of one with a token that workers do not ask for
 _REMEDY = f"set {_FLAG} to the file that the processes of this cluster share"
 
 Metadata = Iterable[tuple[str, str | bytes]]
@@ -77,9 +78,9 @@ class ClusterToken:
         """One that nobody else has."""
         return cls((secrets.token_hex(32),))
 
-    def share(self) -> str:
+    def share(self, name: str = SHARED_NAME) -> str:
         """A file in memory that `load` can read while this process lives; its owner's alone."""
-        descriptor = os.memfd_create(SHARED_NAME)
+        descriptor = os.memfd_create(name)
         os.fchmod(descriptor, 0o600)
         os.write(descriptor, "\n".join(self._secrets).encode())
         return f"/proc/{os.getpid()}/fd/{descriptor}"

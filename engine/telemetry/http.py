@@ -297,6 +297,7 @@ async def serve_http(
         access_log=False,
         lifespan="off",
         http=_Protocol,
+        ws="none",  # else a request to upgrade goes round `_Protocol` where the library is there
         timeout_graceful_shutdown=1,
         timeout_keep_alive=cast(int, keepalive_s),  # a timer's delay, whatever its type says
     )

@@ -7,7 +7,7 @@ them is an error, after which the connection is closed:
     Content-Length beside Transfer-Encoding, or more than once, or as a list
     Transfer-Encoding in HTTP/1.0; a version that is not 1.x
     a line of the head or of the trailers that ends in a bare LF, or continues the line before
-    a target that is not a path
+    a target that is not a path; CONNECT, after which h11 reads no further requests
     a chunk's line with anything but a hexadecimal size and a short, printable extension
     a chunked body whose chunks hold little beside their lines
 
@@ -55,7 +55,8 @@ def _check(request: h11.Request) -> None:
     names = {name for name, _ in request.headers}
     if not request.http_version.startswith(b"1."):
         raise h11.LocalProtocolError("HTTP version: expected 1.0 or 1.1")
-    if not request.target.startswith(b"/") and request.target != b"*":
+    is_path = request.target.startswith(b"/") or request.target == b"*"
+    if not is_path or request.method == b"CONNECT":
         raise h11.LocalProtocolError("request target: expected a path; this is no proxy")
     if b"transfer-encoding" in names:
         if b"content-length" in names:

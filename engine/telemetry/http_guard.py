@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from prometheus_client import CollectorRegistry, Counter
 from starlette.datastructures import Headers
@@ -56,8 +56,8 @@ class AllowedHosts:
     @classmethod
     def of(cls, allowed: str, listen: str, bound: str) -> AllowedHosts:
         """From a list with commas, HOST:PORT listened on, and the IP address that it means."""
-        names = [name.strip(" []").lower() for name in allowed.split(",") if name.strip()]
-        loopback = ip_address(bound).is_loopback
+        names = [_plain(name.strip(" []").lower()) for name in allowed.split(",") if name.strip()]
+        loopback = _is_loopback(ip_address(bound))
         if not loopback and not names:
             names = ["*"]
         own = host_of(listen)
@@ -74,7 +74,7 @@ class AllowedHosts:
             address = ip_address(name)
         except ValueError:
             return False
-        return self.addresses or address.is_loopback
+        return self.addresses or _is_loopback(address) or str(address) in self.names
 
 
 def host_of(authority: str) -> str:
@@ -90,6 +90,19 @@ def host_of(authority: str) -> str:
     if port and not (port.isascii() and port.isdigit()):
         return ""
     return host.removesuffix(".")
+
+
+def _plain(name: str) -> str:
+    """A name or an address in the one way in which they are compared."""
+    try:
+        return str(ip_address(name))
+    except ValueError:
+        return name.removesuffix(".")
+
+
+def _is_loopback(address: IPv4Address | IPv6Address) -> bool:
+    """Also where IPv6 writes an address of IPv4."""
+    return ((isinstance(address, IPv6Address) and address.ipv4_mapped) or address).is_loopback
 
 
 class Guard:

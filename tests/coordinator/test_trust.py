@@ -1,13 +1,18 @@
 """Whom a coordinator believes, and what it makes of a worker that does not believe it."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import grpc
 import pytest
 
+from coordinator.client import Client, blocking
 from coordinator.dispatch import meaning_of
 from coordinator.trust import Trust
 from engine.config import FrontOptions, TrustOptions
 from engine.errors import ConfigError, PermissionDenied, Unauthenticated, Unavailable
+from engine.pb.diptych.v1 import admin_pb2
 from engine.rpc.status import to_status
+from engine.rpc.trust import ClusterToken
 
 
 @pytest.fixture
@@ -68,3 +73,29 @@ def test_a_worker_that_refuses_us_is_one_that_failed(error):
     meaning = meaning_of(refused, num_emitted=0)
     assert isinstance(meaning, Unavailable)
     assert "said" in meaning.message
+
+
+def test_a_token_that_is_found_goes_to_the_address_of_its_process(monkeypatch):
+    """A name may lead to further addresses, on which another user's process listens."""
+    seen = []
+
+    def drain(request, context):
+        seen.append((context.peer(), dict(context.invocation_metadata()).get("authorization")))
+        return admin_pb2.DrainWorkerResponse()
+
+    token = ClusterToken.random()
+    handler = grpc.unary_unary_rpc_method_handler(
+        drain, admin_pb2.DrainWorkerRequest.FromString, lambda answer: answer.SerializeToString()
+    )
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_registered_method_handlers("diptych.v1.AdminService", {"DrainWorker": handler})
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    found = f"127.0.0.1:{port}", token
+    monkeypatch.setattr(blocking, "local_coordinator", lambda address: found)
+    try:
+        with Client(f"127.0.0.2:{port}") as client:
+            client.drain("decode-0", timeout_s=10)
+    finally:
+        server.stop(None)
+    assert [value for _, value in seen] == [token.metadata[0][1]]

@@ -4,20 +4,26 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
-from engine.rpc.local_token import local_token
-from engine.rpc.trust import ClusterToken
+from engine.rpc import local_token as module
+from engine.rpc.local_token import local_coordinator, local_token
+from engine.rpc.trust import OPERATOR_NAME, ClusterToken
 
 HOLDER = """
-import socket, sys
+import os, socket, sys
 from engine.rpc.trust import ClusterToken
 sock = socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET)
 if "mapped" in sys.argv: sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-sock.bind((sys.argv[1], 0))
+port = int(next((word for word in sys.argv[3:] if word.isdecimal()), 0))
+sock.bind((sys.argv[1], port))
 sock.listen()
-if sys.argv[2] == "shared": ClusterToken(("the-secret-of-the-holder",)).share()
+if "alien" in sys.argv: os.setgroups([]); os.setgid(65534); os.setuid(65534)
+if sys.argv[2] != "plain":
+    name = "diptych-%s-token" % sys.argv[2].replace("shared", "cluster")
+    ClusterToken(("the-secret-of-the-holder",)).share(name)
 print(sock.getsockname()[1], flush=True)
 sys.stdin.read()
 """
@@ -102,3 +108,34 @@ def test_another_user_does_not_get_it(holding):
         [sys.executable, "-c", FINDER, f"127.0.0.1:{port}"], capture_output=True, text=True
     )
     assert done.stdout.strip() == "None", done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_the_token_is_for_the_address_of_its_process_and_no_other_of_the_name(holding, monkeypatch):
+    _, port = holding("127.0.0.3", "shared")
+    holding("127.0.0.2", "plain", str(port), "alien")
+    found = [(socket.AF_INET, 0, 0, "", (f"127.0.0.{i}", port)) for i in (2, 3)]
+    monkeypatch.setattr(module.socket, "getaddrinfo", lambda *_, **__: found)
+    assert local_coordinator(f"both.example:{port}") == (f"127.0.0.3:{port}", TOKEN)
+
+
+def test_a_token_of_operators_alone_is_not_for_workers(holding):
+    _, port = holding("127.0.0.1", "operator")
+    address = f"127.0.0.1:{port}"
+    assert local_coordinator(address) == (address, TOKEN)
+    assert local_token(address) is None
+    assert OPERATOR_NAME == "diptych-operator-token"
+
+
+def test_nothing_but_a_file_in_memory_is_opened_for_another_process(tmp_path):
+    """Root could be led to any file by a link of the same name, or to a pipe that never opens."""
+    file, pipe = tmp_path / "secret", tmp_path / "pipe"
+    file.write_text("a-secret-of-another-user")
+    os.mkfifo(pipe)
+    shm = "/dev/shm" if os.path.isdir("/dev/shm") else str(tmp_path)
+    with tempfile.NamedTemporaryFile(dir=shm) as other:
+        other.write(b"a-secret-of-another-user")
+        other.flush()
+        for path in (str(file), str(pipe), other.name):
+            assert module._read(path) is None, path
+    assert module._read(TOKEN.share()) == TOKEN

@@ -55,6 +55,7 @@ REFUSED = {
     "tab before the colon": post(b"Transfer-Encoding\t: chunked", body=TAIL),
     "no colon": post(b"Content-Length 5", body=b"12345"),
     "no name": post(b": 5"),
+    "CONNECT with a path": b"CONNECT /length HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "NUL in a name": post(b"Content\x00-Length: 5", body=b"12345"),
     "NUL in a value": post(b"X: a\x00b"),
     "CR in a value": post(b"X: a\rContent-Length: 5"),

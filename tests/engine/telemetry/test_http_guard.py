@@ -33,6 +33,17 @@ def test_more_names_may_be_given():
     assert "evil.example" in AllowedHosts.of("*", "127.0.0.1:1", "127.0.0.1")
 
 
+def test_an_address_has_many_spellings():
+    hosts = AllowedHosts.of("a.example., [2001:DB8:0::1],*.b.", "127.0.0.1:1", "127.0.0.1")
+    for host in ("a.example", "a.example.", "[2001:db8::1]:8", "[2001:db8:0:0::1]", "x.b"):
+        assert host in hosts, host
+    for host in ("[2001:db8::2]", "[::ffff:10.0.0.1]", "b"):
+        assert host not in hosts, host
+    assert "[::ffff:127.0.0.1]" in hosts and "[::ffff:7f00:1]:8000" in hosts
+    mapped = AllowedHosts.of("", "[::ffff:127.0.0.1]:1", "::ffff:127.0.0.1")
+    assert "localhost" in mapped and "evil.example" not in mapped
+
+
 def test_a_cluster_needs_no_configuration():
     everywhere = AllowedHosts.of("", "0.0.0.0:8000", "0.0.0.0")
     assert "diptych.default.svc.cluster.local:8000" in everywhere
