@@ -18,6 +18,8 @@ from engine.sampling.row import SampleRow
 from engine.types import SamplingParams
 
 _NEG_INF = float("-inf")
+# Above it a temperature is infinite in fp32, and -inf divided by it is no number.
+MAX_TEMPERATURE = float(torch.finfo(torch.float32).max)
 # Probabilities are summed as integers of this scale: exact below 2**23 tokens, finer than fp32.
 _FIXED_POINT = 2.0**40
 # How many of the largest logits are sorted: few, then more, then all. A nucleus is mostly small.
@@ -106,7 +108,7 @@ def _history(row: SampleRow, vocab_size: int) -> tuple[NDArray[np.bool_], NDArra
 def filter_logits(x: torch.Tensor, rows: Sequence[SampleRow]) -> None:
     """Divide float32 x [S, vocab] by T; what min-p, top-k, top-p remove is -inf. In place."""
     params = [row.params for row in rows]
-    x /= _column([p.temperature for p in params], x)
+    x /= _column([min(p.temperature, MAX_TEMPERATURE) for p in params], x)
     keep_min_p(x, [p.min_p for p in params])
     vocab_size = x.shape[1]
     cut = [i for i, p in enumerate(params) if p.top_p < 1 or 0 < p.top_k < vocab_size]

@@ -20,7 +20,7 @@ from typing import Generic, TypeVar
 import torch
 
 from engine.native import kernels
-from engine.sampling.filters import penalizes
+from engine.sampling.filters import MAX_TEMPERATURE, penalizes
 from engine.sampling.row import SampleRow, UnusableLogits
 from engine.types import SamplingParams
 
@@ -172,7 +172,7 @@ def _packed(p: SamplingParams) -> _Parameters:
     biases = dict(p.logit_bias)  # of a token named twice the last counts
     ids, values = array("i", biases.keys()), array("f", biases.values())
     record = _PARAMETERS.pack(
-        p.temperature,
+        min(p.temperature, MAX_TEMPERATURE),
         p.top_p,
         math.log(p.min_p) if p.min_p > 0 else -math.inf,
         p.repetition_penalty,

@@ -228,6 +228,22 @@ def test_huge_logits_are_no_infinities() -> None:
     assert Sampler(3000).sample(logits, rows) == [5, 5]
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 3.4e38, 1e39, 1e300])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_a_temperature_beyond_fp32_gives_a_token(
+    temperature: float, masked: bool, top_k: int
+) -> None:
+    """It is a number that requests may have: no error, and no token that the mask forbids."""
+    logits = torch.randn(1, 999, generator=torch.Generator().manual_seed(5)) * 20
+    mask = mask_of([3, 500, 990], 999) if masked else None
+    params = SamplingParams(temperature=temperature, top_k=top_k, min_p=0.5, seed=11)
+    row = SampleRow(params, 3, [1, 2, 3], 3, mask=mask)
+    tokens = [Sampler(999, native=native).sample(logits, [row]) for native in (True, False)]
+    assert tokens[0] == tokens[1]
+    assert not masked or tokens[0][0] in (3, 500, 990)
+
+
 @pytest.mark.parametrize("where", ["bias", "ban", "prompt", "answer", "draft"])
 @pytest.mark.parametrize("token", [100, 2**31 - 1, -1])
 def test_tokens_beyond_the_vocabulary_are_refused(where: str, token: int) -> None:
