@@ -12,7 +12,7 @@
 - A Stream ends with a FinishedEvent, once, also after abort(): whoever iterates sees every event
   that hands something over.
 - If the engine thread dies, every stream ends with `EngineDied` and `died` is set: the process
-  should exit. Where its self-test failed, `sick` is the reason. If it hangs in a step, `responsive`
+  should exit. Where its self-test failed, `sick` is the reason. If it hangs, `responsive`
   is False: then nothing reports for it any more.
 """
 
@@ -35,7 +35,7 @@ from engine.telemetry.log import get_logger
 _log = get_logger(__name__)
 _T = TypeVar("_T")
 CALL_TIMEOUT_S = 30.0
-STUCK_S = 30.0  # a step that takes longer is taken for one that will not end
+STUCK_S = 30.0  # messages and a step that take longer are taken for what will not end
 _POLL_S = 0.02  # while requests wait for something that no message announces (an owner's deadline)
 
 
@@ -110,7 +110,7 @@ class EngineThread:
         self._streams: dict[int, Stream] = {}
         self.streams: weakref.WeakSet[Stream] = weakref.WeakSet()  # also of requests that ended
         self._stopping = False
-        self._step_began_s: float | None = None  # None: between two steps
+        self._busy_since_s: float | None = None  # with messages and a step; None: it waits
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -125,9 +125,9 @@ class EngineThread:
 
     @property
     def responsive(self) -> bool:
-        """Whether the thread is not stuck in a step."""
-        began_s = self._step_began_s
-        return began_s is None or time.monotonic() - began_s < STUCK_S
+        """Whether the thread is not stuck in a message or a step."""
+        since_s = self._busy_since_s
+        return since_s is None or time.monotonic() - since_s < STUCK_S
 
     def post(self, call: Callable[[EngineCore], None]) -> None:
         """Run `call` on the engine thread between two steps; any thread may post."""
@@ -184,11 +184,11 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while not self._stopping:
+                self._busy_since_s = time.monotonic()
                 self._take_messages()
-                self._step_began_s = time.monotonic()
                 busy = self.core.step()
-                self._step_began_s = None
                 self._publish(self.core.take_events())
+                self._busy_since_s = None
                 if not busy:
                     self._wait()
         except SelfTestFailed as error:
@@ -197,7 +197,7 @@ class EngineThread:
         except BaseException:
             _log.exception("engine thread died")
         finally:
-            self._step_began_s = None
+            self._busy_since_s = None
             self._to_loop(self._bury)
 
     def _take_messages(self) -> None:
@@ -214,6 +214,7 @@ class EngineThread:
             call = self._inbox.get(timeout=None if self.core.idle else _POLL_S)
         except queue.Empty:
             return
+        self._busy_since_s = time.monotonic()
         call(self.core)
 
     def _publish(self, events: list[Event]) -> None:

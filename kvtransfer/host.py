@@ -61,6 +61,8 @@ _log = get_logger(__name__)
 _T = TypeVar("_T")
 _STOP_GRACE_S = 5.0
 _CLEAN_UP_S = 2.0  # for what the last calls left behind: leases at peers, mostly
+_VOUCH_S = 1.0
+ENGINE = "engine"  # the name under which grpc.health.v1 tells whether the engine hangs
 EXIT_REFUSED = 2
 EXIT_ENGINE_DIED = 70
 EXIT_DATA_PLANE_DIED = 71
@@ -260,6 +262,7 @@ async def run_worker(
         refused=refusals_counter(registry),
     )
     reaper = asyncio.create_task(host.kv.reap())
+    vouching = asyncio.create_task(_vouch(server, host.engine))
     host.engine.start()
     try:
         await server.start()
@@ -298,10 +301,20 @@ async def run_worker(
         await server.stop(_STOP_GRACE_S)
         await host.finish_background(_CLEAN_UP_S)
         reaper.cancel()
+        vouching.cancel()
         await host.engine.stop()
         await asyncio.to_thread(host.plane.stop)
         await host.channels.close()
         await http.stop()
+
+
+async def _vouch(server: RpcServer, engine: EngineThread) -> None:
+    """Have the health service tell whether the engine hangs, for what restarts this process. A
+    drain does not change it, other than what it tells of the server.
+    """
+    while True:
+        await server.set_serving(engine.responsive, ENGINE)
+        await asyncio.sleep(_VOUCH_S)
 
 
 async def _until_the_end(host: WorkerHost, registration: Registration, stop: asyncio.Event) -> int:

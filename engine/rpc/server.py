@@ -156,14 +156,14 @@ class RpcServer:
         await self._listener.start()
         self._started = True
 
-    async def set_serving(self, serving: bool) -> None:
-        """What grpc.health.v1 answers, for the server and for each of its services."""
+    async def set_serving(self, serving: bool, *names: str) -> None:
+        """What grpc.health.v1 answers for `names`; without any: for the server and its services."""
         status = (
             health_pb2.HealthCheckResponse.SERVING
             if serving
             else health_pb2.HealthCheckResponse.NOT_SERVING
         )
-        for name in ("", *self._names):
+        for name in names or ("", *self._names):
             await self._health.set(name, status)
 
     async def stop(self, grace_s: float = 0.0) -> None:

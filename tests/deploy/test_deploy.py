@@ -23,6 +23,7 @@ from engine.config import DraftOptions, add_flags, parser, resolve
 from engine.rpc.trust import ClusterToken, stays_on_this_machine
 from engine.telemetry.metrics import CoordinatorMetrics, RpcMetrics, WorkerMetrics
 from kvtransfer.command import _GROUPS as WORKER_GROUPS
+from kvtransfer.host import ENGINE
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -307,7 +308,9 @@ def test_kubernetes_pods(command):
     ports = {p["name"]: p["containerPort"] for p in container["ports"]}
     assert ports == {"grpc": port(options["listen"]), "http": port(options["http"])}
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert container[probe]["grpc"] == {"port": ports["grpc"]}
+        hangs = probe == "livenessProbe" and command != "coordinator"
+        service = {"service": ENGINE} if hangs else {}
+        assert container[probe]["grpc"] == {"port": ports["grpc"], **service}
     wanted, labels = workload["spec"]["selector"], workload["spec"]["template"]["metadata"]
     assert wanted["matchLabels"] == labels["labels"] == workload["metadata"]["labels"]
     image = COORDINATOR if command == "coordinator" else WORKER

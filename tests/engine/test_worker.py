@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 
@@ -49,6 +50,27 @@ async def test_concurrent_streams_give_their_own_tokens(engine: EngineThread) ->
     for w, (tokens, end) in zip(works, answers, strict=True):
         assert (tokens, end.reason) == oracle(w)
     assert await engine.call(lambda core: core.pool.num_held) == 0
+
+
+@pytest.mark.parametrize("idle", [True, False])
+async def test_a_message_that_does_not_end_is_a_hang(
+    engine: EngineThread, monkeypatch: pytest.MonkeyPatch, idle: bool
+) -> None:
+    """Not only a step: for an engine that hangs no heartbeat is sent."""
+    monkeypatch.setattr("engine.worker.STUCK_S", 0.1)
+    if not idle:
+        engine.submit(work("waits", tuple(range(20)), 5))
+    gate = threading.Event()
+    engine.post(lambda core: gate.wait(20) and None)
+    try:
+        async with asyncio.timeout(10):
+            while engine.responsive:
+                await asyncio.sleep(0.02)
+    finally:
+        gate.set()
+    async with asyncio.timeout(10):
+        while not engine.responsive:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
 
 
 async def test_abort_frees_without_new_work(engine: EngineThread) -> None:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine.config import WorkerOptions
 from engine.errors import ConfigError
+from engine.rpc.server import RpcServer
 from engine.types import Role
-from kvtransfer.host import EXIT_DATA_PLANE_DIED, EXIT_ENGINE_DIED, _until_the_end, advertised
+from kvtransfer.host import (
+    ENGINE,
+    EXIT_DATA_PLANE_DIED,
+    EXIT_ENGINE_DIED,
+    _until_the_end,
+    _vouch,
+    advertised,
+)
 from tests.support.panels import start
 
 
@@ -49,6 +60,44 @@ async def test_a_worker_does_not_outlive_its_threads(thread: str) -> None:
     else:
         panel.host.plane._submit(lambda: _die(None))
         assert await asyncio.wait_for(ending, 5) == EXIT_DATA_PLANE_DIED
+    await panel.stop()
+
+
+async def test_what_restarts_workers_hears_of_an_engine_that_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not of a drain: that is no reason to kill the process."""
+    monkeypatch.setattr("engine.worker.STUCK_S", 0.1)
+    monkeypatch.setattr("kvtransfer.host._VOUCH_S", 0.02)
+    panel = await start(Role.DECODE)
+    server = RpcServer()
+    port = server.listen("127.0.0.1:0")
+    await server.start()
+    gate = threading.Event()
+    vouching = asyncio.create_task(_vouch(server, panel.host.engine))
+    serving, hanging = (
+        health_pb2.HealthCheckResponse.SERVING,
+        health_pb2.HealthCheckResponse.NOT_SERVING,
+    )
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+
+        async def until(status: int) -> None:
+            async with asyncio.timeout(10):
+                while (await check(health_pb2.HealthCheckRequest(service=ENGINE))).status != status:
+                    await asyncio.sleep(0.02)
+
+        await asyncio.sleep(0.1)
+        await until(serving)
+        await server.set_serving(False)
+        await asyncio.sleep(0.1)
+        await until(serving)
+        panel.host.engine.post(lambda core: gate.wait(20) and None)
+        await until(hanging)
+        gate.set()
+        await until(serving)
+    vouching.cancel()
+    await server.stop()
     await panel.stop()
 
 
