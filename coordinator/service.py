@@ -35,7 +35,7 @@ from engine.rpc.status import to_status
 from engine.telemetry.log import bind_request, get_logger
 from engine.telemetry.metrics import CoordinatorMetrics
 from engine.telemetry.timeline import Event, Timeline
-from engine.types import KVLink, Role
+from engine.types import Health, KVLink, Role
 
 _log = get_logger(__name__)
 
@@ -302,6 +302,7 @@ def _row(worker: Worker, now: float) -> admin_pb2.Worker:
         max_model_len=worker.model.max_model_len,
         kv_pool_bytes=worker.kv_pool.num_bytes,
         kv_pool_limit=worker.kv_pool.limit,
+        health=(Health.SICK if worker.is_sick else load.health).value,
         **asdict(totals),
     )
 

@@ -84,6 +84,7 @@ class LocalWorker:
     started_s: float = 0.0  # of the process, monotonic
     num_restarts: int = 0
     has_lived: bool = False  # for as long as a worker does whose options can be used
+    last_end: str = ""  # exit status and last line of the process before; "": it is the first
 
 
 class Supervisor:
@@ -160,12 +161,14 @@ class Supervisor:
                 worker.has_lived = True
                 backoff_s = _FIRST_BACKOFF_S
             if status is not None:
+                said = _last_line(worker)
+                worker.last_end = f"status {status}: {said}" if said else f"status {status}"
                 _log.warning(
                     "local worker ended",
                     worker=worker.worker_id,
                     status=status,
                     restart_in_s=backoff_s,
-                    said=_last_line(worker),
+                    said=said,
                     log=str(worker.log_path),
                 )
             try:
@@ -235,7 +238,15 @@ async def _ended(process: subprocess.Popen[bytes]) -> None:
 
 
 def doing(worker: LocalWorker) -> str:
-    """What a worker logged last, such as "warm-up begins: decode"; "" where it logs no JSON."""
+    """How a worker ended, where it has, or else what it logged last, such as "warm-up begins:
+    decode"; "" where it logs no JSON.
+    """
+    if worker.last_end:
+        return f"restart {worker.num_restarts} after {worker.last_end}"
+    return _last_event(worker)
+
+
+def _last_event(worker: LocalWorker) -> str:
     try:
         with worker.log_path.open("rb") as log:
             log.seek(max(0, worker.log_path.stat().st_size - _LAST_BYTES))

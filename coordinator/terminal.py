@@ -221,10 +221,9 @@ def _pool(
     for w in workers:
         if w.role != role:
             continue
-        colour = {"ready": "green", "draining": "yellow"}.get(w.state, "red")
         table.add_row(
             escape(w.worker_id),
-            f"[{colour}]{w.state}[/{colour}]",
+            _state(w),
             escape(w.address),
             _duration(w.uptime_s),
             f"{w.num_running}/{w.num_waiting}",
@@ -232,6 +231,14 @@ def _pool(
             *cells(w),
         )
     return table
+
+
+def _state(w: admin_pb2.Worker) -> str:
+    """A worker's state, and its health where that is not good; an older coordinator sends none."""
+    colour = {"ready": "green", "draining": "yellow"}.get(w.state, "red")
+    if w.health in ("", "ok"):
+        return f"[{colour}]{w.state}[/{colour}]"
+    return f"[{'red' if w.health == 'sick' else 'yellow'}]{w.state}, {escape(w.health)}[/]"
 
 
 def _read(w: admin_pb2.Worker) -> list[str]:

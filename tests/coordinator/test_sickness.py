@@ -13,6 +13,8 @@ from prometheus_client import CollectorRegistry
 from coordinator.dispatch import Dispatch
 from coordinator.membership import DOUBT_S, STRIKES, STRIKES_S, Hello, Load, Membership, Worker
 from coordinator.registry import RegistryServicer
+from coordinator.service import _row
+from coordinator.terminal import _state
 from engine.errors import Unavailable
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.rpc.status import from_rpc_error, to_status
@@ -66,6 +68,22 @@ def test_a_degraded_worker_is_the_last_choice_and_no_more() -> None:
     assert not table.sick
     table.beat()
     assert not table.worker("decode-0").doubtful
+
+
+def test_operators_see_health() -> None:
+    table = Table()
+
+    def shown() -> tuple[str, str]:
+        row = _row(table.worker("decode-0"), table.now)
+        return row.health, _state(row)
+
+    assert shown() == ("ok", "[green]ready[/green]")
+    table.beat(Health.DEGRADED, "decode-0")
+    assert shown() == ("degraded", "[yellow]ready, degraded[/]")
+    for _ in range(STRIKES):
+        table.pass_time(DOUBT_S + 1)
+        table.members.accuse(table.worker("decode-0"))
+    assert shown() == ("sick", "[red]ready, sick[/]")
 
 
 def test_a_failed_self_test_is_enough_and_counts_once() -> None:

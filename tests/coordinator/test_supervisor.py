@@ -215,6 +215,8 @@ def test_what_a_worker_does_is_what_it_logged_last(tmp_path):
     with worker.log_path.open("a") as log:
         log.write('{"event": "engine built"}\nnvcc: a line of a compiler\n[1, 2]\n{"no": 1}')
     assert doing(worker) == "engine built"
+    worker.num_restarts, worker.last_end = 4, "status 72: decode: the self-test failed"
+    assert doing(worker) == "restart 4 after status 72: decode: the self-test failed"
 
 
 async def test_a_folder_that_cannot_be_made(tmp_path):

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x64iptych/v1/admin.proto\x12\ndiptych.v1\"\x14\n\x12ListWorkersRequest\":\n\x13ListWorkersResponse\x12#\n\x07workers\x18\x01 \x03(\x0b\x32\x12.diptych.v1.Worker\"\xdf\x04\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x14\n\x0chttp_address\x18\x06 \x01(\t\x12\r\n\x05model\x18\x07 \x01(\t\x12\x10\n\x08uptime_s\x18\x08 \x01(\x01\x12\x13\n\x0bnum_running\x18\t \x01(\r\x12\x13\n\x0bnum_waiting\x18\n \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x0b \x01(\x04\x12\x15\n\rcached_blocks\x18\x0c \x01(\x04\x12\x13\n\x0bheld_blocks\x18\r \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x0e \x01(\x04\x12\x1e\n\x16prompt_tokens_computed\x18\x0f \x01(\x04\x12\x1c\n\x14prompt_tokens_cached\x18\x10 \x01(\x04\x12\x15\n\rblocks_pulled\x18\x11 \x01(\x04\x12\x14\n\x0c\x62ytes_pulled\x18\x12 \x01(\x04\x12\x14\n\x0cpull_seconds\x18\x13 \x01(\x01\x12\x13\n\x0bstale_reads\x18\x14 \x01(\x04\x12\x14\n\x0c\x64raft_tokens\x18\x15 \x01(\x04\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x16 \x01(\x04\x12\x1a\n\x12quarantined_blocks\x18\x17 \x01(\x04\x12!\n\x05links\x18\x18 \x03(\x0b\x32\x12.diptych.v1.KVLink\x12\x15\n\rmax_model_len\x18\x19 \x01(\r\x12\x15\n\rkv_pool_bytes\x18\x1a \x01(\x04\x12\x15\n\rkv_pool_limit\x18\x1b \x01(\t\"a\n\x06KVLink\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04lane\x18\x02 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x03 \x01(\x01\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06memory\x18\x05 \x01(\t\"b\n\x12\x44rainWorkerRequest\x12\x16\n\tworker_id\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x17\n\ndeadline_s\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x0c\n\n_worker_idB\r\n\x0b_deadline_s\"\x15\n\x13\x44rainWorkerResponse2\xae\x01\n\x0c\x41\x64minService\x12N\n\x0bListWorkers\x12\x1e.diptych.v1.ListWorkersRequest\x1a\x1f.diptych.v1.ListWorkersResponse\x12N\n\x0b\x44rainWorker\x12\x1e.diptych.v1.DrainWorkerRequest\x1a\x1f.diptych.v1.DrainWorkerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x64iptych/v1/admin.proto\x12\ndiptych.v1\"\x14\n\x12ListWorkersRequest\":\n\x13ListWorkersResponse\x12#\n\x07workers\x18\x01 \x03(\x0b\x32\x12.diptych.v1.Worker\"\xef\x04\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x14\n\x0chttp_address\x18\x06 \x01(\t\x12\r\n\x05model\x18\x07 \x01(\t\x12\x10\n\x08uptime_s\x18\x08 \x01(\x01\x12\x13\n\x0bnum_running\x18\t \x01(\r\x12\x13\n\x0bnum_waiting\x18\n \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x0b \x01(\x04\x12\x15\n\rcached_blocks\x18\x0c \x01(\x04\x12\x13\n\x0bheld_blocks\x18\r \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x0e \x01(\x04\x12\x1e\n\x16prompt_tokens_computed\x18\x0f \x01(\x04\x12\x1c\n\x14prompt_tokens_cached\x18\x10 \x01(\x04\x12\x15\n\rblocks_pulled\x18\x11 \x01(\x04\x12\x14\n\x0c\x62ytes_pulled\x18\x12 \x01(\x04\x12\x14\n\x0cpull_seconds\x18\x13 \x01(\x01\x12\x13\n\x0bstale_reads\x18\x14 \x01(\x04\x12\x14\n\x0c\x64raft_tokens\x18\x15 \x01(\x04\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x16 \x01(\x04\x12\x1a\n\x12quarantined_blocks\x18\x17 \x01(\x04\x12!\n\x05links\x18\x18 \x03(\x0b\x32\x12.diptych.v1.KVLink\x12\x15\n\rmax_model_len\x18\x19 \x01(\r\x12\x15\n\rkv_pool_bytes\x18\x1a \x01(\x04\x12\x0e\n\x06health\x18\x1c \x01(\t\x12\x15\n\rkv_pool_limit\x18\x1b \x01(\t\"a\n\x06KVLink\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04lane\x18\x02 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x03 \x01(\x01\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06memory\x18\x05 \x01(\t\"b\n\x12\x44rainWorkerRequest\x12\x16\n\tworker_id\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x17\n\ndeadline_s\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x0c\n\n_worker_idB\r\n\x0b_deadline_s\"\x15\n\x13\x44rainWorkerResponse2\xae\x01\n\x0c\x41\x64minService\x12N\n\x0bListWorkers\x12\x1e.diptych.v1.ListWorkersRequest\x1a\x1f.diptych.v1.ListWorkersResponse\x12N\n\x0b\x44rainWorker\x12\x1e.diptych.v1.DrainWorkerRequest\x1a\x1f.diptych.v1.DrainWorkerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,13 +36,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTWORKERSRESPONSE']._serialized_start=60
   _globals['_LISTWORKERSRESPONSE']._serialized_end=118
   _globals['_WORKER']._serialized_start=121
-  _globals['_WORKER']._serialized_end=728
-  _globals['_KVLINK']._serialized_start=730
-  _globals['_KVLINK']._serialized_end=827
-  _globals['_DRAINWORKERREQUEST']._serialized_start=829
-  _globals['_DRAINWORKERREQUEST']._serialized_end=927
-  _globals['_DRAINWORKERRESPONSE']._serialized_start=929
-  _globals['_DRAINWORKERRESPONSE']._serialized_end=950
-  _globals['_ADMINSERVICE']._serialized_start=953
-  _globals['_ADMINSERVICE']._serialized_end=1127
+  _globals['_WORKER']._serialized_end=744
+  _globals['_KVLINK']._serialized_start=746
+  _globals['_KVLINK']._serialized_end=843
+  _globals['_DRAINWORKERREQUEST']._serialized_start=845
+  _globals['_DRAINWORKERREQUEST']._serialized_end=943
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=945
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=966
+  _globals['_ADMINSERVICE']._serialized_start=969
+  _globals['_ADMINSERVICE']._serialized_end=1143
 # @@protoc_insertion_point(module_scope)
