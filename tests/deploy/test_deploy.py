@@ -21,6 +21,7 @@ from coordinator.serve import _STOP_S
 from engine.checkpoint.source import _DEFAULT_INSTALL
 from engine.config import DraftOptions, add_flags, parser, resolve
 from engine.rpc.trust import ClusterToken, stays_on_this_machine
+from engine.telemetry.http_guard import refusals_counter
 from engine.telemetry.metrics import CoordinatorMetrics, RpcMetrics, WorkerMetrics
 from kvtransfer.command import _GROUPS as WORKER_GROUPS
 from kvtransfer.host import ENGINE
@@ -442,6 +443,7 @@ def families():
     WorkerMetrics(worker, "m")
     CoordinatorMetrics(front, "m")
     RpcMetrics(front)
+    refusals_counter(front)
     return [family for registry in (worker, front) for family in registry.collect()]
 
 

@@ -64,7 +64,7 @@ async def test_a_message_that_does_not_end_is_a_hang(
     engine.post(lambda core: gate.wait(20) and None)
     try:
         async with asyncio.timeout(10):
-            while engine.responsive:
+            while engine.responsive:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
     finally:
         gate.set()

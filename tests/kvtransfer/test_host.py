@@ -84,7 +84,8 @@ async def test_what_restarts_workers_hears_of_an_engine_that_hangs(
 
         async def until(status: int) -> None:
             async with asyncio.timeout(10):
-                while (await check(health_pb2.HealthCheckRequest(service=ENGINE))).status != status:
+                ask = health_pb2.HealthCheckRequest(service=ENGINE)
+                while (await check(ask)).status != status:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
 
         await asyncio.sleep(0.1)
