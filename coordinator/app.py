@@ -128,7 +128,8 @@ class Coordinator:
         if self._internal is not self._public:
             port = self._internal.listen(self._front.internal_listen)
             self.internal_address = _with_port(self._front.internal_listen, port)
-        routes: list[BaseRoute] = [holds_route(self._holds, self.trust.operator)]
+        refused = refusals_counter(self.registry)
+        routes: list[BaseRoute] = [holds_route(self._holds, self.trust.operator, refused)]
         if self._switches.serves("openai"):
             self._openai = OpenAiApi(
                 dialable(self.address),
@@ -146,7 +147,7 @@ class Coordinator:
             grpc_port=int(self.address.rpartition(":")[2]),
             allowed_hosts=self._front.allowed_hosts,
             origins=self._front.cors_origins,
-            refused=refusals_counter(self.registry),
+            refused=refused,
         )
         self.http_address = self._http.address
         await self._public.start()

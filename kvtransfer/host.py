@@ -249,17 +249,18 @@ async def run_worker(
     port = server.listen(settings.worker.listen)
     address = advertised(settings.worker, settings.worker.listen, port)
     registration: Registration | None = None
+    refused = refusals_counter(registry)
     http = await serve_http(
         make_app(
             registry,
             lambda: bool(registration and registration.registered) and not host.calls.draining,
-            [holds_route(host.holds.report, settings.token)],
+            [holds_route(host.holds.report, settings.token, refused)],
             alive=lambda: host.engine.responsive,
         ),
         settings.worker.http,
         grpc_port=port,
         allowed_hosts=settings.worker.allowed_hosts,
-        refused=refusals_counter(registry),
+        refused=refused,
     )
     reaper = asyncio.create_task(host.kv.reap())
     vouching = asyncio.create_task(_vouch(server, host.engine))

@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from engine.errors import PermissionDenied
 from engine.rpc.trust import ClusterToken
+from engine.telemetry.http_guard import Refused
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
@@ -62,7 +63,9 @@ def shown(holds: Iterable[Hold]) -> list[dict[str, Any]]:
 
 
 def holds_route(
-    report: Callable[[], Awaitable[dict[str, Any]]], token: ClusterToken | None = None
+    report: Callable[[], Awaitable[dict[str, Any]]],
+    token: ClusterToken | None = None,
+    refused: Refused = lambda reason: None,
 ) -> Route:
     """GET /debug/holds of a process's own report. Without a `token` nothing shows request ids."""
     secret = token or ClusterToken.random()
@@ -73,6 +76,7 @@ def holds_route(
             if given:
                 secret.check_values(given)
         except PermissionDenied as error:
+            refused("token")
             _log.warning("caller refused", path=HOLDS_PATH, peer=request.client, reason=str(error))
             body = {"error": {"message": error.message}}
             return Response(json.dumps(body), 403, media_type=_JSON)

@@ -39,7 +39,7 @@ def refusals_counter(registry: CollectorRegistry) -> Refused:
     """Counts refused requests in `registry`."""
     counter = Counter(
         PREFIX + "http_refusals",
-        "HTTP requests refused before their path was looked at: framing, host, origin.",
+        "HTTP requests refused for their framing, host, origin or token.",
         ("reason",),
         registry=registry,
     )

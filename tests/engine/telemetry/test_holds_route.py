@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry
 from engine.rpc.trust import ClusterToken
 from engine.telemetry.holds import Hold, holds_route, shown
 from engine.telemetry.http import make_app
+from engine.telemetry.http_guard import refusals_counter
 
 HOLDS = (
     Hold("request", "secret-id", "is being answered", 1.0, 2.0),
@@ -18,10 +19,15 @@ async def ask(token, *headers):
     async def report():
         return {"holds": shown(HOLDS)}
 
-    app = make_app(CollectorRegistry(), lambda: True, [holds_route(report, token)])
+    registry = CollectorRegistry()
+    route = holds_route(report, token, refusals_counter(registry))
+    app = make_app(registry, lambda: True, [route])
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-        return [await client.get("/debug/holds", headers=dict(some)) for some in headers]
+        answers = [await client.get("/debug/holds", headers=dict(some)) for some in headers]
+    refused = registry.get_sample_value("diptych_http_refusals_total", {"reason": "token"})
+    assert (refused or 0) == [answer.status_code for answer in answers].count(403)
+    return answers
 
 
 async def test_ids_are_shown_to_those_with_the_token():
