@@ -108,7 +108,8 @@ class Coordinator:
         operator = AdminServicer(self.membership, workers)
         self._public.add_service(admin, operator, token=trust.operator, guarded={"DrainWorker"})
         registry = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"]
-        self._internal.add_service(registry, workers, token=trust.cluster)
+        # Streams of its workers are open for ever, and must not end for want of room.
+        self._internal.add_service(registry, workers, token=trust.cluster, is_counted=False)
         self._speak_other_protocols(inference, metrics)
         self._http: HttpServer | None = None
         self._openai: OpenAiApi | None = None

@@ -128,6 +128,7 @@ class RpcServer:
         token: ClusterToken | None = None,
         guarded: Collection[str] | None = None,
         alive: Callable[[Any], Message | None] = lambda request: None,
+        is_counted: bool = True,
     ) -> None:
         """Serve every method of `descriptor` by the method of the same name of `servicer`.
 
@@ -136,10 +137,11 @@ class RpcServer:
         after `limit_s`; where its caller does not read, what it holds is released then, and he is
         told when he reads again. With a `token` callers have to bring it, to the methods `guarded`
         or to all. Where `alive` has a message for a request, a server stream sends it each second
-        in which it sends nothing else.
+        in which it sends nothing else. `is_counted`: what is received takes of the budget.
         """
         self._names.append(descriptor.full_name)
-        self._add(descriptor.full_name, descriptor, servicer, limit_s, token, guarded, alive)
+        name, budget = descriptor.full_name, self._budget if is_counted else ReceiveBudget()
+        self._add(name, descriptor, servicer, limit_s, token, guarded, alive, budget)
 
     def listen(self, address: str) -> int:
         """Bind HOST:PORT and return the port; raises ConfigError where that fails."""
@@ -190,6 +192,7 @@ class RpcServer:
         token: ClusterToken | None = None,
         guarded: Collection[str] | None = None,
         alive: Callable[[Any], Message | None] = lambda request: None,
+        budget: ReceiveBudget | None = None,
     ) -> None:
         handlers = {
             method.name: self._handler(
@@ -198,6 +201,7 @@ class RpcServer:
                 limit_s,
                 token if guarded is None or method.name in guarded else None,
                 alive,
+                budget or self._budget,
             )
             for method in descriptor.methods
         }
@@ -210,12 +214,13 @@ class RpcServer:
         limit_s: float | None,
         token: ClusterToken | None,
         alive: Callable[[Any], Message | None],
+        budget: ReceiveBudget,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The grpc handler of one method: bytes in, messages out."""
         requests = _Requests(
             method, token, self._client_timeout_s, self._unpacker, self._max_request_bytes
         )
-        new_lease = self._budget.lease
+        new_lease = budget.lease
         full_name = f"{method.containing_service.name}/{method.name}"
         writes = inspect.iscoroutinefunction(behaviour)  # as the library's Watch, which never ends
         is_kept = method.server_streaming and (writes or method.client_streaming)
@@ -373,10 +378,10 @@ class _Requests:
         return request
 
     async def _next(self, messages: AsyncIterator[bytes], lease: Lease) -> Message | None:
-        """Another message, None at the end; while others need the room it may rest for a time."""
+        """Another message, None at the end; a stream that rests gives way to others."""
         try:
             async with asyncio.timeout(None) as limit:
-                await lease.take(self._max_bytes, limit, self._timeout_s)
+                await lease.take(self._max_bytes, limit)
                 item = await anext(messages)
         except StopAsyncIteration:
             return None

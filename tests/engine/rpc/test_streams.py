@@ -15,6 +15,7 @@ from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.pb.diptych.v1 import inference_pb2, inference_pb2_grpc
 from engine.rpc import streams
 from engine.rpc.channel import open_channel
+from engine.rpc.receive_budget import ReceiveBudget
 from engine.rpc.server import RpcServer
 from engine.rpc.status import from_rpc_error
 from engine.rpc.streams import KeptStreams
@@ -119,11 +120,11 @@ class Chatty:
 
 
 @asynccontextmanager
-async def registry(*, token=None, **options):
+async def registry(*, token=None, is_counted=True, **options):
     counts = CollectorRegistry()
     server = RpcServer(RpcMetrics(counts), **options)
     service = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"]
-    server.add_service(service, Chatty(), token=token)
+    server.add_service(service, Chatty(), token=token, is_counted=is_counted)
     address = f"127.0.0.1:{server.listen('127.0.0.1:0')}"
     await server.start()
     try:
@@ -233,6 +234,28 @@ async def test_a_stranger_takes_no_place_among_streams_that_need_a_token(monkeyp
         assert await asyncio.wait_for(worker.read(), 5) is not grpc.aio.EOF
         for stranger in strangers:
             stranger.cancel()
+
+
+async def test_silent_streams_give_way_to_requests_and_those_of_workers_take_no_room():
+    """Each waits for a message, which may be as large as any."""
+    budget = ReceiveBudget(32 << 20)
+    options = {"budget": budget, "max_request_bytes": 16 << 20, "is_counted": False}
+    async with registry(**options) as (address, _), open_channel(address) as channel:
+        workers = [channel.stream_stream(REGISTER)() for _ in range(4)]
+        for worker in workers:
+            await worker.write(b"")
+            assert await worker.read() is not grpc.aio.EOF
+        assert budget.in_flight == 0
+        silent = [channel.stream_stream(REFLECT)() for _ in range(8)]
+        await asyncio.sleep(0.3)
+        assert budget.in_flight == 32 << 20
+        stub = health_pb2_grpc.HealthStub(channel)
+        assert (await stub.Check(health_pb2.HealthCheckRequest(), timeout=20)).status == 1
+        for worker in workers:
+            await worker.write(b"")
+            assert await worker.read() is not grpc.aio.EOF
+        for call in (*workers, *silent):
+            call.cancel()
 
 
 def test_counts_of_streams_return_to_nothing():
