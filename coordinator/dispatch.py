@@ -11,12 +11,14 @@ that failed is done with: the decode worker can do without. One that did not is 
 likely to have the prompt's blocks. Whoever fails one request is doubted for a while by all
 (`Membership.doubt`). A worker that found its own numbers not finite is accused only when another
 one has computed what it could not (`Membership.accuse`): a request may be the reason, too.
-A request under which one worker after the other is lost is ended (harm.py).
+A request under which one worker after the other is lost is ended (harm.py). An answer that one
+model began is not continued by another one, whose workers came when the former's had all gone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -45,6 +47,7 @@ from engine.types import Role
 MAX_ATTEMPTS = 8  # in a row without a new token
 _FIRST_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 1.0
+_HOME = re.compile(r"[0-9a-f]{16}\.([0-9a-f]{16})")
 # What gRPC itself says when a connection or a process goes away in the middle of a call.
 _LOST_CODES = (
     grpc.StatusCode.CANCELLED,
@@ -76,20 +79,31 @@ class Home:
 
     decode: str = ""
     prefill: str = ""
+    model: str = ""  # `_model_tag` of what has written a part of the answer
 
 
 def home_name(worker: Worker) -> str:
-    """What clients know a worker's process by; it tells nothing else of it."""
-    return blake2b(worker.peer.incarnation.encode(), digest_size=8).hexdigest()
+    """What clients know a worker's process and its model by; it tells nothing else of it."""
+    return f"{_tag(worker.peer.incarnation)}.{_model_tag(worker)}"
+
+
+def _model_tag(worker: Worker) -> str:
+    return _tag(worker.model.digest)
+
+
+def _tag(text: str) -> str:
+    return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def home_of(membership: Membership, name: str) -> Home:
     """The home that a client names, if it may be one; none without a name."""
-    workers = membership.snapshot() if name else ()
+    found = _HOME.fullmatch(name)
+    home = Home(model=found[1] if found else "")
+    workers = membership.snapshot() if found else ()
     for worker in workers:
         if home_name(worker) == name and keep(workers, Role.DECODE, worker.peer.incarnation):
-            return Home(worker.peer.incarnation)
-    return Home()
+            home.decode = worker.peer.incarnation
+    return home
 
 
 class Dispatch:
@@ -135,7 +149,7 @@ class Dispatch:
         """The route of the next attempt for `num_tokens` of prompt and answer so far.
 
         `alone`: the decode worker computes all of it. Waits up to `worker_wait_s` for one. Raises
-        Unavailable, DeadlineExceeded.
+        Unavailable, DeadlineExceeded; Mismatch where only another model's workers are there.
         """
         decode = await self._decode_worker()
         self._home.decode = decode.peer.incarnation
@@ -156,6 +170,8 @@ class Dispatch:
     def progressed(self) -> None:
         """New tokens came: earlier failures no longer count."""
         self._num_failed = 0
+        if self._route is not None and not self._home.model:
+            self._home.model = _model_tag(self._route.decode)
         if self._suspects and self._route is not None:
             used = {w.peer.incarnation for w in (self._route.decode, self._route.prefill) if w}
             for suspect in self._suspects:
@@ -227,7 +243,7 @@ class Dispatch:
         waited_until = self._clock() + self._worker_wait_s
         while True:
             self._check_open()
-            workers = self._membership.snapshot()
+            workers = self._of_our_model(self._membership.snapshot())
             kept = [w for w in workers if w.peer.incarnation == self._home.decode]
             size = self._num_tokens
             found = pick(kept, Role.DECODE, num_tokens=size) or pick(
@@ -247,6 +263,18 @@ class Dispatch:
                     retry_after_s=min(max(self._worker_wait_s, 1.0), 5.0),
                 )
             await self._membership.wait_for_change(min(left, self.remaining_s(), 1.0))
+
+    def _of_our_model(self, workers: tuple[Worker, ...]) -> tuple[Worker, ...]:
+        """All, unless the answer has begun. Raises Mismatch where the ready ones have another."""
+        if not self._home.model:
+            return workers
+        ours = tuple(w for w in workers if _model_tag(w) == self._home.model)
+        if pick(workers, Role.DECODE) and not pick(ours, Role.DECODE):
+            raise Mismatch(
+                "the workers' model was replaced after this answer had begun; ask for it anew,"
+                " without `resume`"
+            )
+        return ours
 
 
 def meaning_of(error: grpc.aio.AioRpcError, *, num_emitted: int) -> DiptychError | None:

@@ -41,7 +41,7 @@ from coordinator.request import (
 )
 from coordinator.shared_parts import SharedParts
 from coordinator.stops import StopSet
-from engine.errors import DeadlineExceeded, InvalidRequest, Unavailable, WorkersLost
+from engine.errors import DeadlineExceeded, InvalidRequest, Mismatch, Unavailable, WorkersLost
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.rpc.trust import ClusterToken
 from engine.telemetry.log import get_logger
@@ -258,6 +258,9 @@ class Pipeline:
                         yield chunk
             except Unavailable as error:
                 await self._next_attempt(dispatch, route, error, answer)
+            except Mismatch:
+                self._metrics.migrated("other_model")
+                raise
             finally:
                 progress.spent.end_attempt()
                 dispatch.close()

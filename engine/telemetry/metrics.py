@@ -318,7 +318,8 @@ class CoordinatorMetrics:
     def migrated(self, outcome: str) -> None:
         """Count one attempt to carry a request on.
 
-        resumed, retried (no token yet), exhausted, or given_up (it may harm workers).
+        resumed, retried (no token yet), exhausted, given_up (it may harm workers), or other_model
+        (that of the workers was replaced).
         """
         self._migrations.labels(self._model_name, outcome).inc()
 

@@ -1,0 +1,83 @@
+"""An answer that one model began is not continued by another one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from coordinator.dispatch import Dispatch, Home, home_name, home_of
+from coordinator.membership import FORGET_S, SILENCE_S, Hello, Membership
+from engine.errors import Mismatch, Unavailable
+from engine.telemetry.metrics import CoordinatorMetrics
+from engine.types import PROTOCOL_VERSION, ModelIdentity, Peer, Role
+
+MODEL = ModelIdentity("m", "00ff", "profile", 128, 16, 320)
+OTHER = replace(MODEL, digest="11ee")
+
+
+class Table:
+    """A table of one decode worker after the other, in a time of its own."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        metrics = CoordinatorMetrics(CollectorRegistry(), "m")
+        self.members = Membership("m", 320, metrics, lambda: self.now)
+
+    def come(self, name: str, model: ModelIdentity = MODEL) -> None:
+        peer = Peer(name, f"{name}-{self.now}", "127.0.0.1:1")
+        self.members.register(Hello(peer, Role.DECODE, "", model, PROTOCOL_VERSION))
+
+    def dispatch(self, home: Home | None = None) -> Dispatch:
+        deadline_s = self.now + 1000
+        return Dispatch(
+            self.members,
+            worker_wait_s=0.0,
+            deadline_s=deadline_s,
+            clock=lambda: self.now,
+            home=home,
+        )
+
+
+@pytest.mark.parametrize("name", ["decode-0", "decode-1"])
+async def test_the_only_worker_comes_back_with_another_model(name: str) -> None:
+    for model in (MODEL, OTHER):
+        table = Table()
+        table.come("decode-0")
+        begun, fresh = table.dispatch(), table.dispatch()
+        route = await begun.next(40)
+        begun.progressed()
+        await fresh.next(40)
+        for worker in table.members.snapshot():
+            table.members.lost(worker, "killed")
+        await begun.failed(route, Unavailable("lost"))
+        with pytest.raises(Unavailable):  # nothing is known of what will come
+            await begun.next(41)
+        table.now += FORGET_S + SILENCE_S
+        table.come(name, model)
+        assert (await fresh.next(40)).decode.model == model, "no token yet"
+        if model is MODEL:
+            assert (await begun.next(41)).decode.model == MODEL
+            continue
+        with pytest.raises(Mismatch, match="model was replaced after this answer had begun"):
+            await begun.next(41)
+
+
+async def test_a_resume_names_the_model_that_began() -> None:
+    table = Table()
+    table.come("decode-0")
+    (worker,) = table.members.snapshot()
+    name = home_name(worker)
+    assert len(name) <= 128
+    assert home_of(table.members, name).decode == worker.peer.incarnation
+    after = Table()  # another coordinator, or this one later
+    after.come("decode-0", OTHER)
+    with pytest.raises(Mismatch):
+        await after.dispatch(home_of(after.members, name)).next(41)
+    same = Table()
+    same.now += 7.0
+    same.come("decode-9")
+    assert (await same.dispatch(home_of(same.members, name)).next(41)).prefill is None
+    for hint in ("", "x", "a.b", "0" * 128, f"{'g' * 16}.{'0' * 16}", name[:16], name + "\n"):
+        await after.dispatch(home_of(after.members, hint)).next(41)  # no name of ours
