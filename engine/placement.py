@@ -95,6 +95,7 @@ def prepare_weights(
 ) -> None:
     """Do now what a worker would do at its start: compile kernels, convert or pack weights.
 
+    What is there already is checked by the workers: they use its bytes.
     Raises ConfigError, CheckpointError.
     """
     if model.draft_model:
@@ -106,6 +107,6 @@ def prepare_weights(
         print_line(f"{checkpoint.name} runs on torch, about {TIMES_SLOWER} times slower: {reason}")
     dtype = auto_dtype(on_gpu=on_gpu) if model.dtype == "auto" else model.dtype
     if pick_kernels(checkpoint.config, model, cache, dtype, on_gpu=on_gpu) is not None:
-        packed_file(checkpoint, packing(checkpoint, model))
+        packed_file(checkpoint, packing(checkpoint, model), read=False)
     else:
-        weights(checkpoint, dtype)
+        weights(checkpoint, dtype, read=False)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class FileState:
     size_bytes: int
     mtime_ns: int
     ctime_ns: int  # set by the kernel alone: an old mtime can be put back, this cannot
+    named: Path = field(compare=False)  # as it was asked for: a link may point elsewhere later
 
     @classmethod
     def of(cls, path: Path) -> FileState:
@@ -38,16 +39,16 @@ class FileState:
             stat = found.stat()
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from None
-        return cls(found, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        return cls(found, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, path)
 
     def fields(self) -> list[str | int]:
         """The values as JSON keeps them."""
         return [str(self.path), self.inode, self.size_bytes, self.mtime_ns, self.ctime_ns]
 
     def check(self) -> None:
-        """Raise CheckpointError where the file has changed since."""
-        if FileState.of(self.path) != self:
-            raise CheckpointError(f"{self.path}: the file changed while it was read; start again")
+        """Raise CheckpointError where the file has changed since, or another one bears its name."""
+        if FileState.of(self.named) != self:
+            raise CheckpointError(f"{self.named}: the file changed while it was read; start again")
 
 
 def write_file(path: Path, content: bytes) -> None:

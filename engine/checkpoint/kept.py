@@ -31,6 +31,8 @@ MANIFEST = "diptych.json"
 _VERSION = 1  # of the manifest
 _WAIT_S = 1800.0
 _QUIET_S = 0.5  # without a bar
+# Names of single files that versions before the manifest kept, by kind.
+_OLD = {"native": "kernels-*.so", "packed": f"{'[0-9a-f]' * 32}*-[0-9].safetensors"}
 
 
 def kept(
@@ -40,16 +42,19 @@ def kept(
     *,
     wait_s: float = _WAIT_S,
     what: str = "converting this model",
+    read: bool = True,
 ) -> Path:
     """The folder of an entry, each file as it was written; `make` fills an empty folder.
 
     Several processes may ask at once: one makes it, the others wait for at most `wait_s`.
+    `read=False` compares sizes only: for a process that does not use the bytes itself.
     Raises CheckpointError, and what `make` raises but for OSError.
     """
 
     def find(base: Path) -> Path | None:
         folder = base / kind / name
-        return folder if folder.exists() and not _damage(folder, f"{kind}/{name}") else None
+        good = folder.exists() and not _damage(folder, f"{kind}/{name}", read)
+        return folder if good else None
 
     def build(base: Path) -> Path:
         folder = base / kind / name
@@ -88,7 +93,7 @@ def _build(folder: Path, kind: str, make: Callable[[Path], None]) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _damage(folder: Path, entry: str) -> str:
+def _damage(folder: Path, entry: str, read: bool = True) -> str:
     """What is wrong with an entry; "" if nothing is."""
     manifest = read_sealed(folder / MANIFEST)
     if manifest is None or manifest.get("version") != _VERSION:
@@ -110,7 +115,7 @@ def _damage(folder: Path, entry: str) -> str:
             for name, (size, digest) in files.items():
                 if (folder / name).stat().st_size != size:
                     return f"{name} has another size"
-                if whole_file(folder / name, shown.update) != (size, digest):
+                if read and whole_file(folder / name, shown.update) != (size, digest):
                     return f"{name} has other bytes"
     except (OSError, CheckpointError) as error:
         return str(error)
@@ -127,8 +132,7 @@ def _remove(path: Path) -> None:
 
 def _remove_old_format(parent: Path) -> None:
     """What versions before the manifest kept here. Processes that have mapped it keep it."""
-    old = [path for path in parent.iterdir() if path.suffix in (".so", ".safetensors")]
-    old += [path for path in (parent / ".digests",) if path.exists()]
+    old = [*parent.glob(_OLD.get(parent.name, ".digests"))]
     for manifest in parent.glob(f"*/{MANIFEST}"):
         with suppress(OSError, ValueError):
             if set(json.loads(manifest.read_bytes())) == {"source", "fingerprint"}:

@@ -261,17 +261,20 @@ def packable(config: ModelConfig) -> bool:
     return few and all(width % BLOCK == 0 for width in widths)
 
 
-def packed_file(checkpoint: Checkpoint, choice: str, *, progress: bool = True) -> Path:
+def packed_file(
+    checkpoint: Checkpoint, choice: str, *, progress: bool = True, read: bool = True
+) -> Path:
     """The file for `choice` (auto, bf16, int8 or int4), made on the first call.
 
-    Raises CheckpointError.
+    `read` as `kept` has it. Raises CheckpointError.
     """
 
     def make(folder: Path) -> None:
         _write(folder / _FILE, checkpoint, choice, progress)
         checkpoint.check_unchanged()
 
-    return kept("packed", f"{checkpoint.fingerprint}-{choice}-{_VERSION}", make) / _FILE
+    name = f"{checkpoint.fingerprint}-{choice}-{_VERSION}"
+    return kept("packed", name, make, read=read) / _FILE
 
 
 def _kind(product: _Product, source: Mapping[str, _Tensor], choice: str) -> str:

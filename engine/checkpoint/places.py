@@ -19,7 +19,10 @@ from engine.errors import CheckpointError
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
-_UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_UNWRITABLE = {
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EIO, errno.ESTALE, errno.ENOLCK, errno.ENOTSUP),  # a broken disk, a server's share
+}
 _T = TypeVar("_T")
 
 
@@ -34,10 +37,13 @@ def in_a_place(find: Callable[[Path], _T | None], make: Callable[[Path], _T]) ->
     """
     base = cache_dir()
     with_remedy = "DIPTYCH_CACHE_DIR names another place for converted models and kernels"
-    if (found := find(base)) is not None:
-        return found
     try:
-        return make(base)
+        if (found := find(base)) is not None:
+            return found
+        try:
+            return make(base)
+        except FileNotFoundError:  # the cache may be deleted at any time
+            return make(base)
     except OSError as error:
         first = f"{error.filename or base}: {error.strerror}"
         if error.errno not in _UNWRITABLE:

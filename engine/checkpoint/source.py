@@ -81,12 +81,14 @@ def resolve(model: str, *, progress: bool = True, weights: bool = True) -> Check
     return _from_folder(folder, model.rsplit("/", 1)[-1], weights, progress)
 
 
-def weights(checkpoint: Checkpoint, dtype: str, *, progress: bool = True) -> list[Path]:
+def weights(
+    checkpoint: Checkpoint, dtype: str, *, progress: bool = True, read: bool = True
+) -> list[Path]:
     """The safetensors files to load for `dtype`, each checked to be whole.
 
     A converted GGUF gives one file of exactly that dtype, written on the first call; a Hugging Face
-    folder gives its own files in the dtype they were published in. Raises CheckpointError naming
-    the missing or truncated file.
+    folder gives its own files in the dtype they were published in. `read` as `kept` has it. Raises
+    CheckpointError naming the missing or truncated file.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
@@ -102,7 +104,8 @@ def weights(checkpoint: Checkpoint, dtype: str, *, progress: bool = True) -> lis
         write_weights(folder / SINGLE, packed, dtype, source=gguf, progress=progress)
         checkpoint.check_unchanged()
 
-    return [kept("weights", f"{checkpoint.fingerprint}-{dtype}-{_CONVERTER}", make) / SINGLE]
+    name = f"{checkpoint.fingerprint}-{dtype}-{_CONVERTER}"
+    return [kept("weights", name, make, read=read) / SINGLE]
 
 
 def default_file() -> Path:

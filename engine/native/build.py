@@ -141,7 +141,7 @@ def _start(command: Sequence[str], folder: str, said: IO[bytes]) -> subprocess.P
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=said,
-            env=environment_with(TMPDIR=folder),
+            env=environment_with(TMPDIR=folder, LC_ALL="C"),  # see `_check`
             process_group=0,
         )
     except OSError as error:

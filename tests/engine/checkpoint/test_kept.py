@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from engine.checkpoint import digest, files, kept, lock
+from engine.checkpoint import digest, files, kept, lock, packed
 from engine.checkpoint.packed import packed_file
 from engine.checkpoint.source import Checkpoint, resolve, weights
 from engine.errors import CheckpointError
@@ -227,6 +227,45 @@ def test_a_read_only_cache_is_used_and_its_damage_made_good_elsewhere(
     assert repaired["config.json"] == content["config.json"]
 
 
+def test_a_cache_of_another_user_is_as_good_as_none(
+    model: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folders may not even be entered."""
+    found, content = everything(model)
+    unwritable(monkeypatch, cache, errno.EACCES)
+    stat = Path.stat
+
+    def no_stat(self: Path, **how: bool) -> os.stat_result:
+        if self.is_relative_to(cache):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return stat(self, **how)
+
+    monkeypatch.setattr(Path, "stat", no_stat)
+    again, repaired = everything(model)
+    assert again.folder.is_relative_to(tmp_path / "tmp")
+    assert (again.fingerprint, repaired) == (found.fingerprint, content)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_cache_that_is_deleted_while_it_is_written_is_written_again(
+    model: str, cache: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    sync, left = files.sync, [times]
+
+    def deleting(path: Path) -> None:
+        if left[0] and "models" in path.parts:
+            left[0] -= 1
+            shutil.rmtree(cache)
+        sync(path)
+
+    monkeypatch.setattr(kept, "sync", deleting)
+    if times == 1:
+        assert everything(model)[0].folder.is_relative_to(cache)
+    else:
+        with pytest.raises(CheckpointError, match=r"No such file.*DIPTYCH_CACHE_DIR"):
+            everything(model)
+
+
 def test_a_temporary_folder_of_another_user_is_refused(
     model: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,7 +297,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(
 def test_a_source_that_changes_while_it_is_converted_is_refused(
     model: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engine.checkpoint import gguf_weights, packed
+    from engine.checkpoint import gguf_weights
 
     found = resolve(model, progress=False)
 
@@ -279,20 +318,60 @@ def test_a_source_that_changes_while_it_is_converted_is_refused(
     assert [path.suffix for path in (cache / "packed").iterdir()] == [".lock"]
 
 
-def test_what_earlier_versions_kept_is_removed(model: str, cache: Path) -> None:
+def test_what_earlier_versions_kept_is_removed(
+    model: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = cache / "models" / "m-0123456789abcdef"
     old.mkdir(parents=True)
     (old / "diptych.json").write_text(json.dumps({"source": "m.gguf", "fingerprint": "ab"}))
     (old / "model-float32.safetensors").write_bytes(b"big")
     (cache / "models" / ".digests").mkdir()
-    (cache / "weights").mkdir()
-    (cache / "weights" / "abc-auto-1.safetensors").write_bytes(b"big")
-    (cache / "models" / "mine").mkdir()
-    everything(model)
+    single = cache / "packed" / f"{'01' * 16}-auto-1.safetensors"
+    # The cache may be named where a user's own files lie.
+    own = ["models/mine/x", "models/m.safetensors", "models/m.so", "packed/m.safetensors"]
+    for path in (single, *(cache / name for name in own)):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"big")
+    found, _ = everything(model)
+    monkeypatch.setattr(packed, "_write", lambda path, *_: path.write_bytes(b"x"))
+    packed_file(found, "auto", progress=False)
     assert not old.exists()
     assert not (cache / "models" / ".digests").exists()
-    assert not (cache / "weights" / "abc-auto-1.safetensors").exists()
-    assert (cache / "models" / "mine").exists(), "only what is known to be ours"
+    assert not single.exists()
+    assert [name for name in own if not (cache / name).exists()] == []
+
+
+def test_a_process_that_uses_no_bytes_reads_none(
+    model: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes what is missing, empty or cut; other damage is for the processes that read it."""
+    found, _ = everything(model)
+    path = weights(found, "float32")[0]
+    content = path.read_bytes()
+    os.truncate(path, 100)
+    assert weights(found, "float32", read=False)[0].read_bytes() == content
+    flip(path, random.Random(4))
+    with monkeypatch.context() as patched:
+        patched.setattr(kept, "whole_file", None)
+        assert weights(found, "float32", read=False) == [path]
+    assert weights(found, "float32")[0].read_bytes() == content
+
+
+def test_a_link_that_is_turned_while_the_model_is_loaded(model: str, tmp_path: Path) -> None:
+    """A link to the file, and to its folder: the cache never has one model under another's name."""
+    tiny_gguf.tiny(tmp_path / "other.gguf", seed=5)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    os.link(model, tmp_path / "a" / "m.gguf")
+    os.link(tmp_path / "other.gguf", tmp_path / "b" / "m.gguf")
+    (tmp_path / "file.gguf").symlink_to("a/m.gguf")
+    (tmp_path / "now").symlink_to("a")
+    for asked, link, to in (("file.gguf",) * 2 + ("b/m.gguf",), ("now/m.gguf", "now", "b")):
+        found = resolve(str(tmp_path / asked), progress=False)
+        (tmp_path / link).unlink()
+        (tmp_path / link).symlink_to(to)
+        with pytest.raises(CheckpointError, match=r"m.*\.gguf|file\.gguf: the file changed"):
+            weights(found, "float32", progress=False)
 
 
 def test_a_sealed_file_is_read_as_written(tmp_path: Path) -> None:
