@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import grpc
 
@@ -155,6 +156,7 @@ class Caller:
         """Messages of a call of Decode, or of a second one where D lacked the shared parts."""
         parts, incarnation = progress.parts, route.decode.peer.incarnation
         name = f"decode worker {route.decode.peer.worker_id}"
+        since_stall_s = partial(self._membership.since_stall_s, route.decode.peer)
         while True:
             carries = await parts.turn(incarnation, dispatch.remaining_s())
             is_unknown = False
@@ -163,7 +165,8 @@ class Caller:
                 request = _decode_request(progress, route, carries)
                 call = self._stub(route).Decode(request, timeout=dispatch.remaining_s())
                 del request  # it may be large, and the call long
-                while (response := await next_message(call, name)) is not None:
+                read = partial(next_message, call, name, since_stall_s=since_stall_s)
+                while (response := await read()) is not None:
                     if is_unknown := response.HasField("unknown"):
                         break
                     if carries:

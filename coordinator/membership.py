@@ -13,7 +13,8 @@ Only READY workers are routed to, those that lately failed a request last of all
 where its own self-test failed, or where requests that it gave up for numbers that were not finite
 went on at other workers, several times: then all are told of it (`on_sick`), once. An incarnation
 whose place another has taken is refused when it comes back: it was stopped, or cut off, and given
-up. The first worker fixes what all must agree on (digest, numeric
+up. A worker whose event loop does not turn reports that from a thread: it is not silent then, but
+comes last for new requests. The first worker fixes what all must agree on (digest, numeric
 profile, block size, vocabulary); when the last one has gone it may change. How long a request each
 can hold depends on its memory. The service's context is that of the decode worker with the longest
 one, and a shorter worker gets only requests that fit it (`router.pick`): a worker that joins never
@@ -35,6 +36,7 @@ from enum import Enum
 
 from engine.errors import Mismatch
 from engine.memory import shown
+from engine.rpc.liveness import STALL_S, STUCK_LOOP_S
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import CoordinatorMetrics
 from engine.types import (
@@ -134,6 +136,7 @@ class Worker:
     strikes: tuple[float, ...] = ()  # when it was proven to compute wrongly, monotonic
     is_sick: bool = False
     beat_s: float = 0.0  # its registration or last heartbeat, monotonic
+    stalled_s: float = -math.inf  # when it last reported that its event loop stalls, monotonic
 
 
 class Membership:
@@ -181,11 +184,12 @@ class Membership:
     def snapshot(self) -> tuple[Worker, ...]:
         """All rows, in order of worker_id."""
         self._look_at_the_clock()
-        doubted_since_s = self._clock() - DOUBT_S
+        now = self._clock()
         return tuple(
             replace(
                 worker,
-                doubtful=worker.doubted_s > doubted_since_s
+                doubtful=now - worker.doubted_s < DOUBT_S
+                or now - worker.heard_s > SILENCE_S  # its event loop stalls
                 or worker.load.health is not Health.OK
                 or worker.is_sick,
             )
@@ -286,6 +290,25 @@ class Membership:
         if load.health is Health.SICK:
             self._found_sick(worker.peer, "its self-test failed")
         return True
+
+    def stalled(self, worker_id: str, incarnation: str, lag_s: float) -> None:
+        """A thread of the worker reports that its event loop has not turned for `lag_s`."""
+        current = self._workers.get(worker_id)
+        if current is None or current.peer.incarnation != incarnation:
+            return
+        if not STALL_S <= lag_s < STUCK_LOOP_S:
+            return
+        if self.since_stall_s(current.peer) > SILENCE_S:  # else the same stall
+            _log.warning("a worker's event loop stalls", worker=worker_id, lag_s=round(lag_s, 1))
+            self._metrics.worker_stalled(worker_id)
+        self._workers[worker_id] = replace(current, stalled_s=self._clock())
+
+    def since_stall_s(self, peer: Peer) -> float:
+        """Seconds since the process last reported a stall; infinite where it has not."""
+        worker = self._workers.get(peer.worker_id)
+        if worker is None or worker.peer.incarnation != peer.incarnation:
+            return math.inf
+        return self._clock() - worker.stalled_s
 
     def left(self, worker: Worker) -> None:
         """The worker's stream ended: with a draining worker that was its end, another is lost."""
@@ -467,7 +490,7 @@ class Membership:
                 if silent_s > FORGET_S:
                     del self._workers[worker.peer.worker_id]
                     self._notify()
-            elif silent_s > SILENCE_S:
+            elif min(silent_s, now - worker.stalled_s) > SILENCE_S:
                 self.lost(worker, f"silent for {silent_s:.0f} s")
 
     def _notify(self) -> None:

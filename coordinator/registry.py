@@ -93,6 +93,13 @@ class RegistryServicer:
                 del self._outboxes[hello.peer.incarnation]
             self._membership.left(worker)
 
+    async def ReportStall(
+        self, request: registry_pb2.Stall, context: Any
+    ) -> registry_pb2.StallNoted:
+        """A worker's event loop does not turn; see registry.proto."""
+        self._membership.stalled(request.worker_id, request.incarnation, request.lag_s)
+        return registry_pb2.StallNoted()
+
     async def _listen(
         self, messages: AsyncIterator[registry_pb2.WorkerMessage], worker: Worker, outbox: Outbox
     ) -> None:

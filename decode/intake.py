@@ -332,6 +332,7 @@ class _Chunks:
 
     async def _read_all(self, call: Any) -> None:
         name = f"prefill worker {self._peer.worker_id}"
+        # Stalls are reported to coordinators alone: a silent P costs another route, and no answer.
         while (response := await next_message(call, name)) is not None:
             if response.HasField("ready"):
                 self._renewer.hold(response.ready.lease, response.ready.ttl_s)

@@ -2,6 +2,8 @@
 
     asyncio loop    gRPC server (the role's service, KvService, health), /metrics,
                     registration, lease reaper
+    stalls          a thread a coordinator, which reports that the loop does not turn
+                                                          <- engine.rpc.stalls.StallReporter
     engine thread   model, blocks, schedule               <- engine.worker.EngineThread
     data plane      the NIXL agent, every read in flight  <- kvtransfer.pull.DataPlane
 
@@ -280,6 +282,7 @@ async def run_worker(
             load=host.load,
             on_drain=orders.told,
             on_forget=host.forget,
+            responsive=lambda: host.engine.responsive,
             token=settings.token,
             kv_pool=host.kv_pool,
         )

@@ -2,6 +2,7 @@
 
 addresses (HOST:PORT, or a name that resolves to many) --re-resolved--> one task a coordinator
 task:  dial -> Hello -> Welcome -> Load, Load, ...   (broken, by whatever: again after a moment)
+                        and a thread that reports stalls (stalls.py)
                      -> Drain, Forget: passed on, the worker knows what to do
                      -> Refused, or our token is: remembered; the process ends, for asking again
                         would not help
@@ -22,6 +23,7 @@ from engine.errors import UnknownMethod
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc
 from engine.rpc.channel import open_channel
 from engine.rpc.convert import identity_to_pb, role_to_pb
+from engine.rpc.stalls import StallReporter
 from engine.rpc.trust import ClusterToken
 from engine.telemetry.log import get_logger
 from engine.types import PROTOCOL_VERSION, KVPool, ModelIdentity, Role
@@ -59,6 +61,7 @@ class Registration:
         load: Callable[[], registry_pb2.Load | None],
         on_drain: Callable[[float], None],
         on_forget: Callable[[str], None] = lambda incarnation: None,
+        responsive: Callable[[], bool] = lambda: True,
         token: ClusterToken | None = None,
         kv_pool: KVPool | None = None,
     ) -> None:
@@ -67,6 +70,7 @@ class Registration:
         self._token = token
         self._on_drain = on_drain
         self._on_forget = on_forget
+        self._responsive = responsive
         self._stopping = False
         self._hello = registry_pb2.Hello(
             worker_id=worker_id,
@@ -193,6 +197,7 @@ class Registration:
 
         stub = registry_pb2_grpc.RegistryServiceStub(channel)
         call = stub.Register(say())
+        stalls: StallReporter | None = None
         try:
             async with asyncio.timeout(_WELCOME_S):
                 answer = await call.read()
@@ -204,6 +209,8 @@ class Registration:
                     self._accepted.add(address)
                     self._outages.pop(address, None)
                     welcomed.set_result(answer.welcome.heartbeat_s)
+                    stalls = self._stall_reporter(address)
+                    stalls.start()
                     _log.info("registered", coordinator=address)
                 if answer.HasField("drain"):
                     _log.info("told to drain", coordinator=address)
@@ -214,6 +221,17 @@ class Registration:
         finally:
             call.cancel()
             welcomed.cancel()
+            if stalls is not None:
+                await stalls.stop()
+
+    def _stall_reporter(self, address: str) -> StallReporter:
+        return StallReporter(
+            address,
+            worker_id=self._hello.worker_id,
+            incarnation=self._hello.incarnation,
+            responsive=self._responsive,
+            token=self._token,
+        )
 
 
 async def _resolve(target: str) -> set[str]:

@@ -299,6 +299,9 @@ class CoordinatorMetrics:
         self._worker_sick = make.counter(
             "sick_workers", "Workers that were found to compute wrongly.", "worker"
         )
+        self._worker_stalls = make.counter(
+            "worker_stalls", "Times that a worker's event loop did not turn for a second.", "worker"
+        )
         self._worker_hangs = make.counter(
             "worker_hangs", "Local workers killed because they were silent.", "worker"
         )
@@ -326,6 +329,10 @@ class CoordinatorMetrics:
     def worker_sick(self, worker_id: str) -> None:
         """Count one worker that was found to compute wrongly."""
         self._worker_sick.labels(self._model_name, worker_id).inc()
+
+    def worker_stalled(self, worker_id: str) -> None:
+        """A worker's event loop did not turn for a second."""
+        self._worker_stalls.labels(self._model_name, worker_id).inc()
 
     def worker_hung(self, worker_id: str) -> None:
         """Count one local worker that was killed because it was silent."""

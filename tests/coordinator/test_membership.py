@@ -1,4 +1,5 @@
 import asyncio
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,9 +17,12 @@ from coordinator.membership import (
 )
 from coordinator.router import pick
 from engine.errors import Mismatch
+from engine.rpc.liveness import STALL_S, STUCK_LOOP_S
 from engine.telemetry.metrics import CoordinatorMetrics
 from engine.types import PROTOCOL_VERSION, Peer, Role
 from tests.support.fake_decode import identity
+
+STALLS = "diptych_worker_stalls_total"
 
 
 class Clock:
@@ -302,3 +306,46 @@ def test_who_fails_a_request_is_avoided_for_a_while():
     table.doubt(first)
     table.register(hello("d0", incarnation="another"))
     assert not table.snapshot()[0].doubtful, "another process is another matter"
+
+
+def test_a_worker_that_reports_a_stall_keeps_its_place_and_comes_last():
+    clock = Clock()
+    table, registry = make(clock)
+    worker, beside = table.register(hello("d0")), table.register(hello("d1"))
+    for lag_s in (1.0, 2.0, 3.0, 4.0, 5.0):
+        clock.now += 1.0
+        table.heartbeat(beside, Load(num_running=9))
+        table.stalled("d0", "i0", lag_s)
+        assert table.since_stall_s(worker.peer) == 0.0
+        assert states(table) == {"d0": "ready", "d1": "ready"}
+    assert pick(table.snapshot(), Role.DECODE).peer.worker_id == "d1"
+    assert registry.get_sample_value(STALLS, {"model_name": "smollm2", "worker": "d0"}) == 1
+    assert table.last_beat_s("d0", 0.0) == 100.0, "a report is no heartbeat: the watchdog goes on"
+    table.heartbeat(worker, Load())
+    assert pick(table.snapshot(), Role.DECODE).peer.worker_id == "d0"
+    clock.now += SILENCE_S + 0.1
+    assert states(table)["d0"] == "suspect", "silent without a report"
+
+
+@pytest.mark.parametrize("lag_s", [0.0, STALL_S - 0.1, STUCK_LOOP_S, math.inf, math.nan, -1.0])
+def test_a_loop_that_turns_or_is_stuck_excuses_no_silence(lag_s):
+    clock = Clock()
+    table, registry = make(clock)
+    worker = table.register(hello("d0"))
+    table.stalled("d0", "i0", lag_s)
+    table.stalled("d0", "another", 2.0)
+    table.stalled("d9", "i0", 2.0)
+    assert table.since_stall_s(worker.peer) == math.inf
+    assert registry.get_sample_value(STALLS, {"model_name": "smollm2", "worker": "d0"}) is None
+    clock.now += SILENCE_S + 0.1
+    assert states(table) == {"d0": "suspect"}
+    table.stalled("d0", "i0", 2.0)
+    assert states(table) == {"d0": "suspect"}, "a heartbeat alone brings it back"
+
+
+def test_a_stall_of_a_process_excuses_no_other_one():
+    table, _ = make()
+    old = table.register(hello("d0", incarnation="i0"))
+    table.stalled("d0", "i0", 2.0)
+    new = table.register(hello("d0", incarnation="i1"))
+    assert table.since_stall_s(old.peer) == table.since_stall_s(new.peer) == math.inf

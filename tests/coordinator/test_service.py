@@ -323,6 +323,26 @@ async def test_a_prefill_worker_is_not_kept_at_any_price(checkpoint, why):
         assert second.requests[0].prefill.worker_id == "p1"
 
 
+@pytest.mark.parametrize(("lag_s", "num_attempts"), [(2.0, 1), (25.0, 2)])
+async def test_a_silent_worker_that_reports_a_stall_keeps_its_streams(
+    checkpoint, lag_s, num_attempts
+):
+    async with front(checkpoint) as f:
+        first = await f.worker("d0", pace_s=4.0)
+        second = await f.worker("d1")
+        asking = asyncio.create_task(f.ask(stop=stop(max_tokens=3)))
+        await until(lambda: first.requests or second.requests)
+        assert not second.requests
+        async with open_channel(f.coordinator.internal_address) as channel:
+            stub = registry_pb2_grpc.RegistryServiceStub(channel)
+            stall = registry_pb2.Stall(worker_id="d0", incarnation="of-d0", lag_s=lag_s)
+            while not asking.done():
+                await stub.ReportStall(stall)
+                await asyncio.sleep(0.25)
+        assert (await asking)[1] == f.answer[:3]
+        assert len(first.requests) + len(second.requests) == num_attempts
+
+
 async def test_the_last_worker_standing_is_tried_again(checkpoint):
     async with front(checkpoint) as f:
         worker = await f.worker(cues=[Cue(2, lost()), Cue(0, lost()), Cue(5, lost())])

@@ -1,4 +1,4 @@
-"""`prefill start` and `decode start` with six seams that a test may open while they run:
+"""`prefill start` and `decode start` with seven seams that a test may open while they run:
 
     reads       post raises; a read ends late or never; a process is killed during a read
     intakes     held between the last block's commit and the first step      (a decode worker)
@@ -6,6 +6,7 @@
     releases    Release lost, doubled                           (a worker that others read from)
     numbers     logits that are NaN, KV that is NaN in one layer
     poison      a token that ends the process which computes it, or hangs its engine
+    event loop  held up for a time by SIGUSR1, asleep or busy
 
     python -m tests.faults.lab --orders FILE prefill|decode start ...
 
@@ -181,6 +182,16 @@ def _sick_runner(kind: Any) -> None:
     kind.run = sick_run
 
 
+def _stall(*_: Any) -> None:
+    """Hold the event loop up, on its own thread."""
+    if (order := ORDERS.take("stall")) is None:
+        return
+    until = time.monotonic() + order["for_s"]
+    while time.monotonic() < until:
+        if not order["busy"]:
+            time.sleep(until - time.monotonic())
+
+
 def _prefill_services(host: Any) -> Any:
     from engine.pb.diptych.internal.v1 import worker_pb2
     from prefill.service import PrefillServicer
@@ -249,6 +260,7 @@ def main() -> int:
     ORDERS = Orders(Path(path))
     kvtransfer.host.NixlTransport = LabTransport  # type: ignore[misc]
     kvtransfer.host.KvServicer = LabKv  # type: ignore[misc]
+    signal.signal(signal.SIGUSR1, _stall)
     _sick_runner(runner.NativeRunner)
     _sick_runner(runner.Runner)
     if role == "prefill":

@@ -86,6 +86,7 @@ SERVICES_BESIDE = {
     "/grpc.health.v1.Health/Watch": True,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": True,
     "/diptych.internal.v1.RegistryService/Register": True,
+    "/diptych.internal.v1.RegistryService/ReportStall": False,
 }
 
 

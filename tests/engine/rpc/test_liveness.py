@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -36,7 +38,9 @@ class Scripted:
             raise
 
 
-async def read_all(script: Scripted, silence_s: float) -> int:
+async def read_all(
+    script: Scripted, silence_s: float, since_stall_s: Callable[[], float] = lambda: math.inf
+) -> int:
     server = RpcServer()
     server.add_service(worker_pb2.DESCRIPTOR.services_by_name["DecodeService"], script)
     address = f"127.0.0.1:{server.listen('127.0.0.1:0')}"
@@ -45,7 +49,7 @@ async def read_all(script: Scripted, silence_s: float) -> int:
     try:
         call = worker_pb2_grpc.DecodeServiceStub(channel).Decode(worker_pb2.DecodeRequest())
         count = 0
-        while await next_message(call, "worker d7", silence_s) is not None:
+        while await next_message(call, "worker d7", silence_s, since_stall_s) is not None:
             count += 1
         return count
     finally:
@@ -74,3 +78,18 @@ async def test_a_status_passes_through() -> None:
 
     with pytest.raises(grpc.aio.AioRpcError, match="gone"):
         await read_all(Failing(0), 1.0)
+
+
+async def test_silence_is_counted_from_the_last_report_of_a_stall() -> None:
+    assert await read_all(Scripted(0, 1.5), 0.5, lambda: 0.1) == 2
+    begun = time.monotonic()
+    ages = itertools.chain([0.2, 0.0], itertools.repeat(0.5))  # reports at 0.3 and 0.8, then none
+    with pytest.raises(Silent):
+        await read_all(Scripted(0, 30), 0.5, lambda: next(ages))
+    assert time.monotonic() - begun >= 1.3
+
+
+async def test_a_loop_that_no_stall_was_reported_of_is_lost_as_soon_as_ever() -> None:
+    ages = [math.inf]
+    with pytest.raises(Silent):
+        await read_all(Scripted(0, 30), 0.5, ages.pop)  # it is asked once

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.rpc import registration as registration_module
+from engine.rpc.liveness import STALL_S
 from engine.rpc.registration import Registration
 from engine.rpc.server import RpcServer
 from engine.telemetry.http import make_app, serve_http
@@ -28,6 +31,11 @@ class Registry:
     def __init__(self) -> None:
         self.num_hellos = 0
         self.num_loads = 0
+        self.stalls: list[registry_pb2.Stall] = []
+
+    async def ReportStall(self, request: Any, context: Any) -> registry_pb2.StallNoted:
+        self.stalls.append(request)
+        return registry_pb2.StallNoted()
 
     async def Register(self, messages: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         async for message in messages:
@@ -61,7 +69,11 @@ async def test_a_load_that_cannot_be_told_costs_a_stream_and_not_the_worker() ->
     await server.stop()
 
 
-def _registration(address: str, load: Callable[[], registry_pb2.Load | None]) -> Registration:
+def _registration(
+    address: str,
+    load: Callable[[], registry_pb2.Load | None],
+    responsive: Callable[[], bool] = lambda: True,
+) -> Registration:
     return Registration(
         coordinators=address,
         worker_id="d0",
@@ -72,6 +84,7 @@ def _registration(address: str, load: Callable[[], registry_pb2.Load | None]) ->
         identity=identity(),
         load=load,
         on_drain=lambda deadline_s: None,
+        responsive=responsive,
     )
 
 
@@ -145,3 +158,50 @@ async def test_the_http_port_of_a_coordinator_is_told_apart(
     await registration.stop()
     await server.stop()
     assert "the gRPC port of this process is 50051" in lines.warnings[0][1]["reason"]
+
+
+async def stalls_of(stall: Callable[[], None], responsive: bool = True) -> list[float]:
+    """What is reported of an event loop, in a thread of its own, that `stall` holds up."""
+    registry, server = Registry(), RpcServer()
+    server.add_service(registry_pb2.DESCRIPTOR.services_by_name["RegistryService"], registry)
+    address = f"127.0.0.1:{server.listen('127.0.0.1:0')}"
+    await server.start()
+
+    async def worker() -> None:
+        registration = _registration(address, registry_pb2.Load, lambda: responsive)
+        registration.start()
+        while not registration.registered:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(1.5)  # ordinary turns
+        stall()
+        await registration.stop()
+
+    await asyncio.to_thread(asyncio.run, worker())
+    await server.stop()
+    assert all(s.worker_id == "d0" and s.incarnation == "i0" for s in registry.stalls)
+    assert not [t for t in threading.enumerate() if t.name == "stalls"]
+    return [s.lag_s for s in registry.stalls]
+
+
+def _sleep() -> None:
+    time.sleep(3.0)
+
+
+def _compute() -> None:
+    until = time.monotonic() + 3.0
+    while time.monotonic() < until:
+        sum(range(100))
+
+
+@pytest.mark.parametrize("stall", [_sleep, _compute])
+async def test_an_event_loop_that_does_not_turn_is_reported(stall: Callable[[], None]) -> None:
+    first, *lags = await stalls_of(stall)
+    assert first == 0.0, "it connects"
+    assert len(lags) >= 3
+    assert lags == sorted(lags)
+    assert lags[0] >= STALL_S
+    assert lags[-1] > 2.0
+
+
+async def test_a_hanging_engine_is_not_vouched_for() -> None:
+    assert await stalls_of(_sleep, responsive=False) == [0.0]

@@ -68,6 +68,9 @@ class Scripted:
 
 
 class Registry:
+    async def ReportStall(self, request, context):
+        return registry_pb2.StallNoted()
+
     async def Register(self, requests, context):
         async for message in requests:
             yield registry_pb2.CoordinatorMessage(

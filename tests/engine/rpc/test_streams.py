@@ -114,6 +114,9 @@ LIST = b"\x3a\x01*"  # ServerReflectionRequest{list_services: "*"}
 class Chatty:
     """A stream both ways."""
 
+    async def ReportStall(self, request, context):
+        return registry_pb2.StallNoted()
+
     async def Register(self, messages, context):
         async for _ in messages:
             yield registry_pb2.CoordinatorMessage()

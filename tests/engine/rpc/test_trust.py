@@ -174,6 +174,10 @@ class Guarded:
         self.closed = asyncio.Event()
         self.metadata = []
 
+    async def ReportStall(self, request, context):
+        self.calls += 1
+        return registry_pb2.StallNoted()
+
     async def Register(self, requests, context):
         self.calls += 1
         async for message in requests:
@@ -223,6 +227,10 @@ async def register(channel):
     return answer.welcome.coordinator_id
 
 
+async def report_stall(channel):
+    await registry_pb2_grpc.RegistryServiceStub(channel).ReportStall(registry_pb2.Stall())
+
+
 async def generate(channel):
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     call = stub.Generate(inference_pb2.GenerateRequest(request_id="r"))
@@ -248,13 +256,14 @@ async def test_without_it_no_call_gets_through(tmp_path, sent, code):
     mine = token(tmp_path, sent, name="sent") if sent else None
     async with guarded(token(tmp_path, OLD)) as (servicer, address, registry):
         async with open_channel(address, token=mine) as channel:
-            for ask in (register, generate, tokenize, malformed):
+            for ask in (register, report_stall, generate, tokenize, malformed):
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await ask(channel)
                 assert caught.value.code() is code, ask
         assert servicer.calls == 0
         for method, count in (
             ("RegistryService/Register", 1),
+            ("RegistryService/ReportStall", 1),
             ("InferenceService/Generate", 1),
             ("InferenceService/Tokenize", 2),
         ):
@@ -262,7 +271,7 @@ async def test_without_it_no_call_gets_through(tmp_path, sent, code):
             assert registry.get_sample_value("diptych_rpc_failures_total", labels) == count
     told = [json.loads(line) for line in lines.getvalue().splitlines()]
     told = [line for line in told if line["event"] == "caller refused"]
-    assert [line["level"] for line in told] == ["warning"] * 4
+    assert [line["level"] for line in told] == ["warning"] * 5
     assert all(line["peer"].startswith("ipv4:127.0.0.1:") for line in told)
     assert OLD not in lines.getvalue() and NEW not in lines.getvalue()
 

@@ -25,6 +25,20 @@ HEALTH_UNSPECIFIED: Health
 HEALTH_DEGRADED: Health
 HEALTH_SICK: Health
 
+class Stall(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "lag_s")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    LAG_S_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: str
+    lag_s: float
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., lag_s: _Optional[float] = ...) -> None: ...
+
+class StallNoted(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class WorkerMessage(_message.Message):
     __slots__ = ("hello", "load")
     HELLO_FIELD_NUMBER: _ClassVar[int]

@@ -39,6 +39,11 @@ class RegistryServiceStub:
                 request_serializer=diptych_dot_internal_dot_v1_dot_registry__pb2.WorkerMessage.SerializeToString,
                 response_deserializer=diptych_dot_internal_dot_v1_dot_registry__pb2.CoordinatorMessage.FromString,
                 _registered_method=True)
+        self.ReportStall = channel.unary_unary(
+                '/diptych.internal.v1.RegistryService/ReportStall',
+                request_serializer=diptych_dot_internal_dot_v1_dot_registry__pb2.Stall.SerializeToString,
+                response_deserializer=diptych_dot_internal_dot_v1_dot_registry__pb2.StallNoted.FromString,
+                _registered_method=True)
 
 
 class RegistryServiceServicer:
@@ -50,6 +55,13 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportStall(self, request, context):
+        """From a thread of the worker, only while its event loop does not turn and so sends nothing else.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +69,11 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.Register,
                     request_deserializer=diptych_dot_internal_dot_v1_dot_registry__pb2.WorkerMessage.FromString,
                     response_serializer=diptych_dot_internal_dot_v1_dot_registry__pb2.CoordinatorMessage.SerializeToString,
+            ),
+            'ReportStall': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportStall,
+                    request_deserializer=diptych_dot_internal_dot_v1_dot_registry__pb2.Stall.FromString,
+                    response_serializer=diptych_dot_internal_dot_v1_dot_registry__pb2.StallNoted.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +103,33 @@ class RegistryService:
             '/diptych.internal.v1.RegistryService/Register',
             diptych_dot_internal_dot_v1_dot_registry__pb2.WorkerMessage.SerializeToString,
             diptych_dot_internal_dot_v1_dot_registry__pb2.CoordinatorMessage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportStall(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diptych.internal.v1.RegistryService/ReportStall',
+            diptych_dot_internal_dot_v1_dot_registry__pb2.Stall.SerializeToString,
+            diptych_dot_internal_dot_v1_dot_registry__pb2.StallNoted.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,63 @@
+"""An event loop that is held up: a pause, for neither its streams nor its place are lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+
+from tests.faults.row import SILENT_S, Row, struck
+
+pytestmark = pytest.mark.timeout(600)
+
+MIXED = ("short-0", "short-1-sampled", "short-1", "json-0", "four-0-sampled")
+STALL_S = 6.0
+SLACK_S = 6.0  # for what has gathered
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_a_decode_worker_whose_event_loop_stalls_keeps_its_streams(
+    alone: Row, busy: bool
+) -> None:
+    row = alone
+    victim, hit, streams = await row.spread(MIXED, row.cluster.decode, tokens=4)
+    row.order(victim, "stall", times=1, for_s=STALL_S, busy=busy)
+    os.kill(row.cluster[victim].pid, signal.SIGUSR1)
+    stalled = time.monotonic()
+    await row.until(lambda: row.done(victim, "stall") > 0, 10, "the loop is held up")
+    struck(any(not stream.over for stream in hit), "they were in mid-answer")
+    states = set()
+    while time.monotonic() < stalled + STALL_S - 0.5:
+        states.add((await asyncio.to_thread(row.cluster.rows, row.front))[victim].state)
+        await asyncio.sleep(0.3)
+    assert states == {"ready"}
+    await row.all_whole(streams)
+    row.in_time([s.wait_after(stalled) for s in hit if s.ended_s > stalled], STALL_S + SLACK_S)
+    for outcome in ("resumed", "retried"):
+        assert row.rise(row.front, f"migrations_total{{outcome={outcome}}}") == 0
+    stalls = f"worker_stalls_total{{worker={victim}}}"
+    assert row.moved(row.front, stalls) == 1
+    row.lift(victim)
+    await row.finish()
+
+
+async def test_a_worker_that_stops_in_a_stall_is_lost(alone: Row) -> None:
+    """The thread that reports the stall stops with the process."""
+    row = alone
+    victim, hit, streams = await row.spread(MIXED, row.cluster.decode, tokens=4)
+    row.order(victim, "stall", times=1, for_s=4.0, busy=False)
+    os.kill(row.cluster[victim].pid, signal.SIGUSR1)
+    stalls = f"worker_stalls_total{{worker={victim}}}"
+    await row.until(lambda: row.rise(row.front, stalls) == 1, 10, "the stall is reported")
+    row.cluster[victim].freeze()
+    frozen = time.monotonic()
+    struck(any(not stream.over for stream in hit), "they were in mid-answer")
+    await row.all_whole(streams)
+    row.in_time([s.wait_after(frozen) for s in hit if s.ended_s > frozen], SILENT_S + 1.0)
+    row.moved(row.front, "migrations_total{outcome=resumed}")
+    row.cluster[victim].thaw()
+    row.lift(victim)
+    await row.finish()
