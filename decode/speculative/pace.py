@@ -22,8 +22,11 @@ from engine.speculation import Draft
 
 MARGIN = 1.02  # promised gain below which nothing is drafted: costs and chances are estimates
 # A step may take so many times as long as without drafts. More would give a few more tokens a
-# second, in bursts: everybody waits for the longest step.
+# second, in bursts: all answers wait for the longest step.
 LONGEST_STEP = 5.0
+# And so many times as long for each token that the answer with the least to expect gets in it:
+# what one answer gains is no other's loss.
+SHARED_STEP = 1.4
 _LEAST = 0.02  # a token with less chance never pays
 _GROWTH = 2  # times the largest step so far: what is not known is not tried in one leap
 # Drafting steps in a row before one without drafts, so that it is known what drafts are compared
@@ -86,12 +89,18 @@ class MeasuredPace:
             passes = self._passes(self._drafting, [i for _, i in chances])
             seconds = [a + b for a, b in zip(seconds, passes, strict=True)]
         expected = float(num_answers)
+        of_each: dict[int, float] = {}  # tokens to expect beside the one without drafts
         best, best_rate = 0, MARGIN * expected / seconds[0]
-        for k, (chance, _) in enumerate(chances, 1):
-            if seconds[k] > LONGEST_STEP * seconds[0]:
+        for k, (chance, i) in enumerate(chances, 1):
+            of_each[i] = of_each.get(i, 0.0) + chance
+            longer = seconds[k] / seconds[0]
+            if longer > LONGEST_STEP:
                 break
             expected += chance
-            if expected > best_rate * seconds[k]:
+            if expected <= best_rate * seconds[k]:
+                continue
+            least = min(of_each.values()) if len(of_each) == num_answers else 0.0
+            if longer <= SHARED_STEP * (1.0 + least) or num_answers == 1:
                 best, best_rate = k, expected / seconds[k]
         return best
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from decode.speculative.acceptance import Acceptance
-from decode.speculative.pace import LONGEST_STEP, MeasuredPace
+from decode.speculative.pace import LONGEST_STEP, SHARED_STEP, MeasuredPace
 from decode.speculative.step_cost import StepCost
-from engine.speculation import NO_DRAFT, Draft
+from engine.speculation import FORCED, NO_DRAFT, Draft
 from tests.support.drafting import CURVES, Known, fixed, measured, seconds
 
 ORACLE = json.loads((Path(__file__).parents[2] / "data" / "greedy_fp32.json").read_text())
@@ -163,3 +163,19 @@ def test_no_step_is_much_longer_than_one_without_drafts() -> None:
     draft = Draft(list(range(16)), [0] * 16)
     longest = max(pace.choose([("a", draft)], 1, 1)[0] for _ in range(20))
     assert 0.7 * LONGEST_STEP < 1 + longest / 3 < 1.1 * LONGEST_STEP
+
+
+@pytest.mark.parametrize("others", [[], [sure(1)], [NO_DRAFT] * 3])
+def test_a_certain_draft_slows_answers_without_one_little(others: list[Draft]) -> None:
+    """What is forced pays in tokens a second; it may not be paid with the others' pace."""
+    pace = make(0.99, 0.3)
+    forced = Draft([7] * 16, [FORCED] * 16)
+    drafts = [("forced", forced), *((str(i), draft) for i, draft in enumerate(others))]
+    num_answers = len(drafts) + (not others)  # and one that a prompt's last chunk gives
+    lengths = max((pace.choose(drafts, num_answers, num_answers) for _ in range(20)), key=sum)
+    longer = 1 + 0.3 * sum(lengths) / (1 + 0.3 * (num_answers - 1))
+    least = min(lengths[1:], default=0)
+    assert sum(lengths) > 0
+    assert longer < 1.1 * SHARED_STEP * (1 + least)
+    alone = max(pace.choose([("forced", forced)], 1, 1)[0] for _ in range(20))
+    assert alone > lengths[0]
