@@ -68,11 +68,14 @@ class _PerBatch(Generic[_Source, _Value]):
         return value
 
 
+_Biases = tuple["array[int]", "array[float]"]  # token ids and what is added to their logits
+
+
 @dataclass(frozen=True, slots=True)
 class _Parameters:
     record: bytes
     penalizes: bool
-    pointed_at: tuple[array[int], array[float]]  # by the record
+    pointed_at: _Biases  # by the record
 
 
 class NativeSampler:
@@ -98,6 +101,7 @@ class NativeSampler:
         start = ctypes.addressof(self._memory)
         self._scratch = start + -start % _ALIGNMENT
         self._parameters: _PerBatch[SamplingParams, _Parameters] = _PerBatch()
+        self._biases: _PerBatch[Sequence[tuple[int, float]], _Biases] = _PerBatch()
         self._tokens: _PerBatch[Sequence[int], array[int]] = _PerBatch()
         self._banned: _PerBatch[frozenset[int], array[int]] = _PerBatch()
         self._lock = threading.Lock()
@@ -131,17 +135,28 @@ class NativeSampler:
 
     def _pack(self, rows: Sequence[SampleRow], drafts: list[array[int]]) -> bytes:
         """The rows' records; they point at arrays kept in `drafts` and in this object."""
-        for kept in (self._parameters, self._tokens, self._banned):
+        for kept in (self._parameters, self._biases, self._tokens, self._banned):
             kept.turn()
         parts: list[bytes] = []
         for row in rows:
             params = self._parameters.get(row.params)
             if params is None:
-                params = self._parameters.put(row.params, _packed(row.params))
+                packed = _packed(row.params, self._biases_of(row.params.logit_bias))
+                params = self._parameters.put(row.params, packed)
+            elif row.params.logit_bias:
+                self._biases.get(row.params.logit_bias)  # for choices that begin later
             plain = not (params.penalizes or row.banned) and row.mask is None
             history = _NO_HISTORY if plain else self._history(row, params.penalizes, drafts)
             parts += (params.record, _POSITION.pack(row.position), history)
         return b"".join(parts)
+
+    def _biases_of(self, pairs: Sequence[tuple[int, float]]) -> _Biases:
+        """As arrays, made once for all choices of a request, which share the pairs."""
+        biases = self._biases.get(pairs)
+        if biases is None:
+            last = dict(pairs)  # of a token named twice the last counts
+            biases = self._biases.put(pairs, (array("i", last.keys()), array("f", last.values())))
+        return biases
 
     def _history(self, row: SampleRow, is_penalized: bool, drafts: list[array[int]]) -> bytes:
         tokens = draft = banned = (0, 0)  # address, length
@@ -168,9 +183,8 @@ class NativeSampler:
         return self._tokens.put(tokens, array("i", tokens))
 
 
-def _packed(p: SamplingParams) -> _Parameters:
-    biases = dict(p.logit_bias)  # of a token named twice the last counts
-    ids, values = array("i", biases.keys()), array("f", biases.values())
+def _packed(p: SamplingParams, biases: _Biases) -> _Parameters:
+    ids, values = biases
     record = _PARAMETERS.pack(
         min(p.temperature, MAX_TEMPERATURE),
         p.top_p,
@@ -186,7 +200,7 @@ def _packed(p: SamplingParams) -> _Parameters:
         values.buffer_info()[0],
         len(ids),
     )
-    return _Parameters(record, penalizes(p), (ids, values))
+    return _Parameters(record, penalizes(p), biases)
 
 
 def _raise(drawn: Sequence[int]) -> None:

@@ -18,6 +18,7 @@ import torch
 from engine.native import kernels
 from engine.sampling import Sampler, SampleRow, UnusableLogits
 from engine.sampling.filters import edit_logits
+from engine.sampling.native import native_sampler
 from engine.sampling.philox import gumbel_row
 from engine.types import SamplingParams
 from tests.support.near_tie import possible_tokens
@@ -358,3 +359,18 @@ def test_bans_give_way_where_a_mask_leaves_nothing_else(native: bool, temperatur
     assert drawn[3] == 2
     with pytest.raises(UnusableLogits, match=r"row 1 .* no token is left"):
         Sampler(VOCAB, native=native).sample(logits[:2], [rows[0], row([], {9})])
+
+
+def test_choices_of_a_request_share_its_biases() -> None:
+    """Also those that begin in a later batch."""
+    sampler = native_sampler(VOCAB)
+    assert sampler is not None
+    biases = tuple((i, 0.5) for i in range(VOCAB))
+    rows = [SampleRow(SamplingParams(1.0, seed=i, logit_bias=biases), 1, [3], 1) for i in range(6)]
+    logits = torch.zeros(6, VOCAB)
+    for size in (2, 3, 6):
+        drawn = sampler.sample(logits[:size], rows[:size])
+        assert drawn == Sampler(VOCAB).sample(logits[:size], rows[:size])
+    kept = [sampler._parameters.get(row.params) for row in rows]
+    assert len({id(entry.pointed_at) for entry in kept if entry}) == 1
+    assert None not in kept
