@@ -6,6 +6,7 @@ at. Texts longer than any prompt are refused before they are made.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,9 @@ MAX_CHARS = 1 << 26  # of any text: four times as many as a request has bytes
 _CHARS_A_COUNT = 1024
 _COUNTS_A_LOOK = 64
 _MAX_BITS = 1 << 16  # of a power
+_OF_WIDTH = frozenset(("center", "ljust", "rjust", "zfill", "batch", "slice"))
+_NUMBER = re.compile(r"\d+")
+_DIGITS = 9  # of a number that is more than MAX_CHARS anyway
 
 
 class TooCostly(Exception):
@@ -71,11 +75,40 @@ def counted_parts(parts: Iterable[str]) -> list[str]:
 
 def check_operands(operator: str, left: Any, right: Any) -> None:
     """Before `left operator right` is computed."""
-    if operator == "+" and isinstance(left, str) and isinstance(right, str):
-        count(len(left) + len(right))
+    if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, type(left)):
+        count((len(left) + len(right)) * _weight(left))
     elif operator == "*":
         for value, times in ((left, right), (right, left)):
             if isinstance(value, str | list | tuple) and isinstance(times, int):
-                count(len(value) * max(0, times))
+                count(len(value) * max(0, times) * _weight(value))
     elif operator == "**" and isinstance(left, int) and isinstance(right, int):
         count(0 if left.bit_length() * right <= _MAX_BITS else MAX_CHARS + 1)
+    elif operator == "%" and isinstance(left, str):
+        check_call("format", left, right if isinstance(right, tuple) else (right,))
+
+
+def _weight(value: Any) -> int:
+    """Characters that a place takes as much memory as."""
+    return 1 if isinstance(value, str) else 8
+
+
+def check_call(name: str, value: Any, given: Iterable[Any]) -> None:
+    """Before a filter or a method of a text makes something larger out of `value`."""
+    given = list(given)
+    width = sum(abs(item) for item in given if isinstance(item, int))
+    texts = [item for item in given if isinstance(item, str)]
+    if name in _OF_WIDTH:
+        count(width)
+    elif name == "round":
+        check_operands("**", 10, width)
+    elif name in ("indent", "expandtabs") and isinstance(value, str):
+        places = value.count("\t") if name == "expandtabs" else len(value.splitlines())
+        count((1 + places) * (width + sum(map(len, texts))))
+    elif name == "wordwrap" and isinstance(value, str):
+        count(len(value) * (1 + sum(map(len, texts))))
+    elif name == "replace" and isinstance(value, str) and len(texts) > 1:
+        count(value.count(texts[0]) * len(texts[1]))
+    elif name in ("format", "format_map") and isinstance(value, str):
+        digits = (run if len(run) < _DIGITS else "9" * _DIGITS for run in _NUMBER.findall(value))
+        holds_width = "*" in value or "{" in value
+        count(sum(map(int, digits)) + (width if holds_width else 0) + sum(map(len, texts)))

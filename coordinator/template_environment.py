@@ -8,8 +8,9 @@ texts count (template_budget.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from datetime import datetime
+from functools import wraps
 from typing import Any, NoReturn
 
 import jinja2
@@ -22,9 +23,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
 from coordinator.caller_text import CallerText, is_marked, joined
-from coordinator.template_budget import check_operands, count, counted, counted_parts
+from coordinator.template_budget import (
+    check_call,
+    check_operands,
+    count,
+    counted,
+    counted_parts,
+)
 
 _COUNTED = "_counted"  # the filter around what a loop goes through
+_GROWING = ("batch", "center", "format", "indent", "replace", "round", "slice", "wordwrap")
 
 
 class _Generation(Extension):
@@ -51,7 +59,7 @@ class _Joining(CodeGenerator):
 
 class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _Joining
-    intercepted_binops = frozenset({"+", "*", "**"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
@@ -59,6 +67,11 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         count()
+        value = getattr(function, "__self__", None)
+        if value is None:  # the sandbox wraps str.format
+            value = getattr(getattr(function, "__wrapped__", None), "__self__", None)
+        if isinstance(value, str):
+            _check_method(function.__name__, value, args, kwargs)
         return super().call(context, function, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -84,13 +97,47 @@ def template_environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvir
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
+    for name in _GROWING:
+        environment.filters[name] = _checked(name, environment.filters[name])
     environment.filters[_COUNTED] = counted
     environment.filters["tojson"] = _to_json
     environment.filters["safe"] = _safe
     environment.filters["join"] = _join(environment.filters["join"])
+    del environment.globals["lipsum"]  # a loop that is not counted
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
     return environment
+
+
+def _check_method(name: str, value: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Before a method of a text is called."""
+    if name == "join":
+        _check_joined(value, args[0] if args else ())
+    elif name == "format_map":
+        mapping = args[0] if args else {}
+        check_call(name, value, mapping.values() if isinstance(mapping, Mapping) else ())
+    else:
+        check_call(name, value, (*args, *kwargs.values()))
+
+
+def _check_joined(separator: str, parts: Any) -> None:
+    if isinstance(parts, Sized) and parts:
+        count(len(separator) * len(parts))
+        if isinstance(parts, list | tuple):
+            count(sum(len(part) for part in parts if isinstance(part, str)))
+
+
+def _checked(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that is not begun where it would make too large a text or list."""
+    first = 1 if hasattr(original, "jinja_pass_arg") else 0
+
+    @wraps(original)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > first:
+            check_call(name, args[first], (*args[first + 1 :], *kwargs.values()))
+        return original(*args, **kwargs)
+
+    return checked
 
 
 def _to_json(
@@ -101,9 +148,14 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes HTML, which models have not been trained on.
-    text = json.dumps(
-        value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
+    encoder = json.JSONEncoder(
+        ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    if indent is None:
+        text = encoder.encode(value)
+    else:  # it may become many times as long
+        check_call("center", "", (indent if isinstance(indent, int) else len(indent),))
+        text = "".join(counted_parts(encoder.iterencode(value)))
     if not ensure_ascii or text.isascii():
         return text
     # Marks stay marks: they stand for characters of the caller, most of them ASCII.
@@ -121,7 +173,8 @@ def _join(original: Callable[..., Any]) -> Callable[..., Any]:
     def join(
         context: nodes.EvalContext, value: Any, d: str = "", attribute: str | int | None = None
     ) -> str:
-        parts = list(value)
+        parts = list(counted(value))
+        _check_joined(str(d), parts)
         text = original(context, parts, d, attribute)
         return text if not isinstance(text, str) else joined([text, *(_empty(p) for p in parts)])
 

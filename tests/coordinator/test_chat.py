@@ -308,6 +308,42 @@ def test_a_template_that_recurses_refuses_what_is_nested(tmp_path: Path) -> None
         ),
         ("{% for i in range(99999) %}{{ 'x' * 60000000 }}{% endfor %}", "characters"),
         ("{% for i in range(99999) %}{{ 9 ** (9 ** 9) }}{% endfor %}", "characters"),
+        *[
+            ("{% set n = messages[0].content | int %}{{ " + expression + " }}", "characters")
+            for expression in (
+                "'%999999999s' % n",
+                "'%.999999999f' % n",
+                "'%*d' % (n, 1)",
+                "'%999999999s' | format(n)",
+                "'{:>999999999}'.format(n)",
+                "'{:{}}'.format(1, n)",
+                "'{:{w}}'.format_map({'w': n})",
+                "'x'.center(n)",
+                "'x'.ljust(n)",
+                "'x'.zfill(n)",
+                "'a\tb'.expandtabs(n)",
+                "('x' * 9999).replace('x', 'y' * 9999)",
+                "('x' * 9999) | replace('x', 'y' * 9999)",
+                "'x' | center(n)",
+                "['x', 'y'] | map('center', n) | list",
+                "'a\nb' | indent(n)",
+                "('a\n' * 9999) | indent(width=9999)",
+                "('a' * 9999) | wordwrap(1, wrapstring='y' * 9999)",
+                "range(99999) | join('y' * 9999)",
+                "('y' * 9999).join(['z'] * 9999)",
+                "[1] | batch(n, 0) | list",
+                "[1] | slice(n) | list",
+                "([1] * n) | length",
+                "3 | round(n, 'ceil')",
+                "[[1]] | tojson(indent=n)",
+            )
+        ],
+        (
+            "{% set ns = namespace(t=[1]) %}{% for i in range(60) %}{% set ns.t = ns.t + ns.t %}"
+            "{% endfor %}",
+            " s of|characters",
+        ),
+        ("{{ ([[1] * 9999] * 999) | tojson(indent=99) }}", " s of|characters"),
     ],
 )
 def test_a_template_that_goes_on_and_on_ends_with_its_request(
