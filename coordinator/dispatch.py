@@ -135,7 +135,7 @@ class Dispatch:
         self._num_tokens = num_tokens
         self._num_failed = 0
         self._route: Route | None = None
-        self._suspects: list[Worker] = []  # gave the request up as not finite
+        self._suspects: list[tuple[Worker, Worker]] = []  # not finite numbers: whose, found where
         self._harm = Harm(membership, trial or Trial(clock))
 
     def remaining_s(self) -> float:
@@ -174,9 +174,9 @@ class Dispatch:
             self._home.model = _model_tag(self._route.decode)
         if self._suspects and self._route is not None:
             used = {w.peer.incarnation for w in (self._route.decode, self._route.prefill) if w}
-            for suspect in self._suspects:
+            for suspect, witness in self._suspects:
                 if suspect.peer.incarnation not in used:
-                    self._membership.accuse(suspect)
+                    self._membership.accuse(suspect, witness)
             self._suspects = []
         self._harm.clear()
 
@@ -197,7 +197,12 @@ class Dispatch:
         self._failures[lost.peer.incarnation] += 1
         self._membership.doubt(lost)
         if error.sick:
-            self._suspects.append(lost)
+            if lost is not route.decode and any(
+                w.peer == route.decode.peer for _, w in self._suspects
+            ):
+                self._failures[route.decode.peer.incarnation] += 1  # it may be the damaged one
+                self._home.decode = ""
+            self._suspects.append((lost, route.decode))
         self._num_failed += 1
         backoff = min(_FIRST_BACKOFF_S * 2 ** (self._num_failed - 1), _MAX_BACKOFF_S)
         await asyncio.sleep(min(backoff, self.remaining_s()))  # the table hears of an end meanwhile

@@ -134,6 +134,7 @@ class Worker:
     doubtful: bool = False  # whether that was lately, as of the snapshot
     kv_pool: KVPool = NO_KV_POOL
     strikes: tuple[float, ...] = ()  # when it was proven to compute wrongly, monotonic
+    charges: tuple[float, ...] = ()  # strikes of others that this decode worker brought about
     is_sick: bool = False
     beat_s: float = 0.0  # its registration or last heartbeat, monotonic
     stalled_s: float = -math.inf  # when it last reported that its event loop stalls, monotonic
@@ -227,6 +228,7 @@ class Membership:
                 assigned_tokens=old.assigned_tokens,
                 doubted_s=old.doubted_s,
                 strikes=old.strikes,
+                charges=old.charges,
                 is_sick=old.is_sick,
             )
         elif old:
@@ -338,10 +340,12 @@ class Membership:
         if current and current.peer.incarnation == worker.peer.incarnation:
             self._workers[worker.peer.worker_id] = replace(current, doubted_s=self._clock())
 
-    def accuse(self, worker: Worker) -> None:
+    def accuse(self, worker: Worker, witness: Worker) -> None:
         """What the worker could not compute was computed elsewhere: the request is not the reason.
 
-        One incident counts once, however many requests it had.
+        One incident counts once, however many requests it had. `witness`: the decode worker that
+        found the numbers. The fault may be its own memory's, where blocks land: it is the sick one
+        where it had a part in more incidents than the worker that it found.
         """
         current = self._workers.get(worker.peer.worker_id)
         if current is None or current.peer.incarnation != worker.peer.incarnation:
@@ -354,8 +358,23 @@ class Membership:
         _log.warning(
             "worker computed wrongly", worker=worker.peer.worker_id, num_times=len(strikes)
         )
-        if len(strikes) >= STRIKES:
+        num_charges = self._charge(witness.peer, now) if witness.peer != worker.peer else 0
+        if len(strikes) < STRIKES:
+            return
+        if num_charges <= len(strikes):
             self._found_sick(worker.peer, "others computed what it could not")
+            return
+        self._workers = {name: replace(w, strikes=()) for name, w in self._workers.items()}
+        self._found_sick(witness.peer, "blocks of several workers were damaged in it alone")
+
+    def _charge(self, peer: Peer, now: float) -> int:
+        """Note that a decode worker found another worker's fault; returns how often it has."""
+        current = self._workers.get(peer.worker_id)
+        if current is None or current.peer.incarnation != peer.incarnation:
+            return 0
+        charges = (*(s for s in current.charges if now - s < STRIKES_S), now)
+        self._workers[peer.worker_id] = replace(current, charges=charges)
+        return len(charges)
 
     def _found_sick(self, peer: Peer, reason: str) -> None:
         current = self._workers[peer.worker_id]

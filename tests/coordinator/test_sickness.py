@@ -50,6 +50,9 @@ class Table:
             mine = health if worker.peer.worker_id == of else Health.OK
             self.members.heartbeat(worker, Load(health=mine))
 
+    def accuse(self, name: str, witness: str = "") -> None:
+        self.members.accuse(self.worker(name), self.worker(witness or name))
+
     def pass_time(self, seconds: float) -> None:
         for _ in range(round(seconds)):
             self.now += 1.0
@@ -82,7 +85,7 @@ def test_operators_see_health() -> None:
     assert shown() == ("degraded", "[yellow]ready, degraded[/]")
     for _ in range(STRIKES):
         table.pass_time(DOUBT_S + 1)
-        table.members.accuse(table.worker("decode-0"))
+        table.accuse("decode-0")
     assert shown() == ("sick", "[red]ready, sick[/]")
 
 
@@ -100,18 +103,19 @@ def test_proofs_of_one_moment_are_one_and_old_ones_do_not_count() -> None:
     table = Table()
     worker = table.worker("decode-0")
     for _ in range(40):
-        table.members.accuse(worker)
+        table.members.accuse(worker, worker)
     assert not table.sick
     table.pass_time(DOUBT_S + 1)
-    table.members.accuse(worker)
+    table.members.accuse(worker, worker)
     table.pass_time(STRIKES_S + 1)
     for _ in range(STRIKES - 1):
-        table.members.accuse(worker)
+        table.members.accuse(worker, worker)
         table.pass_time(DOUBT_S + 1)
     assert not table.sick
-    table.members.accuse(replace(worker, peer=replace(worker.peer, incarnation="older")))
+    old = replace(worker, peer=replace(worker.peer, incarnation="older"))
+    table.members.accuse(old, old)
     assert not table.sick
-    table.members.accuse(worker)
+    table.members.accuse(worker, worker)
     assert table.sick == ["decode-0"]
 
 
@@ -146,19 +150,45 @@ async def test_a_request_that_fails_everywhere_makes_nobody_sick() -> None:
     assert not table.sick
 
 
-async def test_a_prefill_worker_is_accused_for_its_blocks() -> None:
-    table = Table()
-    for _ in range(2 * STRIKES):
-        dispatch = table.dispatch()
+async def damaged_blocks(table: Table, *, of: str = "", found_by: str = "") -> None:
+    """A request whose first attempt meets damaged blocks, where it is at these workers."""
+    dispatch = table.dispatch()
+    while True:
         route = await dispatch.next(10)
-        assert route.prefill is not None
+        if route.prefill is None or not route.prefill.peer.worker_id.startswith(of):
+            break
+        if not route.decode.peer.worker_id.startswith(found_by):
+            break
         await dispatch.failed(route, Unavailable("damaged", lost="prefill", sick=True))
-        again = await dispatch.next(10)
-        assert again.prefill is None or again.prefill.peer != route.prefill.peer
-        dispatch.progressed()
-        table.pass_time(DOUBT_S + 1)
-    assert table.sick
-    assert all(name.startswith("prefill") for name in table.sick)
+    dispatch.progressed()
+    table.pass_time(DOUBT_S + 1)
+
+
+async def test_a_prefill_worker_is_accused_for_its_blocks() -> None:
+    """Also where one decode worker has found all of them."""
+    table = Table()
+    for _ in range(3 * STRIKES):
+        await damaged_blocks(table, of="prefill-0")
+    assert table.sick == ["prefill-0"]
+
+
+async def test_a_decode_worker_in_which_blocks_of_all_are_damaged() -> None:
+    """Its memory is bad where its self-test does not look: its peers are not sick."""
+    table = Table()
+    for _ in range(3 * STRIKES):
+        await damaged_blocks(table, found_by="decode-0")
+    assert table.sick == ["decode-0"]
+
+
+async def test_a_request_leaves_a_decode_worker_in_which_all_blocks_are_damaged() -> None:
+    table = Table()
+    dispatch = table.dispatch()
+    first = await dispatch.next(10)
+    for _ in range(2):
+        route = await dispatch.next(10)
+        assert route.decode.peer == first.decode.peer
+        await dispatch.failed(route, Unavailable("damaged", lost="prefill", sick=True))
+    assert (await dispatch.next(10)).decode.peer != first.decode.peer
 
 
 class _Call(Exception):
