@@ -120,6 +120,15 @@ def test_requests_have_pseudonyms_for_strangers(guarded: Stack) -> None:
         call.cancel()
 
 
+async def test_no_process_describes_itself(guarded: Stack) -> None:
+    path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+    for address in (guarded.address, *(w.address for w in guarded.workers())):
+        async with open_channel(address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await anext(aiter(channel.stream_stream(path)(iter([b""]), timeout=10)))
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED, address
+
+
 async def test_an_abort_of_a_stranger_ends_nothing(guarded: Stack) -> None:
     alone = ("grpc.use_local_subchannel_pool", 1)
     async with (
