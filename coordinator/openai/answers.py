@@ -60,6 +60,7 @@ class Writer(ABC):
     prefix: str  # of the answer's id
     whole_object: str
     chunk_object: str
+    is_large = False  # whether the whole answer is to be written in a thread
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ without retries, which are its own clients' decision.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -21,7 +22,7 @@ from coordinator.openai.chat_answers import ChatWriter
 from coordinator.openai.chats import read_chat, read_tools
 from coordinator.openai.completion_answers import CompletionWriter
 from coordinator.openai.completions import read_completion
-from coordinator.openai.door import DONE, Asked, Door, Events, Handler, Reply, event
+from coordinator.openai.door import DONE, Asked, Door, Events, Handler, Reply, event, large_json
 from coordinator.openai.errors import Failure, Refused
 from coordinator.openai.fields import UINT32, Fields, whole_list
 from coordinator.openai.messages import read_messages
@@ -33,6 +34,7 @@ from engine.rpc.receive_budget import ReceiveBudget
 from engine.telemetry.metrics import PREFIX
 
 _OWNER = "diptych"
+_MANY_LOGPROBS = 256  # of tokens of a prompt, beyond which they are written in a thread
 _CHAT_NAMES = {"chat.messages": "messages", "chat.tools_json": "tools", "text": "prompt"}
 
 
@@ -129,7 +131,8 @@ class OpenAiApi:
             async for some in parts:
                 for part in some:
                     choices[part["index"]] = writer.fold(choices.get(part["index"]), part)
-        return writer.whole(choices)
+        whole = writer.whole(choices)
+        return await asyncio.to_thread(large_json, whole) if writer.is_large else whole
 
     async def _parts(
         self, writer: Writer, calls: Sequence[Callable[[], Any]], names: Names, needs_first: bool
@@ -140,7 +143,11 @@ class OpenAiApi:
                 first_text = ""
                 if needs_first and response.HasField("prompt"):
                     first_text = await self._text_of(response.prompt.token_ids[:1])
-                yield writer.choices(prompt, response, first_text)
+                if len(response.prompt.logprobs) > _MANY_LOGPROBS:  # a quarter of a second's work
+                    writer.is_large = True
+                    yield await asyncio.to_thread(writer.choices, prompt, response, first_text)
+                else:
+                    yield writer.choices(prompt, response, first_text)
 
     async def _text_of(self, token_ids: Sequence[int]) -> str:
         request = inference_pb2.DetokenizeRequest(token_ids=token_ids)

@@ -45,7 +45,7 @@ _ANY = ""  # method
 _HEAD = ("GET", "HEAD")  # served, and asked for
 
 Events = AsyncGenerator[str, None]
-Reply = dict[str, Any] | Events
+Reply = dict[str, Any] | str | Events  # a text is JSON
 Read = TypeVar("Read")
 
 
@@ -76,6 +76,16 @@ def event(value: dict[str, Any]) -> str:
 def to_json(value: Any) -> str:
     """Compact JSON."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def large_json(value: Any, depth: int = 5) -> str:
+    """The same for a thread: other threads get the interpreter between parts of the value."""
+    if depth and isinstance(value, dict):
+        items = (f"{to_json(str(k))}:{large_json(item, depth - 1)}" for k, item in value.items())
+        return "{" + ",".join(items) + "}"
+    if depth and isinstance(value, list):
+        return "[" + ",".join(large_json(item, depth - 1) for item in value) + "]"
+    return to_json(value)
 
 
 class Door:
@@ -117,7 +127,7 @@ class Door:
         try:
             asked = await self._read(visit)
             reply = await self._handler(asked)
-            if isinstance(reply, dict):
+            if isinstance(reply, dict | str):
                 await visit.reply(200, reply)
                 return 200
             return await self._stream(visit, reply)
@@ -247,10 +257,11 @@ class _Visit:
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def reply(
-        self, status: int, value: dict[str, Any], headers: Mapping[str, str] | None = None
+        self, status: int, value: dict[str, Any] | str, headers: Mapping[str, str] | None = None
     ) -> None:
-        """A whole JSON response."""
-        body = to_json(value).encode(errors="replace")
+        """A whole JSON response; a text is JSON already."""
+        text = value if isinstance(value, str) else to_json(value)
+        body = text.encode(errors="replace")
         kind = {"content-type": "application/json", "content-length": str(len(body))}
         await self.start(status, {**kind, **(headers or {})})
         if self.method == "HEAD":

@@ -11,6 +11,7 @@ import time
 import httpx
 import pytest
 
+from coordinator.openai import api, door
 from coordinator.openai import body as body_module
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from tests.integration.stack import free_port
@@ -421,6 +422,27 @@ async def test_every_prompt_token_is_shown_where_asked():
         none = {"tool_choice": "none", "tools": TOOLS}
         got = (await f.chat(max_tokens=1, return_token_ids=True, **none)).json()
         assert got["prompt_token_ids"] == list(worker.requests[-1].prompt_token_ids)
+
+
+async def test_what_a_long_prompt_scores_is_written_in_a_thread(monkeypatch):
+    """The same answer, and json holds the interpreter for single entries alone."""
+    sizes = []
+    to_json = door.to_json
+    monkeypatch.setattr(door, "to_json", lambda value: sizes.append(value) or to_json(value))
+    async with http_front() as f:
+        await f.worker()
+        prompt = [1 + i % 200 for i in range(300)]
+        for ask in ({"prompt_logprobs": 3}, {"logprobs": 3, "echo": True}):
+            answers = []
+            for many in (256, 1 << 30):
+                monkeypatch.setattr(api, "_MANY_LOGPROBS", many)
+                sizes.clear()
+                got = await f.complete(prompt=prompt, max_tokens=2, **ask)
+                assert got.status_code == 200
+                answers.append(got.json()["choices"])
+                longest = max(len(to_json(value)) for value in sizes)
+                assert (longest > 10_000) is (many > 300)
+            assert answers[0] == answers[1]
 
 
 async def test_a_draining_coordinator_sends_clients_elsewhere():
