@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ log = get_logger(__name__)
 
 _LOOK_S = 0.1
 _AGAIN_S = 0.005
+_BIND_S = 2.0  # for a port that the probe had and gRPC does not get at once
 _LONGEST_CALL_S = 24 * 3600.0  # on a dead server
 _DEAD = "the gRPC server died; another one takes its place"
 
@@ -52,7 +54,9 @@ class Listener:
     def listen(self, address: str) -> int:
         """Bind HOST:PORT and return the port; raises ConfigError where that fails."""
         listen_on(address).close()  # a probe: where it fails it says why, and gRPC would only log
-        port = self._bind(address)
+        until_s = time.monotonic() + _BIND_S
+        while (port := self._bind(address)) == 0 and time.monotonic() < until_s:
+            time.sleep(_LOOK_S)  # seen where a worker starts again on the port of its predecessor
         if port == 0:
             raise ConfigError(f"cannot listen on {address}: address already in use")
         self._address = f"{address.rpartition(':')[0]}:{port}"

@@ -16,6 +16,7 @@ from engine.errors import ConfigError, InvalidRequest, Unavailable
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc, worker_pb2
 from engine.pb.diptych.v1 import inference_pb2, inference_pb2_grpc
 from engine.rpc.channel import ChannelPool, open_channel
+from engine.rpc.listener import Listener
 from engine.rpc.server import RpcServer
 from engine.rpc.status import PUSHBACK_KEY, from_rpc_error
 from engine.telemetry.metrics import RpcMetrics
@@ -216,6 +217,18 @@ async def test_a_used_port_is_refused_in_words():
     async with serving() as (_, _, _, port, _):
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}.*in use"):
             RpcServer().listen(f"127.0.0.1:{port}")
+
+
+async def test_a_port_that_is_busy_for_a_moment_is_tried_again(monkeypatch):
+    """A worker that starts again on the port of its predecessor, which its peers still dial."""
+    bind, failures = Listener._bind, [1, 2, 3]
+    monkeypatch.setattr(
+        Listener,
+        "_bind",
+        lambda self, address: 0 if failures and failures.pop() else bind(self, address),
+    )
+    assert RpcServer().listen("127.0.0.1:0") > 0
+    assert not failures
 
 
 async def test_a_large_message_passes():
