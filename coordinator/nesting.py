@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 MAX_DEPTH = 100
 MAX_ITEMS = 262_144  # texts, names, commas, arrays and objects
 MAX_CONTAINERS = 65_536  # arrays and objects
+MAX_DIGITS = 512  # of a number in a large text; the largest double has 309
 TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
 TOO_MANY = (
     f"more than {MAX_ITEMS} texts, names, commas, arrays and objects, or more than"
     f" {MAX_CONTAINERS} arrays and objects"
 )
 _SMALL_CHARS = 64 * 1024  # a text of this size is within the bounds, or nearly so
+_PIECE_CHARS = 64 * 1024
 _MARK = re.compile(r'["\[{,]')
 _TEXT = re.compile(r'[^"\\]{0,65536}+(?:\\.[^"\\]{0,256}+){0,256}+', re.DOTALL)  # a piece of one
 
@@ -43,7 +47,11 @@ def num_items(source: str) -> int:
     Raises ValueError there.
     """
     items = containers = at = 0
-    while (mark := _MARK.search(source, at)) is not None:
+    while at < len(source):
+        mark = _MARK.search(source, at, at + _PIECE_CHARS)
+        if mark is None:
+            at += _PIECE_CHARS
+            continue
         items += 1
         at = mark.end()
         found = mark[0]
@@ -85,15 +93,24 @@ def loads(source: str, *, may_be_deep: bool = False) -> Any:
 
     NaN and infinities are no JSON. `may_be_deep`: nothing walks through it.
     """
+    whole = fraction = None
     if len(source) > _SMALL_CHARS:
         num_items(source)
+        whole, fraction = partial(_number, int), partial(_number, float)
     try:
-        value = json.loads(source, parse_constant=_refuse)
+        value = json.loads(source, parse_int=whole, parse_float=fraction, parse_constant=_refuse)
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
     if not may_be_deep and isinstance(value, dict | list) and depth(value) > MAX_DEPTH:
         raise ValueError(TOO_DEEP)
     return value
+
+
+def _number(kind: Callable[[str], Any], text: str) -> Any:
+    """Time goes with the square of the digits."""
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of more than {MAX_DIGITS} digits")
+    return kind(text)
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import islice
 
 _SPECIAL = "\0"  # before its name, so that the symbol of a special token is no character
 
@@ -216,8 +217,7 @@ class StopChecker:
 
     def _num_shown(self, num_symbols: int) -> int:
         """Characters shown of the last symbols."""
-        size = len(self._tape)
-        return sum(len(self._tape[i]) for i in range(size - num_symbols, size))
+        return sum(map(len, islice(reversed(self._tape), num_symbols)))
 
 
 def _read(text: str, special: str, shown: str) -> Iterator[tuple[str, str]]:

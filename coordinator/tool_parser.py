@@ -25,6 +25,9 @@ from coordinator.request import ToolCallPiece
 from coordinator.tools import ToolUse
 
 _NAME = frozenset(string.ascii_letters + string.digits + "_-.")
+_LONGEST_NAME = 64  # of a tool
+# Each character looks at what is held: more is no part of a call.
+_MOST_HELD = 1024
 
 
 def call_id(answer: str, num_chars: int, call: int) -> str:
@@ -131,7 +134,7 @@ class ToolCalls:
             self._to_begin("[" if self._format.as_list else "")
             return
         released = self._held[: len(self._held) - _overlap(self._held, trigger)]
-        if not self._says_nothing(released):
+        if len(released) > _MOST_HELD or not self._says_nothing(released):
             self._text.append(released)
             self._held = self._held[len(released) :]
 
@@ -142,7 +145,11 @@ class ToolCalls:
         self._name, self._read = "", self._read_name
 
     def _read_name(self, char: str) -> None:
-        if char in _NAME or (char.isspace() and not self._name):
+        if len(self._held) > _MOST_HELD:
+            self._no_call(char)
+        elif (char in _NAME and len(self._name) < _LONGEST_NAME) or (
+            char.isspace() and not self._name
+        ):
             self._held += char
             self._name += char.strip()
         elif self._name in self._names:
@@ -233,7 +240,7 @@ class ToolCalls:
     def _read_expected(self, char: str) -> None:
         if self._seen < len(self._expected) and char == self._expected[self._seen]:
             self._seen += 1
-        elif not char.isspace() and not self._reads_lead(char):
+        elif len(self._held) > _MOST_HELD or not (char.isspace() or self._reads_lead(char)):
             self._broken(char)
             return
         if self._holds:

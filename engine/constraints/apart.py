@@ -70,7 +70,7 @@ class Branches:
         """Whether a member that the one must have cannot be as the other has it."""
         listed = [_listed(part, "required") for part in one]
         self._steps -= sum(map(len, listed)) // _ITEMS
-        names = {str(name) for names in listed for name in names}
+        names = {name for names in listed for name in names if isinstance(name, str)}
         return any(
             any(_forbids(part, name) for part in other)
             or self._apart(self._member(one, name), self._member(other, name), deep - 1)
@@ -145,7 +145,8 @@ def _types(parts: list[Schema], values: frozenset[_Value] | None) -> frozenset[s
         named = part.get("type")
         names = [named] if isinstance(named, str) else named
         if isinstance(names, list):
-            left &= frozenset().union(*(_TYPES.get(str(name), _ALL_TYPES) for name in names))
+            kinds = [_TYPES.get(n, _ALL_TYPES) if isinstance(n, str) else _ALL_TYPES for n in names]
+            left &= frozenset().union(*kinds)
     return left if values is None else left & {kind for kind, _ in values}
 
 

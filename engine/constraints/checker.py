@@ -28,6 +28,7 @@ from engine.types import Constraint
 _log = get_logger(__name__)
 COMPILE_S = 10.0
 MOST_CPU_S = 2.0
+_FIRST_CPU_S = 0.05  # within which ordinary schemas compile
 _MAX_KNOWN = 256
 _MAX_KNOWN_CHARS = 16 << 20
 Count = Callable[[str], None]
@@ -85,8 +86,9 @@ class Checker:
             raise busy() from None
 
     async def _try(self, job: Job) -> Grammar:
-        """One try, in the quick lane, then in the slow one."""
-        for slow, cpu_s in ((False, min(QUICK_CPU_S, self._cpu_s)), (True, self._cpu_s)):
+        """One try in three steps; what was lost in one is tried in the next."""
+        for slow, most_s in ((False, _FIRST_CPU_S), (False, QUICK_CPU_S), (True, self._cpu_s)):
+            cpu_s = min(most_s, self._cpu_s)
             trial = self._sandbox.submit(job, cpu_s, slow=slow)
             try:
                 outcome = await asyncio.wrap_future(trial.future)
@@ -94,8 +96,10 @@ class Checker:
                 trial.abandon()
                 self.count("abandoned")
                 raise
-            if outcome.ended is not Ended.CPU_TIME:
+            if slow or outcome.ended not in (Ended.CPU_TIME, Ended.LOST):
                 break
+            if outcome.ended is Ended.LOST:
+                self.count(outcome.ended.value)
         if (found := outcome.grammar) is not None:
             self.count("refused" if found.reason else "compiled")
             return replace(found, cpu_s=outcome.cpu_s)

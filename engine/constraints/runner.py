@@ -44,6 +44,7 @@ STACK_BYTES = 64 << 20
 QUICK_CPU_S = 0.25  # longer jobs have a lower priority
 # A runner that took more than this gives its memory back by ending.
 _FRESH_CPU_S, _FRESH_BYTES = 0.1, 32 << 20
+_PAUSE_S = 0.2  # behind a runner that ended without a job
 
 Job = Callable[[LLTokenizer], Grammar]
 
@@ -107,6 +108,8 @@ class _Lane:
             code = os.waitstatus_to_exitcode(status)
             reply, result, is_last = REPLY.pack(min(code, -1), 0), b"", True
             self._pid = 0
+            if not self._busy:  # it may have no memory or threads to begin with
+                time.sleep(_PAUSE_S)
         if self._busy:
             self._busy = False
             write_all(self.parent.fileno(), reply + result)
@@ -155,7 +158,9 @@ def _run(tokenizer: LLTokenizer | None, reason: str) -> NoReturn:
 def _jobs(tokenizer: LLTokenizer | None, reason: str) -> None:
     begin_bytes = _num_bytes()
     if begin_bytes:
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         limit = begin_bytes + MOST_BYTES
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     with suppress(EOFError):
         while True:

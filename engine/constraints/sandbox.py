@@ -4,18 +4,21 @@
                                     | the job is abandoned: the runner is killed
                                     | the keeper is lost: it is started again
 
-Jobs are tried in a quick lane first. One that takes longer there is tried again in the slow lane,
-so that many of those hold up the quick ones by a fraction of a second each.
+Jobs are tried for an instant first, as nearly all of them are done then; later, and when no other
+one waits for its first try, for longer, and at last in the slow lane. So many jobs that take long
+hold up the others by that instant each.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import queue
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -35,6 +38,7 @@ _log = get_logger(__name__)
 _NUM_QUICK, _NUM_SLOW = 2, 1
 _POLL_S = 0.05  # within which an abandoned job ends
 _SILENT_S = 10.0  # a keeper that does not answer a kill for so long is lost
+_READS_S = 60.0  # the same within a job or a result, of a keeper that may just have started
 _RESTART_S = 1.0  # least time between two starts
 
 
@@ -80,6 +84,10 @@ class Trial:
         self.future.cancel()
 
 
+# Jobs that may take less CPU time come first.
+_Queue = queue.PriorityQueue[tuple[float, int, Trial | None]]
+
+
 def _nothing(_tokenizer: LLTokenizer) -> Grammar:
     return Grammar()
 
@@ -94,8 +102,9 @@ class Sandbox:
         self._sockets: list[socket.socket] = []
         self._started_s = -_RESTART_S
         self._closed = False
-        self._quick: queue.SimpleQueue[Trial | None] = queue.SimpleQueue()
-        self._slow: queue.SimpleQueue[Trial | None] = queue.SimpleQueue()
+        self._count = itertools.count()
+        self._quick: _Queue = queue.PriorityQueue()
+        self._slow: _Queue = queue.PriorityQueue()
         queues = [self._quick] * _NUM_QUICK + [self._slow] * _NUM_SLOW
         for lane, jobs in enumerate(queues):
             threading.Thread(
@@ -109,19 +118,20 @@ class Sandbox:
     def submit(self, job: Job, cpu_s: float, *, slow: bool = False) -> Trial:
         """Run a picklable call; its future never fails."""
         trial = Trial(job, cpu_s)
-        (self._slow if slow else self._quick).put(trial)
+        (self._slow if slow else self._quick).put((cpu_s, next(self._count), trial))
         return trial
 
     def close(self) -> None:
         """End all processes and threads; jobs under way are lost."""
         self._closed = True
         for lane in range(_NUM_QUICK + _NUM_SLOW):
-            (self._quick if lane < _NUM_QUICK else self._slow).put(None)
+            jobs = self._quick if lane < _NUM_QUICK else self._slow
+            jobs.put((-1.0, next(self._count), None))
         with self._lock:
             self._end()
 
-    def _serve(self, lane: int, jobs: queue.SimpleQueue[Trial | None]) -> None:
-        while (trial := jobs.get()) is not None:
+    def _serve(self, lane: int, jobs: _Queue) -> None:
+        while (trial := jobs.get()[2]) is not None:
             if not trial.future.set_running_or_notify_cancel():
                 continue
             try:
@@ -195,6 +205,9 @@ class Sandbox:
                 pass_fds=theirs,
             )
             self._sockets = [pair[0] for pair in pairs]
+            for sock in self._sockets:  # a keeper may stop while it reads a job, or writes a result
+                for limit in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+                    sock.setsockopt(socket.SOL_SOCKET, limit, struct.pack("ll", int(_READS_S), 0))
         finally:
             for pair in pairs:
                 pair[1].close()

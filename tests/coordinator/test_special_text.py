@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from coordinator.chat import ChatTemplate, turns
 from coordinator.chat_prompt import Prompt, _strings, chat_prompt
 from coordinator.model import ServedModel
 from coordinator.request import ChatMessage, ToolCall
-from coordinator.special_tokens import SpecialTokens
+from coordinator.special_tokens import SpecialTokens, _longest_of
 from coordinator.tools import Tool
 from engine.checkpoint.source import resolve
 from engine.errors import InvalidRequest
@@ -153,6 +155,29 @@ def test_where_none_is_meant_none_comes(library: Tokenizer) -> None:
         assert not ids & set(found), text
         if library.decoder is not None:
             assert library.decode(found, skip_special_tokens=False) == text
+
+
+def test_thousands_of_special_tokens_are_found_as_the_longest() -> None:
+    names = [f"<unused{i}>" for i in range(5000)]
+    names += ["<" * i for i in range(1, 30, 2)] + ["<a", "<ab>", "a+", "(?:"]
+    pattern = re.compile(_longest_of(names))
+    plain = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+    r = random.Random(5)
+    parts = [*r.sample(names, 40), *("<", "<unused", "<unused4", ">", "a", "+", "b>", "(?", "\n")]
+    for _ in range(20):
+        text = "".join(r.choices(parts, k=60))
+        assert pattern.findall(text) == plain.findall(text)
+
+    def best_s(found: re.Pattern[str], size: int) -> float:
+        def once() -> float:
+            begun_s = time.thread_time()
+            found.findall("<unused" * size)
+            return time.thread_time() - begun_s
+
+        return min(once() for _ in range(3))
+
+    few = re.compile(_longest_of(names[:1]))
+    assert best_s(pattern, 3000) < 50 * best_s(few, 3000) + 0.05
 
 
 def test_normalizing_makes_none_either() -> None:

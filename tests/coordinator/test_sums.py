@@ -53,6 +53,18 @@ def test_json_of_too_many_values_is_refused_before_it_is_parsed(
     assert str(MANY) in caught.value.failure.message
 
 
+@pytest.mark.parametrize("number", ["1" * 4000, "0." + "1" * 4000, "-" + "1" * 4000])
+def test_numbers_of_thousands_of_digits_are_refused(number: str) -> None:
+    body = f'{{"model": "m", "prompt": "x", "metadata": [{f"{number}," * 50}1]}}'
+    with pytest.raises(Refused, match="digits"):
+        parse_body(body.encode())
+
+
+def test_a_count_looks_at_a_piece_at_a_time() -> None:
+    space = " " * 3 * nesting._PIECE_CHARS
+    assert nesting.num_items(f'{space}[{space}"a",{space}{{{space}"b":1}}{space}]{space}') == 5
+
+
 def test_much_json_within_the_bounds_is_read() -> None:
     text = "[{]}," * 2_000_000  # within a text nothing counts
     body = {"prompt": text, "logit_bias": {str(i): 1.5 for i in range(49_152)}}

@@ -5,6 +5,7 @@ holds the answer to it.
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from functools import cache
 
@@ -219,6 +220,28 @@ def test_the_cut_into_messages_changes_nothing(form, parts, cuts):
         at += cut
     pieces.append(text[at:])
     assert read(form, pieces) == read(form, list(text))
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("place", ["text", "call", "begin", "name"])
+def test_time_grows_with_what_is_held(form, place):
+    """A copy of what is held for each character would take 16 times as long."""
+    opened = form.trigger + ("[" if form.as_list else "")
+    before = {
+        "text": "",
+        "call": form.write([("add", "{}")]),
+        "begin": opened + form.begin[:3],
+        "name": opened + form.begin,
+    }[place]
+
+    def took_s(size):
+        parser = ToolCalls(use(form), str)
+        begun_s = time.thread_time()
+        parser.push(before + ("a" if place == "name" else "\n") * size)
+        parser.flush(is_cut=False)
+        return time.thread_time() - begun_s
+
+    assert min(took_s(80_000) for _ in range(2)) < 9 * min(took_s(20_000) for _ in range(3)) + 0.05
 
 
 def test_ids_are_the_same_for_whoever_goes_on():

@@ -13,6 +13,10 @@ def pid(_tokenizer: LLTokenizer) -> Grammar:
     return Grammar(str(os.getpid()))
 
 
+def sized(_tokenizer: LLTokenizer, text: str) -> Grammar:
+    return Grammar(text)
+
+
 def burn(_tokenizer: LLTokenizer) -> Grammar:
     while True:
         pass

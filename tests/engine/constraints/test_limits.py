@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,82 @@ def test_a_stopped_keeper_is_replaced(sandbox: Sandbox, monkeypatch: pytest.Monk
     trial.abandon()
     assert trial.future.result(30).ended is Ended.LOST
     assert sandbox.submit(jobs.pid, 1.0).future.result(60).ended is Ended.DONE
+
+
+@pytest.mark.parametrize("num_bytes", [10, 4 << 20])
+def test_a_stopped_keeper_that_reads_no_more_is_lost(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, num_bytes: int
+) -> None:
+    """A large job does not fit the socket, so that sending it would wait without end."""
+    monkeypatch.setattr("engine.constraints.sandbox._SILENT_S", 1.0)
+    monkeypatch.setattr("engine.constraints.sandbox._READS_S", 4.0)
+    job = partial(jobs.sized, text="a" * num_bytes)
+    sandbox._end()  # the next one has the shorter limit
+    assert sandbox.submit(jobs.pid, 1.0).future.result(60).ended is Ended.DONE
+    assert sandbox.submit(job, 1.0).future.result(60).ended is Ended.DONE
+    assert sandbox._keeper is not None
+    os.kill(sandbox._keeper.pid, signal.SIGSTOP)
+    trial = sandbox.submit(job, 1.0)
+    until(trial.future.running, "it is sent")
+    trial.abandoned = True
+    assert trial.future.result(60).ended is Ended.LOST
+    assert sandbox.submit(jobs.pid, 1.0).future.result(60).ended is Ended.DONE
+
+
+def test_shorter_jobs_come_first(sandbox: Sandbox) -> None:
+    pause = [sandbox.submit(jobs.burn, 0.5) for _ in range(2)]
+    until(lambda: all(trial.future.running() for trial in pause), "both lanes are busy")
+    later = [sandbox.submit(jobs.burn, 0.3) for _ in range(8)]
+    assert sandbox.submit(jobs.pid, 0.29).future.result(60).ended is Ended.DONE
+    assert not later[-1].future.done()
+    for trial in later:
+        trial.abandon()
+
+
+async def test_what_a_lost_runner_did_is_tried_again(
+    checker: Checker, outcomes: Counter[str]
+) -> None:
+    await checker.tried(schema({"const": "first"}))
+    keeper = checker._sandbox._keeper
+    assert keeper is not None
+    os.kill(keeper.pid, signal.SIGKILL)
+    assert not (await checker.tried(schema({"const": "second"}))).reason
+    assert outcomes["compiled"] == 2
+    assert outcomes["lost"] == 1
+
+
+_SMALL = """
+import resource, sys, time
+from pathlib import Path
+from engine.constraints.grammar import Vocabulary
+from engine.constraints.sandbox import Ended, Sandbox
+from tests.support import constraint_jobs as jobs
+
+sandbox = Sandbox(Vocabulary(Path(sys.argv[1]), 49152, (2, 0)))
+assert sandbox.submit(jobs.pid, 1.0).future.result(60).ended is Ended.DONE
+keeper = sandbox._keeper.pid
+pages = int(Path(f"/proc/{keeper}/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + (32 << 20)  # without room for the stack of a runner
+resource.prlimit(keeper, resource.RLIMIT_AS, (limit, limit))
+print(keeper, flush=True)
+sandbox.submit(jobs.burn, 0.1).future.result(60)  # its runner ends; the next ones have the limit
+time.sleep(600)
+"""
+
+
+def test_runners_that_cannot_begin_cost_no_processor(vocabulary: Vocabulary) -> None:
+    command = [sys.executable, "-c", _SMALL, str(vocabulary.folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            assert parent.stdout is not None
+            keeper = int(parent.stdout.readline())
+            time.sleep(1.5)
+            begun = sum(map(int, stat_of(keeper)[11:15]))
+            time.sleep(1.5)  # some 7 forks; without pauses they fill it
+            assert sum(map(int, stat_of(keeper)[11:15])) - begun < 75
+            assert is_alive(keeper)
+        finally:
+            parent.kill()
 
 
 _PARENT = """

@@ -58,6 +58,7 @@ def branches(num: int, common: object) -> object:
 
 SCHEMAS: dict[str, Callable[[int], object]] = {
     "required": lambda n: branches(n, {"required": [f"n{i}" for i in range(n)], "type": "object"}),
+    "no names": lambda n: branches(200, {"required": [[0] * n, "a"], "type": "object"}),
     "types": lambda n: branches(n, {"type": ["object"] * n}),
     "parts": lambda n: branches(n, {"allOf": [{"type": "object"}] * n}),
     "reference": lambda n: branches(n, {"$ref": "#" + "/x" * n}),
