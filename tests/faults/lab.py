@@ -5,7 +5,7 @@
     messages    BlocksReady late, lost, doubled, reordered      (a prefill worker)
     releases    Release lost, doubled                           (a worker that others read from)
     numbers     logits that are NaN, KV that is NaN in one layer
-    poison      a token that ends the process which computes it, or hangs its engine
+    poison      a token that ends the process which computes it
     event loop  held up for a time by SIGUSR1, asleep or busy
 
     python -m tests.faults.lab --orders FILE prefill|decode start ...
@@ -165,9 +165,7 @@ def _sick_runner(kind: Any) -> None:
         poison = ORDERS.standing("poison")
         if poison and any(poison["token"] in row.token_ids for row in rows):
             ORDERS.take("poison")
-            if not poison["hang_s"]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(poison["hang_s"])
+            os.kill(os.getpid(), signal.SIGKILL)
         logits = run(self, rows)
         of_test = self._kv_cache.num_blocks <= 2
         if ORDERS.standing("nan_logits") and len(logits) and ORDERS.take("nan_logits"):

@@ -1,4 +1,4 @@
-"""Requests that end, or hang, every worker that computes them, beside innocent ones."""
+"""Requests that end every worker that computes them, beside innocent ones."""
 
 from __future__ import annotations
 
@@ -29,12 +29,9 @@ def poisoned(where: str) -> Case:
     return replace(case, name=f"poison-{where}", prompt=prompt)
 
 
-@pytest.mark.parametrize(
-    ("where", "hang_s", "number"),
-    [("decode", 0, 1), ("prefill", 0, 1), ("decode", 20, 1), ("decode", 0, 3)],
-)
+@pytest.mark.parametrize(("where", "number"), [("decode", 1), ("prefill", 1), ("decode", 3)])
 async def test_a_request_that_harms_every_worker_ends_and_the_others_do_not(
-    alone: Row, where: str, hang_s: float, number: int
+    alone: Row, where: str, number: int
 ) -> None:
     """Of several at once each is lost with what it did; workers come back meanwhile."""
     row = alone
@@ -44,7 +41,7 @@ async def test_a_request_that_harms_every_worker_ends_and_the_others_do_not(
     before = {name: row.done(name, "poison") for name in row.cluster.workers}
     num_ends = {name: len(row.cluster[name].ends) for name in row.cluster.workers}
     for name in row.cluster.workers:
-        row.order(name, "poison", times=FOR_EVER, token=POISON, hang_s=hang_s)
+        row.order(name, "poison", times=FOR_EVER, token=POISON)
     innocent = [row.ask(case) for case in INNOCENT]
     for stream in innocent[:2]:
         await stream.come(3)
@@ -56,7 +53,7 @@ async def test_a_request_that_harms_every_worker_ends_and_the_others_do_not(
     for name in row.cluster.workers:
         row.lift(name)
     harmed = sum(row.done(name, "poison") - was for name, was in before.items())
-    row.note(f"{where}, {hang_s:g} s, {number}: {harmed} workers in {ends_s:.1f} s")
+    row.note(f"{where}, {number}: {harmed} workers in {ends_s:.1f} s")
     await row.all_whole(innocent, 240)
     for stream in guilty:
         assert isinstance(stream.meaning, WorkersLost), f"{stream}: {stream.error!r}"
