@@ -49,7 +49,9 @@ async def read_body(headers: Mapping[str, str], receive: Receive, lease: Lease) 
         async with asyncio.timeout(None) as limit:
             if length > SMALL_BYTES:
                 await lease.take(length, limit)
-            return await _received(receive)
+            body = await _received(receive)
+            lease.received()
+            return body
     except TimeoutError:
         raise lease.refusal() from None
 

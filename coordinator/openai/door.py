@@ -146,7 +146,7 @@ class Door:
         body: dict[str, Any] = {}
         is_large = False
         if self._method == "POST":
-            with self._budget.lease() as lease:
+            with self._budget.lease(visit.peer) as lease:
                 raw = await read_body(visit.headers, visit.receive, lease)
                 visit.listen()
                 body = await parse(raw)
@@ -214,6 +214,8 @@ class _Visit:
         self.path: Mapping[str, str] = scope.get("path_params", {})
         self.headers = Headers(scope=scope)
         self.receive = receive
+        host, port = scope.get("client") or ("", 0)
+        self.peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._send = send
         self._listening = asyncio.Event()
         self._given = self.headers.get("x-request-id", "")

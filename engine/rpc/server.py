@@ -23,6 +23,7 @@ import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import ExitStack, aclosing, suppress
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf import message_factory
@@ -230,7 +231,7 @@ class RpcServer:
             writer = Writer(context, self._client_timeout_s)
 
             async def body() -> None:
-                with new_lease() as lease, ExitStack() as counted:
+                with new_lease(_peer(context)) as lease, ExitStack() as counted:
                     request = await requests.of(raw, context, lease)
                     if kept:  # now that it has the token, where one is needed
                         counted.enter_context(kept.opened(context.peer()))
@@ -252,7 +253,7 @@ class RpcServer:
 
         async def unary(raw: AsyncIterator[bytes], context: Context) -> Any:
             async def body() -> Any:
-                with new_lease() as lease:
+                with new_lease(_peer(context)) as lease:
                     return await behaviour(await requests.of(raw, context, lease), context)
 
             return await self._guard(full_name, context, body, limit_s)
@@ -364,6 +365,7 @@ class _Requests:
             async with asyncio.timeout(self._timeout_s) as limit:
                 await lease.take(self._max_bytes, limit)
                 raw = await context.read()
+                lease.received()
         except TimeoutError:
             if lease.is_ended:
                 raise lease.refusal() from None
@@ -383,6 +385,7 @@ class _Requests:
             async with asyncio.timeout(None) as limit:
                 await lease.take(self._max_bytes, limit)
                 item = await anext(messages)
+                lease.received()
         except StopAsyncIteration:
             return None
         except TimeoutError:
@@ -418,10 +421,16 @@ class _Requests:
             async with asyncio.timeout(_HEAR_S) as limit:
                 await lease.take(self._max_bytes, limit)
                 await anext(aiter(raw))
+                lease.received()
 
     def _check(self, context: Context) -> None:
         if self._token is not None:
             self._token.check(context.invocation_metadata())
+
+
+def _peer(context: Context) -> str:
+    """ADDRESS:PORT of a call, as HTTP has it too."""
+    return unquote(context.peer()).partition(":")[2]
 
 
 def _serialize(message: Any) -> bytes:

@@ -126,7 +126,8 @@ def test_oversized_messages(port: Port, full: bool) -> None:
         (pb.GenerateRequest(text="word " * 3_000_000), invalid, "text"),
         (pb.GenerateRequest(text="é" * 8_000_000), invalid, "text"),
         (pb.GenerateRequest(token_ids=ids), invalid, "token_ids.ids"),
-        (pb.GenerateRequest(text="a", stop=pb.Stop(stop=["x"] * 1_000_000)), invalid, "stop.stop"),
+        (pb.GenerateRequest(text="a", stop=pb.Stop(stop=["x"] * 1_000_000)), invalid, "request"),
+        (pb.GenerateRequest(text="a", stop=pb.Stop(stop=["x"] * 500_000)), invalid, "stop.stop"),
         (
             pb.GenerateRequest(text="a", cache_salt="x" * 15_000_000),
             invalid,

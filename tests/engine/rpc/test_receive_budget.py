@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import grpc
 import pytest
@@ -17,7 +18,7 @@ from engine.rpc.server import RpcServer
 MIB = 1 << 20
 
 
-async def hold(lease: Lease, size: int, grace_s: float = 60.0) -> None:
+async def hold(lease: Lease, size: int, grace_s: float | None = 60.0) -> None:
     """Receive `size` bytes for ever."""
     try:
         async with asyncio.timeout(None) as limit:
@@ -34,8 +35,10 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receive_budget, "WAIT_S", 0.3)
 
 
-async def started(budget: ReceiveBudget, size: int, grace_s: float = 60.0) -> asyncio.Task[None]:
-    task = asyncio.create_task(hold(budget.lease(), size, grace_s))
+async def started(
+    budget: ReceiveBudget, size: int, grace_s: float | None = 60.0, peer: str = ""
+) -> asyncio.Task[None]:
+    task = asyncio.create_task(hold(budget.lease(peer), size, grace_s))
     await asyncio.sleep(0.01)
     return task
 
@@ -127,6 +130,96 @@ async def test_one_that_leaves_while_it_waits_takes_nothing() -> None:
     await ended(waiting)
     await ended(first)
     assert budget.in_flight == 0
+
+
+async def test_what_is_being_parsed_is_not_ended() -> None:
+    """Others wait for its room, and get it when it is given back."""
+    budget = ReceiveBudget(10)
+    lease = budget.lease()
+    async with asyncio.timeout(None) as limit:
+        await lease.take(10, limit, grace_s=0.0)
+        lease.received()
+    waiting = await started(budget, 10)
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    lease.keep(0)
+    await asyncio.sleep(0.01)
+    assert budget.in_flight == 10
+    await ended(waiting)
+    assert budget.in_flight == 0
+
+
+async def test_a_message_that_came_while_the_loop_was_busy_is_not_ended() -> None:
+    budget = ReceiveBudget(10)
+    here = asyncio.get_running_loop().create_future()
+
+    async def receive() -> None:
+        with budget.lease() as lease:
+            async with asyncio.timeout(None) as limit:
+                await lease.take(10, limit, grace_s=0.05)
+                await here
+                lease.received()
+
+    reading = asyncio.create_task(receive())
+    await asyncio.sleep(0.01)
+    waiting = await started(budget, 10)
+    asyncio.get_running_loop().call_later(0.05, here.set_result, None)
+    time.sleep(0.2)  # noqa: ASYNC251
+    await asyncio.wait_for(reading, 5)
+    await ended(waiting)
+    assert budget.in_flight == 0
+
+
+async def test_a_connection_that_fills_the_room_goes_behind_others() -> None:
+    """Whatever it asks for anew: those that come later on other connections go first."""
+    budget = ReceiveBudget(10)
+    slow = await started(budget, 10, grace_s=0.0, peer="1.1.1.1:1")
+    again = await started(budget, 10, grace_s=0.1, peer="1.1.1.1:1")
+    with pytest.raises(Overloaded):
+        await asyncio.wait_for(slow, 5)
+    other = await started(budget, 10, peer="1.1.1.1:2")
+    newest = await started(budget, 10, peer="1.1.1.1:1")
+    with pytest.raises(Overloaded, match="not whole in time"):
+        await asyncio.wait_for(again, 5)
+    await asyncio.sleep(0.01)
+    with pytest.raises(Overloaded, match="10 bytes of requests are in flight"):
+        await asyncio.wait_for(newest, 5)
+    assert not other.done()
+    await ended(other)
+    assert budget.in_flight == 0
+
+
+async def test_a_connection_of_whole_requests_goes_before_a_new_one() -> None:
+    budget = ReceiveBudget(10)
+    with budget.lease("1.1.1.1:1") as lease:
+        async with asyncio.timeout(None) as limit:
+            await lease.take(10, limit)
+        lease.keep(5)
+    holding = await started(budget, 10)
+    known, new = await started(budget, 10, peer="1.1.1.1:1"), await started(budget, 10, peer="x:1")
+    await ended(holding)
+    with pytest.raises(Overloaded):
+        await new
+    assert not known.done()
+    await ended(known)
+
+
+async def test_an_address_with_many_ends_has_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receive_budget, "GRACE_S", 60.0)
+    monkeypatch.setattr(receive_budget, "SHORT_GRACE_S", 0.0)
+    budget = ReceiveBudget(1)
+    for i in range(16):
+        slow = await started(budget, 1, grace_s=0.0, peer=f"1.1.1.1:{i}")
+        other = await started(budget, 1, peer="2.2.2.2:1")
+        with pytest.raises(Overloaded, match="not whole in time"):
+            await asyncio.wait_for(slow, 5)
+        await ended(other)
+    late = await started(budget, 1, grace_s=None, peer="1.1.1.1:99")
+    next_one = await started(budget, 1, peer="2.2.2.2:1")
+    with pytest.raises(Overloaded, match="not whole in time"):
+        await asyncio.wait_for(late, 5)
+    assert not next_one.done()
+    await ended(next_one)
 
 
 class Echo:
