@@ -147,13 +147,14 @@ def check_token_ids(
     """
     if len(ids) > max_len:
         raise InvalidRequest(field, f"{len(ids)} tokens; expected at most {max_len}")
-    if ids and max(ids) >= limits.vocab_size:
-        index = next(i for i, token in enumerate(ids) if token >= limits.vocab_size)
+    found = tuple(ids[:])  # twice as fast as iterating the field twice
+    if found and max(found) >= limits.vocab_size:
+        index = next(i for i, token in enumerate(found) if token >= limits.vocab_size)
         raise InvalidRequest(
             f"{field}[{index}]",
-            f"{ids[index]} is not a token; expected 0 to {limits.vocab_size - 1}",
+            f"{found[index]} is not a token; expected 0 to {limits.vocab_size - 1}",
         )
-    return tuple(ids)
+    return found
 
 
 def _answer_request(
@@ -306,14 +307,14 @@ def _sampling(sampling: inference_pb2.Sampling, limits: Limits, request_id: str)
             "sampling.logit_bias",
             f"{len(sampling.logit_bias)} tokens; expected at most {limits.vocab_size}",
         )
-    bias = []
-    for token, value in sorted(sampling.logit_bias.items()):
+    bias = tuple(sorted(sampling.logit_bias.items()))
+    for token, value in bias:
+        if token < limits.vocab_size and -100 <= value <= 100:
+            continue
         field = f"sampling.logit_bias[{token}]"
         if token >= limits.vocab_size:
             raise InvalidRequest(field, f"not a token; expected 0 to {limits.vocab_size - 1}")
-        if not -100 <= value <= 100:
-            raise InvalidRequest(field, f"{value:g}; expected a number from -100 to 100")
-        bias.append((token, float(value)))
+        raise InvalidRequest(field, f"{value:g}; expected a number from -100 to 100")
     return SamplingParams(
         temperature=_number(sampling, "temperature", 0.0, 0.0, math.inf),
         top_p=_number(sampling, "top_p", 1.0, 0.0, 1.0, above=True),
@@ -325,7 +326,7 @@ def _sampling(sampling: inference_pb2.Sampling, limits: Limits, request_id: str)
             sampling, "repetition_penalty", 1.0, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
         ),
         seed=_default(sampling, "seed", default_seed(request_id)),
-        logit_bias=tuple(bias),
+        logit_bias=bias,
     )
 
 
