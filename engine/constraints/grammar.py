@@ -29,7 +29,7 @@ MAX_SOURCE_CHARS = 1 << 20
 # class that is not closed reaches to the end, where the library refuses it.
 _CLASS_ESCAPE = re.compile(r"\[\^\]?(?:\\.|[^\]\\])*+(?:\]|\\?\Z)|\\.", re.DOTALL)
 _ASCII = {r"\d": "[0-9]", r"\w": "[0-9A-Za-z_]"}
-# A step with a mask that costs more than some ten milliseconds would hold up everybody's.
+# A step with a mask that costs more than some ten milliseconds would hold up every answer.
 LIMITS = LLParserLimits(step_max_items=16_000, step_lexer_fuel=200_000, verbose_errors=False)
 
 

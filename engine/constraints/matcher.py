@@ -1,4 +1,4 @@
-"""One answer's place in its grammar. One owner at a time: who made it, then the engine thread.
+"""One answer's place in its grammar. One owner at a time: its maker, then the engine thread.
 
 What it may cost is bounded. The library holds the interpreter while it takes a token, which costs
 about what the mask before it did, and not while it computes a mask: so a mask is computed first, on

@@ -33,16 +33,16 @@ _READ_S = 2 * BEAT_S  # to read what has come meanwhile
 
 async def next_message(
     call: Any,
-    who: str,
+    name: str,
     silence_s: float = SILENCE_S,
     since_stall_s: Callable[[], float] = lambda: math.inf,
 ) -> Any | None:
     """The next message of a server stream (grpc.aio), None at its end.
 
-    Raises Silent, naming `who`, after `silence_s` without one; the call is cancelled then. Time in
-    which this event loop did not turn is no silence of its peer: what has come meanwhile is read
-    first. Nor is time in which the peer's did not: `since_stall_s` gives the seconds since the last
-    report of that. Raises AioRpcError as `call.read` does.
+    Raises Silent, with `name` in its message, after `silence_s` without one; the call is cancelled
+    then. Time in which this event loop did not turn is no silence of its peer: what has come
+    meanwhile is read first. Nor is time in which the peer's loop did not turn: `since_stall_s`
+    gives the seconds since the last report of that. Raises AioRpcError as `call.read` does.
     """
     loop = asyncio.get_running_loop()
     timer: asyncio.TimerHandle
@@ -64,7 +64,7 @@ async def next_message(
         async with asyncio.timeout(None) as limit:
             message = await call.read()
     except TimeoutError:
-        raise Silent(f"{who} has said nothing for {silence_s:g} s") from None
+        raise Silent(f"{name} has said nothing for {silence_s:g} s") from None
     finally:
         timer.cancel()
     return None if message is grpc.aio.EOF else message

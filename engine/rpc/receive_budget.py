@@ -7,9 +7,9 @@ requests that are being served.
         '-- waits, at most WAIT_S: then Overloaded
 
 gRPC hands out whole messages and holds what it has of one, up to the limit of a message, from the
-moment somebody asks for it; before that a stream holds its first 64 KiB. So the asking waits.
+moment it is asked for; before that a stream holds its first 64 KiB. So the asking waits.
 
-Who goes first: a connection that has brought whole requests before a new one, and last those on
+Order: connections that have brought whole requests, then new ones, and last those on
 which a request had to be ended; then the newest, for one that has waited long is likely to have
 given up. Where requests had to be ended, the next ones of that connection, and of an address with
 many, have less time to become whole. Owned by the event loop.

@@ -111,7 +111,7 @@ class Writer:
         self._timer: asyncio.TimerHandle | None = None
 
     async def write(self, response: Message) -> None:
-        """Send one. Raises DeadlineExceeded for a caller who does not read, or CallerGone."""
+        """Send one. Raises DeadlineExceeded for a caller that does not read, or CallerGone."""
         self._is_silent = False
         if self._alive is not None and self._last is not None and not self._last.done():
             await self._taken(self._last)
@@ -167,6 +167,6 @@ class Writer:
 
 
 def _retrieve(write: asyncio.Future[Any]) -> None:
-    """Its failure is nobody's concern any more."""
+    """Its failure no longer matters."""
     if not write.cancelled():
         write.exception()
