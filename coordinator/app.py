@@ -85,9 +85,10 @@ class Coordinator:
             switches=self._switches,
         )
         rpc_metrics = RpcMetrics(self.registry)
-        self._budget = ReceiveBudget(
-            front.max_request_bytes_in_flight or _bytes_in_flight(),
-            lambda: metrics.admission_rejected("bytes"),
+        # A half each, so that bodies keep no messages out, nor messages bodies.
+        half = (front.max_request_bytes_in_flight or _bytes_in_flight()) // 2
+        self._budget, self._http_budget = (
+            ReceiveBudget(half, lambda: metrics.admission_rejected("bytes")) for _ in range(2)
         )
         reflection = self._switches.serves("reflection")
         self._public = RpcServer(
@@ -136,7 +137,7 @@ class Coordinator:
                 dialable(self.address),
                 self.registry,
                 sse_keepalive_s=self._front.sse_keepalive_s,
-                budget=self._budget,
+                budget=self._http_budget,
             )
             routes += self._openai.routes()
         app = make_app(self.registry, lambda: self.ready, routes)

@@ -354,7 +354,9 @@ class FrontOptions:
     max_request_bytes_in_flight: int = option(
         0,
         "bytes of requests that are received at once, over all connections, and of large ones that "
-        "are served; 0: an eighth of the memory at hand, from 128 MiB to 2 GiB",
+        "are served, a half each for gRPC messages and HTTP bodies; 0: an eighth of the memory at "
+        "hand, from 128 MiB to 2 GiB",
+        parse=parse_size,
         minimum=0,
     )
     drain_s: float = option(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import pytest
 
 from coordinator.openai.body import MAX_BODY_BYTES, read_body
 from coordinator.openai.errors import Refused, failure_of
 from engine.errors import Overloaded
+from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc import receive_budget
 from engine.rpc.receive_budget import ReceiveBudget
+from tests.support.http_front import http_front, until
 
 MIB = 1 << 20
 
@@ -77,3 +80,27 @@ async def test_a_body_that_announces_too_much_is_not_received() -> None:
     with pytest.raises(Refused) as caught:
         await read(budget, MAX_BODY_BYTES + 1, never)
     assert caught.value.failure.status == 413
+
+
+async def test_bodies_that_fill_their_half_keep_no_grpc_call_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(receive_budget, "WAIT_S", 0.1)  # shorter than what is slow may take
+    async with http_front(max_request_bytes_in_flight=32 * MIB) as front:
+        host, _, port = front.coordinator.http_address.rpartition(":")
+        bodies = []
+        for _ in range(4):
+            _, writer = await asyncio.open_connection(host, int(port))
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\n"
+            head += f"Content-Type: application/json\r\nContent-Length: {15 * MIB}\r\n\r\n"
+            writer.write(head.encode() + b"{")
+            bodies.append(writer)
+        refused = partial(
+            front.sample, "admission_rejections_total", reason="bytes", model_name="smollm2"
+        )
+        await until(lambda: refused(), 10)  # they wait for room
+        asked = inference_pb2.TokenizeRequest(text="Hello")
+        for _ in range(10):
+            assert (await front.stub.Tokenize(asked, timeout=10)).token_ids
+        for writer in bodies:
+            writer.close()
