@@ -139,7 +139,7 @@ def test_the_start_says_why_torch_computes(
     monkeypatch.setattr(placement, "kernels", lambda: None)
     monkeypatch.setattr(placement, "why_not", lambda: "no compiler here")
     monkeypatch.setattr(placement, "TIMES_SLOWER", 3)
-    monkeypatch.setattr(placement, "weights", lambda checkpoint, dtype: [])
+    monkeypatch.setattr(placement, "weights", lambda checkpoint, dtype, read: [])
     checkpoint = Checkpoint(Path("x"), "x", tiny_config() if odd else CONFIG, "f")
     prepare_weights(checkpoint, model, CacheOptions(block_size), on_gpu=False)
     lines = capsys.readouterr().err.splitlines()
@@ -153,7 +153,7 @@ def test_with_kernels_the_start_says_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(placement, "why_not", lambda: "")
-    monkeypatch.setattr(placement, "packed_file", lambda checkpoint, choice: Path("x"))
+    monkeypatch.setattr(placement, "packed_file", lambda checkpoint, choice, read: Path("x"))
     checkpoint = Checkpoint(Path("x"), "x", CONFIG, "f")
     options = ModelOptions(dtype="bfloat16")
     prepare_weights(checkpoint, options, CacheOptions(), on_gpu=False)
