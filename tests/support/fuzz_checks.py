@@ -149,6 +149,11 @@ def _check_answer(case: Input, request: Any, messages: Sequence[Any], model: Mod
 
 
 def _check_stream(request: Any, messages: Sequence[Any], model: Model, *, chat: bool) -> None:
+    for message in messages:
+        if message.WhichOneof("event") == "alive":
+            assert request.alive, "a sign of life that was not asked for"
+            assert message.request_id == request.request_id
+    messages = [message for message in messages if message.WhichOneof("event") != "alive"]
     assert messages, "an answer without messages"
     kinds = [message.WhichOneof("event") for message in messages]
     assert None not in kinds, "a message without an event"
