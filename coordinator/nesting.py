@@ -24,7 +24,6 @@ TOO_MANY = (
 )
 _SMALL_CHARS = 64 * 1024  # a text of this size is within the bounds, or nearly so
 _PIECE_CHARS = 64 * 1024
-_MARK = re.compile(r'["\[{,]')
 _TEXT = re.compile(r'[^"\\]{0,65536}+(?:\\.[^"\\]{0,256}+){0,256}+', re.DOTALL)  # a piece of one
 
 
@@ -48,17 +47,16 @@ def num_items(source: str) -> int:
     """
     items = containers = at = 0
     while at < len(source):
-        mark = _MARK.search(source, at, at + _PIECE_CHARS)
-        if mark is None:
-            at += _PIECE_CHARS
-            continue
-        items += 1
-        at = mark.end()
-        found = mark[0]
-        if found == '"':
-            at = _end_of_text(source, at)
-        elif found != ",":
-            containers += 1
+        end = min(at + _PIECE_CHARS, len(source))
+        quote = source.find('"', at, end)
+        stop = end if quote < 0 else quote
+        opened = source.count("[", at, stop) + source.count("{", at, stop)
+        containers += opened
+        items += opened + source.count(",", at, stop)
+        at = stop
+        if quote >= 0:
+            items += 1
+            at = _end_of_text(source, quote + 1)
         if items > MAX_ITEMS or containers > MAX_CONTAINERS:
             raise ValueError(TOO_MANY)
     return items

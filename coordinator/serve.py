@@ -46,7 +46,7 @@ from engine.config import (
 )
 from engine.core_dumps import forbid_core_dumps
 from engine.gpus import deal_gpus, find_gpus
-from engine.heap import freeze_heap
+from engine.heap import freeze_heap, hand_over_soon
 from engine.installed import require_worker_packages
 from engine.memory import host_memory, shown
 from engine.native.threads import memory_board
@@ -100,6 +100,7 @@ def serve(
     configure_logging(log, role="coordinator")
     forbid_core_dumps(allowed=log.core_dumps)
     _take_descriptors()
+    hand_over_soon()
     trusted = Trust.of(trust, front, local_workers=fleet.workers == "local")
     signal.signal(signal.SIGTERM, _terminated)  # until the loop takes it: compilers end too
     trusted.operator.share(SHARED_NAME if trusted.cluster else OPERATOR_NAME)  # for commands

@@ -209,8 +209,10 @@ class Supervisor:
             stdout=log,
             stderr=log,
             env={**child_environment(), **self._assigned.get(worker.worker_id, {})},
-            # Ctrl-C in a terminal is for the coordinator, which ends them in order.
-            start_new_session=True,
+            # Ctrl-C in a terminal is for the coordinator, which ends them. Not in a session of
+            # its own: where the kernel shares cores by session (sched_autogroup), niceness says
+            # nothing between two of them.
+            process_group=0,
         )
 
 

@@ -167,6 +167,10 @@ class Intake:
             self._host.in_background(chunks.close())
         if chunks.finished is not None and fetch.num_cached_tokens is None:
             fetch.num_cached_tokens = chunks.finished.num_cached_tokens
+        if num_missing := wanted.first_block + len(wanted.block_ids) - num_committed:
+            self._host.metrics.kv_transfer_failed("Incomplete")
+            lost = {"request_id": fetch.request_id, "peer": fetch.peer.worker_id}
+            _log.warning("blocks were not announced", num_blocks=num_missing, **lost)
         return num_committed
 
     async def _pull(

@@ -21,7 +21,7 @@ from engine.telemetry.metrics import WorkerMetrics
 LATE_S = 0.01
 # What all answers of a step may hold it up for; one that takes longer goes alone.
 _DEAR_S = 0.005
-_IDLE_S = 0.02
+_IDLE_S = 0.002  # messages wait that long
 
 
 class ConstrainedAnswers:
@@ -57,8 +57,12 @@ class ConstrainedAnswers:
             self._masks.review()
 
     def held(self, active: Iterable[Request]) -> set[int]:
-        """Keys of the answers that stay out of the next step."""
-        matchers = {r.key: m for r in active if (m := r.work.matcher) is not None}
+        """Keys of the answers that could go on, and stay out of the next step."""
+        matchers = {
+            request.key: matcher
+            for request in active
+            if (matcher := request.work.matcher) is not None and request.state is State.RUNNING
+        }
         late = {key for key, matcher in matchers.items() if not matcher.is_ready}
         if late:
             self._metrics.constraint_masks_late.inc(len(late))

@@ -29,7 +29,7 @@ from engine.config import (
 )
 from engine.core_dumps import forbid_core_dumps
 from engine.errors import CheckpointError, ConfigError, SelfTestFailed
-from engine.heap import put_off_collections
+from engine.heap import hand_over_soon, put_off_collections
 from engine.installed import require_worker_packages, unusable
 from engine.types import Role
 
@@ -51,9 +51,6 @@ _LIBRARY_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 
 BAD_CONFIGURATION = 2  # exit status: another start would end the same way
 EXIT_SICK = 72  # the self-test failed
-
-# How long the engine thread waits at most for a busy event loop: Python's 5 ms are a whole step.
-_SWITCH_INTERVAL_S = 0.0005
 
 
 def worker_command(
@@ -93,7 +90,7 @@ def _start(
 ) -> int:
     model, cache, step, transfer, worker, trust, log, *own = options
     set_default_env(_LIBRARY_ENV)
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    hand_over_soon()
     put_off_collections()
     import uvloop
     from prometheus_client import CollectorRegistry

@@ -42,6 +42,7 @@ KILL = HEAD.pack(-1.0, 0)
 MOST_BYTES = 256 << 20  # beyond what a runner begins with, its stack aside
 STACK_BYTES = 64 << 20
 QUICK_CPU_S = 0.25  # longer jobs have a lower priority
+_SLOW_NICENESS = 10  # beyond the keeper's own
 # A runner that took more than this gives its memory back by ending.
 _FRESH_CPU_S, _FRESH_BYTES = 0.1, 32 << 20
 _PAUSE_S = 0.2  # behind a runner that ended without a job
@@ -167,7 +168,7 @@ def _jobs(tokenizer: LLTokenizer | None, reason: str) -> None:
             cpu_s, size = HEAD.unpack(read_all(0, HEAD.size))
             call = read_all(0, size)
             if cpu_s > QUICK_CPU_S:
-                os.nice(5)
+                os.nice(_SLOW_NICENESS)
             begun_s = time.process_time()
             signal.setitimer(signal.ITIMER_PROF, cpu_s)  # unhandled, it ends the process
             try:

@@ -40,6 +40,7 @@ _POLL_S = 0.05  # within which an abandoned job ends
 _SILENT_S = 10.0  # a keeper that does not answer a kill for so long is lost
 _READS_S = 60.0  # the same within a job or a result, of a keeper that may just have started
 _RESTART_S = 1.0  # least time between two starts
+_NICENESS = 5  # steps and messages go first
 
 
 class Ended(Enum):
@@ -194,7 +195,7 @@ class Sandbox:
         theirs = [pair[1].fileno() for pair in pairs]
         vocabulary = self._vocabulary
         command = [sys.executable, "-m", "engine.lifeline", f"--parent={os.getpid()}"]
-        command += ["--env=OPENBLAS_NUM_THREADS=1", "engine.constraints"]
+        command += [f"--nice={_NICENESS}", "--env=OPENBLAS_NUM_THREADS=1", "engine.constraints"]
         command += [str(vocabulary.folder), str(vocabulary.size)]
         command += [",".join(map(str, vocabulary.eos_token_ids)), ",".join(map(str, theirs))]
         try:

@@ -292,6 +292,26 @@ async def test_reads_stale_every_time_end_with_computing_here() -> None:
         await assert_at_rest(p, d)
 
 
+async def test_blocks_that_are_never_announced_are_counted_and_computed_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with pair() as (p, d):
+        read_next = intake._Chunks.next
+
+        async def lose_all(self: intake._Chunks) -> None:
+            while await read_next(self):
+                pass
+
+        monkeypatch.setattr(intake._Chunks, "next", lose_all)
+        ask = Ask(LONG, 3)
+        assert await answer(d, p, ask) == ask.answer()
+        (family,) = d.host.metrics._kv_transfer_failures.collect()
+        totals = {s.labels["reason"]: s.value for s in family.samples if s.name.endswith("_total")}
+        assert totals == {"Incomplete": 3}
+        assert d.host.plane.counters.num_pulls == 0
+        await assert_at_rest(p, d)
+
+
 async def test_the_engine_s_death_ends_answers_and_fetches() -> None:
     async with pair() as (p, d):
         d.transport.gate = lambda read: ReadState.PENDING

@@ -15,7 +15,7 @@ from decode.speculative.acceptance import Acceptance
 from engine.constraints import Masks
 from engine.constraints.masks import Place
 from engine.errors import InvalidRequest
-from engine.request import Work
+from engine.request import State, Work
 from engine.sampling import Sampler, SampleRow
 from engine.scheduler import fitted
 from engine.speculation import FORCED, UNWRITTEN, Draft
@@ -231,6 +231,20 @@ def test_a_grammar_that_fails_ends_its_own_request_only() -> None:
 
 
 # -- drafts ----------------------------------------------------------------------------------------
+
+
+def test_an_answer_whose_blocks_are_fetched_holds_up_nothing() -> None:
+    """It has no mask yet and needs none: the engine waits for messages, not for a mask."""
+    bench = Bench(64, prompt_tokens=16, draft_tokens=0)
+    prompt = tuple(range(33))
+    work = Work("f", prompt, SALT, SamplingParams(), StopParams(max_tokens=6), fetch=True)
+    bench.add(constrained(work, PERSON))
+    late = bench.core._metrics.constraint_masks_late
+    assert not bench.core.step()
+    assert bench.scheduler.active[0].state is State.FETCHING
+    assert bench.core.idle
+    assert late._value.get() == 0
+    assert not bench.core.step()
 
 
 def test_drafts_are_cut_where_the_grammar_forbids_them() -> None:

