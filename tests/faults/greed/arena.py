@@ -7,8 +7,8 @@ between their messages is taken; the median of the attack's windows may be at mo
 of the quiet ones. An attack is sent again and again within its window, so that a few gaps each time
 are enough to be seen; a window has some hundred gaps, so that its p99 is the second to fifth
 longest. More bounds see what a p99 does not: no gap is longer than `LONGEST_S`, and no wait for a
-first token than `FIRST_S`; the first window, before any attack, is one of the quiet ones; and after
-the last answer the stack has to come to rest (nothing held, no CPU time).
+first token than the scenario's `first_s`; the first window, before any attack, is one of the quiet
+ones; and after the last answer the stack has to come to rest (nothing held, no CPU time).
 
 The full form (`--full`) measures each scenario alone; the shortened form a group of them, sent in
 turn without a pause. The caller that measures and the one that attacks stand for other machines:
@@ -54,7 +54,6 @@ RATIO = 2.0
 SLACK_S = 0.010
 MOST_FOREIGN = 0.3  # cores that other programs may take in a window that counts
 LONGEST_S = 2.0
-FIRST_S = 5.0
 HEALTH_S = 1.0
 REST_S = 20.0
 DRAIN_S = 5
@@ -329,7 +328,7 @@ class _Checked:
         if all(scenario.compared for scenario in self._scenarios):
             if self._longest_s > LONGEST_S:
                 self.wrong.append(f"an answer waited {self._longest_s:.1f} s for a token")
-            if self._first_s > FIRST_S:
+            if self._first_s > max(scenario.first_s for scenario in self._scenarios):
                 self.wrong.append(f"an answer waited {self._first_s:.1f} s for its first token")
         slow = [found for found in bystander.health if found[2] != "200" or found[1] > HEALTH_S]
         if slow or not bystander.health:
