@@ -75,11 +75,13 @@ class StallReporter:
             now_s, asked_s = time.monotonic(), self._asked_s
             if asked_s is None:
                 self._asked_s = now_s
-                try:
-                    self._loop.call_soon_threadsafe(self._turned)
-                except RuntimeError:  # the loop is closed
-                    return
-            elif now_s - asked_s >= STALL_S and self._responsive():
+            try:  # each time: with one callback that is lost the thread would report for ever
+                self._loop.call_soon_threadsafe(self._turned)
+            except RuntimeError:  # the loop is closed
+                return
+            if asked_s is None:
+                continue
+            if now_s - asked_s >= STALL_S and self._responsive():
                 self._report(call, now_s - asked_s)
 
     def _turned(self) -> None:

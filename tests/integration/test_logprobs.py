@@ -144,7 +144,7 @@ def test_equal_to_transformers_and_cached_prefixes_too(
 @needs_kernels
 def test_the_same_bits_with_and_without_drafts_after_preemption_and_a_death(tmp_path: Path) -> None:
     requests = mixed() + [
-        request(LONG[i : i + 120], 150, i, output=output(logprobs=3)) for i in range(6)
+        request(LONG[i : i + 120], 150, i, output=output(logprobs=3)) for i in range(12)
     ]
     answers = []
     flags = ("--max-model-len", "704")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 from llguidance import LLTokenizer
 
@@ -30,6 +31,7 @@ def hog(_tokenizer: LLTokenizer) -> Grammar:
 
 def crash(_tokenizer: LLTokenizer) -> Grammar:
     os.kill(os.getpid(), 11)
+    time.sleep(60)  # the signal may go to another thread, which has to run first
     return Grammar()
 
 

@@ -132,7 +132,9 @@ async def test_a_caller_whose_deadline_comes_while_he_does_not_read(caplog):
             await asyncio.wait_for(endless.closed.wait(), 5)
             await asyncio.sleep(0.3)
         assert failures(registry, "InferenceService/Generate", "internal") is None
-    assert not [r for r in caplog.records if r.levelname == "ERROR" or r.exc_info]
+    # gRPC has one poller a process, which hands late events to the loops of tests that ended.
+    records = [r for r in caplog.records if "PollerCompletionQueue" not in r.getMessage()]
+    assert not [r for r in records if r.levelname == "ERROR" or r.exc_info]
 
 
 async def test_a_method_that_is_no_utf8_costs_others_nothing(caplog, monkeypatch):

@@ -26,7 +26,11 @@ from tests.support.http2 import RawConnection, connect, frame
 
 DEADLINE_S = 60.0
 SERVICE = "/diptych.v1.InferenceService/"
-OPTIONS = [(k, v) for k, v in CHANNEL_OPTIONS if k != "grpc.max_send_message_length"]
+OPTIONS = [
+    *((k, v) for k, v in CHANNEL_OPTIONS if k != "grpc.max_send_message_length"),
+    # Callers are of different machines: none shares, or loses, another one's connection.
+    ("grpc.use_local_subchannel_pool", 1),
+]
 
 
 @dataclass(frozen=True, slots=True)
