@@ -300,7 +300,7 @@ class Membership:
             return
         if not STALL_S <= lag_s < STUCK_LOOP_S:
             return
-        if self.since_stall_s(current.peer) > SILENCE_S:  # else the same stall
+        if self._clock() - lag_s > current.stalled_s:  # it has turned since the last report
             _log.warning("a worker's event loop stalls", worker=worker_id, lag_s=round(lag_s, 1))
             self._metrics.worker_stalled(worker_id)
         self._workers[worker_id] = replace(current, stalled_s=self._clock())

@@ -343,6 +343,19 @@ def test_a_loop_that_turns_or_is_stuck_excuses_no_silence(lag_s):
     assert states(table) == {"d0": "suspect"}, "a heartbeat alone brings it back"
 
 
+def test_each_stall_counts_once_however_close_they_are():
+    clock = Clock()
+    table, registry = make(clock)
+    table.register(hello("d0"))
+    for lag_s in (1.0, 1.25, 5.5):  # the thread was stopped in between, or its calls failed
+        clock.now = 200.0 + lag_s
+        table.stalled("d0", "i0", lag_s)
+    assert registry.get_sample_value(STALLS, {"model_name": "smollm2", "worker": "d0"}) == 1
+    clock.now = 207.0
+    table.stalled("d0", "i0", 1.0)  # 1.5 s after the last report, and the loop turned at 206.0
+    assert registry.get_sample_value(STALLS, {"model_name": "smollm2", "worker": "d0"}) == 2
+
+
 def test_a_stall_of_a_process_excuses_no_other_one():
     table, _ = make()
     old = table.register(hello("d0", incarnation="i0"))
