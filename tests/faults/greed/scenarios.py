@@ -63,9 +63,6 @@ class Scenario:
     control: Send | None = None
     process_mib: int = 256  # that the coordinator, or a worker beside its pool, may grow by
     helpers_mib: int = 384  # that the processes may in which constraints are compiled, together
-    # A first token waits for the step of prompts under way and for its own, which others' tokens
-    # fill: with prompts of 8,000 tokens each takes seconds on a thread that shares its core.
-    first_s: float = 5.0
     compared: bool = True  # whether p99 between tokens is; else only that answers come
 
 
@@ -406,7 +403,6 @@ SCENARIOS = (
         "resume of 16 choices of 8,000 tokens with 16 stops",
         partial(_resume, num_choices=16, num_tokens=8000),
         ends((INVALID, "resume"), (OK, ""), (EXHAUSTED, ""), ("DEADLINE_EXCEEDED", "")),
-        first_s=30.0,
     ),
     Scenario(
         "64 choices with 49,152 biases",
@@ -453,7 +449,6 @@ SCENARIOS = (
         partial(_scored, num=2, num_tokens=8000, num_alternatives=20),
         ends((OK, ""), (EXHAUSTED, "")),
         control=partial(_scored, num=2, num_tokens=8000, num_alternatives=None),
-        first_s=30.0,
     ),
     Scenario(
         "a flood of urgent requests",
