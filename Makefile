@@ -21,7 +21,7 @@ endef
         setup-run setup-dev setup-bench
 
 demo: setup-run
-	$(BIN)/python -m coordinator.demo
+	$(BIN)/python -m coordinator.commands.demo
 
 serve: setup-run
 	$(BIN)/coordinator start

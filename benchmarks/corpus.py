@@ -18,7 +18,7 @@ Ids = tuple[int, ...]
 
 
 class Codec(Protocol):
-    """A tokenizer: what `coordinator.tokenizer.Tokenizer` offers of itself here."""
+    """A tokenizer: what `coordinator.text.tokenizer.Tokenizer` offers of itself here."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`."""

@@ -19,9 +19,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
-from engine.cache.layout import KVLayout
-from engine.native import kernels
+from engine.kernels import kernels
 
 LAYERS, KV_HEADS, GROUP, BLOCK, HEAD = 30, 3, 3, 16, 64
 MAX_QUERIES = 96  # as in attention.h

@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from engine.types import new_incarnation
-from kvtransfer.base import MemoryRegion, RemotePool
+from engine.base.types import new_incarnation
 from kvtransfer.checksum import Checksums
+from kvtransfer.data_plane import DataPlane
 from kvtransfer.nixl_transport import NixlTransport
-from kvtransfer.pull import DataPlane
+from kvtransfer.transport import MemoryRegion, RemotePool
 
 BLOCK_BYTES = 368_640  # 30 layers, K and V, 3 heads of 64, 16 tokens, bf16
 NUM_BLOCKS = (64 << 20) // BLOCK_BYTES

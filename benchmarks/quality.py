@@ -19,16 +19,16 @@ from pathlib import Path
 import torch
 
 from benchmarks.corpus import DEFAULT_TEXT
-from coordinator.tokenizer import Tokenizer
+from coordinator.text.tokenizer import Tokenizer
+from engine.attention.batch import Row
 from engine.attention.torch_backend import TorchBackend
+from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
-from engine.cache.layout import KVLayout
 from engine.checkpoint.packed import packed_file, read_packed
 from engine.checkpoint.source import DEFAULT_MODEL, Checkpoint, resolve, weights
-from engine.model.loader import load_model
-from engine.model.native import NativeModel
-from engine.native import kernels
-from engine.runner.batch import Row
+from engine.kernels import kernels
+from engine.models.fast_path import NativeModel
+from engine.models.loader import load_model
 from engine.runner.runner import Runner
 
 WINDOW, BLOCK = 512, 16

@@ -28,9 +28,9 @@ from benchmarks.systems.base import NotReady, Played, Running, System, running
 from benchmarks.workloads import GROUPS, WORKLOADS, Lane, Needs, Workload
 from benchmarks.workloads import pick as pick_workloads
 from benchmarks.workloads import quick as quicken
-from coordinator.tokenizer import Tokenizer
+from coordinator.text.tokenizer import Tokenizer
+from engine.base.options import child_environment
 from engine.checkpoint.source import DEFAULT_MODEL, resolve
-from engine.config import child_environment
 
 _WARM_UP = Lane(Plain((64, 384)), 16, 4, concurrency=2)
 _WARM_UP_S = 300.0

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine import config
-from engine.config import (
+from engine.base import options as config
+from engine.base.errors import CheckpointError, ConfigError, DiptychError
+from engine.base.options import (
     CacheOptions,
     DraftOptions,
     FleetOptions,
@@ -25,7 +26,6 @@ from engine.config import (
     TransferOptions,
     TrustOptions,
 )
-from engine.errors import CheckpointError, ConfigError, DiptychError
 
 if TYPE_CHECKING:
     from engine.rpc.trust import ClusterToken
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _start(args: argparse.Namespace) -> int:
-    from coordinator.serve import serve
+    from coordinator.process import serve
 
     return serve(*config.resolve(args, *START_GROUPS))
 
@@ -244,7 +244,7 @@ def _standard_input() -> str:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from coordinator.terminal import generate
+    from coordinator.commands.terminal import generate
 
     options = _answer_options(args)
     prompt = _standard_input() if args.prompt == "-" else _utf8("prompt", args.prompt)
@@ -252,7 +252,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from coordinator.terminal import chat
+    from coordinator.commands.terminal import chat
 
     options = _answer_options(args)
     question = None if args.prompt is None else _utf8("prompt", args.prompt)
@@ -261,13 +261,13 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from coordinator.terminal import status
+    from coordinator.commands.terminal import status
 
     return status(_server(args), holds=args.holds, token=_token(args))
 
 
 def _drain(args: argparse.Namespace) -> int:
-    from coordinator.terminal import drain
+    from coordinator.commands.terminal import drain
 
     return drain(_server(args), args.worker, args.deadline, _token(args))
 

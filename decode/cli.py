@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from engine.config import DraftOptions, ModelOptions
-from engine.types import Role
-from kvtransfer.command import worker_command
+from engine.base.options import DraftOptions, ModelOptions
+from engine.base.types import Role
+from worker.cli import worker_command
 
 if TYPE_CHECKING:
     from engine.runner.base import ModelRunner
     from engine.sampling import Sampler
-    from engine.speculation import Drafting, Speculation
-    from kvtransfer.host import Services, WorkerHost
+    from engine.scheduling.speculation import Speculation
+    from engine.step.drafting import Drafting
+    from worker.process import Services, WorkerHost
 
 _DESCRIPTION = "A decode worker: writes answers with speculative verification."
 
@@ -36,7 +37,7 @@ def ask_drafting(model: ModelOptions, options: DraftOptions) -> Drafting | None:
     options.check(model)
     if options.drafter == "none" or options.draft_tokens == 0:
         return None
-    from engine.speculation import Drafting
+    from engine.step.drafting import Drafting
 
     return Drafting(options.draft_tokens, partial(_speculation, options))
 
@@ -45,12 +46,12 @@ def _speculation(
     options: DraftOptions, draft_model: ModelRunner | None, sampler: Sampler
 ) -> Speculation:
     from decode.speculative.acceptance import Acceptance
+    from decode.speculative.draft_length import MeasuredPace
     from decode.speculative.draft_model import ModelDrafter
     from decode.speculative.ngram import NgramDrafter
-    from decode.speculative.pace import MeasuredPace
     from decode.speculative.step_cost import StepCost
     from decode.speculative.verify import verify
-    from engine.speculation import Drafter, Speculation
+    from engine.scheduling.speculation import Drafter, Speculation
 
     passes = None if draft_model is None else StepCost()
     drafter: Drafter = NgramDrafter()

@@ -15,13 +15,12 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from decode.intake import Fetch, Intake
+from decode.kv_fetch import Fetch, Intake
 from decode.shared_parts import Parts, PartsStore
+from engine.base.errors import DiptychError, InvalidRequest, Unavailable
+from engine.base.types import Constraint
 from engine.constraints import Compiler, Matcher
-from engine.errors import DiptychError, InvalidRequest, Unavailable
-from engine.events import Event, FetchEvent, FinishedEvent, TokensEvent
 from engine.pb.diptych.internal.v1 import worker_pb2
-from engine.request import Work
 from engine.rpc.convert import (
     logprobs_to_pb,
     prefill_peer_of,
@@ -30,12 +29,13 @@ from engine.rpc.convert import (
     stop_from_pb,
 )
 from engine.rpc.liveness import BEAT_S
+from engine.scheduling.events import Event, FetchEvent, FinishedEvent, TokensEvent
+from engine.scheduling.request import Work
+from engine.step.engine_thread import Stream
 from engine.telemetry.log import get_logger
 from engine.telemetry.timeline import Event as Mark
 from engine.telemetry.timeline import Timeline
-from engine.types import Constraint
-from engine.worker import Stream
-from kvtransfer.host import WorkerHost
+from worker.process import WorkerHost
 
 _log = get_logger(__name__)
 _NO_DEADLINE_S = 3600.0

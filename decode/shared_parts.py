@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
+from engine.base.types import Constraint
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.rpc.convert import constraint_of
-from engine.types import Constraint
 
 _NUM_RECENT = 4
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from kvtransfer.base import (
+from kvtransfer.transport import (
     MemoryRegion,
     PeerHandle,
     PeerLost,

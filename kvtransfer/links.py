@@ -16,8 +16,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from engine.types import SLOW_BYTES_PER_S, KVLink
-from kvtransfer.base import RemotePool
+from engine.base.types import SLOW_BYTES_PER_S, KVLink
+from kvtransfer.transport import RemotePool
 
 _log = logging.getLogger(__name__)
 _KEPT = 0.9  # of what earlier pulls showed, with each new one

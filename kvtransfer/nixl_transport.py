@@ -41,9 +41,9 @@ from typing import Any
 
 import numpy as np
 
-from engine.config import set_default_env
-from engine.errors import ConfigError
-from kvtransfer.base import Extent, MemoryKind, MemoryRegion, PeerLost, PullFailed, ReadState
+from engine.base.errors import ConfigError
+from engine.base.options import set_default_env
+from kvtransfer.transport import Extent, MemoryKind, MemoryRegion, PeerLost, PullFailed, ReadState
 from kvtransfer.ucx_lanes import lane_log
 
 # The progress thread wakes for events; this is only its fallback, for events that UCX misses.

@@ -16,12 +16,12 @@ from dataclasses import replace
 
 import grpc
 
-from engine.errors import Mismatch
+from engine.base.errors import Mismatch
+from engine.base.types import KVLink, Peer
 from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
-from engine.types import KVLink, Peer
-from kvtransfer.base import GENERATION_BYTES, MemoryKind, MemoryRegion, PeerLost, RemotePool
-from kvtransfer.pull import DataPlane
+from kvtransfer.data_plane import DataPlane
+from kvtransfer.transport import GENERATION_BYTES, MemoryKind, MemoryRegion, PeerLost, RemotePool
 
 
 class PeerTable:

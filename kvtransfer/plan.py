@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from kvtransfer.base import Extent
+from kvtransfer.transport import Extent
 
 
 class Run(NamedTuple):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvtransfer.reads import QUIET_S, Reading
+from kvtransfer.pull import QUIET_S, Reading
 
 PATIENCE_S = 2 * QUIET_S  # a failed pull whose reads end within this time is no case of this
 

@@ -25,8 +25,8 @@ import sys
 import threading
 from functools import cache
 
-from engine.config import set_default_env, unset_env
-from kvtransfer.base import MemoryKind
+from engine.base.options import set_default_env, unset_env
+from kvtransfer.transport import MemoryKind
 
 _READS_ONLY = "*get*"  # of UCX_PROTO_INFO: a pattern of operations
 _PIPE_BYTES = 1 << 20  # a write to a full pipe would stop UCX

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engine.types import Role
-from kvtransfer.command import worker_command
+from engine.base.types import Role
+from worker.cli import worker_command
 
 if TYPE_CHECKING:
-    from kvtransfer.host import Services, WorkerHost
+    from worker.process import Services, WorkerHost
 
 _DESCRIPTION = (
     "A prefill worker: reads prompts and fills KV-cache blocks that decode workers fetch."

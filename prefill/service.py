@@ -13,17 +13,17 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from engine.errors import InvalidRequest, Unavailable
-from engine.events import AnnouncedEvent, FinishedEvent
+from engine.base.errors import InvalidRequest, Unavailable
+from engine.base.types import FinishReason
 from engine.pb.diptych.internal.v1 import worker_pb2
-from engine.request import Work
 from engine.rpc.liveness import BEAT_S
+from engine.scheduling.events import AnnouncedEvent, FinishedEvent
+from engine.scheduling.request import Work
 from engine.telemetry.log import get_logger
 from engine.telemetry.timeline import Event as Mark
 from engine.telemetry.timeline import Timeline
-from engine.types import FinishReason
-from kvtransfer.host import WorkerHost
-from prefill.announce import Announcer
+from prefill.block_publisher import Announcer
+from worker.process import WorkerHost
 
 _log = get_logger(__name__)
 _ALIVE = worker_pb2.PrefillResponse(alive=worker_pb2.Alive())

@@ -10,7 +10,7 @@ from benchmarks.plan import Endpoint
 from benchmarks.systems.base import Command, Launch, System, free_port, scrape
 from benchmarks.workloads import Needs
 from coordinator.client import Client
-from engine.errors import DiptychError
+from engine.base.errors import DiptychError
 
 _COUNTERS = ("diptych_engine_step_seconds", "diptych_spec_decode", "diptych_kv_stale_reads_total")
 

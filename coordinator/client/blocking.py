@@ -20,7 +20,7 @@ from coordinator.client.coordinators import Coordinators, unreachable
 from coordinator.client.events import AnswerEvent
 from coordinator.client.messages import chat_request, generate_request
 from coordinator.client.stream import Call, Stream
-from engine.errors import DeadlineExceeded, DiptychError
+from engine.base.errors import DeadlineExceeded, DiptychError
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from engine.rpc.local_token import local_coordinator
 from engine.rpc.trust import ClusterToken

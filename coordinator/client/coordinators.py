@@ -22,7 +22,7 @@ from coordinator.client.attempts import Attempts, Patience
 from coordinator.client.messages import Request
 from coordinator.client.silence import Ticks
 from coordinator.client.stream import Stream
-from engine.errors import DeadlineExceeded, DiptychError, Unavailable
+from engine.base.errors import DeadlineExceeded, DiptychError, Unavailable
 from engine.rpc.channel import CHANNEL_OPTIONS, Option
 from engine.rpc.status import from_rpc_error
 

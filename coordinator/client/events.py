@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from engine.errors import DeadlineExceeded, DiptychError
+from engine.base.errors import DeadlineExceeded, DiptychError
 from engine.pb.diptych.v1 import inference_pb2
 
 # The first event where `echo` or `prompt_logprobs` asked for it: text, token_ids, logprobs.

@@ -28,7 +28,7 @@ from coordinator.client.attempts import Attempts, Patience
 from coordinator.client.choice import Choice
 from coordinator.client.events import AnswerEvent, done
 from coordinator.client.messages import Request, give_name, resumed
-from engine.errors import DeadlineExceeded, DiptychError, Overloaded, Unavailable
+from engine.base.errors import DeadlineExceeded, DiptychError, Overloaded, Unavailable
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc.status import DETAILS_KEY, from_rpc_error
 from engine.telemetry.log import library_logger

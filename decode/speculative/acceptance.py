@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from engine.speculation import FORCED, UNWRITTEN, Draft
+from engine.scheduling.speculation import FORCED, UNWRITTEN, Draft
 
 GRADE_RATE = 0.1
 REQUEST_RATE = 0.1

@@ -1,11 +1,11 @@
-"""The drafter that proposes nothing. The contract is `engine.speculation.Drafter`."""
+"""The drafter that proposes nothing. The contract is `engine.scheduling.speculation.Drafter`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.scheduler import PlannedRow
-from engine.speculation import NO_DRAFT, Draft
+from engine.scheduling.plan import PlannedRow
+from engine.scheduling.speculation import NO_DRAFT, Draft
 
 
 class NoDrafter:

@@ -1,8 +1,8 @@
 """A smaller model with the same vocabulary drafts.
 
-Its layers lie in the target's KV blocks (`engine.cache.layout`), so whoever computes, moves, names
-or hits a block has its KV, too, and it never has a prompt to catch up with. A step's drafts are
-written together, a pass a token:
+Its layers lie in the target's KV blocks (`engine.base.kv_layout`), so whoever computes, moves,
+names or hits a block has its KV, too, and it never has a prompt to catch up with. A step's drafts
+are written together, a pass a token:
 
     tokens   ... t  t  p |                   p: the newest, position num_computed
     pass 1          t  p -> d0               t: what it has not computed yet; often none
@@ -20,11 +20,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from decode.speculative.step_cost import StepCost
+from engine.attention.batch import Row
 from engine.runner.base import ModelRunner
-from engine.runner.batch import Row
 from engine.sampling import Sampler, UnusableLogits
-from engine.scheduler import PlannedRow
-from engine.speculation import UNWRITTEN, Draft
+from engine.scheduling.plan import PlannedRow
+from engine.scheduling.speculation import UNWRITTEN, Draft
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)

@@ -23,8 +23,8 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.scheduler import PlannedRow
-from engine.speculation import NO_DRAFT, Draft
+from engine.scheduling.plan import PlannedRow
+from engine.scheduling.speculation import NO_DRAFT, Draft
 
 MAX_MATCH = 32  # a longer match is no better founded
 # Occurrences looked at, most recent first. On 8,000 tokens of text, a passage given a second time

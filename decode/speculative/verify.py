@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.speculation import Verified
+from engine.scheduling.speculation import Verified
 
 
 def verify(draft: Sequence[int], sampled: Sequence[int]) -> Verified:

@@ -32,7 +32,7 @@ NEED_GB = {"run": 3.0, "dev": 4.5, "bench": 3.5}
 CUDA_GB = 6.0  # more where torch comes with CUDA
 CUDA_DOWNLOAD_GB = 2.8
 KEEP_GB = 0.5  # for a step in an environment that has torch already
-_CHECK = "import coordinator.serve, engine.build, kvtransfer.nixl_transport"
+_CHECK = "import coordinator.process, engine.step.build, kvtransfer.nixl_transport"
 
 
 def main(arguments: list[str]) -> int:

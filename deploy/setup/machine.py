@@ -19,9 +19,9 @@ Version = Tuple[int, int]
 OLDEST: Version = (3, 11)  # as in pyproject.toml
 NEWEST_TESTED: Version = (3, 13)
 NEWEST: Version = (3, 14)  # of which every pinned package has a wheel; no test ran on it
-# What the kernels are compiled for: engine/precision.py has the same list.
+# What the kernels are compiled for: engine/kernels/precision.py has the same list.
 KERNEL_FLAGS = ("avx512_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c")
-TIMES_SLOWER = 8  # as in engine/native
+TIMES_SLOWER = 8  # as in engine/kernels
 GLIBC: Version = (2, 28)  # torch's wheels
 _NAMES = ("python3", "python3.12", "python3.13", "python3.11", "python3.14", "python")
 _ASK_S = 60.0

@@ -14,8 +14,8 @@ import torch
 
 from engine.attention.base import AttentionBackend
 from engine.attention.torch_backend import TorchBackend
+from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
-from engine.cache.layout import KVLayout
 
 _HEAD_SIZES = (64, 128, 256)  # of flashinfer 0.7's paged fa2 kernels
 _DTYPES = ("float16", "bfloat16")

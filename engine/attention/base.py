@@ -10,8 +10,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from engine.attention.batch import Batch
 from engine.cache.kv_cache import KVCache
-from engine.runner.batch import Batch
 
 P = TypeVar("P")
 

@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.attention.batch import Batch
 from engine.attention.flashinfer_plan import PagedIndices, step_indices
+from engine.base.errors import ConfigError
+from engine.base.kv_layout import KVLayout
+from engine.base.options import extend_path
 from engine.cache.kv_cache import DTYPES, KVCache
-from engine.cache.layout import KVLayout
-from engine.config import extend_path
-from engine.errors import ConfigError
-from engine.runner.batch import Batch
 
 WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documentation recommends
 DECODE_KERNEL_GROUPS = (1, 2)  # wider GQA groups run faster, and odd ones only, on tensor cores

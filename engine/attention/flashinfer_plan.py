@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from engine.runner.batch import Row, ranges
+from engine.attention.batch import Row, ranges
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,9 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from engine.attention.batch import Batch, ranges
+from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import DTYPES, KVCache
-from engine.cache.layout import KVLayout
-from engine.runner.batch import Batch, ranges
 
 CHUNK_QUERIES = 32  # rows with at least so many queries are computed alone
 MAX_WASTE = 0.25  # padding that a group may carry, relative to what its rows must read ...

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.cache.layout import KVLayout
+from engine.base.kv_layout import KVLayout
 
 PAGE_BYTES = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.cache.layout import KVLayout
-from engine.errors import ConfigError
-from engine.memory import HostMemory, shown
+from engine.base.errors import ConfigError
+from engine.base.kv_layout import KVLayout
+from engine.base.memory import HostMemory, shown
 
 FLOOR_BYTES, MODEST_BYTES, MOST_BYTES = 64 << 20, 192 << 20, 1 << 30  # of a pool on a host
 

@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint.jsonfile import read_json
-from engine.errors import CheckpointError
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint.added_tokens import eos_token_ids
 from engine.checkpoint.jsonfile import read_json
-from engine.errors import CheckpointError
 
 # model_type -> architecture, for config files that leave `architectures` out
 _ARCHITECTURES = {

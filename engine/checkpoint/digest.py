@@ -21,10 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint.files import FileState, read_sealed, write_sealed
 from engine.checkpoint.lock import exclusive
 from engine.checkpoint.places import CacheError, in_a_place
-from engine.errors import CheckpointError
 from engine.telemetry.cache import count_damaged
 from engine.telemetry.log import get_logger
 from engine.telemetry.progress import bar

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError
+from engine.base.errors import CheckpointError
 
 _SEAL = "sha256"
 

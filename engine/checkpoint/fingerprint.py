@@ -12,12 +12,12 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint.added_tokens import TOKENIZER, merged_tokenizer
 from engine.checkpoint.config import ModelConfig, RopeScaling
 from engine.checkpoint.digest import file_digests
 from engine.checkpoint.files import FileState
 from engine.checkpoint.shards import read_entries, read_metadata
-from engine.errors import CheckpointError
 
 _VERSION = "2"  # of the fields below and of their order
 ROPE_FIELDS = (

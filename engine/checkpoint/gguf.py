@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.gguf_header import ARCHITECTURES
 from engine.checkpoint.gguf_tokenizer import tokenizer_files
 from engine.checkpoint.gguf_weights import ROPE_FREQS, PackedTensor, packed_tensors
-from engine.errors import CheckpointError
 from engine.telemetry.progress import bar
 
 # Llama 3.1 and 3.2 store the divisors that these numbers give, not the numbers.

@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint.added_tokens import END_OF_TURN
-from engine.errors import CheckpointError
 
 _Json = dict[str, Any]
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token types of the format

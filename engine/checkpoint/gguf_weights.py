@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint.shards import write_shard
-from engine.errors import CheckpointError
 from engine.telemetry.progress import Bar, bar
 
 SAFETENSORS_DTYPE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

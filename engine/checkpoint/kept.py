@@ -17,11 +17,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint.digest import whole_file
 from engine.checkpoint.files import read_sealed, sync, write_sealed
 from engine.checkpoint.lock import exclusive
 from engine.checkpoint.places import in_a_place
-from engine.errors import CheckpointError
 from engine.telemetry.cache import count_damaged
 from engine.telemetry.log import get_logger
 from engine.telemetry.progress import bar

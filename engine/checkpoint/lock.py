@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.errors import CheckpointError
+from engine.base.errors import CheckpointError
 from engine.telemetry.progress import Progress
 
 _POLL_S = 0.05

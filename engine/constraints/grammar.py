@@ -16,13 +16,13 @@ from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from engine.base.types import Constraint, ConstraintKind
 from engine.checkpoint.added_tokens import merged_tokenizer
 from engine.constraints.leniency import loosened
 from engine.constraints.matcher import brief
 from engine.constraints.numbers import NumberScanner, step_of
 from engine.constraints.schemas import Refused, held
 from engine.constraints.special_tokens import MARK, numbered, unspelled
-from engine.types import Constraint, ConstraintKind
 
 MAX_SOURCE_CHARS = 1 << 20
 # \d and \w; classes that exclude something, and all other escapes, stay as they are. One pass: a

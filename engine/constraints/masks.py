@@ -24,7 +24,7 @@ from queue import SimpleQueue
 from llguidance import LLExecutor
 
 from engine.constraints.matcher import Matcher, Rows
-from engine.native.threads import usable_cores
+from engine.process.core_share import usable_cores
 
 _WAIT_S = 30.0
 _MOST_LANES = 8

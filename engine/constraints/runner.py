@@ -34,7 +34,7 @@ from typing import NoReturn
 from llguidance import LLMatcher, LLTokenizer
 
 from engine.constraints.grammar import LIMITS, Grammar, Vocabulary, fault, no_tokenizer
-from engine.lifeline import die_with_parent
+from engine.process.parent_death import die_with_parent
 
 HEAD = struct.Struct("!dI")  # CPU seconds, bytes of the call
 REPLY = struct.Struct("!iI")  # status, bytes of the result

@@ -194,7 +194,7 @@ class Sandbox:
         pairs = [socket.socketpair() for _ in range(_NUM_QUICK + _NUM_SLOW)]
         theirs = [pair[1].fileno() for pair in pairs]
         vocabulary = self._vocabulary
-        command = [sys.executable, "-m", "engine.lifeline", f"--parent={os.getpid()}"]
+        command = [sys.executable, "-m", "engine.process.parent_death", f"--parent={os.getpid()}"]
         command += [f"--nice={_NICENESS}", "--env=OPENBLAS_NUM_THREADS=1", "engine.constraints"]
         command += [str(vocabulary.folder), str(vocabulary.size)]
         command += [",".join(map(str, vocabulary.eos_token_ids)), ",".join(map(str, theirs))]

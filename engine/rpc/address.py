@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from engine.errors import ConfigError
+from engine.base.errors import ConfigError
 
 _BACKLOG = 128
 

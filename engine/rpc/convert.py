@@ -1,4 +1,4 @@
-"""Protobuf messages <-> engine.types. Protobuf types appear here and in the service files alone.
+"""Protobuf messages <-> engine.base.types. Protobuf types appear here and in services alone.
 
 Floats are 32 bits on the wire: what a worker computes with is the client's value rounded once.
 """
@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from engine.errors import InvalidRequest
-from engine.pb.diptych.internal.v1 import registry_pb2, worker_pb2
-from engine.pb.diptych.v1 import inference_pb2
-from engine.types import (
+from engine.base.errors import InvalidRequest
+from engine.base.types import (
     Constraint,
     ConstraintKind,
     FinishReason,
@@ -23,6 +21,8 @@ from engine.types import (
     StopParams,
     TokenLogprobs,
 )
+from engine.pb.diptych.internal.v1 import registry_pb2, worker_pb2
+from engine.pb.diptych.v1 import inference_pb2
 
 _REASON_TO_PB = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,

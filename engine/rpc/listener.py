@@ -20,7 +20,7 @@ from typing import Any
 
 import grpc
 
-from engine.errors import ConfigError
+from engine.base.errors import ConfigError
 from engine.rpc.address import listen_on
 from engine.rpc.channel import Option
 from engine.telemetry.log import get_logger

@@ -19,7 +19,7 @@ from typing import Any
 
 import grpc
 
-from engine.errors import Silent
+from engine.base.errors import Silent
 
 BEAT_S = 0.5
 SILENCE_S = 2.5

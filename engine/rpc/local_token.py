@@ -22,7 +22,7 @@ from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
-from engine.errors import ConfigError
+from engine.base.errors import ConfigError
 from engine.rpc.trust import OPERATOR_NAME, SHARED_NAME, ClusterToken
 
 _LISTENS = "0A"  # linux/tcp_states.h

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from engine.errors import Overloaded
+from engine.base.errors import Overloaded
 
 SMALL_BYTES = 64 * 1024  # of a request: not counted once it is whole
 GRACE_S = 1.0

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 
 import grpc
 
-from engine.errors import UnknownMethod
+from engine.base.errors import UnknownMethod
+from engine.base.types import PROTOCOL_VERSION, KVPool, ModelIdentity, Role
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc
 from engine.rpc.channel import open_channel
 from engine.rpc.convert import identity_to_pb, role_to_pb
 from engine.rpc.stalls import StallReporter
 from engine.rpc.trust import ClusterToken
 from engine.telemetry.log import get_logger
-from engine.types import PROTOCOL_VERSION, KVPool, ModelIdentity, Role
 
 _log = get_logger(__name__)
 _RESOLVE_S = 10.0

@@ -31,7 +31,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2
 
-from engine.errors import (
+from engine.base.errors import (
     DeadlineExceeded,
     DiptychError,
     InvalidRequest,

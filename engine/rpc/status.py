@@ -28,7 +28,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
-from engine.errors import (
+from engine.base.errors import (
     DeadlineExceeded,
     DiptychError,
     InvalidRequest,

@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from engine.errors import DeadlineExceeded, Overloaded
+from engine.base.errors import DeadlineExceeded, Overloaded
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

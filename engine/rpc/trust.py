@@ -23,8 +23,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
-from engine.config import TrustOptions
-from engine.errors import ConfigError, PermissionDenied, Unauthenticated
+from engine.base.errors import ConfigError, PermissionDenied, Unauthenticated
+from engine.base.options import TrustOptions
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 
-from engine.errors import TooLarge
+from engine.base.errors import TooLarge
 from engine.rpc.channel import MAX_MESSAGE_BYTES
 
 SERVER_OPTIONS = (("grpc.per_message_decompression", 0),)

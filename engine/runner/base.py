@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from engine.runner.batch import Row
+from engine.attention.batch import Row
 
 
 class ModelRunner(Protocol):

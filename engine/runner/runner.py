@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from engine.attention.base import AttentionBackend
+from engine.attention.batch import Row, build_batch
 from engine.cache.kv_cache import KVCache
-from engine.model.llama import LlamaModel
-from engine.model.native import NativeModel
-from engine.native.threads import Threads
-from engine.runner.batch import Row, build_batch
+from engine.kernels.threads import Threads
+from engine.models.fast_path import NativeModel
+from engine.models.llama import LlamaModel
 
 
 def _event(device: torch.device) -> torch.Event | None:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.sampling.row import SampleRow
-from engine.types import SamplingParams
+from engine.base.types import SamplingParams
+from engine.scheduling.rows import SampleRow
 
 _NEG_INF = float("-inf")
 # Above it a temperature is infinite in fp32, and -inf divided by it is no number.

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.native import kernels
-from engine.sampling.row import UnusableLogits
-from engine.types import TokenLogprobs
+from engine.base.types import TokenLogprobs
+from engine.kernels import kernels
+from engine.scheduling.rows import UnusableLogits
 
 MAX_TOP = 64  # as in native/logprobs.c
 _REASON = "not a number, infinite, or -inf throughout"

@@ -19,10 +19,10 @@ from typing import Generic, TypeVar
 
 import torch
 
-from engine.native import kernels
+from engine.base.types import SamplingParams
+from engine.kernels import kernels
 from engine.sampling.filters import MAX_TEMPERATURE, penalizes
-from engine.sampling.row import SampleRow, UnusableLogits
-from engine.types import SamplingParams
+from engine.scheduling.rows import SampleRow, UnusableLogits
 
 _PARAMETERS = struct.Struct("=6dQ3q3q")
 _POSITION = struct.Struct("=Q")

@@ -28,7 +28,7 @@ from engine.sampling.philox import (
     gumbel_at,
     gumbel_row,
 )
-from engine.sampling.row import SampleRow, UnusableLogits
+from engine.scheduling.rows import SampleRow, UnusableLogits
 
 MAX_ROWS = 256  # sampled at once in torch; rows do not depend on each other
 

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import structlog
 
-from engine.config import LogOptions
+from engine.base.options import LogOptions
 
 Logger = structlog.stdlib.BoundLogger
 

@@ -15,8 +15,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engine.base.types import KVLink
 from engine.telemetry.cache import CacheMetrics
-from engine.types import KVLink
 
 PREFIX = "diptych_"
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from coordinator.admission import Admission
-from engine.errors import Overloaded
-from engine.telemetry.holds import shown
+from coordinator.routing.admission import Admission
+from engine.base.errors import Overloaded
+from engine.http.holds import shown
 from engine.telemetry.metrics import CoordinatorMetrics
 
 

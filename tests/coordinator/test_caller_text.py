@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import Markup
 
-from coordinator.caller_text import CallerText, Marks, is_marked, joined
+from coordinator.text.caller_text import CallerText, Marks, is_marked, joined
 
 MARKS = Marks(["<|im_end|>", "</s>", "<\uff5cEnd\uff5c>", "[INST]", "<|a b|>"])
 texts = st.text(alphabet='<|im_end/s>[INST]\uff5c \n"\\bAa\ud800\u00df\u0130', max_size=12)

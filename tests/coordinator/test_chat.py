@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import structlog
 
-from coordinator import template_budget
-from coordinator.chat import ChatTemplate, turns
-from coordinator.request import ChatMessage, ToolCall
-from coordinator.tools import HERMES, MISTRAL
-from coordinator.validate_tools import check_tool_calls
+from coordinator.api.validation.tools import check_tool_calls
+from coordinator.text import template_budget
+from coordinator.text.chat_template import ChatTemplate, turns
+from coordinator.text.tool_format import HERMES, MISTRAL
+from coordinator.text.values import ChatMessage, ToolCall
+from engine.base.errors import InvalidRequest
 from engine.checkpoint.source import resolve
-from engine.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2 as pb
 
 SYSTEM = {"role": "system", "content": "You are terse."}

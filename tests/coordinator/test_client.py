@@ -19,7 +19,13 @@ import pytest
 import structlog
 
 from coordinator.client import AsyncClient, Client, Done, Patience, TextDelta
-from engine.errors import DeadlineExceeded, DiptychError, InvalidRequest, Overloaded, Unavailable
+from engine.base.errors import (
+    DeadlineExceeded,
+    DiptychError,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
 from tests.support.fake_coordinator import (
     ANSWER,
     BARE,

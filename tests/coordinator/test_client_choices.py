@@ -15,7 +15,7 @@ from coordinator.client.attempts import PATIENCE, Attempts
 from coordinator.client.events import AnswerEvent, Done, Prompt, TextDelta
 from coordinator.client.messages import generate_request
 from coordinator.client.stream import Stream
-from engine.errors import Unavailable
+from engine.base.errors import Unavailable
 from engine.pb.diptych.v1 import inference_pb2
 from tests.support.fake_coordinator import of_choice, whole
 

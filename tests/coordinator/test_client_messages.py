@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from coordinator.api.validation.request import validate_chat
 from coordinator.client import chat_request, generate_request
-from coordinator.validate import Limits, validate_chat
+from coordinator.text.served_model import Limits
 from engine.pb.diptych.v1 import inference_pb2
 
 WEATHER = {

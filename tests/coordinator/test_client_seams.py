@@ -16,8 +16,8 @@ import pytest
 from coordinator.client import Done, Prompt, TextDelta, chat_request, generate_request
 from coordinator.client.attempts import PATIENCE, Attempts
 from coordinator.client.stream import Stream
+from engine.base.seeds import choice_seed
 from engine.pb.diptych.v1 import inference_pb2
-from engine.seeds import choice_seed
 from tests.coordinator.test_constraints import (
     SCHEMA,
     TEXT,
@@ -128,7 +128,9 @@ async def test_no_seam_wherever_it_is_cut(
     group: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("coordinator.membership.SILENCE_S", 60.0)  # a script has no heartbeat
+    monkeypatch.setattr(
+        "coordinator.cluster.membership.SILENCE_S", 60.0
+    )  # a script has no heartbeat
     async with front(checkpoint) as f:
         encode = f.coordinator.model.tokenizer.encode
         eos = [] if by_itself else [checkpoint[0].config.eos_token_ids[0]]

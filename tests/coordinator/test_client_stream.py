@@ -17,7 +17,7 @@ from coordinator.client.coordinators import Coordinators, addresses_of
 from coordinator.client.events import Done, TextDelta
 from coordinator.client.messages import generate_request
 from coordinator.client.stream import Stream
-from engine.errors import DeadlineExceeded, DiptychError, Overloaded, Unavailable
+from engine.base.errors import DeadlineExceeded, DiptychError, Overloaded, Unavailable
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc.status import internal, to_status
 from tests.support.fake_coordinator import BARE, LOSSES, SAID, Cue, messages, whole

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator.detokenizer import Detokenizer, lead_of
-from coordinator.validate_constraint import constraint_from
+from coordinator.api.validation.constraint import constraint_from
+from coordinator.text.detokenizer import Detokenizer, lead_of
 from engine.constraints import Compiler, Matcher, Vocabulary
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from tests.support.tiny_tokenizer import KINDS, tiny_tokenizer, tokenizer_json

@@ -11,10 +11,10 @@ import pytest
 from google.rpc import error_details_pb2
 from llguidance import LLParserLimits
 
-from coordinator import model as model_module
-from coordinator.app import Coordinator
-from coordinator.model import ServedModel
-from engine.config import FrontOptions
+from coordinator.server import Coordinator
+from coordinator.text import served_model as model_module
+from coordinator.text.served_model import ServedModel
+from engine.base.options import FrontOptions
 from engine.constraints import Checker, Vocabulary
 from engine.constraints import grammar as grammar_module
 from engine.constraints.known import Known

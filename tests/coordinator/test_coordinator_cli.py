@@ -15,11 +15,12 @@ from unittest import mock
 
 import pytest
 
-from coordinator.app import dialable
 from coordinator.client import Client
-from coordinator.membership import Load, Worker
-from coordinator.serve import Options, describe_context, make_supervisor, serve
-from engine.config import (
+from coordinator.cluster.membership import Load, Worker
+from coordinator.process import Options, describe_context, make_supervisor, serve
+from coordinator.server import dialable
+from engine.base.memory import HostMemory
+from engine.base.options import (
     CacheOptions,
     DraftOptions,
     FleetOptions,
@@ -30,8 +31,7 @@ from engine.config import (
     TransferOptions,
     TrustOptions,
 )
-from engine.memory import HostMemory
-from engine.types import KVPool, Peer, Role
+from engine.base.types import KVPool, Peer, Role
 from tests.support.fake_coordinator import ANSWER, FakeCoordinator, of_choice, whole
 from tests.support.fake_decode import identity
 from tests.support.stderr import sentences
@@ -278,7 +278,7 @@ def options_of(tmp_path, **model):
 async def test_a_local_worker_keeps_its_share_of_the_memory(tmp_path, monkeypatch):
     """What others have taken or given back since the start changes no pool."""
     found = [HostMemory(9 << 30, "the cgroup's 10 GiB"), HostMemory(1 << 20, "a neighbour")]
-    monkeypatch.setattr("coordinator.serve.host_memory", lambda: found.pop(0))
+    monkeypatch.setattr("coordinator.process.host_memory", lambda: found.pop(0))
     supervisor = make_supervisor(options_of(tmp_path), "0.0.0.0:700")
     for name in ("prefill-0", "prefill-1", "decode-0", "decode-0"):  # the last starts again
         role = Role(name.partition("-")[0])
@@ -323,7 +323,7 @@ def test_a_start_looks_for_the_gpus_of_its_own_workers(monkeypatch, device, work
         "_serve": start,
     }
     for name, fake in fakes.items():
-        monkeypatch.setattr(f"coordinator.serve.{name}", fake)
+        monkeypatch.setattr(f"coordinator.process.{name}", fake)
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         status = serve(

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.demo_progress import StackOutput, Stillness, cpu_seconds
+from coordinator.commands.demo_progress import StackOutput, Stillness, cpu_seconds
 
 ROOT = Path(__file__).parents[2]
 # The demo with a stand-in for the stack, which is never ready; {stack} is what runs there.
 DEMO = """
 import subprocess, sys
-from coordinator import demo
+from coordinator.commands import demo
 demo._STOP_S = 3.0
 demo._STILL_S = {still_s}
 def start(command, log_path):

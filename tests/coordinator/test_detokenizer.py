@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.detokenizer import Detokenizer
-from coordinator.tokenizer import Tokenizer
+from coordinator.text.detokenizer import Detokenizer
+from coordinator.text.tokenizer import Tokenizer
 from engine.checkpoint.source import resolve
 from tests.support.tiny_tokenizer import KINDS, tiny_tokenizer
 

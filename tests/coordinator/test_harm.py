@@ -8,15 +8,15 @@ import pytest
 from google.rpc import error_details_pb2
 from prometheus_client import CollectorRegistry
 
+from coordinator.api.openai.errors import failure_of
 from coordinator.client.stream import _loss
-from coordinator.dispatch import Dispatch, Route
-from coordinator.harm import Trial
-from coordinator.membership import Hello, Load, Membership
-from coordinator.openai.errors import failure_of
-from engine.errors import Silent, Unavailable, WorkerLost, WorkersLost
+from coordinator.cluster.membership import Hello, Load, Membership
+from coordinator.generation.dispatch import Dispatch, Route
+from coordinator.generation.harm import Trial
+from engine.base.errors import Silent, Unavailable, WorkerLost, WorkersLost
+from engine.base.types import PROTOCOL_VERSION, Peer, Role
 from engine.rpc.status import from_rpc_error, to_status
 from engine.telemetry.metrics import CoordinatorMetrics
-from engine.types import PROTOCOL_VERSION, Peer, Role
 from tests.coordinator.test_service import (
     checkpoint,  # noqa: F401  (a fixture)
     details_of,
@@ -79,7 +79,7 @@ class Table:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
-    monkeypatch.setattr("coordinator.dispatch._FIRST_BACKOFF_S", 0.0)
+    monkeypatch.setattr("coordinator.generation.dispatch._FIRST_BACKOFF_S", 0.0)
 
 
 @pytest.mark.parametrize("decode", [1, 2, 4])
@@ -111,7 +111,7 @@ async def test_a_prefill_worker_that_is_gone_counts_and_one_that_is_here_does_no
 
 async def test_a_prefill_worker_whose_end_is_known_a_moment_later_counts(monkeypatch):
     """The decode worker that waited for it may notice before the coordinator does."""
-    monkeypatch.setattr("coordinator.dispatch._FIRST_BACKOFF_S", 0.05)
+    monkeypatch.setattr("coordinator.generation.dispatch._FIRST_BACKOFF_S", 0.05)
     table, gone = Table(1, prefill=3), Unavailable("Socket closed", lost="prefill")
     request = table.request()
     with pytest.raises(WorkersLost):

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 from prometheus_client import CollectorRegistry
 
-from coordinator.dispatch import Dispatch
-from coordinator.membership import (
+from coordinator.cluster.membership import (
     DOUBT_S,
     FORGET_S,
     SILENCE_S,
@@ -15,11 +14,12 @@ from coordinator.membership import (
     Membership,
     WorkerState,
 )
-from coordinator.router import pick
-from engine.errors import Mismatch
+from coordinator.generation.dispatch import Dispatch
+from coordinator.routing.policy import pick
+from engine.base.errors import Mismatch
+from engine.base.types import PROTOCOL_VERSION, Peer, Role
 from engine.rpc.liveness import STALL_S, STUCK_LOOP_S
 from engine.telemetry.metrics import CoordinatorMetrics
-from engine.types import PROTOCOL_VERSION, Peer, Role
 from tests.support.fake_decode import identity
 
 STALLS = "diptych_worker_stalls_total"

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from coordinator.merge import Merge
-from engine.errors import DeadlineExceeded, InvalidRequest
+from coordinator.generation.fan_in import Merge
+from engine.base.errors import DeadlineExceeded, InvalidRequest
 
 
 async def count(merge, name, n, pace_s=0.0):

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import grpc
 import pytest
 
-from engine.errors import Unavailable
+from engine.base.errors import Unavailable
 from engine.pb.diptych.v1 import inference_pb2
 from engine.pb.inference import grpc_service_pb2 as pb
 from engine.pb.inference import grpc_service_pb2_grpc
@@ -286,7 +286,7 @@ async def test_done_writing_lets_requests_finish():
 
 
 async def test_more_requests_than_one_stream_may_have_open_wait_their_turn(monkeypatch):
-    monkeypatch.setattr("coordinator.oip._MAX_OPEN", 3)
+    monkeypatch.setattr("coordinator.api.oip.service._MAX_OPEN", 3)
     async with oip() as (front, stub):
         await front.worker(pace_s=0.02)
         call = stub.ModelStreamInfer(timeout=30)
@@ -407,7 +407,7 @@ async def test_a_bug_is_internal_and_its_requests_alone(monkeypatch):
 
         call = stub.ModelStreamInfer(timeout=20)
         with monkeypatch.context() as patched:
-            patched.setattr("coordinator.oip.read_request", broken)
+            patched.setattr("coordinator.api.oip.service.read_request", broken)
             await call.write(request("a"))
             response = (await collect(call, "a"))["a"][0]
         assert "internal error" in response.error_message

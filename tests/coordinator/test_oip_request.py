@@ -7,14 +7,15 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from coordinator import oip_model
-from coordinator.oip_neutral import NEUTRAL
-from coordinator.oip_options import FIELDS
-from coordinator.oip_reply import FINAL, Reply
-from coordinator.oip_request import read_request
-from coordinator.oip_tensors import Tensor, read_tensors, write_tensor
-from coordinator.validate import Limits, validate_generate
-from engine.errors import DiptychError, InvalidRequest, NotFound
+from coordinator.api.oip import model as oip_model
+from coordinator.api.oip.neutral import NEUTRAL
+from coordinator.api.oip.options import FIELDS
+from coordinator.api.oip.request import read_request
+from coordinator.api.oip.responses import FINAL, Reply
+from coordinator.api.oip.tensors import Tensor, read_tensors, write_tensor
+from coordinator.api.validation.request import validate_generate
+from coordinator.text.served_model import Limits
+from engine.base.errors import DiptychError, InvalidRequest, NotFound
 from engine.pb.diptych.v1 import inference_pb2
 from engine.pb.inference import grpc_service_pb2 as pb
 from engine.pb.inference import model_config_pb2

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from prometheus_client import CollectorRegistry
 
-from coordinator.dispatch import Dispatch, Home, home_name, home_of
-from coordinator.membership import FORGET_S, SILENCE_S, Hello, Membership
-from engine.errors import Mismatch, Unavailable
+from coordinator.cluster.membership import FORGET_S, SILENCE_S, Hello, Membership
+from coordinator.generation.dispatch import Dispatch, Home, home_name, home_of
+from engine.base.errors import Mismatch, Unavailable
+from engine.base.types import PROTOCOL_VERSION, ModelIdentity, Peer, Role
 from engine.telemetry.metrics import CoordinatorMetrics
-from engine.types import PROTOCOL_VERSION, ModelIdentity, Peer, Role
 
 MODEL = ModelIdentity("m", "00ff", "profile", 128, 16, 320)
 OTHER = replace(MODEL, digest="11ee")

@@ -10,17 +10,15 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from coordinator import membership as membership_module
-from coordinator.app import Coordinator
-from coordinator.chat import ChatTemplate
 from coordinator.client import AsyncClient, Client, Done, TextDelta
-from coordinator.dispatch import home_name
-from coordinator.membership import Hello, Load
-from coordinator.model import ServedModel
-from coordinator.tokenizer import Tokenizer
-from engine.checkpoint.source import resolve
-from engine.config import FrontOptions
-from engine.errors import (
+from coordinator.cluster import membership as membership_module
+from coordinator.cluster.membership import Hello, Load
+from coordinator.generation.dispatch import home_name
+from coordinator.server import Coordinator
+from coordinator.text.chat_template import ChatTemplate
+from coordinator.text.served_model import ServedModel
+from coordinator.text.tokenizer import Tokenizer
+from engine.base.errors import (
     ConfigError,
     InvalidRequest,
     Mismatch,
@@ -28,13 +26,15 @@ from engine.errors import (
     Overloaded,
     Unavailable,
 )
+from engine.base.options import FrontOptions
+from engine.base.types import PROTOCOL_VERSION, Peer, Role
+from engine.checkpoint.source import resolve
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from engine.rpc.channel import open_channel
 from engine.rpc.convert import identity_to_pb
 from engine.rpc.status import DETAILS_KEY, PUSHBACK_KEY
 from engine.rpc.trust import ClusterToken
-from engine.types import PROTOCOL_VERSION, Peer, Role
 from tests.support.fake_decode import Cue, FakeDecode, identity, lost
 
 TEXT = "The river was wide and slow, and nobody knew where it began. " * 4
@@ -351,7 +351,7 @@ async def test_the_last_worker_standing_is_tried_again(checkpoint):
 
 
 async def test_when_all_attempts_fail_the_client_learns_how_far_it_came(checkpoint, monkeypatch):
-    monkeypatch.setattr("coordinator.dispatch._FIRST_BACKOFF_S", 0.001)
+    monkeypatch.setattr("coordinator.generation.dispatch._FIRST_BACKOFF_S", 0.001)
     async with front(checkpoint) as f:
         worker = await f.worker(cues=[Cue(6, lost()), *[Cue(0, lost("no luck"))] * 50])
         call = f.call(stop=stop(max_tokens=40))
@@ -1003,8 +1003,9 @@ async def test_nobody_at_the_address():
 
 def test_the_coordinator_is_torch_free_and_quick_to_import():
     code = (
-        "import sys, time; t = time.process_time(); import coordinator.cli, coordinator.service,"
-        " coordinator.serve; took = time.process_time() - t;"
+        "import sys, time; t = time.process_time(); import coordinator.cli,"
+        " coordinator.api.grpc.service,"
+        " coordinator.process; took = time.process_time() - t;"
         " assert not {'torch', 'nixl', 'transformers'} & set(sys.modules); print(took)"
     )
     took = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

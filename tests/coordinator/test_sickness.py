@@ -10,16 +10,24 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from coordinator.dispatch import Dispatch
-from coordinator.membership import DOUBT_S, STRIKES, STRIKES_S, Hello, Load, Membership, Worker
-from coordinator.registry import RegistryServicer
-from coordinator.service import _row
-from coordinator.terminal import _state
-from engine.errors import Unavailable
+from coordinator.api.grpc.service import _row
+from coordinator.cluster.membership import (
+    DOUBT_S,
+    STRIKES,
+    STRIKES_S,
+    Hello,
+    Load,
+    Membership,
+    Worker,
+)
+from coordinator.cluster.registry_service import RegistryServicer
+from coordinator.commands.terminal import _state
+from coordinator.generation.dispatch import Dispatch
+from engine.base.errors import Unavailable
+from engine.base.types import PROTOCOL_VERSION, Health, ModelIdentity, Peer, Role
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.rpc.status import from_rpc_error, to_status
 from engine.telemetry.metrics import CoordinatorMetrics
-from engine.types import PROTOCOL_VERSION, Health, ModelIdentity, Peer, Role
 
 MODEL = ModelIdentity(
     name="m", digest="d", numeric_profile="p", max_model_len=100, block_size=4, vocab_size=50

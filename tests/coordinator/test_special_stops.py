@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.answer import Answer
-from coordinator.tokenizer import Tokenizer
-from coordinator.validate import Limits, validate_chat, validate_generate
+from coordinator.api.validation.request import validate_chat, validate_generate
+from coordinator.generation.output import Answer
+from coordinator.text.served_model import Limits
+from coordinator.text.tokenizer import Tokenizer
+from engine.base.types import FinishReason
 from engine.checkpoint.source import resolve
 from engine.pb.diptych.v1 import inference_pb2 as pb
-from engine.types import FinishReason
 from tests.support.http_front import events, http_front
 from tests.support.tiny_tokenizer import tiny_tokenizer
 

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from coordinator.chat import ChatTemplate, turns
-from coordinator.chat_prompt import Prompt, _strings, chat_prompt
-from coordinator.model import ServedModel
-from coordinator.request import ChatMessage, ToolCall
-from coordinator.special_tokens import SpecialTokens, _longest_of
-from coordinator.tools import Tool
+from coordinator.text.chat_prompt import Prompt, _strings, chat_prompt
+from coordinator.text.chat_template import ChatTemplate, turns
+from coordinator.text.served_model import ServedModel
+from coordinator.text.special_tokens import SpecialTokens, _longest_of
+from coordinator.text.tool_format import Tool
+from coordinator.text.values import ChatMessage, ToolCall
+from engine.base.errors import InvalidRequest
 from engine.checkpoint.source import resolve
-from engine.errors import InvalidRequest
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|user|>", "<|end|>", "[INST]", "[/INST]"]
 TURN = "{{ bos_token }}{% for m in messages %}"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.stops import StopChecker, StopMatch, StopSet
+from coordinator.text.stops import StopChecker, StopMatch, StopSet
 
 
 def oracle(

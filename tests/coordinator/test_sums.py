@@ -12,17 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator import nesting
-from coordinator import stops as stops_module
-from coordinator.answer import Answer
-from coordinator.openai.body import parse_body
-from coordinator.openai.completions import read_completion
-from coordinator.openai.errors import Refused
-from coordinator.shared_parts import SharedParts
-from coordinator.stops import StopChecker, StopSet
-from coordinator.validate import Limits, validate_generate
-from coordinator.validate_tools import UNPARSED, check_tool_calls
-from engine.errors import DeadlineExceeded, InvalidRequest, Silent
+from coordinator.api.openai.body import parse_body
+from coordinator.api.openai.completions import read_completion
+from coordinator.api.openai.errors import Refused
+from coordinator.api.validation.request import validate_generate
+from coordinator.api.validation.tools import UNPARSED, check_tool_calls
+from coordinator.generation.output import Answer
+from coordinator.generation.shared_parts import SharedParts
+from coordinator.text import json_bounds as nesting
+from coordinator.text import stops as stops_module
+from coordinator.text.served_model import Limits
+from coordinator.text.stops import StopChecker, StopSet
+from engine.base.errors import DeadlineExceeded, InvalidRequest, Silent
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.rpc.liveness import next_message
 from tests.coordinator.test_service import checkpoint, collect, front, stop  # noqa: F401

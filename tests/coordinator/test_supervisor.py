@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import structlog.testing
 
-from coordinator.supervisor import (
+from coordinator.cluster.local_workers import (
     LocalWorker,
     Supervisor,
     WorkerEnvironment,
     doing,
     worker_environment,
 )
-from engine.errors import ConfigError
-from engine.types import Role
+from engine.base.errors import ConfigError
+from engine.base.types import Role
 
 SLEEPER = """
 import os, sys, time
@@ -192,7 +192,7 @@ async def test_a_worker_that_cannot_be_started_is_tried_again(modules, tmp_path,
 
 
 async def test_status_2_of_a_place_that_has_lived_ends_nobody_else(modules, tmp_path, monkeypatch):
-    monkeypatch.setattr("coordinator.supervisor._STABLE_S", 0.2)
+    monkeypatch.setattr("coordinator.cluster.local_workers._STABLE_S", 0.2)
     supervisor = make(tmp_path, "sleeper")
     supervisor.start()
     pid = int((await until(lambda: ups(supervisor)))[0][0])
@@ -230,8 +230,8 @@ def test_kill_9_of_the_supervisor_takes_its_workers(modules, tmp_path):
         """
         import asyncio, sys
         from pathlib import Path
-        from coordinator.supervisor import Supervisor
-        from engine.types import Role
+        from coordinator.cluster.local_workers import Supervisor
+        from engine.base.types import Role
 
         async def main():
             places = [("w0", Role.PREFILL), ("w1", Role.DECODE)]
@@ -262,7 +262,14 @@ def test_kill_9_of_the_supervisor_takes_its_workers(modules, tmp_path):
 
 
 def test_an_orphan_ends_before_it_begins(modules):
-    command = [sys.executable, "-m", "engine.lifeline", "--parent", "1", "sleeper_worker"]
+    command = [
+        sys.executable,
+        "-m",
+        "engine.process.parent_death",
+        "--parent",
+        "1",
+        "sleeper_worker",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     assert (done.returncode, done.stdout) == (1, "")
 

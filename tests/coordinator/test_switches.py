@@ -5,10 +5,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from coordinator.switches import _PARTS, Switches
-from engine import config
-from engine.config import DISABLABLE, FrontOptions
-from engine.errors import ConfigError, NotOffered
+from coordinator.api.switches import _PARTS, Switches
+from engine.base import options as config
+from engine.base.errors import ConfigError, NotOffered
+from engine.base.options import DISABLABLE, FrontOptions
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.pb.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from engine.pb.vllm import vllm_engine_pb2, vllm_engine_pb2_grpc

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from coordinator.tokenizer import Tokenizer
+from coordinator.text.tokenizer import Tokenizer
+from engine.base.errors import CheckpointError
 from engine.checkpoint.source import resolve
-from engine.errors import CheckpointError
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -93,7 +93,7 @@ def test_loads_fast_and_without_torch(folder: Path) -> None:
     code = """
 import sys, time
 from pathlib import Path
-from coordinator.tokenizer import Tokenizer
+from coordinator.text.tokenizer import Tokenizer
 begin = time.process_time()  # other processes may be using the machine
 Tokenizer.load(Path(sys.argv[1])).encode("hello")
 seconds = time.process_time() - begin

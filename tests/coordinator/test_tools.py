@@ -14,11 +14,13 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.answer import Answer
-from coordinator.request import ChatMessage, Ending
-from coordinator.tokenizer import Tokenizer
-from coordinator.tool_parser import ToolCalls, call_id
-from coordinator.tools import (
+from coordinator.api.validation.request import validate_chat
+from coordinator.api.validation.tools import check_tool_calls, check_tools, text_schema, tool_use
+from coordinator.generation.output import Answer
+from coordinator.generation.request import Ending
+from coordinator.text.served_model import Limits
+from coordinator.text.tokenizer import Tokenizer
+from coordinator.text.tool_format import (
     FORMATS,
     HERMES,
     LLAMA3,
@@ -29,14 +31,14 @@ from coordinator.tools import (
     choose_format,
     tool_grammar,
 )
-from coordinator.validate import Limits, validate_chat
-from coordinator.validate_tools import check_tool_calls, check_tools, text_schema, tool_use
+from coordinator.text.tool_parser import ToolCalls, call_id
+from coordinator.text.values import ChatMessage
+from engine.base.errors import InvalidRequest, NotOffered
+from engine.base.options import FrontOptions
+from engine.base.types import FinishReason
 from engine.checkpoint.source import resolve
-from engine.config import FrontOptions
 from engine.constraints.schemas import ESCAPES, WHITE_SPACE
-from engine.errors import InvalidRequest, NotOffered
 from engine.pb.diptych.v1 import inference_pb2 as pb
-from engine.types import FinishReason
 
 WEATHER = {
     "type": "function",

@@ -6,10 +6,10 @@ import grpc
 import pytest
 
 from coordinator.client import Client, blocking
-from coordinator.dispatch import meaning_of
-from coordinator.trust import Trust
-from engine.config import FrontOptions, TrustOptions
-from engine.errors import ConfigError, PermissionDenied, Unauthenticated, Unavailable
+from coordinator.cluster.auth import Trust
+from coordinator.generation.dispatch import meaning_of
+from engine.base.errors import ConfigError, PermissionDenied, Unauthenticated, Unavailable
+from engine.base.options import FrontOptions, TrustOptions
 from engine.pb.diptych.v1 import admin_pb2
 from engine.rpc.status import to_status
 from engine.rpc.trust import ClusterToken

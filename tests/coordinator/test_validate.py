@@ -4,12 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.validate import Limits, validate_chat, validate_generate
-from engine.errors import InvalidRequest, NotFound
+from coordinator.api.validation.request import validate_chat, validate_generate
+from coordinator.text.served_model import Limits
+from engine.base.errors import InvalidRequest, NotFound
+from engine.base.seeds import choice_seed, default_seed
+from engine.base.types import Constraint
+from engine.base.types import ConstraintKind as K
 from engine.pb.diptych.v1 import inference_pb2 as pb
-from engine.seeds import choice_seed, default_seed
-from engine.types import Constraint
-from engine.types import ConstraintKind as K
 
 LIMITS = Limits("m", 100, (2, 0), 1000)
 

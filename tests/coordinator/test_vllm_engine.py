@@ -6,9 +6,9 @@ from contextlib import asynccontextmanager
 import grpc
 import pytest
 
-from coordinator.vllm_reply import Reply
-from coordinator.vllm_request import to_generate
-from engine.errors import DiptychError, InvalidRequest, NotOffered
+from coordinator.api.vllm.request import to_generate
+from coordinator.api.vllm.responses import Reply
+from engine.base.errors import DiptychError, InvalidRequest, NotOffered
 from engine.pb.diptych.v1 import inference_pb2
 from engine.pb.vllm import vllm_engine_pb2 as pb
 from engine.pb.vllm import vllm_engine_pb2_grpc

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import structlog.testing
 
-from coordinator import watchdog as module
-from coordinator.supervisor import LocalWorker, Supervisor
-from coordinator.watchdog import Watchdog
-from engine.types import Role
+from coordinator.cluster import watchdog as module
+from coordinator.cluster.local_workers import LocalWorker, Supervisor
+from coordinator.cluster.watchdog import Watchdog
+from engine.base.types import Role
 
 NAMES = ("prefill-0", "decode-0", "decode-1")
 

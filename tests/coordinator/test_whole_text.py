@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.tokenizer import Tokenizer
+from coordinator.text.tokenizer import Tokenizer
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.pb.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from engine.rpc.channel import open_channel

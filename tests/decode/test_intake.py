@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from decode import intake
+from decode import kv_fetch as intake
 from decode.service import _Answer
-from engine.errors import DeadlineExceeded, Overloaded, Unavailable
-from engine.events import AnnouncedEvent
+from engine.base.errors import DeadlineExceeded, Overloaded, Unavailable
+from engine.base.types import Peer
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.channel import open_channel
 from engine.rpc.liveness import SILENCE_S
-from engine.types import Peer
-from kvtransfer.base import PeerLost, ReadState
-from kvtransfer.service import Renewer
-from prefill.announce import Announcer
+from engine.scheduling.events import AnnouncedEvent
+from kvtransfer.kv_service import Renewer
+from kvtransfer.transport import PeerLost, ReadState
+from prefill.block_publisher import Announcer
 from tests.support.panels import (
     Ask,
     answer,

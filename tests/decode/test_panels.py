@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from kvtransfer.base import PeerLost, ReadState
+from kvtransfer.transport import PeerLost, ReadState
 from tests.support import panels
 from tests.support.panels import (
     Ask,

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import pytest
 
 from decode.shared_parts import PartsStore
-from engine.errors import InvalidRequest
+from engine.base.errors import InvalidRequest
+from engine.base.types import ConstraintKind
 from engine.pb.diptych.internal.v1 import worker_pb2 as pb
-from engine.types import ConstraintKind
 
 
 def check(ids: Sequence[int]) -> None:

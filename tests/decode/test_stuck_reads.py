@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from engine.config import TransferOptions
-from engine.errors import Unavailable
-from engine.types import Role
-from kvtransfer.base import ReadState
+from engine.base.errors import Unavailable
+from engine.base.options import TransferOptions
+from engine.base.types import Role
+from kvtransfer.transport import ReadState
 from tests.support.panels import (
     Ask,
     Panel,

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from coordinator.cli import START_GROUPS
-from engine.config import DraftOptions, resolve
-from engine.errors import ConfigError
+from engine.base.errors import ConfigError
+from engine.base.options import DraftOptions, resolve
 from engine.rpc.trust import stays_on_this_machine
-from kvtransfer.command import _GROUPS as WORKER_GROUPS
+from worker.cli import _GROUPS as WORKER_GROUPS
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "config"
 GROUPS = {

@@ -17,14 +17,14 @@ import yaml  # comes with huggingface-hub and gguf
 from prometheus_client import CollectorRegistry
 
 from coordinator.cli import START_GROUPS
-from coordinator.serve import _STOP_S
+from coordinator.process import _STOP_S
+from engine.base.options import DraftOptions, add_flags, parser, resolve
 from engine.checkpoint.source import _DEFAULT_INSTALL
-from engine.config import DraftOptions, add_flags, parser, resolve
+from engine.http.guard import refusals_counter
 from engine.rpc.trust import ClusterToken, stays_on_this_machine
-from engine.telemetry.http_guard import refusals_counter
 from engine.telemetry.metrics import CoordinatorMetrics, RpcMetrics, WorkerMetrics
-from kvtransfer.command import _GROUPS as WORKER_GROUPS
-from kvtransfer.host import ENGINE
+from worker.cli import _GROUPS as WORKER_GROUPS
+from worker.process import ENGINE
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -33,7 +33,7 @@ GROUPS = {
     "prefill": WORKER_GROUPS,
     "decode": (*WORKER_GROUPS, DraftOptions),
 }
-# Read by engine.config beside the options' own variables.
+# Read by engine.base.options beside the options' own variables.
 OTHER_VARIABLES = {"DIPTYCH_CACHE_DIR", "DIPTYCH_STATE_DIR", "DIPTYCH_CONFIG"}
 COORDINATOR, WORKER = DEPLOY / "Containerfile.coordinator", DEPLOY / "Containerfile.worker"
 

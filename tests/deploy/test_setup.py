@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-import engine.native
+import engine.kernels
 from deploy.setup import __main__ as setup
 from deploy.setup import machine, pip, venv
 from deploy.setup.machine import Python, check_cpu, check_disk, check_platform, judge, pick_python
 from deploy.setup.venv import Venv
-from engine.precision import KERNEL_FLAGS
+from engine.base.cpu_features import KERNEL_FLAGS
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "setup"
@@ -116,7 +116,7 @@ def test_it_and_pyproject_name_the_same_things() -> None:
     assert setup.TORCH in project["optional-dependencies"]["worker"]
     assert setup.FLASHINFER in project["optional-dependencies"]["gpu"]
     assert sorted(machine.KERNEL_FLAGS) == sorted(KERNEL_FLAGS)
-    assert machine.TIMES_SLOWER == engine.native.TIMES_SLOWER
+    assert machine.TIMES_SLOWER == engine.kernels.TIMES_SLOWER
     assert setup.MODEL in (ROOT / "engine/checkpoint/source.py").read_text()
 
 

@@ -14,15 +14,15 @@ from prometheus_client import CollectorRegistry
 
 from decode.cli import ask_drafting
 from decode.speculative.draft_model import ModelDrafter
-from engine import build as build_module
-from engine import loading
-from engine.build import Engine, build_engine, memory_errors, pick_budgets
+from engine.base.errors import ConfigError, SelfTestFailed
+from engine.base.options import CacheOptions, DraftOptions, ModelOptions, StepOptions
+from engine.base.types import Role
 from engine.cache.sizing import CONTEXT_BYTES, GpuMemory
-from engine.config import CacheOptions, DraftOptions, ModelOptions, StepOptions
-from engine.device import Device
-from engine.errors import ConfigError, SelfTestFailed
 from engine.runner.runner import Runner
-from engine.types import Role
+from engine.step import build as build_module
+from engine.step import loading
+from engine.step.build import Engine, build_engine, memory_errors, pick_budgets
+from engine.step.device import Device
 from tests.support.paged import CPU
 
 CONFIG = {

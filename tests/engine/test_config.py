@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from engine import config
-from engine.config import (
+from engine.base import options as config
+from engine.base.errors import ConfigError
+from engine.base.options import (
     CacheOptions,
     FleetOptions,
     FrontOptions,
@@ -16,7 +17,6 @@ from engine.config import (
     parse_size,
     to_flags,
 )
-from engine.errors import ConfigError
 
 FRONT = (FrontOptions, FleetOptions, CacheOptions, LogOptions, ModelOptions)
 WORKER = (WorkerOptions, ModelOptions)

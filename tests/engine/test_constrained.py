@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from decode.speculative.acceptance import Acceptance
+from engine.base.errors import InvalidRequest
+from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.constraints import Masks
 from engine.constraints.masks import Place
-from engine.errors import InvalidRequest
-from engine.request import State, Work
 from engine.sampling import Sampler, SampleRow
-from engine.scheduler import fitted
-from engine.speculation import FORCED, UNWRITTEN, Draft
-from engine.types import FinishReason, SamplingParams, StopParams
+from engine.scheduling.request import State, Work
+from engine.scheduling.scheduler import fitted
+from engine.scheduling.speculation import FORCED, UNWRITTEN, Draft
 from tests.engine.test_core import SALT, Bench, random_work
 from tests.support.history_model import VOCAB, logits_of
 from tests.support.tiny_grammar import (

@@ -12,18 +12,19 @@ from prometheus_client import CollectorRegistry
 
 from decode.speculative.ngram import NgramDrafter
 from decode.speculative.verify import verify
-from engine.cache.block_pool import BlockPool
-from engine.cache.layout import name_salt
-from engine.core import EngineCore
-from engine.errors import InvalidRequest
-from engine.events import AnnouncedEvent, FetchEvent, FinishedEvent, TokensEvent
-from engine.request import State, Work
-from engine.runner.batch import Row
+from engine.attention.batch import Row
+from engine.base.errors import InvalidRequest
+from engine.base.kv_layout import name_salt
+from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.sampling import Sampler, SampleRow
-from engine.scheduler import Budgets, Scheduler
-from engine.speculation import Speculation
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.events import AnnouncedEvent, FetchEvent, FinishedEvent, TokensEvent
+from engine.scheduling.plan import Budgets
+from engine.scheduling.request import State, Work
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.speculation import Speculation
+from engine.step.core import EngineCore
 from engine.telemetry.metrics import WorkerMetrics
-from engine.types import FinishReason, SamplingParams, StopParams
 from tests.support.history_model import VOCAB, HistoryRunner, logits_of
 
 SIZE = 4

@@ -10,7 +10,7 @@ import pytest
 CRASH = """
 import os, resource, sys
 from engine.cache.kv_cache import zeroed_pages
-from engine.core_dumps import forbid_core_dumps
+from engine.process.core_dumps import forbid_core_dumps
 
 # Tests of commands may have forbidden dumps in the parent.
 open("/proc/self/coredump_filter", "w").write("0x33")

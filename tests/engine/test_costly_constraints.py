@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from engine.base.errors import InvalidRequest
+from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.constraints import Matcher
 from engine.constraints.masks import SLOW_S
-from engine.errors import InvalidRequest
-from engine.request import Work
-from engine.types import FinishReason, SamplingParams, StopParams
+from engine.scheduling.request import Work
 from tests.engine.test_constrained import PERSON, plain_loop
 from tests.engine.test_core import SALT, Bench, oracle, random_work
 from tests.support.tiny_grammar import EOS, lark, matcher_of, regex

@@ -18,20 +18,21 @@ from decode.speculative.step_cost import StepCost
 from decode.speculative.verify import verify
 from engine.attention import select_backend
 from engine.attention.base import AttentionBackend
-from engine.cache.block_pool import BlockPool
+from engine.base.kv_layout import name_salt
+from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.cache.kv_cache import KVCache
-from engine.cache.layout import name_salt
-from engine.core import EngineCore
-from engine.events import FinishedEvent, TokensEvent
-from engine.model.llama import LlamaModel
-from engine.model.loader import random_model
-from engine.request import State, Work
+from engine.models.llama import LlamaModel
+from engine.models.loader import random_model
 from engine.runner.runner import Runner
 from engine.sampling import Sampler
-from engine.scheduler import Budgets, Scheduler
-from engine.speculation import Draft, Pace, Speculation
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.events import FinishedEvent, TokensEvent
+from engine.scheduling.plan import Budgets
+from engine.scheduling.request import State, Work
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.speculation import Draft, Pace, Speculation
+from engine.step.core import EngineCore
 from engine.telemetry.metrics import WorkerMetrics
-from engine.types import FinishReason, SamplingParams, StopParams
 from tests.support.paged import CPU, layout_of, tiny_config
 from tests.support.plain_loop import PlainLoop
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 
+from decode.speculative.draft_length import MeasuredPace
 from decode.speculative.ngram import NgramDrafter
-from decode.speculative.pace import MeasuredPace
-from engine.cache.block_pool import BlockPool
-from engine.request import Work
-from engine.scheduler import Budgets, Scheduler
-from engine.speculation import Speculation
-from engine.types import SamplingParams, StopParams
+from engine.base.types import SamplingParams, StopParams
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.plan import Budgets
+from engine.scheduling.request import Work
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.speculation import Speculation
 from tests.engine.test_core import SALT, SIZE, Bench, check_answers, oracle, random_work
 from tests.support.drafting import fixed, measured
 from tests.support.history_model import VOCAB

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.gpus import GpuPart, deal_gpus, find_gpus
+from engine.base.gpus import GpuPart, deal_gpus, find_gpus
 
 TWO = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-5f27e9b2-0000-1111-2222-aaaaaaaaaaaa)
 GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-81c0d9b2-0000-1111-2222-bbbbbbbbbbbb)

@@ -10,18 +10,18 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from engine.cache.block_pool import BlockPool
+from engine.attention.batch import Row
+from engine.base.errors import InvalidRequest, SelfTestFailed, Unavailable
+from engine.base.kv_layout import KVLayout
+from engine.base.types import SamplingParams, StopParams
 from engine.cache.kv_cache import KVCache
-from engine.cache.layout import KVLayout
-from engine.core import EngineCore
-from engine.errors import InvalidRequest, SelfTestFailed, Unavailable
-from engine.health import EngineHealth
-from engine.request import State, Work
-from engine.runner.batch import Row
 from engine.sampling import Sampler
-from engine.self_test import NUM_PROMPT, SelfTest, num_scratch_blocks
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.request import State, Work
+from engine.step.core import EngineCore
+from engine.step.health import EngineHealth
+from engine.step.self_test import NUM_PROMPT, SelfTest, num_scratch_blocks
 from engine.telemetry.metrics import WorkerMetrics
-from engine.types import SamplingParams, StopParams
 from tests.engine.test_core import SALT, SIZE, Bench, oracle
 from tests.support.history_model import VOCAB
 

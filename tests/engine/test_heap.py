@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 
-from engine.heap import freeze_heap, put_off_collections
+from engine.process.gc_control import freeze_heap, put_off_collections
 
 
 class Node:

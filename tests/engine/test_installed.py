@@ -11,9 +11,9 @@ from types import ModuleType
 import pytest
 
 from decode.cli import main as decode
-from engine import installed
-from engine.errors import ConfigError
-from engine.installed import REMEDY, require_worker_packages, unusable
+from engine.base import installed
+from engine.base.errors import ConfigError
+from engine.base.installed import REMEDY, require_worker_packages, unusable
 from prefill.cli import main as prefill
 
 ROOT = Path(__file__).parents[2]
@@ -107,11 +107,11 @@ def test_a_start_that_is_cut_short_has_no_traceback(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    module = _Fails("engine.build")
+    module = _Fails("engine.step.build")
     module.error = error
-    monkeypatch.setitem(sys.modules, "engine.build", module)
+    monkeypatch.setitem(sys.modules, "engine.step.build", module)
     monkeypatch.setattr("engine.telemetry.log.configure_logging", lambda *args, **fields: None)
-    monkeypatch.setattr("kvtransfer.command.put_off_collections", lambda: None)
+    monkeypatch.setattr("worker.cli.put_off_collections", lambda: None)
     assert prefill(["start"]) == status
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == (1 if said else 0)

@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.events import FinishedEvent, TokensEvent
-from engine.request import Work
-from engine.runner.batch import Row
-from engine.scheduler import MAX_SCORED
-from engine.types import FinishReason, SamplingParams, StopParams, TokenLogprobs
+from engine.attention.batch import Row
+from engine.base.types import FinishReason, SamplingParams, StopParams, TokenLogprobs
+from engine.scheduling.events import FinishedEvent, TokensEvent
+from engine.scheduling.plan import MAX_SCORED
+from engine.scheduling.request import Work
 from tests.engine.test_core import SALT, SIZE, Bench, oracle, random_work
 from tests.support.history_model import VOCAB, logits_of
 

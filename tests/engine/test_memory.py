@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.cache.layout import KVLayout
+from engine.base.errors import ConfigError
+from engine.base.kv_layout import KVLayout
+from engine.base.memory import HostMemory, host_memory, shown
 from engine.cache.sizing import (
     CONTEXT_BYTES,
     FLOOR_BYTES,
@@ -17,8 +19,6 @@ from engine.cache.sizing import (
     gpu_budget,
     host_budget,
 )
-from engine.errors import ConfigError
-from engine.memory import HostMemory, host_memory, shown
 
 GIB, MIB = 1 << 30, 1 << 20
 # SmolLM2-135M: 368,640 bytes a block of 16 tokens.

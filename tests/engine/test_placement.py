@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from engine import placement
+from engine.base.errors import ConfigError
+from engine.base.options import CacheOptions, DraftOptions, ModelOptions
 from engine.checkpoint.config import RopeScaling
 from engine.checkpoint.source import Checkpoint
-from engine.config import CacheOptions, DraftOptions, ModelOptions
-from engine.errors import ConfigError
-from engine.native import Kernels
-from engine.placement import (
+from engine.kernels import Kernels
+from engine.kernels.backend_selection import (
     check_length,
     first_layers,
     packing,
@@ -20,6 +19,7 @@ from engine.placement import (
     prepare_weights,
     resolve_draft,
 )
+from engine.step import backend_selection as placement
 from tests.support.paged import tiny_config
 
 CONFIG = tiny_config(hidden_size=96, intermediate_size=160, head_dim=32)

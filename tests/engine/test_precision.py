@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.precision import KERNEL_FLAGS, auto_dtype
+from engine.base.cpu_features import KERNEL_FLAGS
+from engine.kernels.precision import auto_dtype
 
 
 @pytest.mark.parametrize(

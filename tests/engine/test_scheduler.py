@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.cache.block_pool import BlockPool
-from engine.cache.block_table import BlockTable
-from engine.request import Request, Work
-from engine.scheduler import FIRST_RANK, MAX_SCORED_BESIDE, Budgets, Scheduler
-from engine.types import SamplingParams, StopParams
+from engine.base.types import SamplingParams, StopParams
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.block_table import BlockTable
+from engine.scheduling.plan import FIRST_RANK, MAX_SCORED_BESIDE, Budgets
+from engine.scheduling.request import Request, Work
+from engine.scheduling.scheduler import Scheduler
 
 AGING = Budgets(64, 8).aging_tokens_per_s
 

@@ -15,21 +15,22 @@ from prometheus_client import CollectorRegistry
 from decode.speculative.ngram import NgramDrafter
 from decode.speculative.verify import verify
 from engine.attention import select_backend
-from engine.cache.block_pool import BlockPool
+from engine.base.kv_layout import KVLayout, name_salt
+from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.cache.kv_cache import KVCache
-from engine.cache.layout import KVLayout, name_salt
 from engine.checkpoint.source import resolve, weights
-from engine.core import EngineCore
-from engine.events import FinishedEvent, TokensEvent
-from engine.model.llama import LlamaModel
-from engine.model.loader import load_model
-from engine.request import Work
+from engine.models.llama import LlamaModel
+from engine.models.loader import load_model
 from engine.runner.runner import Runner
 from engine.sampling import Sampler
-from engine.scheduler import Budgets, Scheduler
-from engine.speculation import Speculation
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.events import FinishedEvent, TokensEvent
+from engine.scheduling.plan import Budgets
+from engine.scheduling.request import Work
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.speculation import Speculation
+from engine.step.core import EngineCore
 from engine.telemetry.metrics import WorkerMetrics
-from engine.types import FinishReason, SamplingParams, StopParams
 from tests.support.drafting import measured
 from tests.support.near_tie import TALLY
 from tests.support.paged import CPU

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from engine.cache.block_pool import BlockPool
-from engine.cache.block_table import BlockTable
-from engine.request import Request, Work
-from engine.runner.batch import Row
+from engine.attention.batch import Row
+from engine.base.types import SamplingParams, StopParams
 from engine.sampling import Sampler, UnusableLogits
 from engine.sampling import sampler as sampler_module
-from engine.sampling.row import SampleRow
-from engine.scheduler import Budgets, Scheduler
-from engine.speculation import Draft, Speculation
-from engine.types import SamplingParams, StopParams
-from engine.warmup import step_shapes, warm_up
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.block_table import BlockTable
+from engine.scheduling.plan import Budgets
+from engine.scheduling.request import Request, Work
+from engine.scheduling.rows import SampleRow
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.speculation import Draft, Speculation
+from engine.step.warmup import step_shapes, warm_up
 
 GPU = Budgets(8192, 256, num_logits=1024)
 

@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from engine.errors import InvalidRequest
-from engine.events import FinishedEvent, TokensEvent
-from engine.request import Work
-from engine.types import FinishReason, SamplingParams, StopParams
-from engine.worker import EngineDied, EngineThread, Stream
+from engine.base.errors import InvalidRequest
+from engine.base.types import FinishReason, SamplingParams, StopParams
+from engine.scheduling.events import FinishedEvent, TokensEvent
+from engine.scheduling.request import Work
+from engine.step.engine_thread import EngineDied, EngineThread, Stream
 from tests.engine.test_core import SALT, Bench, oracle
 
 
@@ -57,7 +57,7 @@ async def test_a_message_that_does_not_end_is_a_hang(
     engine: EngineThread, monkeypatch: pytest.MonkeyPatch, idle: bool
 ) -> None:
     """Not only a step: for an engine that hangs no heartbeat is sent."""
-    monkeypatch.setattr("engine.worker.STUCK_S", 0.1)
+    monkeypatch.setattr("engine.step.engine_thread.STUCK_S", 0.1)
     if not idle:
         engine.submit(work("waits", tuple(range(20)), 5))
     gate = threading.Event()

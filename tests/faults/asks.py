@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from coordinator.client import AsyncClient, Done, TextDelta, generate_request
-from engine.errors import DiptychError
+from engine.base.errors import DiptychError
 from engine.pb.diptych.v1 import inference_pb2_grpc
 from engine.rpc.channel import open_channel
 from engine.rpc.status import from_rpc_error

@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from coordinator.client import AsyncClient
-from engine.errors import Unavailable
+from engine.base.errors import Unavailable
 from tests.faults.asks import Stream, follow
 from tests.faults.cluster import Cluster
 from tests.faults.oracle import CASES, Oracle

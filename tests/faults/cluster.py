@@ -22,8 +22,8 @@ from typing import Any, Self
 import grpc
 
 from coordinator.client import Client
-from engine.errors import DiptychError
-from engine.native import kernels
+from engine.base.errors import DiptychError
+from engine.kernels import kernels
 from engine.pb.diptych.v1 import admin_pb2
 from tests.faults.places import Keeper, Place
 from tests.faults.wires import Loopback, Wires

@@ -34,17 +34,17 @@ import grpc
 import structlog
 from google.protobuf import message_factory
 
-from coordinator.app import Coordinator
-from coordinator.chat import ChatTemplate
-from coordinator.membership import HEARTBEAT_S, Hello, Load
-from coordinator.model import ServedModel
-from coordinator.tokenizer import Tokenizer
+from coordinator.cluster.membership import HEARTBEAT_S, Hello, Load
+from coordinator.server import Coordinator
+from coordinator.text.chat_template import ChatTemplate
+from coordinator.text.served_model import ServedModel
+from coordinator.text.tokenizer import Tokenizer
+from engine.base.options import FrontOptions, LogOptions
+from engine.base.types import PROTOCOL_VERSION, ModelIdentity, Role
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.source import resolve
-from engine.config import FrontOptions, LogOptions
 from engine.rpc.channel import open_channel
 from engine.telemetry.log import configure_logging
-from engine.types import PROTOCOL_VERSION, ModelIdentity, Role
 from tests.integration.stack import Stack
 from tests.support.fuzz_checks import Model, Outcome, complaint
 from tests.support.fuzz_decode import FuzzDecode

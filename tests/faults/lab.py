@@ -30,14 +30,14 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-import kvtransfer.host
+import worker.process
+from engine.base.types import Role
 from engine.pb.diptych.internal.v1.worker_pb2 import RenewResponse
 from engine.runner import runner
-from engine.types import Role
-from kvtransfer.base import Extent, MemoryRegion, PeerLost, PullFailed, ReadState
-from kvtransfer.command import worker_command
+from kvtransfer.kv_service import KvServicer
 from kvtransfer.nixl_transport import NixlTransport
-from kvtransfer.service import KvServicer
+from kvtransfer.transport import Extent, MemoryRegion, PeerLost, PullFailed, ReadState
+from worker.cli import worker_command
 
 
 class Orders:
@@ -230,8 +230,8 @@ def _prefill_services(host: Any) -> Any:
 def _decode_services() -> Any:
     import decode.service
     from decode import cli
-    from decode.intake import Fetch, Intake
-    from engine.events import FetchEvent
+    from decode.kv_fetch import Fetch, Intake
+    from engine.scheduling.events import FetchEvent
 
     class LabIntake(Intake):
         """Has all blocks, and may be told to keep the engine waiting for that news."""
@@ -256,15 +256,15 @@ def main() -> int:
     flag, path, role, *argv = sys.argv[1:]
     assert flag == "--orders", "expected --orders FILE prefill|decode start ..."
     ORDERS = Orders(Path(path))
-    kvtransfer.host.NixlTransport = LabTransport  # type: ignore[misc]
-    kvtransfer.host.KvServicer = LabKv  # type: ignore[misc]
+    worker.process.NixlTransport = LabTransport  # type: ignore[misc]
+    worker.process.KvServicer = LabKv  # type: ignore[misc]
     signal.signal(signal.SIGUSR1, _stall)
     _sick_runner(runner.NativeRunner)
     _sick_runner(runner.Runner)
     if role == "prefill":
         return worker_command(Role.PREFILL, "lab", argv, _prefill_services)
     from decode import cli
-    from engine.config import DraftOptions
+    from engine.base.options import DraftOptions
 
     services = _decode_services()
     return worker_command(Role.DECODE, "lab", argv, services, cli.ask_drafting, DraftOptions)

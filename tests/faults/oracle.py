@@ -181,7 +181,7 @@ class Oracle:
         import torch
 
         from engine.checkpoint.source import resolve, weights
-        from engine.model.loader import load_model
+        from engine.models.loader import load_model
         from tests.support.paged import CPU
         from tests.support.plain_loop import PlainLoop
 
@@ -191,9 +191,9 @@ class Oracle:
 
 
 def _work(case: Case) -> Any:
-    from engine.cache.layout import name_salt
-    from engine.request import Work
-    from engine.types import SamplingParams, StopParams
+    from engine.base.kv_layout import name_salt
+    from engine.base.types import SamplingParams, StopParams
+    from engine.scheduling.request import Work
 
     sampling = SamplingParams(**case.sampling)
     stop = StopParams(max_tokens=case.max_tokens)

@@ -2,8 +2,9 @@
 
     spawn --> running --end--> noted (wanted by a test, or not) --> spawn again, unless held
 
-A supervisor thread starts all of them, for `engine.lifeline` ties each to the thread that forked
-it. An end that no test asked for is kept with its status: `unwanted_ends` must stay empty.
+A supervisor thread starts all of them, for `engine.process.parent_death` ties each to the thread
+that forked it. An end that no test asked for is kept with its status: `unwanted_ends` must stay
+empty.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ class Keeper:
 
 
 def _spawn(place: Place) -> None:
-    lifeline = ["-m", "engine.lifeline", "--parent", str(os.getpid())]
+    lifeline = ["-m", "engine.process.parent_death", "--parent", str(os.getpid())]
     command = [*place.prefix, sys.executable, *lifeline, place.module, *place.args]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("DIPTYCH_")}
     for name in ("DIPTYCH_CACHE_DIR", "DIPTYCH_STATE_DIR"):

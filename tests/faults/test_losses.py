@@ -8,7 +8,7 @@ import time
 import pytest
 
 from coordinator.client import AsyncClient
-from engine.errors import Unavailable
+from engine.base.errors import Unavailable
 from tests.faults.asks import Stream, follow
 from tests.faults.oracle import CASES
 from tests.faults.row import KILL_S, Row, fresh_salt, struck

@@ -8,9 +8,9 @@ from datetime import datetime
 
 import pytest
 
-from coordinator.harm import MAX_HARMED, MOST_HARMED
-from coordinator.membership import LOST_S
-from engine.errors import WorkersLost
+from coordinator.cluster.membership import LOST_S
+from coordinator.generation.harm import MAX_HARMED, MOST_HARMED
+from engine.base.errors import WorkersLost
 from tests.faults.oracle import CASES, Case
 from tests.faults.row import Row
 

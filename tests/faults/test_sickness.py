@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from kvtransfer.command import EXIT_SICK
 from tests.faults.cluster import NATIVE
 from tests.faults.row import Row, fresh_salt, struck
+from worker.exit_status import SICK
 
 pytestmark = pytest.mark.timeout(600)
 SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
@@ -43,7 +43,7 @@ async def test_a_decode_worker_whose_logits_become_nan(alone: Row) -> None:
     await row.until(lambda: len(ends) > num_before, 30, "the sick worker ends")
     row.lift(victim)
     await row.all_whole(streams)
-    assert ends[num_before].status == EXIT_SICK
+    assert ends[num_before].status == SICK
     row.moved(row.cluster.coordinators, f"sick_workers_total{{worker={victim}}}")
     row.moved(row.front, "migrations_total{outcome=resumed}")
     await anew(row, [victim])
@@ -99,6 +99,6 @@ def test_a_self_test_that_fails_at_the_start(tmp_path: Path, role: str) -> None:
     command = [sys.executable, "-m", "tests.faults.lab", "--orders", str(orders), role, "start"]
     command += ["--coordinator", "127.0.0.1:1", "--kv-cache-memory", "128MiB", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == EXIT_SICK
+    assert done.returncode == SICK
     assert done.stderr.splitlines()[-1].startswith(f"{role}: the self-test of the model failed: ")
     assert "worker serves" not in done.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import Overloaded
+from engine.base.errors import Overloaded
 from tests.faults import checks
 from tests.faults.asks import Stream
 from tests.faults.bench import Bench

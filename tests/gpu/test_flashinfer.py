@@ -14,11 +14,11 @@ import torch
 
 from engine.attention import select_backend
 from engine.attention.base import AttentionBackend
+from engine.attention.batch import Row, build_batch
 from engine.attention.torch_backend import TorchBackend
+from engine.base.errors import ConfigError
 from engine.cache.kv_cache import KVCache
-from engine.errors import ConfigError
-from engine.model.loader import random_model
-from engine.runner.batch import Row, build_batch
+from engine.models.loader import random_model
 from engine.runner.runner import Runner
 from tests.engine.attention.reference import CASES, HEADS, poisoned, queries, reference_attention
 from tests.support.paged import CPU, layout_of, tiny_config

@@ -10,10 +10,10 @@ from unittest import mock
 import pytest
 import torch
 
+from engine.attention.batch import Row, build_batch
 from engine.attention.flashinfer_backend import WORKSPACE_BYTES, FlashInferBackend
+from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
-from engine.cache.layout import KVLayout
-from engine.runner.batch import Row, build_batch
 from tests.engine.attention.reference import CASES, HEADS, poisoned, queries, reference_attention
 from tests.support.flashinfer_kernels import KernelError
 

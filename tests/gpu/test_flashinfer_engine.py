@@ -11,13 +11,13 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from decode.cli import ask_drafting
-from engine import loading
-from engine.build import Engine, build_engine
+from engine.base.options import CacheOptions, DraftOptions, ModelOptions, StepOptions
+from engine.base.types import Role
 from engine.cache.sizing import GpuMemory
-from engine.config import CacheOptions, DraftOptions, ModelOptions, StepOptions
-from engine.device import Device
-from engine.events import FinishedEvent, TokensEvent
-from engine.types import Role
+from engine.scheduling.events import FinishedEvent, TokensEvent
+from engine.step import loading
+from engine.step.build import Engine, build_engine
+from engine.step.device import Device
 from tests.engine.test_build import CONFIG
 from tests.engine.test_draft_model import random_works
 from tests.support.flashinfer_kernels import Launches

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from engine.attention.batch import Row
 from engine.attention.torch_backend import TorchBackend
 from engine.cache.kv_cache import KVCache
-from engine.model.llama import LlamaModel
-from engine.model.loader import random_model
-from engine.runner.batch import Row
+from engine.models.llama import LlamaModel
+from engine.models.loader import random_model
 from engine.runner.runner import Runner
 from tests.engine.test_draft_model import Panel, random_works
 from tests.support.paged import layout_of, tiny_config

@@ -15,15 +15,15 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from decode.cli import ask_drafting
-from engine.build import Engine, build_engine
+from engine.base.errors import ConfigError
+from engine.base.options import CacheOptions, DraftOptions, ModelOptions, StepOptions
+from engine.base.types import Role, SamplingParams, StopParams
 from engine.cache.kv_cache import zeroed_pages
 from engine.cache.sizing import GpuMemory
-from engine.config import CacheOptions, DraftOptions, ModelOptions, StepOptions
-from engine.device import Device
-from engine.errors import ConfigError
-from engine.events import FinishedEvent, TokensEvent
-from engine.request import Work
-from engine.types import Role, SamplingParams, StopParams
+from engine.scheduling.events import FinishedEvent, TokensEvent
+from engine.scheduling.request import Work
+from engine.step.build import Engine, build_engine
+from engine.step.device import Device
 from tests.engine.test_build import CONFIG
 from tests.support.flashinfer_kernels import Launches
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import decode.cli
-import kvtransfer.host
-from kvtransfer.base import Extent, MemoryRegion, ReadState
+import worker.process
 from kvtransfer.nixl_transport import NixlTransport
+from kvtransfer.transport import Extent, MemoryRegion, ReadState
 
 FLIPS = Path(sys.argv[1])
 # The highest bit of the exponent of a block's last value, which is little endian: 2**128 times it.
@@ -49,5 +49,5 @@ class FlippingTransport(NixlTransport):
 
 
 if __name__ == "__main__":
-    kvtransfer.host.NixlTransport = FlippingTransport  # type: ignore[misc]
+    worker.process.NixlTransport = FlippingTransport  # type: ignore[misc]
     sys.exit(decode.cli.main(sys.argv[2:]))

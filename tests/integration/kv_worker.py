@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from engine.types import new_incarnation
-from kvtransfer.base import MemoryRegion, RemotePool
+from engine.base.types import new_incarnation
+from kvtransfer.data_plane import DataPlane
 from kvtransfer.fence import Fence
 from kvtransfer.nixl_transport import NixlTransport
-from kvtransfer.pull import DataPlane
 from kvtransfer.quarantine import Quarantine
+from kvtransfer.transport import MemoryRegion, RemotePool
 
 SPAWN = mp.get_context("spawn")
 
@@ -205,8 +205,8 @@ def _listen(pool: Pool, digest: str, port: int = 0) -> str:
     import grpc
 
     from engine.pb.diptych.internal.v1.worker_pb2_grpc import add_KvServiceServicer_to_server
+    from kvtransfer.kv_service import KvServicer
     from kvtransfer.lease import LeaseTable
-    from kvtransfer.service import KvServicer
 
     address: list[str] = []
     ready = threading.Event()

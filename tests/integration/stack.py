@@ -20,7 +20,7 @@ from typing import Any, Self
 import grpc
 
 from coordinator.client import Client, Done, TextDelta
-from engine.errors import DiptychError
+from engine.base.errors import DiptychError
 from engine.pb.diptych.v1 import admin_pb2, inference_pb2_grpc
 from engine.rpc.channel import open_channel
 from engine.rpc.local_token import local_token

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.cache.layout import name_salt
+from engine.base.kv_layout import name_salt
+from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.checkpoint.source import resolve, weights
-from engine.model.loader import load_model
+from engine.models.loader import load_model
 from engine.pb.diptych.v1 import inference_pb2
-from engine.request import Work
-from engine.types import FinishReason, SamplingParams, StopParams
+from engine.scheduling.request import Work
 from tests.integration.stack import Stack, stub
 from tests.support.near_tie import TALLY
 from tests.support.paged import CPU

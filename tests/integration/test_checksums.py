@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from engine.errors import DiptychError
+from engine.base.errors import DiptychError
 from tests.integration.conftest import EXACT
 from tests.integration.stack import ROOT, Stack, until
 

@@ -13,8 +13,8 @@ import pytest
 
 from engine.checkpoint.packed import packed_file, read_packed
 from engine.checkpoint.source import resolve
-from engine.model.native import NativeModel
-from engine.native import kernels
+from engine.kernels import kernels
+from engine.models.fast_path import NativeModel
 from tests.integration.stack import Stack
 from tests.integration.test_answers import CASES, ask_all
 from tests.support.plain_loop import PlainLoop

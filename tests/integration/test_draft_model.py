@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.cache.layout import name_salt
+from engine.base.kv_layout import name_salt
+from engine.base.types import SamplingParams, StopParams
 from engine.checkpoint.source import resolve, weights
-from engine.model.loader import load_model
-from engine.request import Work
-from engine.types import SamplingParams, StopParams
+from engine.models.loader import load_model
+from engine.scheduling.request import Work
 from tests.integration.stack import ROOT, Stack
 from tests.support.near_tie import TALLY
 from tests.support.paged import CPU

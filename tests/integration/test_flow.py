@@ -150,7 +150,7 @@ def test_cancelled_while_its_prompt_is_computed_frees_everything(stack: Stack) -
 
 
 def test_a_deadline_runs_down_the_chain(stack: Stack) -> None:
-    from engine.errors import DeadlineExceeded
+    from engine.base.errors import DeadlineExceeded
 
     prompt = list(reversed(LONG["prompt"][:1400]))
     with pytest.raises(DeadlineExceeded):

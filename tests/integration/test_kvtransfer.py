@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # spawned processes find the hel
 
 import kv_worker
 
-from engine.errors import Mismatch
+from engine.base.errors import Mismatch
+from engine.base.types import Peer
 from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
-from engine.types import Peer
-from kvtransfer.base import PeerLost, PullTimeout
 from kvtransfer.fence import Fence
 from kvtransfer.peers import PeerTable
+from kvtransfer.transport import PeerLost, PullTimeout
 
 NUM_BLOCKS, BLOCK_BYTES = 64, 36_864
 pytestmark = pytest.mark.timeout(180)

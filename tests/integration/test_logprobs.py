@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.native import kernels
+from engine.kernels import kernels
 from engine.pb.diptych.v1 import inference_pb2
 from tests.integration.stack import Stack, stub
 from tests.support.reference_model import default_model, logits_of

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.validate import Limits, validate_chat, validate_generate
-from engine.errors import DiptychError, InvalidRequest
+from coordinator.api.validation.request import validate_chat, validate_generate
+from coordinator.text.served_model import Limits
+from engine.base.errors import DiptychError, InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.rpc.status import to_status
 from tests.faults.fuzz import MAX_MODEL_LEN, Report, fuzz_in_process, fuzz_over_the_wire

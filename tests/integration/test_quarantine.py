@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # spawned processes find the hel
 
 import kv_worker
 
+from engine.base.types import Peer
 from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
-from engine.types import Peer
-from kvtransfer.base import PeerLost, PullTimeout, RemotePool
 from kvtransfer.peers import PeerTable
+from kvtransfer.pull import Pull
 from kvtransfer.quarantine import Quarantine
-from kvtransfer.reads import Pull
+from kvtransfer.transport import PeerLost, PullTimeout, RemotePool
 from tests.integration.conftest import EXACT
 from tests.integration.stack import Stack, metrics_of, until
 

@@ -22,7 +22,7 @@ import grpc
 import pytest
 
 from coordinator.client import Client
-from engine.errors import DiptychError
+from engine.base.errors import DiptychError
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc, worker_pb2
 from engine.pb.diptych.internal.v1 import worker_pb2_grpc as stubs
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import DiptychError
+from engine.base.errors import DiptychError
 from tests.integration.stack import ROOT, START_S, Stack, until
 from tests.support import tiny_gguf
 

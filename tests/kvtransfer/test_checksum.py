@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from engine.base.errors import Unavailable
+from engine.base.kv_layout import KVLayout
+from engine.base.options import TransferOptions
 from engine.cache.kv_cache import KVCache
-from engine.cache.layout import KVLayout
-from engine.config import TransferOptions
-from engine.errors import Unavailable
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
-from kvtransfer.base import ReadState
 from kvtransfer.checksum import Checksums
+from kvtransfer.transport import ReadState
 from tests.support.panels import Ask, Panel, answer, assert_at_rest, collect, decode_stub, pair
 
 pytestmark = pytest.mark.timeout(60)
@@ -134,7 +134,7 @@ async def test_a_peer_that_sends_none_is_not_believed(monkeypatch: pytest.Monkey
     async def unsigned(self: Any, ready: Any) -> Any:
         return ready
 
-    monkeypatch.setattr("prefill.announce.Announcer.signed", unsigned)
+    monkeypatch.setattr("prefill.block_publisher.Announcer.signed", unsigned)
     async with pair(decode=ON) as (p, d):
         with pytest.raises(Unavailable, match="0 checksums for 2 blocks"):
             await collect(decode_stub(d).Decode(Ask(LONG, 3).pb(p)), [])

@@ -10,11 +10,11 @@ from typing import Any
 import grpc
 import pytest
 
-from engine.errors import Unavailable
+from engine.base.errors import Unavailable
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
-from kvtransfer.base import ReadState
-from kvtransfer.drain import Orders
+from kvtransfer.transport import ReadState
 from tests.support.panels import Ask, Panel, assert_at_rest, collect, decode_stub, pair, until
+from worker.shutdown import Orders
 
 pytestmark = pytest.mark.timeout(60)
 LONG = tuple(range(41))

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from engine.config import TransferOptions
+from engine.base.options import TransferOptions
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
-from kvtransfer.base import ReadState
+from kvtransfer.transport import ReadState
 from tests.support.panels import (
     Ask,
     Panel,

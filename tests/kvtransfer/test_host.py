@@ -11,19 +11,19 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from engine.config import WorkerOptions
-from engine.errors import ConfigError
+from engine.base.errors import ConfigError
+from engine.base.options import WorkerOptions
+from engine.base.types import Role
 from engine.rpc.server import RpcServer
-from engine.types import Role
-from kvtransfer.host import (
+from tests.support.panels import start
+from worker.exit_status import ENGINE_DIED
+from worker.process import (
     ENGINE,
     EXIT_DATA_PLANE_DIED,
-    EXIT_ENGINE_DIED,
     _until_the_end,
     _vouch,
     advertised,
 )
-from tests.support.panels import start
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ async def test_a_worker_does_not_outlive_its_threads(thread: str) -> None:
     assert not ending.done()
     if thread == "engine":
         panel.host.engine.post(_die)
-        assert await asyncio.wait_for(ending, 5) == EXIT_ENGINE_DIED
+        assert await asyncio.wait_for(ending, 5) == ENGINE_DIED
     else:
         panel.host.plane._submit(lambda: _die(None))
         assert await asyncio.wait_for(ending, 5) == EXIT_DATA_PLANE_DIED
@@ -67,8 +67,8 @@ async def test_what_restarts_workers_hears_of_an_engine_that_hangs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Not of a drain: that is no reason to kill the process."""
-    monkeypatch.setattr("engine.worker.STUCK_S", 0.1)
-    monkeypatch.setattr("kvtransfer.host._VOUCH_S", 0.02)
+    monkeypatch.setattr("engine.step.engine_thread.STUCK_S", 0.1)
+    monkeypatch.setattr("worker.process._VOUCH_S", 0.02)
     panel = await start(Role.DECODE)
     server = RpcServer()
     port = server.listen("127.0.0.1:0")

@@ -8,14 +8,14 @@ from io import StringIO
 
 import pytest
 
-from engine.config import LogOptions
+from engine.base.options import LogOptions
 from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
 from engine.rpc.channel import open_channel
 from engine.rpc.server import RpcServer
 from engine.telemetry.log import configure_logging
+from kvtransfer.kv_service import KvServicer
 from kvtransfer.lease import LEASE_ID_BYTES, LeaseTable, Refusal
-from kvtransfer.service import KvServicer
 
 TTL_S = 10.0
 

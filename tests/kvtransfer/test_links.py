@@ -14,17 +14,17 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from rich.console import Console
 
-from coordinator.registry import _load
-from coordinator.service import _row
-from coordinator.terminal import _links
+from coordinator.api.grpc.service import _row
+from coordinator.cluster.registry_service import _load
+from coordinator.commands.terminal import _links
+from engine.base.types import KVLink, KVPool, Peer, Role, machine_id
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.rpc.convert import link_to_pb
 from engine.telemetry.metrics import WorkerMetrics
-from engine.types import KVLink, KVPool, Peer, Role, machine_id
-from kvtransfer.base import MemoryRegion, RemotePool
 from kvtransfer.links import LinkMeter
 from kvtransfer.nixl_transport import DEFAULT_ENV
 from kvtransfer.peers import PeerTable
+from kvtransfer.transport import MemoryRegion, RemotePool
 from kvtransfer.ucx_lanes import LaneTables
 from tests.support.fake_decode import identity
 from tests.support.gated import Rig
@@ -162,7 +162,7 @@ LINK = KVLink("prefill-0", "tcp/eth0", 0.5e9, 64 * MIB, "VRAM")
 def test_links_reach_status_and_metrics() -> None:
     load = _load(registry_pb2.Load(links=[link_to_pb(LINK)]))
     assert load.links == (LINK,)
-    from coordinator.membership import Worker, WorkerState
+    from coordinator.cluster.membership import Worker, WorkerState
 
     limit = KVPool(3 * MIB, "the cgroup's 2 GiB")
     peer = Peer("decode-0", "i", "a")

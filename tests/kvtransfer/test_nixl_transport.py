@@ -8,7 +8,7 @@ import time
 START = """
 import sys
 {before}
-from engine.errors import ConfigError
+from engine.base.errors import ConfigError
 from kvtransfer.nixl_transport import NixlTransport
 try:
     NixlTransport("me").close()

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtransfer.base import Extent
 from kvtransfer.plan import Run, coalesce, extents, slices
+from kvtransfer.transport import Extent
 
 NUM_REMOTE, NUM_LOCAL = 24, 20
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvtransfer.base import PeerLost, PullFailed, PullTimeout, ReadState
-from kvtransfer.reads import SLICE_BYTES
+from kvtransfer.pull import SLICE_BYTES
+from kvtransfer.transport import PeerLost, PullFailed, PullTimeout, ReadState
 from tests.support.gated import BLOCK_BYTES, Rig, until
 
 

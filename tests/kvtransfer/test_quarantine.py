@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from kvtransfer.base import PeerLost, PullFailed, PullTimeout, ReadState
 from kvtransfer.connections import unfreed
+from kvtransfer.pull import Pull
 from kvtransfer.quarantine import Quarantine
-from kvtransfer.reads import Pull
+from kvtransfer.transport import PeerLost, PullFailed, PullTimeout, ReadState
 from tests.support.gated import NUM_BLOCKS, Read, Rig, until
 
 SOON = Quarantine(max_s=0.3, share=1.0)
@@ -20,8 +20,8 @@ SOON = Quarantine(max_s=0.3, share=1.0)
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvtransfer.quarantine.PATIENCE_S", 0.2)
-    monkeypatch.setattr("kvtransfer.reads.QUIET_S", 0.1)
-    monkeypatch.setattr("kvtransfer.pull._END_S", 0.5)
+    monkeypatch.setattr("kvtransfer.pull.QUIET_S", 0.1)
+    monkeypatch.setattr("kvtransfer.data_plane._END_S", 0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def test_the_fence_waits_for_the_quiet_after_the_end(
     rigs: list[Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU may still copy for an agent that has ended; its blocks are not handed back at once."""
-    monkeypatch.setattr("kvtransfer.reads.QUIET_S", 0.6)
+    monkeypatch.setattr("kvtransfer.pull.QUIET_S", 0.6)
     rig, pull = rig_with_a_stuck_read(rigs, SOON)
     until(lambda: rig.num_restarts == 1)
     assert not pull.settled.done()

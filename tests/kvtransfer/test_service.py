@@ -14,9 +14,9 @@ from engine.pb.diptych.internal.v1.worker_pb2_grpc import (
     KvServiceStub,
     add_KvServiceServicer_to_server,
 )
-from kvtransfer.base import MemoryRegion, RemotePool
+from kvtransfer.kv_service import KvServicer, Renewer
 from kvtransfer.lease import LeaseTable
-from kvtransfer.service import KvServicer, Renewer
+from kvtransfer.transport import MemoryRegion, RemotePool
 
 POOL = RemotePool(
     "me", MemoryRegion(4096, 640), MemoryRegion(8192, 80), 10, 64, b"metadata", "me.1"

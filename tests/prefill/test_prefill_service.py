@@ -9,8 +9,8 @@ import time
 import grpc
 import pytest
 
-from engine.config import TransferOptions
-from engine.errors import Silent
+from engine.base.errors import Silent
+from engine.base.options import TransferOptions
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.liveness import next_message
 from prefill.service import PrefillServicer
@@ -93,7 +93,7 @@ async def test_a_call_ends_when_its_leases_have_run_out() -> None:
 
 async def test_an_engine_that_hangs_is_not_vouched_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The event loop lives, the step does not end: no Alive is said, and no heartbeat sent."""
-    monkeypatch.setattr("engine.worker.STUCK_S", 0.2)
+    monkeypatch.setattr("engine.step.engine_thread.STUCK_S", 0.2)
     gate = threading.Event()
     async with pair() as (p, _):
         p.runner.before_step = lambda: _wait_for(gate)
@@ -123,7 +123,7 @@ async def test_pins_are_given_back_also_when_the_engine_is_slow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An engine that does not answer in time (a stopped process) still does what it was asked."""
-    monkeypatch.setattr("engine.worker.CALL_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("engine.step.engine_thread.CALL_TIMEOUT_S", 0.05)
     async with pair() as (p, _):
         service = PrefillServicer(p.host)
         call = service.Prefill(prefill(p), _Context())
@@ -141,7 +141,7 @@ async def test_pins_are_given_back_also_when_the_engine_is_slow(
 
 
 async def test_a_hold_that_came_too_late_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.worker.CALL_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("engine.step.engine_thread.CALL_TIMEOUT_S", 0.05)
     async with pair() as (p, _):
         service = PrefillServicer(p.host)
         names: list[bytes] = []

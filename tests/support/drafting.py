@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from decode.speculative.acceptance import Acceptance
+from decode.speculative.draft_length import MeasuredPace
 from decode.speculative.ngram import NgramDrafter
-from decode.speculative.pace import MeasuredPace
 from decode.speculative.step_cost import StepCost
 from decode.speculative.verify import verify
-from engine.speculation import Draft, Speculation
+from engine.scheduling.speculation import Draft, Speculation
 
 Curve = Callable[[int], float]  # rows -> milliseconds
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import grpc
 
-from coordinator.reply import alive
-from engine.errors import InvalidRequest, NotFound, Overloaded, Unavailable
+from coordinator.api.grpc.responses import alive
+from engine.base.errors import InvalidRequest, NotFound, Overloaded, Unavailable
 from engine.pb.diptych.v1 import admin_pb2, inference_pb2
 from engine.rpc.server import RpcServer
 

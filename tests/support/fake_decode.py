@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from engine.errors import DiptychError
+from engine.base.errors import DiptychError
+from engine.base.types import ModelIdentity, Peer
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc.server import RpcServer
-from engine.types import ModelIdentity, Peer
 
 
 @dataclass
@@ -161,6 +161,6 @@ def identity(model: str = "smollm2", **changes) -> ModelIdentity:
 
 
 def lost(message: str = "gone", peer: str = "") -> DiptychError:
-    from engine.errors import Unavailable
+    from engine.base.errors import Unavailable
 
     return Unavailable(message, lost=peer)

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
+from engine.base.types import ModelIdentity, Peer
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc.server import RpcServer
-from engine.types import ModelIdentity, Peer
 
 _MOST_SOURCE = 1 << 20
 _MIN_PENALTY, _MAX_PENALTY = 0.999e-3, 1.001e3  # 32-bit floats on the wire

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvtransfer.base import Extent, MemoryRegion, PeerLost, ReadState, RemotePool
-from kvtransfer.pull import DataPlane
+from kvtransfer.data_plane import DataPlane
 from kvtransfer.quarantine import Quarantine
+from kvtransfer.transport import Extent, MemoryRegion, PeerLost, ReadState, RemotePool
 
 NUM_BLOCKS, BLOCK_BYTES = 16, 64
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine.runner.batch import Row
+from engine.attention.batch import Row
 
 VOCAB = 50
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import httpx
 
-from coordinator.app import Coordinator
-from coordinator.chat import ChatTemplate
-from coordinator.membership import HEARTBEAT_S, Hello, Load, Worker
-from coordinator.model import ServedModel
-from coordinator.tokenizer import Tokenizer
+from coordinator.cluster.membership import HEARTBEAT_S, Hello, Load, Worker
+from coordinator.server import Coordinator
+from coordinator.text.chat_template import ChatTemplate
+from coordinator.text.served_model import ServedModel
+from coordinator.text.tokenizer import Tokenizer
+from engine.base.options import FrontOptions
+from engine.base.types import PROTOCOL_VERSION, Role
 from engine.checkpoint.source import resolve
-from engine.config import FrontOptions
 from engine.pb.diptych.v1 import inference_pb2, inference_pb2_grpc
 from engine.rpc.channel import open_channel
-from engine.types import PROTOCOL_VERSION, Role
 from tests.support.fake_decode import FakeDecode, identity
 
 TEXT = "The river was wide and slow, and nobody knew where it began. " * 4

@@ -16,9 +16,9 @@ import random
 from collections import Counter
 from typing import Any
 
-from coordinator.openai.decisions import CHAT_NEUTRAL, COMPLETION_NEUTRAL, IGNORED, NEUTRAL
-from coordinator.openai.openapi import description
-from engine.config import LogOptions
+from coordinator.api.openai.decisions import CHAT_NEUTRAL, COMPLETION_NEUTRAL, IGNORED, NEUTRAL
+from coordinator.api.openai.openapi import description
+from engine.base.options import LogOptions
 from engine.telemetry.log import configure_logging
 from tests.support.http_front import HttpFront, http_front
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from engine.sampling.philox import gumbel_row
-from engine.sampling.row import SampleRow
+from engine.scheduling.rows import SampleRow
 from tests.support.reference_sampler import Doubles, scaled_logits, softmax
 
 BOUND = 1e-3  # never widened

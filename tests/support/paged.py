@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from engine.attention import select_backend
+from engine.attention.batch import Row
+from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
-from engine.cache.layout import KVLayout
 from engine.checkpoint.config import ModelConfig, RopeScaling
-from engine.core import ModelRunner
-from engine.model.llama import LlamaModel
-from engine.model.native import NativeModel
-from engine.runner.batch import Row
+from engine.models.fast_path import NativeModel
+from engine.models.llama import LlamaModel
 from engine.runner.runner import Runner
+from engine.step.core import ModelRunner
 
 CPU = torch.device("cpu")
 

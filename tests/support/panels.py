@@ -24,28 +24,29 @@ from prometheus_client import CollectorRegistry
 from decode.service import DecodeServicer
 from decode.speculative.ngram import NgramDrafter
 from decode.speculative.verify import verify
-from engine.build import Engine
-from engine.cache.block_pool import BlockPool
-from engine.cache.layout import KVLayout, name_salt
-from engine.config import TransferOptions, WorkerOptions
-from engine.core import EngineCore
-from engine.errors import DiptychError
+from engine.attention.batch import Row
+from engine.base.errors import DiptychError
+from engine.base.kv_layout import KVLayout, name_salt
+from engine.base.options import TransferOptions, WorkerOptions
+from engine.base.types import ModelIdentity, Role, SamplingParams, StopParams
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
-from engine.request import Work
 from engine.rpc.convert import sampling_to_pb, stop_to_pb
 from engine.rpc.server import RpcServer
 from engine.rpc.status import from_rpc_error
-from engine.runner.batch import Row
 from engine.sampling import Sampler
-from engine.scheduler import Budgets, Scheduler
-from engine.speculation import Speculation
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.plan import Budgets
+from engine.scheduling.request import Work
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.speculation import Speculation
+from engine.step.build import Engine
+from engine.step.core import EngineCore
 from engine.telemetry.metrics import WorkerMetrics
-from engine.types import ModelIdentity, Role, SamplingParams, StopParams
-from kvtransfer.base import Extent, MemoryRegion, ReadState
-from kvtransfer.host import WorkerHost, WorkerSettings
+from kvtransfer.transport import Extent, MemoryRegion, ReadState
 from prefill.service import PrefillServicer
 from tests.engine.test_core import oracle
 from tests.support.history_model import VOCAB, logits_of
+from worker.process import WorkerHost, WorkerSettings
 
 SIZE = 4
 DIGEST = "test"
@@ -104,7 +105,7 @@ class Read:
 
 @dataclass
 class LocalTransport:
-    """See `kvtransfer.base.Transport`; `gate` may raise, or hold a read back."""
+    """See `kvtransfer.transport.Transport`; `gate` may raise, or hold a read back."""
 
     gate: Callable[[Read], ReadState] = lambda read: ReadState.DONE
     pending: list[Read] = field(default_factory=list)
@@ -224,7 +225,7 @@ async def start(
     layout = KVLayout(1, 1, 1, SIZE, "float32")  # 2 * SIZE floats: as many bytes as SIZE int64
     identity = ModelIdentity("test", DIGEST, "test", max_model_len, SIZE, VOCAB)
     settings = WorkerSettings(role, WorkerOptions(), transfer or TransferOptions())
-    with mock.patch("kvtransfer.host.NixlTransport", lambda agent: transport):
+    with mock.patch("worker.process.NixlTransport", lambda agent: transport):
         host = WorkerHost(settings, Engine(core, cache, layout, identity, metrics))
     server = RpcServer()
     services = worker_pb2.DESCRIPTOR.services_by_name

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine.model.llama import LlamaModel
-from engine.model.native import NativeModel
-from engine.request import Work
+from engine.base.types import FinishReason
+from engine.models.fast_path import NativeModel
+from engine.models.llama import LlamaModel
 from engine.sampling import Sampler, SampleRow
-from engine.types import FinishReason
+from engine.scheduling.request import Work
 from tests.support.near_tie import TALLY, Verdict, compare
 from tests.support.paged import CPU, Bench, Sequence_
 

@@ -19,15 +19,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.attention.batch import Row
+from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
-from engine.cache.layout import KVLayout
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.gguf_weights import cast
 from engine.checkpoint.packed import Matrix, PackedWeights, pack_bf16, pack_rows, quantise
-from engine.model.native import NativeModel
-from engine.native import Kernels, kernels
-from engine.native.threads import Threads
-from engine.runner.batch import Row
+from engine.kernels import Kernels, kernels
+from engine.kernels.threads import Threads
+from engine.models.fast_path import NativeModel
 from tests.support.paged import CPU, tiny_config
 
 Floats = npt.NDArray[np.floating[Any]]

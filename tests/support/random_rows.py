@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.base.types import SamplingParams
 from engine.sampling import SampleRow
-from engine.types import SamplingParams
 
 VOCAB = 331  # odd: rows of a batch start at any alignment
 

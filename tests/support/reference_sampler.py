@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.sampling.row import SampleRow
+from engine.scheduling.rows import SampleRow
 
 Doubles = NDArray[np.float64]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenizers
 
-from coordinator.tokenizer import Tokenizer
+from coordinator.text.tokenizer import Tokenizer
 
 SPACE = "\u2581"
 SPECIAL = ["<unk>", "<s>", "</s>", "<|end|>"]

@@ -7,10 +7,10 @@ import math
 
 import pytest
 
-from coordinator.openai.chat_answers import ChatWriter
-from coordinator.openai.chats import read_chat
-from coordinator.openai.completion_answers import CompletionWriter
-from coordinator.openai.completions import read_completion
+from coordinator.api.openai.chat_answers import ChatWriter
+from coordinator.api.openai.chats import read_chat
+from coordinator.api.openai.completion_answers import CompletionWriter
+from coordinator.api.openai.completions import read_completion
 from engine.pb.diptych.v1 import inference_pb2 as pb
 
 USAGE = pb.Usage(prompt_tokens=4, completion_tokens=2, cached_tokens=1)

@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 
-from coordinator.openai.body import MAX_BODY_BYTES, read_body
-from coordinator.openai.errors import Refused, failure_of
-from engine.errors import Overloaded
+from coordinator.api.openai.body import MAX_BODY_BYTES, read_body
+from coordinator.api.openai.errors import Refused, failure_of
+from engine.base.errors import Overloaded
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc import receive_budget
 from engine.rpc.receive_budget import ReceiveBudget

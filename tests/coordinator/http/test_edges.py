@@ -8,7 +8,7 @@ import json
 import openai
 import pytest
 
-from coordinator.openai.keepalive import COMMENT, kept_alive
+from coordinator.api.openai.keepalive import COMMENT, kept_alive
 from tests.support.fake_decode import Cue
 from tests.support.http_front import http_front, until
 

@@ -8,9 +8,9 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from coordinator.openai.chats import read_chat
-from coordinator.openai.errors import failure_of
-from engine.errors import DiptychError
+from coordinator.api.openai.chats import read_chat
+from coordinator.api.openai.errors import failure_of
+from engine.base.errors import DiptychError
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from tests.support.http_front import http_front
 

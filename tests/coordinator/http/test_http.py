@@ -11,8 +11,8 @@ import time
 import httpx
 import pytest
 
-from coordinator.openai import api, door
-from coordinator.openai import body as body_module
+from coordinator.api.openai import api, door
+from coordinator.api.openai import body as body_module
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from tests.integration.stack import free_port
 from tests.support.fake_decode import Cue, lost
@@ -460,7 +460,7 @@ async def test_a_draining_coordinator_sends_clients_elsewhere():
 
 def test_the_api_is_torch_free():
     code = (
-        "import sys, coordinator.openai.api; "
+        "import sys, coordinator.api.openai.api; "
         "assert not {'torch', 'transformers', 'pydantic'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

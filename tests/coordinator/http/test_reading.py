@@ -9,11 +9,10 @@ import math
 import openai
 import pytest
 
-from coordinator.nesting import MAX_DEPTH
-from coordinator.openai.body import parse_body
-from coordinator.openai.chats import read_chat
-from coordinator.openai.completions import MAX_PROMPTS, read_completion
-from coordinator.openai.decisions import (
+from coordinator.api.openai.body import parse_body
+from coordinator.api.openai.chats import read_chat
+from coordinator.api.openai.completions import MAX_PROMPTS, read_completion
+from coordinator.api.openai.decisions import (
     CHAT,
     CHAT_NEUTRAL,
     COMPLETION,
@@ -22,10 +21,11 @@ from coordinator.openai.decisions import (
     NEUTRAL,
     SERVED,
 )
-from coordinator.openai.errors import Failure, Refused, failure_of, param_of
-from coordinator.openai.fields import Fields
-from coordinator.openai.openapi import description
-from engine.errors import (
+from coordinator.api.openai.errors import Failure, Refused, failure_of, param_of
+from coordinator.api.openai.fields import Fields
+from coordinator.api.openai.openapi import description
+from coordinator.text.json_bounds import MAX_DEPTH
+from engine.base.errors import (
     CheckpointError,
     DeadlineExceeded,
     DiptychError,

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from decode.speculative.acceptance import Acceptance
-from engine.speculation import Draft
+from engine.scheduling.speculation import Draft
 
 
 def follow(acceptance: Acceptance, request_id: str, grade: int, chance: float, count: int) -> None:

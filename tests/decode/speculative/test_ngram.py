@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from decode.speculative import ngram
 from decode.speculative.base import NoDrafter
 from decode.speculative.ngram import MAX_MATCH, NgramDrafter
-from engine.speculation import NO_DRAFT, Draft, Drafter
+from engine.scheduling.speculation import NO_DRAFT, Draft, Drafter
 
 ALONE, DIFFER, AGREE = range(3)
 

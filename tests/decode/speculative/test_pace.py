@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from decode.speculative.acceptance import Acceptance
-from decode.speculative.pace import LONGEST_STEP, SHARED_STEP, MeasuredPace
+from decode.speculative.draft_length import LONGEST_STEP, SHARED_STEP, MeasuredPace
 from decode.speculative.step_cost import StepCost
-from engine.speculation import FORCED, NO_DRAFT, Draft
+from engine.scheduling.speculation import FORCED, NO_DRAFT, Draft
 from tests.support.drafting import CURVES, Known, fixed, measured, seconds
 
 ORACLE = json.loads((Path(__file__).parents[2] / "data" / "greedy_fp32.json").read_text())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from decode.speculative.acceptance import Acceptance
-from decode.speculative.pace import MeasuredPace
+from decode.speculative.draft_length import MeasuredPace
 from decode.speculative.step_cost import StepCost
-from engine.speculation import NO_DRAFT, UNWRITTEN, Draft
+from engine.scheduling.speculation import NO_DRAFT, UNWRITTEN, Draft
 
 
 def promise(count: int) -> Draft:

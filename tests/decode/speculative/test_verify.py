@@ -11,8 +11,8 @@ import torch
 
 from decode.speculative.ngram import NgramDrafter
 from decode.speculative.verify import Verified, verify
+from engine.base.types import SamplingParams
 from engine.sampling import Sampler, SampleRow
-from engine.types import SamplingParams
 from tests.support.random_rows import random_params
 
 VOCAB = 23

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.base.errors import InvalidRequest
+from engine.base.types import Constraint, ConstraintKind
 from engine.checkpoint.source import resolve
 from engine.constraints import Compiler, Vocabulary
-from engine.errors import InvalidRequest
-from engine.types import Constraint, ConstraintKind
 from tests.ecosystem.conformance.checking import NotChecked, fault, validator
 from tests.ecosystem.conformance.sources import Case, Instance, canonical
 

@@ -6,9 +6,9 @@ import random
 
 import torch
 
+from engine.attention.batch import Row
+from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
-from engine.cache.layout import KVLayout
-from engine.runner.batch import Row
 
 CPU = torch.device("cpu")
 HEADS = 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.attention import choose_backend
-from engine.cache.layout import KVLayout
+from engine.base.kv_layout import KVLayout
 
 
 def choose(

@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
+from engine.attention.batch import Row, build_batch
 from engine.attention.torch_backend import CHUNK_QUERIES, TorchBackend, group_rows
 from engine.cache.kv_cache import KVCache
-from engine.runner.batch import Row, build_batch
 from tests.engine.attention.reference import (
     CASES,
     HEADS,

@@ -8,9 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from engine.cache.block_pool import BlockPool, NoRoom
-from engine.cache.block_table import BlockTable
-from engine.cache.layout import KVLayout, block_names, name_salt
+from engine.base.kv_layout import KVLayout, block_names, name_salt
+from engine.scheduling.block_pool import BlockPool, NoRoom
+from engine.scheduling.block_table import BlockTable
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 12

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from engine.base.options import ModelOptions
 from engine.cache.device_memory import DriverMemory, driver_bytes
-from engine.config import ModelOptions
-from engine.device import pick_device
+from engine.step.device import pick_device
 
 
 class Driver:

@@ -6,8 +6,8 @@ import dataclasses
 import pytest
 import torch
 
+from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import PAGE_BYTES, KVCache
-from engine.cache.layout import KVLayout
 
 CPU = torch.device("cpu")
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, block_size=4, dtype="float32")

@@ -10,10 +10,10 @@ import pytest
 import structlog
 from tokenizers import Tokenizer
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint.added_tokens import added_tokens, end_of_turn, merged_tokenizer
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.fingerprint import tokenizer_digest
-from engine.errors import CheckpointError
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

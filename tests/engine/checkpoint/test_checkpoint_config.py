@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint.config import ModelConfig, RopeScaling
-from engine.errors import CheckpointError
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint import digest
 from engine.checkpoint.config import ModelConfig, RopeScaling
 from engine.checkpoint.digest import file_digests, hash_ranges
@@ -24,7 +25,6 @@ from engine.checkpoint.fingerprint import (
     gguf_fingerprint,
 )
 from engine.checkpoint.source import resolve
-from engine.errors import CheckpointError
 from tests.engine.checkpoint.test_source import SHARDS, folder
 from tests.support import tiny_gguf
 from tests.support.paged import tiny_config

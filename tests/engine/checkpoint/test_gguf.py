@@ -17,13 +17,13 @@ from gguf.quants import dequantize as gguf_dequantize
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from coordinator.tokenizer import Tokenizer as Served
+from coordinator.text.tokenizer import Tokenizer as Served
+from engine.base.errors import CheckpointError
 from engine.checkpoint import source
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.gguf import config_json, llama3_divisors, open_gguf
 from engine.checkpoint.gguf_weights import cast, write_weights
 from engine.checkpoint.source import Checkpoint, resolve, weights
-from engine.errors import CheckpointError
 from tests.support import tiny_gguf
 
 

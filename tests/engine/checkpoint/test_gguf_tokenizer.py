@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint.gguf_tokenizer import CONTROL_BY_NAME, tokenizer_files
-from engine.errors import CheckpointError
 from tests.support import tiny_gguf
 
 TOKENS, MERGES = tiny_gguf.byte_level_vocab()

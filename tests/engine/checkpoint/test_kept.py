@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import structlog
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint import digest, files, kept, lock, packed
 from engine.checkpoint.packed import packed_file
 from engine.checkpoint.source import Checkpoint, resolve, weights
-from engine.errors import CheckpointError
 from engine.telemetry.cache import _damaged
 from tests.support import tiny_gguf
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint import packed
 from engine.checkpoint.packed import pack_rows, packed_file, quantise, read_packed
 from engine.checkpoint.source import Checkpoint, resolve
-from engine.errors import CheckpointError
 
 
 @pytest.fixture

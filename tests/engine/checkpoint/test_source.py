@@ -17,11 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint import source
 from engine.checkpoint.fingerprint import tokenizer_digest
 from engine.checkpoint.lock import exclusive
 from engine.checkpoint.source import resolve, weights
-from engine.errors import CheckpointError
 from engine.telemetry import progress
 from tests.support import tiny_gguf
 
@@ -245,7 +245,7 @@ def test_default_model_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) ->
 HUB = """
 import sys
 from engine.checkpoint.source import resolve, weights
-from engine.errors import CheckpointError
+from engine.base.errors import CheckpointError
 try:
     c = resolve(sys.argv[1], weights=sys.argv[2] == "True")
     print(c.name, c.folder.name, bool(c.fingerprint))

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from engine.base.errors import InvalidRequest
+from engine.base.types import Constraint, ConstraintKind
 from engine.checkpoint.source import resolve
 from engine.constraints import Checker, Compiler, Masks, Matcher, Vocabulary
 from engine.constraints import compiler as compiler_module
 from engine.constraints.masks import Place
-from engine.errors import InvalidRequest
-from engine.types import Constraint, ConstraintKind
 
 VOCAB = 49152
 PERSON = {
@@ -326,8 +326,8 @@ import asyncio, json, sys
 from pathlib import Path
 from engine.constraints import Checker, Compiler, Masks, Vocabulary
 from engine.constraints.masks import Place
-from engine.errors import InvalidRequest
-from engine.types import Constraint, ConstraintKind
+from engine.base.errors import InvalidRequest
+from engine.base.types import Constraint, ConstraintKind
 
 async def main(folder):
     made = Compiler(Vocabulary(Path(folder), 49152, (2,)))

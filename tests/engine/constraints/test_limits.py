@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from engine.base.errors import Unavailable
+from engine.base.types import Constraint, ConstraintKind
 from engine.checkpoint.source import resolve
 from engine.constraints import Checker, Vocabulary
 from engine.constraints import checker as checker_module
 from engine.constraints.sandbox import Ended, Sandbox
-from engine.errors import Unavailable
-from engine.types import Constraint, ConstraintKind
 from tests.support import constraint_jobs as jobs
 
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from llguidance import LLTokenizer
 
-from coordinator.tools import FORMATS, ToolUse, tool_grammar
-from coordinator.validate_tools import check_tools, text_schema, tool_use
+from coordinator.api.validation.tools import check_tools, text_schema, tool_use
+from coordinator.text.tool_format import FORMATS, ToolUse, tool_grammar
+from engine.base.types import Constraint, ConstraintKind
 from engine.checkpoint.source import resolve
 from engine.constraints import Compiler, Masks, Matcher, Vocabulary
 from engine.constraints.masks import Place
 from engine.constraints.numbers import MOST_DIGITS, NumberScanner, Part, json_after, step_of
 from engine.pb.diptych.v1 import inference_pb2 as pb
-from engine.types import Constraint, ConstraintKind
 
 VOCAB, END = 49152, 2
 NUMBER = re.compile(r"-?([0-9]+)(?:\.([0-9]+))?(?:[eE][+-]?([0-9]+))?")

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from engine.base.types import Constraint, ConstraintKind
 from engine.checkpoint.source import resolve
 from engine.constraints import Compiler, Vocabulary
 from engine.constraints.schemas import FORMATS, MOST_OPTIONAL, WHITE_SPACE, Leniency, Refused, held
-from engine.types import Constraint, ConstraintKind
 
 VOCAB = 49152
 EXACT = 1 << 53

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from engine.attention import select_backend
+from engine.attention.batch import Row
 from engine.attention.torch_backend import TorchBackend
 from engine.cache.kv_cache import KVCache
-from engine.model.layers import logits
-from engine.model.loader import random_model
-from engine.runner.batch import Row
+from engine.models.layers import logits
+from engine.models.loader import random_model
 from engine.runner.runner import Runner
 from tests.support.paged import CPU, Bench, layout_of, tiny_config
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.errors import CheckpointError
-from engine.model.llama import LlamaModel
-from engine.model.loader import expected_shapes, load_model, random_model
+from engine.base.errors import CheckpointError
+from engine.models.llama import LlamaModel
+from engine.models.loader import expected_shapes, load_model, random_model
 from tests.support.paged import CPU, tiny_config
 
 UNTIED = tiny_config(tie_word_embeddings=False, attention_bias=True, output_bias=True)

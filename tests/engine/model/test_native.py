@@ -12,14 +12,14 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
+from engine.attention.batch import Row
 from engine.cache.kv_cache import KVCache
 from engine.checkpoint.packed import packable, packed_file, read_packed
 from engine.checkpoint.source import resolve, weights
-from engine.model.llama import LlamaModel
-from engine.model.loader import load_model
-from engine.model.native import NativeModel
-from engine.native import kernels
-from engine.runner.batch import Row
+from engine.kernels import kernels
+from engine.models.fast_path import NativeModel
+from engine.models.llama import LlamaModel
+from engine.models.loader import load_model
 from tests.support.paged import CPU, Bench, layout_of, tiny_config
 
 LIBRARY = kernels()

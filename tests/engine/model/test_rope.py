@@ -10,9 +10,9 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint.config import RopeScaling
-from engine.errors import CheckpointError
-from engine.model.rope import make_rope, rotate
+from engine.models.rope import make_rope, rotate
 from tests.support.paged import CPU, tiny_config
 
 SCALINGS = {

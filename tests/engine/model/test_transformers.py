@@ -15,8 +15,8 @@ import transformers
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.shards import find_shards
 from engine.checkpoint.source import resolve, weights
-from engine.model.llama import LlamaModel
-from engine.model.loader import load_model
+from engine.models.llama import LlamaModel
+from engine.models.loader import load_model
 from tests.support.paged import CPU, Bench
 from tests.support.reference_model import default_model, logits_of
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from engine import native
-from engine.native import build
-from engine.native.build import BuildError, built_library
+from engine import kernels as native
+from engine.kernels import build
+from engine.kernels.build import BuildError, built_library
 from engine.telemetry import progress
 
 FLAGS = frozenset(("a", "b"))
@@ -230,7 +230,7 @@ def test_why_there_are_no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_ctrl_c_ends_the_compilers(tmp_path: Path) -> None:
     command = compiler(tmp_path, "open(folder + '/up', 'w').close(); time.sleep(60)")
     script = (
-        "import sys\nfrom engine.native.build import built_library\n"
+        "import sys\nfrom engine.kernels.build import built_library\n"
         "try: built_library(sys.argv[1], frozenset('x'))\nexcept KeyboardInterrupt: sys.exit(130)"
     )
     root = str(Path(__file__).parents[3])

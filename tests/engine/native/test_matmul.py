@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from engine.checkpoint.packed import Matrix, pack_bf16, pack_rows
-from engine.model.native import matrix_struct
-from engine.native import kernels
+from engine.kernels import kernels
+from engine.models.fast_path import matrix_struct
 
 LIBRARY = kernels()
 pytestmark = pytest.mark.skipif(

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import engine.native
-from engine.native import kernels
-from engine.precision import compiler
+import engine.kernels
+from engine.base.cpu_features import compiler
+from engine.kernels import kernels
 
 SOURCE = """
 #include "simd.h"
@@ -27,7 +27,7 @@ void round_all(float *to, const float *from, long count) {
 def test_rounding_is_torchs(tmp_path: Path) -> None:
     source, library = tmp_path / "round.c", tmp_path / "round.so"
     source.write_text(SOURCE)
-    include = Path(engine.native.__file__).parent
+    include = Path(engine.kernels.__file__).parent
     command = [str(compiler()), "-O2", "-march=native", "-shared", "-fPIC", f"-I{include}"]
     subprocess.run([*command, "-o", str(library), str(source)], check=True, timeout=60)
     loaded = ctypes.CDLL(str(library))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.native import kernels
-from engine.runner.batch import Row
+from engine.attention.batch import Row
+from engine.kernels import kernels
 from tests.support.random_decoder import make
 
 LIBRARY = kernels()

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.errors import ConfigError
-from engine.native import kernels
-from engine.native.threads import Seat, memory_board, owners, usable_cores
+from engine.base.errors import ConfigError
+from engine.kernels import kernels
+from engine.process.core_share import Seat, memory_board, owners, usable_cores
 
 needs_kernels = pytest.mark.skipif(
     kernels() is None, reason="needs a C compiler and a CPU with AVX512 and VNNI"
@@ -22,8 +22,9 @@ needs_kernels = pytest.mark.skipif(
 # On two cores, with three threads: one a share of a board of two, two the other.
 START = """
 import ctypes, os, sys, threading, time
-from engine.native import kernels
-from engine.native.threads import Seat, Threads
+from engine.kernels import kernels
+from engine.kernels.threads import Threads
+from engine.process.core_share import Seat
 
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 library = kernels()

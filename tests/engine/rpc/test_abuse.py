@@ -12,7 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 from prometheus_client import CollectorRegistry
 
-from engine.errors import TooLarge
+from engine.base.errors import TooLarge
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc import listener as listener_module
 from engine.rpc.channel import MAX_MESSAGE_BYTES, open_channel

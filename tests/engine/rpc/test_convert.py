@@ -1,10 +1,8 @@
 import numpy as np
 import pytest
 
-from engine.errors import InvalidRequest
-from engine.pb.diptych.internal.v1 import registry_pb2, worker_pb2
-from engine.rpc import convert
-from engine.types import (
+from engine.base.errors import InvalidRequest
+from engine.base.types import (
     Constraint,
     ConstraintKind,
     FinishReason,
@@ -15,6 +13,8 @@ from engine.types import (
     StopParams,
     TokenLogprobs,
 )
+from engine.pb.diptych.internal.v1 import registry_pb2, worker_pb2
+from engine.rpc import convert
 
 
 def test_sampling_round_trip():

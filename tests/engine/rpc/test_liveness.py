@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from engine.errors import Silent, Unavailable
+from engine.base.errors import Silent, Unavailable
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.channel import open_channel
 from engine.rpc.liveness import next_message

@@ -8,7 +8,7 @@ import time
 import grpc
 import pytest
 
-from engine.errors import Overloaded
+from engine.base.errors import Overloaded
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.rpc import receive_budget
 from engine.rpc.channel import open_channel

@@ -13,13 +13,13 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
+from engine.base.types import Role
+from engine.http.server import make_app, serve_http
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.rpc import registration as registration_module
 from engine.rpc.liveness import STALL_S
 from engine.rpc.registration import Registration
 from engine.rpc.server import RpcServer
-from engine.telemetry.http import make_app, serve_http
-from engine.types import Role
 from tests.support.fake_decode import identity
 
 pytestmark = pytest.mark.timeout(30)

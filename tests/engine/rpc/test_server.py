@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from engine.errors import ConfigError, InvalidRequest, Unavailable
+from engine.base.errors import ConfigError, InvalidRequest, Unavailable
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc, worker_pb2
 from engine.pb.diptych.v1 import inference_pb2, inference_pb2_grpc
 from engine.rpc.channel import ChannelPool, open_channel
@@ -267,7 +267,7 @@ async def test_pool_keeps_one_channel_an_address_and_forgets():
 
 def test_the_wire_is_torch_free():
     code = (
-        "import sys, engine.rpc.server, engine.rpc.convert, engine.telemetry.http; "
+        "import sys, engine.rpc.server, engine.rpc.convert, engine.http.server; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -2,7 +2,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from engine.errors import (
+from engine.base.errors import (
     ConfigError,
     DeadlineExceeded,
     InvalidRequest,

@@ -9,8 +9,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from coordinator.reply import alive
-from engine.errors import DeadlineExceeded, Overloaded
+from coordinator.api.grpc.responses import alive
+from engine.base.errors import DeadlineExceeded, Overloaded
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.pb.diptych.v1 import inference_pb2, inference_pb2_grpc
 from engine.rpc import streams

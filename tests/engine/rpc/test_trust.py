@@ -13,8 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from engine.config import LogOptions, TrustOptions
-from engine.errors import ConfigError, PermissionDenied, Unauthenticated
+from engine.base.errors import ConfigError, PermissionDenied, Unauthenticated
+from engine.base.options import LogOptions, TrustOptions
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc
 from engine.pb.diptych.v1 import inference_pb2, inference_pb2_grpc
 from engine.rpc.channel import ChannelPool, open_channel

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.runner.batch import Row, build_batch
+from engine.attention.batch import Row, build_batch
 
 CPU = torch.device("cpu")
 

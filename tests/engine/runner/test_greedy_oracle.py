@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from engine.checkpoint.source import resolve, weights
-from engine.model.llama import LlamaModel
-from engine.model.loader import load_model
+from engine.models.llama import LlamaModel
+from engine.models.loader import load_model
 from tests.support.paged import CPU, Bench, Sequence_
 
 ORACLE: list[dict[str, Any]] = json.loads(

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.model.loader import random_model
-from engine.runner.batch import Row
+from engine.attention.batch import Row
+from engine.models.loader import random_model
 from tests.support.paged import Bench, tiny_config
 
 MODEL = random_model(tiny_config(), 0)

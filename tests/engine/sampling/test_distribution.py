@@ -14,9 +14,9 @@ import pytest
 import torch
 from scipy import stats
 
+from engine.base.seeds import choice_seed, default_seed
+from engine.base.types import SamplingParams
 from engine.sampling import Sampler, SampleRow
-from engine.seeds import choice_seed, default_seed
-from engine.types import SamplingParams
 from tests.support.reference_sampler import probabilities
 
 VOCAB = 24

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.base.types import SamplingParams
 from engine.sampling.filters import edit_logits, filter_logits, keep_top
-from engine.sampling.row import SampleRow
-from engine.types import SamplingParams
+from engine.scheduling.rows import SampleRow
 from tests.support.reference_sampler import kept_tokens, scaled_logits
 
 

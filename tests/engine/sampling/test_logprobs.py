@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from engine.native import kernels
+from engine.kernels import kernels
 from engine.sampling import UnusableLogits
 from engine.sampling.logprobs import LogprobScorer
 

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from engine.native import kernels
+from engine.base.types import SamplingParams
+from engine.kernels import kernels
 from engine.sampling import Sampler, SampleRow, UnusableLogits
 from engine.sampling.filters import edit_logits
 from engine.sampling.native import native_sampler
 from engine.sampling.philox import gumbel_row
-from engine.types import SamplingParams
 from tests.support.near_tie import possible_tokens
 from tests.support.random_rows import VOCAB, mask_of, random_batch, random_mask, random_params
 

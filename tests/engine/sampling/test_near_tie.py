@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from engine.base.types import SamplingParams
 from engine.sampling import Sampler, SampleRow
 from engine.sampling.philox import gumbel_row
-from engine.types import SamplingParams
 from tests.support.near_tie import BOUND, Outcome, Tally, compare, near_tie, possible_tokens
 from tests.support.random_rows import random_batch
 

@@ -9,11 +9,11 @@ from functools import partial
 import pytest
 import torch
 
+from engine.base.types import SamplingParams
 from engine.sampling import Sampler, SampleRow, UnusableLogits
 from engine.sampling.filters import filter_logits
 from engine.sampling.philox import gumbel
 from engine.sampling.sampler import argmax_torch
-from engine.types import SamplingParams
 from tests.support.near_tie import possible_tokens
 from tests.support.random_rows import VOCAB, random_batch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from engine.seeds import choice_seed, default_seed
+from engine.base.seeds import choice_seed, default_seed
 
 
 def test_values_are_fixed_for_ever() -> None:
@@ -23,5 +23,5 @@ def test_all_differ_and_fit_64_bits() -> None:
 
 
 def test_no_torch() -> None:
-    code = "import sys, engine.seeds; sys.exit('torch' in sys.modules)"
+    code = "import sys, engine.base.seeds; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

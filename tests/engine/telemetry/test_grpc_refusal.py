@@ -9,11 +9,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from coordinator.client import Client
-from engine.errors import Mismatch
+from engine.base.errors import Mismatch
+from engine.http.grpc_refusal import PREFACE, GrpcRefusal
+from engine.http.server import make_app, serve_http
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc
 from engine.rpc.channel import open_channel
-from engine.telemetry.grpc_refusal import PREFACE, GrpcRefusal
-from engine.telemetry.http import make_app, serve_http
 from tests.support.http_get import http_get
 
 pytestmark = pytest.mark.timeout(60)

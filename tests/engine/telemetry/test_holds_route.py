@@ -4,10 +4,10 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
+from engine.http.guard import refusals_counter
+from engine.http.holds import Hold, holds_route, shown
+from engine.http.server import make_app
 from engine.rpc.trust import ClusterToken
-from engine.telemetry.holds import Hold, holds_route, shown
-from engine.telemetry.http import make_app
-from engine.telemetry.http_guard import refusals_counter
 
 HOLDS = (
     Hold("request", "secret-id", "is being answered", 1.0, 2.0),

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from engine.telemetry.http import make_app, serve_http
+from engine.http.server import make_app, serve_http
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 

@@ -8,8 +8,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from engine.telemetry.http import make_app, serve_http
-from engine.telemetry.http_guard import refusals_counter
+from engine.http.guard import refusals_counter
+from engine.http.server import make_app, serve_http
 
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n"

@@ -6,9 +6,9 @@ from prometheus_client import CollectorRegistry
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from engine.config import parse_hosts
-from engine.telemetry.http import make_app, serve_http
-from engine.telemetry.http_guard import AllowedHosts, host_of, refusals_counter
+from engine.base.options import parse_hosts
+from engine.http.guard import AllowedHosts, host_of, refusals_counter
+from engine.http.server import make_app, serve_http
 
 LOCAL = ("localhost", "localhost:8000", "LOCALHOST", "localhost.", "127.0.0.1", "127.8.9.10:1")
 LOCAL += ("[::1]", "[::1]:8000", "::1".join("[]"))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.base.errors import CheckpointError
 from engine.checkpoint.lock import exclusive
-from engine.errors import CheckpointError
 from engine.telemetry import progress
 from engine.telemetry.progress import Progress, bar, print_line
 

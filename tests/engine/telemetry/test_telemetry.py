@@ -7,9 +7,9 @@ import urllib.request
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from engine.config import LogOptions
-from engine.errors import ConfigError
-from engine.telemetry.http import make_app, serve_http
+from engine.base.errors import ConfigError
+from engine.base.options import LogOptions
+from engine.http.server import make_app, serve_http
 from engine.telemetry.log import bind_request, configure_logging, get_logger
 from engine.telemetry.metrics import CoordinatorMetrics, RpcMetrics, WorkerMetrics
 from engine.telemetry.timeline import Event, Timeline

@@ -1,0 +1,124 @@
+"""The served model in the words of the Open Inference Protocol: tensors, metadata, configuration.
+
+Every option may come as a tensor too, so the list of inputs follows from the list of options.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from google.protobuf.descriptor import FieldDescriptor
+
+from coordinator.api.oip.options import FIELDS, takes_list
+from engine.base.errors import NotFound
+from engine.pb.inference import grpc_service_pb2, model_config_pb2
+
+VERSION = "1"
+PLATFORM = "diptych"
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "parameters", "schedule_policy")
+RETURN_FLAGS = {
+    "return_finish_reason": "finish_reason",
+    "return_cumulative_logprob": "cumulative_logprob",
+    "return_logprobs": "logprobs",
+    "return_num_input_tokens": "num_input_tokens",
+    "return_num_output_tokens": "num_output_tokens",
+}
+FLAGS = ("streaming", "stream", "exclude_input_in_output", *RETURN_FLAGS)
+# vLLM's object of options, and TensorRT-LLM's word on how long input_ids is.
+SAMPLING_PARAMETERS, INPUT_LENGTHS = "sampling_parameters", "input_lengths"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor of the model; `dims` without the batch dimension, which may stand before them."""
+
+    name: str
+    datatype: str
+    dims: tuple[int, ...] = (1,)
+
+
+def _option(name: str, field: FieldDescriptor) -> TensorSpec:
+    dims = (-1,) if takes_list(name) else (1,)
+    if field.is_repeated and field.type == FieldDescriptor.TYPE_UINT32:
+        return TensorSpec(name, "INT32", dims)
+    datatype = {
+        FieldDescriptor.TYPE_FLOAT: "FP32",
+        FieldDescriptor.TYPE_BOOL: "BOOL",
+        FieldDescriptor.TYPE_UINT32: "INT32",
+        FieldDescriptor.TYPE_INT32: "INT32",
+        FieldDescriptor.TYPE_UINT64: "UINT64",
+    }
+    return TensorSpec(name, datatype.get(field.type, "BYTES"), dims)
+
+
+INPUTS = (
+    TensorSpec("text_input", "BYTES"),
+    TensorSpec("input_ids", "INT32", (-1,)),
+    TensorSpec(INPUT_LENGTHS, "INT32"),
+    *(TensorSpec(name, "BOOL") for name in FLAGS),
+    TensorSpec(SAMPLING_PARAMETERS, "BYTES"),
+    *(_option(name, field) for name, (_, field) in FIELDS.items()),
+)
+OUTPUTS = (
+    TensorSpec("text_output", "BYTES", (-1,)),
+    TensorSpec("finish_reason", "BYTES", (-1,)),
+    TensorSpec("output_ids", "INT32", (-1,)),
+    TensorSpec("num_input_tokens", "UINT32"),
+    TensorSpec("num_output_tokens", "UINT32", (-1,)),
+    TensorSpec("cumulative_logprob", "FP32", (-1,)),
+    TensorSpec("logprobs", "BYTES", (-1,)),
+    TensorSpec("prompt_logprobs", "BYTES"),
+)
+
+
+def is_served(name: str, version: str, served: str) -> bool:
+    """Whether `name` and `version` mean the served model; unset they do."""
+    return name in ("", served) and version in ("", VERSION)
+
+
+def check_served(name: str, version: str, served: str) -> None:
+    """Raise NotFound unless they mean the served model."""
+    if not is_served(name, version, served):
+        raise NotFound(
+            f"model: {name!r} version {version!r} is not served here; {served!r} version"
+            f" {VERSION!r} is"
+        )
+
+
+def metadata(name: str) -> grpc_service_pb2.ModelMetadataResponse:
+    """What ModelMetadata answers."""
+    tensor = grpc_service_pb2.ModelMetadataResponse.TensorMetadata
+    return grpc_service_pb2.ModelMetadataResponse(
+        name=name,
+        versions=[VERSION],
+        platform=PLATFORM,
+        inputs=[tensor(name=s.name, datatype=s.datatype, shape=s.dims) for s in INPUTS],
+        outputs=[tensor(name=s.name, datatype=s.datatype, shape=s.dims) for s in OUTPUTS],
+    )
+
+
+def config(name: str, max_model_len: int) -> model_config_pb2.ModelConfig:
+    """What ModelConfig answers. Every input may be left out, but one of the prompts may not."""
+    length = model_config_pb2.ModelParameter(string_value=str(max_model_len))
+    return model_config_pb2.ModelConfig(
+        name=name,
+        platform=PLATFORM,
+        backend=PLATFORM,
+        max_batch_size=0,
+        input=[
+            model_config_pb2.ModelInput(
+                name=s.name, data_type=_data_type(s.datatype), dims=s.dims, optional=True
+            )
+            for s in INPUTS
+        ],
+        output=[
+            model_config_pb2.ModelOutput(name=s.name, data_type=_data_type(s.datatype), dims=s.dims)
+            for s in OUTPUTS
+        ],
+        parameters={"max_model_len": length},
+        model_transaction_policy=model_config_pb2.ModelTransactionPolicy(decoupled=True),
+    )
+
+
+def _data_type(datatype: str) -> str:
+    return "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"

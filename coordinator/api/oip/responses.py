@@ -1,0 +1,158 @@
+"""Events of an answer -> responses of the Open Inference Protocol.
+
+    GenerateResponse --add--> what has gathered, a row a choice --take--> ModelInferResponse
+
+A whole answer is taken once, a stream whenever there is something to show. Owned by one request.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from coordinator.api.oip.model import VERSION
+from coordinator.api.oip.request import Form
+from coordinator.api.oip.tensors import BYTES, Tensor, write_tensor
+from engine.pb.diptych.v1 import inference_pb2
+from engine.pb.inference import grpc_service_pb2
+from engine.rpc.convert import reason_from_pb
+
+FINAL = "triton_final_response"
+_PADDING = -1  # after the token ids of a choice that is shorter than another
+# These tell of tokens whose text is still held back.
+_OF_TOKENS = {"output_ids", "num_output_tokens", "cumulative_logprob", "logprobs"}
+
+
+@dataclass(slots=True)
+class _Row:
+    """What a choice has brought since the last response."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    num_tokens: int = 0  # of the answer; an echoed prompt's are not counted
+    reason: str = ""
+    logprobs: list[inference_pb2.TokenLogprobs] = field(default_factory=list)
+
+
+class Reply:
+    """The responses to one request."""
+
+    def __init__(self, form: Form, num_choices: int) -> None:
+        self._form = form
+        self._rows = [_Row() for _ in range(num_choices)]
+        self._sums = [0.0] * num_choices  # of log-probabilities, over the whole answer
+        self._num_unfinished = num_choices
+        self._num_prompt_tokens: int | None = None
+        self._prompt_logprobs: Sequence[inference_pb2.TokenLogprobs] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has ended."""
+        return self._num_unfinished == 0
+
+    def add(self, response: inference_pb2.GenerateResponse) -> None:
+        """Take the next event of the answer."""
+        row = self._rows[response.index]
+        match response.WhichOneof("event"):
+            case "prompt":
+                self._prompt_logprobs = response.prompt.logprobs
+                for each in self._rows:
+                    each.text += response.prompt.text
+                    each.token_ids += response.prompt.token_ids
+            case "delta":
+                row.text += response.delta.text
+                row.token_ids += response.delta.token_ids
+                row.num_tokens += len(response.delta.token_ids)
+                row.logprobs += response.delta.logprobs
+                self._sums[response.index] += sum(
+                    each.chosen.logprob for each in response.delta.logprobs
+                )
+            case "finished":
+                row.reason = reason_from_pb(response.finished.finish_reason).value
+                self._num_prompt_tokens = response.finished.usage.prompt_tokens
+                self._num_unfinished -= 1
+
+    @property
+    def worth_sending(self) -> bool:
+        """Whether a response now would tell something."""
+        tokens = bool(_OF_TOKENS.intersection(self._form.outputs))
+        return self._prompt_logprobs is not None or any(
+            row.text or row.reason or (tokens and row.token_ids) for row in self._rows
+        )
+
+    def take(self, *, final: bool) -> grpc_service_pb2.ModelInferResponse:
+        """The response that tells what has gathered since the last one."""
+        response = bare_response(self._form.model_name, self._form.id, final=final)
+        for name in self._form.outputs:
+            if (tensor := self._tensor(name)) is not None:
+                write_tensor(response, tensor, raw=self._form.raw)
+        self._rows = [_Row() for _ in self._rows]
+        self._prompt_logprobs = None
+        return response
+
+    def _tensor(self, name: str) -> Tensor | None:
+        """An output; None where this response has nothing to say of it."""
+        rows = self._rows
+        match name:
+            case "text_output":  # of one dimension, as TensorRT-LLM's clients decode it
+                return Tensor(name, BYTES, (len(rows),), [row.text.encode() for row in rows])
+            case "finish_reason":
+                return self._make(name, BYTES, [row.reason.encode() for row in rows])
+            case "output_ids":
+                return self._token_ids()
+            case "num_output_tokens":
+                return self._make(name, "UINT32", [row.num_tokens for row in rows])
+            case "cumulative_logprob":
+                return self._make(name, "FP32", list(self._sums))
+            case "logprobs":
+                return self._make(name, BYTES, [_as_json(row.logprobs) for row in rows])
+            case "num_input_tokens" if self._num_prompt_tokens is not None:
+                return self._make(name, "UINT32", [self._num_prompt_tokens])
+            case "prompt_logprobs" if self._prompt_logprobs is not None:
+                # Nothing predicts the first token.
+                return self._make(name, BYTES, [_as_json(self._prompt_logprobs, (None,))])
+        return None
+
+    def _make(self, name: str, datatype: str, values: Sequence[Any], *inner: int) -> Tensor:
+        shape = (*inner,) if inner else (len(values),)
+        return Tensor(name, datatype, (1, *shape) if self._form.batched else shape, values)
+
+    def _token_ids(self) -> Tensor:
+        """One choice: [length]; several: [choices, longest]."""
+        rows = [row.token_ids for row in self._rows]
+        if len(rows) == 1:
+            return self._make("output_ids", "INT32", rows[0])
+        longest = max(map(len, rows))
+        values = [i for ids in rows for i in (*ids, *[_PADDING] * (longest - len(ids)))]
+        return self._make("output_ids", "INT32", values, len(rows), longest)
+
+
+def bare_response(
+    model_name: str, request_id: str, *, final: bool
+) -> grpc_service_pb2.ModelInferResponse:
+    """A response without tensors; `final` says that no other follows."""
+    response = grpc_service_pb2.ModelInferResponse(
+        model_name=model_name, model_version=VERSION, id=request_id
+    )
+    response.parameters[FINAL].bool_param = final
+    return response
+
+
+def _as_json(tokens: Sequence[inference_pb2.TokenLogprobs], before: tuple[None, ...] = ()) -> bytes:
+    """A list with an object a token, {token id: logprob, rank, decoded_token}, as vLLM has it."""
+    return json.dumps([*before, *map(_entries, tokens)]).encode()
+
+
+def _entries(token: inference_pb2.TokenLogprobs) -> dict[int, dict[str, Any]]:
+    """The chosen token first; its rank is known where it is among the best ones."""
+    ranks = {each.token_id: rank for rank, each in enumerate(token.top, 1)}
+    return {
+        each.token_id: {
+            "logprob": each.logprob,
+            "rank": ranks.get(each.token_id),
+            "decoded_token": each.text,
+        }
+        for each in (token.chosen, *token.top)
+    }

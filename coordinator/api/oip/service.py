@@ -1,0 +1,254 @@
+"""The Open Inference Protocol, so that clients of Triton and KServe work unchanged.
+
+A thin translation: a ModelInferRequest becomes a call of our own Generate in this process, and its
+events become tensors. On ModelStreamInfer requests run at once:
+
+    stream of requests --read--> one task a request --Generate--> responses, each with its id
+                        |                                |
+                        '-- waits while too many run     '-- an error is the request's, not the
+                                                             stream's (unless the client asks so)
+
+Ending the stream ends all its requests. Owned by the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from coordinator.api.grpc.service import InferenceServicer
+from coordinator.api.oip import model as oip_model
+from coordinator.api.oip.request import Asked, read_request
+from coordinator.api.oip.responses import FINAL, Reply, bare_response
+from coordinator.generation.fan_in import Merge
+from coordinator.generation.pipeline import Pipeline
+from engine.base.errors import (
+    DeadlineExceeded,
+    DiptychError,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
+from engine.pb.inference import grpc_service_pb2
+from engine.rpc.status import RpcStatus, internal, to_status
+from engine.telemetry.log import get_logger
+from engine.telemetry.metrics import CoordinatorMetrics
+
+_log = get_logger(__name__)
+
+_MAX_OPEN = 256  # requests of one stream at once; the next ones stay in the client's buffers
+_LARGE_BYTES = 64 * 1024  # a larger request is read in a thread
+_STUCK_S = 10.0  # what a request may take beyond its own time: its client does not read
+_ERRORS_END_STREAM = "triton_grpc_error"  # metadata by which a client asks for that
+
+Responses = AsyncGenerator[grpc_service_pb2.ModelStreamInferResponse, None]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """What Generate asks of its call, for one request among those of a stream."""
+
+    deadline_s: float | None  # on the monotonic clock
+
+    def time_remaining(self) -> float | None:
+        """Seconds left; None: the client set no limit."""
+        return None if self.deadline_s is None else max(0.0, self.deadline_s - time.monotonic())
+
+
+class OipServicer:
+    """See grpc_service.proto. `served` is the model; `ready`: whether a request finds a worker."""
+
+    def __init__(
+        self,
+        served: str,
+        inference: InferenceServicer,
+        pipeline: Pipeline,
+        metrics: CoordinatorMetrics,
+        ready: Callable[[], bool],
+        *,
+        max_request_s: float,
+    ) -> None:
+        self._served = served
+        self._inference = inference
+        self._pipeline = pipeline
+        self._metrics = metrics
+        self._ready = ready
+        self._max_request_s = max_request_s
+
+    # Method names are the wire's.
+    async def ServerLive(
+        self, request: grpc_service_pb2.ServerLiveRequest, context: Any
+    ) -> grpc_service_pb2.ServerLiveResponse:
+        """Whether this process answers."""
+        return grpc_service_pb2.ServerLiveResponse(live=True)
+
+    async def ServerReady(
+        self, request: grpc_service_pb2.ServerReadyRequest, context: Any
+    ) -> grpc_service_pb2.ServerReadyResponse:
+        """Whether a request would find a decode worker."""
+        return grpc_service_pb2.ServerReadyResponse(ready=self._ready())
+
+    async def ModelReady(
+        self, request: grpc_service_pb2.ModelReadyRequest, context: Any
+    ) -> grpc_service_pb2.ModelReadyResponse:
+        """The same, of a model by its name; one that is not served here is not ready."""
+        served = oip_model.is_served(request.name, request.version, self._served)
+        return grpc_service_pb2.ModelReadyResponse(ready=served and self._ready())
+
+    async def ServerMetadata(
+        self, request: grpc_service_pb2.ServerMetadataRequest, context: Any
+    ) -> grpc_service_pb2.ServerMetadataResponse:
+        """Name, version, and the protocol's extensions that are served."""
+        return grpc_service_pb2.ServerMetadataResponse(
+            name=oip_model.PLATFORM, version=_version(), extensions=oip_model.EXTENSIONS
+        )
+
+    async def ModelMetadata(
+        self, request: grpc_service_pb2.ModelMetadataRequest, context: Any
+    ) -> grpc_service_pb2.ModelMetadataResponse:
+        """The model's tensors."""
+        oip_model.check_served(request.name, request.version, self._served)
+        return oip_model.metadata(self._served)
+
+    async def ModelConfig(
+        self, request: grpc_service_pb2.ModelConfigRequest, context: Any
+    ) -> grpc_service_pb2.ModelConfigResponse:
+        """The model's configuration, as Triton words it."""
+        oip_model.check_served(request.name, request.version, self._served)
+        config = oip_model.config(self._served, self._pipeline.max_model_len)
+        return grpc_service_pb2.ModelConfigResponse(config=config)
+
+    async def ModelInfer(
+        self, request: grpc_service_pb2.ModelInferRequest, context: Any
+    ) -> grpc_service_pb2.ModelInferResponse:
+        """One whole answer."""
+        asked = await self._read(request)
+        if asked.streaming:
+            raise InvalidRequest("streaming", "true; expected ModelStreamInfer, which can stream")
+        async with aclosing(self._responses(asked, context)) as responses:
+            (response,) = [response async for response in responses]
+        response.parameters.pop(FINAL)  # of streams
+        return response
+
+    async def ModelStreamInfer(
+        self, requests: AsyncIterator[grpc_service_pb2.ModelInferRequest], context: Any
+    ) -> Responses:
+        """Any number of requests at once."""
+        metadata_given = dict(context.invocation_metadata() or ())
+        end_stream = str(metadata_given.get(_ERRORS_END_STREAM, "")).lower() == "true"
+        slots, ended = asyncio.Semaphore(_MAX_OPEN), asyncio.Event()
+        merge: Merge[grpc_service_pb2.ModelStreamInferResponse] = Merge()
+
+        async def answer(request: grpc_service_pb2.ModelInferRequest) -> None:
+            try:
+                await self._answer(request, context, merge, end_stream)
+            finally:
+                slots.release()
+                ended.set()
+
+        async def read() -> None:
+            while True:
+                try:
+                    request = await anext(requests, None)
+                except DeadlineExceeded:
+                    if merge.num_open > 1 or ended.is_set():  # it has waited for answers
+                        ended.clear()
+                        continue
+                    raise
+                if request is None:
+                    return
+                await slots.acquire()
+                merge.add(answer(request), self._max_request_s + _STUCK_S)
+
+        async with merge:
+            merge.add(read())
+            async for response in merge:
+                yield response
+
+    async def _answer(
+        self,
+        request: grpc_service_pb2.ModelInferRequest,
+        context: Any,
+        merge: Merge[grpc_service_pb2.ModelStreamInferResponse],
+        end_stream: bool,
+    ) -> None:
+        """One request of a stream, its error included."""
+        stream_response = grpc_service_pb2.ModelStreamInferResponse
+        try:
+            asked = await self._read(request)
+            async with aclosing(self._responses(asked, context)) as responses:
+                async for response in responses:
+                    await merge.put(stream_response(infer_response=response))
+            if asked.form.empty_final:
+                last = bare_response(self._served, request.id, final=True)
+                await merge.put(stream_response(infer_response=last))
+        except DiptychError as error:
+            if end_stream:
+                raise
+            await merge.put(_failure(request, to_status(error), error))
+        except Exception as error:
+            _log.exception("request of a stream failed", request_id=request.id)
+            if end_stream:
+                raise
+            status = internal("internal error; the server's log tells more")
+            await merge.put(_failure(request, status, error))
+
+    async def _read(self, request: grpc_service_pb2.ModelInferRequest) -> Asked:
+        """A request, understood; one that is not is counted here, and by Generate from there on."""
+        try:
+            if request.ByteSize() > _LARGE_BYTES:  # tensors of it are unpacked one by one
+                return await asyncio.to_thread(read_request, request, self._served)
+            return read_request(request, self._served)
+        except DiptychError as error:
+            code = to_status(error).code.name.lower()
+            self._metrics.request_failed(code)
+            _log.info("request refused", request_id=request.id, code=code, reason=error.message)
+            raise
+
+    async def _responses(
+        self, asked: Asked, context: Any
+    ) -> AsyncGenerator[grpc_service_pb2.ModelInferResponse, None]:
+        """An answer's responses: one, or with `streaming` any number."""
+        reply: Reply | None = None
+        call = self._inference.Generate(asked.generate, _request_context(asked, context))
+        async with aclosing(call) as events:
+            async for event in events:
+                # Not before the first event: then the number of choices has been checked.
+                reply = reply or Reply(asked.form, asked.generate.n or 1)
+                reply.add(event)
+                if asked.streaming and reply.worth_sending:
+                    final = reply.finished and not asked.form.empty_final
+                    yield reply.take(final=final)
+        if not asked.streaming and reply:
+            yield reply.take(final=not asked.form.empty_final)
+
+
+def _request_context(asked: Asked, context: Any) -> RequestContext:
+    """The call's deadline or the request's own, whichever is sooner."""
+    left_s = [s for s in (context.time_remaining(), asked.timeout_s) if s is not None]
+    return RequestContext(time.monotonic() + min(left_s) if left_s else None)
+
+
+def _failure(
+    request: grpc_service_pb2.ModelInferRequest, status: RpcStatus, error: Exception
+) -> grpc_service_pb2.ModelStreamInferResponse:
+    """A request's error; beside the protocol's message, the status that a unary call would have."""
+    response = bare_response(request.model_name, request.id, final=True)
+    response.parameters["error_code"].string_param = status.code.name
+    if isinstance(error, Overloaded | Unavailable):
+        response.parameters["retry_after_s"].double_param = error.retry_after_s
+    return grpc_service_pb2.ModelStreamInferResponse(
+        error_message=status.message, infer_response=response
+    )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("diptych")
+    except metadata.PackageNotFoundError:  # run out of a folder that was not installed
+        return "unknown"

@@ -1,0 +1,139 @@
+"""What both APIs' answers share: the envelope, usage, and how a whole answer is its stream, folded.
+
+    gRPC response --Writer.choices--> choices of a chunk --.-- streamed: chunk after chunk
+                                                           '-- else: folded into one object
+
+A choice is numbered prompt * n + choice, as OpenAI numbers them. One writer writes one HTTP answer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from coordinator.api.openai.options import Wanted
+from engine.pb.diptych.v1 import inference_pb2
+
+_REASONS = {
+    inference_pb2.FINISH_REASON_STOP: "stop",
+    inference_pb2.FINISH_REASON_LENGTH: "length",
+    inference_pb2.FINISH_REASON_ABORTED: "abort",
+}
+Choice = dict[str, Any]
+
+
+class Usage:
+    """Tokens of one HTTP request: a prompt counts once, whatever the number of its choices."""
+
+    def __init__(self) -> None:
+        self.prompt: dict[int, int] = {}
+        self._cached: dict[int, int] = {}
+        self._written: dict[int, int] = {}  # by choice
+
+    def wrote(self, choice: int, num_tokens: int) -> None:
+        """Tokens of a choice came."""
+        self._written[choice] = self._written.get(choice, 0) + num_tokens
+
+    def finished(self, prompt: int, choice: int, usage: inference_pb2.Usage) -> None:
+        """A choice's own numbers."""
+        self.prompt[prompt] = usage.prompt_tokens
+        # The first of n choices may have computed what the others found.
+        cached = self._cached.get(prompt, usage.cached_tokens)
+        self._cached[prompt] = min(cached, usage.cached_tokens)
+        self._written[choice] = usage.completion_tokens
+
+    def as_dict(self) -> dict[str, Any]:
+        """As OpenAI writes it."""
+        prompt, written = sum(self.prompt.values()), sum(self._written.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": written,
+            "total_tokens": prompt + written,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
+        }
+
+
+class Writer(ABC):
+    """Writes the answers of one HTTP request."""
+
+    prefix: str  # of the answer's id
+    whole_object: str
+    chunk_object: str
+    is_large = False  # whether the whole answer is to be written in a thread
+
+    def __init__(
+        self,
+        wanted: Wanted,
+        *,
+        model: str,
+        created: int,
+        prompt_ids: Sequence[Sequence[int]] | None = None,  # where they are asked for
+    ) -> None:
+        self.wanted = wanted
+        self.usage = Usage()
+        self.prompt_ids = prompt_ids
+        for index, ids in enumerate(prompt_ids or ()):
+            self.usage.prompt[index] = len(ids)
+        self._head = {
+            "id": f"{self.prefix}-{wanted.request_id}",
+            "created": created,
+            "model": model,
+        }
+
+    @abstractmethod
+    def choices(
+        self, prompt: int, response: inference_pb2.GenerateResponse, first_text: str = ""
+    ) -> list[Choice]:
+        """What a response of the call for `prompt` adds, as choices of a chunk.
+
+        `first_text` is the text of the prompt's first token, where its log-probabilities are shown.
+        """
+
+    @abstractmethod
+    def fold(self, whole: Choice | None, part: Choice) -> Choice:
+        """A choice of a whole answer, with what a chunk adds."""
+
+    def chunk(self, choices: list[Choice], *, last: bool = False) -> dict[str, Any]:
+        """One chunk of a stream; the last one may bring usage in place of choices."""
+        out = {**self._head, "object": self.chunk_object, "choices": choices}
+        if self.wanted.include_usage:
+            out["usage"] = self.usage.as_dict() if last or self.wanted.continuous_usage else None
+        return out
+
+    def whole(self, choices: dict[int, Choice]) -> dict[str, Any]:
+        """The answer in one object."""
+        return {
+            **self._head,
+            "object": self.whole_object,
+            "choices": [choices[index] for index in sorted(choices)],
+            "usage": self.usage.as_dict(),
+        }
+
+    def stop_reason(self, finished: inference_pb2.Finished) -> int | str | None:
+        """vLLM's: the stop string, or the stop token that the client named."""
+        matched = finished.matched_stop
+        match matched.WhichOneof("kind"):
+            case "text":
+                return matched.text
+            case "token_id" if matched.token_id in self.wanted.stop_token_ids:
+                return matched.token_id
+        return None
+
+
+def reason_of(finished: inference_pb2.Finished) -> str:
+    """Why a choice ended, in OpenAI's word."""
+    return _REASONS.get(finished.finish_reason, "abort")
+
+
+def joined(whole: Choice, part: Choice, key: str) -> None:
+    """Append a list of the part, where there is one."""
+    if part.get(key) is not None:
+        whole[key] = [*(whole.get(key) or []), *part[key]]
+
+
+def replaced(whole: Choice, part: Choice, *keys: str) -> None:
+    """Take over what the part says, where it says something."""
+    for key in keys:
+        if key in part and (part[key] is not None or key not in whole):
+            whole[key] = part[key]

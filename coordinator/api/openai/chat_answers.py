@@ -1,0 +1,131 @@
+"""gRPC responses -> the answers of /v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coordinator.api.openai.answers import Choice, Writer, joined, reason_of, replaced
+from coordinator.api.openai.chats import ChatCall
+from coordinator.api.openai.logprobs import chat_logprobs, prompt_logprobs
+from engine.pb.diptych.v1 import inference_pb2
+
+
+class ChatWriter(Writer):
+    """See Writer."""
+
+    prefix = "chatcmpl"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, call: ChatCall, **head: Any) -> None:
+        super().__init__(call.wanted, **head)
+        self._has_tools = bool(call.request.tools_json)
+        self._named_tool = call.named_tool
+        self._begun: set[int] = set()
+        self._calling: set[int] = set()  # choices that call a tool
+        self._prompt_logprobs: list[dict[str, Any] | None] | None = None
+
+    def choices(
+        self, prompt: int, response: inference_pb2.GenerateResponse, first_text: str = ""
+    ) -> list[Choice]:
+        """See Writer; the first chunk of a choice brings its role."""
+        match response.WhichOneof("event"):
+            case "prompt":
+                if self.wanted.prompt_logprobs is not None:
+                    self._prompt_logprobs = prompt_logprobs(response.prompt.logprobs)
+                return []
+            case "delta":
+                return self._delta(response.index, response.delta)
+            case "finished":
+                return self._finished(response.index, response.finished)
+        return []
+
+    def _delta(self, index: int, delta: inference_pb2.Delta) -> list[Choice]:
+        self.usage.wrote(index, len(delta.token_ids))
+        out = self._role(index)
+        said: dict[str, Any] = {}
+        if delta.text or not self._has_tools:
+            said["content"] = delta.text
+        if delta.tool_calls:
+            self._calling.add(index)
+            said["tool_calls"] = [_tool_call(piece) for piece in delta.tool_calls]
+        choice = _choice(index, said)
+        if self.wanted.logprobs is not None:
+            tokens = chat_logprobs(delta.logprobs, self.wanted.tokens_as_ids)
+            choice["logprobs"] = {"content": tokens, "refusal": None}
+        if self.wanted.token_ids:
+            choice["token_ids"] = list(delta.token_ids)
+        if said or choice["logprobs"] or "token_ids" in choice:
+            out.append(choice)
+        return out
+
+    def _finished(self, index: int, finished: inference_pb2.Finished) -> list[Choice]:
+        self.usage.finished(0, index, finished.usage)
+        choice = _choice(index, {})
+        reason = reason_of(finished)
+        if reason == "stop" and index in self._calling and not self._named_tool:
+            reason = "tool_calls"
+        choice["finish_reason"] = reason
+        choice["stop_reason"] = self.stop_reason(finished)
+        return [*self._role(index), choice]
+
+    def _role(self, index: int) -> list[Choice]:
+        if index in self._begun:
+            return []
+        self._begun.add(index)
+        return [_choice(index, {"role": "assistant", "content": ""})]
+
+    def chunk(self, choices: list[Choice], *, last: bool = False) -> dict[str, Any]:
+        """See Writer; the first one brings the prompt's tokens."""
+        out = super().chunk(choices, last=last)
+        if self.wanted.token_ids and self.prompt_ids is not None:
+            out["prompt_token_ids"] = list(self.prompt_ids[0])
+            self.prompt_ids = None
+        return out
+
+    def whole(self, choices: dict[int, Choice]) -> dict[str, Any]:
+        """See Writer."""
+        for choice in choices.values():
+            message = choice["message"]
+            if "tool_calls" in message and not message["content"]:
+                message["content"] = None
+        out = super().whole(choices)
+        if self._prompt_logprobs is not None:
+            out["prompt_logprobs"] = self._prompt_logprobs
+        if self.wanted.token_ids and self.prompt_ids is not None:
+            out["prompt_token_ids"] = list(self.prompt_ids[0])
+        return out
+
+    def fold(self, whole: Choice | None, part: Choice) -> Choice:
+        """See Writer."""
+        if whole is None:
+            message = {"role": "assistant", "content": "", "refusal": None}
+            whole = {**_choice(part["index"], {}), "message": message}
+            del whole["delta"]
+        said, message = part["delta"], whole["message"]
+        message["content"] += said.get("content") or ""
+        for piece in said.get("tool_calls", ()):
+            calls = message.setdefault("tool_calls", [])
+            if piece["index"] == len(calls):
+                calls.append({key: piece[key] for key in ("id", "type", "function")})
+            else:
+                calls[piece["index"]]["function"]["arguments"] += piece["function"]["arguments"]
+        if part["logprobs"] is not None:
+            before = whole["logprobs"]["content"] if whole["logprobs"] else []
+            content = before + part["logprobs"]["content"]
+            whole["logprobs"] = {"content": content, "refusal": None}
+        joined(whole, part, "token_ids")
+        replaced(whole, part, "finish_reason", "stop_reason")
+        return whole
+
+
+def _choice(index: int, delta: dict[str, Any]) -> Choice:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _tool_call(piece: inference_pb2.ToolCallDelta) -> dict[str, Any]:
+    function: dict[str, Any] = {"arguments": piece.arguments}
+    if not piece.name:
+        return {"index": piece.index, "function": function}
+    function = {"name": piece.name, **function}
+    return {"index": piece.index, "id": piece.id, "type": "function", "function": function}

@@ -1,0 +1,95 @@
+"""gRPC responses -> the answers of /v1/completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coordinator.api.openai.answers import Choice, Writer, joined, reason_of, replaced
+from coordinator.api.openai.completions import CompletionCall
+from coordinator.api.openai.logprobs import CompletionLogprobs, prompt_logprobs
+from engine.pb.diptych.v1 import inference_pb2
+
+_ARRAYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+
+
+class CompletionWriter(Writer):
+    """See Writer."""
+
+    prefix = "cmpl"
+    whole_object = chunk_object = "text_completion"
+
+    def __init__(self, call: CompletionCall, **head: Any) -> None:
+        super().__init__(call.wanted, **head)
+        self._echo = call.echo
+        self._logprobs: dict[int, CompletionLogprobs] = {}
+        self._begun: set[int] = set()
+
+    def choices(
+        self, prompt: int, response: inference_pb2.GenerateResponse, first_text: str = ""
+    ) -> list[Choice]:
+        """See Writer; a prompt that is echoed begins each of its choices."""
+        index = prompt * self.wanted.n + response.index
+        match response.WhichOneof("event"):
+            case "prompt":
+                first = prompt * self.wanted.n
+                return [
+                    self._echoed(prompt, i, response.prompt, first_text)
+                    for i in range(first, first + self.wanted.n)
+                ]
+            case "delta":
+                delta = response.delta
+                self.usage.wrote(index, len(delta.token_ids))
+                choice = self._choice(prompt, index, delta.text)
+                if self.wanted.logprobs is not None:
+                    logprobs = self._logprobs_of(index)
+                    logprobs.add(delta.logprobs)
+                    choice["logprobs"] = logprobs.take()
+                if self.wanted.token_ids:
+                    choice["token_ids"] = list(delta.token_ids)
+                return [choice]
+            case "finished":
+                self.usage.finished(prompt, index, response.finished.usage)
+                choice = self._choice(prompt, index, "")
+                choice["finish_reason"] = reason_of(response.finished)
+                choice["stop_reason"] = self.stop_reason(response.finished)
+                return [choice]
+        return []
+
+    def _choice(self, prompt: int, index: int, text: str) -> Choice:
+        choice: Choice = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+        if self.wanted.token_ids and self.prompt_ids is not None and index not in self._begun:
+            choice["prompt_token_ids"] = list(self.prompt_ids[prompt])
+        self._begun.add(index)
+        return choice
+
+    def _logprobs_of(self, index: int) -> CompletionLogprobs:
+        if index not in self._logprobs:
+            self._logprobs[index] = CompletionLogprobs(self.wanted.tokens_as_ids)
+        return self._logprobs[index]
+
+    def _echoed(
+        self, prompt: int, index: int, event: inference_pb2.Prompt, first_text: str
+    ) -> Choice:
+        choice = self._choice(prompt, index, event.text if self._echo else "")
+        if self._echo and self.wanted.logprobs is not None:
+            logprobs = self._logprobs_of(index)
+            first = inference_pb2.Logprob(token_id=event.token_ids[0], text=first_text)
+            logprobs.add_first(first)
+            logprobs.add(event.logprobs)
+            choice["logprobs"] = logprobs.take()
+            logprobs.num_echoed = len(event.text)
+        if self.wanted.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(event.logprobs)
+        return choice
+
+    def fold(self, whole: Choice | None, part: Choice) -> Choice:
+        """See Writer."""
+        if whole is None:
+            return dict(part)
+        whole["text"] += part["text"]
+        if part["logprobs"] is not None:
+            arrays = whole["logprobs"] or {key: [] for key in _ARRAYS}
+            whole["logprobs"] = {key: arrays[key] + part["logprobs"][key] for key in _ARRAYS}
+        joined(whole, part, "token_ids")
+        replaced(whole, part, "finish_reason", "stop_reason", "prompt_logprobs")
+        return whole

@@ -1,0 +1,278 @@
+"""One HTTP endpoint: from its request to its reply, or to the end of its client.
+
+    method, X-Request-Id, body --> handler --> JSON
+                                         '---> server-sent events, the first one in hand
+                                               (or, with `sse_keepalive_s`, a comment before it)
+    meanwhile: http.disconnect? --> the handler is cancelled, and with it its gRPC calls
+
+Whatever a client sends, it gets an answer in OpenAI's shape; 500 is a bug, logged with its
+traceback. A stream that fails after its first event says so in an event, for its status is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from prometheus_client import Counter
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
+
+from coordinator.api.openai.body import LARGE_BYTES, Gone, parse, read_body
+from coordinator.api.openai.calls import Broken
+from coordinator.api.openai.errors import INTERNAL, Failure, Refused, failure_of
+from coordinator.api.openai.keepalive import kept_alive
+from coordinator.api.validation.request import MAX_REQUEST_ID_CHARS
+from engine.base.errors import DiptychError, InvalidRequest
+from engine.rpc.receive_budget import ReceiveBudget
+from engine.telemetry.log import bind_request, get_logger
+
+_log = get_logger(__name__)
+
+_GONE = 499  # in the counter, as nginx counts it: the client went first
+_SSE_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # a proxy passes events on as they come
+}
+DONE = "data: [DONE]\n\n"
+_ANY = ""  # method
+_HEAD = ("GET", "HEAD")  # served, and asked for
+
+Events = AsyncGenerator[str, None]
+Reply = dict[str, Any] | str | Events  # a text is JSON
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as its handler gets it."""
+
+    request_id: str  # the header's, the body's, or made up
+    path: Mapping[str, str]
+    body: dict[str, Any]  # {} for GET
+    is_large: bool = False
+
+    async def read_by(self, read: Callable[[dict[str, Any], str], Read]) -> Read:
+        """What `read` makes of body and request id, of a large body in a thread."""
+        if self.is_large:
+            return await asyncio.to_thread(read, self.body, self.request_id)
+        return read(self.body, self.request_id)
+
+
+Handler = Callable[[Asked], Awaitable[Reply]]
+
+
+def event(value: dict[str, Any]) -> str:
+    """One server-sent event."""
+    return f"data: {to_json(value)}\n\n"
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def large_json(value: Any, depth: int = 5) -> str:
+    """The same for a thread: other threads get the interpreter between parts of the value."""
+    if depth and isinstance(value, dict):
+        items = (f"{to_json(str(k))}:{large_json(item, depth - 1)}" for k, item in value.items())
+        return "{" + ",".join(items) + "}"
+    if depth and isinstance(value, list):
+        return "[" + ",".join(large_json(item, depth - 1) for item in value) + "]"
+    return to_json(value)
+
+
+class Door:
+    """The ASGI application of one path; `method` is the one that it knows."""
+
+    def __init__(
+        self,
+        name: str,
+        method: str,
+        handler: Handler,
+        counter: Counter,
+        sse_keepalive_s: float = 0.0,  # 0: silent streams stay silent
+        budget: ReceiveBudget | None = None,  # of bodies that are received; None: no bound
+    ) -> None:
+        self._budget = budget or ReceiveBudget()
+        self._name = name
+        self._method = method
+        self._handler = handler
+        self._counter = counter
+        self._sse_keepalive_s = sse_keepalive_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request; ends early where the client goes away."""
+        visit = _Visit(scope, receive, send)
+        work = asyncio.create_task(self._serve(visit))
+        watch = asyncio.create_task(visit.until_gone())
+        try:
+            await asyncio.wait([work, watch], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (work, watch):
+                task.cancel()
+            await asyncio.gather(work, watch, return_exceptions=True)
+        status = _GONE if work.cancelled() else _status_of(work)
+        self._counter.labels(self._name, str(status)).inc()
+
+    async def _serve(self, visit: _Visit) -> int:
+        """Write the reply; returns its status, or _GONE."""
+        bind_request(visit.request_id)
+        try:
+            asked = await self._read(visit)
+            reply = await self._handler(asked)
+            if isinstance(reply, dict | str):
+                await visit.reply(200, reply)
+                return 200
+            return await self._stream(visit, reply)
+        except Gone:
+            return _GONE
+        except Exception as error:
+            failure = self._failure(error)
+            await visit.reply(failure.status, failure.body, failure.headers)
+            return failure.status
+
+    async def _read(self, visit: _Visit) -> Asked:
+        if self._method not in (_ANY, visit.method) and (self._method, visit.method) != _HEAD:
+            message = f"{visit.method} is not served here; {self._method} is"
+            raise Refused(Failure(405, message, headers={"allow": self._method}))
+        visit.check_id()
+        body: dict[str, Any] = {}
+        is_large = False
+        if self._method == "POST":
+            with self._budget.lease(visit.peer) as lease:
+                raw = await read_body(visit.headers, visit.receive, lease)
+                visit.listen()
+                body = await parse(raw)
+            is_large = len(raw) > LARGE_BYTES
+            visit.take_id(body.get("request_id"))
+        visit.listen()
+        return Asked(visit.request_id, visit.path, body, is_large)
+
+    async def _stream(self, visit: _Visit, events: Events) -> int:
+        status = 200
+        if self._sse_keepalive_s:
+            events = kept_alive(events, self._sse_keepalive_s)
+        async with aclosing(events):
+            try:
+                first = await anext(events)  # until then a failure has a status of its own
+            except StopAsyncIteration:
+                first = DONE
+            await visit.start(200, _SSE_HEADERS)
+            await visit.write(first)
+            try:
+                async for item in events:
+                    await visit.write(item)
+            except Exception as error:
+                failure = self._failure(error)
+                status = failure.status
+                await visit.write(event(failure.body) + DONE)
+        await visit.write("", more=False)
+        return status
+
+    def _failure(self, error: Exception) -> Failure:
+        """What the client is told, and a line in the log."""
+        if isinstance(error, DiptychError):
+            failure = failure_of(error)
+            if failure.status < 500:
+                _log.info(
+                    "http request refused",
+                    path=self._name,
+                    status=failure.status,
+                    code=failure.code,
+                    param=failure.param,
+                )
+                return failure
+            _log.warning("http request failed", path=self._name, status=failure.status)
+            return failure
+        if isinstance(error, Broken):
+            _log.error("http request failed", path=self._name, status=500, reason=str(error))
+        else:
+            _log.exception("http request failed", path=self._name, status=500)
+        return INTERNAL
+
+
+def _status_of(work: asyncio.Task[int]) -> int:
+    """What became of a reply; one that could not be written is a bug."""
+    if (error := work.exception()) is None:
+        return work.result()
+    _log.error("http reply failed", exc_info=error)
+    return 500
+
+
+class _Visit:
+    """The two directions of one HTTP request."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.method: str = scope["method"]
+        self.path: Mapping[str, str] = scope.get("path_params", {})
+        self.headers = Headers(scope=scope)
+        self.receive = receive
+        host, port = scope.get("client") or ("", 0)
+        self.peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._send = send
+        self._listening = asyncio.Event()
+        self._given = self.headers.get("x-request-id", "")
+        good = self._given and _plain(self._given)
+        self.request_id = self._given if good else uuid.uuid4().hex
+
+    def check_id(self) -> None:
+        """Raise InvalidRequest for a header that cannot be a request's id."""
+        if not _plain(self._given):
+            raise InvalidRequest("X-Request-Id", _EXPECTED_ID)
+
+    def take_id(self, given: Any) -> None:
+        """The id in a body, which a header goes before. Raises InvalidRequest."""
+        if not isinstance(given, str) or not given:
+            return
+        if not _plain(given):
+            raise InvalidRequest("request_id", _EXPECTED_ID)
+        if not self._given:
+            self.request_id = given
+            bind_request(given)
+
+    def listen(self) -> None:
+        """The body is there: what comes next is that the client goes away."""
+        self._listening.set()
+
+    async def until_gone(self) -> None:
+        """Until the client goes away; it is listened to once its body is there."""
+        await self._listening.wait()
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+
+    async def start(self, status: int, headers: Mapping[str, str]) -> None:
+        """Status and headers."""
+        raw = [(k.encode(), v.encode()) for k, v in headers.items()]
+        raw.append((b"x-request-id", self.request_id.encode()))
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def write(self, text: str, *, more: bool = True) -> None:
+        """Some of the body."""
+        body = text.encode(errors="replace")
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def reply(
+        self, status: int, value: dict[str, Any] | str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """A whole JSON response; a text is JSON already."""
+        text = value if isinstance(value, str) else to_json(value)
+        body = text.encode(errors="replace")
+        kind = {"content-type": "application/json", "content-length": str(len(body))}
+        await self.start(status, {**kind, **(headers or {})})
+        if self.method == "HEAD":
+            body = b""
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+_EXPECTED_ID = f"expected at most {MAX_REQUEST_ID_CHARS} printable ASCII characters"
+
+
+def _plain(text: str) -> bool:
+    return len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable()

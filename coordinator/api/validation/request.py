@@ -1,0 +1,343 @@
+"""The door: a public request as it came -> AnswerRequest, or an error that names the field. Pure.
+
+Nothing behind it checks a range again. Fields that the protocol has and no worker serves yet are
+refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from coordinator.api.validation.constraint import constraint_from
+from coordinator.api.validation.tools import check_tool_calls, check_tools, text_schema, tool_use
+from coordinator.generation.request import DEFAULT_MAX_TOKENS, AnswerRequest, Resumed
+from coordinator.text import json_bounds as nesting
+from coordinator.text.served_model import Limits
+from coordinator.text.tool_format import ToolUse, tool_grammar
+from coordinator.text.values import ASSISTANT, ChatMessage
+from engine.base.errors import InvalidRequest, NotFound
+from engine.base.seeds import default_seed
+from engine.base.types import Constraint, SamplingParams
+from engine.pb.diptych.v1 import inference_pb2
+
+MAX_CHOICES = 64
+MAX_LOGPROBS = 20
+MAX_REQUEST_ID_CHARS = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_SALT_CHARS = 1024
+MAX_HOME_CHARS = 128
+MAX_DETOKENIZED = 1_000_000
+# Beyond these a float32 logit may overflow, and no token would be left.
+MIN_REPETITION_PENALTY = 1e-3
+MAX_REPETITION_PENALTY = 1e3
+
+
+def check_model(name: str, limits: Limits) -> None:
+    """Raise NotFound unless `name` is unset or the served model's."""
+    if name and name != limits.model:
+        raise NotFound(f"model: {name!r} is not served here; {limits.model!r} is")
+
+
+def validate_generate(request: inference_pb2.GenerateRequest, limits: Limits) -> AnswerRequest:
+    """Check a GenerateRequest. Raises InvalidRequest, NotFound, NotOffered."""
+    check_model(request.model, limits)
+    text, token_ids = None, None
+    match request.WhichOneof("prompt"):
+        case "text":
+            text = request.text  # an empty one is a prompt where the tokenizer adds a token
+        case "token_ids":
+            ids = request.token_ids.ids
+            token_ids = check_token_ids("token_ids.ids", ids, limits, limits.max_model_len)
+            if not token_ids:
+                raise InvalidRequest(
+                    "token_ids.ids", "empty; expected at least one token, such as the model's first"
+                )
+        case _:
+            raise InvalidRequest("prompt", "unset; expected text or token_ids")
+    return _answer_request(
+        request,
+        limits,
+        text=text,
+        token_ids=token_ids,
+        constraint=constraint_from(request.constraint),
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+    )
+
+
+def validate_chat(request: inference_pb2.ChatRequest, limits: Limits) -> AnswerRequest:
+    """Check a ChatRequest. Raises InvalidRequest, NotFound, NotOffered."""
+    check_model(request.model, limits)
+    messages = check_messages("messages", request.messages, limits)
+    tools = tool_use(request, check_tools("tools_json", request.tools_json), limits.tool_format)
+    if tools:
+        tools = replace(tools, text_schema=text_schema(request.constraint, tools))
+        constraint: Constraint | None = tool_grammar(tools, tools.text_schema)
+    else:
+        constraint = constraint_from(request.constraint)
+    return _answer_request(
+        request,
+        limits,
+        messages=messages,
+        tools=tools,
+        constraint=constraint,
+        default_max_tokens=None,
+    )
+
+
+def check_messages(
+    field: str, messages: Sequence[inference_pb2.Message], limits: Limits
+) -> tuple[ChatMessage, ...]:
+    """A conversation of at least one message, each with a role and a content.
+
+    An assistant's message may come without: it made calls, or nothing was left of it.
+    """
+    if len(messages) > limits.max_model_len:  # a million empty ones would keep a template busy
+        raise InvalidRequest(
+            field, f"{len(messages)} messages do not fit a context of {limits.max_model_len} tokens"
+        )
+    checked = []
+    items = nesting.Items()
+    for i, message in enumerate(messages):
+        if not message.role:
+            raise InvalidRequest(f"{field}[{i}].role", "unset; expected system, user or assistant")
+        silent = message.role == ASSISTANT or message.tool_calls
+        if not message.HasField("content") and not silent:
+            raise InvalidRequest(f"{field}[{i}].content", "unset; expected text")
+        checked.append(
+            ChatMessage(
+                message.role,
+                message.content if message.HasField("content") else None,
+                message.name,
+                check_tool_calls(f"{field}[{i}].tool_calls", message.tool_calls, items),
+                message.tool_call_id,
+            )
+        )
+    if not checked:
+        raise InvalidRequest(field, "empty; expected at least one message")
+    return tuple(checked)
+
+
+def check_token_ids(
+    field: str, ids: Sequence[int], limits: Limits, max_len: int
+) -> tuple[int, ...]:
+    """At most `max_len` ids within the vocabulary; the error names the first one that is not.
+
+    The length goes first: to look at the millions of ids that a message can hold takes seconds of
+    the event loop, which belongs to everybody.
+    """
+    if len(ids) > max_len:
+        raise InvalidRequest(field, f"{len(ids)} tokens; expected at most {max_len}")
+    found = tuple(ids[:])  # twice as fast as iterating the field twice
+    if found and max(found) >= limits.vocab_size:
+        index = next(i for i, token in enumerate(found) if token >= limits.vocab_size)
+        raise InvalidRequest(
+            f"{field}[{index}]",
+            f"{found[index]} is not a token; expected 0 to {limits.vocab_size - 1}",
+        )
+    return found
+
+
+def _answer_request(
+    request: Any,
+    limits: Limits,
+    *,
+    default_max_tokens: int | None,
+    text: str | None = None,
+    token_ids: tuple[int, ...] | None = None,
+    messages: tuple[ChatMessage, ...] | None = None,
+    tools: ToolUse | None = None,
+    constraint: Constraint | None = None,
+) -> AnswerRequest:
+    """The part that Generate and Chat share."""
+    request_id = _request_id(request.request_id)
+    stop, output = request.stop, request.output
+    num_choices = _num_choices(request)
+    num_prompt_logprobs = _num_logprobs(output, "prompt_logprobs")
+    tells_prompt = output.echo or num_prompt_logprobs is not None
+    max_tokens = _max_tokens(stop, at_least=0 if tells_prompt else 1)
+    stop_ids = _stop_token_ids(stop, limits)
+    if len(request.cache_salt) > MAX_SALT_CHARS:
+        raise InvalidRequest("cache_salt", f"longer than {MAX_SALT_CHARS} characters")
+    resumes = _resumes(request.resume, num_choices, limits, max_tokens)
+    resumed = resumes[0] if resumes else Resumed()
+    return AnswerRequest(
+        request_id=request_id,
+        text=text,
+        token_ids=token_ids,
+        messages=messages,
+        sampling=_sampling(request.sampling, limits, request_id),
+        max_tokens=max_tokens,
+        default_max_tokens=default_max_tokens,
+        min_tokens=stop.min_tokens,
+        stop_strings=_stop_strings(stop.stop),
+        stop_token_ids=stop_ids & frozenset(limits.eos_token_ids) if tools else stop_ids,
+        content_stop_ids=stop_ids - frozenset(limits.eos_token_ids) if tools else frozenset(),
+        include_stop=stop.include_stop_str_in_output,
+        skip_special_tokens=_default(output, "skip_special_tokens", True),
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+        resumed=resumed.token_ids,
+        resume_finished=resumed.finished,
+        tools=tools,
+        constraint=constraint,
+        num_logprobs=_num_logprobs(output, "logprobs"),
+        num_prompt_logprobs=num_prompt_logprobs,
+        echo=output.echo,
+        num_choices=num_choices,
+        resumes=resumes,
+    )
+
+
+def _default(message: Any, field: str, default: Any) -> Any:
+    """An optional field's value, or its default where it is unset."""
+    return getattr(message, field) if message.HasField(field) else default
+
+
+def _num_choices(request: Any) -> int:
+    count = int(_default(request, "n", 1))
+    if not 1 <= count <= MAX_CHOICES:
+        raise InvalidRequest("n", f"{count}; expected 1 to {MAX_CHOICES}")
+    return count
+
+
+def _num_logprobs(output: inference_pb2.Output, field: str) -> int | None:
+    if not output.HasField(field):
+        return None
+    count = int(getattr(output, field))
+    if count > MAX_LOGPROBS:
+        raise InvalidRequest(f"output.{field}", f"{count}; expected at most {MAX_LOGPROBS}")
+    return count
+
+
+def _request_id(given: str) -> str:
+    if len(given) > MAX_REQUEST_ID_CHARS:
+        raise InvalidRequest(
+            "request_id", f"{len(given)} characters; expected at most {MAX_REQUEST_ID_CHARS}"
+        )
+    if not given.isprintable():
+        raise InvalidRequest("request_id", "expected printable characters")
+    return given or uuid.uuid4().hex
+
+
+def _max_tokens(stop: inference_pb2.Stop, at_least: int) -> int | None:
+    if not stop.HasField("max_tokens"):
+        return None
+    if stop.max_tokens < at_least:
+        raise InvalidRequest(
+            "stop.max_tokens",
+            f"{stop.max_tokens}; expected at least {at_least}, or 0 with output.echo or"
+            " output.prompt_logprobs",
+        )
+    if stop.min_tokens > stop.max_tokens:
+        raise InvalidRequest(
+            "stop.min_tokens", f"{stop.min_tokens} is above max_tokens {stop.max_tokens}"
+        )
+    return stop.max_tokens
+
+
+def _stop_token_ids(stop: inference_pb2.Stop, limits: Limits) -> frozenset[int]:
+    """Those asked for, and the end-of-sequence ids unless they are ignored."""
+    field = "stop.stop_token_ids"
+    found = set(check_token_ids(field, stop.stop_token_ids, limits, limits.vocab_size))
+    if not stop.ignore_eos:
+        found.update(limits.eos_token_ids)
+    if stop.min_tokens and len(found) >= limits.vocab_size:
+        raise InvalidRequest(field, "all tokens there are; none is left for the first min_tokens")
+    return frozenset(found)
+
+
+def _stop_strings(strings: Sequence[str]) -> tuple[str, ...]:
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidRequest(
+            "stop.stop", f"{len(strings)} strings; expected at most {MAX_STOP_STRINGS}"
+        )
+    for i, text in enumerate(strings):
+        if not text:
+            raise InvalidRequest(f"stop.stop[{i}]", "empty; expected text")
+        if len(text) > MAX_STOP_CHARS:
+            raise InvalidRequest(f"stop.stop[{i}]", f"longer than {MAX_STOP_CHARS} characters")
+    return tuple(strings)
+
+
+def _number(
+    message: Any,
+    field: str,
+    default: float,
+    low: float,
+    high: float,
+    *,
+    above: bool = False,
+) -> float:
+    """sampling.`field` in [low, high], or (low, high] if `above`; NaN and infinity never are."""
+    if not message.HasField(field):
+        return default
+    value = float(getattr(message, field))
+    if not math.isfinite(value) or value > high or value < low or (above and value == low):
+        if math.isinf(high):
+            expected = f"{'above' if above else 'at least'} {low:g}"
+        else:
+            expected = f"{'above' if above else 'from'} {low:g} to {high:g}"
+        raise InvalidRequest(f"sampling.{field}", f"{value:g}; expected a number {expected}")
+    return value
+
+
+def _sampling(sampling: inference_pb2.Sampling, limits: Limits, request_id: str) -> SamplingParams:
+    if len(sampling.logit_bias) > limits.vocab_size:
+        raise InvalidRequest(
+            "sampling.logit_bias",
+            f"{len(sampling.logit_bias)} tokens; expected at most {limits.vocab_size}",
+        )
+    bias = tuple(sorted(sampling.logit_bias.items()))
+    for token, value in bias:
+        if token < limits.vocab_size and -100 <= value <= 100:
+            continue
+        field = f"sampling.logit_bias[{token}]"
+        if token >= limits.vocab_size:
+            raise InvalidRequest(field, f"not a token; expected 0 to {limits.vocab_size - 1}")
+        raise InvalidRequest(field, f"{value:g}; expected a number from -100 to 100")
+    return SamplingParams(
+        temperature=_number(sampling, "temperature", 0.0, 0.0, math.inf),
+        top_p=_number(sampling, "top_p", 1.0, 0.0, 1.0, above=True),
+        top_k=sampling.top_k,
+        min_p=_number(sampling, "min_p", 0.0, 0.0, 1.0),
+        frequency_penalty=_number(sampling, "frequency_penalty", 0.0, -2.0, 2.0),
+        presence_penalty=_number(sampling, "presence_penalty", 0.0, -2.0, 2.0),
+        repetition_penalty=_number(
+            sampling, "repetition_penalty", 1.0, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+        ),
+        seed=_default(sampling, "seed", default_seed(request_id)),
+        logit_bias=bias,
+    )
+
+
+def _resumes(
+    entries: Sequence[inference_pb2.Resume],
+    num_choices: int,
+    limits: Limits,
+    max_tokens: int | None,
+) -> tuple[Resumed, ...]:
+    """What the client has of each choice; empty where it has nothing."""
+    if not entries:
+        return ()
+    if len(entries) > num_choices:
+        raise InvalidRequest("resume", f"{len(entries)} entries; expected one a choice")
+    found: dict[int, Resumed] = {}
+    for i, entry in enumerate(entries):
+        field = f"resume[{i}]"
+        if entry.index >= num_choices:
+            raise InvalidRequest(f"{field}.index", f"{entry.index}; expected below {num_choices}")
+        if entry.index in found:
+            raise InvalidRequest(f"{field}.index", f"{entry.index} stands there twice")
+        field += ".token_ids"
+        ids = check_token_ids(field, entry.token_ids, limits, limits.max_model_len)
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise InvalidRequest(field, f"{len(ids)} tokens are more than max_tokens {max_tokens}")
+        if len(entry.home) > MAX_HOME_CHARS:
+            raise InvalidRequest(f"resume[{i}].home", f"longer than {MAX_HOME_CHARS} characters")
+        found[entry.index] = Resumed(ids, entry.finished, entry.home)
+    return tuple(found.get(index, Resumed()) for index in range(num_choices))

@@ -1,0 +1,183 @@
+"""The door for tools: definitions, choices and earlier calls, or an error that names the field.
+
+Pure, as validate.py is, whose part this is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from coordinator.text import json_bounds as nesting
+from coordinator.text.tool_format import Tool, ToolFormat, ToolUse, argument_schema
+from coordinator.text.values import ToolCall
+from engine.base.errors import InvalidRequest, NotOffered
+from engine.constraints.grammar import MAX_SOURCE_CHARS
+from engine.constraints.schemas import Refused, held
+from engine.pb.diptych.v1 import inference_pb2
+
+MAX_TOOLS = 128
+MAX_TOOLS_BYTES = 1024 * 1024
+UNPARSED = "unparsed"  # the name under which arguments stand that are no object
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_OTHER_TYPES = ("null", "boolean", "integer", "number", "string", "array")
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def check_tools(field: str, source: str) -> tuple[Tool, ...]:
+    """Tool definitions out of a JSON array of them; an empty text or array is none."""
+    if not source:
+        return ()
+    if len(source) > MAX_TOOLS_BYTES:
+        raise InvalidRequest(field, f"longer than {MAX_TOOLS_BYTES} characters")
+    listed = parse_json(field, source)
+    if listed is None:
+        return ()
+    if not isinstance(listed, list):
+        raise InvalidRequest(field, "expected a JSON array of tool definitions")
+    if len(listed) > MAX_TOOLS:
+        raise InvalidRequest(field, f"{len(listed)} tools; expected at most {MAX_TOOLS}")
+    tools: list[Tool] = []
+    for i, item in enumerate(listed):
+        tool = _tool(f"{field}[{i}]", item)
+        if any(other.name == tool.name for other in tools):
+            raise InvalidRequest(f"{field}[{i}].function.name", f"{tool.name!r} stands there twice")
+        tools.append(tool)
+    return tuple(tools)
+
+
+def tool_use(
+    request: inference_pb2.ChatRequest, tools: tuple[Tool, ...], form: ToolFormat
+) -> ToolUse | None:
+    """Which tools the answer may or must call; None: it is text, and the prompt tells of none."""
+    choice = request.tool_choice
+    kind, mode = choice.WhichOneof("kind"), choice.mode
+    if mode not in inference_pb2.ToolChoice.Mode.values():
+        raise InvalidRequest("tool_choice.mode", f"{mode} is not known")
+    if not tools:  # then a model that may call one calls none
+        if kind == "name" or mode == inference_pb2.ToolChoice.MODE_REQUIRED:
+            raise InvalidRequest("tool_choice", "there are no tools to choose from")
+        return None
+    if kind == "mode" and mode == inference_pb2.ToolChoice.MODE_NONE:
+        return None
+    single = form.single or (
+        request.HasField("parallel_tool_calls") and not request.parallel_tool_calls
+    )
+    if kind == "name":
+        named = tuple(tool for tool in tools if tool.name == choice.name)
+        if not named:
+            known = ", ".join(tool.name for tool in tools)
+            raise InvalidRequest("tool_choice.name", f"is none of the tools: {known}")
+        return ToolUse(form, tools, named, required=True, single=True)
+    required = mode == inference_pb2.ToolChoice.MODE_REQUIRED
+    return ToolUse(form, tools, tools, required=required, single=single)
+
+
+def text_schema(constraint: inference_pb2.Constraint, use: ToolUse) -> str | None:
+    """The JSON schema that text must have where no call is made, or None."""
+    kind = constraint.WhichOneof("kind")
+    if kind is None or use.required:  # an answer of calls has no text
+        return None
+    if not use.format.trigger:
+        raise NotOffered(f"constraint.{kind} beside tools, with a model whose calls are bare JSON")
+    if kind == "json_object":
+        return held('{"type": "object"}') if constraint.json_object else None
+    if kind != "json_schema":
+        raise NotOffered(f"constraint.{kind} beside tools")
+    schema = parse_json("constraint.json_schema", constraint.json_schema)
+    if not isinstance(schema, dict):
+        raise InvalidRequest("constraint.json_schema", "expected a JSON object")
+    return _fitting("constraint.json_schema", partial(held, json.dumps(schema)))
+
+
+def check_tool_calls(
+    field: str, calls: Sequence[inference_pb2.ToolCall], items: nesting.Items | None = None
+) -> tuple[ToolCall, ...]:
+    """Calls that an earlier turn made; templates get their arguments as objects.
+
+    `items`: what the JSON of the conversation may still have.
+    """
+    items = items or nesting.Items()
+    checked = []
+    for i, call in enumerate(calls):
+        if not call.name:
+            raise InvalidRequest(f"{field}[{i}].name", "empty; expected the name of a tool")
+        fits = items.take(call.arguments)
+        arguments = _arguments(call.arguments) if fits else {UNPARSED: call.arguments}
+        checked.append(ToolCall(call.id, call.name, arguments))
+    return tuple(checked)
+
+
+def _arguments(source: str) -> Mapping[str, Any]:
+    """Arguments as a model wrote them, in any case an object: templates walk through its items.
+
+    A call that the length limit cut off stays in its conversation, so nothing is refused here. An
+    empty text, null and [] are no arguments; another value, and text that is no JSON, is the one
+    argument `UNPARSED`; so is text that is nested too deeply for templates, or too much.
+    """
+    try:
+        value = parse_json("", source) if source.strip() else {}
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (InvalidRequest, ValueError, RecursionError):  # no JSON, 1e999, half a character
+        value = source
+    if isinstance(value, dict):
+        return value
+    return {UNPARSED: value} if value not in (None, []) else {}
+
+
+def parse_json(field: str, source: str) -> Any:
+    """The value of a JSON text. Raises InvalidRequest naming `field`."""
+    try:
+        return nesting.loads(source)
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(field, f"not JSON: {error.msg} at character {error.pos}") from None
+    except ValueError as error:
+        what = str(error)
+        bounds = (nesting.TOO_DEEP, nesting.TOO_MANY)
+        raise InvalidRequest(field, what if what in bounds else f"not JSON: {what}") from None
+
+
+def _tool(field: str, item: Any) -> Tool:
+    if not isinstance(item, dict):
+        raise InvalidRequest(field, "expected an object")
+    if item.get("type") != "function":
+        raise InvalidRequest(f"{field}.type", 'expected "function"')
+    function = item.get("function")
+    if not isinstance(function, dict):
+        raise InvalidRequest(f"{field}.function", "expected an object")
+    name = function.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{field}.function.name", "expected 1 to 64 letters, digits, underscores, dots, dashes"
+        )
+    for key, kind in (("description", str), ("strict", bool), ("parameters", dict)):
+        if function.get(key) is not None and not isinstance(function[key], kind):
+            expected = {str: "text", bool: "true or false", dict: "a JSON schema, an object"}[kind]
+            raise InvalidRequest(f"{field}.function.{key}", f"expected {expected}")
+    strict = function.get("strict") is True
+    parameters = function.get("parameters") or _NO_PARAMETERS
+    kinds = parameters.get("type", "object")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if "object" not in kinds and (strict or any(kind in _OTHER_TYPES for kind in kinds)):
+        raise InvalidRequest(
+            f"{field}.function.parameters.type", 'expected "object": arguments have names'
+        )
+    parameters = {**parameters, "type": "object"}  # also where the schema does not say so
+    make = partial(argument_schema, parameters, strict)
+    schema = _fitting(f"{field}.function.parameters", make)
+    return Tool(name, definition=item, schema=schema, strict=strict)
+
+
+def _fitting(field: str, make: Callable[[], str]) -> str:
+    """A schema that is made for a grammar. Raises InvalidRequest naming `field`."""
+    try:
+        source = make()
+        if len(source) > MAX_SOURCE_CHARS:
+            raise Refused(f"longer than {MAX_SOURCE_CHARS} characters")
+        return source
+    except (ValueError, RecursionError) as error:  # 1e999 is read, and cannot be written again
+        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InvalidRequest(field, what) from None

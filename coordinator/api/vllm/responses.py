@@ -1,0 +1,142 @@
+"""Events of an answer -> responses of the protocol between gateways and vLLM.
+
+A stream has a chunk for new tokens and a `complete` for each choice; without `stream` there are
+only the latter. Owned by one request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from engine.base.types import FinishReason
+from engine.pb.diptych.v1 import inference_pb2
+from engine.pb.vllm import vllm_engine_pb2
+from engine.rpc.convert import reason_from_pb
+
+_REASONS = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.ABORTED: "abort",
+}
+
+
+@dataclass(slots=True)
+class _Choice:
+    """What a choice has brought so far."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[inference_pb2.TokenLogprobs] = field(default_factory=list)
+    finished: bool = False
+
+
+class Reply:
+    """The responses to one request."""
+
+    def __init__(self, request: vllm_engine_pb2.GenerateRequest) -> None:
+        self._stream = request.stream
+        self._top = request.sampling_params.logprobs > 0
+        self._num_choices = request.sampling_params.n or 1
+        self._num_prompt_tokens = len(request.tokenized.input_ids)  # 0: not known yet
+        self._choices: dict[int, _Choice] = {}
+        self._input: vllm_engine_pb2.InputLogProbs | None = None
+
+    def add(
+        self, event: inference_pb2.GenerateResponse
+    ) -> Iterator[vllm_engine_pb2.GenerateResponse]:
+        """The responses that an event of the answer gives."""
+        match event.WhichOneof("event"):
+            case "prompt":
+                self._input = _input_logprobs(event.prompt)
+            case "delta":
+                first = event.index not in self._choices
+                choice = self._choices.setdefault(event.index, _Choice())
+                choice.token_ids += event.delta.token_ids
+                choice.logprobs += event.delta.logprobs
+                if self._stream and event.delta.token_ids:
+                    yield self._chunk(event, first)
+            case "finished":
+                yield self._complete(event.index, event.finished)
+
+    def abort(self) -> Iterator[vllm_engine_pb2.GenerateResponse]:
+        """The ends of those choices that were not to end."""
+        ended = inference_pb2.Finished(
+            finish_reason=inference_pb2.FINISH_REASON_ABORTED,
+            usage=inference_pb2.Usage(prompt_tokens=self._num_prompt_tokens),
+        )
+        for index in range(self._num_choices):
+            choice = self._choices.get(index)
+            if choice is None or not choice.finished:
+                yield self._complete(index, ended)
+
+    def _chunk(
+        self, event: inference_pb2.GenerateResponse, first: bool
+    ) -> vllm_engine_pb2.GenerateResponse:
+        token_ids = event.delta.token_ids
+        chunk = vllm_engine_pb2.GenerateStreamChunk(
+            token_ids=token_ids,
+            prompt_tokens=self._num_prompt_tokens,
+            completion_tokens=len(token_ids),
+            output_logprobs=_output_logprobs(event.delta.logprobs, self._top),
+            input_logprobs=self._input if first else None,
+            index=event.index,
+        )
+        return vllm_engine_pb2.GenerateResponse(chunk=chunk)
+
+    def _complete(
+        self, index: int, finished: inference_pb2.Finished
+    ) -> vllm_engine_pb2.GenerateResponse:
+        choice = self._choices.setdefault(index, _Choice())
+        choice.finished = True
+        usage = finished.usage
+        complete = vllm_engine_pb2.GenerateComplete(
+            output_ids=choice.token_ids,
+            finish_reason=_REASONS[reason_from_pb(finished.finish_reason)],
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=len(choice.token_ids),
+            cached_tokens=usage.cached_tokens,
+            output_logprobs=_output_logprobs(choice.logprobs, self._top),
+            input_logprobs=self._input,
+            index=index,
+            spec_accepted_tokens=usage.accepted_tokens,
+            spec_draft_tokens=usage.draft_tokens,
+        )
+        match finished.matched_stop.WhichOneof("kind"):
+            case "token_id":
+                complete.matched_token_id = finished.matched_stop.token_id
+            case "text":
+                complete.matched_stop_str = finished.matched_stop.text
+        return vllm_engine_pb2.GenerateResponse(complete=complete)
+
+
+def _output_logprobs(
+    tokens: Sequence[inference_pb2.TokenLogprobs], top: bool
+) -> vllm_engine_pb2.OutputLogProbs | None:
+    if not tokens:
+        return None
+    return vllm_engine_pb2.OutputLogProbs(
+        token_logprobs=[token.chosen.logprob for token in tokens],
+        token_ids=[token.chosen.token_id for token in tokens],
+        top_logprobs=[_top_logprobs(token) for token in tokens] if top else [],
+    )
+
+
+def _input_logprobs(prompt: inference_pb2.Prompt) -> vllm_engine_pb2.InputLogProbs | None:
+    """Nothing predicts the first token: its place is there and empty."""
+    if not prompt.logprobs:
+        return None
+    value = vllm_engine_pb2.InputTokenLogProb
+    top = any(token.top for token in prompt.logprobs)
+    none = [vllm_engine_pb2.TopLogProbs()] if top else []
+    return vllm_engine_pb2.InputLogProbs(
+        token_ids=prompt.token_ids,
+        token_logprobs=[value(), *(value(value=t.chosen.logprob) for t in prompt.logprobs)],
+        top_logprobs=[*none, *(_top_logprobs(token) for token in prompt.logprobs if top)],
+    )
+
+
+def _top_logprobs(token: inference_pb2.TokenLogprobs) -> vllm_engine_pb2.TopLogProbs:
+    return vllm_engine_pb2.TopLogProbs(
+        values=[each.logprob for each in token.top],
+        token_ids=[each.token_id for each in token.top],
+    )

@@ -1,0 +1,164 @@
+"""The protocol between gateways and vLLM: a coordinator fronted as if it were one engine.
+
+Tokens in, tokens out. A thin translation to our own Generate in this process:
+
+    Generate --task--> events -> chunks -> complete (one a choice)
+                 ^
+    Abort(ids) --'  the task ends, and what is unfinished completes as "abort"
+
+An abort ends requests of the connection over which it comes, and no others: ids are chosen by
+clients, and several clients reach one coordinator. A gateway sends both over one connection.
+
+Owned by the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+from coordinator.api.grpc.service import InferenceServicer
+from coordinator.api.vllm.request import to_generate
+from coordinator.api.vllm.responses import Reply
+from coordinator.cluster.membership import Membership
+from coordinator.generation.fan_in import Merge
+from coordinator.generation.pipeline import Pipeline
+from coordinator.text.served_model import ServedModel
+from engine.pb.diptych.v1 import inference_pb2
+from engine.pb.vllm import vllm_engine_pb2
+from engine.telemetry.log import get_logger
+from engine.telemetry.metrics import CoordinatorMetrics
+
+_log = get_logger(__name__)
+
+_MAX_LOGGED = 8  # ids of one refused abort
+_SERVER_TYPE = "vllm-grpc"  # the protocol's word for who speaks it
+
+Responses = AsyncGenerator[vllm_engine_pb2.GenerateResponse, None]
+Events = Merge[inference_pb2.GenerateResponse]
+
+
+class VllmEngineServicer:
+    """See vllm_engine.proto. `ready`: whether a request would find a worker."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        inference: InferenceServicer,
+        pipeline: Pipeline,
+        membership: Membership,
+        metrics: CoordinatorMetrics,
+        ready: Callable[[], bool],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._model = model
+        self._inference = inference
+        self._pipeline = pipeline
+        self._membership = membership
+        self._metrics = metrics
+        self._ready = ready
+        self._clock = clock
+        self._started = clock()
+        self._last_request = 0.0
+        # By connection and id; several requests of one connection may have the same.
+        self._running: dict[tuple[str, str], set[asyncio.Task[None]]] = {}
+
+    # Method names are the wire's.
+    async def Generate(self, request: vllm_engine_pb2.GenerateRequest, context: Any) -> Responses:
+        """Complete a prompt."""
+        self._last_request = self._clock()
+        generate = to_generate(request, self._model.name, self._pipeline.max_model_len)
+        reply = Reply(request)
+        events: Events = Merge()
+        async with events:
+            task = events.add(self._run(generate, context, events))
+            with self._abortable((context.peer(), request.request_id), task):
+                async for event in events:
+                    for response in reply.add(event):
+                        yield response
+        if task.cancelled():
+            _log.info("request aborted by its gateway", request_id=request.request_id)
+            for response in reply.abort():
+                yield response
+
+    async def HealthCheck(
+        self, request: vllm_engine_pb2.HealthCheckRequest, context: Any
+    ) -> vllm_engine_pb2.HealthCheckResponse:
+        """Whether a request would find a decode worker."""
+        ready = self._ready()
+        message = "ready" if ready else "no decode worker is ready, or this coordinator is draining"
+        return vllm_engine_pb2.HealthCheckResponse(healthy=ready, message=message)
+
+    async def Abort(
+        self, request: vllm_engine_pb2.AbortRequest, context: Any
+    ) -> vllm_engine_pb2.AbortResponse:
+        """End requests of this connection by id; other ids are ignored."""
+        wanted, peer = set(request.request_ids), context.peer()
+        foreign = set()
+        for (owner, request_id), tasks in self._running.items():
+            if request_id in wanted and owner != peer:
+                foreign.add(request_id)
+            elif request_id in wanted:
+                for task in tasks:
+                    task.cancel()
+        if foreign:
+            self._metrics.aborts_refused.inc(len(foreign))
+            ids = sorted(foreign)[:_MAX_LOGGED]
+            _log.warning("abort refused: requests of other connections", peer=peer, request_ids=ids)
+        return vllm_engine_pb2.AbortResponse()
+
+    async def GetModelInfo(
+        self, request: vllm_engine_pb2.GetModelInfoRequest, context: Any
+    ) -> vllm_engine_pb2.GetModelInfoResponse:
+        """The served model."""
+        model, limit = self._model, self._pipeline.max_model_len
+        folder = str(model.folder) if model.folder else model.name
+        return vllm_engine_pb2.GetModelInfoResponse(
+            model_path=folder,
+            tokenizer_path=folder,
+            is_generation=True,
+            served_model_name=model.name,
+            max_context_length=limit,
+            max_req_input_len=limit,
+            vocab_size=model.limits.vocab_size,
+            architectures=[model.config.architecture],
+            eos_token_ids=model.limits.eos_token_ids,
+            bos_token_id=model.config.bos_token_id,
+        )
+
+    async def GetServerInfo(
+        self, request: vllm_engine_pb2.GetServerInfoRequest, context: Any
+    ) -> vllm_engine_pb2.GetServerInfoResponse:
+        """What goes on; the whole cluster is one engine of one rank."""
+        identity = self._membership.identity
+        return vllm_engine_pb2.GetServerInfoResponse(
+            active_requests=self._pipeline.num_requests,
+            is_paused=self._pipeline.draining,
+            last_receive_timestamp=self._last_request,
+            uptime_seconds=self._clock() - self._started,
+            server_type=_SERVER_TYPE,
+            data_parallel_size=1,
+            block_size=identity.block_size if identity else 0,
+        )
+
+    async def _run(
+        self, generate: inference_pb2.GenerateRequest, context: Any, events: Events
+    ) -> None:
+        async with aclosing(self._inference.Generate(generate, context)) as answer:
+            async for event in answer:
+                await events.put(event)
+
+    @contextmanager
+    def _abortable(self, key: tuple[str, str], task: asyncio.Task[None]) -> Iterator[None]:
+        """While inside, Abort finds the task."""
+        self._running.setdefault(key, set()).add(task)
+        try:
+            yield
+        finally:
+            tasks = self._running[key]
+            tasks.discard(task)
+            if not tasks:
+                del self._running[key]

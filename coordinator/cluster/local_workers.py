@@ -1,0 +1,280 @@
+"""Workers that a coordinator starts on its own machine: they come back, and end with it.
+
+    spawn --> running --exit--> backoff --> spawn ...        stop(): SIGTERM, a deadline, SIGKILL
+                 '--exit with status 2--> fatal: trying again does not mend a bad configuration
+
+Where a place has had a worker that lived, its configuration was a good one: status 2 is then one
+more exit, for the end of one worker must not be that of all. A process that cannot be started (no
+memory, no descriptor) is tried again.
+
+A worker that hangs does not end. What has registered and is then silent is killed, and the place
+begins again (`coordinator.cluster.watchdog`).
+
+Each worker writes to a log file of its own. `engine.process.parent_death` ties it to this process,
+kill -9 included; for that workers are forked on the main thread (the event loop's).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from engine.base.errors import ConfigError
+from engine.base.options import child_environment
+from engine.base.types import Role
+from engine.process.core_share import usable_cores
+from engine.telemetry.log import get_logger
+
+_log = get_logger(__name__)
+
+BAD_CONFIGURATION = 2  # exit status of a command that cannot use its options
+_FIRST_BACKOFF_S = 0.25
+_MAX_BACKOFF_S = 10.0
+_LAST_BYTES = 4096  # of a log, for its last line
+_STABLE_S = 30.0  # a worker that lived this long starts over with the shortest backoff
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnvironment:
+    """How a local worker runs: variables that hold where the user set none, and its niceness."""
+
+    variables: Mapping[str, str] = field(default_factory=dict)
+    nice: int = 0
+
+
+def worker_environment(
+    role: Role, cores: int, num_workers: int, *, alone: bool = False
+) -> WorkerEnvironment:
+    """What a local worker of `role` gets on a machine of `cores` with `num_workers` of them.
+
+    Threads that wait for work must not spin on cores that another worker needs. Decode goes before
+    prefill: a prompt that takes longer delays one answer, a slow step delays all of them. `alone`:
+    all peers are on this machine, so UCX, which asks nobody who he is, listens to no other.
+    """
+    threads = max(1, cores // max(1, num_workers))
+    variables = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    if alone:
+        variables["UCX_NET_DEVICES"] = "lo"
+    return WorkerEnvironment(variables, nice=5 if role is Role.PREFILL else 0)
+
+
+def worker_command(worker_id: str, role: Role, flags: Sequence[str]) -> list[str]:
+    """The command line of `prefill start` or `decode start`, without the interpreter."""
+    return [f"{role.value}.cli", "start", *flags, "--worker-id", worker_id]
+
+
+@dataclass(slots=True, eq=False)
+class LocalWorker:
+    """One place for a worker: the process in it changes."""
+
+    worker_id: str
+    role: Role
+    log_path: Path
+    process: subprocess.Popen[bytes] | None = None
+    started_s: float = 0.0  # of the process, monotonic
+    num_restarts: int = 0
+    has_lived: bool = False  # for as long as a worker does whose options can be used
+    last_end: str = ""  # exit status and last line of the process before; "": it is the first
+
+
+class Supervisor:
+    """Keeps one process a place running. `command` gives module and arguments of a worker."""
+
+    def __init__(
+        self,
+        places: Sequence[tuple[str, Role]],
+        log_dir: Path,
+        command: Callable[[str, Role], Sequence[str]],
+        environment: Callable[[Role, int, int], WorkerEnvironment] = worker_environment,
+        assigned: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
+        """`assigned`: by worker, variables that hold whatever the user set (its GPU)."""
+        self.workers = [LocalWorker(name, role, log_dir / f"{name}.log") for name, role in places]
+        self.fatal: asyncio.Future[ConfigError] = asyncio.get_running_loop().create_future()
+        self._log_dir = log_dir
+        self._command = command
+        self._environment = environment
+        self._assigned = assigned or {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stop = asyncio.Event()
+
+    def start(self) -> None:
+        """Start all workers. Raises ConfigError where the folder for logs cannot be made."""
+        try:
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+            for worker in self.workers:
+                worker.log_path.write_bytes(b"")
+        except OSError as error:
+            raise ConfigError(f"--log-dir {self._log_dir}: {error.strerror}") from None
+        self._tasks = [asyncio.create_task(self._keep(worker)) for worker in self.workers]
+
+    async def stop(self, grace_s: float = 10.0) -> None:
+        """Ask all workers to end, kill those that have not within `grace_s`."""
+        self._stop.set()
+        self._signal_all(signal.SIGTERM)
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=grace_s)
+            if late:
+                self._signal_all(signal.SIGKILL)
+                await asyncio.wait(late, timeout=5.0)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        for worker in self.workers:
+            if worker.process and worker.process.poll() is None:
+                worker.process.send_signal(number)
+
+    async def _keep(self, worker: LocalWorker) -> None:
+        """Run one place until the end."""
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            started_s = time.monotonic()
+            try:
+                status = await self._run_once(worker)
+            except OSError as error:
+                _log.error(
+                    "local worker cannot be started",
+                    worker=worker.worker_id,
+                    reason=str(error),
+                    restart_in_s=backoff_s,
+                )
+                status = None
+            if self._stop.is_set():
+                return
+            if status == BAD_CONFIGURATION and not worker.has_lived:
+                if not self.fatal.done():
+                    self.fatal.set_result(ConfigError(_last_words(worker)))
+                return
+            if time.monotonic() - started_s > _STABLE_S:
+                worker.has_lived = True
+                backoff_s = _FIRST_BACKOFF_S
+            if status is not None:
+                said = _last_line(worker)
+                worker.last_end = f"status {status}: {said}" if said else f"status {status}"
+                _log.warning(
+                    "local worker ended",
+                    worker=worker.worker_id,
+                    status=status,
+                    restart_in_s=backoff_s,
+                    said=said,
+                    log=str(worker.log_path),
+                )
+            try:
+                await asyncio.wait_for(self._stop.wait(), backoff_s)
+                return
+            except TimeoutError:
+                pass
+            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+            worker.num_restarts += 1
+
+    async def _run_once(self, worker: LocalWorker) -> int:
+        """One process from start to exit status; negative: the signal that ended it.
+
+        Raises OSError where it cannot be started, or not be watched: none is left then.
+        """
+        worker.started_s = time.monotonic()
+        with _open_log(worker) as log:
+            process = worker.process = self._spawn(worker, log)
+        _log.info("local worker started", worker=worker.worker_id, pid=process.pid)
+        try:
+            await _ended(process)
+        except OSError:
+            process.kill()
+            process.wait()
+            raise
+        return process.wait()
+
+    def _spawn(self, worker: LocalWorker, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        """Fork on this thread. Popen does it by vfork, which gRPC's fork handlers do not see."""
+        how = self._environment(worker.role, usable_cores(), len(self.workers))
+        lifeline = ["--parent", str(os.getpid()), "--nice", str(how.nice)]
+        for name, value in how.variables.items():
+            lifeline += ["--env", f"{name}={value}"]
+        command = self._command(worker.worker_id, worker.role)
+        return subprocess.Popen(
+            [sys.executable, "-m", "engine.process.parent_death", *lifeline, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**child_environment(), **self._assigned.get(worker.worker_id, {})},
+            # Ctrl-C in a terminal is for the coordinator, which ends them. Not in a session of
+            # its own: where the kernel shares cores by session (sched_autogroup), niceness says
+            # nothing between two of them.
+            process_group=0,
+        )
+
+
+def _open_log(worker: LocalWorker) -> IO[bytes]:
+    """Where the worker's lines go: nowhere, if its file cannot be had."""
+    try:
+        worker.log_path.parent.mkdir(parents=True, exist_ok=True)
+        return worker.log_path.open("ab")
+    except OSError as error:
+        _log.error("local worker has no log", worker=worker.worker_id, reason=str(error))
+        return open(os.devnull, "ab")
+
+
+async def _ended(process: subprocess.Popen[bytes]) -> None:
+    """Until the process has ended; nobody reaps it meanwhile."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    descriptor = os.pidfd_open(process.pid)
+    loop.add_reader(descriptor, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+
+
+def doing(worker: LocalWorker) -> str:
+    """How a worker ended, where it has, or else what it logged last, such as "warm-up begins:
+    decode"; "" where it logs no JSON.
+    """
+    if worker.last_end:
+        return f"restart {worker.num_restarts} after {worker.last_end}"
+    return _last_event(worker)
+
+
+def _last_event(worker: LocalWorker) -> str:
+    try:
+        with worker.log_path.open("rb") as log:
+            log.seek(max(0, worker.log_path.stat().st_size - _LAST_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    for line in reversed(lines):
+        with suppress(ValueError, TypeError, AttributeError, KeyError):
+            entry = json.loads(line)
+            step = entry.get("step")
+            return f"{entry['event']}: {step}" if step else str(entry["event"])
+    return ""
+
+
+def _last_words(worker: LocalWorker) -> str:
+    """The sentence with which a worker refused its options."""
+    if line := _last_line(worker):
+        return f"{worker.worker_id}: {line}"
+    return f"{worker.worker_id} cannot use its options; see {worker.log_path}"
+
+
+def _last_line(worker: LocalWorker) -> str:
+    """The worker's last line that is no log line; "" without one."""
+    try:
+        lines = worker.log_path.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    plain = [line.strip() for line in lines if line.strip() and not line.startswith("{")]
+    return plain[-1] if plain else ""

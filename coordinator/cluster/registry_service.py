@@ -1,0 +1,165 @@
+"""RegistryService: a worker's Register stream -> rows of the table of workers, and words back.
+
+worker --Hello, Load, Load ...--> listener task --> Membership
+       <--Welcome, Drain, Forget- outbox          <-- drain(), a worker that is found sick
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+from coordinator.cluster.membership import HEARTBEAT_S, Hello, Load, Membership, Totals, Worker
+from engine.base.errors import InvalidRequest, Mismatch, Unavailable
+from engine.base.types import KVPool, Peer
+from engine.pb.diptych.internal.v1 import registry_pb2
+from engine.rpc.convert import health_from_pb, identity_from_pb, link_from_pb, role_from_pb
+from engine.telemetry.log import get_logger
+
+_log = get_logger(__name__)
+
+_SICK_DRAIN_S = 0.001  # nothing that a sick worker still computes is to be waited for
+_MAX_SICK = 64
+
+Outbox = asyncio.Queue[registry_pb2.CoordinatorMessage | None]  # None: the stream is over
+
+
+class RegistryServicer:
+    """Serves workers; its streams end with them."""
+
+    def __init__(self, membership: Membership, coordinator_id: str) -> None:
+        self._membership = membership
+        self._coordinator_id = coordinator_id
+        self._outboxes: dict[str, Outbox] = {}  # by incarnation
+        self._sick: deque[str] = deque(maxlen=_MAX_SICK)  # incarnations
+        membership.on_sick = self._quarantine
+
+    def hears(self, worker: Worker) -> bool:
+        """Whether the worker's stream is open: its process has not ended."""
+        return worker.peer.incarnation in self._outboxes
+
+    def drain(self, worker: Worker, deadline_s: float) -> None:
+        """Tell a worker to drain; 0: within its own time. Raises Unavailable if it cannot hear."""
+        outbox = self._outboxes.get(worker.peer.incarnation)
+        if outbox is None:
+            raise Unavailable(f"worker {worker.peer.worker_id} is not connected now")
+        drain = registry_pb2.Drain(deadline_s=deadline_s)
+        outbox.put_nowait(registry_pb2.CoordinatorMessage(drain=drain))
+
+    def _quarantine(self, sick: Worker) -> None:
+        """Have a sick worker end, and all others drop the blocks that it had a part in."""
+        self._sick.append(sick.peer.incarnation)
+        for incarnation, outbox in self._outboxes.items():
+            if incarnation != sick.peer.incarnation:
+                outbox.put_nowait(_forget(sick.peer.incarnation))
+        with suppress(Unavailable):
+            self.drain(sick, _SICK_DRAIN_S)
+
+    async def Register(
+        self, messages: AsyncIterator[registry_pb2.WorkerMessage], context: Any
+    ) -> AsyncIterator[registry_pb2.CoordinatorMessage]:
+        """One worker's stream; see registry.proto."""
+        first = await anext(messages, None)
+        if first is None or not first.HasField("hello"):
+            raise InvalidRequest("hello", "unset; expected as the first message")
+        hello = _hello(first.hello)
+        try:
+            worker = self._membership.register(hello)
+        except Mismatch as error:
+            _log.warning("worker refused", worker=hello.peer.worker_id, reason=error.message)
+            refused = registry_pb2.Refused(reason=error.message)
+            yield registry_pb2.CoordinatorMessage(refused=refused)
+            return
+        outbox: Outbox = asyncio.Queue()
+        self._outboxes[hello.peer.incarnation] = outbox
+        listener = asyncio.create_task(self._listen(messages, worker, outbox))
+        try:
+            welcome = registry_pb2.Welcome(
+                coordinator_id=self._coordinator_id, heartbeat_s=HEARTBEAT_S
+            )
+            yield registry_pb2.CoordinatorMessage(welcome=welcome)
+            for incarnation in tuple(self._sick):  # it may have missed one
+                yield _forget(incarnation)
+            while (message := await outbox.get()) is not None:
+                yield message
+            await listener
+        finally:
+            listener.cancel()
+            await asyncio.gather(listener, return_exceptions=True)
+            if self._outboxes.get(hello.peer.incarnation) is outbox:
+                del self._outboxes[hello.peer.incarnation]
+            self._membership.left(worker)
+
+    async def ReportStall(
+        self, request: registry_pb2.Stall, context: Any
+    ) -> registry_pb2.StallNoted:
+        """A worker's event loop does not turn; see registry.proto."""
+        self._membership.stalled(request.worker_id, request.incarnation, request.lag_s)
+        return registry_pb2.StallNoted()
+
+    async def _listen(
+        self, messages: AsyncIterator[registry_pb2.WorkerMessage], worker: Worker, outbox: Outbox
+    ) -> None:
+        """Note what the worker says until its stream ends or another has taken its place."""
+        try:
+            async for message in messages:
+                if message.HasField("load") and not self._membership.heartbeat(
+                    worker, _load(message.load)
+                ):
+                    return
+        finally:
+            outbox.put_nowait(None)
+
+
+def _forget(incarnation: str) -> registry_pb2.CoordinatorMessage:
+    forget = registry_pb2.Forget(incarnation=incarnation)
+    return registry_pb2.CoordinatorMessage(forget=forget)
+
+
+def _hello(pb: registry_pb2.Hello) -> Hello:
+    role = role_from_pb(pb.role)
+    if role is None:
+        raise InvalidRequest("hello.role", "unset; expected prefill or decode")
+    for field in ("worker_id", "incarnation", "address"):
+        if not getattr(pb, field):
+            raise InvalidRequest(f"hello.{field}", "empty")
+    if pb.model.block_size < 1 or pb.model.max_model_len < 1:
+        raise InvalidRequest("hello.model", "block_size and max_model_len are at least 1")
+    return Hello(
+        peer=Peer(pb.worker_id, pb.incarnation, pb.address),
+        role=role,
+        http_address=pb.http_address,
+        model=identity_from_pb(pb.model),
+        protocol_version=pb.protocol_version,
+        kv_pool=KVPool(pb.kv_pool.num_bytes, pb.kv_pool.limit),
+    )
+
+
+def _load(pb: registry_pb2.Load) -> Load:
+    totals = pb.totals
+    return Load(
+        num_running=pb.num_running,
+        num_waiting=pb.num_waiting,
+        waiting_tokens=pb.waiting_tokens,
+        free_blocks=pb.free_blocks,
+        cached_blocks=pb.cached_blocks,
+        held_blocks=pb.held_blocks,
+        total_blocks=pb.total_blocks,
+        quarantined_blocks=pb.quarantined_blocks,
+        draining=pb.draining,
+        health=health_from_pb(pb.health),
+        links=tuple(link_from_pb(link) for link in pb.links),
+        totals=Totals(
+            prompt_tokens_computed=totals.prompt_tokens_computed,
+            prompt_tokens_cached=totals.prompt_tokens_cached,
+            blocks_pulled=totals.blocks_pulled,
+            bytes_pulled=totals.bytes_pulled,
+            pull_seconds=totals.pull_seconds,
+            stale_reads=totals.stale_reads,
+            draft_tokens=totals.draft_tokens,
+            accepted_tokens=totals.accepted_tokens,
+        ),
+    )

@@ -1,0 +1,200 @@
+"""`make demo`: the whole stack on this machine, one real answer, a summary, nothing left behind.
+
+It starts `coordinator start` on free ports like any user would, and talks to it through the public
+API alone. What the stack prints while it starts is shown as it comes. A slow start is waited for as
+long as something moves (a line in a log, processor time); Ctrl-C ends the stack in order.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from types import FrameType
+
+import grpc
+from rich.console import Console
+from rich.table import Table
+
+from coordinator.client import Client, Done, TextDelta, describe
+from coordinator.commands.demo_progress import StackOutput, Stillness
+from engine.base.errors import ConfigError, DiptychError
+from engine.base.options import child_environment, state_dir
+from engine.pb.diptych.v1 import admin_pb2
+from engine.telemetry.progress import LINE_S, Progress
+
+# The first start compiles kernels and converts the model. A loaded machine takes its time: what
+# ends the demo is a stack that stands still, and at last a limit that no start should reach.
+_STILL_S = 120.0
+_START_S = 3600.0
+_ANSWER_S = 600.0
+_STOP_S = 20.0
+_SETTLE_S = 5.0
+_QUESTION = (
+    "A diptych is a pair of painted panels joined by a hinge. Travellers folded it shut to protect "
+    "the pictures, and opened it on a table to look at them side by side. The left panel often "
+    "showed a saint and the right panel the person who had ordered the work, so that the two "
+    "seemed to look at each other across the hinge. Explain in a few sentences what a diptych is "
+    "and why the hinge matters."
+)
+
+
+def main() -> int:
+    """Run the demo; returns the exit status."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _demo(Console(stderr=True))
+    except ConfigError as error:
+        print(f"demo: {error.message}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"demo: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ndemo: interrupted", file=sys.stderr)
+        return 130
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _demo(console: Console) -> int:
+    log_dir = state_dir() / "demo" / str(os.getpid())  # of its own: two may run at once
+    log_dir.mkdir(parents=True, exist_ok=True)
+    server, http = _free_address(), _free_address()
+    # Tied to this process, kill -9 included; a session of its own: Ctrl-C is for this process.
+    command = [sys.executable, "-m", "engine.process.parent_death", "--parent", str(os.getpid())]
+    command += ["coordinator.cli", "start", "--listen", server]
+    command += ["--http", http, "--log-dir", str(log_dir), "--log-format", "json"]
+    print("Starting a coordinator, a prefill worker and a decode worker", flush=True)
+    stack = _start(command, log_dir / "coordinator.log")
+    try:
+        with Client(server) as client:
+            _wait_ready(client, stack, log_dir)
+            done = _answer(client)
+            workers = _at_rest(client)
+        _summary(console, done, workers, log_dir)
+    except DiptychError as error:
+        console.print(f"demo: {error.message}; logs in {log_dir}", highlight=False, soft_wrap=True)
+        return 1
+    except grpc.RpcError as error:
+        console.print(
+            f"demo: {describe(error)}; logs in {log_dir}", highlight=False, soft_wrap=True
+        )
+        return 1
+    finally:
+        _end(stack)
+    return 0
+
+
+def _start(command: Sequence[str], log_path: Path) -> subprocess.Popen[bytes]:
+    with log_path.open("wb") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, env=child_environment(), start_new_session=True
+        )
+
+
+def _end(stack: subprocess.Popen[bytes]) -> None:
+    """End the stack in order; at once where that takes long, or on another Ctrl-C."""
+    try:
+        stack.send_signal(signal.SIGTERM)
+        stack.wait(_STOP_S)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        stack.kill()  # takes its workers along
+        stack.wait()
+
+
+def _free_address() -> str:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{sock.getsockname()[1]}"
+
+
+def _wait_ready(client: Client, stack: subprocess.Popen[bytes], log_dir: Path) -> None:
+    """Until a worker of each role is ready. Raises DiptychError."""
+    deadline = time.monotonic() + _START_S
+    output = StackOutput(log_dir / "coordinator.log", time.monotonic)
+    stillness = Stillness(stack.pid, log_dir, time.monotonic)
+    while True:
+        output.show()
+        if stack.poll() is not None:
+            output.show()
+            raise DiptychError(f"the stack ended: {output.last or 'no output'}")
+        try:
+            ready = {w.role for w in client.workers(timeout_s=2.0) if w.state == "ready"}
+            if ready == {"prefill", "decode"}:
+                return
+        except DiptychError:
+            pass
+        if stillness.seconds() > _STILL_S:
+            raise DiptychError(f"the stack has stood still for {_STILL_S:.0f} s")
+        if time.monotonic() > deadline:
+            raise DiptychError(f"the workers were not ready after {_START_S:.0f} s")
+        time.sleep(0.2)
+
+
+def _answer(client: Client) -> Done:
+    """Stream one answer to standard output."""
+    print(f"> {_QUESTION}\n", flush=True)
+    question = ({"role": "user", "content": _QUESTION},)
+    events = iter(client.chat(question, timeout_s=_ANSWER_S, max_tokens=160))
+    with Progress("waiting for the first token", first_s=LINE_S):
+        first = next(events)
+    for event in chain([first], events):
+        if isinstance(event, TextDelta):
+            print(event.text, end="", flush=True)
+        elif isinstance(event, Done):
+            print("\n", flush=True)
+            return event
+    raise DiptychError("the answer had no end")
+
+
+def _at_rest(client: Client) -> Sequence[admin_pb2.Worker]:
+    """The workers once their last heartbeat tells of nothing held."""
+    deadline = time.monotonic() + _SETTLE_S
+    while True:
+        workers = client.workers()
+        moved = any(w.blocks_pulled for w in workers)
+        if (moved and not any(w.held_blocks for w in workers)) or time.monotonic() > deadline:
+            return workers
+        time.sleep(0.1)
+
+
+def _summary(
+    console: Console, done: Done, workers: Sequence[admin_pb2.Worker], log_dir: Path
+) -> None:
+    usage, timing = done.usage, done.timing
+    decode = [w for w in workers if w.role == "decode"]
+    blocks, num_bytes = sum(w.blocks_pulled for w in decode), sum(w.bytes_pulled for w in decode)
+    seconds = sum(w.pull_seconds for w in decode)
+    speed = f", {num_bytes / seconds / 1e9:.2f} GB/s" if seconds else ""
+    pace = (usage.completion_tokens - 1) / timing.decode if timing.decode else 0.0
+    rate = usage.accepted_tokens / usage.draft_tokens if usage.draft_tokens else 0.0
+    computed = sum(w.prompt_tokens_computed for w in workers)
+    held = sum(w.held_blocks for w in workers)
+    rows = (
+        ("time to first token", f"{timing.first_token * 1000:.0f} ms"),
+        ("answer", f"{usage.completion_tokens} tokens, {pace:.1f} tokens/s"),
+        ("prompt", f"{computed} tokens computed, {usage.cached_tokens} cached"),
+        ("KV moved over NIXL", f"{blocks} blocks, {num_bytes / 2**20:.1f} MiB{speed}"),
+        ("drafts", f"{usage.accepted_tokens} of {usage.draft_tokens} tokens accepted ({rate:.0%})"),
+        ("stale reads", f"{sum(w.stale_reads for w in workers)}"),
+        ("blocks still held", f"{held}"),
+        ("logs", str(log_dir)),
+    )
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows:
+        table.add_row(f"[bold]{name}[/bold]", value)
+    console.print(table, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""One attempt at an answer: a call of Decode, from its request to what its end means.
+
+    Progress --> DecodeRequest --> D ... tokens --> Answer.push --> Chunk ...
+                                   '--> finished, or lost: Unavailable, and another attempt may help
+
+An attempt is given all tokens of the earlier ones. Closing the generator cancels the call of D.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import grpc
+
+from coordinator.cluster.membership import Membership
+from coordinator.generation.dispatch import Dispatch, Route, home_name, meaning_of
+from coordinator.generation.output import Answer
+from coordinator.generation.request import AnswerRequest, Chunk, Ending
+from coordinator.generation.shared_parts import SharedParts
+from engine.base.errors import DeadlineExceeded, Unavailable
+from engine.base.types import FinishReason, StopParams, TokenLogprobs
+from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
+from engine.rpc.channel import ChannelPool
+from engine.rpc.convert import (
+    constraint_to_pb,
+    logprobs_from_pb,
+    peer_to_pb,
+    reason_from_pb,
+    sampling_to_pb,
+    stop_to_pb,
+)
+from engine.rpc.liveness import next_message
+from engine.rpc.trust import ClusterToken
+
+Report = worker_pb2.Tokens | worker_pb2.DecodeFinished
+
+
+@dataclass(slots=True)
+class Spent:
+    """What workers have reported of one answer, summed over attempts."""
+
+    draft_tokens: int = 0  # of the attempts that ended
+    accepted_tokens: int = 0
+    first: Report | None = None  # of the first attempt that reported
+    last: Report | None = None  # of this attempt
+    first_is_open: bool = True
+
+    def report(self, numbers: Report) -> None:
+        """Running numbers of the attempt in progress."""
+        self.last = numbers
+        if self.first_is_open:
+            self.first = numbers
+
+    def end_attempt(self) -> None:
+        """The attempt is over; the next one counts from zero."""
+        if self.last is not None:
+            self.draft_tokens += self.last.draft_tokens
+            self.accepted_tokens += self.last.accepted_tokens
+            self.first_is_open = False
+            self.last = None
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far one answer has come, over all attempts."""
+
+    request: AnswerRequest
+    prompt: list[int]
+    answer: Answer
+    parts: SharedParts = field(default_factory=SharedParts)
+    spent: Spent = field(default_factory=Spent)
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+    def take(self, tokens: worker_pb2.Tokens) -> Chunk:
+        """What has come from a worker."""
+        return self.answer.push(tokens.token_ids, logprobs_from_pb(tokens.logprobs))
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and answer so far."""
+        return len(self.prompt) + len(self.answer.token_ids)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the next attempt has to compute the prompt's log-probabilities."""
+        request = self.request
+        wanted = request.num_prompt_logprobs is not None and request.tells_prompt
+        return wanted and not self.prompt_logprobs and len(self.prompt) > 1
+
+
+class Caller:
+    """Calls decode workers. Owns the channels to them; lives on the event loop."""
+
+    def __init__(self, membership: Membership, token: ClusterToken | None = None) -> None:
+        self._membership = membership
+        self._channels = ChannelPool(token)
+        self._closed = False
+
+    async def close(self) -> None:
+        """Close the channels to workers; attempts on them are lost."""
+        self._closed = True
+        await self._channels.close()
+
+    async def attempt(
+        self, progress: Progress, route: Route, dispatch: Dispatch
+    ) -> AsyncGenerator[Chunk, None]:
+        """New tokens, until the answer has ended.
+
+        Raises Unavailable if another attempt may help, DeadlineExceeded, or what the worker said.
+        """
+        answer, spent = progress.answer, progress.spent
+        with ExitStack() as assigned, ExitStack() as until_first_token:
+            assigned.enter_context(self._membership.assigned(route.decode, 0))
+            computing = route.prefill or route.decode
+            # The other choices find the prompt's blocks with choice 0.
+            num_tokens = 0 if progress.request.index else progress.num_tokens
+            until_first_token.enter_context(self._membership.assigned(computing, num_tokens))
+            home = home_name(route.decode)
+            try:
+                async with aclosing(self._responses(progress, route, dispatch)) as responses:
+                    async for response in responses:
+                        if response.HasField("tokens"):
+                            until_first_token.close()
+                            spent.report(response.tokens)
+                            if scores := response.tokens.prompt_logprobs:  # of thousands of tokens
+                                read = await asyncio.to_thread(logprobs_from_pb, scores)
+                                progress.prompt_logprobs = tuple(read)
+                            chunk = progress.take(response.tokens)
+                            if chunk.token_ids:
+                                yield replace(chunk, home=home)
+                                home = ""  # once is enough
+                            if answer.ended_here:
+                                return
+                        elif response.HasField("finished"):
+                            spent.report(response.finished)
+                            _take_ending(answer, response.finished)
+                            return
+                if answer.ending is None:
+                    raise Unavailable("the decode worker ended its stream before the answer")
+            except grpc.aio.AioRpcError as error:
+                if answer.ending is None:
+                    _explain(error, answer, dispatch)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not self._closed or (task and task.cancelling()):
+                    raise
+                raise Unavailable("the channels to workers were closed") from None
+
+    async def _responses(
+        self, progress: Progress, route: Route, dispatch: Dispatch
+    ) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
+        """Messages of a call of Decode, or of a second one where D lacked the shared parts."""
+        parts, incarnation = progress.parts, route.decode.peer.incarnation
+        name = f"decode worker {route.decode.peer.worker_id}"
+        since_stall_s = partial(self._membership.since_stall_s, route.decode.peer)
+        while True:
+            carries = await parts.turn(incarnation, dispatch.remaining_s())
+            is_unknown = False
+            call = None
+            try:
+                request = _decode_request(progress, route, carries)
+                call = self._stub(route).Decode(request, timeout=dispatch.remaining_s())
+                del request  # it may be large, and the call long
+                read = partial(next_message, call, name, since_stall_s=since_stall_s)
+                while (response := await read()) is not None:
+                    if is_unknown := response.HasField("unknown"):
+                        break
+                    if carries:
+                        parts.arrived(incarnation)
+                    yield response
+            finally:
+                if carries:
+                    parts.end_turn(incarnation)
+                if call is not None:
+                    call.cancel()
+            if not is_unknown:
+                return
+            if carries:
+                raise Unavailable("the decode worker does not take the request's shared parts")
+            parts.forgotten(incarnation)
+
+    def _stub(self, route: Route) -> worker_pb2_grpc.DecodeServiceStub:
+        """Of the route's decode worker; channels to workers that have gone are let go."""
+        self._channels.keep_only({w.peer.address for w in self._membership.snapshot()})
+        return worker_pb2_grpc.DecodeServiceStub(self._channels.get(route.decode.peer.address))
+
+
+def _decode_request(
+    progress: Progress, route: Route, carries: bool = True
+) -> worker_pb2.DecodeRequest:
+    """One call's message; `carries`: with what the choices share, else the worker has that."""
+    request, answer = progress.request, progress.answer
+    sampling = request.sampling if carries else replace(request.sampling, logit_bias=())
+    stop = StopParams(
+        max_tokens=answer.max_tokens,
+        min_tokens=min(request.min_tokens, answer.max_tokens),
+        stop_token_ids=request.stop_token_ids if carries else frozenset(),
+    )
+    return worker_pb2.DecodeRequest(
+        request_id=request.request_id,
+        shared_key=progress.parts.key,
+        prompt_token_ids=progress.prompt if carries else (),
+        output_token_ids=answer.token_ids,
+        sampling=sampling_to_pb(sampling),
+        stop=stop_to_pb(stop),
+        prefill=peer_to_pb(route.prefill.peer) if route.prefill else None,
+        cache_salt=request.cache_salt,
+        priority=request.priority,
+        incarnation=route.decode.peer.incarnation,
+        num_logprobs=request.num_logprobs,
+        num_prompt_logprobs=request.num_prompt_logprobs if progress.scores_prompt else None,
+        constraint=constraint_to_pb(request.constraint) if carries else None,
+    )
+
+
+def _take_ending(answer: Answer, finished: worker_pb2.DecodeFinished) -> None:
+    """The worker's word on why the answer ended, where its tokens alone do not tell."""
+    if answer.ending is not None:
+        return
+    reason = reason_from_pb(finished.finish_reason)
+    if reason is FinishReason.ABORTED:
+        raise Unavailable("the decode worker gave the answer up")
+    matched = finished.HasField("matched_stop_token")
+    answer.ending = Ending(reason, finished.matched_stop_token if matched else None)
+
+
+def _explain(error: grpc.aio.AioRpcError, answer: Answer, dispatch: Dispatch) -> None:
+    """Raise what a worker's status means for this request."""
+    meaning = meaning_of(error, num_emitted=len(answer.token_ids))
+    if meaning is None:
+        raise RuntimeError(f"decode worker: {error.code().name}: {error.details()}") from error
+    if isinstance(meaning, DeadlineExceeded):
+        dispatch.remaining_s()  # ours, if it has passed
+        raise Unavailable(meaning.message) from None
+    raise meaning from None

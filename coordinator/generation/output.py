@@ -1,0 +1,234 @@
+"""One answer as its client sees it: text, stops and the end, all functions of the tokens so far.
+
+    token -> stop token? --yes--> STOP, its text is not shown (unless the client wants it)
+               |
+               '-> detokenizer -> tool calls -> content -> stop strings -> text that may be released
+                                       |                       '-> complete? STOP
+                                       '-> calls that ended            max_tokens reached? LENGTH
+
+Stop strings, and stop tokens that the client named, act on content: what is part of a tool call, or
+may be, is none. A special token ends an answer also where a stop string spells it and no text shows
+it. The token that ends the answer brings all its text: a client that has the token has the text,
+and may resume from there. A constrained answer of full length may just have come to its end:
+whether that is STOP or LENGTH only the worker can say. Owned by one request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from coordinator.generation.request import AnswerRequest, Chunk, Ending
+from coordinator.text.detokenizer import BROKEN, Detokenizer
+from coordinator.text.stops import StopChecker, StopSet
+from coordinator.text.tokenizer import Tokenizer
+from coordinator.text.tool_parser import ToolCalls, call_id
+from coordinator.text.values import Placement, ToolCallPiece
+from engine.base.types import FinishReason, TokenLogprobs
+
+_NOWHERE = Placement()
+_PIECE_TOKENS = 64  # a millisecond of work
+
+
+class Answer:
+    """Tokens and text of one answer; `token_ids` ends with the token that ends the answer."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: AnswerRequest,
+        prompt: Sequence[int] = (),
+        *,
+        max_tokens: int,
+        min_tokens: int,
+        stops: StopSet | None = None,
+    ) -> None:
+        """`stops`: of the request, ready; None: they are made here.
+
+        What the request resumes is taken by `catch_up`.
+        """
+        self.token_ids: list[int] = []
+        self.ending: Ending | None = None
+        self.max_tokens = max_tokens
+        self._index = request.index
+        self._is_constrained = request.constraint is not None
+        self._stop_token_ids = request.stop_token_ids
+        self._content_stop_ids = request.content_stop_ids
+        self._include_stop = request.include_stop
+        self._min_tokens = min_tokens
+        self._calls: ToolCalls | None = None
+        self._ended_calls: list[ToolCallPiece] = []
+        markers: tuple[int, ...] = ()
+        if request.tools:
+            form = request.tools.format
+            markers = tuple(form.tokens.values())
+            make_id = partial(call_id, f"{request.request_id}/{request.index}", form.id_chars)
+            self._calls = ToolCalls(request.tools, make_id)
+        self._detokenizer = Detokenizer(tokenizer, request.skip_special_tokens, markers, prompt)
+        # An echoed prompt and the answer make one text: decode(prompt + answer). Where the prompt
+        # ends within a character, that character is the answer's; a prompt given as text is whole.
+        self.broken_prompt_end = ""
+        if request.echo and request.text is None and BROKEN in self._detokenizer.due:
+            self.broken_prompt_end = self._detokenizer.release_due()
+        self._tokenizer = tokenizer
+        self._special_ids = tokenizer.special_ids
+        names = tokenizer.special_names if request.stop_strings else ()
+        stops = stops or StopSet(request.stop_strings, names)
+        self._stops = StopChecker(stops, request.include_stop, min_tokens)
+        self._resumed = request.resumed
+        self.num_resumed = 0
+
+    def catch_up(self) -> Iterator[bool]:
+        """Take the tokens of an earlier connection, a piece a step, before all others.
+
+        They count in everything; their text has been delivered.
+        """
+        for start in range(0, len(self._resumed), _PIECE_TOKENS):
+            self.push(self._resumed[start : start + _PIECE_TOKENS])
+            self.num_resumed = len(self.token_ids)
+            yield True
+
+    @property
+    def num_new(self) -> int:
+        """Tokens that this connection has delivered."""
+        return len(self.token_ids) - self.num_resumed
+
+    def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> Chunk:
+        """Take the next tokens, with what is known of each; those after the end are dropped."""
+        texts: list[str] = []
+        offsets: list[int] = []
+        num_at_start = 0
+        for token_id in token_ids:
+            if self.ending is not None:
+                break
+            if logprobs:
+                offsets.append(self._detokenizer.position_of(token_id))
+                num_at_start += self._detokenizer.is_at_start
+            texts.append(self._push(token_id))
+        taken = len(texts)
+        return Chunk(
+            "".join(texts),
+            tuple(token_ids[:taken]),
+            self._take_calls(),
+            tuple(logprobs[:taken]),
+            self._index,
+            Placement(tuple(offsets), num_at_start) if logprobs else _NOWHERE,
+        )
+
+    def finish(self) -> Chunk:
+        """What was held back, where another than the last token ended the answer."""
+        text = self._rest()
+        return Chunk(text, (), self._take_calls(), index=self._index)
+
+    def _take_calls(self) -> tuple[ToolCallPiece, ...]:
+        """Those that have ended since the last time."""
+        calls, self._ended_calls = tuple(self._ended_calls), []
+        return calls
+
+    @property
+    def ended_here(self) -> bool:
+        """Whether it has ended by something that the worker does not know of."""
+        ending = self.ending
+        return ending is not None and (
+            ending.matched_text is not None or ending.matched_token in self._content_stop_ids
+        )
+
+    def _push(self, token_id: int) -> str:
+        """Text that a token releases; it may end the answer."""
+        self.token_ids.append(token_id)
+        if self._is_stop_token(token_id):
+            self.ending = Ending(FinishReason.STOP, matched_token=token_id)
+            return self._end_at(token_id)
+        name, shown = self._special(token_id) if token_id in self._special_ids else ("", "")
+        if name and not shown:
+            text = self._push_hidden(name)
+        elif self._calls is not None:  # a special token that is shown is a marker of calls
+            text = self._stops.push(self._content(self._detokenizer.push((token_id,))))
+        else:
+            text = self._detokenizer.push((token_id,)).removesuffix(shown)
+            text = self._stops.push(text, name, shown)
+        self._stop_if_matched()
+        if (
+            len(self.token_ids) >= self.max_tokens
+            and self.ending is None
+            and not self._is_constrained
+        ):
+            self.ending = Ending(FinishReason.LENGTH)
+            text += self._rest()
+        return text
+
+    def _content(self, text: str) -> str:
+        """What of the next text is part of no call."""
+        if self._calls is None:
+            return text
+        parsed = self._calls.push(text)
+        self._ended_calls += parsed.pieces
+        return parsed.text
+
+    def _is_stop_token(self, token_id: int) -> bool:
+        if len(self.token_ids) <= self._min_tokens:
+            return False
+        if token_id in self._stop_token_ids:
+            return True
+        is_named = token_id in self._content_stop_ids
+        return is_named and (
+            self._calls is None or self._calls.is_content(self._tokenizer.text_of(token_id))
+        )
+
+    def _special(self, token_id: int) -> tuple[str, str]:
+        """A special token's name, and what of it is shown."""
+        name = self._tokenizer.special_name(token_id)
+        hidden = not name or self._detokenizer.hides(token_id)
+        return name, "" if hidden else self._tokenizer.text_of(token_id)
+
+    def _push_hidden(self, name: str) -> str:
+        """Text that may be released after a special token that no text shows.
+
+        Only a stop string makes something of it; all that is still held stands before it then.
+        """
+        if not self._stops.names(name) or (self._calls and self._calls.is_in_call):
+            return self._stops.push("")
+        before = self._calls.held_text if self._calls else ""
+        before += self._detokenizer.peek()
+        if not before:
+            return self._stops.push("", name)
+        trial = self._stops.fork()
+        text = trial.push(before, name)
+        if trial.match is None:  # the answer goes on, and so do they
+            return self._stops.push("", name)
+        self._stops = trial
+        return text
+
+    def _end_at(self, token_id: int) -> str:
+        """The rest of an answer that a stop token ends, whose own text few clients want."""
+        text = self._detokenizer.push((token_id,)) if self._include_stop else ""
+        text += self._detokenizer.flush()
+        name, shown = self._special(token_id)
+        shown = shown if self._include_stop else ""
+        content = self._last_content(text.removesuffix(shown), is_cut=False)
+        text = self._stops.push(content, name, shown) + self._stops.flush()
+        self._stop_if_matched()
+        return text
+
+    def _rest(self) -> str:
+        """What was held back of an answer that ends behind its last token."""
+        if self._stops.match is not None:
+            return ""
+        is_cut = self.ending is not None and self.ending.reason is FinishReason.LENGTH
+        content = self._last_content(self._detokenizer.flush(), is_cut=is_cut)
+        text = self._stops.flush(content)
+        self._stop_if_matched()
+        return text
+
+    def _last_content(self, text: str, is_cut: bool) -> str:
+        """The same of the last text of the answer; what waited for its end is decided."""
+        content = self._content(text)
+        if self._calls is not None:
+            rest = self._calls.flush(is_cut)
+            self._ended_calls += rest.pieces
+            content += rest.text
+        return content
+
+    def _stop_if_matched(self) -> None:
+        if self._stops.match is not None:
+            self.ending = Ending(FinishReason.STOP, matched_text=self._stops.match.text)

@@ -1,0 +1,65 @@
+"""A checked request -> its prompt as token ids, and its constraint as the model's grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from coordinator.generation.request import AnswerRequest
+from coordinator.generation.tool_schemas import fitting_constraint
+from coordinator.text.detokenizer import lead_of
+from coordinator.text.served_model import ServedModel
+from engine.base.errors import InvalidRequest
+from engine.constraints.checker import refusal
+
+
+async def prompt_of(model: ServedModel, request: AnswerRequest, max_model_len: int) -> list[int]:
+    """The request's prompt as token ids, at least one token shorter than the context.
+
+    Raises InvalidRequest naming the prompt's field.
+    """
+    if request.token_ids is not None:
+        field, ids = "token_ids", list(request.token_ids)
+    elif request.messages is not None:
+        tools = request.tools.tools if request.tools else ()
+        field, ids = "messages", await model.encode_chat(request.messages, max_model_len, tools)
+    else:
+        assert request.text is not None, "a checked request has a prompt"
+        field, ids = "text", await model.encode("text", request.text, True, max_model_len)
+    if not ids:
+        why = "this model has none to begin with" if field == "text" else "nothing is rendered"
+        raise InvalidRequest(field, f"no tokens in it, and {why}; expected at least one")
+    if len(ids) >= max_model_len:
+        raise InvalidRequest(
+            field,
+            f"{len(ids)} tokens leave no room for an answer in a context of {max_model_len}",
+        )
+    return ids
+
+
+async def checked(
+    model: ServedModel, request: AnswerRequest, prompt: Sequence[int]
+) -> AnswerRequest:
+    """The request, its constraint changed where schemas of tools can be held in part, and to
+    what an answer behind this prompt writes before its text.
+
+    Raises InvalidRequest where no answer can be held to its constraint, or what the client has
+    of one does not fit it; Unavailable where that is not known in time.
+    """
+    if request.constraint is None or model.checker is None:
+        return request
+    lead = lead_of(model.tokenizer, prompt, request.skip_special_tokens)
+    constraint = replace(request.constraint, lead=lead)
+    found = await model.checker.tried(constraint)
+    if found.reason:
+        fitting = await fitting_constraint(model.checker, request, refusal(found))
+        constraint = replace(fitting, lead=lead)
+    resumed = [resume.token_ids for resume in request.resumes]
+    if any(resumed):
+        found = await model.checker.tried(constraint, resumed)
+        if found.misfit >= 0:
+            what = f"of choice {found.misfit}: {refusal(found).description}"
+            raise InvalidRequest("resume", what)
+        if found.reason:
+            raise InvalidRequest("resume", f"of a constrained answer: {found.reason}")
+    return replace(request, constraint=constraint)

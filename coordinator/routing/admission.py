@@ -1,0 +1,206 @@
+"""Who may come in: a bound on admitted requests and on their prompt tokens.
+
+    admit() -> Ticket -> set_tokens(n) -> release()
+       |                    |
+       +--- Overloaded -----+    retry_after_s: until there is room, at the last minute's pace
+
+Owned by the event loop; a ticket is released exactly once, however its request ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+
+from engine.base.errors import Overloaded
+from engine.http.holds import Hold
+from engine.telemetry.metrics import CoordinatorMetrics
+
+_WINDOW_S = 60.0
+_MIN_RETRY_S = 0.1
+_MAX_RETRY_S = 60.0
+_UNKNOWN_RETRY_S = 1.0  # nothing has completed lately: no pace to go by
+
+
+class Ticket:
+    """One admitted request; `doing` is its holder's word on what is happening to it."""
+
+    def __init__(
+        self,
+        admission: Admission,
+        admitted_s: float,
+        request_id: str,
+        deadline_s: float,
+        num_requests: int,
+    ) -> None:
+        self._admission = admission
+        self.num_requests = num_requests  # its choices
+        self.admitted_s = admitted_s
+        self.request_id = request_id
+        self.deadline_s = deadline_s
+        self.doing = "is being tokenized"
+        self.num_tokens = 0  # 0: refused before it had a worker
+        self.released = False
+
+    def set_tokens(self, num_tokens: int) -> None:
+        """Claim room for the prompt; raises Overloaded where there is none."""
+        self._admission._claim(self, num_tokens)
+
+    def release(self) -> None:
+        """Give the room back; once or more often."""
+        if not self.released:
+            self.released = True
+            self._admission._release(self)
+
+
+class _Endings:
+    """Requests that left lately: sums and the earliest start, each in O(1) a request."""
+
+    def __init__(self) -> None:
+        # (moment, when it had come, choices, prompt tokens), oldest first.
+        self._all: deque[tuple[float, float, int, int]] = deque()
+        # (moment, when it had come) of those that no later one began before: the first began first.
+        self._earliest: deque[tuple[float, float]] = deque()
+        self.num_requests = 0
+        self.num_tokens = 0
+
+    @property
+    def first_admitted_s(self) -> float:
+        """When the one that came first had come. There has to be one."""
+        return self._earliest[0][1]
+
+    def add(self, now: float, admitted_s: float, num_requests: int, num_tokens: int) -> None:
+        """One has left at `now`, which never goes back."""
+        self._all.append((now, admitted_s, num_requests, num_tokens))
+        self.num_requests += num_requests
+        self.num_tokens += num_tokens
+        while self._earliest and self._earliest[-1][1] >= admitted_s:
+            self._earliest.pop()
+        self._earliest.append((now, admitted_s))
+
+    def forget(self, horizon_s: float) -> None:
+        """Drop those that left before `horizon_s`."""
+        while self._all and self._all[0][0] < horizon_s:
+            *_, num_requests, num_tokens = self._all.popleft()
+            self.num_requests -= num_requests
+            self.num_tokens -= num_tokens
+        while self._earliest and self._earliest[0][0] < horizon_s:
+            self._earliest.popleft()
+
+
+class Admission:
+    """Counts what is inside. A prompt larger than the bound comes in when nothing else is."""
+
+    def __init__(
+        self,
+        max_requests: int,
+        max_tokens: int,
+        metrics: CoordinatorMetrics,
+        clock: Callable[[], float] = time.monotonic,
+        what: str = "",
+    ) -> None:
+        """`what` stands before the reasons of the counter, and names the requests in messages."""
+        self._what = what
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
+        self._metrics = metrics
+        self._clock = clock
+        self._completed = _Endings()
+        self._tickets: set[Ticket] = set()
+        self._promised_s = 0.0  # when the last one that was refused was told to come back
+        self.num_requests = 0
+        self.num_tokens = 0
+        self.idle = asyncio.Event()  # set while nothing is inside
+        self.idle.set()
+
+    def admit(
+        self, request_id: str = "", deadline_s: float = math.inf, num_requests: int = 1
+    ) -> Ticket:
+        """Let one request in, until `deadline_s` on our clock at most; raises Overloaded.
+
+        It counts as `num_requests`; one of more than the limit comes in when nothing else is.
+        """
+        excess = self.num_requests + num_requests - self._max_requests
+        if self.num_requests and excess > 0:
+            self._metrics.admission_rejected(self._reason("requests"))
+            raise Overloaded(
+                f"{self.num_requests} {self._named('requests')} are admitted and {num_requests}"
+                f" more are above the limit of {self._max_requests}",
+                self._retry_after_s(num_requests=min(excess, self.num_requests), num_tokens=0),
+            )
+        self.num_requests += num_requests
+        self.idle.clear()
+        ticket = Ticket(self, self._clock(), request_id, deadline_s, num_requests)
+        self._tickets.add(ticket)
+        return ticket
+
+    def holds(self) -> list[Hold]:
+        """Every request inside, for /debug/holds."""
+        now = self._clock()
+        return [
+            Hold(
+                kind="request",
+                owner=ticket.request_id,
+                reason=f"admitted; it {ticket.doing}",
+                age_s=now - ticket.admitted_s,
+                deadline_s=left if math.isfinite(left := ticket.deadline_s - now) else None,
+                note="" if math.isfinite(left) else "none was given; it ends with its call",
+                num_tokens=ticket.num_tokens,
+            )
+            for ticket in self._tickets
+        ]
+
+    def _claim(self, ticket: Ticket, num_tokens: int) -> None:
+        if self.num_tokens and self.num_tokens + num_tokens > self._max_tokens:
+            self._metrics.admission_rejected(self._reason("tokens"))
+            excess = self.num_tokens + num_tokens - self._max_tokens
+            raise Overloaded(
+                f"{self.num_tokens} {self._named('prompt tokens')} are admitted and {num_tokens}"
+                f" more are above the limit of {self._max_tokens}",
+                self._retry_after_s(num_requests=0, num_tokens=min(excess, self.num_tokens)),
+            )
+        ticket.num_tokens = num_tokens
+        self.num_tokens += num_tokens
+
+    def _release(self, ticket: Ticket) -> None:
+        self._tickets.discard(ticket)
+        self.num_requests -= ticket.num_requests
+        self.num_tokens -= ticket.num_tokens
+        if not self.num_requests:
+            self.idle.set()
+        if ticket.num_tokens:  # who was refused at once tells nothing about the pace
+            self._completed.add(
+                self._clock(), ticket.admitted_s, ticket.num_requests, ticket.num_tokens
+            )
+        self._completed.forget(self._clock() - _WINDOW_S)
+
+    def _named(self, noun: str) -> str:
+        return f"{self._what} {noun}" if self._what else noun
+
+    def _reason(self, bound: str) -> str:
+        return f"{self._what}_{bound}" if self._what else bound
+
+    def _retry_after_s(self, *, num_requests: int, num_tokens: int) -> float:
+        """Time in which, at the recent pace, as much leaves as is in the way.
+
+        It begins where the last promise ends, so that those who are refused together do not come
+        back together.
+        """
+        now = self._clock()
+        self._completed.forget(now - _WINDOW_S)
+        if not self._completed.num_requests:
+            # Nothing to go by: as if all that may be inside took this long.
+            share = max(num_requests / self._max_requests, num_tokens / self._max_tokens)
+            promise_s = min(max(self._promised_s, now + _UNKNOWN_RETRY_S), now + _MAX_RETRY_S)
+            self._promised_s = promise_s + share * _UNKNOWN_RETRY_S
+            return promise_s - now
+        begun_s = max(now - _WINDOW_S, self._completed.first_admitted_s)
+        span = max(now - begun_s, 1e-3)
+        wait = num_requests * span / self._completed.num_requests
+        if num_tokens:
+            wait = max(wait, num_tokens * span / max(1, self._completed.num_tokens))
+        self._promised_s = min(max(self._promised_s, now) + wait, now + _MAX_RETRY_S)
+        return max(self._promised_s - now, _MIN_RETRY_S)

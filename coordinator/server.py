@@ -1,0 +1,235 @@
+"""A coordinator, put together: the public door, the workers' door, HTTP, the table, the pipeline.
+
+    start() -> serving -> drain() (no new requests, those inside finish) -> end_requests() -> stop()
+
+Made, used and ended in one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from contextlib import suppress
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from starlette.routing import BaseRoute
+
+from coordinator.api.grpc.responses import alive
+from coordinator.api.grpc.service import AdminServicer, InferenceServicer
+from coordinator.api.oip.service import OipServicer
+from coordinator.api.openai.api import OpenAiApi
+from coordinator.api.openai.cors import with_cors
+from coordinator.api.switches import Switches
+from coordinator.api.vllm.service import VllmEngineServicer
+from coordinator.cluster.auth import Trust
+from coordinator.cluster.membership import Membership
+from coordinator.cluster.registry_service import RegistryServicer
+from coordinator.generation.pipeline import Pipeline
+from coordinator.routing.admission import Admission
+from coordinator.text.served_model import ServedModel
+from engine.base.memory import host_memory
+from engine.base.options import FrontOptions
+from engine.base.types import Role
+from engine.http.guard import refusals_counter
+from engine.http.holds import holds_route, shown
+from engine.http.server import HttpServer, make_app, serve_http
+from engine.pb.diptych.internal.v1 import registry_pb2
+from engine.pb.diptych.v1 import admin_pb2, inference_pb2
+from engine.pb.inference import grpc_service_pb2
+from engine.pb.vllm import vllm_engine_pb2
+from engine.rpc.channel import MAX_REQUEST_BYTES
+from engine.rpc.receive_budget import ReceiveBudget
+from engine.rpc.server import RpcServer
+from engine.telemetry.metrics import CoordinatorMetrics, RpcMetrics
+
+# A call without a deadline is ended by the pipeline; this is for one whose client stopped reading.
+_STUCK_S = 10.0
+_LEAST_IN_FLIGHT, _MOST_IN_FLIGHT = 128 << 20, 2 << 30  # bytes of requests
+_LAST_WORDS_S = 1.0  # for the statuses of requests that are cut off
+
+
+class Coordinator:
+    """One front. Make it, start it and stop it in one event loop."""
+
+    def __init__(self, front: FrontOptions, model: ServedModel, trust: Trust | None = None) -> None:
+        self.trust = trust = trust or Trust()
+        self._front = front
+        self._switches = Switches(front.disable)
+        self.model = model
+        self.registry = CollectorRegistry()
+        self.metrics = metrics = CoordinatorMetrics(self.registry, model.name)
+        self.membership = Membership(
+            model.name, model.limits.vocab_size, metrics, tokenizer_digest=model.tokenizer_digest
+        )
+        model.count_constraints(metrics.constraints.tried)
+        self._admission = Admission(front.max_queued_requests, front.max_queued_tokens, metrics)
+        self.pipeline = Pipeline(
+            model,
+            self.membership,
+            self._admission,
+            metrics,
+            worker_wait_s=front.worker_wait_s,
+            token=trust.cluster,
+        )
+        self._tokenizing = Admission(
+            front.max_queued_requests, front.max_queued_tokens, metrics, what="tokenize"
+        )
+        inference = InferenceServicer(
+            model,
+            self.pipeline,
+            self.membership,
+            metrics,
+            max_request_s=front.max_request_s,
+            tokenizing=self._tokenizing,
+            switches=self._switches,
+        )
+        rpc_metrics = RpcMetrics(self.registry)
+        # A half each, so that bodies keep no messages out, nor messages bodies.
+        half = (front.max_request_bytes_in_flight or _bytes_in_flight()) // 2
+        self._budget, self._http_budget = (
+            ReceiveBudget(half, lambda: metrics.admission_rejected("bytes")) for _ in range(2)
+        )
+        reflection = self._switches.serves("reflection")
+        self._public = RpcServer(
+            rpc_metrics,
+            client_timeout_s=front.client_timeout_s,
+            max_request_bytes=MAX_REQUEST_BYTES,
+            budget=self._budget,
+            reflection=reflection,
+        )
+        self._internal = self._public
+        if front.internal_listen:
+            self._internal = RpcServer(rpc_metrics, budget=self._budget, reflection=reflection)
+        public = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
+        limit_s = front.max_request_s + _STUCK_S
+        self._public.add_service(public, inference, limit_s=limit_s, alive=alive)
+        admin = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
+        workers = RegistryServicer(self.membership, f"coordinator-{secrets.token_hex(4)}")
+        operator = AdminServicer(self.membership, workers)
+        self._public.add_service(admin, operator, token=trust.operator, guarded={"DrainWorker"})
+        registry = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"]
+        # Streams of its workers are open for ever, and must not end for want of room.
+        self._internal.add_service(registry, workers, token=trust.cluster, is_counted=False)
+        self._speak_other_protocols(inference, metrics)
+        self._http: HttpServer | None = None
+        self._openai: OpenAiApi | None = None
+        self.address = front.listen
+        self.internal_address = front.internal_listen or front.listen
+        self.http_address = front.http
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would find a decode worker."""
+        return not self.pipeline.draining and self.membership.ready(Role.DECODE)
+
+    async def start(self) -> None:
+        """Listen on all addresses. Raises ConfigError where one is in use."""
+        self.address = _with_port(self._front.listen, self._public.listen(self._front.listen))
+        self.internal_address = self.address
+        if self._internal is not self._public:
+            port = self._internal.listen(self._front.internal_listen)
+            self.internal_address = _with_port(self._front.internal_listen, port)
+        refused = refusals_counter(self.registry)
+        routes: list[BaseRoute] = [holds_route(self._holds, self.trust.operator, refused)]
+        if self._switches.serves("openai"):
+            self._openai = OpenAiApi(
+                dialable(self.address),
+                self.registry,
+                sse_keepalive_s=self._front.sse_keepalive_s,
+                budget=self._http_budget,
+            )
+            routes += self._openai.routes()
+        app = make_app(self.registry, lambda: self.ready, routes)
+        self._http = await serve_http(
+            with_cors(app, self._front.cors_origins),
+            self._front.http,
+            client_timeout_s=self._front.client_timeout_s,
+            keepalive_s=self._front.http_keepalive_s,
+            grpc_port=int(self.address.rpartition(":")[2]),
+            allowed_hosts=self._front.allowed_hosts,
+            origins=self._front.cors_origins,
+            refused=refused,
+        )
+        self.http_address = self._http.address
+        await self._public.start()
+        if self._internal is not self._public:
+            await self._internal.start()
+
+    async def _holds(self) -> dict[str, Any]:
+        """The answer of /debug/holds."""
+        holds = [*self._admission.holds(), *self._tokenizing.holds()]
+        return {"process": {"role": "coordinator"}, "holds": shown(holds)}
+
+    def _speak_other_protocols(
+        self, inference: InferenceServicer, metrics: CoordinatorMetrics
+    ) -> None:
+        """What clients of Triton and KServe, and gateways in front of vLLM, speak."""
+        limit_s = self._front.max_request_s
+        oip = OipServicer(
+            self.model.name,
+            inference,
+            self.pipeline,
+            metrics,
+            lambda: self.ready,
+            max_request_s=limit_s,
+        )
+        if self._switches.serves("oip"):
+            # No limit on its streams, which clients keep; each request of one has its own.
+            self._public.add_service(
+                grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"], oip
+            )
+        engine = VllmEngineServicer(
+            self.model, inference, self.pipeline, self.membership, metrics, lambda: self.ready
+        )
+        if self._switches.serves("engine-protocol"):
+            self._public.add_service(
+                vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"],
+                engine,
+                limit_s=limit_s + _STUCK_S,
+            )
+
+    async def drain(self, deadline_s: float) -> bool:
+        """Refuse new requests and wait for those inside; False: some are left at the deadline."""
+        self.pipeline.draining = True
+        await self._public.set_serving(False)
+        try:
+            await asyncio.wait_for(self.pipeline.idle.wait(), deadline_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def end_requests(self) -> None:
+        """End those inside: their clients learn how far they came, and ask another coordinator."""
+        await self.pipeline.close()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.pipeline.idle.wait(), _LAST_WORDS_S)
+
+    async def stop(self) -> None:
+        """End everything; calls that still run are cancelled."""
+        await self.end_requests()
+        await self._public.stop()
+        if self._internal is not self._public:
+            await self._internal.stop()
+        if self._http:
+            await self._http.stop()
+        if self._openai:
+            await self._openai.close()
+        self.model.close()
+
+
+def _bytes_in_flight() -> int:
+    """What requests that are received may take of this machine's memory, or of the cgroup's."""
+    share = host_memory().available_bytes // 8
+    return min(max(share, _LEAST_IN_FLIGHT), _MOST_IN_FLIGHT)
+
+
+def dialable(address: str) -> str:
+    """An address at which this machine reaches what listens on `address`, wildcards included."""
+    host, _, port = address.rpartition(":")
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    return f"{host}:{port}"
+
+
+def _with_port(address: str, port: int) -> str:
+    return f"{address.rpartition(':')[0]}:{port}"

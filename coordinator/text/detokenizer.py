@@ -1,0 +1,270 @@
+"""Streaming detokenization: the text of an answer, token by token, never half a character.
+
+The text of an answer is decode(prompt + answer) without decode(prompt): what a tokenizer does at
+the start of a text (SentencePiece removes a space) happens at the start of the prompt only. What is
+released after token i depends on the prompt and tokens 0..i alone, however they arrive. The state
+is a few bytes, so a push costs the same at any length.
+
+    byte-level     bytes -> incremental UTF-8; a broken sequence becomes U+FFFD once it is known
+    SentencePiece  text passes; a run of byte tokens waits for its end, because one bad byte turns
+                   the *whole run* into U+FFFD, one a byte (so does the library's decode)
+
+A prompt may end within a character or a run. Its decode ends with U+FFFD then (or with the run's
+characters); the answer's text begins where decode(prompt + answer) differs from that:
+
+    decode(prompt)            The caf|?          `?` is U+FFFD, the text that is due
+    decode(prompt + answer)   The caf|é s        the answer's text: "é s"
+    decode(prompt + answer)   The caf|? s        the answer's text: " s"
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+
+from coordinator.text.tokenizer import Piece, Tokenizer
+from coordinator.text.values import Placement
+
+BROKEN = "\ufffd"
+_MAX_CHAR_BYTES = 4
+
+
+class Detokenizer:
+    """One answer's text. Owned by the request; not shared."""
+
+    __slots__ = (
+        "_due",
+        "_is_byte_level",
+        "_is_first",
+        "_num_released",
+        "_num_run_chars",
+        "_num_to_strip",
+        "_run",
+        "_run_utf8",
+        "_skipped",
+        "_tokenizer",
+        "_utf8",
+    )
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        shown: Iterable[int] = (),  # special tokens that are not skipped
+        prompt: Sequence[int] = (),  # what the answer follows
+    ) -> None:
+        self._tokenizer = tokenizer
+        skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._skipped = skipped
+        self._is_byte_level = tokenizer.decoding.byte_level
+        self._utf8 = _utf8_decoder()
+        self._run = bytearray()  # SentencePiece: byte tokens whose run has not ended
+        self._run_utf8 = _utf8_decoder()  # tells how many characters the run has so far
+        self._is_first = True  # SentencePiece: no token has come yet
+        self._num_to_strip = tokenizer.decoding.num_stripped
+        self._due = ""
+        self._num_released = self._num_run_chars = 0
+        self._read_prompt(prompt)
+        self._num_released = self._num_run_chars = 0
+        self._skipped = skipped.difference(shown)
+
+    @property
+    def due(self) -> str:
+        """The end of decode(prompt) that the answer's first tokens may change."""
+        return self._due
+
+    def position_of(self, token_id: int) -> int:
+        """Characters of the answer before this token's own, if it came next.
+
+        One that goes on with a character has that one's; one that breaks it stands behind.
+        """
+        piece = self._piece(token_id)
+        if piece is None or (piece.raw is not None and not self._is_byte_level):
+            return self._num_released + self._num_run_chars
+        if piece.raw is None:
+            before = self._incomplete()
+        else:
+            begun = self._utf8.getstate()[0]
+            before = (begun + piece.raw[:1]).decode("utf-8", "replace")[:-1] if begun else ""
+        return self._num_released + len(before) - _num_common(self._due, before)
+
+    @property
+    def is_at_start(self) -> bool:
+        """Whether the next token may be the first of the whole text, which loses a space."""
+        if self._run:
+            decoding = self._tokenizer.decoding
+            text = self._text_of_run(bytes(self._run), self._is_first)
+            return bool(_strip(text, decoding.stripped, self._num_to_strip)[1])
+        return not self._is_byte_level and bool(self._is_first or self._num_to_strip)
+
+    @property
+    def stripped_next(self) -> str:
+        """What would be removed from the start of the next text."""
+        return self._tokenizer.decoding.stripped * self._num_to_strip
+
+    def hides(self, token_id: int) -> bool:
+        """Whether this token is never part of the text."""
+        return token_id in self._skipped
+
+    def release_due(self) -> str:
+        """Give what is due to the answer: the prompt's text is shown without it."""
+        due, self._due = self._due, ""
+        self._num_run_chars = len(_utf8_decoder().decode(bytes(self._run)))
+        return due
+
+    def peek(self) -> str:
+        """What `flush` would give now, if the answer ended here."""
+        text = self._incomplete()
+        return text[_num_common(self._due, text) :]
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Text that these tokens made final; may be empty while a character is incomplete."""
+        step = self._push_bytes if self._is_byte_level else self._push_text
+        return self._released("".join([step(token_id) for token_id in ids]))
+
+    def flush(self) -> str:
+        """The rest at the end of an answer: whatever was incomplete, as U+FFFD."""
+        if self._is_byte_level:
+            return self._released(self._utf8.decode(b"", final=True))
+        return self._released(self._stripped(self._end_run()))
+
+    def _piece(self, token_id: int) -> Piece | None:
+        return None if token_id in self._skipped else self._tokenizer.piece(token_id)
+
+    def _push_bytes(self, token_id: int) -> str:
+        piece = None if token_id in self._skipped else self._tokenizer.piece(token_id)
+        if piece is None or piece.raw is None:
+            return ""
+        return self._utf8.decode(piece.raw)
+
+    def _push_text(self, token_id: int) -> str:
+        piece = self._piece(token_id)
+        if piece is None:
+            return ""
+        if piece.raw is not None:
+            self._run += piece.raw
+            self._num_run_chars += len(self._run_utf8.decode(piece.raw))
+            return ""
+        if self._run:
+            return self._stripped(self._end_run() + piece.text)
+        text = piece.first if self._is_first else piece.text
+        self._is_first = False
+        return self._stripped(text)
+
+    def _end_run(self) -> str:
+        """The text of the byte tokens that were waiting."""
+        if not self._run:
+            return ""
+        run, self._run = bytes(self._run), bytearray()
+        self._run_utf8.reset()
+        self._num_run_chars = 0
+        is_first, self._is_first = self._is_first, False
+        return self._text_of_run(run, is_first)
+
+    def _text_of_run(self, run: bytes, is_first: bool) -> str:
+        try:
+            text = run.decode()
+        except UnicodeDecodeError:
+            return BROKEN * len(run)
+        for old, new, new_in_first in self._tokenizer.decoding.then_replaced:
+            text = text.replace(old, new_in_first if is_first else new)
+        return text
+
+    def _incomplete(self) -> str:
+        """The text of what waits for its end, as it is so far."""
+        decoding = self._tokenizer.decoding
+        if self._is_byte_level:
+            return self._utf8.getstate()[0].decode("utf-8", "replace")
+        text = self._text_of_run(bytes(self._run), self._is_first) if self._run else ""
+        return _strip(text, decoding.stripped, self._num_to_strip)[0]
+
+    def _stripped(self, text: str) -> str:
+        """Without what SentencePiece writes before the first word of a text."""
+        if not self._num_to_strip:
+            return text
+        text, self._num_to_strip = _strip(
+            text, self._tokenizer.decoding.stripped, self._num_to_strip
+        )
+        return text
+
+    def _released(self, text: str) -> str:
+        """Without what the prompt's own text says already."""
+        if self._due and text:
+            common = _num_common(self._due, text)
+            self._due = self._due[common:] if common == len(text) else ""
+            text = text[common:]
+        self._num_released += len(text)
+        return text
+
+    # The prompt
+
+    def _read_prompt(self, prompt: Sequence[int]) -> None:
+        """Its start, and its end: what lies between changes nothing of the state."""
+        begin = 0
+        while begin < len(prompt) and (self._run or self.is_at_start):
+            self.push(prompt[begin : begin + 1])
+            begin += 1
+        self.push(reversed(self._tail(prompt, begin)))
+        self._due = self._incomplete()
+
+    def _tail(self, prompt: Sequence[int], begin: int) -> list[int]:
+        """The last tokens, last one first, that may belong to an incomplete character or run."""
+        tail, num_bytes = [], 0
+        for i in range(len(prompt) - 1, begin - 1, -1):
+            piece = self._piece(prompt[i])
+            if piece is None:
+                continue
+            if piece.raw is None:
+                break
+            tail.append(prompt[i])
+            num_bytes += len(piece.raw)
+            if self._is_byte_level and num_bytes >= _MAX_CHAR_BYTES:
+                break
+        return tail
+
+
+def lead_of(tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool) -> str:
+    """What an answer writes before its text, because it is stripped from the start of a text.
+
+    A grammar is about the text. Where there is none yet, a text " yes" is written "▁▁yes".
+    """
+    return Detokenizer(tokenizer, skip_special_tokens, prompt=prompt).stripped_next
+
+
+def place_prompt(
+    tokenizer: Tokenizer, ids: Sequence[int], text: str, skip_special_tokens: bool
+) -> Placement:
+    """Where a prompt's tokens stand in its text; one that the text spells stands there as such."""
+    stream = Detokenizer(tokenizer, skip_special_tokens)
+    offsets, num_released, at, num_at_start = [], 0, 0, 0
+    for token_id in ids:
+        num_at_start += stream.is_at_start
+        offsets.append(min(at + stream.position_of(token_id) - num_released, len(text)))
+        if skip_special_tokens and token_id in tokenizer.special_ids:
+            name = tokenizer.text_of(token_id)
+            at += len(name) * text.startswith(name, at)
+            continue
+        released = stream.push((token_id,))
+        num_released += len(released)
+        if not text.startswith(released, at):  # some tokenizers add a space behind such a name
+            released = released.removeprefix(" ")
+        at += len(released)
+    return Placement(tuple(offsets), num_at_start)
+
+
+def _utf8_decoder() -> codecs.IncrementalDecoder:
+    return codecs.getincrementaldecoder("utf-8")("replace")
+
+
+def _num_common(one: str, other: str) -> int:
+    """Characters in which both begin alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _strip(text: str, char: str, at_most: int) -> tuple[str, int]:
+    """`text` without up to `at_most` of `char` at its start; how many the next text may lose."""
+    num = 0
+    while num < at_most and text[num : num + 1] == char:
+        num += 1
+    return text[num:], at_most - num if num == len(text) else 0

@@ -1,0 +1,174 @@
+"""The served model as the coordinator knows it: its name, vocabulary, tokenizer and chat template.
+
+Tokenizing runs in threads: a prompt of megabytes takes seconds, and the event loop belongs to
+everybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from coordinator.text.chat_prompt import Turns, chat_prompt
+from coordinator.text.chat_template import ChatTemplate, turns
+from coordinator.text.tokenizer import Tokenizer
+from coordinator.text.tool_format import AUTO, HERMES, Tool, ToolFormat, choose_format
+from coordinator.text.values import ChatMessage
+from engine.base.errors import InvalidRequest
+from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.fingerprint import tokenizer_digest
+from engine.checkpoint.source import Checkpoint
+from engine.constraints import Checker, Vocabulary
+
+_NUM_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request is checked against."""
+
+    model: str
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_model_len: int  # nothing in a request needs more tokens than this
+    tool_format: ToolFormat = HERMES  # how the model writes calls
+
+
+class ServedModel:
+    """One model. `max_model_len` 0: the checkpoint's own."""
+
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        max_model_len: int = 0,
+        tool_format: str = AUTO,
+        folder: Path | None = None,
+        parse_special: str = "prompts",
+        tokenizer_digest: str = "",
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.folder = folder  # of the checkpoint
+        self.tokenizer = tokenizer
+        self.tokenizer_digest = tokenizer_digest
+        self.max_model_len = max_model_len or config.context
+        self.limits = Limits(
+            name,
+            config.vocab_size,
+            config.eos_token_ids,
+            self.max_model_len,
+            choose_format(tool_format, template.text).bound(tokenizer),
+        )
+        vocabulary = Vocabulary(folder, config.vocab_size, config.eos_token_ids) if folder else None
+        self._checker = Checker(vocabulary) if vocabulary else None
+        self._template = template
+        self._parse_special = parse_special
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        name: str,
+        max_model_len: int,
+        tool_format: str = AUTO,
+        parse_special: str = "prompts",
+    ) -> ServedModel:
+        """Read tokenizer and template of a checkpoint. Raises CheckpointError."""
+        return cls(
+            name,
+            checkpoint.config,
+            Tokenizer.load(checkpoint.folder),
+            ChatTemplate.load(checkpoint.folder),
+            max_model_len,
+            tool_format,
+            checkpoint.folder,
+            parse_special,
+            tokenizer_digest(checkpoint.folder),
+        )
+
+    def count_constraints(self, count: Callable[[str], None]) -> None:
+        """Have `count` called with the outcome of each try of a constraint."""
+        if self._checker is not None:
+            self._checker.count = count
+
+    def prepare(self) -> None:
+        """In a thread, before requests come: what the first message of some kind would wait for."""
+        self._threads.submit(self.tokenizer.special.prepare)
+        if self._checker is not None:
+            self._checker.prepare()
+
+    @property
+    def checker(self) -> Checker | None:
+        """What tries constraints; None without a checkpoint's folder."""
+        return self._checker
+
+    async def encode(
+        self, field: str, text: str, add_special_tokens: bool, max_model_len: int
+    ) -> list[int]:
+        """Token ids of `text`. Raises InvalidRequest, untokenized, where it can never fit."""
+        self._check_length(field, max_model_len, text)
+        meant: list[tuple[int, int]] | None = [] if self._parse_special == "none" else None
+        encode = partial(self.tokenizer.encode, text, add_special_tokens, meant)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+
+    def _check_length(self, field: str, max_model_len: int, text: str) -> None:
+        if (least := self.tokenizer.min_num_tokens(text)) > max_model_len:
+            raise InvalidRequest(
+                field,
+                f"{len(text)} characters are at least {least} tokens, above a context of"
+                f" {max_model_len}",
+            )
+
+    async def encode_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        max_model_len: int,
+        tools: Sequence[Tool] = (),
+        add_generation_prompt: bool = True,
+        field: str = "messages",
+    ) -> list[int]:
+        """Token ids of a conversation, which by default asks for the next turn.
+
+        The template writes special tokens; what spells one in the caller's texts is text, unless
+        --parse-special is all. Raises InvalidRequest naming `field`.
+        """
+        form = self.limits.tool_format
+
+        def render(messages: Turns, tools: Turns) -> str:
+            return self._template.render(messages, tools, add_generation_prompt, form)
+
+        def encode() -> list[int]:
+            prompt = chat_prompt(
+                render,
+                self.tokenizer.special,
+                turns(messages, form),
+                [tool.definition for tool in tools],
+                partial(self._check_length, field, max_model_len),
+                callers_too=self._parse_special == "all",
+            )
+            return self.tokenizer.encode(prompt.text, False, prompt.meant)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+        except InvalidRequest as error:
+            raise InvalidRequest(field, error.description) from None
+
+    async def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Text of `ids`."""
+        loop = asyncio.get_running_loop()
+        decode = self.tokenizer.decode
+        return await loop.run_in_executor(self._threads, decode, ids, skip_special_tokens)
+
+    def close(self) -> None:
+        """End the threads; what they work on is dropped."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._checker is not None:
+            self._checker.close()

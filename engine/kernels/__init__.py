@@ -1,0 +1,64 @@
+"""C kernels for the CPU: compiled once on the machine that runs them, called through ctypes.
+
+`kernels()` gives None where there is no compiler or the CPU lacks the instructions; callers then
+use torch, which is slower: `why_not` tells the reason. The shared object is kept under the cache
+folder, named by a digest of sources, compiler and CPU flags; `build` makes it.
+
+    decoder.c      one call a step: rows in, logits out; KV written on the way
+    matmul.c       packed and dense products      attention.c   paged attention
+    threads.c      loops over cores that local workers share
+    sampling.c     tokens from logits             logprobs.c    their log-probabilities
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+from engine.base.cpu_features import KERNEL_FLAGS, compiler, cpu_flags
+from engine.kernels.build import BuildError, built_library
+from engine.telemetry.log import get_logger
+
+_log = get_logger(__name__)
+# How much slower torch writes the default model's answers: measured, see docs/operations.md.
+TIMES_SLOWER = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The loaded library."""
+
+    library: ctypes.CDLL
+
+
+def kernels() -> Kernels | None:
+    """The kernels for this CPU, compiled on the first call on a machine; None where there are none.
+
+    Never raises: everything here has a slower way in torch.
+    """
+    found = _load()
+    return found if isinstance(found, Kernels) else None
+
+
+def why_not() -> str:
+    """Why there are no kernels, and the remedy; "" where there are."""
+    found = _load()
+    return found if isinstance(found, str) else ""
+
+
+@cache
+def _load() -> Kernels | str:
+    """The kernels, or why there are none."""
+    command, missing = compiler(), KERNEL_FLAGS - cpu_flags()
+    if missing:
+        reason = f"this CPU lacks the instructions {', '.join(sorted(missing))}"
+    elif command is None:
+        reason = "there is no C compiler (Debian, Ubuntu: apt-get install build-essential)"
+    else:
+        try:
+            return Kernels(ctypes.CDLL(str(built_library(command, cpu_flags()))))
+        except (BuildError, OSError) as error:
+            reason = f"the CPU kernels could not be compiled: {error}"
+    _log.warning("no native kernels, torch computes", reason=reason)
+    return reason

@@ -1,0 +1,418 @@
+/* A step of a Llama-family decoder on the CPU: ragged rows in, logits out, one call.
+ *
+ *     x --norm--> qkv --rotate, write KV--> attention --> out --(+ x)--> norm --> gate, up --> down --(+ x)
+ *      30 times, then norm and the vocabulary, for the tokens whose logits are wanted
+ *
+ * Between products everything is fp32; a product's input becomes 16-bit fixed point where its weight is
+ * packed (matmul.h); K and V are rounded to bfloat16 when they are written. Each arrow is one `parallel`
+ * loop. Every number of a token is computed by the same operations in the same order whatever else is in
+ * the step, so the logits of a token are a function of its context alone, bit for bit.
+ *
+ * The caller owns the weights, the pool and the batch. An arena holds what a step needs in between; it
+ * grows to the largest step and belongs to one caller at a time.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "attention.h"
+#include "matmul.h"
+#include "threads.h"
+
+enum { ROWS_A_TURN = 128, TOKENS_A_TURN = 8, MAX_GROUPS_A_TURN = 16 };
+
+typedef struct {
+    const float *input_norm, *mlp_norm; /* [hidden] */
+    matrix qkv, out, gate_up, down;
+} layer_weights;
+
+/* Widths are multiples of 32; see engine/models/fast_path.py, which fills this in. */
+typedef struct {
+    int32_t num_layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, window;
+    float eps, rope_scale;
+    const float *inv_freq; /* [head_dim / 2] */
+    const float *norm;     /* [hidden] */
+    matrix embedding, head;
+    const layer_weights *layers;
+} decoder;
+
+/* T tokens of R rows, S wanted logits; the KV of earlier positions is in the pool. */
+typedef struct {
+    int32_t num_tokens, num_rows, num_logits, table_stride;
+    const int32_t *token_ids;   /* [T] */
+    const int32_t *first_token; /* [R + 1] */
+    const int32_t *position;    /* [R], of the row's first token */
+    const int32_t *tables;      /* [R, table_stride]: block ids */
+    const int32_t *logit_index; /* [S]: tokens */
+} batch;
+
+/* Where the model's layers lie in the pool. */
+typedef struct {
+    bf16 *first;          /* of block 0, this model's first layer */
+    int64_t block_stride; /* elements */
+    int32_t block_size, unused;
+} kv_pool;
+
+/* One task of attention: some tokens of a row, one head, all segments or one of them. */
+typedef struct {
+    int32_t row, head, token, num_tokens; /* `token`: of the step */
+    int32_t first_segment;
+    partial *part; /* of that segment alone; NULL: all of them, finished at once */
+} attention_task;
+
+typedef struct {
+    const decoder *model;
+    const batch *b;
+    kv_pool pool;
+    geometry at; /* the layer in work */
+    operand normed, attended, inner;
+    float *x, *qkv, *rope, *logits;
+    attention_task *tasks;
+    int num_tasks, split;
+    int32_t *row_of; /* [T] */
+    char *scratch;   /* one part a thread */
+    size_t scratch_bytes;
+} step;
+
+/* ---- memory ------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    char *memory;
+    size_t size, used;
+} arena;
+
+arena *diptych_arena_new(void) { return calloc(1, sizeof(arena)); }
+
+void diptych_arena_free(arena *a) {
+    if (a) free(a->memory);
+    free(a);
+}
+
+static void *take(arena *a, size_t bytes) {
+    void *at = a->memory ? a->memory + a->used : NULL;
+    a->used += (bytes + 127) & ~(size_t)63;
+    return at;
+}
+
+static operand take_operand(arena *a, size_t rows, int columns) {
+    const size_t blocks = rows * (columns / BLOCK);
+    operand o = {.columns = columns};
+    o.x = take(a, sizeof(float) * rows * columns);
+    o.q = take(a, sizeof(int16_t) * rows * columns);
+    o.scale = take(a, sizeof(float) * blocks);
+    o.sum = take(a, sizeof(float) * blocks);
+    o.count = take(a, sizeof(int32_t) * blocks);
+    return o;
+}
+
+static int at_most(int a, int b) { return a < b ? a : b; }
+static int at_least(int a, int b) { return a > b ? a : b; }
+
+/* ---- loops over tokens -------------------------------------------------------------------------------- */
+
+static void norm_row(const float *x, const float *weight, float eps, const operand *to, int row) {
+    const int width = to->columns;
+    float *out = to->x + (size_t)row * width;
+    __m512 squares = _mm512_setzero_ps();
+    for (int i = 0; i < width; i += 16) {
+        __m512 v = _mm512_loadu_ps(x + i);
+        squares = _mm512_fmadd_ps(v, v, squares);
+    }
+    const __m512 scale = _mm512_set1_ps(1.0f / sqrtf(sum1(squares) / (float)width + eps));
+    for (int i = 0; i < width; i += 16)
+        _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale),
+                                                _mm512_loadu_ps(weight + i)));
+    quantise(to, row, 0, width);
+}
+
+/* A loop over `count` rows of x, or over chosen ones. */
+typedef struct {
+    step *s;
+    const float *weight;
+    const int32_t *chosen;
+    int count;
+} norm_loop;
+
+static void norm_turn(void *arg, int index, int thread) {
+    (void)thread;
+    const norm_loop *l = arg;
+    const int width = l->s->model->hidden, end = at_most((index + 1) * TOKENS_A_TURN, l->count);
+    for (int i = index * TOKENS_A_TURN; i < end; i++) {
+        const int row = l->chosen ? l->chosen[i] : i;
+        norm_row(l->s->x + (size_t)row * width, l->weight, l->s->model->eps, &l->s->normed, i);
+    }
+}
+
+static void norm(step *s, const float *weight, const int32_t *chosen, int count) {
+    norm_loop l = {s, weight, chosen, count};
+    parallel((count + TOKENS_A_TURN - 1) / TOKENS_A_TURN, norm_turn, &l);
+}
+
+static int position_of(const step *s, int token) {
+    const int row = s->row_of[token];
+    return s->b->position[row] + token - s->b->first_token[row];
+}
+
+/* Embedding, and cos and sin [2, head_dim / 2] of each token. */
+static void begin_turn(void *arg, int index, int thread) {
+    (void)thread;
+    step *s = arg;
+    const decoder *m = s->model;
+    const int half = m->head_dim / 2;
+    for (int t = index * TOKENS_A_TURN; t < at_most((index + 1) * TOKENS_A_TURN, s->b->num_tokens); t++) {
+        unpack_row(&m->embedding, s->b->token_ids[t], s->x + (size_t)t * m->hidden);
+        float *table = s->rope + (size_t)t * m->head_dim, position = (float)position_of(s, t);
+        for (int i = 0; i < half; i++) {
+            table[i] = cosf(position * m->inv_freq[i]) * m->rope_scale;
+            table[half + i] = sinf(position * m->inv_freq[i]) * m->rope_scale;
+        }
+    }
+}
+
+/* NeoX style: the two halves of a head turn. */
+static void rotate(float *head, const float *table, int half) {
+    for (int i = 0; i < half; i += 16) {
+        __m512 a = _mm512_loadu_ps(head + i), b = _mm512_loadu_ps(head + half + i);
+        __m512 cos = _mm512_loadu_ps(table + i), sin = _mm512_loadu_ps(table + half + i);
+        _mm512_storeu_ps(head + i, _mm512_fmsub_ps(a, cos, _mm512_mul_ps(b, sin)));
+        _mm512_storeu_ps(head + half + i, _mm512_fmadd_ps(b, cos, _mm512_mul_ps(a, sin)));
+    }
+}
+
+/* Rotate q and k, and write k and v where the blocks of their request are. */
+static void write_turn(void *arg, int index, int thread) {
+    (void)thread;
+    step *s = arg;
+    const decoder *m = s->model;
+    const int D = m->head_dim, width = (m->heads + 2 * m->kv_heads) * D, size = s->pool.block_size;
+    for (int t = index * TOKENS_A_TURN; t < at_most((index + 1) * TOKENS_A_TURN, s->b->num_tokens); t++) {
+        float *heads = s->qkv + (size_t)t * width;
+        for (int h = 0; h < m->heads + m->kv_heads; h++)
+            rotate(heads + h * D, s->rope + (size_t)t * D, D / 2);
+        const int position = position_of(s, t);
+        const int32_t block = s->b->tables[(size_t)s->row_of[t] * s->b->table_stride + position / size];
+        bf16 *to = (bf16 *)s->at.layer + block * s->pool.block_stride + (size_t)(position % size) * D;
+        for (int h = 0; h < 2 * m->kv_heads; h++, to += (size_t)size * D)
+            for (int d = 0; d < D; d += 16) narrow(to + d, _mm512_loadu_ps(heads + (m->heads + h) * D + d));
+    }
+}
+
+static void over_tokens(step *s, turn run) {
+    parallel((s->b->num_tokens + TOKENS_A_TURN - 1) / TOKENS_A_TURN, run, s);
+}
+
+/* ---- products ------------------------------------------------------------------------------------------ */
+
+typedef enum { STORE, ADD, GATED } fate; /* ADD: to a residual; GATED: silu(first half) * second half */
+
+typedef struct {
+    step *s;
+    const matrix *w;
+    const operand *from;
+    fate fate;
+    float *to;
+    const operand *gated;
+    int M, stride, groups, groups_a_turn, rows_a_turn, num_row_parts;
+} product_loop;
+
+static __m512 silu(__m512 x) {
+    __m512 e = exp_ps(_mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_sub_ps(_mm512_setzero_ps(), x)));
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+}
+
+/* Outputs of groups first .. first + N - 1 for M rows. */
+static void some_outputs(const product_loop *l, int first, int N, int row, int M, float *tile, int16_t *panel) {
+    const int wide = MAX_GROUPS * GROUP, column = first * GROUP;
+    if (l->fate == STORE && column + N * GROUP <= l->stride) {
+        product(l->w, first, N, l->from, row, M, l->to + (size_t)row * l->stride + column, l->stride, panel);
+        return;
+    }
+    product(l->w, first, N, l->from, row, M, tile, wide, panel);
+    float *up = tile + ROWS_A_TURN * wide;
+    if (l->fate == GATED) product(l->w, l->groups + first, N, l->from, row, M, up, wide, panel);
+    for (int i = 0; i < M; i++, tile += wide, up += wide) {
+        const size_t at = (size_t)(row + i) * l->stride + column;
+        for (int c = 0; c < N * GROUP; c += GROUP) {
+            const __mmask16 mask = lanes(l->stride - column - c);
+            __m512 value = _mm512_loadu_ps(tile + c);
+            if (l->fate == ADD) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, l->to + at + c));
+            if (l->fate == GATED) value = _mm512_mul_ps(silu(value), _mm512_loadu_ps(up + c));
+            _mm512_mask_storeu_ps(l->to + at + c, mask, value);
+        }
+        if (l->fate == GATED) quantise(l->gated, row + i, column, N * GROUP);
+    }
+}
+
+static void product_turn(void *arg, int index, int thread) {
+    const product_loop *l = arg;
+    char *scratch = l->s->scratch + l->s->scratch_bytes * thread;
+    float *tile = (float *)scratch;
+    int16_t *panel = (int16_t *)(tile + 2 * ROWS_A_TURN * MAX_GROUPS * GROUP);
+    const int row = index % l->num_row_parts * l->rows_a_turn, M = at_most(l->rows_a_turn, l->M - row);
+    const int first = index / l->num_row_parts * l->groups_a_turn;
+    const int end = at_most(first + l->groups_a_turn, l->groups);
+    for (int group = first; group < end; group += MAX_GROUPS)
+        some_outputs(l, group, at_most(MAX_GROUPS, end - group), row, M, tile, panel);
+}
+
+/* to [M, outputs] = from [M, columns] times w, and what `fate` says. */
+static void multiply(step *s, const matrix *w, const operand *from, int M, fate fate, float *to, const operand *gated) {
+    product_loop l = {s, w, from, fate, to, gated, M, .stride = w->rows};
+    if (fate == GATED) l.stride = w->rows / 2;
+    l.groups = (l.stride + GROUP - 1) / GROUP;
+    l.rows_a_turn = at_most(M, ROWS_A_TURN);
+    l.num_row_parts = (M + l.rows_a_turn - 1) / l.rows_a_turn;
+    const int share = l.groups / (MAX_GROUPS * 8 * num_threads());
+    l.groups_a_turn = at_most(MAX_GROUPS_A_TURN, MAX_GROUPS * at_least(1, share));
+    parallel((l.groups + l.groups_a_turn - 1) / l.groups_a_turn * l.num_row_parts, product_turn, &l);
+}
+
+/* ---- attention ----------------------------------------------------------------------------------------- */
+
+static queries queries_of(const step *s, const attention_task *task) {
+    const decoder *m = s->model;
+    const int width = (m->heads + 2 * m->kv_heads) * m->head_dim;
+    return (queries){
+        .table = s->b->tables + (size_t)task->row * s->b->table_stride,
+        .q = s->qkv + (size_t)task->token * width + task->head * s->at.group * m->head_dim,
+        .q_stride = width,
+        .head = task->head,
+        .num_tokens = task->num_tokens,
+        .position = position_of(s, task->token),
+    };
+}
+
+static void finish(const step *s, const attention_task *task, const partial *total) {
+    const decoder *m = s->model;
+    for (int i = 0; i < task->num_tokens * s->at.group; i++) {
+        const int token = task->token + i / s->at.group;
+        const int column = (task->head * s->at.group + i % s->at.group) * m->head_dim;
+        attended(total, i, m->head_dim, s->attended.x + (size_t)token * s->attended.columns + column);
+        quantise(&s->attended, token, column, m->head_dim);
+    }
+}
+
+static void attend_turn(void *arg, int index, int thread) {
+    step *s = arg;
+    const attention_task *task = &s->tasks[index];
+    const int D = s->model->head_dim;
+    char *scratch = s->scratch + s->scratch_bytes * thread;
+    partial *total = (partial *)scratch, *part = (partial *)(scratch + partial_bytes(D));
+    float *rest = (float *)(scratch + 2 * partial_bytes(D));
+    const queries w = queries_of(s, task);
+    const int next = index + num_threads(); /* the others take those in between */
+    const attention_task *after = next < s->num_tasks ? &s->tasks[next] : NULL;
+    const queries then = after ? queries_of(s, after) : w;
+    const int then_segment = after ? after->first_segment : 0;
+    if (task->part) {
+        attend(&s->at, &w, task->first_segment, after ? &then : NULL, then_segment, task->part, rest);
+        return;
+    }
+    attend_all(&s->at, &w, after ? &then : NULL, then_segment, total, part, rest);
+    finish(s, task, total);
+}
+
+/* Parts of one row and head follow one another in the list; the first one is the total. */
+static void merge_turn(void *arg, int index, int thread) {
+    (void)thread;
+    step *s = arg;
+    const attention_task *task = &s->tasks[index], *end = s->tasks + s->num_tasks;
+    if (index && task[-1].token == task->token && task[-1].head == task->head) return;
+    partial *total = task->part;
+    for (const attention_task *t = task + 1; t < end && t->token == task->token && t->head == task->head; t++)
+        merge(total, t->part, task->num_tokens * s->at.group, s->model->head_dim);
+    finish(s, task, total);
+}
+
+static void attention(step *s) {
+    parallel(s->num_tasks, attend_turn, s);
+    if (s->split) parallel(s->num_tasks, merge_turn, s);
+}
+
+/* How many tokens of a row one task takes, for `group` query heads each. */
+static int tokens_a_task(int group) { return at_least(1, MAX_QUERIES / group); }
+
+/* List the tasks; with few of them each segment becomes its own. Counts alone when `s->tasks` is NULL. */
+static int list_tasks(step *s, int split, int D, char *parts) {
+    const batch *b = s->b;
+    const int most = tokens_a_task(s->at.group);
+    int n = 0;
+    for (int row = 0; row < b->num_rows; row++) {
+        const int count = b->first_token[row + 1] - b->first_token[row];
+        for (int token = 0; token < count; token += most)
+            for (int head = 0; head < s->at.kv_heads; head++) {
+                attention_task task = {row, head, b->first_token[row] + token, at_most(most, count - token), 0, NULL};
+                queries w = {.position = b->position[row] + token, .num_tokens = task.num_tokens};
+                int first, end;
+                segments_seen(&s->at, &w, &first, &end);
+                for (int segment = first; segment < end; segment += split ? 1 : end - first, n++) {
+                    if (!s->tasks) continue;
+                    task.first_segment = segment;
+                    if (split) task.part = (partial *)(parts + n * partial_bytes(D));
+                    s->tasks[n] = task;
+                }
+            }
+    }
+    return n;
+}
+
+/* ---- the step ------------------------------------------------------------------------------------------ */
+
+static void lay_out(step *s, arena *a) {
+    const decoder *m = s->model;
+    const size_t T = s->b->num_tokens, S = s->b->num_logits, most = T > S ? T : S;
+    a->used = 0;
+    s->x = take(a, sizeof(float) * T * m->hidden);
+    s->qkv = take(a, sizeof(float) * T * (m->heads + 2 * m->kv_heads) * m->head_dim);
+    s->rope = take(a, sizeof(float) * T * m->head_dim);
+    s->row_of = take(a, sizeof(int32_t) * T);
+    s->normed = take_operand(a, most, m->hidden);
+    s->attended = take_operand(a, T, m->heads * m->head_dim);
+    s->inner = take_operand(a, T, m->intermediate);
+    const int widest = at_least(at_least(m->hidden, m->intermediate), m->heads * m->head_dim);
+    const size_t product_bytes = sizeof(float) * 2 * ROWS_A_TURN * MAX_GROUPS * GROUP + panel_bytes(widest);
+    const size_t attend_bytes = 2 * partial_bytes(m->head_dim) + attention_bytes(m->head_dim);
+    s->scratch_bytes = ((product_bytes > attend_bytes ? product_bytes : attend_bytes) + 4095) & ~(size_t)4095;
+    s->scratch = take(a, s->scratch_bytes * num_threads());
+    s->tasks = NULL;
+    const int whole = list_tasks(s, 0, m->head_dim, NULL);
+    s->split = whole < 4 * num_threads();
+    s->num_tasks = s->split ? list_tasks(s, 1, m->head_dim, NULL) : whole;
+    s->tasks = take(a, sizeof(attention_task) * s->num_tasks);
+    char *parts = take(a, s->split ? partial_bytes(m->head_dim) * s->num_tasks : 0);
+    if (a->memory && a->used <= a->size) list_tasks(s, s->split, m->head_dim, parts);
+}
+
+/* logits [S, vocab] fp32 of the batch, whose KV is written on the way. Returns 0, or 1 when there is no
+ * memory for a step of this size; nothing has been written then. */
+int diptych_forward(const decoder *m, const batch *b, const kv_pool *pool, arena *a, float *logits) {
+    step s = {.model = m, .b = b, .pool = *pool, .logits = logits};
+    s.at = (geometry){pool->first, pool->block_stride, m->kv_heads, m->heads / m->kv_heads, m->head_dim,
+                      pool->block_size, m->window};
+    lay_out(&s, a);
+    if (a->used > a->size) {
+        free(a->memory);
+        a->size = a->used + a->used / 4;
+        a->memory = aligned_alloc(4096, (a->size + 4095) & ~(size_t)4095);
+        if (!a->memory) return a->size = 0, 1;
+        lay_out(&s, a);
+    }
+    for (int row = 0; row < b->num_rows; row++)
+        for (int t = b->first_token[row]; t < b->first_token[row + 1]; t++) s.row_of[t] = row;
+    over_tokens(&s, begin_turn);
+    for (int i = 0; i < m->num_layers; i++) {
+        const layer_weights *w = &m->layers[i];
+        norm(&s, w->input_norm, NULL, b->num_tokens);
+        multiply(&s, &w->qkv, &s.normed, b->num_tokens, STORE, s.qkv, NULL);
+        over_tokens(&s, write_turn);
+        if (i == m->num_layers - 1 && !b->num_logits) return 0; /* nobody reads what comes after the last KV */
+        attention(&s);
+        multiply(&s, &w->out, &s.attended, b->num_tokens, ADD, s.x, NULL);
+        norm(&s, w->mlp_norm, NULL, b->num_tokens);
+        multiply(&s, &w->gate_up, &s.normed, b->num_tokens, GATED, s.inner.x, &s.inner);
+        multiply(&s, &w->down, &s.inner, b->num_tokens, ADD, s.x, NULL);
+        s.at.layer += 2 * (int64_t)m->kv_heads * pool->block_size * m->head_dim;
+    }
+    norm(&s, m->norm, b->logit_index, b->num_logits);
+    multiply(&s, &m->head, &s.normed, b->num_logits, STORE, logits, NULL);
+    return 0;
+}

@@ -1,0 +1,68 @@
+"""What an engine says of its requests: values that cross from its thread to the loop.
+
+[FetchEvent] [AnnouncedEvent ...] [TokensEvent ...] FinishedEvent    in order, for each request
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.base.errors import DiptychError
+from engine.base.types import FinishReason, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a request has used so far."""
+
+    num_cached_tokens: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    queue_s: float  # until it was first admitted
+
+
+@dataclass(frozen=True, slots=True)
+class TokensEvent:
+    """New tokens of an answer; with the first, or instead of any, what the prompt was to tell."""
+
+    key: int
+    token_ids: list[int]
+    counts: Counts
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a token, where asked for
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of its tokens 1, 2, ...
+
+
+@dataclass(frozen=True, slots=True)
+class FetchEvent:
+    """Room is reserved; the blocks from `first_block` on are wanted from a peer, in table order."""
+
+    key: int
+    first_block: int
+    block_ids: list[int]
+    names: list[bytes]  # one a block
+    token_ids: list[int]  # of all whole blocks, from position 0
+
+
+@dataclass(frozen=True, slots=True)
+class AnnouncedEvent:
+    """Complete blocks of a prompt, pinned once more for the receiver, who releases them."""
+
+    key: int
+    first_block: int
+    block_ids: list[int]
+    names: list[bytes]
+    generations: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedEvent:
+    """The last event of a request."""
+
+    key: int
+    reason: FinishReason
+    matched_stop: int | None
+    counts: Counts
+    error: DiptychError | None = None  # why the engine gave it up
+
+
+Event = TokensEvent | FetchEvent | AnnouncedEvent | FinishedEvent

@@ -1,0 +1,209 @@
+"""One request inside a worker: a few integers, a transition table and an asserted invariant.
+
+      submit                                room reserved, blocks wanted from a peer
+    ----------> WAITING ------------------------------------------------> FETCHING
+                  ^  |  room reserved                                        |  fetch ended
+                  |  +-----------------------> RUNNING <---------------------+
+                  |        preempted              |
+                  +-------------------------------+
+                       (any state) ---> FINISHED: stop, length, aborted
+
+WAITING holds no memory. FETCHING and RUNNING hold the whole prompt's blocks and one draft window.
+
+    tokens   [ prompt ............ | answer ...... ]
+              0        num_computed ^               ^ len(tokens)
+    KV of accepted tokens is complete in [0, num_computed); the next row starts there.
+
+A draft model's KV of the last `draft_lag` of those positions may still be missing: it is written
+when the model drafts again, or before a whole block of it is missing. A block is named when it has
+both.
+
+Where the prompt's log-probabilities are wanted, its positions are computed with their logits, also
+those that are cached: hits supply no position that is not scored yet. What is named already is
+never written again; such a request computes into blocks of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.base.kv_layout import block_name
+from engine.base.types import FinishReason, SamplingParams, StopParams, TokenLogprobs
+from engine.constraints import Matcher
+from engine.scheduling.block_pool import NO_SOURCES
+from engine.scheduling.block_table import BlockTable
+from engine.scheduling.rows import SampleRow
+
+
+class State(Enum):
+    """Where a request stands; see the module's picture."""
+
+    WAITING = "waiting"
+    FETCHING = "fetching"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+_TRANSITIONS = {
+    State.WAITING: {State.FETCHING, State.RUNNING, State.FINISHED},
+    State.FETCHING: {State.RUNNING, State.FINISHED},
+    State.RUNNING: {State.WAITING, State.FINISHED},
+    State.FINISHED: set(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is asked of an engine.
+
+    With `sampling` and `stop` it is an answer to write; without, the KV of whole blocks to compute.
+    """
+
+    request_id: str
+    prompt: tuple[int, ...]
+    salt: bytes  # root of its block names
+    sampling: SamplingParams | None = None
+    stop: StopParams | None = None
+    output: tuple[int, ...] = ()  # of the answer, already delivered
+    fetch: bool = False  # missing whole blocks may come from a peer
+    announce_from: int = -1  # first block to report as it completes; -1: none
+    priority: int = 0
+    deadline_s: float | None = None  # when its caller stops waiting, monotonic; only shown
+    num_logprobs: int | None = None  # alternatives reported with each token; None: nothing is
+    num_prompt_logprobs: int | None = None  # the same for the prompt's tokens but the first
+    source: str = ""  # incarnation of the peer that is asked for missing blocks
+    matcher: Matcher | None = None  # after `output`; the engine's from the moment it is submitted
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A Work with its progress. Owned by the engine thread."""
+
+    key: int  # unique in this engine; request ids come back in retries
+    work: Work
+    table: BlockTable
+    arrival_s: float
+    rank: int = 0  # its priority, until the scheduler raises it
+    state: State = State.WAITING
+    tokens: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    draft_lag: int = 0  # of those, the last ones that the draft model has not computed
+    names: list[bytes] = field(default_factory=list)  # of whole blocks, grown on demand
+    num_named: int = 0  # leading blocks of the table that are complete and named
+    num_announced: int = 0
+    sources: frozenset[str] = NO_SOURCES  # of its complete blocks: see BlockPool
+    num_cached_tokens: int = 0  # prompt tokens hit when it was first admitted
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    admitted_s: float = 0.0  # first time; 0: not yet
+    num_scored: int = 0  # leading positions whose logits have told of the prompt's next token
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # not yet reported
+    finish_reason: FinishReason | None = None
+    matched_stop: int | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = [*self.work.prompt, *self.work.output]
+        self.rank = self.work.priority
+        self.num_announced = max(0, self.work.announce_from)
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt, without any of the answer."""
+        return len(self.work.prompt)
+
+    @property
+    def num_output(self) -> int:
+        """Tokens of the answer so far, those of earlier attempts included."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens whose KV is not computed yet."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has had its last event."""
+        return self.state is State.FINISHED
+
+    @property
+    def samples(self) -> bool:
+        """Whether it writes an answer."""
+        return self.work.sampling is not None
+
+    @property
+    def num_to_score(self) -> int:
+        """Leading positions whose logits are wanted: the last one tells nothing of the prompt."""
+        return 0 if self.work.num_prompt_logprobs is None else self.num_prompt - 1
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether it writes as much as one token: the prompt's log-probabilities may be all."""
+        return self.work.stop is not None and self.work.stop.max_tokens > 0
+
+    @property
+    def decoding(self) -> bool:
+        """Whether its next row is one token and a draft."""
+        return self.samples and self.num_pending == 1
+
+    @property
+    def sort_key(self) -> tuple[int, float, int]:
+        """Rank, then age."""
+        return (self.rank, self.arrival_s, self.key)
+
+    def sample_row(
+        self, draft: Sequence[int] = (), mask: NDArray[np.int32] | None = None
+    ) -> SampleRow:
+        """Where the sampler stands after the known tokens and `draft`."""
+        work = self.work
+        assert work.sampling is not None
+        assert work.stop is not None
+        early = self.num_output + len(draft) < work.stop.min_tokens
+        return SampleRow(
+            params=work.sampling,
+            position=len(self.tokens) + len(draft),
+            tokens=self.tokens,
+            num_prompt=self.num_prompt,
+            draft=draft,
+            banned=work.stop.stop_token_ids if early else frozenset(),
+            mask=mask,
+        )
+
+    def whole_names(self, block_size: int) -> list[bytes]:
+        """Names of the whole blocks that a hit or a peer may supply.
+
+        An answer needs at least one token to compute, so that there are logits to sample from:
+        floor((n - 1) / block_size) blocks; mere KV may be hit whole.
+        """
+        usable = len(self.tokens) - (1 if self.samples else 0)
+        while (len(self.names) + 1) * block_size <= len(self.tokens):
+            start = len(self.names) * block_size
+            parent = self.names[-1] if self.names else b""
+            chunk = self.tokens[start : start + block_size]
+            self.names.append(block_name(parent, chunk, self.work.salt))
+        return self.names[: usable // block_size]
+
+    def hittable_names(self, block_size: int) -> list[bytes]:
+        """Those of them whose positions need not be computed for their logits."""
+        names = self.whole_names(block_size)
+        missing = self.num_scored < self.num_to_score
+        return names[: self.num_scored // block_size] if missing else names
+
+    def move(self, state: State) -> None:
+        """Change state along the table."""
+        assert state in _TRANSITIONS[self.state], f"{self.state} -> {state}"
+        self.state = state
+
+    def check(self, block_size: int) -> None:
+        """Assert the invariant; for tests."""
+        assert 0 <= self.num_computed <= len(self.tokens)
+        assert self.num_computed <= len(self.table.blocks) * block_size
+        assert 0 <= self.draft_lag <= self.num_computed
+        assert self.num_named * block_size <= self.num_computed - self.draft_lag
+        holds = self.state in (State.FETCHING, State.RUNNING)
+        assert holds or not self.table.blocks

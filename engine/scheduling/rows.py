@@ -1,0 +1,43 @@
+"""One token to draw: all that the sampler's answer depends on besides the logits; its one error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.base.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """A row of logits is to become the token at `position`, which follows `tokens + draft`.
+
+    tokens  [ prompt: num_prompt | answer so far ]   draft  [ tokens assumed ]   position
+    """
+
+    params: SamplingParams
+    position: int  # absolute: len(tokens) + len(draft)
+    tokens: Sequence[int]  # prompt and answer; shared by a request's rows, only ever appended to
+    num_prompt: int
+    draft: Sequence[int] = ()  # counts as answer
+    # Stop ids that min_tokens still forbids; they give way where the mask leaves nothing else.
+    banned: frozenset[int] = frozenset()
+    mask: NDArray[np.int32] | None = None  # bit t % 32 of word t // 32: token t may be drawn
+
+
+class UnusableLogits(ArithmeticError):
+    """Rows that have no next token: NaN or +inf among the logits, or nothing left above -inf.
+
+    `rows` are their indices in the batch; the other rows can be sampled without them. `broken` are
+    those of them whose logits were no distribution as the model gave them. The others lost their
+    last token to what their requests ask for: a mask, bans, biases or penalties.
+    """
+
+    def __init__(self, rows: Sequence[int], reason: str, broken: Sequence[int] = ()) -> None:
+        super().__init__(f"row {', '.join(map(str, rows))} of the logits: {reason}")
+        self.rows = tuple(rows)
+        self.broken = tuple(broken)
+        self.reason = reason

@@ -1,0 +1,306 @@
+"""Which rows the next step computes: admission, two budgets, preemption. It has no tensors.
+
+    waiting  sorted by (priority, age)      holds nothing
+    active   sorted by (priority, age)      FETCHING or RUNNING, each with its blocks
+
+Priorities cannot keep a request out for ever: of FAIR_SHARE admissions one goes to the request that
+has waited longest, whatever its priority, and from then on it goes before all others, so that it is
+not the one to be preempted. Likewise one plan in FAIR_SHARE computes the oldest prompt first.
+
+Whoever waits for memory holds none: a request is admitted only when its whole prompt and one draft
+window fit, and a running one that finds no block for its next token makes the youngest running one
+give up everything and wait again. Its blocks keep their names, so it comes back as a prefix hit.
+
+A request whose next missing block is being made by another one waits for it (holding nothing) and
+takes over when the maker is gone or the wait has lasted `owner_wait_s`.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Container, Sequence
+
+from engine.constraints import Matcher
+from engine.scheduling.block_pool import BlockPool, NoRoom
+from engine.scheduling.plan import (
+    FAIR_SHARE,
+    FIRST_RANK,
+    MAX_SCORED,
+    MAX_SCORED_BESIDE,
+    Budgets,
+    PlannedRow,
+    StepBudget,
+)
+from engine.scheduling.request import Request, State
+from engine.scheduling.speculation import FORCED, UNWRITTEN, Draft, Speculation
+
+
+class Scheduler:
+    """Queues and the plan of each step. Owned by the engine thread."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        block_size: int,
+        budgets: Budgets,
+        speculation: Speculation | None,
+        max_model_len: int,
+    ) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self.budgets = budgets
+        self.speculation = speculation
+        self.max_model_len = max_model_len
+        self.waiting: list[Request] = []
+        self.active: list[Request] = []
+        self.num_preemptions = 0
+        self._num_admitted = self._num_plans = 0  # since the oldest had its turn
+        self._makers: dict[bytes, Request] = {}  # name of a block in the making -> who makes it
+
+    @property
+    def draft_window(self) -> int:
+        """Positions beyond the known tokens that a request is given with its room.
+
+        At most a block: a longer draft uses what nobody needs at the moment.
+        """
+        return min(self.speculation.max_draft_tokens, self.block_size) if self.speculation else 0
+
+    def room_needed(self, num_tokens: int) -> int:
+        """Blocks for so many known tokens and one draft window."""
+        return -(-(num_tokens + self.draft_window) // self.block_size)
+
+    def add(self, request: Request) -> None:
+        """Queue a new request."""
+        bisect.insort(self.waiting, request, key=lambda r: r.sort_key)
+
+    def remove(self, request: Request) -> None:
+        """Take a request out wherever it stands and give back all it holds."""
+        if request in self.active:
+            self.active.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        self.give_up_making(request)
+        request.table.release()
+
+    # -- admission ---------------------------------------------------------------------------------
+
+    def admit(self, now_s: float) -> list[Request]:
+        """Give room to as many waiting requests as fit, in order; returns them.
+
+        Nobody overtakes a request that waits for memory. Who waits for another's block is
+        passed by.
+        """
+        admitted: list[Request] = []
+        left = list(self.waiting)
+        while left and len(self.active) < self.budgets.num_seqs:
+            request = left[0]
+            if self._num_admitted >= FAIR_SHARE - 1 and request.rank < left[-1].rank:
+                request = min(left, key=lambda r: (r.arrival_s, r.key))
+            is_first = request is left[0]
+            left.remove(request)
+            if self._waits_for_maker(request, now_s):
+                continue
+            if not self._reserve(request):
+                break
+            self.waiting.remove(request)
+            self._num_admitted = (self._num_admitted + 1) % FAIR_SHARE
+            if not is_first:
+                request.rank = FIRST_RANK
+            self._enter(request, now_s)
+            admitted.append(request)
+        return admitted
+
+    def _reserve(self, request: Request) -> bool:
+        """Pin its hits and take the rest of its room, or leave everything as it was."""
+        hits = self.pool.match(request.hittable_names(self.block_size))
+        needed = self.room_needed(len(request.tokens)) - len(hits)
+        if not request.samples:
+            needed = len(request.tokens) // self.block_size - len(hits)
+        if needed + self.pool.num_cached_of(hits) > self.pool.num_available:
+            return False
+        request.table.adopt(hits)
+        request.table.reserve((len(hits) + needed) * self.block_size)
+        request.num_named = len(hits)
+        request.sources = self.pool.sources(hits)
+        request.num_computed = len(hits) * self.block_size
+        request.draft_lag = 0  # a named block holds the draft model's KV, too
+        return True
+
+    def _enter(self, request: Request, now_s: float) -> None:
+        names = request.whole_names(self.block_size)
+        if not request.admitted_s:
+            request.admitted_s = now_s
+            request.num_cached_tokens = min(request.num_computed, request.num_prompt)
+        for name in names[request.num_named :]:
+            self._makers.setdefault(name, request)
+        scores = request.num_scored < request.num_to_score
+        fetching = request.work.fetch and request.num_named < len(names) and not scores
+        request.move(State.FETCHING if fetching else State.RUNNING)
+        bisect.insort(self.active, request, key=lambda r: r.sort_key)
+
+    def _waits_for_maker(self, request: Request, now_s: float) -> bool:
+        names = request.hittable_names(self.block_size)
+        hits = len(self.pool.match(names))
+        maker = self._makers.get(names[hits]) if hits < len(names) else None
+        return maker is not None and now_s - request.arrival_s < self.budgets.owner_wait_s
+
+    def give_up_making(self, request: Request) -> None:
+        """Who waits for blocks that this request was making takes over."""
+        for name in request.names[request.num_named :]:
+            if self._makers.get(name) is request:
+                del self._makers[name]
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def plan(self, now_s: float = 0.0, held: Container[int] = ()) -> list[PlannedRow]:
+        """Rows of the next step: decode rows, oldest first, then prompt chunks under the budget.
+
+        The requests of the keys `held` give no token in it.
+        """
+        running = [r for r in list(self.active) if not (r.decoding and r.key in held)]
+        decoding = [request for request in running if self._goes_on(request)]
+        prompts = [r for r in self.active if r.state is State.RUNNING and not r.decoding]
+        prompts.sort(key=lambda r: self._turn(r, now_s))
+        self._let_the_oldest_go_first(prompts)
+        max_scored = MAX_SCORED_BESIDE if decoding else MAX_SCORED
+        budget, chunks = StepBudget(self.budgets.prompt_tokens, max_scored), []
+        for request in prompts:
+            if count := budget.take(request, self.block_size, request.key in held):
+                chunks.append(PlannedRow(request, count, []))
+        drafts = self._drafts(decoding, chunks)
+        return [PlannedRow(r, 1, d) for r, d in zip(decoding, drafts, strict=True)] + chunks
+
+    def _let_the_oldest_go_first(self, prompts: list[Request]) -> None:
+        """Once in FAIR_SHARE of the plans in which priorities decide."""
+        if len({request.rank for request in prompts}) < 2:
+            return
+        self._num_plans = (self._num_plans + 1) % FAIR_SHARE
+        if not self._num_plans:
+            oldest = min(prompts, key=lambda r: (r.arrival_s, r.key))
+            prompts.remove(oldest)
+            prompts.insert(0, oldest)
+
+    def _turn(self, request: Request, now_s: float) -> tuple[int, float]:
+        """Which prompt goes first: of one priority, the one with the least left to compute.
+
+        That is the order with the shortest mean time to the first token (Smith 1956; Schrage 1968),
+        and by what it has waited a long prompt grows shorter, so none waits for ever.
+        """
+        waited_s = now_s - request.arrival_s
+        left = request.num_pending - waited_s * self.budgets.aging_tokens_per_s
+        return request.rank, left
+
+    def _goes_on(self, request: Request) -> bool:
+        """Whether the request writes its next token now; it has room for that then."""
+        if request.state is not State.RUNNING or not request.decoding:
+            return False
+        return self._make_room(request, len(request.tokens))
+
+    def _drafts(self, decoding: Sequence[Request], chunks: Sequence[PlannedRow]) -> list[list[int]]:
+        """A draft, often empty, for each request that goes on, and the room it needs."""
+        if self.speculation is None:
+            return [[] for _ in decoding]
+        spare = self._spare_blocks(len(decoding))
+        proposals = []
+        for request in decoding:
+            limit = min(self._draft_limit(request), self._room_left(request, spare))
+            key = str(request.key)
+            draft = self.speculation.drafter.propose(key, request.tokens, limit)
+            if request.work.matcher is not None:
+                draft = fitted(draft, request.work.matcher, limit)
+            proposals.append((key, draft))
+        num_chunk_tokens = sum(row.num_tokens for row in chunks)
+        num_answers = len(decoding) + sum(row.num_sampled for row in chunks)
+        lengths = self.speculation.choose(proposals, len(decoding) + num_chunk_tokens, num_answers)
+        drafts = []
+        left = max(0, self.budgets.num_logits - num_answers)
+        for request, (_, proposal), length in zip(decoding, proposals, lengths, strict=True):
+            length = min(length, self._room_left(request, spare), left)
+            left -= length
+            missing = request.table.missing(len(request.tokens) + length)
+            request.table.reserve(len(request.tokens) + length)
+            spare -= missing
+            drafts.append(proposal.tokens[:length])
+        return drafts
+
+    def _draft_limit(self, request: Request) -> int:
+        """The longest draft of which every token could still be part of the answer."""
+        stop = request.work.stop
+        if self.speculation is None or stop is None:
+            return 0
+        most = min(
+            self.speculation.max_draft_tokens,
+            stop.max_tokens - request.num_output - 1,
+            self.max_model_len - len(request.tokens) - 1,
+        )
+        return max(0, most)
+
+    def _spare_blocks(self, num_decoding: int) -> int:
+        """Blocks for guesses: nobody is preempted, nor kept waiting, because of one."""
+        spare = self.pool.num_available - num_decoding
+        if self.waiting:
+            spare -= self.room_needed(len(self.waiting[0].tokens))
+        return max(0, spare)
+
+    def _room_left(self, request: Request, spare: int) -> int:
+        """Positions beyond the known tokens in the request's blocks and so many more."""
+        return (len(request.table.blocks) + spare) * self.block_size - len(request.tokens)
+
+    def _make_room(self, request: Request, num_tokens: int) -> bool:
+        """Blocks for `num_tokens` positions, at the cost of the youngest; False: that was it."""
+        while request.table.missing(num_tokens):
+            try:
+                request.table.reserve(num_tokens)
+            except NoRoom:
+                victim = self._youngest_running()
+                self.preempt(victim)
+                if victim is request:
+                    return False
+        return request.state is State.RUNNING
+
+    def _youngest_running(self) -> Request:
+        return next(r for r in reversed(self.active) if r.state is State.RUNNING)
+
+    def preempt(self, request: Request) -> None:
+        """Let a running request wait, holding nothing; its named blocks stay findable."""
+        self.remove(request)
+        request.num_computed = request.num_named = request.draft_lag = 0
+        request.move(State.WAITING)
+        self.num_preemptions += 1
+        self.add(request)
+
+    # -- progress ----------------------------------------------------------------------------------
+
+    def advance(self, request: Request, num_computed: int, draft_lag: int = 0) -> None:
+        """KV of accepted tokens is complete up to `num_computed`: name the blocks this filled.
+
+        A draft model's is up to `draft_lag` positions before that.
+        """
+        assert num_computed >= request.num_computed
+        request.num_computed = num_computed
+        request.draft_lag = draft_lag
+        full = (num_computed - draft_lag) // self.block_size
+        if full > len(request.names):
+            request.whole_names(self.block_size)
+        for index in range(request.num_named, full):
+            name = request.names[index]
+            self.pool.name(request.table.blocks[index], name, request.sources)
+            if self._makers.get(name) is request:
+                del self._makers[name]
+        request.num_named = max(request.num_named, full)
+
+
+def fitted(draft: Draft, matcher: Matcher, limit: int) -> Draft:
+    """A draft that the constraint lets come: what it forces, then the drafter's as far as it fits.
+
+    Tokens that a drafter has only promised are seen to when they are written.
+    """
+    forced = matcher.forced()[:limit]
+    size = len(forced)
+    if size and draft.tokens[:size] != forced:
+        return Draft(forced, [FORCED] * size)
+    if UNWRITTEN in draft.tokens:
+        return draft
+    num_valid = matcher.num_valid(draft.tokens) if draft.tokens else 0
+    grades = [FORCED] * size + draft.grades[size:num_valid]
+    return Draft(draft.tokens[:num_valid], grades[:num_valid])

@@ -1,0 +1,18 @@
+"""Speculation as it was asked for: made when its draft model is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.runner.base import ModelRunner
+from engine.sampling import Sampler
+from engine.scheduling.speculation import Speculation
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """Speculation as it was asked for, before there is a model to draft with."""
+
+    max_draft_tokens: int
+    begin: Callable[[ModelRunner | None, Sampler], Speculation]  # of the draft model, if any

@@ -1,0 +1,82 @@
+"""Whether an engine computes what it should: the questions that the step loop asks.
+
+    each step      are the keys and values of prompt chunks finite?      (logits: the sampler sees)
+    after a fault  which complete blocks are damaged? does the self-test still pass?
+
+Finite and wrong numbers are found by the self-test alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from engine.attention.batch import Row, ranges
+from engine.cache.kv_cache import KVCache
+
+
+class Health(Protocol):
+    """What the engine's thread asks."""
+
+    def unsound_prompts(self, rows: Sequence[Row]) -> list[int]:
+        """Of the rows that a step just computed without all their logits: those, by index, whose
+        keys and values are not finite.
+        """
+        ...
+
+    def damaged(self, blocks: Sequence[int]) -> list[int]:
+        """Those of these complete blocks that hold numbers which are not finite."""
+        ...
+
+    def self_test(self) -> None:
+        """Raise SelfTestFailed unless a fixed prompt gives what it gave at the start."""
+        ...
+
+
+class Unchecked:
+    """Finds nothing: for engines without a KV pool of their own."""
+
+    def unsound_prompts(self, rows: Sequence[Row]) -> list[int]:
+        """None."""
+        return []
+
+    def damaged(self, blocks: Sequence[int]) -> list[int]:
+        """None."""
+        return []
+
+    def self_test(self) -> None:
+        """Passes."""
+
+
+class EngineHealth:
+    """Looks into the KV pool. On the engine's thread."""
+
+    def __init__(self, kv_cache: KVCache, self_tests: Sequence[Callable[[], None]]) -> None:
+        self._kv_cache = kv_cache
+        self._self_tests = self_tests
+
+    def unsound_prompts(self, rows: Sequence[Row]) -> list[int]:
+        """See Health. Costs nothing in a step of answers alone: their logits tell."""
+        some = [i for i, row in enumerate(rows) if row.num_logits < len(row.token_ids)]
+        if not some:
+            return []
+        size = self._kv_cache.layout.block_size
+        starts = np.array([rows[i].start for i in some], np.int64)
+        lengths = np.array([len(rows[i].token_ids) for i in some], np.int64)
+        entry, offsets = np.divmod(ranges(starts, lengths), size)
+        tables = np.concatenate([np.asarray(rows[i].block_ids, np.int64) for i in some])
+        first = np.cumsum([0, *(len(rows[i].block_ids) for i in some)])[:-1]
+        finite = self._kv_cache.finite(tables[np.repeat(first, lengths) + entry], offsets)
+        owners = np.repeat(np.array(some), lengths)
+        return [int(i) for i in np.unique(owners[~finite])]
+
+    def damaged(self, blocks: Sequence[int]) -> list[int]:
+        """See Health."""
+        return self._kv_cache.damaged(blocks)
+
+    def self_test(self) -> None:
+        """See Health."""
+        for test in self._self_tests:
+            test()

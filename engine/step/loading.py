@@ -1,0 +1,194 @@
+"""Models, from a checkpoint to what runs them, and the numeric profile of how they are computed.
+
+Our own kernels where they can compute a model on the CPU, torch everywhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.attention import (
+    BackendChoice,
+    choose_backend,
+    flashinfer_version,
+    make_backend,
+)
+from engine.base.errors import ConfigError
+from engine.base.kv_layout import KVLayout
+from engine.base.options import CacheOptions, ModelOptions, StepOptions
+from engine.cache.kv_cache import DTYPES, KVCache
+from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.fingerprint import config_digest
+from engine.checkpoint.packed import packed_file, read_packed
+from engine.checkpoint.source import Checkpoint, weights
+from engine.kernels import Kernels
+from engine.kernels.backend_selection import first_layers, packing, pick_kernels
+from engine.kernels.precision import auto_dtype
+from engine.kernels.threads import Threads
+from engine.models.fast_path import NativeModel
+from engine.models.llama import LlamaModel
+from engine.models.loader import load_model, random_model
+from engine.process.core_share import Seat, usable_cores
+from engine.runner.base import ModelRunner
+from engine.runner.runner import NativeRunner, Runner
+from engine.step.device import Device
+from engine.step.self_test import SelfTest, num_scratch_blocks
+from engine.telemetry.log import get_logger
+
+_log = get_logger(__name__)
+
+
+def pick_dtype(options: ModelOptions, device: Device) -> str:
+    """The precision asked for; `auto` is bfloat16 where the hardware multiplies it."""
+    if options.weights != "auto" and options.dtype in ("float32", "float16"):
+        raise ConfigError(
+            f"--weights {options.weights} contradicts --dtype {options.dtype}; "
+            "expected --weights auto"
+        )
+    if options.dtype != "auto":
+        return options.dtype
+    return auto_dtype(on_gpu=device.on_gpu)
+
+
+def numeric_profile(
+    checkpoint: Checkpoint, options: ModelOptions, dtype: str, *, native: bool, on: str = ""
+) -> str:
+    """Everything that changes the numbers of an answer; part of the compatibility digest.
+
+    `on` names a GPU's architecture and attention kernels: another one rounds otherwise, so that its
+    blocks do not continue ours.
+    """
+    source = checkpoint.fingerprint
+    if options.seed_weights >= 0:
+        source = f"random-{options.seed_weights}-{config_digest(checkpoint.config)}"
+    if not native:
+        return f"{source} weights={dtype} activations={dtype} kv={dtype}{on and ' ' + on}"
+    kept = {"auto": "gguf", "bf16": "bfloat16"}
+    choice = packing(checkpoint, options)
+    return f"{source} weights={kept.get(choice, choice)} activations=float32/int16 kv={dtype}"
+
+
+def layout_of(config: ModelConfig, cache: CacheOptions, dtype: str) -> KVLayout:
+    """The KV blocks of one model."""
+    return KVLayout(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=cache.block_size,
+        dtype=dtype,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The runners of a model, and of the model that drafts for it."""
+
+    target: Runner | NativeRunner
+    draft: Runner | NativeRunner | None
+
+    @property
+    def runners(self) -> list[ModelRunner]:
+        """Both."""
+        return [runner for runner in (self.target, self.draft) if runner is not None]
+
+    def self_tests(self, block_size: int, vocab_size: int) -> list[SelfTest]:
+        """Of both, on the scratch pool."""
+        found = (("the model", self.target), ("the draft model", self.draft))
+        return [
+            SelfTest(
+                name,
+                runner,
+                block_size=block_size,
+                vocab_size=vocab_size,
+                exact=isinstance(runner, NativeRunner),
+            )
+            for name, runner in found
+            if runner is not None
+        ]
+
+    def over(self, kv_cache: KVCache) -> tuple[ModelRunner, ModelRunner | None]:
+        """The same over another pool."""
+        draft = None
+        if self.draft is not None and kv_cache.draft is not None:
+            draft = self.draft.over(kv_cache.draft)
+        return self.target.over(kv_cache), draft
+
+
+class Loader:
+    """Loads models, by our own kernels where they can compute them; their runners share threads."""
+
+    def __init__(
+        self,
+        model: ModelOptions,
+        cache: CacheOptions,
+        step: StepOptions,
+        dtype: str,
+        device: Device,
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._step = step
+        self._dtype = dtype
+        self._device = device
+        self._threads: Threads | None = None
+
+    def load_all(
+        self, checkpoint: Checkpoint, draft: Checkpoint | None, layout: KVLayout
+    ) -> Models:
+        """Both models over a scratch pool of a few blocks. Raises CheckpointError, ConfigError."""
+        scratch = KVCache(layout, num_scratch_blocks(layout.block_size), self._device.place)
+        target = self._load(checkpoint)
+        draft_runner = None
+        if draft is not None and scratch.draft is not None:
+            num_first = first_layers(self._model.draft_model)
+            drafter = target.first_layers(num_first) if num_first else self._load(draft)
+            draft_runner = self._runner(drafter, scratch.draft)
+        return Models(self._runner(target, scratch), draft_runner)
+
+    def profile(self, checkpoint: Checkpoint) -> str:
+        """The numeric profile of a model as it is loaded here."""
+        native = self._kernels(checkpoint.config) is not None
+        on = ""
+        if self._device.on_gpu:
+            on = (
+                f"device=cuda arch={self._device.arch} attention={self._backend(checkpoint.config)}"
+            )
+        return numeric_profile(checkpoint, self._model, self._dtype, native=native, on=on)
+
+    def _load(self, checkpoint: Checkpoint) -> LlamaModel | NativeModel:
+        """Map or read the weights. Raises CheckpointError."""
+        config, dtype, place = checkpoint.config, DTYPES[self._dtype], self._device.place
+        library = self._kernels(config)
+        if library is not None:
+            path = packed_file(checkpoint, packing(checkpoint, self._model))
+            return NativeModel(config, read_packed(path, config), library)
+        if self._model.seed_weights >= 0:
+            return random_model(config, self._model.seed_weights, dtype, place)
+        model = load_model(config, weights(checkpoint, self._dtype), dtype, place)
+        checkpoint.check_unchanged()
+        return model
+
+    def _runner(self, model: LlamaModel | NativeModel, kv_cache: KVCache) -> Runner | NativeRunner:
+        """What computes `model` over its view of the pool."""
+        config = model.config
+        if isinstance(model, LlamaModel):
+            choice = self._backend(config)
+            _log.info("attention backend", backend=str(choice), reason=choice.reason)
+            backend = make_backend(choice, kv_cache, config.num_heads, config.sliding_window)
+            return Runner(model, kv_cache, backend)
+        if self._threads is None:
+            library = self._kernels(config)
+            assert library is not None, "it was loaded by them"
+            num_threads = self._step.num_threads or usable_cores()
+            self._threads = Threads(library, num_threads, Seat.parse(self._step.cores))
+        return NativeRunner(model, kv_cache, self._threads)
+
+    def _backend(self, config: ModelConfig) -> BackendChoice:
+        layout = layout_of(config, self._cache, self._dtype)
+        arch = self._device.arch
+        found = flashinfer_version() if arch else None
+        return choose_backend(layout, config.num_heads, arch=arch, flashinfer=found)
+
+    def _kernels(self, config: ModelConfig) -> Kernels | None:
+        on_gpu = self._device.on_gpu
+        return pick_kernels(config, self._model, self._cache, self._dtype, on_gpu=on_gpu)

@@ -1,0 +1,290 @@
+"""KvService: handshakes, and leases on blocks, given and taken by gRPC; and the client's renewals.
+
+Owned by the asyncio loop. Blocks are pinned and unpinned by their owner, the engine thread, behind
+`BlockHost`; this side only remembers for whom. The reaper depends on neither the scheduler's loop
+nor a peer. Who may call at all is the door's affair (`engine.rpc.trust`); the name by which a
+caller owns leases is its own word, which only members of the cluster can give.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import grpc
+
+from engine.pb.diptych.internal.v1 import worker_pb2 as pb
+from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceServicer
+from kvtransfer.lease import Lease, LeaseTable, Refusal
+from kvtransfer.transport import MemoryRegion, RemotePool
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_UNREACHABLE = (grpc.RpcError, grpc.aio.UsageError)  # the latter: our own channel is closed
+
+
+class BlockHost(Protocol):
+    """Whoever owns the blocks, as an awaitable: the engine thread."""
+
+    async def hold(self, hashes: Sequence[bytes]) -> tuple[list[int], list[int]]:
+        """Pin the longest leading run of complete blocks: (block ids, generations)."""
+
+    async def unpin(self, block_ids: Sequence[int]) -> None:
+        """Take one pin from each id; an id that is listed twice loses two."""
+
+
+class KvServicer(KvServiceServicer):
+    """Serves one worker's pool; whoever else announces blocks leases them by `grant`."""
+
+    def __init__(
+        self,
+        pool: Callable[[], RemotePool],
+        digest: str,
+        host: BlockHost,
+        leases: LeaseTable,
+        on_refused: Callable[[str, int], None] = lambda reason, count: None,
+        on_expired: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`pool`: ours, as peers reach it now; `on_refused` counts leases refused to callers,
+        `on_expired` those that ran out.
+        """
+        self._on_refused = on_refused
+        self._on_expired = on_expired
+        self._pool = pool
+        self._digest = digest
+        self._host = host
+        self._leases = leases
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._ended = asyncio.Event()  # set, and replaced, when leases end
+
+    async def Handshake(self, request: pb.HandshakeRequest, context: Any) -> pb.HandshakeResponse:
+        """Our pool and metadata, for a caller of the same digest."""
+        if request.digest != self._digest:
+            await _refuse(
+                context,
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"compatibility digest {self._digest}, the caller's {request.digest}",
+            )
+        await _require_caller(context, request.caller_incarnation)
+        pool = self._pool()
+        return pb.HandshakeResponse(
+            incarnation=pool.incarnation,
+            digest=self._digest,
+            nixl_metadata=pool.metadata,
+            blocks=_memory(pool.blocks),
+            generations=_memory(pool.generations),
+            num_blocks=pool.num_blocks,
+            block_bytes=pool.block_bytes,
+            agent=pool.agent,
+            machine=pool.machine,
+        )
+
+    async def Hold(self, request: pb.HoldRequest, context: Any) -> pb.HoldResponse:
+        """Pin a prefix under a new lease."""
+        await _require_caller(context, request.caller_incarnation)
+        return await self._finish(self._hold(request))
+
+    async def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewResponse:
+        """Give leases a whole TTL again."""
+        await _require_caller(context, request.caller_incarnation)
+        self._note_refusals("Renew", request, context)
+        unknown = self._leases.renew(request.caller_incarnation, request.leases)
+        return pb.RenewResponse(unknown=unknown)
+
+    async def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseResponse:
+        """End leases."""
+        await _require_caller(context, request.caller_incarnation)
+        self._note_refusals("Release", request, context)
+        await self.release(request.caller_incarnation, request.leases)
+        return pb.ReleaseResponse()
+
+    def _note_refusals(
+        self, call: str, request: pb.RenewRequest | pb.ReleaseRequest, context: Any
+    ) -> None:
+        """Count and log leases that are not the caller's to use, never their ids."""
+        refused = self._leases.refusals(request.caller_incarnation, request.leases)
+        for reason, count in refused.items():
+            self._on_refused(reason.value, count)
+        if refused:
+            # Unknown may be a lease that we and its owner ended at once; another's never is.
+            level = logging.WARNING if Refusal.FOREIGN in refused else logging.INFO
+            words = ", ".join(f"{count} {reason.value}" for reason, count in refused.items())
+            owner, peer = request.caller_incarnation[:64], context.peer()
+            _log.log(level, "%s by %r (%s): leases refused: %s", call, owner, peer, words)
+
+    @property
+    def leases(self) -> tuple[Lease, ...]:
+        """Those that have not ended. Their ids are secrets."""
+        return self._leases.all
+
+    def grant(self, owner: str, block_ids: Sequence[int], request_id: str = "") -> Lease:
+        """A lease for `owner` on blocks that the caller has pinned for it, once each."""
+        return self._leases.grant(owner, block_ids, request_id)
+
+    async def release(self, owner: str, lease_ids: Sequence[bytes]) -> None:
+        """End leases and unpin their blocks; what is gone is no error."""
+        block_ids = self._leases.release(owner, lease_ids)
+        if block_ids:
+            self._tell_ended()
+            await self._finish(self._host.unpin(block_ids))
+
+    async def ended_within(self, lease_ids: Sequence[bytes], timeout_s: float) -> bool:
+        """Wait until none of these leases is left; False: some are after `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._leases.any_left(lease_ids):
+                    await self._ended.wait()
+        return not self._leases.any_left(lease_ids)
+
+    def _tell_ended(self) -> None:
+        self._ended.set()
+        self._ended = asyncio.Event()
+
+    async def reap(self, interval_s: float | None = None) -> NoReturn:
+        """Run for ever: unpin what has run out."""
+        interval_s = interval_s or min(1.0, self._leases.ttl_s / 4)
+        while True:
+            await asyncio.sleep(interval_s)
+            for lease in self._leases.expire():
+                self._tell_ended()
+                self._on_expired()
+                _log.warning(
+                    "lease of %s ran out: %d blocks of request %s",
+                    lease.owner,
+                    len(lease.block_ids),
+                    lease.request_id or "unknown",
+                )
+                try:
+                    await self._host.unpin(lease.block_ids)
+                except Exception:
+                    _log.exception("unpin of %d blocks failed", len(lease.block_ids))
+
+    async def _hold(self, request: pb.HoldRequest) -> pb.HoldResponse:
+        block_ids, generations = await self._host.hold(list(request.hashes))
+        if not block_ids:
+            return pb.HoldResponse()
+        lease = self._leases.grant(request.caller_incarnation, block_ids)
+        return pb.HoldResponse(
+            lease=lease.id,
+            ttl_s=self._leases.ttl_s,
+            block_ids=block_ids,
+            generations=generations,
+        )
+
+    async def _finish(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Let `work` end even if the call is cancelled: no pin may lack an owner."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+
+class Renewer:
+    """Keeps leases at one peer alive, renewing all of them every TTL/3, until they are released.
+
+    `on_lost` is told of each lease that the peer does not know any more or could not be asked about
+    for a whole TTL; what was read under it is still judged by the fence alone. Every call has a
+    deadline.
+    """
+
+    def __init__(
+        self, stub: Any, owner: str, on_lost: Callable[[bytes], None] | None = None
+    ) -> None:
+        self._stub = stub
+        self._owner = owner
+        self._on_lost = on_lost
+        self._lives: dict[bytes, tuple[float, float]] = {}  # lease -> (ttl_s, runs out at)
+        self._task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._renew_at = math.inf
+
+    @property
+    def leases(self) -> tuple[bytes, ...]:
+        """Those being renewed."""
+        return tuple(self._lives)
+
+    def hold(self, lease_id: bytes, ttl_s: float) -> None:
+        """Renew this lease from now on."""
+        now = asyncio.get_running_loop().time()
+        self._lives[lease_id] = (ttl_s, now + ttl_s)
+        self._renew_at = min(self._renew_at, now + ttl_s / 3)
+        self._changed.set()
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="kv-renew")
+
+    async def release(self, *lease_ids: bytes, timeout_s: float = 5.0) -> bool:
+        """End these leases, all if none is named; False: not told, their TTL will end them."""
+        ending = list(lease_ids or self._lives)
+        for lease_id in ending:
+            self._lives.pop(lease_id, None)
+        if not ending:
+            return True
+        request = pb.ReleaseRequest(caller_incarnation=self._owner, leases=ending)
+        try:
+            await self._stub.Release(request, timeout=timeout_s)
+        except _UNREACHABLE:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Release everything and stop."""
+        await self.release()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            self._changed.clear()
+            try:
+                async with asyncio.timeout_at(self._renew_at if self._lives else None):
+                    await self._changed.wait()  # another lease, perhaps a shorter one
+            except TimeoutError:
+                if not self._lives:  # all were released while it slept
+                    self._renew_at = math.inf
+                    continue
+                interval_s = min(ttl_s for ttl_s, _ in self._lives.values()) / 3
+                self._renew_at = loop.time() + interval_s
+                await self._renew(list(self._lives), timeout_s=interval_s)
+
+    async def _renew(self, asked: list[bytes], timeout_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()  # the peer counts from later on, so ours run out first
+        request = pb.RenewRequest(caller_incarnation=self._owner, leases=asked)
+        try:
+            response = await self._stub.Renew(request, timeout=timeout_s)
+        except _UNREACHABLE:
+            lost = [lease for lease in self._lives if self._lives[lease][1] <= loop.time()]
+        else:
+            lost = [lease for lease in response.unknown if lease in self._lives]
+            for lease in asked:
+                if lease in self._lives:  # not released meanwhile
+                    ttl_s = self._lives[lease][0]
+                    self._lives[lease] = (ttl_s, now + ttl_s)
+        for lease in lost:
+            if self._lives.pop(lease, None) and self._on_lost is not None:
+                self._on_lost(lease)
+
+
+async def _require_caller(context: Any, incarnation: str) -> None:
+    if not incarnation:
+        await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "caller_incarnation: unset")
+
+
+async def _refuse(context: Any, code: grpc.StatusCode, message: str) -> None:
+    await context.abort(code, message)
+
+
+def _memory(region: MemoryRegion) -> pb.Memory:
+    return pb.Memory(
+        address=region.address,
+        num_bytes=region.num_bytes,
+        device_id=region.device_id,
+        kind=region.kind,
+    )

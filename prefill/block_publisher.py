@@ -1,0 +1,62 @@
+"""Finished blocks of one prompt, offered to the caller under leases.
+
+    engine pins a block once more for us -> a lease takes the pin over -> the caller reads ->
+    Release, or TTL
+
+Whatever was announced by the engine is either under a lease or released here, also when the caller
+is gone. The leases end with the call.
+"""
+
+from __future__ import annotations
+
+from engine.pb.diptych.internal.v1 import worker_pb2
+from engine.scheduling.events import AnnouncedEvent
+from engine.step.engine_thread import Stream
+from worker.process import WorkerHost
+
+
+class Announcer:
+    """Leases of one Prefill call; `owner` is the incarnation that may read and release them."""
+
+    def __init__(self, host: WorkerHost, owner: str, request_id: str) -> None:
+        self._kv = host.kv
+        self._blocks = host.blocks
+        self._checksums = host.checksums
+        self._ttl_s = host.transfer.lease_ttl_s
+        self._owner = owner
+        self._request_id = request_id
+        self._leases: list[bytes] = []
+
+    def offer(self, event: AnnouncedEvent) -> worker_pb2.BlocksReady:
+        """Put complete blocks under a new lease and say so on the wire.
+
+        No await: between the engine's pin and the lease nothing can be cancelled.
+        """
+        lease = self._kv.grant(self._owner, event.block_ids, self._request_id)
+        self._leases.append(lease.id)
+        return worker_pb2.BlocksReady(
+            lease=lease.id,
+            ttl_s=self._ttl_s,
+            first_block=event.first_block,
+            block_ids=event.block_ids,
+            hashes=event.names,
+            generations=event.generations,
+        )
+
+    async def signed(self, ready: worker_pb2.BlocksReady) -> worker_pb2.BlocksReady:
+        """The same announcement with a checksum of every block; the lease keeps them meanwhile."""
+        ready.checksums.extend(await self._checksums.of(ready.block_ids))
+        return ready
+
+    async def ended_within(self, timeout_s: float) -> bool:
+        """Wait until every lease has been released or has run out; False: some are left."""
+        return await self._kv.ended_within(self._leases, timeout_s)
+
+    async def withdraw(self, stream: Stream) -> None:
+        """The call is over: end the work, release what was offered and what still comes."""
+        if not stream.finished:
+            stream.abort()
+            for event in await stream.drain():
+                if isinstance(event, AnnouncedEvent):
+                    await self._blocks.unpin(event.block_ids)
+        await self._kv.release(self._owner, self._leases)

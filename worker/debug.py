@@ -1,0 +1,227 @@
+"""Everything that a worker holds, with owner, reason, age and deadline, and whether that is all.
+
+    loop          leases, announcements on their way, clean-ups     -+
+    data plane    pulls, failed ones whose reads go on (quarantine)  +-> what the owners name
+    engine        requests with their blocks                        -+
+    engine        blocks with a holder ----------------------------------> less those: `unexplained`
+
+The engine's part is one call on its thread, so a pool and its requests fit together. The others are
+asked before and after it; what passes from one owner to the next at that very moment is looked for
+again, and only what nobody owns in any look is unexplained: a leak, by law 5 always 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from engine.base.errors import DiptychError
+from engine.base.types import Role
+from engine.http.holds import Hold, shown
+from engine.scheduling.holds import EngineHolds, RequestHold
+from engine.step.engine_thread import EngineThread
+from engine.telemetry.log import current_request
+from kvtransfer.data_plane import DataPlane
+from kvtransfer.kv_service import KvServicer
+from kvtransfer.pull import PullHold
+
+_ANSWER_S = 1.0  # for a thread to say what it holds
+_LOOKS = 5
+_PAUSE_S = 0.02  # between two looks: longer than a block is on its way between two owners
+_MOST_SHOWN = 32  # of unexplained blocks, by id
+
+_STATES = {
+    "waiting": "waits for memory or for another's blocks: holds none",
+    "fetching": "its prompt's blocks are being pulled from a prefill worker",
+    "running": "is being computed",
+}
+_NO_DEADLINE = "its caller set none; it ends with its call"
+_TASK_ENDS = "ends with what it waits for: a pull, a step of the engine, a call of at most 5 s"
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A task of the background."""
+
+    what: str
+    request_id: str  # "": for no request
+    since_s: float  # monotonic
+
+    @classmethod
+    def now(cls, what: str) -> Begun:
+        """A task that begins in this context."""
+        return cls(what, current_request(), time.monotonic())
+
+
+class Owners(Protocol):
+    """The parts of a worker that hold something."""
+
+    role: Role
+    incarnation: str
+    engine: EngineThread
+    plane: DataPlane
+    kv: KvServicer
+    background: dict[asyncio.Task[Any], Begun]
+
+
+class Holds:
+    """Asks the owners of one worker. Lives on the asyncio loop."""
+
+    def __init__(self, host: Owners) -> None:
+        self._host = host
+
+    async def report(self) -> dict[str, Any]:
+        """The answer of /debug/holds."""
+        engine, pulls, unexplained = await self._look()
+        for _ in range(_LOOKS - 1):
+            if not unexplained:
+                break
+            await asyncio.sleep(_PAUSE_S)
+            engine, pulls, again = await self._look()
+            unexplained = None if again is None else unexplained & again
+        holds = [
+            *(_of_request(request) for request in (engine.requests if engine else ())),
+            *self._of_leases(),
+            *self._of_announcements(),
+            *(self._of_pull(pull) for pull in pulls or ()),
+            *self._of_background(),
+        ]
+        return {
+            "process": {"role": self._host.role.value, "incarnation": self._host.incarnation},
+            "pool": _pool(engine, unexplained),
+            "data_plane": self._data_plane(answers=pulls is not None),
+            "holds": shown(holds),
+        }
+
+    async def _look(self) -> tuple[EngineHolds | None, list[PullHold] | None, set[int] | None]:
+        """The engine's and the data plane's word, and the held blocks that no owner names.
+
+        None for who does not answer: then nobody knows what is unexplained.
+        """
+        before = await self._pulls()
+        named = self._named_here()
+        engine = await self._engine()
+        named |= self._named_here()
+        after = await self._pulls()
+        if engine is None or before is None or after is None:
+            return engine, after, None
+        named.update(block for hold in engine.requests for block in hold.block_ids)
+        named.update(block for hold in (*before, *after) for block in hold.block_ids)
+        return engine, after, set(engine.held - named)
+
+    async def _engine(self) -> EngineHolds | None:
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                return await self._host.engine.call(lambda core: core.holds())
+        except (TimeoutError, DiptychError):  # it hangs in a step, or died
+            return None
+
+    async def _pulls(self) -> list[PullHold] | None:
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                return await asyncio.wrap_future(self._host.plane.holds())
+        except TimeoutError:  # it restarts, or hangs in the transport
+            return None
+
+    def _named_here(self) -> set[int]:
+        """Blocks that owners on this loop name."""
+        named = {block for lease in self._host.kv.leases for block in lease.block_ids}
+        for stream in self._host.engine.streams:
+            for event, _ in stream.undelivered.values():
+                named.update(event.block_ids)
+        return named
+
+    def _of_leases(self) -> Iterable[Hold]:
+        now = time.monotonic()
+        for lease in self._host.kv.leases:
+            yield Hold(
+                kind="lease",
+                owner=lease.owner,
+                reason="a peer may read these blocks; renewed or released by it alone",
+                age_s=now - lease.granted_at,
+                deadline_s=lease.expires_at - now,
+                num_blocks=len(lease.block_ids),
+                request_id=lease.request_id,
+            )
+
+    def _of_announcements(self) -> Iterable[Hold]:
+        now = time.monotonic()
+        for stream in self._host.engine.streams:
+            end = stream.work.deadline_s
+            for event, since in stream.undelivered.values():
+                yield Hold(
+                    kind="announcement",
+                    owner=stream.work.request_id,
+                    reason="complete blocks whose caller has not been told of them yet",
+                    age_s=now - since,
+                    deadline_s=None if end is None else end - now,
+                    note=_NO_DEADLINE if end is None else "",
+                    num_blocks=len(event.block_ids),
+                )
+
+    def _of_pull(self, pull: PullHold) -> Hold:
+        reason = "blocks are being read from a peer"
+        if pull.error:
+            ends = "it ends, or the data plane starts anew"
+            reason = f"a read of a failed pull goes on until {ends}: {pull.error}"
+        return Hold(
+            kind="quarantine" if pull.error else "pull",
+            owner=pull.request_id,
+            reason=reason,
+            age_s=pull.age_s,
+            deadline_s=pull.left_s,
+            num_blocks=len(pull.block_ids),
+            peer=pull.peer,
+        )
+
+    def _of_background(self) -> Iterable[Hold]:
+        now = time.monotonic()
+        for begun in self._host.background.values():
+            yield Hold(
+                kind="task",
+                owner=begun.request_id or self._host.incarnation,
+                reason=f"{begun.what} goes on beside its call, or after it",
+                age_s=now - begun.since_s,
+                deadline_s=None,
+                note=_TASK_ENDS,
+            )
+
+    def _data_plane(self, *, answers: bool) -> dict[str, Any]:
+        counters = self._host.plane.counters
+        return {
+            "answers": answers,
+            "agent": self._host.plane.local_pool.agent,
+            "restarts": counters.num_restarts,
+            "quarantined_blocks": counters.num_quarantined_blocks,
+        }
+
+
+def _of_request(request: RequestHold) -> Hold:
+    what = "answer" if request.is_answer else "prompt"
+    return Hold(
+        kind="request",
+        owner=request.request_id,
+        reason=f"{request.state}: this {what} {_STATES[request.state]}",
+        age_s=request.age_s,
+        deadline_s=request.left_s,
+        note=_NO_DEADLINE if request.left_s is None else "",
+        num_blocks=len(request.block_ids),
+    )
+
+
+def _pool(engine: EngineHolds | None, unexplained: set[int] | None) -> dict[str, Any]:
+    if engine is None:
+        return {"answers": False}
+    shown_ids = {"unexplained_blocks": sorted(unexplained)[:_MOST_SHOWN]} if unexplained else {}
+    return {
+        "answers": True,
+        "total": engine.num_blocks,
+        "free": engine.num_free,
+        "cached": engine.num_cached,
+        "held": len(engine.held),
+        "unexplained": None if unexplained is None else len(unexplained),
+        **shown_ids,
+    }
