@@ -19,7 +19,7 @@ Facts that shaped it (NIXL 1.5.1, measured by `benchmarks/kv_transfer.py` or rea
   memory without CMA, its progress thread must answer, and a read hangs until it goes on. Ending an
   agent with such reads in flight took 3 to 24 ms in 31 tries over these lanes, never hung or
   crashed, and took its progress thread and sockets with it: nothing landed afterwards, also when
-  the peer went on (`tests/integration/test_quarantine.py`).
+  the peer went on (`tests/system/test_quarantine.py`).
 - That peer fares worse: a target that goes on and finds its reader's agent gone before it has
   answered ends with SIGABRT in UCX ("unexpected error: Endpoint timeout"), in 28 of those 31 tries.
   A target that was running when its reader was killed in mid-read never did, in 36 tries over the

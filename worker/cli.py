@@ -30,9 +30,9 @@ from engine.base.options import (
     set_default_env,
 )
 from engine.base.types import Role
-from worker import exit_status
 from engine.process.core_dumps import forbid_core_dumps
 from engine.process.gc_control import hand_over_soon, put_off_collections
+from worker import exit_status
 
 if TYPE_CHECKING:
     from engine.step.drafting import Drafting
@@ -49,7 +49,6 @@ _GROUPS = (
 )
 # A waiting OpenMP thread must not burn the core that the other panel computes on.
 _LIBRARY_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-
 
 
 def worker_command(

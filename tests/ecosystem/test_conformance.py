@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.coordinator.test_constraints import SCHEMA, TEXT, front
-from tests.coordinator.test_service import checkpoint  # noqa: F401  (a fixture)
 from tests.ecosystem.conformance import answers, offline, report
 from tests.ecosystem.conformance.answers import Answer, Way
 from tests.ecosystem.conformance.checking import NotChecked, fault, validator
 from tests.ecosystem.conformance.offline import Grammar
 from tests.ecosystem.conformance.sources import Case, choice, suite_cases
+from tests.unit.coordinator.api.grpc.test_service import checkpoint  # noqa: F401  (a fixture)
+from tests.unit.coordinator.generation.test_constraints import SCHEMA, TEXT, front
 
 WAYS = (Way("greedy", 0.0), Way("sampled", 0.8, 1))
 SLICE = Path(__file__).parent / "conformance" / "slice"

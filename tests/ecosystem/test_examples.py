@@ -13,13 +13,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from tests.integration.stack import Stack
+from tests.support.paths import ROOT
+from tests.system.stack import Stack
 
-ROOT = Path(__file__).parents[2]
 PAGES = ("api", "client")
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)

@@ -18,11 +18,9 @@ from typing import Any
 
 from coordinator.client import AsyncClient, Done, TextDelta
 from tests.faults.cluster import NATIVE
+from tests.support.paths import DATA
 
-_TEXTS = [
-    case["prompt"]
-    for case in json.loads((Path(__file__).parents[1] / "data" / "greedy_fp32.json").read_text())
-]
+_TEXTS = [case["prompt"] for case in json.loads((DATA / "greedy_fp32.json").read_text())]
 _ASKED_AT_ONCE = 6
 _SCHEMA = {
     "type": "object",

@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from kvtransfer.fence import Fence
 from tests.faults.row import NOTES
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.timeout(1800)
-_FOLDER = Path(__file__).parents[1] / "integration"
+_FOLDER = ROOT / "tests" / "integration"
 
 
 def _race() -> ModuleType:
@@ -33,7 +33,7 @@ def test_poison_under_reads_in_flight(full: bool) -> None:
     """Leases mean nothing here: the owner reuses the block whenever it likes, its generation
     first. Every try that tore is refused, every one that passed has exactly the old bytes.
     """
-    tries = 10_000 if full else 200  # and 1,000 in tests/integration/test_kvtransfer.py
+    tries = 10_000 if full else 200  # and 1,000 in tests/system/test_kvtransfer.py
     outcome = _race().race(fence=Fence(), min_tries=tries, share=0.2, limit_s=1500 if full else 60)
     torn, clean = outcome.num_torn / outcome.num_tries, outcome.num_clean / outcome.num_tries
     NOTES.setdefault("poison_under_reads_in_flight", []).append(

@@ -23,12 +23,12 @@ from engine.rpc.status import DETAILS_KEY
 from tests.faults.garbage import garbage, gzip_of_zeros, http_garbage
 from tests.faults.port import FULL, GENERATE, MORE_FILES, SHORT, Port, file_limit, request
 from tests.faults.waiters import NUM_HTTP_CONNECTIONS, WAITERS
-from tests.integration.stack import Stack, until
 from tests.support import http2
 from tests.support.fuzz_checks import DOCUMENTED, GUARDED
 from tests.support.fuzz_messages import METHODS, Input, Writer, mutate
 from tests.support.http2 import closed_by_peer, connect, frame, grpc_message
 from tests.support.vitals import MIB, Watch
+from tests.system.stack import Stack, until
 
 pytestmark = pytest.mark.timeout(300)
 SEED = 11

@@ -45,7 +45,7 @@ P = "prefill-0"
 
 async def test_wrong_weights_dtype_and_block_size(row: Row) -> None:
     """Each is refused at the door with the reason by name, ends with status 2, serves nobody."""
-    strangers = list(STRANGERS) if row.full else ["weights"]  # and tests/integration has all
+    strangers = list(STRANGERS) if row.full else ["weights"]  # and tests/system has all
     names = {what: f"{STRANGERS[what].role}-{what}" for what in strangers}
     for what, name in names.items():
         place = row.cluster.add_worker(name, "--kv-cache-memory", "128MiB", *STRANGERS[what].flags)

@@ -20,8 +20,14 @@ from engine.base.errors import ConfigError
 from engine.cache.kv_cache import KVCache
 from engine.models.loader import random_model
 from engine.runner.runner import Runner
-from tests.engine.attention.reference import CASES, HEADS, poisoned, queries, reference_attention
 from tests.support.paged import CPU, layout_of, tiny_config
+from tests.unit.engine.attention.reference import (
+    CASES,
+    HEADS,
+    poisoned,
+    queries,
+    reference_attention,
+)
 
 CUDA = torch.device("cuda:0")
 

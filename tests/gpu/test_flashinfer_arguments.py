@@ -14,8 +14,14 @@ from engine.attention.batch import Row, build_batch
 from engine.attention.flashinfer_backend import WORKSPACE_BYTES, FlashInferBackend
 from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
-from tests.engine.attention.reference import CASES, HEADS, poisoned, queries, reference_attention
 from tests.support.flashinfer_kernels import KernelError
+from tests.unit.engine.attention.reference import (
+    CASES,
+    HEADS,
+    poisoned,
+    queries,
+    reference_attention,
+)
 
 DEVICE = torch.device("cpu")
 WINDOW = 6

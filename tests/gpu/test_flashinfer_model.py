@@ -14,8 +14,8 @@ from engine.cache.kv_cache import KVCache
 from engine.models.llama import LlamaModel
 from engine.models.loader import random_model
 from engine.runner.runner import Runner
-from tests.engine.test_draft_model import Panel, random_works
 from tests.support.paged import layout_of, tiny_config
+from tests.unit.engine.step.test_draft_model import Panel, random_works
 
 SIZE = 16
 

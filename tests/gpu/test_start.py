@@ -24,8 +24,8 @@ from engine.scheduling.events import FinishedEvent, TokensEvent
 from engine.scheduling.request import Work
 from engine.step.build import Engine, build_engine
 from engine.step.device import Device
-from tests.engine.test_build import CONFIG
 from tests.support.flashinfer_kernels import Launches
+from tests.unit.engine.step.test_build import CONFIG
 
 WIDE = CONFIG | {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
 

@@ -1,7 +1,7 @@
 """Two coordinators behind the name `front`, and a client that knows only the name.
 
-Run by `tests/coordinator/test_client_names.py` where /etc/hosts gives that name two addresses;
-prints what came of it.
+Run by `tests/unit/coordinator/client/test_client_names.py` where /etc/hosts gives that name two
+addresses; prints what came of it.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ from engine.step.core import EngineCore
 from engine.telemetry.metrics import WorkerMetrics
 from kvtransfer.transport import Extent, MemoryRegion, ReadState
 from prefill.service import PrefillServicer
-from tests.engine.test_core import oracle
 from tests.support.history_model import VOCAB, logits_of
+from tests.unit.engine.step.test_core import oracle
 from worker.process import WorkerHost, WorkerSettings
 
 SIZE = 4

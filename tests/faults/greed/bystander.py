@@ -34,8 +34,8 @@ import grpc
 from coordinator.client import generate_request
 from engine.pb.diptych.v1 import inference_pb2_grpc
 from engine.rpc.channel import open_channel
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 NUM_TOKENS = 96
 PROMPT = list(range(1000, 1040))  # two whole blocks, which travel, and a tail
 HEALTH_S, HEALTH_TIMEOUT_S = 0.2, 10.0

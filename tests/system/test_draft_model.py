@@ -1,0 +1,99 @@
+"""The default model's first 8 layers draft for it, through both panels and real NIXL: fp32 answers
+equal the oracle of one process, and a worker without the draft model is refused.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.base.kv_layout import name_salt
+from engine.base.types import SamplingParams, StopParams
+from engine.checkpoint.source import resolve, weights
+from engine.models.loader import load_model
+from engine.scheduling.request import Work
+from tests.support.near_tie import TALLY
+from tests.support.paged import CPU
+from tests.support.paths import DATA
+from tests.support.plain_loop import PlainLoop
+from tests.system.stack import ROOT, Stack
+
+ORACLE = json.loads((DATA / "greedy_fp32.json").read_text())
+BLOCK_BYTES = (30 + 8) * 2 * 3 * 16 * 64 * 4
+EXACT = ("--dtype", "float32", "--kv-cache-memory", "384MiB", "--max-model-len", "1024")
+pytestmark = pytest.mark.timeout(600)
+
+
+def make_works() -> list[Work]:
+    """Prompts of 20 to 300 tokens, some with a common beginning, half of them sampled."""
+    rng = random.Random(8)
+    texts = [item["prompt"] for item in ORACLE if len(item["prompt"]) >= 300][:3]
+    works = []
+    for i in range(12):
+        text = rng.choice(texts)
+        prompt = tuple(text[: rng.choice([20, 100, 200, 300])])
+        sampling = SamplingParams(
+            temperature=0.75 if i % 2 else 0.0,
+            top_p=0.875 if i % 2 else 1.0,
+            repetition_penalty=rng.choice([1.0, 1.125]),
+            seed=rng.getrandbits(64),
+        )
+        stop = StopParams(max_tokens=rng.randint(20, 40), stop_token_ids=frozenset({2}))
+        works.append(Work(f"draft{i}", prompt, name_salt(digest="x"), sampling, stop))
+    return works
+
+
+def ask(stack: Stack, work: Work) -> list[int]:
+    assert work.sampling
+    assert work.stop
+    return stack.generate(
+        work.prompt,
+        temperature=work.sampling.temperature,
+        top_p=work.sampling.top_p,
+        repetition_penalty=work.sampling.repetition_penalty,
+        seed=work.sampling.seed,
+        max_tokens=work.stop.max_tokens,
+    )[0]
+
+
+def test_the_first_layers_draft_and_no_token_changes(tmp_path: Path) -> None:
+    checkpoint = resolve("smollm2", progress=False)
+    shards = weights(checkpoint, "float32", progress=False)
+    oracle = PlainLoop(load_model(checkpoint.config, shards, torch.float32, CPU, progress=False))
+    works = make_works()
+    expected = oracle.answers(works, group=12)
+    flags = ("--drafter", "model", "--draft-model", "first:8", "--draft-tokens", "4")
+    with Stack(tmp_path, *EXACT, *flags) as stack:
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(lambda work: ask(stack, work), works))
+        for work, (tokens, _), got in zip(works, expected, answers, strict=True):
+            verdict = oracle.judge(work, tokens, got)
+            assert verdict.ok, verdict.detail
+        stack.assert_at_rest()
+        decode, prefill = stack.metrics("decode"), stack.metrics("prefill")
+        assert decode["diptych_spec_decode_num_draft_tokens_total"] > 20
+        moved = decode["diptych_kv_transfer_blocks_total"]
+        assert moved > 20
+        assert decode["diptych_kv_transfer_bytes_total"] == moved * BLOCK_BYTES
+        assert decode["diptych_kv_stale_reads_total"] == 0
+        assert prefill["diptych_prompt_tokens_total"] > 500
+        print(TALLY, {k: v for k, v in decode.items() if "spec_decode" in k and "created" not in k})
+        refused = subprocess.run(
+            [
+                *(sys.executable, "-m", "prefill.cli", "start", "--dtype", "float32"),
+                *("--coordinator", stack.address, "--kv-cache-memory", "32MiB"),
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert refused.returncode == 2, refused.stderr[-2000:]
+        assert "refused" in refused.stderr

@@ -1,0 +1,501 @@
+"""The cluster token between real processes: who has it is a worker, who has not gets nothing.
+
+One cluster of an external coordinator, a prefill and a decode worker, as on several machines, whose
+files name the same two secrets in different orders, as in the middle of a change; and the stack
+that makes its token itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from coordinator.client import Client
+from engine.base.errors import DiptychError
+from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc, worker_pb2
+from engine.pb.diptych.internal.v1 import worker_pb2_grpc as stubs
+from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc
+from engine.rpc.channel import open_channel
+from engine.rpc.trust import ClusterToken
+from tests.support.http_get import http_get
+from tests.support.stderr import sentences
+from tests.system.conftest import EXACT
+from tests.system.stack import ROOT, START_S, Stack, free_port, until
+
+pytestmark = pytest.mark.timeout(300)
+
+FIRST, SECOND, WRONG = (f"{name}-{secrets.token_hex(16)}" for name in ("one", "two", "wrong"))
+PROMPT = "Saxifrage 4711 grows where the quiet heron nests; " * 12
+SALT = "salt-of-the-tenant-4711"
+LEASE_TTL_S = 5.0
+BLOCK_SIZE = 16
+CODES = {None: grpc.StatusCode.UNAUTHENTICATED, WRONG: grpc.StatusCode.PERMISSION_DENIED}
+
+
+class Cluster:
+    """Processes started one by one, as an operator does on several machines."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.address = f"127.0.0.1:{free_port()}"
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def file(self, name: str, *lines: str) -> str:
+        path = self.folder / f"{name}.token"
+        path.write_text("\n".join(lines))
+        path.chmod(0o600)
+        return str(path)
+
+    def start(self, name: str, command: str, *flags: str) -> None:
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", f"{command}.cli", "start", *flags],
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+
+    def worker_flags(self, *token: str) -> tuple[str, ...]:
+        shape = (*EXACT, "--lease-ttl-s", str(LEASE_TTL_S), "--log-format", "json")
+        return (*shape, "--coordinator", self.address, "--log-level", "debug", *token)
+
+    def run(self, command: str, *flags: str) -> subprocess.CompletedProcess[str]:
+        """A process that is expected to end by itself."""
+        return subprocess.run(
+            [sys.executable, "-m", f"{command}.cli", "start", *flags],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+            timeout=120,
+        )
+
+    def workers(self) -> dict[str, admin_pb2.Worker]:
+        with contextlib.suppress(DiptychError, grpc.RpcError), Client(self.address) as client:
+            return {w.worker_id: w for w in client.workers(timeout_s=5) if w.state == "ready"}
+        return {}
+
+    def up(self) -> bool:
+        for name, process in self.processes.items():
+            assert process.poll() is None, (self.folder / f"{name}.log").read_text()[-3000:]
+        return len(self.workers()) == len(self.processes) - 1
+
+    def logs(self) -> str:
+        return "".join(p.read_text(errors="replace") for p in self.folder.rglob("*.log"))
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            process.send_signal(signal.SIGTERM)
+        for process in self.processes.values():
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    it = Cluster(tmp_path_factory.mktemp("cluster"))
+    file = it.file("front", FIRST, SECOND)
+    front = ("--workers", "external", "--listen", it.address, "--http", "127.0.0.1:0")
+    front += ("--max-model-len", "2048", "--log-format", "json", "--log-level", "debug")
+    try:
+        it.start("front", "coordinator", *front, "--cluster-token-file", file)
+        file = it.file("workers", SECOND, FIRST)
+        for role in ("prefill", "decode"):
+            flags = it.worker_flags("--cluster-token-file", file)
+            it.start(role, role, *flags, "--worker-id", f"{role}-0")
+        until(it.up, START_S, "the cluster is up", 0.2)
+        yield it
+    finally:
+        it.stop()
+
+
+def token(secret: str | None) -> ClusterToken | None:
+    return None if secret is None else ClusterToken((secret,))
+
+
+def hello() -> registry_pb2.WorkerMessage:
+    fields = registry_pb2.Hello(
+        worker_id="intruder", incarnation="i", role=registry_pb2.ROLE_DECODE, address="127.0.0.1:1"
+    )
+    return registry_pb2.WorkerMessage(hello=fields)
+
+
+def registering(channel: grpc.aio.Channel) -> Any:
+    async def say() -> AsyncIterator[registry_pb2.WorkerMessage]:
+        yield hello()
+        await asyncio.sleep(10)  # as a worker, which goes on
+
+    return registry_pb2_grpc.RegistryServiceStub(channel).Register(say(), timeout=10)
+
+
+def draining(channel: grpc.aio.Channel) -> Any:
+    request = admin_pb2.DrainWorkerRequest(worker_id="nobody")
+    return admin_pb2_grpc.AdminServiceStub(channel).DrainWorker(request, timeout=10)
+
+
+def handshaking(channel: grpc.aio.Channel, digest: str = "") -> Any:
+    request = worker_pb2.HandshakeRequest(digest=digest, caller_incarnation="tester")
+    return stubs.KvServiceStub(channel).Handshake(request, timeout=10)
+
+
+def holding(channel: grpc.aio.Channel, *hashes: bytes) -> Any:
+    request = worker_pb2.HoldRequest(caller_incarnation="tester", hashes=hashes)
+    return stubs.KvServiceStub(channel).Hold(request, timeout=10)
+
+
+def renewing(channel: grpc.aio.Channel, *leases: bytes, owner: str = "tester") -> Any:
+    request = worker_pb2.RenewRequest(caller_incarnation=owner, leases=leases)
+    return stubs.KvServiceStub(channel).Renew(request, timeout=10)
+
+
+def releasing(channel: grpc.aio.Channel, *leases: bytes, owner: str = "tester") -> Any:
+    request = worker_pb2.ReleaseRequest(caller_incarnation=owner, leases=leases)
+    return stubs.KvServiceStub(channel).Release(request, timeout=10)
+
+
+def prefilling(channel: grpc.aio.Channel) -> Any:
+    request = worker_pb2.PrefillRequest(
+        request_id="raw", caller_incarnation="tester", token_ids=range(100, 100 + 4 * BLOCK_SIZE)
+    )
+    return stubs.PrefillServiceStub(channel).Prefill(request, timeout=60)
+
+
+def decoding(channel: grpc.aio.Channel) -> Any:
+    request = worker_pb2.DecodeRequest(
+        request_id="raw",
+        prompt_token_ids=range(100, 120),
+        stop=worker_pb2.StopParams(max_tokens=4),
+        sampling=worker_pb2.SamplingParams(top_p=1.0, repetition_penalty=1.0),
+    )
+    return stubs.DecodeServiceStub(channel).Decode(request, timeout=60)
+
+
+async def messages(call: Any) -> list[Any]:
+    """What a call says, whatever its kind. Raises AioRpcError."""
+    if isinstance(call, grpc.aio.UnaryUnaryCall):
+        return [await call]
+    return [message async for message in call]
+
+
+GUARDED: list[tuple[str, Callable[..., Any]]] = [
+    ("coordinator", registering),
+    ("coordinator", draining),
+    *((role, ask) for role in ("prefill-0", "decode-0") for ask in (handshaking, holding)),
+    *((role, ask) for role in ("prefill-0", "decode-0") for ask in (renewing, releasing)),
+    ("prefill-0", prefilling),
+    ("decode-0", decoding),
+]
+
+
+def address_of(cluster: Cluster, place: str) -> str:
+    return cluster.address if place == "coordinator" else cluster.workers()[place].address
+
+
+def counted(http_address: str, series: str, **labels: str) -> float:
+    """One sample of /metrics; 0 where it is not there."""
+    text = http_get(f"http://{http_address}/metrics").text
+    for line in text.splitlines():
+        named = line.startswith(f"{series}{{")
+        if named and all(f'{key}="{value}"' in line for key, value in labels.items()):
+            return float(line.rpartition(" ")[2])
+    return 0.0
+
+
+@pytest.mark.parametrize("sent", [None, WRONG], ids=["none", "wrong"])
+@pytest.mark.parametrize(("place", "ask"), GUARDED, ids=lambda x: getattr(x, "__name__", x))
+async def test_without_the_token_nothing_is_said(
+    cluster: Cluster, place: str, ask: Callable[..., Any], sent: str | None
+) -> None:
+    """Not even by whom, or to whom: no message comes before the refusal."""
+    async with open_channel(address_of(cluster, place), token=token(sent)) as channel:
+        call = ask(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await messages(call)
+        assert caught.value.code() is CODES[sent]
+        assert "digest" not in (caught.value.details() or "")
+    assert "intruder" not in cluster.workers()
+
+
+async def test_refusals_are_counted_and_logged_with_the_callers_address(cluster: Cluster) -> None:
+    worker = cluster.workers()["prefill-0"]
+    labels = {"method": "KvService/Handshake", "code": "permission_denied"}
+    before = counted(worker.http_address, "diptych_rpc_failures_total", **labels)
+    async with open_channel(worker.address, token=token(WRONG)) as channel:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await handshaking(channel)
+    after = counted(worker.http_address, "diptych_rpc_failures_total", **labels)
+    assert after == before + 1
+    log = (cluster.folder / "prefill.log").read_text()
+    lines = [line for line in log.splitlines() if "caller refused" in line]
+    assert any("KvService/Handshake" in x and "ipv4:127.0.0.1:" in x for x in lines)
+
+
+@pytest.mark.parametrize("secret", [FIRST, SECOND], ids=["first", "second"])
+async def test_with_a_token_of_the_file_workers_talk(cluster: Cluster, secret: str) -> None:
+    places = {place: address_of(cluster, place) for place, _ in GUARDED}
+    async with contextlib.AsyncExitStack() as stack:
+        channel = {
+            place: await stack.enter_async_context(open_channel(address, token=token(secret)))
+            for place, address in places.items()
+        }
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await handshaking(channel["prefill-0"], "another digest")
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        digest = (caught.value.details() or "").split()[2].rstrip(",")
+        answer = await handshaking(channel["prefill-0"], digest)
+        assert answer.nixl_metadata and answer.num_blocks
+        assert (await holding(channel["decode-0"], b"nothing")).lease == b""
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await messages(registering(channel["coordinator"]))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, "its hello names no model"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await draining(channel["coordinator"])
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND, "there is no such worker"
+        said = await messages(decoding(channel["decode-0"]))
+        assert sum(len(m.tokens.token_ids) for m in said) == 4
+
+
+def test_an_answer_goes_through_all_three(cluster: Cluster) -> None:
+    """The coordinator sends the first secret, the workers the second; all accept both."""
+    with Client(cluster.address) as client:
+        events = list(client.generate(PROMPT, max_tokens=8, cache_salt=SALT, timeout_s=120))
+    assert events[-1].usage.completion_tokens == 8  # type: ignore[union-attr]
+    worker = cluster.workers()["decode-0"]
+    assert counted(worker.http_address, "diptych_kv_transfer_blocks_total") > 0
+
+
+# --- leases
+
+
+@contextlib.asynccontextmanager
+async def leased(cluster: Cluster) -> AsyncIterator[tuple[grpc.aio.Channel, bytes, list[bytes]]]:
+    """A lease of "tester" on four blocks of the prefill worker, and nothing else held there."""
+    until(lambda: held(cluster) == 0, 20, "nothing is held")
+    worker = cluster.workers()["prefill-0"]
+    async with open_channel(worker.address, token=token(FIRST)) as channel:
+        call = prefilling(channel)
+        names: list[bytes] = []
+        async for message in call:
+            names += message.ready.hashes
+            if len(names) == 4:
+                break
+        lease = (await holding(channel, *names)).lease
+        call.cancel()  # its own leases end with it
+        assert len(lease) == 16
+        yield channel, lease, names
+        await releasing(channel, lease)
+    until(lambda: held(cluster) == 0, 20, "nothing is held any more")
+
+
+def held(cluster: Cluster) -> int:
+    """Blocks of the prefill worker, as it said with its last heartbeat."""
+    return cluster.workers()["prefill-0"].held_blocks
+
+
+async def still_held(cluster: Cluster) -> int:
+    """The same, said after this moment."""
+    await asyncio.sleep(1.5)
+    return held(cluster)
+
+
+def refused(cluster: Cluster, reason: str) -> float:
+    http = cluster.workers()["prefill-0"].http_address
+    return counted(http, "diptych_kv_lease_refusals_total", reason=reason)
+
+
+async def test_forged_and_foreign_leases_free_nothing(cluster: Cluster) -> None:
+    async with leased(cluster) as (channel, lease, _):
+        forged = [secrets.token_bytes(16), bytes([lease[0] ^ 1]) + lease[1:], lease[:-1], b""]
+        before = {reason: refused(cluster, reason) for reason in ("unknown", "foreign")}
+        await releasing(channel, *forged)
+        await releasing(channel, lease, owner="thief")
+        assert list((await renewing(channel, *forged)).unknown) == forged
+        assert list((await renewing(channel, lease, owner="thief")).unknown) == [lease]
+        assert not (await renewing(channel, lease)).unknown, "it is its owner's still"
+        assert await still_held(cluster) == 4
+        assert refused(cluster, "unknown") == before["unknown"] + 2 * len(forged)
+        assert refused(cluster, "foreign") == before["foreign"] + 2
+        log = (cluster.folder / "prefill.log").read_text()
+        assert "'thief'" in log and lease.hex() not in log
+
+
+async def test_a_replayed_release_frees_nothing_of_the_next_lease(cluster: Cluster) -> None:
+    async with leased(cluster) as (channel, lease, names):
+        other = (await holding(channel, *names)).lease
+        for _ in range(4):
+            await releasing(channel, lease)
+        assert list((await renewing(channel, lease, other)).unknown) == [lease]
+        assert await still_held(cluster) == 4, "the other lease holds the same blocks"
+        await releasing(channel, other)
+
+
+async def test_nobody_prolongs_a_lease_by_anothers_name(cluster: Cluster) -> None:
+    async with leased(cluster) as (channel, lease, _):
+        ends_at = asyncio.get_running_loop().time() + LEASE_TTL_S + 1.5
+        while asyncio.get_running_loop().time() < ends_at:
+            assert list((await renewing(channel, lease, owner="thief")).unknown) == [lease]
+            await asyncio.sleep(0.2)
+        assert await still_held(cluster) == 0, "it ran out"
+        assert list((await renewing(channel, lease)).unknown) == [lease]
+
+
+# --- who is refused at the start
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("sent", [None, WRONG], ids=["none", "wrong"])
+def test_a_worker_with_another_token_ends_with_2(
+    cluster: Cluster, role: str, sent: str | None
+) -> None:
+    own = () if sent is None else ("--cluster-token-file", cluster.file("wrong", WRONG))
+    done = cluster.run(role, *cluster.worker_flags(*own), "--worker-id", "intruder")
+    assert done.returncode == 2, done.stderr
+    (sentence,) = sentences(done.stderr)
+    assert sentence.startswith(f"{role}: refused by coordinator {cluster.address}: ")
+    assert "--cluster-token-file" in sentence
+    assert WRONG not in done.stderr and "intruder" not in cluster.workers()
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "words"),
+    [
+        ("coordinator", ("--workers", "external", "--listen", "0.0.0.0:0"), "--listen 0.0.0.0:0"),
+        ("prefill", ("--listen", "0.0.0.0:0", "--advertise", "x"), "--listen 0.0.0.0:0"),
+        ("decode", ("--listen", "[::]:0", "--advertise", "x"), "--listen [::]:0"),
+        ("decode", ("--cluster-token-file", "/nowhere/token"), "/nowhere/token: No such file"),
+    ],
+)
+def test_what_other_machines_reach_does_not_start_without_a_token(
+    cluster: Cluster, command: str, flags: tuple[str, ...], words: str
+) -> None:
+    done = cluster.run(command, *flags, "--http", "127.0.0.1:0")
+    assert done.returncode == 2, done.stderr
+    (sentence,) = sentences(done.stderr)
+    assert words in sentence and "--cluster-token-file" in sentence
+
+
+# --- what is written down
+
+
+def everywhere(entry: str) -> dict[int, bytes]:
+    """/proc/PID/`entry` of all processes but this one."""
+    found = {}
+    for place in Path("/proc").iterdir():
+        if place.name.isdigit() and int(place.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                found[int(place.name)] = (place / entry).read_bytes()
+    return found
+
+
+def test_the_secret_is_in_no_command_line_variable_or_log(cluster: Cluster) -> None:
+    processes = {process.pid for process in cluster.processes.values()}
+    for entry in ("cmdline", "environ"):
+        found = everywhere(entry)
+        assert processes <= found.keys()
+        for secret in (FIRST, SECOND):
+            assert not [pid for pid, text in found.items() if secret.encode() in text]
+    logs = cluster.logs()
+    assert "caller refused" in logs, "the tests above were here"
+    assert not [s for s in (FIRST, SECOND, WRONG) if s in logs]
+
+
+def test_logs_hold_no_prompt_answer_or_salt(cluster: Cluster) -> None:
+    with Client(cluster.address) as client:
+        events = list(client.generate(PROMPT, max_tokens=32, cache_salt=SALT, timeout_s=120))
+        text = "".join(getattr(event, "text", "") for event in events)
+        ids = [i for event in events for i in getattr(event, "token_ids", ())]
+        with pytest.raises(DiptychError):  # a refused one is told of, too
+            list(client.generate(PROMPT, max_tokens=0, timeout_s=20))
+    logs = cluster.logs()
+    assert "decode ended" in logs and "prefill ended" in logs
+    assert len(text) > 20 and len(ids) == 32
+    for secret in ("Saxifrage", "quiet heron", text[:20], SALT, ", ".join(map(str, ids[:4]))):
+        assert secret not in logs, secret
+
+
+# --- a stack that makes its token itself
+
+
+def test_local_workers_are_authenticated_by_default(tmp_path: Path) -> None:
+    with Stack(tmp_path, *EXACT, "--log-level", "debug") as stack:
+        flags = {
+            word
+            for pid in stack.pids()
+            for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            if "cluster-token-file" in word
+        }
+        (flag,) = flags
+        path = flag.partition("=")[2]
+        assert path.startswith(f"/proc/{stack.process.pid}/fd/")
+        secret = Path(path).read_text()
+        assert os.stat(path).st_mode & 0o777 == 0o600
+        if os.getuid() == 0:
+            command = ["cat", path]
+            other = subprocess.run(command, capture_output=True, check=False, user=65534)
+            assert other.returncode != 0 and not other.stdout
+        for entry in ("cmdline", "environ"):
+            assert not [p for p, text in everywhere(entry).items() if secret.encode() in text]
+        asyncio.run(local_services(stack, secret))
+        listening = [where for pid in stack.pids() for where in listeners(pid)]
+        assert len(listening) >= 8, "gRPC and HTTP of three, UCX of two"
+        assert {host for host, _ in listening} == {"127.0.0.1"}, "UCX asks nobody for a token"
+        os.kill(stack.pid_of("prefill-0"), signal.SIGKILL)
+        until(lambda: not stack.ready(), 10, "the prefill worker is missed")
+        until(stack.ready, 60, "the prefill worker is back")
+        _, _, done = stack.generate(PROMPT, max_tokens=8)
+        assert done.usage.completion_tokens == 8
+        assert stack.metrics("decode")["diptych_kv_transfer_blocks_total"] > 0
+        stack.assert_at_rest()
+        assert secret not in "".join(stack.logs().values())
+
+
+def listeners(pid: int) -> list[tuple[str, int]]:
+    """Addresses at which a process listens for TCP connections."""
+    sockets = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            sockets.add(os.readlink(entry))
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:
+                host, _, port = words[1].partition(":")
+                raw = bytes.fromhex(host)
+                if len(raw) == 4 or host.startswith("0000000000000000FFFF0000"):  # mapped
+                    host = ".".join(str(byte) for byte in raw[-4:][::-1])
+                found.append((host, int(port, 16)))
+    return found
+
+
+async def local_services(stack: Stack, secret: str) -> None:
+    """The workers and the workers' door of the coordinator ask for the token; others do not."""
+    places = {worker.worker_id: worker.address for worker in stack.workers()}
+    places["coordinator"] = stack.address
+    for place, ask in GUARDED:
+        for sent, code in ((None, CODES[None]), (WRONG, CODES[WRONG])):
+            async with open_channel(places[place], token=token(sent)) as channel:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await messages(ask(channel))
+                assert caught.value.code() is code, (place, ask)
+    async with open_channel(places["decode-0"], token=token(secret)) as channel:
+        assert (await holding(channel, b"nothing")).lease == b""
+    async with open_channel(stack.address, token=token(secret)) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await draining(channel)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
