@@ -6,7 +6,7 @@
 
 Whatever is lost on the way, the client's stream goes on with the next token: an attempt is given
 all tokens of the earlier ones, and the sampler is a function of seed and position. Closing the
-generator cancels the call of D, which cancels the call of P. `attempt.py` is one such call.
+generator cancels the call of D, which cancels the call of P. `decode_call.py` is one such call.
 
 Each of several choices goes that way by itself, on the same D: the first one's blocks of the prompt
 are the others' prefix hits, and one that is lost is tried again alone.

@@ -15,7 +15,7 @@ from tests.faults.row import NOTES
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.timeout(1800)
-_FOLDER = ROOT / "tests" / "integration"
+_FOLDER = ROOT / "tests" / "system"
 
 
 def _race() -> ModuleType:

@@ -1,6 +1,6 @@
 """The door for tools: definitions, choices and earlier calls, or an error that names the field.
 
-Pure, as validate.py is, whose part this is.
+Pure, as request.py is, whose part this is.
 """
 
 from __future__ import annotations

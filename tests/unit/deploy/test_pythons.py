@@ -17,7 +17,17 @@ import pytest
 from deploy.setup import machine
 from tests.support.paths import ROOT
 
-PACKAGES = ("coordinator", "decode", "deploy", "engine", "kvtransfer", "prefill", "protos", "tests")
+PACKAGES = (
+    "coordinator",
+    "decode",
+    "deploy",
+    "engine",
+    "kvtransfer",
+    "prefill",
+    "protos",
+    "tests",
+    "worker",
+)
 FILES = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
 # Gone from the standard library in 3.12 and 3.13.
 GONE = {

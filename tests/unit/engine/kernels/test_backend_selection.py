@@ -11,6 +11,7 @@ from engine.base.options import CacheOptions, DraftOptions, ModelOptions
 from engine.checkpoint.config import RopeScaling
 from engine.checkpoint.source import Checkpoint
 from engine.kernels import Kernels
+from engine.kernels import backend_selection as placement
 from engine.kernels.backend_selection import (
     check_length,
     first_layers,
@@ -19,7 +20,6 @@ from engine.kernels.backend_selection import (
     prepare_weights,
     resolve_draft,
 )
-from engine.kernels import backend_selection as placement
 from tests.support.paged import tiny_config
 
 CONFIG = tiny_config(hidden_size=96, intermediate_size=160, head_dim=32)
