@@ -305,16 +305,20 @@ async def collect(call: Any, into: list[int]) -> None:
 async def answer(
     decode: Panel, prefill: Panel | None, ask: Ask, max_attempts: int = 50
 ) -> list[int]:
-    """As the coordinator: call until it is whole, with what has come so far."""
+    """As the coordinator: call until it is whole, with what has come so far, ever less often.
+
+    A peer that is being disconnected refuses calls until its last read ends, so the waits grow.
+    """
     tokens: list[int] = []
-    for _ in range(max_attempts):
+    for attempt in range(max_attempts):
         try:
             call = decode_stub(decode).Decode(ask.pb(prefill, tokens), timeout=20)
             await collect(call, tokens)
             return tokens
-        except DiptychError:
-            await asyncio.sleep(0.01)
-    raise AssertionError("no end in sight")
+        except DiptychError as error:
+            last = error
+            await asyncio.sleep(min(0.01 * 1.5**attempt, 0.25))
+    raise AssertionError(f"not answered after {max_attempts} attempts; the last failed: {last}")
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
