@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from engine.sampling import Sampler
     from engine.scheduling.speculation import Speculation
     from engine.step.drafting import Drafting
-    from worker.process import Services, WorkerHost
+    from worker.process import Services, WorkerProcess
 
 _DESCRIPTION = "A decode worker: writes answers with speculative verification."
 
 
-def _services(host: WorkerHost) -> Services:
+def _services(host: WorkerProcess) -> Services:
     from decode.service import DecodeServicer
     from engine.pb.diptych.internal.v1 import worker_pb2
 
@@ -46,7 +46,7 @@ def _speculation(
     options: DraftOptions, draft_model: ModelRunner | None, sampler: Sampler
 ) -> Speculation:
     from decode.speculative.acceptance import Acceptance
-    from decode.speculative.draft_length import MeasuredPace
+    from decode.speculative.draft_length import MeasuredDraftLength
     from decode.speculative.draft_model import ModelDrafter
     from decode.speculative.ngram import NgramDrafter
     from decode.speculative.step_cost import StepCost
@@ -57,7 +57,7 @@ def _speculation(
     drafter: Drafter = NgramDrafter()
     if draft_model is not None and passes is not None:
         drafter = ModelDrafter(draft_model, sampler, passes, time.monotonic)
-    pace = MeasuredPace(Acceptance(drafter.acceptance), StepCost(), passes)
+    pace = MeasuredDraftLength(Acceptance(drafter.acceptance), StepCost(), passes)
     return Speculation(drafter, verify, options.draft_tokens, pace)
 
 

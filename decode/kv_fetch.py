@@ -41,7 +41,7 @@ from engine.telemetry.timeline import Timeline
 from kvtransfer.kv_service import Renewer
 from kvtransfer.pull import Pull
 from kvtransfer.transport import RemotePool, TransferError
-from worker.process import WorkerHost
+from worker.process import WorkerProcess
 
 _log = get_logger(__name__)
 _T = TypeVar("_T")
@@ -51,7 +51,7 @@ _MAX_ROUNDS = 3  # calls for the same blocks before the rest is computed here
 
 
 @dataclass(slots=True)
-class Fetch:
+class FetchJob:
     """One request's intake; lives until its last read is terminal."""
 
     request_id: str
@@ -77,13 +77,13 @@ class Fetch:
         return not all(pull.settled.done() for pull in self.pulls)
 
 
-class Intake:
+class KvFetcher:
     """All fetches of one decode worker."""
 
-    def __init__(self, host: WorkerHost) -> None:
+    def __init__(self, host: WorkerProcess) -> None:
         self._host = host
 
-    async def run(self, fetch: Fetch, wanted: FetchEvent) -> None:
+    async def run(self, fetch: FetchJob, wanted: FetchEvent) -> None:
         """Fetch the wanted blocks and tell the engine.
 
         Raises Unavailable when the peer is lost, DeadlineExceeded when the request's time is over.
@@ -114,7 +114,7 @@ class Intake:
         cached = fetch.num_cached_tokens
         self._host.engine.post(lambda core: core.fetch_ended(fetch.key, cached))
 
-    async def let_go(self, fetch: Fetch) -> None:
+    async def cancel(self, fetch: FetchJob) -> None:
         """Stop a fetch's reads; returns when its request may give up its blocks.
 
         Where a read goes on (its peer hangs), its destination is pinned for it until it has ended.
@@ -146,7 +146,7 @@ class Intake:
         await asyncio.wrap_future(pull.settled)
         await self._host.blocks.unpin(pull.block_ids)
 
-    async def _round(self, fetch: Fetch, wanted: FetchEvent, num_committed: int) -> int:
+    async def _round(self, fetch: FetchJob, wanted: FetchEvent, num_committed: int) -> int:
         """One Prefill call from the first missing block on; returns how many are then committed."""
         channel = self._host.channels.get(fetch.peer.address)
         renewer = Renewer(worker_pb2_grpc.KvServiceStub(channel), self._host.incarnation)
@@ -175,7 +175,7 @@ class Intake:
 
     async def _pull(
         self,
-        fetch: Fetch,
+        fetch: FetchJob,
         wanted: FetchEvent,
         pool: RemotePool,
         ready: worker_pb2.BlocksReady,
@@ -213,7 +213,7 @@ class Intake:
         return num_fresh
 
     async def _num_intact(
-        self, fetch: Fetch, local: list[int], ready: worker_pb2.BlocksReady
+        self, fetch: FetchJob, local: list[int], ready: worker_pb2.BlocksReady
     ) -> int:
         """How many leading blocks have the bytes that the peer announced."""
         try:
@@ -227,12 +227,12 @@ class Intake:
         _log.error("checksums differ, blocks refused", peer=peer, num_blocks=len(bad))
         return bad[0]
 
-    def _commit(self, fetch: Fetch, num_committed: int) -> None:
+    def _commit(self, fetch: FetchJob, num_committed: int) -> None:
         self._host.engine.post(lambda core: core.blocks_arrived(fetch.key, num_committed))
         fetch.timeline.mark(Mark.COMMITTED)
 
     def _request(
-        self, fetch: Fetch, wanted: FetchEvent, num_committed: int
+        self, fetch: FetchJob, wanted: FetchEvent, num_committed: int
     ) -> worker_pb2.PrefillRequest:
         return worker_pb2.PrefillRequest(
             request_id=fetch.request_id,
@@ -246,7 +246,7 @@ class Intake:
         )
 
     @staticmethod
-    def _left(fetch: Fetch) -> float:
+    def _left(fetch: FetchJob) -> float:
         return max(0.001, fetch.deadline_s - time.monotonic())
 
 
@@ -255,9 +255,9 @@ def _check_meant(ready: worker_pb2.BlocksReady, wanted: FetchEvent, num_committe
     if ready.first_block != num_committed:
         raise Unavailable(f"blocks announced from {ready.first_block}, expected {num_committed}")
     start = num_committed - wanted.first_block
-    names = wanted.names[start : start + len(ready.block_ids)]
-    counts = {len(ready.block_ids), len(ready.generations), len(names)}
-    if len(counts) > 1 or list(ready.hashes) != names:
+    hashes = wanted.hashes[start : start + len(ready.block_ids)]
+    counts = {len(ready.block_ids), len(ready.generations), len(hashes)}
+    if len(counts) > 1 or list(ready.hashes) != hashes:
         raise Unavailable("blocks announced are not those of the prompt: their hashes differ")
 
 

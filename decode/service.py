@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from decode.kv_fetch import Fetch, Intake
+from decode.kv_fetch import FetchJob, KvFetcher
 from decode.shared_parts import Parts, PartsStore
 from engine.base.errors import DiptychError, InvalidRequest, Unavailable
 from engine.base.types import Constraint
@@ -30,12 +30,12 @@ from engine.rpc.convert import (
 )
 from engine.rpc.liveness import BEAT_S
 from engine.scheduling.events import Event, FetchEvent, FinishedEvent, TokensEvent
-from engine.scheduling.request import Work
+from engine.scheduling.request import EngineRequest
 from engine.step.engine_thread import Stream
 from engine.telemetry.log import get_logger
 from engine.telemetry.timeline import Event as Mark
 from engine.telemetry.timeline import Timeline
-from worker.process import WorkerHost
+from worker.process import WorkerProcess
 
 _log = get_logger(__name__)
 _NO_DEADLINE_S = 3600.0
@@ -46,9 +46,9 @@ _UNKNOWN = worker_pb2.DecodeResponse(unknown=worker_pb2.Unknown())
 class DecodeServicer:
     """Serves answers; holds nothing that another decode worker could not make again."""
 
-    def __init__(self, host: WorkerHost) -> None:
+    def __init__(self, host: WorkerProcess) -> None:
         self._host = host
-        self._intake = Intake(host)
+        self._intake = KvFetcher(host)
         self._parts = PartsStore(host.check_token_ids)
         count = host.metrics.constraints.tried
         self._compiler = Compiler(host.vocabulary, count) if host.vocabulary else None
@@ -98,24 +98,24 @@ class DecodeServicer:
         return await self._compiler.matcher(constraint, output)
 
     @property
-    def host(self) -> WorkerHost:
+    def host(self) -> WorkerProcess:
         """The worker around this service."""
         return self._host
 
     @property
-    def intake(self) -> Intake:
+    def fetcher(self) -> KvFetcher:
         """Where blocks come in."""
         return self._intake
 
     def _work(
         self, request: worker_pb2.DecodeRequest, parts: Parts, time_remaining_s: float | None
-    ) -> Work:
+    ) -> EngineRequest:
         if not parts.prompt:
             raise InvalidRequest("prompt_token_ids", "empty; expected at least one token")
         self._host.check_token_ids(request.output_token_ids)
         if request.stop.max_tokens < 1 and not request.HasField("num_prompt_logprobs"):
             raise InvalidRequest("stop.max_tokens", "0; expected at least 1")
-        return Work(
+        return EngineRequest(
             request_id=request.request_id,
             prompt=parts.prompt,
             output=tuple(request.output_token_ids),
@@ -148,7 +148,7 @@ class _Answer:
         self._timeline = Timeline()
         self._timeline.mark(Mark.ARRIVED)
         self._deadline_s = time.monotonic() + (time_remaining_s or _NO_DEADLINE_S)
-        self._fetch: Fetch | None = None
+        self._fetch: FetchJob | None = None
         self._fetching: asyncio.Task[None] | None = None
         self._stream = stream
 
@@ -186,12 +186,12 @@ class _Answer:
 
         Whoever waits for these blocks makes them.
         """
-        self._service.host.engine.post(lambda core: core.give_up_making(self._stream.key))
+        self._service.host.engine.post(lambda core: core.abandon_production(self._stream.key))
         if self._fetching is not None:
             self._fetching.cancel()
             await asyncio.gather(self._fetching, return_exceptions=True)
         if self._fetch is not None:
-            await self._service.intake.let_go(self._fetch)
+            await self._service.fetcher.cancel(self._fetch)
         self._stream.abort()
         await self._stream.drain()
 
@@ -200,7 +200,7 @@ class _Answer:
         assert peer is not None, "only work with a peer fetches"
         self._timeline.mark(Mark.SCHEDULED)
         if self._fetch is None:
-            self._fetch = Fetch(
+            self._fetch = FetchJob(
                 request_id=self._request.request_id,
                 key=event.key,
                 peer=peer,
@@ -211,9 +211,9 @@ class _Answer:
             )
         self._fetching = self._service.host.in_background(self._run_fetch(self._fetch, event))
 
-    async def _run_fetch(self, fetch: Fetch, event: FetchEvent) -> None:
+    async def _run_fetch(self, fetch: FetchJob, event: FetchEvent) -> None:
         try:
-            await self._service.intake.run(fetch, event)
+            await self._service.fetcher.run(fetch, event)
         except DiptychError as error:
             self._stream.push(error)
         except Exception as error:

@@ -12,13 +12,13 @@ from __future__ import annotations
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.scheduling.events import AnnouncedEvent
 from engine.step.engine_thread import Stream
-from worker.process import WorkerHost
+from worker.process import WorkerProcess
 
 
-class Announcer:
+class BlockPublisher:
     """Leases of one Prefill call; `owner` is the incarnation that may read and release them."""
 
-    def __init__(self, host: WorkerHost, owner: str, request_id: str) -> None:
+    def __init__(self, host: WorkerProcess, owner: str, request_id: str) -> None:
         self._kv = host.kv
         self._blocks = host.blocks
         self._checksums = host.checksums
@@ -27,7 +27,7 @@ class Announcer:
         self._request_id = request_id
         self._leases: list[bytes] = []
 
-    def offer(self, event: AnnouncedEvent) -> worker_pb2.BlocksReady:
+    def publish(self, event: AnnouncedEvent) -> worker_pb2.BlocksReady:
         """Put complete blocks under a new lease and say so on the wire.
 
         No await: between the engine's pin and the lease nothing can be cancelled.
@@ -39,11 +39,11 @@ class Announcer:
             ttl_s=self._ttl_s,
             first_block=event.first_block,
             block_ids=event.block_ids,
-            hashes=event.names,
+            hashes=event.hashes,
             generations=event.generations,
         )
 
-    async def signed(self, ready: worker_pb2.BlocksReady) -> worker_pb2.BlocksReady:
+    async def checksummed(self, ready: worker_pb2.BlocksReady) -> worker_pb2.BlocksReady:
         """The same announcement with a checksum of every block; the lease keeps them meanwhile."""
         ready.checksums.extend(await self._checksums.of(ready.block_ids))
         return ready
@@ -52,7 +52,7 @@ class Announcer:
         """Wait until every lease has been released or has run out; False: some are left."""
         return await self._kv.ended_within(self._leases, timeout_s)
 
-    async def withdraw(self, stream: Stream) -> None:
+    async def revoke(self, stream: Stream) -> None:
         """The call is over: end the work, release what was offered and what still comes."""
         if not stream.finished:
             stream.abort()

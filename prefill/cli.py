@@ -10,14 +10,14 @@ from engine.base.types import Role
 from worker.cli import worker_command
 
 if TYPE_CHECKING:
-    from worker.process import Services, WorkerHost
+    from worker.process import Services, WorkerProcess
 
 _DESCRIPTION = (
     "A prefill worker: reads prompts and fills KV-cache blocks that decode workers fetch."
 )
 
 
-def _services(host: WorkerHost) -> Services:
+def _services(host: WorkerProcess) -> Services:
     from engine.pb.diptych.internal.v1 import worker_pb2
     from prefill.service import PrefillServicer
 

@@ -18,12 +18,12 @@ from engine.base.types import FinishReason
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.rpc.liveness import BEAT_S
 from engine.scheduling.events import AnnouncedEvent, FinishedEvent
-from engine.scheduling.request import Work
+from engine.scheduling.request import EngineRequest
 from engine.telemetry.log import get_logger
 from engine.telemetry.timeline import Event as Mark
 from engine.telemetry.timeline import Timeline
-from prefill.block_publisher import Announcer
-from worker.process import WorkerHost
+from prefill.block_publisher import BlockPublisher
+from worker.process import WorkerProcess
 
 _log = get_logger(__name__)
 _ALIVE = worker_pb2.PrefillResponse(alive=worker_pb2.Alive())
@@ -32,7 +32,7 @@ _ALIVE = worker_pb2.PrefillResponse(alive=worker_pb2.Alive())
 class PrefillServicer:
     """Computes what is not cached, chunk by chunk, and announces each chunk as it completes."""
 
-    def __init__(self, host: WorkerHost) -> None:
+    def __init__(self, host: WorkerProcess) -> None:
         self._host = host
 
     async def Prefill(
@@ -43,7 +43,7 @@ class PrefillServicer:
         timeline = Timeline()
         timeline.mark(Mark.ARRIVED)
         with self._host.calls.serving(work) as stream:
-            announcer = Announcer(self._host, request.caller_incarnation, request.request_id)
+            publisher = BlockPublisher(self._host, request.caller_incarnation, request.request_id)
             try:
                 while not stream.finished:
                     event = await stream.next_within(BEAT_S)
@@ -52,22 +52,24 @@ class PrefillServicer:
                             yield _ALIVE
                     elif isinstance(event, AnnouncedEvent):
                         timeline.mark(Mark.ANNOUNCED)
-                        ready = announcer.offer(event)
+                        ready = publisher.publish(event)
                         if request.checksums:
-                            ready = await announcer.signed(ready)
+                            ready = await publisher.checksummed(ready)
                         yield worker_pb2.PrefillResponse(ready=ready)
                     elif isinstance(event, FinishedEvent):
                         timeline.mark(Mark.FINISHED)
                         finished = self._finished(event, work, timeline)
                         yield worker_pb2.PrefillResponse(finished=finished)
-                while not await announcer.ended_within(BEAT_S):
+                while not await publisher.ended_within(BEAT_S):
                     stream.next_ready()  # raises where this call is handed over
                     yield _ALIVE
             finally:
-                self._host.in_background(announcer.withdraw(stream))
+                self._host.in_background(publisher.revoke(stream))
                 _log.info("prefill ended", done=stream.finished, timeline=timeline.as_dict())
 
-    def _work(self, request: worker_pb2.PrefillRequest, time_remaining_s: float | None) -> Work:
+    def _work(
+        self, request: worker_pb2.PrefillRequest, time_remaining_s: float | None
+    ) -> EngineRequest:
         self._host.check_incarnation(request.incarnation)
         tokens = tuple(request.token_ids)
         size = self._host.identity.block_size
@@ -78,7 +80,7 @@ class PrefillServicer:
         self._host.check_token_ids(tokens)
         if not request.caller_incarnation:
             raise InvalidRequest("caller_incarnation", "expected the caller's incarnation")
-        return Work(
+        return EngineRequest(
             request_id=request.request_id,
             prompt=tokens,
             salt=self._host.salt(request.cache_salt),
@@ -89,7 +91,7 @@ class PrefillServicer:
 
     @staticmethod
     def _finished(
-        event: FinishedEvent, work: Work, timeline: Timeline
+        event: FinishedEvent, work: EngineRequest, timeline: Timeline
     ) -> worker_pb2.PrefillFinished:
         if event.reason is FinishReason.ABORTED:
             raise event.error or Unavailable("the prefill worker gave the prompt up")

@@ -36,7 +36,7 @@ from worker import exit_status
 
 if TYPE_CHECKING:
     from engine.step.drafting import Drafting
-    from worker.process import Services, WorkerHost
+    from worker.process import Services, WorkerProcess
 
 _GROUPS = (
     ModelOptions,
@@ -55,7 +55,7 @@ def worker_command(
     role: Role,
     description: str,
     argv: Sequence[str] | None,
-    make_services: Callable[[WorkerHost], Services],
+    make_services: Callable[[WorkerProcess], Services],
     ask_drafting: Callable[[ModelOptions, Any], Drafting | None] | None = None,
     own_options: type[Any] | None = None,
 ) -> int:
@@ -83,7 +83,7 @@ def worker_command(
 def _start(
     role: Role,
     options: tuple[Any, ...],
-    make_services: Callable[[WorkerHost], Services],
+    make_services: Callable[[WorkerProcess], Services],
     ask_drafting: Callable[[ModelOptions, Any], Drafting | None] | None,
 ) -> int:
     model, cache, step, transfer, worker, trust, log, *own = options

@@ -27,7 +27,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from prometheus_client import CollectorRegistry
 
 from engine.base.errors import ConfigError, InvalidRequest, Mismatch
-from engine.base.kv_layout import name_salt
+from engine.base.kv_layout import hash_salt
 from engine.base.options import TransferOptions, WorkerOptions
 from engine.base.types import Health, ModelIdentity, Role, machine_id, new_incarnation
 from engine.http.guard import refusals_counter
@@ -102,7 +102,7 @@ class EngineBlocks:
             await self._engine.call(lambda core: core.unpin(block_ids))
 
 
-class WorkerHost:
+class WorkerProcess:
     """The parts of a running worker that its services use. Lives on the asyncio loop."""
 
     def __init__(self, settings: WorkerSettings, engine: Engine) -> None:
@@ -152,7 +152,7 @@ class WorkerHost:
 
     def salt(self, cache_salt: str) -> bytes:
         """The root of block names for requests with this salt."""
-        return name_salt(digest=self.identity.digest, cache_salt=cache_salt)
+        return hash_salt(digest=self.identity.digest, cache_salt=cache_salt)
 
     def check_incarnation(self, meant: str) -> None:
         """Raise Mismatch if a caller means another process than this one."""
@@ -236,13 +236,13 @@ async def run_worker(
     settings: WorkerSettings,
     engine: Engine,
     registry: CollectorRegistry,
-    make_services: Callable[[WorkerHost], Services],
+    make_services: Callable[[WorkerProcess], Services],
 ) -> int:
     """Serve until told to stop; returns the exit status. Raises ConfigError for a used port."""
     orders = Orders(settings.worker.drain_s)
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, orders.signalled, signum)
-    host = WorkerHost(settings, engine)
+    host = WorkerProcess(settings, engine)
     server = RpcServer(RpcMetrics(registry), reflection=False)  # none but the cluster calls
     kv_service = worker_pb2.DESCRIPTOR.services_by_name["KvService"]
     for descriptor, servicer in [*make_services(host), (kv_service, host.kv)]:
@@ -320,7 +320,9 @@ async def _vouch(server: RpcServer, engine: EngineThread) -> None:
         await asyncio.sleep(_VOUCH_S)
 
 
-async def _until_the_end(host: WorkerHost, registration: Registration, stop: asyncio.Event) -> int:
+async def _until_the_end(
+    host: WorkerProcess, registration: Registration, stop: asyncio.Event
+) -> int:
     """Wait for the first reason to end; returns the exit status."""
     stopped = asyncio.create_task(stop.wait())
     died = asyncio.create_task(host.engine.died.wait())

@@ -17,7 +17,7 @@ import signal
 from collections.abc import Iterator
 
 from engine.base.errors import Unavailable
-from engine.scheduling.request import Work
+from engine.scheduling.request import EngineRequest
 from engine.step.engine_thread import EngineThread, Stream
 from engine.telemetry.log import get_logger
 
@@ -36,7 +36,7 @@ class Calls:
         self.draining = False
 
     @contextlib.contextmanager
-    def serving(self, work: Work) -> Iterator[Stream]:
+    def serving(self, work: EngineRequest) -> Iterator[Stream]:
         """Submit a call's work; it counts as inside until the block is left.
 
         Raises Unavailable while draining, and as `EngineThread.submit` does.

@@ -18,18 +18,18 @@ when it is back, with the next token. See docs/client.md.
 from __future__ import annotations
 
 from coordinator.client.asynchronous import AsyncClient
-from coordinator.client.attempts import Patience
+from coordinator.client.attempts import RetryPolicy
 from coordinator.client.blocking import Client
-from coordinator.client.events import AnswerEvent, Done, Prompt, TextDelta, describe
+from coordinator.client.events import Done, OutputEvent, Prompt, TextDelta, describe
 from coordinator.client.messages import chat_request, generate_request
 
 __all__ = [
-    "AnswerEvent",
     "AsyncClient",
     "Client",
     "Done",
-    "Patience",
+    "OutputEvent",
     "Prompt",
+    "RetryPolicy",
     "TextDelta",
     "chat_request",
     "describe",

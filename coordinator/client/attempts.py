@@ -19,7 +19,7 @@ _MAX_SILENCE_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How long a client goes on while nothing comes."""
 
     # No call begins later than this after the first one that was lost; where a coordinator has
@@ -38,18 +38,18 @@ class Patience:
             raise ValueError(f"silence_s: expected a number above 0, or inf; got {self.silence_s}")
 
 
-PATIENCE = Patience()
+RETRY_POLICY = RetryPolicy()
 
 
 class Attempts:
     """The calls of one answer. Owned by its stream."""
 
     def __init__(
-        self, num_coordinators: int, first: int, patience: Patience, dice: random.Random
+        self, num_coordinators: int, first: int, retry_policy: RetryPolicy, rng: random.Random
     ) -> None:
         self.at = first  # the coordinator that was called last
-        self._patience = patience
-        self._dice = dice
+        self._patience = retry_policy
+        self._dice = rng
         self._num_lost = [0] * num_coordinators
         self._num_silent = [0] * num_coordinators  # of those
         self._asked_s = [-math.inf] * num_coordinators  # until when it asked to be left alone

@@ -15,9 +15,9 @@ from typing import Any, Self
 
 import grpc
 
-from coordinator.client.attempts import PATIENCE, Patience
+from coordinator.client.attempts import RETRY_POLICY, RetryPolicy
 from coordinator.client.coordinators import Coordinators, unreachable
-from coordinator.client.events import AnswerEvent
+from coordinator.client.events import OutputEvent
 from coordinator.client.messages import chat_request, generate_request
 from coordinator.client.stream import Call, Stream
 from engine.base.errors import DeadlineExceeded, DiptychError
@@ -33,12 +33,12 @@ class Client:
         self,
         address: str | Sequence[str],
         *,
-        patience: Patience = PATIENCE,
-        dice: random.Random | None = None,
+        retry_policy: RetryPolicy = RETRY_POLICY,
+        rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._coordinators = Coordinators(address, patience, clock=clock, dice=dice)
+        self._coordinators = Coordinators(address, retry_policy, clock=clock, rng=rng)
         self._sleep = sleep
         options = self._coordinators.options
         self._channels = [
@@ -55,7 +55,7 @@ class Client:
 
     def generate(
         self, prompt: str | Sequence[int], *, timeout_s: float | None = None, **options: Any
-    ) -> Iterator[AnswerEvent]:
+    ) -> Iterator[OutputEvent]:
         """Stream a completion; closing the iterator cancels it.
 
         `options`: fields of the API by name (`temperature`, `stop`, `json_schema`, `n`, ...).
@@ -68,7 +68,7 @@ class Client:
         *,
         timeout_s: float | None = None,
         **options: Any,
-    ) -> Iterator[AnswerEvent]:
+    ) -> Iterator[OutputEvent]:
         """Stream the next turn of a conversation; closing the iterator cancels it.
 
         `options`: the same, and `tools`, `tool_choice`, `parallel_tool_calls`.
@@ -130,10 +130,10 @@ class Client:
     ) -> None:
         self.close()
 
-    def _answer(self, request: Any, timeout_s: float | None) -> Iterator[AnswerEvent]:
+    def _answer(self, request: Any, timeout_s: float | None) -> Iterator[OutputEvent]:
         return self._events(self._coordinators.stream(request, timeout_s))
 
-    def _events(self, stream: Stream) -> Iterator[AnswerEvent]:
+    def _events(self, stream: Stream) -> Iterator[OutputEvent]:
         clock = self._coordinators.clock
         while True:
             plan = stream.next(clock())
@@ -172,7 +172,7 @@ class Client:
     def _ask(self, methods: Sequence[Any], request: Any, timeout_s: float) -> Any:
         """The answer of the first coordinator that can be reached."""
         failure: DiptychError | None = None
-        for at, share_s in self._coordinators.turns(timeout_s):
+        for at, share_s in self._coordinators.chat_messages(timeout_s):
             try:
                 return methods[at](request, timeout=share_s)
             except grpc.RpcError as error:

@@ -22,7 +22,7 @@ class Choice:
         self.index = index
         self.token_ids: list[int] = []
         self.finished = False
-        self._home = ""  # of the worker that its last tokens came from, as far as told
+        self._affinity_token = ""  # of the worker that its last tokens came from, as far as told
         self._rest: Counter[str] = Counter()  # characters since the last token, field by field
         self._repeated: Counter[str] = Counter()  # those that this call will send again
 
@@ -43,14 +43,14 @@ class Choice:
             index=self.index,
             token_ids=self.token_ids,
             finished=self.finished or None,
-            home=self._home or None,
+            affinity_token=self._affinity_token or None,
         )
 
     def take(self, delta: inference_pb2.Delta) -> TextDelta | None:
         """What is new in a message, if anything is."""
         if self.finished:
             return None
-        self._home = delta.home or self._home
+        self._affinity_token = delta.affinity_token or self._affinity_token
         if delta.token_ids:
             self.token_ids += delta.token_ids
             self._rest.clear()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import grpc
 
-from coordinator.client.attempts import Attempts, Patience
+from coordinator.client.attempts import Attempts, RetryPolicy
 from coordinator.client.messages import Request
 from coordinator.client.silence import Ticks
 from coordinator.client.stream import Stream
@@ -42,18 +42,18 @@ class Coordinators:
     def __init__(
         self,
         address: str | Sequence[str],
-        patience: Patience,
+        retry_policy: RetryPolicy,
         *,
         clock: Callable[[], float] = time.monotonic,
-        dice: random.Random | None = None,
+        rng: random.Random | None = None,
     ) -> None:
         self.addresses = addresses_of(address)
         self.clock = clock
         self.num_resumed = 0
         self.closed = False
-        self.ticks = Ticks(patience.silence_s)
-        self._patience = patience
-        self._dice = dice or random.Random()
+        self.ticks = Ticks(retry_policy.silence_s)
+        self._patience = retry_policy
+        self._dice = rng or random.Random()
         self._at = 0
         self._lock = threading.Lock()
 
@@ -70,7 +70,7 @@ class Coordinators:
         }
         return tuple({**dict(CHANNEL_OPTIONS), **ours}.items())
 
-    def turns(self, timeout_s: float) -> Iterator[tuple[int, float]]:
+    def chat_messages(self, timeout_s: float) -> Iterator[tuple[int, float]]:
         """Each once for a short question, the one called last first, with a share of the time."""
         ends_s, first, num = self.clock() + timeout_s, self._at, len(self.addresses)
         for i in range(num):
@@ -79,11 +79,11 @@ class Coordinators:
 
     def stream(self, request: Request, timeout_s: float | None) -> Stream:
         """A new answer, which is to be complete within `timeout_s`."""
-        patience = self._patience
+        retry_policy = self._patience
         return Stream(
             request,
-            Attempts(len(self.addresses), self._at, patience, self._dice),
-            patience,
+            Attempts(len(self.addresses), self._at, retry_policy, self._dice),
+            retry_policy,
             self.addresses,
             ends_s=math.inf if timeout_s is None else self.clock() + timeout_s,
             on_resumed=self._resumed,

@@ -41,7 +41,7 @@ class Done:
     matched_stop: int | str | None = None  # the stop token or string that ended it
 
 
-AnswerEvent = TextDelta | Done | Prompt
+OutputEvent = TextDelta | Done | Prompt
 
 
 def done(response: inference_pb2.GenerateResponse, num_resumed: int) -> Done:

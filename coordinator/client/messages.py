@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from coordinator.client import turns
+from coordinator.client import chat_messages as chat_messages
 from engine.pb.diptych.v1 import inference_pb2
 
 _PARTS: dict[str, Any] = {
@@ -47,9 +47,9 @@ def chat_request(
 ) -> inference_pb2.ChatRequest:
     """A request for the next turn; messages, tools and choice as OpenAI's API has them."""
     return inference_pb2.ChatRequest(
-        messages=map(turns.message, messages),
+        messages=map(chat_messages.message, messages),
         tools_json=json.dumps(list(tools)) if tools else None,
-        tool_choice=turns.tool_choice(tool_choice),
+        tool_choice=chat_messages.tool_choice(tool_choice),
         parallel_tool_calls=parallel_tool_calls,
         **_common(options),
     )

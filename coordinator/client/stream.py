@@ -24,9 +24,9 @@ from typing import Any
 
 import grpc
 
-from coordinator.client.attempts import Attempts, Patience
+from coordinator.client.attempts import Attempts, RetryPolicy
 from coordinator.client.choice import Choice
-from coordinator.client.events import AnswerEvent, done
+from coordinator.client.events import OutputEvent, done
 from coordinator.client.messages import Request, give_name, resumed
 from engine.base.errors import DeadlineExceeded, DiptychError, Overloaded, Unavailable
 from engine.pb.diptych.v1 import inference_pb2
@@ -54,18 +54,18 @@ class Stream:
         self,
         request: Request,
         attempts: Attempts,
-        patience: Patience,
+        retry_policy: RetryPolicy,
         addresses: Sequence[str],
         *,
         ends_s: float = math.inf,  # a moment of the client's clock
         on_resumed: Callable[[], None] = lambda: None,
     ) -> None:
         give_name(request)
-        if not math.isinf(patience.silence_s):
+        if not math.isinf(retry_policy.silence_s):
             request.alive = True
         self._request = request
         self._attempts = attempts
-        self._patience = patience
+        self._patience = retry_policy
         self._addresses = addresses
         self._ends_s = ends_s
         self._on_resumed = on_resumed
@@ -112,7 +112,7 @@ class Stream:
         self._silence_s = self._attempts.silence_s
         return Call(coordinator, request, wait_s, self._silence_s)
 
-    def take(self, response: inference_pb2.GenerateResponse) -> AnswerEvent | None:
+    def take(self, response: inference_pb2.GenerateResponse) -> OutputEvent | None:
         """The event that a message brings to the caller, if it brings one."""
         if response.WhichOneof("event") not in _EVENTS:  # Alive, or what later versions send
             return None
@@ -126,7 +126,7 @@ class Stream:
             self._loss = None
         return event
 
-    def _new(self, response: inference_pb2.GenerateResponse) -> AnswerEvent | None:
+    def _new(self, response: inference_pb2.GenerateResponse) -> OutputEvent | None:
         """What the caller does not have yet."""
         if response.HasField("prompt"):
             known, self._has_prompt = self._has_prompt, True

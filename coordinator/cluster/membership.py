@@ -56,7 +56,7 @@ HEARTBEAT_S = 0.5
 SILENCE_S = 3.0  # without a heartbeat: suspect
 FORGET_S = 60.0  # a suspect stays in the table, for operators to see
 LOST_S = 60.0  # how long a loss is remembered
-DOUBT_S = 5.0  # how long a worker that failed a request is avoided
+PENALTY_S = 5.0  # how long a worker that failed a request is avoided
 STRIKES = 3  # so many proofs against a worker that tests itself well make it sick,
 STRIKES_S = 600.0  # within so long
 _MAX_SUPERSEDED = 1024
@@ -131,7 +131,7 @@ class Worker:
     assigned_requests: int = 0
     assigned_tokens: int = 0
     doubted_s: float = -math.inf  # when it last failed a request, monotonic
-    doubtful: bool = False  # whether that was lately, as of the snapshot
+    degraded: bool = False  # whether that was lately, as of the snapshot
     kv_pool: KVPool = NO_KV_POOL
     strikes: tuple[float, ...] = ()  # when it was proven to compute wrongly, monotonic
     charges: tuple[float, ...] = ()  # strikes of others that this decode worker brought about
@@ -189,7 +189,7 @@ class Membership:
         return tuple(
             replace(
                 worker,
-                doubtful=now - worker.doubted_s < DOUBT_S
+                degraded=now - worker.doubted_s < PENALTY_S
                 or now - worker.heard_s > SILENCE_S  # its event loop stalls
                 or worker.load.health is not Health.OK
                 or worker.is_sick,
@@ -334,7 +334,7 @@ class Membership:
             self._note_loss(current)
             self._put(replace(current, state=WorkerState.SUSPECT, heard_s=self._clock()))
 
-    def doubt(self, worker: Worker) -> None:
+    def penalize(self, worker: Worker) -> None:
         """The worker failed a request: it is avoided for a while, as far as others are there."""
         current = self._workers.get(worker.peer.worker_id)
         if current and current.peer.incarnation == worker.peer.incarnation:
@@ -351,7 +351,7 @@ class Membership:
         if current is None or current.peer.incarnation != worker.peer.incarnation:
             return
         now = self._clock()
-        if current.strikes and now - current.strikes[-1] < DOUBT_S:
+        if current.strikes and now - current.strikes[-1] < PENALTY_S:
             return
         strikes = (*(s for s in current.strikes if now - s < STRIKES_S), now)
         self._workers[worker.peer.worker_id] = replace(current, strikes=strikes)

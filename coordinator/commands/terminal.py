@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from coordinator.client import AnswerEvent, Client, Done, Patience, TextDelta, describe
+from coordinator.client import Client, Done, OutputEvent, RetryPolicy, TextDelta, describe
 from engine.base.errors import (
     ConfigError,
     DiptychError,
@@ -34,7 +34,7 @@ from engine.rpc.trust import ClusterToken
 _HOLDS_S = 5.0  # for a worker to say what it holds
 _QUIET_S = 0.3  # without an event: the reason is looked for
 _AGAIN_S = 10.0
-_PATIENCE = Patience(give_up_s=5.0)  # a person waits
+_RETRY_POLICY = RetryPolicy(give_up_s=5.0)  # a person waits
 _ASK_S = 5.0
 _MIB = 1024 * 1024
 
@@ -138,7 +138,7 @@ def drain(
 def _connect(server: str) -> Client:
     """A call that was lost is told with the usage, not in the middle of the text."""
     logging.getLogger("coordinator.client").setLevel(logging.ERROR)
-    return Client(server, patience=_PATIENCE)
+    return Client(server, retry_policy=_RETRY_POLICY)
 
 
 def _found(server: str) -> ClusterToken | None:
@@ -275,7 +275,7 @@ def _ask() -> str:
         raise ConfigError("standard input: not valid UTF-8") from None
 
 
-def _watched(client: Client, events: Iterator[AnswerEvent], quiet: bool) -> Iterator[AnswerEvent]:
+def _watched(client: Client, events: Iterator[OutputEvent], quiet: bool) -> Iterator[OutputEvent]:
     """The events; while the first one is not there, standard error tells what is waited for."""
     begun = threading.Event()
     if not quiet:
@@ -308,7 +308,7 @@ def _waited_for(client: Client) -> str:
     return "" if ready else "waiting for a decode worker"
 
 
-def _run(server: str, events: Iterator[AnswerEvent], quiet: bool) -> tuple[str, int]:
+def _run(server: str, events: Iterator[OutputEvent], quiet: bool) -> tuple[str, int]:
     """Stream an answer to stdout; returns (its text, exit status)."""
     texts = []
     try:
@@ -327,7 +327,7 @@ def _run(server: str, events: Iterator[AnswerEvent], quiet: bool) -> tuple[str, 
     return "".join(texts), 0
 
 
-def _run_choices(server: str, events: Iterator[AnswerEvent], quiet: bool) -> int:
+def _run_choices(server: str, events: Iterator[OutputEvent], quiet: bool) -> int:
     """Print each of several answers when it is whole; returns the exit status."""
     texts: defaultdict[int, str] = defaultdict(str)
     try:

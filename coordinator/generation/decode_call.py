@@ -17,9 +17,9 @@ from functools import partial
 import grpc
 
 from coordinator.cluster.membership import Membership
-from coordinator.generation.dispatch import Dispatch, Route, home_name, meaning_of
-from coordinator.generation.output import Answer
-from coordinator.generation.request import AnswerRequest, Chunk, Ending
+from coordinator.generation.dispatch import Dispatch, Route, affinity_token_of, meaning_of
+from coordinator.generation.output import Output
+from coordinator.generation.request import Chunk, Ending, GenerationRequest
 from coordinator.generation.shared_parts import SharedParts
 from engine.base.errors import DeadlineExceeded, Unavailable
 from engine.base.types import FinishReason, StopParams, TokenLogprobs
@@ -40,7 +40,7 @@ Report = worker_pb2.Tokens | worker_pb2.DecodeFinished
 
 
 @dataclass(slots=True)
-class Spent:
+class UsageTotals:
     """What workers have reported of one answer, summed over attempts."""
 
     draft_tokens: int = 0  # of the attempts that ended
@@ -65,14 +65,14 @@ class Spent:
 
 
 @dataclass(slots=True)
-class Progress:
+class GenerationState:
     """How far one answer has come, over all attempts."""
 
-    request: AnswerRequest
+    request: GenerationRequest
     prompt: list[int]
-    answer: Answer
+    answer: Output
     parts: SharedParts = field(default_factory=SharedParts)
-    spent: Spent = field(default_factory=Spent)
+    spent: UsageTotals = field(default_factory=UsageTotals)
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     def take(self, tokens: worker_pb2.Tokens) -> Chunk:
@@ -92,7 +92,7 @@ class Progress:
         return wanted and not self.prompt_logprobs and len(self.prompt) > 1
 
 
-class Caller:
+class DecodeClient:
     """Calls decode workers. Owns the channels to them; lives on the event loop."""
 
     def __init__(self, membership: Membership, token: ClusterToken | None = None) -> None:
@@ -106,7 +106,7 @@ class Caller:
         await self._channels.close()
 
     async def attempt(
-        self, progress: Progress, route: Route, dispatch: Dispatch
+        self, progress: GenerationState, route: Route, dispatch: Dispatch
     ) -> AsyncGenerator[Chunk, None]:
         """New tokens, until the answer has ended.
 
@@ -119,7 +119,7 @@ class Caller:
             # The other choices find the prompt's blocks with choice 0.
             num_tokens = 0 if progress.request.index else progress.num_tokens
             until_first_token.enter_context(self._membership.assigned(computing, num_tokens))
-            home = home_name(route.decode)
+            affinity_token = affinity_token_of(route.decode)
             try:
                 async with aclosing(self._responses(progress, route, dispatch)) as responses:
                     async for response in responses:
@@ -131,8 +131,8 @@ class Caller:
                                 progress.prompt_logprobs = tuple(read)
                             chunk = progress.take(response.tokens)
                             if chunk.token_ids:
-                                yield replace(chunk, home=home)
-                                home = ""  # once is enough
+                                yield replace(chunk, affinity_token=affinity_token)
+                                affinity_token = ""  # once is enough
                             if answer.ended_here:
                                 return
                         elif response.HasField("finished"):
@@ -151,7 +151,7 @@ class Caller:
                 raise Unavailable("the channels to workers were closed") from None
 
     async def _responses(
-        self, progress: Progress, route: Route, dispatch: Dispatch
+        self, progress: GenerationState, route: Route, dispatch: Dispatch
     ) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
         """Messages of a call of Decode, or of a second one where D lacked the shared parts."""
         parts, incarnation = progress.parts, route.decode.peer.incarnation
@@ -190,7 +190,7 @@ class Caller:
 
 
 def _decode_request(
-    progress: Progress, route: Route, carries: bool = True
+    progress: GenerationState, route: Route, carries: bool = True
 ) -> worker_pb2.DecodeRequest:
     """One call's message; `carries`: with what the choices share, else the worker has that."""
     request, answer = progress.request, progress.answer
@@ -217,7 +217,7 @@ def _decode_request(
     )
 
 
-def _take_ending(answer: Answer, finished: worker_pb2.DecodeFinished) -> None:
+def _take_ending(answer: Output, finished: worker_pb2.DecodeFinished) -> None:
     """The worker's word on why the answer ended, where its tokens alone do not tell."""
     if answer.ending is not None:
         return
@@ -228,7 +228,7 @@ def _take_ending(answer: Answer, finished: worker_pb2.DecodeFinished) -> None:
     answer.ending = Ending(reason, finished.matched_stop_token if matched else None)
 
 
-def _explain(error: grpc.aio.AioRpcError, answer: Answer, dispatch: Dispatch) -> None:
+def _explain(error: grpc.aio.AioRpcError, answer: Output, dispatch: Dispatch) -> None:
     """Raise what a worker's status means for this request."""
     meaning = meaning_of(error, num_emitted=len(answer.token_ids))
     if meaning is None:

@@ -28,8 +28,8 @@ from hashlib import blake2b
 import grpc
 
 from coordinator.cluster.membership import HEARTBEAT_S, Membership, Worker, WorkerState
-from coordinator.generation.harm import Harm, Trial
-from coordinator.routing.policy import keep, pick
+from coordinator.generation.harmed_workers import HarmedWorkers, Trial
+from coordinator.routing.policy import pick, sticky
 from engine.base.errors import (
     DeadlineExceeded,
     DiptychError,
@@ -47,7 +47,7 @@ from engine.rpc.status import DETAILS_KEY, from_rpc_error
 MAX_ATTEMPTS = 8  # in a row without a new token
 _FIRST_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 1.0
-_HOME = re.compile(r"[0-9a-f]{16}\.([0-9a-f]{16})")
+_AFFINITY = re.compile(r"[0-9a-f]{16}\.([0-9a-f]{16})")
 # What gRPC itself says when a connection or a process goes away in the middle of a call.
 _LOST_CODES = (
     grpc.StatusCode.CANCELLED,
@@ -71,7 +71,7 @@ class Route:
 
 
 @dataclass(slots=True)
-class Home:
+class Affinity:
     """Who is likely to have a request's blocks: incarnations; "": nobody.
 
     The choices of a request share one, so that they share the prompt's.
@@ -82,7 +82,7 @@ class Home:
     model: str = ""  # `_model_tag` of what has written a part of the answer
 
 
-def home_name(worker: Worker) -> str:
+def affinity_token_of(worker: Worker) -> str:
     """What clients know a worker's process and its model by; it tells nothing else of it."""
     return f"{_tag(worker.peer.incarnation)}.{_model_tag(worker)}"
 
@@ -95,15 +95,17 @@ def _tag(text: str) -> str:
     return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def home_of(membership: Membership, name: str) -> Home:
+def affinity_of(membership: Membership, name: str) -> Affinity:
     """The home that a client names, if it may be one; none without a name."""
-    found = _HOME.fullmatch(name)
-    home = Home(model=found[1] if found else "")
+    found = _AFFINITY.fullmatch(name)
+    affinity = Affinity(model=found[1] if found else "")
     workers = membership.snapshot() if found else ()
     for worker in workers:
-        if home_name(worker) == name and keep(workers, Role.DECODE, worker.peer.incarnation):
-            home.decode = worker.peer.incarnation
-    return home
+        if affinity_token_of(worker) == name and sticky(
+            workers, Role.DECODE, worker.peer.incarnation
+        ):
+            affinity.decode = worker.peer.incarnation
+    return affinity
 
 
 class Dispatch:
@@ -116,7 +118,7 @@ class Dispatch:
         worker_wait_s: float,
         deadline_s: float,
         clock: Callable[[], float] = time.monotonic,
-        home: Home | None = None,
+        affinity: Affinity | None = None,
         check_open: Callable[[], None] = lambda: None,
         num_tokens: int = 0,
         trial: Trial | None = None,
@@ -130,13 +132,13 @@ class Dispatch:
         self._deadline_s = deadline_s
         self._clock = clock
         self._failures: Counter[str] = Counter()  # by incarnation
-        self._home = home or Home()
+        self._affinity = affinity or Affinity()
         self._check_open = check_open
         self._num_tokens = num_tokens
         self._num_failed = 0
         self._route: Route | None = None
         self._suspects: list[tuple[Worker, Worker]] = []  # not finite numbers: whose, found where
-        self._harm = Harm(membership, trial or Trial(clock))
+        self._harm = HarmedWorkers(membership, trial or Trial(clock))
 
     def remaining_s(self) -> float:
         """Time until the request's deadline; raises DeadlineExceeded where there is none."""
@@ -152,26 +154,26 @@ class Dispatch:
         Unavailable, DeadlineExceeded; Mismatch where only another model's workers are there.
         """
         decode = await self._decode_worker()
-        self._home.decode = decode.peer.incarnation
+        self._affinity.decode = decode.peer.incarnation
         workers = self._membership.snapshot()
         prefill = None
         # D computes the last token itself, and only whole blocks travel.
         num_whole = (num_tokens - 1) // decode.model.block_size * decode.model.block_size
         if not alone and num_whole > 0:
-            prefill = self._kept_prefill(workers) or pick(
+            prefill = self._sticky_prefill(workers) or pick(
                 workers, Role.PREFILL, self._failures, num_whole
             )
             # Choices go by load at first: they wait for one prompt, and one worker could stall all.
-            if prefill and (self._failures or not self._home.prefill):
-                self._home.prefill = prefill.peer.incarnation
+            if prefill and (self._failures or not self._affinity.prefill):
+                self._affinity.prefill = prefill.peer.incarnation
         self._route = Route(decode, prefill)
         return self._route
 
     def progressed(self) -> None:
         """New tokens came: earlier failures no longer count."""
         self._num_failed = 0
-        if self._route is not None and not self._home.model:
-            self._home.model = _model_tag(self._route.decode)
+        if self._route is not None and not self._affinity.model:
+            self._affinity.model = _model_tag(self._route.decode)
         if self._suspects and self._route is not None:
             used = {w.peer.incarnation for w in (self._route.decode, self._route.prefill) if w}
             for suspect, witness in self._suspects:
@@ -192,16 +194,16 @@ class Dispatch:
         lost = route.decode
         if error.lost == Role.PREFILL.value and route.prefill is not None:
             lost = route.prefill
-        elif self._home.decode == lost.peer.incarnation:
-            self._home.decode = ""
+        elif self._affinity.decode == lost.peer.incarnation:
+            self._affinity.decode = ""
         self._failures[lost.peer.incarnation] += 1
-        self._membership.doubt(lost)
+        self._membership.penalize(lost)
         if error.sick:
             if lost is not route.decode and any(
                 w.peer == route.decode.peer for _, w in self._suspects
             ):
                 self._failures[route.decode.peer.incarnation] += 1  # it may be the damaged one
-                self._home.decode = ""
+                self._affinity.decode = ""
             self._suspects.append((lost, route.decode))
         self._num_failed += 1
         backoff = min(_FIRST_BACKOFF_S * 2 ** (self._num_failed - 1), _MAX_BACKOFF_S)
@@ -214,13 +216,13 @@ class Dispatch:
         if self._num_failed >= MAX_ATTEMPTS:
             raise Unavailable(f"{self._num_failed} attempts failed, the last with: {error.message}")
 
-    def _kept_prefill(self, workers: Iterable[Worker]) -> Worker | None:
+    def _sticky_prefill(self, workers: Iterable[Worker]) -> Worker | None:
         """The prefill worker of an earlier attempt, if that was not why it failed, as far as is
         known: who was on the same machine as a decode worker that fell silent is silent as well.
         """
         if not self._failures:
             return None
-        kept = keep(workers, Role.PREFILL, self._home.prefill, self._failures)
+        kept = sticky(workers, Role.PREFILL, self._affinity.prefill, self._failures)
         return kept if kept and self._is_heard(kept) else None
 
     def _is_heard(self, worker: Worker) -> bool:
@@ -249,7 +251,7 @@ class Dispatch:
         while True:
             self._check_open()
             workers = self._of_our_model(self._membership.snapshot())
-            kept = [w for w in workers if w.peer.incarnation == self._home.decode]
+            kept = [w for w in workers if w.peer.incarnation == self._affinity.decode]
             size = self._num_tokens
             found = pick(kept, Role.DECODE, num_tokens=size) or pick(
                 workers, Role.DECODE, self._worse(workers), size
@@ -271,9 +273,9 @@ class Dispatch:
 
     def _of_our_model(self, workers: tuple[Worker, ...]) -> tuple[Worker, ...]:
         """All, unless the answer has begun. Raises Mismatch where the ready ones have another."""
-        if not self._home.model:
+        if not self._affinity.model:
             return workers
-        ours = tuple(w for w in workers if _model_tag(w) == self._home.model)
+        ours = tuple(w for w in workers if _model_tag(w) == self._affinity.model)
         if pick(workers, Role.DECODE) and not pick(ours, Role.DECODE):
             raise Mismatch(
                 "the workers' model was replaced after this answer had begun; ask for it anew,"

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from coordinator.generation.request import AnswerRequest, Chunk, Ending
+from coordinator.generation.request import Chunk, Ending, GenerationRequest
 from coordinator.text.detokenizer import BROKEN, Detokenizer
 from coordinator.text.stops import StopChecker, StopSet
 from coordinator.text.tokenizer import Tokenizer
@@ -30,13 +30,13 @@ _NOWHERE = Placement()
 _PIECE_TOKENS = 64  # a millisecond of work
 
 
-class Answer:
+class Output:
     """Tokens and text of one answer; `token_ids` ends with the token that ends the answer."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        request: AnswerRequest,
+        request: GenerationRequest,
         prompt: Sequence[int] = (),
         *,
         max_tokens: int,

@@ -21,17 +21,17 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from coordinator.cluster.membership import Membership
-from coordinator.generation.decode_call import Caller, Progress
-from coordinator.generation.dispatch import Dispatch, Home, Route, home_of
+from coordinator.generation.decode_call import DecodeClient, GenerationState
+from coordinator.generation.dispatch import Affinity, Dispatch, Route, affinity_of
 from coordinator.generation.fan_in import Merge
-from coordinator.generation.harm import Trial
-from coordinator.generation.output import Answer
+from coordinator.generation.harmed_workers import Trial
+from coordinator.generation.output import Output
 from coordinator.generation.prompt import checked, prompt_of
 from coordinator.generation.request import (
-    AnswerRequest,
     Chunk,
     Ending,
     Finished,
+    GenerationRequest,
     Part,
     PromptPart,
     Timing,
@@ -84,7 +84,7 @@ class Pipeline:
         self._metrics = metrics
         self._worker_wait_s = worker_wait_s
         self._clock = clock
-        self._caller = Caller(membership, token)
+        self._caller = DecodeClient(membership, token)
         self._catching_up = asyncio.Semaphore(1)  # one piece of it at a time, between others' work
         self._trial = Trial(clock)
         self.draining = False
@@ -117,7 +117,7 @@ class Pipeline:
             raise Unavailable(_SHUTTING_DOWN)
 
     async def answer(
-        self, request: AnswerRequest, timeline: Timeline, deadline_s: float
+        self, request: GenerationRequest, timeline: Timeline, deadline_s: float
     ) -> AsyncGenerator[Part, None]:
         """Of each choice its chunks, then Finished; before all what the prompt was to tell.
 
@@ -137,9 +137,9 @@ class Pipeline:
             ticket.set_tokens(len(prompt) + sum(len(r.token_ids) for r in request.resumes))
             self._metrics.prompt_tokens.inc(len(prompt))
             decode = self._decode if count == 1 else self._decode_choices
-            home = home_of(self._membership, request.home)
+            affinity = affinity_of(self._membership, request.affinity_token)
             shared = await self._shared(request, prompt)
-            answer = decode(request, shared, timeline, ticket, home)
+            answer = decode(request, shared, timeline, ticket, affinity)
             async with aclosing(answer) as parts:
                 async for part in parts:
                     if gauge is self._metrics.num_requests_waiting:
@@ -156,8 +156,8 @@ class Pipeline:
             ticket.release()
 
     async def _prepared(
-        self, request: AnswerRequest, deadline_s: float
-    ) -> tuple[AnswerRequest, list[int]]:
+        self, request: GenerationRequest, deadline_s: float
+    ) -> tuple[GenerationRequest, list[int]]:
         """The request as it can be served, and its prompt."""
         try:
             async with asyncio.timeout(max(0.0, deadline_s - self._clock())):
@@ -166,7 +166,7 @@ class Pipeline:
         except TimeoutError:
             raise DeadlineExceeded("the request's time ran out while it was tokenized") from None
 
-    async def _shared(self, request: AnswerRequest, prompt: list[int]) -> Shared:
+    async def _shared(self, request: GenerationRequest, prompt: list[int]) -> Shared:
         """What all choices need; long stop strings are read in a thread."""
         strings = request.stop_strings
         names = self._model.tokenizer.special_names if strings else ()
@@ -178,11 +178,11 @@ class Pipeline:
 
     async def _decode_choices(
         self,
-        request: AnswerRequest,
+        request: GenerationRequest,
         shared: Shared,
         timeline: Timeline,
         ticket: Ticket,
-        home: Home,
+        affinity: Affinity,
     ) -> AsyncGenerator[Part, None]:
         """All choices as they come. The failure of one, when no retry is left, ends all."""
         num_tokens = 0
@@ -194,7 +194,7 @@ class Pipeline:
             if index:
                 await begun.wait()
             of_choice = timeline.fork() if index else timeline
-            answer = self._decode(request.choice(index), shared, of_choice, ticket, home)
+            answer = self._decode(request.choice(index), shared, of_choice, ticket, affinity)
             async with aclosing(answer) as parts:
                 async for part in parts:
                     await merge.put(part)
@@ -212,24 +212,24 @@ class Pipeline:
 
     async def _decode(
         self,
-        request: AnswerRequest,
+        request: GenerationRequest,
         shared: Shared,
         timeline: Timeline,
         ticket: Ticket,
-        home: Home,
+        affinity: Affinity,
     ) -> AsyncGenerator[Part, None]:
         """All attempts of one choice, as one."""
         prompt = shared.prompt
         answer = self._new_answer(request, shared)
         if request.resumed:
             await self._catch_up(answer)
-        progress = Progress(request, prompt, answer, shared.parts)
+        progress = GenerationState(request, prompt, answer, shared.parts)
         dispatch = Dispatch(
             self._membership,
             worker_wait_s=self._worker_wait_s,
             deadline_s=ticket.deadline_s,
             clock=self._clock,
-            home=home,
+            affinity=affinity,
             check_open=self._check_open,
             num_tokens=len(prompt) + answer.max_tokens,
             trial=self._trial,
@@ -273,7 +273,7 @@ class Pipeline:
         timeline.mark(Event.FINISHED)
         yield self._finished(progress, timeline)
 
-    async def _prompt_part(self, progress: Progress) -> PromptPart:
+    async def _prompt_part(self, progress: GenerationState) -> PromptPart:
         request, prompt = progress.request, progress.prompt
         text = request.text if request.echo else ""
         if text is None:
@@ -292,7 +292,7 @@ class Pipeline:
         return replace(part, placement=placement)
 
     async def _next_attempt(
-        self, dispatch: Dispatch, route: Route | None, error: Unavailable, answer: Answer
+        self, dispatch: Dispatch, route: Route | None, error: Unavailable, answer: Output
     ) -> None:
         """After a lost attempt: returns if there may be another.
 
@@ -322,7 +322,7 @@ class Pipeline:
             num_tokens=len(answer.token_ids),
         )
 
-    async def _catch_up(self, answer: Answer) -> None:
+    async def _catch_up(self, answer: Output) -> None:
         """Take what an earlier connection delivered, in pieces between which others go on."""
         pieces, is_more = answer.catch_up(), True
         while is_more and answer.ending is None:
@@ -330,13 +330,13 @@ class Pipeline:
                 is_more = next(pieces, False)
                 await asyncio.sleep(0)
 
-    def _new_answer(self, request: AnswerRequest, shared: Shared) -> Answer:
+    def _new_answer(self, request: GenerationRequest, shared: Shared) -> Output:
         """With its limits: beyond the room left it ends as LENGTH at the context's end."""
         prompt = shared.prompt
         room = self.max_model_len - len(prompt)
         wanted = request.default_max_tokens if request.max_tokens is None else request.max_tokens
         max_tokens = room if wanted is None else min(wanted, room)
-        return Answer(
+        return Output(
             self._model.tokenizer,
             request,
             prompt,
@@ -355,7 +355,7 @@ class Pipeline:
         for _ in range(num_tokens):
             self._metrics.inter_token_latency.observe((now - before) / num_tokens)
 
-    def _finished(self, progress: Progress, timeline: Timeline) -> Finished:
+    def _finished(self, progress: GenerationState, timeline: Timeline) -> Finished:
         answer, spent = progress.answer, progress.spent
         assert answer.ending is not None, "an answer that is reported has ended"
         first = spent.first or worker_pb2.Tokens()

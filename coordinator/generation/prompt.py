@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from coordinator.generation.request import AnswerRequest
+from coordinator.generation.request import GenerationRequest
 from coordinator.generation.tool_schemas import fitting_constraint
 from coordinator.text.detokenizer import lead_of
 from coordinator.text.served_model import ServedModel
@@ -13,7 +13,9 @@ from engine.base.errors import InvalidRequest
 from engine.constraints.checker import refusal
 
 
-async def prompt_of(model: ServedModel, request: AnswerRequest, max_model_len: int) -> list[int]:
+async def prompt_of(
+    model: ServedModel, request: GenerationRequest, max_model_len: int
+) -> list[int]:
     """The request's prompt as token ids, at least one token shorter than the context.
 
     Raises InvalidRequest naming the prompt's field.
@@ -38,8 +40,8 @@ async def prompt_of(model: ServedModel, request: AnswerRequest, max_model_len: i
 
 
 async def checked(
-    model: ServedModel, request: AnswerRequest, prompt: Sequence[int]
-) -> AnswerRequest:
+    model: ServedModel, request: GenerationRequest, prompt: Sequence[int]
+) -> GenerationRequest:
     """The request, its constraint changed where schemas of tools can be held in part, and to
     what an answer behind this prompt writes before its text.
 

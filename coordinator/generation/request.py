@@ -18,11 +18,13 @@ class Resumed:
 
     token_ids: tuple[int, ...] = ()
     finished: bool = False
-    home: str = ""  # `home_name` of the decode worker that it came from, where that is known
+    affinity_token: str = (
+        ""  # `affinity_token_of` of the decode worker that it came from, where that is known
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerRequest:
+class GenerationRequest:
     """What a call of Generate or Chat asks for; one of text, token_ids and messages is set.
 
     It stands for choice 0, and with `num_choices` for all of them; `choice` gives each its own.
@@ -62,12 +64,12 @@ class AnswerRequest:
         return wanted and not delivered and self.index == 0
 
     @property
-    def home(self) -> str:
+    def affinity_token(self) -> str:
         """Of a decode worker that may still have what is resumed; "" where none is known."""
-        known = [r for r in self.resumes if r.home and (r.token_ids or r.finished)]
-        return min(known, key=lambda r: r.finished).home if known else ""
+        known = [r for r in self.resumes if r.affinity_token and (r.token_ids or r.finished)]
+        return min(known, key=lambda r: r.finished).affinity_token if known else ""
 
-    def choice(self, index: int) -> AnswerRequest:
+    def choice(self, index: int) -> GenerationRequest:
         """The same request for one of its choices: another seed, and what it has already."""
         resumed = self.resumes[index] if self.resumes else Resumed()
         seed = choice_seed(self.sampling.seed, index)
@@ -90,7 +92,7 @@ class Chunk:
     logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where asked for
     index: int = 0  # of the choice
     placement: Placement = NOWHERE  # of its tokens, where there are logprobs
-    home: str = ""  # with a decode worker's first tokens: its `home_name`
+    affinity_token: str = ""  # with a decode worker's first tokens: its `affinity_token_of`
 
 
 @dataclass(frozen=True, slots=True)

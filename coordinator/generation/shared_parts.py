@@ -14,7 +14,7 @@ import asyncio
 import secrets
 from collections.abc import Sequence
 
-from coordinator.generation.request import AnswerRequest
+from coordinator.generation.request import GenerationRequest
 from engine.base.errors import DeadlineExceeded
 
 _LARGE = 1024  # elements; fewer go with each choice, which then waits for no other
@@ -29,7 +29,7 @@ class SharedParts:
         self._carried: dict[str, asyncio.Event] = {}  # on their way to an incarnation
 
     @classmethod
-    def of(cls, request: AnswerRequest, prompt: Sequence[int]) -> SharedParts:
+    def of(cls, request: GenerationRequest, prompt: Sequence[int]) -> SharedParts:
         """Those of a request, with a key where they are many and there are several choices."""
         size = len(prompt) + len(request.sampling.logit_bias) + len(request.stop_token_ids)
         size += len(request.constraint.source) // 4 if request.constraint else 0

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from coordinator.generation.request import AnswerRequest
+from coordinator.generation.request import GenerationRequest
 from coordinator.text.tool_format import ANY_OBJECT, Tool, ToolUse, tool_grammar
 from engine.base.errors import InvalidRequest
 from engine.base.types import Constraint
@@ -27,7 +27,7 @@ MOST_CPU_S = 3.0
 
 
 async def fitting_constraint(
-    checker: Checker, request: AnswerRequest, error: InvalidRequest
+    checker: Checker, request: GenerationRequest, error: InvalidRequest
 ) -> Constraint:
     """One that compiles, in place of the request's, which does not because of `error`.
 

@@ -24,17 +24,17 @@ def pick(
     candidates = _ready(workers, role, exclude)
     candidates = [w for w in candidates if w.model.max_model_len >= num_tokens]
     if role is Role.PREFILL:
-        candidates = [w for w in candidates if not w.doubtful]
+        candidates = [w for w in candidates if not w.degraded]
     return min(candidates, key=_weight, default=None)
 
 
-def keep(
+def sticky(
     workers: Iterable[Worker], role: Role, incarnation: str, exclude: Collection[str] = ()
 ) -> Worker | None:
     """The worker of `role` that has a request's blocks already, unless another one is the better
     choice all the same: it is doubtful, or many more requests wait there than elsewhere.
     """
-    ready = [w for w in _ready(workers, role, exclude) if not w.doubtful]
+    ready = [w for w in _ready(workers, role, exclude) if not w.degraded]
     fewest_waiting = min((w.load.num_waiting for w in ready), default=0)
     for worker in ready:
         if worker.peer.incarnation == incarnation:
@@ -55,7 +55,7 @@ def _weight(worker: Worker) -> tuple[bool, int, int, str]:
     """What is known to be there: a heartbeat counts everybody's, but late; our count is exact."""
     load = worker.load
     return (
-        worker.doubtful,
+        worker.degraded,
         max(load.waiting_tokens, worker.assigned_tokens),
         max(load.num_running + load.num_waiting, worker.assigned_requests),
         worker.peer.worker_id,

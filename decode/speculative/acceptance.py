@@ -1,9 +1,9 @@
-"""How likely a drafted token stands, by its grade and by the request that it is drafted for.
+"""How likely a drafted token stands, by its bucket and by the request that it is drafted for.
 
-One number a grade, learned from all requests, and one a request: how much more or less often its
+One number a bucket, learned from all requests, and one a request: how much more or less often its
 drafts stand than the others'. In logits, as online logistic regression:
 
-    P(stands) = 1 / (1 + exp(-(grade + request)))
+    P(stands) = 1 / (1 + exp(-(bucket + request)))
 
 Both move after every token that was decided, by a fixed share of the surprise, so that what is old
 fades without a clock. Nothing has to be verified for that: the tokens that came anyway tell which
@@ -15,9 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from engine.scheduling.speculation import FORCED, UNWRITTEN, Draft
+from engine.scheduling.speculation import FORCED, PENDING, Draft
 
-GRADE_RATE = 0.1
+BUCKET_RATE = 0.1
 REQUEST_RATE = 0.1
 _LIMIT = 6.0  # logits; 0.25 % and 99.75 %
 
@@ -26,17 +26,17 @@ class Acceptance:
     """Owned by one pace."""
 
     def __init__(self, prior: Sequence[float]) -> None:
-        self._grades = [math.log(p / (1 - p)) for p in prior]
-        self._odds = [math.exp(x) for x in self._grades]  # the same, as it is used most
+        self._buckets = [math.log(p / (1 - p)) for p in prior]
+        self._odds = [math.exp(x) for x in self._buckets]  # the same, as it is used most
         self._requests: dict[str, float] = {}
 
-    def survival(self, request_id: str, grades: Sequence[int], least: float) -> list[float]:
+    def survival(self, request_id: str, buckets: Sequence[int], least: float) -> list[float]:
         """Probability that a draft's first token stands, its first two, ...; ends below `least`."""
         factor, odds = math.exp(self._requests.get(request_id, 0.0)), self._odds
         out, all_stand = [], 1.0
-        for grade in grades:
-            if grade != FORCED:
-                x = odds[grade] * factor
+        for bucket in buckets:
+            if bucket != FORCED:
+                x = odds[bucket] * factor
                 all_stand *= x / (1.0 + x)
             if all_stand < least:
                 break
@@ -46,24 +46,24 @@ class Acceptance:
     def learn(self, request_id: str, draft: Draft, produced: Sequence[int]) -> None:
         """`produced` followed where `draft` was proposed, or promised and written in part."""
         of_request = self._requests.get(request_id, 0.0)
-        for guess, grade, token in zip(draft.tokens, draft.grades, produced, strict=False):
-            if guess == UNWRITTEN:
+        for guess, bucket, token in zip(draft.tokens, draft.buckets, produced, strict=False):
+            if guess == PENDING:
                 break
-            if grade == FORCED:  # that it stands tells nothing of the drafter
+            if bucket == FORCED:  # that it stands tells nothing of the drafter
                 if guess != token:
                     break
                 continue
-            logit = self._grades[grade]
+            logit = self._buckets[bucket]
             surprise = (guess == token) - 1.0 / (1.0 + math.exp(-logit - of_request))
             of_request = _clip(of_request + REQUEST_RATE * surprise)
-            self._grades[grade] = logit = _clip(logit + GRADE_RATE * surprise)
-            self._odds[grade] = math.exp(logit)
+            self._buckets[bucket] = logit = _clip(logit + BUCKET_RATE * surprise)
+            self._odds[bucket] = math.exp(logit)
             if guess != token:
                 break
         self._requests[request_id] = of_request
 
     def finish(self, request_id: str) -> None:
-        """Forget the request; what it taught about grades stays."""
+        """Forget the request; what it taught about buckets stays."""
         self._requests.pop(request_id, None)
 
 

@@ -18,7 +18,7 @@ class NoDrafter:
         """Nothing."""
         return NO_DRAFT
 
-    def write(self, rows: Sequence[PlannedRow]) -> None:
+    def materialize(self, rows: Sequence[PlannedRow]) -> None:
         """Nothing was promised."""
 
     def finish(self, request_id: str) -> None:

@@ -38,8 +38,8 @@ _FIRST_PATIENCE = 8
 _LONGEST_PATIENCE = 256
 
 
-class MeasuredPace:
-    """The `Pace` of an engine that measures itself."""
+class MeasuredDraftLength:
+    """The `DraftLengthController` of an engine that measures itself."""
 
     def __init__(
         self, acceptance: Acceptance, cost: StepCost, drafting: StepCost | None = None
@@ -57,12 +57,12 @@ class MeasuredPace:
     def choose(
         self, drafts: Sequence[tuple[str, Draft]], num_rows: int, num_answers: int
     ) -> list[int]:
-        """Tokens to verify of each draft; see `Pace`."""
+        """Tokens to verify of each draft; see `DraftLengthController`."""
         chances = []
         for i, (request_id, draft) in enumerate(drafts):
             if draft.tokens:
                 self._drafts[request_id] = draft
-                survival = self._acceptance.survival(request_id, draft.grades, _LEAST)
+                survival = self._acceptance.survival(request_id, draft.buckets, _LEAST)
                 chances += [(chance, i) for chance in survival]
         lengths = [0] * len(drafts)
         best = self._best(chances, num_rows, num_answers)

@@ -24,7 +24,7 @@ from engine.attention.batch import Row
 from engine.runner.base import ModelRunner
 from engine.sampling import Sampler, UnusableLogits
 from engine.scheduling.plan import PlannedRow
-from engine.scheduling.speculation import UNWRITTEN, Draft
+from engine.scheduling.speculation import PENDING, Draft
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
@@ -49,10 +49,10 @@ class ModelDrafter:
     def propose(self, request_id: str, tokens: Sequence[int], max_tokens: int) -> Draft:
         """A promise; `write` puts the tokens into it, too."""
         count = max(0, max_tokens)
-        draft = self._promises[request_id] = Draft([UNWRITTEN] * count, [0] * count)
+        draft = self._promises[request_id] = Draft([PENDING] * count, [0] * count)
         return draft
 
-    def write(self, rows: Sequence[PlannedRow]) -> None:
+    def materialize(self, rows: Sequence[PlannedRow]) -> None:
         """Draft for all rows at once. A draft ends early where it ends the answer."""
         wanted = {id(row): len(row.draft) for row in rows}
         for row in rows:
@@ -73,14 +73,14 @@ class ModelDrafter:
 
     @staticmethod
     def _goes_on(row: PlannedRow, token: int, wanted: int) -> bool:
-        if token == UNWRITTEN:
+        if token == PENDING:
             return False
         row.draft.append(token)
         stop = row.request.work.stop
         return len(row.draft) < wanted and not (stop and token in stop.stop_token_ids)
 
     def _pass(self, rows: Sequence[PlannedRow]) -> list[int]:
-        """The next token of each row's draft; UNWRITTEN where the model gives none."""
+        """The next token of each row's draft; PENDING where the model gives none."""
         begun_s = self._clock()
         model_rows = [self._model_row(row) for row in rows]
         logits = self._runner.run(model_rows)
@@ -89,7 +89,7 @@ class ModelDrafter:
             tokens = self._sampler.sample(logits, sample_rows)
         except UnusableLogits as error:  # no reason to look further: the target will tell
             _log.warning("the draft model's logits are unusable", reason=str(error))
-            tokens = [UNWRITTEN] * len(rows)
+            tokens = [PENDING] * len(rows)
         self._cost.observe(sum(len(r.token_ids) for r in model_rows), self._clock() - begun_s)
         return tokens
 

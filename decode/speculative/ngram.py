@@ -13,7 +13,7 @@ one chain. The chain of single tokens serves where no pair occurred before. docs
 what this was chosen against.
 
 A draft's tokens are graded by what supports them: how many tokens match before them, those drafted
-ahead of them included (a grade counts only if they stand), and whether the two most recent of the
+ahead of them included (a bucket counts only if they stand), and whether the two most recent of the
 longest matches agree. That tells far more than a request's past hits do.
 """
 
@@ -32,9 +32,9 @@ MAX_MATCH = 32  # a longer match is no better founded
 MAX_WALK = 64
 MAX_DRAFT = 256
 
-# A token's grade is what matches before it, and what the next most recent of the longest matches
+# A token's bucket is what matches before it, and what the next most recent of the longest matches
 # says: nothing (there is none, or it was left behind), something else, or the same. The share of
-# tokens that stood of each grade, on 72 answers of the default model at temperatures 0, 0.7 and 1;
+# tokens that stood of each bucket, on 72 answers of the default model at temperatures 0, 0.7 and 1;
 # an engine starts from there.
 _LENGTHS = (1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 32)
 _ALONE = (0.25, 0.49, 0.59, 0.68, 0.73, 0.80, 0.82, 0.87, 0.93, 0.96, 0.975)
@@ -42,13 +42,13 @@ _DIFFER = (0.13, 0.23, 0.28, 0.31, 0.36, 0.36, 0.36, 0.40, 0.40, 0.45, 0.50)
 _AGREE = (0.52, 0.78, 0.86, 0.90, 0.92, 0.94, 0.96, 0.975, 0.98, 0.985, 0.995)
 
 
-def _grades(kind: int) -> list[int]:
+def _buckets(kind: int) -> list[int]:
     """Grade of a token that 0, 1, 2, ... tokens match before."""
     counts = [sum(length <= n for length in _LENGTHS) for n in range(MAX_MATCH + MAX_DRAFT)]
     return [kind * len(_LENGTHS) + max(0, count - 1) for count in counts]
 
 
-_GRADE_ALONE, _GRADE_DIFFER, _GRADE_AGREE = _grades(0), _grades(1), _grades(2)
+_GRADE_ALONE, _GRADE_DIFFER, _GRADE_AGREE = _buckets(0), _buckets(1), _buckets(2)
 
 
 @dataclass(slots=True)
@@ -91,11 +91,11 @@ class NgramDrafter:
         if not other:
             return Draft(draft, _GRADE_ALONE[length:stop])
         agreed = length + _num_equal(draft, _continue(tokens, other, len(draft)))
-        grades = _GRADE_AGREE[length:agreed]
-        grades += _GRADE_DIFFER[agreed : min(agreed + 1, stop)]
-        return Draft(draft, grades + _GRADE_ALONE[agreed + 1 : stop])
+        buckets = _GRADE_AGREE[length:agreed]
+        buckets += _GRADE_DIFFER[agreed : min(agreed + 1, stop)]
+        return Draft(draft, buckets + _GRADE_ALONE[agreed + 1 : stop])
 
-    def write(self, rows: Sequence[PlannedRow]) -> None:
+    def materialize(self, rows: Sequence[PlannedRow]) -> None:
         """Nothing: its drafts cost nothing and are whole."""
 
     def finish(self, request_id: str) -> None:

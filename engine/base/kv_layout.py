@@ -108,22 +108,22 @@ def compatibility_digest(
     return _digest(b"diptych-compat", *(f.encode() for f in fields)).hex()
 
 
-def name_salt(*, digest: str, adapter: str = "", cache_salt: str = "") -> bytes:
+def hash_salt(*, digest: str, adapter: str = "", cache_salt: str = "") -> bytes:
     """The root that a chain of block names grows from: names of different salts never meet."""
     return _digest(b"diptych-salt", digest.encode(), adapter.encode(), cache_salt.encode())
 
 
-def block_name(parent: bytes, token_ids: Sequence[int], salt: bytes) -> bytes:
+def block_hash(parent: bytes, token_ids: Sequence[int], salt: bytes) -> bytes:
     """Content name of a full block: H(parent's name or b"", its tokens, salt)."""
     tokens = b"".join(t.to_bytes(4, "little") for t in token_ids)
     return _digest(b"diptych-block", parent, tokens, salt)
 
 
-def block_names(token_ids: Sequence[int], block_size: int, salt: bytes) -> list[bytes]:
+def block_hashes(token_ids: Sequence[int], block_size: int, salt: bytes) -> list[bytes]:
     """Names of the whole blocks of `token_ids`, in order; a last partial block has no name."""
     names: list[bytes] = []
     parent = b""
     for start in range(0, len(token_ids) - block_size + 1, block_size):
-        parent = block_name(parent, token_ids[start : start + block_size], salt)
+        parent = block_hash(parent, token_ids[start : start + block_size], salt)
         names.append(parent)
     return names

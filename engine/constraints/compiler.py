@@ -20,6 +20,7 @@ from llguidance import LLMatcher
 
 from engine.base.errors import InvalidRequest
 from engine.base.types import Constraint
+from engine.constraints.big_stack_threads import BigStackThreads
 from engine.constraints.checker import (
     COMPILE_S,
     MOST_CPU_S,
@@ -29,7 +30,6 @@ from engine.constraints.checker import (
     digest,
     refusal,
 )
-from engine.constraints.deep_threads import DeepThreads
 from engine.constraints.grammar import LIMITS, Grammar, Vocabulary, fault, misfit
 from engine.constraints.known import Known
 from engine.constraints.matcher import Kin, Matcher
@@ -62,7 +62,7 @@ class Compiler:
     def __init__(self, vocabulary: Vocabulary, count: Count | None = None) -> None:
         # A coordinator that tried it first is stricter, so that what it takes is taken here.
         self._checker = Checker(vocabulary, count, 2 * MOST_CPU_S)
-        self._threads = DeepThreads(_NUM_THREADS, "grammars")
+        self._threads = BigStackThreads(_NUM_THREADS, "grammars")
         self._tokenizer = self._threads.submit(vocabulary.build)
         self._numbers = self._threads.submit(self._number_tokens)
         self.known: Known[_Compiled] = Known(

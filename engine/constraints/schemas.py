@@ -32,8 +32,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-from engine.constraints.apart import Branches
 from engine.constraints.bounds import MOST_OPTIONAL, bound_lengths, check_counts, move_bounds
+from engine.constraints.oneof import Branches
 from engine.constraints.ways import Leniency, Refused, Ways
 from engine.constraints.writable import (
     MAY_NEED_ESCAPES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from engine.constraints.apart import Branches
+from engine.constraints.oneof import Branches
 
 
 class Leniency(Enum):

@@ -61,8 +61,8 @@ class BlockPool:
         # The top bits are cleared so that no bump ever wraps round to an old value.
         self.generations: npt.NDArray[np.uint64] = raw >> np.uint64(2)
         self._refs = [0] * num_blocks
-        self._names: list[bytes | None] = [None] * num_blocks
-        self._by_name: dict[bytes, int] = {}
+        self._hashes: list[bytes | None] = [None] * num_blocks
+        self._by_hash: dict[bytes, int] = {}
         self._sources: dict[int, frozenset[str]] = {}  # of named blocks that have any
         self._forgotten: OrderedDict[str, None] = OrderedDict()  # sources, the oldest first
         self._free = deque(range(num_blocks))
@@ -107,7 +107,7 @@ class BlockPool:
                 block = self._free.popleft()
             else:
                 block, _ = self._cached.popitem(last=False)
-                self._drop_name(block)
+                self._drop_hash(block)
             self._refs[block] = 1
             taken.append(block)
         if taken:
@@ -120,7 +120,7 @@ class BlockPool:
         """Add one holder to each block; each is held or cached."""
         for block in blocks:
             if self._refs[block] == 0:
-                if self._names[block] is None:
+                if self._hashes[block] is None:
                     raise ValueError(f"block {block} is free and cannot be pinned")
                 del self._cached[block]
             self._refs[block] += 1
@@ -132,25 +132,25 @@ class BlockPool:
                 raise ValueError(f"block {block} is not held")
             self._refs[block] -= 1
             if self._refs[block] == 0:
-                if self._names[block] is None:
+                if self._hashes[block] is None:
                     self._free.append(block)
                 else:
                     self._cached[block] = None
 
-    def name(self, block: int, name: bytes, sources: frozenset[str] = NO_SOURCES) -> None:
+    def set_hash(self, block: int, block_hash: bytes, sources: frozenset[str] = NO_SOURCES) -> None:
         """Make a held block of complete bytes findable; a second copy of a name stays unnamed, and
         so does what a forgotten source has had a part in.
         """
         if self._refs[block] <= 0:
             raise ValueError(f"block {block} is not held and cannot be named")
-        if name in self._by_name or self._names[block] is not None:
+        if block_hash in self._by_hash or self._hashes[block] is not None:
             return
         if sources:
             if self.has_forgotten(sources):
                 return
             self._sources[block] = sources
-        self._names[block] = name
-        self._by_name[name] = block
+        self._hashes[block] = block_hash
+        self._by_hash[block_hash] = block
 
     def sources(self, blocks: Iterable[int]) -> frozenset[str]:
         """Incarnations of the workers that had a part in these named blocks."""
@@ -175,19 +175,19 @@ class BlockPool:
 
     def hide(self, blocks: Iterable[int]) -> int:
         """Drop the names of these blocks; returns how many had one. Holders keep theirs."""
-        named = [block for block in blocks if self._names[block] is not None]
-        for block in named:
-            self._drop_name(block)
+        hashed = [block for block in blocks if self._hashes[block] is not None]
+        for block in hashed:
+            self._drop_hash(block)
             if self._refs[block] == 0:
                 del self._cached[block]
                 self._free.append(block)
-        return len(named)
+        return len(hashed)
 
-    def match(self, names: Sequence[bytes]) -> list[int]:
-        """Blocks of the longest leading run of `names` that is here, not pinned."""
+    def match(self, hashes: Sequence[bytes]) -> list[int]:
+        """Blocks of the longest leading run of `hashes` that is here, not pinned."""
         hits = []
-        for name in names:
-            block = self._by_name.get(name)
+        for block_hash in hashes:
+            block = self._by_hash.get(block_hash)
             if block is None:
                 break
             hits.append(block)
@@ -202,16 +202,16 @@ class BlockPool:
         held = sum(1 for refs in self._refs if refs > 0)
         assert held == self.num_held, (held, self.num_free, self.num_cached, self.num_blocks)
         assert all(refs >= 0 for refs in self._refs)
-        assert all(self._refs[b] == 0 and self._names[b] is None for b in self._free)
-        assert all(self._refs[b] == 0 and self._names[b] is not None for b in self._cached)
-        assert all(self._names[block] is not None for block in self._sources)
+        assert all(self._refs[b] == 0 and self._hashes[b] is None for b in self._free)
+        assert all(self._refs[b] == 0 and self._hashes[b] is not None for b in self._cached)
+        assert all(self._hashes[block] is not None for block in self._sources)
         assert {
-            self._names[b]: b for b in range(self.num_blocks) if self._names[b]
-        } == self._by_name
+            self._hashes[b]: b for b in range(self.num_blocks) if self._hashes[b]
+        } == self._by_hash
 
-    def _drop_name(self, block: int) -> None:
-        name = self._names[block]
-        assert name is not None
-        del self._by_name[name]
-        self._names[block] = None
+    def _drop_hash(self, block: int) -> None:
+        block_hash = self._hashes[block]
+        assert block_hash is not None
+        del self._by_hash[block_hash]
+        self._hashes[block] = None
         self._sources.pop(block, None)

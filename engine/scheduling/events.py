@@ -39,7 +39,7 @@ class FetchEvent:
     key: int
     first_block: int
     block_ids: list[int]
-    names: list[bytes]  # one a block
+    hashes: list[bytes]  # one a block
     token_ids: list[int]  # of all whole blocks, from position 0
 
 
@@ -50,7 +50,7 @@ class AnnouncedEvent:
     key: int
     first_block: int
     block_ids: list[int]
-    names: list[bytes]
+    hashes: list[bytes]
     generations: list[int]
 
 

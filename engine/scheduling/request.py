@@ -32,7 +32,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.base.kv_layout import block_name
+from engine.base.kv_layout import block_hash
 from engine.base.types import FinishReason, SamplingParams, StopParams, TokenLogprobs
 from engine.constraints import Matcher
 from engine.scheduling.block_pool import NO_SOURCES
@@ -58,7 +58,7 @@ _TRANSITIONS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class EngineRequest:
     """What is asked of an engine.
 
     With `sampling` and `stop` it is an answer to write; without, the KV of whole blocks to compute.
@@ -85,7 +85,7 @@ class Request:
     """A Work with its progress. Owned by the engine thread."""
 
     key: int  # unique in this engine; request ids come back in retries
-    work: Work
+    work: EngineRequest
     table: BlockTable
     arrival_s: float
     rank: int = 0  # its priority, until the scheduler raises it
@@ -93,8 +93,8 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     num_computed: int = 0
     draft_lag: int = 0  # of those, the last ones that the draft model has not computed
-    names: list[bytes] = field(default_factory=list)  # of whole blocks, grown on demand
-    num_named: int = 0  # leading blocks of the table that are complete and named
+    hashes: list[bytes] = field(default_factory=list)  # of whole blocks, grown on demand
+    num_hashed: int = 0  # leading blocks of the table that are complete and named
     num_announced: int = 0
     sources: frozenset[str] = NO_SOURCES  # of its complete blocks: see BlockPool
     num_cached_tokens: int = 0  # prompt tokens hit when it was first admitted
@@ -174,25 +174,25 @@ class Request:
             mask=mask,
         )
 
-    def whole_names(self, block_size: int) -> list[bytes]:
+    def whole_hashes(self, block_size: int) -> list[bytes]:
         """Names of the whole blocks that a hit or a peer may supply.
 
         An answer needs at least one token to compute, so that there are logits to sample from:
         floor((n - 1) / block_size) blocks; mere KV may be hit whole.
         """
         usable = len(self.tokens) - (1 if self.samples else 0)
-        while (len(self.names) + 1) * block_size <= len(self.tokens):
-            start = len(self.names) * block_size
-            parent = self.names[-1] if self.names else b""
+        while (len(self.hashes) + 1) * block_size <= len(self.tokens):
+            start = len(self.hashes) * block_size
+            parent = self.hashes[-1] if self.hashes else b""
             chunk = self.tokens[start : start + block_size]
-            self.names.append(block_name(parent, chunk, self.work.salt))
-        return self.names[: usable // block_size]
+            self.hashes.append(block_hash(parent, chunk, self.work.salt))
+        return self.hashes[: usable // block_size]
 
-    def hittable_names(self, block_size: int) -> list[bytes]:
+    def hittable_hashes(self, block_size: int) -> list[bytes]:
         """Those of them whose positions need not be computed for their logits."""
-        names = self.whole_names(block_size)
+        hashes = self.whole_hashes(block_size)
         missing = self.num_scored < self.num_to_score
-        return names[: self.num_scored // block_size] if missing else names
+        return hashes[: self.num_scored // block_size] if missing else hashes
 
     def move(self, state: State) -> None:
         """Change state along the table."""
@@ -204,6 +204,6 @@ class Request:
         assert 0 <= self.num_computed <= len(self.tokens)
         assert self.num_computed <= len(self.table.blocks) * block_size
         assert 0 <= self.draft_lag <= self.num_computed
-        assert self.num_named * block_size <= self.num_computed - self.draft_lag
+        assert self.num_hashed * block_size <= self.num_computed - self.draft_lag
         holds = self.state in (State.FETCHING, State.RUNNING)
         assert holds or not self.table.blocks

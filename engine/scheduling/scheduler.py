@@ -32,7 +32,7 @@ from engine.scheduling.plan import (
     StepBudget,
 )
 from engine.scheduling.request import Request, State
-from engine.scheduling.speculation import FORCED, UNWRITTEN, Draft, Speculation
+from engine.scheduling.speculation import FORCED, PENDING, Draft, Speculation
 
 
 class Scheduler:
@@ -55,7 +55,7 @@ class Scheduler:
         self.active: list[Request] = []
         self.num_preemptions = 0
         self._num_admitted = self._num_plans = 0  # since the oldest had its turn
-        self._makers: dict[bytes, Request] = {}  # name of a block in the making -> who makes it
+        self._producers: dict[bytes, Request] = {}  # name of a block in the making -> who makes it
 
     @property
     def draft_window(self) -> int:
@@ -79,7 +79,7 @@ class Scheduler:
             self.active.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
-        self.give_up_making(request)
+        self.abandon_production(request)
         request.table.release()
 
     # -- admission ---------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ class Scheduler:
                 request = min(left, key=lambda r: (r.arrival_s, r.key))
             is_first = request is left[0]
             left.remove(request)
-            if self._waits_for_maker(request, now_s):
+            if self._waits_for_producer(request, now_s):
                 continue
             if not self._reserve(request):
                 break
@@ -112,7 +112,7 @@ class Scheduler:
 
     def _reserve(self, request: Request) -> bool:
         """Pin its hits and take the rest of its room, or leave everything as it was."""
-        hits = self.pool.match(request.hittable_names(self.block_size))
+        hits = self.pool.match(request.hittable_hashes(self.block_size))
         needed = self.room_needed(len(request.tokens)) - len(hits)
         if not request.samples:
             needed = len(request.tokens) // self.block_size - len(hits)
@@ -120,35 +120,35 @@ class Scheduler:
             return False
         request.table.adopt(hits)
         request.table.reserve((len(hits) + needed) * self.block_size)
-        request.num_named = len(hits)
+        request.num_hashed = len(hits)
         request.sources = self.pool.sources(hits)
         request.num_computed = len(hits) * self.block_size
         request.draft_lag = 0  # a named block holds the draft model's KV, too
         return True
 
     def _enter(self, request: Request, now_s: float) -> None:
-        names = request.whole_names(self.block_size)
+        hashes = request.whole_hashes(self.block_size)
         if not request.admitted_s:
             request.admitted_s = now_s
             request.num_cached_tokens = min(request.num_computed, request.num_prompt)
-        for name in names[request.num_named :]:
-            self._makers.setdefault(name, request)
+        for block_hash in hashes[request.num_hashed :]:
+            self._producers.setdefault(block_hash, request)
         scores = request.num_scored < request.num_to_score
-        fetching = request.work.fetch and request.num_named < len(names) and not scores
+        fetching = request.work.fetch and request.num_hashed < len(hashes) and not scores
         request.move(State.FETCHING if fetching else State.RUNNING)
         bisect.insort(self.active, request, key=lambda r: r.sort_key)
 
-    def _waits_for_maker(self, request: Request, now_s: float) -> bool:
-        names = request.hittable_names(self.block_size)
-        hits = len(self.pool.match(names))
-        maker = self._makers.get(names[hits]) if hits < len(names) else None
-        return maker is not None and now_s - request.arrival_s < self.budgets.owner_wait_s
+    def _waits_for_producer(self, request: Request, now_s: float) -> bool:
+        hashes = request.hittable_hashes(self.block_size)
+        hits = len(self.pool.match(hashes))
+        producer = self._producers.get(hashes[hits]) if hits < len(hashes) else None
+        return producer is not None and now_s - request.arrival_s < self.budgets.owner_wait_s
 
-    def give_up_making(self, request: Request) -> None:
+    def abandon_production(self, request: Request) -> None:
         """Who waits for blocks that this request was making takes over."""
-        for name in request.names[request.num_named :]:
-            if self._makers.get(name) is request:
-                del self._makers[name]
+        for block_hash in request.hashes[request.num_hashed :]:
+            if self._producers.get(block_hash) is request:
+                del self._producers[block_hash]
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -264,7 +264,7 @@ class Scheduler:
     def preempt(self, request: Request) -> None:
         """Let a running request wait, holding nothing; its named blocks stay findable."""
         self.remove(request)
-        request.num_computed = request.num_named = request.draft_lag = 0
+        request.num_computed = request.num_hashed = request.draft_lag = 0
         request.move(State.WAITING)
         self.num_preemptions += 1
         self.add(request)
@@ -280,14 +280,14 @@ class Scheduler:
         request.num_computed = num_computed
         request.draft_lag = draft_lag
         full = (num_computed - draft_lag) // self.block_size
-        if full > len(request.names):
-            request.whole_names(self.block_size)
-        for index in range(request.num_named, full):
-            name = request.names[index]
-            self.pool.name(request.table.blocks[index], name, request.sources)
-            if self._makers.get(name) is request:
-                del self._makers[name]
-        request.num_named = max(request.num_named, full)
+        if full > len(request.hashes):
+            request.whole_hashes(self.block_size)
+        for index in range(request.num_hashed, full):
+            block_hash = request.hashes[index]
+            self.pool.set_hash(request.table.blocks[index], block_hash, request.sources)
+            if self._producers.get(block_hash) is request:
+                del self._producers[block_hash]
+        request.num_hashed = max(request.num_hashed, full)
 
 
 def fitted(draft: Draft, matcher: Matcher, limit: int) -> Draft:
@@ -299,8 +299,8 @@ def fitted(draft: Draft, matcher: Matcher, limit: int) -> Draft:
     size = len(forced)
     if size and draft.tokens[:size] != forced:
         return Draft(forced, [FORCED] * size)
-    if UNWRITTEN in draft.tokens:
+    if PENDING in draft.tokens:
         return draft
     num_valid = matcher.num_valid(draft.tokens) if draft.tokens else 0
-    grades = [FORCED] * size + draft.grades[size:num_valid]
-    return Draft(draft.tokens[:num_valid], grades[:num_valid])
+    buckets = [FORCED] * size + draft.buckets[size:num_valid]
+    return Draft(draft.tokens[:num_valid], buckets[:num_valid])

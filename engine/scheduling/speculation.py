@@ -11,18 +11,18 @@ from engine.scheduling.plan import PlannedRow
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Tokens to follow a request's, each with a grade of its own: how well founded it is.
+    """Tokens to follow a request's, each with a bucket of its own: how well founded it is.
 
-    What a grade is worth, if all tokens before it stand, is learned; a drafter only sorts them.
+    What a bucket is worth, if all tokens before it stand, is learned; a drafter only sorts them.
     """
 
     tokens: list[int]
-    grades: list[int]  # of each token
+    buckets: list[int]  # of each token
 
 
 NO_DRAFT = Draft([], [])
-UNWRITTEN = -1  # a token that a drafter promises, and writes if it is chosen
-FORCED = -1  # the grade of a token that a constraint leaves no choice about
+PENDING = -1  # a token that a drafter promises, and writes if it is chosen
+FORCED = -1  # the bucket of a token that a constraint leaves no choice about
 
 
 class Drafter(Protocol):
@@ -32,18 +32,18 @@ class Drafter(Protocol):
 
     @property
     def acceptance(self) -> Sequence[float]:
-        """What share of each grade's tokens stands, before anything was observed."""
+        """What share of each bucket's tokens stands, before anything was observed."""
         ...
 
     def propose(self, request_id: str, tokens: Sequence[int], max_tokens: int) -> Draft:
         """Up to `max_tokens` tokens to follow `tokens` (prompt and answer so far), or none.
 
-        They may be UNWRITTEN: promised, at a cost that is paid for those that are chosen.
+        They may be PENDING: promised, at a cost that is paid for those that are chosen.
         """
         ...
 
-    def write(self, rows: Sequence[PlannedRow]) -> None:
-        """Put tokens in place of the UNWRITTEN ones of each row's draft; fewer will do."""
+    def materialize(self, rows: Sequence[PlannedRow]) -> None:
+        """Put tokens in place of the PENDING ones of each row's draft; fewer will do."""
         ...
 
     def finish(self, request_id: str) -> None:
@@ -51,7 +51,7 @@ class Drafter(Protocol):
         ...
 
 
-class Pace(Protocol):
+class DraftLengthController(Protocol):
     """Decides how much of each draft a step verifies. It changes when tokens come, never which."""
 
     def choose(
@@ -95,23 +95,23 @@ class Speculation:
     drafter: Drafter
     verify: Verify
     max_draft_tokens: int
-    pace: Pace | None = None  # None: every draft is verified whole
+    pace: DraftLengthController | None = None  # None: every draft is verified whole
 
     def choose(
         self, drafts: Sequence[tuple[str, Draft]], num_rows: int, num_answers: int
     ) -> list[int]:
-        """Tokens to verify of each request's draft; see `Pace`."""
+        """Tokens to verify of each request's draft; see `DraftLengthController`."""
         if self.pace is None:
             return [len(draft.tokens) for _, draft in drafts]
         return self.pace.choose(drafts, num_rows, num_answers)
 
     def produced(self, request_id: str, tokens: Sequence[int]) -> None:
-        """What came in a step; see `Pace`."""
+        """What came in a step; see `DraftLengthController`."""
         if self.pace is not None:
             self.pace.produced(request_id, tokens)
 
     def stepped(self, num_rows: int, seconds: float) -> None:
-        """What a step took; see `Pace`."""
+        """What a step took; see `DraftLengthController`."""
         if self.pace is not None:
             self.pace.stepped(num_rows, seconds)
 

@@ -33,12 +33,12 @@ from engine.scheduling.events import (
 )
 from engine.scheduling.holds import EngineHolds, RequestHold
 from engine.scheduling.plan import PlannedRow
-from engine.scheduling.request import Request, State, Work
+from engine.scheduling.request import EngineRequest, Request, State
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.speculation import UNWRITTEN
+from engine.scheduling.speculation import PENDING
 from engine.step.constrained import ConstrainedAnswers
 from engine.step.health import Health, Unchecked
-from engine.step.step_sampler import Drawer, Drawn
+from engine.step.step_sampler import SampledRow, StepSampler
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import WorkerMetrics
 from engine.telemetry.stopwatch import Stopwatch
@@ -76,7 +76,7 @@ class EngineCore:
         self.totals = Totals()
         self._runner = runner
         self._draft_runner = draft_runner
-        self._drawer = Drawer(sampler)
+        self._drawer = StepSampler(sampler)
         self._constrained = ConstrainedAnswers(sampler.vocab_size, metrics)
         self._metrics = metrics
         self._clock = clock
@@ -94,7 +94,7 @@ class EngineCore:
         """A key for `add`; callable from any thread."""
         return next(self._keys)
 
-    def check_fits(self, work: Work) -> None:
+    def check_fits(self, work: EngineRequest) -> None:
         """Raise InvalidRequest if this work could never hold its memory, alone in the pool."""
         scheduler = self.scheduler
         longest = len(work.prompt) + (work.stop.max_tokens if work.stop else 0)
@@ -111,7 +111,7 @@ class EngineCore:
                 "prompt", f"needs {blocks} KV blocks; this worker has {self.pool.num_blocks}"
             )
 
-    def add(self, key: int, work: Work) -> None:
+    def add(self, key: int, work: EngineRequest) -> None:
         """Queue a request under a fresh key."""
         table = BlockTable(self.pool, self.scheduler.block_size)
         request = Request(key, work, table, self._clock())
@@ -124,10 +124,10 @@ class EngineCore:
         if request := self._requests.get(key):
             self._finish(request, FinishReason.ABORTED)
 
-    def give_up_making(self, key: int) -> None:
+    def abandon_production(self, key: int) -> None:
         """Nobody waits any longer for the blocks that this request was to bring or compute."""
         if request := self._requests.get(key):
-            self.scheduler.give_up_making(request)
+            self.scheduler.abandon_production(request)
 
     def blocks_arrived(self, key: int, num_blocks: int) -> None:
         """The first `num_blocks` blocks of a fetching request are complete and passed the fence."""
@@ -293,7 +293,7 @@ class EngineCore:
         damaged, the fault is that block's: with a peer's, all that this peer had a part in goes.
         """
         self._metrics.non_finite_requests.inc(len(broken))
-        damaged = [self._health.damaged(r.table.blocks[: r.num_named]) for r in broken]
+        damaged = [self._health.damaged(r.table.blocks[: r.num_hashed]) for r in broken]
         # A second copy of a block has no name, and its sources are not kept: any may be it.
         causes = [
             (self.pool.sources(blocks) or request.sources) if blocks else NO_SOURCES
@@ -345,9 +345,9 @@ class EngineCore:
         """
         if self._draft_runner is None:
             return {}
-        promised = [p for p in plan if UNWRITTEN in p.draft]
+        promised = [p for p in plan if PENDING in p.draft]
         if promised and self.scheduler.speculation is not None:
-            self.scheduler.speculation.drafter.write(promised)
+            self.scheduler.speculation.drafter.materialize(promised)
             for planned in promised:
                 if (matcher := planned.request.work.matcher) is not None:
                     del planned.draft[matcher.num_valid(planned.draft) :]
@@ -375,7 +375,7 @@ class EngineCore:
         return Row(tokens, start, request.table.blocks, planned.num_logits)
 
     def _accept(
-        self, drawn: Sequence[Drawn], logits: torch.Tensor, drafted: Mapping[int, int]
+        self, drawn: Sequence[SampledRow], logits: torch.Tensor, drafted: Mapping[int, int]
     ) -> None:
         """Advance every row by what it computed and emit what the verifier accepts."""
         for row in drawn:
@@ -499,7 +499,7 @@ class EngineCore:
 
     def _on_admitted(self, request: Request) -> None:
         size = self.scheduler.block_size
-        cached = request.num_named * size
+        cached = request.num_hashed * size
         self._metrics.prefix_cache_queries.inc(len(request.tokens))
         self._metrics.prefix_cache_hits.inc(cached)
         self.totals.prompt_tokens_cached += cached
@@ -507,7 +507,7 @@ class EngineCore:
         if request.state is State.FETCHING and self.pool.has_forgotten([request.work.source]):
             self._finish(request, FinishReason.ABORTED, _from_sick_peer())
         elif request.state is State.FETCHING:
-            first, names = request.num_named, request.whole_names(size)
+            first, names = request.num_hashed, request.whole_hashes(size)
             blocks = request.table.blocks[first : len(names)]
             tokens = request.tokens[: len(names) * size]
             self._events.append(FetchEvent(request.key, first, blocks, names[first:], tokens))
@@ -515,15 +515,15 @@ class EngineCore:
             self._finish(request, FinishReason.STOP)
 
     def _announce(self, request: Request) -> None:
-        if request.work.announce_from < 0 or request.num_named <= request.num_announced:
+        if request.work.announce_from < 0 or request.num_hashed <= request.num_announced:
             return
-        first, end = request.num_announced, request.num_named
+        first, end = request.num_announced, request.num_hashed
         blocks = request.table.blocks[first:end]
         self.pool.pin(blocks)
         request.num_announced = end
         self._events.append(
             AnnouncedEvent(
-                request.key, first, blocks, request.names[first:end], self._generations(blocks)
+                request.key, first, blocks, request.hashes[first:end], self._generations(blocks)
             )
         )
 

@@ -28,7 +28,7 @@ from typing import TypeVar
 
 from engine.base.errors import DiptychError, SelfTestFailed, Unavailable
 from engine.scheduling.events import AnnouncedEvent, Event, FinishedEvent
-from engine.scheduling.request import Work
+from engine.scheduling.request import EngineRequest
 from engine.step.core import EngineCore
 from engine.telemetry.log import get_logger
 
@@ -46,7 +46,7 @@ class EngineDied(Unavailable):
 class Stream:
     """The events of one request, on the loop's side."""
 
-    def __init__(self, key: int, engine: EngineThread, work: Work) -> None:
+    def __init__(self, key: int, engine: EngineThread, work: EngineRequest) -> None:
         self.key = key
         self.work = work
         self.undelivered: dict[int, tuple[AnnouncedEvent, float]] = {}  # by id: with when it came
@@ -168,7 +168,7 @@ class EngineThread:
         self.post(run)
         return await asyncio.wait_for(future, CALL_TIMEOUT_S)
 
-    def submit(self, work: Work) -> Stream:
+    def submit(self, work: EngineRequest) -> Stream:
         """Queue a request, on the loop. Raises EngineDied, InvalidRequest if it can never fit."""
         if self.died.is_set():
             raise EngineDied("the engine stopped")

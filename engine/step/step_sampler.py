@@ -25,7 +25,7 @@ from engine.scheduling.plan import PlannedRow
 
 
 @dataclass(slots=True)
-class Drawn:
+class SampledRow:
     """A planned row, where its logits lie among the step's, and what came of them."""
 
     planned: PlannedRow
@@ -39,7 +39,7 @@ class Drawn:
     broken: bool = False  # what the model computed for it is not finite
 
 
-class Drawer:
+class StepSampler:
     """A sampler for answers, and a scorer for those who ask for log-probabilities."""
 
     def __init__(self, sampler: Sampler) -> None:
@@ -52,7 +52,7 @@ class Drawer:
         logits: torch.Tensor,
         masks: Mapping[int, Rows],
         late: Container[int] = (),
-    ) -> list[Drawn]:
+    ) -> list[SampledRow]:
         """Of each row of the plan, in its order: tokens, and what the prompt was to tell.
 
         `masks`: by request key, of constrained answers, a row for each position that may give one.
@@ -72,7 +72,7 @@ class Drawer:
         return rows
 
     def logprobs(
-        self, row: Drawn, kept: Sequence[int], logits: torch.Tensor
+        self, row: SampledRow, kept: Sequence[int], logits: torch.Tensor
     ) -> list[TokenLogprobs]:
         """Of the tokens that stand, from the raw logits that each was drawn from."""
         wanted = row.planned.request.work.num_logprobs
@@ -82,7 +82,7 @@ class Drawer:
         return self._scorer.score(logits[first : first + len(kept)], kept, wanted)
 
     def _sample(
-        self, rows: Sequence[Drawn], logits: torch.Tensor, masks: Mapping[int, Rows]
+        self, rows: Sequence[SampledRow], logits: torch.Tensor, masks: Mapping[int, Rows]
     ) -> None:
         owners = [row for row in rows for _ in range(row.num_sampled)]
         if not owners:
@@ -116,7 +116,7 @@ class Drawer:
                     row.tokens.append(token)
                 return
 
-    def _score(self, row: Drawn, logits: torch.Tensor) -> None:
+    def _score(self, row: SampledRow, logits: torch.Tensor) -> None:
         request = row.planned.request
         begin = max(request.num_computed, request.num_scored)
         try:
@@ -129,7 +129,7 @@ class Drawer:
             row.broken = True
 
 
-def _nothing_left(row: Drawn) -> InvalidRequest:
+def _nothing_left(row: SampledRow) -> InvalidRequest:
     """The error of a request that forbids every token that the model could write next."""
     sampling = row.planned.request.work.sampling
     biased = sampling is not None and sampling.logit_bias
@@ -139,12 +139,12 @@ def _nothing_left(row: Drawn) -> InvalidRequest:
     )
 
 
-def _laid_out(plan: Sequence[PlannedRow]) -> list[Drawn]:
+def _laid_out(plan: Sequence[PlannedRow]) -> list[SampledRow]:
     """The rows of a plan, each with where its logits lie."""
     rows, first = [], 0
     for planned in plan:
         end = first + planned.num_logits
         num_sampled = planned.num_sampled
-        rows.append(Drawn(planned, first, planned.num_scored, end - num_sampled, num_sampled))
+        rows.append(SampledRow(planned, first, planned.num_scored, end - num_sampled, num_sampled))
         first = end
     return rows

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tests.faults.clock_skew import ClockSkew
 from tests.faults.cluster import Cluster
 from tests.faults.oracle import Oracle
-from tests.faults.skew import Skew
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,4 +15,4 @@ class Bench:
 
     cluster: Cluster
     oracle: Oracle
-    skew: Skew | None = None  # its processes' wall clock; None without a C compiler
+    skew: ClockSkew | None = None  # its processes' wall clock; None without a C compiler

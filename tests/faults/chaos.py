@@ -25,9 +25,9 @@ from tests.faults.chaos_faults import Faults
 from tests.faults.chaos_load import Callers
 from tests.faults.chaos_report import Findings, Report
 from tests.faults.cluster import Cluster, Shape
+from tests.faults.network import Namespaces
 from tests.faults.oracle import Oracle
-from tests.faults.switchboard import Switchboard
-from tests.faults.wires import Namespaces
+from tests.faults.tcp_proxy import TcpProxy
 
 _ROUND_S = 90.0
 _NUM_CALLERS = 5
@@ -52,9 +52,9 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     spaces = Namespaces.usable()
     tcp = options.lane == "tcp" and spaces
-    wires = Namespaces() if spaces else Switchboard()
+    network = Namespaces() if spaces else TcpProxy()
     shape = Shape(env=_TCP if tcp else {})
-    with Cluster(out, shape, wires) as cluster:
+    with Cluster(out, shape, network) as cluster:
         oracle = Oracle.ask(cluster.address("coordinator-0"))
         report = asyncio.run(_run(cluster, oracle, options.seed, options.minutes))
     report.shape = (

@@ -20,13 +20,13 @@ import httpx
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc
 from engine.rpc.channel import open_channel
 from tests.faults.cluster import LEASE_TTL_S, Cluster
-from tests.faults.places import Place
+from tests.faults.process_slots import ProcessSlot
 
 _WEIGHTS = {"kill": 6, "freeze": 3, "cut": 3, "drain": 2, "hurry": 1, "coordinator": 2}
 _BETWEEN_S = (1.5, 5.0)
 _CUT_S = (1.0, 8.0)
 _DRAIN_S = 60.0
-_GONE = (AssertionError, OSError)  # what a `Place` says when its process has ended
+_GONE = (AssertionError, OSError)  # what a `ProcessSlot` says when its process has ended
 
 
 class Faults:
@@ -107,9 +107,9 @@ class Faults:
         both = self._rng.random() < 0.5
         self._note(f"cut {_role(one)}-{_role(other)} {'both' if both else 'one way'}", one, other)
         self._cuts += 1
-        self._cluster.wires.cut(one, other)
+        self._cluster.network.cut(one, other)
         if both:
-            self._cluster.wires.cut(other, one)
+            self._cluster.network.cut(other, one)
         self._later(self._heal(self._rng.uniform(*_CUT_S)))
 
     async def _freeze(self, name: str, for_s: float) -> None:
@@ -122,7 +122,7 @@ class Faults:
 
     async def _heal(self, after_s: float) -> None:
         await asyncio.sleep(after_s)
-        self._cluster.wires.heal()
+        self._cluster.network.heal()
         self._cuts -= 1
 
     async def _again(self, name: str, pid: int, after_s: float) -> None:
@@ -150,7 +150,7 @@ class Faults:
         self.log.append((time.time(), f"{kind}: {', '.join(names)}"))
 
 
-def _signal(place: Place, number: signal.Signals) -> None:
+def _signal(place: ProcessSlot, number: signal.Signals) -> None:
     """It may end by another fault at this very moment."""
     with suppress(*_GONE):
         place.kill(number)

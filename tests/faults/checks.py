@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from tests.faults.cluster import BLOCK_BYTES, NUM_BLOCKS, Cluster
-from tests.faults.places import Place
+from tests.faults.process_slots import ProcessSlot
 from tests.support.http_get import http_get
 
 REST_S = 10.0
@@ -167,7 +167,7 @@ def quiet(cluster: Cluster, then: Mapping[str, Before], explained: Sequence[str]
             )
 
 
-def tracebacks(place: Place, since: int) -> list[str]:
+def tracebacks(place: ProcessSlot, since: int) -> list[str]:
     """Log lines with a traceback, or plain ones from it on."""
     if not place.log.exists():
         return []

@@ -1,6 +1,6 @@
 """A whole Diptych of real processes for the fault suite: coordinators, prefill and decode workers.
 
-    Cluster -> Places (processes that come back) on Wires (a network that can be cut)
+    Cluster -> Places (processes that come back) on Network (a network that can be cut)
 
 Workers keep their ids, ports and log files over restarts. Answers are exact: on a CPU with our
 kernels bit for bit, elsewhere in float32.
@@ -25,8 +25,8 @@ from coordinator.client import Client
 from engine.base.errors import DiptychError
 from engine.kernels import kernels
 from engine.pb.diptych.v1 import admin_pb2
-from tests.faults.places import Keeper, Place
-from tests.faults.wires import Loopback, Wires
+from tests.faults.network import Loopback, Network
+from tests.faults.process_slots import Keeper, ProcessSlot
 
 NATIVE = kernels() is not None
 BLOCK_BYTES = 30 * 2 * 3 * 16 * 64 * (2 if NATIVE else 4)  # of the default model
@@ -45,7 +45,9 @@ class Shape:
     prefill: int = 2
     decode: int = 2
     coordinators: int = 2
-    lab: bool = False  # workers whose reads and messages a test may break: see `lab`
+    fault_injection: bool = (
+        False  # workers whose reads and messages a test may break: see `fault_injection`
+    )
     worker_flags: tuple[str, ...] = ()
     coordinator_flags: tuple[str, ...] = ()
     spare_flags: tuple[str, ...] = ()  # of one more coordinator, which a row may start: `SPARE`
@@ -56,15 +58,15 @@ class Cluster:
     """Use as a context manager; inside, everybody has registered everywhere."""
 
     def __init__(
-        self, folder: Path, shape: Shape | None = None, wires: Wires | None = None
+        self, folder: Path, shape: Shape | None = None, network: Network | None = None
     ) -> None:
         self.folder = folder
         self.trusted_at = 0.0  # when coordinators have forgotten the last row's failures, monotonic
         self.shape = shape = shape or Shape()
-        self.wires = wires or Loopback()
-        self._keeper = Keeper(self.wires.started)
+        self.network = network or Loopback()
+        self._keeper = Keeper(self.network.started)
         self._ports: dict[str, tuple[int, int]] = {}
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, ProcessSlot] = {}
         self.token_file = folder / "cluster.token"
         self.token_file.write_text(secrets.token_hex(32))
         self.token_file.chmod(0o600)
@@ -98,19 +100,19 @@ class Cluster:
         try:
             self._keeper.close()
         finally:
-            self.wires.close()
+            self.network.close()
 
     # -- places ------------------------------------------------------------------------------------
 
-    def __getitem__(self, name: str) -> Place:
+    def __getitem__(self, name: str) -> ProcessSlot:
         return self._places[name]
 
     @property
-    def places(self) -> list[Place]:
+    def places(self) -> list[ProcessSlot]:
         """All there are."""
         return list(self._places.values())
 
-    def add_coordinator(self, name: str, *flags: str) -> Place:
+    def add_coordinator(self, name: str, *flags: str) -> ProcessSlot:
         """One more place, held; workers dial only those that were there before them."""
         place = self._join(name, "coordinator.cli")
         place.args = [
@@ -123,11 +125,13 @@ class Cluster:
 
     def add_worker(
         self, name: str, *flags: str, role: str = "", env: Mapping[str, str] | None = None
-    ) -> Place:
+    ) -> ProcessSlot:
         """One more place, held; `role` where the name does not begin with it."""
         role = role or name.partition("-")[0]
-        place = self._join(name, "tests.faults.lab" if self.shape.lab else f"{role}.cli")
-        orders = ["--orders", str(self.orders(name)), role] if self.shape.lab else []
+        place = self._join(
+            name, "tests.faults.fault_injection" if self.shape.fault_injection else f"{role}.cli"
+        )
+        orders = ["--orders", str(self.orders(name)), role] if self.shape.fault_injection else []
         port = self._ports[name][0]
         place.args = [
             *orders,
@@ -136,7 +140,7 @@ class Cluster:
             *("--kv-cache-memory", str(NUM_BLOCKS * BLOCK_BYTES)),
             *("--lease-ttl-s", str(LEASE_TTL_S)),
             *("--coordinator", ",".join(self.address(c) for c in self._all_coordinators())),
-            *("--advertise", self.wires.reach(name, port)),
+            *("--advertise", self.network.reach(name, port)),
             *self._doors(name),
             *self.shape.worker_flags,
             *flags,
@@ -151,7 +155,7 @@ class Cluster:
     def address(self, name: str) -> str:
         """HOST:PORT of a process's gRPC, as others reach it."""
         port = self._ports[name][0]
-        return f"{self.wires.reach(name, port)}:{port}"
+        return f"{self.network.reach(name, port)}:{port}"
 
     @property
     def token(self) -> tuple[tuple[str, str], ...]:
@@ -166,18 +170,20 @@ class Cluster:
 
     def http(self, name: str) -> str:
         """HOST:PORT of its HTTP, from the tests."""
-        return f"{self.wires.host(name)}:{self._ports[name][1]}"
+        return f"{self.network.host(name)}:{self._ports[name][1]}"
 
-    def _join(self, name: str, module: str) -> Place:
-        self.wires.join(name)
+    def _join(self, name: str, module: str) -> ProcessSlot:
+        self.network.join(name)
         self._ports[name] = (fixed_port(), fixed_port())
-        place = Place(name, module, [], self.folder / f"{name}.log", prefix=self.wires.prefix(name))
+        place = ProcessSlot(
+            name, module, [], self.folder / f"{name}.log", prefix=self.network.prefix(name)
+        )
         self._places[name] = place
         self._keeper.places = [*self._keeper.places, place]
         return place
 
     def _doors(self, name: str) -> list[str]:
-        host, (port, http_port) = self.wires.host(name), self._ports[name]
+        host, (port, http_port) = self.network.host(name), self._ports[name]
         doors = ["--listen", f"{host}:{port}", "--http", f"{host}:{http_port}"]
         return [*doors, "--cluster-token-file", str(self.token_file), "--log-format", "json"]
 

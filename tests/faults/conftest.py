@@ -15,12 +15,12 @@ import pytest
 import pytest_asyncio
 
 from tests.faults.bench import Bench
+from tests.faults.clock_skew import ClockSkew
 from tests.faults.cluster import Cluster, Shape
+from tests.faults.network import Namespaces
 from tests.faults.oracle import Oracle
-from tests.faults.row import NOTES, Missed, Row, TooLate
-from tests.faults.skew import Skew
-from tests.faults.switchboard import Switchboard
-from tests.faults.wires import Namespaces
+from tests.faults.scenario import NOTES, Missed, Scenario, TooLate
+from tests.faults.tcp_proxy import TcpProxy
 
 _HERE = Path(__file__).parent
 _oracles: list[Oracle] = []
@@ -50,9 +50,9 @@ def full(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="package")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("bench")
-    skew = Skew(folder) if Skew.usable() else None
+    skew = ClockSkew(folder) if ClockSkew.usable() else None
     shape = Shape(
-        lab=True,
+        fault_injection=True,
         env=skew.env if skew else None,
         worker_flags=WORKER_FLAGS,
         spare_flags=SPARE_FLAGS,
@@ -67,8 +67,8 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("net")
     spaces = Namespaces.usable()
     env = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "eth0"} if spaces else {}
-    wires = Namespaces() if spaces else Switchboard()
-    with Cluster(folder, Shape(coordinators=1, env=env), wires) as cluster:
+    network = Namespaces() if spaces else TcpProxy()
+    with Cluster(folder, Shape(coordinators=1, env=env), network) as cluster:
         yield Bench(cluster, _oracle(cluster))
 
 
@@ -79,8 +79,8 @@ def _oracle(cluster: Cluster) -> Oracle:
     return _oracles[0]
 
 
-async def _row(name: str, bench: Bench, full: bool, *, load: bool) -> AsyncIterator[Row]:
-    row = Row(name, bench.cluster, bench.oracle, full=full)
+async def _row(name: str, bench: Bench, full: bool, *, load: bool) -> AsyncIterator[Scenario]:
+    row = Scenario(name, bench.cluster, bench.oracle, full=full)
     try:
         await row.begin(load=load)
         yield row
@@ -90,21 +90,25 @@ async def _row(name: str, bench: Bench, full: bool, *, load: bool) -> AsyncItera
 
 
 @pytest_asyncio.fixture
-async def row(request: pytest.FixtureRequest, bench: Bench, full: bool) -> AsyncIterator[Row]:
+async def row(request: pytest.FixtureRequest, bench: Bench, full: bool) -> AsyncIterator[Scenario]:
     """A row on the bench, with unrelated requests beside it."""
     async for it in _row(request.node.name, bench, full, load=True):
         yield it
 
 
 @pytest_asyncio.fixture
-async def alone(request: pytest.FixtureRequest, bench: Bench, full: bool) -> AsyncIterator[Row]:
+async def alone(
+    request: pytest.FixtureRequest, bench: Bench, full: bool
+) -> AsyncIterator[Scenario]:
     """A row on the bench that must not be disturbed by unrelated requests."""
     async for it in _row(request.node.name, bench, full, load=False):
         yield it
 
 
 @pytest_asyncio.fixture
-async def net_row(request: pytest.FixtureRequest, net: Bench, full: bool) -> AsyncIterator[Row]:
+async def net_row(
+    request: pytest.FixtureRequest, net: Bench, full: bool
+) -> AsyncIterator[Scenario]:
     """A row on the network that can be cut."""
     async for it in _row(request.node.name, net, full, load=True):
         yield it
@@ -136,6 +140,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if not report.failed:
         return
     for value in getattr(item, "funcargs", {}).values():
-        if isinstance(value, Row):
+        if isinstance(value, Scenario):
             for place in value.cluster.places:
                 report.sections.append((f"log of {place.name}", value.telling_lines(place.name)))

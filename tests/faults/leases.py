@@ -9,13 +9,13 @@ from typing import Any
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.channel import open_channel
 from tests.faults.oracle import CASES
-from tests.faults.row import Row, fresh_salt
+from tests.faults.scenario import Scenario, fresh_salt
 
 _BLOCK = 16
 
 
 @asynccontextmanager
-async def calls(row: Row, name: str) -> AsyncIterator[tuple[Any, Any]]:
+async def calls(row: Scenario, name: str) -> AsyncIterator[tuple[Any, Any]]:
     """Stubs of a worker's PrefillService and KvService."""
     async with open_channel(row.cluster.address(name)) as channel:
         yield worker_pb2_grpc.PrefillServiceStub(channel), worker_pb2_grpc.KvServiceStub(channel)
@@ -33,7 +33,7 @@ def prompt(owner: str, salt: str, num_blocks: int) -> worker_pb2.PrefillRequest:
 
 @asynccontextmanager
 async def leased(
-    row: Row, prefill: Any, owner: str, num_blocks: int, salt: str | None = None
+    row: Scenario, prefill: Any, owner: str, num_blocks: int, salt: str | None = None
 ) -> AsyncIterator[list[worker_pb2.BlocksReady]]:
     """Leases on so many blocks, as long as the call that they are from."""
     request = prompt(owner, fresh_salt() if salt is None else salt, num_blocks)

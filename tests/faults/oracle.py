@@ -189,13 +189,13 @@ class Oracle:
 
 
 def _work(case: Case) -> Any:
-    from engine.base.kv_layout import name_salt
+    from engine.base.kv_layout import hash_salt
     from engine.base.types import SamplingParams, StopParams
-    from engine.scheduling.request import Work
+    from engine.scheduling.request import EngineRequest
 
     sampling = SamplingParams(**case.sampling)
     stop = StopParams(max_tokens=case.max_tokens)
-    return Work(case.name, case.prompt, name_salt(digest="x"), sampling, stop)
+    return EngineRequest(case.name, case.prompt, hash_salt(digest="x"), sampling, stop)
 
 
 async def _ask_all(address: str, cases: Sequence[Case]) -> dict[str, list[Choice]]:

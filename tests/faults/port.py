@@ -36,7 +36,7 @@ _ids = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How long the port waits for its clients, and answers (float32 is slow) that outlast it."""
 
     client_timeout_s: int
@@ -61,8 +61,8 @@ class Patience:
         return self.client_timeout_s + 20.0
 
 
-FULL = Patience(30, sleeper_tokens=1200, stopped_tokens=1500, pool="192MiB")
-SHORT = Patience(10, sleeper_tokens=300, stopped_tokens=350, pool="84MiB")
+FULL = RetryPolicy(30, sleeper_tokens=1200, stopped_tokens=1500, pool="192MiB")
+SHORT = RetryPolicy(10, sleeper_tokens=300, stopped_tokens=350, pool="84MiB")
 
 
 def request(
@@ -80,7 +80,7 @@ def request(
 class Port:
     """The public port of a stack."""
 
-    def __init__(self, stack: Stack, patience: Patience) -> None:
+    def __init__(self, stack: Stack, patience: RetryPolicy) -> None:
         self.stack = stack
         self.patience = patience
         self.address = stack.address

@@ -14,8 +14,8 @@ import pytest
 
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc
 from engine.rpc.channel import open_channel
-from tests.faults.places import End
-from tests.faults.row import KILL_S, Row, struck
+from tests.faults.process_slots import End
+from tests.faults.scenario import KILL_S, Scenario, struck
 from tests.support.http_get import http_get
 
 pytestmark = pytest.mark.timeout(600)
@@ -24,7 +24,7 @@ SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
 DRAIN_S = 20.0
 
 
-async def test_drain_of_each_role_under_load(row: Row) -> None:
+async def test_drain_of_each_role_under_load(row: Scenario) -> None:
     """Every worker in turn, by AdminService and by SIGTERM: each ends with status 0 and comes back,
     and every request that ran meanwhile is whole.
     """
@@ -42,7 +42,7 @@ async def test_drain_of_each_role_under_load(row: Row) -> None:
     await row.finish()
 
 
-async def _replace(row: Row, name: str, by_signal: bool) -> None:
+async def _replace(row: Scenario, name: str, by_signal: bool) -> None:
     num_ends = len(row.cluster[name].ends)
     row.cluster[name].wanted = True
     begun = time.monotonic()
@@ -55,7 +55,7 @@ async def _replace(row: Row, name: str, by_signal: bool) -> None:
     assert row.cluster[name].ends[-1] == End(0, wanted=True)
 
 
-async def test_readiness_goes_before_the_last_answer(row: Row) -> None:
+async def test_readiness_goes_before_the_last_answer(row: Scenario) -> None:
     """While its last answers are written a worker is not ready any more, by every way to ask."""
     victim, hit, streams = await row.spread(SHORT, row.cluster.decode, tokens=5)
     incarnation = row.cluster.rows()[victim].incarnation
@@ -74,7 +74,7 @@ async def test_readiness_goes_before_the_last_answer(row: Row) -> None:
     await row.finish()
 
 
-async def test_a_second_sigterm_forces(row: Row) -> None:
+async def test_a_second_sigterm_forces(row: Scenario) -> None:
     """It hands over what it has instead of finishing it: others go on at once."""
     victim, hit, streams = await row.spread(SHORT, row.cluster.decode, tokens=5)
     num_ends = len(row.cluster[victim].ends)
@@ -91,7 +91,7 @@ async def test_a_second_sigterm_forces(row: Row) -> None:
     await row.finish()
 
 
-async def test_drain_of_a_coordinator(row: Row) -> None:
+async def test_drain_of_a_coordinator(row: Scenario) -> None:
     """SIGTERM: not ready, no new request, those inside finish, status 0."""
     leaving = row.front
     await row.move_load(row.cluster.coordinators[1])
@@ -112,14 +112,14 @@ async def test_drain_of_a_coordinator(row: Row) -> None:
     await row.finish()
 
 
-async def _drain(row: Row, name: str) -> None:
+async def _drain(row: Scenario, name: str) -> None:
     async with open_channel(row.cluster.address(row.front)) as channel:
         stub = admin_pb2_grpc.AdminServiceStub(channel)
         request = admin_pb2.DrainWorkerRequest(worker_id=name, deadline_s=DRAIN_S)
         await stub.DrainWorker(request, timeout=60, metadata=row.cluster.token)
 
 
-def _ready(row: Row, name: str) -> int:
+def _ready(row: Scenario, name: str) -> int:
     try:
         return http_get(f"http://{row.cluster.http(name)}/health/ready", 2).status_code
     except httpx.HTTPError:

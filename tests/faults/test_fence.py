@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from kvtransfer.fence import Fence
-from tests.faults.row import NOTES
+from tests.faults.scenario import NOTES
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.timeout(1800)

@@ -19,7 +19,7 @@ import pytest
 from tests.faults.greed import attack
 from tests.faults.greed.arena import DRAIN_S, FULL, SHORT, Arena
 from tests.faults.greed.scenarios import SIGTERM_AMID, Scenario, looping_model, refused, rows_of
-from tests.faults.row import NOTES
+from tests.faults.scenario import NOTES
 
 REFUSAL_S = 1.0
 pytestmark = pytest.mark.timeout(400)

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from tests.faults.row import KILL_S, LONG, Row, struck
+from tests.faults.scenario import KILL_S, LONG, Scenario, struck
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -18,11 +18,11 @@ FORMS = ("json-0", "json-0-sampled", "regex-0-sampled", "two-json-sampled", "fou
 CHUNK_BYTES = 1 << 20  # a read of a prompt's chunk, not of a bystander's few blocks
 
 
-def _rounds(row: Row, full: int) -> range:
+def _rounds(row: Scenario, full: int) -> range:
     return range(full if row.full else 1)
 
 
-async def test_kill_9_of_p_before_the_first_chunk(row: Row) -> None:
+async def test_kill_9_of_p_before_the_first_chunk(row: Scenario) -> None:
     """Nothing of the prompt has come over: another prefill worker computes it as if it were new."""
     for _ in _rounds(row, 5):
         for name in row.cluster.prefill:
@@ -38,7 +38,7 @@ async def test_kill_9_of_p_before_the_first_chunk(row: Row) -> None:
     await row.finish()
 
 
-async def test_kill_9_of_p_during_a_read(row: Row) -> None:
+async def test_kill_9_of_p_during_a_read(row: Scenario) -> None:
     """The memory that is read from goes away under the read: what came before is kept, that read
     is not, and the rest comes from elsewhere.
     """
@@ -63,7 +63,7 @@ async def test_kill_9_of_p_during_a_read(row: Row) -> None:
     await row.finish()
 
 
-async def test_kill_9_of_p_after_the_last_chunk_before_the_first_token(row: Row) -> None:
+async def test_kill_9_of_p_after_the_last_chunk_before_the_first_token(row: Scenario) -> None:
     """The blocks are here and fenced: a dead prefill worker is not missed."""
     for _ in _rounds(row, 5):
         for name in row.cluster.decode:
@@ -86,7 +86,7 @@ async def test_kill_9_of_p_after_the_last_chunk_before_the_first_token(row: Row)
     await row.finish()
 
 
-async def test_kill_9_of_d_during_a_read(row: Row) -> None:
+async def test_kill_9_of_d_during_a_read(row: Scenario) -> None:
     """Half a chunk is in the dead worker's memory: nobody needs it, the prefill worker still has
     the blocks, and its leases to the dead one end by themselves.
     """
@@ -106,7 +106,7 @@ async def test_kill_9_of_d_during_a_read(row: Row) -> None:
     await row.finish()
 
 
-async def test_kill_9_of_d_in_mid_decode(row: Row) -> None:
+async def test_kill_9_of_d_in_mid_decode(row: Scenario) -> None:
     """Another decode worker goes on with the next token: none is doubled, missing or different."""
     for _ in _rounds(row, 10):
         victim, hit, streams = await row.spread(SHORT, row.cluster.decode, tokens=10)
@@ -119,7 +119,7 @@ async def test_kill_9_of_d_in_mid_decode(row: Row) -> None:
     await row.finish()
 
 
-async def test_kill_9_of_d_in_mid_form_and_with_choices(row: Row) -> None:
+async def test_kill_9_of_d_in_mid_form_and_with_choices(row: Scenario) -> None:
     """Answers that are held to a grammar go on in the middle of it, and each choice of several
     where that one was.
     """
@@ -134,7 +134,7 @@ async def test_kill_9_of_d_in_mid_form_and_with_choices(row: Row) -> None:
     await row.finish()
 
 
-async def test_kill_9_of_p_under_choices(row: Row) -> None:
+async def test_kill_9_of_p_under_choices(row: Scenario) -> None:
     """Three answers wait for one prompt: its blocks are taken up elsewhere, once."""
     for _ in _rounds(row, 5):
         for name in row.cluster.prefill:
@@ -149,7 +149,7 @@ async def test_kill_9_of_p_under_choices(row: Row) -> None:
     await row.finish()
 
 
-async def test_kill_9_of_d_with_16_streams(row: Row) -> None:
+async def test_kill_9_of_d_with_16_streams(row: Scenario) -> None:
     """All its answers go on on the one that is left, in a pool that is too small for all."""
     for _ in _rounds(row, 5):
         cases = [f"short-{i % 3}{'-sampled' if i % 2 else ''}" for i in range(16)]
@@ -166,7 +166,7 @@ async def test_kill_9_of_d_with_16_streams(row: Row) -> None:
     await row.finish()
 
 
-async def test_restart_on_the_same_port_under_load(row: Row) -> None:
+async def test_restart_on_the_same_port_under_load(row: Scenario) -> None:
     """The same place comes back with the same name and address and another memory: nobody reads
     from it what its predecessor announced, and no peer is wedged by it.
     """
@@ -187,6 +187,6 @@ async def test_restart_on_the_same_port_under_load(row: Row) -> None:
     await row.finish()
 
 
-def _gone(row: Row, name: str, pid: int) -> bool:
+def _gone(row: Scenario, name: str, pid: int) -> bool:
     place = row.cluster[name]
     return place.process is None or place.process.pid != pid or not place.alive

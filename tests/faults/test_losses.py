@@ -11,14 +11,14 @@ from coordinator.client import AsyncClient
 from engine.base.errors import Unavailable
 from tests.faults.asks import Stream, follow
 from tests.faults.oracle import CASES
-from tests.faults.row import KILL_S, Row, fresh_salt, struck
+from tests.faults.scenario import KILL_S, Scenario, fresh_salt, struck
 
 pytestmark = pytest.mark.timeout(600)
 MIXED = ("short-0", "short-1-sampled", "json-0", "two-json-sampled", "four-0-sampled")
 SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
 
 
-async def test_all_p_dead(row: Row) -> None:
+async def test_all_p_dead(row: Scenario) -> None:
     """Decode workers compute prompts themselves, slower; the coming and going of the pool is seen
     by nobody.
     """
@@ -38,7 +38,7 @@ async def test_all_p_dead(row: Row) -> None:
     await row.finish()
 
 
-async def test_all_d_dead(alone: Row) -> None:
+async def test_all_d_dead(alone: Scenario) -> None:
     """After --worker-wait-s the caller gets UNAVAILABLE, with as many tokens as it has received,
     and a time to come back; with `resume` it goes on where it was.
     """
@@ -69,7 +69,7 @@ async def test_all_d_dead(alone: Row) -> None:
     await row.finish()
 
 
-async def test_kill_9_of_the_coordinator_in_mid_stream(row: Row) -> None:
+async def test_kill_9_of_the_coordinator_in_mid_stream(row: Scenario) -> None:
     """The client library goes on at another coordinator with `resume`: its caller sees one stream.
 
     Workers notice that the calls' owner is gone and free everything.
@@ -95,7 +95,7 @@ async def test_kill_9_of_the_coordinator_in_mid_stream(row: Row) -> None:
     await row.finish()
 
 
-def _writers(row: Row, stream: Stream) -> set[str]:
+def _writers(row: Scenario, stream: Stream) -> set[str]:
     """Decode workers that wrote to an answer."""
     return {
         name

@@ -16,7 +16,7 @@ from tests.faults.asks import Stream
 from tests.faults.bench import Bench
 from tests.faults.cluster import LEASE_TTL_S, NUM_BLOCKS, Cluster
 from tests.faults.leases import calls, leased
-from tests.faults.row import Row, TooLate, fresh_salt, struck
+from tests.faults.scenario import Scenario, TooLate, fresh_salt, struck
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("one_pair")]
 
@@ -50,7 +50,7 @@ def _hold(cluster: Cluster, names: tuple[str, ...]) -> None:
 # -- cancel in every state -------------------------------------------------------------------------
 
 
-async def test_cancel_while_queued(alone: Row) -> None:
+async def test_cancel_while_queued(alone: Scenario) -> None:
     """It waits in the coordinator for a decode worker: nothing anywhere remembers it."""
     row = alone
     await row.take_down([D])
@@ -63,7 +63,7 @@ async def test_cancel_while_queued(alone: Row) -> None:
     await row.finish()
 
 
-async def test_cancel_while_prefilling(alone: Row) -> None:
+async def test_cancel_while_prefilling(alone: Scenario) -> None:
     """The prefill worker is in mid-prompt, the decode worker has its room reserved."""
     row = alone
     row.order(P, "late_ready", times=99, after_s=2.0)
@@ -75,7 +75,7 @@ async def test_cancel_while_prefilling(alone: Row) -> None:
     await row.finish()
 
 
-async def test_cancel_with_a_chunk_in_flight(alone: Row) -> None:
+async def test_cancel_with_a_chunk_in_flight(alone: Scenario) -> None:
     """A read into its blocks is under way: they are free when the read has ended, not before."""
     row = alone
     row.order(D, "data_ends_late", times=99, after_s=0.4)
@@ -87,7 +87,7 @@ async def test_cancel_with_a_chunk_in_flight(alone: Row) -> None:
     await row.finish()
 
 
-async def test_cancel_while_queued_for_decode(alone: Row) -> None:
+async def test_cancel_while_queued_for_decode(alone: Scenario) -> None:
     """It waits in the decode worker for room that others have; they are not disturbed."""
     row = alone
     row.order(D, "data_ends_late", times=2, after_s=2.0)
@@ -108,7 +108,7 @@ async def test_cancel_while_queued_for_decode(alone: Row) -> None:
     await row.finish()
 
 
-async def test_cancel_while_decoding(alone: Row) -> None:
+async def test_cancel_while_decoding(alone: Scenario) -> None:
     """In mid-answer."""
     row = alone
     for _ in range(20 if row.full else 1):
@@ -119,7 +119,7 @@ async def test_cancel_while_decoding(alone: Row) -> None:
     await row.finish()
 
 
-async def _cancel(row: Row, streams: list[Stream]) -> None:
+async def _cancel(row: Scenario, streams: list[Stream]) -> None:
     """Cancel all and time until no block, lease or call is left on either worker."""
     await asyncio.gather(*(stream.cancel() for stream in streams))
     cancelled = time.monotonic()
@@ -135,7 +135,7 @@ async def _cancel(row: Row, streams: list[Stream]) -> None:
 # -- full pools ------------------------------------------------------------------------------------
 
 
-async def test_d_full_in_mid_transfer(alone: Row) -> None:
+async def test_d_full_in_mid_transfer(alone: Scenario) -> None:
     """While a long prompt's blocks arrive, the answers beside it use up the rest of the pool: the
     youngest of them gives way, and the transfer goes on.
     """
@@ -152,7 +152,7 @@ async def test_d_full_in_mid_transfer(alone: Row) -> None:
     await row.finish()
 
 
-async def test_preemption_after_transfer(alone: Row) -> None:
+async def test_preemption_after_transfer(alone: Scenario) -> None:
     """Two long answers outgrow the pool: the younger gives up blocks that it has just fetched, and
     comes back as a prefix hit.
     """
@@ -167,7 +167,7 @@ async def test_preemption_after_transfer(alone: Row) -> None:
 # -- blocks that are not what they were -----------------------------------------------------------
 
 
-async def test_a_lease_that_ends_before_its_blocks_are_read(alone: Row) -> None:
+async def test_a_lease_that_ends_before_its_blocks_are_read(alone: Scenario) -> None:
     """No renewal arrives, the pool is full of others' blocks, and the first blocks to become free
     are those that a read is about to be posted for: they hold another prompt by then, the fence
     refuses them, and they come anew.
@@ -197,7 +197,7 @@ async def test_a_lease_that_ends_before_its_blocks_are_read(alone: Row) -> None:
 # -- prefix hits -----------------------------------------------------------------------------------
 
 
-async def test_prefix_hits_of_0_part_and_all(alone: Row) -> None:
+async def test_prefix_hits_of_0_part_and_all(alone: Scenario) -> None:
     """What is there is not moved again, on either worker, and the answers are the same."""
     row = alone
     salt = fresh_salt()
@@ -221,7 +221,7 @@ async def test_prefix_hits_of_0_part_and_all(alone: Row) -> None:
     await row.finish()
 
 
-async def test_prompts_of_an_exact_multiple_of_the_block_size(alone: Row) -> None:
+async def test_prompts_of_an_exact_multiple_of_the_block_size(alone: Scenario) -> None:
     """Around every border, new and known, alone and together."""
     row = alone
     edges = [f"edge-{n}" for n in (1, 15, 16, 17, 32, 33, 512, 513)]

@@ -1,7 +1,7 @@
 """Cuts in the network between two processes, in one direction or both, and reads over it that do
 not end. With a spare the next token comes within 5 s.
 
-Every process has a network of its own (see `wires`), and blocks travel over TCP.
+Every process has a network of its own (see `network`), and blocks travel over TCP.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import time
 import pytest
 
 from tests.faults.cluster import LEASE_TTL_S
-from tests.faults.row import LONG, SILENT_S, Row
-from tests.faults.wires import Namespaces
+from tests.faults.network import Namespaces
+from tests.faults.scenario import LONG, SILENT_S, Scenario
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -23,31 +23,31 @@ WAYS = ("there", "back", "both")
 HEALED_S = 45.0
 
 
-def _cut(row: Row, one: str, other: str, way: str) -> float:
+def _cut(row: Scenario, one: str, other: str, way: str) -> float:
     """Cut `one` -> `other` ("there"), the other way ("back"), or both; returns the moment."""
     if way in ("there", "both"):
-        row.cluster.wires.cut(one, other)
+        row.cluster.network.cut(one, other)
     if way in ("back", "both"):
-        row.cluster.wires.cut(other, one)
+        row.cluster.network.cut(other, one)
     return time.monotonic()
 
 
-async def _healed(row: Row, cut_s: float) -> None:
+async def _healed(row: Scenario, cut_s: float) -> None:
     """Keep the cut past the lease, mend it, and see that all find each other again."""
     await asyncio.sleep(max(0.0, cut_s + LEASE_TTL_S + 1.0 - time.monotonic()))
-    row.cluster.wires.heal()
+    row.cluster.network.heal()
     await row.whole(HEALED_S)
     cases = ("long-2", "long-2-sampled") if row.full else [f"load-{i}" for i in range(4)]
     await row.all_whole([row.ask(case) for case in cases])
 
 
-def _skip_in_short(row: Row, way: str, shorts: str) -> None:
+def _skip_in_short(row: Scenario, way: str, shorts: str) -> None:
     if not row.full and way != shorts:
         pytest.skip("in the full suite")
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_partition_p_d(net_row: Row, way: str) -> None:
+async def test_partition_p_d(net_row: Scenario, way: str) -> None:
     """A prefill worker and a decode worker cannot reach each other, but both reach the coordinator:
     the decode worker takes another one, and the blocks that an endless read may still write stay
     out of use until it ends.
@@ -69,7 +69,7 @@ async def test_partition_p_d(net_row: Row, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_partition_c_p(net_row: Row, way: str) -> None:
+async def test_partition_c_p(net_row: Scenario, way: str) -> None:
     """The coordinator loses sight of a prefill worker that works on: prompts that are with it
     finish there, new ones go elsewhere, and it comes back by itself.
     """
@@ -89,7 +89,7 @@ async def test_partition_c_p(net_row: Row, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_partition_c_d(net_row: Row, way: str) -> None:
+async def test_partition_c_d(net_row: Scenario, way: str) -> None:
     """The coordinator hears nothing more of a decode worker, or the worker nothing of it: answers
     go on elsewhere, and what the old calls hold is given up.
     """
@@ -103,13 +103,13 @@ async def test_partition_c_d(net_row: Row, way: str) -> None:
     await row.finish(rest_s=40)
 
 
-async def test_reads_that_never_end(net_row: Row) -> None:
+async def test_reads_that_never_end(net_row: Scenario) -> None:
     """A prefill worker is stopped while its blocks are read over TCP: the read hangs. Its
     destination is quarantined and counted, the answer goes on, and when the worker wakes up or dies
     the blocks are free again.
     """
     row = net_row
-    if not isinstance(row.cluster.wires, Namespaces):
+    if not isinstance(row.cluster.network, Namespaces):
         pytest.skip("without namespaces blocks travel by memory, which a stopped process serves")
     for _ in range(5 if row.full else 1):
         streams = [row.ask(case) for case in LONG]
@@ -127,5 +127,5 @@ async def test_reads_that_never_end(net_row: Row) -> None:
     await row.finish(rest_s=40)
 
 
-def _pulled(row: Row, name: str) -> bool:
+def _pulled(row: Scenario, name: str) -> bool:
     return row.rise(name, "kv_transfer_blocks_total") > 0

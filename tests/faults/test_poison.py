@@ -9,10 +9,10 @@ from datetime import datetime
 import pytest
 
 from coordinator.cluster.membership import LOST_S
-from coordinator.generation.harm import MAX_HARMED, MOST_HARMED
+from coordinator.generation.harmed_workers import MAX_HARMED, MOST_HARMED
 from engine.base.errors import WorkersLost
 from tests.faults.oracle import CASES, Case
-from tests.faults.row import Row
+from tests.faults.scenario import Scenario
 
 pytestmark = pytest.mark.timeout(900)
 POISON = 49_000  # in no text of the oracle
@@ -31,7 +31,7 @@ def poisoned(where: str) -> Case:
 
 @pytest.mark.parametrize(("where", "number"), [("decode", 1), ("prefill", 1), ("decode", 3)])
 async def test_a_request_that_harms_every_worker_ends_and_the_others_do_not(
-    alone: Row, where: str, number: int
+    alone: Scenario, where: str, number: int
 ) -> None:
     """Of several at once each is lost with what it did; workers come back meanwhile."""
     row = alone
@@ -67,7 +67,7 @@ async def test_a_request_that_harms_every_worker_ends_and_the_others_do_not(
     await row.finish()
 
 
-def _is_calm(row: Row) -> bool:
+def _is_calm(row: Scenario) -> bool:
     """Whether earlier rows have not lost so many workers lately that they speak for a request."""
     since_s = time.time() - LOST_S
     lines = row.cluster.log_lines(row.front)

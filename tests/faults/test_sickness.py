@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.cluster import NATIVE
-from tests.faults.row import Row, fresh_salt, struck
+from tests.faults.scenario import Scenario, fresh_salt, struck
 from worker.exit_status import SICK
 
 pytestmark = pytest.mark.timeout(600)
@@ -19,7 +19,7 @@ SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
 FOR_EVER = 10**9
 
 
-async def anew(row: Row, names: Sequence[str]) -> None:
+async def anew(row: Scenario, names: Sequence[str]) -> None:
     """End workers that others avoid from now on, so that the next row has a whole cluster."""
     for name in names:
         row.lift(name)
@@ -28,7 +28,7 @@ async def anew(row: Row, names: Sequence[str]) -> None:
     await row.whole()
 
 
-async def test_a_decode_worker_whose_logits_become_nan(alone: Row) -> None:
+async def test_a_decode_worker_whose_logits_become_nan(alone: Scenario) -> None:
     """It ends, and its requests go on at the healthy one with the same tokens."""
     row = alone
     victim = row.cluster.decode[0]
@@ -50,7 +50,7 @@ async def test_a_decode_worker_whose_logits_become_nan(alone: Row) -> None:
     await row.finish()
 
 
-async def test_a_decode_worker_whose_logits_are_nan_once(alone: Row) -> None:
+async def test_a_decode_worker_whose_logits_are_nan_once(alone: Scenario) -> None:
     """Its self-test passes: it lives, and is the last choice for a while."""
     row = alone
     victim = row.cluster.decode[0]
@@ -70,7 +70,7 @@ async def test_a_decode_worker_whose_logits_are_nan_once(alone: Row) -> None:
 
 
 @pytest.mark.parametrize("layer", [3, -1])
-async def test_a_prefill_worker_whose_kv_is_nan(alone: Row, layer: int) -> None:
+async def test_a_prefill_worker_whose_kv_is_nan(alone: Scenario, layer: int) -> None:
     """In its last layer it finds that itself, before a block is announced. What is damaged later is
     found by its reader, which drops all that came from there: the same prompt is computed anew.
     """
@@ -96,7 +96,15 @@ def test_a_self_test_that_fails_at_the_start(tmp_path: Path, role: str) -> None:
     orders = tmp_path / "orders"
     orders.write_text(json.dumps({"nan_logits": {"id": 1, "times": FOR_EVER}}))
     flags = () if NATIVE else ("--dtype", "float32")
-    command = [sys.executable, "-m", "tests.faults.lab", "--orders", str(orders), role, "start"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.faults.fault_injection",
+        "--orders",
+        str(orders),
+        role,
+        "start",
+    ]
     command += ["--coordinator", "127.0.0.1:1", "--kv-cache-memory", "128MiB", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == SICK

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.faults.row import SILENT_S, Row, struck
+from tests.faults.scenario import SILENT_S, Scenario, struck
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -20,7 +20,7 @@ SLACK_S = 6.0  # for what has gathered
 
 @pytest.mark.parametrize("busy", [False, True])
 async def test_a_decode_worker_whose_event_loop_stalls_keeps_its_streams(
-    alone: Row, busy: bool
+    alone: Scenario, busy: bool
 ) -> None:
     row = alone
     victim, hit, streams = await row.spread(MIXED, row.cluster.decode, tokens=4)
@@ -45,7 +45,7 @@ async def test_a_decode_worker_whose_event_loop_stalls_keeps_its_streams(
     await row.finish()
 
 
-async def test_a_worker_that_stops_in_a_stall_is_lost(alone: Row) -> None:
+async def test_a_worker_that_stops_in_a_stall_is_lost(alone: Scenario) -> None:
     """The thread that reports the stall stops with the process."""
     row = alone
     victim, hit, streams = await row.spread(MIXED, row.cluster.decode, tokens=4)

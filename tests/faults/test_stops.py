@@ -12,7 +12,7 @@ import pytest
 
 from coordinator.cluster.membership import HEARTBEAT_S
 from tests.faults.cluster import LEASE_TTL_S
-from tests.faults.row import LONG, SILENT_S, Row, struck
+from tests.faults.scenario import LONG, SILENT_S, Scenario, struck
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -20,7 +20,7 @@ MIXED = ("short-0", "short-1-sampled", "json-0", "regex-0-sampled", "four-0-samp
 SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
 
 
-async def test_sigstop_of_p_past_the_lease(row: Row) -> None:
+async def test_sigstop_of_p_past_the_lease(row: Scenario) -> None:
     """Prompts go on elsewhere; awake again, it has nothing to say that anybody believes."""
     for round_ in range(6 if row.full else 1):
         for name in row.cluster.prefill:
@@ -43,7 +43,7 @@ async def test_sigstop_of_p_past_the_lease(row: Row) -> None:
     await row.finish()
 
 
-async def test_sigstop_of_d_past_the_lease(row: Row) -> None:
+async def test_sigstop_of_d_past_the_lease(row: Scenario) -> None:
     """Its answers go on elsewhere; awake again, it writes into calls that nobody reads."""
     for _ in range(5 if row.full else 1):
         victim, hit, streams = await row.spread(MIXED, row.cluster.decode, tokens=10)
@@ -60,7 +60,7 @@ async def test_sigstop_of_d_past_the_lease(row: Row) -> None:
     await row.finish()
 
 
-async def test_sigstop_of_d_before_a_read_past_the_lease(row: Row) -> None:
+async def test_sigstop_of_d_before_a_read_past_the_lease(row: Scenario) -> None:
     """It wakes up with a read to post, of blocks whose lease is over and which hold another prompt
     by now: the fence refuses them, and not one token is made of them.
     """
@@ -90,6 +90,6 @@ async def test_sigstop_of_d_before_a_read_past_the_lease(row: Row) -> None:
     await row.finish()
 
 
-async def _past_the_lease(row: Row, frozen: float) -> None:
+async def _past_the_lease(row: Scenario, frozen: float) -> None:
     """Wait until no lease from before can be valid any more."""
     await asyncio.sleep(max(0.0, frozen + LEASE_TTL_S + 1.0 - time.monotonic()))

@@ -17,8 +17,8 @@ from engine.pb.diptych.internal.v1 import worker_pb2
 from tests.faults import checks
 from tests.faults.cluster import NATIVE
 from tests.faults.leases import calls, leased, prompt
-from tests.faults.places import End
-from tests.faults.row import Row, fresh_salt
+from tests.faults.process_slots import End
+from tests.faults.scenario import Scenario, fresh_salt
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -43,7 +43,7 @@ NUM_BLOCKS = 4
 P = "prefill-0"
 
 
-async def test_wrong_weights_dtype_and_block_size(row: Row) -> None:
+async def test_wrong_weights_dtype_and_block_size(row: Scenario) -> None:
     """Each is refused at the door with the reason by name, ends with status 2, serves nobody."""
     strangers = list(STRANGERS) if row.full else ["weights"]  # and tests/system has all
     names = {what: f"{STRANGERS[what].role}-{what}" for what in strangers}
@@ -66,7 +66,7 @@ async def test_wrong_weights_dtype_and_block_size(row: Row) -> None:
     await row.finish()
 
 
-async def test_a_peer_of_another_model_is_refused_before_anything_else(alone: Row) -> None:
+async def test_a_peer_of_another_model_is_refused_before_anything_else(alone: Scenario) -> None:
     """A handshake with another digest tells nothing of our memory."""
     async with calls(alone, P) as (_, kv):
         request = worker_pb2.HandshakeRequest(digest="another", caller_incarnation="stranger")
@@ -76,7 +76,7 @@ async def test_a_peer_of_another_model_is_refused_before_anything_else(alone: Ro
     await alone.finish()
 
 
-async def test_forged_leases(alone: Row) -> None:
+async def test_forged_leases(alone: Scenario) -> None:
     """A lease that was never granted opens nothing and ends nothing."""
     row = alone
     async with calls(row, P) as (prefill, kv), _leased(row, prefill, "owner") as lease:
@@ -89,7 +89,7 @@ async def test_forged_leases(alone: Row) -> None:
     await row.finish()
 
 
-async def test_foreign_leases(alone: Row) -> None:
+async def test_foreign_leases(alone: Scenario) -> None:
     """Another's lease, even if somebody overheard it, is not his to renew or to end."""
     row = alone
     async with calls(row, P) as (prefill, kv), _leased(row, prefill, "owner") as lease:
@@ -101,7 +101,7 @@ async def test_foreign_leases(alone: Row) -> None:
     await row.finish()
 
 
-async def test_replayed_leases(alone: Row) -> None:
+async def test_replayed_leases(alone: Scenario) -> None:
     """A release that is said again does not touch the blocks' next lease."""
     row = alone
     salt = fresh_salt()
@@ -119,7 +119,7 @@ async def test_replayed_leases(alone: Row) -> None:
     await row.finish()
 
 
-async def test_callers_without_the_token(alone: Row) -> None:
+async def test_callers_without_the_token(alone: Scenario) -> None:
     """Neither memory, nor leases, nor work for whoever is not of this cluster."""
     row = alone
     async with calls(row, P) as (prefill, kv):
@@ -147,7 +147,7 @@ async def test_callers_without_the_token(alone: Row) -> None:
 
 @asynccontextmanager
 async def _leased(
-    row: Row, prefill: Any, owner: str, salt: str | None = None
+    row: Scenario, prefill: Any, owner: str, salt: str | None = None
 ) -> AsyncIterator[bytes]:
     """A lease on a few blocks, as long as its call."""
     async with leased(row, prefill, owner, NUM_BLOCKS, salt) as announced:
@@ -159,12 +159,12 @@ async def _first(call: Any) -> Any:
     return await call.read()
 
 
-async def _renew(row: Row, kv: Any, owner: str, leases: list[bytes]) -> list[bytes]:
+async def _renew(row: Scenario, kv: Any, owner: str, leases: list[bytes]) -> list[bytes]:
     request = worker_pb2.RenewRequest(caller_incarnation=owner, leases=leases)
     answer = await kv.Renew(request, timeout=10, metadata=row.cluster.token)
     return list(answer.unknown)
 
 
-async def _release(row: Row, kv: Any, owner: str, leases: list[bytes]) -> None:
+async def _release(row: Scenario, kv: Any, owner: str, leases: list[bytes]) -> None:
     request = worker_pb2.ReleaseRequest(caller_incarnation=owner, leases=leases)
     await kv.Release(request, timeout=10, metadata=row.cluster.token)

@@ -1,5 +1,5 @@
 """What two workers say to each other goes wrong: reads that raise or do not end, announcements and
-releases that are lost, doubled or out of order. The workers' own seams are opened by `lab`.
+releases that are lost, doubled or out of order. `fault_injection` opens the workers' seams.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults import checks
 from tests.faults.cluster import LEASE_TTL_S
-from tests.faults.row import Row
+from tests.faults.scenario import Scenario
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -16,7 +16,7 @@ LONG = ("long-0", "long-1-sampled")
 SHORTER = ("long-2", "long-2-sampled")  # two chunks each
 
 
-async def _whole_under(row: Row, names: list[str], fault: str, **values: object) -> int:
+async def _whole_under(row: Scenario, names: list[str], fault: str, **values: object) -> int:
     """Long prompts while `names` misbehave; returns how often the fault was carried out."""
     already = sum(row.done(name, fault) for name in names)
     for name in names:
@@ -35,7 +35,7 @@ async def _whole_under(row: Row, names: list[str], fault: str, **values: object)
 
 
 @pytest.mark.parametrize("lost", [True, False], ids=["peer-lost", "refused"])
-async def test_read_posts_that_raise(row: Row, lost: bool) -> None:
+async def test_read_posts_that_raise(row: Scenario, lost: bool) -> None:
     """The transport refuses a read: that chunk fails at once, is counted, and comes another way."""
     if not row.full and not lost:
         pytest.skip("in the full suite")
@@ -44,14 +44,14 @@ async def test_read_posts_that_raise(row: Row, lost: bool) -> None:
     await row.finish()
 
 
-async def test_reads_that_end_late(row: Row) -> None:
+async def test_reads_that_end_late(row: Scenario) -> None:
     """A read takes a second: only its own request waits for it."""
     await _whole_under(row, row.cluster.decode, "data_ends_late", after_s=1.0)
     assert not sum(row.rise(name, "kv_stale_reads_total") for name in row.cluster.decode)
     await row.finish()
 
 
-async def test_a_read_that_never_ends_restarts_the_data_plane(alone: Row) -> None:
+async def test_a_read_that_never_ends_restarts_the_data_plane(alone: Scenario) -> None:
     """The quarantine reaches its bound: the transport ends with the read, a new one begins, and the
     blocks are free without the peer's help and without the end of the process.
     """
@@ -78,32 +78,32 @@ async def test_a_read_that_never_ends_restarts_the_data_plane(alone: Row) -> Non
     await row.finish(rest_s=30)
 
 
-async def test_blocks_ready_lost(row: Row) -> None:
+async def test_blocks_ready_lost(row: Scenario) -> None:
     """A gap in the announcements: nobody waits for what was never said, and its lease ends."""
     await _whole_under(row, row.cluster.prefill, "lose_ready")
     row.moved(row.cluster.decode, "kv_transfer_failures_total")
     await row.finish(rest_s=LEASE_TTL_S + 10)
 
 
-async def test_blocks_ready_doubled(row: Row) -> None:
+async def test_blocks_ready_doubled(row: Scenario) -> None:
     """Said twice: read once, or refused and asked again; leased once."""
     await _whole_under(row, row.cluster.prefill, "double_ready")
     await row.finish(rest_s=LEASE_TTL_S + 10)
 
 
-async def test_blocks_ready_reordered(row: Row) -> None:
+async def test_blocks_ready_reordered(row: Scenario) -> None:
     """A later chunk before an earlier one: blocks are named in order or not at all."""
     await _whole_under(row, row.cluster.prefill, "reorder_ready")
     await row.finish(rest_s=LEASE_TTL_S + 10)
 
 
-async def test_release_lost(row: Row) -> None:
+async def test_release_lost(row: Scenario) -> None:
     """The prefill worker never hears it: the lease's TTL ends the hold."""
     await _whole_under(row, row.cluster.prefill, "lose_release")
     await row.finish(rest_s=LEASE_TTL_S + 10)
 
 
-async def test_release_doubled(row: Row) -> None:
+async def test_release_doubled(row: Scenario) -> None:
     """Said twice it releases once: no block is given away that somebody else holds by now."""
     await _whole_under(row, row.cluster.prefill, "double_release")
     for name in row.cluster.prefill:

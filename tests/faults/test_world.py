@@ -15,7 +15,7 @@ from engine.base.errors import Overloaded
 from tests.faults import checks
 from tests.faults.asks import Stream
 from tests.faults.bench import Bench
-from tests.faults.row import Row
+from tests.faults.scenario import Scenario
 from tests.system.stack import Stack
 
 pytestmark = pytest.mark.timeout(1800)
@@ -24,7 +24,7 @@ SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
 CROWD, CROWD_SHORT = 32, 12
 
 
-async def test_wall_clock_jumps(row: Row, bench: Bench) -> None:
+async def test_wall_clock_jumps(row: Scenario, bench: Bench) -> None:
     """An hour forth, a day back, under load: no wait, lease or heartbeat is measured by it."""
     if bench.skew is None:
         pytest.skip("needs a C compiler")
@@ -46,7 +46,7 @@ async def test_wall_clock_jumps(row: Row, bench: Bench) -> None:
     await row.finish()
 
 
-async def test_idle_then_a_burst(alone: Row) -> None:
+async def test_idle_then_a_burst(alone: Scenario) -> None:
     """Nothing happens for a long while, then many requests at once: connections, peers and leases
     of before are no obstacle, and clean-up did not wait for new work.
     """
@@ -73,7 +73,7 @@ async def test_idle_then_a_burst(alone: Row) -> None:
     await row.finish()
 
 
-def _cpu_s(row: Row) -> float:
+def _cpu_s(row: Scenario) -> float:
     total = 0
     for place in row.cluster.places:
         if place.alive:
@@ -124,7 +124,7 @@ def test_disk_full_where_logs_go(full_disk: Path, full: bool) -> None:
     assert stack.process.returncode == 0
 
 
-async def test_overload(row: Row) -> None:
+async def test_overload(row: Scenario) -> None:
     """Many more than may come in: the rest is told when to come back, most of those find
     room then, and nobody who is inside, here or at the other coordinator, is harmed.
     """

@@ -15,7 +15,7 @@ from engine.models.llama import LlamaModel
 from engine.models.loader import random_model
 from engine.runner.runner import Runner
 from tests.support.paged import layout_of, tiny_config
-from tests.unit.engine.step.test_draft_model import Panel, random_works
+from tests.unit.engine.step.test_draft_model import PairedWorker, random_works
 
 SIZE = 16
 
@@ -84,7 +84,7 @@ def test_answers_of_an_engine_with_a_draft_model_are_the_torch_backends(
     target, draft = model(2, 6, 1), model(1, 4, 2)
     answers = []
     for backend_of in (torch_backend, flashinfer_backend):
-        panel = Panel(target, draft, size=SIZE, num_blocks=40, backend_of=backend_of)
+        panel = PairedWorker(target, draft, size=SIZE, num_blocks=40, backend_of=backend_of)
         for work in random_works(random.Random(5), 6):
             panel.add(work)
         panel.run()

@@ -21,7 +21,7 @@ from engine.base.types import Role, SamplingParams, StopParams
 from engine.cache.kv_cache import zeroed_pages
 from engine.cache.sizing import GpuMemory
 from engine.scheduling.events import FinishedEvent, TokensEvent
-from engine.scheduling.request import Work
+from engine.scheduling.request import EngineRequest
 from engine.step.build import Engine, build_engine
 from engine.step.device import Device
 from tests.support.flashinfer_kernels import Launches
@@ -68,7 +68,7 @@ def test_an_answer_over_the_pool_that_came_last(
     tmp_path: Path, flashinfer_device: torch.device
 ) -> None:
     core = start(tmp_path, flashinfer_device).core
-    work = Work("r", tuple(range(2, 60)), b"", SamplingParams(), StopParams(12))
+    work = EngineRequest("r", tuple(range(2, 60)), b"", SamplingParams(), StopParams(12))
     key = core.new_key()
     core.add(key, work)
     events = []

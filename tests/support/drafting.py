@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from decode.speculative.acceptance import Acceptance
-from decode.speculative.draft_length import MeasuredPace
+from decode.speculative.draft_length import MeasuredDraftLength
 from decode.speculative.ngram import NgramDrafter
 from decode.speculative.step_cost import StepCost
 from decode.speculative.verify import verify
@@ -67,7 +67,7 @@ class FixedPace:
 def measured(max_draft_tokens: int = 16) -> Speculation:
     """What a worker has by default."""
     drafter = NgramDrafter()
-    pace = MeasuredPace(Acceptance(drafter.acceptance), StepCost())
+    pace = MeasuredDraftLength(Acceptance(drafter.acceptance), StepCost())
     return Speculation(drafter, verify, max_draft_tokens, pace)
 
 

@@ -16,7 +16,7 @@ from engine.base.types import FinishReason
 from engine.models.fast_path import NativeModel
 from engine.models.llama import LlamaModel
 from engine.sampling import Sampler, SampleRow
-from engine.scheduling.request import Work
+from engine.scheduling.request import EngineRequest
 from tests.support.near_tie import TALLY, Verdict, compare
 from tests.support.paged import CPU, Bench, Sequence_
 
@@ -25,7 +25,7 @@ _CHUNK = 512
 
 @dataclass(slots=True)
 class _Answer:
-    work: Work
+    work: EngineRequest
     sequence: Sequence_
     token_ids: list[int] = field(default_factory=list)
     reason: FinishReason | None = None
@@ -40,7 +40,7 @@ class PlainLoop:
         self._sampler = Sampler(model.config.vocab_size, CPU)
 
     def answers(
-        self, works: Sequence[Work], group: int = 8
+        self, works: Sequence[EngineRequest], group: int = 8
     ) -> list[tuple[list[int], FinishReason]]:
         """(token ids, reason) of each work, tokens of `work.output` left out."""
         out = []
@@ -48,7 +48,7 @@ class PlainLoop:
             out += self._group(works[start : start + group])
         return out
 
-    def judge(self, work: Work, expected: Sequence[int], got: Sequence[int]) -> Verdict:
+    def judge(self, work: EngineRequest, expected: Sequence[int], got: Sequence[int]) -> Verdict:
         """Law 1 for one answer; a near-tie is counted in the session's tally."""
         return compare(
             expected,
@@ -61,7 +61,7 @@ class PlainLoop:
     def _bench(self, num_tokens: int) -> Bench:
         return Bench(self._model, block_size=16, num_blocks=num_tokens // 16 + 64)
 
-    def _group(self, works: Sequence[Work]) -> list[tuple[list[int], FinishReason]]:
+    def _group(self, works: Sequence[EngineRequest]) -> list[tuple[list[int], FinishReason]]:
         rooms = [len(w.prompt) + self._max_new(w) for w in works]
         bench = self._bench(sum(rooms) + 16 * len(rooms))
         answers = []
@@ -84,7 +84,7 @@ class PlainLoop:
         while (left := len(sequence.token_ids) - 1 - sequence.num_cached) > 0:
             bench.step((sequence, min(left, _CHUNK), 0))
 
-    def _max_new(self, work: Work) -> int:
+    def _max_new(self, work: EngineRequest) -> int:
         assert work.stop
         return min(work.stop.max_tokens, self._max_model_len - len(work.prompt))
 
@@ -99,7 +99,7 @@ class PlainLoop:
         full = len(answer.sequence.token_ids) >= self._max_model_len
         return FinishReason.LENGTH if full else None
 
-    def _at(self, work: Work, before: Sequence[int]) -> tuple[torch.Tensor, SampleRow]:
+    def _at(self, work: EngineRequest, before: Sequence[int]) -> tuple[torch.Tensor, SampleRow]:
         """Logits and row of the token after `before`."""
         tokens = [*work.prompt, *work.output, *before]
         bench = self._bench(len(tokens) + 16)
@@ -108,7 +108,7 @@ class PlainLoop:
         return bench.step((sequence, 1, 1))[0], _row(work, list(before))
 
 
-def _row(work: Work, answer: list[int]) -> SampleRow:
+def _row(work: EngineRequest, answer: list[int]) -> SampleRow:
     assert work.sampling
     assert work.stop
     tokens = [*work.prompt, *work.output, *answer]

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.base.kv_layout import name_salt
+from engine.base.kv_layout import hash_salt
 from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.checkpoint.source import resolve, weights
 from engine.models.loader import load_model
 from engine.pb.diptych.v1 import inference_pb2
-from engine.scheduling.request import Work
+from engine.scheduling.request import EngineRequest
 from tests.support.near_tie import TALLY
 from tests.support.paged import CPU
 from tests.support.paths import DATA
@@ -38,7 +38,7 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Case:
-    work: Work
+    work: EngineRequest
     cancel_after: int  # tokens; -1: let it finish
 
 
@@ -67,7 +67,9 @@ def make_cases() -> list[Case]:
             min_tokens=rng.choice([0, 4]),
             stop_token_ids=frozenset({2, 30} if i % 4 == 3 else {2}),
         )
-        work = Work(f"case{i}", tuple(text[:length]), name_salt(digest="x"), sampling, stop)
+        work = EngineRequest(
+            f"case{i}", tuple(text[:length]), hash_salt(digest="x"), sampling, stop
+        )
         cases.append(Case(work, rng.randint(1, 5) if i % 8 == 5 else -1))
     return cases
 
@@ -88,7 +90,7 @@ def expected(oracle: PlainLoop) -> list[tuple[list[int], FinishReason]]:
     return oracle.answers([case.work for case in CASES], group=16)
 
 
-def request_of(work: Work) -> inference_pb2.GenerateRequest:
+def request_of(work: EngineRequest) -> inference_pb2.GenerateRequest:
     s, stop = work.sampling, work.stop
     assert s
     assert stop

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.base.kv_layout import name_salt
+from engine.base.kv_layout import hash_salt
 from engine.base.types import SamplingParams, StopParams
 from engine.checkpoint.source import resolve, weights
 from engine.models.loader import load_model
-from engine.scheduling.request import Work
+from engine.scheduling.request import EngineRequest
 from tests.support.near_tie import TALLY
 from tests.support.paged import CPU
 from tests.support.paths import DATA
@@ -31,7 +31,7 @@ EXACT = ("--dtype", "float32", "--kv-cache-memory", "384MiB", "--max-model-len",
 pytestmark = pytest.mark.timeout(600)
 
 
-def make_works() -> list[Work]:
+def make_works() -> list[EngineRequest]:
     """Prompts of 20 to 300 tokens, some with a common beginning, half of them sampled."""
     rng = random.Random(8)
     texts = [item["prompt"] for item in ORACLE if len(item["prompt"]) >= 300][:3]
@@ -46,11 +46,11 @@ def make_works() -> list[Work]:
             seed=rng.getrandbits(64),
         )
         stop = StopParams(max_tokens=rng.randint(20, 40), stop_token_ids=frozenset({2}))
-        works.append(Work(f"draft{i}", prompt, name_salt(digest="x"), sampling, stop))
+        works.append(EngineRequest(f"draft{i}", prompt, hash_salt(digest="x"), sampling, stop))
     return works
 
 
-def ask(stack: Stack, work: Work) -> list[int]:
+def ask(stack: Stack, work: EngineRequest) -> list[int]:
     assert work.sampling
     assert work.stop
     return stack.generate(

@@ -24,7 +24,7 @@ def alive(request: Any) -> inference_pb2.GenerateResponse | None:
     )
 
 
-def reply(request_id: str, part: Part, tokenizer: Tokenizer) -> inference_pb2.GenerateResponse:
+def response(request_id: str, part: Part, tokenizer: Tokenizer) -> inference_pb2.GenerateResponse:
     """One message of the stream."""
     if isinstance(part, PromptPart):
         prompt = inference_pb2.Prompt(
@@ -39,7 +39,7 @@ def reply(request_id: str, part: Part, tokenizer: Tokenizer) -> inference_pb2.Ge
             token_ids=part.token_ids,
             logprobs=_logprobs(part.token_ids, part.logprobs, part.placement, tokenizer),
             tool_calls=[inference_pb2.ToolCallDelta(**asdict(piece)) for piece in part.tool_calls],
-            home=part.home,
+            affinity_token=part.affinity_token,
         )
         return inference_pb2.GenerateResponse(request_id=request_id, index=part.index, delta=delta)
     return inference_pb2.GenerateResponse(

@@ -9,7 +9,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
-from coordinator.api.grpc.responses import reply
+from coordinator.api.grpc.responses import response
 from coordinator.api.switches import Switches
 from coordinator.api.validation.request import (
     MAX_CHOICES,
@@ -24,7 +24,7 @@ from coordinator.api.validation.tools import check_tools
 from coordinator.cluster.membership import Membership, Worker, WorkerState
 from coordinator.cluster.registry_service import RegistryServicer
 from coordinator.generation.pipeline import Pipeline
-from coordinator.generation.request import AnswerRequest, Finished, Part, PromptPart
+from coordinator.generation.request import Finished, GenerationRequest, Part, PromptPart
 from coordinator.routing.admission import Admission
 from coordinator.text.served_model import Limits, ServedModel
 from engine.base.errors import DeadlineExceeded, DiptychError, InvalidRequest, NotFound
@@ -160,7 +160,7 @@ class InferenceServicer:
         )
 
     async def _serve(
-        self, validate: Callable[[Any, Limits], AnswerRequest], request: Any, context: Any
+        self, validate: Callable[[Any, Limits], GenerationRequest], request: Any, context: Any
     ) -> Responses:
         """One answer: check, bind the id to log lines, run, count how it ended."""
         timeline = Timeline()
@@ -177,7 +177,7 @@ class InferenceServicer:
                     num_open -= isinstance(part, Finished)
                     if not num_open:  # many a client reads no further
                         code = "ok"
-                    yield await self._reply(checked.request_id, part)
+                    yield await self._response(checked.request_id, part)
         except DiptychError as error:
             code = to_status(error).code.name.lower()
             raise
@@ -190,8 +190,8 @@ class InferenceServicer:
             _log.info("request ended", code=code, timeline=timeline.as_dict())
 
     async def _checked(
-        self, validate: Callable[[Any, Limits], AnswerRequest], request: Any
-    ) -> AnswerRequest:
+        self, validate: Callable[[Any, Limits], GenerationRequest], request: Any
+    ) -> GenerationRequest:
         """The request as the pipeline takes it. Raises what `validate` does, and NotOffered."""
         self._switches.check(request)
         tools = isinstance(request, inference_pb2.ChatRequest) and request.tools_json
@@ -199,11 +199,11 @@ class InferenceServicer:
             return await asyncio.to_thread(validate, request, self._model.limits)
         return validate(request, self._model.limits)
 
-    async def _reply(self, request_id: str, part: Part) -> inference_pb2.GenerateResponse:
+    async def _response(self, request_id: str, part: Part) -> inference_pb2.GenerateResponse:
         tokenizer = self._model.tokenizer
         if isinstance(part, PromptPart) and part.logprobs:  # tens of thousands of entries
-            return await asyncio.to_thread(reply, request_id, part, tokenizer)
-        return reply(request_id, part, tokenizer)
+            return await asyncio.to_thread(response, request_id, part, tokenizer)
+        return response(request_id, part, tokenizer)
 
 
 def _num_checked(request: Any) -> int:

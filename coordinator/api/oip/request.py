@@ -53,7 +53,7 @@ class Form:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ParsedRequest:
     """One request, understood. What `generate` holds is not checked yet."""
 
     generate: inference_pb2.GenerateRequest
@@ -62,7 +62,7 @@ class Asked:
     timeout_s: float | None
 
 
-def read_request(request: grpc_service_pb2.ModelInferRequest, served: str) -> Asked:
+def read_request(request: grpc_service_pb2.ModelInferRequest, served: str) -> ParsedRequest:
     """Raises InvalidRequest naming the input or parameter, NotFound for another model."""
     check_served(request.model_name, request.model_version, served)
     generate = inference_pb2.GenerateRequest(request_id=request.id, model=served)
@@ -92,7 +92,7 @@ def read_request(request: grpc_service_pb2.ModelInferRequest, served: str) -> As
         empty_final=_control(request, _EMPTY_FINAL, False),
     )
     streaming = flags.get("streaming", flags.get("stream", False))
-    return Asked(generate, form, streaming, _timeout_s(request))
+    return ParsedRequest(generate, form, streaming, _timeout_s(request))
 
 
 def _take_prompt(generate: inference_pb2.GenerateRequest, tensors: dict[str, Tensor]) -> Tensor:

@@ -36,7 +36,7 @@ class _Row:
     logprobs: list[inference_pb2.TokenLogprobs] = field(default_factory=list)
 
 
-class Reply:
+class ResponseBuilder:
     """The responses to one request."""
 
     def __init__(self, form: Form, num_choices: int) -> None:

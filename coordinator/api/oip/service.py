@@ -23,8 +23,8 @@ from typing import Any
 
 from coordinator.api.grpc.service import InferenceServicer
 from coordinator.api.oip import model as oip_model
-from coordinator.api.oip.request import Asked, read_request
-from coordinator.api.oip.responses import FINAL, Reply, bare_response
+from coordinator.api.oip.request import ParsedRequest, read_request
+from coordinator.api.oip.responses import FINAL, ResponseBuilder, bare_response
 from coordinator.generation.fan_in import Merge
 from coordinator.generation.pipeline import Pipeline
 from engine.base.errors import (
@@ -198,7 +198,7 @@ class OipServicer:
             status = internal("internal error; the server's log tells more")
             await merge.put(_failure(request, status, error))
 
-    async def _read(self, request: grpc_service_pb2.ModelInferRequest) -> Asked:
+    async def _read(self, request: grpc_service_pb2.ModelInferRequest) -> ParsedRequest:
         """A request, understood; one that is not is counted here, and by Generate from there on."""
         try:
             if request.ByteSize() > _LARGE_BYTES:  # tensors of it are unpacked one by one
@@ -211,15 +211,15 @@ class OipServicer:
             raise
 
     async def _responses(
-        self, asked: Asked, context: Any
+        self, asked: ParsedRequest, context: Any
     ) -> AsyncGenerator[grpc_service_pb2.ModelInferResponse, None]:
         """An answer's responses: one, or with `streaming` any number."""
-        reply: Reply | None = None
+        reply: ResponseBuilder | None = None
         call = self._inference.Generate(asked.generate, _request_context(asked, context))
         async with aclosing(call) as events:
             async for event in events:
                 # Not before the first event: then the number of choices has been checked.
-                reply = reply or Reply(asked.form, asked.generate.n or 1)
+                reply = reply or ResponseBuilder(asked.form, asked.generate.n or 1)
                 reply.add(event)
                 if asked.streaming and reply.worth_sending:
                     final = reply.finished and not asked.form.empty_final
@@ -228,7 +228,7 @@ class OipServicer:
             yield reply.take(final=not asked.form.empty_final)
 
 
-def _request_context(asked: Asked, context: Any) -> RequestContext:
+def _request_context(asked: ParsedRequest, context: Any) -> RequestContext:
     """The call's deadline or the request's own, whichever is sooner."""
     left_s = [s for s in (context.time_remaining(), asked.timeout_s) if s is not None]
     return RequestContext(time.monotonic() + min(left_s) if left_s else None)

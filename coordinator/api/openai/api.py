@@ -16,17 +16,26 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter
 from starlette.routing import BaseRoute, Route
 
-from coordinator.api.openai.answers import Choice, Writer
 from coordinator.api.openai.calls import Names, merged, starts, unary
-from coordinator.api.openai.chat_answers import ChatWriter
+from coordinator.api.openai.chat_responses import ChatWriter
 from coordinator.api.openai.chats import read_chat, read_tools
-from coordinator.api.openai.completion_answers import CompletionWriter
+from coordinator.api.openai.completion_responses import CompletionWriter
 from coordinator.api.openai.completions import read_completion
-from coordinator.api.openai.door import DONE, Asked, Door, Events, Handler, Reply, event, large_json
+from coordinator.api.openai.endpoint import (
+    DONE,
+    Endpoint,
+    Events,
+    Handler,
+    ParsedRequest,
+    Response,
+    event,
+    large_json,
+)
 from coordinator.api.openai.errors import Failure, Refused
 from coordinator.api.openai.fields import UINT32, Fields, whole_list
 from coordinator.api.openai.messages import read_messages
 from coordinator.api.openai.openapi import description
+from coordinator.api.openai.responses import Choice, Writer
 from engine.base.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2, inference_pb2_grpc
 from engine.rpc.channel import open_channel
@@ -71,10 +80,12 @@ class OpenAiApi:
         """All endpoints, for make_app."""
 
         def route(path: str, method: str, handler: Handler) -> Route:
-            door = Door(path, method, handler, self._counter, self._sse_keepalive_s, self._budget)
-            return Route(path, door)
+            endpoint = Endpoint(
+                path, method, handler, self._counter, self._sse_keepalive_s, self._budget
+            )
+            return Route(path, endpoint)
 
-        nowhere = Door("other", "", self._nowhere, self._counter)
+        nowhere = Endpoint("other", "", self._nowhere, self._counter)
         return [
             route("/v1/completions", "POST", self._completions),
             route("/v1/chat/completions", "POST", self._chat),
@@ -87,7 +98,7 @@ class OpenAiApi:
             *(Route(path, nowhere) for path in ("/v1", "/v1/{path:path}")),
         ]
 
-    async def _completions(self, asked: Asked) -> Reply:
+    async def _completions(self, asked: ParsedRequest) -> Response:
         call = await asked.read_by(read_completion)
         wanted = call.wanted
         prompt_ids = None
@@ -106,7 +117,7 @@ class OpenAiApi:
         calls = starts(self._stub.Generate, call.requests)
         return await self._answer(writer, calls, call.names_of, needs_first)
 
-    async def _chat(self, asked: Asked) -> Reply:
+    async def _chat(self, asked: ParsedRequest) -> Response:
         call = await asked.read_by(read_chat)
         prompt_ids = None
         if call.wanted.token_ids or call.wanted.continuous_usage:
@@ -122,7 +133,7 @@ class OpenAiApi:
 
     async def _answer(
         self, writer: Writer, calls: Sequence[Callable[[], Any]], names: Names, needs_first: bool
-    ) -> Reply:
+    ) -> Response:
         parts = self._parts(writer, calls, names, needs_first)
         if writer.wanted.stream:
             return _events(writer, parts)
@@ -180,12 +191,12 @@ class OpenAiApi:
         model: inference_pb2.Model = await unary(self._stub.GetModel(request), {})
         return model.name
 
-    async def _models(self, asked: Asked) -> Reply:
+    async def _models(self, asked: ParsedRequest) -> Response:
         request = inference_pb2.ListModelsRequest()
         models = (await unary(self._stub.ListModels(request), {})).models
         return {"object": "list", "data": [self._card(model) for model in models]}
 
-    async def _model(self, asked: Asked) -> Reply:
+    async def _model(self, asked: ParsedRequest) -> Response:
         request = inference_pb2.GetModelRequest(model=asked.path["model"])
         return self._card(await unary(self._stub.GetModel(request), {}))
 
@@ -200,7 +211,7 @@ class OpenAiApi:
             "max_model_len": model.max_model_len,
         }
 
-    async def _tokenize(self, asked: Asked) -> Reply:
+    async def _tokenize(self, asked: ParsedRequest) -> Response:
         fields = Fields(asked.body)
         request = inference_pb2.TokenizeRequest(model=fields.text("model"))
         if fields.take("messages") is not None:
@@ -225,7 +236,7 @@ class OpenAiApi:
         ids = list(response.token_ids)
         return {"count": len(ids), "max_model_len": response.max_model_len, "tokens": ids}
 
-    async def _detokenize(self, asked: Asked) -> Reply:
+    async def _detokenize(self, asked: ParsedRequest) -> Response:
         fields = Fields(asked.body)
         ids = whole_list("tokens", fields.take("tokens"), 0, UINT32)
         request = inference_pb2.DetokenizeRequest(model=fields.text("model"), token_ids=ids)
@@ -233,13 +244,13 @@ class OpenAiApi:
         response = await unary(self._stub.Detokenize(request), {"token_ids": "tokens"})
         return {"prompt": response.text}
 
-    async def _version(self, asked: Asked) -> Reply:
+    async def _version(self, asked: ParsedRequest) -> Response:
         return {"version": _version()}
 
-    async def _openapi(self, asked: Asked) -> Reply:
+    async def _openapi(self, asked: ParsedRequest) -> Response:
         return description(_version())
 
-    async def _nowhere(self, asked: Asked) -> Reply:
+    async def _nowhere(self, asked: ParsedRequest) -> Response:
         raise Refused(Failure(404, "nothing is served here; see /openapi.json"))
 
 

@@ -1,4 +1,4 @@
-"""The door: a public request as it came -> AnswerRequest, or an error that names the field. Pure.
+"""The check of a public request: a GenerationRequest, or an error that names the field. Pure.
 
 Nothing behind it checks a range again. Fields that the protocol has and no worker serves yet are
 refused by name.
@@ -14,7 +14,7 @@ from typing import Any
 
 from coordinator.api.validation.constraint import constraint_from
 from coordinator.api.validation.tools import check_tool_calls, check_tools, text_schema, tool_use
-from coordinator.generation.request import DEFAULT_MAX_TOKENS, AnswerRequest, Resumed
+from coordinator.generation.request import DEFAULT_MAX_TOKENS, GenerationRequest, Resumed
 from coordinator.text import json_bounds as nesting
 from coordinator.text.served_model import Limits
 from coordinator.text.tool_format import ToolUse, tool_grammar
@@ -30,7 +30,7 @@ MAX_REQUEST_ID_CHARS = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_SALT_CHARS = 1024
-MAX_HOME_CHARS = 128
+MAX_AFFINITY_CHARS = 128
 MAX_DETOKENIZED = 1_000_000
 # Beyond these a float32 logit may overflow, and no token would be left.
 MIN_REPETITION_PENALTY = 1e-3
@@ -43,7 +43,7 @@ def check_model(name: str, limits: Limits) -> None:
         raise NotFound(f"model: {name!r} is not served here; {limits.model!r} is")
 
 
-def validate_generate(request: inference_pb2.GenerateRequest, limits: Limits) -> AnswerRequest:
+def validate_generate(request: inference_pb2.GenerateRequest, limits: Limits) -> GenerationRequest:
     """Check a GenerateRequest. Raises InvalidRequest, NotFound, NotOffered."""
     check_model(request.model, limits)
     text, token_ids = None, None
@@ -69,7 +69,7 @@ def validate_generate(request: inference_pb2.GenerateRequest, limits: Limits) ->
     )
 
 
-def validate_chat(request: inference_pb2.ChatRequest, limits: Limits) -> AnswerRequest:
+def validate_chat(request: inference_pb2.ChatRequest, limits: Limits) -> GenerationRequest:
     """Check a ChatRequest. Raises InvalidRequest, NotFound, NotOffered."""
     check_model(request.model, limits)
     messages = check_messages("messages", request.messages, limits)
@@ -152,7 +152,7 @@ def _answer_request(
     messages: tuple[ChatMessage, ...] | None = None,
     tools: ToolUse | None = None,
     constraint: Constraint | None = None,
-) -> AnswerRequest:
+) -> GenerationRequest:
     """The part that Generate and Chat share."""
     request_id = _request_id(request.request_id)
     stop, output = request.stop, request.output
@@ -165,7 +165,7 @@ def _answer_request(
         raise InvalidRequest("cache_salt", f"longer than {MAX_SALT_CHARS} characters")
     resumes = _resumes(request.resume, num_choices, limits, max_tokens)
     resumed = resumes[0] if resumes else Resumed()
-    return AnswerRequest(
+    return GenerationRequest(
         request_id=request_id,
         text=text,
         token_ids=token_ids,
@@ -337,7 +337,9 @@ def _resumes(
         ids = check_token_ids(field, entry.token_ids, limits, limits.max_model_len)
         if max_tokens is not None and len(ids) > max_tokens:
             raise InvalidRequest(field, f"{len(ids)} tokens are more than max_tokens {max_tokens}")
-        if len(entry.home) > MAX_HOME_CHARS:
-            raise InvalidRequest(f"resume[{i}].home", f"longer than {MAX_HOME_CHARS} characters")
-        found[entry.index] = Resumed(ids, entry.finished, entry.home)
+        if len(entry.affinity_token) > MAX_AFFINITY_CHARS:
+            raise InvalidRequest(
+                f"resume[{i}].affinity_token", f"longer than {MAX_AFFINITY_CHARS} characters"
+            )
+        found[entry.index] = Resumed(ids, entry.finished, entry.affinity_token)
     return tuple(found.get(index, Resumed()) for index in range(num_choices))

@@ -30,7 +30,7 @@ class _Choice:
     finished: bool = False
 
 
-class Reply:
+class ResponseBuilder:
     """The responses to one request."""
 
     def __init__(self, request: vllm_engine_pb2.GenerateRequest) -> None:

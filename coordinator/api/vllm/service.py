@@ -22,7 +22,7 @@ from typing import Any
 
 from coordinator.api.grpc.service import InferenceServicer
 from coordinator.api.vllm.request import to_generate
-from coordinator.api.vllm.responses import Reply
+from coordinator.api.vllm.responses import ResponseBuilder
 from coordinator.cluster.membership import Membership
 from coordinator.generation.fan_in import Merge
 from coordinator.generation.pipeline import Pipeline
@@ -71,7 +71,7 @@ class VllmEngineServicer:
         """Complete a prompt."""
         self._last_request = self._clock()
         generate = to_generate(request, self._model.name, self._pipeline.max_model_len)
-        reply = Reply(request)
+        reply = ResponseBuilder(request)
         events: Events = Merge()
         async with events:
             task = events.add(self._run(generate, context, events))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from decode import kv_fetch as intake
+from decode import kv_fetch as fetcher
 from decode.service import _Answer
 from engine.base.errors import DeadlineExceeded, Overloaded, Unavailable
 from engine.base.types import Peer
@@ -22,8 +22,8 @@ from engine.rpc.liveness import SILENCE_S
 from engine.scheduling.events import AnnouncedEvent
 from kvtransfer.kv_service import Renewer
 from kvtransfer.transport import PeerLost, ReadState
-from prefill.block_publisher import Announcer
-from tests.support.panels import (
+from prefill.block_publisher import BlockPublisher
+from tests.support.worker_pair import (
     Ask,
     answer,
     assert_at_rest,
@@ -45,7 +45,7 @@ async def _calls_end(close: bool) -> None:
         request.incarnation = p.host.incarnation
         p.runner.before_step = lambda: time.sleep(0.05)
         renewer = Renewer(worker_pb2_grpc.KvServiceStub(channel), "me")
-        chunks = intake._Chunks(channel, request, renewer, Peer("p", "i", p.address), 30)
+        chunks = fetcher._Chunks(channel, request, renewer, Peer("p", "i", p.address), 30)
         if close:
             await channel.close()
         with pytest.raises(Unavailable):
@@ -100,10 +100,10 @@ async def test_blocks_of_another_prompt_are_refused(
     change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A peer that has lost its way is a lost peer; its blocks are not even read."""
-    offer = Announcer.offer
+    publish = BlockPublisher.publish
 
-    def astray(self: Announcer, event: AnnouncedEvent) -> worker_pb2.BlocksReady:
-        ready = offer(self, event)
+    def astray(self: BlockPublisher, event: AnnouncedEvent) -> worker_pb2.BlocksReady:
+        ready = publish(self, event)
         for name in change:
             ready.ClearField(name)  # type: ignore[arg-type]
         ready.MergeFrom(worker_pb2.BlocksReady(**change))
@@ -112,7 +112,7 @@ async def test_blocks_of_another_prompt_are_refused(
     async with pair() as (p, d):
         ask = Ask(LONG, 3)
         with monkeypatch.context() as patch:
-            patch.setattr(Announcer, "offer", astray)
+            patch.setattr(BlockPublisher, "offer", astray)
             with pytest.raises(Unavailable, match="blocks announced") as caught:
                 await collect(decode_stub(d).Decode(ask.pb(p)), [])
         assert caught.value.lost == "prefill"
@@ -296,13 +296,13 @@ async def test_blocks_that_are_never_announced_are_counted_and_computed_here(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with pair() as (p, d):
-        read_next = intake._Chunks.next
+        read_next = fetcher._Chunks.next
 
-        async def lose_all(self: intake._Chunks) -> None:
+        async def lose_all(self: fetcher._Chunks) -> None:
             while await read_next(self):
                 pass
 
-        monkeypatch.setattr(intake._Chunks, "next", lose_all)
+        monkeypatch.setattr(fetcher._Chunks, "next", lose_all)
         ask = Ask(LONG, 3)
         assert await answer(d, p, ask) == ask.answer()
         (family,) = d.host.metrics._kv_transfer_failures.collect()

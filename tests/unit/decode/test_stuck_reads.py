@@ -11,9 +11,9 @@ from engine.base.errors import Unavailable
 from engine.base.options import TransferOptions
 from engine.base.types import Role
 from kvtransfer.transport import ReadState
-from tests.support.panels import (
+from tests.support.worker_pair import (
     Ask,
-    Panel,
+    PairedWorker,
     answer,
     assert_at_rest,
     collect,
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(60)
 LONG = tuple(range(41))  # ten whole blocks, two a chunk
 
 
-async def _let_one_hang(p: Panel, d: Panel, ask: Ask) -> None:
+async def _let_one_hang(p: PairedWorker, d: PairedWorker, ask: Ask) -> None:
     """A request whose first read hangs; the request itself ends as its peer's loss."""
     d.transport.gate = lambda read: ReadState.PENDING
     with pytest.raises(Unavailable) as caught:

@@ -17,7 +17,15 @@ from engine.cache.kv_cache import KVCache
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from kvtransfer.checksum import Checksums
 from kvtransfer.transport import ReadState
-from tests.support.panels import Ask, Panel, answer, assert_at_rest, collect, decode_stub, pair
+from tests.support.worker_pair import (
+    Ask,
+    PairedWorker,
+    answer,
+    assert_at_rest,
+    collect,
+    decode_stub,
+    pair,
+)
 
 pytestmark = pytest.mark.timeout(60)
 LONG = tuple(range(41))
@@ -57,7 +65,7 @@ async def test_every_single_flipped_bit_of_a_block_is_found() -> None:
         await checksums.differing([0, 1], told[:1])
 
 
-def flip(d: Panel, times: int) -> list[int]:
+def flip(d: PairedWorker, times: int) -> list[int]:
     """One bit of what a read brings changes after it landed; so many times. Counts down."""
     left = [times]
 
@@ -72,7 +80,7 @@ def flip(d: Panel, times: int) -> list[int]:
     return left
 
 
-def failures(d: Panel) -> float:
+def failures(d: PairedWorker) -> float:
     """The counter, as Prometheus reads it."""
     (family,) = d.host.metrics.kv_checksum_failures.collect()
     return next(s.value for s in family.samples if s.name.endswith("_total"))
@@ -134,7 +142,7 @@ async def test_a_peer_that_sends_none_is_not_believed(monkeypatch: pytest.Monkey
     async def unsigned(self: Any, ready: Any) -> Any:
         return ready
 
-    monkeypatch.setattr("prefill.block_publisher.Announcer.signed", unsigned)
+    monkeypatch.setattr("prefill.block_publisher.BlockPublisher.signed", unsigned)
     async with pair(decode=ON) as (p, d):
         with pytest.raises(Unavailable, match="0 checksums for 2 blocks"):
             await collect(decode_stub(d).Decode(Ask(LONG, 3).pb(p)), [])

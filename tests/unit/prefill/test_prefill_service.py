@@ -14,13 +14,13 @@ from engine.base.options import TransferOptions
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.liveness import next_message
 from prefill.service import PrefillServicer
-from tests.support.panels import Panel, assert_at_rest, pair, until
+from tests.support.worker_pair import PairedWorker, assert_at_rest, pair, until
 
 pytestmark = pytest.mark.timeout(60)
 PROMPT = tuple(range(40))
 
 
-def prefill(p: Panel, owner: str = "me", held: int = 0) -> worker_pb2.PrefillRequest:
+def prefill(p: PairedWorker, owner: str = "me", held: int = 0) -> worker_pb2.PrefillRequest:
     return worker_pb2.PrefillRequest(
         request_id="r",
         incarnation=p.host.incarnation,

@@ -14,9 +14,9 @@ import pytest
 from engine.base.options import TransferOptions
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from kvtransfer.transport import ReadState
-from tests.support.panels import (
+from tests.support.worker_pair import (
     Ask,
-    Panel,
+    PairedWorker,
     answer,
     assert_at_rest,
     collect,
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(60)
 LONG = tuple(range(41))  # ten whole blocks, two a chunk
 
 
-async def report(panel: Panel) -> dict[str, Any]:
+async def report(panel: PairedWorker) -> dict[str, Any]:
     """As JSON, as an operator reads it."""
     found: dict[str, Any] = json.loads(json.dumps(await panel.host.holds.report()))
     for hold in found["holds"]:
@@ -132,7 +132,7 @@ async def test_an_announcement_that_nobody_has_taken_is_named() -> None:
         await assert_at_rest(p)
 
 
-def _prompt(p: Panel) -> Any:
+def _prompt(p: PairedWorker) -> Any:
     from prefill.service import PrefillServicer
 
     request = worker_pb2.PrefillRequest(

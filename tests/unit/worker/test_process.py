@@ -15,7 +15,7 @@ from engine.base.errors import ConfigError
 from engine.base.options import WorkerOptions
 from engine.base.types import Role
 from engine.rpc.server import RpcServer
-from tests.support.panels import start
+from tests.support.worker_pair import start
 from worker.exit_status import ENGINE_DIED
 from worker.process import (
     ENGINE,

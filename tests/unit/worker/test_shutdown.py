@@ -13,14 +13,24 @@ import pytest
 from engine.base.errors import Unavailable
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from kvtransfer.transport import ReadState
-from tests.support.panels import Ask, Panel, assert_at_rest, collect, decode_stub, pair, until
+from tests.support.worker_pair import (
+    Ask,
+    PairedWorker,
+    assert_at_rest,
+    collect,
+    decode_stub,
+    pair,
+    until,
+)
 from worker.shutdown import Orders
 
 pytestmark = pytest.mark.timeout(60)
 LONG = tuple(range(41))
 
 
-def _begin(d: Panel, p: Panel | None, ask: Ask) -> tuple[asyncio.Task[None], list[int]]:
+def _begin(
+    d: PairedWorker, p: PairedWorker | None, ask: Ask
+) -> tuple[asyncio.Task[None], list[int]]:
     tokens: list[int] = []
     call = decode_stub(d).Decode(ask.pb(p))
     return asyncio.create_task(collect(call, tokens)), tokens

@@ -17,7 +17,7 @@ from coordinator.api.openai.completions import read_completion
 from coordinator.api.openai.errors import Refused
 from coordinator.api.validation.request import validate_generate
 from coordinator.api.validation.tools import UNPARSED, check_tool_calls
-from coordinator.generation.output import Answer
+from coordinator.generation.output import Output
 from coordinator.generation.shared_parts import SharedParts
 from coordinator.text import json_bounds as nesting
 from coordinator.text import stops as stops_module
@@ -157,7 +157,7 @@ def test_what_is_resumed_is_taken_in_pieces(checkpoint) -> None:  # noqa: F811
     asked = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1]), stop=pb.Stop(stop=["zq"] * 16))
     asked.resume.add(token_ids=ids)
     checked = validate_generate(asked, LIMITS)
-    answer = Answer(tokenizer, checked, [1], max_tokens=8100, min_tokens=0)
+    answer = Output(tokenizer, checked, [1], max_tokens=8100, min_tokens=0)
     assert answer.token_ids == []
     sizes = []
     for _ in answer.catch_up():

@@ -18,7 +18,7 @@ import grpc
 import pytest
 import structlog
 
-from coordinator.client import AsyncClient, Client, Done, Patience, TextDelta
+from coordinator.client import AsyncClient, Client, Done, RetryPolicy, TextDelta
 from engine.base.errors import (
     DeadlineExceeded,
     DiptychError,
@@ -38,7 +38,7 @@ from tests.support.fake_coordinator import (
 )
 
 KINDS = ("blocking", "asyncio")
-QUICK = Patience(give_up_s=1.0, backoff_s=0.01, max_backoff_s=0.05)
+QUICK = RetryPolicy(give_up_s=1.0, backoff_s=0.01, max_backoff_s=0.05)
 TEXT = whole(ANSWER)
 
 
@@ -70,16 +70,16 @@ async def ask(
     kind: str,
     addresses: str,
     *,
-    patience: Patience = QUICK,
+    retry_policy: RetryPolicy = QUICK,
     seed: int = 1,
     **options: Any,
 ) -> Got:
     """One answer by one of the two clients; an error is kept."""
-    got, dice = Got(), random.Random(seed)
+    got, rng = Got(), random.Random(seed)
     options = {"timeout_s": 30.0, **options}
 
     def blocking() -> None:
-        with Client(addresses, patience=patience, dice=dice) as client:
+        with Client(addresses, retry_policy=retry_policy, rng=rng) as client:
             try:
                 for event in client.generate("x", **options):
                     got.take(event)
@@ -88,7 +88,7 @@ async def ask(
             got.num_resumed = client.num_resumed
 
     async def for_asyncio() -> None:
-        async with AsyncClient(addresses, patience=patience, dice=dice) as client:
+        async with AsyncClient(addresses, retry_policy=retry_policy, rng=rng) as client:
             try:
                 async for event in client.generate("x", **options):
                     got.take(event)
@@ -163,12 +163,12 @@ async def test_it_leaves_no_seam_in_any_choice(kind: str, after: int) -> None:
         got = [Got() for _ in range(3)]
 
         def blocking() -> None:
-            with Client(both(fakes), patience=QUICK) as client:
+            with Client(both(fakes), retry_policy=QUICK) as client:
                 for event in client.generate("x", n=3, timeout_s=30):
                     got[event.index].take(event)
 
         async def for_asyncio() -> None:
-            async with AsyncClient(both(fakes), patience=QUICK) as client:
+            async with AsyncClient(both(fakes), retry_policy=QUICK) as client:
                 async for event in client.generate("x", n=3, timeout_s=30):
                     got[event.index].take(event)
 
@@ -188,7 +188,7 @@ async def test_it_leaves_no_seam_in_any_choice(kind: str, after: int) -> None:
 async def test_the_only_coordinator_is_waited_for(kind: str) -> None:
     script = {"cues": [Cue(5, "vanish")], "pace_s": 0.002, "back_s": 0.7}
     async with coordinators(script) as fakes:
-        got = await ask(kind, fakes[0].address, patience=Patience())
+        got = await ask(kind, fakes[0].address, retry_policy=RetryPolicy())
         got.check()
         assert got.num_resumed == 1
 
@@ -411,7 +411,7 @@ async def test_one_blocking_client_serves_many_threads() -> None:
         {"cues": [Cue(i % 5, "unavailable") for i in range(12)], "pace_s": 0.005},
     ]
     async with coordinators(*scripts) as fakes:
-        with Client(both(fakes), patience=QUICK) as client:
+        with Client(both(fakes), retry_policy=QUICK) as client:
 
             def read(_: int) -> Got:
                 got = Got()
@@ -478,8 +478,11 @@ async def test_a_stopped_coordinator_is_noticed_by_its_silence(kind: str) -> Non
     port = int(nobody().rpartition(":")[2])
     with process_at(port) as process:
         async with coordinators({}) as fakes:
-            patience, addresses = Patience(ping_s=1.0), f"127.0.0.1:{port},{fakes[0].address}"
-            asking = asyncio.create_task(ask(kind, addresses, patience=patience))
+            retry_policy, addresses = (
+                RetryPolicy(ping_s=1.0),
+                f"127.0.0.1:{port},{fakes[0].address}",
+            )
+            asking = asyncio.create_task(ask(kind, addresses, retry_policy=retry_policy))
             await asyncio.sleep(0.7)
             process.send_signal(signal.SIGSTOP)
             stopped = time.monotonic()
@@ -518,7 +521,7 @@ async def test_a_coordinator_whose_event_loop_hangs_is_noticed_by_its_silence(
 async def test_one_that_is_only_slow_is_waited_for(kind: str) -> None:
     """It sends `Alive`, and the caller takes its time over an event: no silence of its own."""
     async with coordinators({"first_s": 4.0}, {}) as fakes:
-        got = await ask(kind, both(fakes), patience=Patience())
+        got = await ask(kind, both(fakes), retry_policy=RetryPolicy())
         got.check()
         assert [len(fake.requests) for fake in fakes] == [1, 0]
 
@@ -528,7 +531,7 @@ async def test_the_only_one_that_hangs_gets_more_time_with_each_call(kind: str) 
     """It takes 1.5 s to answer and sends no `Alive`, as if its loop were late each time."""
     cues = [Cue(99, "stuck")] * 4
     async with coordinators({"first_s": 1.5, "cues": cues}) as fakes:
-        got = await ask(kind, fakes[0].address, patience=Patience(silence_s=0.5))
+        got = await ask(kind, fakes[0].address, retry_policy=RetryPolicy(silence_s=0.5))
         got.check()
         assert len(fakes[0].requests) == 3
 
@@ -536,16 +539,16 @@ async def test_the_only_one_that_hangs_gets_more_time_with_each_call(kind: str) 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_caller_that_takes_its_time_loses_no_call(kind: str) -> None:
     async with coordinators({"pace_s": 0.01}, {}) as fakes:
-        got, quick = Got(), Patience(silence_s=0.6)
+        got, quick = Got(), RetryPolicy(silence_s=0.6)
 
         def blocking() -> None:
-            with Client(both(fakes), patience=quick) as client:
+            with Client(both(fakes), retry_policy=quick) as client:
                 for i, event in enumerate(client.generate("x", timeout_s=30)):
                     got.take(event)
                     time.sleep(1.5 if i == 3 else 0)
 
         async def for_asyncio() -> None:
-            async with AsyncClient(both(fakes), patience=quick) as client:
+            async with AsyncClient(both(fakes), retry_policy=quick) as client:
                 i = 0
                 async for event in client.generate("x", timeout_s=30):
                     got.take(event)
@@ -565,7 +568,7 @@ async def test_a_caller_that_takes_its_time_loses_no_call(kind: str) -> None:
 async def test_pings_during_a_silence_are_no_offence() -> None:
     """More than a server forgives by default; ours counts none (else: GOAWAY, too_many_pings)."""
     async with coordinators({"first_s": 6.0}) as fakes:
-        got = await ask("asyncio", fakes[0].address, patience=Patience(ping_s=0.25))
+        got = await ask("asyncio", fakes[0].address, retry_policy=RetryPolicy(ping_s=0.25))
         got.check()
         assert len(fakes[0].requests) == 1
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from coordinator.client import Done, Prompt, TextDelta, chat_request, generate_request
-from coordinator.client.attempts import PATIENCE, Attempts
+from coordinator.client.attempts import RETRY_POLICY, Attempts
 from coordinator.client.stream import Stream
 from engine.base.seeds import choice_seed
 from engine.pb.diptych.v1 import inference_pb2
@@ -73,8 +73,8 @@ def tools(full: int) -> Any:
 
 
 def stream_of(request: Any) -> Stream:
-    attempts = Attempts(1, 0, PATIENCE, random.Random(1))
-    return Stream(request, attempts, PATIENCE, ["a"])
+    attempts = Attempts(1, 0, RETRY_POLICY, random.Random(1))
+    return Stream(request, attempts, RETRY_POLICY, ["a"])
 
 
 async def heard(stub: Any, request: Any, cuts: list[int]) -> tuple[list[Any], int]:

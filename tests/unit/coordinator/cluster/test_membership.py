@@ -6,8 +6,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from coordinator.cluster.membership import (
-    DOUBT_S,
     FORGET_S,
+    PENALTY_S,
     SILENCE_S,
     Hello,
     Load,
@@ -294,18 +294,18 @@ def test_who_fails_a_request_is_avoided_for_a_while():
     table.register(hello("p0", Role.PREFILL, incarnation="c"))
     first = pick(table.snapshot(), Role.DECODE)
     assert first.peer.worker_id == "d0"
-    table.doubt(first)
+    table.penalize(first)
     assert pick(table.snapshot(), Role.DECODE).peer.worker_id == "d1"
-    table.doubt(pick(table.snapshot(), Role.DECODE))
+    table.penalize(pick(table.snapshot(), Role.DECODE))
     assert pick(table.snapshot(), Role.DECODE).peer.worker_id == "d0", "better than nobody"
-    table.doubt(pick(table.snapshot(), Role.PREFILL))
+    table.penalize(pick(table.snapshot(), Role.PREFILL))
     assert pick(table.snapshot(), Role.PREFILL) is None, "the decode worker computes it"
-    clock.now += DOUBT_S / 2
+    clock.now += PENALTY_S / 2
     assert pick(table.snapshot(), Role.PREFILL) is None
-    clock.now += SILENCE_S - DOUBT_S / 2 - 0.1
-    table.doubt(first)
+    clock.now += SILENCE_S - PENALTY_S / 2 - 0.1
+    table.penalize(first)
     table.register(hello("d0", incarnation="another"))
-    assert not table.snapshot()[0].doubtful, "another process is another matter"
+    assert not table.snapshot()[0].degraded, "another process is another matter"
 
 
 def test_a_worker_that_reports_a_stall_keeps_its_place_and_comes_last():

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from coordinator.api.grpc.service import _row
 from coordinator.cluster.membership import (
-    DOUBT_S,
+    PENALTY_S,
     STRIKES,
     STRIKES_S,
     Hello,
@@ -75,10 +75,10 @@ class Table:
 def test_a_degraded_worker_is_the_last_choice_and_no_more() -> None:
     table = Table()
     table.beat(Health.DEGRADED, "decode-0")
-    assert table.worker("decode-0").doubtful
+    assert table.worker("decode-0").degraded
     assert not table.sick
     table.beat()
-    assert not table.worker("decode-0").doubtful
+    assert not table.worker("decode-0").degraded
 
 
 def test_operators_see_health() -> None:
@@ -92,7 +92,7 @@ def test_operators_see_health() -> None:
     table.beat(Health.DEGRADED, "decode-0")
     assert shown() == ("degraded", "[yellow]ready, degraded[/]")
     for _ in range(STRIKES):
-        table.pass_time(DOUBT_S + 1)
+        table.pass_time(PENALTY_S + 1)
         table.accuse("decode-0")
     assert shown() == ("sick", "[red]ready, sick[/]")
 
@@ -102,7 +102,7 @@ def test_a_failed_self_test_is_enough_and_counts_once() -> None:
     for _ in range(3):
         table.beat(Health.SICK, "prefill-1")
     assert table.sick == ["prefill-1"]
-    assert table.worker("prefill-1").doubtful
+    assert table.worker("prefill-1").degraded
     labels = {"model_name": "m", "worker": "prefill-1"}
     assert table.registry.get_sample_value("diptych_sick_workers_total", labels) == 1
 
@@ -113,12 +113,12 @@ def test_proofs_of_one_moment_are_one_and_old_ones_do_not_count() -> None:
     for _ in range(40):
         table.members.accuse(worker, worker)
     assert not table.sick
-    table.pass_time(DOUBT_S + 1)
+    table.pass_time(PENALTY_S + 1)
     table.members.accuse(worker, worker)
     table.pass_time(STRIKES_S + 1)
     for _ in range(STRIKES - 1):
         table.members.accuse(worker, worker)
-        table.pass_time(DOUBT_S + 1)
+        table.pass_time(PENALTY_S + 1)
     assert not table.sick
     old = replace(worker, peer=replace(worker.peer, incarnation="older"))
     table.members.accuse(old, old)
@@ -144,7 +144,7 @@ async def test_who_could_not_what_another_could_is_accused() -> None:
     table = Table()
     for _ in range(2 * STRIKES):  # each worker is avoided after its failure: the two take turns
         await attempts(table, elsewhere=True)
-        table.pass_time(DOUBT_S + 1)
+        table.pass_time(PENALTY_S + 1)
     assert table.sick
 
 
@@ -154,7 +154,7 @@ async def test_a_request_that_fails_everywhere_makes_nobody_sick() -> None:
         dispatch = table.dispatch()
         for _ in range(3):
             await dispatch.failed(await dispatch.next(10), Unavailable("not finite", sick=True))
-        table.pass_time(DOUBT_S + 1)
+        table.pass_time(PENALTY_S + 1)
     assert not table.sick
 
 
@@ -169,7 +169,7 @@ async def damaged_blocks(table: Table, *, of: str = "", found_by: str = "") -> N
             break
         await dispatch.failed(route, Unavailable("damaged", lost="prefill", sick=True))
     dispatch.progressed()
-    table.pass_time(DOUBT_S + 1)
+    table.pass_time(PENALTY_S + 1)
 
 
 async def test_a_prefill_worker_is_accused_for_its_blocks() -> None:

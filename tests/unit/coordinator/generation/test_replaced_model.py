@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from coordinator.cluster.membership import FORGET_S, SILENCE_S, Hello, Membership
-from coordinator.generation.dispatch import Dispatch, Home, home_name, home_of
+from coordinator.generation.dispatch import Affinity, Dispatch, affinity_of, affinity_token_of
 from engine.base.errors import Mismatch, Unavailable
 from engine.base.types import PROTOCOL_VERSION, ModelIdentity, Peer, Role
 from engine.telemetry.metrics import CoordinatorMetrics
@@ -29,14 +29,14 @@ class Table:
         peer = Peer(name, f"{name}-{self.now}", "127.0.0.1:1")
         self.members.register(Hello(peer, Role.DECODE, "", model, PROTOCOL_VERSION))
 
-    def dispatch(self, home: Home | None = None) -> Dispatch:
+    def dispatch(self, affinity_token: Affinity | None = None) -> Dispatch:
         deadline_s = self.now + 1000
         return Dispatch(
             self.members,
             worker_wait_s=0.0,
             deadline_s=deadline_s,
             clock=lambda: self.now,
-            home=home,
+            affinity_token=affinity_token,
         )
 
 
@@ -68,16 +68,16 @@ async def test_a_resume_names_the_model_that_began() -> None:
     table = Table()
     table.come("decode-0")
     (worker,) = table.members.snapshot()
-    name = home_name(worker)
+    name = affinity_token_of(worker)
     assert len(name) <= 128
-    assert home_of(table.members, name).decode == worker.peer.incarnation
+    assert affinity_of(table.members, name).decode == worker.peer.incarnation
     after = Table()  # another coordinator, or this one later
     after.come("decode-0", OTHER)
     with pytest.raises(Mismatch):
-        await after.dispatch(home_of(after.members, name)).next(41)
+        await after.dispatch(affinity_of(after.members, name)).next(41)
     same = Table()
     same.now += 7.0
     same.come("decode-9")
-    assert (await same.dispatch(home_of(same.members, name)).next(41)).prefill is None
+    assert (await same.dispatch(affinity_of(same.members, name)).next(41)).prefill is None
     for hint in ("", "x", "a.b", "0" * 128, f"{'g' * 16}.{'0' * 16}", name[:16], name + "\n"):
-        await after.dispatch(home_of(after.members, hint)).next(41)  # no name of ours
+        await after.dispatch(affinity_of(after.members, hint)).next(41)  # no name of ours

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.api.validation.request import validate_chat, validate_generate
-from coordinator.generation.output import Answer
+from coordinator.generation.output import Output
 from coordinator.text.served_model import Limits
 from coordinator.text.tokenizer import Tokenizer
 from engine.base.types import FinishReason
@@ -39,10 +39,10 @@ def run(text: str, tokenizer: Tokenizer | None = None, skip: bool = True, **stop
         output=pb.Output(skip_special_tokens=skip),
     )
     checked = validate_generate(request, LIMITS)
-    answer = Answer(tokenizer, checked, [1, 5], max_tokens=100, min_tokens=checked.min_tokens)
+    answer = Output(tokenizer, checked, [1, 5], max_tokens=100, min_tokens=checked.min_tokens)
     released = "".join([answer.push([token]).text for token in ids])
     released += answer.finish().text if answer.ending else ""
-    together = Answer(tokenizer, checked, [1, 5], max_tokens=100, min_tokens=checked.min_tokens)
+    together = Output(tokenizer, checked, [1, 5], max_tokens=100, min_tokens=checked.min_tokens)
     assert together.push(ids).text == released
     ending = answer.ending
     if ending is None:
@@ -112,7 +112,7 @@ def test_a_stop_that_the_last_characters_complete():
         token_ids=pb.TokenIds(ids=[1]), stop=pb.Stop(max_tokens=len(ids), stop=["\u4e2d"])
     )
     checked = validate_generate(request, LIMITS)
-    answer = Answer(tokenizer, checked, [1], max_tokens=len(ids), min_tokens=0)
+    answer = Output(tokenizer, checked, [1], max_tokens=len(ids), min_tokens=0)
     assert answer.push(ids).text + answer.finish().text == "a "
     assert answer.ending
     assert answer.ending.matched_text == "\u4e2d"
@@ -142,7 +142,7 @@ def test_neither_messages_nor_a_resume_change_an_answer(kind, ids, stops, skip, 
         if resumed:
             request.resume.add(token_ids=resumed)
         checked = validate_generate(request, LIMITS)
-        answer = Answer(tokenizer, checked, [1, 200], max_tokens=15, min_tokens=0)
+        answer = Output(tokenizer, checked, [1, 200], max_tokens=15, min_tokens=0)
         list(answer.catch_up())
         return answer
 
@@ -172,7 +172,7 @@ def test_beside_tools():
             tools_json=json.dumps([tool]),
             stop=pb.Stop(stop=[END], ignore_eos=ignore_eos),
         )
-        answer = Answer(smollm2(), validate_chat(request, LIMITS), max_tokens=100, min_tokens=0)
+        answer = Output(smollm2(), validate_chat(request, LIMITS), max_tokens=100, min_tokens=0)
         chunk = answer.push(smollm2().encode(text))
         assert chunk.text == ""
         assert [piece.name for piece in chunk.tool_calls] == ["f"]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from coordinator.api.validation.request import validate_chat
 from coordinator.api.validation.tools import check_tool_calls, check_tools, text_schema, tool_use
-from coordinator.generation.output import Answer
+from coordinator.generation.output import Output
 from coordinator.generation.request import Ending
 from coordinator.text.served_model import Limits
 from coordinator.text.tokenizer import Tokenizer
@@ -490,10 +490,10 @@ def with_markers(tokenizer: Tokenizer) -> Tokenizer:
     return replace(tokenizer, library=library, special_ids=special, _pieces={})
 
 
-def answer_of(tokenizer: Tokenizer, form: ToolFormat, **fields) -> Answer:
+def answer_of(tokenizer: Tokenizer, form: ToolFormat, **fields) -> Output:
     request = chat(request_id="r", **fields)
     limits = replace(LIMITS, vocab_size=60_000, tool_format=form)
-    answer = Answer(tokenizer, validate_chat(request, limits), max_tokens=500, min_tokens=0)
+    answer = Output(tokenizer, validate_chat(request, limits), max_tokens=500, min_tokens=0)
     list(answer.catch_up())
     return answer
 

@@ -1,4 +1,4 @@
-"""Chances of drafted tokens: learned by grade and by request, forgotten with the request."""
+"""Chances of drafted tokens: learned by bucket and by request, forgotten with the request."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from decode.speculative.acceptance import Acceptance
 from engine.scheduling.speculation import Draft
 
 
-def follow(acceptance: Acceptance, request_id: str, grade: int, chance: float, count: int) -> None:
+def follow(acceptance: Acceptance, request_id: str, bucket: int, chance: float, count: int) -> None:
     rng = random.Random(count)
     for _ in range(count):
         token = 7 if rng.random() < chance else 8
-        acceptance.learn(request_id, Draft([7], [grade]), [token])
+        acceptance.learn(request_id, Draft([7], [bucket]), [token])
 
 
-def chance_of(acceptance: Acceptance, request_id: str, grade: int) -> float:
-    return acceptance.survival(request_id, [grade], 0.0)[0]
+def chance_of(acceptance: Acceptance, request_id: str, bucket: int) -> float:
+    return acceptance.survival(request_id, [bucket], 0.0)[0]
 
 
 def test_survival_is_the_product_along_the_draft() -> None:
@@ -50,8 +50,8 @@ def test_a_request_may_differ_from_the_others() -> None:
 def test_tokens_count_up_to_the_first_that_differs() -> None:
     acceptance = Acceptance([0.5, 0.5, 0.5, 0.5])
     acceptance.learn("a", Draft([1, 2, 3, 4], [0, 1, 2, 3]), [1, 9, 3, 4])
-    acceptance.finish("a")  # what remains is what grades learned
-    chances = [chance_of(acceptance, "a", grade) for grade in range(4)]
+    acceptance.finish("a")  # what remains is what buckets learned
+    chances = [chance_of(acceptance, "a", bucket) for bucket in range(4)]
     assert chances[0] > 0.5 > chances[1]
     assert chances[2:] == [0.5, 0.5]
     # One token came: it tells about the first only. None came: about nothing.

@@ -10,7 +10,7 @@ import random
 import pytest
 
 from decode.speculative.acceptance import Acceptance
-from decode.speculative.draft_length import LONGEST_STEP, SHARED_STEP, MeasuredPace
+from decode.speculative.draft_length import LONGEST_STEP, SHARED_STEP, MeasuredDraftLength
 from decode.speculative.step_cost import StepCost
 from engine.scheduling.speculation import FORCED, NO_DRAFT, Draft
 from tests.support.drafting import CURVES, Known, fixed, measured, seconds
@@ -104,13 +104,13 @@ def sure(count: int) -> Draft:
     return Draft([7] * count, [0] * count)
 
 
-def make(chance: float, row_cost: float) -> MeasuredPace:
+def make(chance: float, row_cost: float) -> MeasuredDraftLength:
     """A pace that knows that a row more costs so much of a step of one row."""
     cost = StepCost()
     for _ in range(50):
         for rows in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
             cost.observe(rows, 0.01 * (1 + row_cost * (rows - 1)))
-    return MeasuredPace(Acceptance([chance, 0.01]), cost)
+    return MeasuredDraftLength(Acceptance([chance, 0.01]), cost)
 
 
 def test_lengths_follow_chances_and_costs() -> None:
@@ -157,7 +157,7 @@ def test_memory_is_freed() -> None:
 
 def test_no_step_is_much_longer_than_one_without_drafts() -> None:
     """Certain drafts, rows that cost a third of a step each: all sixteen would give the most."""
-    pace = MeasuredPace(Acceptance((0.99,)), StepCost())
+    pace = MeasuredDraftLength(Acceptance((0.99,)), StepCost())
     for num_rows in (1, 2, 3, 5, 9, 17) * 200:
         pace.stepped(num_rows, 0.003 * (1 + (num_rows - 1) / 3))
     draft = Draft(list(range(16)), [0] * 16)

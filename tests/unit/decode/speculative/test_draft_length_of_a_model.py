@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from decode.speculative.acceptance import Acceptance
-from decode.speculative.draft_length import MeasuredPace
+from decode.speculative.draft_length import MeasuredDraftLength
 from decode.speculative.step_cost import StepCost
-from engine.scheduling.speculation import NO_DRAFT, UNWRITTEN, Draft
+from engine.scheduling.speculation import NO_DRAFT, PENDING, Draft
 
 
 def promise(count: int) -> Draft:
-    return Draft([UNWRITTEN] * count, [0] * count)
+    return Draft([PENDING] * count, [0] * count)
 
 
-def make_with_passes(chance: float, pass_cost: float) -> MeasuredPace:
+def make_with_passes(chance: float, pass_cost: float) -> MeasuredDraftLength:
     """Rows of a step are nearly free; a draft model's pass costs so much of a step."""
     cost, passes = StepCost(), StepCost()
     for _ in range(50):
         for rows in (1, 2, 4, 8, 16, 32):
             cost.observe(rows, 0.01 * (1 + 0.01 * (rows - 1)))
             passes.observe(rows, 0.01 * pass_cost * (1 + 0.01 * (rows - 1)))
-    return MeasuredPace(Acceptance([chance]), cost, passes)
+    return MeasuredDraftLength(Acceptance([chance]), cost, passes)
 
 
 def test_passes_of_a_draft_model_are_paid_for() -> None:

@@ -17,7 +17,7 @@ from engine.scheduling.speculation import NO_DRAFT, Draft, Drafter
 ALONE, DIFFER, AGREE = range(3)
 
 
-def grade(kind: int, length: int) -> int:
+def bucket(kind: int, length: int) -> int:
     bucket = max(i for i, least in enumerate(ngram._LENGTHS) if least <= max(1, length))
     return kind * len(ngram._LENGTHS) + bucket
 
@@ -46,7 +46,7 @@ def rescan(tokens: list[int], max_tokens: int) -> Draft:
             kinds[i] = AGREE if draft[i] == other[i] else DIFFER
             if kinds[i] == DIFFER:
                 break
-    return Draft(draft, [grade(kind, best + i) for i, kind in enumerate(kinds)])
+    return Draft(draft, [bucket(kind, best + i) for i, kind in enumerate(kinds)])
 
 
 @settings(max_examples=300, deadline=None)
@@ -93,27 +93,27 @@ def test_what_followed_last_time() -> None:
 
 
 def test_grades_tell_what_supports_a_token() -> None:
-    def grades(tokens: list[int], max_tokens: int) -> list[int]:
-        return NgramDrafter().propose("r", tokens, max_tokens).grades
+    def buckets(tokens: list[int], max_tokens: int) -> list[int]:
+        return NgramDrafter().propose("r", tokens, max_tokens).buckets
 
-    assert grades([1, 2, 7, 8, 1, 2], 3) == [grade(ALONE, n) for n in (2, 3, 4)]
+    assert buckets([1, 2, 7, 8, 1, 2], 3) == [bucket(ALONE, n) for n in (2, 3, 4)]
     # The two matches of (1, 2) agree on 7 and differ after it.
     tokens = [1, 2, 7, 5, 0, 1, 2, 7, 6, 9, 1, 2]
-    assert grades(tokens, 3) == [grade(AGREE, 2), grade(DIFFER, 3), grade(ALONE, 4)]
+    assert buckets(tokens, 3) == [bucket(AGREE, 2), bucket(DIFFER, 3), bucket(ALONE, 4)]
 
 
 def test_every_grade_has_a_chance() -> None:
     chances = NgramDrafter.acceptance
     assert len(chances) == 3 * len(ngram._LENGTHS)
     assert all(0 < chance < 1 for chance in chances)
-    assert len(NgramDrafter().propose("r", [1] * 100, 10**6).grades) == ngram.MAX_DRAFT
+    assert len(NgramDrafter().propose("r", [1] * 100, 10**6).buckets) == ngram.MAX_DRAFT
 
 
 def test_pairs_are_not_confused() -> None:
     """Only equal tokens are a match, also at the ends of the token range."""
     big = 2**32 - 1
-    assert NgramDrafter().propose("r", [1, big, 7, 0, big], 1).grades == [grade(ALONE, 1)]
-    assert NgramDrafter().propose("s", [big, 0, 7, big, 0], 1).grades == [grade(ALONE, 2)]
+    assert NgramDrafter().propose("r", [1, big, 7, 0, big], 1).buckets == [bucket(ALONE, 1)]
+    assert NgramDrafter().propose("s", [big, 0, 7, big, 0], 1).buckets == [bucket(ALONE, 2)]
 
 
 def test_requests_do_not_see_each_other() -> None:

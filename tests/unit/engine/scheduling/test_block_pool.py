@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from engine.base.kv_layout import KVLayout, block_names, name_salt
+from engine.base.kv_layout import KVLayout, block_hashes, hash_salt
 from engine.scheduling.block_pool import BlockPool, NoRoom
 from engine.scheduling.block_table import BlockTable
 
@@ -65,7 +65,7 @@ class PoolMachine(RuleBasedStateMachine):
             block, key = table.blocks[index], bytes([name])
             known = self.pool.match([key])
             had_name = any(self.pool.match([k]) == [block] for k in self.promised)
-            self.pool.name(block, key)
+            self.pool.set_hash(block, key)
             if not known and not had_name:
                 self.promised[key] = self.bytes[block]
 
@@ -116,7 +116,7 @@ def test_least_recently_used_name_goes_first() -> None:
     pool = BlockPool(3)
     blocks = pool.take(3)
     for block in blocks:
-        pool.name(block, bytes([block]))
+        pool.set_hash(block, bytes([block]))
     pool.release([blocks[1]])
     pool.release([blocks[0]])
     pool.release([blocks[2]])
@@ -129,7 +129,7 @@ def test_a_prefix_outlives_its_continuation() -> None:
     pool = BlockPool(3)
     blocks = pool.take(3)
     for block in blocks:
-        pool.name(block, bytes([block]))
+        pool.set_hash(block, bytes([block]))
     pool.release(blocks)
     pool.take(1)
     assert pool.match([bytes([b]) for b in blocks]) == blocks[:2]
@@ -152,23 +152,23 @@ def test_misuse_is_an_error() -> None:
     with pytest.raises(ValueError, match="not held"):
         pool.release([0])
     with pytest.raises(ValueError, match="not held"):
-        pool.name(0, b"x")
+        pool.set_hash(0, b"x")
     with pytest.raises(NoRoom):
         pool.take(3)
     assert pool.num_free == 2
 
 
 def test_names_depend_on_every_token_the_parent_and_the_salt() -> None:
-    salt = name_salt(digest="d")
-    names = block_names(list(range(12)), 4, salt)
-    assert len(set(names)) == 3
-    assert block_names(list(range(11)), 4, salt) == names[:2]
-    changed = block_names([99, *range(1, 12)], 4, salt)
-    assert not set(changed) & set(names)
-    assert not set(block_names(list(range(12)), 4, name_salt(digest="d", cache_salt="s"))) & set(
-        names
+    salt = hash_salt(digest="d")
+    hashes = block_hashes(list(range(12)), 4, salt)
+    assert len(set(hashes)) == 3
+    assert block_hashes(list(range(11)), 4, salt) == hashes[:2]
+    changed = block_hashes([99, *range(1, 12)], 4, salt)
+    assert not set(changed) & set(hashes)
+    assert not set(block_hashes(list(range(12)), 4, hash_salt(digest="d", cache_salt="s"))) & set(
+        hashes
     )
-    assert name_salt(digest="ab", adapter="c") != name_salt(digest="a", adapter="bc")
+    assert hash_salt(digest="ab", adapter="c") != hash_salt(digest="a", adapter="bc")
 
 
 def test_layout_sizes() -> None:

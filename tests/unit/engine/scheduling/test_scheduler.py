@@ -8,7 +8,7 @@ from engine.base.types import SamplingParams, StopParams
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.block_table import BlockTable
 from engine.scheduling.plan import FIRST_RANK, MAX_SCORED_BESIDE, Budgets
-from engine.scheduling.request import Request, Work
+from engine.scheduling.request import EngineRequest, Request
 from engine.scheduling.scheduler import Scheduler
 
 AGING = Budgets(64, 8).aging_tokens_per_s
@@ -21,7 +21,7 @@ def prompts(*sizes: tuple[int, float]) -> tuple[Scheduler, list[Request]]:
     requests = []
     for key, (num_tokens, arrival_s) in enumerate(sizes):
         tokens = tuple(range(1000 * key, 1000 * key + num_tokens))
-        request = Request(key, Work("r", tokens, b"salt"), BlockTable(pool, 16), arrival_s)
+        request = Request(key, EngineRequest("r", tokens, b"salt"), BlockTable(pool, 16), arrival_s)
         requests.append(request)
         scheduler.add(request)
     scheduler.admit(0.0)
@@ -50,7 +50,7 @@ def test_a_long_prompt_that_has_waited_goes_first() -> None:
 
 def waits(scheduler: Scheduler, key: int, priority: int, arrival_s: float) -> Request:
     tokens = tuple(range(1000 * key, 1000 * key + 16))
-    work = Work("r", tokens, b"salt", priority=priority)
+    work = EngineRequest("r", tokens, b"salt", priority=priority)
     request = Request(key, work, BlockTable(scheduler.pool, 16), arrival_s)
     scheduler.add(request)
     return request
@@ -101,7 +101,9 @@ def test_few_positions_are_scored_beside_answers_that_are_written() -> None:
     sampling, stop = SamplingParams(), StopParams(100)
     for key, num_prompt_logprobs in ((1, 5), (2, None)):
         tokens = tuple(range(1000 * key, 1000 * key + 800))
-        work = Work("r", tokens, b"salt", sampling, stop, num_prompt_logprobs=num_prompt_logprobs)
+        work = EngineRequest(
+            "r", tokens, b"salt", sampling, stop, num_prompt_logprobs=num_prompt_logprobs
+        )
         scheduler.add(Request(key, work, BlockTable(pool, 16), 0.0))
     scorer, answer = scheduler.admit(0.0)
     assert {row.request.key: row.num_tokens for row in scheduler.plan()} == {1: 256, 2: 256}

@@ -10,7 +10,7 @@ RULES = ("draft_length", "ngram", "verify", "acceptance", "step_cost")
 
 
 def test_scheduling_imports_no_torch() -> None:
-    names = [f"engine.scheduling.{module}" for module in SCHEDULING]
-    names += [f"decode.speculative.{rule}" for rule in RULES]
-    code = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules)"
+    hashes = [f"engine.scheduling.{module}" for module in SCHEDULING]
+    hashes += [f"decode.speculative.{rule}" for rule in RULES]
+    code = f"import sys, {', '.join(hashes)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -17,9 +17,9 @@ from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.constraints import Masks
 from engine.constraints.masks import Place
 from engine.sampling import Sampler, SampleRow
-from engine.scheduling.request import State, Work
+from engine.scheduling.request import EngineRequest, State
 from engine.scheduling.scheduler import fitted
-from engine.scheduling.speculation import FORCED, UNWRITTEN, Draft
+from engine.scheduling.speculation import FORCED, PENDING, Draft
 from tests.support.history_model import VOCAB, logits_of
 from tests.support.tiny_grammar import (
     EOS,
@@ -51,7 +51,7 @@ GRAMMARS = [
 ]
 
 
-def plain_loop(work: Work, grammar: str) -> tuple[list[int], FinishReason]:
+def plain_loop(work: EngineRequest, grammar: str) -> tuple[list[int], FinishReason]:
     """One token at a time; the grammar is asked anew about all tokens each time."""
     assert work.sampling
     assert work.stop
@@ -73,11 +73,11 @@ def plain_loop(work: Work, grammar: str) -> tuple[list[int], FinishReason]:
             return new, FinishReason.LENGTH
 
 
-def constrained(work: Work, grammar: str) -> Work:
+def constrained(work: EngineRequest, grammar: str) -> EngineRequest:
     return replace(work, matcher=matcher_of(grammar, work.output))
 
 
-def some_work(rng: random.Random, shared: Sequence[int] = ()) -> Work:
+def some_work(rng: random.Random, shared: Sequence[int] = ()) -> EngineRequest:
     work = random_work(rng, shared=shared)
     assert work.stop
     stop = replace(work.stop, stop_token_ids=frozenset([EOS]))
@@ -93,8 +93,8 @@ def test_equal_to_the_plain_loop(seed: int, num_blocks: int, draft_tokens: int) 
     rng = random.Random(seed)
     bench = Bench(num_blocks, prompt_tokens=16, draft_tokens=draft_tokens)
     shared = [rng.randrange(VOCAB) for _ in range(24)]
-    works: dict[int, tuple[Work, str]] = {}
-    plain: dict[int, Work] = {}
+    works: dict[int, tuple[EngineRequest, str]] = {}
+    plain: dict[int, EngineRequest] = {}
     for _ in range(24):
         work = some_work(rng, shared)
         if rng.random() < 0.2:
@@ -142,7 +142,7 @@ def test_finished_answers_are_of_the_grammar() -> None:
     for i in range(32):
         sampling = SamplingParams(temperature=1.5, seed=i)
         stop = StopParams(max_tokens=60, stop_token_ids=frozenset([EOS]))
-        work = Work(f"p{i}", (rng.randrange(VOCAB),), SALT, sampling, stop)
+        work = EngineRequest(f"p{i}", (rng.randrange(VOCAB),), SALT, sampling, stop)
         keys.append((bench.add(constrained(work, PERSON)), i))
     bench.run()
     texts = set()
@@ -159,7 +159,7 @@ def test_finished_answers_are_of_the_grammar() -> None:
 def test_what_is_forced_comes_in_one_step() -> None:
     """Jump-ahead: a text without choices takes a step, not one a token."""
     text = "null, and age: 7. ab, cd, ef, gh."
-    work = Work(
+    work = EngineRequest(
         "f",
         (1,),
         SALT,
@@ -189,7 +189,7 @@ def test_neither_min_tokens_nor_ignore_eos_outlives_the_grammar() -> None:
     ):
         stop = StopParams(max_tokens=30, min_tokens=least, stop_token_ids=frozenset(stops))
         bench = Bench(draft_tokens=3)
-        work = Work("m", (3, 4), SALT, SamplingParams(temperature=1.0, seed=2), stop)
+        work = EngineRequest("m", (3, 4), SALT, SamplingParams(temperature=1.0, seed=2), stop)
         key = bench.add(constrained(work, grammar))
         bench.run()
         assert bench.finished[key].reason is FinishReason.STOP
@@ -203,7 +203,7 @@ def test_a_stop_token_that_is_all_the_grammar_allows_is_drawn_in_spite_of_min_to
     comma = encode(",")[0]
     stop = StopParams(max_tokens=9, min_tokens=4, stop_token_ids=frozenset([comma, EOS]))
     bench = Bench(draft_tokens=3)
-    work = Work("m", (3, 4), SALT, SamplingParams(temperature=1.0), stop)
+    work = EngineRequest("m", (3, 4), SALT, SamplingParams(temperature=1.0), stop)
     key = bench.add(constrained(work, regex("a,b")))
     bench.run()
     assert text_of(bench.tokens[key]) == "a,b"
@@ -211,7 +211,7 @@ def test_a_stop_token_that_is_all_the_grammar_allows_is_drawn_in_spite_of_min_to
 
 
 def test_a_grammar_that_fails_ends_its_own_request_only() -> None:
-    work = Work(
+    work = EngineRequest(
         "good", (1, 2), SALT, SamplingParams(), StopParams(12, stop_token_ids=frozenset([EOS]))
     )
     bench = Bench(draft_tokens=3)
@@ -237,7 +237,7 @@ def test_an_answer_whose_blocks_are_fetched_holds_up_nothing() -> None:
     """It has no mask yet and needs none: the engine waits for messages, not for a mask."""
     bench = Bench(64, prompt_tokens=16, draft_tokens=0)
     prompt = tuple(range(33))
-    work = Work("f", prompt, SALT, SamplingParams(), StopParams(max_tokens=6), fetch=True)
+    work = EngineRequest("f", prompt, SALT, SamplingParams(), StopParams(max_tokens=6), fetch=True)
     bench.add(constrained(work, PERSON))
     late = bench.core._metrics.constraint_masks_late
     assert not bench.core.step()
@@ -252,7 +252,7 @@ def test_drafts_are_cut_where_the_grammar_forbids_them() -> None:
     tokens = encode("abcd")
     assert fitted(Draft(tokens, [5, 6, 7, 8]), matcher, 9) == Draft(tokens[:3], [5, 6, 7])
     assert fitted(Draft([], []), matcher, 9) == Draft([], [])
-    promised = Draft([UNWRITTEN] * 3, [0] * 3)
+    promised = Draft([PENDING] * 3, [0] * 3)
     assert fitted(promised, matcher, 3) is promised
 
 
@@ -267,9 +267,9 @@ def test_forced_tokens_are_drafted_and_the_drafter_goes_on_behind_them() -> None
     graded = Draft(longer, list(range(len(longer))))
     cut = len(longer) - 1
     assert fitted(graded, matcher, 20) == Draft(
-        longer[:cut], sure + graded.grades[len(forced) : cut]
+        longer[:cut], sure + graded.buckets[len(forced) : cut]
     )
-    promised = Draft([UNWRITTEN] * 5, [0] * 5)
+    promised = Draft([PENDING] * 5, [0] * 5)
     assert fitted(promised, matcher, 5) == Draft(forced, sure)
 
 

@@ -14,13 +14,13 @@ from decode.speculative.ngram import NgramDrafter
 from decode.speculative.verify import verify
 from engine.attention.batch import Row
 from engine.base.errors import InvalidRequest
-from engine.base.kv_layout import name_salt
+from engine.base.kv_layout import hash_salt
 from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.sampling import Sampler, SampleRow
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.events import AnnouncedEvent, FetchEvent, FinishedEvent, TokensEvent
 from engine.scheduling.plan import Budgets
-from engine.scheduling.request import State, Work
+from engine.scheduling.request import EngineRequest, State
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import Speculation
 from engine.step.core import EngineCore
@@ -28,7 +28,7 @@ from engine.telemetry.metrics import WorkerMetrics
 from tests.support.history_model import VOCAB, HistoryRunner, logits_of
 
 SIZE = 4
-SALT = name_salt(digest="test")
+SALT = hash_salt(digest="test")
 
 
 class Bench:
@@ -57,7 +57,7 @@ class Bench:
         self.fetches: list[FetchEvent] = []
         self.announced: dict[int, list[AnnouncedEvent]] = {}
 
-    def add(self, work: Work) -> int:
+    def add(self, work: EngineRequest) -> int:
         key = self.core.new_key()
         self.core.check_fits(work)
         self.core.add(key, work)
@@ -101,7 +101,7 @@ class Bench:
         assert not self.core._requests
 
 
-def oracle(work: Work, max_model_len: int = 200) -> tuple[list[int], FinishReason]:
+def oracle(work: EngineRequest, max_model_len: int = 200) -> tuple[list[int], FinishReason]:
     """The plain loop: one token at a time, no cache, no batch."""
     assert work.sampling
     assert work.stop
@@ -120,7 +120,7 @@ def oracle(work: Work, max_model_len: int = 200) -> tuple[list[int], FinishReaso
             return new, FinishReason.LENGTH
 
 
-def random_work(rng: random.Random, longest: int = 40, shared: Sequence[int] = ()) -> Work:
+def random_work(rng: random.Random, longest: int = 40, shared: Sequence[int] = ()) -> EngineRequest:
     prompt = [*shared[: rng.randrange(len(shared) + 1)]] if rng.random() < 0.6 else []
     prompt += [rng.randrange(VOCAB) for _ in range(rng.randint(1, longest))]
     sampling = SamplingParams(
@@ -139,10 +139,10 @@ def random_work(rng: random.Random, longest: int = 40, shared: Sequence[int] = (
         min_tokens=rng.choice([0, 0, 5]),
         stop_token_ids=frozenset(rng.sample(range(VOCAB), rng.choice([0, 2]))),
     )
-    return Work(f"r{rng.random()}", tuple(prompt), SALT, sampling, stop)
+    return EngineRequest(f"r{rng.random()}", tuple(prompt), SALT, sampling, stop)
 
 
-def check_answers(bench: Bench, works: dict[int, Work]) -> None:
+def check_answers(bench: Bench, works: dict[int, EngineRequest]) -> None:
     for key, work in works.items():
         expected, reason = oracle(work)
         assert bench.tokens[key] == expected
@@ -211,7 +211,7 @@ def test_eight_long_answers_in_a_pool_for_two_all_finish() -> None:
     works = {}
     for i in range(8):
         prompt = tuple(rng.randrange(VOCAB) for _ in range(90))
-        work = Work(f"long{i}", prompt, SALT, SamplingParams(), StopParams(max_tokens=25))
+        work = EngineRequest(f"long{i}", prompt, SALT, SamplingParams(), StopParams(max_tokens=25))
         works[bench.add(work)] = work
     bench.run()
     for key, work in works.items():
@@ -228,7 +228,7 @@ def test_eight_long_prompts_to_announce_in_a_pool_for_two() -> None:
     bench = Bench(num_blocks=40, prompt_tokens=24)
     works = {}
     for i in range(8):
-        work = Work(f"p{i}", whole_prompt(rng, 20), SALT, announce_from=0)
+        work = EngineRequest(f"p{i}", whole_prompt(rng, 20), SALT, announce_from=0)
         works[bench.add(work)] = work
     for _ in range(500):
         bench.step()
@@ -246,7 +246,7 @@ def test_announced_blocks_are_complete_pinned_and_in_order() -> None:
     rng = random.Random(3)
     bench = Bench(num_blocks=40, prompt_tokens=11)
     prompt = whole_prompt(rng, 12)
-    key = bench.add(Work("p", prompt, SALT, announce_from=2))
+    key = bench.add(EngineRequest("p", prompt, SALT, announce_from=2))
     num_seen = 2
     while key not in bench.finished:
         bench.step()
@@ -262,7 +262,7 @@ def test_announced_blocks_are_complete_pinned_and_in_order() -> None:
     assert bench.pool.num_held == 10, "announced blocks stay pinned for their leases"
     assert bench.runner.num_tokens == len(prompt)
     # The same prompt again is one announcement and no computation.
-    again = bench.add(Work("q", prompt, SALT, announce_from=0))
+    again = bench.add(EngineRequest("q", prompt, SALT, announce_from=0))
     bench.step()
     assert bench.finished[again].counts.num_cached_tokens == len(prompt)
     assert [len(e.block_ids) for e in bench.announced[again]] == [12]
@@ -275,7 +275,7 @@ def test_four_equal_prompts_at_once_compute_their_prefix_once() -> None:
     bench = Bench(prompt_tokens=16)
     works = {}
     for i in range(4):
-        work = Work(f"w{i}", prompt, SALT, SamplingParams(), StopParams(max_tokens=4))
+        work = EngineRequest(f"w{i}", prompt, SALT, SamplingParams(), StopParams(max_tokens=4))
         works[bench.add(work)] = work
     bench.run()
     check_answers(bench, works)
@@ -288,7 +288,9 @@ def test_a_waiter_takes_over_when_the_maker_is_aborted_or_too_slow() -> None:
     prompt = (*whole_prompt(rng, 10), 1)
     for aborted in (True, False):
         bench = Bench()
-        work = Work("maker", prompt, SALT, SamplingParams(), StopParams(max_tokens=3), fetch=True)
+        work = EngineRequest(
+            "maker", prompt, SALT, SamplingParams(), StopParams(max_tokens=3), fetch=True
+        )
         maker = bench.add(work)
         waiter = bench.add(replace(work, request_id="waiter", fetch=False))
         for _ in range(5):
@@ -318,7 +320,7 @@ def deliver(bench: Bench, event: FetchEvent, count: int) -> None:
 def test_fetched_blocks_look_like_a_local_prefix_hit() -> None:
     rng = random.Random(7)
     prompt = (*whole_prompt(rng, 6), 9, 9, 9)
-    work = Work("f", prompt, SALT, SamplingParams(), StopParams(max_tokens=6), fetch=True)
+    work = EngineRequest("f", prompt, SALT, SamplingParams(), StopParams(max_tokens=6), fetch=True)
     bench = Bench(draft_tokens=3)
     key = bench.add(work)
     bench.step()
@@ -345,7 +347,7 @@ def test_fetched_blocks_look_like_a_local_prefix_hit() -> None:
 def test_a_fetch_that_ends_early_is_completed_here() -> None:
     rng = random.Random(8)
     prompt = (*whole_prompt(rng, 6), 9)
-    work = Work("f", prompt, SALT, SamplingParams(), StopParams(max_tokens=6), fetch=True)
+    work = EngineRequest("f", prompt, SALT, SamplingParams(), StopParams(max_tokens=6), fetch=True)
     bench = Bench()
     key = bench.add(work)
     bench.step()
@@ -360,7 +362,7 @@ def test_a_fetch_that_ends_early_is_completed_here() -> None:
 def test_blocks_of_an_aborted_fetch_stay_as_a_prefix() -> None:
     rng = random.Random(9)
     prompt = (*whole_prompt(rng, 6), 9)
-    work = Work("f", prompt, SALT, SamplingParams(), StopParams(max_tokens=6), fetch=True)
+    work = EngineRequest("f", prompt, SALT, SamplingParams(), StopParams(max_tokens=6), fetch=True)
     bench = Bench()
     bench.add(work)
     bench.step()
@@ -376,10 +378,10 @@ def test_blocks_of_an_aborted_fetch_stay_as_a_prefix() -> None:
 def test_a_running_request_is_never_stuck_behind_fetching_ones() -> None:
     """Room held by fetches that never end: the running one gives way and finishes after them."""
     bench = Bench(num_blocks=12, max_model_len=44)
-    runner = Work("a", (1, 2, 3, 4), SALT, SamplingParams(), StopParams(max_tokens=38))
+    runner = EngineRequest("a", (1, 2, 3, 4), SALT, SamplingParams(), StopParams(max_tokens=38))
     key = bench.add(runner)
     bench.step()
-    fetcher = Work(
+    fetcher = EngineRequest(
         "b", tuple(range(33)), SALT, SamplingParams(), StopParams(max_tokens=2), fetch=True
     )
     other = bench.add(fetcher)
@@ -396,16 +398,18 @@ def test_a_running_request_is_never_stuck_behind_fetching_ones() -> None:
 def test_what_can_never_fit_is_refused() -> None:
     bench = Bench(num_blocks=8, max_model_len=200)
     with pytest.raises(InvalidRequest, match="needs 9 KV blocks; this worker has 8"):
-        bench.add(Work("p", tuple([1] * 9 * SIZE), SALT, announce_from=0))
+        bench.add(EngineRequest("p", tuple([1] * 9 * SIZE), SALT, announce_from=0))
     with pytest.raises(InvalidRequest, match="this worker has 8"):
-        bench.add(Work("d", (1, 2), SALT, SamplingParams(), StopParams(max_tokens=100)))
+        bench.add(EngineRequest("d", (1, 2), SALT, SamplingParams(), StopParams(max_tokens=100)))
     with pytest.raises(InvalidRequest, match="expected fewer than 200"):
-        bench.add(Work("d", tuple([1] * 200), SALT, SamplingParams(), StopParams(max_tokens=1)))
+        bench.add(
+            EngineRequest("d", tuple([1] * 200), SALT, SamplingParams(), StopParams(max_tokens=1))
+        )
 
 
 def test_a_failed_step_ends_its_requests_only() -> None:
     bench = Bench()
-    work = Work("a", (1, 2, 3), SALT, SamplingParams(), StopParams(max_tokens=5))
+    work = EngineRequest("a", (1, 2, 3), SALT, SamplingParams(), StopParams(max_tokens=5))
     key = bench.add(work)
     bench.runner.fail_next = 1
     bench.step()
@@ -424,7 +428,7 @@ def test_a_failed_step_ends_its_requests_only() -> None:
 
 def test_unusable_logits_end_their_own_request_only() -> None:
     bench = Bench()
-    good = Work("good", (1, 2, 3), SALT, SamplingParams(), StopParams(max_tokens=9))
+    good = EngineRequest("good", (1, 2, 3), SALT, SamplingParams(), StopParams(max_tokens=9))
     bad = replace(good, request_id="bad", prompt=(4, 5))
     keys = [bench.add(good), bench.add(bad)]
     run = bench.runner.run
@@ -448,9 +452,13 @@ def test_long_prompts_do_not_stop_running_answers() -> None:
     bench = Bench(prompt_tokens=8)
     for i in range(3):
         stop = StopParams(max_tokens=30)
-        bench.add(Work(f"d{i}", (i,), SALT, SamplingParams(), stop))
+        bench.add(EngineRequest(f"d{i}", (i,), SALT, SamplingParams(), stop))
     bench.step()
-    bench.add(Work("long", whole_prompt(rng, 16), SALT, SamplingParams(), StopParams(max_tokens=1)))
+    bench.add(
+        EngineRequest(
+            "long", whole_prompt(rng, 16), SALT, SamplingParams(), StopParams(max_tokens=1)
+        )
+    )
     for _ in range(5):
         bench.step()
         rows = bench.runner.steps[-1]
@@ -487,7 +495,7 @@ def test_fetches_aborts_and_preemption_in_any_order(seed: int) -> None:
     rng = random.Random(seed)
     bench = Bench(num_blocks=26, prompt_tokens=12, draft_tokens=3, max_model_len=90)
     shared = [rng.randrange(VOCAB) for _ in range(24)]
-    works: dict[int, Work] = {}
+    works: dict[int, EngineRequest] = {}
     peers: dict[int, Peer] = {}
     num_fetches = 0
     for turn in range(4000):

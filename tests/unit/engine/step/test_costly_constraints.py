@@ -12,7 +12,7 @@ from engine.base.errors import InvalidRequest
 from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.constraints import Matcher
 from engine.constraints.masks import SLOW_S
-from engine.scheduling.request import Work
+from engine.scheduling.request import EngineRequest
 from tests.support.tiny_grammar import EOS, lark, matcher_of, regex
 from tests.unit.engine.step.test_constrained import PERSON, plain_loop
 from tests.unit.engine.step.test_core import SALT, Bench, oracle, random_work
@@ -46,9 +46,9 @@ def burn(seconds: float) -> None:
         pass
 
 
-def answer(name: str, max_tokens: int = 30) -> Work:
+def answer(name: str, max_tokens: int = 30) -> EngineRequest:
     stop = StopParams(max_tokens, stop_token_ids=frozenset([EOS]))
-    return Work(name, (3, 4, 5), SALT, SamplingParams(), stop)
+    return EngineRequest(name, (3, 4, 5), SALT, SamplingParams(), stop)
 
 
 def test_a_late_mask_keeps_its_own_answer_out_and_changes_no_token() -> None:

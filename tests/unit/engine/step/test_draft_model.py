@@ -18,7 +18,7 @@ from decode.speculative.step_cost import StepCost
 from decode.speculative.verify import verify
 from engine.attention import select_backend
 from engine.attention.base import AttentionBackend
-from engine.base.kv_layout import name_salt
+from engine.base.kv_layout import hash_salt
 from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.cache.kv_cache import KVCache
 from engine.models.llama import LlamaModel
@@ -28,22 +28,22 @@ from engine.sampling import Sampler
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.events import FinishedEvent, TokensEvent
 from engine.scheduling.plan import Budgets
-from engine.scheduling.request import State, Work
+from engine.scheduling.request import EngineRequest, State
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.speculation import Draft, Pace, Speculation
+from engine.scheduling.speculation import Draft, DraftLengthController, Speculation
 from engine.step.core import EngineCore
 from engine.telemetry.metrics import WorkerMetrics
 from tests.support.paged import CPU, layout_of, tiny_config
 from tests.support.plain_loop import PlainLoop
 
 SIZE, VOCAB, MAX_LEN = 4, 101, 200
-SALT = name_salt(digest="draft")
+SALT = hash_salt(digest="draft")
 TARGET = random_model(tiny_config(), 1)
 OTHER = random_model(tiny_config(num_layers=1, num_kv_heads=3, head_dim=12, hidden_size=36), 2)
 DEEPER = random_model(tiny_config(num_layers=4), 3)
 
 
-class Panel:
+class PairedWorker:
     """A decode worker's core with two models in its blocks."""
 
     def __init__(
@@ -54,7 +54,7 @@ class Panel:
         num_blocks: int = 128,
         draft_tokens: int = 4,
         prompt_tokens: int = 16,
-        pace: Pace | None = None,
+        pace: DraftLengthController | None = None,
         size: int = SIZE,
         backend_of: Callable[[KVCache, int, int], AttentionBackend[Any]] = select_backend,
     ) -> None:
@@ -86,7 +86,7 @@ class Panel:
         self.reasons: dict[int, FinishReason] = {}
         self.num_steps = 0
 
-    def add(self, work: Work) -> int:
+    def add(self, work: EngineRequest) -> int:
         key = self.core.new_key()
         self.answers[key] = []
         self.core.add(key, work)
@@ -109,14 +109,14 @@ class Panel:
         self.pool.check()
         assert self.pool.num_held == 0
 
-    def check_named_blocks(self, works: list[Work], draft: LlamaModel) -> int:
+    def check_named_blocks(self, works: list[EngineRequest], draft: LlamaModel) -> int:
         """Every named block of these histories holds the KV that each model gives; how many."""
         num_checked = 0
         for work in works:
-            probe = Panel(TARGET, draft, draft_tokens=0)
+            probe = PairedWorker(TARGET, draft, draft_tokens=0)
             whole = work.prompt[: len(work.prompt) // SIZE * SIZE]
             key = probe.add(dataclasses.replace(work, prompt=whole, sampling=None, stop=None))
-            names = probe.core._requests[key].whole_names(SIZE)
+            names = probe.core._requests[key].whole_hashes(SIZE)
             probe.run()
             for mine, theirs in zip(self.pool.match(names), probe.pool.match(names), strict=False):
                 assert self.kv_cache.draft and probe.kv_cache.draft
@@ -129,7 +129,7 @@ class Panel:
         return num_checked
 
 
-def random_works(rng: random.Random, count: int) -> list[Work]:
+def random_works(rng: random.Random, count: int) -> list[EngineRequest]:
     shared = [rng.randrange(VOCAB) for _ in range(24)]
     works = []
     for i in range(count):
@@ -150,7 +150,7 @@ def random_works(rng: random.Random, count: int) -> list[Work]:
             min_tokens=rng.choice([0, 6]),
             stop_token_ids=frozenset(rng.sample(range(VOCAB), 3)),
         )
-        works.append(Work(f"r{i}", tuple(prompt), SALT, sampling, stop))
+        works.append(EngineRequest(f"r{i}", tuple(prompt), SALT, sampling, stop))
     return works
 
 
@@ -170,7 +170,7 @@ class Moody:
     def finish(self, request_id: str) -> None: ...
 
 
-def judge(works: list[Work], keys: list[int], panel: Panel) -> None:
+def judge(works: list[EngineRequest], keys: list[int], panel: PairedWorker) -> None:
     oracle = PlainLoop(TARGET, MAX_LEN)
     for work, key, (answer, reason) in zip(works, keys, oracle.answers(works), strict=True):
         verdict = oracle.judge(work, answer, panel.answers[key])
@@ -181,12 +181,12 @@ def judge(works: list[Work], keys: list[int], panel: Panel) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_target_as_its_own_draft_is_accepted_whole(temperature: float) -> None:
     """Greedy and sampled: one noise for both."""
-    panel = Panel(TARGET, TARGET)
+    panel = PairedWorker(TARGET, TARGET)
     works = []
     for i in range(6):
         sampling = SamplingParams(temperature=temperature, top_p=0.95, seed=i)
         prompt = tuple((7 * i + j * j) % VOCAB for j in range(5 + 9 * i))
-        works.append(Work(f"r{i}", prompt, SALT, sampling, StopParams(max_tokens=41)))
+        works.append(EngineRequest(f"r{i}", prompt, SALT, sampling, StopParams(max_tokens=41)))
     keys = [panel.add(work) for work in works]
     panel.run()
     judge(works, keys, panel)
@@ -205,7 +205,7 @@ def test_no_draft_changes_a_token(draft: LlamaModel, seed: int) -> None:
     """Small pools (preemption, hits), chunked prompts, and a pace that does what it likes."""
     rng = random.Random(seed)
     works = random_works(rng, 14)
-    panel = Panel(
+    panel = PairedWorker(
         TARGET,
         draft,
         num_blocks=rng.choice([30, 60]),
@@ -232,23 +232,23 @@ def test_no_draft_changes_a_token(draft: LlamaModel, seed: int) -> None:
 
 def test_a_block_is_named_when_it_has_both_models_kv() -> None:
     """Steps without drafts let the draft model lag, but never by a block."""
-    panel = Panel(TARGET, OTHER, draft_tokens=0)
-    work = Work("r", tuple(range(6)), SALT, SamplingParams(), StopParams(max_tokens=40))
+    panel = PairedWorker(TARGET, OTHER, draft_tokens=0)
+    work = EngineRequest("r", tuple(range(6)), SALT, SamplingParams(), StopParams(max_tokens=40))
     key = panel.add(work)
     request = panel.core._requests[key]
     lags = []
     while request.state is not State.FINISHED:
         panel.step()
         lags.append(request.draft_lag)
-        assert request.num_named == (request.num_computed - request.draft_lag) // SIZE
+        assert request.num_hashed == (request.num_computed - request.draft_lag) // SIZE
     assert max(lags) == SIZE - 1
     history = dataclasses.replace(work, prompt=(*work.prompt, *panel.answers[key]))
     assert panel.check_named_blocks([history], OTHER) >= 10
 
 
 def test_a_draft_longer_than_the_window_uses_spare_blocks_and_ends_with_the_answer() -> None:
-    panel = Panel(TARGET, TARGET, draft_tokens=30)
-    work = Work("r", (1, 2, 3), SALT, SamplingParams(), StopParams(max_tokens=20))
+    panel = PairedWorker(TARGET, TARGET, draft_tokens=30)
+    work = EngineRequest("r", (1, 2, 3), SALT, SamplingParams(), StopParams(max_tokens=20))
     key = panel.add(work)
     panel.run()
     judge([work], [key], panel)
@@ -260,11 +260,11 @@ def test_an_answer_goes_on_elsewhere_with_the_same_tokens() -> None:
     """Failover: another worker gets what was given, and drafts on."""
     work = random_works(random.Random(5), 1)[0]
     work = dataclasses.replace(work, stop=StopParams(max_tokens=30))
-    first = Panel(TARGET, OTHER)
+    first = PairedWorker(TARGET, OTHER)
     key = first.add(work)
     first.run()
     for given in (1, 7, 29):
-        again = Panel(TARGET, OTHER)
+        again = PairedWorker(TARGET, OTHER)
         rest = again.add(dataclasses.replace(work, output=tuple(first.answers[key][:given])))
         again.run()
         assert first.answers[key][:given] + again.answers[rest] == first.answers[key]
@@ -273,7 +273,7 @@ def test_an_answer_goes_on_elsewhere_with_the_same_tokens() -> None:
 def test_logits_that_are_no_numbers_end_drafts_and_nothing_else() -> None:
     sick = random_model(tiny_config(), 4)
     sick.weights.norm.fill_(float("nan"))
-    panel = Panel(TARGET, sick)
+    panel = PairedWorker(TARGET, sick)
     works = random_works(random.Random(6), 3)
     keys = [panel.add(work) for work in works]
     panel.run()

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from decode.speculative.draft_length import MeasuredPace
+from decode.speculative.draft_length import MeasuredDraftLength
 from decode.speculative.ngram import NgramDrafter
 from engine.base.types import SamplingParams, StopParams
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.plan import Budgets
-from engine.scheduling.request import Work
+from engine.scheduling.request import EngineRequest
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import Speculation
 from tests.support.drafting import fixed, measured
@@ -40,14 +40,14 @@ class PacedBench(Bench):
         assert speculation is not None
         assert isinstance(speculation.drafter, NgramDrafter)
         pace = speculation.pace
-        assert isinstance(pace, MeasuredPace)
+        assert isinstance(pace, MeasuredDraftLength)
         return not (speculation.drafter._indices or pace._drafts or pace._acceptance._requests)
 
 
-def repeating_work(name: str, max_tokens: int, output: tuple[int, ...] = ()) -> Work:
+def repeating_work(name: str, max_tokens: int, output: tuple[int, ...] = ()) -> EngineRequest:
     """Greedy, and the model's short memory makes a loop of it."""
     stop = StopParams(max_tokens=max_tokens)
-    return Work(name, (3, 1, 4, 1, 5), SALT, SamplingParams(), stop, output=output)
+    return EngineRequest(name, (3, 1, 4, 1, 5), SALT, SamplingParams(), stop, output=output)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -87,7 +87,7 @@ def test_a_failed_step_teaches_no_cost() -> None:
     bench.add(repeating_work("r", 60))
     bench.step()
     pace = bench.scheduler.speculation.pace  # type: ignore[union-attr]
-    assert isinstance(pace, MeasuredPace)
+    assert isinstance(pace, MeasuredDraftLength)
     known = pace._cost._num_steps
     bench.runner.fail_next = 1
     bench.step()
@@ -151,7 +151,7 @@ def test_guesses_leave_the_room_that_the_first_in_the_queue_needs() -> None:
     bench.add(repeating_work("b", 2))
     for _ in range(3):
         bench.step()
-    waiting = Work("c", tuple(range(20)), SALT, SamplingParams(), StopParams(max_tokens=3))
+    waiting = EngineRequest("c", tuple(range(20)), SALT, SamplingParams(), StopParams(max_tokens=3))
     bench.add(waiting)
     bench.scheduler.budgets = replace(bench.scheduler.budgets, num_seqs=1)  # holds it back
     for _ in range(3):

@@ -12,13 +12,15 @@ import pytest
 from engine.base.errors import InvalidRequest
 from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.scheduling.events import FinishedEvent, TokensEvent
-from engine.scheduling.request import Work
+from engine.scheduling.request import EngineRequest
 from engine.step.engine_thread import EngineDied, EngineThread, Stream
 from tests.unit.engine.step.test_core import SALT, Bench, oracle
 
 
-def work(request_id: str, prompt: tuple[int, ...], max_tokens: int, fetch: bool = False) -> Work:
-    return Work(
+def work(
+    request_id: str, prompt: tuple[int, ...], max_tokens: int, fetch: bool = False
+) -> EngineRequest:
+    return EngineRequest(
         request_id, prompt, SALT, SamplingParams(), StopParams(max_tokens=max_tokens), fetch=fetch
     )
 

@@ -17,7 +17,7 @@ from engine.base.types import SamplingParams, StopParams
 from engine.cache.kv_cache import KVCache
 from engine.sampling import Sampler
 from engine.scheduling.block_pool import BlockPool
-from engine.scheduling.request import State, Work
+from engine.scheduling.request import EngineRequest, State
 from engine.step.core import EngineCore
 from engine.step.health import EngineHealth
 from engine.step.self_test import NUM_PROMPT, SelfTest, num_scratch_blocks
@@ -84,8 +84,8 @@ class Sick(Bench):
         return error
 
 
-def work(name: str, prompt: tuple[int, ...], num_tokens: int = 12) -> Work:
-    return Work(name, prompt, SALT, GREEDY, StopParams(max_tokens=num_tokens))
+def work(name: str, prompt: tuple[int, ...], num_tokens: int = 12) -> EngineRequest:
+    return EngineRequest(name, prompt, SALT, GREEDY, StopParams(max_tokens=num_tokens))
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -189,7 +189,7 @@ def test_both_kinds_in_one_step() -> None:
 def test_a_prompt_whose_kv_is_not_finite_is_not_announced() -> None:
     bench = Sick()
     prompt = tuple(range(6 * SIZE))
-    kv = Work("kv", prompt, SALT, announce_from=0)
+    kv = EngineRequest("kv", prompt, SALT, announce_from=0)
     bench.health.bad_prompts = lambda rows: [0] if rows[0].start else []
     key = bench.add(kv)
     bench.run()
@@ -292,10 +292,10 @@ def test_a_peer_that_is_reported_sick_takes_its_blocks_from_running_answers() ->
 def test_names_and_sources_of_a_pool() -> None:
     pool = BlockPool(6)
     blocks = pool.take(5)
-    pool.name(blocks[0], b"own")
-    pool.name(blocks[1], b"p1", frozenset({"P1"}))
-    pool.name(blocks[2], b"both", frozenset({"P1", "P2"}))
-    pool.name(blocks[3], b"p2", frozenset({"P2"}))
+    pool.set_hash(blocks[0], b"own")
+    pool.set_hash(blocks[1], b"p1", frozenset({"P1"}))
+    pool.set_hash(blocks[2], b"both", frozenset({"P1", "P2"}))
+    pool.set_hash(blocks[3], b"p2", frozenset({"P2"}))
     assert pool.sources(blocks) == {"P1", "P2"}
     pool.release(blocks[:2])
     assert pool.forget("P1", for_good=True) == 2
@@ -303,7 +303,7 @@ def test_names_and_sources_of_a_pool() -> None:
     assert (pool.num_cached, pool.num_held) == (1, 3)
     assert pool.match([b"p1"]) == pool.match([b"both"]) == []
     assert pool.match([b"p2"]) == [blocks[3]]
-    pool.name(blocks[4], b"late", frozenset({"P1"}))
+    pool.set_hash(blocks[4], b"late", frozenset({"P1"}))
     assert pool.match([b"late"]) == []
     pool.release(blocks[2:])
     pool.check()

@@ -14,7 +14,7 @@ from engine.attention.batch import Row
 from engine.base.types import FinishReason, SamplingParams, StopParams, TokenLogprobs
 from engine.scheduling.events import FinishedEvent, TokensEvent
 from engine.scheduling.plan import MAX_SCORED
-from engine.scheduling.request import Work
+from engine.scheduling.request import EngineRequest
 from tests.support.history_model import VOCAB, logits_of
 from tests.unit.engine.step.test_core import SALT, SIZE, Bench, oracle, random_work
 
@@ -56,7 +56,7 @@ def assert_close(got: TokenLogprobs, wanted: TokenLogprobs) -> None:
     assert got.logprobs == pytest.approx(wanted.logprobs, abs=5e-6)
 
 
-def check(bench: Scored, key: int, work: Work) -> None:
+def check(bench: Scored, key: int, work: EngineRequest) -> None:
     history = [*work.prompt, *work.output]
     answer = bench.tokens[key]
     got = bench.logprobs.get(key, [])
@@ -130,7 +130,7 @@ def prompt_of(rng: random.Random, length: int) -> tuple[int, ...]:
 @pytest.mark.parametrize("length", [1, 2, SIZE, SIZE + 1, 5 * SIZE, 5 * SIZE + 3])
 def test_a_prompt_alone_is_scored_without_a_token(length: int) -> None:
     prompt = prompt_of(random.Random(length), length)
-    work = Work(
+    work = EngineRequest(
         "p", prompt, SALT, SamplingParams(), StopParams(max_tokens=0), num_prompt_logprobs=2
     )
     bench = Scored(draft_tokens=3)
@@ -145,7 +145,7 @@ def test_a_prompt_alone_is_scored_without_a_token(length: int) -> None:
 def test_cached_positions_are_scored_and_what_is_named_is_not_written_again() -> None:
     """The second request finds all blocks cached; its own are others, the named ones are left."""
     prompt = prompt_of(random.Random(3), 6 * SIZE + 2)
-    plain = Work("a", prompt, SALT, SamplingParams(), StopParams(max_tokens=2))
+    plain = EngineRequest("a", prompt, SALT, SamplingParams(), StopParams(max_tokens=2))
     bench = Scored()
     bench.add(plain)
     bench.run()
@@ -182,7 +182,7 @@ def test_cached_positions_are_scored_and_what_is_named_is_not_written_again() ->
 
 def test_it_is_not_fetched_and_waits_for_nobody() -> None:
     prompt = prompt_of(random.Random(4), 4 * SIZE + 1)
-    maker = Work("m", prompt, SALT, SamplingParams(), StopParams(max_tokens=2), fetch=True)
+    maker = EngineRequest("m", prompt, SALT, SamplingParams(), StopParams(max_tokens=2), fetch=True)
     bench = Scored()
     first = bench.add(maker)
     bench.step()
@@ -207,7 +207,7 @@ def test_one_step_scores_a_bounded_number_of_positions() -> None:
         stop = StopParams(max_tokens=1)
         works[
             bench.add(
-                Work(
+                EngineRequest(
                     f"p{i}",
                     prompt_of(rng, 700),
                     SALT,
@@ -218,7 +218,7 @@ def test_one_step_scores_a_bounded_number_of_positions() -> None:
             )
         ] = 0
     plain = bench.add(
-        Work("q", prompt_of(rng, 900), SALT, SamplingParams(), StopParams(max_tokens=1))
+        EngineRequest("q", prompt_of(rng, 900), SALT, SamplingParams(), StopParams(max_tokens=1))
     )
     bench.step()
     assert sum(row.num_logits for row in bench.runner.steps[-1]) <= MAX_SCORED + 1
@@ -230,7 +230,7 @@ def test_one_step_scores_a_bounded_number_of_positions() -> None:
 
 @pytest.mark.parametrize("where", ["prompt", "answer"])
 def test_unusable_logits_end_their_own_request_only(where: str) -> None:
-    work = Work("good", (1, 2, 3, 4), SALT, SamplingParams(), StopParams(max_tokens=9))
+    work = EngineRequest("good", (1, 2, 3, 4), SALT, SamplingParams(), StopParams(max_tokens=9))
     scored = replace(work, num_logprobs=1, num_prompt_logprobs=1)
     bench = Scored()
     keys = [bench.add(scored), bench.add(replace(scored, request_id="bad", prompt=(5, 6, 7)))]
@@ -262,7 +262,9 @@ def test_sampled_tokens_are_told_by_their_raw_logits() -> None:
     sampling = SamplingParams(
         temperature=1.5, top_k=4, repetition_penalty=1.5, seed=3, logit_bias=((2, 50.0),)
     )
-    work = Work("b", (1, 2, 3), SALT, sampling, StopParams(max_tokens=12), num_logprobs=VOCAB)
+    work = EngineRequest(
+        "b", (1, 2, 3), SALT, sampling, StopParams(max_tokens=12), num_logprobs=VOCAB
+    )
     bench = Scored(draft_tokens=3)
     key = bench.add(work)
     bench.run()

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from decode.speculative.ngram import NgramDrafter
 from decode.speculative.verify import verify
 from engine.attention import select_backend
-from engine.base.kv_layout import KVLayout, name_salt
+from engine.base.kv_layout import KVLayout, hash_salt
 from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.cache.kv_cache import KVCache
 from engine.checkpoint.source import resolve, weights
@@ -25,7 +25,7 @@ from engine.sampling import Sampler
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.events import FinishedEvent, TokensEvent
 from engine.scheduling.plan import Budgets
-from engine.scheduling.request import Work
+from engine.scheduling.request import EngineRequest
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import Speculation
 from engine.step.core import EngineCore
@@ -36,7 +36,7 @@ from tests.support.paged import CPU
 from tests.support.paths import DATA
 from tests.support.plain_loop import PlainLoop
 
-SALT = name_salt(digest="law")
+SALT = hash_salt(digest="law")
 NUM_REQUESTS = 200
 ORACLE = json.loads((DATA / "greedy_fp32.json").read_text())
 
@@ -50,7 +50,7 @@ def model() -> LlamaModel:
     return load_model(checkpoint.config, shards, torch.float32, CPU, progress=False)
 
 
-def random_works(rng: random.Random) -> list[Work]:
+def random_works(rng: random.Random) -> list[EngineRequest]:
     """Slices of real text, many of them sharing a beginning, with every sampling parameter."""
     works = []
     for i in range(NUM_REQUESTS):
@@ -73,7 +73,7 @@ def random_works(rng: random.Random) -> list[Work]:
             min_tokens=rng.choice([0, 0, 6]),
             stop_token_ids=frozenset(rng.choice([{2}, {2, 198, 30}])),
         )
-        works.append(Work(f"random{i}", prompt, SALT, sampling, stop))
+        works.append(EngineRequest(f"random{i}", prompt, SALT, sampling, stop))
     return works
 
 
@@ -89,7 +89,9 @@ def engine_of(model: LlamaModel, num_blocks: int, speculation: Speculation) -> E
     return EngineCore(scheduler, runner, sampler, metrics, lambda: 0.0)
 
 
-def answers_of(core: EngineCore, works: list[Work]) -> list[tuple[list[int], FinishReason]]:
+def answers_of(
+    core: EngineCore, works: list[EngineRequest]
+) -> list[tuple[list[int], FinishReason]]:
     keys = []
     for work in works:
         keys.append(core.new_key())

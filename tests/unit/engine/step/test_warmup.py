@@ -15,7 +15,7 @@ from engine.sampling import sampler as sampler_module
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.block_table import BlockTable
 from engine.scheduling.plan import Budgets
-from engine.scheduling.request import Request, Work
+from engine.scheduling.request import EngineRequest, Request
 from engine.scheduling.rows import SampleRow
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import Draft, Speculation
@@ -103,7 +103,7 @@ class Eager:
     def propose(self, request_id: str, tokens: object, max_tokens: int) -> Draft:
         return Draft([1] * max_tokens, [0] * max_tokens)
 
-    def write(self, rows: object) -> None: ...
+    def materialize(self, rows: object) -> None: ...
 
     def finish(self, request_id: str) -> None: ...
 
@@ -114,7 +114,7 @@ def test_no_step_has_more_logits_than_were_warmed_up() -> None:
     speculation = Speculation(Eager(), lambda draft, sampled: None, 6)  # type: ignore[arg-type,return-value]
     scheduler = Scheduler(pool, 16, budgets, speculation, 200)
     for key in range(8):
-        work = Work(str(key), (1, 2), b"", SamplingParams(), StopParams(100))
+        work = EngineRequest(str(key), (1, 2), b"", SamplingParams(), StopParams(100))
         scheduler.add(Request(key, work, BlockTable(pool, 16), 0.0))
     scheduler.admit(0.0)
     assert len(scheduler.plan(0.0)) == 8

@@ -5,7 +5,7 @@ import asyncio
 import grpc
 import pytest
 
-from coordinator.generation.dispatch import home_name
+from coordinator.generation.dispatch import affinity_token_of
 from coordinator.text.detokenizer import Detokenizer
 from engine.base.seeds import choice_seed
 from engine.pb.diptych.v1 import inference_pb2
@@ -193,10 +193,12 @@ async def test_choices_are_resumed_at_one_home(checkpoint):  # noqa: F811
     async with front(checkpoint) as f:
         workers = [await f.worker(f"d{i}", by_seed=scripted(f, 3)) for i in range(3)]
         expected = [a[:10] for a in answers(f, 3)]
-        _, first, second = map(home_name, f.coordinator.membership.snapshot())
+        _, first, second = map(affinity_token_of, f.coordinator.membership.snapshot())
         resume = [
-            inference_pb2.Resume(index=0, token_ids=expected[0], finished=True, home=first),
-            inference_pb2.Resume(index=1, token_ids=expected[1][:6], home=second),
+            inference_pb2.Resume(
+                index=0, token_ids=expected[0], finished=True, affinity_token=first
+            ),
+            inference_pb2.Resume(index=1, token_ids=expected[1][:6], affinity_token=second),
         ]
         fields = {"n": 3, "sampling": sampling(), "stop": stop(max_tokens=10)}
         got = by_index(await collect(f.call(resume=resume, **fields)), 3)

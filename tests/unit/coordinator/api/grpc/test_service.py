@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from coordinator.client import AsyncClient, Client, Done, TextDelta
 from coordinator.cluster import membership as membership_module
 from coordinator.cluster.membership import Hello, Load
-from coordinator.generation.dispatch import home_name
+from coordinator.generation.dispatch import affinity_token_of
 from coordinator.server import Coordinator
 from coordinator.text.chat_template import ChatTemplate
 from coordinator.text.served_model import ServedModel
@@ -612,14 +612,20 @@ async def test_resume_goes_home(checkpoint):
     async with front(checkpoint) as f:
         workers = {name: await f.worker(name) for name in ("d0", "d1", "d2")}
 
-        async def served_by(home):
-            names = {w.peer.worker_id: home_name(w) for w in f.coordinator.membership.snapshot()}
-            resume = [inference_pb2.Resume(token_ids=f.answer[:8], home=names.get(home, home))]
+        async def served_by(affinity_token):
+            names = {
+                w.peer.worker_id: affinity_token_of(w) for w in f.coordinator.membership.snapshot()
+            }
+            resume = [
+                inference_pb2.Resume(
+                    token_ids=f.answer[:8], affinity_token=names.get(affinity_token, affinity_token)
+                )
+            ]
             before = {name: len(worker.requests) for name, worker in workers.items()}
             responses = await collect(f.call(stop=stop(max_tokens=20), resume=resume))
             assert read(responses)[1] == f.answer[8:20]
             (name,) = [n for n, w in workers.items() if len(w.requests) > before[n]]
-            told = [r.delta.home for r in responses[:-1]]
+            told = [r.delta.affinity_token for r in responses[:-1]]
             assert told == [names[name], *[""] * (len(told) - 1)]
             return name
 
@@ -647,10 +653,14 @@ async def test_a_new_home_is_told_after_a_loss(checkpoint):
         await f.worker("d0", cues=[Cue(6, lost())])
         await f.worker("d1")
         responses = await collect(f.call(stop=stop(max_tokens=20)))
-        homes = [(r.delta.home, len(r.delta.token_ids)) for r in responses if r.delta.home]
-        names = [home_name(w) for w in f.coordinator.membership.snapshot()]
-        assert [home for home, _ in homes] == names
-        assert all(num for _, num in homes)
+        affinity_tokens = [
+            (r.delta.affinity_token, len(r.delta.token_ids))
+            for r in responses
+            if r.delta.affinity_token
+        ]
+        names = [affinity_token_of(w) for w in f.coordinator.membership.snapshot()]
+        assert [affinity_token for affinity_token, _ in affinity_tokens] == names
+        assert all(num for _, num in affinity_tokens)
 
 
 @pytest.mark.parametrize("after", [0, 3])

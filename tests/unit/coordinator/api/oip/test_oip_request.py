@@ -11,7 +11,7 @@ from coordinator.api.oip import model as oip_model
 from coordinator.api.oip.neutral import NEUTRAL
 from coordinator.api.oip.options import FIELDS
 from coordinator.api.oip.request import read_request
-from coordinator.api.oip.responses import FINAL, Reply
+from coordinator.api.oip.responses import FINAL, ResponseBuilder
 from coordinator.api.oip.tensors import Tensor, read_tensors, write_tensor
 from coordinator.api.validation.request import validate_generate
 from coordinator.text.served_model import Limits
@@ -676,7 +676,9 @@ def contents(response):
 
 
 def test_a_whole_answer_of_several_choices():
-    reply = Reply(form("text_output", "finish_reason", "output_ids", "num_output_tokens"), 2)
+    reply = ResponseBuilder(
+        form("text_output", "finish_reason", "output_ids", "num_output_tokens"), 2
+    )
     for each in (
         delta("a", [1, 2]),
         delta("x", [7], index=1),
@@ -696,7 +698,9 @@ def test_a_whole_answer_of_several_choices():
 
 
 def test_a_stream_tells_each_thing_once():
-    reply = Reply(form("text_output", "output_ids", "cumulative_logprob", batched=True), 1)
+    reply = ResponseBuilder(
+        form("text_output", "output_ids", "cumulative_logprob", batched=True), 1
+    )
     assert not reply.worth_sending
     reply.add(delta("a", [1], logprobs=[token(1, -0.5)]))
     assert reply.worth_sending
@@ -712,7 +716,7 @@ def test_a_stream_tells_each_thing_once():
 
 
 def test_texts_of_a_batched_request_are_a_row_of_choices():
-    reply = Reply(form("text_output", "finish_reason", batched=True), 2)
+    reply = ResponseBuilder(form("text_output", "finish_reason", batched=True), 2)
     for each in (delta("a", [1]), delta("x", [7], index=1), finished(1), finished()):
         reply.add(each)
     assert contents(reply.take(final=True)) == {
@@ -722,7 +726,7 @@ def test_texts_of_a_batched_request_are_a_row_of_choices():
 
 
 def test_held_text_is_no_response_where_only_text_was_asked_for():
-    reply = Reply(form("text_output", "finish_reason"), 1)
+    reply = ResponseBuilder(form("text_output", "finish_reason"), 1)
     reply.add(delta("", [1]))
     assert not reply.worth_sending
     reply.add(delta("é", [2]))
@@ -735,7 +739,7 @@ def test_held_text_is_no_response_where_only_text_was_asked_for():
 
 
 def test_log_probabilities_as_vllm_has_them():
-    reply = Reply(form("logprobs", "prompt_logprobs"), 1)
+    reply = ResponseBuilder(form("logprobs", "prompt_logprobs"), 1)
     prompt = inference_pb2.Prompt(text="ab", token_ids=[5, 6], logprobs=[token(6, -1.0)])
     reply.add(event(prompt=prompt))
     reply.add(delta("c", [7], logprobs=[token(7, -2.0, (8, -0.5), (7, -2.0))]))
@@ -753,7 +757,7 @@ def test_log_probabilities_as_vllm_has_them():
 
 
 def test_an_echoed_prompt_stands_before_each_choice():
-    reply = Reply(form("text_output", "output_ids", "num_output_tokens"), 2)
+    reply = ResponseBuilder(form("text_output", "output_ids", "num_output_tokens"), 2)
     reply.add(event(prompt=inference_pb2.Prompt(text="ab", token_ids=[5, 6])))
     reply.add(delta("c", [7], index=1))
     assert contents(reply.take(final=False)) == {

@@ -11,8 +11,9 @@ import time
 import httpx
 import pytest
 
-from coordinator.api.openai import api, door
+from coordinator.api.openai import api
 from coordinator.api.openai import body as body_module
+from coordinator.api.openai import endpoint as door
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from tests.support.fake_decode import Cue, lost
 from tests.support.http_front import events, http_front, until

@@ -116,7 +116,7 @@ BAD = [
     (generate(resume=[pb.Resume(token_ids=[500] * 1001)]), "resume[0].token_ids"),
     (generate(cache_salt="x" * 2000), "cache_salt"),
     (generate(resume=[pb.Resume(), pb.Resume()]), "resume"),
-    (generate(resume=[pb.Resume(home="x" * 129)]), "resume[0].home"),
+    (generate(resume=[pb.Resume(affinity_token="x" * 129)]), "resume[0].affinity_token"),
     (generate(resume=[pb.Resume(index=1)]), "resume[0].index"),
     (generate(n=3, resume=[pb.Resume(index=3)]), "resume[0].index"),
     (generate(n=3, resume=[pb.Resume(index=1), pb.Resume(index=1)]), "resume[1].index"),

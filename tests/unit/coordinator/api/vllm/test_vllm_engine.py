@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from coordinator.api.vllm.request import to_generate
-from coordinator.api.vllm.responses import Reply
+from coordinator.api.vllm.responses import ResponseBuilder
 from engine.base.errors import DiptychError, InvalidRequest, NotOffered
 from engine.pb.diptych.v1 import inference_pb2
 from engine.pb.vllm import vllm_engine_pb2 as pb
@@ -173,7 +173,7 @@ def token(token_id, logprob, *top):
 
 
 def test_log_probabilities_of_prompt_and_answer():
-    reply = Reply(request(logprobs=2, prompt_logprobs=1, n=2))
+    reply = ResponseBuilder(request(logprobs=2, prompt_logprobs=1, n=2))
     prompt = inference_pb2.Prompt(token_ids=[5, 6], logprobs=[token(6, -1.0, (6, -1.0))])
     assert not list(reply.add(inference_pb2.GenerateResponse(prompt=prompt)))
     delta = inference_pb2.Delta(token_ids=[7], logprobs=[token(7, -0.5, (7, -0.5), (8, -2.0))])

@@ -1,4 +1,4 @@
-"""A wall clock that jumps: `skew.c` compiled, and the file with the offset that processes map."""
+"""A wall clock that jumps: `clock_skew.c` compiled, and the file with its offset."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import struct
 import subprocess
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("skew.c")
+_SOURCE = Path(__file__).with_name("clock_skew.c")
 
 
-class Skew:
+class ClockSkew:
     """Processes that got `env` see the wall clock that `jump` says."""
 
     def __init__(self, folder: Path) -> None:

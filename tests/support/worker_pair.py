@@ -26,7 +26,7 @@ from decode.speculative.ngram import NgramDrafter
 from decode.speculative.verify import verify
 from engine.attention.batch import Row
 from engine.base.errors import DiptychError
-from engine.base.kv_layout import KVLayout, name_salt
+from engine.base.kv_layout import KVLayout, hash_salt
 from engine.base.options import TransferOptions, WorkerOptions
 from engine.base.types import ModelIdentity, Role, SamplingParams, StopParams
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
@@ -36,7 +36,7 @@ from engine.rpc.status import from_rpc_error
 from engine.sampling import Sampler
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.plan import Budgets
-from engine.scheduling.request import Work
+from engine.scheduling.request import EngineRequest
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import Speculation
 from engine.step.build import Engine
@@ -46,7 +46,7 @@ from kvtransfer.transport import Extent, MemoryRegion, ReadState
 from prefill.service import PrefillServicer
 from tests.support.history_model import VOCAB, logits_of
 from tests.unit.engine.step.test_core import oracle
-from worker.process import WorkerHost, WorkerSettings
+from worker.process import WorkerProcess, WorkerSettings
 
 SIZE = 4
 DIGEST = "test"
@@ -148,10 +148,10 @@ class LocalTransport:
 
 
 @dataclass
-class Panel:
+class PairedWorker:
     """One worker."""
 
-    host: WorkerHost
+    host: WorkerProcess
     runner: ArrayRunner
     transport: LocalTransport
     server: RpcServer
@@ -205,7 +205,7 @@ async def start(
     draft_tokens: int = 0,
     transfer: TransferOptions | None = None,
     max_model_len: int = 120,
-) -> Panel:
+) -> PairedWorker:
     """A serving worker; the caller stops it."""
     runner, transport = ArrayRunner(num_blocks), LocalTransport()
     speculation = Speculation(NgramDrafter(), verify, draft_tokens) if draft_tokens else None
@@ -226,7 +226,7 @@ async def start(
     identity = ModelIdentity("test", DIGEST, "test", max_model_len, SIZE, VOCAB)
     settings = WorkerSettings(role, WorkerOptions(), transfer or TransferOptions())
     with mock.patch("worker.process.NixlTransport", lambda agent: transport):
-        host = WorkerHost(settings, Engine(core, cache, layout, identity, metrics))
+        host = WorkerProcess(settings, Engine(core, cache, layout, identity, metrics))
     server = RpcServer()
     services = worker_pb2.DESCRIPTOR.services_by_name
     if role is Role.DECODE:
@@ -238,13 +238,13 @@ async def start(
     host.engine.start()
     await server.start()
     reaper = asyncio.create_task(host.kv.reap())
-    return Panel(host, runner, transport, server, reaper, f"127.0.0.1:{port}")
+    return PairedWorker(host, runner, transport, server, reaper, f"127.0.0.1:{port}")
 
 
 @contextlib.asynccontextmanager
 async def pair(
     prefill: dict[str, Any] | None = None, decode: dict[str, Any] | None = None
-) -> AsyncIterator[tuple[Panel, Panel]]:
+) -> AsyncIterator[tuple[PairedWorker, PairedWorker]]:
     """A prefill and a decode worker."""
     p = await start(Role.PREFILL, **(prefill or {}))
     d = await start(Role.DECODE, **(decode or {}))
@@ -269,12 +269,14 @@ class Ask:
         """The tokens that law 1 demands."""
         return oracle(self.work(), 120)[0]
 
-    def work(self) -> Work:
+    def work(self) -> EngineRequest:
         """The same as the engine takes it."""
         stop = StopParams(max_tokens=self.max_tokens)
-        return Work("r", self.prompt, name_salt(digest=DIGEST), self.sampling, stop)
+        return EngineRequest("r", self.prompt, hash_salt(digest=DIGEST), self.sampling, stop)
 
-    def pb(self, prefill: Panel | None, output: Sequence[int] = ()) -> worker_pb2.DecodeRequest:
+    def pb(
+        self, prefill: PairedWorker | None, output: Sequence[int] = ()
+    ) -> worker_pb2.DecodeRequest:
         request = worker_pb2.DecodeRequest(
             request_id="r",
             prompt_token_ids=self.prompt,
@@ -287,7 +289,7 @@ class Ask:
         return request
 
 
-def decode_stub(panel: Panel) -> Any:
+def decode_stub(panel: PairedWorker) -> Any:
     """The Decode method of a worker."""
     return worker_pb2_grpc.DecodeServiceStub(panel.host.channels.get(panel.address))
 
@@ -303,7 +305,7 @@ async def collect(call: Any, into: list[int]) -> None:
 
 
 async def answer(
-    decode: Panel, prefill: Panel | None, ask: Ask, max_attempts: int = 50
+    decode: PairedWorker, prefill: PairedWorker | None, ask: Ask, max_attempts: int = 50
 ) -> list[int]:
     """As the coordinator: call until it is whole, with what has come so far, ever less often.
 
@@ -327,7 +329,7 @@ async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
             await asyncio.sleep(0.005)
 
 
-async def assert_at_rest(*panels: Panel, timeout_s: float = 10.0) -> None:
+async def assert_at_rest(*panels: PairedWorker, timeout_s: float = 10.0) -> None:
     """Nothing is held, leased, read, waited for; free + cached = total."""
     try:
         await until(lambda: not any(n for p in panels for n in p.busy().values()), timeout_s)

@@ -2,7 +2,7 @@
 
     Loopback     everybody on 127.0.0.1; nothing can be cut
     Namespaces   root: a network namespace a process, joined by a bridge; real packets are lost
-    Switchboard  else: a TCP proxy before every process, which stops to forward (`switchboard.py`)
+    TcpProxy  else: a TCP proxy before every process, which stops to forward (`switchboard.py`)
 
 A cut by `Namespaces` is silent, as a dead cable is: the sender's neighbour table gets a hardware
 address that nobody has, so that its packets leave and arrive nowhere. A route of kind `blackhole`
@@ -20,7 +20,7 @@ _NOBODY = "02:de:ad:00:00:01"
 _tags = itertools.count(1)
 
 
-class Wires(Protocol):
+class Network(Protocol):
     """Who listens where, by which address others reach it, and what is cut."""
 
     def join(self, name: str) -> None:

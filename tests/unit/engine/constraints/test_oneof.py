@@ -10,7 +10,7 @@ import time
 import pytest
 from jsonschema import Draft202012Validator
 
-from engine.constraints.apart import Branches
+from engine.constraints.oneof import Branches
 from engine.constraints.schemas import held
 
 

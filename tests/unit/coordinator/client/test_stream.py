@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.client.attempts import PATIENCE, Attempts, Patience
+from coordinator.client.attempts import RETRY_POLICY, Attempts, RetryPolicy
 from coordinator.client.coordinators import Coordinators, addresses_of
 from coordinator.client.events import Done, TextDelta
 from coordinator.client.messages import generate_request
@@ -103,11 +103,11 @@ class Caller:
 
 
 def caller(num: int = 2, *, ends_s: float = math.inf, seed: int = 1, at: int = 0) -> Caller:
-    patience = PATIENCE
+    retry_policy = RETRY_POLICY
     stream = Stream(
         generate_request("x", temperature=1.0),
-        Attempts(num, at, patience, random.Random(seed)),
-        patience,
+        Attempts(num, at, retry_policy, random.Random(seed)),
+        retry_policy,
         [f"c{i}" for i in range(num)],
         ends_s=ends_s,
     )
@@ -176,15 +176,21 @@ def test_the_next_call_names_the_worker_that_has_the_answers_blocks() -> None:
     def reply(request: Any) -> list[Any]:
         found = list(messages(request, [5, 6, 7, 8, 9], 1, False))
         if not request.resume:
-            found[0].delta.home, found[2].delta.home = "d3", "d5"  # lost in between
+            found[0].delta.affinity_token, found[2].delta.affinity_token = (
+                "d3",
+                "d5",
+            )  # lost in between
         return found
 
     it = caller(2)
     it.read([Cue(2, "cut"), Cue(1, "cut"), Cue(0, "cut")], reply)
-    assert [[r.home for r in request.resume] for request in it.requests] == [[], *[["d3"]] * 3]
+    assert [[r.affinity_token for r in request.resume] for request in it.requests] == [
+        [],
+        *[["d3"]] * 3,
+    ]
     it = caller(2)
     it.read([Cue(3, "cut")], reply)
-    assert it.requests[1].resume[0].home == "d5"
+    assert it.requests[1].resume[0].affinity_token == "d5"
 
 
 def test_one_coordinator_is_called_again_after_a_moment_and_then_more_slowly() -> None:
@@ -204,7 +210,7 @@ def test_a_token_is_progress_and_the_count_begins_anew() -> None:
     it.read([Cue(1, "cut")] * 30, answers(list(range(50)), group=2))
     assert it.done
     assert it.done.num_resumed == 25
-    assert max(it.waits) <= PATIENCE.backoff_s
+    assert max(it.waits) <= RETRY_POLICY.backoff_s
 
 
 @pytest.mark.parametrize("num", [1, 3])
@@ -301,11 +307,13 @@ def test_alive_and_unknown_events_are_neither_progress_nor_an_end() -> None:
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan])
 def test_a_limit_of_silence_is_a_time(bad: float) -> None:
     with pytest.raises(ValueError, match="silence_s: expected"):
-        Patience(silence_s=bad)
+        RetryPolicy(silence_s=bad)
 
 
 def test_without_a_limit_of_silence_no_alive_is_asked_for() -> None:
-    stream = Coordinators("a:1", Patience(silence_s=math.inf)).stream(generate_request("x"), None)
+    stream = Coordinators("a:1", RetryPolicy(silence_s=math.inf)).stream(
+        generate_request("x"), None
+    )
     call = stream.next(0.0)
     assert not call.request.alive
     assert math.isinf(call.silence_s)
@@ -424,7 +432,7 @@ def test_addresses() -> None:
 
 def test_grpc_itself_retries_nothing() -> None:
     for addresses in ("a:1", "a:1,b:2"):
-        options = dict(Coordinators(addresses, Patience()).options)
+        options = dict(Coordinators(addresses, RetryPolicy()).options)
         assert "retryPolicy" not in str(options["grpc.service_config"])
         assert options["grpc.keepalive_time_ms"] == options["grpc.keepalive_timeout_ms"] == 3000
 
@@ -435,7 +443,7 @@ def test_waiting_in_vain_for_a_worker_ends_with_the_minute(
 ) -> None:
     """Each call waits on the coordinator; no call begins after the minute, whoever has waited."""
     now_s, num_calls = 100.0, 0
-    stream = Coordinators("a:1", PATIENCE, clock=lambda: now_s, dice=random.Random(3)).stream(
+    stream = Coordinators("a:1", RETRY_POLICY, clock=lambda: now_s, rng=random.Random(3)).stream(
         generate_request("x"), None
     )
     with pytest.raises(Unavailable, match="no decode worker is ready"):

@@ -8,7 +8,7 @@
     poison      a token that ends the process which computes it
     event loop  held up for a time by SIGUSR1, asleep or busy
 
-    python -m tests.faults.lab --orders FILE prefill|decode start ...
+    python -m tests.faults.fault_injection --orders FILE prefill|decode start ...
 
 All else is the product's own. Orders are a JSON object in FILE, {fault: {id, times}}, looked up
 at each event; what was done is appended to FILE with the suffix .done. Without an order everything
@@ -230,13 +230,13 @@ def _prefill_services(host: Any) -> Any:
 def _decode_services() -> Any:
     import decode.service
     from decode import cli
-    from decode.kv_fetch import Fetch, Intake
+    from decode.kv_fetch import FetchJob, KvFetcher
     from engine.scheduling.events import FetchEvent
 
-    class LabIntake(Intake):
+    class LabIntake(KvFetcher):
         """Has all blocks, and may be told to keep the engine waiting for that news."""
 
-        async def _round(self, fetch: Fetch, wanted: FetchEvent, num_committed: int) -> int:
+        async def _round(self, fetch: FetchJob, wanted: FetchEvent, num_committed: int) -> int:
             num_committed = await super()._round(fetch, wanted, num_committed)
             order = ORDERS.standing("hold_intake") or {}
             if len(wanted.block_ids) >= order.get("min_blocks", 0) and ORDERS.take("hold_intake"):
@@ -246,7 +246,7 @@ def _decode_services() -> Any:
                     await asyncio.sleep(0.02)
             return num_committed
 
-    decode.service.Intake = LabIntake  # type: ignore[misc]
+    decode.service.KvFetcher = LabIntake  # type: ignore[misc]
     return cli._services
 
 

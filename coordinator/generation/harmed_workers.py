@@ -33,10 +33,10 @@ class Trial:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._owner: Harm | None = None
+        self._owner: HarmedWorkers | None = None
         self._ends_s = 0.0
 
-    def begin(self, owner: Harm) -> bool:
+    def begin(self, owner: HarmedWorkers) -> bool:
         """False while another one is tried."""
         now = self._clock()
         if self._owner not in (None, owner) and now < self._ends_s:
@@ -44,7 +44,7 @@ class Trial:
         self._owner, self._ends_s = owner, now + _TRIAL_S
         return True
 
-    def end(self, owner: Harm) -> bool:
+    def end(self, owner: HarmedWorkers) -> bool:
         """Whether it was `owner` that was tried."""
         was = self._owner is owner
         if was:
@@ -52,7 +52,7 @@ class Trial:
         return was
 
 
-class Harm:
+class HarmedWorkers:
     """What one request has done, as far as is known. Owned by its dispatch."""
 
     def __init__(self, membership: Membership, trial: Trial) -> None:

@@ -12,7 +12,7 @@ from coordinator.api.openai.errors import failure_of
 from coordinator.client.stream import _loss
 from coordinator.cluster.membership import Hello, Load, Membership
 from coordinator.generation.dispatch import Dispatch, Route
-from coordinator.generation.harm import Trial
+from coordinator.generation.harmed_workers import Trial
 from engine.base.errors import Silent, Unavailable, WorkerLost, WorkersLost
 from engine.base.types import PROTOCOL_VERSION, Peer, Role
 from engine.rpc.status import from_rpc_error, to_status

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.client.attempts import PATIENCE, Attempts
-from coordinator.client.events import AnswerEvent, Done, Prompt, TextDelta
+from coordinator.client.attempts import RETRY_POLICY, Attempts
+from coordinator.client.events import Done, OutputEvent, Prompt, TextDelta
 from coordinator.client.messages import generate_request
 from coordinator.client.stream import Stream
 from engine.base.errors import Unavailable
@@ -39,27 +39,27 @@ class Script:
     def request(self) -> Any:
         return generate_request("x", n=self.n, temperature=1.0, echo=self.prompt, logprobs=0)
 
-    def reply(self, request: Any, dice: random.Random) -> Iterator[inference_pb2.GenerateResponse]:
+    def reply(self, request: Any, rng: random.Random) -> Iterator[inference_pb2.GenerateResponse]:
         resumes = {resume.index: resume for resume in request.resume}
         assert len(resumes) == len(request.resume)
         if self.prompt and not any(r.token_ids or r.finished for r in request.resume):
             yield inference_pb2.GenerateResponse(request_id="r", prompt=PROMPT)
-        open_ = [self._choice(i, resumes.get(i), dice) for i in range(self.n)]
+        open_ = [self._choice(i, resumes.get(i), rng) for i in range(self.n)]
         while open_:
-            choice = open_.pop(0 if self.in_turns else dice.randrange(len(open_)))
+            choice = open_.pop(0 if self.in_turns else rng.randrange(len(open_)))
             if (message := next(choice, None)) is not None:
                 yield message
                 open_.append(choice)
 
     def _choice(
-        self, index: int, resume: Any, dice: random.Random
+        self, index: int, resume: Any, rng: random.Random
     ) -> Iterator[inference_pb2.GenerateResponse]:
         tokens = of_choice(self.tokens, index)
         have = list(resume.token_ids) if resume else []
         assert have == tokens[: len(have)], f"{have} is not what was sent"
         num = len(have)
         while num < len(tokens):
-            upto = min(num + (self.group or dice.randint(1, 4)), len(tokens))
+            upto = min(num + (self.group or rng.randint(1, 4)), len(tokens))
             logprobs = [
                 inference_pb2.TokenLogprobs(chosen=inference_pb2.Logprob(token_id=t))
                 for t in tokens[num:upto]
@@ -93,18 +93,18 @@ class Script:
 
 
 def stream_of(script: Script) -> Stream:
-    dice = random.Random(1)
-    attempts = Attempts(2, 0, PATIENCE, dice)
-    return Stream(script.request(), attempts, PATIENCE, ["a", "b"])
+    rng = random.Random(1)
+    attempts = Attempts(2, 0, RETRY_POLICY, rng)
+    return Stream(script.request(), attempts, RETRY_POLICY, ["a", "b"])
 
 
-def heard(script: Script, cuts: Sequence[int], seed: int = 1) -> list[AnswerEvent]:
+def heard(script: Script, cuts: Sequence[int], seed: int = 1) -> list[OutputEvent]:
     """All events, where call i is lost after so many messages and the calls after that are not."""
-    dice, stream, events, now_s = random.Random(seed), stream_of(script), [], 0.0
+    rng, stream, events, now_s = random.Random(seed), stream_of(script), [], 0.0
     for cut in [*cuts, None]:
         call = stream.next(now_s)
         now_s += call.wait_s
-        for i, message in enumerate(script.reply(call.request, dice)):
+        for i, message in enumerate(script.reply(call.request, rng)):
             if i == cut:
                 break
             if event := stream.take(message):
@@ -115,11 +115,11 @@ def heard(script: Script, cuts: Sequence[int], seed: int = 1) -> list[AnswerEven
     raise AssertionError("the last call was to go well")
 
 
-def of(events: list[AnswerEvent], index: int) -> list[TextDelta | Done]:
+def of(events: list[OutputEvent], index: int) -> list[TextDelta | Done]:
     return [e for e in events if not isinstance(e, Prompt) and e.index == index]
 
 
-def check(script: Script, events: list[AnswerEvent]) -> None:
+def check(script: Script, events: list[OutputEvent]) -> None:
     """Each choice is there, whole and once, and so is the prompt."""
     assert [e for e in events if isinstance(e, Prompt)] == [PROMPT] * script.prompt
     if script.prompt:

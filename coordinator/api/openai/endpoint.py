@@ -45,12 +45,12 @@ _ANY = ""  # method
 _HEAD = ("GET", "HEAD")  # served, and asked for
 
 Events = AsyncGenerator[str, None]
-Reply = dict[str, Any] | str | Events  # a text is JSON
+Response = dict[str, Any] | str | Events  # a text is JSON
 Read = TypeVar("Read")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ParsedRequest:
     """A request as its handler gets it."""
 
     request_id: str  # the header's, the body's, or made up
@@ -65,7 +65,7 @@ class Asked:
         return read(self.body, self.request_id)
 
 
-Handler = Callable[[Asked], Awaitable[Reply]]
+Handler = Callable[[ParsedRequest], Awaitable[Response]]
 
 
 def event(value: dict[str, Any]) -> str:
@@ -88,7 +88,7 @@ def large_json(value: Any, depth: int = 5) -> str:
     return to_json(value)
 
 
-class Door:
+class Endpoint:
     """The ASGI application of one path; `method` is the one that it knows."""
 
     def __init__(
@@ -109,9 +109,9 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; ends early where the client goes away."""
-        visit = _Visit(scope, receive, send)
-        work = asyncio.create_task(self._serve(visit))
-        watch = asyncio.create_task(visit.until_gone())
+        exchange = _Exchange(scope, receive, send)
+        work = asyncio.create_task(self._serve(exchange))
+        watch = asyncio.create_task(exchange.until_gone())
         try:
             await asyncio.wait([work, watch], return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -121,41 +121,41 @@ class Door:
         status = _GONE if work.cancelled() else _status_of(work)
         self._counter.labels(self._name, str(status)).inc()
 
-    async def _serve(self, visit: _Visit) -> int:
+    async def _serve(self, exchange: _Exchange) -> int:
         """Write the reply; returns its status, or _GONE."""
-        bind_request(visit.request_id)
+        bind_request(exchange.request_id)
         try:
-            asked = await self._read(visit)
+            asked = await self._read(exchange)
             reply = await self._handler(asked)
             if isinstance(reply, dict | str):
-                await visit.reply(200, reply)
+                await exchange.reply(200, reply)
                 return 200
-            return await self._stream(visit, reply)
+            return await self._stream(exchange, reply)
         except Gone:
             return _GONE
         except Exception as error:
             failure = self._failure(error)
-            await visit.reply(failure.status, failure.body, failure.headers)
+            await exchange.reply(failure.status, failure.body, failure.headers)
             return failure.status
 
-    async def _read(self, visit: _Visit) -> Asked:
-        if self._method not in (_ANY, visit.method) and (self._method, visit.method) != _HEAD:
-            message = f"{visit.method} is not served here; {self._method} is"
+    async def _read(self, exchange: _Exchange) -> ParsedRequest:
+        if self._method not in (_ANY, exchange.method) and (self._method, exchange.method) != _HEAD:
+            message = f"{exchange.method} is not served here; {self._method} is"
             raise Refused(Failure(405, message, headers={"allow": self._method}))
-        visit.check_id()
+        exchange.check_id()
         body: dict[str, Any] = {}
         is_large = False
         if self._method == "POST":
-            with self._budget.lease(visit.peer) as lease:
-                raw = await read_body(visit.headers, visit.receive, lease)
-                visit.listen()
+            with self._budget.lease(exchange.peer) as lease:
+                raw = await read_body(exchange.headers, exchange.receive, lease)
+                exchange.listen()
                 body = await parse(raw)
             is_large = len(raw) > LARGE_BYTES
-            visit.take_id(body.get("request_id"))
-        visit.listen()
-        return Asked(visit.request_id, visit.path, body, is_large)
+            exchange.take_id(body.get("request_id"))
+        exchange.listen()
+        return ParsedRequest(exchange.request_id, exchange.path, body, is_large)
 
-    async def _stream(self, visit: _Visit, events: Events) -> int:
+    async def _stream(self, exchange: _Exchange, events: Events) -> int:
         status = 200
         if self._sse_keepalive_s:
             events = kept_alive(events, self._sse_keepalive_s)
@@ -164,16 +164,16 @@ class Door:
                 first = await anext(events)  # until then a failure has a status of its own
             except StopAsyncIteration:
                 first = DONE
-            await visit.start(200, _SSE_HEADERS)
-            await visit.write(first)
+            await exchange.start(200, _SSE_HEADERS)
+            await exchange.write(first)
             try:
                 async for item in events:
-                    await visit.write(item)
+                    await exchange.write(item)
             except Exception as error:
                 failure = self._failure(error)
                 status = failure.status
-                await visit.write(event(failure.body) + DONE)
-        await visit.write("", more=False)
+                await exchange.write(event(failure.body) + DONE)
+        await exchange.write("", more=False)
         return status
 
     def _failure(self, error: Exception) -> Failure:
@@ -206,7 +206,7 @@ def _status_of(work: asyncio.Task[int]) -> int:
     return 500
 
 
-class _Visit:
+class _Exchange:
     """The two directions of one HTTP request."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from coordinator.api.openai.answers import Choice, Writer, joined, reason_of, replaced
 from coordinator.api.openai.completions import CompletionCall
 from coordinator.api.openai.logprobs import CompletionLogprobs, prompt_logprobs
+from coordinator.api.openai.responses import Choice, Writer, joined, reason_of, replaced
 from engine.pb.diptych.v1 import inference_pb2
 
 _ARRAYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")

@@ -20,8 +20,8 @@ from typing import Any
 _CHUNK = 1 << 16
 
 
-class Switchboard:
-    """See `wires.Wires`. Its event loop runs in a thread of its own."""
+class TcpProxy:
+    """See `wires.Network`. Its event loop runs in a thread of its own."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}

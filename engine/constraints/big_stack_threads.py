@@ -15,7 +15,7 @@ STACK_BYTES = 128 << 20
 _T = TypeVar("_T")
 
 
-class DeepThreads:
+class BigStackThreads:
     """Runs calls, in order of arrival, off the event loop."""
 
     def __init__(self, num_threads: int, name: str) -> None:

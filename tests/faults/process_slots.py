@@ -35,7 +35,7 @@ class End:
 
 
 @dataclass(eq=False)
-class Place:
+class ProcessSlot:
     """One place. `module` is run by `python -m`."""
 
     name: str
@@ -101,14 +101,14 @@ class Keeper:
 
     def __init__(self, on_start: Callable[[str, int], None]) -> None:
         """`on_start` is told of each new process: name and pid."""
-        self.places: list[Place] = []
+        self.places: list[ProcessSlot] = []
         self._on_start = on_start
         self._closing = False
         self._not_before: dict[str, float] = {}
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
         self._thread.start()
 
-    def add(self, place: Place) -> None:
+    def add(self, place: ProcessSlot) -> None:
         """Look after one more."""
         self.places = [*self.places, place]
 
@@ -139,10 +139,10 @@ class Keeper:
                     self._on_start(place.name, place.pid)
             time.sleep(_TICK_S)
 
-    def _may_start(self, place: Place) -> bool:
+    def _may_start(self, place: ProcessSlot) -> bool:
         return time.monotonic() >= self._not_before.get(place.name, 0.0)
 
-    def _note_end(self, place: Place) -> None:
+    def _note_end(self, place: ProcessSlot) -> None:
         assert place.process is not None
         place.ends.append(End(place.process.returncode, place.wanted))
         place.wanted = place.stopped = False
@@ -150,7 +150,7 @@ class Keeper:
         self._not_before[place.name] = time.monotonic() + _BACKOFF_S
 
 
-def _spawn(place: Place) -> None:
+def _spawn(place: ProcessSlot) -> None:
     lifeline = ["-m", "engine.process.parent_death", "--parent", str(os.getpid())]
     command = [*place.prefix, sys.executable, *lifeline, place.module, *place.args]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("DIPTYCH_")}

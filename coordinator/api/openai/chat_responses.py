@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from coordinator.api.openai.answers import Choice, Writer, joined, reason_of, replaced
 from coordinator.api.openai.chats import ChatCall
 from coordinator.api.openai.logprobs import chat_logprobs, prompt_logprobs
+from coordinator.api.openai.responses import Choice, Writer, joined, reason_of, replaced
 from engine.pb.diptych.v1 import inference_pb2
 
 

@@ -11,10 +11,10 @@ from collections import Counter
 import pytest
 
 from kvtransfer.transport import PeerLost, ReadState
-from tests.support import panels
-from tests.support.panels import (
+from tests.support import worker_pair as panels
+from tests.support.worker_pair import (
     Ask,
-    Panel,
+    PairedWorker,
     Read,
     answer,
     assert_at_rest,
@@ -40,7 +40,7 @@ async def test_an_answer_through_both_panels(size: int, monkeypatch: pytest.Monk
         assert p.runner.num_tokens == 32 // size * size, "the last one's blocks were there already"
 
 
-async def _cancelled(d: Panel, p: Panel, ask: Ask, after_s: float) -> None:
+async def _cancelled(d: PairedWorker, p: PairedWorker, ask: Ask, after_s: float) -> None:
     call = decode_stub(d).Decode(ask.pb(p), timeout=20)
     tokens: list[int] = []
     reading = asyncio.create_task(collect(call, tokens))
@@ -50,7 +50,7 @@ async def _cancelled(d: Panel, p: Panel, ask: Ask, after_s: float) -> None:
     assert ask.answer()[: len(tokens)] == tokens
 
 
-async def _lose_leases(p: Panel, owner: str, rng: random.Random) -> None:
+async def _lose_leases(p: PairedWorker, owner: str, rng: random.Random) -> None:
     """What a stopped process or a lost network does: leases end while their blocks are read."""
     while True:
         await asyncio.sleep(rng.random() * 0.02)

@@ -7,9 +7,9 @@ import math
 
 import pytest
 
-from coordinator.api.openai.chat_answers import ChatWriter
+from coordinator.api.openai.chat_responses import ChatWriter
 from coordinator.api.openai.chats import read_chat
-from coordinator.api.openai.completion_answers import CompletionWriter
+from coordinator.api.openai.completion_responses import CompletionWriter
 from coordinator.api.openai.completions import read_completion
 from engine.pb.diptych.v1 import inference_pb2 as pb
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from coordinator.cluster.membership import DOUBT_S
+from coordinator.cluster.membership import PENALTY_S
 from tests.faults import checks
 from tests.faults.asks import Asker, Stream
 from tests.faults.cluster import SPARE, Cluster, until
@@ -50,7 +50,7 @@ def struck(was: bool, moment: str) -> None:
         raise Missed(moment)
 
 
-class Row:
+class Scenario:
     """One row in progress. Lives in the loop of its test."""
 
     def __init__(self, name: str, cluster: Cluster, oracle: Oracle, *, full: bool) -> None:
@@ -136,7 +136,7 @@ class Row:
         for place in self.cluster.places:
             place.thaw()
             place.held = place.name in self._held
-        self.cluster.wires.heal()
+        self.cluster.network.heal()
         self._note_doubts()
         for name in self.cluster.workers:
             with suppress(OSError):
@@ -158,7 +158,7 @@ class Row:
                 name = line["prefill"] if line["lost"] == "prefill" else line["worker"]
                 place = self.cluster[str(name)]
                 if place.alive and place.started_s < happened:
-                    self.cluster.trusted_at = max(self.cluster.trusted_at, happened + DOUBT_S)
+                    self.cluster.trusted_at = max(self.cluster.trusted_at, happened + PENALTY_S)
 
     def note(self, what: str) -> None:
         """A measured result, printed at the end of the run."""
