@@ -58,6 +58,7 @@ lint: setup-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python protos/generate.py --check
+	$(BIN)/python -m tests.words
 
 protos: setup-dev
 	$(BIN)/python protos/generate.py
