@@ -1,7 +1,7 @@
 """Prompts of an exact number of tokens, cut from real text by a seed.
 
 A prompt starts and ends between words of the text and survives a round trip through the tokenizer,
-so that a system that takes text sees the very tokens that one that takes ids does.
+so systems that take text and systems that take ids see the same tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Ids = tuple[int, ...]
 
 
 class Codec(Protocol):
-    """A tokenizer: what `coordinator.text.tokenizer.Tokenizer` offers of itself here."""
+    """The part of `coordinator.text.tokenizer.Tokenizer` that the corpus uses."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`."""
@@ -40,7 +40,7 @@ class Corpus:
         return len(self._ids)
 
     def cut(self, rng: random.Random, num_tokens: int) -> Ids:
-        """So many tokens of the text, from a place that `rng` picks."""
+        """`count` tokens of the text, from an offset that `rng` picks."""
         if num_tokens > len(self._ids):
             raise ValueError(f"the text has {len(self._ids)} tokens, {num_tokens} are wanted")
         for _ in range(_TRIES):
@@ -55,7 +55,7 @@ class Corpus:
         return tuple(self._codec.encode(self._text(ids), False)) == ids
 
     def complete(self, ids: Ids) -> Ids:
-        """With what the tokenizer puts before every prompt, in place of as many tokens."""
+        """The ids with the tokenizer's prefix (BOS); as many tokens go from the end."""
         return self._prefix + ids[len(self._prefix) :]
 
     def _text(self, ids: Ids) -> str:
@@ -66,7 +66,7 @@ class PromptShape(Protocol):
     """What the prompts of one lane have in common."""
 
     def make(self, corpus: Corpus, rng: random.Random, num: int) -> list[Ids]:
-        """So many prompts; the same corpus and state of `rng` give the same ones."""
+        """`count` prompts; equal corpus and state of `rng` give equal prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Plain:
     num_tokens: tuple[int, ...]
 
     def make(self, corpus: Corpus, rng: random.Random, num: int) -> list[Ids]:
-        """Each from another place of the text."""
+        """Prompts from different offsets of the text."""
         lengths = (self.num_tokens[i % len(self.num_tokens)] for i in range(num))
         return [corpus.complete(corpus.cut(rng, n)) for n in lengths]
 
@@ -89,20 +89,20 @@ class SharedPrefix:
     own_tokens: int
 
     def make(self, corpus: Corpus, rng: random.Random, num: int) -> list[Ids]:
-        """One prefix for all of them."""
+        """Prompts that share one prefix."""
         prefix = corpus.cut(rng, self.prefix_tokens)
         return [corpus.complete(prefix + corpus.cut(rng, self.own_tokens)) for _ in range(num)]
 
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
-    """A text given twice and begun a third time: what a drafter that looks back can use."""
+    """A text twice, and its beginning again: input for which n-gram drafts succeed."""
 
     text_tokens: int
     begun_tokens: int
 
     def make(self, corpus: Corpus, rng: random.Random, num: int) -> list[Ids]:
-        """Each prompt repeats a text of its own."""
+        """Prompts, each of which repeats another text."""
         prompts = []
         while len(prompts) < num:
             text = corpus.cut(rng, self.text_tokens)

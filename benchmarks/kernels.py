@@ -4,7 +4,7 @@
     prefill   256 tokens after C - 256 others, one layer: ms, beside scaled_dot_product_attention in
               bfloat16 on gathered K and V (the gathering is not counted)
 
-Both on one thread; medians of alternating repetitions, so that a drift of the machine hits both.
+Both on one thread; medians of alternating repetitions, so a drift of the machine affects both.
 """
 
 from __future__ import annotations

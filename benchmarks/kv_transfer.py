@@ -3,10 +3,10 @@
     python benchmarks/kv_transfer.py [--repeat N] [--tls SETTING ...]
 
 For each setting a fresh pair of processes is started; the reader pulls through the whole data plane
-(plan, NIXL, fence), so a figure is what a decode worker would see. Each size is pulled coalesced
+(plan, NIXL, fence), so a figure is what a decode worker gets. Each size is pulled coalesced
 (one extent) and scattered (one extent a block, shuffled); the copy is numpy's, of as many bytes
 between touched pages, in the same process and run. Best of N, because other work on the machine
-only ever slows a copy down. The lane is what UCX itself reports (UCX_PROTO_INFO). The first pull of
+only ever slows a copy down. UCX reports the lane (UCX_PROTO_INFO). The first pull of
 a connection, which sets it up, is shown apart.
 """
 
@@ -105,7 +105,7 @@ def make_plane(setting: str) -> tuple[DataPlane, np.ndarray[Any, Any], np.ndarra
 
 
 def own(pipe: Connection, setting: str) -> None:
-    """The process that is read from."""
+    """The process whose memory is read."""
     plane, _blocks, _generations = make_plane(setting)
     pipe.send(plane.local_pool)
     with contextlib.suppress(EOFError):

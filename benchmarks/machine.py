@@ -1,4 +1,4 @@
-"""What a result was measured on: the machine, its limits, the model's cost, the code."""
+"""Describes what a result was measured on: machine, limits, the model's cost, commit."""
 
 from __future__ import annotations
 

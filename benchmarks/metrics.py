@@ -1,10 +1,11 @@
-"""From the arrivals of a run to its numbers. Pure; seconds in, milliseconds out.
+"""Computes a run's numbers from its arrival times. Pure; seconds in, milliseconds out.
 
     due -------- first message --- message ------- message --- last message
         TTFT                   gap         gap              gap
 
-A message of k tokens counts as one gap and k - 1 zeros between its tokens. A latency starts when a
-request was due, so an open loop's queue counts. Requests with errors are counted, not measured.
+A message of k tokens counts as one gap and k - 1 zeros between its tokens. A latency starts when
+its request was due, so it includes an open loop's queue. Requests with errors are counted, not
+measured.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def time_per_token_s(record: Record) -> float | None:
 
 
 def percentile_ms(values_s: Sequence[float], q: float) -> float | None:
-    """Interpolated; None of nothing."""
+    """Interpolated percentile in milliseconds; None without values."""
     return float(np.percentile(values_s, q)) * 1000 if len(values_s) else None
 
 
@@ -132,7 +133,7 @@ def drift(records: Iterable[Record], num_slices: int = 10) -> list[dict[str, flo
 
 
 def median(values: Iterable[float | None]) -> float | None:
-    """Of repetitions; None if any had nothing to say."""
+    """Median over repetitions; None if any repetition has no value."""
     present = list(values)
     if not present or any(v is None for v in present):
         return None

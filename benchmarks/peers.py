@@ -1,7 +1,7 @@
 """Install the peers: `python -m benchmarks.peers [--only llamacpp,vllm,transformers]`.
 
-Each gets an environment of its own under `benchmarks/.peers/`; the default model is made there in
-the formats they take. What is already there stays; to install anew, remove the folder.
+Each peer has an environment under `benchmarks/.peers/`, with the default model in the formats that
+it reads. Existing environments stay; to install again, remove the folder.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run(*argv: str | Path) -> None:
 
 
 def _environment(folder: Path, *packages: str) -> None:
-    """A virtual environment with exactly these packages asked for; a stamp says it is whole."""
+    """A virtual environment with these packages; a stamp marks a complete one."""
     stamp, wanted = folder / ".installed", "\n".join(packages)
     if stamp.exists() and stamp.read_text() == wanted:
         return
@@ -140,7 +140,7 @@ INSTALLERS: dict[str, Callable[[], None]] = {
 
 
 def main() -> int:
-    """Install what is wanted; a peer that cannot be had is told of and left out."""
+    """Install the requested peers; report and skip a peer that cannot be installed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default=",".join(INSTALLERS), metavar="NAMES")
     names = parser.parse_args().only.split(",")

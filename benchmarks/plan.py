@@ -1,4 +1,4 @@
-"""What the runner hands to a load generator and what comes back, as JSON files.
+"""The JSON files between the runner and a load generator: plan and result.
 
 No dependencies: the load generator of a peer runs in that peer's environment.
 

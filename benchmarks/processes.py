@@ -1,8 +1,8 @@
 """Groups of processes: started together, watched, and ended to the last one.
 
-Each server runs in a session of its own and is told to end if we do. Servers start helpers that
-may outlive them; this process adopts orphans (Linux's child subreaper), so that whatever a server
-left behind is still found beneath us, and only what we started is ever ended.
+Each server runs in its own session and gets a signal if this process ends. Helpers of a server may
+outlive it; this process adopts orphans (Linux's child subreaper), so it finds every process that a
+server left behind, and ends only processes that it started.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent ended."""
+    """Become the parent of descendants when their parent ends."""
     _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
@@ -115,7 +115,7 @@ def _pss_bytes(pid: int) -> int:
 
 
 def snapshot(roots: Sequence[int], with_pss: bool = False) -> dict[str, Any]:
-    """The whole tree now: sums, and each process by itself."""
+    """Sums over the process tree at this moment, and the values of each process."""
     processes = []
     for pid in descendants(roots):
         with contextlib.suppress(OSError):

@@ -132,7 +132,7 @@ def table(data: Mapping[str, Any]) -> str:
 
 
 def workload_list(data: Mapping[str, Any]) -> str:
-    """What the workloads in the table are, and who did not get through."""
+    """Describes the table's workloads, and names the systems with failed requests."""
     ran = {run["workload"] for run in data["runs"]}
     lines = [f"- {w.name}: {w.title}" for w in WORKLOADS.values() if w.name in ran]
     failed = {(r["workload"], r["system"], r["error"]) for r in data["runs"] if "error" in r}

@@ -1,8 +1,8 @@
 """Measure systems on workloads: `python -m benchmarks.run --systems ours,vllm --workloads W1,W2`.
 
 Systems alternate: each repetition runs all of them, one up at a time, on prompts of its own that
-are the same for every system. `results.json` in the output folder is written after every run, and
-what is already in it is not run again; tables and plots are made from it by `benchmarks.report`.
+are the same for every system. `results.json` in the output folder is written after every run; a run
+that is in it is skipped. `benchmarks.report` makes tables and plots of it.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Bench:
 
 
 def _drafts(counters: dict[str, float]) -> dict[str, Any]:
-    """Drafts of a server that tells of them only in its metrics; {} where there are none."""
+    """Draft counts of a server that has them only in its metrics; else {}."""
     totals = {
         kind: sum(v for k, v in counters.items() if k.startswith(f"vllm:spec_decode_num_{kind}_"))
         for kind in ("draft_tokens", "accepted_tokens")

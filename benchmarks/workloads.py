@@ -1,9 +1,8 @@
 """The workloads, each a description: lanes of requests that run side by side.
 
 A lane is a closed loop (`concurrency` streams that take the next request when their last one ends)
-or an open one (a request every `every_s`, whatever became of those before). Lengths and counts are
-all that is fixed; text and seed are the caller's, and each repetition has prompts of its own, so
-that no prefix cache answers for an earlier one.
+or an open one (a request every `every_s` seconds). Lengths and counts are fixed; the caller gives
+text and seed. Each repetition has other prompts, so no prefix cache of an earlier one helps.
 """
 
 from __future__ import annotations

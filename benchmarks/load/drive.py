@@ -1,4 +1,4 @@
-"""Plays the lanes of a plan: who sends what when. Knows nothing of the wire."""
+"""Sends the requests of a plan at their times. Independent of the wire protocol."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Api(Protocol):
         """Play one request into `record`."""
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
 
 
 class Driver:
-    """Requests of all lanes against one API, and what became of them."""
+    """Sends the requests of all lanes to one API and records their results."""
 
     def __init__(self, api: Api, started_s: float) -> None:
         self._api = api
@@ -29,7 +29,7 @@ class Driver:
         self.records: list[Record] = []
 
     async def play(self, lanes: tuple[PlannedLane, ...], limit_s: float) -> None:
-        """Until all lanes are through, or cut off after `limit_s`."""
+        """Run all lanes to their end, or for `limit_s` seconds."""
         players = [self._closed(x) if x.concurrency else self._open(x) for x in lanes]
         tasks = [asyncio.ensure_future(player) for player in players]
         _, late = await asyncio.wait(tasks, timeout=limit_s)
@@ -40,7 +40,7 @@ class Driver:
                 raise outcome
 
     async def _closed(self, lane: PlannedLane) -> None:
-        """Streams that take the next prompt when they are free."""
+        """A closed loop: each stream sends its next prompt when its last request ended."""
         await self._sleep_until(lane.start_s)
         prompts = iter(lane.prompts)
         await asyncio.gather(*(self._stream(lane, prompts) for _ in range(lane.concurrency)))
@@ -53,7 +53,7 @@ class Driver:
             await self._request(lane, prompt, now_s)
 
     async def _open(self, lane: PlannedLane) -> None:
-        """Requests at their times, whatever became of the earlier ones."""
+        """An open loop: requests at their times, independent of earlier ones."""
         async with asyncio.TaskGroup() as group:
             for i, prompt in enumerate(lane.prompts):
                 due_s = lane.arrival_s(i)

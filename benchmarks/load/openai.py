@@ -1,8 +1,8 @@
 """Requests to an OpenAI `/v1/completions` endpoint, streamed.
 
-How many tokens a message carries is what the server says (`token_ids`, or usage in every chunk);
-a server that says neither sends one message a token. What its last usage counts beyond that is put
-into the last message: text of several tokens that became printable together.
+`token_ids`, or usage in every chunk, gives the number of tokens of a message; with neither, a
+message is one token. Tokens that only the last usage counts are added to the last message: text of
+several tokens can become printable together.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class OpenAiApi:
             writer.close()
 
     async def close(self) -> None:
-        """Nothing stays open between requests."""
+        """Do nothing: no connection stays open between requests."""
 
 
 def request_bytes(endpoint: Endpoint, prompt: tuple[int, ...], max_tokens: int) -> bytes:
@@ -73,7 +73,7 @@ def request_bytes(endpoint: Endpoint, prompt: tuple[int, ...], max_tokens: int) 
 
 
 class Reading:
-    """Chunks of one answer, added up in its record."""
+    """Adds the chunks of one answer to its record."""
 
     def __init__(self, record: Record) -> None:
         self._record = record
@@ -87,7 +87,7 @@ class Reading:
         self._record.arrive(at_s, count)
 
     def finish(self) -> None:
-        """Put the tokens that no message was known to carry into the last one."""
+        """Add the tokens that no message accounted for to the last one."""
         record = self._record
         record.text = "".join(self._text)
         missing = record.completion_tokens - self._counted

@@ -1,6 +1,6 @@
-"""Server-sent events over HTTP/1.1, parsed from bytes as they come: no sockets, no copies of JSON.
+"""Server-sent events over HTTP/1.1, parsed incrementally from bytes.
 
-A full HTTP client would cost more a token than some of the servers it measures.
+A full HTTP client would take more time per token than some of the measured servers.
 
     bytes --> [head] --> [chunk sizes, if chunked] --> lines --> payloads of "data:" lines
 """
@@ -15,7 +15,7 @@ class HttpError(Exception):
 
 
 class EventParser:
-    """Feed it the bytes of one response; it gives the payload of every finished event."""
+    """Parses the bytes of one response into the payloads of its complete events."""
 
     def __init__(self) -> None:
         self.status = 0
@@ -27,7 +27,7 @@ class EventParser:
         self._body = b""  # a line that has not ended yet
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Payloads that these bytes complete. Raises HttpError for what is no event stream."""
+        """Payloads that these bytes complete. Raises HttpError if this is no event stream."""
         self._raw += data
         if self._in_head and not self._read_head():
             return []

@@ -1,7 +1,7 @@
-"""The contract of a system under measurement, and how one is brought up and ended.
+"""The interface of a system under measurement, and its start and end.
 
-A system says how to launch itself for some needs; everything else is common: start its commands in
-order, wait until it answers, play plans by its loader, end its whole process group.
+A system describes its launch for given needs. The rest is common: start its commands in order, wait
+until it answers, run plans with its loader, end its process group.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LOADER_GRACE_S = 60.0
 
 
 class NotReady(Exception):
-    """A system ended or said nothing in time."""
+    """A system ended, or was not ready in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ def _wait_ready(system: System, launch: Launch, started: list[subprocess.Popen[b
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
+    """A TCP port that is free now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])

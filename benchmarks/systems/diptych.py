@@ -1,4 +1,4 @@
-"""Ours: `coordinator start` as any user would, on free ports."""
+"""Diptych: `coordinator start` with default flags, on free ports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COUNTERS = ("diptych_engine_step_seconds", "diptych_spec_decode", "diptych_kv_s
 
 
 def systems(model: str, flags: tuple[str, ...] = ()) -> tuple[System, ...]:
-    """Ours with drafts as it comes, and without."""
+    """Diptych with its default drafter, and without."""
     return (
         System(
             "ours",
@@ -49,7 +49,7 @@ def _launch(model: str, flags: tuple[str, ...], needs: Needs, folder: Path) -> L
 
 
 def _is_ready(server: str) -> bool:
-    """Whether a worker of each role is."""
+    """Whether a worker of each role is ready."""
     try:
         with Client(server) as client:
             ready = {w.role for w in client.workers(timeout_s=2.0) if w.state == "ready"}

@@ -20,7 +20,7 @@ def all_systems(model: str, our_flags: tuple[str, ...] = ()) -> dict[str, System
 
 
 def pick(names: str, systems: dict[str, System]) -> tuple[System, ...]:
-    """Systems from `ours,llamacpp-q4_0`; `ours`' two forms are apart, `peers` and `all` groups.
+    """Systems from a list such as `ours,llamacpp-q4_0`; `peers` and `all` are groups.
 
     Raises ValueError naming an unknown one.
     """

@@ -5,5 +5,5 @@
     pip.py       pip with a line of progress every few seconds
     __main__.py  the order of things
 
-Run by the first Python in the path, whatever it is: standard library only, syntax of Python 3.8.
+The first Python in the path runs this: standard library only, syntax of Python 3.8.
 """

@@ -1,4 +1,4 @@
-"""What this machine has and lacks: looked at before anything is installed. Pure but for `look`."""
+"""Checks the machine before anything is installed. All but `look` is pure."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Findings:
 
 
 def look(wanted: str, root: Path, need_gb: float, has_venv_python: bool = False) -> Findings:
-    """Everything at once, so that one run names all that is missing."""
+    """All checks at once, so one run names everything that is missing."""
     found = Findings()
     found.errors += check_platform(
         platform.system(), platform.machine(), platform.libc_ver(sys.executable)
@@ -115,7 +115,7 @@ def candidates(wanted: str) -> list[Python]:
 
 
 def ask(name: str) -> Python | None:
-    """What the interpreter `name` says of itself; None where there is none that runs."""
+    """The interpreter's description of its version and modules; None if it does not run."""
     path = shutil.which(os.path.expanduser(name))
     if path is None:
         return None

@@ -1,4 +1,4 @@
-"""pip and compilers as child processes: a line every few seconds, and their words on failure."""
+"""Runs pip and compilers as child processes: progress lines, and their output on failure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Failed(Exception):
 
 
 class State:
-    """What a running pip is at, from its lines. Pure.
+    """Progress of a running pip, from its lines. Pure.
 
     >>> state = State(); state.take("Progress 500000 of 2000000"); state.text
     '0 of 2 MB'
@@ -56,7 +56,7 @@ class State:
 
 
 class Lines:
-    """Lines about work that says nothing itself: "  looking at this machine, 4 s"."""
+    """Progress lines of silent work: "  looking at this machine, 4 s"."""
 
     def __init__(self, text: str) -> None:
         self._text = text
