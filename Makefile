@@ -5,6 +5,11 @@ PYTHON      ?=
 TORCH_INDEX ?=
 VENV        := .venv
 BIN         := $(VENV)/bin
+# Test processes side by side; only tests that start no stack run so.
+JOBS        ?= $(shell nproc)
+PURE        := tests/unit tests/gpu tests/ecosystem/test_conformance.py
+STACKS      := tests/ecosystem/test_examples.py tests/system tests/faults
+PYTEST       = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --durations=30
 
 # The first Python that runs does the setup, and finds the one for .venv.
 define setup
@@ -26,13 +31,23 @@ demo: setup-run
 serve: setup-run
 	$(BIN)/coordinator start
 
+# Every test, the pure ones in parallel; or TESTS=folder alone. Prints the slowest 30 of each part and
+# writes build/junit/*.xml. Both parts run, also where the first fails.
 test: setup-dev
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST_ARGS)
+ifdef TESTS
+	$(PYTEST) --junitxml=build/junit/tests.xml $(TESTS) $(PYTEST_ARGS)
+else
+	@status=0; \
+	$(PYTEST) --junitxml=build/junit/pure.xml -n $(JOBS) --dist loadfile $(PURE) $(PYTEST_ARGS) \
+	  || status=$$?; \
+	$(PYTEST) --junitxml=build/junit/stacks.xml $(STACKS) $(PYTEST_ARGS) || status=$$?; \
+	exit $$status
+endif
 
 # The fault suite at its full length. FULL= gives the shortened form.
 faults: FULL ?= --full
 faults: setup-dev
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/faults $(FULL) $(PYTEST_ARGS)
+	$(PYTEST) --junitxml=build/junit/faults.xml tests/faults $(FULL) $(PYTEST_ARGS)
 
 # Random faults under load: make chaos MINUTES=30 [SEED=n] [CHAOS_ARGS="--lane tcp --out DIR"]
 chaos: MINUTES ?= 30

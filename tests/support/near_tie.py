@@ -109,6 +109,16 @@ class Tally:
     num_tokens: int = 0
     excused: list[str] = field(default_factory=list)
 
+    def counts(self) -> tuple[int, int, list[str]]:
+        """(answers, tokens, excuses), which another process can add to its own."""
+        return self.num_answers, self.num_tokens, self.excused
+
+    def add(self, num_answers: int, num_tokens: int, excused: Sequence[str]) -> None:
+        """Count what another process has compared."""
+        self.num_answers += num_answers
+        self.num_tokens += num_tokens
+        self.excused += excused
+
     def __str__(self) -> str:
         """One line, and one for each excuse."""
         head = (

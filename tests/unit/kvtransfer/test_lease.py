@@ -87,4 +87,4 @@ class Leases(RuleBasedStateMachine):
 
 
 TestLeases = Leases.TestCase
-TestLeases.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestLeases.settings = settings(max_examples=60, stateful_step_count=30)

@@ -162,7 +162,7 @@ def test_cut_at_every_message_and_again_at_every_message(n: int, prompt: bool, t
             check(script, events)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     tokens=st.lists(st.integers(0, 49151), min_size=1, max_size=9),
     n=st.integers(1, 5),

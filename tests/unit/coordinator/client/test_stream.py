@@ -121,7 +121,7 @@ def answers(tokens: list[int], group: int = 2, tail: bool = False) -> Callable[[
 cues = st.builds(Cue, st.integers(0, 5), st.sampled_from([*LOSSES, *LOSSES, *SAID]))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(
     tokens=st.lists(st.integers(0, 49151), min_size=1, max_size=12),
     group=st.integers(1, 4),

@@ -117,7 +117,7 @@ def test_any_tokens_after_any_prompt(kind: str) -> None:
     ]
     token = st.one_of(*tokens)
 
-    @settings(max_examples=100, deadline=None, derandomize=True)
+    @settings(max_examples=100)
     @given(
         st.lists(token, max_size=8),
         st.lists(token, max_size=30),

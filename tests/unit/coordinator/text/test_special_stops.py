@@ -118,7 +118,7 @@ def test_a_stop_that_the_last_characters_complete():
     assert answer.ending.matched_text == "\u4e2d"
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     st.sampled_from(["llama2", "t5", "byte-level"]),
     st.lists(st.one_of(st.integers(0, 6), st.integers(190, 400)), max_size=20),

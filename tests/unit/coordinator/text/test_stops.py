@@ -37,7 +37,7 @@ def held_back(text: str, stops: list[str]) -> int:
 words = st.text("ab\u4e2d", max_size=4)
 
 
-@settings(max_examples=800, deadline=None, derandomize=True)
+@settings(max_examples=800)
 @given(
     st.lists(words, max_size=14),
     st.lists(st.text("ab\u4e2d", min_size=1, max_size=5), max_size=4),
@@ -107,7 +107,7 @@ def tape_oracle(
     return shown, None
 
 
-@settings(max_examples=800, deadline=None, derandomize=True)
+@settings(max_examples=800)
 @given(
     pieces,
     st.lists(
@@ -157,7 +157,7 @@ def test_a_special_token_is_matched_as_a_whole() -> None:
 
 
 @given(st.text("ab", max_size=30), st.lists(st.integers(0, 30), max_size=8), st.booleans())
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 def test_the_cut_between_tokens_changes_nothing(text: str, cuts: list[int], include: bool) -> None:
     def run(parts: list[str]) -> tuple[str, str | None]:
         checker = StopChecker(StopSet(["abba", "bb", "aab"]), include)

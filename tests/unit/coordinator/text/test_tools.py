@@ -187,7 +187,7 @@ def test_what_is_content(form):
         assert parser.is_content("x")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     form=st.sampled_from(EVERY),
     parts=st.lists(

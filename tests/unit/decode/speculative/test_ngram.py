@@ -49,7 +49,7 @@ def rescan(tokens: list[int], max_tokens: int) -> Draft:
     return Draft(draft, [bucket(kind, best + i) for i, kind in enumerate(kinds)])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     alphabet=st.integers(1, 6),
     steps=st.lists(st.lists(st.integers(0, 5), max_size=9), min_size=1, max_size=8),

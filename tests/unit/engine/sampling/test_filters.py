@@ -33,7 +33,7 @@ PARAMS = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(st.lists(PARAMS, min_size=1, max_size=5), st.integers(0, 2**32 - 1), st.booleans())
 def test_keeps_what_the_definition_keeps(
     params: list[SamplingParams], seed: int, ties: bool
