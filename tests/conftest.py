@@ -1,8 +1,8 @@
 """What holds for every run of tests: hypothesis profiles, and the count of law 1's exceptions.
 
-    ci      the default: the same examples each time
-    full    other examples each time, ten times as many where a test sets no number of its own
-            (pytest --hypothesis-profile=full)
+ci      the default: the same examples each time
+full    other examples each time, ten times as many where a test sets no number of its own
+        (pytest --hypothesis-profile=full)
 """
 
 from __future__ import annotations

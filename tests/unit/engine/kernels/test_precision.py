@@ -12,7 +12,7 @@ from engine.kernels.precision import auto_dtype
     [
         ("flags\t\t: fpu avx512f avx512_bf16 sse\n", "bfloat16"),
         ("flags\t\t: fpu avx512f avx512_bf16x\n", "float32"),
-        ("flags\t\t: " + " ".join(KERNEL_FLAGS) + "\n", "bfloat16"),
+        ("flags\t\t: " + " ".join(sorted(KERNEL_FLAGS)) + "\n", "bfloat16"),
         ("flags\t\t: " + " ".join(sorted(KERNEL_FLAGS)[1:]) + "\n", "float32"),
         ("Features\t: fp asimd bf16 sve\n", "bfloat16"),
         ("", "float32"),

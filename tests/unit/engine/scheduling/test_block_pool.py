@@ -107,9 +107,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
-)
+TestPool.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 def test_least_recently_used_name_goes_first() -> None:
