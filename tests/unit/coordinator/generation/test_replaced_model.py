@@ -29,14 +29,14 @@ class Table:
         peer = Peer(name, f"{name}-{self.now}", "127.0.0.1:1")
         self.members.register(Hello(peer, Role.DECODE, "", model, PROTOCOL_VERSION))
 
-    def dispatch(self, affinity_token: Affinity | None = None) -> Dispatch:
+    def dispatch(self, affinity: Affinity | None = None) -> Dispatch:
         deadline_s = self.now + 1000
         return Dispatch(
             self.members,
             worker_wait_s=0.0,
             deadline_s=deadline_s,
             clock=lambda: self.now,
-            affinity_token=affinity_token,
+            affinity=affinity,
         )
 
 
