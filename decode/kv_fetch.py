@@ -35,6 +35,7 @@ from engine.rpc.liveness import next_message
 from engine.rpc.status import from_rpc_error
 from engine.scheduling.events import FetchEvent
 from engine.step.engine_thread import EngineDied
+from engine.step.operations import BlocksArrived, FetchEnded, Pin
 from engine.telemetry.log import get_logger
 from engine.telemetry.timeline import Event as Mark
 from engine.telemetry.timeline import Timeline
@@ -112,7 +113,7 @@ class KvFetcher:
                 raise Unavailable(what, lost="prefill", sick=sick) from error
         fetch.prefill_s += time.monotonic() - begun_s
         cached = fetch.num_cached_tokens
-        self._host.engine.post(lambda core: core.fetch_ended(fetch.key, cached))
+        self._host.engine.post(FetchEnded(fetch.key, cached))
 
     async def cancel(self, fetch: FetchJob) -> None:
         """Stop a fetch's reads; returns when its request may give up its blocks.
@@ -130,11 +131,8 @@ class KvFetcher:
 
     async def _quarantine(self, pull: Pull) -> None:
         """Let a read hold its destination, in place of the request that it was for."""
-        block_ids = pull.block_ids
         try:
-            await self._host.engine.call(
-                lambda core: core.pool.pin(block_ids), undo=lambda core, _: core.unpin(block_ids)
-            )
+            await self._host.engine.call(Pin(pull.block_ids))
         except EngineDied:
             return  # nothing is held any more
         except TimeoutError:  # an engine that is slow: the request goes on holding them
@@ -228,7 +226,7 @@ class KvFetcher:
         return bad[0]
 
     def _commit(self, fetch: FetchJob, num_committed: int) -> None:
-        self._host.engine.post(lambda core: core.blocks_arrived(fetch.key, num_committed))
+        self._host.engine.post(BlocksArrived(fetch.key, num_committed))
         fetch.timeline.mark(Mark.COMMITTED)
 
     def _request(

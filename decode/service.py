@@ -32,6 +32,7 @@ from engine.rpc.liveness import BEAT_S
 from engine.scheduling.events import Event, FetchEvent, FinishedEvent, TokensEvent
 from engine.scheduling.request import EngineRequest
 from engine.step.engine_thread import Stream
+from engine.step.operations import Abandon
 from engine.telemetry.log import get_logger
 from engine.telemetry.timeline import Event as Mark
 from engine.telemetry.timeline import Timeline
@@ -186,7 +187,7 @@ class _Answer:
 
         Whoever waits for these blocks makes them.
         """
-        self._service.host.engine.post(lambda core: core.abandon_production(self._stream.key))
+        self._service.host.engine.post(Abandon(self._stream.key))
         if self._fetching is not None:
             self._fetching.cancel()
             await asyncio.gather(self._fetching, return_exceptions=True)

@@ -23,6 +23,7 @@ from engine.base.types import Role
 from engine.http.holds import Hold, shown
 from engine.scheduling.holds import EngineHolds, RequestHold
 from engine.step.engine_thread import EngineThread
+from engine.step.operations import ListHolds
 from engine.telemetry.log import current_request
 from kvtransfer.data_plane import DataPlane
 from kvtransfer.kv_service import KvServicer
@@ -115,7 +116,7 @@ class Holds:
     async def _engine(self) -> EngineHolds | None:
         try:
             async with asyncio.timeout(_ANSWER_S):
-                return await self._host.engine.call(lambda core: core.holds())
+                return await self._host.engine.call(ListHolds())
         except (TimeoutError, DiptychError):  # it hangs in a step, or died
             return None
 
@@ -150,11 +151,11 @@ class Holds:
     def _of_announcements(self) -> Iterable[Hold]:
         now = time.monotonic()
         for stream in self._host.engine.streams:
-            end = stream.work.deadline_s
+            end = stream.request.deadline_s
             for event, since in stream.undelivered.values():
                 yield Hold(
                     kind="announcement",
-                    owner=stream.work.request_id,
+                    owner=stream.request.request_id,
                     reason="complete blocks whose caller has not been told of them yet",
                     age_s=now - since,
                     deadline_s=None if end is None else end - now,

@@ -44,6 +44,7 @@ from engine.rpc.trust import ClusterToken
 from engine.scheduling.block_pool import GENERATION_BYTES
 from engine.step.build import Engine
 from engine.step.engine_thread import EngineDied, EngineThread
+from engine.step.operations import Forget, Hold, Unpin
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import RpcMetrics
 from engine.telemetry.progress import print_line
@@ -89,9 +90,7 @@ class EngineBlocks:
 
     async def hold(self, hashes: Sequence[bytes]) -> tuple[list[int], list[int]]:
         """Pin the longest leading run of these names: (block ids, generations)."""
-        return await self._engine.call(
-            lambda core: core.hold(hashes), undo=lambda core, held: core.unpin(held[0])
-        )
+        return await self._engine.call(Hold(tuple(hashes)))
 
     async def unpin(self, block_ids: Sequence[int]) -> None:
         """Take one pin from each id.
@@ -99,7 +98,7 @@ class EngineBlocks:
         No error: an engine that is slow does it later, with one that died nothing is held.
         """
         with contextlib.suppress(TimeoutError, EngineDied):
-            await self._engine.call(lambda core: core.unpin(block_ids))
+            await self._engine.call(Unpin(block_ids))
 
 
 class WorkerProcess:
@@ -172,40 +171,38 @@ class WorkerProcess:
         """Whether this worker computes what it should, as far as it knows."""
         if self.engine.sick:
             return Health.SICK
-        return Health.DEGRADED if self.engine.core.degraded else Health.OK
+        return Health.DEGRADED if self.engine.load.is_degraded(time.monotonic()) else Health.OK
 
     def forget(self, incarnation: str) -> None:
         """A peer is sick: use no block that it had a part in."""
-        self.engine.post(lambda core: core.forget(incarnation))
+        self.engine.post(Forget(incarnation))
 
     def load(self) -> registry_pb2.Load | None:
         """What coordinators are told with every heartbeat; None while the engine hangs."""
         if not self.engine.responsive:
             return None
-        scheduler, pool = self.engine.core.scheduler, self.engine.core.pool
-        totals, moved = self.engine.core.totals, self.plane.counters
-        pending = [r.num_pending for r in [*scheduler.waiting, *scheduler.active]]
+        load, moved = self.engine.load, self.plane.counters
         return registry_pb2.Load(
-            num_running=len(scheduler.active),
-            num_waiting=len(scheduler.waiting),
-            waiting_tokens=sum(n for n in pending if n > 1),
-            free_blocks=pool.num_free,
-            cached_blocks=pool.num_cached,
-            held_blocks=pool.num_held,
-            total_blocks=pool.num_blocks,
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            waiting_tokens=load.waiting_tokens,
+            free_blocks=load.free_blocks,
+            cached_blocks=load.cached_blocks,
+            held_blocks=load.held_blocks,
+            total_blocks=load.total_blocks,
             quarantined_blocks=moved.num_quarantined_blocks,
             draining=self.calls.draining,
             health=health_to_pb(self.health),
             links=[link_to_pb(link) for link in self.peers.links()],
             totals=registry_pb2.Totals(
-                prompt_tokens_computed=totals.prompt_tokens_computed,
-                prompt_tokens_cached=totals.prompt_tokens_cached,
+                prompt_tokens_computed=load.prompt_tokens_computed,
+                prompt_tokens_cached=load.prompt_tokens_cached,
                 blocks_pulled=moved.num_blocks,
                 bytes_pulled=moved.num_bytes,
                 pull_seconds=moved.seconds,
                 stale_reads=moved.num_stale_blocks,
-                draft_tokens=totals.draft_tokens,
-                accepted_tokens=totals.accepted_tokens,
+                draft_tokens=load.draft_tokens,
+                accepted_tokens=load.accepted_tokens,
             ),
         )
 

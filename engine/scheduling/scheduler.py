@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Container, Sequence
+from itertools import chain
 
 from engine.constraints import Matcher
 from engine.scheduling.block_pool import BlockPool, NoRoom
@@ -68,6 +69,12 @@ class Scheduler:
     def room_needed(self, num_tokens: int) -> int:
         """Blocks for so many known tokens and one draft window."""
         return -(-(num_tokens + self.draft_window) // self.block_size)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Known tokens to compute, without those of answers under way."""
+        pending = (request.num_pending for request in chain(self.waiting, self.active))
+        return sum(num_tokens for num_tokens in pending if num_tokens > 1)
 
     def add(self, request: Request) -> None:
         """Queue a new request."""

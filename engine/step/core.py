@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 
 import torch
 
@@ -32,6 +31,7 @@ from engine.scheduling.events import (
     TokensEvent,
 )
 from engine.scheduling.holds import EngineHolds, RequestHold
+from engine.scheduling.load import Limits, LoadReport
 from engine.scheduling.plan import PlannedRow
 from engine.scheduling.request import EngineRequest, Request, State
 from engine.scheduling.scheduler import Scheduler
@@ -49,7 +49,7 @@ DEGRADED_S = 60.0  # how long a worker reports that its numbers were not finite
 
 @dataclass(slots=True)
 class Totals:
-    """Counted since the start; read by other threads, written by the engine thread alone."""
+    """Counted since the start."""
 
     prompt_tokens_computed: int = 0
     prompt_tokens_cached: int = 0
@@ -81,7 +81,6 @@ class EngineCore:
         self._metrics = metrics
         self._clock = clock
         self._requests: dict[int, Request] = {}
-        self._keys = count(1)
         self._events: list[Event] = []
         self._num_failures = 0  # steps in a row
         self._health = health or Unchecked()
@@ -90,26 +89,16 @@ class EngineCore:
 
     # -- what is asked of it -----------------------------------------------------------------------
 
-    def new_key(self) -> int:
-        """A key for `add`; callable from any thread."""
-        return next(self._keys)
-
-    def check_fits(self, work: EngineRequest) -> None:
-        """Raise InvalidRequest if this work could never hold its memory, alone in the pool."""
+    @property
+    def limits(self) -> Limits:
+        """What one request may need; fixed from the first step on."""
         scheduler = self.scheduler
-        longest = len(work.prompt) + (work.stop.max_tokens if work.stop else 0)
-        if work.stop and len(work.prompt) >= scheduler.max_model_len:
-            raise InvalidRequest(
-                "prompt",
-                f"{len(work.prompt)} tokens; expected fewer than {scheduler.max_model_len}",
-            )
-        blocks = scheduler.room_needed(min(longest, scheduler.max_model_len))
-        if not work.stop:
-            blocks = len(work.prompt) // scheduler.block_size
-        if blocks > self.pool.num_blocks:
-            raise InvalidRequest(
-                "prompt", f"needs {blocks} KV blocks; this worker has {self.pool.num_blocks}"
-            )
+        return Limits(
+            self.pool.num_blocks,
+            scheduler.block_size,
+            scheduler.max_model_len,
+            scheduler.draft_window,
+        )
 
     def add(self, key: int, work: EngineRequest) -> None:
         """Queue a request under a fresh key."""
@@ -163,19 +152,18 @@ class EngineCore:
         if num_blocks:
             _log.warning("blocks of a sick peer forgotten", peer=source, num_blocks=num_blocks)
 
-    @property
-    def degraded(self) -> bool:
-        """Whether what was computed here lately was not finite. Any thread may ask."""
-        return self._clock() < self._degraded_until_s
-
     def hold(self, names: Sequence[bytes]) -> tuple[list[int], list[int]]:
         """Pin the longest leading run of these blocks; returns their ids and generations."""
         blocks = self.pool.match(names)
         self.pool.pin(blocks)
         return blocks, self._generations(blocks)
 
+    def pin(self, blocks: Sequence[int]) -> None:
+        """Add one reference to each block."""
+        self.pool.pin(blocks)
+
     def unpin(self, blocks: Sequence[int]) -> None:
-        """Drop one hold of each block."""
+        """Drop one reference of each block."""
         self.pool.release(blocks)
 
     def holds(self) -> EngineHolds:
@@ -571,6 +559,24 @@ class EngineCore:
         metrics.set_blocks(free=pool.num_free, cached=pool.num_cached, held=pool.num_held)
         metrics.num_preemptions.inc(scheduler.num_preemptions - self._num_preemptions)
         self._num_preemptions = scheduler.num_preemptions
+
+    def load(self) -> LoadReport:
+        """The load at this moment, as a value for other threads."""
+        pool, scheduler, totals = self.pool, self.scheduler, self.totals
+        return LoadReport(
+            num_running=len(scheduler.active),
+            num_waiting=len(scheduler.waiting),
+            waiting_tokens=scheduler.waiting_tokens,
+            free_blocks=pool.num_free,
+            cached_blocks=pool.num_cached,
+            held_blocks=pool.num_held,
+            total_blocks=pool.num_blocks,
+            prompt_tokens_computed=totals.prompt_tokens_computed,
+            prompt_tokens_cached=totals.prompt_tokens_cached,
+            draft_tokens=totals.draft_tokens,
+            accepted_tokens=totals.accepted_tokens,
+            degraded_until_s=self._degraded_until_s,
+        )
 
 
 def _from_sick_peer() -> Unavailable:

@@ -2,18 +2,20 @@
 
     asyncio loop                      engine thread
     ------------                      -------------
-    submit(work) -> Stream   --->     inbox (a queue of calls)     owns model, blocks, schedule
-    stream.abort()           --->       |
-    await call(fn)           --->       v
-    Stream yields events     <---     one batch of events a step, by call_soon_threadsafe
+    submit(request) -> Stream  -->    inbox (a queue of operations)   owns model, blocks, schedule
+    stream.abort()             -->      |
+    await call(operation)      -->      v
+    load                       <--    a LoadReport a step
+    Stream yields events       <--    one batch of events a step, by call_soon_threadsafe
 
-- Messages only. The engine thread runs what is in the inbox between two steps, in order of
-  arrival, also when there is nothing to compute: clean-up never waits for new work.
-- A Stream ends with a FinishedEvent, once, also after abort(): whoever iterates sees every event
-  that hands something over.
+- Values only. The engine thread applies what is in the inbox between two steps, in order of
+  arrival, also when there is nothing to compute: clean-up never waits for new work. No other
+  thread reads or writes a scheduler or a block pool.
+- A Stream ends with a FinishedEvent, once, also after abort(): its reader sees every event that
+  hands something over.
 - If the engine thread dies, every stream ends with `EngineDied` and `died` is set: the process
-  should exit. Where its self-test failed, `sick` is the reason. If it hangs, `responsive`
-  is False: then nothing reports for it any more.
+  should exit. Where its self-test failed, `sick` is the reason. If it hangs, `responsive` is
+  False, and the worker sends no sign of life for it any more.
 """
 
 from __future__ import annotations
@@ -24,16 +26,19 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import TypeVar
+from itertools import count
+from typing import Any, TypeVar
 
 from engine.base.errors import DiptychError, SelfTestFailed, Unavailable
 from engine.scheduling.events import AnnouncedEvent, Event, FinishedEvent
 from engine.scheduling.request import EngineRequest
 from engine.step.core import EngineCore
+from engine.step.operations import Abort, Add, Operation
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
 _T = TypeVar("_T")
+_Message = Callable[[EngineCore], object]
 CALL_TIMEOUT_S = 30.0
 STUCK_S = 30.0  # messages and a step that take longer are taken for what will not end
 _POLL_S = 0.02  # while requests wait for something that no message announces (an owner's deadline)
@@ -46,9 +51,9 @@ class EngineDied(Unavailable):
 class Stream:
     """The events of one request, on the loop's side."""
 
-    def __init__(self, key: int, engine: EngineThread, work: EngineRequest) -> None:
+    def __init__(self, key: int, engine: EngineThread, request: EngineRequest) -> None:
         self.key = key
-        self.work = work
+        self.request = request
         self.undelivered: dict[int, tuple[AnnouncedEvent, float]] = {}  # by id: with when it came
         self._engine = engine
         self._queue: asyncio.Queue[Event | DiptychError] = asyncio.Queue()
@@ -56,7 +61,7 @@ class Stream:
 
     def abort(self) -> None:
         """Ask for the end; the FinishedEvent still comes. No read may still write to its blocks."""
-        self._engine.post(lambda core: core.abort(self.key))
+        self._engine.post(Abort(self.key))
 
     def push(self, event: Event | DiptychError) -> None:
         """On the loop: let the reader see this next; an error is raised there and ends nothing."""
@@ -106,7 +111,10 @@ class EngineThread:
         self.died = asyncio.Event()
         self.sick = ""  # how its self-test failed; set before `died`
         self._loop = loop
-        self._inbox: queue.SimpleQueue[Callable[[EngineCore], None]] = queue.SimpleQueue()
+        self._keys = count(1)
+        self.load = core.load()  # replaced by the engine thread after each step
+        self._limits = core.limits
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._streams: dict[int, Stream] = {}
         self.streams: weakref.WeakSet[Stream] = weakref.WeakSet()  # also of requests that ended
         self._stopping = False
@@ -120,7 +128,7 @@ class EngineThread:
     async def stop(self, timeout_s: float = 10.0) -> None:
         """End the thread after the step in progress."""
         self._stopping = True
-        self.post(lambda core: None)
+        self._inbox.put(lambda core: None)
         await asyncio.to_thread(self._thread.join, timeout_s)
 
     @property
@@ -129,18 +137,18 @@ class EngineThread:
         since_s = self._busy_since_s
         return since_s is None or time.monotonic() - since_s < STUCK_S
 
-    def post(self, call: Callable[[EngineCore], None]) -> None:
-        """Run `call` on the engine thread between two steps; any thread may post."""
-        self._inbox.put(call)
+    def post(self, operation: Operation[Any]) -> None:
+        """Have `operation` applied on the engine thread; any thread may post.
 
-    async def call(
-        self,
-        fn: Callable[[EngineCore], _T],
-        undo: Callable[[EngineCore, _T], None] | None = None,
-    ) -> _T:
-        """Run `fn` on the engine thread and wait for its value. Raises TimeoutError, EngineDied.
+        An exception of it ends the engine thread.
+        """
+        self._inbox.put(operation.apply)
 
-        `fn` runs also when nobody waits any more; then `undo`, on the same thread, takes it back.
+    async def call(self, operation: Operation[_T]) -> _T:
+        """Have `operation` applied and wait for its result.
+
+        It is applied also when its caller has stopped waiting; then it is undone. Raises
+        TimeoutError, EngineDied, and what the operation raises.
         """
         if self.died.is_set():
             raise EngineDied("the engine stopped")
@@ -150,33 +158,33 @@ class EngineThread:
             if not future.done():
                 future.set_exception(error)
 
-        def succeed(value: _T) -> None:
+        def succeed(result: _T) -> None:
             if not future.done():
-                future.set_result(value)
-            elif undo is not None:
-                self.post(lambda core: undo(core, value))
+                future.set_result(result)
+            else:
+                self._inbox.put(lambda core: operation.undo(core, result))
 
         def run(core: EngineCore) -> None:
             try:
-                value = fn(core)
+                result = operation.apply(core)
             except Exception as error:
                 failed = error
                 self._to_loop(lambda: fail(failed))
             else:
-                self._to_loop(lambda: succeed(value))
+                self._to_loop(lambda: succeed(result))
 
-        self.post(run)
+        self._inbox.put(run)
         return await asyncio.wait_for(future, CALL_TIMEOUT_S)
 
-    def submit(self, work: EngineRequest) -> Stream:
+    def submit(self, request: EngineRequest) -> Stream:
         """Queue a request, on the loop. Raises EngineDied, InvalidRequest if it can never fit."""
         if self.died.is_set():
             raise EngineDied("the engine stopped")
-        self.core.check_fits(work)
-        stream = Stream(self.core.new_key(), self, work)
+        self._limits.check_fits(request)
+        stream = Stream(next(self._keys), self, request)
         self.streams.add(stream)
         self._streams[stream.key] = stream
-        self.post(lambda core: core.add(stream.key, work))
+        self.post(Add(stream.key, request))
         return stream
 
     # -- the engine thread -------------------------------------------------------------------------
@@ -187,6 +195,7 @@ class EngineThread:
                 self._busy_since_s = time.monotonic()
                 self._take_messages()
                 busy = self.core.step()
+                self.load = self.core.load()
                 self._publish(self.core.take_events())
                 self._busy_since_s = None
                 if not busy:
@@ -203,19 +212,19 @@ class EngineThread:
     def _take_messages(self) -> None:
         while True:
             try:
-                call = self._inbox.get_nowait()
+                message = self._inbox.get_nowait()
             except queue.Empty:
                 return
-            call(self.core)
+            message(self.core)
 
     def _wait(self) -> None:
         """Sleep until a message comes; requests that wait are looked at again after a moment."""
         try:
-            call = self._inbox.get(timeout=None if self.core.idle else _POLL_S)
+            message = self._inbox.get(timeout=None if self.core.idle else _POLL_S)
         except queue.Empty:
             return
         self._busy_since_s = time.monotonic()
-        call(self.core)
+        message(self.core)
 
     def _publish(self, events: list[Event]) -> None:
         if events:
@@ -224,7 +233,7 @@ class EngineThread:
     def _to_loop(self, call: Callable[[], None]) -> None:
         try:
             self._loop.call_soon_threadsafe(call)
-        except RuntimeError:  # the loop is closed: nobody is left to tell
+        except RuntimeError:  # the loop is closed: no reader is left
             self._stopping = True
 
     # -- the loop ----------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ from engine.step.core import EngineCore
 from engine.telemetry.metrics import WorkerMetrics
 from kvtransfer.transport import Extent, MemoryRegion, ReadState
 from prefill.service import PrefillServicer
+from tests.support.engine_probe import Probe
 from tests.support.history_model import VOCAB, logits_of
 from tests.unit.engine.step.test_core import oracle
 from worker.process import WorkerProcess, WorkerSettings
@@ -175,7 +176,7 @@ class PairedWorker:
             "requests": len(core._requests),
             "active": len(core.scheduler.active),
             "waiting": len(core.scheduler.waiting),
-            "makers": len(core.scheduler._makers),
+            "makers": len(core.scheduler._producers),
             "streams": len(self.host.engine._streams),
             "leases": len(self.host.kv._leases),
             "background": len(self.host.background),
@@ -336,7 +337,7 @@ async def assert_at_rest(*panels: PairedWorker, timeout_s: float = 10.0) -> None
     except TimeoutError:
         raise AssertionError([p.busy() for p in panels]) from None
     for panel in panels:
-        await panel.host.engine.call(lambda core: core.pool.check())
+        await panel.host.engine.call(Probe(lambda core: core.pool.check()))
         pool = panel.pool()
         assert pool.num_free + pool.num_cached == pool.num_blocks
 

@@ -23,6 +23,7 @@ from engine.scheduling.events import AnnouncedEvent
 from kvtransfer.kv_service import Renewer
 from kvtransfer.transport import PeerLost, ReadState
 from prefill.block_publisher import BlockPublisher
+from tests.support.engine_probe import Probe
 from tests.support.worker_pair import (
     Ask,
     answer,
@@ -322,7 +323,7 @@ async def test_the_engine_s_death_ends_answers_and_fetches() -> None:
         def die(_: object) -> None:
             raise SystemError("boom")
 
-        d.host.engine.post(die)
+        d.host.engine.post(Probe(die))
         with pytest.raises(Unavailable, match="engine"):
             await asyncio.wait_for(reading, 5)
         d.transport.gate = lambda read: ReadState.DONE

@@ -14,6 +14,7 @@ from engine.base.options import TransferOptions
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.liveness import next_message
 from prefill.service import PrefillServicer
+from tests.support.engine_probe import Probe
 from tests.support.worker_pair import PairedWorker, assert_at_rest, pair, until
 
 pytestmark = pytest.mark.timeout(60)
@@ -130,7 +131,7 @@ async def test_pins_are_given_back_also_when_the_engine_is_slow(
         await anext(call)
         gate = threading.Event()
         await until(lambda: not p.host.engine._streams)  # all is announced
-        p.host.engine.post(lambda core: _wait_for(gate))
+        p.host.engine.post(Probe(lambda core: _wait_for(gate)))
         held = asyncio.create_task(p.host.blocks.hold([]))
         await call.aclose()
         await asyncio.sleep(0.2)
@@ -153,12 +154,12 @@ async def test_a_hold_that_came_too_late_is_undone(monkeypatch: pytest.MonkeyPat
         await call.aclose()
         await assert_at_rest(p)
         gate = threading.Event()
-        p.host.engine.post(lambda core: _wait_for(gate))
+        p.host.engine.post(Probe(lambda core: _wait_for(gate)))
         with pytest.raises(TimeoutError):
             await p.host.blocks.hold(names)
         monkeypatch.undo()
         gate.set()
-        assert await p.host.engine.call(lambda core: core.pool.num_held) == 10, "it ran"
+        assert await p.host.engine.call(Probe(lambda core: core.pool.num_held)) == 10, "it ran"
         await assert_at_rest(p, timeout_s=2)
 
 

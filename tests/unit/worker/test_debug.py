@@ -14,6 +14,7 @@ import pytest
 from engine.base.options import TransferOptions
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from kvtransfer.transport import ReadState
+from tests.support.engine_probe import Probe
 from tests.support.worker_pair import (
     Ask,
     PairedWorker,
@@ -108,11 +109,11 @@ async def test_a_quarantined_read_is_named_and_says_when_it_ends() -> None:
 
 async def test_a_block_that_nobody_owns_shows() -> None:
     async with pair() as (p, _):
-        (lost,) = await p.host.engine.call(lambda core: core.pool.take(1))
+        (lost,) = await p.host.engine.call(Probe(lambda core: core.pool.take(1)))
         found = await report(p)
         assert found["pool"]["unexplained"] == 1
         assert found["pool"]["unexplained_blocks"] == [lost]
-        await p.host.engine.call(lambda core: core.unpin([lost]))
+        await p.host.engine.call(Probe(lambda core: core.unpin([lost])))
         assert (await report(p))["pool"]["unexplained"] == 0
 
 
@@ -164,7 +165,7 @@ async def test_an_engine_that_does_not_answer_is_said_so() -> None:
         call = stub.Prefill(request)
         await until(lambda: len(p.host.kv.leases) == 5)
         gate = threading.Event()
-        p.host.engine.post(lambda core: _wait_for(gate))
+        p.host.engine.post(Probe(lambda core: _wait_for(gate)))
         begun = time.monotonic()
         found = await report(p)
         assert time.monotonic() - begun < 4

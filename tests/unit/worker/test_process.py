@@ -15,6 +15,7 @@ from engine.base.errors import ConfigError
 from engine.base.options import WorkerOptions
 from engine.base.types import Role
 from engine.rpc.server import RpcServer
+from tests.support.engine_probe import Probe
 from tests.support.worker_pair import start
 from worker.exit_status import ENGINE_DIED
 from worker.process import (
@@ -55,7 +56,7 @@ async def test_a_worker_does_not_outlive_its_threads(thread: str) -> None:
     await asyncio.sleep(0.05)
     assert not ending.done()
     if thread == "engine":
-        panel.host.engine.post(_die)
+        panel.host.engine.post(Probe(_die))
         assert await asyncio.wait_for(ending, 5) == ENGINE_DIED
     else:
         panel.host.plane._submit(lambda: _die(None))
@@ -93,7 +94,7 @@ async def test_what_restarts_workers_hears_of_an_engine_that_hangs(
         await server.set_serving(False)
         await asyncio.sleep(0.1)
         await until(serving)
-        panel.host.engine.post(lambda core: gate.wait(20) and None)
+        panel.host.engine.post(Probe(lambda core: gate.wait(20) and None))
         await until(hanging)
         gate.set()
         await until(serving)

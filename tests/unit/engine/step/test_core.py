@@ -58,8 +58,8 @@ class Bench:
         self.announced: dict[int, list[AnnouncedEvent]] = {}
 
     def add(self, work: EngineRequest) -> int:
-        key = self.core.new_key()
-        self.core.check_fits(work)
+        key = len(self.tokens) + 1
+        self.core.limits.check_fits(work)
         self.core.add(key, work)
         self.tokens[key] = []
         return key
@@ -97,7 +97,7 @@ class Bench:
     def at_rest(self) -> None:
         assert self.pool.num_held == 0
         assert self.pool.num_free + self.pool.num_cached == self.pool.num_blocks
-        assert not self.scheduler._makers
+        assert not self.scheduler._producers
         assert not self.core._requests
 
 

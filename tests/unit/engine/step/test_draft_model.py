@@ -87,7 +87,7 @@ class PairedWorker:
         self.num_steps = 0
 
     def add(self, work: EngineRequest) -> int:
-        key = self.core.new_key()
+        key = len(self.answers) + 1
         self.answers[key] = []
         self.core.add(key, work)
         return key

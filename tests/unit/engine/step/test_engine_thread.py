@@ -14,6 +14,7 @@ from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.scheduling.events import FinishedEvent, TokensEvent
 from engine.scheduling.request import EngineRequest
 from engine.step.engine_thread import EngineDied, EngineThread, Stream
+from tests.support.engine_probe import Probe
 from tests.unit.engine.step.test_core import SALT, Bench, oracle
 
 
@@ -51,7 +52,7 @@ async def test_concurrent_streams_give_their_own_tokens(engine: EngineThread) ->
     answers = await asyncio.gather(*(tokens_of(engine.submit(w)) for w in works))
     for w, (tokens, end) in zip(works, answers, strict=True):
         assert (tokens, end.reason) == oracle(w)
-    assert await engine.call(lambda core: core.pool.num_held) == 0
+    assert await engine.call(Probe(lambda core: core.pool.num_held)) == 0
 
 
 @pytest.mark.parametrize("idle", [True, False])
@@ -63,7 +64,7 @@ async def test_a_message_that_does_not_end_is_a_hang(
     if not idle:
         engine.submit(work("waits", tuple(range(20)), 5))
     gate = threading.Event()
-    engine.post(lambda core: gate.wait(20) and None)
+    engine.post(Probe(lambda core: gate.wait(20) and None))
     try:
         async with asyncio.timeout(10):
             while engine.responsive:  # noqa: ASYNC110
@@ -78,21 +79,21 @@ async def test_a_message_that_does_not_end_is_a_hang(
 async def test_abort_frees_without_new_work(engine: EngineThread) -> None:
     stream = engine.submit(work("waits", tuple(range(20)), 5, fetch=True))
     await stream.next()  # the fetch it wants; nobody brings the blocks
-    assert await engine.call(lambda core: core.pool.num_held) > 0
+    assert await engine.call(Probe(lambda core: core.pool.num_held)) > 0
     stream.abort()
     (last,) = await stream.drain()
     assert isinstance(last, FinishedEvent)
     assert last.reason is FinishReason.ABORTED
     assert stream.finished
-    assert await engine.call(lambda core: core.pool.num_held) == 0
+    assert await engine.call(Probe(lambda core: core.pool.num_held)) == 0
     stream.abort()  # again is no error
 
 
 async def test_calls_return_values_and_errors(engine: EngineThread) -> None:
-    assert await engine.call(lambda core: core.pool.num_blocks) == 64
+    assert await engine.call(Probe(lambda core: core.pool.num_blocks)) == 64
     with pytest.raises(ZeroDivisionError):
-        await engine.call(lambda core: 1 // 0)
-    assert await engine.call(lambda core: 5) == 5
+        await engine.call(Probe(lambda core: 1 // 0))
+    assert await engine.call(Probe(lambda core: 5)) == 5
 
 
 async def test_what_can_never_fit_is_refused_before_it_is_queued(engine: EngineThread) -> None:
@@ -119,7 +120,7 @@ async def test_everybody_learns_of_the_thread_s_death(engine: EngineThread) -> N
     def die(_core: object) -> None:
         raise SystemError("boom")
 
-    engine.post(die)
+    engine.post(Probe(die))
     with pytest.raises(EngineDied):
         await stream.next()
     await asyncio.wait_for(engine.died.wait(), 5)

@@ -105,7 +105,7 @@ def test_a_row_of_nan_goes_elsewhere_and_its_step_counts_for_none(
     assert bench.error(keys[1]).sick
     assert not bench.error(keys[1]).lost
     assert bench.tokens[keys[0]] == before, "nothing of that step is sent"
-    assert bench.core.degraded
+    assert bench.core.load().is_degraded(bench.now_s)
     bench.poison = lambda row: False
     bench.run()
     assert bench.tokens[keys[0]] == oracle(good)[0]
@@ -114,7 +114,7 @@ def test_a_row_of_nan_goes_elsewhere_and_its_step_counts_for_none(
     assert bench.count("diptych_non_finite_requests_total") == 1
     assert bench.count("diptych_self_tests_total", outcome="passed") == 1
     bench.now_s += 61.0
-    assert not bench.core.degraded
+    assert not bench.core.load().is_degraded(bench.now_s)
     bench.at_rest()
 
 
@@ -165,7 +165,7 @@ def test_a_request_that_forbids_every_token_is_its_own_fault(
         assert isinstance(error, InvalidRequest)
         fields.append(error.field)
     assert fields == ["sampling.logit_bias", "sampling.logit_bias", "sampling"]
-    assert not bench.core.degraded
+    assert not bench.core.load().is_degraded(bench.now_s)
     assert bench.health.num_tests == 0
     bench.at_rest()
 
@@ -231,7 +231,7 @@ def test_damaged_blocks_of_a_peer_and_all_that_was_computed_from_them_are_forgot
     assert bench.error(second).lost == "prefill"
     assert bench.error(second).sick
     assert bench.pool.num_cached == num_clean
-    assert not bench.core.degraded, "it is the peer's fault"
+    assert not bench.core.load().is_degraded(bench.now_s), "it is the peer's fault"
     assert bench.count("diptych_kv_blocks_forgotten_total") > 2
     other = fetched(bench, "other", tuple(range(30, 39)), "P2")
     bench.poison = lambda row: False
@@ -258,7 +258,7 @@ def test_several_that_read_damaged_blocks_in_one_step() -> None:
     bench.poison = lambda row: bool(bad & set(row.block_ids))
     bench.step()
     assert [bench.error(key).lost for key in keys] == ["prefill"] * 3
-    assert not bench.core.degraded
+    assert not bench.core.load().is_degraded(bench.now_s)
     assert bench.pool.num_cached == 0
     (waiting,) = bench.scheduler.waiting
     assert waiting.key == well

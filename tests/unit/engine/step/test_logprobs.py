@@ -149,7 +149,7 @@ def test_cached_positions_are_scored_and_what_is_named_is_not_written_again() ->
     bench = Scored()
     bench.add(plain)
     bench.run()
-    named = dict(bench.pool._by_name)
+    named = dict(bench.pool._by_hash)
     written = bench.runner.num_tokens
     assert len(named) == 6
     rows: list[Row] = []
@@ -172,7 +172,7 @@ def test_cached_positions_are_scored_and_what_is_named_is_not_written_again() ->
         for p in range(row.start, row.start + len(row.token_ids))
     }
     assert not touched & set(named.values())
-    assert {n: b for n, b in bench.pool._by_name.items() if n in named} == named
+    assert {n: b for n, b in bench.pool._by_hash.items() if n in named} == named
     # What it left behind serves the next one, which asks for nothing special.
     again = bench.add(replace(plain, request_id="c"))
     bench.run()

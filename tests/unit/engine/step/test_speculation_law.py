@@ -94,7 +94,7 @@ def answers_of(
 ) -> list[tuple[list[int], FinishReason]]:
     keys = []
     for work in works:
-        keys.append(core.new_key())
+        keys.append(len(keys) + 1)
         core.add(keys[-1], work)
     tokens: dict[int, list[int]] = {key: [] for key in keys}
     reasons: dict[int, FinishReason] = {}
