@@ -25,8 +25,8 @@ import uvloop
 
 from coordinator.cluster.auth import Trust
 from coordinator.cluster.local_workers import Supervisor, doing, worker_command, worker_environment
-from coordinator.cluster.membership import Worker
 from coordinator.cluster.watchdog import Watchdog
+from coordinator.cluster.worker import Worker
 from coordinator.server import Coordinator, dialable
 from coordinator.text.served_model import ServedModel
 from engine.base.gpus import deal_gpus, find_gpus

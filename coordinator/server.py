@@ -27,6 +27,7 @@ from coordinator.cluster.membership import Membership
 from coordinator.cluster.registry_service import RegistryServicer
 from coordinator.generation.pipeline import Pipeline
 from coordinator.routing.admission import Admission
+from coordinator.routing.policy import POLICIES
 from coordinator.text.served_model import ServedModel
 from engine.base.memory import host_memory
 from engine.base.options import FrontOptions
@@ -70,6 +71,7 @@ class Coordinator:
             self._admission,
             metrics,
             worker_wait_s=front.worker_wait_s,
+            policy=POLICIES[front.routing],
             token=trust.cluster,
         )
         self._tokenizing = Admission(

@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
-from coordinator.cluster.membership import HEARTBEAT_S, Hello, Load, Membership, Totals, Worker
+from coordinator.cluster.membership import Membership
+from coordinator.cluster.worker import HEARTBEAT_S, Hello, Load, Totals, Worker
 from engine.base.errors import InvalidRequest, Mismatch, Unavailable
 from engine.base.types import KVPool, Peer
 from engine.pb.diptych.internal.v1 import registry_pb2

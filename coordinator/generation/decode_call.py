@@ -17,11 +17,23 @@ from functools import partial
 import grpc
 
 from coordinator.cluster.membership import Membership
-from coordinator.generation.dispatch import Dispatch, Route, affinity_token_of, meaning_of
+from coordinator.generation.dispatch import Dispatch
 from coordinator.generation.output import Output
 from coordinator.generation.request import Chunk, Ending, GenerationRequest
 from coordinator.generation.shared_parts import SharedParts
-from engine.base.errors import DeadlineExceeded, Unavailable
+from coordinator.routing.affinity import affinity_token_of
+from coordinator.routing.policy import Plan
+from engine.base.errors import (
+    DeadlineExceeded,
+    DiptychError,
+    InvalidRequest,
+    Mismatch,
+    Overloaded,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+    WorkerLost,
+)
 from engine.base.types import FinishReason, StopParams, TokenLogprobs
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.channel import ChannelPool
@@ -34,8 +46,16 @@ from engine.rpc.convert import (
     stop_to_pb,
 )
 from engine.rpc.liveness import next_message
+from engine.rpc.status import DETAILS_KEY, from_rpc_error
 from engine.rpc.trust import ClusterToken
 
+# gRPC's own statuses when a connection or a process goes away in the middle of a call.
+_LOST_CODES = (
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
 Report = worker_pb2.Tokens | worker_pb2.DecodeFinished
 
 
@@ -106,7 +126,7 @@ class DecodeClient:
         await self._channels.close()
 
     async def attempt(
-        self, progress: GenerationState, route: Route, dispatch: Dispatch
+        self, progress: GenerationState, plan: Plan, dispatch: Dispatch
     ) -> AsyncGenerator[Chunk, None]:
         """New tokens, until the answer has ended.
 
@@ -114,14 +134,14 @@ class DecodeClient:
         """
         answer, spent = progress.answer, progress.spent
         with ExitStack() as assigned, ExitStack() as until_first_token:
-            assigned.enter_context(self._membership.assigned(route.decode, 0))
-            computing = route.prefill or route.decode
+            assigned.enter_context(self._membership.assigned(plan.decode, 0))
+            computing = plan.prefill or plan.decode
             # The other choices find the prompt's blocks with choice 0.
             num_tokens = 0 if progress.request.index else progress.num_tokens
             until_first_token.enter_context(self._membership.assigned(computing, num_tokens))
-            affinity_token = affinity_token_of(route.decode)
+            affinity_token = affinity_token_of(plan.decode)
             try:
-                async with aclosing(self._responses(progress, route, dispatch)) as responses:
+                async with aclosing(self._responses(progress, plan, dispatch)) as responses:
                     async for response in responses:
                         if response.HasField("tokens"):
                             until_first_token.close()
@@ -151,19 +171,19 @@ class DecodeClient:
                 raise Unavailable("the channels to workers were closed") from None
 
     async def _responses(
-        self, progress: GenerationState, route: Route, dispatch: Dispatch
+        self, progress: GenerationState, plan: Plan, dispatch: Dispatch
     ) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
         """Messages of a call of Decode, or of a second one where D lacked the shared parts."""
-        parts, incarnation = progress.parts, route.decode.peer.incarnation
-        name = f"decode worker {route.decode.peer.worker_id}"
-        since_stall_s = partial(self._membership.since_stall_s, route.decode.peer)
+        parts, incarnation = progress.parts, plan.decode.peer.incarnation
+        name = f"decode worker {plan.decode.peer.worker_id}"
+        since_stall_s = partial(self._membership.since_stall_s, plan.decode.peer)
         while True:
             carries = await parts.turn(incarnation, dispatch.remaining_s())
             is_unknown = False
             call = None
             try:
-                request = _decode_request(progress, route, carries)
-                call = self._stub(route).Decode(request, timeout=dispatch.remaining_s())
+                request = _decode_request(progress, plan, carries)
+                call = self._stub(plan).Decode(request, timeout=dispatch.remaining_s())
                 del request  # it may be large, and the call long
                 read = partial(next_message, call, name, since_stall_s=since_stall_s)
                 while (response := await read()) is not None:
@@ -183,14 +203,14 @@ class DecodeClient:
                 raise Unavailable("the decode worker does not take the request's shared parts")
             parts.forgotten(incarnation)
 
-    def _stub(self, route: Route) -> worker_pb2_grpc.DecodeServiceStub:
-        """Of the route's decode worker; channels to workers that have gone are let go."""
+    def _stub(self, plan: Plan) -> worker_pb2_grpc.DecodeServiceStub:
+        """Of the plan's decode worker; channels to workers that have gone are let go."""
         self._channels.keep_only({w.peer.address for w in self._membership.snapshot()})
-        return worker_pb2_grpc.DecodeServiceStub(self._channels.get(route.decode.peer.address))
+        return worker_pb2_grpc.DecodeServiceStub(self._channels.get(plan.decode.peer.address))
 
 
 def _decode_request(
-    progress: GenerationState, route: Route, carries: bool = True
+    progress: GenerationState, plan: Plan, carries: bool = True
 ) -> worker_pb2.DecodeRequest:
     """One call's message; `carries`: with what the choices share, else the worker has that."""
     request, answer = progress.request, progress.answer
@@ -207,10 +227,10 @@ def _decode_request(
         output_token_ids=answer.token_ids,
         sampling=sampling_to_pb(sampling),
         stop=stop_to_pb(stop),
-        prefill=peer_to_pb(route.prefill.peer) if route.prefill else None,
+        prefill=peer_to_pb(plan.prefill.peer) if plan.prefill else None,
         cache_salt=request.cache_salt,
         priority=request.priority,
-        incarnation=route.decode.peer.incarnation,
+        incarnation=plan.decode.peer.incarnation,
         num_logprobs=request.num_logprobs,
         num_prompt_logprobs=request.num_prompt_logprobs if progress.scores_prompt else None,
         constraint=constraint_to_pb(request.constraint) if carries else None,
@@ -237,3 +257,24 @@ def _explain(error: grpc.aio.AioRpcError, answer: Output, dispatch: Dispatch) ->
         dispatch.remaining_s()  # ours, if it has passed
         raise Unavailable(meaning.message) from None
     raise meaning from None
+
+
+def meaning_of(error: grpc.aio.AioRpcError, *, num_emitted: int) -> DiptychError | None:
+    """What a worker's status means for the request: Unavailable is tried again, None is a bug.
+
+    After the first token a full worker is no reason to give up: the next attempt may find room.
+    """
+    meaning = from_rpc_error(error)
+    said = DETAILS_KEY in dict(error.trailing_metadata() or ())  # else gRPC made the status up
+    match meaning:
+        case Unavailable() if not said:
+            return WorkerLost(meaning.message)
+        case Unavailable() | InvalidRequest() | DeadlineExceeded():
+            return meaning
+        case Overloaded():
+            return Unavailable(meaning.message) if num_emitted else meaning
+        case Mismatch() | Unauthenticated() | PermissionDenied():  # another one may know us
+            return Unavailable(meaning.message)
+    if error.code() in _LOST_CODES or (error.code() is grpc.StatusCode.INTERNAL and not said):
+        return WorkerLost(f"{error.code().name}: {error.details()}")
+    return None

@@ -22,9 +22,8 @@ from dataclasses import dataclass, replace
 
 from coordinator.cluster.membership import Membership
 from coordinator.generation.decode_call import DecodeClient, GenerationState
-from coordinator.generation.dispatch import Affinity, Dispatch, Route, affinity_of
+from coordinator.generation.dispatch import Dispatch
 from coordinator.generation.fan_in import Merge
-from coordinator.generation.harmed_workers import Trial
 from coordinator.generation.output import Output
 from coordinator.generation.prompt import checked, prompt_of
 from coordinator.generation.request import (
@@ -39,6 +38,9 @@ from coordinator.generation.request import (
 )
 from coordinator.generation.shared_parts import SharedParts
 from coordinator.routing.admission import Admission, Ticket
+from coordinator.routing.affinity import Affinity, affinity_of
+from coordinator.routing.harmed_workers import Trial
+from coordinator.routing.policy import POLICIES, Plan, Policy
 from coordinator.text.detokenizer import place_prompt
 from coordinator.text.served_model import ServedModel
 from coordinator.text.stops import StopSet
@@ -75,6 +77,7 @@ class Pipeline:
         metrics: CoordinatorMetrics,
         *,
         worker_wait_s: float,
+        policy: Policy = POLICIES["least_loaded"],
         token: ClusterToken | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -83,10 +86,11 @@ class Pipeline:
         self._admission = admission
         self._metrics = metrics
         self._worker_wait_s = worker_wait_s
+        self._policy = policy
         self._clock = clock
         self._caller = DecodeClient(membership, token)
         self._catching_up = asyncio.Semaphore(1)  # one piece of it at a time, between others' work
-        self._trial = Trial(clock)
+        self._trial = Trial()
         self.draining = False
         self._closed = False
 
@@ -137,7 +141,7 @@ class Pipeline:
             ticket.set_tokens(len(prompt) + sum(len(r.token_ids) for r in request.resumes))
             self._metrics.prompt_tokens.inc(len(prompt))
             decode = self._decode if count == 1 else self._decode_choices
-            affinity = affinity_of(self._membership, request.affinity_token)
+            affinity = affinity_of(self._membership.view(), request.affinity_token)
             shared = await self._shared(request, prompt)
             answer = decode(request, shared, timeline, ticket, affinity)
             async with aclosing(answer) as parts:
@@ -228,6 +232,7 @@ class Pipeline:
             self._membership,
             worker_wait_s=self._worker_wait_s,
             deadline_s=ticket.deadline_s,
+            policy=self._policy,
             clock=self._clock,
             affinity=affinity,
             check_open=self._check_open,
@@ -241,24 +246,24 @@ class Pipeline:
             if not answer.max_tokens and not progress.scores_prompt:
                 answer.ending = Ending(FinishReason.LENGTH)
                 break
-            route = None
+            plan = None
             ticket.doing = "waits for a worker"
             try:
-                route = await dispatch.next(progress.num_tokens, alone=progress.scores_prompt)
+                plan = await dispatch.next(progress.num_tokens, alone=progress.scores_prompt)
                 timeline.mark(Event.ROUTED)
-                ticket.doing = f"waits for tokens from {route}"
-                attempt = self._caller.attempt(progress, route, dispatch)
+                ticket.doing = f"waits for tokens from {plan}"
+                attempt = self._caller.attempt(progress, plan, dispatch)
                 async with aclosing(attempt) as chunks:
                     async for chunk in chunks:
                         dispatch.progressed()
-                        ticket.doing = f"is being answered by {route}"
+                        ticket.doing = f"is being answered by {plan}"
                         self._observe(timeline, len(chunk.token_ids))
                         if tells_prompt:
                             yield await self._prompt_part(progress)
                             tells_prompt = False
                         yield chunk
             except Unavailable as error:
-                await self._next_attempt(dispatch, route, error, answer)
+                await self._next_attempt(dispatch, plan, error, answer)
             except Mismatch:
                 self._metrics.migrated("other_model")
                 raise
@@ -292,19 +297,19 @@ class Pipeline:
         return replace(part, placement=placement)
 
     async def _next_attempt(
-        self, dispatch: Dispatch, route: Route | None, error: Unavailable, answer: Output
+        self, dispatch: Dispatch, plan: Plan | None, error: Unavailable, answer: Output
     ) -> None:
         """After a lost attempt: returns if there may be another.
 
         Else raises Unavailable or WorkersLost.
         """
         try:
-            if route is None:  # nobody to send it to
+            if plan is None:  # nobody to send it to
                 raise error
             self._check_open()
-            await dispatch.failed(route, error)
+            await dispatch.failed(plan, error)
         except Unavailable as last:
-            if route is not None or answer.num_new:
+            if plan is not None or answer.num_new:
                 self._metrics.migrated("exhausted")
             raise Unavailable(
                 last.message, last.retry_after_s, num_emitted=answer.num_new
@@ -315,8 +320,8 @@ class Pipeline:
         self._metrics.migrated("resumed" if answer.num_new else "retried")
         _log.warning(
             "attempt lost",
-            worker=route.decode.peer.worker_id,
-            prefill=route.prefill.peer.worker_id if route.prefill else None,
+            worker=plan.decode.peer.worker_id,
+            prefill=plan.prefill.peer.worker_id if plan.prefill else None,
             lost=error.lost or "decode",
             reason=error.message,
             num_tokens=len(answer.token_ids),

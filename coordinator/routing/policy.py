@@ -1,62 +1,127 @@
-"""Where a request goes: a pure function of a snapshot of the workers."""
+"""Routing policies: where one attempt of a request goes, as a pure function of two values.
+
+    ClusterView, RequestView --> Policy.plan --> Plan: a prefill worker or none, a decode worker
+                                             '-> None: no decode worker takes the request now
+
+A policy has no clock, no I/O and no state: equal views give equal plans. A cluster may have
+hundreds of workers, and a plan is made for each attempt, so a policy reads the rows once or twice.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from coordinator.cluster.membership import Worker, WorkerState
+from coordinator.cluster.worker import ClusterView, Worker
+from coordinator.routing.affinity import model_tag, sticky
 from engine.base.types import Role
 
-MANY_WAITING = 4  # requests more than elsewhere: what is in a cache is not worth that queue
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """What a policy may know of a request; lengths in tokens, workers as incarnations."""
+
+    num_tokens: int  # prompt and output so far
+    max_tokens: int = 0  # the longest that prompt and output may become
+    computes_alone: bool = False  # the decode worker computes the prompt itself
+    model: str = ""  # `model_tag` of what wrote a part of the output; "": nothing is written
+    sticky_decode: str = ""  # has the request's blocks, probably
+    sticky_prefill: str = ""
+    failures: Mapping[str, int] = field(default_factory=dict)  # by incarnation
 
 
-def pick(
-    workers: Iterable[Worker], role: Role, exclude: Collection[str] = (), num_tokens: int = 0
-) -> Worker | None:
-    """The least loaded ready worker of `role` whose incarnation is not in `exclude`, or None.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The workers of one attempt; without `prefill` the decode worker computes the prompt."""
 
-    It must hold `num_tokens`: of decode the longest that prompt and answer may become, of prefill
-    the prompt's whole blocks.
-    Least loaded: fewest prompt tokens waiting, then fewest requests, then the lowest id, so that
-    equal snapshots give equal picks. A doubtful decode worker comes after all others; a doubtful
-    prefill worker is not picked, for a decode worker can do without.
+    prefill: Worker | None
+    decode: Worker
+
+    def __str__(self) -> str:
+        """For people: the ids of the workers."""
+        decode = self.decode.peer.worker_id
+        return f"{decode} with {self.prefill.peer.worker_id}" if self.prefill else decode
+
+
+class Policy(Protocol):
+    """A way to choose workers."""
+
+    def plan(self, cluster: ClusterView, request: RequestView) -> Plan | None:
+        """The workers of the next attempt; None where no decode worker takes the request."""
+
+
+class LeastLoaded:
+    """The worker with the fewest waiting tokens, or the one that has the request's blocks.
+
+    Decode: the sticky worker, else the least loaded one of those with the fewest failures of this
+    request. Prefill: after a failure the sticky worker if it had no part in it, else the least
+    loaded one that has not failed. A degraded worker comes last for decode and never for prefill,
+    for a decode worker can compute the prompt itself.
     """
-    candidates = _ready(workers, role, exclude)
-    candidates = [w for w in candidates if w.model.max_model_len >= num_tokens]
-    if role is Role.PREFILL:
-        candidates = [w for w in candidates if not w.degraded]
-    return min(candidates, key=_weight, default=None)
+
+    def plan(self, cluster: ClusterView, request: RequestView) -> Plan | None:
+        """See Policy."""
+        decode = self._decode(cluster, request)
+        if decode is None:
+            return None
+        return Plan(self._prefill(cluster, request, decode.model.block_size), decode)
+
+    def _decode(self, cluster: ClusterView, request: RequestView) -> Worker | None:
+        fitting = [
+            worker
+            for worker in cluster.ready(Role.DECODE)
+            if worker.model.max_model_len >= request.max_tokens
+            and (not request.model or model_tag(worker) == request.model)
+        ]
+        failures = request.failures
+        if sticky := [w for w in fitting if w.peer.incarnation == request.sticky_decode]:
+            return sticky[0]
+        if failures:
+            counts = [failures.get(w.peer.incarnation, 0) for w in fitting]
+            fewest = min(counts, default=0)
+            fitting = [w for w, count in zip(fitting, counts, strict=True) if count == fewest]
+        return least_loaded(fitting, cluster.now_s)
+
+    def _prefill(
+        self, cluster: ClusterView, request: RequestView, block_size: int
+    ) -> Worker | None:
+        # The decode worker computes the last token itself, and only whole blocks travel.
+        num_whole = (request.num_tokens - 1) // block_size * block_size
+        if request.computes_alone or num_whole <= 0:
+            return None
+        # The choices of a request go by load at first: they wait for the same prompt, and one
+        # stalled worker would stop all of them.
+        if request.failures:
+            kept = sticky(cluster, Role.PREFILL, request.sticky_prefill, request.failures)
+            # It may have been lost with the decode worker, on the same machine.
+            if kept and kept.is_heard(cluster.now_s):
+                return kept
+        candidates = [
+            worker
+            for worker in cluster.ready(Role.PREFILL)
+            if worker.model.max_model_len >= num_whole
+            and worker.peer.incarnation not in request.failures
+            and not worker.is_degraded(cluster.now_s)
+        ]
+        return least_loaded(candidates, cluster.now_s)
 
 
-def sticky(
-    workers: Iterable[Worker], role: Role, incarnation: str, exclude: Collection[str] = ()
-) -> Worker | None:
-    """The worker of `role` that has a request's blocks already, unless another one is the better
-    choice all the same: it is doubtful, or many more requests wait there than elsewhere.
+POLICIES: Mapping[str, Policy] = {"least_loaded": LeastLoaded()}  # by the value of --routing
+
+
+def least_loaded(workers: Collection[Worker], now_s: float) -> Worker | None:
+    """Fewest prompt tokens waiting, then fewest requests, then the lowest id; degraded last.
+
+    A heartbeat counts the requests of all coordinators, but late; the assigned ones are exact.
     """
-    ready = [w for w in _ready(workers, role, exclude) if not w.degraded]
-    fewest_waiting = min((w.load.num_waiting for w in ready), default=0)
-    for worker in ready:
-        if worker.peer.incarnation == incarnation:
-            behind = worker.load.num_waiting > fewest_waiting + MANY_WAITING
-            return None if behind else worker
-    return None
-
-
-def _ready(workers: Iterable[Worker], role: Role, exclude: Collection[str]) -> list[Worker]:
-    return [
-        w
-        for w in workers
-        if w.role is role and w.state is WorkerState.READY and w.peer.incarnation not in exclude
-    ]
-
-
-def _weight(worker: Worker) -> tuple[bool, int, int, str]:
-    """What is known to be there: a heartbeat counts everybody's, but late; our count is exact."""
-    load = worker.load
-    return (
-        worker.degraded,
-        max(load.waiting_tokens, worker.assigned_tokens),
-        max(load.num_running + load.num_waiting, worker.assigned_requests),
-        worker.peer.worker_id,
+    return min(
+        workers,
+        key=lambda w: (
+            w.is_degraded(now_s),
+            max(w.load.waiting_tokens, w.assigned_tokens),
+            max(w.load.num_running + w.load.num_waiting, w.assigned_requests),
+            w.peer.worker_id,
+        ),
+        default=None,
     )

@@ -313,7 +313,12 @@ class FrontOptions:
         parse=parse_disabled,
         repeated=True,
     )
-    routing: str = option("load", "how workers are picked", choices=("load",))
+    routing: str = option(
+        "least_loaded",
+        "how workers are chosen; least_loaded: the one with the fewest prompt tokens waiting, or "
+        "one that has the request's blocks",
+        choices=("least_loaded",),
+    )
     max_request_s: float = option(
         600.0, "deadline of a request that brings none", minimum=0.1, maximum=MAX_REQUEST_S
     )

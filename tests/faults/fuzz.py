@@ -34,7 +34,7 @@ import grpc
 import structlog
 from google.protobuf import message_factory
 
-from coordinator.cluster.membership import HEARTBEAT_S, Hello, Load
+from coordinator.cluster.worker import HEARTBEAT_S, Hello, Load
 from coordinator.server import Coordinator
 from coordinator.text.chat_template import ChatTemplate
 from coordinator.text.served_model import ServedModel

@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from coordinator.cluster.membership import PENALTY_S
+from coordinator.cluster.worker import PENALTY_S
 from tests.faults import checks
 from tests.faults.asks import Asker, Stream
 from tests.faults.cluster import SPARE, Cluster, until

@@ -8,8 +8,8 @@ from datetime import datetime
 
 import pytest
 
-from coordinator.cluster.membership import LOST_S
-from coordinator.generation.harmed_workers import MAX_HARMED, MOST_HARMED
+from coordinator.cluster.incidents import LOST_S
+from coordinator.routing.harmed_workers import MAX_HARMED, MOST_HARMED
 from engine.base.errors import WorkersLost
 from tests.faults.oracle import CASES, Case
 from tests.faults.scenario import Scenario

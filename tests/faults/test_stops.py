@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from coordinator.cluster.membership import HEARTBEAT_S
+from coordinator.cluster.worker import HEARTBEAT_S
 from tests.faults.cluster import LEASE_TTL_S
 from tests.faults.scenario import LONG, SILENT_S, Scenario, struck
 

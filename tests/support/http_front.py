@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from coordinator.cluster.membership import HEARTBEAT_S, Hello, Load, Worker
+from coordinator.cluster.worker import HEARTBEAT_S, Hello, Load, Worker
 from coordinator.server import Coordinator
 from coordinator.text.chat_template import ChatTemplate
 from coordinator.text.served_model import ServedModel

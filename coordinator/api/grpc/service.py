@@ -21,8 +21,9 @@ from coordinator.api.validation.request import (
     validate_generate,
 )
 from coordinator.api.validation.tools import check_tools
-from coordinator.cluster.membership import Membership, Worker, WorkerState
+from coordinator.cluster.membership import Membership
 from coordinator.cluster.registry_service import RegistryServicer
+from coordinator.cluster.worker import Worker, WorkerState
 from coordinator.generation.pipeline import Pipeline
 from coordinator.generation.request import Finished, GenerationRequest, Part, PromptPart
 from coordinator.routing.admission import Admission

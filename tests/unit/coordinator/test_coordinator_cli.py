@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 
 from coordinator.client import Client
-from coordinator.cluster.membership import Load, Worker
+from coordinator.cluster.worker import Load, Worker
 from coordinator.process import Options, describe_context, make_supervisor, serve
 from coordinator.server import dialable
 from engine.base.memory import HostMemory

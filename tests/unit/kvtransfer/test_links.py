@@ -162,7 +162,7 @@ LINK = KVLink("prefill-0", "tcp/eth0", 0.5e9, 64 * MIB, "VRAM")
 def test_links_reach_status_and_metrics() -> None:
     load = _load(registry_pb2.Load(links=[link_to_pb(LINK)]))
     assert load.links == (LINK,)
-    from coordinator.cluster.membership import Worker, WorkerState
+    from coordinator.cluster.worker import Worker, WorkerState
 
     limit = KVPool(3 * MIB, "the cgroup's 2 GiB")
     peer = Peer("decode-0", "i", "a")

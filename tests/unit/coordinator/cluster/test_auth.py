@@ -7,7 +7,7 @@ import pytest
 
 from coordinator.client import Client, blocking
 from coordinator.cluster.auth import Trust
-from coordinator.generation.dispatch import meaning_of
+from coordinator.generation.decode_call import meaning_of
 from engine.base.errors import ConfigError, PermissionDenied, Unauthenticated, Unavailable
 from engine.base.options import FrontOptions, TrustOptions
 from engine.pb.diptych.v1 import admin_pb2

@@ -1,21 +1,13 @@
 import asyncio
 import math
-from dataclasses import replace
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from coordinator.cluster.membership import (
-    FORGET_S,
-    PENALTY_S,
-    SILENCE_S,
-    Hello,
-    Load,
-    Membership,
-    WorkerState,
-)
+from coordinator.cluster.membership import Membership
+from coordinator.cluster.worker import FORGET_S, PENALTY_S, SILENCE_S, Hello, Load
 from coordinator.generation.dispatch import Dispatch
-from coordinator.routing.policy import pick
+from coordinator.routing.policy import LeastLoaded, RequestView
 from engine.base.errors import Mismatch
 from engine.base.types import PROTOCOL_VERSION, Peer, Role
 from engine.rpc.liveness import STALL_S, STUCK_LOOP_S
@@ -43,6 +35,15 @@ def hello(worker_id="d0", role=Role.DECODE, incarnation="i0", version=None, **ch
     peer = Peer(worker_id, incarnation, f"127.0.0.1:{sum(map(ord, worker_id))}")
     model = identity(**changes)
     return Hello(peer, role, "127.0.0.1:1", model, version or PROTOCOL_VERSION)
+
+
+def chosen(table, num_tokens=0, failures=(), prompt=0):
+    """The worker_ids of decode and prefill; None where there is none."""
+    request = RequestView(prompt + 1, num_tokens, failures=dict.fromkeys(failures, 1))
+    plan = LeastLoaded().plan(table.view(), request)
+    if plan is None:
+        return None, None
+    return plan.decode.peer.worker_id, plan.prefill.peer.worker_id if plan.prefill else None
 
 
 def states(table):
@@ -137,11 +138,9 @@ def test_a_shorter_decode_worker_does_not_shorten_the_service():
     longest = table.register(hello("d0", incarnation="i1", max_model_len=8192))
     table.register(hello("d2", incarnation="i2", max_model_len=2048))
     assert table.identity.max_model_len == table.max_model_len == 8192
-    rows = table.snapshot()
-    assert pick(rows, Role.DECODE, num_tokens=8192).peer.worker_id == "d0"
-    assert pick(rows, Role.DECODE, {"i1"}, 4096).peer.worker_id == "d1"
-    assert pick(rows, Role.DECODE, {"i1"}, 4097) is None
-    assert pick(rows, Role.PREFILL, num_tokens=1024).peer.worker_id == "p0"
+    assert chosen(table, 8192, prompt=1024) == ("d0", "p0")
+    assert chosen(table, 4096, {"i1"}, prompt=1040) == ("d1", None)
+    assert chosen(table, 4097, {"i1"}) == ("d0", None), "it failed, and no other holds so many"
     table.lost(longest, "killed")
     assert table.identity.max_model_len == 8192, "it may come back"
     table.register(hello("d0", incarnation="i3", max_model_len=8192))
@@ -222,38 +221,6 @@ def test_assigned_work_is_counted_until_it_is_done():
     assert (row.assigned_requests, row.assigned_tokens) == (0, 0)
 
 
-def rows():
-    table, _ = make()
-    for name in ("d2", "d0", "d1"):
-        table.register(hello(name, incarnation="of-" + name))
-    table.register(hello("p0", Role.PREFILL, incarnation="of-p0"))
-    return list(table.snapshot())
-
-
-def test_pick_prefers_fewest_tokens_then_requests_then_the_lowest_id():
-    workers = rows()
-    assert pick(workers, Role.DECODE).peer.worker_id == "d0"
-    assert pick(reversed(workers), Role.DECODE).peer.worker_id == "d0"
-    workers[0] = replace(workers[0], load=Load(waiting_tokens=100))
-    assert pick(workers, Role.DECODE).peer.worker_id == "d1"
-    workers[1] = replace(workers[1], load=Load(num_running=1))
-    assert pick(workers, Role.DECODE).peer.worker_id == "d2"
-    workers[2] = replace(workers[2], assigned_requests=2)
-    assert pick(workers, Role.DECODE).peer.worker_id == "d1"
-
-
-def test_pick_passes_over_roles_states_and_exclusions():
-    workers = rows()
-    assert pick(workers, Role.PREFILL).peer.worker_id == "p0"
-    assert pick(workers, Role.PREFILL, {"of-p0"}) is None
-    assert pick(workers, Role.DECODE, {"of-d0"}).peer.worker_id == "d1"
-    away = [replace(w, state=WorkerState.SUSPECT) for w in workers]
-    assert pick(away, Role.DECODE) is None
-    draining = [replace(w, state=WorkerState.DRAINING) for w in workers]
-    assert pick(draining, Role.DECODE) is None
-    assert pick([], Role.DECODE) is None
-
-
 def test_who_was_given_up_does_not_take_its_place_back():
     """A stopped process that wakes up finds another in its place; so do two of one name."""
     table, _ = make()
@@ -292,20 +259,20 @@ def test_who_fails_a_request_is_avoided_for_a_while():
     table.register(hello("d0", incarnation="a"))
     table.register(hello("d1", incarnation="b"))
     table.register(hello("p0", Role.PREFILL, incarnation="c"))
-    first = pick(table.snapshot(), Role.DECODE)
-    assert first.peer.worker_id == "d0"
+    first, second, prefill = table.snapshot()
+    assert chosen(table, prompt=16) == ("d0", "p0")
     table.penalize(first)
-    assert pick(table.snapshot(), Role.DECODE).peer.worker_id == "d1"
-    table.penalize(pick(table.snapshot(), Role.DECODE))
-    assert pick(table.snapshot(), Role.DECODE).peer.worker_id == "d0", "better than nobody"
-    table.penalize(pick(table.snapshot(), Role.PREFILL))
-    assert pick(table.snapshot(), Role.PREFILL) is None, "the decode worker computes it"
+    assert chosen(table, prompt=16) == ("d1", "p0")
+    table.penalize(second)
+    assert chosen(table, prompt=16) == ("d0", "p0"), "better than none"
+    table.penalize(prefill)
+    assert chosen(table, prompt=16) == ("d0", None), "the decode worker computes it"
     clock.now += PENALTY_S / 2
-    assert pick(table.snapshot(), Role.PREFILL) is None
+    assert chosen(table, prompt=16) == ("d0", None)
     clock.now += SILENCE_S - PENALTY_S / 2 - 0.1
     table.penalize(first)
     table.register(hello("d0", incarnation="another"))
-    assert not table.snapshot()[0].degraded, "another process is another matter"
+    assert not table.snapshot()[0].is_degraded(clock.now), "another process is another matter"
 
 
 def test_a_worker_that_reports_a_stall_keeps_its_place_and_comes_last():
@@ -318,11 +285,11 @@ def test_a_worker_that_reports_a_stall_keeps_its_place_and_comes_last():
         table.stalled("d0", "i0", lag_s)
         assert table.since_stall_s(worker.peer) == 0.0
         assert states(table) == {"d0": "ready", "d1": "ready"}
-    assert pick(table.snapshot(), Role.DECODE).peer.worker_id == "d1"
+    assert chosen(table)[0] == "d1"
     assert registry.get_sample_value(STALLS, {"model_name": "smollm2", "worker": "d0"}) == 1
     assert table.last_beat_s("d0", 0.0) == 100.0, "a report is no heartbeat: the watchdog goes on"
     table.heartbeat(worker, Load())
-    assert pick(table.snapshot(), Role.DECODE).peer.worker_id == "d0"
+    assert chosen(table)[0] == "d0"
     clock.now += SILENCE_S + 0.1
     assert states(table)["d0"] == "suspect", "silent without a report"
 

@@ -11,16 +11,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from coordinator.api.grpc.service import _row
-from coordinator.cluster.membership import (
-    PENALTY_S,
-    STRIKES,
-    STRIKES_S,
-    Hello,
-    Load,
-    Membership,
-    Worker,
-)
+from coordinator.cluster.incidents import STRIKES, STRIKES_S
+from coordinator.cluster.membership import Membership
 from coordinator.cluster.registry_service import RegistryServicer
+from coordinator.cluster.worker import PENALTY_S, Hello, Load, Worker
 from coordinator.commands.terminal import _state
 from coordinator.generation.dispatch import Dispatch
 from engine.base.errors import Unavailable
@@ -72,13 +66,18 @@ class Table:
         )
 
 
+@pytest.fixture(autouse=True)
+def _no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.routing.retry.FIRST_BACKOFF_S", 0.0)
+
+
 def test_a_degraded_worker_is_the_last_choice_and_no_more() -> None:
     table = Table()
     table.beat(Health.DEGRADED, "decode-0")
-    assert table.worker("decode-0").degraded
+    assert table.worker("decode-0").is_degraded(table.now)
     assert not table.sick
     table.beat()
-    assert not table.worker("decode-0").degraded
+    assert not table.worker("decode-0").is_degraded(table.now)
 
 
 def test_operators_see_health() -> None:
@@ -102,7 +101,7 @@ def test_a_failed_self_test_is_enough_and_counts_once() -> None:
     for _ in range(3):
         table.beat(Health.SICK, "prefill-1")
     assert table.sick == ["prefill-1"]
-    assert table.worker("prefill-1").degraded
+    assert table.worker("prefill-1").is_degraded(table.now)
     labels = {"model_name": "m", "worker": "prefill-1"}
     assert table.registry.get_sample_value("diptych_sick_workers_total", labels) == 1
 

@@ -10,9 +10,11 @@ from prometheus_client import CollectorRegistry
 
 from coordinator.api.openai.errors import failure_of
 from coordinator.client.stream import _loss
-from coordinator.cluster.membership import Hello, Load, Membership
-from coordinator.generation.dispatch import Dispatch, Route
-from coordinator.generation.harmed_workers import Trial
+from coordinator.cluster.membership import Membership
+from coordinator.cluster.worker import Hello, Load
+from coordinator.generation.dispatch import Dispatch
+from coordinator.routing.harmed_workers import Trial
+from coordinator.routing.policy import Plan
 from engine.base.errors import Silent, Unavailable, WorkerLost, WorkersLost
 from engine.base.types import PROTOCOL_VERSION, Peer, Role
 from engine.rpc.status import from_rpc_error, to_status
@@ -36,7 +38,7 @@ class Table:
         self.now_s = 100.0
         metrics = CoordinatorMetrics(CollectorRegistry(), "smollm2")
         self.membership = Membership("smollm2", 49152, metrics, lambda: self.now_s)
-        self.trial = Trial(lambda: self.now_s)
+        self.trial = Trial()
         self.numbers = itertools.count()
         self.workers = {}
         for i in range(decode):
@@ -79,7 +81,7 @@ class Table:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
-    monkeypatch.setattr("coordinator.generation.dispatch._FIRST_BACKOFF_S", 0.0)
+    monkeypatch.setattr("coordinator.routing.retry.FIRST_BACKOFF_S", 0.0)
 
 
 @pytest.mark.parametrize("decode", [1, 2, 4])
@@ -111,7 +113,7 @@ async def test_a_prefill_worker_that_is_gone_counts_and_one_that_is_here_does_no
 
 async def test_a_prefill_worker_whose_end_is_known_a_moment_later_counts(monkeypatch):
     """The decode worker that waited for it may notice before the coordinator does."""
-    monkeypatch.setattr("coordinator.generation.dispatch._FIRST_BACKOFF_S", 0.05)
+    monkeypatch.setattr("coordinator.routing.retry.FIRST_BACKOFF_S", 0.05)
     table, gone = Table(1, prefill=3), Unavailable("Socket closed", lost="prefill")
     request = table.request()
     with pytest.raises(WorkersLost):
@@ -120,6 +122,7 @@ async def test_a_prefill_worker_whose_end_is_known_a_moment_later_counts(monkeyp
             failing = asyncio.create_task(request.failed(route, gone))
             await asyncio.sleep(0)
             table.membership.lost(route.prefill, "its stream broke")
+            table.now_s += 0.2
             await failing
 
 
@@ -216,7 +219,7 @@ async def test_suspects_are_tried_one_after_the_other_so_that_the_innocent_are_t
         route = await cause.next(100)
         table.membership.lost(route.decode, "its stream broke")
         for request in (cause, beside):
-            await request.failed(Route(route.decode, None), LOST)
+            await request.failed(Plan(None, route.decode), LOST)
             request.close()
         table.begin(route.decode.peer.worker_id)
     route = await cause.next(100)

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 from prometheus_client import CollectorRegistry
 
-from coordinator.cluster.membership import FORGET_S, SILENCE_S, Hello, Membership
-from coordinator.generation.dispatch import Affinity, Dispatch, affinity_of, affinity_token_of
+from coordinator.cluster.membership import Membership
+from coordinator.cluster.worker import FORGET_S, SILENCE_S, Hello
+from coordinator.generation.dispatch import Dispatch
+from coordinator.routing.affinity import Affinity, affinity_of, affinity_token_of
 from engine.base.errors import Mismatch, Unavailable
 from engine.base.types import PROTOCOL_VERSION, ModelIdentity, Peer, Role
 from engine.telemetry.metrics import CoordinatorMetrics
@@ -38,6 +40,11 @@ class Table:
             clock=lambda: self.now,
             affinity=affinity,
         )
+
+
+@pytest.fixture(autouse=True)
+def _no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.routing.retry.FIRST_BACKOFF_S", 0.0)
 
 
 @pytest.mark.parametrize("name", ["decode-0", "decode-1"])
@@ -70,14 +77,14 @@ async def test_a_resume_names_the_model_that_began() -> None:
     (worker,) = table.members.snapshot()
     name = affinity_token_of(worker)
     assert len(name) <= 128
-    assert affinity_of(table.members, name).decode == worker.peer.incarnation
+    assert affinity_of(table.members.view(), name).decode == worker.peer.incarnation
     after = Table()  # another coordinator, or this one later
     after.come("decode-0", OTHER)
     with pytest.raises(Mismatch):
-        await after.dispatch(affinity_of(after.members, name)).next(41)
+        await after.dispatch(affinity_of(after.members.view(), name)).next(41)
     same = Table()
     same.now += 7.0
     same.come("decode-9")
-    assert (await same.dispatch(affinity_of(same.members, name)).next(41)).prefill is None
+    assert (await same.dispatch(affinity_of(same.members.view(), name)).next(41)).prefill is None
     for hint in ("", "x", "a.b", "0" * 128, f"{'g' * 16}.{'0' * 16}", name[:16], name + "\n"):
-        await after.dispatch(affinity_of(after.members, hint)).next(41)  # no name of ours
+        await after.dispatch(affinity_of(after.members.view(), hint)).next(41)  # no name of ours

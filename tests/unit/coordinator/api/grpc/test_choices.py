@@ -5,7 +5,7 @@ import asyncio
 import grpc
 import pytest
 
-from coordinator.generation.dispatch import affinity_token_of
+from coordinator.routing.affinity import affinity_token_of
 from coordinator.text.detokenizer import Detokenizer
 from engine.base.seeds import choice_seed
 from engine.pb.diptych.v1 import inference_pb2
@@ -109,8 +109,8 @@ async def test_one_lost_choice_is_tried_again_alone(checkpoint, group):  # noqa:
 
 
 async def test_when_one_choice_cannot_be_saved_all_end(checkpoint, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("coordinator.generation.dispatch._FIRST_BACKOFF_S", 0.001)
-    monkeypatch.setattr("coordinator.generation.dispatch.MAX_ATTEMPTS", 2)
+    monkeypatch.setattr("coordinator.routing.retry.FIRST_BACKOFF_S", 0.001)
+    monkeypatch.setattr("coordinator.routing.retry.MAX_ATTEMPTS", 2)
     async with front(checkpoint) as f:
         cues = [Cue(3, lost()), Cue(1000, lost())]
         worker = await f.worker(by_seed=scripted(f, 2), cues=cues, pace_s=0.01, group=1)

@@ -11,9 +11,8 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from coordinator.client import AsyncClient, Client, Done, TextDelta
-from coordinator.cluster import membership as membership_module
-from coordinator.cluster.membership import Hello, Load
-from coordinator.generation.dispatch import affinity_token_of
+from coordinator.cluster.worker import HEARTBEAT_S, Hello, Load
+from coordinator.routing.affinity import affinity_token_of
 from coordinator.server import Coordinator
 from coordinator.text.chat_template import ChatTemplate
 from coordinator.text.served_model import ServedModel
@@ -351,7 +350,7 @@ async def test_the_last_worker_standing_is_tried_again(checkpoint):
 
 
 async def test_when_all_attempts_fail_the_client_learns_how_far_it_came(checkpoint, monkeypatch):
-    monkeypatch.setattr("coordinator.generation.dispatch._FIRST_BACKOFF_S", 0.001)
+    monkeypatch.setattr("coordinator.routing.retry.FIRST_BACKOFF_S", 0.001)
     async with front(checkpoint) as f:
         worker = await f.worker(cues=[Cue(6, lost()), *[Cue(0, lost("no luck"))] * 50])
         call = f.call(stop=stop(max_tokens=40))
@@ -814,7 +813,7 @@ async def test_registration_over_the_wire(checkpoint, monkeypatch):
             call = stub.Register()
             await call.write(registry_pb2.WorkerMessage(hello=hello()))
             welcome = (await call.read()).welcome
-            assert welcome.heartbeat_s == membership_module.HEARTBEAT_S
+            assert welcome.heartbeat_s == HEARTBEAT_S
             load = registry_pb2.Load(num_running=3, free_blocks=5, total_blocks=7)
             await call.write(registry_pb2.WorkerMessage(load=load))
             await until(lambda: f.coordinator.membership.snapshot()[0].load.num_running == 3)
@@ -878,7 +877,7 @@ async def test_a_worker_is_told_to_drain_and_waited_for(checkpoint):
 
 
 async def test_a_worker_that_only_fell_silent_has_not_ended(checkpoint, monkeypatch):
-    monkeypatch.setattr(membership_module, "SILENCE_S", 0.2)
+    monkeypatch.setattr("coordinator.cluster.worker.SILENCE_S", 0.2)
     async with front(checkpoint) as f:
         admin = admin_pb2_grpc.AdminServiceStub(f.channel)
         async with open_channel(f.coordinator.internal_address) as channel:

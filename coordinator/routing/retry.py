@@ -1,0 +1,260 @@
+"""Whether and when a request is tried again. Decisions only: another module calls and waits.
+
+    next() --Call(plan)--> the attempt --tokens--> progressed()
+      ^ '--Wait----> next() again            |
+      |                                      | lost: D, or its prefill worker
+      |                                   failed()
+      |                                      v
+      '------------------- None ---------- after_failure() --Wait--> after_failure() again
+                                             '--GiveUp(error): the request ends
+
+A decision gets the cluster as a view, whose moment is the only time that counts. Waiting longer or
+shorter than a `Wait` asks changes no decision, only when it is made.
+
+- A decode worker is passed over while another one has failed less often; one that is ready may be
+  tried again. Where none is ready, the request waits for one.
+- A prefill worker that failed is not used again: the decode worker can compute the prompt. One that
+  had no part in a failure is kept, for it probably has the prompt's blocks.
+- A worker that fails one request is penalized for a while, for all requests. A worker that found
+  its own numbers not finite is accused only when another one has computed what it could not: a
+  request may be the reason, too.
+- A request under which one worker after the other is lost ends (`harmed_workers.py`).
+- An output that one model began is not continued by another one, whose workers came when those of
+  the former had all gone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from coordinator.cluster.worker import ClusterView, Worker
+from coordinator.routing.affinity import Affinity, model_tag
+from coordinator.routing.harmed_workers import HarmedWorkers, Trial
+from coordinator.routing.policy import Plan, Policy, RequestView
+from engine.base.errors import (
+    DeadlineExceeded,
+    DiptychError,
+    Mismatch,
+    Unavailable,
+    WorkerLost,
+)
+from engine.base.types import Role
+
+MAX_ATTEMPTS = 8  # in a row without a new token
+FIRST_BACKOFF_S = 0.05
+MAX_BACKOFF_S = 1.0
+_LOOK_S = 1.0  # silence and penalties end without an event
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Send the request to these workers."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Ask again after `timeout_s`, or earlier when the cluster has changed."""
+
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """End the request with this error."""
+
+    error: DiptychError
+    harmed: tuple[str, ...] = ()  # worker_ids that were lost under it, where that is why
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """A lost attempt whose consequences are not decided yet."""
+
+    error: Unavailable
+    lost: Worker
+    is_prefill: bool  # it was the prefill worker of the attempt
+    judged_s: float  # when they are decided; monotonic
+
+
+class Reports(Protocol):
+    """What attempts reveal about workers, and what is known of others: see Membership."""
+
+    def penalize(self, worker: Worker) -> None:
+        """The worker failed a request."""
+
+    def accuse(self, worker: Worker, witness: Worker) -> None:
+        """Another worker computed what this one could not, as `witness` found."""
+
+    def num_lost_beside(self, incarnations: Container[str]) -> int:
+        """Number of processes lost lately that are not among `incarnations`."""
+
+    def explain_losses(self, incarnations: Iterable[str]) -> None:
+        """One request was the reason for these losses."""
+
+    def wake(self) -> None:
+        """Requests that wait may go on."""
+
+
+class Retry:
+    """The attempts of one choice of a request. Moments are those of the views' clock."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        reports: Reports,
+        *,
+        worker_wait_s: float,
+        deadline_s: float,
+        max_tokens: int = 0,
+        affinity: Affinity | None = None,
+        trial: Trial | None = None,
+    ) -> None:
+        """`max_tokens`: the longest that prompt and output may become.
+
+        `worker_wait_s`: how long an attempt waits for a decode worker.
+        """
+        self._policy = policy
+        self._reports = reports
+        self._worker_wait_s = worker_wait_s
+        self._deadline_s = deadline_s
+        self._max_tokens = max_tokens
+        self._affinity = affinity or Affinity()
+        self._failures: Counter[str] = Counter()  # by incarnation
+        self._num_failed = 0  # since the last new token
+        self._plan: Plan | None = None  # of the last attempt
+        self._waits_until_s: float | None = None  # for a decode worker; None: it does not wait
+        self._failure: _Failure | None = None  # not judged yet
+        self._suspects: list[tuple[Worker, Worker]] = []  # not finite numbers: of, found by
+        self._harm = HarmedWorkers(trial or Trial())
+
+    def next(
+        self, cluster: ClusterView, num_tokens: int, *, computes_alone: bool = False
+    ) -> Call | Wait | GiveUp:
+        """The next attempt, for `num_tokens` of prompt and output so far.
+
+        `computes_alone`: the decode worker computes the prompt itself. Gives up with Unavailable,
+        DeadlineExceeded, or Mismatch where only workers of another model are ready.
+        """
+        if self._waits_until_s is None:
+            self._waits_until_s = cluster.now_s + self._worker_wait_s
+        decision = self._next(cluster, num_tokens, computes_alone, self._waits_until_s)
+        if not isinstance(decision, Wait):
+            self._waits_until_s = None
+        return decision
+
+    def _next(
+        self, cluster: ClusterView, num_tokens: int, computes_alone: bool, waits_until_s: float
+    ) -> Call | Wait | GiveUp:
+        affinity, now_s = self._affinity, cluster.now_s
+        ready = cluster.ready(Role.DECODE)
+        if affinity.model and ready and all(model_tag(w) != affinity.model for w in ready):
+            return GiveUp(
+                Mismatch(
+                    "the workers' model was replaced after this answer had begun; ask for it anew,"
+                    " without `resume`"
+                )
+            )
+        request = RequestView(
+            num_tokens,
+            self._max_tokens,
+            computes_alone,
+            affinity.model,
+            affinity.decode,
+            affinity.prefill,
+            self._failures,
+        )
+        plan = self._policy.plan(cluster, request)
+        if plan and self._harm.may_begin(now_s):
+            affinity.decode = plan.decode.peer.incarnation
+            if plan.prefill and (self._failures or not affinity.prefill):
+                affinity.prefill = plan.prefill.peer.incarnation
+            self._plan = plan
+            return Call(plan)
+        if now_s < waits_until_s:
+            return self._wait(cluster, min(waits_until_s, now_s + _LOOK_S))
+        if plan:
+            return GiveUp(
+                Unavailable("workers were lost under this request, and others are tried first")
+            )
+        fitting = f" for {self._max_tokens} tokens" if ready else ""
+        return GiveUp(
+            Unavailable(
+                f"no decode worker{fitting} is ready (waited {self._worker_wait_s:g} s)",
+                retry_after_s=min(max(self._worker_wait_s, 1.0), 5.0),
+            )
+        )
+
+    def _wait(self, cluster: ClusterView, until_s: float) -> Wait | GiveUp:
+        """Until a moment, the deadline at most."""
+        if cluster.now_s >= self._deadline_s:
+            return GiveUp(DeadlineExceeded("the request's time ran out"))
+        return Wait(min(until_s, self._deadline_s) - cluster.now_s)
+
+    def progressed(self) -> None:
+        """New tokens came: earlier failures no longer count."""
+        self._num_failed = 0
+        if self._plan is None:
+            return
+        if not self._affinity.model:
+            self._affinity.model = model_tag(self._plan.decode)
+        used = {w.peer.incarnation for w in (self._plan.decode, self._plan.prefill) if w}
+        for suspect, witness in self._suspects:
+            if suspect.peer.incarnation not in used:
+                self._reports.accuse(suspect, witness)
+        self._suspects = []
+        if self._harm.clear():
+            self._reports.wake()
+
+    def close(self) -> None:
+        """The attempt is over, however it ended."""
+        if self._harm.end_trial():
+            self._reports.wake()
+
+    def failed(self, plan: Plan, error: Unavailable, now_s: float) -> None:
+        """An attempt was lost. `after_failure` decides what follows."""
+        lost = plan.decode
+        if error.lost == Role.PREFILL.value and plan.prefill is not None:
+            lost = plan.prefill
+        elif self._affinity.decode == lost.peer.incarnation:
+            self._affinity.decode = ""
+        self._failures[lost.peer.incarnation] += 1
+        self._reports.penalize(lost)
+        if error.sick:
+            if lost is not plan.decode and any(
+                w.peer == plan.decode.peer for _, w in self._suspects
+            ):
+                self._failures[plan.decode.peer.incarnation] += 1  # it may be the damaged one
+                self._affinity.decode = ""
+            self._suspects.append((lost, plan.decode))
+        backoff_s = min(FIRST_BACKOFF_S * 2**self._num_failed, MAX_BACKOFF_S)
+        self._num_failed += 1
+        self._failure = _Failure(error, lost, lost is plan.prefill, now_s + backoff_s)
+
+    def after_failure(self, cluster: ClusterView) -> Wait | GiveUp | None:
+        """None where `next` may be asked, after a moment in which the table hears of an end.
+
+        Gives up with Unavailable, WorkersLost or DeadlineExceeded.
+        """
+        failure = self._failure
+        if failure is None:
+            return None
+        if cluster.now_s < failure.judged_s:
+            return self._wait(cluster, failure.judged_s)
+        self._failure = None
+        self.close()
+        error, lost = failure.error, failure.lost
+        is_gone = failure.is_prefill and not cluster.is_heard(lost.peer.incarnation)
+        if isinstance(error, WorkerLost) or error.sick or is_gone:
+            found = self._harm.add(lost, self._reports.num_lost_beside)
+            if found is not None:
+                self._reports.explain_losses(self._harm.incarnations)
+                return GiveUp(found, tuple(self._harm.worker_ids))
+        if self._num_failed >= MAX_ATTEMPTS:
+            message = f"{self._num_failed} attempts failed, the last with: {error.message}"
+            return GiveUp(Unavailable(message))
+        return None
