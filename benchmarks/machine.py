@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import subprocess
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.limits import ModelCost
-from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.source import Checkpoint
+from engine.models.architecture import architecture_of
+from engine.models.config import ModelConfig
 
 _BF16_BYTES = 2
 
@@ -50,10 +52,10 @@ def describe_model(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def count_params(config: ModelConfig) -> int:
     """Weights that one token is multiplied with: all layers and the vocabulary projection."""
-    hidden, head = config.hidden_size, config.head_dim
-    attention = 2 * hidden * config.num_heads * head + 2 * hidden * config.num_kv_heads * head
-    layer = attention + 3 * hidden * config.intermediate_size
-    return config.num_layers * layer + config.vocab_size * hidden
+    specs = list(architecture_of(config).tensors(config))
+    head = "embedding" if config.tie_word_embeddings else "head"
+    matrices = (s for s in specs if len(s.shape) == 2 and ("." in s.name or s.name == head))
+    return sum(math.prod(s.shape) for s in matrices)
 
 
 def _field(path: str, name: str) -> str:

@@ -20,15 +20,15 @@ import torch
 
 from benchmarks.corpus import DEFAULT_TEXT
 from coordinator.text.tokenizer import Tokenizer
+from engine.attention import select_backend
 from engine.attention.batch import Row
-from engine.attention.torch_backend import TorchBackend
 from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
 from engine.checkpoint.packed import packed_file, read_packed
 from engine.checkpoint.source import DEFAULT_MODEL, Checkpoint, resolve, weights
 from engine.kernels import kernels
-from engine.models.fast_path import NativeModel
-from engine.models.loader import load_model
+from engine.runner.loader import load_model
+from engine.runner.native_model import NativeModel
 from engine.runner.runner import Runner
 
 WINDOW, BLOCK = 512, 16
@@ -58,7 +58,7 @@ def by_torch(checkpoint: Checkpoint, dtype: str) -> Forward:
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     model = load_model(checkpoint.config, weights(checkpoint, dtype), kind, CPU)
     cache, c = _cache(checkpoint, dtype), checkpoint.config
-    runner = Runner(model, cache, TorchBackend(cache.layout, c.num_heads, c.sliding_window))
+    runner = Runner(model, cache, select_backend(cache, c))
     return lambda ids: runner.run([Row(ids, 0, list(range(WINDOW // BLOCK)), len(ids))])
 
 

@@ -19,10 +19,10 @@ from coordinator.text.tokenizer import Tokenizer
 from coordinator.text.tool_format import AUTO, HERMES, Tool, ToolFormat, choose_format
 from coordinator.text.values import ChatMessage
 from engine.base.errors import InvalidRequest
-from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.fingerprint import tokenizer_digest
 from engine.checkpoint.source import Checkpoint
 from engine.constraints import Checker, Vocabulary
+from engine.models.config import ModelConfig
 
 _NUM_THREADS = 4
 

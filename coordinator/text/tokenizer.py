@@ -25,7 +25,7 @@ from coordinator.text.caller_text import without_surrogates
 from coordinator.text.special_tokens import SpecialTokens
 from engine.base.errors import CheckpointError
 from engine.checkpoint.added_tokens import merged_tokenizer
-from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.config import read_config
 from engine.checkpoint.gguf_tokenizer import CONTROL_BY_NAME
 from engine.checkpoint.jsonfile import read_json
 from engine.telemetry.log import get_logger
@@ -92,7 +92,7 @@ class Tokenizer:
         read_json(path)  # what is no JSON is refused by name
         text = merged_tokenizer(folder)
         spec = json.loads(text)
-        config = ModelConfig.from_folder(folder)
+        config = read_config(folder)
         try:
             library = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing more exact

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from engine.attention.base import AttentionBackend
+from engine.attention.grouped import GroupedBackend
 from engine.attention.torch_backend import TorchBackend
 from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
+from engine.models.config import AttentionSpec, ModelConfig
 
 _HEAD_SIZES = (64, 128, 256)  # of flashinfer 0.7's paged fa2 kernels
 _DTYPES = ("float16", "bfloat16")
@@ -70,22 +72,28 @@ def flashinfer_version() -> str | None:
 
 
 def make_backend(
-    choice: BackendChoice, kv_cache: KVCache, num_heads: int, sliding_window: int
+    choice: BackendChoice, kv_cache: KVCache, config: ModelConfig
 ) -> AttentionBackend[Any]:
     """The backend of a choice. Raises ConfigError where FlashInfer is broken."""
     layout = kv_cache.layout
-    if choice.name == "flashinfer":
-        from engine.attention.flashinfer_backend import FlashInferBackend
 
-        return FlashInferBackend(layout, num_heads, kv_cache.device, sliding_window)
-    return TorchBackend(layout, num_heads, sliding_window, kv_cache.block_stride)
+    def make(spec: AttentionSpec) -> AttentionBackend[Any]:
+        if choice.name == "flashinfer":
+            from engine.attention.flashinfer_backend import FlashInferBackend
+
+            return FlashInferBackend(layout, config.num_heads, kv_cache.device, spec)
+        return TorchBackend(layout, config.num_heads, spec, kv_cache.block_stride)
+
+    specs = config.attention
+    return make(specs[0]) if len(set(specs)) == 1 else GroupedBackend(specs, make)
 
 
-def select_backend(kv_cache: KVCache, num_heads: int, sliding_window: int) -> AttentionBackend[Any]:
+def select_backend(kv_cache: KVCache, config: ModelConfig) -> AttentionBackend[Any]:
     """The backend that suits the cache's device."""
     arch = ""
     if kv_cache.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(kv_cache.device)
         arch = f"sm{major}{minor}"
-    choice = choose_backend(kv_cache.layout, num_heads, arch=arch, flashinfer=flashinfer_version())
-    return make_backend(choice, kv_cache, num_heads, sliding_window)
+    found = flashinfer_version()
+    choice = choose_backend(kv_cache.layout, config.num_heads, arch=arch, flashinfer=found)
+    return make_backend(choice, kv_cache, config)

@@ -24,6 +24,7 @@ from engine.base.errors import ConfigError
 from engine.base.kv_layout import KVLayout
 from engine.base.options import extend_path
 from engine.cache.kv_cache import DTYPES, KVCache
+from engine.models.config import FULL_ATTENTION, AttentionSpec
 
 WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documentation recommends
 DECODE_KERNEL_GROUPS = (1, 2)  # wider GQA groups run faster, and odd ones only, on tensor cores
@@ -83,7 +84,11 @@ class FlashInferBackend:
     """AttentionBackend over FlashInfer; fp16 and bf16 only, as its kernels are."""
 
     def __init__(
-        self, layout: KVLayout, num_heads: int, device: torch.device, sliding_window: int = 0
+        self,
+        layout: KVLayout,
+        num_heads: int,
+        device: torch.device,
+        spec: AttentionSpec = FULL_ATTENTION,
     ) -> None:
         """Raises ConfigError for fp32, and where the package (extra `gpu`) cannot be imported."""
         if layout.dtype == "float32":
@@ -94,7 +99,9 @@ class FlashInferBackend:
         self._layout = layout
         self._num_heads = num_heads
         self._dtype = DTYPES[layout.dtype]
-        self._window_left = sliding_window - 1  # keys before the query's own; -1: all
+        self._window_left = spec.window - 1  # keys before the query's own; -1: all
+        self._scale = spec.scale or None  # None: head_dim ** -0.5
+        self._softcap = spec.softcap or None
         self._device = device
         self._serial = 0
         # The float workspace is scratch of a single run, and runs follow one another on one stream.
@@ -135,6 +142,8 @@ class FlashInferBackend:
             self._layout.head_dim,
             self._layout.block_size,
             window_left=self._window_left,
+            sm_scale=self._scale,
+            logits_soft_cap=self._softcap,
             q_data_type=self._dtype,
             kv_data_type=self._dtype,
         )
@@ -151,6 +160,8 @@ class FlashInferBackend:
             self._layout.block_size,
             causal=True,
             window_left=self._window_left,
+            sm_scale=self._scale,
+            logits_soft_cap=self._softcap,
             q_data_type=self._dtype,
             kv_data_type=self._dtype,
         )

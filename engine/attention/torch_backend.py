@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from engine.attention.batch import Batch, ranges
 from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import DTYPES, KVCache
+from engine.models.config import FULL_ATTENTION, AttentionSpec
 
 CHUNK_QUERIES = 32  # rows with at least so many queries are computed alone
 MAX_WASTE = 0.25  # padding that a group may carry, relative to what its rows must read ...
@@ -107,7 +108,11 @@ class TorchBackend:
     """Attention over the paged cache of `layout`; holds no state of a batch."""
 
     def __init__(
-        self, layout: KVLayout, num_heads: int, sliding_window: int = 0, block_stride: int = 0
+        self,
+        layout: KVLayout,
+        num_heads: int,
+        spec: AttentionSpec = FULL_ATTENTION,
+        block_stride: int = 0,
     ) -> None:
         """`block_stride`: elements from a block to the next, if another model's layers lie there,
         too.
@@ -115,7 +120,8 @@ class TorchBackend:
         self._layout = layout
         self._block_runs = (block_stride or layout.block_elements) // layout.run_elements
         self._group = num_heads // layout.num_kv_heads
-        self._window = sliding_window  # positions that a query sees, itself included; 0: all
+        self._spec = spec
+        self._window = spec.window
 
     def plan(self, batch: Batch) -> TorchPlan:
         """Group the rows and make their index arrays and masks."""
@@ -233,11 +239,30 @@ class TorchBackend:
         heads = heads.permute(0, 2, 3, 1, 4)
         if group.folded:
             folded = heads.reshape(n, kvh, -1, d)
-            out = F.scaled_dot_product_attention(folded, k, v, attn_mask=group.mask)
+            out = self._attend(folded, k, v, group.mask, False)
             out = out.reshape(n, kvh, self._group, -1, d)
         else:
             k, v = (x[0][:, None].expand(-1, self._group, -1, -1) for x in (k, v))
-            out = F.scaled_dot_product_attention(
-                heads[0], k, v, attn_mask=group.mask, is_causal=group.causal
-            )[None]
+            out = self._attend(heads[0], k, v, group.mask, group.causal)[None]
         return out.permute(0, 3, 1, 2, 4).reshape(-1, kvh * self._group, d)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        causal: bool,
+    ) -> torch.Tensor:
+        """Softmax of the scores of q with k, times v; [..., m, head_dim], in q's dtype."""
+        softcap, scale = self._spec.softcap, self._spec.scale or q.shape[-1] ** -0.5
+        if not softcap:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, scale=self._spec.scale or None
+            )
+        scores = q.float() @ k.float().transpose(-1, -2) * scale
+        scores = softcap * torch.tanh(scores / softcap)
+        if causal:
+            mask = torch.full_like(scores, float("-inf")).triu(1)
+        weights = torch.softmax(scores if mask is None else scores + mask, -1)
+        return (weights @ v.float()).to(q.dtype)

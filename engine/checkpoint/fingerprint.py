@@ -14,10 +14,10 @@ from pathlib import Path
 
 from engine.base.errors import CheckpointError
 from engine.checkpoint.added_tokens import TOKENIZER, merged_tokenizer
-from engine.checkpoint.config import ModelConfig, RopeScaling
 from engine.checkpoint.digest import file_digests
 from engine.checkpoint.files import FileState
 from engine.checkpoint.shards import read_entries, read_metadata
+from engine.models.config import ModelConfig, RopeScaling
 
 _VERSION = "2"  # of the fields below and of their order
 ROPE_FIELDS = (
@@ -52,6 +52,8 @@ CONFIG_FIELDS = (
     "bos_token_id",
     "eos_token_ids",
 )
+# Later fields count where they are set, so that the digests of all other models stay.
+OPTIONAL_FIELDS = ("layer_windows", "attention_scale", "attention_softcap")
 
 
 def config_digest(config: ModelConfig) -> str:
@@ -60,12 +62,13 @@ def config_digest(config: ModelConfig) -> str:
 
 
 def config_fields(config: ModelConfig) -> list[str]:
-    """`name=value` of every field, numbers in full."""
-    return [f"{name}={_text(getattr(config, name))}" for name in CONFIG_FIELDS]
+    """`name=value` of the fields that are listed, numbers in full."""
+    chosen = [name for name in OPTIONAL_FIELDS if getattr(config, name)]
+    return [f"{name}={_text(getattr(config, name))}" for name in (*CONFIG_FIELDS, *chosen)]
 
 
 def rope_fields(scaling: RopeScaling) -> list[str]:
-    """`name=value` of every field, numbers in full."""
+    """`name=value` of the fields that are listed, numbers in full."""
     return [f"{name}={_text(getattr(scaling, name))}" for name in ROPE_FIELDS]
 
 

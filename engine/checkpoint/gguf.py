@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.base.errors import CheckpointError
-from engine.checkpoint.config import ModelConfig
-from engine.checkpoint.gguf_header import ARCHITECTURES
+from engine.checkpoint.config import read_config
+from engine.checkpoint.gguf_header import gguf_architectures
 from engine.checkpoint.gguf_tokenizer import tokenizer_files
 from engine.checkpoint.gguf_weights import ROPE_FREQS, PackedTensor, packed_tensors
+from engine.models.config import ModelConfig
 from engine.telemetry.progress import bar
 
 # Llama 3.1 and 3.2 store the divisors that these numbers give, not the numbers.
@@ -44,13 +45,7 @@ class GGUFFile:
 
     def packed(self, config: ModelConfig) -> list[PackedTensor]:
         """The weights, still packed, under Hugging Face names and in Hugging Face row order."""
-        return packed_tensors(
-            self.tensors,
-            permuted=self.architecture == "llama",
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            path=self.path,
-        )
+        return packed_tensors(self.tensors, config, self.path)
 
 
 def open_gguf(path: Path, *, progress: bool = False) -> GGUFFile:
@@ -99,11 +94,11 @@ def convert(path: Path, folder: Path, *, progress: bool) -> None:
             _write_json(folder / name, content)
         shown.update()
         try:
-            config = ModelConfig.from_folder(folder)
+            config = read_config(folder)
         except CheckpointError as error:  # of the file, not of the folder that is about to go
             message = error.message.replace(str(folder / "config.json"), str(path))
             raise CheckpointError(message) from None
-        _check_shapes(file, config)
+        file.packed(config)  # all tensors are there, and have the shapes of the configuration
         shown.update()
 
 
@@ -120,8 +115,8 @@ def config_json(file: GGUFFile) -> dict[str, Any]:
     head_dim = _integer(file, "attention.key_length", hidden_size // num_heads)
     if _integer(file, "rope.dimension_count", head_dim) != head_dim:
         raise CheckpointError(f"{file.path}: {arch}.rope.dimension_count must be {head_dim}")
-    out = {
-        "architectures": [ARCHITECTURES[arch]],
+    return {
+        "architectures": [gguf_architectures()[arch]],
         "model_type": arch,
         "hidden_act": "silu",
         "num_hidden_layers": _integer(file, "block_count"),
@@ -136,13 +131,11 @@ def config_json(file: GGUFFile) -> dict[str, Any]:
         "rope_theta": _float(file, "rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(file, head_dim),
         "tie_word_embeddings": "output.weight" not in shapes,
+        "attention_bias": "blk.0.attn_q.bias" in shapes,
+        "mlp_bias": "blk.0.ffn_gate.bias" in shapes,
         "bos_token_id": file.meta.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": file.meta.get("tokenizer.ggml.eos_token_id"),
     }
-    if arch == "llama":
-        out["attention_bias"] = "blk.0.attn_q.bias" in shapes
-        out["mlp_bias"] = "blk.0.ffn_gate.bias" in shapes
-    return out
 
 
 def _generation(file: GGUFFile) -> dict[str, Any]:
@@ -211,20 +204,6 @@ def _llama3_scaling(
         "high_freq_factor": _LLAMA3_HIGH,
         "original_max_position_embeddings": _LLAMA3_CONTEXT,
     }
-
-
-def _check_shapes(file: GGUFFile, config: ModelConfig) -> None:
-    """Every layer is there, and q and k have the rows that the permutation is undone on."""
-    names = {t.name: t.shape for t in file.packed(config)}
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        for part, heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
-            name = f"{prefix}self_attn.{part}_proj.weight"
-            expected = (heads * config.head_dim, config.hidden_size)
-            if names.get(name) != expected:
-                raise CheckpointError(
-                    f"{file.path}: tensor {name} has shape {names.get(name)}, expected {expected}"
-                )
 
 
 def _integer(file: GGUFFile, key: str, default: int | None = None) -> int:

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 from engine.base.errors import CheckpointError
 from engine.checkpoint.gguf_tokenizer import check_pre
+from engine.models.architecture import architectures
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 ROPE_TYPES = ("none", "linear", "yarn")
 TOKENIZERS = ("gpt2", "llama")
 # type -> (struct format, bytes); 8 is a string, 9 an array
@@ -54,14 +54,19 @@ class Header:
         return str(self.scalars.get("general.architecture"))
 
 
+def gguf_architectures() -> dict[str, str]:
+    """The format's name of each architecture that is read -> the name in config.json."""
+    return {a.gguf: a.name for a in architectures() if a.gguf}
+
+
 def check_gguf(path: Path) -> None:
     """Raise CheckpointError where the metadata alone tells that the file cannot be served."""
     header = read_header(path)
     _refuse_split(header)
     arch = header.architecture
-    if arch not in ARCHITECTURES:
+    if arch not in (known := gguf_architectures()):
         raise CheckpointError(
-            f"{path}: architecture {arch!r} is not supported; known are {', '.join(ARCHITECTURES)}"
+            f"{path}: architecture {arch!r} is not supported; known are {', '.join(known)}"
         )
     key = f"{arch}.rope.scaling.type"
     if (kind := header.scalars.get(key, "none")) not in ROPE_TYPES:

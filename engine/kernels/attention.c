@@ -1,7 +1,7 @@
 /* Online softmax (Milakov, Gimelshein 2018; Dao et al. 2022, "FlashAttention") over tiles of 64 positions,
  * and segments of 256 that may be computed apart and merged (Dao et al. 2023, "Flash-Decoding").
  *
- *   positions   |  tile 0 | 1 | 2 | 3 |  tile 4 ...        borders at fixed positions, whoever asks
+ *   positions   |  tile 0 | 1 | 2 | 3 |  tile 4 ...        borders at fixed positions for every query
  *   segments    |        segment 0    |  segment 1 ...
  *
  * K and V of a tile are read once, where they lie, for all query heads of their group and all tokens of a
@@ -314,7 +314,7 @@ void attend_all(const geometry *g, const queries *w, const queries *then, int th
     }
 }
 
-void attended(const partial *total, int vector, int head_dim, float *out) {
+void finalize(const partial *total, int vector, int head_dim, float *out) {
     const __m512 share = _mm512_set1_ps(1.0f / total->sum[vector]);
     for (int d = 0; d < head_dim; d += 16)
         _mm512_storeu_ps(out + d, _mm512_mul_ps(_mm512_loadu_ps(total->out + (size_t)vector * head_dim + d), share));

@@ -52,6 +52,6 @@ void attend_all(const geometry *g, const queries *w, const queries *then, int th
                 float *scratch);
 
 /* One vector's attention, fp32 [head_dim]. */
-void attended(const partial *total, int vector, int head_dim, float *out);
+void finalize(const partial *total, int vector, int head_dim, float *out);
 
 #endif

@@ -8,11 +8,12 @@ import dataclasses
 
 from engine.base.errors import ConfigError
 from engine.base.options import CacheOptions, ModelOptions
-from engine.checkpoint.config import ModelConfig
-from engine.checkpoint.packed import packable, packed_file
+from engine.checkpoint.packed import packed_file
 from engine.checkpoint.source import Checkpoint, resolve, weights
 from engine.kernels import TIMES_SLOWER, Kernels, kernels, why_not
+from engine.kernels.decoder import why_not_decoder
 from engine.kernels.precision import auto_dtype
+from engine.models.config import ModelConfig
 from engine.telemetry.progress import print_line
 
 
@@ -21,7 +22,7 @@ def pick_kernels(
 ) -> Kernels | None:
     """Our own kernels where they can compute this model; None: torch does. Raises ConfigError."""
     wanted = not on_gpu and dtype == "bfloat16" and model.seed_weights < 0
-    fits = packable(config) and cache.block_size % 16 == 0
+    fits = not why_not_decoder(config) and cache.block_size % 16 == 0
     library = kernels() if wanted and fits else None
     if library is None and model.weights in ("int8", "int4"):
         raise ConfigError(
@@ -36,8 +37,8 @@ def why_torch(config: ModelConfig, model: ModelOptions, cache: CacheOptions) -> 
     """Why torch computes on a CPU what our kernels could; "" where they do, or torch was chosen."""
     if model.seed_weights >= 0 or model.dtype not in ("auto", "bfloat16"):
         return ""
-    if not packable(config):
-        return "the kernels do not take this model's widths"
+    if reason := why_not_decoder(config):
+        return reason
     if cache.block_size % 16:
         return f"--block-size {cache.block_size} is not a multiple of 16"
     return why_not()

@@ -1,12 +1,14 @@
-/* A step of a Llama-family decoder on the CPU: ragged rows in, logits out, one call.
+/* A step of a decoder on the CPU: ragged rows in, logits out, one call.
  *
- *     x --norm--> qkv --rotate, write KV--> attention --> out --(+ x)--> norm --> gate, up --> down --(+ x)
- *      30 times, then norm and the vocabulary, for the tokens whose logits are wanted
+ *     x --norm--> qkv --(q, k norm), rotate, write KV--> attention --> out --(+ x)
+ *       --norm--> gate, up --> down --(+ x)
+ *     once a layer, then norm and the vocabulary, for the tokens whose logits are wanted
  *
- * Between products everything is fp32; a product's input becomes 16-bit fixed point where its weight is
- * packed (matmul.h); K and V are rounded to bfloat16 when they are written. Each arrow is one `parallel`
- * loop. Every number of a token is computed by the same operations in the same order whatever else is in
- * the step, so the logits of a token are a function of its context alone, bit for bit.
+ * Between products everything is fp32. A product's input becomes 16-bit fixed point where its weight
+ * is packed (matmul.h). K and V are rounded to bfloat16 when they are written. Each arrow is one
+ * `parallel` loop. Every number of a token is computed by the same operations in the same order
+ * whatever else is in the step. So the logits of a token are a function of its context alone, bit for
+ * bit.
  *
  * The caller owns the weights, the pool and the batch. An arena holds what a step needs in between; it
  * grows to the largest step and belongs to one caller at a time.
@@ -18,16 +20,18 @@
 #include "matmul.h"
 #include "threads.h"
 
-enum { ROWS_A_TURN = 128, TOKENS_A_TURN = 8, MAX_GROUPS_A_TURN = 16 };
+enum { ROWS_PER_ITEM = 128, TOKENS_PER_ITEM = 8, MAX_GROUPS_PER_ITEM = 16 };
 
+/* Filled in by engine/kernels/decoder.py, which also keeps widths to multiples of 32. */
 typedef struct {
     const float *input_norm, *mlp_norm; /* [hidden] */
+    const float *q_norm, *k_norm;       /* [head_dim], or NULL: none */
     matrix qkv, out, gate_up, down;
+    int32_t window, unused; /* positions that a query sees, itself included; 0: all */
 } layer_weights;
 
-/* Widths are multiples of 32; see engine/models/fast_path.py, which fills this in. */
 typedef struct {
-    int32_t num_layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, window;
+    int32_t num_layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, unused;
     float eps, rope_scale;
     const float *inv_freq; /* [head_dim / 2] */
     const float *norm;     /* [hidden] */
@@ -56,17 +60,19 @@ typedef struct {
 typedef struct {
     int32_t row, head, token, num_tokens; /* `token`: of the step */
     int32_t first_segment;
-    partial *part; /* of that segment alone; NULL: all of them, finished at once */
+    partial *part; /* of that segment alone; NULL: all of them, finalized at once */
 } attention_task;
 
 typedef struct {
     const decoder *model;
     const batch *b;
     kv_pool pool;
-    geometry at; /* the layer in work */
-    operand normed, attended, inner;
+    const layer_weights *layer; /* in work ... */
+    geometry at;                /* ... and its part of the pool */
+    operand normed, context, inner; /* context: what attention gives */
     float *x, *qkv, *rope, *logits;
-    attention_task *tasks;
+    attention_task *tasks; /* for the layer's window */
+    char *parts;
     int num_tasks, split;
     int32_t *row_of; /* [T] */
     char *scratch;   /* one part a thread */
@@ -109,9 +115,8 @@ static int at_least(int a, int b) { return a > b ? a : b; }
 
 /* ---- loops over tokens -------------------------------------------------------------------------------- */
 
-static void norm_row(const float *x, const float *weight, float eps, const operand *to, int row) {
-    const int width = to->columns;
-    float *out = to->x + (size_t)row * width;
+/* out = x over its root mean square, times weight; [width], a multiple of 16. May be in place. */
+static void norm_vector(const float *x, const float *weight, float eps, int width, float *out) {
     __m512 squares = _mm512_setzero_ps();
     for (int i = 0; i < width; i += 16) {
         __m512 v = _mm512_loadu_ps(x + i);
@@ -121,7 +126,6 @@ static void norm_row(const float *x, const float *weight, float eps, const opera
     for (int i = 0; i < width; i += 16)
         _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale),
                                                 _mm512_loadu_ps(weight + i)));
-    quantise(to, row, 0, width);
 }
 
 /* A loop over `count` rows of x, or over chosen ones. */
@@ -132,19 +136,21 @@ typedef struct {
     int count;
 } norm_loop;
 
-static void norm_turn(void *arg, int index, int thread) {
+static void norm_item(void *arg, int index, int thread) {
     (void)thread;
     const norm_loop *l = arg;
-    const int width = l->s->model->hidden, end = at_most((index + 1) * TOKENS_A_TURN, l->count);
-    for (int i = index * TOKENS_A_TURN; i < end; i++) {
+    const int width = l->s->model->hidden, end = at_most((index + 1) * TOKENS_PER_ITEM, l->count);
+    for (int i = index * TOKENS_PER_ITEM; i < end; i++) {
         const int row = l->chosen ? l->chosen[i] : i;
-        norm_row(l->s->x + (size_t)row * width, l->weight, l->s->model->eps, &l->s->normed, i);
+        const operand *to = &l->s->normed;
+        norm_vector(l->s->x + (size_t)row * width, l->weight, l->s->model->eps, width, to->x + (size_t)i * width);
+        quantise(to, i, 0, width);
     }
 }
 
 static void norm(step *s, const float *weight, const int32_t *chosen, int count) {
     norm_loop l = {s, weight, chosen, count};
-    parallel((count + TOKENS_A_TURN - 1) / TOKENS_A_TURN, norm_turn, &l);
+    parallel((count + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM, norm_item, &l);
 }
 
 static int position_of(const step *s, int token) {
@@ -153,12 +159,12 @@ static int position_of(const step *s, int token) {
 }
 
 /* Embedding, and cos and sin [2, head_dim / 2] of each token. */
-static void begin_turn(void *arg, int index, int thread) {
+static void begin_item(void *arg, int index, int thread) {
     (void)thread;
     step *s = arg;
     const decoder *m = s->model;
     const int half = m->head_dim / 2;
-    for (int t = index * TOKENS_A_TURN; t < at_most((index + 1) * TOKENS_A_TURN, s->b->num_tokens); t++) {
+    for (int t = index * TOKENS_PER_ITEM; t < at_most((index + 1) * TOKENS_PER_ITEM, s->b->num_tokens); t++) {
         unpack_row(&m->embedding, s->b->token_ids[t], s->x + (size_t)t * m->hidden);
         float *table = s->rope + (size_t)t * m->head_dim, position = (float)position_of(s, t);
         for (int i = 0; i < half; i++) {
@@ -168,7 +174,7 @@ static void begin_turn(void *arg, int index, int thread) {
     }
 }
 
-/* NeoX style: the two halves of a head turn. */
+/* NeoX style: the two halves of a head rotate. */
 static void rotate(float *head, const float *table, int half) {
     for (int i = 0; i < half; i += 16) {
         __m512 a = _mm512_loadu_ps(head + i), b = _mm512_loadu_ps(head + half + i);
@@ -178,16 +184,19 @@ static void rotate(float *head, const float *table, int half) {
     }
 }
 
-/* Rotate q and k, and write k and v where the blocks of their request are. */
-static void write_turn(void *arg, int index, int thread) {
+/* Normalise and rotate q and k, and write k and v into the blocks of their request. */
+static void write_item(void *arg, int index, int thread) {
     (void)thread;
     step *s = arg;
     const decoder *m = s->model;
     const int D = m->head_dim, width = (m->heads + 2 * m->kv_heads) * D, size = s->pool.block_size;
-    for (int t = index * TOKENS_A_TURN; t < at_most((index + 1) * TOKENS_A_TURN, s->b->num_tokens); t++) {
+    for (int t = index * TOKENS_PER_ITEM; t < at_most((index + 1) * TOKENS_PER_ITEM, s->b->num_tokens); t++) {
         float *heads = s->qkv + (size_t)t * width;
-        for (int h = 0; h < m->heads + m->kv_heads; h++)
+        for (int h = 0; h < m->heads + m->kv_heads; h++) {
+            const float *weight = h < m->heads ? s->layer->q_norm : s->layer->k_norm;
+            if (weight) norm_vector(heads + h * D, weight, m->eps, D, heads + h * D);
             rotate(heads + h * D, s->rope + (size_t)t * D, D / 2);
+        }
         const int position = position_of(s, t);
         const int32_t block = s->b->tables[(size_t)s->row_of[t] * s->b->table_stride + position / size];
         bf16 *to = (bf16 *)s->at.layer + block * s->pool.block_stride + (size_t)(position % size) * D;
@@ -196,22 +205,23 @@ static void write_turn(void *arg, int index, int thread) {
     }
 }
 
-static void over_tokens(step *s, turn run) {
-    parallel((s->b->num_tokens + TOKENS_A_TURN - 1) / TOKENS_A_TURN, run, s);
+static void over_tokens(step *s, work_item run) {
+    parallel((s->b->num_tokens + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM, run, s);
 }
 
 /* ---- products ------------------------------------------------------------------------------------------ */
 
-typedef enum { STORE, ADD, GATED } fate; /* ADD: to a residual; GATED: silu(first half) * second half */
+/* What follows a product. ADD: to a residual; GATED: silu(first half) * second half. */
+typedef enum { STORE, ADD, GATED } epilogue;
 
 typedef struct {
     step *s;
     const matrix *w;
     const operand *from;
-    fate fate;
+    epilogue epilogue;
     float *to;
     const operand *gated;
-    int M, stride, groups, groups_a_turn, rows_a_turn, num_row_parts;
+    int M, stride, groups, groups_per_item, rows_per_item, num_row_parts;
 } product_loop;
 
 static __m512 silu(__m512 x) {
@@ -222,48 +232,49 @@ static __m512 silu(__m512 x) {
 /* Outputs of groups first .. first + N - 1 for M rows. */
 static void some_outputs(const product_loop *l, int first, int N, int row, int M, float *tile, int16_t *panel) {
     const int wide = MAX_GROUPS * GROUP, column = first * GROUP;
-    if (l->fate == STORE && column + N * GROUP <= l->stride) {
+    if (l->epilogue == STORE && column + N * GROUP <= l->stride) {
         product(l->w, first, N, l->from, row, M, l->to + (size_t)row * l->stride + column, l->stride, panel);
         return;
     }
     product(l->w, first, N, l->from, row, M, tile, wide, panel);
-    float *up = tile + ROWS_A_TURN * wide;
-    if (l->fate == GATED) product(l->w, l->groups + first, N, l->from, row, M, up, wide, panel);
+    float *up = tile + ROWS_PER_ITEM * wide;
+    if (l->epilogue == GATED) product(l->w, l->groups + first, N, l->from, row, M, up, wide, panel);
     for (int i = 0; i < M; i++, tile += wide, up += wide) {
         const size_t at = (size_t)(row + i) * l->stride + column;
         for (int c = 0; c < N * GROUP; c += GROUP) {
             const __mmask16 mask = lanes(l->stride - column - c);
             __m512 value = _mm512_loadu_ps(tile + c);
-            if (l->fate == ADD) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, l->to + at + c));
-            if (l->fate == GATED) value = _mm512_mul_ps(silu(value), _mm512_loadu_ps(up + c));
+            if (l->epilogue == ADD) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, l->to + at + c));
+            if (l->epilogue == GATED) value = _mm512_mul_ps(silu(value), _mm512_loadu_ps(up + c));
             _mm512_mask_storeu_ps(l->to + at + c, mask, value);
         }
-        if (l->fate == GATED) quantise(l->gated, row + i, column, N * GROUP);
+        if (l->epilogue == GATED) quantise(l->gated, row + i, column, N * GROUP);
     }
 }
 
-static void product_turn(void *arg, int index, int thread) {
+static void product_item(void *arg, int index, int thread) {
     const product_loop *l = arg;
     char *scratch = l->s->scratch + l->s->scratch_bytes * thread;
     float *tile = (float *)scratch;
-    int16_t *panel = (int16_t *)(tile + 2 * ROWS_A_TURN * MAX_GROUPS * GROUP);
-    const int row = index % l->num_row_parts * l->rows_a_turn, M = at_most(l->rows_a_turn, l->M - row);
-    const int first = index / l->num_row_parts * l->groups_a_turn;
-    const int end = at_most(first + l->groups_a_turn, l->groups);
+    int16_t *panel = (int16_t *)(tile + 2 * ROWS_PER_ITEM * MAX_GROUPS * GROUP);
+    const int row = index % l->num_row_parts * l->rows_per_item, M = at_most(l->rows_per_item, l->M - row);
+    const int first = index / l->num_row_parts * l->groups_per_item;
+    const int end = at_most(first + l->groups_per_item, l->groups);
     for (int group = first; group < end; group += MAX_GROUPS)
         some_outputs(l, group, at_most(MAX_GROUPS, end - group), row, M, tile, panel);
 }
 
-/* to [M, outputs] = from [M, columns] times w, and what `fate` says. */
-static void multiply(step *s, const matrix *w, const operand *from, int M, fate fate, float *to, const operand *gated) {
-    product_loop l = {s, w, from, fate, to, gated, M, .stride = w->rows};
-    if (fate == GATED) l.stride = w->rows / 2;
+/* to [M, outputs] = from [M, columns] times w, then the epilogue. `gated`: what GATED quantises. */
+static void multiply(step *s, const matrix *w, const operand *from, int M, epilogue epilogue, float *to,
+                     const operand *gated) {
+    product_loop l = {s, w, from, epilogue, to, gated, M, .stride = w->rows};
+    if (epilogue == GATED) l.stride = w->rows / 2;
     l.groups = (l.stride + GROUP - 1) / GROUP;
-    l.rows_a_turn = at_most(M, ROWS_A_TURN);
-    l.num_row_parts = (M + l.rows_a_turn - 1) / l.rows_a_turn;
+    l.rows_per_item = at_most(M, ROWS_PER_ITEM);
+    l.num_row_parts = (M + l.rows_per_item - 1) / l.rows_per_item;
     const int share = l.groups / (MAX_GROUPS * 8 * num_threads());
-    l.groups_a_turn = at_most(MAX_GROUPS_A_TURN, MAX_GROUPS * at_least(1, share));
-    parallel((l.groups + l.groups_a_turn - 1) / l.groups_a_turn * l.num_row_parts, product_turn, &l);
+    l.groups_per_item = at_most(MAX_GROUPS_PER_ITEM, MAX_GROUPS * at_least(1, share));
+    parallel((l.groups + l.groups_per_item - 1) / l.groups_per_item * l.num_row_parts, product_item, &l);
 }
 
 /* ---- attention ----------------------------------------------------------------------------------------- */
@@ -281,17 +292,17 @@ static queries queries_of(const step *s, const attention_task *task) {
     };
 }
 
-static void finish(const step *s, const attention_task *task, const partial *total) {
+static void finalize_task(const step *s, const attention_task *task, const partial *total) {
     const decoder *m = s->model;
     for (int i = 0; i < task->num_tokens * s->at.group; i++) {
         const int token = task->token + i / s->at.group;
         const int column = (task->head * s->at.group + i % s->at.group) * m->head_dim;
-        attended(total, i, m->head_dim, s->attended.x + (size_t)token * s->attended.columns + column);
-        quantise(&s->attended, token, column, m->head_dim);
+        finalize(total, i, m->head_dim, s->context.x + (size_t)token * s->context.columns + column);
+        quantise(&s->context, token, column, m->head_dim);
     }
 }
 
-static void attend_turn(void *arg, int index, int thread) {
+static void attend_item(void *arg, int index, int thread) {
     step *s = arg;
     const attention_task *task = &s->tasks[index];
     const int D = s->model->head_dim;
@@ -299,7 +310,7 @@ static void attend_turn(void *arg, int index, int thread) {
     partial *total = (partial *)scratch, *part = (partial *)(scratch + partial_bytes(D));
     float *rest = (float *)(scratch + 2 * partial_bytes(D));
     const queries w = queries_of(s, task);
-    const int next = index + num_threads(); /* the others take those in between */
+    const int next = index + num_threads(); /* other threads take those in between */
     const attention_task *after = next < s->num_tasks ? &s->tasks[next] : NULL;
     const queries then = after ? queries_of(s, after) : w;
     const int then_segment = after ? after->first_segment : 0;
@@ -308,11 +319,11 @@ static void attend_turn(void *arg, int index, int thread) {
         return;
     }
     attend_all(&s->at, &w, after ? &then : NULL, then_segment, total, part, rest);
-    finish(s, task, total);
+    finalize_task(s, task, total);
 }
 
 /* Parts of one row and head follow one another in the list; the first one is the total. */
-static void merge_turn(void *arg, int index, int thread) {
+static void merge_item(void *arg, int index, int thread) {
     (void)thread;
     step *s = arg;
     const attention_task *task = &s->tasks[index], *end = s->tasks + s->num_tasks;
@@ -320,19 +331,20 @@ static void merge_turn(void *arg, int index, int thread) {
     partial *total = task->part;
     for (const attention_task *t = task + 1; t < end && t->token == task->token && t->head == task->head; t++)
         merge(total, t->part, task->num_tokens * s->at.group, s->model->head_dim);
-    finish(s, task, total);
+    finalize_task(s, task, total);
 }
 
 static void attention(step *s) {
-    parallel(s->num_tasks, attend_turn, s);
-    if (s->split) parallel(s->num_tasks, merge_turn, s);
+    parallel(s->num_tasks, attend_item, s);
+    if (s->split) parallel(s->num_tasks, merge_item, s);
 }
 
 /* How many tokens of a row one task takes, for `group` query heads each. */
 static int tokens_a_task(int group) { return at_least(1, MAX_QUERIES / group); }
 
-/* List the tasks; with few of them each segment becomes its own. Counts alone when `s->tasks` is NULL. */
-static int list_tasks(step *s, int split, int D, char *parts) {
+/* List the tasks for the layer's window; `split`: each segment becomes its own. Returns their number;
+ * counts alone when `tasks` is NULL. */
+static int list_tasks(const step *s, int split, attention_task *tasks) {
     const batch *b = s->b;
     const int most = tokens_a_task(s->at.group);
     int n = 0;
@@ -345,14 +357,31 @@ static int list_tasks(step *s, int split, int D, char *parts) {
                 int first, end;
                 segments_seen(&s->at, &w, &first, &end);
                 for (int segment = first; segment < end; segment += split ? 1 : end - first, n++) {
-                    if (!s->tasks) continue;
+                    if (!tasks) continue;
                     task.first_segment = segment;
-                    if (split) task.part = (partial *)(parts + n * partial_bytes(D));
-                    s->tasks[n] = task;
+                    if (split) task.part = (partial *)(s->parts + n * partial_bytes(s->at.head_dim));
+                    tasks[n] = task;
                 }
             }
     }
     return n;
+}
+
+/* Count the tasks for a window. With few of them each segment becomes its own. */
+static void count_tasks(step *s, int window) {
+    s->at.window = window;
+    const int whole = list_tasks(s, 0, NULL);
+    s->split = whole < 4 * num_threads();
+    s->num_tasks = s->split ? list_tasks(s, 1, NULL) : whole;
+}
+
+/* Make layer i the one in work. Layers of equal windows that follow one another share their tasks. */
+static void enter_layer(step *s, int i) {
+    const layer_weights *before = s->layer;
+    s->layer = &s->model->layers[i];
+    if (before && before->window == s->layer->window) return;
+    count_tasks(s, s->layer->window);
+    list_tasks(s, s->split, s->tasks);
 }
 
 /* ---- the step ------------------------------------------------------------------------------------------ */
@@ -366,20 +395,22 @@ static void lay_out(step *s, arena *a) {
     s->rope = take(a, sizeof(float) * T * m->head_dim);
     s->row_of = take(a, sizeof(int32_t) * T);
     s->normed = take_operand(a, most, m->hidden);
-    s->attended = take_operand(a, T, m->heads * m->head_dim);
+    s->context = take_operand(a, T, m->heads * m->head_dim);
     s->inner = take_operand(a, T, m->intermediate);
     const int widest = at_least(at_least(m->hidden, m->intermediate), m->heads * m->head_dim);
-    const size_t product_bytes = sizeof(float) * 2 * ROWS_A_TURN * MAX_GROUPS * GROUP + panel_bytes(widest);
+    const size_t product_bytes = sizeof(float) * 2 * ROWS_PER_ITEM * MAX_GROUPS * GROUP + panel_bytes(widest);
     const size_t attend_bytes = 2 * partial_bytes(m->head_dim) + attention_bytes(m->head_dim);
     s->scratch_bytes = ((product_bytes > attend_bytes ? product_bytes : attend_bytes) + 4095) & ~(size_t)4095;
     s->scratch = take(a, s->scratch_bytes * num_threads());
-    s->tasks = NULL;
-    const int whole = list_tasks(s, 0, m->head_dim, NULL);
-    s->split = whole < 4 * num_threads();
-    s->num_tasks = s->split ? list_tasks(s, 1, m->head_dim, NULL) : whole;
-    s->tasks = take(a, sizeof(attention_task) * s->num_tasks);
-    char *parts = take(a, s->split ? partial_bytes(m->head_dim) * s->num_tasks : 0);
-    if (a->memory && a->used <= a->size) list_tasks(s, s->split, m->head_dim, parts);
+    size_t num_tasks = 0, num_parts = 0; /* the most of any layer */
+    for (int i = 0; i < m->num_layers; i++) {
+        if (i && m->layers[i].window == m->layers[i - 1].window) continue;
+        count_tasks(s, m->layers[i].window);
+        if ((size_t)s->num_tasks > num_tasks) num_tasks = s->num_tasks;
+        if (s->split && (size_t)s->num_tasks > num_parts) num_parts = s->num_tasks;
+    }
+    s->tasks = take(a, sizeof(attention_task) * num_tasks);
+    s->parts = take(a, partial_bytes(m->head_dim) * num_parts);
 }
 
 /* logits [S, vocab] fp32 of the batch, whose KV is written on the way. Returns 0, or 1 when there is no
@@ -387,7 +418,7 @@ static void lay_out(step *s, arena *a) {
 int diptych_forward(const decoder *m, const batch *b, const kv_pool *pool, arena *a, float *logits) {
     step s = {.model = m, .b = b, .pool = *pool, .logits = logits};
     s.at = (geometry){pool->first, pool->block_stride, m->kv_heads, m->heads / m->kv_heads, m->head_dim,
-                      pool->block_size, m->window};
+                      pool->block_size, 0};
     lay_out(&s, a);
     if (a->used > a->size) {
         free(a->memory);
@@ -398,15 +429,16 @@ int diptych_forward(const decoder *m, const batch *b, const kv_pool *pool, arena
     }
     for (int row = 0; row < b->num_rows; row++)
         for (int t = b->first_token[row]; t < b->first_token[row + 1]; t++) s.row_of[t] = row;
-    over_tokens(&s, begin_turn);
+    over_tokens(&s, begin_item);
     for (int i = 0; i < m->num_layers; i++) {
-        const layer_weights *w = &m->layers[i];
+        enter_layer(&s, i);
+        const layer_weights *w = s.layer;
         norm(&s, w->input_norm, NULL, b->num_tokens);
         multiply(&s, &w->qkv, &s.normed, b->num_tokens, STORE, s.qkv, NULL);
-        over_tokens(&s, write_turn);
-        if (i == m->num_layers - 1 && !b->num_logits) return 0; /* nobody reads what comes after the last KV */
+        over_tokens(&s, write_item);
+        if (i == m->num_layers - 1 && !b->num_logits) return 0; /* nothing reads what follows */
         attention(&s);
-        multiply(&s, &w->out, &s.attended, b->num_tokens, ADD, s.x, NULL);
+        multiply(&s, &w->out, &s.context, b->num_tokens, ADD, s.x, NULL);
         norm(&s, w->mlp_norm, NULL, b->num_tokens);
         multiply(&s, &w->gate_up, &s.normed, b->num_tokens, GATED, s.inner.x, &s.inner);
         multiply(&s, &w->down, &s.inner, b->num_tokens, ADD, s.x, NULL);

@@ -84,7 +84,7 @@ static inline int pack(float *to, __mmask16 mask, __m512 v) {
 /* ---- one look at a row --------------------------------------------------------------------------------
  *
  * Returns the maximum of x [n]: finite, unless x holds a NaN or +inf, or nothing but -inf. `peaks` receives
- * sixteen maxima for each BLOCK of x, one a lane: who looks for large values reads those first. */
+ * sixteen maxima for each BLOCK of x, one a lane: a search for large values reads those first. */
 static float survey(const float *x, int n, float *peaks) {
     /* A sum is NaN if a summand is: cheaper than to compare each. -inf may be among them. */
     __m512 sum[4], high[4], top = _mm512_set1_ps(-INFINITY);
@@ -275,7 +275,7 @@ static int sorted_sample(measure m, const float *v, int n, float *sorted, int64_
     int size = n < SAMPLE ? n : SAMPLE;
     float sample[SAMPLE];
     for (int i = 0; i < SAMPLE; i++) sample[i] = i < size ? v[(int64_t)i * n / size] : -INFINITY;
-    for (int i = 0; i < size; i++) { /* each goes where its rank says */
+    for (int i = 0; i < size; i++) { /* each goes to its rank */
         __m512 x = _mm512_set1_ps(sample[i]);
         uint64_t larger = 0, equal = 0;
         for (int j = 0; j < SAMPLE; j += 16) {

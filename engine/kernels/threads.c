@@ -1,19 +1,19 @@
 /* A pool of threads for loops of 10 microseconds to 10 ms, several hundred a step.
  *
- * All state of a loop is one word, so that taking a turn is one compare-and-swap, and a thread that was
- * late, or was stopped by the kernel in between, can never take a turn of a loop that has ended:
+ * All state of a loop is one word, so that a thread takes a work item by one compare-and-swap. A thread that
+ * was late, or was stopped by the kernel in between, can never take an item of a loop that has ended:
  *
- *     ticket   | number of the loop : 40 | turns left : 24 |
+ *     ticket   | number of the loop : 40 | items left : 24 |
  *
- * The caller always works, so a loop ends without any helper. Helpers spin for a moment after a loop, for
- * the next is near, and then sleep.
+ * The caller always works, so a loop ends without any helper. Helpers spin for a moment after a loop,
+ * because the next one usually follows at once, and then sleep.
  *
  * The board: local workers of one machine own disjoint shares of its cores, and a helper beyond its own
  * worker's share works on a core of a neighbour's. Each worker writes into its line of a shared page until
- * when it is busy; a helper looks there before every turn and leaves a busy owner's core at once. So one
- * busy worker has all cores, two busy ones have their own, and nobody waits for a message. A line that its
- * owner left behind runs out by itself. Each owner of cores has its own bell, so that helpers who could not
- * work anyway are not woken on a busy neighbour's cores.
+ * when it is busy. A helper reads that line before every item and leaves a busy owner's core at once. So one
+ * busy worker has all cores, two busy ones have their own, and no message is needed. The time in the line of
+ * a worker that has died runs out. Each owner of cores has its own bell, so that helpers that could not work
+ * anyway are not woken on a busy neighbour's cores.
  */
 #include "threads.h"
 
@@ -29,16 +29,16 @@
 
 enum { MAX_THREADS = 256, BOARD_BYTES = 4096, MAX_LINES = 64, LINE = 8, SPIN_NS = 60000, WAIT_SPINS = 2000 };
 #define LINGER_NS 4000000LL      /* between two steps of a busy worker */
-#define BUSY_NS 2000000000LL     /* a step lasts no longer, or the neighbours help themselves */
-#define TURNS 0xffffffULL
+#define BUSY_NS 2000000000LL     /* a step lasts no longer, or the neighbours take the cores */
+#define ITEMS 0xffffffULL
 
 static struct {
     _Alignas(64) uint64_t ticket;
     _Alignas(64) int done;
-    _Alignas(64) int taken; /* somebody's loop is in work */
-    turn run;
+    _Alignas(64) int taken; /* a loop is in work */
+    work_item run;
     void *arg;
-    int turns; /* of the loop in work */
+    int items; /* of the loop in work */
     int count; /* threads, the caller's included */
     int64_t *board;
     int line, num_lines;    /* ours; so many may have bells */
@@ -47,7 +47,7 @@ static struct {
 
 /* By owner of cores. */
 static struct {
-    _Alignas(64) uint32_t rung; /* a futex: counted up at the start of a loop while somebody sleeps */
+    _Alignas(64) uint32_t rung; /* a futex: counted up at the start of a loop while a helper sleeps */
     int sleepers;
 } bells[MAX_LINES];
 
@@ -63,13 +63,13 @@ static int is_free(int owner) {
     return __atomic_load_n(&pool.board[owner * LINE], __ATOMIC_RELAXED) < now_ns();
 }
 
-/* Take turns until none is left or, for a helper, its core is wanted. */
+/* Take items until none is left or, for a helper, its core is wanted. */
 static void work(int thread) {
     uint64_t ticket = __atomic_load_n(&pool.ticket, __ATOMIC_ACQUIRE);
-    while (ticket & TURNS) {
+    while (ticket & ITEMS) {
         if (thread && !is_free(pool.owner[thread])) return;
         if (__atomic_compare_exchange_n(&pool.ticket, &ticket, ticket - 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
-            pool.run(pool.arg, pool.turns - (int)(ticket & TURNS), thread);
+            pool.run(pool.arg, pool.items - (int)(ticket & ITEMS), thread);
             __atomic_fetch_add(&pool.done, 1, __ATOMIC_RELEASE);
             ticket = __atomic_load_n(&pool.ticket, __ATOMIC_ACQUIRE);
         }
@@ -81,7 +81,7 @@ static void *helper(void *number) {
     for (;;) {
         int64_t until = now_ns() + SPIN_NS;
         while (is_free(owner) && now_ns() < until) {
-            if (__atomic_load_n(&pool.ticket, __ATOMIC_ACQUIRE) & TURNS) {
+            if (__atomic_load_n(&pool.ticket, __ATOMIC_ACQUIRE) & ITEMS) {
                 work(thread);
                 until = now_ns() + SPIN_NS;
             }
@@ -89,7 +89,7 @@ static void *helper(void *number) {
         }
         uint32_t heard = __atomic_load_n(&bells[owner].rung, __ATOMIC_ACQUIRE);
         __atomic_fetch_add(&bells[owner].sleepers, 1, __ATOMIC_SEQ_CST);
-        if (!(__atomic_load_n(&pool.ticket, __ATOMIC_SEQ_CST) & TURNS) || !is_free(owner))
+        if (!(__atomic_load_n(&pool.ticket, __ATOMIC_SEQ_CST) & ITEMS) || !is_free(owner))
             syscall(SYS_futex, &bells[owner].rung, FUTEX_WAIT_PRIVATE, heard, NULL, NULL, 0);
         __atomic_fetch_sub(&bells[owner].sleepers, 1, __ATOMIC_SEQ_CST);
     }
@@ -105,14 +105,14 @@ static void ring(void) {
         }
 }
 
-void parallel(int count, turn run, void *arg) {
+void parallel(int count, work_item run, void *arg) {
     if (count <= 1 || pool.count == 1 || __atomic_exchange_n(&pool.taken, 1, __ATOMIC_ACQUIRE)) {
         for (int i = 0; i < count; i++) run(arg, i, 0);
         return;
     }
     pool.run = run;
     pool.arg = arg;
-    pool.turns = count;
+    pool.items = count;
     __atomic_store_n(&pool.done, 0, __ATOMIC_RELAXED);
     uint64_t loop = (__atomic_load_n(&pool.ticket, __ATOMIC_RELAXED) >> 24) + 1;
     __atomic_store_n(&pool.ticket, loop << 24 | (uint64_t)count, __ATOMIC_SEQ_CST);
@@ -120,7 +120,7 @@ void parallel(int count, turn run, void *arg) {
     work(0);
     for (int spins = 0; __atomic_load_n(&pool.done, __ATOMIC_ACQUIRE) < count; spins++) {
         _mm_pause();
-        if (spins > WAIT_SPINS) sched_yield(); /* a helper lost its core in mid-turn: perhaps to us */
+        if (spins > WAIT_SPINS) sched_yield(); /* a helper lost its core within an item, perhaps to this thread */
     }
     __atomic_store_n(&pool.taken, 0, __ATOMIC_RELEASE);
 }

@@ -1,84 +1,99 @@
-"""The Llama family's forward pass over a paged KV cache: Llama, Mistral, Qwen2, SmolLM2.
+"""Llama, Mistral and Qwen2 (SmolLM2 and many others are Llamas): one forward pass.
 
-A model is its configuration and its weights; batch, cache and attention backend are handed in, so
-two models (a target and a drafter) can run side by side.
+They differ in what their configuration files leave to a default: biases and windows.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
+from engine.models.architecture import (
+    Architecture,
+    Layer,
+    Step,
+    TensorSpec,
+    layer_tensors,
+    outer_tensors,
+    weight,
+)
+from engine.models.config import ConfigReader, ModelConfig, decoder_fields, qwen_windows
 
-from engine.attention.base import AttentionBackend
-from engine.attention.batch import Batch
-from engine.cache.kv_cache import KVCache
-from engine.checkpoint.config import ModelConfig
-from engine.models.layers import LayerWeights, ModelWeights, logits, mlp, rms_norm
-from engine.models.rope import make_rope, rotate
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LLAMA, MISTRAL, QWEN2 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"
 
 
-class LlamaModel:
-    """A decoder; immutable after construction."""
+def _read_llama(raw: ConfigReader) -> ModelConfig:
+    attention_bias, mlp_bias = (bool(raw.get(f"{x}_bias", False)) for x in ("attention", "mlp"))
+    return ModelConfig(
+        LLAMA,
+        **decoder_fields(raw),
+        attention_bias=attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=mlp_bias,
+    )
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
-        """Raises CheckpointError for a rotary scaling that is not known."""
-        self.config = config
-        self.weights = weights
-        self.rope = make_rope(config, weights.embedding.device)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.weights.embedding.device
+def _read_mistral(raw: ConfigReader) -> ModelConfig:
+    # An absent key means the architecture's default; only a null means full attention.
+    window = raw.data.get("sliding_window", 4096)
+    return ModelConfig(MISTRAL, **decoder_fields(raw), sliding_window=int(window or 0))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
-        return self.weights.embedding.dtype
 
-    def first_layers(self, num_layers: int) -> LlamaModel:
-        """This model without its later layers: shares the weights, norm and head included."""
-        if not 1 <= num_layers <= self.config.num_layers:
-            raise ValueError(f"num_layers must be 1 to {self.config.num_layers}")
-        config = dataclasses.replace(self.config, num_layers=num_layers)
-        layers = self.weights.layers[:num_layers]
-        return LlamaModel(config, dataclasses.replace(self.weights, layers=layers))
+def _read_qwen2(raw: ConfigReader) -> ModelConfig:
+    return ModelConfig(QWEN2, **decoder_fields(raw), attention_bias=True, **qwen_windows(raw))
 
-    def forward(
-        self, batch: Batch, kv_cache: KVCache, backend: AttentionBackend[Any]
-    ) -> torch.Tensor:
-        """Write the batch's KV; return logits fp32 [S, vocab] of tokens batch.logit_index."""
-        plan = backend.plan(batch)
-        cos, sin = self.rope.tables(batch.positions)
-        x = F.embedding(batch.token_ids, self.weights.embedding)  # [T, hidden]
-        eps, last = self.config.rms_norm_eps, len(self.weights.layers) - 1
-        for index, layer in enumerate(self.weights.layers):
-            q, k, v = self._qkv(rms_norm(x, layer.input_norm, eps), layer, cos, sin)
-            kv_cache.write(index, batch.blocks, batch.offsets, k, v)
-            if index == last and batch.num_logits == 0:
-                break  # nobody reads what comes after the last layer's KV
-            attended = backend.run(plan, index, q, kv_cache).flatten(1)
-            x = x + F.linear(attended, layer.out, layer.out_bias)
-            x = x + mlp(rms_norm(x, layer.mlp_norm, eps), layer)
-        if batch.num_logits == 0:
-            return torch.empty(0, self.config.vocab_size, dtype=torch.float32, device=self.device)
-        wanted = x.index_select(0, batch.logit_index)
-        return logits(rms_norm(wanted, self.weights.norm, eps), self.weights.head)
 
-    def _qkv(
-        self, x: torch.Tensor, layer: LayerWeights, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [T, num_heads, head_dim] and k, v [T, num_kv_heads, head_dim] of x; q, k rotated."""
-        c = self.config
-        heads = F.linear(x, layer.qkv, layer.qkv_bias).view(
-            -1, c.num_heads + 2 * c.num_kv_heads, c.head_dim
-        )
-        turned = rotate(heads[:, : c.num_heads + c.num_kv_heads], cos, sin)
-        return (
-            turned[:, : c.num_heads],
-            turned[:, c.num_heads :],
-            heads[:, c.num_heads + c.num_kv_heads :],
-        )
+def tensors(c: ModelConfig) -> Iterator[TensorSpec]:
+    """The tensors of a checkpoint, layer by layer."""
+    q, kv, hidden, inner = (
+        c.num_heads * c.head_dim,
+        c.num_kv_heads * c.head_dim,
+        c.hidden_size,
+        c.intermediate_size,
+    )
+    # llama.cpp's converter reorders q and k of Llama models only.
+    heads, kv_heads = (c.num_heads, c.num_kv_heads) if c.architecture == LLAMA else (0, 0)
+    weights = [
+        weight("q", "qkv", "self_attn.q_proj", "attn_q", (q, hidden), 0, heads),
+        weight("k", "qkv", "self_attn.k_proj", "attn_k", (kv, hidden), 0, kv_heads),
+        weight("v", "qkv", "self_attn.v_proj", "attn_v", (kv, hidden), 0),
+        weight("out", "out", "self_attn.o_proj", "attn_output", (hidden, q), 1),
+        weight("gate", "gate_up", "mlp.gate_proj", "ffn_gate", (inner, hidden), 0),
+        weight("up", "gate_up", "mlp.up_proj", "ffn_up", (inner, hidden), 0),
+        weight("down", "down", "mlp.down_proj", "ffn_down", (hidden, inner), 1),
+        weight("input_norm", "input_norm", "input_layernorm", "attn_norm", (hidden,), None),
+        weight("mlp_norm", "mlp_norm", "post_attention_layernorm", "ffn_norm", (hidden,), None),
+    ]
+    has_bias = {
+        "qkv": c.attention_bias,
+        "out": c.output_bias,
+        "gate_up": c.mlp_bias,
+        "down": c.mlp_bias,
+    }
+    biased = frozenset(name for name, present in has_bias.items() if present)
+    for layer in range(c.num_layers):
+        yield from layer_tensors(layer, weights, biased)
+    yield from outer_tensors(c)
+
+
+def forward(step: Step, layers: Sequence[Layer]) -> Tensor:
+    """Logits fp32 [S, vocab]; each layer adds attention and a gated feed-forward to x."""
+    x = step.embed()
+    for i, layer in enumerate(layers):
+        q, k, v = step.rotated_heads(layer["qkv"](layer["input_norm"](x)))
+        attention = step.attend(i, q, k, v)
+        if attention is None:
+            return step.no_logits()
+        x = x + layer["out"](attention)
+        x = x + layer["down"](step.silu_gated(layer["gate_up"](layer["mlp_norm"](x))))
+    return step.logits(x)
+
+
+ARCHITECTURES = (
+    Architecture(LLAMA, "llama", _read_llama, tensors, forward, gguf="llama"),
+    Architecture(MISTRAL, "mistral", _read_mistral, tensors, forward),
+    Architecture(QWEN2, "qwen2", _read_qwen2, tensors, forward, gguf="qwen2"),
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,8 +11,10 @@ from engine.attention.base import AttentionBackend
 from engine.attention.batch import Row, build_batch
 from engine.cache.kv_cache import KVCache
 from engine.kernels.threads import Threads
-from engine.models.fast_path import NativeModel
-from engine.models.llama import LlamaModel
+
+if TYPE_CHECKING:
+    from engine.runner.native_model import NativeModel
+    from engine.runner.torch_model import TorchModel
 
 
 def _event(device: torch.device) -> torch.Event | None:
@@ -24,7 +26,7 @@ class Runner:
     """A model, its cache and its attention. Called from one thread at a time."""
 
     def __init__(
-        self, model: LlamaModel, kv_cache: KVCache, backend: AttentionBackend[Any]
+        self, model: TorchModel, kv_cache: KVCache, backend: AttentionBackend[Any]
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache

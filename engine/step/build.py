@@ -25,12 +25,11 @@ from engine.base.options import CacheOptions, ModelOptions, StepOptions
 from engine.base.types import NO_KV_POOL, KVPool, ModelIdentity, Role
 from engine.cache.kv_cache import KVCache
 from engine.cache.sizing import GpuMemory, PoolBudget, PoolSize, fit_pool, gpu_budget, host_budget
-from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.fingerprint import rope_fields, tokenizer_digest
 from engine.checkpoint.source import Checkpoint, resolve
 from engine.constraints import Vocabulary
 from engine.kernels.backend_selection import check_length, resolve_draft
-from engine.runner.runner import NativeRunner
+from engine.models.config import ModelConfig
 from engine.sampling import Sampler
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.plan import Budgets
@@ -145,7 +144,7 @@ def _build(
         num_blocks=size.num_blocks,
         block_bytes=layout.block_bytes,
         max_model_len=size.max_model_len,
-        native=isinstance(runner, NativeRunner),
+        native=models.native,
         prompt_tokens=budgets.prompt_tokens,
         num_seqs=budgets.num_seqs,
     )

@@ -6,6 +6,7 @@ Our own kernels where they can compute a model on the CPU, torch everywhere else
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from engine.attention import (
     BackendChoice,
@@ -13,24 +14,23 @@ from engine.attention import (
     flashinfer_version,
     make_backend,
 )
+from engine.attention.base import AttentionBackend
 from engine.base.errors import ConfigError
 from engine.base.kv_layout import KVLayout
 from engine.base.options import CacheOptions, ModelOptions, StepOptions
 from engine.cache.kv_cache import DTYPES, KVCache
-from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.fingerprint import config_digest
 from engine.checkpoint.packed import packed_file, read_packed
 from engine.checkpoint.source import Checkpoint, weights
-from engine.kernels import Kernels
+from engine.kernels import Kernels, kernels
 from engine.kernels.backend_selection import first_layers, packing, pick_kernels
 from engine.kernels.precision import auto_dtype
 from engine.kernels.threads import Threads
-from engine.models.fast_path import NativeModel
-from engine.models.llama import LlamaModel
-from engine.models.loader import load_model, random_model
+from engine.models.config import ModelConfig
 from engine.process.core_share import Seat, usable_cores
-from engine.runner.base import ModelRunner
-from engine.runner.runner import NativeRunner, Runner
+from engine.runner.base import Model, ModelRunner, PooledRunner
+from engine.runner.loader import load_model, random_model
+from engine.runner.native_model import NativeModel
 from engine.step.device import Device
 from engine.step.self_test import SelfTest, num_scratch_blocks
 from engine.telemetry.log import get_logger
@@ -80,16 +80,29 @@ def layout_of(config: ModelConfig, cache: CacheOptions, dtype: str) -> KVLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class Models:
-    """The runners of a model, and of the model that drafts for it."""
+class Loaded:
+    """A model and its runner."""
 
-    target: Runner | NativeRunner
-    draft: Runner | NativeRunner | None
+    model: Model
+    runner: PooledRunner
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """A model, and the one that drafts for it."""
+
+    target: Loaded
+    draft: Loaded | None
+
+    @property
+    def native(self) -> bool:
+        """Whether our own kernels compute the target."""
+        return self.target.model.exact
 
     @property
     def runners(self) -> list[ModelRunner]:
-        """Both."""
-        return [runner for runner in (self.target, self.draft) if runner is not None]
+        """Of both."""
+        return [each.runner for each in (self.target, self.draft) if each is not None]
 
     def self_tests(self, block_size: int, vocab_size: int) -> list[SelfTest]:
         """Of both, on the scratch pool."""
@@ -97,21 +110,21 @@ class Models:
         return [
             SelfTest(
                 name,
-                runner,
+                each.runner,
                 block_size=block_size,
                 vocab_size=vocab_size,
-                exact=isinstance(runner, NativeRunner),
+                exact=each.model.exact,
             )
-            for name, runner in found
-            if runner is not None
+            for name, each in found
+            if each is not None
         ]
 
     def over(self, kv_cache: KVCache) -> tuple[ModelRunner, ModelRunner | None]:
-        """The same over another pool."""
+        """The runners of both over another pool."""
         draft = None
         if self.draft is not None and kv_cache.draft is not None:
-            draft = self.draft.over(kv_cache.draft)
-        return self.target.over(kv_cache), draft
+            draft = self.draft.runner.over(kv_cache.draft)
+        return self.target.runner.over(kv_cache), draft
 
 
 class Loader:
@@ -138,12 +151,12 @@ class Loader:
         """Both models over a scratch pool of a few blocks. Raises CheckpointError, ConfigError."""
         scratch = KVCache(layout, num_scratch_blocks(layout.block_size), self._device.place)
         target = self._load(checkpoint)
-        draft_runner = None
+        loaded_draft = None
         if draft is not None and scratch.draft is not None:
             num_first = first_layers(self._model.draft_model)
             drafter = target.first_layers(num_first) if num_first else self._load(draft)
-            draft_runner = self._runner(drafter, scratch.draft)
-        return Models(self._runner(target, scratch), draft_runner)
+            loaded_draft = Loaded(drafter, drafter.make_runner(scratch.draft, self))
+        return Models(Loaded(target, target.make_runner(scratch, self)), loaded_draft)
 
     def profile(self, checkpoint: Checkpoint) -> str:
         """The numeric profile of a model as it is loaded here."""
@@ -155,7 +168,7 @@ class Loader:
             )
         return numeric_profile(checkpoint, self._model, self._dtype, native=native, on=on)
 
-    def _load(self, checkpoint: Checkpoint) -> LlamaModel | NativeModel:
+    def _load(self, checkpoint: Checkpoint) -> Model:
         """Map or read the weights. Raises CheckpointError."""
         config, dtype, place = checkpoint.config, DTYPES[self._dtype], self._device.place
         library = self._kernels(config)
@@ -168,20 +181,20 @@ class Loader:
         checkpoint.check_unchanged()
         return model
 
-    def _runner(self, model: LlamaModel | NativeModel, kv_cache: KVCache) -> Runner | NativeRunner:
-        """What computes `model` over its view of the pool."""
-        config = model.config
-        if isinstance(model, LlamaModel):
-            choice = self._backend(config)
-            _log.info("attention backend", backend=str(choice), reason=choice.reason)
-            backend = make_backend(choice, kv_cache, config.num_heads, config.sliding_window)
-            return Runner(model, kv_cache, backend)
+    def attention(self, config: ModelConfig, kv_cache: KVCache) -> AttentionBackend[Any]:
+        """The backend that suits the model and the device."""
+        choice = self._backend(config)
+        _log.info("attention backend", backend=str(choice), reason=choice.reason)
+        return make_backend(choice, kv_cache, config)
+
+    def threads(self) -> Threads:
+        """The threads of our own kernels; started on the first call."""
         if self._threads is None:
-            library = self._kernels(config)
-            assert library is not None, "it was loaded by them"
+            library = kernels()
+            assert library is not None, "a model was loaded by them"
             num_threads = self._step.num_threads or usable_cores()
             self._threads = Threads(library, num_threads, Seat.parse(self._step.cores))
-        return NativeRunner(model, kv_cache, self._threads)
+        return self._threads
 
     def _backend(self, config: ModelConfig) -> BackendChoice:
         layout = layout_of(config, self._cache, self._dtype)

@@ -41,8 +41,8 @@ from coordinator.text.served_model import ServedModel
 from coordinator.text.tokenizer import Tokenizer
 from engine.base.options import FrontOptions, LogOptions
 from engine.base.types import PROTOCOL_VERSION, ModelIdentity, Role
-from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.source import resolve
+from engine.models.config import ModelConfig
 from engine.rpc.channel import open_channel
 from engine.telemetry.log import configure_logging
 from tests.support.fuzz_checks import Model, Outcome, complaint

@@ -179,7 +179,7 @@ class Oracle:
         import torch
 
         from engine.checkpoint.source import resolve, weights
-        from engine.models.loader import load_model
+        from engine.runner.loader import load_model
         from tests.support.paged import CPU
         from tests.support.plain_loop import PlainLoop
 

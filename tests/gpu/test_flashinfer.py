@@ -18,7 +18,8 @@ from engine.attention.batch import Row, build_batch
 from engine.attention.torch_backend import TorchBackend
 from engine.base.errors import ConfigError
 from engine.cache.kv_cache import KVCache
-from engine.models.loader import random_model
+from engine.models.config import AttentionSpec
+from engine.runner.loader import random_model
 from engine.runner.runner import Runner
 from tests.support.paged import CPU, layout_of, tiny_config
 from tests.unit.engine.attention.reference import (
@@ -50,7 +51,7 @@ def test_kernels_equal_the_reference_over_a_poisoned_pool(
     device = flashinfer_device
     rows, cache = poisoned(shapes, block_size=16, dtype=dtype, head_dim=64, device=device)
     q = queries(rows, cache)
-    backend = FlashInferBackend(cache.layout, HEADS, device, window)
+    backend = FlashInferBackend(cache.layout, HEADS, device, AttentionSpec(window=window))
     plan = backend.plan(build_batch(rows, 16, device))
     got = backend.run(plan, 1, q, cache)
     on_cpu = KVCache(cache.layout, cache.num_blocks, CPU)
@@ -78,7 +79,9 @@ def test_fp32_is_left_to_the_torch_backend() -> None:
     layout = layout_of(tiny_config(), 16)
     with pytest.raises(ConfigError, match="no fp32 kernels"):
         FlashInferBackend(layout, 6, CUDA)
-    assert isinstance(select_backend(KVCache(layout, 1, CUDA), 6, 0), TorchBackend)
+    assert isinstance(
+        select_backend(KVCache(layout, 1, CUDA), tiny_config(num_heads=6)), TorchBackend
+    )
 
 
 @on_gpu
@@ -93,7 +96,7 @@ def test_a_model_on_cuda_answers_as_on_the_cpu(dtype: str) -> None:
     for device in (CPU, CUDA):
         model = random_model(config, 0, getattr(torch, dtype), device)
         cache = KVCache(layout_of(config, 16, dtype), 8, device)
-        backend: AttentionBackend[object] = select_backend(cache, 6, 0)
+        backend: AttentionBackend[object] = select_backend(cache, tiny_config(num_heads=6))
         runner = Runner(model, cache, backend)
         answers.append(torch.cat([runner.run(rows).cpu() for rows in steps]))
     error = (answers[0] - answers[1]).abs().amax(-1) / answers[0].abs().amax(-1)

@@ -14,6 +14,7 @@ from engine.attention.batch import Row, build_batch
 from engine.attention.flashinfer_backend import WORKSPACE_BYTES, FlashInferBackend
 from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
+from engine.models.config import AttentionSpec
 from tests.support.flashinfer_kernels import KernelError
 from tests.unit.engine.attention.reference import (
     CASES,
@@ -43,7 +44,7 @@ def case(num_heads: int) -> tuple[list[Row], KVCache, torch.Tensor, torch.Tensor
 def check(num_heads: int) -> None:
     """The backend against the reference."""
     rows, cache, q, expected = case(num_heads)
-    backend = FlashInferBackend(cache.layout, num_heads, DEVICE, WINDOW)
+    backend = FlashInferBackend(cache.layout, num_heads, DEVICE, AttentionSpec(window=WINDOW))
     got = backend.run(backend.plan(build_batch(rows, 16, DEVICE)), 1, q, cache)
     torch.testing.assert_close(got.double(), expected, rtol=2e-2, atol=2e-2)
 

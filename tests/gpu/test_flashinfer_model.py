@@ -11,9 +11,10 @@ import torch
 from engine.attention.batch import Row
 from engine.attention.torch_backend import TorchBackend
 from engine.cache.kv_cache import KVCache
-from engine.models.llama import LlamaModel
-from engine.models.loader import random_model
+from engine.models.config import AttentionSpec
+from engine.runner.loader import random_model
 from engine.runner.runner import Runner
+from engine.runner.torch_model import TorchModel
 from tests.support.paged import layout_of, tiny_config
 from tests.unit.engine.step.test_draft_model import PairedWorker, random_works
 
@@ -21,13 +22,17 @@ SIZE = 16
 
 
 def torch_backend(kv_cache: KVCache, num_heads: int, window: int) -> TorchBackend:
-    return TorchBackend(kv_cache.layout, num_heads, window, kv_cache.block_stride)
+    return TorchBackend(
+        kv_cache.layout, num_heads, AttentionSpec(window=window), kv_cache.block_stride
+    )
 
 
 def flashinfer_backend(kv_cache: KVCache, num_heads: int, window: int) -> Any:
     from engine.attention.flashinfer_backend import FlashInferBackend
 
-    return FlashInferBackend(kv_cache.layout, num_heads, kv_cache.device, window)
+    return FlashInferBackend(
+        kv_cache.layout, num_heads, kv_cache.device, AttentionSpec(window=window)
+    )
 
 
 def random_steps(seed: int) -> list[list[Row]]:
@@ -77,7 +82,7 @@ def test_answers_of_an_engine_with_a_draft_model_are_the_torch_backends(
     if flashinfer_device.type != "cpu":
         pytest.skip("the engine of this test lies in the CPU's memory")
 
-    def model(num_layers: int, num_heads: int, seed: int) -> LlamaModel:
+    def model(num_layers: int, num_heads: int, seed: int) -> TorchModel:
         config = tiny_config(num_layers=num_layers, num_heads=num_heads, head_dim=64)
         return random_model(config, seed, torch.float16)
 

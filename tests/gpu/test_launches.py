@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from engine.attention.batch import Row
 from engine.cache.kv_cache import KVCache
-from engine.models.loader import random_model
+from engine.runner.loader import random_model
 from engine.runner.runner import Runner
 from tests.support.flashinfer_kernels import Launches
 from tests.support.launches import LaunchCounter
@@ -67,7 +67,7 @@ def _norm_by_hand(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
 
 def test_one_more_launch_is_counted(flashinfer_kernels: Launches) -> None:
     before, _ = count(DECODE, 2, flashinfer_kernels)
-    with mock.patch("engine.models.llama.rms_norm", _norm_by_hand):
+    with mock.patch("engine.runner.layers.rms_norm", _norm_by_hand):
         after, _ = count(DECODE, 2, flashinfer_kernels)
     assert after == before + 3 * 5  # two casts and one back, in each norm
 
@@ -79,7 +79,7 @@ def test_a_wait_for_the_gpu_is_an_error(wait: object, flashinfer_kernels: Launch
         return _norm_by_hand(x, weight, eps)
 
     with (
-        mock.patch("engine.models.llama.rms_norm", waiting),
+        mock.patch("engine.runner.layers.rms_norm", waiting),
         pytest.raises((RuntimeError, NotImplementedError)),
     ):
         count(DECODE, 1, flashinfer_kernels)

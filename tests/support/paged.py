@@ -1,6 +1,6 @@
 """Requests over a paged cache, without a scheduler: scattered blocks, and a pool full of NaN.
 
-Every position that nobody has written is NaN, so whatever reads one shows it in its logits.
+Every position that was not written is NaN, so that a read of one shows in the logits.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from engine.attention import select_backend
 from engine.attention.batch import Row
 from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
-from engine.checkpoint.config import ModelConfig, RopeScaling
-from engine.models.fast_path import NativeModel
-from engine.models.llama import LlamaModel
+from engine.models.config import ModelConfig, RopeScaling
+from engine.runner.native_model import NativeModel
 from engine.runner.runner import Runner
+from engine.runner.torch_model import TorchModel
 from engine.step.core import ModelRunner
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ class Sequence_:
 
 @dataclass(frozen=True, slots=True)
 class _Native:
-    """Our kernels, on whatever threads the process has; each step's logits are kept."""
+    """Our kernels, on the threads that the process has; each step's logits are kept."""
 
     model: NativeModel
     kv_cache: KVCache
@@ -80,23 +80,21 @@ class Bench:
 
     def __init__(
         self,
-        model: LlamaModel | NativeModel,
+        model: TorchModel | NativeModel,
         *,
         block_size: int = 4,
         num_blocks: int = 256,
         seed: int = 0,
     ) -> None:
         config = model.config
-        native = isinstance(model, NativeModel)
-        dtype = "bfloat16" if native else str(model.dtype).removeprefix("torch.")
-        layout = layout_of(config, block_size, dtype)
+        layout = layout_of(config, block_size, model.kv_dtype)
         self.kv_cache = KVCache(layout, num_blocks, CPU)
         self.kv_cache.pool.fill_(float("nan"))
         self.runner: ModelRunner
-        if isinstance(model, NativeModel):
+        if isinstance(model, NativeModel):  # without a pool of threads
             self.runner = _Native(model, self.kv_cache)
         else:
-            backend = select_backend(self.kv_cache, config.num_heads, config.sliding_window)
+            backend = select_backend(self.kv_cache, config)
             self.runner = Runner(model, self.kv_cache, backend)
         self._layout = layout
         self._free = list(range(num_blocks))

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.base.types import FinishReason
-from engine.models.fast_path import NativeModel
-from engine.models.llama import LlamaModel
+from engine.runner.native_model import NativeModel
+from engine.runner.torch_model import TorchModel
 from engine.sampling import Sampler, SampleRow
 from engine.scheduling.request import EngineRequest
 from tests.support.near_tie import TALLY, Verdict, compare
@@ -34,7 +34,7 @@ class _Answer:
 class PlainLoop:
     """Answers for Works, and the verdict on somebody else's."""
 
-    def __init__(self, model: LlamaModel | NativeModel, max_model_len: int = 8192) -> None:
+    def __init__(self, model: TorchModel | NativeModel, max_model_len: int = 8192) -> None:
         self._model = model
         self._max_model_len = max_model_len
         self._sampler = Sampler(model.config.vocab_size, CPU)

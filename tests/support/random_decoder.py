@@ -22,12 +22,12 @@ import torch
 from engine.attention.batch import Row
 from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
-from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.gguf_weights import cast
 from engine.checkpoint.packed import Matrix, PackedWeights, pack_bf16, pack_rows, quantise
 from engine.kernels import Kernels, kernels
 from engine.kernels.threads import Threads
-from engine.models.fast_path import NativeModel
+from engine.models.config import ModelConfig
+from engine.runner.native_model import NativeModel
 from tests.support.paged import CPU, tiny_config
 
 Floats = npt.NDArray[np.floating[Any]]

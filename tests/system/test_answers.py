@@ -17,8 +17,8 @@ import torch
 from engine.base.kv_layout import hash_salt
 from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.checkpoint.source import resolve, weights
-from engine.models.loader import load_model
 from engine.pb.diptych.v1 import inference_pb2
+from engine.runner.loader import load_model
 from engine.scheduling.request import EngineRequest
 from tests.support.near_tie import TALLY
 from tests.support.paged import CPU

@@ -14,7 +14,7 @@ import pytest
 from engine.checkpoint.packed import packed_file, read_packed
 from engine.checkpoint.source import resolve
 from engine.kernels import kernels
-from engine.models.fast_path import NativeModel
+from engine.runner.native_model import NativeModel
 from tests.support.plain_loop import PlainLoop
 from tests.system.stack import Stack
 from tests.system.test_answers import CASES, ask_all

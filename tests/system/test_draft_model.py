@@ -17,7 +17,7 @@ import torch
 from engine.base.kv_layout import hash_salt
 from engine.base.types import SamplingParams, StopParams
 from engine.checkpoint.source import resolve, weights
-from engine.models.loader import load_model
+from engine.runner.loader import load_model
 from engine.scheduling.request import EngineRequest
 from tests.support.near_tie import TALLY
 from tests.support.paged import CPU

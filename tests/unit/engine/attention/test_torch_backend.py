@@ -8,6 +8,7 @@ import torch
 from engine.attention.batch import Row, build_batch
 from engine.attention.torch_backend import CHUNK_QUERIES, TorchBackend, group_rows
 from engine.cache.kv_cache import KVCache
+from engine.models.config import AttentionSpec
 from tests.unit.engine.attention.reference import (
     CASES,
     HEADS,
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 def attend(
     rows: list[Row], cache: KVCache, q: torch.Tensor, layer: int = 1, window: int = 0
 ) -> torch.Tensor:
-    backend = TorchBackend(cache.layout, HEADS, window)
+    backend = TorchBackend(cache.layout, HEADS, AttentionSpec(window=window))
     plan = backend.plan(build_batch(rows, cache.layout.block_size, CPU))
     return backend.run(plan, layer, q, cache)
 

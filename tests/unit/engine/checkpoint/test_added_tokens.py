@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from engine.base.errors import CheckpointError
 from engine.checkpoint.added_tokens import added_tokens, end_of_turn, merged_tokenizer
-from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.config import read_config
 from engine.checkpoint.fingerprint import tokenizer_digest
 
 CONFIG = {
@@ -45,7 +45,7 @@ def folder(
 
 
 def ends(place: Path) -> tuple[int, ...]:
-    return ModelConfig.from_folder(place).eos_token_ids
+    return read_config(place).eos_token_ids
 
 
 ADDED = [token(4, "<s>"), token(5, "</s>"), token(6, "<|x|>"), token(7, "word", False)]

@@ -16,15 +16,16 @@ from safetensors.torch import save_file
 
 from engine.base.errors import CheckpointError
 from engine.checkpoint import digest
-from engine.checkpoint.config import ModelConfig, RopeScaling
 from engine.checkpoint.digest import file_digests, hash_ranges
 from engine.checkpoint.fingerprint import (
     CONFIG_FIELDS,
+    OPTIONAL_FIELDS,
     ROPE_FIELDS,
     config_digest,
     gguf_fingerprint,
 )
 from engine.checkpoint.source import resolve
+from engine.models.config import ModelConfig, RopeScaling
 from tests.support import tiny_gguf
 from tests.support.paged import tiny_config
 from tests.unit.engine.checkpoint.test_source import SHARDS, folder
@@ -178,13 +179,14 @@ def test_bytes_of_no_tensor_are_refused(tmp_path: Path) -> None:
 
 
 def test_every_field_of_the_configuration_counts() -> None:
-    assert set(CONFIG_FIELDS) == {f.name for f in dataclasses.fields(ModelConfig)}
+    fields = {f.name for f in dataclasses.fields(ModelConfig)}
+    assert {*CONFIG_FIELDS, *OPTIONAL_FIELDS} == fields
     assert set(ROPE_FIELDS) == {f.name for f in dataclasses.fields(RopeScaling)}
     config = tiny_config()
     seen = {config_digest(config)}
     other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v * (1 + 1e-15) + 1e-300}
     changed = []
-    for name in CONFIG_FIELDS:
+    for name in (*CONFIG_FIELDS, *OPTIONAL_FIELDS):
         value = getattr(config, name)
         if name == "rope_scaling":
             for inner in ROPE_FIELDS:
@@ -194,10 +196,34 @@ def test_every_field_of_the_configuration_counts() -> None:
         elif type(value) in other:
             changed.append({name: other[type(value)](value)})
         else:
-            new = {"architecture": "X", "bos_token_id": 77, "eos_token_ids": (1, 2, 3)}[name]
+            new = {
+                "architecture": "X",
+                "bos_token_id": 77,
+                "eos_token_ids": (1, 2, 3),
+                "layer_windows": (0, 5),
+            }[name]
             changed.append({name: new})
     for change in changed:
         found = config_digest(dataclasses.replace(config, **change))
         assert found not in seen, change
         seen.add(found)
     assert gguf_fingerprint(config, "a") != gguf_fingerprint(config, "b")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LaterConfig(ModelConfig):
+    added: int = 3
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LaterScaling(RopeScaling):
+    added: str = "x"
+
+
+def test_a_field_of_a_later_version_changes_no_digest() -> None:
+    """The digests are of the fields that are listed, and stay from version to version."""
+    config = tiny_config()
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    later = LaterConfig(**values | {"rope_scaling": LaterScaling()})
+    assert config_digest(later) == config_digest(config) == "0286ca3e1af5456275f5d89b5489c8a7"
+    assert gguf_fingerprint(later, "a") == gguf_fingerprint(config, "a")

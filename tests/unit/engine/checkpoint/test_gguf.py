@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from coordinator.text.tokenizer import Tokenizer as Served
 from engine.base.errors import CheckpointError
 from engine.checkpoint import source
-from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.config import read_config
 from engine.checkpoint.gguf import config_json, llama3_divisors, open_gguf
 from engine.checkpoint.gguf_weights import cast, write_weights
 from engine.checkpoint.source import Checkpoint, resolve, weights
@@ -81,7 +81,7 @@ def test_default_model_equals_transformers(tmp_path: Path) -> None:
     path = source.default_file()
     file = open_gguf(path)
     (tmp_path / "config.json").write_text(json.dumps(config_json(file)))
-    config = ModelConfig.from_folder(tmp_path)
+    config = read_config(tmp_path)
     assert (config.num_layers, config.vocab_size, config.head_dim) == (30, 49152, 64)
     assert config.tie_word_embeddings
     assert config.eos_token_ids == (2,)  # no tokenizer beside it

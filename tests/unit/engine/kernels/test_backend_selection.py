@@ -8,7 +8,6 @@ import pytest
 
 from engine.base.errors import ConfigError
 from engine.base.options import CacheOptions, DraftOptions, ModelOptions
-from engine.checkpoint.config import RopeScaling
 from engine.checkpoint.source import Checkpoint
 from engine.kernels import Kernels
 from engine.kernels import backend_selection as placement
@@ -20,6 +19,7 @@ from engine.kernels.backend_selection import (
     prepare_weights,
     resolve_draft,
 )
+from engine.models.config import RopeScaling
 from tests.support.paged import tiny_config
 
 CONFIG = tiny_config(hidden_size=96, intermediate_size=160, head_dim=32)

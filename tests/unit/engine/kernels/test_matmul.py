@@ -11,7 +11,7 @@ import pytest
 
 from engine.checkpoint.packed import Matrix, pack_bf16, pack_rows
 from engine.kernels import kernels
-from engine.models.fast_path import matrix_struct
+from engine.kernels.decoder import MatrixStruct
 
 LIBRARY = kernels()
 pytestmark = pytest.mark.skipif(
@@ -71,7 +71,7 @@ def product(matrix: Matrix, rows: Rows, first: int, count: int) -> np.ndarray:
     num_groups = matrix.data.shape[0]
     out = np.full((count, num_groups * 16), np.nan, np.float32)
     panel = np.zeros(64 * matrix.columns, np.int16)
-    struct = matrix_struct(matrix, None)
+    struct = MatrixStruct.of(matrix, None)
     for group in range(0, num_groups, 4):
         LIBRARY.library.product(
             ctypes.byref(struct),
@@ -93,7 +93,7 @@ def test_every_value_is_the_files(kind: str, shape: tuple[int, int]) -> None:
     assert LIBRARY
     matrix, values = random_matrix(kind, *shape)
     out = np.empty(shape, np.float32)
-    struct = matrix_struct(matrix, None)
+    struct = MatrixStruct.of(matrix, None)
     for row in range(shape[0]):
         at = ctypes.c_void_p(out[row].ctypes.data)
         LIBRARY.library.unpack_row(ctypes.byref(struct), row, at)

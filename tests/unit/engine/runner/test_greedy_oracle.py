@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from engine.checkpoint.source import resolve, weights
-from engine.models.llama import LlamaModel
-from engine.models.loader import load_model
+from engine.runner.loader import load_model
+from engine.runner.torch_model import TorchModel
 from tests.support.paged import CPU, Bench, Sequence_
 from tests.support.paths import DATA
 
@@ -22,13 +22,13 @@ pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaModel:
+def model() -> TorchModel:
     checkpoint = resolve("smollm2", progress=False)
     shards = weights(checkpoint, "float32", progress=False)
     return load_model(checkpoint.config, shards, torch.float32, CPU, progress=False)
 
 
-def generate(model: LlamaModel, prompts: list[list[int]]) -> list[list[int]]:
+def generate(model: TorchModel, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy answers: a step takes a chunk of each unfinished prompt and a token of the others."""
     bench = Bench(model, block_size=16, num_blocks=600)
     sequences = [bench.sequence(prompt, room=NUM_TOKENS) for prompt in prompts]
@@ -49,7 +49,7 @@ def generate(model: LlamaModel, prompts: list[list[int]]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("first", range(3))
-def test_eight_at_a_time(model: LlamaModel, first: int) -> None:
+def test_eight_at_a_time(model: TorchModel, first: int) -> None:
     cases = ORACLE[first::3]  # short and long ones together
     assert len(cases) == 8
     answers = generate(model, [case["prompt"] for case in cases])
@@ -58,11 +58,11 @@ def test_eight_at_a_time(model: LlamaModel, first: int) -> None:
 
 
 @pytest.mark.parametrize("index", [0, 19], ids=lambda i: f"{len(ORACLE[i]['prompt'])} tokens")
-def test_alone(model: LlamaModel, index: int) -> None:
+def test_alone(model: TorchModel, index: int) -> None:
     assert generate(model, [ORACLE[index]["prompt"]]) == [ORACLE[index]["tokens"]]
 
 
-def test_each_alone_as_one_long_draft(model: LlamaModel) -> None:
+def test_each_alone_as_one_long_draft(model: TorchModel) -> None:
     """If each position's best token is the answer's next one, greedy decoding writes the answer."""
     for case in ORACLE:
         prompt, answer = case["prompt"], case["tokens"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.attention.batch import Row
-from engine.models.loader import random_model
+from engine.runner.loader import random_model
 from tests.support.paged import Bench, tiny_config
 
 MODEL = random_model(tiny_config(), 0)

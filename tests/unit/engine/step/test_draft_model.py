@@ -21,9 +21,9 @@ from engine.attention.base import AttentionBackend
 from engine.base.kv_layout import hash_salt
 from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.cache.kv_cache import KVCache
-from engine.models.llama import LlamaModel
-from engine.models.loader import random_model
+from engine.runner.loader import random_model
 from engine.runner.runner import Runner
+from engine.runner.torch_model import TorchModel
 from engine.sampling import Sampler
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.events import FinishedEvent, TokensEvent
@@ -48,8 +48,8 @@ class PairedWorker:
 
     def __init__(
         self,
-        target: LlamaModel,
-        draft: LlamaModel,
+        target: TorchModel,
+        draft: TorchModel,
         *,
         num_blocks: int = 128,
         draft_tokens: int = 4,
@@ -109,7 +109,7 @@ class PairedWorker:
         self.pool.check()
         assert self.pool.num_held == 0
 
-    def check_named_blocks(self, works: list[EngineRequest], draft: LlamaModel) -> int:
+    def check_named_blocks(self, works: list[EngineRequest], draft: TorchModel) -> int:
         """Every named block of these histories holds the KV that each model gives; how many."""
         num_checked = 0
         for work in works:
@@ -201,7 +201,7 @@ def test_the_target_as_its_own_draft_is_accepted_whole(temperature: float) -> No
     "draft", [OTHER, DEEPER, TARGET.first_layers(1)], ids=["other", "deeper", "first"]
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_no_draft_changes_a_token(draft: LlamaModel, seed: int) -> None:
+def test_no_draft_changes_a_token(draft: TorchModel, seed: int) -> None:
     """Small pools (preemption, hits), chunked prompts, and a pace that does what it likes."""
     rng = random.Random(seed)
     works = random_works(rng, 14)
@@ -272,7 +272,7 @@ def test_an_answer_goes_on_elsewhere_with_the_same_tokens() -> None:
 
 def test_logits_that_are_no_numbers_end_drafts_and_nothing_else() -> None:
     sick = random_model(tiny_config(), 4)
-    sick.weights.norm.fill_(float("nan"))
+    sick.weights["norm"].fill_(float("nan"))
     panel = PairedWorker(TARGET, sick)
     works = random_works(random.Random(6), 3)
     keys = [panel.add(work) for work in works]

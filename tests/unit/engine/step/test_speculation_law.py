@@ -18,9 +18,9 @@ from engine.base.kv_layout import KVLayout, hash_salt
 from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.cache.kv_cache import KVCache
 from engine.checkpoint.source import resolve, weights
-from engine.models.llama import LlamaModel
-from engine.models.loader import load_model
+from engine.runner.loader import load_model
 from engine.runner.runner import Runner
+from engine.runner.torch_model import TorchModel
 from engine.sampling import Sampler
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.events import FinishedEvent, TokensEvent
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaModel:
+def model() -> TorchModel:
     checkpoint = resolve("smollm2", progress=False)
     shards = weights(checkpoint, "float32", progress=False)
     return load_model(checkpoint.config, shards, torch.float32, CPU, progress=False)
@@ -77,11 +77,11 @@ def random_works(rng: random.Random) -> list[EngineRequest]:
     return works
 
 
-def engine_of(model: LlamaModel, num_blocks: int, speculation: Speculation) -> EngineCore:
+def engine_of(model: TorchModel, num_blocks: int, speculation: Speculation) -> EngineCore:
     config = model.config
     layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, 16, "float32")
     kv_cache = KVCache(layout, num_blocks, CPU)
-    backend = select_backend(kv_cache, config.num_heads, config.sliding_window)
+    backend = select_backend(kv_cache, config)
     runner = Runner(model, kv_cache, backend)
     scheduler = Scheduler(BlockPool(num_blocks), 16, Budgets(64, 16), speculation, 8192)
     metrics = WorkerMetrics(CollectorRegistry(), "law")
@@ -110,7 +110,7 @@ def answers_of(
     return [(tokens[key], reasons[key]) for key in keys]
 
 
-def test_speculation_changes_no_token(model: LlamaModel) -> None:
+def test_speculation_changes_no_token(model: TorchModel) -> None:
     """Drafts of one length in a pool that is too small, and of the length that pays."""
     works = random_works(random.Random(11))
     oracle = PlainLoop(model)

@@ -9,8 +9,8 @@ from engine.attention import select_backend
 from engine.attention.batch import Row
 from engine.attention.torch_backend import TorchBackend
 from engine.cache.kv_cache import KVCache
-from engine.models.layers import logits
-from engine.models.loader import random_model
+from engine.runner.layers import logits
+from engine.runner.loader import random_model
 from engine.runner.runner import Runner
 from tests.support.paged import CPU, Bench, layout_of, tiny_config
 
@@ -21,7 +21,7 @@ def test_first_layers_share_weights_and_fill_the_same_cache() -> None:
     config = tiny_config(num_layers=4)
     model = random_model(config, 0)
     part = model.first_layers(2)
-    assert part.config.num_layers == 2 and part.weights.layers[1] is model.weights.layers[1]
+    assert part.config.num_layers == 2 and part.weights is model.weights
     layout = layout_of(config, 4)
     caches = [KVCache(layout, 16, CPU) for _ in range(2)]
     row = Row(TOKENS[:30], 0, list(range(8)), 30)
@@ -48,7 +48,7 @@ def test_two_models_in_the_same_blocks_do_not_disturb_each_other(head_dim: int) 
     runners, expected = [], []
     for model, view in ((target, cache), (draft, cache.draft)):
         view.pool.fill_(float("nan"))
-        backend = select_backend(view, model.config.num_heads, 0)
+        backend = select_backend(view, model.config)
         runners.append(Runner(model, view, backend))
         alone = Bench(model)
         expected.append([alone.runner.run([row]) for row in steps])

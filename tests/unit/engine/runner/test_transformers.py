@@ -12,11 +12,11 @@ import pytest
 import torch
 import transformers
 
-from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.config import read_config
 from engine.checkpoint.shards import find_shards
 from engine.checkpoint.source import resolve, weights
-from engine.models.llama import LlamaModel
-from engine.models.loader import load_model
+from engine.runner.loader import load_model
+from engine.runner.torch_model import TorchModel
 from tests.support.paged import CPU, Bench
 from tests.support.reference_model import default_model, logits_of
 
@@ -66,6 +66,9 @@ MODELS: dict[str, transformers.PretrainedConfig] = {
     "mistral, window of 13": Mistral(**COMMON, sliding_window=13),
     "qwen2, tied": Qwen2(**COMMON, tie_word_embeddings=True),
     "qwen2, untied, linear rope": Qwen2(**COMMON, rope_parameters=LINEAR),
+    "qwen2, windows in some layers": Qwen2(
+        **COMMON, use_sliding_window=True, sliding_window=13, max_window_layers=1
+    ),
 }
 
 
@@ -78,7 +81,7 @@ def assert_equal_logits(got: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS.keys())
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[torch.nn.Module, LlamaModel]:
+) -> tuple[torch.nn.Module, TorchModel]:
     """A random transformers model, and ours read from the folder that it wrote."""
     torch.manual_seed(3)
     reference = transformers.AutoModelForCausalLM.from_config(
@@ -91,7 +94,7 @@ def pair(
     reference.save_pretrained(folder, max_shard_size="40KB")
     shards = find_shards(folder)
     assert len(shards) > 1
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     return reference, load_model(config, shards, torch.float32, CPU, progress=False)
 
 
@@ -101,7 +104,7 @@ def tokens() -> list[list[int]]:
     return [[rng.randrange(131) for _ in range(n)] for n in (90, 47, 16, 5)]
 
 
-def test_a_whole_prompt(pair: tuple[torch.nn.Module, LlamaModel], tokens: list[list[int]]) -> None:
+def test_a_whole_prompt(pair: tuple[torch.nn.Module, TorchModel], tokens: list[list[int]]) -> None:
     reference, model = pair
     for token_ids in tokens:
         bench = Bench(model)
@@ -110,7 +113,7 @@ def test_a_whole_prompt(pair: tuple[torch.nn.Module, LlamaModel], tokens: list[l
 
 
 def test_ragged_steps_of_chunks_drafts_and_single_tokens(
-    pair: tuple[torch.nn.Module, LlamaModel], tokens: list[list[int]]
+    pair: tuple[torch.nn.Module, TorchModel], tokens: list[list[int]]
 ) -> None:
     """Random steps over all requests at once; each position's logits are asked for exactly once."""
     reference, model = pair
@@ -134,7 +137,7 @@ def test_ragged_steps_of_chunks_drafts_and_single_tokens(
 
 
 def test_decode_and_verify_rows_after_a_prompt_without_logits(
-    pair: tuple[torch.nn.Module, LlamaModel], tokens: list[list[int]]
+    pair: tuple[torch.nn.Module, TorchModel], tokens: list[list[int]]
 ) -> None:
     reference, model = pair
     bench = Bench(model)
@@ -150,7 +153,7 @@ def test_decode_and_verify_rows_after_a_prompt_without_logits(
 
 
 def test_rejected_drafts_leave_no_trace(
-    pair: tuple[torch.nn.Module, LlamaModel], tokens: list[list[int]]
+    pair: tuple[torch.nn.Module, TorchModel], tokens: list[list[int]]
 ) -> None:
     reference, model = pair
     bench = Bench(model)
@@ -165,7 +168,7 @@ def test_rejected_drafts_leave_no_trace(
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Iterator[tuple[torch.nn.Module, LlamaModel]]:
+def smollm2() -> Iterator[tuple[torch.nn.Module, TorchModel]]:
     """The default model, and transformers' own reading of the same file."""
     checkpoint = resolve("smollm2", progress=False)
     reference = default_model()
@@ -173,7 +176,7 @@ def smollm2() -> Iterator[tuple[torch.nn.Module, LlamaModel]]:
     yield reference, load_model(checkpoint.config, shards, torch.float32, CPU, progress=False)
 
 
-def test_the_default_model(smollm2: tuple[torch.nn.Module, LlamaModel]) -> None:
+def test_the_default_model(smollm2: tuple[torch.nn.Module, TorchModel]) -> None:
     reference, model = smollm2
     rng = random.Random(2)
     tokens = [[rng.randrange(49152) for _ in range(n)] for n in (150, 70, 33)]

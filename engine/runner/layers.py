@@ -1,4 +1,4 @@
-"""The pieces of a decoder layer: weights as plain values, and functions of them.
+"""The operators of a decoder in torch: they hold their weights and are called with activations.
 
 Activations and weights have one dtype; norms, rotary embedding, softmax and logits are computed in
 fp32.
@@ -7,6 +7,7 @@ fp32.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,44 +15,50 @@ import torch.nn.functional as F
 HEAD_CHUNK_BYTES = 2 << 20  # fp32 rows of the output head that fit in a core's cache
 
 
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One decoder layer; q, k and v, and gate and up, are joined along their outputs."""
+class Projection(Protocol):
+    """A linear map, however its weights are stored, adapted or split."""
 
-    input_norm: torch.Tensor  # [hidden]
-    qkv: torch.Tensor  # [(num_heads + 2 * num_kv_heads) * head_dim, hidden]
-    qkv_bias: torch.Tensor | None
-    out: torch.Tensor  # [hidden, num_heads * head_dim]
-    out_bias: torch.Tensor | None
-    mlp_norm: torch.Tensor  # [hidden]
-    gate_up: torch.Tensor  # [2 * intermediate, hidden]
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor  # [hidden, intermediate]
-    down_bias: torch.Tensor | None
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, inputs] -> [T, outputs], in x's dtype."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class ModelWeights:
-    """A whole decoder."""
+class DenseProjection:
+    """A projection of plain weights."""
 
-    embedding: torch.Tensor  # [vocab, hidden]
-    layers: tuple[LayerWeights, ...]
-    norm: torch.Tensor  # [hidden]
-    head: torch.Tensor  # [vocab, hidden]; the embedding itself when tied
+    weight: torch.Tensor  # [outputs, inputs]
+    bias: torch.Tensor | None  # [outputs]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, inputs] -> [T, outputs]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """Root mean square norm over the last axis."""
+
+    weight: torch.Tensor  # [size]
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., size] normalised, in x's dtype."""
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [T, hidden] over its root mean square, times weight; in fp32, returned in x's dtype."""
+    """x [..., size] over its root mean square, times weight; in fp32, returned in x's dtype."""
     if x.device.type != "cpu":
         return F.rms_norm(x, weight.shape, weight, eps)  # one kernel, fp32 inside
     # torch's CPU code rounds before it multiplies by the weight.
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
-def mlp(x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-    """Gated SiLU feed-forward of x [T, hidden]."""
-    gate, up = F.linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+def silu_gated(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(first half) * second half of [T, 2 * intermediate]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def logits(x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:

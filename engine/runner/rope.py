@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.base.errors import CheckpointError
-from engine.checkpoint.config import ModelConfig, RopeScaling
+from engine.models.config import ModelConfig, RopeScaling
 
 
 @dataclass(frozen=True, slots=True)

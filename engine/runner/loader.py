@@ -1,22 +1,24 @@
-"""Weights of a Llama-family model from safetensors shards in Hugging Face's names, or from a seed.
+"""Weights of a model from safetensors shards in Hugging Face's names, or from a seed.
 
 The joined tensors are allocated first and the files' are copied into their places one by one, so
-the peak is the model plus one tensor. Each must be expected, present once and of the right shape.
+the peak is the model plus one tensor. Each must be in the architecture's list, present once and of
+the right shape.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.base.errors import CheckpointError
-from engine.checkpoint.config import ModelConfig
-from engine.models.layers import LayerWeights, ModelWeights
-from engine.models.llama import LlamaModel
+from engine.models.architecture import architecture_of
+from engine.models.config import ModelConfig
+from engine.runner.torch_model import TorchModel
 from engine.telemetry.progress import Bar, bar
 
 # Buffers that old exports carry and that follow from the configuration.
@@ -28,83 +30,21 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class _Places:
     """An empty model, and the place in it of every tensor of the files."""
 
-    weights: ModelWeights
-    by_name: dict[str, torch.Tensor]
-
-
-class _Allocator:
-    """Hands out empty tensors and remembers under which names the files fill them."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device = dtype, device
-        self.by_name: dict[str, torch.Tensor] = {}
-
-    def tensor(self, name: str, *shape: int) -> torch.Tensor:
-        """One tensor of the file."""
-        self.by_name[name] = torch.empty(*shape, dtype=self._dtype, device=self._device)
-        return self.by_name[name]
-
-    def linear(
-        self, names: Sequence[str], sizes: Sequence[int], num_inputs: int, bias: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias of projections joined along their outputs, in the order of `names`."""
-        weight = self._joined(names, "weight", sizes, (num_inputs,))
-        return weight, self._joined(names, "bias", sizes, ()) if bias else None
-
-    def _joined(
-        self, names: Sequence[str], kind: str, sizes: Sequence[int], inner: tuple[int, ...]
-    ) -> torch.Tensor:
-        whole = torch.empty(sum(sizes), *inner, dtype=self._dtype, device=self._device)
-        first = 0
-        for name, size in zip(names, sizes, strict=True):
-            self.by_name[f"{name}.{kind}"] = whole[first : first + size]
-            first += size
-        return whole
+    weights: dict[str, torch.Tensor]  # joined
+    by_name: dict[str, torch.Tensor]  # views of them, by Hugging Face name
 
 
 def _allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> _Places:
-    c, new = config, _Allocator(dtype, device)
-    q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    qkv_sizes, gate_up_sizes = (q_size, kv_size, kv_size), (c.intermediate_size,) * 2
-    layers = []
-    for i in range(c.num_layers):
-        at = f"model.layers.{i}"
-        qkv_names = [f"{at}.self_attn.{x}_proj" for x in "qkv"]
-        gate_up_names = [f"{at}.mlp.{x}_proj" for x in ("gate", "up")]
-        qkv, qkv_bias = new.linear(qkv_names, qkv_sizes, c.hidden_size, c.attention_bias)
-        out, out_bias = new.linear(
-            [f"{at}.self_attn.o_proj"], [c.hidden_size], q_size, c.output_bias
-        )
-        gate_up, gate_up_bias = new.linear(gate_up_names, gate_up_sizes, c.hidden_size, c.mlp_bias)
-        down, down_bias = new.linear(
-            [f"{at}.mlp.down_proj"], [c.hidden_size], c.intermediate_size, c.mlp_bias
-        )
-        layers.append(
-            LayerWeights(
-                input_norm=new.tensor(f"{at}.input_layernorm.weight", c.hidden_size),
-                qkv=qkv,
-                qkv_bias=qkv_bias,
-                out=out,
-                out_bias=out_bias,
-                mlp_norm=new.tensor(f"{at}.post_attention_layernorm.weight", c.hidden_size),
-                gate_up=gate_up,
-                gate_up_bias=gate_up_bias,
-                down=down,
-                down_bias=down_bias,
-            )
-        )
-    norm = new.tensor("model.norm.weight", c.hidden_size)
-    embedding = new.tensor("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
-    head = embedding
-    if not c.tie_word_embeddings:
-        head = new.tensor("lm_head.weight", c.vocab_size, c.hidden_size)
-    return _Places(ModelWeights(embedding, tuple(layers), norm, head), new.by_name)
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of this architecture must hold."""
-    places = _allocate(config, torch.float32, torch.device("meta"))
-    return {name: tuple(place.shape) for name, place in places.by_name.items()}
+    places = _Places({}, {})
+    specs = architecture_of(config).tensors(config)
+    for joined, group in groupby(specs, key=lambda spec: spec.joined):
+        parts = list(group)
+        sizes = [spec.shape[0] for spec in parts]
+        whole = torch.empty(sum(sizes), *parts[0].shape[1:], dtype=dtype, device=device)
+        places.weights[joined] = whole
+        for spec, place in zip(parts, whole.split_with_sizes(sizes), strict=True):
+            places.by_name[spec.hf_name] = place
+    return places
 
 
 def _fill(place: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
@@ -142,7 +82,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     progress: bool = True,
-) -> LlamaModel:
+) -> TorchModel:
     """Read the shards into a model. Raises CheckpointError naming the file and the tensor.
 
     `progress` shows how far it is on standard error.
@@ -166,7 +106,7 @@ def load_model(
     if missing:
         files = ", ".join(str(path) for path in shard_paths) or "no files"
         raise CheckpointError(f"{files}: tensor {missing[0]} is missing ({len(missing)} in all)")
-    return LlamaModel(config, places.weights)
+    return TorchModel(config, places.weights)
 
 
 def random_model(
@@ -174,7 +114,7 @@ def random_model(
     seed: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
-) -> LlamaModel:
+) -> TorchModel:
     """For tests: weights drawn in fp32 from `seed`, the same (rounded) in every dtype."""
     places = _allocate(config, dtype, device or torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
@@ -187,4 +127,4 @@ def random_model(
         elif "embed_tokens" not in name:
             noise = noise * place.shape[-1] ** -0.5
         place.copy_(noise)
-    return LlamaModel(config, places.weights)
+    return TorchModel(config, places.weights)

@@ -8,13 +8,19 @@ import torch
 from safetensors.torch import save_file
 
 from engine.base.errors import CheckpointError
-from engine.models.llama import LlamaModel
-from engine.models.loader import expected_shapes, load_model, random_model
+from engine.models.architecture import architecture_of
+from engine.models.config import ModelConfig
+from engine.runner.loader import load_model, random_model
+from engine.runner.torch_model import TorchModel
 from tests.support.paged import CPU, tiny_config
 
 UNTIED = tiny_config(tie_word_embeddings=False, attention_bias=True, output_bias=True)
 UP = "model.layers.1.mlp.up_proj.weight"
 Tensors = dict[str, torch.Tensor]
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {s.hf_name: s.shape for s in architecture_of(config).tensors(config)}
 
 
 def tensors_of(seed: int = 0) -> Tensors:
@@ -35,7 +41,7 @@ def write(folder: Path, tensors: Tensors, num_shards: int = 1) -> list[Path]:
     return paths
 
 
-def load(paths: list[Path], dtype: torch.dtype = torch.float32) -> LlamaModel:
+def load(paths: list[Path], dtype: torch.dtype = torch.float32) -> TorchModel:
     return load_model(UNTIED, paths, dtype, CPU, progress=False)
 
 
@@ -46,23 +52,22 @@ def test_each_tensor_lands_in_its_place(tmp_path: Path, dtype: torch.dtype) -> N
     assert (model.dtype, model.device) == (dtype, CPU)
     t = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     w = model.weights
-    assert torch.equal(w.embedding, t["model.embed_tokens.weight"])
-    assert torch.equal(w.head, t["lm_head.weight"])
-    assert torch.equal(w.norm, t["model.norm.weight"])
-    for i, layer in enumerate(w.layers):
+    assert torch.equal(w["embedding"], t["model.embed_tokens.weight"])
+    assert torch.equal(w["head"], t["lm_head.weight"])
+    assert torch.equal(w["norm"], t["model.norm.weight"])
+    assert len(w) == 3 + 2 * 8
+    for i in range(2):
         at = f"model.layers.{i}"
         qkv = [f"{at}.self_attn.{x}_proj" for x in "qkv"]
         gate_up = [f"{at}.mlp.{x}_proj.weight" for x in ("gate", "up")]
-        assert torch.equal(layer.qkv, torch.cat([t[f"{n}.weight"] for n in qkv]))
-        assert layer.qkv_bias is not None and layer.out_bias is not None
-        assert torch.equal(layer.qkv_bias, torch.cat([t[f"{n}.bias"] for n in qkv]))
-        assert torch.equal(layer.out, t[f"{at}.self_attn.o_proj.weight"])
-        assert torch.equal(layer.out_bias, t[f"{at}.self_attn.o_proj.bias"])
-        assert torch.equal(layer.gate_up, torch.cat([t[n] for n in gate_up]))
-        assert torch.equal(layer.down, t[f"{at}.mlp.down_proj.weight"])
-        assert torch.equal(layer.input_norm, t[f"{at}.input_layernorm.weight"])
-        assert torch.equal(layer.mlp_norm, t[f"{at}.post_attention_layernorm.weight"])
-        assert layer.gate_up_bias is None and layer.down_bias is None
+        assert torch.equal(w[f"{i}.qkv"], torch.cat([t[f"{n}.weight"] for n in qkv]))
+        assert torch.equal(w[f"{i}.qkv.bias"], torch.cat([t[f"{n}.bias"] for n in qkv]))
+        assert torch.equal(w[f"{i}.out"], t[f"{at}.self_attn.o_proj.weight"])
+        assert torch.equal(w[f"{i}.out.bias"], t[f"{at}.self_attn.o_proj.bias"])
+        assert torch.equal(w[f"{i}.gate_up"], torch.cat([t[n] for n in gate_up]))
+        assert torch.equal(w[f"{i}.down"], t[f"{at}.mlp.down_proj.weight"])
+        assert torch.equal(w[f"{i}.input_norm"], t[f"{at}.input_layernorm.weight"])
+        assert torch.equal(w[f"{i}.mlp_norm"], t[f"{at}.post_attention_layernorm.weight"])
 
 
 def without_up(t: Tensors) -> None:
@@ -128,12 +133,12 @@ def test_a_tied_head_is_the_embedding_even_where_the_file_repeats_it(tmp_path: P
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     model = load_model(config, write(tmp_path, tensors), torch.float32, CPU, progress=False)
-    assert model.weights.head is model.weights.embedding
+    assert model.head is model.weights["embedding"]
 
 
 def test_random_weights_follow_from_the_seed_alone() -> None:
     a, b = random_model(UNTIED, 7), random_model(UNTIED, 7)
     other, half = random_model(UNTIED, 8), random_model(UNTIED, 7, torch.bfloat16)
-    assert torch.equal(a.weights.layers[1].qkv, b.weights.layers[1].qkv)
-    assert not torch.equal(a.weights.layers[1].qkv, other.weights.layers[1].qkv)
-    assert torch.equal(a.weights.layers[1].qkv.bfloat16(), half.weights.layers[1].qkv)
+    assert torch.equal(a.weights["1.qkv"], b.weights["1.qkv"])
+    assert not torch.equal(a.weights["1.qkv"], other.weights["1.qkv"])
+    assert torch.equal(a.weights["1.qkv"].bfloat16(), half.weights["1.qkv"])

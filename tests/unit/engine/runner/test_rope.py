@@ -11,8 +11,8 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from engine.base.errors import CheckpointError
-from engine.checkpoint.config import RopeScaling
-from engine.models.rope import make_rope, rotate
+from engine.models.config import RopeScaling
+from engine.runner.rope import make_rope, rotate
 from tests.support.paged import CPU, tiny_config
 
 SCALINGS = {

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from engine.base.errors import CheckpointError
-from engine.checkpoint.config import ModelConfig, RopeScaling
+from engine.checkpoint.config import read_config
+from engine.models.config import ModelConfig, RopeScaling
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -28,7 +29,7 @@ def read(folder: Path, changes: dict[str, Any], generation: Any = None) -> Model
     (folder / "config.json").write_text(json.dumps(BASE | changes))
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
-    return ModelConfig.from_folder(folder)
+    return read_config(folder)
 
 
 def qwen2(**changes: Any) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def test_what_transformers_saves(tmp_path: Path, name: str, kwargs: dict[str, An
     kwargs = {k: v for k, v in BASE.items() if k != "architectures"} | heads | kwargs
     theirs = getattr(transformers, name)(**kwargs)
     theirs.save_pretrained(tmp_path)  # leaves `architectures` out
-    ours = ModelConfig.from_folder(tmp_path)
+    ours = read_config(tmp_path)
     assert ours.architecture == name.replace("Config", "ForCausalLM")
     assert ours.head_dim == getattr(theirs, "head_dim", None) or 16
     assert ours.num_kv_heads == theirs.num_key_value_heads
@@ -207,7 +208,8 @@ def test_end_tokens(tmp_path: Path, changes: Any, generation: Any, expected: Any
         ({"vocab_size": "many"}, "vocab_size"),
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, "a divisor of"),
         ({"intermediate_size": 1.5}, "whole number"),
-        (qwen2(use_sliding_window=True, max_window_layers=2, sliding_window=8), "sliding_window"),
+        (qwen2(use_sliding_window=True, layer_types=["full_attention"]), "layer_types"),
+        (qwen2(use_sliding_window=True, layer_types=["linear_attention"] * 4), "layer_types"),
     ],
 )
 def test_what_is_not_supported_is_named(
@@ -223,13 +225,22 @@ def test_mistral_without_the_key_has_the_architectures_window(tmp_path: Path) ->
     assert read(tmp_path, mistral(sliding_window=None)).sliding_window == 0
 
 
+def test_later_layers_of_qwen_may_have_a_window(tmp_path: Path) -> None:
+    config = read(tmp_path, qwen2(use_sliding_window=True, max_window_layers=2, sliding_window=8))
+    assert (config.sliding_window, config.layer_windows) == (0, (0, 0, 8, 8))
+    assert [spec.window for spec in config.attention] == [0, 0, 8, 8]
+    kinds = ["full_attention", "sliding_attention"] * 2
+    config = read(tmp_path, qwen2(use_sliding_window=True, layer_types=kinds, sliding_window=8))
+    assert config.layer_windows == (0, 8, 0, 8)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
 def test_broken_files(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        ModelConfig.from_folder(tmp_path)
+        read_config(tmp_path)
 
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json.*missing"):
-        ModelConfig.from_folder(tmp_path)
+        read_config(tmp_path)

@@ -1,0 +1,171 @@
+"""What an architecture is: one file of this folder, which nothing else has to name.
+
+    engine/models/<arch>.py   ARCHITECTURES = (Architecture(...), ...)
+        read_config   config.json (a GGUF file is converted to one) -> ModelConfig
+        tensors       the one list of the tensors of a checkpoint
+        forward       the forward pass, of layers that are handed in
+
+What derives from the list: the torch loader and the random weights (engine/runner/loader.py), the
+packer (engine/checkpoint/packed.py), the names, shapes and row order of a GGUF file
+(engine/checkpoint/gguf_weights.py) and the structs of the C decoder
+(engine/runner/native_model.py). No torch is imported here: a coordinator reads configurations, and
+a forward pass needs only the operators of the tensors that it gets.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import groupby
+from typing import TYPE_CHECKING, Protocol
+
+from engine.models.config import ConfigReader, ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a checkpoint."""
+
+    name: str  # "3.q"
+    hf_name: str  # "model.layers.3.self_attn.q_proj.weight"
+    gguf_name: str  # "blk.3.attn_q.weight"
+    shape: tuple[int, ...]  # [outputs, inputs] of a matrix, [size] of a vector
+    joined: str  # "3.qkv": parts of one tensor follow one another, joined along axis 0
+    shard_axis: int | None  # split along this axis by tensor parallelism; None: on every rank
+    permuted_heads: int = 0  # a GGUF file has its rows in llama.cpp's rotary order, by head
+
+
+# A projection or a norm: [T, inputs] -> [T, outputs].
+Op = Callable[["Tensor"], "Tensor"]
+# A layer's operators by the name of their (joined) tensor.
+Layer = Mapping[str, Op]
+
+
+class Step(Protocol):
+    """What a forward pass asks of the step that it computes; T tokens, S wanted logits."""
+
+    def embed(self) -> Tensor:
+        """Embeddings of the step's tokens, [T, hidden]."""
+        ...
+
+    def rotated_heads(
+        self, qkv: Tensor, q_norm: Op | None = None, k_norm: Op | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, num_heads, head_dim] and k, v [T, num_kv_heads, head_dim] of joined outputs.
+
+        Each head of q and k is normalised where a norm is given, then turned to its position.
+        """
+        ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        """Write k and v; attention [T, num_heads * head_dim]. None: nothing reads what follows."""
+        ...
+
+    def silu_gated(self, gate_up: Tensor) -> Tensor:
+        """silu(first half) * second half, [T, intermediate]."""
+        ...
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Final norm and output head of the tokens whose logits are wanted: fp32 [S, vocab]."""
+        ...
+
+    def no_logits(self) -> Tensor:
+        """fp32 [0, vocab]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A family of checkpoints that one forward pass computes."""
+
+    name: str  # in config.json's `architectures`
+    model_type: str  # in config.json, for files that leave `architectures` out
+    read_config: Callable[[ConfigReader], ModelConfig]
+    tensors: Callable[[ModelConfig], Iterator[TensorSpec]]
+    forward: Callable[[Step, Sequence[Layer]], Tensor]
+    gguf: str = ""  # a GGUF file's general.architecture; "": such files are not read
+    native: bool = True  # decoder.c computes this forward pass, where it knows all tensors
+
+
+@cache
+def architectures() -> tuple[Architecture, ...]:
+    """All architectures, in the order of their files' names."""
+    package = __name__.rpartition(".")[0]
+    path = importlib.import_module(package).__path__
+    names = sorted(module.name for module in pkgutil.iter_modules(path))
+    modules = (importlib.import_module(f"{package}.{name}") for name in names)
+    return tuple(a for module in modules for a in getattr(module, "ARCHITECTURES", ()))
+
+
+def architecture_of(config: ModelConfig) -> Architecture:
+    """The architecture of a configuration that was read by one."""
+    return next(a for a in architectures() if a.name == config.architecture)
+
+
+# -- writing a list --------------------------------------------------------------------------------
+
+
+def weight(
+    name: str,
+    joined: str,
+    hf_name: str,
+    gguf_name: str,
+    shape: tuple[int, ...],
+    shard_axis: int | None,
+    permuted_heads: int = 0,
+) -> TensorSpec:
+    """A weight of a layer; `layer_tensors` completes the names."""
+    return TensorSpec(name, hf_name, gguf_name, shape, joined, shard_axis, permuted_heads)
+
+
+def layer_tensors(
+    layer: int, weights: Sequence[TensorSpec], biased: frozenset[str] = frozenset()
+) -> Iterator[TensorSpec]:
+    """The tensors of layer `layer`: its weights, and biases of the joined ones in `biased`."""
+    for joined, group in groupby(weights, key=lambda w: w.joined):
+        parts = [
+            replace(
+                w,
+                name=f"{layer}.{w.name}",
+                hf_name=f"model.layers.{layer}.{w.hf_name}",
+                gguf_name=f"blk.{layer}.{w.gguf_name}",
+                joined=f"{layer}.{joined}",
+            )
+            for w in group
+        ]
+        yield from (_named(part, "weight", part.shape) for part in parts)
+        if joined in biased:
+            yield from (_named(part, "bias", part.shape[:1]) for part in parts)
+
+
+def outer_tensors(c: ModelConfig) -> Iterator[TensorSpec]:
+    """Final norm, embedding, and the head where it is not the embedding."""
+    norm, vocabulary = (c.hidden_size,), (c.vocab_size, c.hidden_size)
+    yield TensorSpec("norm", "model.norm.weight", "output_norm.weight", norm, "norm", None)
+    yield TensorSpec(
+        "embedding", "model.embed_tokens.weight", "token_embd.weight", vocabulary, "embedding", 0
+    )
+    if not c.tie_word_embeddings:
+        yield TensorSpec("head", "lm_head.weight", "output.weight", vocabulary, "head", 0)
+
+
+def _named(w: TensorSpec, kind: str, shape: tuple[int, ...]) -> TensorSpec:
+    hf_name, gguf_name = f"{w.hf_name}.{kind}", f"{w.gguf_name}.{kind}"
+    if kind == "weight":
+        return replace(w, hf_name=hf_name, gguf_name=gguf_name)
+    return replace(
+        w,
+        name=f"{w.name}.bias",
+        hf_name=hf_name,
+        gguf_name=gguf_name,
+        shape=shape,
+        joined=f"{w.joined}.bias",
+        # Outputs that every rank adds up have one bias.
+        shard_axis=0 if w.shard_axis == 0 else None,
+    )

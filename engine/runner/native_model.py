@@ -1,0 +1,118 @@
+"""A decoder computed by our own kernels on the CPU: one call a step.
+
+What a TorchModel computes with bfloat16 activations, this computes with fp32 ones; see
+engine/kernels/decoder.c for the arithmetic. The numbers of a token do not depend on what else is in
+the step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.attention.batch import Row, check_rows
+from engine.cache.kv_cache import KVCache
+from engine.checkpoint.packed import PackedWeights
+from engine.kernels import Kernels
+from engine.kernels.decoder import BatchStruct, Decoder, PoolStruct
+from engine.models.config import ModelConfig
+from engine.runner.base import Host
+from engine.runner.rope import make_rope
+from engine.runner.runner import NativeRunner
+
+_Ints = npt.NDArray[np.int32]
+
+
+class NativeModel:
+    """A decoder; immutable but for its arena, so one thread at a time may call it."""
+
+    device = torch.device("cpu")
+    kv_dtype = "bfloat16"
+    exact = True  # the bits of a token depend on its context alone
+
+    def __init__(self, config: ModelConfig, weights: PackedWeights, library: Kernels) -> None:
+        """Raises CheckpointError for a rotary scaling that is not known."""
+        self.config = config
+        self._weights = weights
+        self._kernels = library
+        self._library = library.library
+        self._library.diptych_arena_new.restype = ctypes.c_void_p
+        self._logits = torch.empty(0, config.vocab_size, dtype=torch.float32)
+        self._arena = ctypes.c_void_p(self._library.diptych_arena_new())
+        rope = make_rope(config, self.device)
+        self._decoder = Decoder(config, weights, rope.inv_freq.numpy(), rope.scale)
+
+    def __del__(self) -> None:
+        if library := getattr(self, "_library", None):
+            library.diptych_arena_free(self._arena)
+
+    def first_layers(self, num_layers: int) -> NativeModel:
+        """This model without its later layers: shares the weights, norm and head included."""
+        if not 1 <= num_layers <= self.config.num_layers:
+            raise ValueError(f"num_layers must be 1 to {self.config.num_layers}")
+        config = dataclasses.replace(self.config, num_layers=num_layers)
+        return NativeModel(config, self._weights, self._kernels)
+
+    def make_runner(self, kv_cache: KVCache, host: Host) -> NativeRunner:
+        """A runner over `kv_cache`, on the host's threads."""
+        return NativeRunner(self, kv_cache, host.threads())
+
+    def forward(self, rows: Sequence[Row], kv_cache: KVCache) -> torch.Tensor:
+        """Write the rows' KV; return the wanted logits, row by row: fp32 [S, vocab].
+
+        The logits are good until the next call. Raises ValueError on a row that contradicts itself,
+        MemoryError; nothing has been written then.
+        """
+        layout = kv_cache.layout
+        check_rows(rows, layout.block_size)
+        lengths = np.array([len(row.token_ids) for row in rows], np.int32)
+        ends = np.cumsum(lengths, dtype=np.int32)
+        wanted = [
+            np.arange(end - row.num_logits, end, dtype=np.int32)
+            for row, end in zip(rows, ends.tolist(), strict=True)
+        ]
+        stride = max(len(row.block_ids) for row in rows)
+        tables = np.zeros((len(rows), stride), np.int32)
+        for table, row in zip(tables, rows, strict=True):
+            table[: len(row.block_ids)] = row.block_ids
+        arrays: Mapping[str, _Ints] = {
+            "token_ids": np.concatenate([np.asarray(row.token_ids, np.int32) for row in rows]),
+            "first_token": np.concatenate([np.zeros(1, np.int32), ends]),
+            "position": np.array([row.start for row in rows], np.int32),
+            "tables": tables,
+            "logit_index": np.concatenate(wanted),
+        }
+        if arrays["token_ids"].view(np.uint32).max() >= self.config.vocab_size:
+            raise ValueError(f"a token id is not below {self.config.vocab_size}")
+        num_logits = len(arrays["logit_index"])
+        logits = self._room(num_logits)
+        batch = BatchStruct(
+            int(ends[-1]),
+            len(rows),
+            num_logits,
+            stride,
+            *(array.ctypes.data for array in arrays.values()),
+        )
+        pool = PoolStruct(kv_cache.address, kv_cache.block_stride, layout.block_size)
+        failed = self._library.diptych_forward(
+            ctypes.byref(self._decoder.struct),
+            ctypes.byref(batch),
+            ctypes.byref(pool),
+            self._arena,
+            ctypes.c_void_p(logits.data_ptr()),
+        )
+        if failed:
+            raise MemoryError(f"no memory for a step of {int(ends[-1])} tokens")
+        return logits
+
+    def _room(self, num_logits: int) -> torch.Tensor:
+        """Memory for logits [num_logits, vocab]: fresh pages cost as much as a row."""
+        if num_logits > len(self._logits):
+            size = (num_logits + num_logits // 2, self.config.vocab_size)
+            self._logits = torch.empty(size, dtype=torch.float32)
+        return self._logits[:num_logits]

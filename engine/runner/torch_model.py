@@ -1,0 +1,129 @@
+"""A decoder in torch over a paged KV cache: the forward pass of its architecture's file.
+
+A model is its configuration and its weights; batch, cache and attention backend are handed in, so
+two models (a target and a drafter) can run side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from engine.attention.base import AttentionBackend
+from engine.attention.batch import Batch
+from engine.cache.kv_cache import KVCache
+from engine.models.architecture import Layer, Op, architecture_of
+from engine.models.config import ModelConfig
+from engine.runner.base import Host
+from engine.runner.layers import DenseProjection, Norm, logits, silu_gated
+from engine.runner.rope import make_rope, rotate
+from engine.runner.runner import Runner
+
+
+class TorchModel:
+    """A decoder; immutable after construction."""
+
+    exact = False  # the bits of a token depend on the batch
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> None:
+        """`weights`: joined tensors by the names of the architecture's list.
+
+        Raises CheckpointError for a rotary scaling that is not known.
+        """
+        self.config = config
+        self.weights = weights
+        self.device, self.dtype = weights["embedding"].device, weights["embedding"].dtype
+        self.rope = make_rope(config, self.device)
+        self.layers = tuple(self._layer(f"{i}.") for i in range(config.num_layers))
+        self.norm = Norm(weights["norm"], config.rms_norm_eps)
+        self.head = weights.get("head", weights["embedding"])
+        self._forward = architecture_of(config).forward
+
+    def _layer(self, prefix: str) -> Layer:
+        """Matrices become projections, vectors norms; a bias belongs to its matrix."""
+        ops: dict[str, Op] = {}
+        for name, tensor in self.weights.items():
+            if not name.startswith(prefix) or name.endswith(".bias"):
+                continue
+            if tensor.dim() == 2:
+                op: Op = DenseProjection(tensor, self.weights.get(f"{name}.bias"))
+            else:
+                op = Norm(tensor, self.config.rms_norm_eps)
+            ops[name.removeprefix(prefix)] = op
+        return ops
+
+    @property
+    def kv_dtype(self) -> str:
+        """The dtype of its KV cache."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def first_layers(self, num_layers: int) -> TorchModel:
+        """This model without its later layers: shares the weights, norm and head included."""
+        if not 1 <= num_layers <= self.config.num_layers:
+            raise ValueError(f"num_layers must be 1 to {self.config.num_layers}")
+        return TorchModel(dataclasses.replace(self.config, num_layers=num_layers), self.weights)
+
+    def make_runner(self, kv_cache: KVCache, host: Host) -> Runner:
+        """A runner over `kv_cache`, with the attention that suits the host's device."""
+        return Runner(self, kv_cache, host.attention(self.config, kv_cache))
+
+    def forward(
+        self, batch: Batch, kv_cache: KVCache, backend: AttentionBackend[Any]
+    ) -> torch.Tensor:
+        """Write the batch's KV; return logits fp32 [S, vocab] of tokens batch.logit_index."""
+        return self._forward(_Step(self, batch, kv_cache, backend), self.layers)
+
+
+class _Step:
+    """One forward pass: the Step that an architecture's `forward` is written for."""
+
+    def __init__(
+        self, model: TorchModel, batch: Batch, kv_cache: KVCache, backend: AttentionBackend[Any]
+    ) -> None:
+        self._model = model
+        self._batch = batch
+        self._kv_cache = kv_cache
+        self._backend = backend
+        self._plan = backend.plan(batch)
+        self._cos, self._sin = model.rope.tables(batch.positions)
+
+    def embed(self) -> torch.Tensor:
+        return F.embedding(self._batch.token_ids, self._model.weights["embedding"])
+
+    def rotated_heads(
+        self, qkv: torch.Tensor, q_norm: Op | None = None, k_norm: Op | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        c = self._model.config
+        heads = qkv.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        if q_norm is None or k_norm is None:
+            turned = rotate(heads[:, : c.num_heads + c.num_kv_heads], self._cos, self._sin)
+            q, k = turned[:, : c.num_heads], turned[:, c.num_heads :]
+        else:
+            q = q_norm(heads[:, : c.num_heads])
+            k = k_norm(heads[:, c.num_heads : c.num_heads + c.num_kv_heads])
+            q, k = rotate(q, self._cos, self._sin), rotate(k, self._cos, self._sin)
+        return q, k, heads[:, c.num_heads + c.num_kv_heads :]
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor | None:
+        batch = self._batch
+        self._kv_cache.write(layer, batch.blocks, batch.offsets, k, v)
+        if layer == self._model.config.num_layers - 1 and batch.num_logits == 0:
+            return None
+        return self._backend.run(self._plan, layer, q, self._kv_cache).flatten(1)
+
+    def silu_gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return silu_gated(gate_up)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        model = self._model
+        return logits(model.norm(x.index_select(0, self._batch.logit_index)), model.head)
+
+    def no_logits(self) -> torch.Tensor:
+        size = (0, self._model.config.vocab_size)
+        return torch.empty(size, dtype=torch.float32, device=self._model.device)
