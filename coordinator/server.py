@@ -15,8 +15,10 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from starlette.routing import BaseRoute
 
+from coordinator.api.frontend import LocalFrontend
+from coordinator.api.grpc.admin import AdminServicer
 from coordinator.api.grpc.responses import alive
-from coordinator.api.grpc.service import AdminServicer, InferenceServicer
+from coordinator.api.grpc.service import InferenceServicer
 from coordinator.api.oip.service import OipServicer
 from coordinator.api.openai.api import OpenAiApi
 from coordinator.api.openai.cors import with_cors
@@ -77,7 +79,7 @@ class Coordinator:
         self._tokenizing = Admission(
             front.max_queued_requests, front.max_queued_tokens, metrics, what="tokenize"
         )
-        inference = InferenceServicer(
+        self._frontend = LocalFrontend(
             model,
             self.pipeline,
             self.membership,
@@ -105,7 +107,9 @@ class Coordinator:
             self._internal = RpcServer(rpc_metrics, budget=self._budget, reflection=reflection)
         public = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
         limit_s = front.max_request_s + _STUCK_S
-        self._public.add_service(public, inference, limit_s=limit_s, alive=alive)
+        self._public.add_service(
+            public, InferenceServicer(self._frontend), limit_s=limit_s, alive=alive
+        )
         admin = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
         workers = RegistryServicer(self.membership, f"coordinator-{secrets.token_hex(4)}")
         operator = AdminServicer(self.membership, workers)
@@ -113,9 +117,8 @@ class Coordinator:
         registry = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"]
         # Streams of its workers are open for ever, and must not end for want of room.
         self._internal.add_service(registry, workers, token=trust.cluster, is_counted=False)
-        self._speak_other_protocols(inference, metrics)
+        self._speak_other_protocols(metrics)
         self._http: HttpServer | None = None
-        self._openai: OpenAiApi | None = None
         self.address = front.listen
         self.internal_address = front.internal_listen or front.listen
         self.http_address = front.http
@@ -135,13 +138,14 @@ class Coordinator:
         refused = refusals_counter(self.registry)
         routes: list[BaseRoute] = [holds_route(self._holds, self.trust.operator, refused)]
         if self._switches.serves("openai"):
-            self._openai = OpenAiApi(
-                dialable(self.address),
+            openai = OpenAiApi(
+                self._frontend,
                 self.registry,
+                limit_s=self._front.max_request_s + _STUCK_S,
                 sse_keepalive_s=self._front.sse_keepalive_s,
                 budget=self._http_budget,
             )
-            routes += self._openai.routes()
+            routes += openai.routes()
         app = make_app(self.registry, lambda: self.ready, routes)
         self._http = await serve_http(
             with_cors(app, self._front.cors_origins),
@@ -163,15 +167,12 @@ class Coordinator:
         holds = [*self._admission.holds(), *self._tokenizing.holds()]
         return {"process": {"role": "coordinator"}, "holds": shown(holds)}
 
-    def _speak_other_protocols(
-        self, inference: InferenceServicer, metrics: CoordinatorMetrics
-    ) -> None:
-        """What clients of Triton and KServe, and gateways in front of vLLM, speak."""
+    def _speak_other_protocols(self, metrics: CoordinatorMetrics) -> None:
+        """Serve the protocols of Triton and KServe, and of gateways in front of vLLM."""
         limit_s = self._front.max_request_s
         oip = OipServicer(
             self.model.name,
-            inference,
-            self.pipeline,
+            self._frontend,
             metrics,
             lambda: self.ready,
             max_request_s=limit_s,
@@ -182,7 +183,7 @@ class Coordinator:
                 grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"], oip
             )
         engine = VllmEngineServicer(
-            self.model, inference, self.pipeline, self.membership, metrics, lambda: self.ready
+            self.model, self._frontend, self.pipeline, metrics, lambda: self.ready
         )
         if self._switches.serves("engine-protocol"):
             self._public.add_service(
@@ -215,8 +216,6 @@ class Coordinator:
             await self._internal.stop()
         if self._http:
             await self._http.stop()
-        if self._openai:
-            await self._openai.close()
         self.model.close()
 
 

@@ -3,46 +3,45 @@
     part of a request    UNIMPLEMENTED naming the field, 400 over HTTP
     protocol             its services are not registered (UNIMPLEMENTED), its paths not served (404)
 
-All protocols end in requests of our own gRPC API, and those are looked at here.
+All protocols call the frontend, and it looks here at each request.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
+from coordinator.api.values import GenerateRequest
 from engine.base.errors import NotOffered
 from engine.base.options import parse_disabled
 
 
-def _constraint(request: Any) -> str:
-    kind = request.constraint.WhichOneof("kind")
-    return f"constraint.{kind}" if kind else ""
+def _constraint(request: GenerateRequest) -> str:
+    return f"constraint.{request.constraint.kind}" if request.constraint else ""
 
 
-def _logprobs(request: Any) -> str:
-    return _given("output.logprobs", request.output.HasField("logprobs")) or _prompt(request)
+def _logprobs(request: GenerateRequest) -> str:
+    return _used("output.logprobs", request.output.logprobs is not None) or _prompt(request)
 
 
-def _prompt(request: Any) -> str:
-    return _given("output.prompt_logprobs", request.output.HasField("prompt_logprobs"))
+def _prompt(request: GenerateRequest) -> str:
+    return _used("output.prompt_logprobs", request.output.prompt_logprobs is not None)
 
 
-def _given(field: str, is_given: bool) -> str:
-    return field if is_given else ""
+def _used(field: str, is_used: bool) -> str:
+    return field if is_used else ""
 
 
-# Switch -> the field of a GenerateRequest or ChatRequest that uses it; "" where none does.
-_PARTS: dict[str, Callable[[Any], str]] = {
+# Switch -> the field of a request that uses it; "" where none does.
+_PARTS: dict[str, Callable[[GenerateRequest], str]] = {
     "constraints": _constraint,
-    "echo": lambda request: _given("output.echo", request.output.echo),
-    "logit-bias": lambda request: _given("sampling.logit_bias", bool(request.sampling.logit_bias)),
+    "echo": lambda request: _used("output.echo", request.output.echo),
+    "logit-bias": lambda request: _used("sampling.logit_bias", bool(request.sampling.logit_bias)),
     "logprobs": _logprobs,
-    "n": lambda request: _given("n", request.n > 1),
-    "priority": lambda request: _given("priority", request.priority != 0),
+    "n": lambda request: _used("n", request.n > 1),
+    "priority": lambda request: _used("priority", request.priority != 0),
     "prompt-logprobs": _prompt,
-    "resume": lambda request: _given("resume", bool(request.resume)),
-    "tools": lambda request: _given("tools_json", bool(getattr(request, "tools_json", ""))),
+    "resume": lambda request: _used("resume", bool(request.resume)),
+    "tools": lambda request: _used("tools_json", bool(request.tools_json)),
 }
 
 
@@ -53,8 +52,8 @@ class Switches:
         self.off: tuple[str, ...] = tuple(parse_disabled(disabled).split(",")) if disabled else ()
         self._parts = [(name, _PARTS[name]) for name in self.off if name in _PARTS]
 
-    def check(self, request: Any) -> None:
-        """Raise NotOffered where a GenerateRequest or ChatRequest uses what is off."""
+    def check(self, request: GenerateRequest) -> None:
+        """Raise NotOffered where a request uses what is off."""
         for name, used in self._parts:
             if field := used(request):
                 raise _refusal(name, field)

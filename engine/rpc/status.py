@@ -90,7 +90,7 @@ def _code(error: DiptychError) -> grpc.StatusCode:
 def to_status(error: DiptychError) -> RpcStatus:
     """The status by which a caller learns of `error`."""
     code = _code(error)
-    message = _clip(error.message)
+    message = clip(error.message)
     details: list[Message] = []
     metadata: list[tuple[str, str | bytes]] = []
     if isinstance(error, InvalidRequest):
@@ -118,7 +118,7 @@ def to_status(error: DiptychError) -> RpcStatus:
     return RpcStatus(code, message, tuple(metadata))
 
 
-def _clip(text: str) -> str:
+def clip(text: str) -> str:
     """The longest beginning of `text` that takes no more than its bound, percent-encoded."""
     num_bytes = 0
     for i, char in enumerate(text[:_MAX_MESSAGE_BYTES]):
@@ -139,7 +139,7 @@ def internal(message: str) -> RpcStatus:
 
 def _bad_request(field: str, description: str) -> Message:
     violation = error_details_pb2.BadRequest.FieldViolation(
-        field=_clip(field), description=_clip(description)
+        field=clip(field), description=clip(description)
     )
     details: Message = error_details_pb2.BadRequest(field_violations=[violation])
     return details

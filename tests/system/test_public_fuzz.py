@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.api.validation.request import validate_chat, validate_generate
 from coordinator.text.served_model import Limits
 from engine.base.errors import DiptychError, InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2 as pb
@@ -24,6 +23,7 @@ from tests.support.fuzz_checks import Model, Outcome, complaint
 from tests.support.fuzz_constraints import PLAIN_REGEXES
 from tests.support.fuzz_messages import METHODS, Input, draw_input, make_input
 from tests.support.fuzz_values import MODEL, VOCAB_SIZE
+from tests.support.validated import validated
 from tests.support.vitals import MIB
 from tests.system.stack import Stack
 
@@ -91,9 +91,8 @@ def test_the_door_says_ok_or_names_a_field(random: Random) -> None:
     request = case.parse()
     if request is None or case.method not in ("Generate", "Chat"):
         return
-    validate = validate_generate if case.method == "Generate" else validate_chat
     try:
-        checked = validate(request, LIMITS)
+        checked = validated(request, LIMITS)
     except DiptychError as error:
         status = to_status(error)
         found = Outcome(status.code, status.message, dict(status.trailing_metadata))

@@ -1,16 +1,13 @@
-"""What goes out to a client: parts of an answer as messages of the public API. Pure."""
+"""Events of an answer -> messages of the public API. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from coordinator.generation.request import Chunk, Finished, Part, PromptPart
-from coordinator.text.detokenizer import BROKEN
-from coordinator.text.tokenizer import Tokenizer
-from coordinator.text.values import Placement
-from engine.base.types import TokenLogprobs
+from coordinator.api.values import Delta, Event, Logprob, PromptEvent, ScoredToken
+from coordinator.generation.request import Finished
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc.convert import reason_to_pb
 
@@ -24,56 +21,46 @@ def alive(request: Any) -> inference_pb2.GenerateResponse | None:
     )
 
 
-def response(request_id: str, part: Part, tokenizer: Tokenizer) -> inference_pb2.GenerateResponse:
+def response(request_id: str, event: Event) -> inference_pb2.GenerateResponse:
     """One message of the stream."""
-    if isinstance(part, PromptPart):
+    if isinstance(event, PromptEvent):
         prompt = inference_pb2.Prompt(
-            text=part.text,
-            token_ids=part.token_ids,
-            logprobs=_logprobs(part.token_ids, part.logprobs, part.placement, tokenizer, first=1),
+            text=event.text, token_ids=event.token_ids, logprobs=_logprobs(event.logprobs)
         )
         return inference_pb2.GenerateResponse(request_id=request_id, prompt=prompt)
-    if isinstance(part, Chunk):
+    if isinstance(event, Delta):
         delta = inference_pb2.Delta(
-            text=part.text,
-            token_ids=part.token_ids,
-            logprobs=_logprobs(part.token_ids, part.logprobs, part.placement, tokenizer),
-            tool_calls=[inference_pb2.ToolCallDelta(**asdict(piece)) for piece in part.tool_calls],
-            affinity_token=part.affinity_token,
+            text=event.text,
+            token_ids=event.token_ids,
+            logprobs=_logprobs(event.logprobs),
+            tool_calls=[inference_pb2.ToolCallDelta(**asdict(piece)) for piece in event.tool_calls],
+            affinity_token=event.affinity_token,
         )
-        return inference_pb2.GenerateResponse(request_id=request_id, index=part.index, delta=delta)
+        return inference_pb2.GenerateResponse(request_id=request_id, index=event.index, delta=delta)
     return inference_pb2.GenerateResponse(
-        request_id=request_id, index=part.index, finished=_finished(part)
+        request_id=request_id, index=event.index, finished=_finished(event)
     )
 
 
-def _logprobs(
-    token_ids: Sequence[int],
-    scored: Sequence[TokenLogprobs],
-    placement: Placement,
-    tokenizer: Tokenizer,
-    first: int = 0,  # the token that the first entry is of
-) -> list[inference_pb2.TokenLogprobs]:
-    """One entry a token; none where nothing was asked."""
-
-    def entry(index: int, token_id: int, logprob: float) -> inference_pb2.Logprob:
-        at_start = index < placement.num_at_start
-        text = tokenizer.text_at_start(token_id) if at_start else tokenizer.text_of(token_id)
-        raw = tokenizer.raw_of(token_id) if BROKEN in text else None
-        return inference_pb2.Logprob(token_id=token_id, logprob=logprob, text=text, raw=raw)
-
+def _logprobs(entries: Iterable[ScoredToken]) -> list[inference_pb2.TokenLogprobs]:
     return [
         inference_pb2.TokenLogprobs(
-            chosen=entry(i, token_ids[i], s.chosen),
-            top=[entry(i, *pair) for pair in zip(s.token_ids, s.logprobs, strict=True)],
-            text_offset=placement.offsets[i],
+            chosen=_logprob(entry.chosen),
+            top=map(_logprob, entry.top),
+            text_offset=entry.text_offset,
         )
-        for i, s in enumerate(scored, start=first)
+        for entry in entries
     ]
 
 
-def _finished(part: Finished) -> inference_pb2.Finished:
-    ending, timing = part.ending, part.timing
+def _logprob(entry: Logprob) -> inference_pb2.Logprob:
+    return inference_pb2.Logprob(
+        token_id=entry.token_id, logprob=entry.logprob, text=entry.text, raw=entry.raw
+    )
+
+
+def _finished(event: Finished) -> inference_pb2.Finished:
+    ending, timing = event.ending, event.timing
     matched = None
     if ending.matched_text is not None:
         matched = inference_pb2.MatchedStop(text=ending.matched_text)
@@ -82,7 +69,7 @@ def _finished(part: Finished) -> inference_pb2.Finished:
     return inference_pb2.Finished(
         finish_reason=reason_to_pb(ending.reason),
         matched_stop=matched,
-        usage=inference_pb2.Usage(**asdict(part.usage)),
+        usage=inference_pb2.Usage(**asdict(event.usage)),
         timing=inference_pb2.Timing(
             queue=timing.queue_s,
             prefill=timing.prefill_s,

@@ -1,6 +1,6 @@
 """Events of an answer -> responses of the Open Inference Protocol.
 
-    GenerateResponse --add--> what has gathered, a row a choice --take--> ModelInferResponse
+    events --add--> what has gathered, a row a choice --take--> ModelInferResponse
 
 A whole answer is taken once, a stream whenever there is something to show. Owned by one request.
 """
@@ -15,9 +15,9 @@ from typing import Any
 from coordinator.api.oip.model import VERSION
 from coordinator.api.oip.request import Form
 from coordinator.api.oip.tensors import BYTES, Tensor, write_tensor
-from engine.pb.diptych.v1 import inference_pb2
+from coordinator.api.values import Delta, Event, PromptEvent, ScoredToken
+from coordinator.generation.request import Finished
 from engine.pb.inference import grpc_service_pb2
-from engine.rpc.convert import reason_from_pb
 
 FINAL = "triton_final_response"
 _PADDING = -1  # after the token ids of a choice that is shorter than another
@@ -33,7 +33,7 @@ class _Row:
     token_ids: list[int] = field(default_factory=list)
     num_tokens: int = 0  # of the answer; an echoed prompt's are not counted
     reason: str = ""
-    logprobs: list[inference_pb2.TokenLogprobs] = field(default_factory=list)
+    logprobs: list[ScoredToken] = field(default_factory=list)
 
 
 class ResponseBuilder:
@@ -45,33 +45,31 @@ class ResponseBuilder:
         self._sums = [0.0] * num_choices  # of log-probabilities, over the whole answer
         self._num_unfinished = num_choices
         self._num_prompt_tokens: int | None = None
-        self._prompt_logprobs: Sequence[inference_pb2.TokenLogprobs] | None = None
+        self._prompt_logprobs: Sequence[ScoredToken] | None = None
 
     @property
     def finished(self) -> bool:
         """Whether every choice has ended."""
         return self._num_unfinished == 0
 
-    def add(self, response: inference_pb2.GenerateResponse) -> None:
+    def add(self, event: Event) -> None:
         """Take the next event of the answer."""
-        row = self._rows[response.index]
-        match response.WhichOneof("event"):
-            case "prompt":
-                self._prompt_logprobs = response.prompt.logprobs
+        match event:
+            case PromptEvent():
+                self._prompt_logprobs = event.logprobs
                 for each in self._rows:
-                    each.text += response.prompt.text
-                    each.token_ids += response.prompt.token_ids
-            case "delta":
-                row.text += response.delta.text
-                row.token_ids += response.delta.token_ids
-                row.num_tokens += len(response.delta.token_ids)
-                row.logprobs += response.delta.logprobs
-                self._sums[response.index] += sum(
-                    each.chosen.logprob for each in response.delta.logprobs
-                )
-            case "finished":
-                row.reason = reason_from_pb(response.finished.finish_reason).value
-                self._num_prompt_tokens = response.finished.usage.prompt_tokens
+                    each.text += event.text
+                    each.token_ids += event.token_ids
+            case Delta():
+                row = self._rows[event.index]
+                row.text += event.text
+                row.token_ids += event.token_ids
+                row.num_tokens += len(event.token_ids)
+                row.logprobs += event.logprobs
+                self._sums[event.index] += sum(each.chosen.logprob for each in event.logprobs)
+            case Finished():
+                self._rows[event.index].reason = event.ending.reason.value
+                self._num_prompt_tokens = event.usage.prompt_tokens
                 self._num_unfinished -= 1
 
     @property
@@ -140,12 +138,12 @@ def bare_response(
     return response
 
 
-def _as_json(tokens: Sequence[inference_pb2.TokenLogprobs], before: tuple[None, ...] = ()) -> bytes:
+def _as_json(tokens: Sequence[ScoredToken], before: tuple[None, ...] = ()) -> bytes:
     """A list with an object a token, {token id: logprob, rank, decoded_token}, as vLLM has it."""
     return json.dumps([*before, *map(_entries, tokens)]).encode()
 
 
-def _entries(token: inference_pb2.TokenLogprobs) -> dict[int, dict[str, Any]]:
+def _entries(token: ScoredToken) -> dict[int, dict[str, Any]]:
     """The chosen token first; its rank is known where it is among the best ones."""
     ranks = {each.token_id: rank for rank, each in enumerate(token.top, 1)}
     return {

@@ -1,9 +1,9 @@
 """The Open Inference Protocol, so that clients of Triton and KServe work unchanged.
 
-A thin translation: a ModelInferRequest becomes a call of our own Generate in this process, and its
-events become tensors. On ModelStreamInfer requests run at once:
+A thin translation: a ModelInferRequest becomes a call of the frontend, and its events become
+tensors. On ModelStreamInfer requests run at once:
 
-    stream of requests --read--> one task a request --Generate--> responses, each with its id
+    stream of requests --read--> one task a request --frontend--> responses, each with its id
                         |                                |
                         '-- waits while too many run     '-- an error is the request's, not the
                                                              stream's (unless the client asks so)
@@ -14,19 +14,17 @@ Ending the stream ends all its requests. Owned by the event loop.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from coordinator.api.grpc.service import InferenceServicer
+from coordinator.api.frontend import Frontend
+from coordinator.api.grpc.requests import read_request as to_values
 from coordinator.api.oip import model as oip_model
 from coordinator.api.oip.request import ParsedRequest, read_request
 from coordinator.api.oip.responses import FINAL, ResponseBuilder, bare_response
 from coordinator.generation.fan_in import Merge
-from coordinator.generation.pipeline import Pipeline
 from engine.base.errors import (
     DeadlineExceeded,
     DiptychError,
@@ -49,33 +47,20 @@ _ERRORS_END_STREAM = "triton_grpc_error"  # metadata by which a client asks for 
 Responses = AsyncGenerator[grpc_service_pb2.ModelStreamInferResponse, None]
 
 
-@dataclass(frozen=True, slots=True)
-class RequestContext:
-    """What Generate asks of its call, for one request among those of a stream."""
-
-    deadline_s: float | None  # on the monotonic clock
-
-    def time_remaining(self) -> float | None:
-        """Seconds left; None: the client set no limit."""
-        return None if self.deadline_s is None else max(0.0, self.deadline_s - time.monotonic())
-
-
 class OipServicer:
     """See grpc_service.proto. `served` is the model; `ready`: whether a request finds a worker."""
 
     def __init__(
         self,
         served: str,
-        inference: InferenceServicer,
-        pipeline: Pipeline,
+        frontend: Frontend,
         metrics: CoordinatorMetrics,
         ready: Callable[[], bool],
         *,
         max_request_s: float,
     ) -> None:
         self._served = served
-        self._inference = inference
-        self._pipeline = pipeline
+        self._frontend = frontend
         self._metrics = metrics
         self._ready = ready
         self._max_request_s = max_request_s
@@ -120,7 +105,7 @@ class OipServicer:
     ) -> grpc_service_pb2.ModelConfigResponse:
         """The model's configuration, as Triton words it."""
         oip_model.check_served(request.name, request.version, self._served)
-        config = oip_model.config(self._served, self._pipeline.max_model_len)
+        config = oip_model.config(self._served, self._frontend.model().max_model_len)
         return grpc_service_pb2.ModelConfigResponse(config=config)
 
     async def ModelInfer(
@@ -215,11 +200,12 @@ class OipServicer:
     ) -> AsyncGenerator[grpc_service_pb2.ModelInferResponse, None]:
         """An answer's responses: one, or with `streaming` any number."""
         reply: ResponseBuilder | None = None
-        call = self._inference.Generate(asked.generate, _request_context(asked, context))
+        request = to_values(asked.generate)
+        call = self._frontend.generate(request, _left_s(asked, context))
         async with aclosing(call) as events:
             async for event in events:
                 # Not before the first event: then the number of choices has been checked.
-                reply = reply or ResponseBuilder(asked.form, asked.generate.n or 1)
+                reply = reply or ResponseBuilder(asked.form, request.n)
                 reply.add(event)
                 if asked.streaming and reply.worth_sending:
                     final = reply.finished and not asked.form.empty_final
@@ -228,10 +214,11 @@ class OipServicer:
             yield reply.take(final=not asked.form.empty_final)
 
 
-def _request_context(asked: ParsedRequest, context: Any) -> RequestContext:
+def _left_s(asked: ParsedRequest, context: Any) -> float | None:
     """The call's deadline or the request's own, whichever is sooner."""
-    left_s = [s for s in (context.time_remaining(), asked.timeout_s) if s is not None]
-    return RequestContext(time.monotonic() + min(left_s) if left_s else None)
+    return min(
+        (s for s in (context.time_remaining(), asked.timeout_s) if s is not None), default=None
+    )
 
 
 def _failure(

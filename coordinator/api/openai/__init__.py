@@ -1,7 +1,7 @@
-"""The OpenAI-compatible HTTP API: a stateless client of the coordinator's own gRPC API.
+"""The OpenAI-compatible HTTP API.
 
-    HTTP --door--> body --> Fields --> completions, chats --> gRPC requests --> calls
-    HTTP <--door-- JSON, or server-sent events <-- completion_answers, chat_answers <--'
+    HTTP --Endpoint--> body --> Fields --> completions, chats --> requests --> calls --> Frontend
+    HTTP <--Endpoint-- JSON, or server-sent events <-- *_responses <-- events <----------'
 
-Nothing here knows of workers, queues or models beyond what any gRPC client could know.
+It knows no workers and no queues: it calls the frontend, as the other protocols do.
 """

@@ -1,8 +1,4 @@
-"""The endpoints: each a few calls of the gRPC API and an answer written from them.
-
-Owns the channel to the coordinator's own public address, over which it is a client like any other:
-without retries, which are its own clients' decision.
-"""
+"""The endpoints: each a few calls of the frontend, and an answer written from them."""
 
 from __future__ import annotations
 
@@ -16,7 +12,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter
 from starlette.routing import BaseRoute, Route
 
-from coordinator.api.openai.calls import Names, merged, starts, unary
+from coordinator.api.frontend import Frontend
+from coordinator.api.openai.calls import Names, in_words_of, merged
 from coordinator.api.openai.chat_responses import ChatWriter
 from coordinator.api.openai.chats import read_chat, read_tools
 from coordinator.api.openai.completion_responses import CompletionWriter
@@ -36,9 +33,8 @@ from coordinator.api.openai.fields import UINT32, Fields, whole_list
 from coordinator.api.openai.messages import read_messages
 from coordinator.api.openai.openapi import description
 from coordinator.api.openai.responses import Choice, Writer
+from coordinator.api.values import GenerateRequest, ModelCard, PromptEvent, TokenizeRequest
 from engine.base.errors import InvalidRequest
-from engine.pb.diptych.v1 import inference_pb2, inference_pb2_grpc
-from engine.rpc.channel import open_channel
 from engine.rpc.receive_budget import ReceiveBudget
 from engine.telemetry.metrics import PREFIX
 
@@ -48,21 +44,22 @@ _CHAT_NAMES = {"chat.messages": "messages", "chat.tools_json": "tools", "text": 
 
 
 class OpenAiApi:
-    """Serves HTTP from the gRPC API at `address`; lives on the event loop."""
+    """Serves HTTP from the frontend; lives on the event loop."""
 
     def __init__(
         self,
-        address: str,
+        frontend: Frontend,
         registry: CollectorRegistry,
         clock: Callable[[], float] = time.time,
         *,
+        limit_s: float,  # of a request, whether its client reads or not
         sse_keepalive_s: float = 0.0,
         budget: ReceiveBudget | None = None,
     ) -> None:
+        self._frontend = frontend
         self._budget = budget
-        self._channel = open_channel(address, ("grpc.enable_retries", 0))
-        self._stub: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._clock = clock
+        self._limit_s = limit_s
         self._sse_keepalive_s = sse_keepalive_s
         self._born = int(clock())
         self._counter = Counter(
@@ -71,10 +68,6 @@ class OpenAiApi:
             ("handler", "code"),
             registry=registry,
         )
-
-    async def close(self) -> None:
-        """Close the channel; calls on it are cancelled."""
-        await self._channel.close()
 
     def routes(self) -> list[BaseRoute]:
         """All endpoints, for make_app."""
@@ -109,32 +102,30 @@ class OpenAiApi:
             ]
         writer = CompletionWriter(
             call,
-            model=await self._model_name(asked.body),
+            model=asked.body.get("model") or self._frontend.model().name,
             created=int(self._clock()),
             prompt_ids=prompt_ids,
         )
         needs_first = call.echo and wanted.logprobs is not None
-        calls = starts(self._stub.Generate, call.requests)
-        return await self._answer(writer, calls, call.names_of, needs_first)
+        return await self._answer(writer, call.requests, call.names_of, needs_first)
 
     async def _chat(self, asked: ParsedRequest) -> Response:
         call = await asked.read_by(read_chat)
         prompt_ids = None
         if call.wanted.token_ids or call.wanted.continuous_usage:
-            prompt_ids = [await self._conversation_ids(call.request, call.names)]
+            prompt_ids = [await self._prompt_ids(call.request, {**call.names, **_CHAT_NAMES})]
         writer = ChatWriter(
             call,
-            model=await self._model_name(asked.body),
+            model=asked.body.get("model") or self._frontend.model().name,
             created=int(self._clock()),
             prompt_ids=prompt_ids,
         )
-        calls = starts(self._stub.Chat, [call.request])
-        return await self._answer(writer, calls, lambda _: call.names, False)
+        return await self._answer(writer, [call.request], lambda _: call.names, False)
 
     async def _answer(
-        self, writer: Writer, calls: Sequence[Callable[[], Any]], names: Names, needs_first: bool
+        self, writer: Writer, requests: Sequence[GenerateRequest], names: Names, needs_first: bool
     ) -> Response:
-        parts = self._parts(writer, calls, names, needs_first)
+        parts = self._parts(writer, requests, names, needs_first)
         if writer.wanted.stream:
             return _events(writer, parts)
         choices: dict[int, Choice] = {}
@@ -146,61 +137,44 @@ class OpenAiApi:
         return await asyncio.to_thread(large_json, whole) if writer.is_large else whole
 
     async def _parts(
-        self, writer: Writer, calls: Sequence[Callable[[], Any]], names: Names, needs_first: bool
+        self, writer: Writer, requests: Sequence[GenerateRequest], names: Names, needs_first: bool
     ) -> AsyncGenerator[list[Choice], None]:
-        """What each response adds to the answer."""
-        async with aclosing(merged(calls, names)) as responses:
-            async for prompt, response in responses:
+        """What each event adds to the answer."""
+        async with aclosing(merged(self._frontend, requests, names, self._limit_s)) as events:
+            async for prompt, event in events:
                 first_text = ""
-                if needs_first and response.HasField("prompt"):
-                    first_text = await self._text_of(response.prompt.token_ids[:1])
-                if len(response.prompt.logprobs) > _MANY_LOGPROBS:  # a quarter of a second's work
+                scored = event.logprobs if isinstance(event, PromptEvent) else ()
+                if needs_first and isinstance(event, PromptEvent):
+                    with in_words_of({}):
+                        first_text = await self._frontend.detokenize(event.token_ids[:1])
+                if len(scored) > _MANY_LOGPROBS:  # a quarter of a second's work
                     writer.is_large = True
-                    yield await asyncio.to_thread(writer.choices, prompt, response, first_text)
+                    yield await asyncio.to_thread(writer.choices, prompt, event, first_text)
                 else:
-                    yield writer.choices(prompt, response, first_text)
-
-    async def _text_of(self, token_ids: Sequence[int]) -> str:
-        request = inference_pb2.DetokenizeRequest(token_ids=token_ids)
-        text: str = (await unary(self._stub.Detokenize(request), {})).text
-        return text
+                    yield writer.choices(prompt, event, first_text)
 
     async def _prompt_ids(
-        self, request: inference_pb2.GenerateRequest, names: Mapping[str, str]
+        self, request: GenerateRequest, names: Mapping[str, str]
     ) -> Sequence[int]:
-        if request.HasField("token_ids"):
-            return list(request.token_ids.ids)
-        asked = inference_pb2.TokenizeRequest(model=_model_of(request), text=request.text)
-        return list((await unary(self._stub.Tokenize(asked), names)).token_ids)
-
-    async def _conversation_ids(
-        self, request: inference_pb2.ChatRequest, names: Mapping[str, str]
-    ) -> Sequence[int]:
-        none = inference_pb2.ToolChoice.MODE_NONE  # then the prompt tells of no tools
-        tools = None if request.tool_choice.mode == none else request.tools_json or None
-        chat = inference_pb2.ChatMessages(messages=request.messages, tools_json=tools)
-        asked = inference_pb2.TokenizeRequest(model=_model_of(request), chat=chat)
-        names = {**names, **_CHAT_NAMES}
-        return list((await unary(self._stub.Tokenize(asked), names)).token_ids)
-
-    async def _model_name(self, body: Mapping[str, Any]) -> str:
-        """What the client called it, or its name."""
-        if name := body.get("model"):
-            return str(name)
-        request = inference_pb2.GetModelRequest()
-        model: inference_pb2.Model = await unary(self._stub.GetModel(request), {})
-        return model.name
+        if request.token_ids is not None:
+            return request.token_ids
+        no_tools = request.tool_choice.mode == "none"  # then the prompt names no tools
+        asked = TokenizeRequest(
+            model=request.model,
+            text=request.text,
+            messages=request.messages,
+            tools_json="" if no_tools else request.tools_json,
+        )
+        with in_words_of(names):
+            return await self._frontend.tokenize(asked)
 
     async def _models(self, asked: ParsedRequest) -> Response:
-        request = inference_pb2.ListModelsRequest()
-        models = (await unary(self._stub.ListModels(request), {})).models
-        return {"object": "list", "data": [self._card(model) for model in models]}
+        return {"object": "list", "data": [self._card(self._frontend.model())]}
 
     async def _model(self, asked: ParsedRequest) -> Response:
-        request = inference_pb2.GetModelRequest(model=asked.path["model"])
-        return self._card(await unary(self._stub.GetModel(request), {}))
+        return self._card(self._frontend.model(asked.path["model"]))
 
-    def _card(self, model: inference_pb2.Model) -> dict[str, Any]:
+    def _card(self, model: ModelCard) -> dict[str, Any]:
         return {
             "id": model.name,
             "object": "model",
@@ -213,36 +187,32 @@ class OpenAiApi:
 
     async def _tokenize(self, asked: ParsedRequest) -> Response:
         fields = Fields(asked.body)
-        request = inference_pb2.TokenizeRequest(model=fields.text("model"))
+        request = TokenizeRequest(model=fields.text("model") or "")
         if fields.take("messages") is not None:
             fields.neutral({"continue_final_message": (False,), "add_special_tokens": (False,)})
-            request.chat.CopyFrom(
-                inference_pb2.ChatMessages(
-                    messages=read_messages(fields),
-                    tools_json=read_tools(fields),
-                    add_generation_prompt=fields.boolean("add_generation_prompt", True),
-                )
-            )
+            request.messages = read_messages(fields)
+            request.tools_json = read_tools(fields)
+            request.add_generation_prompt = fields.boolean("add_generation_prompt", True)
             fields.neutral({"chat_template": (), "chat_template_kwargs": ({},)})
         else:
-            prompt = fields.text("prompt")
-            if prompt is None:
+            request.text = fields.text("prompt")
+            if request.text is None:
                 raise InvalidRequest("prompt", "unset; expected text, or messages in its place")
-            request.text = prompt
             request.add_special_tokens = fields.boolean("add_special_tokens", True)
         fields.neutral({"return_token_strs": (False,)})
         fields.end(("media_io_kwargs", "mm_processor_kwargs"), nulls=True)
-        response = await unary(self._stub.Tokenize(request), _CHAT_NAMES)
-        ids = list(response.token_ids)
-        return {"count": len(ids), "max_model_len": response.max_model_len, "tokens": ids}
+        with in_words_of(_CHAT_NAMES):
+            ids = await self._frontend.tokenize(request)
+        limit = self._frontend.model().max_model_len
+        return {"count": len(ids), "max_model_len": limit, "tokens": ids}
 
     async def _detokenize(self, asked: ParsedRequest) -> Response:
         fields = Fields(asked.body)
         ids = whole_list("tokens", fields.take("tokens"), 0, UINT32)
-        request = inference_pb2.DetokenizeRequest(model=fields.text("model"), token_ids=ids)
+        model = fields.text("model") or ""
         fields.end()
-        response = await unary(self._stub.Detokenize(request), {"token_ids": "tokens"})
-        return {"prompt": response.text}
+        with in_words_of({"token_ids": "tokens"}):
+            return {"prompt": await self._frontend.detokenize(ids, model)}
 
     async def _version(self, asked: ParsedRequest) -> Response:
         return {"version": _version()}
@@ -264,10 +234,6 @@ async def _events(writer: Writer, parts: AsyncGenerator[list[Choice], None]) -> 
     if writer.wanted.include_usage:
         yield event(writer.chunk([], last=True))
     yield DONE
-
-
-def _model_of(request: Any) -> str | None:
-    return request.model if request.HasField("model") else None
 
 
 def _version() -> str:

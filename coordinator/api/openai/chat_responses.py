@@ -1,4 +1,4 @@
-"""gRPC responses -> the answers of /v1/chat/completions."""
+"""Events -> the answers of /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 from coordinator.api.openai.chats import ChatCall
 from coordinator.api.openai.logprobs import chat_logprobs, prompt_logprobs
 from coordinator.api.openai.responses import Choice, Writer, joined, reason_of, replaced
-from engine.pb.diptych.v1 import inference_pb2
+from coordinator.api.values import Delta, Event, PromptEvent
+from coordinator.generation.request import Finished
+from coordinator.text.values import ToolCallPiece
 
 
 class ChatWriter(Writer):
@@ -25,22 +27,20 @@ class ChatWriter(Writer):
         self._calling: set[int] = set()  # choices that call a tool
         self._prompt_logprobs: list[dict[str, Any] | None] | None = None
 
-    def choices(
-        self, prompt: int, response: inference_pb2.GenerateResponse, first_text: str = ""
-    ) -> list[Choice]:
+    def choices(self, prompt: int, event: Event, first_text: str = "") -> list[Choice]:
         """See Writer; the first chunk of a choice brings its role."""
-        match response.WhichOneof("event"):
-            case "prompt":
+        match event:
+            case PromptEvent():
                 if self.wanted.prompt_logprobs is not None:
-                    self._prompt_logprobs = prompt_logprobs(response.prompt.logprobs)
+                    self._prompt_logprobs = prompt_logprobs(event.logprobs)
                 return []
-            case "delta":
-                return self._delta(response.index, response.delta)
-            case "finished":
-                return self._finished(response.index, response.finished)
-        return []
+            case Delta():
+                return self._delta(event)
+            case Finished():
+                return self._finished(event)
 
-    def _delta(self, index: int, delta: inference_pb2.Delta) -> list[Choice]:
+    def _delta(self, delta: Delta) -> list[Choice]:
+        index = delta.index
         self.usage.wrote(index, len(delta.token_ids))
         out = self._role(index)
         said: dict[str, Any] = {}
@@ -59,7 +59,8 @@ class ChatWriter(Writer):
             out.append(choice)
         return out
 
-    def _finished(self, index: int, finished: inference_pb2.Finished) -> list[Choice]:
+    def _finished(self, finished: Finished) -> list[Choice]:
+        index = finished.index
         self.usage.finished(0, index, finished.usage)
         choice = _choice(index, {})
         reason = reason_of(finished)
@@ -123,7 +124,7 @@ def _choice(index: int, delta: dict[str, Any]) -> Choice:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
-def _tool_call(piece: inference_pb2.ToolCallDelta) -> dict[str, Any]:
+def _tool_call(piece: ToolCallPiece) -> dict[str, Any]:
     function: dict[str, Any] = {"arguments": piece.arguments}
     if not piece.name:
         return {"index": piece.index, "function": function}

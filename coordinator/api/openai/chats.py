@@ -1,4 +1,4 @@
-"""The body of /v1/chat/completions -> a gRPC ChatRequest. Pure."""
+"""The body of /v1/chat/completions -> a request. Pure."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from coordinator.api.openai.fields import UINT32, Fields, as_object
 from coordinator.api.openai.messages import read_messages
 from coordinator.api.openai.options import Wanted, read_common
 from coordinator.api.validation.request import MAX_LOGPROBS
+from coordinator.api.values import GenerateRequest, ToolChoice
 from engine.base.errors import InvalidRequest
-from engine.pb.diptych.v1 import inference_pb2
 
-_Mode = inference_pb2.ToolChoice
-_MODES = {"none": _Mode.MODE_NONE, "auto": _Mode.MODE_AUTO, "required": _Mode.MODE_REQUIRED}
+_MODES = ("none", "auto", "required")
 
 
 @dataclass(frozen=True, slots=True)
 class ChatCall:
     """What a client asked for."""
 
-    request: inference_pb2.ChatRequest
+    request: GenerateRequest
     wanted: Wanted
     named_tool: bool  # a call of one named tool: such an answer ends with "stop"
-    names: Mapping[str, str]  # of gRPC fields, in the client's words
+    names: Mapping[str, str]  # of fields of the request, in the client's words
 
 
 def read_chat(body: Mapping[str, Any], request_id: str) -> ChatCall:
@@ -44,12 +43,10 @@ def read_chat(body: Mapping[str, Any], request_id: str) -> ChatCall:
     constraint, asked = read_constraint(fields)
     tools_json = read_tools(fields)
     choice = _tool_choice(fields)
-    parallel = None
-    if fields.take("parallel_tool_calls") is not None:
-        parallel = fields.boolean("parallel_tool_calls")
+    parallel = fields.boolean("parallel_tool_calls", True)
     fields.neutral({**CHAT_NEUTRAL, "best_of": (1, common.wanted.n)})
     fields.end(IGNORED)
-    request = inference_pb2.ChatRequest(
+    request = GenerateRequest(
         **common.request,
         request_id=common.wanted.request_id,
         messages=messages,
@@ -66,8 +63,7 @@ def read_chat(body: Mapping[str, Any], request_id: str) -> ChatCall:
         "output.prompt_logprobs": "prompt_logprobs",
         "tool_choice.name": "tool_choice.function.name",
     }
-    named = choice is not None and choice.WhichOneof("kind") == "name"
-    return ChatCall(request, common.wanted, named, names)
+    return ChatCall(request, common.wanted, choice.name is not None, names)
 
 
 def _logprobs(fields: Fields) -> int | None:
@@ -79,11 +75,11 @@ def _logprobs(fields: Fields) -> int | None:
     return (top or 0) if wanted else None
 
 
-def read_tools(fields: Fields) -> str | None:
-    """Tool definitions as they came; their content is the gRPC API's affair."""
+def read_tools(fields: Fields) -> str:
+    """Tool definitions as they came; their content is the frontend's affair."""
     tools = fields.list("tools")
     if not tools:
-        return None
+        return ""
     for i, tool in enumerate(tools):
         kind = tool.get("type") if isinstance(tool, dict) else "function"
         if isinstance(kind, str) and kind != "function":
@@ -91,14 +87,14 @@ def read_tools(fields: Fields) -> str | None:
     return json.dumps(tools)
 
 
-def _tool_choice(fields: Fields) -> inference_pb2.ToolChoice | None:
+def _tool_choice(fields: Fields) -> ToolChoice:
     value = fields.take("tool_choice")
     if value is None:
-        return None
+        return ToolChoice()
     if isinstance(value, str):
         if value not in _MODES:
             raise InvalidRequest("tool_choice", "expected none, auto, required or a function")
-        return inference_pb2.ToolChoice(mode=_MODES[value])
+        return ToolChoice(value)
     choice = as_object("tool_choice", value)
     kind = choice.text("type")
     if kind not in (None, "function"):
@@ -107,4 +103,4 @@ def _tool_choice(fields: Fields) -> inference_pb2.ToolChoice | None:
     name = function.text("name") if function else None
     if not name:
         raise InvalidRequest("tool_choice.function.name", "unset; expected the name of a tool")
-    return inference_pb2.ToolChoice(name=name)
+    return ToolChoice(name=name)

@@ -1,4 +1,4 @@
-"""gRPC responses -> the answers of /v1/completions."""
+"""Events -> the answers of /v1/completions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 from coordinator.api.openai.completions import CompletionCall
 from coordinator.api.openai.logprobs import CompletionLogprobs, prompt_logprobs
 from coordinator.api.openai.responses import Choice, Writer, joined, reason_of, replaced
-from engine.pb.diptych.v1 import inference_pb2
+from coordinator.api.values import Delta, Event, Logprob, PromptEvent
+from coordinator.generation.request import Finished
 
 _ARRAYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
@@ -24,36 +25,33 @@ class CompletionWriter(Writer):
         self._logprobs: dict[int, CompletionLogprobs] = {}
         self._begun: set[int] = set()
 
-    def choices(
-        self, prompt: int, response: inference_pb2.GenerateResponse, first_text: str = ""
-    ) -> list[Choice]:
+    def choices(self, prompt: int, event: Event, first_text: str = "") -> list[Choice]:
         """See Writer; a prompt that is echoed begins each of its choices."""
-        index = prompt * self.wanted.n + response.index
-        match response.WhichOneof("event"):
-            case "prompt":
-                first = prompt * self.wanted.n
+        first = prompt * self.wanted.n
+        match event:
+            case PromptEvent():
                 return [
-                    self._echoed(prompt, i, response.prompt, first_text)
+                    self._echoed(prompt, i, event, first_text)
                     for i in range(first, first + self.wanted.n)
                 ]
-            case "delta":
-                delta = response.delta
-                self.usage.wrote(index, len(delta.token_ids))
-                choice = self._choice(prompt, index, delta.text)
+            case Delta():
+                index = first + event.index
+                self.usage.wrote(index, len(event.token_ids))
+                choice = self._choice(prompt, index, event.text)
                 if self.wanted.logprobs is not None:
                     logprobs = self._logprobs_of(index)
-                    logprobs.add(delta.logprobs)
+                    logprobs.add(event.logprobs)
                     choice["logprobs"] = logprobs.take()
                 if self.wanted.token_ids:
-                    choice["token_ids"] = list(delta.token_ids)
+                    choice["token_ids"] = list(event.token_ids)
                 return [choice]
-            case "finished":
-                self.usage.finished(prompt, index, response.finished.usage)
+            case Finished():
+                index = first + event.index
+                self.usage.finished(prompt, index, event.usage)
                 choice = self._choice(prompt, index, "")
-                choice["finish_reason"] = reason_of(response.finished)
-                choice["stop_reason"] = self.stop_reason(response.finished)
+                choice["finish_reason"] = reason_of(event)
+                choice["stop_reason"] = self.stop_reason(event)
                 return [choice]
-        return []
 
     def _choice(self, prompt: int, index: int, text: str) -> Choice:
         choice: Choice = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
@@ -67,14 +65,11 @@ class CompletionWriter(Writer):
             self._logprobs[index] = CompletionLogprobs(self.wanted.tokens_as_ids)
         return self._logprobs[index]
 
-    def _echoed(
-        self, prompt: int, index: int, event: inference_pb2.Prompt, first_text: str
-    ) -> Choice:
+    def _echoed(self, prompt: int, index: int, event: PromptEvent, first_text: str) -> Choice:
         choice = self._choice(prompt, index, event.text if self._echo else "")
         if self._echo and self.wanted.logprobs is not None:
             logprobs = self._logprobs_of(index)
-            first = inference_pb2.Logprob(token_id=event.token_ids[0], text=first_text)
-            logprobs.add_first(first)
+            logprobs.add_first(Logprob(event.token_ids[0], text=first_text))
             logprobs.add(event.logprobs)
             choice["logprobs"] = logprobs.take()
             logprobs.num_echoed = len(event.text)

@@ -1,4 +1,4 @@
-"""The body of /v1/completions -> one gRPC request a prompt. Pure."""
+"""The body of /v1/completions -> one request a prompt. Pure."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from coordinator.api.openai.decisions import COMPLETION_NEUTRAL, IGNORED
 from coordinator.api.openai.fields import UINT32, Fields, whole_list
 from coordinator.api.openai.options import Wanted, read_common
 from coordinator.api.validation.request import MAX_LOGPROBS, MAX_REQUEST_ID_CHARS
+from coordinator.api.values import Constraint, GenerateRequest
 from engine.base.errors import InvalidRequest
-from engine.pb.diptych.v1 import inference_pb2
 
 MAX_PROMPTS = 1024
 MAX_REPEATED_BYTES = 16 * 1024 * 1024  # what all prompts' requests have in common, once a prompt
+_ENTRY_BYTES = 8  # of a bias or a stop token
 DEFAULT_MAX_TOKENS = 16
 Prompt = str | list[int]
 
@@ -24,11 +25,13 @@ Prompt = str | list[int]
 class CompletionCall:
     """What a client asked for."""
 
-    requests: tuple[inference_pb2.GenerateRequest, ...]  # one a prompt
+    requests: tuple[GenerateRequest, ...]  # one a prompt
     wanted: Wanted
     echo: bool
     max_tokens: int
-    names: Mapping[str, str] = field(default_factory=dict)  # of gRPC fields, in the client's words
+    names: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of fields of a request, in the client's words
 
     def names_of(self, index: int) -> dict[str, str]:
         """The names for the request of prompt `index`."""
@@ -60,10 +63,8 @@ def read_completion(body: Mapping[str, Any], request_id: str) -> CompletionCall:
         if isinstance(prompt, str):
             given["text"] = prompt
         else:
-            given["token_ids"] = inference_pb2.TokenIds(ids=prompt)
-        requests.append(
-            inference_pb2.GenerateRequest(**common.request, **given, constraint=constraint)
-        )
+            given["token_ids"] = prompt
+        requests.append(GenerateRequest(**common.request, **given, constraint=constraint))
     names = {"output.prompt_logprobs": "prompt_logprobs"}
     if asked:
         names.update(names_of(asked))
@@ -73,10 +74,14 @@ def read_completion(body: Mapping[str, Any], request_id: str) -> CompletionCall:
 
 
 def _check_repeated(
-    num_prompts: int, common: Mapping[str, Any], constraint: inference_pb2.Constraint | None
+    num_prompts: int, common: Mapping[str, Any], constraint: Constraint | None
 ) -> None:
     """Each prompt is a request of its own, which repeats biases, stops and the constraint."""
-    size = inference_pb2.GenerateRequest(**common, constraint=constraint).ByteSize()
+    stop, value = common["stop"], constraint.value if constraint else ()
+    value = () if isinstance(value, bool) else value
+    texts = [*stop.stop, *([value] if isinstance(value, str) else value)]
+    size = _ENTRY_BYTES * (len(common["sampling"].logit_bias) + len(stop.stop_token_ids))
+    size += sum(map(len, texts))
     if num_prompts > 1 and num_prompts * size > MAX_REPEATED_BYTES:
         raise InvalidRequest(
             "prompt",

@@ -14,14 +14,14 @@ from typing import Any
 
 from coordinator.api.openai.errors import unsupported
 from coordinator.api.openai.fields import Fields
+from coordinator.api.values import Constraint
 from engine.base.errors import InvalidRequest
 from engine.constraints import schemas
-from engine.pb.diptych.v1 import inference_pb2
 
 _GUIDED = ("json", "regex", "choice", "grammar")
 
 
-def read_constraint(fields: Fields) -> tuple[inference_pb2.Constraint | None, str]:
+def read_constraint(fields: Fields) -> tuple[Constraint | None, str]:
     """The constraint and the option that asked for it. Raises InvalidRequest, Refused."""
     found = list(_asked(fields))
     if len(found) > 1:
@@ -30,16 +30,16 @@ def read_constraint(fields: Fields) -> tuple[inference_pb2.Constraint | None, st
 
 
 def names_of(asked: str) -> dict[str, str]:
-    """The option that asked, for the gRPC fields that its value became."""
+    """The option that asked, for the fields that its value became."""
     names = {"constraint": asked}
     if asked != "response_format":  # which calls the kinds by the same names
-        for kind in inference_pb2.Constraint.DESCRIPTOR.fields:
-            names[f"constraint.{kind.name}"] = asked
+        for kind in ("json_schema", "json_object", "regex", "grammar", "choice"):
+            names[f"constraint.{kind}"] = asked
         names["constraint.choice.choices"] = asked
     return names
 
 
-def _asked(fields: Fields) -> list[tuple[inference_pb2.Constraint, str]]:
+def _asked(fields: Fields) -> list[tuple[Constraint, str]]:
     found = []
     if (constraint := _response_format(fields)) is not None:
         found.append((constraint, "response_format"))
@@ -55,7 +55,7 @@ def _asked(fields: Fields) -> list[tuple[inference_pb2.Constraint, str]]:
             if value is not None:
                 found.append((_constraint(f"{path}.{kind}", kind, value), f"{path}.{kind}"))
         if outputs.boolean("json_object"):
-            found.append((inference_pb2.Constraint(json_object=True), f"{path}.json_object"))
+            found.append((Constraint("json_object", True), f"{path}.json_object"))
         outputs.neutral({"structural_tag": (), "whitespace_pattern": ()})
         outputs.end(
             (
@@ -68,7 +68,7 @@ def _asked(fields: Fields) -> list[tuple[inference_pb2.Constraint, str]]:
     return found
 
 
-def _response_format(fields: Fields) -> inference_pb2.Constraint | None:
+def _response_format(fields: Fields) -> Constraint | None:
     form = fields.object("response_format")
     if form is None:
         return None
@@ -80,7 +80,7 @@ def _response_format(fields: Fields) -> inference_pb2.Constraint | None:
         schema = form.take("schema")  # llama.cpp's and others' way to say which object
         form.end()
         if schema is None:
-            return inference_pb2.Constraint(json_object=True)
+            return Constraint("json_object", True)
         return _constraint("response_format.schema", "json", schema)
     if kind != "json_schema":
         if kind in ("structural_tag", "grammar", "python"):
@@ -96,7 +96,7 @@ def _response_format(fields: Fields) -> inference_pb2.Constraint | None:
     wrapper.end()
     form.end()
     if schema is None:
-        return inference_pb2.Constraint(json_object=True)
+        return Constraint("json_object", True)
     path = "response_format.json_schema.schema"
     if strict:
         try:
@@ -107,21 +107,19 @@ def _response_format(fields: Fields) -> inference_pb2.Constraint | None:
     return _constraint(path, "json", schema)
 
 
-def _constraint(path: str, kind: str, value: Any) -> inference_pb2.Constraint:
+def _constraint(path: str, kind: str, value: Any) -> Constraint:
     match kind:
         case "json":
             if isinstance(value, str):  # vLLM takes the schema's text as well
-                return inference_pb2.Constraint(json_schema=value)
+                return Constraint("json_schema", value)
             if not isinstance(value, dict | bool):
                 raise InvalidRequest(path, "expected a JSON schema, an object")
-            return inference_pb2.Constraint(json_schema=json.dumps(value))
+            return Constraint("json_schema", json.dumps(value))
         case "choice":
             texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
             if not texts or not value:
                 raise InvalidRequest(path, "expected an array of at least one text")
-            return inference_pb2.Constraint(choice=inference_pb2.Choices(choices=value))
+            return Constraint("choice", value)
     if not isinstance(value, str):
         raise InvalidRequest(path, "expected text")
-    if kind == "regex":
-        return inference_pb2.Constraint(regex=value)
-    return inference_pb2.Constraint(grammar=value)
+    return Constraint(kind, value)

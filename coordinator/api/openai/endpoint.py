@@ -3,7 +3,7 @@
     method, X-Request-Id, body --> handler --> JSON
                                          '---> server-sent events, the first one in hand
                                                (or, with `sse_keepalive_s`, a comment before it)
-    meanwhile: http.disconnect? --> the handler is cancelled, and with it its gRPC calls
+    meanwhile: http.disconnect? --> the handler is cancelled, and with it its calls
 
 Whatever a client sends, it gets an answer in OpenAI's shape; 500 is a bug, logged with its
 traceback. A stream that fails after its first event says so in an event, for its status is sent.
@@ -24,7 +24,6 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from coordinator.api.openai.body import LARGE_BYTES, Gone, parse, read_body
-from coordinator.api.openai.calls import Broken
 from coordinator.api.openai.errors import INTERNAL, Failure, Refused, failure_of
 from coordinator.api.openai.keepalive import kept_alive
 from coordinator.api.validation.request import MAX_REQUEST_ID_CHARS
@@ -191,10 +190,7 @@ class Endpoint:
                 return failure
             _log.warning("http request failed", path=self._name, status=failure.status)
             return failure
-        if isinstance(error, Broken):
-            _log.error("http request failed", path=self._name, status=500, reason=str(error))
-        else:
-            _log.exception("http request failed", path=self._name, status=500)
+        _log.exception("http request failed", path=self._name, status=500)
         return INTERNAL
 
 

@@ -33,7 +33,7 @@ from engine.base.errors import (
     Unavailable,
     WorkersLost,
 )
-from engine.rpc.status import to_status
+from engine.rpc.status import clip, to_status
 
 _Code = grpc.StatusCode
 _INVALID = "invalid_request_error"
@@ -89,10 +89,13 @@ def unsupported(param: str, what: str) -> Refused:
 
 
 def failure_of(error: DiptychError, names: Mapping[str, str] | None = None) -> Failure:
-    """What a client is told of `error`; `names` are those of gRPC fields in its own request."""
+    """What a client is told of `error`; `names` are those of fields in its own request."""
     if isinstance(error, Refused):
         return error.failure
-    status, kind, code = _TABLE.get(to_status(error).code, _OTHER)
+    rpc_code = to_status(error).code
+    if rpc_code is _Code.INTERNAL and not isinstance(error, WorkersLost):
+        return INTERNAL
+    status, kind, code = _TABLE.get(rpc_code, _OTHER)
     message, param, headers = error.message, None, {}
     if isinstance(error, InvalidRequest):
         param = param_of(error.field, names or {})
@@ -111,16 +114,16 @@ def failure_of(error: DiptychError, names: Mapping[str, str] | None = None) -> F
         }
     elif isinstance(error, WorkersLost):
         code, headers = "workers_lost", {"x-should-retry": "false"}  # OpenAI's clients obey it
-    return Failure(status, message, kind, param, code, headers)
+    return Failure(status, clip(message), kind, param and clip(param), code, headers)
 
 
-def param_of(grpc_field: str, names: Mapping[str, str]) -> str:
-    """The option of the HTTP request that became this field of the gRPC request."""
+def param_of(field: str, names: Mapping[str, str]) -> str:
+    """The option of the HTTP request that became this field of a request."""
     for prefix in sorted(names, key=len, reverse=True):
-        if grpc_field == prefix or grpc_field.startswith((f"{prefix}.", f"{prefix}[")):
-            return names[prefix] + grpc_field.removeprefix(prefix)
-    group, dot, rest = grpc_field.partition(".")
-    return rest if dot and group in ("sampling", "stop", "output") else grpc_field
+        if field == prefix or field.startswith((f"{prefix}.", f"{prefix}[")):
+            return names[prefix] + field.removeprefix(prefix)
+    group, dot, rest = field.partition(".")
+    return rest if dot and group in ("sampling", "stop", "output") else field
 
 
 INTERNAL = Failure(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.pb.diptych.v1 import inference_pb2
+from coordinator.api.values import Logprob, ScoredToken
 
 LEAST = -9999.0  # for what JSON cannot say: a probability of nothing
 
@@ -20,13 +20,13 @@ def _value(logprob: float) -> float:
     return max(logprob, LEAST) if logprob == logprob else LEAST
 
 
-def _name(entry: inference_pb2.Logprob, as_id: bool) -> str:
+def _name(entry: Logprob, as_id: bool) -> str:
     return f"token_id:{entry.token_id}" if as_id else entry.text
 
 
-def bytes_of(token: inference_pb2.Logprob) -> bytes:
+def bytes_of(token: Logprob) -> bytes:
     """What a token writes; it may be part of a character alone."""
-    return token.raw if token.HasField("raw") else token.text.encode()
+    return token.raw if token.raw is not None else token.text.encode()
 
 
 @dataclass(slots=True)
@@ -40,11 +40,11 @@ class CompletionLogprobs:
     tops: list[dict[str, float] | None] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
 
-    def add_first(self, token: inference_pb2.Logprob) -> None:
+    def add_first(self, token: Logprob) -> None:
         """The first token of a prompt, which nothing predicts."""
         self._add(token, None, None, 0)
 
-    def add(self, entries: Iterable[inference_pb2.TokenLogprobs]) -> None:
+    def add(self, entries: Iterable[ScoredToken]) -> None:
         """More tokens."""
         for entry in entries:
             top: dict[str, float] = {}
@@ -54,7 +54,7 @@ class CompletionLogprobs:
 
     def _add(
         self,
-        token: inference_pb2.Logprob,
+        token: Logprob,
         value: float | None,
         top: dict[str, float] | None,
         offset: int,
@@ -76,9 +76,7 @@ class CompletionLogprobs:
         return taken
 
 
-def chat_logprobs(
-    entries: Iterable[inference_pb2.TokenLogprobs], as_ids: bool
-) -> list[dict[str, Any]]:
+def chat_logprobs(entries: Iterable[ScoredToken], as_ids: bool) -> list[dict[str, Any]]:
     """The `content` of a chat choice's logprobs."""
     return [
         {**_token(e.chosen, as_ids), "top_logprobs": [_token(one, as_ids) for one in e.top]}
@@ -86,7 +84,7 @@ def chat_logprobs(
     ]
 
 
-def _token(entry: inference_pb2.Logprob, as_ids: bool) -> dict[str, Any]:
+def _token(entry: Logprob, as_ids: bool) -> dict[str, Any]:
     return {
         "token": _name(entry, as_ids),
         "logprob": _value(entry.logprob),
@@ -95,7 +93,7 @@ def _token(entry: inference_pb2.Logprob, as_ids: bool) -> dict[str, Any]:
 
 
 def prompt_logprobs(
-    entries: Sequence[inference_pb2.TokenLogprobs],
+    entries: Sequence[ScoredToken],
 ) -> list[dict[str, Any] | None]:
     """vLLM's prompt_logprobs; a rank is told of the likeliest tokens alone."""
     out: list[dict[str, Any] | None] = [None]

@@ -1,4 +1,4 @@
-"""The messages of a conversation -> gRPC Messages. Pure.
+"""The messages of a conversation -> Messages. Pure.
 
 What an API returned as an assistant's message comes back as history, dumped by its client with all
 that this client knows of such an object. So an assistant's message may hold fields and parts that
@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 from coordinator.api.openai.errors import unsupported
 from coordinator.api.openai.fields import Fields, as_object
+from coordinator.api.values import Message, ToolCall
 from engine.base.errors import InvalidRequest
-from engine.pb.diptych.v1 import inference_pb2
 
 _ASSISTANT = "assistant"
 _ROLES = ("system", "developer", "user", _ASSISTANT, "tool", "function")
@@ -37,7 +37,7 @@ _NOTES = (
 )
 
 
-def read_messages(fields: Fields) -> list[inference_pb2.Message]:
+def read_messages(fields: Fields) -> list[Message]:
     """The conversation; parts of text are joined, parts of other kinds refused by name."""
     values = fields.list("messages")
     if not values:
@@ -45,7 +45,7 @@ def read_messages(fields: Fields) -> list[inference_pb2.Message]:
     return [_message(as_object(f"messages[{i}]", value)) for i, value in enumerate(values)]
 
 
-def _message(fields: Fields) -> inference_pb2.Message:
+def _message(fields: Fields) -> Message:
     role = fields.text("role")
     if role not in _ROLES:
         raise InvalidRequest(fields.path("role"), f"expected one of {', '.join(_ROLES)}")
@@ -63,15 +63,15 @@ def _message(fields: Fields) -> inference_pb2.Message:
     if content is None and not calls:
         _check_audio(fields)
         content = ""
-    name, answers = fields.text("name"), fields.text("tool_call_id")
+    name, answers = fields.text("name") or "", fields.text("tool_call_id") or ""
     fields.list("annotations")
     if not is_output:
         fields.end(_NOTES, nulls=True)
-    return inference_pb2.Message(
+    return Message(
         role="tool" if role == "function" else role,
         content=content,
         name=name,
-        tool_calls=calls,
+        tool_calls=tuple(calls),
         tool_call_id=answers,
     )
 
@@ -111,7 +111,7 @@ def _check_audio(fields: Fields) -> None:
         raise unsupported(fields.path("audio"), "sound without a transcript")
 
 
-def _tool_calls(fields: Fields) -> Sequence[inference_pb2.ToolCall]:
+def _tool_calls(fields: Fields) -> Sequence[ToolCall]:
     path = fields.path("tool_calls")
     calls = [
         _tool_call(as_object(f"{path}[{i}]", value))
@@ -123,26 +123,26 @@ def _tool_calls(fields: Fields) -> Sequence[inference_pb2.ToolCall]:
     return calls
 
 
-def _tool_call(fields: Fields) -> inference_pb2.ToolCall:
+def _tool_call(fields: Fields) -> ToolCall:
     kind = fields.text("type")
     given = fields.text("id") or ""
     if kind == "custom":
         custom = _needed(fields, "custom")
         source = json.dumps({"input": custom.text("input") or ""})
-        return inference_pb2.ToolCall(id=given, name=_name(custom), arguments=source)
+        return ToolCall(id=given, name=_name(custom), arguments=source)
     if kind not in (None, "", "function"):
         raise unsupported(fields.path("type"), "any other than function")
     return _call_of(_needed(fields, "function"), given)
 
 
-def _call_of(function: Fields, given: str) -> inference_pb2.ToolCall:
-    """A call of a function; what its arguments hold is the gRPC API's affair."""
+def _call_of(function: Fields, given: str) -> ToolCall:
+    """A call of a function; what its arguments hold is the frontend's affair."""
     arguments = function.take("arguments")
     if isinstance(arguments, dict):  # some clients send the object itself
         arguments = json.dumps(arguments)
     if arguments is not None and not isinstance(arguments, str):
         raise InvalidRequest(function.path("arguments"), "expected JSON as text")
-    return inference_pb2.ToolCall(id=given, name=_name(function), arguments=arguments or "")
+    return ToolCall(id=given, name=_name(function), arguments=arguments or "")
 
 
 def _needed(fields: Fields, key: str) -> Fields:

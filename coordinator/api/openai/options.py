@@ -1,6 +1,6 @@
-"""Options that completions and chat share -> parts of a gRPC request. Pure.
+"""Options that completions and chat share -> parts of a request. Pure.
 
-Types are checked here; ranges are the gRPC API's own affair, whose errors name the same options.
+Types are checked here; ranges are checked by the frontend, whose errors name the same options.
 
 What becomes of each option is listed in decisions.py.
 """
@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from coordinator.api import values
 from coordinator.api.openai.decisions import NEUTRAL
 from coordinator.api.openai.fields import UINT32, Fields, real, whole, whole_list
 from coordinator.api.validation.request import MAX_CHOICES, MAX_LOGPROBS
 from engine.base.errors import InvalidRequest
-from engine.pb.diptych.v1 import inference_pb2
 
 DEFAULT_TEMPERATURE = 1.0
 _INT64, _UINT64 = 2**63, 2**64
@@ -22,7 +22,7 @@ _INT64, _UINT64 = 2**63, 2**64
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """How the answers are to be written; what the gRPC request does not carry."""
+    """How the answers are to be written; what the request does not carry."""
 
     request_id: str
     n: int
@@ -38,7 +38,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Common:
-    """What was read: fields of a gRPC request, and how to write its answers."""
+    """What was read: fields of a request, and how to write its answers."""
 
     request: dict[str, Any]
     wanted: Wanted
@@ -53,7 +53,7 @@ def read_common(
     echo: bool = False,
 ) -> Common:
     """All options that both APIs have. Raises InvalidRequest, Refused."""
-    fields.text("request_id")  # known to the door already
+    fields.text("request_id")  # known to the endpoint already
     stream = fields.boolean("stream")
     include, continuous = _stream_options(fields, stream)
     prompt_logprobs = fields.integer("prompt_logprobs", 0, MAX_LOGPROBS)
@@ -61,19 +61,19 @@ def read_common(
         raise InvalidRequest("prompt_logprobs", "not available when streaming")
     n = fields.integer("n", 1, MAX_CHOICES)
     stop = _stop(fields, max_tokens)
-    output = inference_pb2.Output(
+    output = values.Output(
         logprobs=logprobs,
         prompt_logprobs=logprobs if prompt_logprobs is None and echo else prompt_logprobs,
-        echo=echo or None,
+        echo=echo,
         skip_special_tokens=fields.boolean("skip_special_tokens", True),
     )
     request = {
-        "model": fields.text("model"),
+        "model": fields.text("model") or "",
         "sampling": _sampling(fields),
         "stop": stop,
         "output": output,
-        "n": n,
-        "priority": fields.integer("priority", -(2**31), 2**31 - 1),
+        "n": n or 1,
+        "priority": fields.integer("priority", -(2**31), 2**31 - 1) or 0,
         "cache_salt": _cache_salt(fields),
     }
     wanted = Wanted(
@@ -104,14 +104,14 @@ def _stream_options(fields: Fields, stream: bool) -> tuple[bool, bool]:
     return include, include and continuous
 
 
-def _sampling(fields: Fields) -> inference_pb2.Sampling:
+def _sampling(fields: Fields) -> values.Sampling:
     temperature = fields.number("temperature")
     seed = fields.integer("seed", -_INT64, _UINT64 - 1)
     top_k = fields.integer("top_k", -1, UINT32)
     top_p = fields.number("top_p")
     if top_p == 0:  # OpenAI takes it: the likeliest token is always in
         top_p, top_k = None, 1
-    return inference_pb2.Sampling(
+    return values.Sampling(
         temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
         top_p=top_p,
         top_k=0 if top_k == -1 else top_k,  # vLLM's other way to say off
@@ -139,7 +139,7 @@ def _logit_bias(fields: Fields) -> dict[int, float]:
     return out
 
 
-def _stop(fields: Fields, max_tokens: int | None) -> inference_pb2.Stop:
+def _stop(fields: Fields, max_tokens: int | None) -> values.Stop:
     strings = fields.take("stop")
     if isinstance(strings, str):
         strings = [strings]
@@ -148,9 +148,9 @@ def _stop(fields: Fields, max_tokens: int | None) -> inference_pb2.Stop:
     ):
         raise InvalidRequest("stop", "expected text or an array of texts")
     ids = fields.take("stop_token_ids")
-    return inference_pb2.Stop(
+    return values.Stop(
         max_tokens=max_tokens,
-        min_tokens=fields.integer("min_tokens", 0, UINT32),
+        min_tokens=fields.integer("min_tokens", 0, UINT32) or 0,
         stop=strings or [],
         stop_token_ids=[] if ids is None else whole_list("stop_token_ids", ids, 0, UINT32),
         ignore_eos=fields.boolean("ignore_eos"),
@@ -158,8 +158,8 @@ def _stop(fields: Fields, max_tokens: int | None) -> inference_pb2.Stop:
     )
 
 
-def _cache_salt(fields: Fields) -> str | None:
+def _cache_salt(fields: Fields) -> str:
     salt = fields.text("cache_salt")
     if salt == "":
         raise InvalidRequest("cache_salt", "empty; expected text, or nothing at all")
-    return salt
+    return salt or ""

@@ -1,6 +1,6 @@
 """What both APIs' answers share: the envelope, usage, and how a whole answer is its stream, folded.
 
-    gRPC response --Writer.choices--> choices of a chunk --.-- streamed: chunk after chunk
+    event --Writer.choices--> choices of a chunk --.-- streamed: chunk after chunk
                                                            '-- else: folded into one object
 
 A choice is numbered prompt * n + choice, as OpenAI numbers them. One writer writes one HTTP answer.
@@ -13,12 +13,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from coordinator.api.openai.options import Wanted
-from engine.pb.diptych.v1 import inference_pb2
+from coordinator.api.values import Event
+from coordinator.generation import request
+from coordinator.generation.request import Finished
+from engine.base.types import FinishReason
 
 _REASONS = {
-    inference_pb2.FINISH_REASON_STOP: "stop",
-    inference_pb2.FINISH_REASON_LENGTH: "length",
-    inference_pb2.FINISH_REASON_ABORTED: "abort",
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.ABORTED: "abort",
 }
 Choice = dict[str, Any]
 
@@ -35,7 +38,7 @@ class Usage:
         """Tokens of a choice came."""
         self._written[choice] = self._written.get(choice, 0) + num_tokens
 
-    def finished(self, prompt: int, choice: int, usage: inference_pb2.Usage) -> None:
+    def finished(self, prompt: int, choice: int, usage: request.Usage) -> None:
         """A choice's own numbers."""
         self.prompt[prompt] = usage.prompt_tokens
         # The first of n choices may have computed what the others found.
@@ -82,10 +85,8 @@ class Writer(ABC):
         }
 
     @abstractmethod
-    def choices(
-        self, prompt: int, response: inference_pb2.GenerateResponse, first_text: str = ""
-    ) -> list[Choice]:
-        """What a response of the call for `prompt` adds, as choices of a chunk.
+    def choices(self, prompt: int, event: Event, first_text: str = "") -> list[Choice]:
+        """What an event of the answer to `prompt` adds, as choices of a chunk.
 
         `first_text` is the text of the prompt's first token, where its log-probabilities are shown.
         """
@@ -110,20 +111,18 @@ class Writer(ABC):
             "usage": self.usage.as_dict(),
         }
 
-    def stop_reason(self, finished: inference_pb2.Finished) -> int | str | None:
+    def stop_reason(self, finished: Finished) -> int | str | None:
         """vLLM's: the stop string, or the stop token that the client named."""
-        matched = finished.matched_stop
-        match matched.WhichOneof("kind"):
-            case "text":
-                return matched.text
-            case "token_id" if matched.token_id in self.wanted.stop_token_ids:
-                return matched.token_id
-        return None
+        ending = finished.ending
+        if ending.matched_text is not None:
+            return ending.matched_text
+        token = ending.matched_token
+        return token if token in self.wanted.stop_token_ids else None
 
 
-def reason_of(finished: inference_pb2.Finished) -> str:
+def reason_of(finished: Finished) -> str:
     """Why a choice ended, in OpenAI's word."""
-    return _REASONS.get(finished.finish_reason, "abort")
+    return _REASONS[finished.ending.reason]
 
 
 def joined(whole: Choice, part: Choice, key: str) -> None:

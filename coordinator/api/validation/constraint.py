@@ -1,6 +1,6 @@
-"""The door for constraints: the ways to say one -> a kind and a source. Pure, and quick.
+"""The check of constraints: a kind of the API -> a kind and a source. Pure, and quick.
 
-Whether it can be used at all only a compilation tells (`Pipeline`, in threads).
+Whether a constraint can be used at all, only a compilation shows (`Pipeline`, in threads).
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from coordinator.api import values
 from engine.base.errors import InvalidRequest
 from engine.base.types import Constraint, ConstraintKind
 from engine.constraints.grammar import MAX_SOURCE_CHARS
-from engine.pb.diptych.v1 import inference_pb2
 
 MAX_CHOICES = 1000
 # A regex of n parts may take n squared to compile.
@@ -20,22 +20,22 @@ MAX_GRAMMAR_CHARS = 64 << 10
 _ANY_OBJECT = Constraint(ConstraintKind.JSON_SCHEMA, '{"type": "object"}')
 
 
-def constraint_from(asked: inference_pb2.Constraint) -> Constraint | None:
+def constraint_from(asked: values.Constraint | None) -> Constraint | None:
     """What the answer must be; None: anything. Raises InvalidRequest."""
-    match asked.WhichOneof("kind"):
-        case "json_schema":
-            source = _checked("json_schema", asked.json_schema, MAX_SOURCE_CHARS)
+    match asked:
+        case values.Constraint("json_schema", str(source)):
+            source = _checked("json_schema", source, MAX_SOURCE_CHARS)
             return Constraint(ConstraintKind.JSON_SCHEMA, source)
-        case "json_object":
-            return _ANY_OBJECT if asked.json_object else None
-        case "regex":
-            source = _checked("regex", asked.regex, MAX_REGEX_CHARS)
+        case values.Constraint("json_object", True):
+            return _ANY_OBJECT
+        case values.Constraint("regex", str(source)):
+            source = _checked("regex", source, MAX_REGEX_CHARS)
             return Constraint(ConstraintKind.REGEX, source)
-        case "grammar":
-            source = _checked("grammar", asked.grammar, MAX_GRAMMAR_CHARS)
+        case values.Constraint("grammar", str(source)):
+            source = _checked("grammar", source, MAX_GRAMMAR_CHARS)
             return Constraint(ConstraintKind.LARK, source)
-        case "choice":
-            return Constraint(ConstraintKind.LARK, _one_of(asked.choice.choices))
+        case values.Constraint("choice", Sequence() as texts):
+            return Constraint(ConstraintKind.LARK, _one_of(texts))
     return None
 
 

@@ -7,22 +7,21 @@ refused by name.
 from __future__ import annotations
 
 import math
-import uuid
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from coordinator.api.validation.constraint import constraint_from
 from coordinator.api.validation.tools import check_tool_calls, check_tools, text_schema, tool_use
+from coordinator.api.values import GenerateRequest, Message, Resume, Sampling, Stop
 from coordinator.generation.request import DEFAULT_MAX_TOKENS, GenerationRequest, Resumed
 from coordinator.text import json_bounds as nesting
 from coordinator.text.served_model import Limits
-from coordinator.text.tool_format import ToolUse, tool_grammar
+from coordinator.text.tool_format import tool_grammar
 from coordinator.text.values import ASSISTANT, ChatMessage
 from engine.base.errors import InvalidRequest, NotFound
 from engine.base.seeds import default_seed
 from engine.base.types import Constraint, SamplingParams
-from engine.pb.diptych.v1 import inference_pb2
 
 MAX_CHOICES = 64
 MAX_LOGPROBS = 20
@@ -43,54 +42,69 @@ def check_model(name: str, limits: Limits) -> None:
         raise NotFound(f"model: {name!r} is not served here; {limits.model!r} is")
 
 
-def validate_generate(request: inference_pb2.GenerateRequest, limits: Limits) -> GenerationRequest:
-    """Check a GenerateRequest. Raises InvalidRequest, NotFound, NotOffered."""
+def validate(request: GenerateRequest, limits: Limits) -> GenerationRequest:
+    """Check a request. Raises InvalidRequest, NotFound, NotOffered."""
     check_model(request.model, limits)
-    text, token_ids = None, None
-    match request.WhichOneof("prompt"):
-        case "text":
-            text = request.text  # an empty one is a prompt where the tokenizer adds a token
-        case "token_ids":
-            ids = request.token_ids.ids
-            token_ids = check_token_ids("token_ids.ids", ids, limits, limits.max_model_len)
-            if not token_ids:
-                raise InvalidRequest(
-                    "token_ids.ids", "empty; expected at least one token, such as the model's first"
-                )
-        case _:
-            raise InvalidRequest("prompt", "unset; expected text or token_ids")
-    return _answer_request(
-        request,
-        limits,
-        text=text,
-        token_ids=token_ids,
-        constraint=constraint_from(request.constraint),
-        default_max_tokens=DEFAULT_MAX_TOKENS,
-    )
-
-
-def validate_chat(request: inference_pb2.ChatRequest, limits: Limits) -> GenerationRequest:
-    """Check a ChatRequest. Raises InvalidRequest, NotFound, NotOffered."""
-    check_model(request.model, limits)
-    messages = check_messages("messages", request.messages, limits)
-    tools = tool_use(request, check_tools("tools_json", request.tools_json), limits.tool_format)
+    token_ids, messages, tools = None, None, None
+    if request.messages is not None:
+        messages = check_messages("messages", request.messages, limits)
+        found = check_tools("tools_json", request.tools_json)
+        tools = tool_use(request, found, limits.tool_format)
+    elif request.token_ids is not None:
+        field, longest = "token_ids.ids", limits.max_model_len
+        token_ids = check_token_ids(field, request.token_ids, limits, longest)
+        if not token_ids:
+            raise InvalidRequest(
+                field, "empty; expected at least one token, such as the model's first"
+            )
+    elif request.text is None:  # an empty one is a prompt where the tokenizer adds a token
+        raise InvalidRequest("prompt", "unset; expected text or token_ids")
     if tools:
         tools = replace(tools, text_schema=text_schema(request.constraint, tools))
         constraint: Constraint | None = tool_grammar(tools, tools.text_schema)
     else:
         constraint = constraint_from(request.constraint)
-    return _answer_request(
-        request,
-        limits,
+    stop, output = request.stop, request.output
+    request_id = _request_id(request.request_id)
+    num_choices = _num_choices(request.n)
+    num_prompt_logprobs = _num_logprobs("prompt_logprobs", output.prompt_logprobs)
+    shows_prompt = output.echo or num_prompt_logprobs is not None
+    max_tokens = _max_tokens(stop, at_least=0 if shows_prompt else 1)
+    stop_ids = _stop_token_ids(stop, limits)
+    if len(request.cache_salt) > MAX_SALT_CHARS:
+        raise InvalidRequest("cache_salt", f"longer than {MAX_SALT_CHARS} characters")
+    resumes = _resumes(request.resume, num_choices, limits, max_tokens)
+    resumed = resumes[0] if resumes else Resumed()
+    return GenerationRequest(
+        request_id=request_id,
+        text=request.text,
+        token_ids=token_ids,
         messages=messages,
+        sampling=_sampling(request.sampling, limits, request_id),
+        max_tokens=max_tokens,
+        default_max_tokens=DEFAULT_MAX_TOKENS if messages is None else None,
+        min_tokens=stop.min_tokens,
+        stop_strings=_stop_strings(stop.stop),
+        stop_token_ids=stop_ids & frozenset(limits.eos_token_ids) if tools else stop_ids,
+        content_stop_ids=stop_ids - frozenset(limits.eos_token_ids) if tools else frozenset(),
+        include_stop=stop.include_stop_str_in_output,
+        skip_special_tokens=output.skip_special_tokens,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+        resumed=resumed.token_ids,
+        resume_finished=resumed.finished,
         tools=tools,
         constraint=constraint,
-        default_max_tokens=None,
+        num_logprobs=_num_logprobs("logprobs", output.logprobs),
+        num_prompt_logprobs=num_prompt_logprobs,
+        echo=output.echo,
+        num_choices=num_choices,
+        resumes=resumes,
     )
 
 
 def check_messages(
-    field: str, messages: Sequence[inference_pb2.Message], limits: Limits
+    field: str, messages: Sequence[Message], limits: Limits
 ) -> tuple[ChatMessage, ...]:
     """A conversation of at least one message, each with a role and a content.
 
@@ -106,12 +120,12 @@ def check_messages(
         if not message.role:
             raise InvalidRequest(f"{field}[{i}].role", "unset; expected system, user or assistant")
         silent = message.role == ASSISTANT or message.tool_calls
-        if not message.HasField("content") and not silent:
+        if message.content is None and not silent:
             raise InvalidRequest(f"{field}[{i}].content", "unset; expected text")
         checked.append(
             ChatMessage(
                 message.role,
-                message.content if message.HasField("content") else None,
+                message.content,
                 message.name,
                 check_tool_calls(f"{field}[{i}].tool_calls", message.tool_calls, items),
                 message.tool_call_id,
@@ -142,75 +156,15 @@ def check_token_ids(
     return found
 
 
-def _answer_request(
-    request: Any,
-    limits: Limits,
-    *,
-    default_max_tokens: int | None,
-    text: str | None = None,
-    token_ids: tuple[int, ...] | None = None,
-    messages: tuple[ChatMessage, ...] | None = None,
-    tools: ToolUse | None = None,
-    constraint: Constraint | None = None,
-) -> GenerationRequest:
-    """The part that Generate and Chat share."""
-    request_id = _request_id(request.request_id)
-    stop, output = request.stop, request.output
-    num_choices = _num_choices(request)
-    num_prompt_logprobs = _num_logprobs(output, "prompt_logprobs")
-    tells_prompt = output.echo or num_prompt_logprobs is not None
-    max_tokens = _max_tokens(stop, at_least=0 if tells_prompt else 1)
-    stop_ids = _stop_token_ids(stop, limits)
-    if len(request.cache_salt) > MAX_SALT_CHARS:
-        raise InvalidRequest("cache_salt", f"longer than {MAX_SALT_CHARS} characters")
-    resumes = _resumes(request.resume, num_choices, limits, max_tokens)
-    resumed = resumes[0] if resumes else Resumed()
-    return GenerationRequest(
-        request_id=request_id,
-        text=text,
-        token_ids=token_ids,
-        messages=messages,
-        sampling=_sampling(request.sampling, limits, request_id),
-        max_tokens=max_tokens,
-        default_max_tokens=default_max_tokens,
-        min_tokens=stop.min_tokens,
-        stop_strings=_stop_strings(stop.stop),
-        stop_token_ids=stop_ids & frozenset(limits.eos_token_ids) if tools else stop_ids,
-        content_stop_ids=stop_ids - frozenset(limits.eos_token_ids) if tools else frozenset(),
-        include_stop=stop.include_stop_str_in_output,
-        skip_special_tokens=_default(output, "skip_special_tokens", True),
-        priority=request.priority,
-        cache_salt=request.cache_salt,
-        resumed=resumed.token_ids,
-        resume_finished=resumed.finished,
-        tools=tools,
-        constraint=constraint,
-        num_logprobs=_num_logprobs(output, "logprobs"),
-        num_prompt_logprobs=num_prompt_logprobs,
-        echo=output.echo,
-        num_choices=num_choices,
-        resumes=resumes,
-    )
-
-
-def _default(message: Any, field: str, default: Any) -> Any:
-    """An optional field's value, or its default where it is unset."""
-    return getattr(message, field) if message.HasField(field) else default
-
-
-def _num_choices(request: Any) -> int:
-    count = int(_default(request, "n", 1))
+def _num_choices(count: int) -> int:
     if not 1 <= count <= MAX_CHOICES:
         raise InvalidRequest("n", f"{count}; expected 1 to {MAX_CHOICES}")
     return count
 
 
-def _num_logprobs(output: inference_pb2.Output, field: str) -> int | None:
-    if not output.HasField(field):
-        return None
-    count = int(getattr(output, field))
-    if count > MAX_LOGPROBS:
-        raise InvalidRequest(f"output.{field}", f"{count}; expected at most {MAX_LOGPROBS}")
+def _num_logprobs(name: str, count: int | None) -> int | None:
+    if count is not None and count > MAX_LOGPROBS:
+        raise InvalidRequest(f"output.{name}", f"{count}; expected at most {MAX_LOGPROBS}")
     return count
 
 
@@ -221,11 +175,11 @@ def _request_id(given: str) -> str:
         )
     if not given.isprintable():
         raise InvalidRequest("request_id", "expected printable characters")
-    return given or uuid.uuid4().hex
+    return given
 
 
-def _max_tokens(stop: inference_pb2.Stop, at_least: int) -> int | None:
-    if not stop.HasField("max_tokens"):
+def _max_tokens(stop: Stop, at_least: int) -> int | None:
+    if stop.max_tokens is None:
         return None
     if stop.max_tokens < at_least:
         raise InvalidRequest(
@@ -240,7 +194,7 @@ def _max_tokens(stop: inference_pb2.Stop, at_least: int) -> int | None:
     return stop.max_tokens
 
 
-def _stop_token_ids(stop: inference_pb2.Stop, limits: Limits) -> frozenset[int]:
+def _stop_token_ids(stop: Stop, limits: Limits) -> frozenset[int]:
     """Those asked for, and the end-of-sequence ids unless they are ignored."""
     field = "stop.stop_token_ids"
     found = set(check_token_ids(field, stop.stop_token_ids, limits, limits.vocab_size))
@@ -265,34 +219,34 @@ def _stop_strings(strings: Sequence[str]) -> tuple[str, ...]:
 
 
 def _number(
-    message: Any,
-    field: str,
-    default: float,
-    low: float,
-    high: float,
-    *,
-    above: bool = False,
+    name: str, value: float | None, default: float, low: float, high: float, *, above: bool = False
 ) -> float:
-    """sampling.`field` in [low, high], or (low, high] if `above`; NaN and infinity never are."""
-    if not message.HasField(field):
+    """sampling.`name` in [low, high], or (low, high] if `above`; NaN and infinity never are."""
+    if value is None:
         return default
-    value = float(getattr(message, field))
+    (value,) = _rounded([value])
     if not math.isfinite(value) or value > high or value < low or (above and value == low):
         if math.isinf(high):
             expected = f"{'above' if above else 'at least'} {low:g}"
         else:
             expected = f"{'above' if above else 'from'} {low:g} to {high:g}"
-        raise InvalidRequest(f"sampling.{field}", f"{value:g}; expected a number {expected}")
+        raise InvalidRequest(f"sampling.{name}", f"{value:g}; expected a number {expected}")
     return value
 
 
-def _sampling(sampling: inference_pb2.Sampling, limits: Limits, request_id: str) -> SamplingParams:
+def _rounded(numbers: Iterable[float]) -> list[float]:
+    """As a worker gets them: to 32 bits, whichever protocol they came by."""
+    return array("f", numbers).tolist()
+
+
+def _sampling(sampling: Sampling, limits: Limits, request_id: str) -> SamplingParams:
     if len(sampling.logit_bias) > limits.vocab_size:
         raise InvalidRequest(
             "sampling.logit_bias",
             f"{len(sampling.logit_bias)} tokens; expected at most {limits.vocab_size}",
         )
-    bias = tuple(sorted(sampling.logit_bias.items()))
+    tokens = sorted(sampling.logit_bias)
+    bias = tuple(zip(tokens, _rounded(map(sampling.logit_bias.__getitem__, tokens)), strict=True))
     for token, value in bias:
         if token < limits.vocab_size and -100 <= value <= 100:
             continue
@@ -300,23 +254,27 @@ def _sampling(sampling: inference_pb2.Sampling, limits: Limits, request_id: str)
         if token >= limits.vocab_size:
             raise InvalidRequest(field, f"not a token; expected 0 to {limits.vocab_size - 1}")
         raise InvalidRequest(field, f"{value:g}; expected a number from -100 to 100")
+
+    def number(name: str, default: float, low: float, high: float, *, above: bool = False) -> float:
+        return _number(name, getattr(sampling, name), default, low, high, above=above)
+
     return SamplingParams(
-        temperature=_number(sampling, "temperature", 0.0, 0.0, math.inf),
-        top_p=_number(sampling, "top_p", 1.0, 0.0, 1.0, above=True),
-        top_k=sampling.top_k,
-        min_p=_number(sampling, "min_p", 0.0, 0.0, 1.0),
-        frequency_penalty=_number(sampling, "frequency_penalty", 0.0, -2.0, 2.0),
-        presence_penalty=_number(sampling, "presence_penalty", 0.0, -2.0, 2.0),
-        repetition_penalty=_number(
-            sampling, "repetition_penalty", 1.0, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+        temperature=number("temperature", 0.0, 0.0, math.inf),
+        top_p=number("top_p", 1.0, 0.0, 1.0, above=True),
+        top_k=sampling.top_k or 0,
+        min_p=number("min_p", 0.0, 0.0, 1.0),
+        frequency_penalty=number("frequency_penalty", 0.0, -2.0, 2.0),
+        presence_penalty=number("presence_penalty", 0.0, -2.0, 2.0),
+        repetition_penalty=number(
+            "repetition_penalty", 1.0, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
         ),
-        seed=_default(sampling, "seed", default_seed(request_id)),
+        seed=default_seed(request_id) if sampling.seed is None else sampling.seed,
         logit_bias=bias,
     )
 
 
 def _resumes(
-    entries: Sequence[inference_pb2.Resume],
+    entries: Sequence[Resume],
     num_choices: int,
     limits: Limits,
     max_tokens: int | None,

@@ -1,4 +1,4 @@
-"""The door for tools: definitions, choices and earlier calls, or an error that names the field.
+"""The check of tools: definitions, choices and earlier calls, or an error that names the field.
 
 Pure, as request.py is, whose part this is.
 """
@@ -11,16 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from coordinator.api import values
+from coordinator.api.values import Constraint, GenerateRequest
 from coordinator.text import json_bounds as nesting
 from coordinator.text.tool_format import Tool, ToolFormat, ToolUse, argument_schema
 from coordinator.text.values import ToolCall
 from engine.base.errors import InvalidRequest, NotOffered
 from engine.constraints.grammar import MAX_SOURCE_CHARS
 from engine.constraints.schemas import Refused, held
-from engine.pb.diptych.v1 import inference_pb2
 
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 1024 * 1024
+TOOL_MODES = ("", "none", "auto", "required")
 UNPARSED = "unparsed"  # the name under which arguments stand that are no object
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _OTHER_TYPES = ("null", "boolean", "integer", "number", "string", "array")
@@ -49,52 +51,46 @@ def check_tools(field: str, source: str) -> tuple[Tool, ...]:
     return tuple(tools)
 
 
-def tool_use(
-    request: inference_pb2.ChatRequest, tools: tuple[Tool, ...], form: ToolFormat
-) -> ToolUse | None:
-    """Which tools the answer may or must call; None: it is text, and the prompt tells of none."""
-    choice = request.tool_choice
-    kind, mode = choice.WhichOneof("kind"), choice.mode
-    if mode not in inference_pb2.ToolChoice.Mode.values():
+def tool_use(request: GenerateRequest, tools: tuple[Tool, ...], form: ToolFormat) -> ToolUse | None:
+    """Which tools the answer may or must call; None: it is text, and the prompt names none."""
+    name, mode = request.tool_choice.name, request.tool_choice.mode
+    if mode not in TOOL_MODES:
         raise InvalidRequest("tool_choice.mode", f"{mode} is not known")
     if not tools:  # then a model that may call one calls none
-        if kind == "name" or mode == inference_pb2.ToolChoice.MODE_REQUIRED:
+        if name is not None or mode == "required":
             raise InvalidRequest("tool_choice", "there are no tools to choose from")
         return None
-    if kind == "mode" and mode == inference_pb2.ToolChoice.MODE_NONE:
-        return None
-    single = form.single or (
-        request.HasField("parallel_tool_calls") and not request.parallel_tool_calls
-    )
-    if kind == "name":
-        named = tuple(tool for tool in tools if tool.name == choice.name)
+    if name is not None:
+        named = tuple(tool for tool in tools if tool.name == name)
         if not named:
             known = ", ".join(tool.name for tool in tools)
             raise InvalidRequest("tool_choice.name", f"is none of the tools: {known}")
         return ToolUse(form, tools, named, required=True, single=True)
-    required = mode == inference_pb2.ToolChoice.MODE_REQUIRED
-    return ToolUse(form, tools, tools, required=required, single=single)
-
-
-def text_schema(constraint: inference_pb2.Constraint, use: ToolUse) -> str | None:
-    """The JSON schema that text must have where no call is made, or None."""
-    kind = constraint.WhichOneof("kind")
-    if kind is None or use.required:  # an answer of calls has no text
+    if mode == "none":
         return None
+    single = form.single or not request.parallel_tool_calls
+    return ToolUse(form, tools, tools, required=mode == "required", single=single)
+
+
+def text_schema(constraint: Constraint | None, use: ToolUse) -> str | None:
+    """The JSON schema that text must have where no call is made, or None."""
+    if constraint is None or use.required:  # an answer of calls has no text
+        return None
+    kind, value = constraint.kind, constraint.value
     if not use.format.trigger:
         raise NotOffered(f"constraint.{kind} beside tools, with a model whose calls are bare JSON")
     if kind == "json_object":
-        return held('{"type": "object"}') if constraint.json_object else None
-    if kind != "json_schema":
+        return held('{"type": "object"}') if value else None
+    if kind != "json_schema" or not isinstance(value, str):
         raise NotOffered(f"constraint.{kind} beside tools")
-    schema = parse_json("constraint.json_schema", constraint.json_schema)
+    schema = parse_json("constraint.json_schema", value)
     if not isinstance(schema, dict):
         raise InvalidRequest("constraint.json_schema", "expected a JSON object")
     return _fitting("constraint.json_schema", partial(held, json.dumps(schema)))
 
 
 def check_tool_calls(
-    field: str, calls: Sequence[inference_pb2.ToolCall], items: nesting.Items | None = None
+    field: str, calls: Sequence[values.ToolCall], items: nesting.Items | None = None
 ) -> tuple[ToolCall, ...]:
     """Calls that an earlier turn made; templates get their arguments as objects.
 

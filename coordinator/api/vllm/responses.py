@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from coordinator.api.values import Delta, Event, PromptEvent, ScoredToken
+from coordinator.generation.request import Ending, Finished, Usage
 from engine.base.types import FinishReason
-from engine.pb.diptych.v1 import inference_pb2
 from engine.pb.vllm import vllm_engine_pb2
-from engine.rpc.convert import reason_from_pb
 
 _REASONS = {
     FinishReason.STOP: "stop",
@@ -26,7 +26,7 @@ class _Choice:
     """What a choice has brought so far."""
 
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[inference_pb2.TokenLogprobs] = field(default_factory=list)
+    logprobs: list[ScoredToken] = field(default_factory=list)
     finished: bool = False
 
 
@@ -41,57 +41,48 @@ class ResponseBuilder:
         self._choices: dict[int, _Choice] = {}
         self._input: vllm_engine_pb2.InputLogProbs | None = None
 
-    def add(
-        self, event: inference_pb2.GenerateResponse
-    ) -> Iterator[vllm_engine_pb2.GenerateResponse]:
+    def add(self, event: Event) -> Iterator[vllm_engine_pb2.GenerateResponse]:
         """The responses that an event of the answer gives."""
-        match event.WhichOneof("event"):
-            case "prompt":
-                self._input = _input_logprobs(event.prompt)
-            case "delta":
+        match event:
+            case PromptEvent():
+                self._input = _input_logprobs(event)
+            case Delta():
                 first = event.index not in self._choices
                 choice = self._choices.setdefault(event.index, _Choice())
-                choice.token_ids += event.delta.token_ids
-                choice.logprobs += event.delta.logprobs
-                if self._stream and event.delta.token_ids:
+                choice.token_ids += event.token_ids
+                choice.logprobs += event.logprobs
+                if self._stream and event.token_ids:
                     yield self._chunk(event, first)
-            case "finished":
-                yield self._complete(event.index, event.finished)
+            case Finished(ending, usage, _, index):
+                yield self._complete(index, ending, usage)
 
     def abort(self) -> Iterator[vllm_engine_pb2.GenerateResponse]:
         """The ends of those choices that were not to end."""
-        ended = inference_pb2.Finished(
-            finish_reason=inference_pb2.FINISH_REASON_ABORTED,
-            usage=inference_pb2.Usage(prompt_tokens=self._num_prompt_tokens),
-        )
+        ending, usage = Ending(FinishReason.ABORTED), Usage(self._num_prompt_tokens, 0, 0, 0, 0)
         for index in range(self._num_choices):
             choice = self._choices.get(index)
             if choice is None or not choice.finished:
-                yield self._complete(index, ended)
+                yield self._complete(index, ending, usage)
 
-    def _chunk(
-        self, event: inference_pb2.GenerateResponse, first: bool
-    ) -> vllm_engine_pb2.GenerateResponse:
-        token_ids = event.delta.token_ids
+    def _chunk(self, event: Delta, first: bool) -> vllm_engine_pb2.GenerateResponse:
         chunk = vllm_engine_pb2.GenerateStreamChunk(
-            token_ids=token_ids,
+            token_ids=event.token_ids,
             prompt_tokens=self._num_prompt_tokens,
-            completion_tokens=len(token_ids),
-            output_logprobs=_output_logprobs(event.delta.logprobs, self._top),
+            completion_tokens=len(event.token_ids),
+            output_logprobs=_output_logprobs(event.logprobs, self._top),
             input_logprobs=self._input if first else None,
             index=event.index,
         )
         return vllm_engine_pb2.GenerateResponse(chunk=chunk)
 
     def _complete(
-        self, index: int, finished: inference_pb2.Finished
+        self, index: int, ending: Ending, usage: Usage
     ) -> vllm_engine_pb2.GenerateResponse:
         choice = self._choices.setdefault(index, _Choice())
         choice.finished = True
-        usage = finished.usage
         complete = vllm_engine_pb2.GenerateComplete(
             output_ids=choice.token_ids,
-            finish_reason=_REASONS[reason_from_pb(finished.finish_reason)],
+            finish_reason=_REASONS[ending.reason],
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=len(choice.token_ids),
             cached_tokens=usage.cached_tokens,
@@ -101,16 +92,15 @@ class ResponseBuilder:
             spec_accepted_tokens=usage.accepted_tokens,
             spec_draft_tokens=usage.draft_tokens,
         )
-        match finished.matched_stop.WhichOneof("kind"):
-            case "token_id":
-                complete.matched_token_id = finished.matched_stop.token_id
-            case "text":
-                complete.matched_stop_str = finished.matched_stop.text
+        if ending.matched_text is not None:
+            complete.matched_stop_str = ending.matched_text
+        elif ending.matched_token is not None:
+            complete.matched_token_id = ending.matched_token
         return vllm_engine_pb2.GenerateResponse(complete=complete)
 
 
 def _output_logprobs(
-    tokens: Sequence[inference_pb2.TokenLogprobs], top: bool
+    tokens: Sequence[ScoredToken], top: bool
 ) -> vllm_engine_pb2.OutputLogProbs | None:
     if not tokens:
         return None
@@ -121,7 +111,7 @@ def _output_logprobs(
     )
 
 
-def _input_logprobs(prompt: inference_pb2.Prompt) -> vllm_engine_pb2.InputLogProbs | None:
+def _input_logprobs(prompt: PromptEvent) -> vllm_engine_pb2.InputLogProbs | None:
     """Nothing predicts the first token: its place is there and empty."""
     if not prompt.logprobs:
         return None
@@ -135,7 +125,7 @@ def _input_logprobs(prompt: inference_pb2.Prompt) -> vllm_engine_pb2.InputLogPro
     )
 
 
-def _top_logprobs(token: inference_pb2.TokenLogprobs) -> vllm_engine_pb2.TopLogProbs:
+def _top_logprobs(token: ScoredToken) -> vllm_engine_pb2.TopLogProbs:
     return vllm_engine_pb2.TopLogProbs(
         values=[each.logprob for each in token.top],
         token_ids=[each.token_id for each in token.top],

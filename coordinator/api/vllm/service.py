@@ -1,6 +1,6 @@
 """The protocol between gateways and vLLM: a coordinator fronted as if it were one engine.
 
-Tokens in, tokens out. A thin translation to our own Generate in this process:
+Tokens in, tokens out. A thin translation to the frontend:
 
     Generate --task--> events -> chunks -> complete (one a choice)
                  ^
@@ -20,14 +20,13 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
 
-from coordinator.api.grpc.service import InferenceServicer
+from coordinator.api.frontend import Frontend
+from coordinator.api.values import Event, GenerateRequest
 from coordinator.api.vllm.request import to_generate
 from coordinator.api.vllm.responses import ResponseBuilder
-from coordinator.cluster.membership import Membership
 from coordinator.generation.fan_in import Merge
 from coordinator.generation.pipeline import Pipeline
 from coordinator.text.served_model import ServedModel
-from engine.pb.diptych.v1 import inference_pb2
 from engine.pb.vllm import vllm_engine_pb2
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import CoordinatorMetrics
@@ -38,7 +37,6 @@ _MAX_LOGGED = 8  # ids of one refused abort
 _SERVER_TYPE = "vllm-grpc"  # the protocol's word for who speaks it
 
 Responses = AsyncGenerator[vllm_engine_pb2.GenerateResponse, None]
-Events = Merge[inference_pb2.GenerateResponse]
 
 
 class VllmEngineServicer:
@@ -47,17 +45,15 @@ class VllmEngineServicer:
     def __init__(
         self,
         model: ServedModel,
-        inference: InferenceServicer,
+        frontend: Frontend,
         pipeline: Pipeline,
-        membership: Membership,
         metrics: CoordinatorMetrics,
         ready: Callable[[], bool],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._model = model
-        self._inference = inference
+        self._frontend = frontend
         self._pipeline = pipeline
-        self._membership = membership
         self._metrics = metrics
         self._ready = ready
         self._clock = clock
@@ -72,7 +68,7 @@ class VllmEngineServicer:
         self._last_request = self._clock()
         generate = to_generate(request, self._model.name, self._pipeline.max_model_len)
         reply = ResponseBuilder(request)
-        events: Events = Merge()
+        events: Merge[Event] = Merge()
         async with events:
             task = events.add(self._run(generate, context, events))
             with self._abortable((context.peer(), request.request_id), task):
@@ -133,7 +129,6 @@ class VllmEngineServicer:
         self, request: vllm_engine_pb2.GetServerInfoRequest, context: Any
     ) -> vllm_engine_pb2.GetServerInfoResponse:
         """What goes on; the whole cluster is one engine of one rank."""
-        identity = self._membership.identity
         return vllm_engine_pb2.GetServerInfoResponse(
             active_requests=self._pipeline.num_requests,
             is_paused=self._pipeline.draining,
@@ -141,13 +136,11 @@ class VllmEngineServicer:
             uptime_seconds=self._clock() - self._started,
             server_type=_SERVER_TYPE,
             data_parallel_size=1,
-            block_size=identity.block_size if identity else 0,
+            block_size=self._frontend.model().block_size,
         )
 
-    async def _run(
-        self, generate: inference_pb2.GenerateRequest, context: Any, events: Events
-    ) -> None:
-        async with aclosing(self._inference.Generate(generate, context)) as answer:
+    async def _run(self, asked: GenerateRequest, context: Any, events: Merge[Event]) -> None:
+        async with aclosing(self._frontend.generate(asked, context.time_remaining())) as answer:
             async for event in answer:
                 await events.put(event)
 

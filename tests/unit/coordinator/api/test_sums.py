@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from coordinator.api.openai.body import parse_body
 from coordinator.api.openai.completions import read_completion
 from coordinator.api.openai.errors import Refused
-from coordinator.api.validation.request import validate_generate
 from coordinator.api.validation.tools import UNPARSED, check_tool_calls
 from coordinator.generation.output import Output
 from coordinator.generation.shared_parts import SharedParts
@@ -28,6 +27,7 @@ from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.rpc.liveness import next_message
 from tests.support.fake_decode import Cue
 from tests.support.fake_decode import lost as lost_error
+from tests.support.validated import validated
 from tests.unit.coordinator.api.grpc.test_service import checkpoint, collect, front, stop  # noqa: F401
 
 MANY = nesting.MAX_ITEMS
@@ -156,7 +156,7 @@ def test_what_is_resumed_is_taken_in_pieces(checkpoint) -> None:  # noqa: F811
     ids = [1000 + i % 500 for i in range(8000)]
     asked = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1]), stop=pb.Stop(stop=["zq"] * 16))
     asked.resume.add(token_ids=ids)
-    checked = validate_generate(asked, LIMITS)
+    checked = validated(asked, LIMITS)
     answer = Output(tokenizer, checked, [1], max_tokens=8100, min_tokens=0)
     assert answer.token_ids == []
     sizes = []

@@ -5,6 +5,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from coordinator.api.grpc.requests import read_request
 from coordinator.api.switches import _PARTS, Switches
 from engine.base import options as config
 from engine.base.errors import ConfigError, NotOffered
@@ -59,7 +60,7 @@ def test_the_flag_is_a_list_and_may_stand_twice(tmp_path):
 @pytest.mark.parametrize("name", USES)
 def test_each_part_alone(name):
     field, fields = USES[name]
-    request = pb.GenerateRequest(text="x", **fields)
+    request = read_request(pb.GenerateRequest(text="x", **fields))
     Switches(",".join(set(_PARTS) - {name, "logprobs"})).check(request)
     with pytest.raises(NotOffered, match=rf"^{field} is switched off .*--disable {name}") as caught:
         Switches(name).check(request)
@@ -68,9 +69,10 @@ def test_each_part_alone(name):
 
 def test_defaults_given_by_name_are_no_use():
     request = pb.ChatRequest(messages=CHAT, n=1, priority=0, output=pb.Output(echo=False))
-    Switches(",".join(_PARTS)).check(request)
+    Switches(",".join(_PARTS)).check(read_request(request))
     with pytest.raises(NotOffered, match=r"^output.prompt_logprobs"):
-        Switches("logprobs").check(pb.GenerateRequest(output=pb.Output(prompt_logprobs=1)))
+        request = pb.GenerateRequest(output=pb.Output(prompt_logprobs=1))
+        Switches("logprobs").check(read_request(request))
 
 
 async def status(call):

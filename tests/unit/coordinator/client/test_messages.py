@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from coordinator.api.validation.request import validate_chat
 from coordinator.client import chat_request, generate_request
 from coordinator.text.served_model import Limits
 from engine.pb.diptych.v1 import inference_pb2
+from tests.support.validated import validated
 
 WEATHER = {
     "type": "function",
@@ -144,7 +144,7 @@ def test_a_conversation_with_calls_and_what_they_gave() -> None:
     ]
     assert (request.messages[2].tool_call_id, request.messages[2].content) == ("1", "rain")
     assert request.messages[3].name == "Ann"
-    checked = validate_chat(request, Limits("m", 100, (0,), 1000))
+    checked = validated(request, Limits("m", 100, (0,), 1000))
     assert checked.messages is not None
     assert [c.arguments for c in checked.messages[1].tool_calls] == [{}, {"city": "Paris"}]
     with pytest.raises(ValueError, match="nonsense"):
@@ -167,7 +167,7 @@ def test_an_assistants_turn_as_clients_dump_it() -> None:
     called, refused, silent, asked = request.messages[len(TURNS) :]
     assert [(c.id, c.name, c.arguments) for c in called.tool_calls] == [("", "weather", "")]
     assert (refused.content, silent.HasField("content"), asked.content) == ("no", False, "a\nb")
-    assert validate_chat(request, Limits("m", 100, (0,), 1000)).messages
+    assert validated(request, Limits("m", 100, (0,), 1000)).messages
     with pytest.raises(ValueError, match="image_url"):
         chat_request([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}])
 

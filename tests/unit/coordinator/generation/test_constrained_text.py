@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from coordinator.api.grpc.requests import read_request
 from coordinator.api.validation.constraint import constraint_from
 from coordinator.text.detokenizer import Detokenizer, lead_of
 from engine.constraints import Compiler, Matcher, Vocabulary
@@ -69,7 +70,7 @@ async def test_the_text_fits(kind: str, tmp_path: Path) -> None:
         for name, asked in CONSTRAINTS.items():
             if name == "json_schema" and not tokenizer.decoding.has_byte_tokens:
                 continue  # not all of JSON is in the vocabulary
-            made = constraint_from(asked)
+            made = constraint_from(read_request(pb.GenerateRequest(constraint=asked)).constraint)
             assert made
             constraint = replace(made, lead=lead_of(tokenizer, prompt, True))
             for _ in range(30 if name == "choice" else 8):

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.api.validation.request import validate_chat, validate_generate
 from coordinator.generation.output import Output
 from coordinator.text.served_model import Limits
 from coordinator.text.tokenizer import Tokenizer
@@ -18,6 +17,7 @@ from engine.checkpoint.source import resolve
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from tests.support.http_front import events, http_front
 from tests.support.tiny_tokenizer import tiny_tokenizer
+from tests.support.validated import validated
 
 END = "<|im_end|>"  # token 2, the default model's end of sequence
 START = "<|im_start|>"
@@ -38,7 +38,7 @@ def run(text: str, tokenizer: Tokenizer | None = None, skip: bool = True, **stop
         stop=pb.Stop(max_tokens=100, **stop),
         output=pb.Output(skip_special_tokens=skip),
     )
-    checked = validate_generate(request, LIMITS)
+    checked = validated(request, LIMITS)
     answer = Output(tokenizer, checked, [1, 5], max_tokens=100, min_tokens=checked.min_tokens)
     released = "".join([answer.push([token]).text for token in ids])
     released += answer.finish().text if answer.ending else ""
@@ -111,7 +111,7 @@ def test_a_stop_that_the_last_characters_complete():
     request = pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=[1]), stop=pb.Stop(max_tokens=len(ids), stop=["\u4e2d"])
     )
-    checked = validate_generate(request, LIMITS)
+    checked = validated(request, LIMITS)
     answer = Output(tokenizer, checked, [1], max_tokens=len(ids), min_tokens=0)
     assert answer.push(ids).text + answer.finish().text == "a "
     assert answer.ending
@@ -141,7 +141,7 @@ def test_neither_messages_nor_a_resume_change_an_answer(kind, ids, stops, skip, 
         request.ClearField("resume")
         if resumed:
             request.resume.add(token_ids=resumed)
-        checked = validate_generate(request, LIMITS)
+        checked = validated(request, LIMITS)
         answer = Output(tokenizer, checked, [1, 200], max_tokens=15, min_tokens=0)
         list(answer.catch_up())
         return answer
@@ -172,7 +172,7 @@ def test_beside_tools():
             tools_json=json.dumps([tool]),
             stop=pb.Stop(stop=[END], ignore_eos=ignore_eos),
         )
-        answer = Output(smollm2(), validate_chat(request, LIMITS), max_tokens=100, min_tokens=0)
+        answer = Output(smollm2(), validated(request, LIMITS), max_tokens=100, min_tokens=0)
         chunk = answer.push(smollm2().encode(text))
         assert chunk.text == ""
         assert [piece.name for piece in chunk.tool_calls] == ["f"]

@@ -14,8 +14,9 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.api.validation.request import validate_chat
+from coordinator.api.grpc.requests import read_request
 from coordinator.api.validation.tools import check_tool_calls, check_tools, text_schema, tool_use
+from coordinator.api.values import Constraint
 from coordinator.generation.output import Output
 from coordinator.generation.request import Ending
 from coordinator.text.served_model import Limits
@@ -39,6 +40,7 @@ from engine.base.types import FinishReason
 from engine.checkpoint.source import resolve
 from engine.constraints.schemas import ESCAPES, WHITE_SPACE
 from engine.pb.diptych.v1 import inference_pb2 as pb
+from tests.support.validated import validated
 
 WEATHER = {
     "type": "function",
@@ -61,7 +63,7 @@ AUTO, REQUIRED = pb.ToolChoice.MODE_AUTO, pb.ToolChoice.MODE_REQUIRED
 
 def use(form: ToolFormat, mode: int = AUTO, **fields) -> ToolUse:
     request = pb.ChatRequest(tool_choice=pb.ToolChoice(mode=mode), **fields)
-    found = tool_use(request, TOOLS, form)
+    found = tool_use(read_request(request), TOOLS, form)
     assert found
     return found
 
@@ -277,20 +279,20 @@ def chat(**fields) -> pb.ChatRequest:
 
 
 def test_auto_is_the_default_where_there_are_tools():
-    got = validate_chat(chat(), LIMITS)
+    got = validated(chat(), LIMITS)
     assert got.tools
     assert got.tools.names == {"get_weather", "add"}
     assert not got.tools.required
     assert got.constraint == tool_grammar(got.tools)
-    assert validate_chat(chat(tools_json=""), LIMITS).tools is None
+    assert validated(chat(tools_json=""), LIMITS).tools is None
     none = pb.ToolChoice(mode=pb.ToolChoice.MODE_NONE)
-    assert validate_chat(chat(tool_choice=none), LIMITS).tools is None
-    assert validate_chat(chat(tool_choice=none, tools_json=""), LIMITS).tools is None
+    assert validated(chat(tool_choice=none), LIMITS).tools is None
+    assert validated(chat(tool_choice=none, tools_json=""), LIMITS).tools is None
 
 
 def test_choices():
     assert use(HERMES, REQUIRED).required
-    named = tool_use(chat(tool_choice=pb.ToolChoice(name="add")), TOOLS, HERMES)
+    named = tool_use(read_request(chat(tool_choice=pb.ToolChoice(name="add"))), TOOLS, HERMES)
     assert named
     assert (named.names, named.required, named.single) == ({"add"}, True, True)
     assert len(named.tools) == 2  # the prompt tells of all
@@ -319,7 +321,7 @@ BAD_PARTS = {"parameters": 5, "description": [], "strict": "yes"}
 @pytest.mark.parametrize(("source", "field"), BAD_TOOLS, ids=range(len(BAD_TOOLS)))
 def test_definitions_are_checked(source, field):
     with pytest.raises(InvalidRequest) as caught:
-        validate_chat(chat(tools_json=source), LIMITS)
+        validated(chat(tools_json=source), LIMITS)
     assert caught.value.field == field
 
 
@@ -333,9 +335,9 @@ def test_a_number_that_no_double_holds_is_refused_by_name(number):
     lax = source.replace("true", "false") % f'{{"maximum": {number}, "minProperties": 0}}'
     (tool,) = check_tools("t", lax)
     assert "maximum" not in tool.schema and "minProperties" in tool.schema
-    found = tool_use(chat(), check_tools("t", json.dumps([ADD])), HERMES)
+    found = tool_use(read_request(chat()), check_tools("t", json.dumps([ADD])), HERMES)
     with pytest.raises(InvalidRequest, match="not JSON") as caught:
-        text_schema(pb.Constraint(json_schema=parameters), found)
+        text_schema(Constraint("json_schema", parameters), found)
     assert caught.value.field == "constraint.json_schema"
 
 
@@ -372,7 +374,7 @@ def test_parts_of_definitions_are_checked(part):
 )
 def test_choices_are_checked(fields, field):
     with pytest.raises(InvalidRequest) as caught:
-        validate_chat(chat(**fields), LIMITS)
+        validated(chat(**fields), LIMITS)
     assert caught.value.field == field
 
 
@@ -382,7 +384,7 @@ def test_earlier_calls_come_with_their_arguments_as_objects():
         pb.Message(role="assistant", tool_calls=[call]),
         pb.Message(role="tool", content="r", tool_call_id="i"),
     ]
-    got = validate_chat(pb.ChatRequest(messages=turns), LIMITS)
+    got = validated(pb.ChatRequest(messages=turns), LIMITS)
     assert got.messages
     first, second = got.messages
     assert first.content is None
@@ -444,26 +446,26 @@ def test_ids_of_calls_are_as_the_familys_templates_take_them(form):
 def test_a_list_of_no_tools_is_none(source):
     unspecified, none, auto = pb.ToolChoice(), pb.ToolChoice(mode=1), pb.ToolChoice(mode=2)
     for choice in (unspecified, none, auto):
-        got = validate_chat(chat(tools_json=source, tool_choice=choice), LIMITS)
+        got = validated(chat(tools_json=source, tool_choice=choice), LIMITS)
         assert got.tools is None
         assert got.constraint is None
     for choice in (pb.ToolChoice(mode=3), pb.ToolChoice(name="f")):
         with pytest.raises(InvalidRequest) as caught:
-            validate_chat(chat(tools_json=source, tool_choice=choice), LIMITS)
+            validated(chat(tools_json=source, tool_choice=choice), LIMITS)
         assert caught.value.field == "tool_choice"
 
 
 def test_a_schema_for_text_beside_tools():
-    schema = pb.Constraint(json_schema='{"type": "string"}')
+    schema = Constraint("json_schema", '{"type": "string"}')
     held = json.loads(text_schema(schema, use(HERMES)) or "")
     options = {"json_allowed_escapes": ESCAPES, "whitespace_pattern": WHITE_SPACE}
     assert held == {"type": "string", "x-guidance": options}
     assert text_schema(schema, use(HERMES, REQUIRED)) is None
-    assert text_schema(pb.Constraint(), use(HERMES)) is None
+    assert text_schema(None, use(HERMES)) is None
     with pytest.raises(InvalidRequest, match="json_schema"):
-        text_schema(pb.Constraint(json_schema="["), use(HERMES))
+        text_schema(Constraint("json_schema", "["), use(HERMES))
     with pytest.raises(NotOffered, match="regex"):
-        text_schema(pb.Constraint(regex="a"), use(HERMES))
+        text_schema(Constraint("regex", "a"), use(HERMES))
     with pytest.raises(NotOffered, match="bare JSON"):
         text_schema(schema, use(LLAMA3))
 
@@ -493,7 +495,7 @@ def with_markers(tokenizer: Tokenizer) -> Tokenizer:
 def answer_of(tokenizer: Tokenizer, form: ToolFormat, **fields) -> Output:
     request = chat(request_id="r", **fields)
     limits = replace(LIMITS, vocab_size=60_000, tool_format=form)
-    answer = Output(tokenizer, validate_chat(request, limits), max_tokens=500, min_tokens=0)
+    answer = Output(tokenizer, validated(request, limits), max_tokens=500, min_tokens=0)
     list(answer.catch_up())
     return answer
 
@@ -630,7 +632,7 @@ def test_grammars_hold_the_answer(tokenizer, form, markers):
     assert free or read(form, ["Hello\n" + one])[1] == []
     assert says(use(form, REQUIRED)) == [True, several, *[False] * 5]
     assert says(use(form, REQUIRED, parallel_tool_calls=False)) == [True, *[False] * 6]
-    named = tool_use(chat(tool_choice=pb.ToolChoice(name="add")), TOOLS, form)
+    named = tool_use(read_request(chat(tool_choice=pb.ToolChoice(name="add"))), TOOLS, form)
     assert says(named) == [True, *[False] * 6]
     if free:
         schema = '{"type": "object", "properties": {"a": {"type": "integer"}}}'
@@ -646,7 +648,7 @@ def test_lax_schemas_compile_where_strict_ones_do_not(tokenizer):
     request = chat(tool_choice=pb.ToolChoice(mode=REQUIRED))
 
     def source(tools) -> str:
-        found = tool_use(request, tools, HERMES)
+        found = tool_use(read_request(request), tools, HERMES)
         assert found
         return tool_grammar(found).source
 
@@ -659,8 +661,8 @@ def test_what_a_schema_beside_calls_says_is_held(tokenizer):
     """What llguidance by itself would take: names written otherwise, numbers rounded."""
     function = {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}
     tools = [{"type": "function", "function": {**function, "strict": True}}]
-    found = tool_use(chat(), check_tools("t", json.dumps(tools)), HERMES)
-    text = text_schema(pb.Constraint(json_schema='{"properties": {"b": {"type": "null"}}}'), found)
+    found = tool_use(read_request(chat()), check_tools("t", json.dumps(tools)), HERMES)
+    text = text_schema(Constraint("json_schema", '{"properties": {"b": {"type": "null"}}}'), found)
     source = tool_grammar(found, text).source
     for arguments, fits in (('{"a": 1}', True), ('{"\\u0061": "x"}', False)):
         assert accepts(tokenizer, source, HERMES.write([("f", arguments)])) is fits
@@ -668,7 +670,7 @@ def test_what_a_schema_beside_calls_says_is_held(tokenizer):
         assert accepts(tokenizer, source, answer) is fits
     rounded = {"properties": {"a": {"const": 2**53 + 1}}}
     with pytest.raises(InvalidRequest, match="digits") as caught:
-        text_schema(pb.Constraint(json_schema=json.dumps(rounded)), found)
+        text_schema(Constraint("json_schema", json.dumps(rounded)), found)
     assert caught.value.field == "constraint.json_schema"
     tools[0]["function"]["parameters"] = rounded
     with pytest.raises(InvalidRequest, match="digits") as caught:
@@ -697,7 +699,7 @@ def test_arguments_are_an_object_also_where_the_schema_does_not_say_so(
 ):
     function = {"name": "f", "parameters": parameters, "strict": strict}
     tools = check_tools("t", json.dumps([{"type": "function", "function": function}]))
-    found = tool_use(chat(tool_choice=pb.ToolChoice(mode=REQUIRED)), tools, HERMES)
+    found = tool_use(read_request(chat(tool_choice=pb.ToolChoice(mode=REQUIRED))), tools, HERMES)
     assert found
     source = tool_grammar(found).source
     for arguments, fits in (

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from llguidance import LLTokenizer
 
+from coordinator.api import values
+from coordinator.api.grpc.requests import read_request
 from coordinator.api.validation.tools import check_tools, text_schema, tool_use
 from coordinator.text.tool_format import FORMATS, ToolUse, tool_grammar
 from engine.base.types import Constraint, ConstraintKind
@@ -242,7 +244,7 @@ def called(form_name: str, mode: int) -> ToolUse:
     function = {"name": "f", "parameters": parameters}
     tools = check_tools("t", json.dumps([{"type": "function", "function": function}]))
     request = pb.ChatRequest(tool_choice=pb.ToolChoice(mode=mode), parallel_tool_calls=False)
-    found = tool_use(request, tools, FORMATS[form_name])
+    found = tool_use(read_request(request), tools, FORMATS[form_name])
     assert found
     return found
 
@@ -272,7 +274,7 @@ async def test_json_beside_calls_comes_to_an_end(
     """Text by a schema, a number by itself and one in a list."""
     use = called(name, pb.ToolChoice.MODE_AUTO)
     for schema in ({"type": "number"}, {"type": "array", "items": {"type": "number"}}):
-        constraint = pb.Constraint(json_schema=json.dumps(schema))
+        constraint = values.Constraint("json_schema", json.dumps(schema))
         grammar = tool_grammar(use, text_schema(constraint, use))
         opening = "[" if "items" in schema else ""
         matcher = await compiler.matcher(grammar, tokens.tokenize_str(opening))

@@ -13,12 +13,15 @@ from coordinator.api.oip.options import FIELDS
 from coordinator.api.oip.request import read_request
 from coordinator.api.oip.responses import FINAL, ResponseBuilder
 from coordinator.api.oip.tensors import Tensor, read_tensors, write_tensor
-from coordinator.api.validation.request import validate_generate
+from coordinator.api.values import Delta, PromptEvent
 from coordinator.text.served_model import Limits
 from engine.base.errors import DiptychError, InvalidRequest, NotFound
+from engine.base.types import FinishReason
 from engine.pb.diptych.v1 import inference_pb2
 from engine.pb.inference import grpc_service_pb2 as pb
 from engine.pb.inference import model_config_pb2
+from tests.support.answer_events import finished, scored
+from tests.support.validated import validated
 
 MODEL = "smollm2"
 LIMITS = Limits(MODEL, 1000, (2,), 500)
@@ -402,7 +405,7 @@ def test_filters_as_tensorrt_llm_reads_them(names, top_k, top_p, expected):
         add(tensors, name, "INT32" if name.endswith("k") else "FP32", [1], value)
     vllms = add(ask(), "sampling_parameters", "BYTES", [1], json.dumps(text).encode())
     for request in (ask(**given), ask(**text), tensors, vllms):
-        sampling = validate_generate(read_request(request, MODEL).generate, LIMITS).sampling
+        sampling = validated(read_request(request, MODEL).generate, LIMITS).sampling
         assert (sampling.top_k, sampling.top_p) == expected
 
 
@@ -637,26 +640,13 @@ def test_any_parameters_are_read_or_refused(parameters):
         assert error.message
 
 
-def event(index=0, **fields):
-    return inference_pb2.GenerateResponse(index=index, **fields)
-
-
 def delta(text, ids=(), index=0, logprobs=()):
-    return event(index, delta=inference_pb2.Delta(text=text, token_ids=ids, logprobs=logprobs))
-
-
-def finished(index=0, reason=inference_pb2.FINISH_REASON_STOP, prompt_tokens=4):
-    usage = inference_pb2.Usage(prompt_tokens=prompt_tokens)
-    return event(index, finished=inference_pb2.Finished(finish_reason=reason, usage=usage))
+    return Delta(index, text, ids, logprobs)
 
 
 def token(token_id, logprob, *top):
-    def one(i, value):
-        return inference_pb2.Logprob(token_id=i, logprob=value, text=f"t{i}")
-
-    return inference_pb2.TokenLogprobs(
-        chosen=one(token_id, logprob), top=[one(*pair) for pair in top]
-    )
+    named = [(i, f"t{i}", value) for i, value in top]
+    return scored(token_id, f"t{token_id}", logprob, *named)
 
 
 def form(*outputs, **parameters):
@@ -683,7 +673,7 @@ def test_a_whole_answer_of_several_choices():
         delta("a", [1, 2]),
         delta("x", [7], index=1),
         delta("b", [3]),
-        finished(1, inference_pb2.FINISH_REASON_LENGTH),
+        finished(1, FinishReason.LENGTH),
     ):
         reply.add(each)
         assert not reply.finished
@@ -740,8 +730,8 @@ def test_held_text_is_no_response_where_only_text_was_asked_for():
 
 def test_log_probabilities_as_vllm_has_them():
     reply = ResponseBuilder(form("logprobs", "prompt_logprobs"), 1)
-    prompt = inference_pb2.Prompt(text="ab", token_ids=[5, 6], logprobs=[token(6, -1.0)])
-    reply.add(event(prompt=prompt))
+    prompt = PromptEvent("ab", [5, 6], [token(6, -1.0)])
+    reply.add(prompt)
     reply.add(delta("c", [7], logprobs=[token(7, -2.0, (8, -0.5), (7, -2.0))]))
     got = contents(reply.take(final=False))
     assert json.loads(got["logprobs"][1][0]) == [
@@ -758,7 +748,7 @@ def test_log_probabilities_as_vllm_has_them():
 
 def test_an_echoed_prompt_stands_before_each_choice():
     reply = ResponseBuilder(form("text_output", "output_ids", "num_output_tokens"), 2)
-    reply.add(event(prompt=inference_pb2.Prompt(text="ab", token_ids=[5, 6])))
+    reply.add(PromptEvent("ab", [5, 6]))
     reply.add(delta("c", [7], index=1))
     assert contents(reply.take(final=False)) == {
         "text_output": ([2], [b"ab", b"abc"]),

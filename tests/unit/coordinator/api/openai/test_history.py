@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from coordinator.api.openai.chats import read_chat
 from coordinator.api.openai.errors import failure_of
+from coordinator.api.values import Message, ToolCall
 from engine.base.errors import DiptychError
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from tests.support.http_front import http_front
@@ -144,13 +145,13 @@ OF_AN_OUTPUT = {
 @pytest.mark.parametrize("name", OF_AN_OUTPUT)
 def test_what_an_output_has_besides_is_passed_over(name):
     value = OF_AN_OUTPUT[name]
-    assert message(content="a", **{name: value}) == pb.Message(role="assistant", content="a")
+    assert message(content="a", **{name: value}) == Message(role="assistant", content="a")
 
 
 def test_calls_as_clients_dump_them():
     extra = {**CALL, "index": 0, "provider": "x"}
     extra["function"] = {**CALL["function"], "parsed_arguments": {"a": 1}}
-    expected = [pb.ToolCall(id="c", name="f", arguments="{}")]
+    expected = [ToolCall(id="c", name="f", arguments="{}")]
     assert list(message(content=None, tool_calls=[extra]).tool_calls) == expected
     assert list(message(tool_calls=[extra], function_call=None).tool_calls) == expected
     as_object = {**CALL, "function": {"name": "f", "arguments": {"a": 1}}}
@@ -178,8 +179,8 @@ def test_where_an_outputs_text_stands():
         ({"content": [{"type": "output_text", "text": "a", "annotations": []}]}, "a"),
     ]:
         assert message(**fields).content == content, fields
-        assert message(**fields).HasField("content")
-    assert not message(tool_calls=[CALL]).HasField("content")
+        assert message(**fields).content is not None
+    assert message(tool_calls=[CALL]).content is None
 
 
 @pytest.mark.parametrize(
@@ -225,9 +226,9 @@ def test_what_applications_note_in_their_own_messages():
         {"role": "function", "name": "f", "content": None},  # as OpenAI's client types it
     ]
     assert list(read_chat({"messages": history}, "id").request.messages) == [
-        pb.Message(role="system", content="s"),
-        pb.Message(role="user", content="r"),
-        pb.Message(role="tool", tool_call_id="c", content="r"),
-        pb.Message(role="tool", name="f", content="r"),
-        pb.Message(role="tool", name="f", content=""),
+        Message(role="system", content="s"),
+        Message(role="user", content="r"),
+        Message(role="tool", tool_call_id="c", content="r"),
+        Message(role="tool", name="f", content="r"),
+        Message(role="tool", name="f", content=""),
     ]

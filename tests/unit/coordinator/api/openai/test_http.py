@@ -1,4 +1,4 @@
-"""The HTTP API over the wire: a real coordinator, real gRPC behind it, decode workers on cue."""
+"""The HTTP API over the wire: a real coordinator, and decode workers that fail on cue."""
 
 from __future__ import annotations
 
@@ -467,7 +467,7 @@ def test_the_api_is_torch_free():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-async def test_an_address_for_everybody_is_dialled_at_home():
+async def test_http_is_served_beside_a_grpc_port_on_all_addresses():
     port = free_port()
     async with http_front(listen=f"0.0.0.0:{port}") as f:
         assert (await f.http.get("/v1/models")).status_code == 200

@@ -1,4 +1,4 @@
-"""Bodies -> gRPC requests: what is served, what is refused by name, what is passed over."""
+"""Bodies -> requests: what is served, what is refused by name, what is passed over."""
 
 from __future__ import annotations
 
@@ -24,6 +24,16 @@ from coordinator.api.openai.decisions import (
 from coordinator.api.openai.errors import Failure, Refused, failure_of, param_of
 from coordinator.api.openai.fields import Fields
 from coordinator.api.openai.openapi import description
+from coordinator.api.values import (
+    Constraint,
+    GenerateRequest,
+    Message,
+    Output,
+    Sampling,
+    Stop,
+    ToolCall,
+    ToolChoice,
+)
 from coordinator.text.json_bounds import MAX_DEPTH
 from engine.base.errors import (
     CheckpointError,
@@ -38,7 +48,6 @@ from engine.base.errors import (
     Unauthenticated,
     Unavailable,
 )
-from engine.pb.diptych.v1 import inference_pb2 as pb
 
 USER = [{"role": "user", "content": "x"}]
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -87,7 +96,7 @@ def test_every_option_arrives():
     expected = {
         "model": "m",
         "request_id": "id",
-        "sampling": pb.Sampling(
+        "sampling": Sampling(
             temperature=0.5,
             top_p=0.75,
             top_k=5,
@@ -98,7 +107,7 @@ def test_every_option_arrives():
             seed=7,
             logit_bias={5: -100, 6: 2.5},
         ),
-        "stop": pb.Stop(
+        "stop": Stop(
             max_tokens=9,
             min_tokens=3,
             stop=["a", "b"],
@@ -111,40 +120,39 @@ def test_every_option_arrives():
         "cache_salt": "salt",
     }
     (request,) = completion(**body, logprobs=2, echo=True).requests
-    output = pb.Output(skip_special_tokens=False, logprobs=2, prompt_logprobs=2, echo=True)
-    assert request == pb.GenerateRequest(**expected, text="x", output=output)
+    output = Output(skip_special_tokens=False, logprobs=2, prompt_logprobs=2, echo=True)
+    assert request == GenerateRequest(**expected, text="x", output=output)
     got = chat(**body, logprobs=True, top_logprobs=3)
-    messages = [pb.Message(role="user", content="x")]
-    output = pb.Output(skip_special_tokens=False, logprobs=3)
-    assert got.request == pb.ChatRequest(**expected, messages=messages, output=output)
+    messages = [Message(role="user", content="x")]
+    output = Output(skip_special_tokens=False, logprobs=3)
+    assert got.request == GenerateRequest(**expected, messages=messages, output=output)
     assert got.wanted.stop_token_ids == {1, 2}
 
 
 def test_defaults_are_openais():
     (request,) = completion().requests
-    assert request.sampling == pb.Sampling(temperature=1.0)
+    assert request.sampling == Sampling(temperature=1.0)
     assert request.stop.max_tokens == 16
-    assert not request.HasField("n")
-    assert not request.output.HasField("logprobs")
+    assert request.n == 1
+    assert request.output.logprobs is None
     got = chat(max_tokens=None, stop=None, temperature=None, tools=None, user=None)
-    assert got.request.sampling == pb.Sampling(temperature=1.0)
-    assert not got.request.stop.HasField("max_tokens")  # the room left
+    assert got.request.sampling == Sampling(temperature=1.0)
+    assert got.request.stop.max_tokens is None  # the room left
     assert not got.wanted.stream
 
 
 def test_small_agreements():
-    assert chat(top_p=0).request.sampling == pb.Sampling(temperature=1.0, top_k=1)
+    assert chat(top_p=0).request.sampling == Sampling(temperature=1.0, top_k=1)
     (request,) = completion(stop="x", top_k=-1, seed=-2, max_tokens=16.0).requests
     assert list(request.stop.stop) == ["x"]
     assert request.sampling.top_k == 0
     assert request.sampling.seed == 2**64 - 2
-    assert not completion(seed=-1).requests[0].sampling.HasField("seed")
+    assert completion(seed=-1).requests[0].sampling.seed is None
     got = chat(max_tokens=3, max_completion_tokens=5)
     assert got.request.stop.max_tokens == 5
     assert got.names["stop.max_tokens"] == "max_completion_tokens"
     assert chat(logprobs=True).request.output.logprobs == 0
-    assert chat(logprobs=True).request.output.HasField("logprobs")
-    assert not chat(logprobs=False, top_logprobs=0).request.output.HasField("logprobs")
+    assert chat(logprobs=False, top_logprobs=0).request.output.logprobs is None
 
 
 @pytest.mark.parametrize(
@@ -159,7 +167,7 @@ def test_small_agreements():
 )
 def test_prompts(prompt, expected):
     call = completion(prompt=prompt)
-    got = [r.text if r.HasField("text") else list(r.token_ids.ids) for r in call.requests]
+    got = [r.token_ids if r.text is None else r.text for r in call.requests]
     assert got == expected
     ids = [r.request_id for r in call.requests]
     assert ids == (["id"] if len(expected) == 1 else [f"id-{i}" for i in range(len(expected))])
@@ -184,27 +192,27 @@ def test_constraints():
         "type": "json_schema",
         "json_schema": {"name": "n", "strict": True, "schema": schema},
     }
-    assert of(response_format=wrapped) == pb.Constraint(json_schema=json.dumps(schema))
-    assert of(response_format={"type": "json_object"}) == pb.Constraint(json_object=True)
+    assert of(response_format=wrapped) == Constraint("json_schema", json.dumps(schema))
+    assert of(response_format={"type": "json_object"}) == Constraint("json_object", True)
     unknown = {"format": "colour", "enum": [{"format": "x"}], "properties": {"format": {}}}
     for strict in (None, False):  # an annotation
         form = {**wrapped, "json_schema": {"name": "n", "strict": strict, "schema": unknown}}
-        assert of(response_format=form) == pb.Constraint(json_schema=json.dumps(unknown))
+        assert of(response_format=form) == Constraint("json_schema", json.dumps(unknown))
     del unknown["format"]
     form = {**wrapped, "json_schema": {"name": "n", "strict": True, "schema": unknown}}
-    assert of(response_format=form) == pb.Constraint(json_schema=json.dumps(unknown))
+    assert of(response_format=form) == Constraint("json_schema", json.dumps(unknown))
     held = {"type": "json_object", "schema": schema}
-    assert of(response_format=held) == pb.Constraint(json_schema=json.dumps(schema))
-    assert of(response_format={"type": "text"}) == pb.Constraint()
-    assert of(guided_json=schema) == pb.Constraint(json_schema=json.dumps(schema))
-    assert of(guided_json='{"a": 1}') == pb.Constraint(json_schema='{"a": 1}')
-    assert of(guided_regex="a+") == pb.Constraint(regex="a+")
-    assert of(guided_grammar="start: X") == pb.Constraint(grammar="start: X")
-    two = pb.Constraint(choice=pb.Choices(choices=["a", "b"]))
+    assert of(response_format=held) == Constraint("json_schema", json.dumps(schema))
+    assert of(response_format={"type": "text"}) is None
+    assert of(guided_json=schema) == Constraint("json_schema", json.dumps(schema))
+    assert of(guided_json='{"a": 1}') == Constraint("json_schema", '{"a": 1}')
+    assert of(guided_regex="a+") == Constraint("regex", "a+")
+    assert of(guided_grammar="start: X") == Constraint("grammar", "start: X")
+    two = Constraint("choice", ["a", "b"])
     assert of(guided_choice=["a", "b"]) == two
     assert of(structured_outputs={"choice": ["a", "b"]}) == two
-    assert of(structured_outputs={"json_object": True}) == pb.Constraint(json_object=True)
-    assert of(structured_outputs={"regex": "x", "backend": "guidance"}) == pb.Constraint(regex="x")
+    assert of(structured_outputs={"json_object": True}) == Constraint("json_object", True)
+    assert of(structured_outputs={"regex": "x", "backend": "guidance"}) == Constraint("regex", "x")
 
 
 def test_messages():
@@ -217,13 +225,11 @@ def test_messages():
         {"role": "assistant", "content": "t", "reasoning_content": "never mind"},
     ]
     assert list(chat(messages=messages).request.messages) == [
-        pb.Message(role="developer", content="rules"),
-        pb.Message(role="user", content="a\nb"),
-        pb.Message(
-            role="assistant", tool_calls=[pb.ToolCall(id="c", name="f", arguments='{"a": 1}')]
-        ),
-        pb.Message(role="tool", content="r", tool_call_id="c", name="f"),
-        pb.Message(role="assistant", content="t"),
+        Message(role="developer", content="rules"),
+        Message(role="user", content="a\nb"),
+        Message(role="assistant", tool_calls=(ToolCall(id="c", name="f", arguments='{"a": 1}'),)),
+        Message(role="tool", content="r", tool_call_id="c", name="f"),
+        Message(role="assistant", content="t"),
     ]
 
 
@@ -231,14 +237,14 @@ def test_tools():
     named = {"type": "function", "function": {"name": "f"}}
     request = chat(tools=[TOOL], tool_choice=named, parallel_tool_calls=False)
     assert json.loads(request.request.tools_json) == [TOOL]
-    assert request.request.tool_choice == pb.ToolChoice(name="f")
-    assert request.request.HasField("parallel_tool_calls")
+    assert request.request.tool_choice == ToolChoice(name="f")
+    assert not request.request.parallel_tool_calls
     assert request.named_tool
-    for word, mode in [("none", 1), ("auto", 2), ("required", 3)]:
+    for word in ("none", "auto", "required"):
         got = chat(tools=[TOOL], tool_choice=word)
-        assert got.request.tool_choice == pb.ToolChoice(mode=mode)
+        assert got.request.tool_choice == ToolChoice(word)
         assert not got.named_tool
-    assert not chat(tools=[TOOL]).request.HasField("tool_choice")
+    assert chat(tools=[TOOL]).request.tool_choice == ToolChoice()
 
 
 def test_stream_options():

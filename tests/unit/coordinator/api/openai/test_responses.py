@@ -1,4 +1,4 @@
-"""gRPC responses -> both APIs' shapes, streamed and whole: the whole is the stream, folded."""
+"""Events -> both APIs' shapes, streamed and whole: the whole is the stream, folded."""
 
 from __future__ import annotations
 
@@ -11,29 +11,17 @@ from coordinator.api.openai.chat_responses import ChatWriter
 from coordinator.api.openai.chats import read_chat
 from coordinator.api.openai.completion_responses import CompletionWriter
 from coordinator.api.openai.completions import read_completion
-from engine.pb.diptych.v1 import inference_pb2 as pb
+from coordinator.api.values import Delta, Logprob, PromptEvent, ScoredToken
+from coordinator.text.values import ToolCallPiece
+from engine.base.types import FinishReason
+from tests.support.answer_events import finished, scored, usage
 
-USAGE = pb.Usage(prompt_tokens=4, completion_tokens=2, cached_tokens=1)
 HEAD = {"model": "m", "created": 7}
-
-
-def logprob(token_id, text, value, *top, at=0):
-    chosen = pb.Logprob(token_id=token_id, text=text, logprob=value)
-    tops = [pb.Logprob(token_id=i, text=t, logprob=v) for i, t, v in top]
-    return pb.TokenLogprobs(chosen=chosen, top=tops, text_offset=at)
+LENGTH = FinishReason.LENGTH
 
 
 def delta(index=0, **fields):
-    return pb.GenerateResponse(index=index, delta=pb.Delta(**fields))
-
-
-def prompt(**fields):
-    return pb.GenerateResponse(prompt=pb.Prompt(**fields))
-
-
-def finished(index=0, reason=pb.FINISH_REASON_STOP, usage=USAGE, **fields):
-    done = pb.Finished(finish_reason=reason, usage=usage, **fields)
-    return pb.GenerateResponse(index=index, finished=done)
+    return Delta(index, **fields)
 
 
 def completion_writer(prompt_ids=None, **body):
@@ -92,19 +80,19 @@ def test_reasons():
         choice = whole["choices"][0]
         return choice["finish_reason"], choice["stop_reason"]
 
-    assert of(reason=pb.FINISH_REASON_LENGTH) == ("length", None)
-    assert of(matched_stop=pb.MatchedStop(text="END")) == ("stop", "END")
+    assert of(reason=LENGTH) == ("length", None)
+    assert of(text="END") == ("stop", "END")
     assert of() == ("stop", None)  # a constraint came to its end
-    assert of(matched_stop=pb.MatchedStop(token_id=9)) == ("stop", 9)
-    assert of(matched_stop=pb.MatchedStop(token_id=0)) == ("stop", 0)
-    assert of(matched_stop=pb.MatchedStop(token_id=2)) == ("stop", None)  # end of sequence
-    assert of(reason=pb.FINISH_REASON_ABORTED) == ("abort", None)
+    assert of(token=9) == ("stop", 9)
+    assert of(token=0) == ("stop", 0)
+    assert of(token=2) == ("stop", None)  # end of sequence
+    assert of(reason=FinishReason.ABORTED) == ("abort", None)
 
 
 def test_choices_are_numbered_over_prompts_and_usage_counts_a_prompt_once():
     writer = completion_writer(prompt=["x", "y"], n=2)
-    longer = pb.Usage(prompt_tokens=10, completion_tokens=3, cached_tokens=8)
-    found = pb.Usage(prompt_tokens=4, completion_tokens=2, cached_tokens=4)
+    longer = usage(10, 3, 8)
+    found = usage(4, 2, 4)
     _, whole = feed(
         writer,
         (1, delta(index=1, text="y1", token_ids=[1])),
@@ -112,9 +100,9 @@ def test_choices_are_numbered_over_prompts_and_usage_counts_a_prompt_once():
         (1, delta(index=0, text="y0", token_ids=[1])),
         (0, delta(index=1, text="x1", token_ids=[1])),
         (0, finished(index=0)),
-        (0, finished(index=1, usage=found)),
-        (1, finished(index=1, usage=longer)),
-        (1, finished(index=0, usage=longer)),
+        (0, finished(index=1, used=found)),
+        (1, finished(index=1, used=longer)),
+        (1, finished(index=0, used=longer)),
     )
     assert [(c["index"], c["text"]) for c in whole["choices"]] == [
         (0, "x0"),
@@ -128,8 +116,8 @@ def test_choices_are_numbered_over_prompts_and_usage_counts_a_prompt_once():
 
 
 ENTRIES = [
-    logprob(5, " a", -0.5, (5, " a", -0.5), (6, " b", -1.5)),
-    logprob(7, "c", -3.0, (8, "d", -0.25), (9, "c", -2.0), at=2),
+    scored(5, " a", -0.5, (5, " a", -0.5), (6, " b", -1.5)),
+    scored(7, "c", -3.0, (8, "d", -0.25), (9, "c", -2.0), at=2),
 ]
 
 
@@ -152,18 +140,18 @@ def test_logprobs_of_completions():
 
 
 def test_what_json_cannot_say():
-    worst = logprob(1, "x", -math.inf, (2, "y", math.nan))
+    worst = scored(1, "x", -math.inf, (2, "y", math.nan))
     _, whole = feed(completion_writer(logprobs=1), delta(text="x", logprobs=[worst]), finished())
     assert whole["choices"][0]["logprobs"]["top_logprobs"] == [{"x": -9999.0, "y": -9999.0}]
 
 
 def broken(token_id, raw, value=-1.0):
-    chosen = pb.Logprob(token_id=token_id, text="\ufffd", raw=raw, logprob=value)
-    return pb.TokenLogprobs(chosen=chosen, top=[chosen])
+    chosen = Logprob(token_id, value, "\ufffd", raw)
+    return ScoredToken(chosen, [chosen])
 
 
 def test_tokens_that_make_a_character_together():
-    made = [broken(1, b" \xf0\x9f"), broken(2, b"\x98"), broken(3, b"\x80"), logprob(4, "é", -1.0)]
+    made = [broken(1, b" \xf0\x9f"), broken(2, b"\x98"), broken(3, b"\x80"), scored(4, "é", -1.0)]
     _, whole = feed(
         chat_writer(logprobs=True, top_logprobs=1),
         delta(logprobs=made[:2]),
@@ -186,14 +174,14 @@ def test_tokens_by_id():
     assert logprobs["top_logprobs"] == [{"token_id:5": -0.5, "token_id:6": -1.5}]
 
 
-ECHOED_ENTRY = logprob(5, " a", -0.5, (5, " a", -0.5), (6, " b", -1.5), at=4)
-ECHOED = prompt(text="Once a", token_ids=[3, 5], logprobs=[ECHOED_ENTRY])
+ECHOED_ENTRY = scored(5, " a", -0.5, (5, " a", -0.5), (6, " b", -1.5), at=4)
+ECHOED = PromptEvent(text="Once a", token_ids=[3, 5], logprobs=[ECHOED_ENTRY])
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_an_echoed_prompt_begins_every_choice(n):
     writer = completion_writer(echo=True, logprobs=2, n=n)
-    made = [logprob(7, "c", -3.0)]  # at the start of the answer
+    made = [scored(7, "c", -3.0)]  # at the start of the answer
     responses = [delta(index=i, text="c", token_ids=[7], logprobs=made) for i in range(n)]
     responses += [finished(index=i) for i in range(n)]
     parts, whole = feed(writer, ECHOED, *responses, first_text="Once")
@@ -210,8 +198,7 @@ def test_an_echoed_prompt_begins_every_choice(n):
 
 
 def test_echo_alone_and_of_nothing_more():
-    usage = pb.Usage(prompt_tokens=2)
-    length = finished(reason=pb.FINISH_REASON_LENGTH, usage=usage)
+    length = finished(reason=LENGTH, used=usage(2))
     _, whole = feed(completion_writer(echo=True, max_tokens=0), ECHOED, length)
     assert whole["choices"][0]["text"] == "Once a"
     assert whole["choices"][0]["logprobs"] is None
@@ -302,7 +289,7 @@ TOOLS = [{"type": "function", "function": {"name": name}} for name in ("f", "g")
 
 
 def call(index, arguments, **first):
-    return pb.ToolCallDelta(index=index, arguments=arguments, **first)
+    return ToolCallPiece(index, first.get("id", ""), first.get("name", ""), arguments)
 
 
 def test_tool_calls():
@@ -351,7 +338,7 @@ def test_tool_calls():
 
 
 def test_why_an_answer_of_calls_ends():
-    def reason(end=pb.FINISH_REASON_STOP, **body):
+    def reason(end=FinishReason.STOP, **body):
         writer = chat_writer(tools=TOOLS, **body)
         piece = delta(tool_calls=[call(0, "{}", id="c", name="f")])
         return feed(writer, piece, finished(reason=end))[1]["choices"][0]["finish_reason"]
@@ -360,7 +347,7 @@ def test_why_an_answer_of_calls_ends():
     assert reason(tool_choice="required") == "tool_calls"
     # OpenAI and vLLM: a named tool's answer ends with "stop".
     assert reason(tool_choice={"type": "function", "function": {"name": "f"}}) == "stop"
-    assert reason(pb.FINISH_REASON_LENGTH) == "length"
+    assert reason(LENGTH) == "length"
 
 
 def test_usage_in_streams():

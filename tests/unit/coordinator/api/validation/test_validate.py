@@ -4,13 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.api.validation.request import validate_chat, validate_generate
+from coordinator.api import values
+from coordinator.api.validation.request import validate
 from coordinator.text.served_model import Limits
 from engine.base.errors import InvalidRequest, NotFound
 from engine.base.seeds import choice_seed, default_seed
 from engine.base.types import Constraint
 from engine.base.types import ConstraintKind as K
 from engine.pb.diptych.v1 import inference_pb2 as pb
+from tests.support.validated import validated
 
 LIMITS = Limits("m", 100, (2, 0), 1000)
 
@@ -20,15 +22,15 @@ def generate(**fields):
     return pb.GenerateRequest(**fields)
 
 
-def refused_field(request, validate=validate_generate):
+def refused_field(request):
     with pytest.raises(InvalidRequest) as caught:
-        validate(request, LIMITS)
+        validated(request, LIMITS)
     assert caught.value.description
     return caught.value.field
 
 
 def test_defaults():
-    got = validate_generate(generate(), LIMITS)
+    got = validated(generate(), LIMITS)
     assert got.sampling.greedy
     assert got.sampling.top_p == 1.0
     assert got.sampling.repetition_penalty == 1.0
@@ -38,7 +40,7 @@ def test_defaults():
     assert got.skip_special_tokens
     assert len(got.request_id) == 32
     chat = pb.ChatRequest(messages=[pb.Message(role="user", content="")])
-    assert validate_chat(chat, LIMITS).default_max_tokens is None
+    assert validated(chat, LIMITS).default_max_tokens is None
 
 
 def test_values_are_carried():
@@ -52,7 +54,7 @@ def test_values_are_carried():
         n=1,
         priority=-3,
     )
-    got = validate_generate(request, LIMITS)
+    got = validated(request, LIMITS)
     assert got.sampling.seed == 0
     assert got.sampling.logit_bias == ((3, 2.0), (7, -100.0))
     assert got.stop_token_ids == {5}
@@ -144,7 +146,7 @@ BAD_CHAT = [
 
 @pytest.mark.parametrize(("request_", "field"), BAD_CHAT)
 def test_chat_fields(request_, field):
-    assert refused_field(request_, validate_chat) == field
+    assert refused_field(request_) == field
 
 
 def test_no_tokens_where_the_prompt_is_to_tell_something():
@@ -152,17 +154,17 @@ def test_no_tokens_where_the_prompt_is_to_tell_something():
     assert refused_field(generate(stop=nothing)) == "stop.max_tokens"
     assert refused_field(generate(stop=nothing, output=pb.Output(logprobs=1))) == "stop.max_tokens"
     for output in (pb.Output(echo=True), pb.Output(prompt_logprobs=0)):
-        got = validate_generate(generate(stop=nothing, output=output), LIMITS)
+        got = validated(generate(stop=nothing, output=output), LIMITS)
         assert got.max_tokens == 0
         assert got.tells_prompt
         resumed = [pb.Resume(finished=True)]
-        again = validate_generate(generate(stop=nothing, output=output, resume=resumed), LIMITS)
+        again = validated(generate(stop=nothing, output=output, resume=resumed), LIMITS)
         assert not again.tells_prompt, "the client has it"
 
 
 def test_choices_have_seeds_and_tokens_of_their_own():
     resume = [pb.Resume(index=2, token_ids=[7, 8], finished=True), pb.Resume(token_ids=[9])]
-    got = validate_generate(
+    got = validated(
         generate(n=3, resume=resume, sampling=pb.Sampling(seed=5), output=pb.Output(logprobs=0)),
         LIMITS,
     )
@@ -187,12 +189,10 @@ CONSTRAINTS = [
 
 @pytest.mark.parametrize(("asked", "kind", "source"), CONSTRAINTS)
 def test_constraints_become_a_kind_and_a_source(asked, kind, source):
-    assert validate_generate(generate(constraint=asked), LIMITS).constraint == Constraint(
-        kind, source
-    )
+    assert validated(generate(constraint=asked), LIMITS).constraint == Constraint(kind, source)
     turn = pb.Message(role="user", content="x")
     chat = pb.ChatRequest(messages=[turn], constraint=asked)
-    assert validate_chat(chat, LIMITS).constraint == Constraint(kind, source)
+    assert validated(chat, LIMITS).constraint == Constraint(kind, source)
 
 
 BAD_CONSTRAINTS = [
@@ -214,16 +214,14 @@ def test_constraints_out_of_bounds(asked, field):
 
 
 def test_what_is_off_is_not_refused():
-    validate_generate(
-        generate(n=1, output=pb.Output(echo=False), constraint=pb.Constraint()), LIMITS
-    )
+    validated(generate(n=1, output=pb.Output(echo=False), constraint=pb.Constraint()), LIMITS)
     off = pb.Constraint(json_object=False)
-    assert validate_generate(generate(constraint=off), LIMITS).constraint is None
+    assert validated(generate(constraint=off), LIMITS).constraint is None
 
 
 def test_unknown_model():
     with pytest.raises(NotFound, match="other"):
-        validate_generate(generate(model="other"), LIMITS)
+        validated(generate(model="other"), LIMITS)
 
 
 @given(st.binary(max_size=200))
@@ -233,9 +231,25 @@ def test_any_message_that_parses_is_judged(raw):
     except Exception:
         return
     try:
-        got = validate_generate(request, LIMITS)
+        got = validated(request, LIMITS)
     except (InvalidRequest, NotFound):
         return
     assert got.text or got.token_ids
     assert 0 <= got.sampling.top_p <= 1
     assert math.isfinite(got.sampling.temperature)
+
+
+def test_numbers_are_rounded_as_workers_get_them():
+    """Values of HTTP are doubles; those of gRPC are 32 bits. Both are the same request."""
+    for sampling in (
+        values.Sampling(temperature=0.699999988079071),
+        values.Sampling(temperature=0.7),
+    ):
+        request = values.GenerateRequest(text="x", sampling=sampling)
+        assert validate(request, LIMITS).sampling.temperature == 0.699999988079071
+    request = values.GenerateRequest(text="x", sampling=values.Sampling(logit_bias={2: 0.1, 1: 5}))
+    assert validate(request, LIMITS).sampling.logit_bias == ((1, 5.0), (2, 0.10000000149011612))
+    for name in ("temperature", "top_p"):
+        too_large = values.Sampling(**{name: 1e39})
+        with pytest.raises(InvalidRequest, match=f"sampling.{name}: inf"):
+            validate(values.GenerateRequest(text="x", sampling=too_large), LIMITS)

@@ -6,13 +6,16 @@ from contextlib import asynccontextmanager
 import grpc
 import pytest
 
+from coordinator.api import values
+from coordinator.api.values import Constraint, Delta, Output, PromptEvent, Sampling, Stop
 from coordinator.api.vllm.request import to_generate
 from coordinator.api.vllm.responses import ResponseBuilder
 from engine.base.errors import DiptychError, InvalidRequest, NotOffered
-from engine.pb.diptych.v1 import inference_pb2
+from engine.base.types import FinishReason
 from engine.pb.vllm import vllm_engine_pb2 as pb
 from engine.pb.vllm import vllm_engine_pb2_grpc
 from engine.rpc.channel import open_channel
+from tests.support.answer_events import finished, scored, usage
 from tests.support.http_front import http_front, until
 
 PROMPT = list(range(1000, 1040))
@@ -52,11 +55,11 @@ def test_zero_is_unset_and_defaults_are_vllms():
     assert generate.text == "x"
     assert generate.sampling.temperature == 1.0
     for name in ("top_p", "top_k", "min_p", "repetition_penalty", "seed"):
-        assert not generate.sampling.HasField(name), name
+        assert getattr(generate.sampling, name) is None, name
     assert generate.stop.max_tokens == LIMIT
     assert generate.output.skip_special_tokens is False
-    assert not generate.HasField("n")
-    assert not generate.output.HasField("logprobs")
+    assert generate.n == 1
+    assert generate.output.logprobs is None
     assert translated(request()).sampling.temperature == 0.0
 
 
@@ -86,12 +89,12 @@ def test_every_field_is_carried():
             regex="[a-z]",
         )
     )
-    assert generate == inference_pb2.GenerateRequest(
+    assert generate == values.GenerateRequest(
         request_id="id",
         model="smollm2",
-        token_ids=inference_pb2.TokenIds(ids=PROMPT),
+        token_ids=PROMPT,
         n=2,
-        sampling=inference_pb2.Sampling(
+        sampling=Sampling(
             temperature=0.5,
             top_p=0.75,
             top_k=5,
@@ -102,7 +105,7 @@ def test_every_field_is_carried():
             seed=2**64 - 1,
             logit_bias={4: 1.5},
         ),
-        stop=inference_pb2.Stop(
+        stop=Stop(
             max_tokens=7,
             min_tokens=2,
             stop=["a"],
@@ -110,21 +113,21 @@ def test_every_field_is_carried():
             ignore_eos=True,
             include_stop_str_in_output=True,
         ),
-        output=inference_pb2.Output(logprobs=3, prompt_logprobs=0, skip_special_tokens=True),
-        constraint=inference_pb2.Constraint(regex="[a-z]"),
+        output=Output(logprobs=3, prompt_logprobs=0, skip_special_tokens=True),
+        constraint=Constraint("regex", "[a-z]"),
     )
 
 
 @pytest.mark.parametrize(
     ("constraint", "expected"),
     [
-        ({"json_schema": "{}"}, inference_pb2.Constraint(json_schema="{}")),
-        ({"json_object": True}, inference_pb2.Constraint(json_object=True)),
+        ({"json_schema": "{}"}, Constraint("json_schema", "{}")),
+        ({"json_object": True}, Constraint("json_object", True)),
         ({"json_object": False}, None),
-        ({"grammar": "g"}, inference_pb2.Constraint(grammar="g")),
+        ({"grammar": "g"}, Constraint("grammar", "g")),
         (
             {"choice": pb.ChoiceConstraint(choices=["a", "b"])},
-            inference_pb2.Constraint(choice=inference_pb2.Choices(choices=["a", "b"])),
+            Constraint("choice", ["a", "b"]),
         ),
         ({}, None),
     ],
@@ -132,7 +135,7 @@ def test_every_field_is_carried():
 def test_constraints(constraint, expected):
     generate = translated(request(**constraint))
     if expected is None:
-        assert not generate.HasField("constraint")
+        assert generate.constraint is None
     else:
         assert generate.constraint == expected
 
@@ -166,30 +169,23 @@ def test_what_is_not_taken_is_refused_by_name(made, kind, part):
 
 
 def token(token_id, logprob, *top):
-    return inference_pb2.TokenLogprobs(
-        chosen=inference_pb2.Logprob(token_id=token_id, logprob=logprob),
-        top=[inference_pb2.Logprob(token_id=i, logprob=value) for i, value in top],
-    )
+    return scored(token_id, "", logprob, *((i, "", value) for i, value in top))
 
 
 def test_log_probabilities_of_prompt_and_answer():
     reply = ResponseBuilder(request(logprobs=2, prompt_logprobs=1, n=2))
-    prompt = inference_pb2.Prompt(token_ids=[5, 6], logprobs=[token(6, -1.0, (6, -1.0))])
-    assert not list(reply.add(inference_pb2.GenerateResponse(prompt=prompt)))
-    delta = inference_pb2.Delta(token_ids=[7], logprobs=[token(7, -0.5, (7, -0.5), (8, -2.0))])
+    prompt = PromptEvent("", [5, 6], [token(6, -1.0, (6, -1.0))])
+    assert not list(reply.add(prompt))
+    entries = [token(7, -0.5, (7, -0.5), (8, -2.0))]
     for index in (1, 0, 1):
-        event = inference_pb2.GenerateResponse(index=index, delta=delta)
-        ((response,)) = reply.add(event)
+        ((response,)) = reply.add(Delta(index, "", [7], entries))
         chunk = response.chunk
         assert chunk.index == index
         assert list(chunk.output_logprobs.token_logprobs) == [-0.5]
         assert list(chunk.output_logprobs.top_logprobs[0].token_ids) == [7, 8]
     assert not chunk.HasField("input_logprobs"), "with the first chunk of a choice alone"
-    ended = inference_pb2.Finished(
-        finish_reason=inference_pb2.FINISH_REASON_LENGTH,
-        usage=inference_pb2.Usage(prompt_tokens=2, cached_tokens=1, accepted_tokens=3),
-    )
-    ((response,)) = reply.add(inference_pb2.GenerateResponse(index=1, finished=ended))
+    ended = finished(1, FinishReason.LENGTH, usage(2, cached=1, accepted=3))
+    ((response,)) = reply.add(ended)
     complete = response.complete
     assert list(complete.output_ids) == [7, 7]
     assert list(complete.output_logprobs.token_ids) == [7, 7]

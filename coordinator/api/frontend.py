@@ -1,0 +1,274 @@
+"""The one way in: what every protocol calls, in this process and with values.
+
+    gRPC ------.
+    OpenAI ----+--> Frontend --check--> Pipeline --parts--> events
+    OIP -------+        |
+    vLLM ------'        '-- request id in log lines, deadline, counters, admission of texts
+
+Closing the generator of `generate` cancels the request, down to its workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from itertools import islice
+from typing import Protocol
+
+from coordinator.api.switches import Switches
+from coordinator.api.validation.request import (
+    MAX_CHOICES,
+    MAX_DETOKENIZED,
+    check_messages,
+    check_model,
+    check_token_ids,
+    validate,
+)
+from coordinator.api.validation.tools import check_tools
+from coordinator.api.values import (
+    Delta,
+    Event,
+    GenerateRequest,
+    Logprob,
+    ModelCard,
+    PromptEvent,
+    ScoredToken,
+    TokenizeRequest,
+)
+from coordinator.cluster.membership import Membership
+from coordinator.generation.pipeline import Pipeline
+from coordinator.generation.request import Chunk, Finished, GenerationRequest, Part, PromptPart
+from coordinator.routing.admission import Admission
+from coordinator.text.detokenizer import BROKEN
+from coordinator.text.served_model import ServedModel
+from coordinator.text.tokenizer import Tokenizer
+from coordinator.text.values import Placement
+from engine.base.errors import DiptychError, InvalidRequest
+from engine.base.types import Role, TokenLogprobs
+from engine.rpc.status import to_status
+from engine.telemetry.log import bind_request, get_logger
+from engine.telemetry.metrics import CoordinatorMetrics
+from engine.telemetry.timeline import Event as Moment
+from engine.telemetry.timeline import Timeline
+
+_log = get_logger(__name__)
+
+_AT_ONCE = 4 << 10  # characters or elements checked on the event loop: half a millisecond
+_TOKENIZING_AT_ONCE = 2  # of the tokenizer's threads: the others are for requests
+_CHARS_A_TOKEN = 4  # about: what a text counts as before it is tokenized
+
+Events = AsyncGenerator[Event, None]
+
+
+class Frontend(Protocol):
+    """What protocols call. `left_s` is the caller's own deadline in seconds; None: no deadline.
+
+    Errors are DiptychErrors; those that name a field name it as inference.proto does.
+    """
+
+    def generate(self, request: GenerateRequest, left_s: float | None = None) -> Events:
+        """The events of an answer: those of the prompt, then of each choice, Finished last.
+
+        Raises InvalidRequest, NotFound, NotOffered, Overloaded, Unavailable, WorkersLost,
+        Mismatch, DeadlineExceeded.
+        """
+
+    async def tokenize(self, request: TokenizeRequest, left_s: float | None = None) -> list[int]:
+        """Token ids of a text or of a rendered conversation.
+
+        Raises InvalidRequest, NotFound, NotOffered, Overloaded.
+        """
+
+    async def detokenize(
+        self,
+        token_ids: Sequence[int],
+        model: str = "",
+        *,
+        skip_special_tokens: bool = False,
+        left_s: float | None = None,
+    ) -> str:
+        """Text of token ids. Raises InvalidRequest, NotFound, Overloaded."""
+
+    def model(self, name: str = "") -> ModelCard:
+        """The model of that name, or the only one. Raises NotFound."""
+
+
+class LocalFrontend:
+    """The Frontend of a coordinator's own pipeline. Owned by the event loop."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        pipeline: Pipeline,
+        membership: Membership,
+        metrics: CoordinatorMetrics,
+        *,
+        max_request_s: float,
+        tokenizing: Admission,
+        switches: Switches,
+    ) -> None:
+        """`tokenizing` bounds calls of tokenize and detokenize, apart from requests."""
+        self._model = model
+        self._pipeline = pipeline
+        self._membership = membership
+        self._metrics = metrics
+        self._max_request_s = max_request_s
+        self._tokenizing = tokenizing
+        self._switches = switches
+        self._slots = asyncio.Semaphore(_TOKENIZING_AT_ONCE)
+
+    async def generate(self, request: GenerateRequest, left_s: float | None = None) -> Events:
+        """See Frontend. Logs how the request ended, and counts it where it failed."""
+        timeline = Timeline()
+        arrived_s = timeline.mark(Moment.ARRIVED)
+        deadline_s = arrived_s + self._limit_s(left_s)
+        code = "cancelled"  # unless an end is reached
+        try:
+            checked = await self._checked(request)
+            bind_request(checked.request_id)
+            async with aclosing(self._pipeline.answer(checked, timeline, deadline_s)) as parts:
+                num_open = checked.num_choices
+                async for part in parts:
+                    num_open -= isinstance(part, Finished)
+                    if not num_open:  # many clients read no further
+                        code = "ok"
+                    yield await self._event(part)
+        except DiptychError as error:
+            code = to_status(error).code.name.lower()
+            raise
+        except Exception:
+            code = "internal"
+            raise
+        finally:
+            if code != "ok":
+                self._metrics.request_failed(code)
+            _log.info("request ended", code=code, timeline=timeline.as_dict())
+
+    async def tokenize(self, request: TokenizeRequest, left_s: float | None = None) -> list[int]:
+        """See Frontend."""
+        limits, longest = self._model.limits, self._pipeline.max_model_len
+        check_model(request.model, limits)
+        if request.text is not None:
+            special = request.add_special_tokens
+            async with self._admitted(len(request.text) // _CHARS_A_TOKEN, left_s):
+                return await self._model.encode("text", request.text, special, longest)
+        if request.messages is None:
+            raise InvalidRequest("input", "unset; expected text or chat")
+        field, source = "chat.tools_json", request.tools_json
+        self._switches.check_tools(field, bool(source))
+        size = len(source) + sum(len(message.content or "") for message in request.messages)
+        async with self._admitted(size // _CHARS_A_TOKEN, left_s):
+            messages = check_messages("chat.messages", request.messages, limits)
+            tools = await asyncio.to_thread(check_tools, field, source)
+            ask = request.add_generation_prompt
+            return await self._model.encode_chat(messages, longest, tools, ask, "chat.messages")
+
+    async def detokenize(
+        self,
+        token_ids: Sequence[int],
+        model: str = "",
+        *,
+        skip_special_tokens: bool = False,
+        left_s: float | None = None,
+    ) -> str:
+        """See Frontend."""
+        check_model(model, self._model.limits)
+        async with self._admitted(len(token_ids), left_s):
+            ids = check_token_ids("token_ids", token_ids, self._model.limits, MAX_DETOKENIZED)
+            return await self._model.decode(ids, skip_special_tokens)
+
+    def model(self, name: str = "") -> ModelCard:
+        """See Frontend."""
+        check_model(name, self._model.limits)
+        identity = self._membership.identity
+        return ModelCard(
+            name=self._model.name,
+            max_model_len=self._pipeline.max_model_len,
+            vocab_size=self._model.limits.vocab_size,
+            block_size=identity.block_size if identity else 0,
+            numeric_profile=identity.numeric_profile if identity else "",
+            ready=self._membership.ready(Role.DECODE),
+            disabled=self._switches.off,
+        )
+
+    def _limit_s(self, left_s: float | None) -> float:
+        return self._max_request_s if left_s is None else left_s
+
+    @asynccontextmanager
+    async def _admitted(self, num_tokens: int, left_s: float | None) -> AsyncIterator[None]:
+        """While a text of about `num_tokens` is tokenized, or the like. Raises Overloaded."""
+        ticket = self._tokenizing.admit(deadline_s=time.monotonic() + self._limit_s(left_s))
+        try:
+            ticket.set_tokens(max(1, num_tokens))
+            async with self._slots:
+                yield
+        finally:
+            ticket.release()
+
+    async def _checked(self, request: GenerateRequest) -> GenerationRequest:
+        """The request as the pipeline takes it. Raises what `validate` does, and NotOffered."""
+        self._switches.check(request)
+        if request.tools_json or _num_checked(request) > _AT_ONCE:  # schemas take long
+            return await asyncio.to_thread(validate, request, self._model.limits)
+        return validate(request, self._model.limits)
+
+    async def _event(self, part: Part) -> Event:
+        tokenizer = self._model.tokenizer
+        match part:
+            case PromptPart(text, ids, scored, placement):
+                entries: list[ScoredToken] = []
+                if scored:  # there may be tens of thousands
+                    entries = await asyncio.to_thread(
+                        _logprobs, ids, scored, placement, tokenizer, 1
+                    )
+                return PromptEvent(text, ids, entries)
+            case Chunk():
+                entries = _logprobs(part.token_ids, part.logprobs, part.placement, tokenizer)
+                return Delta(
+                    part.index,
+                    part.text,
+                    part.token_ids,
+                    entries,
+                    part.tool_calls,
+                    part.affinity_token,
+                )
+        return part
+
+
+def _num_checked(request: GenerateRequest) -> int:
+    """Characters of JSON and elements of lists that are looked at one by one, about."""
+    num = len(request.sampling.logit_bias) + len(request.stop.stop_token_ids)
+    if request.constraint and isinstance(request.constraint.value, str):
+        num += len(request.constraint.value)
+    num += sum(len(entry.token_ids) for entry in islice(request.resume, MAX_CHOICES))
+    num += len(request.token_ids or ()) + len(request.messages or ())
+    for message in islice(request.messages or (), _AT_ONCE):
+        num += sum(len(call.arguments) for call in message.tool_calls)
+    return num
+
+
+def _logprobs(
+    token_ids: Sequence[int],
+    scored: Sequence[TokenLogprobs],
+    placement: Placement,
+    tokenizer: Tokenizer,
+    first: int = 0,  # the token that the first entry is of
+) -> list[ScoredToken]:
+    """One entry a token; none where nothing was asked."""
+
+    def entry(index: int, token_id: int, logprob: float) -> Logprob:
+        at_start = index < placement.num_at_start
+        text = tokenizer.text_at_start(token_id) if at_start else tokenizer.text_of(token_id)
+        raw = tokenizer.raw_of(token_id) if BROKEN in text else None
+        return Logprob(token_id, logprob, text, raw)
+
+    return [
+        ScoredToken(
+            entry(i, token_ids[i], s.chosen),
+            [entry(i, *pair) for pair in zip(s.token_ids, s.logprobs, strict=True)],
+            placement.offsets[i],
+        )
+        for i, s in enumerate(scored, start=first)
+    ]

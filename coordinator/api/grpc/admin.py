@@ -1,0 +1,117 @@
+"""AdminService: the workers, and the draining of one; see admin.proto."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from coordinator.cluster.membership import Membership
+from coordinator.cluster.registry_service import RegistryServicer
+from coordinator.cluster.worker import Worker, WorkerState
+from engine.base.errors import DeadlineExceeded, InvalidRequest, NotFound
+from engine.base.options import MAX_REQUEST_S
+from engine.base.types import Health, KVLink
+from engine.pb.diptych.v1 import admin_pb2
+from engine.telemetry.log import get_logger
+
+_log = get_logger(__name__)
+
+_WORKERS_OWN_S = 120.0  # a drain whose deadline only the worker knows is waited for so long
+_END_S = 15.0  # from the end of a worker's requests to its own
+
+
+class AdminServicer:
+    """What an operator asks; see admin.proto."""
+
+    def __init__(
+        self,
+        membership: Membership,
+        registry: RegistryServicer,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._membership = membership
+        self._registry = registry
+        self._clock = clock
+
+    async def ListWorkers(
+        self, request: admin_pb2.ListWorkersRequest, context: Any
+    ) -> admin_pb2.ListWorkersResponse:
+        """All workers that are or lately were here."""
+        now = self._clock()
+        rows = [_row(worker, now) for worker in self._membership.snapshot()]
+        return admin_pb2.ListWorkersResponse(workers=rows)
+
+    async def DrainWorker(
+        self, request: admin_pb2.DrainWorkerRequest, context: Any
+    ) -> admin_pb2.DrainWorkerResponse:
+        """Have a worker finish or hand over what it has and end; returns when it has ended."""
+        worker = self._worker(request.worker_id)
+        deadline_s = request.deadline_s
+        if not 0 <= deadline_s <= MAX_REQUEST_S:
+            raise InvalidRequest("deadline_s", f"{deadline_s:g}; expected seconds, 0 or more")
+        self._registry.drain(worker, deadline_s)
+        _log.info("worker is to drain", worker=worker.peer.worker_id)
+        wait_s = (deadline_s or _WORKERS_OWN_S) + _END_S
+        ends_s = self._clock() + min(wait_s, context.time_remaining() or wait_s)
+        while self._is_here(worker):
+            if (left_s := ends_s - self._clock()) <= 0:
+                raise DeadlineExceeded(f"worker {worker.peer.worker_id} is still draining")
+            await self._membership.wait_for_change(min(left_s, 1.0))
+        return admin_pb2.DrainWorkerResponse()
+
+    def _worker(self, worker_id: str) -> Worker:
+        rows = self._membership.snapshot()
+        for row in rows:
+            if row.peer.worker_id == worker_id:
+                return row
+        known = ", ".join(row.peer.worker_id for row in rows) or "none"
+        if not worker_id:
+            raise InvalidRequest("worker_id", f"unset; expected one of {known}")
+        raise NotFound(f"worker_id: {worker_id!r} is not here; known: {known}")
+
+    def _is_here(self, worker: Worker) -> bool:
+        """Whether it has not ended: one that only says nothing has not."""
+        return any(
+            row.peer.incarnation == worker.peer.incarnation
+            and (row.state is not WorkerState.SUSPECT or self._registry.hears(row))
+            for row in self._membership.snapshot()
+        )
+
+
+def _row(worker: Worker, now: float) -> admin_pb2.Worker:
+    load, totals = worker.load, worker.load.totals
+    return admin_pb2.Worker(
+        worker_id=worker.peer.worker_id,
+        incarnation=worker.peer.incarnation,
+        role=worker.role.value,
+        state=worker.state.value,
+        address=worker.peer.address,
+        http_address=worker.http_address,
+        model=worker.model.name,
+        uptime_s=now - worker.since_s,
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        free_blocks=load.free_blocks,
+        cached_blocks=load.cached_blocks,
+        held_blocks=load.held_blocks,
+        total_blocks=load.total_blocks,
+        quarantined_blocks=load.quarantined_blocks,
+        links=[_link(link) for link in load.links],
+        max_model_len=worker.model.max_model_len,
+        kv_pool_bytes=worker.kv_pool.num_bytes,
+        kv_pool_limit=worker.kv_pool.limit,
+        health=(Health.SICK if worker.is_sick else load.health).value,
+        **asdict(totals),
+    )
+
+
+def _link(link: KVLink) -> admin_pb2.KVLink:
+    return admin_pb2.KVLink(
+        worker_id=link.peer,
+        lane=link.lane,
+        bytes_per_s=link.bytes_per_s,
+        num_bytes=link.num_bytes,
+        memory=link.memory,
+    )

@@ -1,0 +1,107 @@
+"""Public messages -> values: fields that are set, under their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, overload
+
+from coordinator.api.values import (
+    Constraint,
+    GenerateRequest,
+    Message,
+    Output,
+    Resume,
+    Sampling,
+    Stop,
+    TokenizeRequest,
+    ToolCall,
+    ToolChoice,
+)
+from engine.pb.diptych.v1 import inference_pb2
+
+_MODES = {
+    inference_pb2.ToolChoice.MODE_UNSPECIFIED: "",
+    inference_pb2.ToolChoice.MODE_NONE: "none",
+    inference_pb2.ToolChoice.MODE_AUTO: "auto",
+    inference_pb2.ToolChoice.MODE_REQUIRED: "required",
+}
+
+
+class _Messages(Sequence[Message]):
+    """Converted as they are read: hundreds of thousands of them are refused by their number."""
+
+    def __init__(self, messages: Sequence[inference_pb2.Message]) -> None:
+        self._messages = messages
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    @overload
+    def __getitem__(self, index: int) -> Message: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Message]: ...
+    def __getitem__(self, index: int | slice) -> Message | Sequence[Message]:
+        if isinstance(index, slice):
+            return _Messages(self._messages[index])
+        return _message(self._messages[index])
+
+    def __iter__(self) -> Iterator[Message]:
+        return map(_message, self._messages)
+
+
+def _set(message: Any) -> dict[str, Any]:
+    return {field.name: value for field, value in message.ListFields()}
+
+
+def _message(message: inference_pb2.Message) -> Message:
+    fields = _set(message)
+    if calls := fields.get("tool_calls"):
+        fields["tool_calls"] = [ToolCall(call.id, call.name, call.arguments) for call in calls]
+    return Message(**fields)
+
+
+def _constraint(constraint: inference_pb2.Constraint) -> Constraint | None:
+    kind = constraint.WhichOneof("kind")
+    if kind is None:
+        return None
+    value = constraint.choice.choices if kind == "choice" else getattr(constraint, kind)
+    return Constraint(kind, value)
+
+
+def _tool_choice(choice: inference_pb2.ToolChoice) -> ToolChoice:
+    if choice.WhichOneof("kind") == "name":
+        return ToolChoice(name=choice.name)
+    return ToolChoice(_MODES.get(choice.mode, str(choice.mode)))
+
+
+_CONVERT: dict[str, Callable[[Any], Any]] = {
+    "token_ids": lambda message: message.ids,
+    "messages": _Messages,
+    "tool_choice": _tool_choice,
+    "sampling": lambda message: Sampling(**_set(message)),
+    "stop": lambda message: Stop(**_set(message)),
+    "output": lambda message: Output(**_set(message)),
+    "constraint": _constraint,
+    "resume": lambda entries: [Resume(**_set(entry)) for entry in entries],
+}
+
+
+def read_request(
+    request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest,
+) -> GenerateRequest:
+    """What a call of Generate or Chat asks for."""
+    fields = _set(request)
+    fields.pop("alive", None)
+    if isinstance(request, inference_pb2.ChatRequest):
+        fields.setdefault("messages", ())
+    same = lambda value: value  # noqa: E731
+    return GenerateRequest(**{k: _CONVERT.get(k, same)(value) for k, value in fields.items()})
+
+
+def read_tokenize(request: inference_pb2.TokenizeRequest) -> TokenizeRequest:
+    """What a call of Tokenize asks for."""
+    fields = _set(request)
+    if chat := fields.pop("chat", None):
+        fields |= {"messages": (), **_set(chat)}
+        fields["messages"] = _Messages(chat.messages)
+    return TokenizeRequest(**fields)

@@ -1,0 +1,192 @@
+"""What all protocols say to the frontend, and what it answers: values, without a wire format.
+
+    GenerateRequest --frontend--> PromptEvent?, Delta*, Finished   (of each choice)
+
+Requests are not checked yet: None and empty stand for what a client left unset. Field names are
+those of inference.proto, and errors name them (`sampling.top_p`).
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from coordinator.generation.request import Finished
+from coordinator.text.values import ToolCallPiece
+
+
+@dataclass(slots=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Stop:
+    """Where an answer ends."""
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+
+
+@dataclass(slots=True)
+class Output:
+    """What is sent besides the answer's text and tokens."""
+
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    echo: bool = False
+    skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer must be: json_schema, json_object, regex, grammar or choice."""
+
+    kind: str
+    value: str | bool | Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that an earlier turn made; `arguments` is JSON, or any text."""
+
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str = ""
+    content: str | None = None
+    name: str = ""
+    tool_calls: Sequence[ToolCall] = ()
+    tool_call_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """`mode` is none, auto or required ("": auto); `name` is that of a tool to call."""
+
+    mode: str = ""
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """What a client has of a choice already."""
+
+    index: int = 0
+    token_ids: Sequence[int] = ()
+    finished: bool = False
+    affinity_token: str = ""
+
+
+@dataclass(slots=True)
+class GenerateRequest:
+    """A prompt (`text`, `token_ids` or `messages`) to complete; `request_id` "" makes up one."""
+
+    request_id: str = ""
+    model: str = ""
+    text: str | None = None
+    token_ids: Sequence[int] | None = None
+    messages: Sequence[Message] | None = None
+    tools_json: str = ""
+    tool_choice: ToolChoice = ToolChoice()
+    parallel_tool_calls: bool = True
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: Stop = field(default_factory=Stop)
+    output: Output = field(default_factory=Output)
+    constraint: Constraint | None = None
+    n: int = 1
+    priority: int = 0
+    cache_salt: str = ""
+    resume: Sequence[Resume] = ()
+
+    def __post_init__(self) -> None:
+        self.request_id = self.request_id or uuid.uuid4().hex
+
+
+@dataclass(slots=True)
+class TokenizeRequest:
+    """`text` or `messages` to be read as token ids."""
+
+    model: str = ""
+    text: str | None = None
+    add_special_tokens: bool = True
+    messages: Sequence[Message] | None = None
+    tools_json: str = ""
+    add_generation_prompt: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token and its log-probability; `raw`: its bytes, where they are no whole characters."""
+
+    token_id: int
+    logprob: float = 0.0
+    text: str = ""
+    raw: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token, the likeliest ones at its place, and the characters of the text before it."""
+
+    chosen: Logprob
+    top: Sequence[Logprob] = ()
+    text_offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEvent:
+    """The prompt, as far as it was asked for: the first event."""
+
+    text: str = ""
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[ScoredToken] = ()  # of tokens 1, 2, ...
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Tokens of a choice, and the text and calls that they made final."""
+
+    index: int = 0  # of the choice
+    text: str = ""
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[ScoredToken] = ()  # one a token, where asked for
+    tool_calls: Sequence[ToolCallPiece] = ()
+    affinity_token: str = ""
+
+
+Event = PromptEvent | Delta | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """The served model; see Model in inference.proto."""
+
+    name: str
+    max_model_len: int
+    vocab_size: int
+    block_size: int
+    numeric_profile: str
+    ready: bool
+    disabled: tuple[str, ...]
