@@ -15,9 +15,14 @@ from starlette.routing import BaseRoute, Route
 from coordinator.api.frontend import Frontend
 from coordinator.api.openai.calls import Names, in_words_of, merged
 from coordinator.api.openai.chat_responses import ChatWriter
-from coordinator.api.openai.chats import read_chat, read_tools
+from coordinator.api.openai.chats import read_chat, tools_json
 from coordinator.api.openai.completion_responses import CompletionWriter
 from coordinator.api.openai.completions import read_completion
+from coordinator.api.openai.decisions import (
+    TOKENIZE_CHAT_NEUTRAL,
+    TOKENIZE_IGNORED,
+    TOKENIZE_NEUTRAL,
+)
 from coordinator.api.openai.endpoint import (
     DONE,
     Endpoint,
@@ -29,9 +34,10 @@ from coordinator.api.openai.endpoint import (
     large_json,
 )
 from coordinator.api.openai.errors import Failure, Refused
-from coordinator.api.openai.fields import UINT32, Fields, whole_list
 from coordinator.api.openai.messages import read_messages
+from coordinator.api.openai.models import DetokenizeBody, TokenizeChat, TokenizeText
 from coordinator.api.openai.openapi import description
+from coordinator.api.openai.read import check_rest, read
 from coordinator.api.openai.responses import Choice, Writer
 from coordinator.api.values import GenerateRequest, ModelCard, PromptEvent, TokenizeRequest
 from engine.base.errors import InvalidRequest
@@ -93,9 +99,9 @@ class OpenAiApi:
 
     async def _completions(self, asked: ParsedRequest) -> Response:
         call = await asked.read_by(read_completion)
-        wanted = call.wanted
+        form = call.format
         prompt_ids = None
-        if wanted.token_ids or wanted.continuous_usage:
+        if form.token_ids or form.continuous_usage:
             prompt_ids = [
                 await self._prompt_ids(request, call.names_of(i))
                 for i, request in enumerate(call.requests)
@@ -106,13 +112,13 @@ class OpenAiApi:
             created=int(self._clock()),
             prompt_ids=prompt_ids,
         )
-        needs_first = call.echo and wanted.logprobs is not None
+        needs_first = call.echo and form.logprobs is not None
         return await self._answer(writer, call.requests, call.names_of, needs_first)
 
     async def _chat(self, asked: ParsedRequest) -> Response:
         call = await asked.read_by(read_chat)
         prompt_ids = None
-        if call.wanted.token_ids or call.wanted.continuous_usage:
+        if call.format.token_ids or call.format.continuous_usage:
             prompt_ids = [await self._prompt_ids(call.request, {**call.names, **_CHAT_NAMES})]
         writer = ChatWriter(
             call,
@@ -126,7 +132,7 @@ class OpenAiApi:
         self, writer: Writer, requests: Sequence[GenerateRequest], names: Names, needs_first: bool
     ) -> Response:
         parts = self._parts(writer, requests, names, needs_first)
-        if writer.wanted.stream:
+        if writer.format.stream:
             return _events(writer, parts)
         choices: dict[int, Choice] = {}
         async with aclosing(parts):
@@ -186,33 +192,33 @@ class OpenAiApi:
         }
 
     async def _tokenize(self, asked: ParsedRequest) -> Response:
-        fields = Fields(asked.body)
-        request = TokenizeRequest(model=fields.text("model") or "")
-        if fields.take("messages") is not None:
-            fields.neutral({"continue_final_message": (False,), "add_special_tokens": (False,)})
-            request.messages = read_messages(fields)
-            request.tools_json = read_tools(fields)
-            request.add_generation_prompt = fields.boolean("add_generation_prompt", True)
-            fields.neutral({"chat_template": (), "chat_template_kwargs": ({},)})
+        values = asked.body
+        if values.get("messages") is not None:
+            chat = read(TokenizeChat, values)
+            check_rest(TokenizeChat, values, TOKENIZE_CHAT_NEUTRAL, TOKENIZE_IGNORED, nulls=True)
+            request = TokenizeRequest(
+                model=chat.model or "",
+                messages=read_messages(chat.messages, values["messages"]),
+                tools_json=tools_json(chat.tools),
+                add_generation_prompt=chat.add_generation_prompt is not False,
+            )
         else:
-            request.text = fields.text("prompt")
-            if request.text is None:
+            if values.get("prompt") is None:
                 raise InvalidRequest("prompt", "unset; expected text, or messages in its place")
-            request.add_special_tokens = fields.boolean("add_special_tokens", True)
-        fields.neutral({"return_token_strs": (False,)})
-        fields.end(("media_io_kwargs", "mm_processor_kwargs"), nulls=True)
+            text = read(TokenizeText, values)
+            check_rest(TokenizeText, values, TOKENIZE_NEUTRAL, TOKENIZE_IGNORED, nulls=True)
+            special = text.add_special_tokens is not False
+            request = TokenizeRequest(text.model or "", text.prompt, special)
         with in_words_of(_CHAT_NAMES):
             ids = await self._frontend.tokenize(request)
         limit = self._frontend.model().max_model_len
         return {"count": len(ids), "max_model_len": limit, "tokens": ids}
 
     async def _detokenize(self, asked: ParsedRequest) -> Response:
-        fields = Fields(asked.body)
-        ids = whole_list("tokens", fields.take("tokens"), 0, UINT32)
-        model = fields.text("model") or ""
-        fields.end()
+        body = read(DetokenizeBody, asked.body)
+        check_rest(DetokenizeBody, asked.body, {}, ())
         with in_words_of({"token_ids": "tokens"}):
-            return {"prompt": await self._frontend.detokenize(ids, model)}
+            return {"prompt": await self._frontend.detokenize(body.tokens, body.model or "")}
 
     async def _version(self, asked: ParsedRequest) -> Response:
         return {"version": _version()}
@@ -231,7 +237,7 @@ async def _events(writer: Writer, parts: AsyncGenerator[list[Choice], None]) -> 
             # One event for a response: whoever has its tokens has them all.
             if some:
                 yield "".join(event(writer.chunk([choice])) for choice in some)
-    if writer.wanted.include_usage:
+    if writer.format.include_usage:
         yield event(writer.chunk([], last=True))
     yield DONE
 

@@ -20,7 +20,7 @@ class ChatWriter(Writer):
     chunk_object = "chat.completion.chunk"
 
     def __init__(self, call: ChatCall, **head: Any) -> None:
-        super().__init__(call.wanted, **head)
+        super().__init__(call.format, **head)
         self._has_tools = bool(call.request.tools_json)
         self._named_tool = call.named_tool
         self._begun: set[int] = set()
@@ -31,7 +31,7 @@ class ChatWriter(Writer):
         """See Writer; the first chunk of a choice brings its role."""
         match event:
             case PromptEvent():
-                if self.wanted.prompt_logprobs is not None:
+                if self.format.prompt_logprobs is not None:
                     self._prompt_logprobs = prompt_logprobs(event.logprobs)
                 return []
             case Delta():
@@ -50,10 +50,10 @@ class ChatWriter(Writer):
             self._calling.add(index)
             said["tool_calls"] = [_tool_call(piece) for piece in delta.tool_calls]
         choice = _choice(index, said)
-        if self.wanted.logprobs is not None:
-            tokens = chat_logprobs(delta.logprobs, self.wanted.tokens_as_ids)
+        if self.format.logprobs is not None:
+            tokens = chat_logprobs(delta.logprobs, self.format.tokens_as_ids)
             choice["logprobs"] = {"content": tokens, "refusal": None}
-        if self.wanted.token_ids:
+        if self.format.token_ids:
             choice["token_ids"] = list(delta.token_ids)
         if said or choice["logprobs"] or "token_ids" in choice:
             out.append(choice)
@@ -79,7 +79,7 @@ class ChatWriter(Writer):
     def chunk(self, choices: list[Choice], *, last: bool = False) -> dict[str, Any]:
         """See Writer; the first one brings the prompt's tokens."""
         out = super().chunk(choices, last=last)
-        if self.wanted.token_ids and self.prompt_ids is not None:
+        if self.format.token_ids and self.prompt_ids is not None:
             out["prompt_token_ids"] = list(self.prompt_ids[0])
             self.prompt_ids = None
         return out
@@ -93,7 +93,7 @@ class ChatWriter(Writer):
         out = super().whole(choices)
         if self._prompt_logprobs is not None:
             out["prompt_logprobs"] = self._prompt_logprobs
-        if self.wanted.token_ids and self.prompt_ids is not None:
+        if self.format.token_ids and self.prompt_ids is not None:
             out["prompt_token_ids"] = list(self.prompt_ids[0])
         return out
 

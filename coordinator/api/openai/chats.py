@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from coordinator.api.openai.constraints import names_of, read_constraint
-from coordinator.api.openai.decisions import CHAT_NEUTRAL, IGNORED
+from coordinator.api.openai.decisions import CHAT_NEUTRAL, IGNORED, NEUTRAL
 from coordinator.api.openai.errors import unsupported
-from coordinator.api.openai.fields import UINT32, Fields, as_object
 from coordinator.api.openai.messages import read_messages
-from coordinator.api.openai.options import Wanted, read_common
-from coordinator.api.validation.request import MAX_LOGPROBS
+from coordinator.api.openai.models import ChatBody, NamedChoice
+from coordinator.api.openai.options import AnswerFormat, common_fields, format_of
+from coordinator.api.openai.read import check_rest, read
 from coordinator.api.values import GenerateRequest, ToolChoice
 from engine.base.errors import InvalidRequest
-
-_MODES = ("none", "auto", "required")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,35 +23,33 @@ class ChatCall:
     """What a client asked for."""
 
     request: GenerateRequest
-    wanted: Wanted
+    format: AnswerFormat
     named_tool: bool  # a call of one named tool: such an answer ends with "stop"
     names: Mapping[str, str]  # of fields of the request, in the client's words
 
 
-def read_chat(body: Mapping[str, Any], request_id: str) -> ChatCall:
+def read_chat(values: Mapping[str, Any], request_id: str) -> ChatCall:
     """Raises InvalidRequest, Refused."""
-    fields = Fields(body)
-    messages = read_messages(fields)
-    limit = "max_completion_tokens"
-    max_tokens = fields.integer(limit, 0, UINT32)
-    old = fields.integer("max_tokens", 0, UINT32)
+    body = read(ChatBody, values)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    form = format_of(body, request_id, logprobs)
+    neutral = {**NEUTRAL, **CHAT_NEUTRAL, "best_of": (1, form.n)}
+    check_rest(ChatBody, values, neutral, IGNORED)
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequest("top_logprobs", "only for requests with logprobs: true")
+    limit, max_tokens = "max_completion_tokens", body.max_completion_tokens
     if max_tokens is None:
-        limit, max_tokens = "max_tokens", old
-    common = read_common(fields, request_id, max_tokens=max_tokens, logprobs=_logprobs(fields))
-    constraint, asked = read_constraint(fields)
-    tools_json = read_tools(fields)
-    choice = _tool_choice(fields)
-    parallel = fields.boolean("parallel_tool_calls", True)
-    fields.neutral({**CHAT_NEUTRAL, "best_of": (1, common.wanted.n)})
-    fields.end(IGNORED)
+        limit, max_tokens = "max_tokens", body.max_tokens
+    constraint, asked = read_constraint(body)
+    choice = _tool_choice(body.tool_choice)
     request = GenerateRequest(
-        **common.request,
-        request_id=common.wanted.request_id,
-        messages=messages,
+        **common_fields(body, max_tokens=max_tokens, logprobs=logprobs),
+        request_id=request_id,
+        messages=read_messages(body.messages, values["messages"]),
         constraint=constraint,
-        tools_json=tools_json,
+        tools_json=tools_json(body.tools),
         tool_choice=choice,
-        parallel_tool_calls=parallel,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
     )
     names = {
         **names_of(asked or "tools"),  # which are a constraint, too
@@ -63,44 +59,23 @@ def read_chat(body: Mapping[str, Any], request_id: str) -> ChatCall:
         "output.prompt_logprobs": "prompt_logprobs",
         "tool_choice.name": "tool_choice.function.name",
     }
-    return ChatCall(request, common.wanted, choice.name is not None, names)
+    return ChatCall(request, form, choice.name is not None, names)
 
 
-def _logprobs(fields: Fields) -> int | None:
-    """Alternatives wanted with each token; None: no log-probabilities."""
-    wanted = fields.boolean("logprobs")
-    top = fields.integer("top_logprobs", 0, MAX_LOGPROBS)
-    if top and not wanted:
-        raise InvalidRequest("top_logprobs", "only for requests with logprobs: true")
-    return (top or 0) if wanted else None
-
-
-def read_tools(fields: Fields) -> str:
-    """Tool definitions as they came; their content is the frontend's affair."""
-    tools = fields.list("tools")
-    if not tools:
-        return ""
-    for i, tool in enumerate(tools):
+def tools_json(tools: Sequence[Any] | None) -> str:
+    """Tool definitions as they came; their content is the frontend's affair. Raises Refused."""
+    for i, tool in enumerate(tools or ()):
         kind = tool.get("type") if isinstance(tool, dict) else "function"
         if isinstance(kind, str) and kind != "function":
             raise unsupported(f"tools[{i}].type", kind[:40])
-    return json.dumps(tools)
+    return json.dumps(tools) if tools else ""
 
 
-def _tool_choice(fields: Fields) -> ToolChoice:
-    value = fields.take("tool_choice")
-    if value is None:
-        return ToolChoice()
-    if isinstance(value, str):
-        if value not in _MODES:
-            raise InvalidRequest("tool_choice", "expected none, auto, required or a function")
-        return ToolChoice(value)
-    choice = as_object("tool_choice", value)
-    kind = choice.text("type")
-    if kind not in (None, "function"):
-        raise unsupported("tool_choice.type", kind[:40])
-    function = choice.object("function")
-    name = function.text("name") if function else None
-    if not name:
+def _tool_choice(choice: str | NamedChoice | None) -> ToolChoice:
+    if not isinstance(choice, NamedChoice):
+        return ToolChoice(choice or "")
+    if choice.type not in (None, "function"):
+        raise unsupported("tool_choice.type", choice.type[:40])
+    if not choice.function or not choice.function.name:
         raise InvalidRequest("tool_choice.function.name", "unset; expected the name of a tool")
-    return ToolChoice(name=name)
+    return ToolChoice(name=choice.function.name)

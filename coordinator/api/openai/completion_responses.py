@@ -20,29 +20,29 @@ class CompletionWriter(Writer):
     whole_object = chunk_object = "text_completion"
 
     def __init__(self, call: CompletionCall, **head: Any) -> None:
-        super().__init__(call.wanted, **head)
+        super().__init__(call.format, **head)
         self._echo = call.echo
         self._logprobs: dict[int, CompletionLogprobs] = {}
         self._begun: set[int] = set()
 
     def choices(self, prompt: int, event: Event, first_text: str = "") -> list[Choice]:
         """See Writer; a prompt that is echoed begins each of its choices."""
-        first = prompt * self.wanted.n
+        first = prompt * self.format.n
         match event:
             case PromptEvent():
                 return [
                     self._echoed(prompt, i, event, first_text)
-                    for i in range(first, first + self.wanted.n)
+                    for i in range(first, first + self.format.n)
                 ]
             case Delta():
                 index = first + event.index
                 self.usage.wrote(index, len(event.token_ids))
                 choice = self._choice(prompt, index, event.text)
-                if self.wanted.logprobs is not None:
+                if self.format.logprobs is not None:
                     logprobs = self._logprobs_of(index)
                     logprobs.add(event.logprobs)
                     choice["logprobs"] = logprobs.take()
-                if self.wanted.token_ids:
+                if self.format.token_ids:
                     choice["token_ids"] = list(event.token_ids)
                 return [choice]
             case Finished():
@@ -55,25 +55,25 @@ class CompletionWriter(Writer):
 
     def _choice(self, prompt: int, index: int, text: str) -> Choice:
         choice: Choice = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
-        if self.wanted.token_ids and self.prompt_ids is not None and index not in self._begun:
+        if self.format.token_ids and self.prompt_ids is not None and index not in self._begun:
             choice["prompt_token_ids"] = list(self.prompt_ids[prompt])
         self._begun.add(index)
         return choice
 
     def _logprobs_of(self, index: int) -> CompletionLogprobs:
         if index not in self._logprobs:
-            self._logprobs[index] = CompletionLogprobs(self.wanted.tokens_as_ids)
+            self._logprobs[index] = CompletionLogprobs(self.format.tokens_as_ids)
         return self._logprobs[index]
 
     def _echoed(self, prompt: int, index: int, event: PromptEvent, first_text: str) -> Choice:
         choice = self._choice(prompt, index, event.text if self._echo else "")
-        if self._echo and self.wanted.logprobs is not None:
+        if self._echo and self.format.logprobs is not None:
             logprobs = self._logprobs_of(index)
             logprobs.add_first(Logprob(event.token_ids[0], text=first_text))
             logprobs.add(event.logprobs)
             choice["logprobs"] = logprobs.take()
             logprobs.num_echoed = len(event.text)
-        if self.wanted.prompt_logprobs is not None:
+        if self.format.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs(event.logprobs)
         return choice
 

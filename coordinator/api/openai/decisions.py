@@ -1,6 +1,6 @@
-"""What becomes of each option of OpenAI's and vLLM's clients: the one table.
+"""What becomes of each option of OpenAI's and vLLM's clients.
 
-    SERVED          read and obeyed; a wrong type or value is refused by name
+    SERVED          declared in models.py, read and obeyed; a wrong type or value is refused by name
     NEUTRAL         accepted at values at which it does nothing here, else refused by name
     IGNORED         of any value: it changes no answer of such a model, at OpenAI or vLLM
     anything else   refused as unknown, as OpenAI does
@@ -12,57 +12,20 @@ from __future__ import annotations
 
 from typing import Any
 
-_BOTH = {
-    "cache_salt",
-    "frequency_penalty",
-    "guided_choice",
-    "guided_grammar",
-    "guided_json",
-    "guided_regex",
-    "ignore_eos",
-    "include_stop_str_in_output",
-    "logit_bias",
-    "logprobs",
-    "max_tokens",
-    "min_p",
-    "min_tokens",
-    "model",
-    "n",
-    "presence_penalty",
-    "priority",
-    "prompt_logprobs",
-    "repetition_penalty",
-    "request_id",
-    "response_format",
-    "return_token_ids",
-    "return_tokens_as_token_ids",
-    "seed",
-    "skip_special_tokens",
-    "stop",
-    "stop_token_ids",
-    "stream",
-    "stream_options",
-    "structured_outputs",
-    "temperature",
-    "top_k",
-    "top_p",
-}
-_CHAT_ONLY = {
-    "max_completion_tokens",
-    "messages",
-    "parallel_tool_calls",
-    "tool_choice",
-    "tools",
-    "top_logprobs",
-}
+from coordinator.api.openai.models import ChatBody, CompletionBody
+
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-SERVED = {CHAT: frozenset(_BOTH | _CHAT_ONLY), COMPLETION: frozenset(_BOTH | {"echo", "prompt"})}
+SERVED = {
+    CHAT: frozenset(ChatBody.__struct_fields__),
+    COMPLETION: frozenset(CompletionBody.__struct_fields__),
+}
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
     "bad_words": ([],),
     "early_stopping": (False,),
     "ec_transfer_params": ({},),
+    "guided_whitespace_pattern": (),
     "kv_transfer_params": ({},),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
@@ -70,6 +33,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "media_io_kwargs": ({},),
     "repetition_detection": (),
     "routed_experts_prompt_start": (0,),
+    "structural_tag": (),
     "thinking_token_budget": (-1,),
     "truncate_prompt_tokens": (),
     "truncation_side": (),
@@ -126,3 +90,12 @@ IGNORED = frozenset(
         "vllm_xargs",
     }
 )
+TOKENIZE_NEUTRAL: dict[str, tuple[Any, ...]] = {"return_token_strs": (False,)}
+TOKENIZE_CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **TOKENIZE_NEUTRAL,
+    "add_special_tokens": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+}
+TOKENIZE_IGNORED = ("media_io_kwargs", "mm_processor_kwargs")

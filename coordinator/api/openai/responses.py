@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from coordinator.api.openai.options import Wanted
+from coordinator.api.openai.options import AnswerFormat
 from coordinator.api.values import Event
 from coordinator.generation import request
 from coordinator.generation.request import Finished
@@ -67,19 +67,19 @@ class Writer(ABC):
 
     def __init__(
         self,
-        wanted: Wanted,
+        form: AnswerFormat,
         *,
         model: str,
         created: int,
         prompt_ids: Sequence[Sequence[int]] | None = None,  # where they are asked for
     ) -> None:
-        self.wanted = wanted
+        self.format = form
         self.usage = Usage()
         self.prompt_ids = prompt_ids
         for index, ids in enumerate(prompt_ids or ()):
             self.usage.prompt[index] = len(ids)
         self._head = {
-            "id": f"{self.prefix}-{wanted.request_id}",
+            "id": f"{self.prefix}-{form.request_id}",
             "created": created,
             "model": model,
         }
@@ -98,8 +98,8 @@ class Writer(ABC):
     def chunk(self, choices: list[Choice], *, last: bool = False) -> dict[str, Any]:
         """One chunk of a stream; the last one may bring usage in place of choices."""
         out = {**self._head, "object": self.chunk_object, "choices": choices}
-        if self.wanted.include_usage:
-            out["usage"] = self.usage.as_dict() if last or self.wanted.continuous_usage else None
+        if self.format.include_usage:
+            out["usage"] = self.usage.as_dict() if last or self.format.continuous_usage else None
         return out
 
     def whole(self, choices: dict[int, Choice]) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Writer(ABC):
         if ending.matched_text is not None:
             return ending.matched_text
         token = ending.matched_token
-        return token if token in self.wanted.stop_token_ids else None
+        return token if token in self.format.stop_token_ids else None
 
 
 def reason_of(finished: Finished) -> str:

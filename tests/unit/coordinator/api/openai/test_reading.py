@@ -22,7 +22,6 @@ from coordinator.api.openai.decisions import (
     SERVED,
 )
 from coordinator.api.openai.errors import Failure, Refused, failure_of, param_of
-from coordinator.api.openai.fields import Fields
 from coordinator.api.openai.openapi import description
 from coordinator.api.values import (
     Constraint,
@@ -126,7 +125,7 @@ def test_every_option_arrives():
     messages = [Message(role="user", content="x")]
     output = Output(skip_special_tokens=False, logprobs=3)
     assert got.request == GenerateRequest(**expected, messages=messages, output=output)
-    assert got.wanted.stop_token_ids == {1, 2}
+    assert got.format.stop_token_ids == {1, 2}
 
 
 def test_defaults_are_openais():
@@ -138,7 +137,7 @@ def test_defaults_are_openais():
     got = chat(max_tokens=None, stop=None, temperature=None, tools=None, user=None)
     assert got.request.sampling == Sampling(temperature=1.0)
     assert got.request.stop.max_tokens is None  # the room left
-    assert not got.wanted.stream
+    assert not got.format.stream
 
 
 def test_small_agreements():
@@ -248,10 +247,10 @@ def test_tools():
 
 
 def test_stream_options():
-    wanted = completion(stream=True, stream_options={"include_usage": True}).wanted
-    assert (wanted.stream, wanted.include_usage, wanted.continuous_usage) == (True, True, False)
+    form = completion(stream=True, stream_options={"include_usage": True}).format
+    assert (form.stream, form.include_usage, form.continuous_usage) == (True, True, False)
     options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}
-    assert chat(stream=True, stream_options=options).wanted.continuous_usage
+    assert chat(stream=True, stream_options=options).format.continuous_usage
 
 
 # Refusals
@@ -501,16 +500,57 @@ def test_what_is_one():
     assert got["c"] == math.inf  # refused where a number is read
 
 
-def test_fields_know_their_paths():
-    inner = Fields({"a": {"b": {"c": 5}}}).object("a")
-    assert inner
-    deeper = inner.object("b")
-    assert deeper
-    with pytest.raises(InvalidRequest) as caught:
-        deeper.text("c")
-    assert caught.value.field == "a.b.c"
-    with pytest.raises(Refused, match=r"a\.b\.c"):
-        Fields({"c": 5}, "a.b").end()
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"n": 0}, "n: 0; expected 1 to 64"),
+        ({"n": "x"}, "n: expected a whole number"),
+        ({"seed": 2**64}, f"seed: {2**64}; expected {-(2**63)} to {2**64 - 1}"),
+        ({"seed": -(2**63) - 1}, f"seed: {-(2**63) - 1}; expected {-(2**63)} to {2**64 - 1}"),
+        ({"max_tokens": 10**40}, f"max_tokens: a huge number; expected 0 to {2**32 - 1}"),
+        ({"temperature": "hot"}, "temperature: expected a number"),
+        (
+            {"temperature": 10**400},
+            "temperature: expected a number of a size that a float",
+        ),
+        ({"stream": 1}, "stream: expected true or false"),
+        ({"model": 1}, "model: expected text"),
+        ({"stop": ["x", 5]}, "stop: expected text or an array of texts"),
+        ({"stop_token_ids": 5}, "stop_token_ids: expected an array of whole numbers"),
+        ({"stop_token_ids": [1, -1]}, f"stop_token_ids[1]: -1; expected 0 to {2**32 - 1}"),
+        ({"logit_bias": {"1": 1, "2": True}}, "logit_bias[2]: expected a number"),
+        ({"logit_bias": {"1": 1, "2": 10**400}}, "logit_bias[2]: expected a number of a size that"),
+        ({"logit_bias": []}, "logit_bias: expected an object of token ids and numbers"),
+        ({"stream": True, "stream_options": 5}, "stream_options: expected an object"),
+        ({"guided_json": 5}, "guided_json: expected a JSON schema, an object"),
+        ({"guided_choice": [1]}, "guided_choice: expected an array of at least one text"),
+        (
+            {"response_format": {}},
+            "response_format.type: expected text, json_object",
+        ),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "response_format.json_schema: unset; expected a schema and its name",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": 5}},
+            "response_format.json_schema: expected an object",
+        ),
+        ({"messages": [{"role": "critic"}]}, "messages[0].role: expected one of system, develo"),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages[0].content: expected text or",
+        ),
+        ({"messages": 5}, "messages: expected an array of at least one message"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}]},
+            "messages[0].tool_calls[0].function.name: expected text",
+        ),
+        ({"tool_choice": 5}, "tool_choice: expected none, auto, required or a function"),
+    ],
+)
+def test_errors_are_written_from_the_declarations(body, message):
+    assert failure(chat, **body).message.startswith(message)
 
 
 # Errors
