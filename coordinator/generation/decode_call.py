@@ -1,9 +1,10 @@
-"""One attempt at an answer: a call of Decode, from its request to what its end means.
+"""One attempt: a call of Decode, from its request to the meaning of its end.
 
-    Progress --> DecodeRequest --> D ... tokens --> Answer.push --> Chunk ...
-                                   '--> finished, or lost: Unavailable, and another attempt may help
+    GenerationState --> DecodeRequest --> D ... tokens --> Output.push --> Chunk ...
+                                          '--> finished, or lost: Unavailable, and another attempt
+                                               may help
 
-An attempt is given all tokens of the earlier ones. Closing the generator cancels the call of D.
+An attempt gets all tokens of the earlier ones. Closing the generator cancels the call of D.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import grpc
@@ -19,8 +20,8 @@ import grpc
 from coordinator.cluster.membership import Membership
 from coordinator.generation.dispatch import Dispatch
 from coordinator.generation.output import Output
-from coordinator.generation.request import Chunk, Ending, GenerationRequest
-from coordinator.generation.shared_parts import SharedParts
+from coordinator.generation.request import Chunk, Ending
+from coordinator.generation.state import GenerationState
 from coordinator.routing.affinity import affinity_token_of
 from coordinator.routing.policy import Plan
 from engine.base.errors import (
@@ -34,7 +35,7 @@ from engine.base.errors import (
     Unavailable,
     WorkerLost,
 )
-from engine.base.types import FinishReason, StopParams, TokenLogprobs
+from engine.base.types import FinishReason, StopParams
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.channel import ChannelPool
 from engine.rpc.convert import (
@@ -56,60 +57,6 @@ _LOST_CODES = (
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.UNIMPLEMENTED,
 )
-Report = worker_pb2.Tokens | worker_pb2.DecodeFinished
-
-
-@dataclass(slots=True)
-class UsageTotals:
-    """What workers have reported of one answer, summed over attempts."""
-
-    draft_tokens: int = 0  # of the attempts that ended
-    accepted_tokens: int = 0
-    first: Report | None = None  # of the first attempt that reported
-    last: Report | None = None  # of this attempt
-    first_is_open: bool = True
-
-    def report(self, numbers: Report) -> None:
-        """Running numbers of the attempt in progress."""
-        self.last = numbers
-        if self.first_is_open:
-            self.first = numbers
-
-    def end_attempt(self) -> None:
-        """The attempt is over; the next one counts from zero."""
-        if self.last is not None:
-            self.draft_tokens += self.last.draft_tokens
-            self.accepted_tokens += self.last.accepted_tokens
-            self.first_is_open = False
-            self.last = None
-
-
-@dataclass(slots=True)
-class GenerationState:
-    """How far one answer has come, over all attempts."""
-
-    request: GenerationRequest
-    prompt: list[int]
-    answer: Output
-    parts: SharedParts = field(default_factory=SharedParts)
-    spent: UsageTotals = field(default_factory=UsageTotals)
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-
-    def take(self, tokens: worker_pb2.Tokens) -> Chunk:
-        """What has come from a worker."""
-        return self.answer.push(tokens.token_ids, logprobs_from_pb(tokens.logprobs))
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and answer so far."""
-        return len(self.prompt) + len(self.answer.token_ids)
-
-    @property
-    def scores_prompt(self) -> bool:
-        """Whether the next attempt has to compute the prompt's log-probabilities."""
-        request = self.request
-        wanted = request.num_prompt_logprobs is not None and request.tells_prompt
-        return wanted and not self.prompt_logprobs and len(self.prompt) > 1
 
 
 class DecodeClient:
@@ -126,44 +73,40 @@ class DecodeClient:
         await self._channels.close()
 
     async def attempt(
-        self, progress: GenerationState, plan: Plan, dispatch: Dispatch
+        self, state: GenerationState, plan: Plan, dispatch: Dispatch
     ) -> AsyncGenerator[Chunk, None]:
-        """New tokens, until the answer has ended.
+        """New tokens, until the output has ended.
 
-        Raises Unavailable if another attempt may help, DeadlineExceeded, or what the worker said.
+        Raises Unavailable if another attempt may help, DeadlineExceeded, or the worker's error.
         """
-        answer, spent = progress.answer, progress.spent
+        output = state.output
         with ExitStack() as assigned, ExitStack() as until_first_token:
             assigned.enter_context(self._membership.assigned(plan.decode, 0))
-            computing = plan.prefill or plan.decode
+            computes = plan.prefill or plan.decode
             # The other choices find the prompt's blocks with choice 0.
-            num_tokens = 0 if progress.request.index else progress.num_tokens
-            until_first_token.enter_context(self._membership.assigned(computing, num_tokens))
+            num_tokens = 0 if state.request.index else state.num_tokens
+            until_first_token.enter_context(self._membership.assigned(computes, num_tokens))
             affinity_token = affinity_token_of(plan.decode)
             try:
-                async with aclosing(self._responses(progress, plan, dispatch)) as responses:
+                async with aclosing(self._responses(state, plan, dispatch)) as responses:
                     async for response in responses:
                         if response.HasField("tokens"):
                             until_first_token.close()
-                            spent.report(response.tokens)
-                            if scores := response.tokens.prompt_logprobs:  # of thousands of tokens
-                                read = await asyncio.to_thread(logprobs_from_pb, scores)
-                                progress.prompt_logprobs = tuple(read)
-                            chunk = progress.take(response.tokens)
+                            chunk = await _take_tokens(state, response.tokens)
                             if chunk.token_ids:
                                 yield replace(chunk, affinity_token=affinity_token)
                                 affinity_token = ""  # once is enough
-                            if answer.ended_here:
+                            if output.ended_here:
                                 return
                         elif response.HasField("finished"):
-                            spent.report(response.finished)
-                            _take_ending(answer, response.finished)
+                            state.totals.report(response.finished)
+                            _take_ending(output, response.finished)
                             return
-                if answer.ending is None:
+                if output.ending is None:
                     raise Unavailable("the decode worker ended its stream before the answer")
             except grpc.aio.AioRpcError as error:
-                if answer.ending is None:
-                    _explain(error, answer, dispatch)
+                if output.ending is None:
+                    _raise_meaning(error, output, dispatch)
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if not self._closed or (task and task.cancelling()):
@@ -171,10 +114,10 @@ class DecodeClient:
                 raise Unavailable("the channels to workers were closed") from None
 
     async def _responses(
-        self, progress: GenerationState, plan: Plan, dispatch: Dispatch
+        self, state: GenerationState, plan: Plan, dispatch: Dispatch
     ) -> AsyncGenerator[worker_pb2.DecodeResponse, None]:
-        """Messages of a call of Decode, or of a second one where D lacked the shared parts."""
-        parts, incarnation = progress.parts, plan.decode.peer.incarnation
+        """Messages of a call of Decode, or of a second one where D lacks the shared parts."""
+        parts, incarnation = state.shared_parts, plan.decode.peer.incarnation
         name = f"decode worker {plan.decode.peer.worker_id}"
         since_stall_s = partial(self._membership.since_stall_s, plan.decode.peer)
         while True:
@@ -182,7 +125,7 @@ class DecodeClient:
             is_unknown = False
             call = None
             try:
-                request = _decode_request(progress, plan, carries)
+                request = _decode_request(state, plan, carries)
                 call = self._stub(plan).Decode(request, timeout=dispatch.remaining_s())
                 del request  # it may be large, and the call long
                 read = partial(next_message, call, name, since_stall_s=since_stall_s)
@@ -204,27 +147,35 @@ class DecodeClient:
             parts.forgotten(incarnation)
 
     def _stub(self, plan: Plan) -> worker_pb2_grpc.DecodeServiceStub:
-        """Of the plan's decode worker; channels to workers that have gone are let go."""
+        """Of the plan's decode worker; closes the channels to workers that have gone."""
         self._channels.keep_only({w.peer.address for w in self._membership.snapshot()})
         return worker_pb2_grpc.DecodeServiceStub(self._channels.get(plan.decode.peer.address))
 
 
+async def _take_tokens(state: GenerationState, tokens: worker_pb2.Tokens) -> Chunk:
+    """Add a message's tokens and numbers to the state."""
+    state.totals.report(tokens)
+    if scores := tokens.prompt_logprobs:  # of thousands of tokens
+        state.prompt_logprobs = tuple(await asyncio.to_thread(logprobs_from_pb, scores))
+    return state.take(tokens)
+
+
 def _decode_request(
-    progress: GenerationState, plan: Plan, carries: bool = True
+    state: GenerationState, plan: Plan, carries: bool = True
 ) -> worker_pb2.DecodeRequest:
-    """One call's message; `carries`: with what the choices share, else the worker has that."""
-    request, answer = progress.request, progress.answer
+    """One call's message; `carries`: with the shared parts, else the worker has them."""
+    request, output = state.request, state.output
     sampling = request.sampling if carries else replace(request.sampling, logit_bias=())
     stop = StopParams(
-        max_tokens=answer.max_tokens,
-        min_tokens=min(request.min_tokens, answer.max_tokens),
+        max_tokens=output.max_tokens,
+        min_tokens=min(request.min_tokens, output.max_tokens),
         stop_token_ids=request.stop_token_ids if carries else frozenset(),
     )
     return worker_pb2.DecodeRequest(
         request_id=request.request_id,
-        shared_key=progress.parts.key,
-        prompt_token_ids=progress.prompt if carries else (),
-        output_token_ids=answer.token_ids,
+        shared_key=state.shared_parts.key,
+        prompt_token_ids=state.prompt if carries else (),
+        output_token_ids=output.token_ids,
         sampling=sampling_to_pb(sampling),
         stop=stop_to_pb(stop),
         prefill=peer_to_pb(plan.prefill.peer) if plan.prefill else None,
@@ -232,29 +183,29 @@ def _decode_request(
         priority=request.priority,
         incarnation=plan.decode.peer.incarnation,
         num_logprobs=request.num_logprobs,
-        num_prompt_logprobs=request.num_prompt_logprobs if progress.scores_prompt else None,
+        num_prompt_logprobs=request.num_prompt_logprobs if state.scores_prompt else None,
         constraint=constraint_to_pb(request.constraint) if carries else None,
     )
 
 
-def _take_ending(answer: Output, finished: worker_pb2.DecodeFinished) -> None:
-    """The worker's word on why the answer ended, where its tokens alone do not tell."""
-    if answer.ending is not None:
+def _take_ending(output: Output, finished: worker_pb2.DecodeFinished) -> None:
+    """Why the output ended, where its tokens alone do not show it."""
+    if output.ending is not None:
         return
     reason = reason_from_pb(finished.finish_reason)
     if reason is FinishReason.ABORTED:
         raise Unavailable("the decode worker gave the answer up")
     matched = finished.HasField("matched_stop_token")
-    answer.ending = Ending(reason, finished.matched_stop_token if matched else None)
+    output.ending = Ending(reason, finished.matched_stop_token if matched else None)
 
 
-def _explain(error: grpc.aio.AioRpcError, answer: Output, dispatch: Dispatch) -> None:
+def _raise_meaning(error: grpc.aio.AioRpcError, output: Output, dispatch: Dispatch) -> None:
     """Raise what a worker's status means for this request."""
-    meaning = meaning_of(error, num_emitted=len(answer.token_ids))
+    meaning = meaning_of(error, num_emitted=len(output.token_ids))
     if meaning is None:
         raise RuntimeError(f"decode worker: {error.code().name}: {error.details()}") from error
     if isinstance(meaning, DeadlineExceeded):
-        dispatch.remaining_s()  # ours, if it has passed
+        dispatch.remaining_s()  # raises where it was the request's own deadline
         raise Unavailable(meaning.message) from None
     raise meaning from None
 
@@ -265,16 +216,17 @@ def meaning_of(error: grpc.aio.AioRpcError, *, num_emitted: int) -> DiptychError
     After the first token a full worker is no reason to give up: the next attempt may find room.
     """
     meaning = from_rpc_error(error)
-    said = DETAILS_KEY in dict(error.trailing_metadata() or ())  # else gRPC made the status up
+    is_by_worker = DETAILS_KEY in dict(error.trailing_metadata() or ())  # else by gRPC itself
     match meaning:
-        case Unavailable() if not said:
+        case Unavailable() if not is_by_worker:
             return WorkerLost(meaning.message)
         case Unavailable() | InvalidRequest() | DeadlineExceeded():
             return meaning
         case Overloaded():
             return Unavailable(meaning.message) if num_emitted else meaning
-        case Mismatch() | Unauthenticated() | PermissionDenied():  # another one may know us
+        case Mismatch() | Unauthenticated() | PermissionDenied():  # another worker may accept it
             return Unavailable(meaning.message)
-    if error.code() in _LOST_CODES or (error.code() is grpc.StatusCode.INTERNAL and not said):
+    is_internal = error.code() is grpc.StatusCode.INTERNAL and not is_by_worker
+    if error.code() in _LOST_CODES or is_internal:
         return WorkerLost(f"{error.code().name}: {error.details()}")
     return None

@@ -57,7 +57,7 @@ class GenerationRequest:
     resumes: tuple[Resumed, ...] = ()  # of each choice; of none: nothing is resumed
 
     @property
-    def tells_prompt(self) -> bool:
+    def returns_prompt(self) -> bool:
         """Whether something of the prompt is sent before the answer, by choice 0."""
         wanted = self.echo or self.num_prompt_logprobs is not None
         delivered = any(r.token_ids or r.finished for r in self.resumes)

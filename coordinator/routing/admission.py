@@ -41,7 +41,7 @@ class Ticket:
         self.admitted_s = admitted_s
         self.request_id = request_id
         self.deadline_s = deadline_s
-        self.doing = "is being tokenized"
+        self.activity = "is being tokenized"
         self.num_tokens = 0  # 0: refused before it had a worker
         self.released = False
 
@@ -144,7 +144,7 @@ class Admission:
             Hold(
                 kind="request",
                 owner=ticket.request_id,
-                reason=f"admitted; it {ticket.doing}",
+                reason=f"admitted; it {ticket.activity}",
                 age_s=now - ticket.admitted_s,
                 deadline_s=left if math.isfinite(left := ticket.deadline_s - now) else None,
                 note="" if math.isfinite(left) else "none was given; it ends with its call",

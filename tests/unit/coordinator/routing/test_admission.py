@@ -130,7 +130,7 @@ def test_holds_name_every_request_inside(admission, clock):
     clock[0] = 5.0
     second = admission.admit()
     first.set_tokens(70)
-    first.doing = "waits for a worker"
+    first.activity = "waits for a worker"
     one, two = sorted(admission.holds(), key=lambda hold: -hold.age_s)
     assert (one.owner, one.num_tokens, one.age_s, one.deadline_s) == ("one", 70, 5.0, 55.0)
     assert "waits for a worker" in one.reason and not one.note

@@ -156,10 +156,10 @@ def test_no_tokens_where_the_prompt_is_to_tell_something():
     for output in (pb.Output(echo=True), pb.Output(prompt_logprobs=0)):
         got = validated(generate(stop=nothing, output=output), LIMITS)
         assert got.max_tokens == 0
-        assert got.tells_prompt
+        assert got.returns_prompt
         resumed = [pb.Resume(finished=True)]
         again = validated(generate(stop=nothing, output=output, resume=resumed), LIMITS)
-        assert not again.tells_prompt, "the client has it"
+        assert not again.returns_prompt, "the client has it"
 
 
 def test_choices_have_seeds_and_tokens_of_their_own():

@@ -1,0 +1,233 @@
+"""One choice of a request: as many attempts as it takes, read as one stream of parts.
+
+    resumed tokens -> Dispatch.next -> DecodeClient.attempt -> chunks -> Finished
+                          ^                  |
+                          '------ lost ------'    again, with the tokens received so far
+
+What is lost on the way changes nothing that the client receives: an attempt gets all tokens of the
+earlier ones, and the sampler is a function of seed and position.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from coordinator.cluster.membership import Membership
+from coordinator.generation.decode_call import DecodeClient
+from coordinator.generation.dispatch import Dispatch
+from coordinator.generation.output import Output
+from coordinator.generation.request import Ending, Finished, GenerationRequest, Part, PromptPart
+from coordinator.generation.shared_parts import SharedParts
+from coordinator.generation.state import GenerationState
+from coordinator.routing.admission import Ticket
+from coordinator.routing.affinity import Affinity
+from coordinator.routing.harmed_workers import Trial
+from coordinator.routing.policy import POLICIES, Plan, Policy
+from coordinator.text.detokenizer import place_prompt
+from coordinator.text.served_model import ServedModel
+from coordinator.text.stops import StopSet
+from engine.base.errors import Mismatch, Unavailable, WorkersLost
+from engine.base.types import FinishReason
+from engine.rpc.trust import ClusterToken
+from engine.telemetry.log import get_logger
+from engine.telemetry.metrics import CoordinatorMetrics
+from engine.telemetry.timeline import Event, Timeline
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the choices of a request have in common, made once."""
+
+    prompt: list[int]  # token ids
+    stops: StopSet
+    parts: SharedParts
+    affinity: Affinity
+    ticket: Ticket
+    max_model_len: int
+
+
+class ChoiceRunner:
+    """Generates choices. Owns the calls of decode workers; lives on the event loop."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        membership: Membership,
+        metrics: CoordinatorMetrics,
+        *,
+        worker_wait_s: float,
+        check_open: Callable[[], None],
+        policy: Policy = POLICIES["least_loaded"],
+        token: ClusterToken | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`check_open` raises Unavailable when there are to be no more attempts."""
+        self._model = model
+        self._membership = membership
+        self._metrics = metrics
+        self._worker_wait_s = worker_wait_s
+        self._check_open = check_open
+        self._policy = policy
+        self._clock = clock
+        self._client = DecodeClient(membership, token)
+        self._catching_up = asyncio.Semaphore(1)  # one piece of it at a time, between others' work
+        self._trial = Trial()
+
+    async def close(self) -> None:
+        """Close the channels to workers; attempts on them are lost."""
+        await self._client.close()
+
+    async def run(
+        self, request: GenerationRequest, shared: Shared, timeline: Timeline
+    ) -> AsyncGenerator[Part, None]:
+        """The prompt's part where the request returns it, chunks, then Finished.
+
+        Raises Unavailable, WorkersLost, DeadlineExceeded, Mismatch.
+        """
+        output = self._new_output(request, shared)
+        if request.resumed:
+            await self._catch_up(output)
+        if request.resume_finished and output.ending is None:
+            output.ending = Ending(FinishReason.LENGTH)
+        state = GenerationState(request, shared.prompt, output, shared.parts)
+        dispatch = self._dispatch(shared, output)
+        prompt_is_due = request.returns_prompt
+        while output.ending is None:
+            if not output.max_tokens and not state.scores_prompt:
+                output.ending = Ending(FinishReason.LENGTH)
+                break
+            plan = None
+            shared.ticket.activity = "waits for a worker"
+            try:
+                plan = await dispatch.next(state.num_tokens, alone=state.scores_prompt)
+                timeline.mark(Event.ROUTED)
+                shared.ticket.activity = f"waits for tokens from {plan}"
+                async with aclosing(self._client.attempt(state, plan, dispatch)) as chunks:
+                    async for chunk in chunks:
+                        dispatch.progressed()
+                        shared.ticket.activity = f"is being answered by {plan}"
+                        self._observe(timeline, len(chunk.token_ids))
+                        if prompt_is_due:
+                            yield await self._prompt_part(state)
+                            prompt_is_due = False
+                        yield chunk
+            except Unavailable as error:
+                await self._after_loss(dispatch, plan, error, output)
+            except Mismatch:
+                self._metrics.migrated("other_model")
+                raise
+            finally:
+                state.totals.end_attempt()
+                dispatch.close()
+        if prompt_is_due:
+            yield await self._prompt_part(state)
+        rest = output.finish()
+        if not request.resume_finished and (rest.text or rest.tool_calls):
+            yield rest
+        timeline.mark(Event.FINISHED)
+        yield self._finished(state, timeline)
+
+    def _new_output(self, request: GenerationRequest, shared: Shared) -> Output:
+        """With its limits: beyond the room left it ends as LENGTH at the context's end."""
+        room = shared.max_model_len - len(shared.prompt)
+        limit = request.default_max_tokens if request.max_tokens is None else request.max_tokens
+        max_tokens = room if limit is None else min(limit, room)
+        return Output(
+            self._model.tokenizer,
+            request,
+            shared.prompt,
+            max_tokens=max_tokens,
+            min_tokens=min(request.min_tokens, max_tokens),
+            stops=shared.stops,
+        )
+
+    def _dispatch(self, shared: Shared, output: Output) -> Dispatch:
+        return Dispatch(
+            self._membership,
+            worker_wait_s=self._worker_wait_s,
+            deadline_s=shared.ticket.deadline_s,
+            policy=self._policy,
+            clock=self._clock,
+            affinity=shared.affinity,
+            check_open=self._check_open,
+            num_tokens=len(shared.prompt) + output.max_tokens,
+            trial=self._trial,
+        )
+
+    async def _catch_up(self, output: Output) -> None:
+        """Take the resumed tokens, in pieces between which other requests go on."""
+        pieces, is_more = output.catch_up(), True
+        while is_more and output.ending is None:
+            async with self._catching_up:
+                is_more = next(pieces, False)
+                await asyncio.sleep(0)
+
+    async def _after_loss(
+        self, dispatch: Dispatch, plan: Plan | None, error: Unavailable, output: Output
+    ) -> None:
+        """Returns if there may be another attempt, else raises Unavailable or WorkersLost."""
+        try:
+            if plan is None:  # there was no worker for it
+                raise error
+            self._check_open()
+            await dispatch.failed(plan, error)
+        except Unavailable as last:
+            if plan is not None or output.num_new:
+                self._metrics.migrated("exhausted")
+            raise Unavailable(
+                last.message, last.retry_after_s, num_emitted=output.num_new
+            ) from None
+        except WorkersLost as last:
+            self._metrics.migrated("given_up")
+            raise WorkersLost(last.message, output.num_new) from None
+        self._metrics.migrated("resumed" if output.num_new else "retried")
+        _log.warning(
+            "attempt lost",
+            worker=plan.decode.peer.worker_id,
+            prefill=plan.prefill.peer.worker_id if plan.prefill else None,
+            lost=error.lost or "decode",
+            reason=error.message,
+            num_tokens=len(output.token_ids),
+        )
+
+    async def _prompt_part(self, state: GenerationState) -> PromptPart:
+        request, prompt = state.request, state.prompt
+        text = request.text if request.echo else ""
+        if text is None:
+            text = await self._model.decode(prompt, request.skip_special_tokens)
+            text = text.removesuffix(state.output.broken_prompt_end)
+        part = PromptPart(text, tuple(prompt), state.prompt_logprobs)
+        if not part.logprobs:
+            return part
+        return await asyncio.to_thread(self._placed, part, request.skip_special_tokens)
+
+    def _placed(self, part: PromptPart, skip_special_tokens: bool) -> PromptPart:
+        """With the places of its tokens, of which there may be tens of thousands."""
+        tokenizer, ids = self._model.tokenizer, part.token_ids
+        text = part.text or tokenizer.decode(ids, skip_special_tokens)
+        placement = place_prompt(tokenizer, ids, text, skip_special_tokens)
+        return replace(part, placement=placement)
+
+    def _observe(self, timeline: Timeline, num_tokens: int) -> None:
+        before = timeline.last(Event.TOKENS)
+        now = timeline.mark(Event.TOKENS)
+        self._metrics.generation_tokens.inc(num_tokens)
+        if before is None:
+            self._metrics.time_to_first_token.observe(timeline.between(Event.ARRIVED, Event.TOKENS))
+            return
+        for _ in range(num_tokens):
+            self._metrics.inter_token_latency.observe((now - before) / num_tokens)
+
+    def _finished(self, state: GenerationState, timeline: Timeline) -> Finished:
+        ending, timing = state.output.ending, state.timing(timeline)
+        assert ending is not None, "an output that is reported has ended"
+        self._metrics.e2e_request_latency.observe(timeline.between(Event.ARRIVED, Event.FINISHED))
+        self._metrics.request_queue_time.observe(timing.queue_s)
+        self._metrics.request_succeeded(ending.reason.value)
+        return Finished(replace(ending), state.usage(), timing, state.request.index)
