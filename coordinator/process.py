@@ -64,12 +64,12 @@ from engine.telemetry.progress import LINE_S, print_line
 
 _log = get_logger(__name__)
 
-_STOP_S = 5.0  # for local workers, whose requests have ended
+_STOP_S = 5.0  # for local workers, after their requests have ended
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Options:
-    """All that `coordinator start` was told."""
+    """All options of `coordinator start`."""
 
     model: ModelOptions
     front: FrontOptions
@@ -108,7 +108,7 @@ def serve(
     if fleet.workers == "local":
         require_worker_packages("local workers", "; workers on other machines: --workers external")
         draft.check(model)
-    # What configuration and tokenizer tell is refused before weights are fetched or read.
+    # Configuration and tokenizer are checked before weights are fetched or read.
     checkpoint = resolve(model.model, weights=False)
     check_length(checkpoint.config, model.max_model_len)
     name = model.model_name or checkpoint.name
@@ -121,14 +121,14 @@ def serve(
     if local:
         checkpoint = resolve(model.model)
     if local and model.seed_weights < 0:
-        # Here, where a person sees the progress.
+        # Here, where the user sees the progress.
         prepare_weights(checkpoint, model, cache, on_gpu=bool(gpus))
     model = dataclasses.replace(model, model_name=name)
     options = Options(model, front, fleet, cache, step, draft, transfer, log, gpus)
     try:
         return uvloop.run(_serve(options, served, trusted))
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is over; no traceback at the very end
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # no traceback at the very end
 
 
 def _terminated(_number: int, _frame: FrameType | None) -> None:
@@ -136,11 +136,11 @@ def _terminated(_number: int, _frame: FrameType | None) -> None:
 
 
 def _take_descriptors() -> None:
-    """Every connection takes one: have as many as we may (1,024 is a usual soft limit)."""
+    """Raise the soft limit of file descriptors: every connection takes one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError) as error:  # unlimited on paper, and the kernel knows a limit
+    except (OSError, ValueError) as error:  # "unlimited" may be above the kernel's own limit
         _log.info("the limit of file descriptors stays", soft=soft, reason=str(error))
 
 
@@ -165,7 +165,7 @@ async def _serve(options: Options, served: ServedModel, trust: Trust) -> int:
     finally:
         if watching:
             watching.cancel()
-        # Workers before the doors: what they still send finds somebody.
+        # Workers before the servers: what they still send is received.
         if supervisor:
             await supervisor.stop(0.0 if hurry.is_set() else _STOP_S)
         await coordinator.stop()
@@ -173,7 +173,7 @@ async def _serve(options: Options, served: ServedModel, trust: Trust) -> int:
 
 
 class _Signals:
-    """The first signal asks for an orderly end, a second one for an end at once."""
+    """The first signal asks for an orderly end, the second one for an immediate end."""
 
     def __init__(self) -> None:
         self.stop = asyncio.Event()
@@ -191,7 +191,7 @@ class _Signals:
 def make_supervisor(
     options: Options, coordinator_address: str, token: ClusterToken | None = None
 ) -> Supervisor:
-    """A supervisor for the local workers that `options` ask for; they get `token` in memory."""
+    """A supervisor for the local workers of `options`; they get `token` in memory."""
     fleet = options.fleet
     places = [(f"prefill-{i}", Role.PREFILL) for i in range(fleet.prefill_workers)]
     places += [(f"decode-{i}", Role.DECODE) for i in range(fleet.decode_workers)]
@@ -200,7 +200,7 @@ def make_supervisor(
         coordinator=dialable(coordinator_address), allowed_hosts=options.front.allowed_hosts
     )
     trust = TrustOptions(token.share() if token else "")
-    # Dealt once: a worker that starts again has the share and the GPU of its predecessor.
+    # Once: a worker that starts again has the share and the GPU of its predecessor.
     memory = str(host_memory().share(len(places)))
     cache = dataclasses.replace(options.cache, memory_share=memory)
     shared = to_flags(options.model, options.step, options.transfer, options.log, worker, trust)
@@ -228,7 +228,7 @@ def make_supervisor(
 
 
 def make_watchdog(options: Options, coordinator: Coordinator, supervisor: Supervisor) -> Watchdog:
-    """What replaces the supervisor's workers where they hang."""
+    """A watchdog for the supervisor's workers."""
     return Watchdog(
         supervisor.workers,
         coordinator.membership.last_beat_s,
@@ -283,7 +283,7 @@ async def _announce(
 
 
 def describe_context(max_model_len: int, longest: Worker | None) -> str:
-    """The context that is promised, and what it came from."""
+    """The context of the service, and what limits it."""
     text = f"context {max_model_len:,} tokens"
     if longest is None:
         return text

@@ -1,4 +1,4 @@
-"""A coordinator, put together: the public door, the workers' door, HTTP, the table, the pipeline.
+"""A coordinator: the public gRPC server, that of workers, HTTP, the table and the pipeline.
 
     start() -> serving -> drain() (no new requests, those inside finish) -> end_requests() -> stop()
 
@@ -46,14 +46,14 @@ from engine.rpc.receive_budget import ReceiveBudget
 from engine.rpc.server import RpcServer
 from engine.telemetry.metrics import CoordinatorMetrics, RpcMetrics
 
-# A call without a deadline is ended by the pipeline; this is for one whose client stopped reading.
+# The pipeline ends a call without a deadline; this is for a client that stopped reading.
 _STUCK_S = 10.0
 _LEAST_IN_FLIGHT, _MOST_IN_FLIGHT = 128 << 20, 2 << 30  # bytes of requests
-_LAST_WORDS_S = 1.0  # for the statuses of requests that are cut off
+_STATUS_S = 1.0  # for the statuses of requests that are cut off
 
 
 class Coordinator:
-    """One front. Make it, start it and stop it in one event loop."""
+    """The servers of one coordinator. Made, started and stopped in one event loop."""
 
     def __init__(self, front: FrontOptions, model: ServedModel, trust: Trust | None = None) -> None:
         self.trust = trust = trust or Trust()
@@ -115,7 +115,7 @@ class Coordinator:
         operator = AdminServicer(self.membership, workers)
         self._public.add_service(admin, operator, token=trust.operator, guarded={"DrainWorker"})
         registry = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"]
-        # Streams of its workers are open for ever, and must not end for want of room.
+        # Streams of workers stay open, and must not end for lack of room.
         self._internal.add_service(registry, workers, token=trust.cluster, is_counted=False)
         self._speak_other_protocols(metrics)
         self._http: HttpServer | None = None
@@ -163,7 +163,7 @@ class Coordinator:
             await self._internal.start()
 
     async def _holds(self) -> dict[str, Any]:
-        """The answer of /debug/holds."""
+        """The response of /debug/holds."""
         holds = [*self._admission.holds(), *self._tokenizing.holds()]
         return {"process": {"role": "coordinator"}, "holds": shown(holds)}
 
@@ -203,10 +203,10 @@ class Coordinator:
         return True
 
     async def end_requests(self) -> None:
-        """End those inside: their clients learn how far they came, and ask another coordinator."""
+        """End the requests inside; the status has the number of tokens, so clients can resume."""
         await self.pipeline.close()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.pipeline.idle.wait(), _LAST_WORDS_S)
+            await asyncio.wait_for(self.pipeline.idle.wait(), _STATUS_S)
 
     async def stop(self) -> None:
         """End everything; calls that still run are cancelled."""
@@ -220,7 +220,7 @@ class Coordinator:
 
 
 def _bytes_in_flight() -> int:
-    """What requests that are received may take of this machine's memory, or of the cgroup's."""
+    """Memory for requests that are received: a share of the machine's, or of the cgroup's."""
     share = host_memory().available_bytes // 8
     return min(max(share, _LEAST_IN_FLIGHT), _MOST_IN_FLIGHT)
 

@@ -1,12 +1,12 @@
-"""Whom a coordinator believes to be of its cluster.
+"""Tokens that a coordinator requires of workers and operators.
 
-                           asked of workers       asked of operators
-    --cluster-token-file   its token              its token
-    local workers alone    one of our own         the same
-    neither, on loopback   none; the log warns    one of our own
+                           of workers             of operators
+    --cluster-token-file   the file's token       the file's token
+    local workers only     a random token         the same
+    neither, on loopback   none; the log warns    a random token
 
-What operators may do: AdminService.DrainWorker, and request ids in /debug/holds. A token of our own
-is in a file in memory; local workers and commands of the same user read it there.
+Operators may call AdminService.DrainWorker, and see request ids in /debug/holds. A random token is
+in a file in memory; local workers and commands of the same user read it there.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from engine.rpc.trust import ClusterToken, token_for
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """The tokens that are asked for."""
+    """The required tokens."""
 
-    cluster: ClusterToken | None = None  # of calls between coordinators and workers; None: none is
+    cluster: ClusterToken | None = None  # of calls between coordinators and workers
     operator: ClusterToken = field(default_factory=ClusterToken.random)
 
     @classmethod

@@ -17,8 +17,8 @@ from coordinator.cluster.worker import PENALTY_S
 from engine.base.types import Peer
 
 LOST_S = 60.0  # how long a loss is remembered
-STRIKES = 3  # proofs that make a worker sick whose self-test passes,
-STRIKES_S = 600.0  # within this time
+STRIKES = 3  # proofs within STRIKES_S make a worker sick, although its self-test passes
+STRIKES_S = 600.0
 _MAX_LOSSES = 1024
 
 

@@ -1,14 +1,12 @@
-"""Workers that a coordinator starts on its own machine: they come back, and end with it.
+"""Workers that a coordinator starts on its own machine: they are restarted, and end with it.
 
     spawn --> running --exit--> backoff --> spawn ...        stop(): SIGTERM, a deadline, SIGKILL
                  '--exit with status 2--> fatal: trying again does not mend a bad configuration
 
-Where a place has had a worker that lived, its configuration was a good one: status 2 is then one
-more exit, for the end of one worker must not be that of all. A process that cannot be started (no
-memory, no descriptor) is tried again.
-
-A worker that hangs does not end. What has registered and is then silent is killed, and the place
-begins again (`coordinator.cluster.watchdog`).
+Where a place has had a worker that lived, its configuration is valid: status 2 is then an exit like
+any other, for the end of one worker must not end all. A process that cannot be started (no memory,
+no descriptor) is tried again. A worker that hangs does not end: the watchdog kills it
+(`coordinator.cluster.watchdog`).
 
 Each worker writes to a log file of its own. `engine.process.parent_death` ties it to this process,
 kill -9 included; for that workers are forked on the main thread (the event loop's).
@@ -46,7 +44,7 @@ _STABLE_S = 30.0  # a worker that lived this long starts over with the shortest 
 
 @dataclass(frozen=True, slots=True)
 class WorkerEnvironment:
-    """How a local worker runs: variables that hold where the user set none, and its niceness."""
+    """How a local worker runs: defaults of environment variables, and its niceness."""
 
     variables: Mapping[str, str] = field(default_factory=dict)
     nice: int = 0
@@ -55,11 +53,11 @@ class WorkerEnvironment:
 def worker_environment(
     role: Role, cores: int, num_workers: int, *, alone: bool = False
 ) -> WorkerEnvironment:
-    """What a local worker of `role` gets on a machine of `cores` with `num_workers` of them.
+    """For a local worker of `role` on a machine of `cores` with `num_workers` of them.
 
-    Threads that wait for work must not spin on cores that another worker needs. Decode goes before
-    prefill: a prompt that takes longer delays one answer, a slow step delays all of them. `alone`:
-    all peers are on this machine, so UCX, which asks nobody who he is, listens to no other.
+    Threads that wait for work must not spin on cores that another worker needs. Decode has priority
+    over prefill: a slow prompt delays one answer, a slow step delays all of them. `alone`: all
+    peers are on this machine, so UCX, which has no authentication, listens on loopback only.
     """
     threads = max(1, cores // max(1, num_workers))
     variables = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
@@ -75,7 +73,7 @@ def worker_command(worker_id: str, role: Role, flags: Sequence[str]) -> list[str
 
 @dataclass(slots=True, eq=False)
 class LocalWorker:
-    """One place for a worker: the process in it changes."""
+    """One place for a worker, which one process after the other fills."""
 
     worker_id: str
     role: Role
@@ -83,8 +81,8 @@ class LocalWorker:
     process: subprocess.Popen[bytes] | None = None
     started_s: float = 0.0  # of the process, monotonic
     num_restarts: int = 0
-    has_lived: bool = False  # for as long as a worker does whose options can be used
-    last_end: str = ""  # exit status and last line of the process before; "": it is the first
+    has_lived: bool = False  # longer than a worker with invalid options
+    last_end: str = ""  # exit status and last line of the previous process; "": there was none
 
 
 class Supervisor:
@@ -98,7 +96,7 @@ class Supervisor:
         environment: Callable[[Role, int, int], WorkerEnvironment] = worker_environment,
         assigned: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
-        """`assigned`: by worker, variables that hold whatever the user set (its GPU)."""
+        """`assigned`: by worker, variables that override the user's (its GPU)."""
         self.workers = [LocalWorker(name, role, log_dir / f"{name}.log") for name, role in places]
         self.fatal: asyncio.Future[ConfigError] = asyncio.get_running_loop().create_future()
         self._log_dir = log_dir
@@ -119,7 +117,7 @@ class Supervisor:
         self._tasks = [asyncio.create_task(self._keep(worker)) for worker in self.workers]
 
     async def stop(self, grace_s: float = 10.0) -> None:
-        """Ask all workers to end, kill those that have not within `grace_s`."""
+        """Send SIGTERM to all workers, and SIGKILL to those that run after `grace_s`."""
         self._stop.set()
         self._signal_all(signal.SIGTERM)
         if self._tasks:
@@ -155,20 +153,20 @@ class Supervisor:
                 return
             if status == BAD_CONFIGURATION and not worker.has_lived:
                 if not self.fatal.done():
-                    self.fatal.set_result(ConfigError(_last_words(worker)))
+                    self.fatal.set_result(ConfigError(_refusal_of(worker)))
                 return
             if time.monotonic() - started_s > _STABLE_S:
                 worker.has_lived = True
                 backoff_s = _FIRST_BACKOFF_S
             if status is not None:
-                said = _last_line(worker)
-                worker.last_end = f"status {status}: {said}" if said else f"status {status}"
+                line = _last_line(worker)
+                worker.last_end = f"status {status}: {line}" if line else f"status {status}"
                 _log.warning(
                     "local worker ended",
                     worker=worker.worker_id,
                     status=status,
                     restart_in_s=backoff_s,
-                    said=said,
+                    said=line,
                     log=str(worker.log_path),
                 )
             try:
@@ -182,7 +180,7 @@ class Supervisor:
     async def _run_once(self, worker: LocalWorker) -> int:
         """One process from start to exit status; negative: the signal that ended it.
 
-        Raises OSError where it cannot be started, or not be watched: none is left then.
+        Raises OSError where it cannot be started or watched; no process is left then.
         """
         worker.started_s = time.monotonic()
         with _open_log(worker) as log:
@@ -199,25 +197,25 @@ class Supervisor:
     def _spawn(self, worker: LocalWorker, log: IO[bytes]) -> subprocess.Popen[bytes]:
         """Fork on this thread. Popen does it by vfork, which gRPC's fork handlers do not see."""
         how = self._environment(worker.role, usable_cores(), len(self.workers))
-        lifeline = ["--parent", str(os.getpid()), "--nice", str(how.nice)]
+        arguments = ["--parent", str(os.getpid()), "--nice", str(how.nice)]
         for name, value in how.variables.items():
-            lifeline += ["--env", f"{name}={value}"]
+            arguments += ["--env", f"{name}={value}"]
         command = self._command(worker.worker_id, worker.role)
         return subprocess.Popen(
-            [sys.executable, "-m", "engine.process.parent_death", *lifeline, *command],
+            [sys.executable, "-m", "engine.process.parent_death", *arguments, *command],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             env={**child_environment(), **self._assigned.get(worker.worker_id, {})},
-            # Ctrl-C in a terminal is for the coordinator, which ends them. Not in a session of
-            # its own: where the kernel shares cores by session (sched_autogroup), niceness says
-            # nothing between two of them.
+            # Ctrl-C in a terminal ends the coordinator, which ends its workers. The session stays:
+            # where the kernel shares cores by session (sched_autogroup), niceness has no effect
+            # between two sessions.
             process_group=0,
         )
 
 
 def _open_log(worker: LocalWorker) -> IO[bytes]:
-    """Where the worker's lines go: nowhere, if its file cannot be had."""
+    """The worker's log file, or /dev/null where it cannot be opened."""
     try:
         worker.log_path.parent.mkdir(parents=True, exist_ok=True)
         return worker.log_path.open("ab")
@@ -227,7 +225,7 @@ def _open_log(worker: LocalWorker) -> IO[bytes]:
 
 
 async def _ended(process: subprocess.Popen[bytes]) -> None:
-    """Until the process has ended; nobody reaps it meanwhile."""
+    """Until the process has ended; it is not reaped."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     descriptor = os.pidfd_open(process.pid)
@@ -240,8 +238,9 @@ async def _ended(process: subprocess.Popen[bytes]) -> None:
 
 
 def doing(worker: LocalWorker) -> str:
-    """How a worker ended, where it has, or else what it logged last, such as "warm-up begins:
-    decode"; "" where it logs no JSON.
+    """How the previous process ended, or what the first one logged last; "" without JSON lines.
+
+    For example "warm-up begins: decode".
     """
     if worker.last_end:
         return f"restart {worker.num_restarts} after {worker.last_end}"
@@ -263,15 +262,15 @@ def _last_event(worker: LocalWorker) -> str:
     return ""
 
 
-def _last_words(worker: LocalWorker) -> str:
-    """The sentence with which a worker refused its options."""
+def _refusal_of(worker: LocalWorker) -> str:
+    """The error with which a worker refused its options."""
     if line := _last_line(worker):
         return f"{worker.worker_id}: {line}"
     return f"{worker.worker_id} cannot use its options; see {worker.log_path}"
 
 
 def _last_line(worker: LocalWorker) -> str:
-    """The worker's last line that is no log line; "" without one."""
+    """The last line that is not a log entry; "" without one."""
     try:
         lines = worker.log_path.read_text(errors="replace").splitlines()
     except OSError:

@@ -9,10 +9,11 @@
                                   v incarnation of the place   v
                               (forgotten) <--------------------+
 
-Requests go to READY workers only, and to degraded ones last: those that failed a request lately,
-whose self-test failed, or whose event loop stalls (a thread of the worker reports that, so it is
-not silent). Several proofs of wrong computation make a worker sick (`incidents.py`); all workers
-are then informed once, by `on_sick`. An incarnation is refused when another one took its place.
+Requests go to READY workers only, and to degraded ones last. A worker is degraded that failed a
+request lately, that reports so, or that has a stalled event loop (a thread of it reports that, so
+it is not silent). Several proofs of wrong computation make a worker sick (`incidents.py`); all
+workers are then informed once, by `on_sick`. An incarnation is refused when another one took its
+place.
 
 The service's context is that of the decode worker with the longest one, and a shorter worker gets
 only requests that fit it. So a worker that joins never shortens what clients were promised, nor

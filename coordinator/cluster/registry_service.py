@@ -1,7 +1,7 @@
-"""RegistryService: a worker's Register stream -> rows of the table of workers, and words back.
+"""RegistryService: a worker's Register stream -> rows of the table of workers, and commands back.
 
 worker --Hello, Load, Load ...--> listener task --> Membership
-       <--Welcome, Drain, Forget- outbox          <-- drain(), a worker that is found sick
+       <--Welcome, Drain, Forget- outbox          <-- drain(), or a worker found sick
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
 
-_SICK_DRAIN_S = 0.001  # nothing that a sick worker still computes is to be waited for
+_SICK_DRAIN_S = 0.001  # what a sick worker still computes is of no use
 _MAX_SICK = 64
 
 Outbox = asyncio.Queue[registry_pb2.CoordinatorMessage | None]  # None: the stream is over
@@ -43,7 +43,7 @@ class RegistryServicer:
         return worker.peer.incarnation in self._outboxes
 
     def drain(self, worker: Worker, deadline_s: float) -> None:
-        """Tell a worker to drain; 0: within its own time. Raises Unavailable if it cannot hear."""
+        """Send Drain; 0: with the worker's own time limit. Raises Unavailable without a stream."""
         outbox = self._outboxes.get(worker.peer.incarnation)
         if outbox is None:
             raise Unavailable(f"worker {worker.peer.worker_id} is not connected now")
@@ -51,7 +51,7 @@ class RegistryServicer:
         outbox.put_nowait(registry_pb2.CoordinatorMessage(drain=drain))
 
     def _quarantine(self, sick: Worker) -> None:
-        """Have a sick worker end, and all others drop the blocks that it had a part in."""
+        """End a sick worker, and have all others drop the blocks that it had a part in."""
         self._sick.append(sick.peer.incarnation)
         for incarnation, outbox in self._outboxes.items():
             if incarnation != sick.peer.incarnation:
@@ -82,7 +82,7 @@ class RegistryServicer:
                 coordinator_id=self._coordinator_id, heartbeat_s=HEARTBEAT_S
             )
             yield registry_pb2.CoordinatorMessage(welcome=welcome)
-            for incarnation in tuple(self._sick):  # it may have missed one
+            for incarnation in tuple(self._sick):  # found before this stream began
                 yield _forget(incarnation)
             while (message := await outbox.get()) is not None:
                 yield message
@@ -104,7 +104,7 @@ class RegistryServicer:
     async def _listen(
         self, messages: AsyncIterator[registry_pb2.WorkerMessage], worker: Worker, outbox: Outbox
     ) -> None:
-        """Note what the worker says until its stream ends or another has taken its place."""
+        """Take heartbeats until the stream ends or another process takes the place."""
         try:
             async for message in messages:
                 if message.HasField("load") and not self._membership.heartbeat(

@@ -3,8 +3,8 @@ snapshot: a snapshot that is older than the table cannot be read.
 
     put, remove --> rows by worker_id --> snapshot(): one tuple, until the next change
                           |
-                          '--> expired(now): rows whose time is over; the rows are read only when
-                               the earliest of their moments has passed
+                          '--> expired(now): rows that are past `expires_s`; they are searched
+                               only when the earliest of these moments has passed
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class WorkerTable:
         return self._snapshot
 
     def expired(self, now_s: float) -> list[Worker]:
-        """Rows whose time is over (`Worker.expires_s`)."""
+        """Rows that are past their `expires_s`."""
         if now_s <= self._expires_s:
             return []
         rows = self.snapshot()

@@ -1,12 +1,12 @@
-"""Kills local workers that hang: they run, and report nothing.
+"""Kills local workers that hang: processes that run and send no heartbeat.
 
     started --registers--> reports --silent for hang_s--> killed; the supervisor starts it again
        '---- nothing for start_s ---------------------------^
 
-Silence has other reasons than the worker. This process may have been stopped itself, or the whole
-machine suspended: a look that comes late starts all measurements again. A worker under a debugger
-is let alone. And one place at a time is killed: where its successor registers, the others that are
-silent hang too; where it does not, the fault may be on this side of the stream.
+Silence has other reasons than the worker. This process or the whole machine may have been stopped:
+a look that comes late starts all measurements again. A worker under a debugger is not killed. One
+place is killed at a time: where its successor registers, the others that are silent hang too; where
+it does not, the fault may be on this side of the stream.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
 _LOOK_S = 1.0
-_LATE_S = 3.0  # a look so much later than it should be: this process was stopped
-_OURS_S = 60.0  # how long a successor may take to register before the next place is looked at
+_LATE_S = 3.0  # a look that is so late: this process was stopped
+_OURS_S = 60.0  # time of a successor to register before the next place is judged
 
 
 @dataclass(slots=True)
@@ -32,7 +32,7 @@ class _Process:
     """What is known of the process in a place."""
 
     pid: int
-    heard_s: float  # its start, its last report, or the end of a pause of ours; monotonic
+    heard_s: float  # its start, its last heartbeat, or the end of a pause of this process
     registered: bool = False
     traced: bool = False
 
@@ -50,8 +50,8 @@ class Watchdog:
         on_hang: Callable[[str], None] = lambda worker_id: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`last_beat_s(worker_id, since_s)`: when a process of that place that registered after
-        `since_s` last reported; None: there is none. `hang_s`, `start_s` 0: wait for ever.
+        """`last_beat_s(worker_id, since_s)`: the last heartbeat (monotonic) of a process of that
+        place that registered after `since_s`; None: there is none. `hang_s`, `start_s` 0: no limit.
         """
         self._workers = workers
         self._last_beat_s = last_beat_s
@@ -64,13 +64,13 @@ class Watchdog:
         self._replacing: tuple[str, int, float] | None = None  # place, pid killed, when
 
     async def run(self) -> None:
-        """Look once a second, until cancelled."""
+        """Look once a second until cancelled."""
         while True:
             await asyncio.sleep(_LOOK_S)
             self.look()
 
     def look(self) -> None:
-        """Kill what has been silent for too long, one place at most."""
+        """Kill a process that has been silent for too long; one place at most."""
         now = self._clock()
         late_s = now - self._looked_s - _LOOK_S
         self._looked_s = now
@@ -86,7 +86,7 @@ class Watchdog:
                 self._judge(worker, process, now)
 
     def _process(self, worker: LocalWorker) -> _Process | None:
-        """The process in a place, with its last report; None while there is none."""
+        """The process in a place, with its last heartbeat; None while there is none."""
         popen = worker.process
         if popen is None or popen.poll() is not None:
             return None
@@ -123,7 +123,7 @@ class Watchdog:
         worker.process.kill()
 
     def _end_replacing(self, now: float) -> None:
-        """The place that was killed last has a successor that reports, or has had its time."""
+        """Judge other places again when the successor has registered, or its time is over."""
         if self._replacing is None:
             return
         worker_id, pid, killed_s = self._replacing

@@ -1,11 +1,11 @@
-"""Several pieces of work that run at once, read as one stream.
+"""Several coroutines that run at once, read as one stream.
 
     add(work) -> each a task: put(item), put(item), ... -> async for item in merge
                                                              |
        leaving the context ends all work that still runs <---+--- ends when all work has ended
 
-Who puts waits while the reader is behind. Owned by the task that reads; a failure of any work is
-the reader's.
+`put` waits while the reader is behind. Owned by the task that reads, which also gets the failure of
+any work.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ class _End:
 
 
 class Merge(Generic[Item]):
-    """Use as an async context manager, and iterate."""
+    """The stream; an async context manager that is iterated."""
 
     def __init__(self, room: int = _ROOM) -> None:
         self._items: asyncio.Queue[Item | _End] = asyncio.Queue()  # `_room` is its bound
         self._room = asyncio.Semaphore(room)
         self._tasks: set[asyncio.Task[None]] = set()
-        self.num_open = 0  # pieces whose end the reader has not seen
+        self.num_open = 0  # pieces that have not ended for the reader
 
     def add(
         self, work: Coroutine[Any, Any, None], limit_s: float | None = None
     ) -> asyncio.Task[None]:
-        """Begin `work`; it fails after `limit_s`, also while the reader does not read."""
+        """Start `work`; it fails after `limit_s`, also while the reader does not read."""
         self.num_open += 1
         task = asyncio.create_task(self._run(work, limit_s))
         self._tasks.add(task)
@@ -97,5 +97,5 @@ class Merge(Generic[Item]):
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if task.cancelled():  # by whoever added it: the reader is not to wait for it
+        if task.cancelled():  # from outside: the reader is not to wait for it
             self._items.put_nowait(_End(None))

@@ -1,4 +1,4 @@
-"""One answer as its client sees it: text, stops and the end, all functions of the tokens so far.
+"""One output as its client sees it: text, stops and the end, all functions of the tokens so far.
 
     token -> stop token? --yes--> STOP, its text is not shown (unless the client wants it)
                |
@@ -6,11 +6,11 @@
                                        |                       '-> complete? STOP
                                        '-> calls that ended            max_tokens reached? LENGTH
 
-Stop strings, and stop tokens that the client named, act on content: what is part of a tool call, or
-may be, is none. A special token ends an answer also where a stop string spells it and no text shows
-it. The token that ends the answer brings all its text: a client that has the token has the text,
-and may resume from there. A constrained answer of full length may just have come to its end:
-whether that is STOP or LENGTH only the worker can say. Owned by one request.
+Stop strings, and stop tokens that the client named, act on content. A part of a tool call, or what
+may become one, is no content. A special token ends an output also where a stop string spells it and
+no text shows it. The token that ends the output brings all of its text: a client that has the token
+has the text, and may resume from there. A constrained output of full length may just have come to
+its end: only the worker knows whether that is STOP or LENGTH. Owned by one request.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from coordinator.text.detokenizer import BROKEN, Detokenizer
 from coordinator.text.stops import StopChecker, StopSet
 from coordinator.text.tokenizer import Tokenizer
 from coordinator.text.tool_parser import ToolCalls, call_id
-from coordinator.text.values import Placement, ToolCallPiece
+from coordinator.text.values import NOWHERE, Placement, ToolCallPiece
 from engine.base.types import FinishReason, TokenLogprobs
 
-_NOWHERE = Placement()
 _PIECE_TOKENS = 64  # a millisecond of work
 
 
 class Output:
-    """Tokens and text of one answer; `token_ids` ends with the token that ends the answer."""
+    """Tokens and text of one output; `token_ids` ends with the token that ends the output."""
 
     def __init__(
         self,
@@ -43,9 +42,9 @@ class Output:
         min_tokens: int,
         stops: StopSet | None = None,
     ) -> None:
-        """`stops`: of the request, ready; None: they are made here.
+        """`stops`: those of the request; None: they are made here.
 
-        What the request resumes is taken by `catch_up`.
+        `catch_up` takes what the request resumes.
         """
         self.token_ids: list[int] = []
         self.ending: Ending | None = None
@@ -65,8 +64,9 @@ class Output:
             make_id = partial(call_id, f"{request.request_id}/{request.index}", form.id_chars)
             self._calls = ToolCalls(request.tools, make_id)
         self._detokenizer = Detokenizer(tokenizer, request.skip_special_tokens, markers, prompt)
-        # An echoed prompt and the answer make one text: decode(prompt + answer). Where the prompt
-        # ends within a character, that character is the answer's; a prompt given as text is whole.
+        # An echoed prompt and the output make one text: decode(prompt + output). Where the prompt
+        # ends within a character, that character belongs to the output. A prompt given as text is
+        # whole.
         self.broken_prompt_end = ""
         if request.echo and request.text is None and BROKEN in self._detokenizer.due:
             self.broken_prompt_end = self._detokenizer.release_due()
@@ -79,9 +79,9 @@ class Output:
         self.num_resumed = 0
 
     def catch_up(self) -> Iterator[bool]:
-        """Take the tokens of an earlier connection, a piece a step, before all others.
+        """Take the tokens of an earlier connection, one piece a step, before all others.
 
-        They count in everything; their text has been delivered.
+        They count in everything; their text was delivered then.
         """
         for start in range(0, len(self._resumed), _PIECE_TOKENS):
             self.push(self._resumed[start : start + _PIECE_TOKENS])
@@ -94,7 +94,7 @@ class Output:
         return len(self.token_ids) - self.num_resumed
 
     def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> Chunk:
-        """Take the next tokens, with what is known of each; those after the end are dropped."""
+        """Take the next tokens, each with its log-probabilities; drops those after the end."""
         texts: list[str] = []
         offsets: list[int] = []
         num_at_start = 0
@@ -112,29 +112,29 @@ class Output:
             self._take_calls(),
             tuple(logprobs[:taken]),
             self._index,
-            Placement(tuple(offsets), num_at_start) if logprobs else _NOWHERE,
+            Placement(tuple(offsets), num_at_start) if logprobs else NOWHERE,
         )
 
     def finish(self) -> Chunk:
-        """What was held back, where another than the last token ended the answer."""
+        """What was held back, where something else than the last token ended the output."""
         text = self._rest()
         return Chunk(text, (), self._take_calls(), index=self._index)
 
     def _take_calls(self) -> tuple[ToolCallPiece, ...]:
-        """Those that have ended since the last time."""
+        """Calls that have ended since the last time."""
         calls, self._ended_calls = tuple(self._ended_calls), []
         return calls
 
     @property
     def ended_here(self) -> bool:
-        """Whether it has ended by something that the worker does not know of."""
+        """Whether it has ended by something that the worker does not know."""
         ending = self.ending
         return ending is not None and (
             ending.matched_text is not None or ending.matched_token in self._content_stop_ids
         )
 
     def _push(self, token_id: int) -> str:
-        """Text that a token releases; it may end the answer."""
+        """Text that a token releases; it may end the output."""
         self.token_ids.append(token_id)
         if self._is_stop_token(token_id):
             self.ending = Ending(FinishReason.STOP, matched_token=token_id)
@@ -158,7 +158,7 @@ class Output:
         return text
 
     def _content(self, text: str) -> str:
-        """What of the next text is part of no call."""
+        """The part of the next text that belongs to no call."""
         if self._calls is None:
             return text
         parsed = self._calls.push(text)
@@ -176,7 +176,7 @@ class Output:
         )
 
     def _special(self, token_id: int) -> tuple[str, str]:
-        """A special token's name, and what of it is shown."""
+        """A special token's name, and the text that is shown of it."""
         name = self._tokenizer.special_name(token_id)
         hidden = not name or self._detokenizer.hides(token_id)
         return name, "" if hidden else self._tokenizer.text_of(token_id)
@@ -184,7 +184,7 @@ class Output:
     def _push_hidden(self, name: str) -> str:
         """Text that may be released after a special token that no text shows.
 
-        Only a stop string makes something of it; all that is still held stands before it then.
+        Only a stop string acts on it; all text that is still held stands before it then.
         """
         if not self._stops.names(name) or (self._calls and self._calls.is_in_call):
             return self._stops.push("")
@@ -194,13 +194,13 @@ class Output:
             return self._stops.push("", name)
         trial = self._stops.fork()
         text = trial.push(before, name)
-        if trial.match is None:  # the answer goes on, and so do they
+        if trial.match is None:  # the output goes on, and the text stays held
             return self._stops.push("", name)
         self._stops = trial
         return text
 
     def _end_at(self, token_id: int) -> str:
-        """The rest of an answer that a stop token ends, whose own text few clients want."""
+        """The rest of an output that a stop token ends; its own text is seldom asked for."""
         text = self._detokenizer.push((token_id,)) if self._include_stop else ""
         text += self._detokenizer.flush()
         name, shown = self._special(token_id)
@@ -211,7 +211,7 @@ class Output:
         return text
 
     def _rest(self) -> str:
-        """What was held back of an answer that ends behind its last token."""
+        """What was held back of an output that ends behind its last token."""
         if self._stops.match is not None:
             return ""
         is_cut = self.ending is not None and self.ending.reason is FinishReason.LENGTH
@@ -221,7 +221,7 @@ class Output:
         return text
 
     def _last_content(self, text: str, is_cut: bool) -> str:
-        """The same of the last text of the answer; what waited for its end is decided."""
+        """The content of the last text; what waited for the end of the output is decided."""
         content = self._content(text)
         if self._calls is not None:
             rest = self._calls.flush(is_cut)

@@ -42,11 +42,11 @@ async def prompt_of(
 async def checked(
     model: ServedModel, request: GenerationRequest, prompt: Sequence[int]
 ) -> GenerationRequest:
-    """The request, its constraint changed where schemas of tools can be held in part, and to
-    what an answer behind this prompt writes before its text.
+    """The request with a constraint that can be compiled.
 
-    Raises InvalidRequest where no answer can be held to its constraint, or what the client has
-    of one does not fit it; Unavailable where that is not known in time.
+    It gets the lead, which an output behind this prompt writes before its text, and loses what
+    cannot be held of schemas of tools. Raises InvalidRequest where no output can be held to the
+    constraint, or where resumed tokens do not fit it; Unavailable where that is not known in time.
     """
     if request.constraint is None or model.checker is None:
         return request

@@ -1,4 +1,4 @@
-"""A request after the door: checked, and with the defaults that need no prompt applied."""
+"""A checked request, with all defaults that need no prompt, and the parts of its outputs."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ DEFAULT_MAX_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """What the client has of a choice already."""
+    """What the client already has of a choice."""
 
     token_ids: tuple[int, ...] = ()
     finished: bool = False
-    affinity_token: str = (
-        ""  # `affinity_token_of` of the decode worker that it came from, where that is known
-    )
+    affinity_token: str = ""  # of the decode worker that it came from; "": not known
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What a call of Generate or Chat asks for; one of text, token_ids and messages is set.
+    """A call of Generate or Chat; one of text, token_ids and messages is set.
 
-    It stands for choice 0, and with `num_choices` for all of them; `choice` gives each its own.
+    It stands for choice 0, and with `num_choices` for all of them; `choice` makes each one's.
     """
 
     request_id: str
@@ -35,21 +33,21 @@ class GenerationRequest:
     token_ids: tuple[int, ...] | None
     messages: tuple[ChatMessage, ...] | None
     sampling: SamplingParams
-    max_tokens: int | None  # as the client said; None: `default_max_tokens`
+    max_tokens: int | None  # of the client; None: `default_max_tokens`
     default_max_tokens: int | None  # None: the room left
     min_tokens: int
     stop_strings: tuple[str, ...]
     stop_token_ids: frozenset[int]  # end-of-sequence ids included unless they are ignored
-    content_stop_ids: frozenset[int]  # beside tools: those that act outside of calls only
+    content_stop_ids: frozenset[int]  # with tools: those that act outside of calls only
     include_stop: bool
     skip_special_tokens: bool
     priority: int
     cache_salt: str
-    resumed: tuple[int, ...]  # first tokens of the answer, already delivered
+    resumed: tuple[int, ...]  # first tokens of the output, already delivered
     resume_finished: bool
-    tools: ToolUse | None = None  # None: the answer is text
-    constraint: Constraint | None = None  # what the answer must be
-    num_logprobs: int | None = None  # alternatives sent with each token; None: nothing is
+    tools: ToolUse | None = None  # None: the output is text
+    constraint: Constraint | None = None  # on the output
+    num_logprobs: int | None = None  # alternatives sent with each token; None: no logprobs
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens
     echo: bool = False
     index: int = 0  # of the choice
@@ -58,19 +56,19 @@ class GenerationRequest:
 
     @property
     def returns_prompt(self) -> bool:
-        """Whether something of the prompt is sent before the answer, by choice 0."""
-        wanted = self.echo or self.num_prompt_logprobs is not None
-        delivered = any(r.token_ids or r.finished for r in self.resumes)
-        return wanted and not delivered and self.index == 0
+        """Whether choice 0 sends a part of the prompt before its output."""
+        is_asked = self.echo or self.num_prompt_logprobs is not None
+        is_delivered = any(r.token_ids or r.finished for r in self.resumes)
+        return is_asked and not is_delivered and self.index == 0
 
     @property
     def affinity_token(self) -> str:
-        """Of a decode worker that may still have what is resumed; "" where none is known."""
+        """Of a decode worker that may still have the resumed blocks; "" where none is known."""
         known = [r for r in self.resumes if r.affinity_token and (r.token_ids or r.finished)]
         return min(known, key=lambda r: r.finished).affinity_token if known else ""
 
     def choice(self, index: int) -> GenerationRequest:
-        """The same request for one of its choices: another seed, and what it has already."""
+        """The same request for one of its choices: another seed, and its resumed tokens."""
         resumed = self.resumes[index] if self.resumes else Resumed()
         seed = choice_seed(self.sampling.seed, index)
         return replace(
@@ -84,12 +82,12 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens of an answer, the text that they made final, and their pieces of tool calls."""
+    """Tokens of an output, the text that they made final, and their pieces of tool calls."""
 
     text: str
     token_ids: tuple[int, ...]
     tool_calls: tuple[ToolCallPiece, ...] = ()
-    logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where asked for
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where requested
     index: int = 0  # of the choice
     placement: Placement = NOWHERE  # of its tokens, where there are logprobs
     affinity_token: str = ""  # with a decode worker's first tokens: its `affinity_token_of`
@@ -97,7 +95,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class PromptPart:
-    """The prompt, as far as it was asked for; comes before all chunks."""
+    """What the request asks to have of the prompt; comes before all chunks."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -107,7 +105,7 @@ class PromptPart:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a choice took, in tokens; all choices of a request share the prompt."""
+    """Numbers of tokens of a choice; all choices of a request share the prompt."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -118,7 +116,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Where the time of an answer went, in seconds; see inference.proto."""
+    """Where the time of a choice went, in seconds; see inference.proto."""
 
     queue_s: float
     prefill_s: float
@@ -129,7 +127,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """Why an answer ended; at most one of the matches is set."""
+    """Why an output ended; at most one of the matches is set."""
 
     reason: FinishReason
     matched_token: int | None = None
@@ -138,7 +136,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last word of an answer."""
+    """The last part of a choice."""
 
     ending: Ending
     usage: Usage

@@ -1,11 +1,11 @@
-"""What all choices of a request send alike: to each decode worker once, not once a choice.
+"""Parts that all choices of a request share: they travel to each decode worker once.
 
     turn() --True--> this call carries the parts --first message--> arrived(): the others go on
        |                       '--ended before that--> end_turn(): the next one carries them
-       '----False--> the worker has them; should it have let go of them: forgotten(), turn() again
+       '----False--> the worker has them; where it has dropped them: forgotten(), turn() again
 
-Prompt, biases, stop tokens and the constraint may take a megabyte; 64 choices would make a worker
-read 64 of them. Owned by the event loop and by one request.
+Prompt, biases, stop tokens and the constraint may take a megabyte; a worker would read them 64
+times for 64 choices. Owned by the event loop and by one request.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from coordinator.generation.request import GenerationRequest
 from engine.base.errors import DeadlineExceeded
 
-_LARGE = 1024  # elements; fewer go with each choice, which then waits for no other
+_LARGE = 1024  # elements; fewer travel with each choice, which then waits for no other
 
 
 class SharedParts:
-    """Which decode workers have the parts that `key` stands for; b"": each call carries them."""
+    """Which decode workers have the parts of `key`; b"": each call carries them."""
 
     def __init__(self, key: bytes = b"") -> None:
         self.key = key
@@ -30,7 +30,7 @@ class SharedParts:
 
     @classmethod
     def of(cls, request: GenerationRequest, prompt: Sequence[int]) -> SharedParts:
-        """Those of a request, with a key where they are many and there are several choices."""
+        """For a request: with a key where the parts are large and there are several choices."""
         size = len(prompt) + len(request.sampling.logit_bias) + len(request.stop_token_ids)
         size += len(request.constraint.source) // 4 if request.constraint else 0
         return cls(secrets.token_bytes(16) if request.num_choices > 1 and size > _LARGE else b"")
@@ -64,5 +64,5 @@ class SharedParts:
             carried.set()
 
     def forgotten(self, incarnation: str) -> None:
-        """The worker has let go of them."""
+        """The worker has dropped them."""
         self._known.discard(incarnation)

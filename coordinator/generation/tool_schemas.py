@@ -1,9 +1,9 @@
-"""What becomes of tools whose schemas cannot be compiled: a strict one is refused by its name, one
-that is not strict loses what cannot be held, the others keep theirs.
+"""Tools with schemas that cannot be compiled. A strict one is refused by name; one that is not
+strict loses what cannot be held; the others keep their schemas.
 
     the grammar of all of them compiles: nothing to do
-    else each by itself    strict       refused as tools_json[i]
-                           not strict   what is left of it (engine/constraints/leniency.py)
+    else one at a time     strict       refused as tools_json[i]
+                           not strict   reduced (engine/constraints/leniency.py)
          all together      still too much for one grammar: the longest of those that are not strict
                            become any object
 
@@ -41,7 +41,7 @@ async def fitting_constraint(
         of_text = await fitting.schema(use.text_schema, lenient=False)
         if of_text.reason:
             raise InvalidRequest("constraint.json_schema", of_text.reason)
-    # One after the other: tries of one request do not stand in the way of another one's.
+    # One after the other: the tries of one request do not delay those of another one.
     schemas = {tool.name: await _schema(fitting, use, tool) for tool in use.callable}
     for constraint in _ever_wider(fitting, use, schemas):
         if reason := (await fitting.grammar(constraint)).reason:
@@ -54,7 +54,7 @@ async def fitting_constraint(
 
 
 class _Fitting:
-    """The tries of one request, and the CPU time that they took."""
+    """The compilations of one request, and their CPU time."""
 
     def __init__(self, checker: Checker) -> None:
         self._checker = checker
@@ -62,7 +62,7 @@ class _Fitting:
 
     @property
     def spent(self) -> bool:
-        """Whether there is no time left."""
+        """Whether the CPU time is spent."""
         return self._cpu_s > MOST_CPU_S
 
     async def schema(self, schema: str, lenient: bool) -> Grammar:
@@ -81,7 +81,7 @@ class _Fitting:
 
 
 async def _schema(fitting: _Fitting, use: ToolUse, tool: Tool) -> str:
-    """The tool's schema, or what is left of it. Raises InvalidRequest, naming the tool."""
+    """The tool's schema, reduced where needed. Raises InvalidRequest, naming the tool."""
     found = await fitting.schema(tool.schema, lenient=not tool.strict)
     if not found.reason:
         return found.text

@@ -1,8 +1,8 @@
-"""Who may come in: a bound on admitted requests and on their prompt tokens.
+"""Admission: a bound on the requests inside and on their prompt tokens.
 
     admit() -> Ticket -> set_tokens(n) -> release()
        |                    |
-       +--- Overloaded -----+    retry_after_s: until there is room, at the last minute's pace
+       +--- Overloaded -----+    retry_after_s: until there is room, at the last minute's rate
 
 Owned by the event loop; a ticket is released exactly once, however its request ends.
 """
@@ -22,11 +22,11 @@ from engine.telemetry.metrics import CoordinatorMetrics
 _WINDOW_S = 60.0
 _MIN_RETRY_S = 0.1
 _MAX_RETRY_S = 60.0
-_UNKNOWN_RETRY_S = 1.0  # nothing has completed lately: no pace to go by
+_UNKNOWN_RETRY_S = 1.0  # nothing has completed lately: the rate is unknown
 
 
 class Ticket:
-    """One admitted request; `doing` is its holder's word on what is happening to it."""
+    """One admitted request."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Ticket:
         self.admitted_s = admitted_s
         self.request_id = request_id
         self.deadline_s = deadline_s
-        self.activity = "is being tokenized"
+        self.activity = "is being tokenized"  # for /debug/holds; set by the owner
         self.num_tokens = 0  # 0: refused before it had a worker
         self.released = False
 
@@ -50,7 +50,7 @@ class Ticket:
         self._admission._claim(self, num_tokens)
 
     def release(self) -> None:
-        """Give the room back; once or more often."""
+        """Give the room back. Further calls do nothing."""
         if not self.released:
             self.released = True
             self._admission._release(self)
@@ -60,20 +60,20 @@ class _Endings:
     """Requests that left lately: sums and the earliest start, each in O(1) a request."""
 
     def __init__(self) -> None:
-        # (moment, when it had come, choices, prompt tokens), oldest first.
+        # (left_s, admitted_s, choices, prompt tokens), oldest first.
         self._all: deque[tuple[float, float, int, int]] = deque()
-        # (moment, when it had come) of those that no later one began before: the first began first.
+        # (left_s, admitted_s) of those that no later one was admitted before: a monotonic queue.
         self._earliest: deque[tuple[float, float]] = deque()
         self.num_requests = 0
         self.num_tokens = 0
 
     @property
     def first_admitted_s(self) -> float:
-        """When the one that came first had come. There has to be one."""
+        """The earliest admission of all. There has to be one."""
         return self._earliest[0][1]
 
     def add(self, now: float, admitted_s: float, num_requests: int, num_tokens: int) -> None:
-        """One has left at `now`, which never goes back."""
+        """A request has left at `now`, which never decreases."""
         self._all.append((now, admitted_s, num_requests, num_tokens))
         self.num_requests += num_requests
         self.num_tokens += num_tokens
@@ -92,7 +92,7 @@ class _Endings:
 
 
 class Admission:
-    """Counts what is inside. A prompt larger than the bound comes in when nothing else is."""
+    """Counts what is inside. A prompt larger than the bound is admitted when nothing else is."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Admission:
         self._clock = clock
         self._completed = _Endings()
         self._tickets: set[Ticket] = set()
-        self._promised_s = 0.0  # when the last one that was refused was told to come back
+        self._promised_s = 0.0  # end of the last `retry_after_s`; monotonic
         self.num_requests = 0
         self.num_tokens = 0
         self.idle = asyncio.Event()  # set while nothing is inside
@@ -119,9 +119,9 @@ class Admission:
     def admit(
         self, request_id: str = "", deadline_s: float = math.inf, num_requests: int = 1
     ) -> Ticket:
-        """Let one request in, until `deadline_s` on our clock at most; raises Overloaded.
+        """Admit one request; `deadline_s` is a moment of the clock. Raises Overloaded.
 
-        It counts as `num_requests`; one of more than the limit comes in when nothing else is.
+        It counts as `num_requests`; one of more than the limit is admitted when nothing else is.
         """
         excess = self.num_requests + num_requests - self._max_requests
         if self.num_requests and excess > 0:
@@ -146,8 +146,8 @@ class Admission:
                 owner=ticket.request_id,
                 reason=f"admitted; it {ticket.activity}",
                 age_s=now - ticket.admitted_s,
-                deadline_s=left if math.isfinite(left := ticket.deadline_s - now) else None,
-                note="" if math.isfinite(left) else "none was given; it ends with its call",
+                deadline_s=due_s if math.isfinite(due_s := ticket.deadline_s - now) else None,
+                note="" if math.isfinite(due_s) else "none was given; it ends with its call",
                 num_tokens=ticket.num_tokens,
             )
             for ticket in self._tickets
@@ -171,7 +171,7 @@ class Admission:
         self.num_tokens -= ticket.num_tokens
         if not self.num_requests:
             self.idle.set()
-        if ticket.num_tokens:  # who was refused at once tells nothing about the pace
+        if ticket.num_tokens:  # one that was refused at once shows nothing of the rate
             self._completed.add(
                 self._clock(), ticket.admitted_s, ticket.num_requests, ticket.num_tokens
             )
@@ -184,15 +184,15 @@ class Admission:
         return f"{self._what}_{bound}" if self._what else bound
 
     def _retry_after_s(self, *, num_requests: int, num_tokens: int) -> float:
-        """Time in which, at the recent pace, as much leaves as is in the way.
+        """Time in which, at the recent rate, as much leaves as is in the way.
 
-        It begins where the last promise ends, so that those who are refused together do not come
-        back together.
+        It begins where the last promise ends, so that clients that are refused together do not
+        come back together.
         """
         now = self._clock()
         self._completed.forget(now - _WINDOW_S)
         if not self._completed.num_requests:
-            # Nothing to go by: as if all that may be inside took this long.
+            # The rate is unknown: as if all that may be inside took this long.
             share = max(num_requests / self._max_requests, num_tokens / self._max_tokens)
             promise_s = min(max(self._promised_s, now + _UNKNOWN_RETRY_S), now + _MAX_RETRY_S)
             self._promised_s = promise_s + share * _UNKNOWN_RETRY_S

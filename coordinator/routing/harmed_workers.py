@@ -7,7 +7,7 @@
 
 A worker is lost when its process ended, fell silent or computed nonsense under the request. Of the
 requests that were on such a worker one may be the cause. Those that get a token are not. The others
-are told apart by the trial: at the third worker a suspect is the only one.
+are separated by the trial: at the third worker a suspect is the only one.
 
 Workers that were lost without the request, nor under one that was ended for it, are evidence for
 it: where they are as many, the cluster is the cause, or another request that still runs. So that

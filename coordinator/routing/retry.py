@@ -8,8 +8,8 @@
       '------------------- None ---------- after_failure() --Wait--> after_failure() again
                                              '--GiveUp(error): the request ends
 
-A decision gets the cluster as a view, whose moment is the only time that counts. Waiting longer or
-shorter than a `Wait` asks changes no decision, only when it is made.
+A decision gets a view of the cluster; the moment of the view is the only time that counts. Waiting
+longer or shorter than a `Wait` asks changes no decision, only the moment when it is made.
 
 - A decode worker is passed over while another one has failed less often; one that is ready may be
   tried again. Where none is ready, the request waits for one.
@@ -19,8 +19,8 @@ shorter than a `Wait` asks changes no decision, only when it is made.
   its own numbers not finite is accused only when another one has computed what it could not: a
   request may be the reason, too.
 - A request under which one worker after the other is lost ends (`harmed_workers.py`).
-- An output that one model began is not continued by another one, whose workers came when those of
-  the former had all gone.
+- An output that one model began is not continued by another model, which may come under the same
+  name when all workers of the first one have gone.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class GiveUp:
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """A lost attempt whose consequences are not decided yet."""
+    """A lost attempt, until its consequences are decided."""
 
     error: Unavailable
     lost: Worker
