@@ -1,4 +1,4 @@
-"""Whom a coordinator believes, and what it makes of a worker that does not believe it."""
+"""Tokens that a coordinator requires, and the meaning of a worker that refuses its own."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,7 +24,7 @@ def file(tmp_path):
 
 @pytest.mark.parametrize("local", [True, False])
 @pytest.mark.parametrize("listen", ["127.0.0.1:1", "0.0.0.0:1"])
-def test_a_file_is_asked_for_everywhere(file, local, listen):
+def test_the_token_of_a_file_is_required_everywhere(file, local, listen):
     trust = Trust.of(file, FrontOptions(listen=listen), local_workers=local)
     assert trust.cluster == trust.operator is not None
     trust.cluster.check((("authorization", "Bearer 0123456789abcdef"),))
@@ -64,8 +64,8 @@ def test_workers_that_dial_in_from_elsewhere_need_a_file():
 
 
 @pytest.mark.parametrize("error", [Unauthenticated("no token"), PermissionDenied("another")])
-def test_a_worker_that_refuses_us_is_one_that_failed(error):
-    """The client's credentials are not the matter, and another worker may know us."""
+def test_a_worker_that_refuses_the_coordinator_has_failed(error):
+    """The client's credentials are not the reason, and another worker may accept the call."""
     status = to_status(error)
     refused = grpc.aio.AioRpcError(
         status.code, grpc.aio.Metadata(), grpc.aio.Metadata(*status.trailing_metadata), "said"
@@ -75,7 +75,7 @@ def test_a_worker_that_refuses_us_is_one_that_failed(error):
     assert "said" in meaning.message
 
 
-def test_a_token_that_is_found_goes_to_the_address_of_its_process(monkeypatch):
+def test_a_token_that_is_found_is_sent_to_the_address_of_its_process(monkeypatch):
     """A name may lead to further addresses, on which another user's process listens."""
     seen = []
 

@@ -98,7 +98,7 @@ async def test_a_killed_worker_comes_back_and_all_end(modules, tmp_path, monkeyp
     assert not any(alive(p) for p in pids)
 
 
-async def test_a_killed_worker_is_not_said_to_have_bad_options(modules, tmp_path):
+async def test_a_killed_worker_is_not_reported_with_bad_options(modules, tmp_path):
     (modules / "silent_worker.py").write_text("import os\nprint('{}')\nos.kill(os.getpid(), 9)\n")
     supervisor = make(tmp_path, "silent")
     with structlog.testing.capture_logs() as lines:
@@ -135,7 +135,7 @@ async def test_a_worker_that_does_not_listen_is_killed(modules, tmp_path):
     assert not alive(int(start[0]))
 
 
-async def test_a_bad_configuration_is_fatal_in_its_own_words(modules, tmp_path):
+async def test_a_bad_configuration_is_fatal_with_its_error(modules, tmp_path):
     supervisor = make(tmp_path, "bad")
     supervisor.start()
     error = await asyncio.wait_for(supervisor.fatal, 15)
@@ -154,7 +154,7 @@ async def test_restarts_back_off(modules, tmp_path):
     assert supervisor.workers[0].num_restarts < 4
 
 
-async def test_a_worker_whose_log_is_gone_comes_back(modules, tmp_path):
+async def test_a_worker_without_its_log_file_comes_back(modules, tmp_path):
     supervisor = make(tmp_path, "sleeper", places=2)
     supervisor.start()
     await until(lambda: ups(supervisor, 0) and ups(supervisor, 1))
@@ -186,13 +186,13 @@ async def test_a_worker_that_cannot_be_started_is_tried_again(modules, tmp_path,
     supervisor = make(tmp_path, "sleeper")
     supervisor.start()
     pid = int((await until(lambda: ups(supervisor)))[-1][0])
-    assert supervisor.workers[0].process.pid == pid, "whom nobody watches is not left behind"
+    assert supervisor.workers[0].process.pid == pid, "a process that is not watched does not stay"
     assert supervisor.workers[0].num_restarts == 2
     await supervisor.stop()
     assert not alive(pid)
 
 
-async def test_status_2_of_a_place_that_has_lived_ends_nobody_else(modules, tmp_path, monkeypatch):
+async def test_status_2_of_a_place_that_has_lived_ends_no_other(modules, tmp_path, monkeypatch):
     monkeypatch.setattr("coordinator.cluster.local_workers._STABLE_S", 0.2)
     supervisor = make(tmp_path, "sleeper")
     supervisor.start()

@@ -119,7 +119,7 @@ def test_a_new_incarnation_takes_the_place_and_the_old_stream_counts_no_more():
         ({"digest": "ff"}, "digest ff is not 00"),
     ],
 )
-def test_a_worker_that_means_something_else_is_refused_in_words(changes, words):
+def test_a_worker_with_another_identity_is_refused_by_name(changes, words):
     table, _ = make()
     table.register(hello("p0", Role.PREFILL))
     with pytest.raises(Mismatch, match=words):
@@ -221,7 +221,7 @@ def test_assigned_work_is_counted_until_it_is_done():
     assert (row.assigned_requests, row.assigned_tokens) == (0, 0)
 
 
-def test_who_was_given_up_does_not_take_its_place_back():
+def test_a_superseded_process_does_not_take_its_place_back():
     """A stopped process that wakes up finds another in its place; so do two of one name."""
     table, _ = make()
     table.register(hello(incarnation="old"))
@@ -253,7 +253,7 @@ def test_a_draining_worker_whose_stream_ends_has_ended():
     assert states(table) == {"d0": "suspect"}, "it did not say that it would go"
 
 
-def test_who_fails_a_request_is_avoided_for_a_while():
+def test_a_worker_that_fails_a_request_is_avoided_for_a_while():
     clock = Clock()
     table, _ = make(clock)
     table.register(hello("d0", incarnation="a"))

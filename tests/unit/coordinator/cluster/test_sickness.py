@@ -1,4 +1,4 @@
-"""Which workers are found sick, and what all workers hear of it."""
+"""Which workers are found sick, and what all workers do then."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ async def attempts(table: Table, *, elsewhere: bool) -> None:
         dispatch.progressed()
 
 
-async def test_who_could_not_what_another_could_is_accused() -> None:
+async def test_a_worker_that_could_not_compute_what_another_could_is_accused() -> None:
     table = Table()
     for _ in range(2 * STRIKES):  # each worker is avoided after its failure: the two take turns
         await attempts(table, elsewhere=True)
@@ -147,7 +147,7 @@ async def test_who_could_not_what_another_could_is_accused() -> None:
     assert table.sick
 
 
-async def test_a_request_that_fails_everywhere_makes_nobody_sick() -> None:
+async def test_a_request_that_fails_everywhere_makes_no_worker_sick() -> None:
     table = Table()
     for _ in range(3 * STRIKES):
         dispatch = table.dispatch()

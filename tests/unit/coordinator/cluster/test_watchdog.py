@@ -1,4 +1,4 @@
-"""Which silent processes are killed, on a clock of the test's own; real ones that are stopped."""
+"""Which silent processes are killed, in made-up time; and real ones that are stopped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = ("prefill-0", "decode-0", "decode-1")
 
 
 class Stand:
-    """Places with processes that never end, their reports, and a clock."""
+    """Places with processes that never end, their heartbeats, and a clock."""
 
     def __init__(self, hang_s: float = 30.0, start_s: float = 600.0) -> None:
         self.now = 1000.0
@@ -90,7 +90,7 @@ def test_0_waits_for_ever() -> None:
     assert not stand.hung
 
 
-def test_our_own_pause_is_not_theirs() -> None:
+def test_a_pause_of_this_process_is_no_silence_of_workers() -> None:
     """This process was stopped, or the machine suspended: all have been silent for that long."""
     stand = Stand()
     stand.pass_time(5, *NAMES)
@@ -115,7 +115,7 @@ def test_a_silent_one_is_found_after_a_pause_too() -> None:
 
 
 def test_one_at_a_time_and_the_next_only_when_its_successor_reports() -> None:
-    """All silent at once: it may be this side that hears nothing."""
+    """All silent at once: the fault may be on this side."""
     stand = Stand()
     stand.pass_time(5, *NAMES)
     stand.pass_time(50)
@@ -130,7 +130,7 @@ def test_one_at_a_time_and_the_next_only_when_its_successor_reports() -> None:
     assert stand.hung == ["prefill-0", "decode-0", "decode-1"]
 
 
-def test_a_successor_begins_with_a_clean_slate() -> None:
+def test_a_successor_begins_without_a_history() -> None:
     stand = Stand()
     stand.pass_time(5, *NAMES)
     stand.pass_time(40, *NAMES[:2])
@@ -152,7 +152,7 @@ def test_a_debugger_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stand.hung == ["decode-1"]
 
 
-def test_who_is_traced() -> None:
+def test_which_process_is_traced() -> None:
     assert not module._is_traced(os.getpid())
     assert not module._is_traced(2**31 - 1)
 
@@ -173,7 +173,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def test_a_stopped_process_is_replaced(sleeper: Path) -> None:
-    """SIGTERM cannot end what is stopped; the place fills again, and is reported by its log."""
+    """SIGTERM cannot end a stopped process; the place fills again, and the log reports it."""
     supervisor = Supervisor(
         [("w0", Role.DECODE)], sleeper / "logs", lambda name, role: ["sleeping_worker", name]
     )
@@ -197,7 +197,7 @@ async def test_a_stopped_process_is_replaced(sleeper: Path) -> None:
 
 
 def test_a_process_under_ptrace_is_seen() -> None:
-    """PTRACE_TRACEME: the child is stopped, and we are its debugger."""
+    """PTRACE_TRACEME: the child is stopped, and this process is its debugger."""
     script = "import ctypes, os\nctypes.CDLL(None).ptrace(0, 0, 0, 0)\nos.kill(os.getpid(), 19)\n"
     child = subprocess.Popen([sys.executable, "-c", script])
     try:

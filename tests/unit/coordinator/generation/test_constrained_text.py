@@ -43,7 +43,7 @@ CONSTRAINTS = {
 
 
 def answer(matcher: Matcher, r: random.Random) -> list[int]:
-    """Tokens that the grammar lets come, drawn blindly."""
+    """Random tokens out of those that the grammar allows."""
     ids: list[int] = []
     while not matcher.ended:
         bits = np.frombuffer(matcher.library.compute_bitmask(), np.uint8)
@@ -64,7 +64,7 @@ async def test_the_text_fits(kind: str, tmp_path: Path) -> None:
     r = random.Random(0)
     prompts = [tokenizer.encode("The worker reads"), [1], [1, 3], tokenizer.encode("yes\n")]
     for prompt in prompts:
-        # Metaspace drops all spaces of a text's first token, which no grammar can say.
+        # Metaspace drops all spaces of a text's first token, which no grammar can state.
         drops = "metaspace" in json.dumps(tokenizer_json(kind)["decoder"]).lower()
         drops = drops and kind != "metaspace never" and not tokenizer.decode(prompt)
         for name, asked in CONSTRAINTS.items():

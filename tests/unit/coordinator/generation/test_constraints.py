@@ -41,7 +41,7 @@ SCHEMA = {
 
 @pytest.fixture(scope="module", autouse=True)
 def checker(checkpoint):  # noqa: F811
-    """One set of processes for all tests: they take a second to start."""
+    """One set of processes for all tests: their start takes a second."""
     found, _, _ = checkpoint
     config = found.config
     made = Checker(Vocabulary(found.folder, config.vocab_size, config.eos_token_ids))
@@ -137,7 +137,7 @@ async def test_workers_get_the_kind_and_the_source(checkpoint, asked, kind, sour
 async def test_whether_a_full_answer_has_ended_the_worker_says(checkpoint):  # noqa: F811
     async with front(checkpoint) as f:
         full = len(f.answer)
-        cues = [Cue(full, lost())]  # after the last token, before the last word
+        cues = [Cue(full, lost())]  # after the last token, before the finish
         await f.worker("d0", cues=cues, ends_by_itself=True)
         second = await f.worker("d1", ends_by_itself=True)
         fields = {"constraint": schema(), "stop": stop(max_tokens=full)}
@@ -169,7 +169,7 @@ async def test_what_is_resumed_must_fit(checkpoint):  # noqa: F811
 
 
 async def test_a_large_schema_does_not_hold_others_up(checkpoint):  # noqa: F811
-    """Its compilation takes a good while; a short answer beside it does not."""
+    """Its compilation takes long; a short answer beside it does not."""
     async with front(checkpoint) as f:
         await f.worker()
         await collect(f.call(constraint=schema(), stop=stop(max_tokens=1)))  # the threads are ready
@@ -212,7 +212,7 @@ FINE = tool("good", properties(n={"type": "integer"}), strict=True)
 MODES = inference_pb2.ToolChoice
 REQUIRED = MODES(mode=MODES.MODE_REQUIRED)
 CHOICES = [None, MODES(mode=MODES.MODE_AUTO), REQUIRED, MODES(name="bad")]
-# what cannot be compiled, and what is left of it
+# schemas that cannot be compiled, and their reduced forms
 LOST = {
     "lookahead": (
         properties(a={"type": "string", "pattern": "^(?=x)y$", "maxLength": 3}),
@@ -269,7 +269,7 @@ async def test_a_lax_tool_loses_what_cannot_be_compiled_and_others_keep_theirs(
                 assert other["properties"] == {"n": {"type": "integer"}}
 
 
-async def test_a_strict_tool_that_cannot_be_compiled_is_refused_by_its_place(
+async def test_a_strict_tool_that_cannot_be_compiled_is_refused_by_its_index(
     checkpoint,  # noqa: F811
 ):
     async with front(checkpoint) as f:
@@ -294,7 +294,7 @@ async def test_the_schema_of_text_is_named_where_it_cannot_be_compiled(checkpoin
 
 
 async def test_what_is_too_much_together_is_held_in_part(checkpoint, checker, monkeypatch):  # noqa: F811
-    """The longest lax schemas are given up first, strict ones never."""
+    """The longest lax schemas are dropped first, strict ones never."""
 
     def large(name, count, **more):
         enums = {f"p{i}": {"enum": [f"{name}{i}", f"{i}"]} for i in range(count)}

@@ -1,4 +1,4 @@
-"""Several pieces of work as one stream: order, bounds, failures, and nothing left running."""
+"""Several coroutines as one stream: order, bounds, failures; nothing runs afterwards."""
 
 import asyncio
 
@@ -21,7 +21,7 @@ async def test_all_items_come_each_work_in_its_order():
             merge.add(count(merge, name, 50, 0.0001))
         got = [item async for item in merge]
     for name in "abc":
-        assert [i for who, i in got if who == name] == list(range(50))
+        assert [i for work, i in got if work == name] == list(range(50))
     assert len(got) == 150
 
 
@@ -42,7 +42,7 @@ async def test_without_work_it_is_empty():
         assert [item async for item in merge] == []
 
 
-async def test_who_puts_waits_for_the_reader():
+async def test_put_waits_for_the_reader():
     merge = Merge(room=4)
     async with merge:
         task = merge.add(count(merge, "a", 10))
@@ -95,8 +95,8 @@ async def test_cancelled_work_just_ends():
         await asyncio.sleep(0.02)
         running.cancel()
         got = [item async for item in merge]
-    assert [i for who, i in got if who == "a"] == [0, 1, 2]
-    assert {who for who, _ in got} == {"a", "c"}
+    assert [i for work, i in got if work == "a"] == [0, 1, 2]
+    assert {work for work, _ in got} == {"a", "c"}
 
 
 async def test_leaving_ends_work_that_never_began():

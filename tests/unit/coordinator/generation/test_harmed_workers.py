@@ -1,4 +1,4 @@
-"""How many workers one request may take down, and what is ended for it."""
+"""How many workers one request may harm, and how it ends."""
 
 import asyncio
 import itertools
@@ -135,8 +135,8 @@ async def test_a_token_in_between_clears_it():
         request.progressed()
 
 
-async def test_what_a_worker_answers_is_no_loss():
-    """It drains, it is full, it does not know us: its process is well."""
+async def test_a_status_of_a_worker_is_no_loss():
+    """It drains, it is full, it refuses the coordinator: its process runs."""
     table = Table()
     request = table.request()
     for _ in range(7):
@@ -169,7 +169,7 @@ async def test_one_that_was_ended_excuses_none_after_it():
             await table.lose(request)
 
 
-async def test_several_that_harm_do_not_excuse_each_other_without_end():
+async def test_several_harmful_requests_do_not_excuse_each_other_without_end():
     table = Table(6)
     harmful = [table.request(5.0) for _ in range(5)]
     num_lost, left = 0, list(harmful)
@@ -212,7 +212,7 @@ async def test_a_cluster_that_loses_workers_without_it_is_to_blame_itself():
         await table.lose(request)
 
 
-async def test_suspects_are_tried_one_after_the_other_so_that_the_innocent_are_told_apart():
+async def test_suspects_are_tried_one_after_the_other_so_that_the_innocent_are_separated():
     table = Table(4)
     cause, beside = table.request(5.0), table.request(5.0)
     for _ in range(2):  # both are on the worker that is lost

@@ -24,7 +24,7 @@ ANSWER = " the the, a é worker"
 
 
 def tokens(tokenizer: Tokenizer, prompt: str = PROMPT, answer: str = ANSWER) -> list[int]:
-    """Those of an answer that goes on with a prompt."""
+    """Token ids of an answer that continues a prompt."""
     before = tokenizer.encode(prompt)
     whole = tokenizer.encode(prompt + answer)
     assert whole[: len(before)] == before

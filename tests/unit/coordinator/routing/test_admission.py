@@ -70,7 +70,7 @@ def test_retry_after_follows_the_pace(admission, clock):
 
     tickets = [admission.admit(), admission.admit()]
     assert refused() == 1.0  # nothing is known yet
-    for moment in (2.0, 4.0, 6.0, 8.0):  # one leaves every two seconds
+    for moment in (2.0, 4.0, 6.0, 8.0):  # one leaves each two seconds
         clock[0] = moment
         tickets[0].set_tokens(5)
         tickets.pop(0).release()
@@ -78,10 +78,10 @@ def test_retry_after_follows_the_pace(admission, clock):
     clock[0] = 9.0
     assert refused() == pytest.approx(9.0 / 4)
     clock[0] = 500.0
-    assert refused() == 1.0  # the pace of long ago tells nothing
+    assert refused() == 1.0  # the rate of long ago shows nothing
 
 
-def test_the_pace_is_that_of_answers_not_of_refusals(admission, clock):
+def test_the_rate_is_that_of_answers_not_of_refusals(admission, clock):
     """Slow answers, and many requests that leave at once: a slot is a slow answer away."""
     for _ in range(50):
         admission.admit().release()  # its prompt was too long

@@ -90,7 +90,7 @@ class Cluster:
         return self.settle(retry.after_failure)
 
 
-def test_an_attempt_goes_where_the_policy_says_and_waits_for_nothing():
+def test_an_attempt_follows_the_policy_at_once():
     cluster = Cluster()
     decision, waited_s = cluster.next(cluster.request())
     assert decision == Call(Plan(None, cluster.view().workers[0]))
@@ -162,7 +162,7 @@ def test_a_request_waits_for_a_decode_worker_and_no_longer_than_it_may():
     assert isinstance(retry.next(cluster.view(), 100), Call), "asked when the cluster has changed"
 
 
-def test_a_request_that_fits_no_worker_is_told_so():
+def test_the_error_names_the_length_that_fits_no_worker():
     cluster = Cluster(worker("d0"))
     decision, _ = cluster.next(cluster.request(worker_wait_s=0.0, max_tokens=9000))
     assert decision.error.message == "no decode worker for 9000 tokens is ready (waited 0 s)"
@@ -241,7 +241,7 @@ def test_a_suspect_waits_while_another_one_is_tried():
     assert cluster.num_wakes == wakes + 2
 
 
-def test_who_could_not_what_another_could_is_accused():
+def test_a_worker_that_could_not_compute_what_another_could_is_accused():
     cluster = Cluster(*(worker(f"p{i}", Role.PREFILL) for i in range(2)), worker("d0"))
     retry = cluster.request()
     cluster.lose(retry, Unavailable("damaged", lost="prefill", sick=True))
