@@ -115,7 +115,7 @@ def random_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> TorchModel:
-    """For tests: weights drawn in fp32 from `seed`, the same (rounded) in every dtype."""
+    """For tests: fp32 weights that follow from `seed`, the same (rounded) in every dtype."""
     places = _allocate(config, dtype, device or torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     for name, place in places.by_name.items():

@@ -6,9 +6,11 @@ Every position that was not written is NaN, so that a read of one shows in the l
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from engine.attention import select_backend
@@ -73,6 +75,21 @@ class _Native:
 
     def run(self, rows: Sequence[Row]) -> torch.Tensor:
         return self.model.forward(rows, self.kv_cache).clone()
+
+
+@contextmanager
+def bfloat16_kv() -> Iterator[None]:
+    """Round K and V to bfloat16 as they are written, whatever the cache's dtype."""
+    with pytest.MonkeyPatch.context() as patch:
+        write = KVCache.write
+        patch.setattr(
+            KVCache,
+            "write",
+            lambda self, layer, blocks, offsets, k, v: write(
+                self, layer, blocks, offsets, k.bfloat16().float(), v.bfloat16().float()
+            ),
+        )
+        yield
 
 
 class Bench:

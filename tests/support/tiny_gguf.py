@@ -82,11 +82,12 @@ def write(
 
 
 def _layers(
-    vocab: int, num_layers: int, *, bias: bool, permuted: bool, seed: int
+    vocab: int, num_layers: int, *, bias: bool, qk_norm: bool, head_dim: int, seed: int
 ) -> dict[str, Any]:
     """{gguf name: (Hugging Face name, values in Hugging Face order)} of hidden 64, 4 heads, 2 KV
     heads.
     """
+    q, kv = 4 * head_dim, 2 * head_dim
     r = np.random.default_rng(seed)
 
     def values(*shape: int) -> np.ndarray:
@@ -95,15 +96,18 @@ def _layers(
     out: dict[str, Any] = {"token_embd.weight": ("model.embed_tokens.weight", values(vocab, 64))}
     shapes = {
         "attn_norm": ("input_layernorm", (64,)),
-        "attn_q": ("self_attn.q_proj", (64, 64)),
-        "attn_k": ("self_attn.k_proj", (32, 64)),
-        "attn_v": ("self_attn.v_proj", (32, 64)),
-        "attn_output": ("self_attn.o_proj", (64, 64)),
+        "attn_q": ("self_attn.q_proj", (q, 64)),
+        "attn_k": ("self_attn.k_proj", (kv, 64)),
+        "attn_v": ("self_attn.v_proj", (kv, 64)),
+        "attn_output": ("self_attn.o_proj", (64, q)),
         "ffn_norm": ("post_attention_layernorm", (64,)),
         "ffn_gate": ("mlp.gate_proj", (96, 64)),
         "ffn_up": ("mlp.up_proj", (96, 64)),
         "ffn_down": ("mlp.down_proj", (64, 96)),
     }
+    if qk_norm:
+        shapes["attn_q_norm"] = ("self_attn.q_norm", (head_dim,))
+        shapes["attn_k_norm"] = ("self_attn.k_norm", (head_dim,))
     for i in range(num_layers):
         for short, (name, shape) in shapes.items():
             out[f"blk.{i}.{short}.weight"] = (f"model.layers.{i}.{name}.weight", values(*shape))
@@ -132,6 +136,7 @@ def tiny(
     arch: str = "llama",
     bias: bool = False,
     untied: bool = False,
+    head_dim: int = 16,
     numbers: dict[str, Any] | None = None,
     extra: dict[str, np.ndarray] | None = None,
     quantized: frozenset[str] = frozenset(),
@@ -141,7 +146,10 @@ def tiny(
 ) -> dict[str, np.ndarray]:
     """Write a random model; returns its weights under Hugging Face names, before quantisation."""
     vocab = len(byte_level_vocab()[0]) + len(tokens_more)
-    tensors = _layers(vocab, 2, bias=bias, permuted=arch == "llama", seed=seed)
+    qk_norm = arch == "qwen3"
+    tensors = _layers(vocab, 2, bias=bias, qk_norm=qk_norm, head_dim=head_dim, seed=seed)
+    if head_dim != 16:
+        numbers = {"attention.key_length": head_dim} | (numbers or {})
     if untied:
         head = np.random.default_rng(seed + 1).standard_normal((vocab, 64), dtype=np.float32)
         tensors["output.weight"] = ("lm_head.weight", head)

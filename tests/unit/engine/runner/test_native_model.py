@@ -21,7 +21,7 @@ from engine.kernels.decoder import why_not_decoder
 from engine.runner.loader import load_model
 from engine.runner.native_model import NativeModel
 from engine.runner.torch_model import TorchModel
-from tests.support.paged import CPU, Bench, layout_of, tiny_config
+from tests.support.paged import CPU, Bench, bfloat16_kv, layout_of, tiny_config
 
 LIBRARY = kernels()
 pytestmark = pytest.mark.skipif(
@@ -40,10 +40,11 @@ COMMON = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
-Llama, Mistral, Qwen2 = (
+Llama, Mistral, Qwen2, Qwen3 = (
     transformers.LlamaConfig,
     transformers.MistralConfig,
     transformers.Qwen2Config,
+    transformers.Qwen3Config,
 )
 QWEN2 = {k: v for k, v in COMMON.items() if k != "head_dim"} | {"hidden_size": 192}
 MODELS: dict[str, transformers.PretrainedConfig] = {
@@ -58,6 +59,14 @@ MODELS: dict[str, transformers.PretrainedConfig] = {
     "qwen2": Qwen2(**QWEN2),
     "qwen2, windows in some layers": Qwen2(
         **QWEN2, use_sliding_window=True, sliding_window=13, max_window_layers=1
+    ),
+    "qwen3, tied": Qwen3(**COMMON, tie_word_embeddings=True),
+    "qwen3, untied, biases, head of 64, windows in some layers": Qwen3(
+        **COMMON | {"head_dim": 64},
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=13,
+        max_window_layers=1,
     ),
 }
 
@@ -128,15 +137,7 @@ def test_logits_are_those_of_torch(pair: tuple[TorchModel, NativeModel]) -> None
     """Up to values of K and V that another order of sums rounds the other way."""
     exact, ours = pair
     prompt = tokens(400)
-    with pytest.MonkeyPatch.context() as patch:
-        write = KVCache.write
-        patch.setattr(
-            KVCache,
-            "write",
-            lambda self, layer, blocks, offsets, k, v: write(
-                self, layer, blocks, offsets, k.bfloat16().float(), v.bfloat16().float()
-            ),
-        )
+    with bfloat16_kv():
         expected = whole(exact, prompt)
     error = (whole(ours, prompt) - expected).abs().amax(-1) / expected.abs().amax(-1)
     assert error.max() < 3e-3 and error.min() < 5e-6, (error.max(), error.min())
@@ -181,7 +182,7 @@ def text() -> tuple[list[int], torch.Tensor]:
     checkpoint = resolve("smollm2", progress=False)
     paths = weights(checkpoint, "float32", progress=False)
     exact = load_model(checkpoint.config, paths, torch.float32, CPU, progress=False)
-    words = "The hinge joins two panels, and so the left one can show what the right one hides. "
+    words = "A frame joins two panels, and so the left one can show what the right one hides. "
     prompt = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json")).encode(words * 6).ids
     return prompt, whole(exact, prompt)
 

@@ -47,10 +47,11 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-Llama, Mistral, Qwen2 = (
+Llama, Mistral, Qwen2, Qwen3 = (
     transformers.LlamaConfig,
     transformers.MistralConfig,
     transformers.Qwen2Config,
+    transformers.Qwen3Config,
 )
 MODELS: dict[str, transformers.PretrainedConfig] = {
     "llama, tied": Llama(**COMMON, tie_word_embeddings=True),
@@ -68,6 +69,15 @@ MODELS: dict[str, transformers.PretrainedConfig] = {
     "qwen2, untied, linear rope": Qwen2(**COMMON, rope_parameters=LINEAR),
     "qwen2, windows in some layers": Qwen2(
         **COMMON, use_sliding_window=True, sliding_window=13, max_window_layers=1
+    ),
+    "qwen3, tied": Qwen3(**COMMON, head_dim=12, tie_word_embeddings=True),
+    "qwen3, untied, biases, windows in some layers": Qwen3(
+        **COMMON,
+        head_dim=16,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=13,
+        max_window_layers=1,
     ),
 }
 
@@ -110,6 +120,17 @@ def test_a_whole_prompt(pair: tuple[torch.nn.Module, TorchModel], tokens: list[l
         bench = Bench(model)
         got = bench.step((bench.sequence(token_ids), len(token_ids), len(token_ids)))
         assert_equal_logits(got, logits_of(reference, token_ids))
+
+
+def test_greedy_tokens(pair: tuple[torch.nn.Module, TorchModel], tokens: list[list[int]]) -> None:
+    reference, model = pair
+    bench = Bench(model)
+    sequence, expected = bench.sequence(tokens[3], room=24), [*tokens[3]]
+    while len(expected) < len(tokens[3]) + 24:
+        count = len(sequence.token_ids) - sequence.num_cached
+        sequence.token_ids.append(int(bench.step((sequence, count, 1))[0].argmax()))
+        expected.append(int(logits_of(reference, expected)[-1].argmax()))
+    assert sequence.token_ids == expected
 
 
 def test_ragged_steps_of_chunks_drafts_and_single_tokens(
