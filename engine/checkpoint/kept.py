@@ -71,9 +71,13 @@ def _build(folder: Path, kind: str, make: Callable[[Path], None]) -> None:
     """Make the entry anew. The caller holds the lock."""
     _remove_old_format(folder.parent)
     if folder.exists():
-        reason = _damage(folder, f"{kind}/{folder.name}")
-        _log.warning("the cache is damaged: making it again", path=str(folder), reason=reason)
-        count_damaged(kind)
+        path, version = str(folder), (read_sealed(folder / MANIFEST) or {}).get("version", _VERSION)
+        if version != _VERSION:
+            _log.info("making again what another version kept", path=path, version=version)
+        else:
+            reason = _damage(folder, f"{kind}/{folder.name}")
+            _log.warning("the cache is damaged: making it again", path=path, reason=reason)
+            count_damaged(kind)
     part = folder.with_name(f".{folder.name}.part")
     _remove(part)  # of a process that was killed
     try:

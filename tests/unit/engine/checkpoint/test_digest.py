@@ -227,3 +227,4 @@ def test_a_field_of_a_later_version_changes_no_digest() -> None:
     later = LaterConfig(**values | {"rope_scaling": LaterScaling()})
     assert config_digest(later) == config_digest(config) == "0286ca3e1af5456275f5d89b5489c8a7"
     assert gguf_fingerprint(later, "a") == gguf_fingerprint(config, "a")
+    assert gguf_fingerprint(config, "a") == "0a0093f5ae188daab5199d3d561a1a0c"

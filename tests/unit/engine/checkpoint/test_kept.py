@@ -341,6 +341,46 @@ def test_what_earlier_versions_kept_is_removed(
     assert [name for name in own if not (cache / name).exists()] == []
 
 
+# As the first version with manifests wrote it, byte for byte.
+FIRST_MANIFEST = """{
+ "version": 1,
+ "entry": "packed/x-1",
+ "files": {
+  "a": [
+   5,
+   "9fffb1edbf08b505c10dde883606848ec33a919a6b40081da04e3b60b7a98eaa"
+  ]
+ },
+ "sha256": "f67680ebeed897328126927d5990279c49339cd0bb8e8f2f1cfc0a33df4acd34"
+}
+"""
+
+
+def test_an_entry_of_the_first_version_is_read(cache: Path) -> None:
+    folder = cache / "packed" / "x-1"
+    folder.mkdir(parents=True)
+    (folder / "a").write_bytes(b"bytes")
+    (folder / kept.MANIFEST).write_text(FIRST_MANIFEST)
+    made: list[Path] = []
+    assert kept.kept("packed", "x-1", made.append) == folder
+    assert made == []
+
+
+def test_an_entry_of_another_version_is_made_again_and_is_no_damage(cache: Path) -> None:
+    def make(folder: Path) -> None:
+        (folder / "a").write_bytes(b"new")
+
+    folder, before = kept.kept("packed", "x-1", make), _damaged["packed"]
+    (folder / "a").write_bytes(b"old")
+    manifest = json.loads((folder / kept.MANIFEST).read_bytes()) | {"version": 0}
+    del manifest["sha256"]
+    files.write_sealed(folder / kept.MANIFEST, manifest)
+    with structlog.testing.capture_logs() as lines:
+        assert (kept.kept("packed", "x-1", make) / "a").read_bytes() == b"new"
+    assert [(line["log_level"], line["version"]) for line in lines] == [("info", 0)]
+    assert _damaged["packed"] == before
+
+
 def test_a_process_that_uses_no_bytes_reads_none(
     model: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
