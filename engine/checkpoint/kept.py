@@ -71,12 +71,12 @@ def _build(folder: Path, kind: str, make: Callable[[Path], None]) -> None:
     """Make the entry anew. The caller holds the lock."""
     _remove_old_format(folder.parent)
     if folder.exists():
-        path, version = str(folder), (read_sealed(folder / MANIFEST) or {}).get("version", _VERSION)
+        version = (read_sealed(folder / MANIFEST) or {}).get("version", _VERSION)
         if version != _VERSION:
-            _log.info("making again what another version kept", path=path, version=version)
+            _log.info("making again what another version kept", path=str(folder), version=version)
         else:
             reason = _damage(folder, f"{kind}/{folder.name}")
-            _log.warning("the cache is damaged: making it again", path=path, reason=reason)
+            _log.warning("the cache is damaged: making it again", path=str(folder), reason=reason)
             count_damaged(kind)
     part = folder.with_name(f".{folder.name}.part")
     _remove(part)  # of a process that was killed

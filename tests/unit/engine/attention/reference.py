@@ -63,7 +63,13 @@ def queries(rows: list[Row], cache: KVCache, num_heads: int = HEADS) -> torch.Te
 
 
 def reference_attention(
-    rows: list[Row], layer: int, q: torch.Tensor, kv_cache: KVCache, window: int = 0
+    rows: list[Row],
+    layer: int,
+    q: torch.Tensor,
+    kv_cache: KVCache,
+    window: int = 0,
+    scale: float = 0.0,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """[T, num_heads, head_dim] for q of the same shape."""
     layout = kv_cache.layout
@@ -80,7 +86,8 @@ def reference_attention(
             # [seen, num_heads, head_dim]
             k = k_blocks[block, :, offset].double().repeat_interleave(group, 1)
             v = v_blocks[block, :, offset].double().repeat_interleave(group, 1)
-            score = (k * q[token].double()).sum(-1) * layout.head_dim**-0.5
+            score = (k * q[token].double()).sum(-1) * (scale or layout.head_dim**-0.5)
+            score = softcap * torch.tanh(score / softcap) if softcap else score
             out[token] = (score.softmax(0)[..., None] * v).sum(0)
             token += 1
     return out
