@@ -81,7 +81,8 @@ class Membership:
     @property
     def max_model_len(self) -> int:
         """The service's context: the longest of a decode worker; 0 where there is none."""
-        return self.longest.model.max_model_len if self.longest else 0
+        longest = self.longest
+        return longest.model.max_model_len if longest else 0
 
     @property
     def longest(self) -> Worker | None:
@@ -117,7 +118,10 @@ class Membership:
             )
         check_others(hello.model, hello.peer.worker_id, self.snapshot())
         before = self.max_model_len
-        worker = self._row(hello, self._table.get(hello.peer.worker_id))
+        old = self._table.get(hello.peer.worker_id)
+        worker = Worker.of(hello, next(self._sessions), self._clock(), old)
+        if old and old.peer.incarnation != worker.peer.incarnation:
+            self._supersede(old)
         self._table.put(worker)
         _log.info(
             "worker registered",
@@ -130,41 +134,14 @@ class Membership:
         self._notify()
         return worker
 
-    def _row(self, hello: Hello, old: Worker | None) -> Worker:
-        """The row of a worker that registers where `old` was, which it may itself be."""
-        now = self._clock()
-        worker = Worker(
-            hello.peer,
-            hello.role,
-            hello.http_address,
-            hello.model,
-            WorkerState.READY,
-            Load(),
-            session=next(self._sessions),
-            since_s=now,
-            heard_s=now,
-            beat_s=now,
-            kv_pool=hello.kv_pool,
-        )
-        if old is None:
-            return worker
-        if old.peer.incarnation == hello.peer.incarnation:  # the same process on a new stream
-            return replace(
-                worker,
-                since_s=old.since_s,
-                load=old.load,
-                assigned_requests=old.assigned_requests,
-                assigned_tokens=old.assigned_tokens,
-                penalized_s=old.penalized_s,
-                is_sick=old.is_sick,
-            )
+    def _supersede(self, old: Worker) -> None:
+        """Another process has taken the place of `old`."""
         if old.state is WorkerState.READY:
-            self._losses.add(old.peer.incarnation, now)
+            self._losses.add(old.peer.incarnation, self._clock())
         self._strikes.forget(old.peer)
         self._superseded[old.peer.incarnation] = None
         if len(self._superseded) > _MAX_SUPERSEDED:
             self._superseded.popitem(last=False)
-        return worker
 
     def _compare_lengths(self, worker: Worker, before: int) -> None:
         """Log where a decode worker is shorter than the service's context, or shortens it."""

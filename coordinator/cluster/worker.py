@@ -11,7 +11,7 @@ and what depends on time is computed from them and from the moment of the view.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from engine.base.types import NO_KV_POOL, Health, KVLink, KVPool, ModelIdentity, Peer, Role
@@ -96,6 +96,34 @@ class Worker:
     is_sick: bool = False
     beat_s: float = 0.0  # registration or last heartbeat
     stalled_s: float = -math.inf  # last report that its event loop stalls
+
+    @classmethod
+    def of(cls, hello: Hello, session: int, now_s: float, old: Worker | None) -> Worker:
+        """The row of a worker that registers where `old` was, which may be the same process."""
+        worker = cls(
+            hello.peer,
+            hello.role,
+            hello.http_address,
+            hello.model,
+            WorkerState.READY,
+            Load(),
+            session,
+            since_s=now_s,
+            heard_s=now_s,
+            beat_s=now_s,
+            kv_pool=hello.kv_pool,
+        )
+        if old is None or old.peer.incarnation != hello.peer.incarnation:
+            return worker
+        return replace(
+            worker,
+            since_s=old.since_s,
+            load=old.load,
+            assigned_requests=old.assigned_requests,
+            assigned_tokens=old.assigned_tokens,
+            penalized_s=old.penalized_s,
+            is_sick=old.is_sick,
+        )
 
     @property
     def expires_s(self) -> float:

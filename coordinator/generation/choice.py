@@ -11,7 +11,6 @@ earlier ones, and the sampler is a function of seed and position.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from coordinator.generation.state import GenerationState
 from coordinator.routing.admission import Ticket
 from coordinator.routing.affinity import Affinity
 from coordinator.routing.harmed_workers import Trial
-from coordinator.routing.policy import POLICIES, Plan, Policy
+from coordinator.routing.policy import Plan, Policy
 from coordinator.text.detokenizer import place_prompt
 from coordinator.text.served_model import ServedModel
 from coordinator.text.stops import StopSet
@@ -63,9 +62,9 @@ class ChoiceRunner:
         *,
         worker_wait_s: float,
         check_open: Callable[[], None],
-        policy: Policy = POLICIES["least_loaded"],
-        token: ClusterToken | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        policy: Policy,
+        token: ClusterToken | None,
+        clock: Callable[[], float],
     ) -> None:
         """`check_open` raises Unavailable when there are to be no more attempts."""
         self._model = model

@@ -23,7 +23,7 @@ from coordinator.generation.request import Chunk, GenerationRequest, Part
 from coordinator.generation.shared_parts import SharedParts
 from coordinator.routing.admission import Admission, Ticket
 from coordinator.routing.affinity import affinity_of
-from coordinator.routing.policy import POLICIES, Policy
+from coordinator.routing.policy import Policy
 from coordinator.text.served_model import ServedModel
 from coordinator.text.stops import StopSet
 from engine.base.errors import DeadlineExceeded, InvalidRequest, Unavailable
@@ -46,7 +46,7 @@ class Pipeline:
         metrics: CoordinatorMetrics,
         *,
         worker_wait_s: float,
-        policy: Policy = POLICIES["least_loaded"],
+        policy: Policy,
         token: ClusterToken | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

@@ -151,8 +151,7 @@ class Retry:
         self, cluster: ClusterView, num_tokens: int, computes_alone: bool, waits_until_s: float
     ) -> Call | Wait | GiveUp:
         affinity, now_s = self._affinity, cluster.now_s
-        ready = cluster.ready(Role.DECODE)
-        if affinity.model and ready and all(model_tag(w) != affinity.model for w in ready):
+        if affinity.model and _is_replaced(affinity.model, cluster):
             return GiveUp(
                 Mismatch(
                     "the workers' model was replaced after this answer had begun; ask for it anew,"
@@ -181,7 +180,7 @@ class Retry:
             return GiveUp(
                 Unavailable("workers were lost under this request, and others are tried first")
             )
-        fitting = f" for {self._max_tokens} tokens" if ready else ""
+        fitting = f" for {self._max_tokens} tokens" if cluster.ready(Role.DECODE) else ""
         return GiveUp(
             Unavailable(
                 f"no decode worker{fitting} is ready (waited {self._worker_wait_s:g} s)",
@@ -258,3 +257,9 @@ class Retry:
             message = f"{self._num_failed} attempts failed, the last with: {error.message}"
             return GiveUp(Unavailable(message))
         return None
+
+
+def _is_replaced(model: str, cluster: ClusterView) -> bool:
+    """Whether decode workers are ready, but none with this `model_tag`."""
+    tags = {model_tag(w) for w in cluster.ready(Role.DECODE)}
+    return bool(tags) and model not in tags
