@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from coordinator.api.grpc.service import _row
+from coordinator.api.grpc.admin import _row
 from coordinator.cluster.incidents import STRIKES, STRIKES_S
 from coordinator.cluster.membership import Membership
 from coordinator.cluster.registry_service import RegistryServicer
