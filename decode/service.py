@@ -1,10 +1,10 @@
 """DecodeService: one answer a call, from the blocks' arrival to the last token.
 
-(compile) submit -> FetchEvent -> intake task --------> tokens ... -> finished
-                       |  again after a preemption          |
-the caller goes away, at any point: cancel the intake, wait until its reads are terminal, abort
+    (compile) submit -> FetchEvent -> fetch task ---------> tokens ... -> finished
+                           |  again after a preemption          |
+    the caller is gone, at any point: cancel the fetch, wait until its reads are terminal, abort
 
-While there is nothing to say and the engine runs, `Alive` is said every BEAT_S.
+In silence, and while the engine runs, the service sends `Alive` every BEAT_S.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
-from decode.kv_fetch import FetchJob, KvFetcher
+from decode.kv_fetch import FetchHost, FetchJob, KvFetcher
 from decode.shared_parts import Parts, PartsStore
 from engine.base.errors import DiptychError, InvalidRequest, Unavailable
 from engine.base.types import Constraint
-from engine.constraints import Compiler, Matcher
+from engine.constraints import Compiler, Matcher, Vocabulary
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.rpc.convert import (
     logprobs_to_pb,
@@ -36,7 +37,6 @@ from engine.step.operations import Abandon
 from engine.telemetry.log import get_logger
 from engine.telemetry.timeline import Event as Mark
 from engine.telemetry.timeline import Timeline
-from worker.process import WorkerProcess
 
 _log = get_logger(__name__)
 _NO_DEADLINE_S = 3600.0
@@ -44,83 +44,102 @@ _ALIVE = worker_pb2.DecodeResponse(alive=worker_pb2.Alive())
 _UNKNOWN = worker_pb2.DecodeResponse(unknown=worker_pb2.Unknown())
 
 
-class DecodeServicer:
-    """Serves answers; holds nothing that another decode worker could not make again."""
+class DecodeHost(FetchHost, Protocol):
+    """What the service uses of the worker process around it."""
 
-    def __init__(self, host: WorkerProcess) -> None:
-        self._host = host
-        self._intake = KvFetcher(host)
+    vocabulary: Vocabulary | None
+
+    def check_takes(self, request: EngineRequest) -> None:
+        """Raise Unavailable where this worker takes no such request now."""
+
+    def serving(self, request: EngineRequest) -> AbstractContextManager[Stream]:
+        """Submit a call's request; the call counts as inside until the block is left."""
+
+    def salt(self, cache_salt: str) -> bytes:
+        """Return the root of the block hashes of requests with this salt."""
+
+    def check_incarnation(self, incarnation: str) -> None:
+        """Raise Mismatch where a caller addresses another process."""
+
+    def check_token_ids(self, token_ids: Sequence[int]) -> None:
+        """Raise InvalidRequest for ids that the model has no embedding for."""
+
+
+class DecodeServicer:
+    """Serves answers; holds nothing that another worker could not make again."""
+
+    def __init__(self, host: DecodeHost) -> None:
+        self.host = host
+        self.fetcher = KvFetcher(host)
         self._parts = PartsStore(host.check_token_ids)
-        count = host.metrics.constraints.tried
-        self._compiler = Compiler(host.vocabulary, count) if host.vocabulary else None
+        self._compiler: Compiler | None = None  # made for the first constraint, or by `prepare`
 
     def prepare(self) -> None:
-        """Start what the first constrained answer would wait for."""
-        if self._compiler is not None:
-            self._compiler.prepare()
+        """Start now what the first constrained answer would wait for: threads and processes."""
+        if compiler := self._get_compiler():
+            compiler.prepare()
 
     async def Decode(
         self, request: worker_pb2.DecodeRequest, context: Any
     ) -> AsyncIterator[worker_pb2.DecodeResponse]:
-        """One answer; see worker.proto."""
-        self._host.check_incarnation(request.incarnation)
+        """Serve one answer; see worker.proto."""
+        self.host.check_incarnation(request.incarnation)
         parts = self._parts.of(request)
         if parts is None:
             yield _UNKNOWN
             return
-        work = self._work(request, parts, context.time_remaining())
+        engine_request = self._engine_request(request, parts, context.time_remaining())
+        self.host.check_takes(engine_request)
         if request.shared_key and request.prompt_token_ids:
             yield _ALIVE  # the other choices wait for it
         constraint = parts.constraint
         if constraint is not None:
-            compiling = asyncio.ensure_future(self._matcher(constraint, work.output))
+            compiling = asyncio.ensure_future(self._matcher(constraint, engine_request.output))
             try:
                 while not (await asyncio.wait({compiling}, timeout=BEAT_S))[0]:
                     yield _ALIVE
-                work = replace(work, matcher=compiling.result())
+                engine_request = replace(engine_request, matcher=compiling.result())
             finally:
                 compiling.cancel()
-        with self._host.calls.serving(work) as stream:
-            answer = _Answer(self, stream, request, context.time_remaining())
+        with self.host.serving(engine_request) as stream:
+            call = _DecodeCall(self, stream, request, context.time_remaining())
             try:
-                async for response in answer.responses():
+                async for response in call.responses():
                     yield response
             except InvalidRequest as error:
                 if constraint is not None and error.field == "constraint" and self._compiler:
-                    self._compiler.forget(constraint)  # what its copies learned was too much
+                    self._compiler.forget(constraint)  # its copies learned more than the limit
                 raise
             finally:
-                answer.close()
+                call.close()
+
+    def _get_compiler(self) -> Compiler | None:
+        """Return the compiler, which has threads and a tokenizer; None: no constraints here."""
+        if self._compiler is None and self.host.vocabulary is not None:
+            count = self.host.metrics.constraints.tried
+            self._compiler = Compiler(self.host.vocabulary, count)
+        return self._compiler
 
     async def _matcher(self, constraint: Constraint, output: Sequence[int]) -> Matcher:
-        """Where the answer stands in its constraint. Raises InvalidRequest, Unavailable."""
-        if self._compiler is None:
+        """Return the state of the constraint after `output`. Raises InvalidRequest, Unavailable."""
+        compiler = self._get_compiler()
+        if compiler is None:
             raise InvalidRequest("constraint", "none is possible with this model")
-        return await self._compiler.matcher(constraint, output)
+        return await compiler.matcher(constraint, output)
 
-    @property
-    def host(self) -> WorkerProcess:
-        """The worker around this service."""
-        return self._host
-
-    @property
-    def fetcher(self) -> KvFetcher:
-        """Where blocks come in."""
-        return self._intake
-
-    def _work(
+    def _engine_request(
         self, request: worker_pb2.DecodeRequest, parts: Parts, time_remaining_s: float | None
     ) -> EngineRequest:
         if not parts.prompt:
             raise InvalidRequest("prompt_token_ids", "empty; expected at least one token")
-        self._host.check_token_ids(request.output_token_ids)
+        self.host.check_token_ids(request.output_token_ids)
         if request.stop.max_tokens < 1 and not request.HasField("num_prompt_logprobs"):
             raise InvalidRequest("stop.max_tokens", "0; expected at least 1")
         return EngineRequest(
             request_id=request.request_id,
             prompt=parts.prompt,
             output=tuple(request.output_token_ids),
-            salt=self._host.salt(request.cache_salt),
+            salt=self.host.salt(request.cache_salt),
             sampling=sampling_from_pb(request.sampling, parts.logit_bias),
             stop=stop_from_pb(request.stop, parts.stop_token_ids),
             fetch=request.HasField("prefill"),
@@ -134,7 +153,7 @@ class DecodeServicer:
         )
 
 
-class _Answer:
+class _DecodeCall:
     """One Decode call: its stream of events, its fetch, its timeline."""
 
     def __init__(
@@ -144,7 +163,8 @@ class _Answer:
         request: worker_pb2.DecodeRequest,
         time_remaining_s: float | None,
     ) -> None:
-        self._service = service
+        self._host = service.host
+        self._fetcher = service.fetcher
         self._request = request
         self._timeline = Timeline()
         self._timeline.mark(Mark.ARRIVED)
@@ -154,18 +174,18 @@ class _Answer:
         self._stream = stream
 
     async def responses(self) -> AsyncIterator[worker_pb2.DecodeResponse]:
-        """Messages to the coordinator; tokens that have gathered go as one."""
-        held: Event | None = None
-        while held is not None or not self._stream.finished:
-            event, held = held or await self._stream.next_within(BEAT_S), None
+        """Messages to the coordinator; tokens that gathered meanwhile go as one message."""
+        next_event: Event | None = None
+        while next_event is not None or not self._stream.finished:
+            event, next_event = next_event or await self._stream.next_within(BEAT_S), None
             if event is None:
-                if self._service.host.engine.responsive:
+                if self._host.engine.responsive:
                     yield _ALIVE
             elif isinstance(event, TokensEvent):
                 self._timeline.mark(Mark.TOKENS)
                 events = [event]
-                while isinstance(held := self._stream.next_ready(), TokensEvent):
-                    events.append(held)
+                while isinstance(next_event := self._stream.next_ready(), TokensEvent):
+                    events.append(next_event)
                 if any(event.prompt_logprobs for event in events):  # of thousands of tokens
                     tokens = await asyncio.to_thread(self._tokens, events)
                 else:
@@ -177,28 +197,28 @@ class _Answer:
                 yield worker_pb2.DecodeResponse(finished=self._finished(event))
 
     def close(self) -> None:
-        """However the call ends."""
+        """Log the end; give up what is held where the answer is not finished."""
         _log.info("decode ended", done=self._stream.finished, timeline=self._timeline.as_dict())
         if not self._stream.finished:
-            self._service.host.in_background(self._clean_up())
+            self._host.in_background(self._clean_up())
 
     async def _clean_up(self) -> None:
-        """Free the blocks but those that a read may still write: the read holds them itself then.
+        """Free the blocks, but those that a read may still write: the read pins them itself then.
 
-        Whoever waits for these blocks makes them.
+        Requests that wait for these blocks compute them.
         """
-        self._service.host.engine.post(Abandon(self._stream.key))
+        self._host.engine.post(Abandon(self._stream.key))
         if self._fetching is not None:
             self._fetching.cancel()
             await asyncio.gather(self._fetching, return_exceptions=True)
         if self._fetch is not None:
-            await self._service.fetcher.cancel(self._fetch)
+            await self._fetcher.cancel(self._fetch)
         self._stream.abort()
         await self._stream.drain()
 
     def _start_fetch(self, event: FetchEvent) -> None:
         peer = prefill_peer_of(self._request)
-        assert peer is not None, "only work with a peer fetches"
+        assert peer is not None, "only requests with a peer fetch"
         self._timeline.mark(Mark.SCHEDULED)
         if self._fetch is None:
             self._fetch = FetchJob(
@@ -210,16 +230,16 @@ class _Answer:
                 deadline_s=self._deadline_s,
                 timeline=self._timeline,
             )
-        self._fetching = self._service.host.in_background(self._run_fetch(self._fetch, event))
+        self._fetching = self._host.in_background(self._run_fetch(self._fetch, event))
 
     async def _run_fetch(self, fetch: FetchJob, event: FetchEvent) -> None:
         try:
-            await self._service.fetcher.run(fetch, event)
+            await self._fetcher.run(fetch, event)
         except DiptychError as error:
             self._stream.push(error)
         except Exception as error:
-            _log.exception("intake failed")
-            self._stream.push(Unavailable(f"intake failed: {error}", lost="prefill"))
+            _log.exception("fetch failed")
+            self._stream.push(Unavailable(f"fetch failed: {error}", lost="prefill"))
 
     def _finished(self, event: FinishedEvent) -> worker_pb2.DecodeFinished:
         self._timeline.mark(Mark.FINISHED)

@@ -1,8 +1,8 @@
-"""What all choices of a request have alike, kept while one of them runs.
+"""What all choices of a request share, kept while one of them runs.
 
-The first call of a request carries prompt, biases, stop tokens and constraint under a key, and the
-calls of its other choices bring the key alone. The memory is that of the running calls, and of the
-last few requests whose choices come one after the other.
+The first call of a request carries prompt, biases, stop tokens and constraint under a key. The
+calls of its other choices carry the key alone. The memory is that of the running calls, and of the
+last few requests, whose choices may come one after the other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NUM_RECENT = 4
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Parts:
-    """The parts of one request."""
+    """The shared parts of one request."""
 
     prompt: tuple[int, ...]  # token ids
     logit_bias: tuple[tuple[int, float], ...]  # sorted by token id
@@ -38,7 +38,7 @@ class PartsStore:
         self._recent: deque[Parts] = deque(maxlen=_NUM_RECENT)
 
     def of(self, request: worker_pb2.DecodeRequest) -> Parts | None:
-        """What the request carries, or what its key stands for; None: that is not known here.
+        """Return the parts that the request carries, or those of its key; None: key unknown.
 
         The caller keeps them alive. Raises InvalidRequest.
         """

@@ -1,24 +1,36 @@
 """Finished blocks of one prompt, offered to the caller under leases.
 
-    engine pins a block once more for us -> a lease takes the pin over -> the caller reads ->
-    Release, or TTL
+    engine adds a pin -> a lease takes the pin over -> the caller reads -> Release, or TTL
 
-Whatever was announced by the engine is either under a lease or released here, also when the caller
+Each block that the engine announced is either under a lease or unpinned here, also when the caller
 is gone. The leases end with the call.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
+from engine.base.options import TransferOptions
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.scheduling.events import AnnouncedEvent
 from engine.step.engine_thread import Stream
-from worker.process import WorkerProcess
+from kvtransfer.checksum import Checksums
+from kvtransfer.kv_service import BlockHost, KvServicer
+
+
+class LeaseHost(Protocol):
+    """What leases need of the worker process."""
+
+    kv: KvServicer
+    blocks: BlockHost
+    checksums: Checksums
+    transfer: TransferOptions
 
 
 class BlockPublisher:
     """Leases of one Prefill call; `owner` is the incarnation that may read and release them."""
 
-    def __init__(self, host: WorkerProcess, owner: str, request_id: str) -> None:
+    def __init__(self, host: LeaseHost, owner: str, request_id: str) -> None:
         self._kv = host.kv
         self._blocks = host.blocks
         self._checksums = host.checksums
@@ -28,7 +40,7 @@ class BlockPublisher:
         self._leases: list[bytes] = []
 
     def publish(self, event: AnnouncedEvent) -> worker_pb2.BlocksReady:
-        """Put complete blocks under a new lease and say so on the wire.
+        """Put complete blocks under a new lease; returns the announcement.
 
         No await: between the engine's pin and the lease nothing can be cancelled.
         """
@@ -44,16 +56,16 @@ class BlockPublisher:
         )
 
     async def checksummed(self, ready: worker_pb2.BlocksReady) -> worker_pb2.BlocksReady:
-        """The same announcement with a checksum of every block; the lease keeps them meanwhile."""
+        """Add a checksum of every block; the lease keeps the blocks until then."""
         ready.checksums.extend(await self._checksums.of(ready.block_ids))
         return ready
 
     async def ended_within(self, timeout_s: float) -> bool:
-        """Wait until every lease has been released or has run out; False: some are left."""
+        """Wait until every lease was released or ran out; False: some are left."""
         return await self._kv.ended_within(self._leases, timeout_s)
 
     async def revoke(self, stream: Stream) -> None:
-        """The call is over: end the work, release what was offered and what still comes."""
+        """End the request, and release what was announced and what still comes."""
         if not stream.finished:
             stream.abort()
             for event in await stream.drain():

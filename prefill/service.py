@@ -1,48 +1,71 @@
 """PrefillService: a pure function from a prompt's whole blocks to their KV. It never samples.
 
-    submit -> announced, leased ... -> finished -> until the caller has released every lease
-the caller goes away, at any point: abort, and all leases of the call end
+    submit -> chunk announced under a lease ... -> finished -> every lease released by the caller
+    the caller is gone, at any point: abort the request, end all leases of the call
 
-So a call and its leases have one life, and a caller always hears whether we still have one. While
-there is nothing to say and the engine runs, `Alive` is said every BEAT_S.
+A call and its leases end together, so a caller always learns whether its leases still hold. In
+silence, and while the engine runs, the service sends `Alive` every BEAT_S.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from engine.base.errors import InvalidRequest, Unavailable
-from engine.base.types import FinishReason
+from engine.base.types import FinishReason, ModelIdentity
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.rpc.liveness import BEAT_S
 from engine.scheduling.events import AnnouncedEvent, FinishedEvent
 from engine.scheduling.request import EngineRequest
+from engine.step.engine_thread import EngineThread, Stream
 from engine.telemetry.log import get_logger
 from engine.telemetry.timeline import Event as Mark
 from engine.telemetry.timeline import Timeline
-from prefill.block_publisher import BlockPublisher
-from worker.process import WorkerProcess
+from prefill.block_publisher import BlockPublisher, LeaseHost
 
 _log = get_logger(__name__)
 _ALIVE = worker_pb2.PrefillResponse(alive=worker_pb2.Alive())
 
 
+class PrefillHost(LeaseHost, Protocol):
+    """What the service uses of the worker process around it."""
+
+    engine: EngineThread
+    identity: ModelIdentity
+
+    def serving(self, request: EngineRequest) -> AbstractContextManager[Stream]:
+        """Submit a call's request; the call counts as inside until the block is left."""
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> object:
+        """Run a task that outlives the call."""
+
+    def salt(self, cache_salt: str) -> bytes:
+        """Return the root of the block hashes of requests with this salt."""
+
+    def check_incarnation(self, incarnation: str) -> None:
+        """Raise Mismatch where a caller addresses another process."""
+
+    def check_token_ids(self, token_ids: Sequence[int]) -> None:
+        """Raise InvalidRequest for ids that the model has no embedding for."""
+
+
 class PrefillServicer:
     """Computes what is not cached, chunk by chunk, and announces each chunk as it completes."""
 
-    def __init__(self, host: WorkerProcess) -> None:
+    def __init__(self, host: PrefillHost) -> None:
         self._host = host
 
     async def Prefill(
         self, request: worker_pb2.PrefillRequest, context: Any
     ) -> AsyncGenerator[worker_pb2.PrefillResponse]:
-        """One prompt; see worker.proto."""
-        work = self._work(request, context.time_remaining())
+        """Serve one prompt; see worker.proto."""
+        engine_request = self._engine_request(request, context.time_remaining())
         timeline = Timeline()
         timeline.mark(Mark.ARRIVED)
-        with self._host.calls.serving(work) as stream:
+        with self._host.serving(engine_request) as stream:
             publisher = BlockPublisher(self._host, request.caller_incarnation, request.request_id)
             try:
                 while not stream.finished:
@@ -58,16 +81,16 @@ class PrefillServicer:
                         yield worker_pb2.PrefillResponse(ready=ready)
                     elif isinstance(event, FinishedEvent):
                         timeline.mark(Mark.FINISHED)
-                        finished = self._finished(event, work, timeline)
+                        finished = self._finished(event, engine_request, timeline)
                         yield worker_pb2.PrefillResponse(finished=finished)
                 while not await publisher.ended_within(BEAT_S):
-                    stream.next_ready()  # raises where this call is handed over
+                    stream.next_ready()  # raises where a drain hands this call over
                     yield _ALIVE
             finally:
                 self._host.in_background(publisher.revoke(stream))
                 _log.info("prefill ended", done=stream.finished, timeline=timeline.as_dict())
 
-    def _work(
+    def _engine_request(
         self, request: worker_pb2.PrefillRequest, time_remaining_s: float | None
     ) -> EngineRequest:
         self._host.check_incarnation(request.incarnation)
@@ -91,13 +114,13 @@ class PrefillServicer:
 
     @staticmethod
     def _finished(
-        event: FinishedEvent, work: EngineRequest, timeline: Timeline
+        event: FinishedEvent, request: EngineRequest, timeline: Timeline
     ) -> worker_pb2.PrefillFinished:
         if event.reason is FinishReason.ABORTED:
-            raise event.error or Unavailable("the prefill worker gave the prompt up")
+            raise event.error or Unavailable("the prefill worker aborted the prompt")
         total_s = timeline.between(Mark.ARRIVED, Mark.FINISHED)
         return worker_pb2.PrefillFinished(
-            num_computed_tokens=len(work.prompt) - event.counts.num_cached_tokens,
+            num_computed_tokens=len(request.prompt) - event.counts.num_cached_tokens,
             num_cached_tokens=event.counts.num_cached_tokens,
             queue_s=event.counts.queue_s,
             compute_s=max(0.0, total_s - event.counts.queue_s),

@@ -1,7 +1,10 @@
-"""`prefill start` and `decode start`: options, log, and the way from a mistake to one sentence.
+"""`prefill start` and `decode start`: options and log; a wrong option ends in one sentence.
 
-Nothing heavy is imported before the options are read: `--help` is quick, and variables that
-libraries read at import are set first.
+    prefill, decode      the installed commands
+    python -m worker.cli prefill|decode start ...
+
+The two differ in their default budgets alone. Nothing heavy is imported before the options are
+read: `--help` is quick, and variables that libraries read at import are set first.
 """
 
 from __future__ import annotations
@@ -11,13 +14,15 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
+from decode.drafting import make_drafting
 from engine.base.errors import CheckpointError, ConfigError, SelfTestFailed
 from engine.base.installed import require_worker_packages, unusable
 from engine.base.options import (
     CacheOptions,
+    DraftOptions,
     LogOptions,
     ModelOptions,
     StepOptions,
@@ -34,10 +39,6 @@ from engine.process.core_dumps import forbid_core_dumps
 from engine.process.gc_control import hand_over_soon, put_off_collections
 from worker import exit_status
 
-if TYPE_CHECKING:
-    from engine.step.drafting import Drafting
-    from worker.process import Services, WorkerProcess
-
 _GROUPS = (
     ModelOptions,
     CacheOptions,
@@ -47,20 +48,38 @@ _GROUPS = (
     TrustOptions,
     LogOptions,
 )
-# A waiting OpenMP thread must not burn the core that the other panel computes on.
+# A waiting OpenMP thread must not burn the core that another worker computes on.
 _LIBRARY_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+_DESCRIPTIONS = {
+    Role.PREFILL: "A prefill worker: reads prompts and fills KV-cache blocks that decode workers"
+    " fetch.",
+    Role.DECODE: "A decode worker: writes answers with speculative verification.",
+}
 
 
-def worker_command(
-    role: Role,
-    description: str,
-    argv: Sequence[str] | None,
-    make_services: Callable[[WorkerProcess], Services],
-    ask_drafting: Callable[[ModelOptions, Any], Drafting | None] | None = None,
-    own_options: type[Any] | None = None,
-) -> int:
+def prefill(argv: Sequence[str] | None = None) -> int:
+    """Run `prefill`; returns the exit status."""
+    return worker_command(Role.PREFILL, argv)
+
+
+def decode(argv: Sequence[str] | None = None) -> int:
+    """Run `decode`; returns the exit status."""
+    return worker_command(Role.DECODE, argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command that the first argument names; returns the exit status."""
+    role, *rest = argv or [""]
+    if role not in ("prefill", "decode"):
+        print(f"worker.cli: {role!r}; expected prefill or decode", file=sys.stderr)
+        return exit_status.BAD_CONFIGURATION
+    return worker_command(Role(role), rest)
+
+
+def worker_command(role: Role, argv: Sequence[str] | None) -> int:
     """Run one worker until it ends; returns the exit status: 2 for what a restart cannot cure."""
-    groups = (*_GROUPS, own_options) if own_options else _GROUPS
+    groups = (*_GROUPS, DraftOptions) if role is Role.DECODE else _GROUPS
+    description = _DESCRIPTIONS[role]
     command = parser(role.value, description)
     start = command.add_subparsers(dest="command", required=True).add_parser(
         "start", help="serve until stopped", description=description
@@ -69,24 +88,19 @@ def worker_command(
     try:
         options = resolve(command.parse_args(argv), *groups)
         require_worker_packages(f"{role.value} workers")
-        return _start(role, options, make_services, ask_drafting)
+        return _start(role, options)
     except (ConfigError, CheckpointError) as error:
         print(f"{role.value}: {error.message}", file=sys.stderr)
         return exit_status.BAD_CONFIGURATION
     except SelfTestFailed as error:
         print(f"{role.value}: {error.message}", file=sys.stderr)
         return exit_status.SICK
-    except KeyboardInterrupt:  # while it loads; later the loop has the signal
+    except KeyboardInterrupt:  # while it loads; later the loop handles the signal
         return 130
 
 
-def _start(
-    role: Role,
-    options: tuple[Any, ...],
-    make_services: Callable[[WorkerProcess], Services],
-    ask_drafting: Callable[[ModelOptions, Any], Drafting | None] | None,
-) -> int:
-    model, cache, step, transfer, worker, trust, log, *own = options
+def _start(role: Role, options: tuple[Any, ...]) -> int:
+    model, cache, step, transfer, worker, trust, log, *draft = options
     set_default_env(_LIBRARY_ENV)
     hand_over_soon()
     put_off_collections()
@@ -105,19 +119,32 @@ def _start(
     try:
         from engine.step.build import build_engine
         from kvtransfer.connections import unfreed
-        from worker.process import WorkerSettings, run_worker
+        from worker.process import WorkerSettings
+        from worker.run import run_worker
     except (ImportError, OSError) as error:  # OSError: a shared library that is not there
         raise unusable(error) from error
 
     registry = CollectorRegistry()
-    drafting = ask_drafting(model, own[0]) if ask_drafting else None
+    drafting = make_drafting(model, draft[0] if draft else _default_drafter(model))
     engine = build_engine(role, model, cache, step, registry, drafting)
     settings = WorkerSettings(role, worker, transfer, token)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status = runner.run(run_worker(settings, engine, registry, make_services))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is over; no traceback at the very end
+        status = runner.run(run_worker(settings, engine, registry))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # no traceback at the very end
     if unfreed():  # the interpreter's end would free it, and might hang there
         logging.shutdown()
         sys.stdout.flush()
         os._exit(status)
     return status
+
+
+def _default_drafter(model: ModelOptions) -> DraftOptions:
+    """What a prefill worker drafts with once it has a budget for answers: it has no flags for it.
+
+    A draft model's KV is in its blocks already.
+    """
+    return DraftOptions(drafter="model" if model.draft_model else "ngram")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,13 +1,13 @@
-"""Everything that a worker holds, with owner, reason, age and deadline, and whether that is all.
+"""What a worker holds, with owner, reason, age and deadline, and whether that is all.
 
-    loop          leases, announcements on their way, clean-ups     -+
-    data plane    pulls, failed ones whose reads go on (quarantine)  +-> what the owners name
+    loop          leases, announcements in flight, clean-ups        -+
+    data plane    pulls, failed ones whose reads go on (quarantine)  +-> blocks with an owner
     engine        requests with their blocks                        -+
-    engine        blocks with a holder ----------------------------------> less those: `unexplained`
+    engine        blocks with a reference ------> less those: `unexplained`
 
-The engine's part is one call on its thread, so a pool and its requests fit together. The others are
-asked before and after it; what passes from one owner to the next at that very moment is looked for
-again, and only what nobody owns in any look is unexplained: a leak, by law 5 always 0.
+The engine's part is one operation, so a pool and its requests fit together. The data plane is read
+before and after it. A block that passes from one owner to the next at that moment is looked up
+again; only a block without an owner in every look is unexplained: a leak, by law 5 always 0.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from kvtransfer.data_plane import DataPlane
 from kvtransfer.kv_service import KvServicer
 from kvtransfer.pull import PullHold
 
-_ANSWER_S = 1.0  # for a thread to say what it holds
+_ANSWER_S = 1.0  # for a thread to list what it holds
 _LOOKS = 5
-_PAUSE_S = 0.02  # between two looks: longer than a block is on its way between two owners
-_MOST_SHOWN = 32  # of unexplained blocks, by id
+_PAUSE_S = 0.02  # between two looks: longer than a block is in flight between two owners
+_MAX_SHOWN = 32  # of unexplained blocks, by id
 
 _STATES = {
-    "waiting": "waits for memory or for another's blocks: holds none",
+    "waiting": "waits for memory or for blocks of another request: holds none",
     "fetching": "its prompt's blocks are being pulled from a prefill worker",
     "running": "is being computed",
 }
@@ -44,16 +44,16 @@ _TASK_ENDS = "ends with what it waits for: a pull, a step of the engine, a call 
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
-    """A task of the background."""
+class BackgroundTask:
+    """A task that outlives its call: what it does, for which request, since when."""
 
     what: str
     request_id: str  # "": for no request
     since_s: float  # monotonic
 
     @classmethod
-    def now(cls, what: str) -> Begun:
-        """A task that begins in this context."""
+    def now(cls, what: str) -> BackgroundTask:
+        """Return a task that begins now, for the request of this context."""
         return cls(what, current_request(), time.monotonic())
 
 
@@ -65,17 +65,17 @@ class Owners(Protocol):
     engine: EngineThread
     plane: DataPlane
     kv: KvServicer
-    background: dict[asyncio.Task[Any], Begun]
+    background: dict[asyncio.Task[Any], BackgroundTask]
 
 
 class Holds:
-    """Asks the owners of one worker. Lives on the asyncio loop."""
+    """Collects what the owners of one worker hold. Lives on the asyncio loop."""
 
     def __init__(self, host: Owners) -> None:
         self._host = host
 
     async def report(self) -> dict[str, Any]:
-        """The answer of /debug/holds."""
+        """Return the body of /debug/holds."""
         engine, pulls, unexplained = await self._look()
         for _ in range(_LOOKS - 1):
             if not unexplained:
@@ -98,20 +98,20 @@ class Holds:
         }
 
     async def _look(self) -> tuple[EngineHolds | None, list[PullHold] | None, set[int] | None]:
-        """The engine's and the data plane's word, and the held blocks that no owner names.
+        """Return the engine's holds, the data plane's pulls, and the held blocks without an owner.
 
-        None for who does not answer: then nobody knows what is unexplained.
+        None where a thread does not answer: then the blocks without an owner are not known.
         """
         before = await self._pulls()
-        named = self._named_here()
+        owned = self._owned_by_loop()
         engine = await self._engine()
-        named |= self._named_here()
+        owned |= self._owned_by_loop()
         after = await self._pulls()
         if engine is None or before is None or after is None:
             return engine, after, None
-        named.update(block for hold in engine.requests for block in hold.block_ids)
-        named.update(block for hold in (*before, *after) for block in hold.block_ids)
-        return engine, after, set(engine.held - named)
+        owned.update(block for hold in engine.requests for block in hold.block_ids)
+        owned.update(block for hold in (*before, *after) for block in hold.block_ids)
+        return engine, after, set(engine.held - owned)
 
     async def _engine(self) -> EngineHolds | None:
         try:
@@ -127,13 +127,12 @@ class Holds:
         except TimeoutError:  # it restarts, or hangs in the transport
             return None
 
-    def _named_here(self) -> set[int]:
-        """Blocks that owners on this loop name."""
-        named = {block for lease in self._host.kv.leases for block in lease.block_ids}
+    def _owned_by_loop(self) -> set[int]:
+        owned = {block for lease in self._host.kv.leases for block in lease.block_ids}
         for stream in self._host.engine.streams:
             for event, _ in stream.undelivered.values():
-                named.update(event.block_ids)
-        return named
+                owned.update(event.block_ids)
+        return owned
 
     def _of_leases(self) -> Iterable[Hold]:
         now = time.monotonic()
@@ -141,7 +140,7 @@ class Holds:
             yield Hold(
                 kind="lease",
                 owner=lease.owner,
-                reason="a peer may read these blocks; renewed or released by it alone",
+                reason="a peer may read these blocks; only that peer renews or releases it",
                 age_s=now - lease.granted_at,
                 deadline_s=lease.expires_at - now,
                 num_blocks=len(lease.block_ids),
@@ -156,7 +155,7 @@ class Holds:
                 yield Hold(
                     kind="announcement",
                     owner=stream.request.request_id,
-                    reason="complete blocks whose caller has not been told of them yet",
+                    reason="complete blocks that were not sent to the caller yet",
                     age_s=now - since,
                     deadline_s=None if end is None else end - now,
                     note=_NO_DEADLINE if end is None else "",
@@ -166,8 +165,8 @@ class Holds:
     def _of_pull(self, pull: PullHold) -> Hold:
         reason = "blocks are being read from a peer"
         if pull.error:
-            ends = "it ends, or the data plane starts anew"
-            reason = f"a read of a failed pull goes on until {ends}: {pull.error}"
+            end = "it ends, or the data plane starts anew"
+            reason = f"a read of a failed pull goes on until {end}: {pull.error}"
         return Hold(
             kind="quarantine" if pull.error else "pull",
             owner=pull.request_id,
@@ -180,12 +179,12 @@ class Holds:
 
     def _of_background(self) -> Iterable[Hold]:
         now = time.monotonic()
-        for begun in self._host.background.values():
+        for task in self._host.background.values():
             yield Hold(
                 kind="task",
-                owner=begun.request_id or self._host.incarnation,
-                reason=f"{begun.what} goes on beside its call, or after it",
-                age_s=now - begun.since_s,
+                owner=task.request_id or self._host.incarnation,
+                reason=f"{task.what} goes on beside its call, or after it",
+                age_s=now - task.since_s,
                 deadline_s=None,
                 note=_TASK_ENDS,
             )
@@ -216,7 +215,7 @@ def _of_request(request: RequestHold) -> Hold:
 def _pool(engine: EngineHolds | None, unexplained: set[int] | None) -> dict[str, Any]:
     if engine is None:
         return {"answers": False}
-    shown_ids = {"unexplained_blocks": sorted(unexplained)[:_MOST_SHOWN]} if unexplained else {}
+    shown_ids = {"unexplained_blocks": sorted(unexplained)[:_MAX_SHOWN]} if unexplained else {}
     return {
         "answers": True,
         "total": engine.num_blocks,

@@ -68,7 +68,7 @@ def worker_environment(
 
 def worker_command(worker_id: str, role: Role, flags: Sequence[str]) -> list[str]:
     """The command line of `prefill start` or `decode start`, without the interpreter."""
-    return [f"{role.value}.cli", "start", *flags, "--worker-id", worker_id]
+    return ["worker.cli", role.value, "start", *flags, "--worker-id", worker_id]
 
 
 @dataclass(slots=True, eq=False)

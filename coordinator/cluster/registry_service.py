@@ -15,9 +15,16 @@ from typing import Any
 from coordinator.cluster.membership import Membership
 from coordinator.cluster.worker import HEARTBEAT_S, Hello, Load, Totals, Worker
 from engine.base.errors import InvalidRequest, Mismatch, Unavailable
-from engine.base.types import KVPool, Peer
+from engine.base.types import KVPool, Peer, RoleBudgets
 from engine.pb.diptych.internal.v1 import registry_pb2
-from engine.rpc.convert import health_from_pb, identity_from_pb, link_from_pb, role_from_pb
+from engine.rpc.convert import (
+    budgets_from_pb,
+    budgets_to_pb,
+    health_from_pb,
+    identity_from_pb,
+    link_from_pb,
+    role_from_pb,
+)
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
@@ -44,11 +51,24 @@ class RegistryServicer:
 
     def drain(self, worker: Worker, deadline_s: float) -> None:
         """Send Drain; 0: with the worker's own time limit. Raises Unavailable without a stream."""
+        drain = registry_pb2.Drain(deadline_s=deadline_s)
+        self._send(worker, registry_pb2.CoordinatorMessage(drain=drain))
+
+    def set_role_budgets(self, worker: Worker, budgets: RoleBudgets) -> None:
+        """Change what a worker takes from others; its next load reports what it applied.
+
+        Raises InvalidRequest where both are 0 (use Drain), Unavailable without a stream.
+        """
+        if not budgets.prompt_tokens and not budgets.answers:
+            raise InvalidRequest("role_budgets", "both 0; expected at least one above 0")
+        message = registry_pb2.CoordinatorMessage(role_budgets=budgets_to_pb(budgets))
+        self._send(worker, message)
+
+    def _send(self, worker: Worker, message: registry_pb2.CoordinatorMessage) -> None:
         outbox = self._outboxes.get(worker.peer.incarnation)
         if outbox is None:
             raise Unavailable(f"worker {worker.peer.worker_id} is not connected now")
-        drain = registry_pb2.Drain(deadline_s=deadline_s)
-        outbox.put_nowait(registry_pb2.CoordinatorMessage(drain=drain))
+        outbox.put_nowait(message)
 
     def _quarantine(self, sick: Worker) -> None:
         """End a sick worker, and have all others drop the blocks that it had a part in."""
@@ -153,6 +173,7 @@ def _load(pb: registry_pb2.Load) -> Load:
         draining=pb.draining,
         health=health_from_pb(pb.health),
         links=tuple(link_from_pb(link) for link in pb.links),
+        role_budgets=budgets_from_pb(pb.role_budgets),
         totals=Totals(
             prompt_tokens_computed=totals.prompt_tokens_computed,
             prompt_tokens_cached=totals.prompt_tokens_cached,

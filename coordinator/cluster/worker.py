@@ -14,7 +14,17 @@ import math
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from engine.base.types import NO_KV_POOL, Health, KVLink, KVPool, ModelIdentity, Peer, Role
+from engine.base.types import (
+    NO_BUDGETS,
+    NO_KV_POOL,
+    Health,
+    KVLink,
+    KVPool,
+    ModelIdentity,
+    Peer,
+    Role,
+    RoleBudgets,
+)
 
 HEARTBEAT_S = 0.5
 SILENCE_S = 3.0  # without a heartbeat: suspect
@@ -60,6 +70,7 @@ class Load:
     draining: bool = False
     health: Health = Health.OK
     links: tuple[KVLink, ...] = ()  # to the peers that it has read from
+    role_budgets: RoleBudgets = NO_BUDGETS  # until the first heartbeat
     totals: Totals = field(default_factory=Totals)
 
 

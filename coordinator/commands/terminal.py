@@ -212,11 +212,14 @@ def _pool(
     own: Sequence[str],
     cells: Callable[[admin_pb2.Worker], list[str]],
 ) -> Table:
-    """One pool as a table; `own` and `cells` are the columns that only this role has."""
+    """One pool as a table; `own` and `cells` are the columns that only this role has.
+
+    "prompts+answers": prompt tokens a step and answers at once that a worker takes from others.
+    """
     table = Table(title=f"{role} workers", title_justify="left", header_style="bold")
     for name in ("worker", "state", "address"):
         table.add_column(name)
-    for name in ("up", "run/wait", "KV free+cached+held", *own):
+    for name in ("up", "prompts+answers", "run/wait", "KV free+cached+held", *own):
         table.add_column(name, justify="right")
     for w in workers:
         if w.role != role:
@@ -226,6 +229,7 @@ def _pool(
             _state(w),
             escape(w.address),
             _duration(w.uptime_s),
+            f"{w.budget_prompt_tokens}+{w.budget_answers}",
             f"{w.num_running}/{w.num_waiting}",
             f"{w.free_blocks}+{w.cached_blocks}+{w.held_blocks} of {w.total_blocks}",
             *cells(w),

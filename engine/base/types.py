@@ -12,10 +12,21 @@ PROTOCOL_VERSION = 3
 
 
 class Role(Enum):
-    """A role is a pair of budgets, not a kind of engine."""
+    """The budgets that a worker starts with: see `RoleBudgets`."""
 
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class RoleBudgets:
+    """What a worker takes from others; a budget of 0 refuses new calls of its service."""
+
+    prompt_tokens: int  # a step, of prompts for other workers: PrefillService
+    answers: int  # at once: DecodeService
+
+
+NO_BUDGETS = RoleBudgets(0, 0)
 
 
 class Health(Enum):

@@ -17,6 +17,7 @@ from engine.base.types import (
     ModelIdentity,
     Peer,
     Role,
+    RoleBudgets,
     SamplingParams,
     StopParams,
     TokenLogprobs,
@@ -193,6 +194,16 @@ def health_to_pb(health: Health) -> registry_pb2.Health:
 def health_from_pb(pb: registry_pb2.Health) -> Health:
     """A worker's health; what we do not know is degraded."""
     return _HEALTH_FROM_PB.get(pb, Health.DEGRADED)
+
+
+def budgets_to_pb(budgets: RoleBudgets) -> registry_pb2.RoleBudgets:
+    """A worker's role budgets, on the wire."""
+    return registry_pb2.RoleBudgets(prompt_tokens=budgets.prompt_tokens, answers=budgets.answers)
+
+
+def budgets_from_pb(pb: registry_pb2.RoleBudgets) -> RoleBudgets:
+    """A worker's role budgets."""
+    return RoleBudgets(pb.prompt_tokens, pb.answers)
 
 
 def link_to_pb(link: KVLink) -> registry_pb2.KVLink:

@@ -3,7 +3,7 @@
 addresses (HOST:PORT, or a name that resolves to many) --re-resolved--> one task a coordinator
 task:  dial -> Hello -> Welcome -> Load, Load, ...   (broken, by whatever: again after a moment)
                         and a thread that reports stalls (stalls.py)
-                     -> Drain, Forget: passed on, the worker knows what to do
+                     -> Drain, Forget, RoleBudgets: passed on to the worker
                      -> Refused, or our token is: remembered; the process ends, for asking again
                         would not help
 stop:  a last Load, then the end of the stream: an orderly end looks like one
@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import grpc
 
 from engine.base.errors import UnknownMethod
-from engine.base.types import PROTOCOL_VERSION, KVPool, ModelIdentity, Role
+from engine.base.types import PROTOCOL_VERSION, KVPool, ModelIdentity, Role, RoleBudgets
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc
 from engine.rpc.channel import open_channel
-from engine.rpc.convert import identity_to_pb, role_to_pb
+from engine.rpc.convert import budgets_from_pb, identity_to_pb, role_to_pb
 from engine.rpc.stalls import StallReporter
 from engine.rpc.trust import ClusterToken
 from engine.telemetry.log import get_logger
@@ -61,6 +61,7 @@ class Registration:
         load: Callable[[], registry_pb2.Load | None],
         on_drain: Callable[[float], None],
         on_forget: Callable[[str], None] = lambda incarnation: None,
+        on_role_budgets: Callable[[RoleBudgets], None] = lambda budgets: None,
         responsive: Callable[[], bool] = lambda: True,
         token: ClusterToken | None = None,
         kv_pool: KVPool | None = None,
@@ -70,6 +71,7 @@ class Registration:
         self._token = token
         self._on_drain = on_drain
         self._on_forget = on_forget
+        self._on_role_budgets = on_role_budgets
         self._responsive = responsive
         self._stopping = False
         self._hello = registry_pb2.Hello(
@@ -217,6 +219,8 @@ class Registration:
                     self._on_drain(answer.drain.deadline_s)
                 if answer.HasField("forget"):
                     self._on_forget(answer.forget.incarnation)
+                if answer.HasField("role_budgets"):
+                    self._on_role_budgets(budgets_from_pb(answer.role_budgets))
                 answer = await call.read()
         finally:
             call.cancel()

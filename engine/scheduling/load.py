@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from engine.base.errors import InvalidRequest
+from engine.base.types import NO_BUDGETS, RoleBudgets
 from engine.scheduling.request import EngineRequest
 
 
@@ -29,6 +30,7 @@ class LoadReport:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     degraded_until_s: float = -math.inf  # monotonic
+    role_budgets: RoleBudgets = NO_BUDGETS
 
     def is_degraded(self, now_s: float) -> bool:
         """Whether the engine computed numbers that were not finite a short while ago."""

@@ -9,7 +9,7 @@ from engine.scheduling.request import Request
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """A role is this pair, and what bounds a pool."""
+    """What one step and one pool take at most; a role is a part of it (`RoleBudgets`)."""
 
     prompt_tokens: int  # computed a step, over all prompts
     num_seqs: int  # requests that hold memory at once
@@ -68,8 +68,12 @@ FIRST_RANK = -(1 << 63)  # before all priorities
 class StepBudget:
     """Prompt tokens left in one scheduling pass; made for it and thrown away."""
 
-    def __init__(self, prompt_tokens: int, max_scored: int = MAX_SCORED) -> None:
+    def __init__(
+        self, prompt_tokens: int, max_scored: int = MAX_SCORED, for_others: int | None = None
+    ) -> None:
+        """`for_others`: how many of the tokens may be of requests that only compute KV."""
         self._left = prompt_tokens
+        self._left_for_others = prompt_tokens if for_others is None else for_others
         self._left_to_score = max_scored
         self._untouched = True
 
@@ -81,6 +85,8 @@ class StepBudget:
         """
         scores = request.num_scored < request.num_to_score
         count = min(request.num_pending - is_held, self._left)
+        if not request.samples:
+            count = min(count, self._left_for_others)
         if scores:
             count = min(count, self._left_to_score)
         if 0 < count < request.num_pending:
@@ -90,6 +96,7 @@ class StepBudget:
             elif not self._untouched:
                 count = 0
         self._left -= count
+        self._left_for_others -= 0 if request.samples else count
         self._left_to_score -= count if scores else 0
         self._untouched = self._untouched and count == 0
         return count

@@ -21,6 +21,7 @@ import bisect
 from collections.abc import Container, Sequence
 from itertools import chain
 
+from engine.base.types import RoleBudgets
 from engine.constraints import Matcher
 from engine.scheduling.block_pool import BlockPool, NoRoom
 from engine.scheduling.plan import (
@@ -50,6 +51,7 @@ class Scheduler:
         self.pool = pool
         self.block_size = block_size
         self.budgets = budgets
+        self.role_budgets = RoleBudgets(budgets.prompt_tokens, budgets.num_seqs)
         self.speculation = speculation
         self.max_model_len = max_model_len
         self.waiting: list[Request] = []
@@ -57,6 +59,17 @@ class Scheduler:
         self.num_preemptions = 0
         self._num_admitted = self._num_plans = 0  # since the oldest had its turn
         self._producers: dict[bytes, Request] = {}  # name of a block in the making -> who makes it
+
+    def set_role_budgets(self, role_budgets: RoleBudgets) -> None:
+        """Take so much of others from now on, at most what the step's own budgets allow.
+
+        A budget of 0 bounds nothing here: the worker refuses new calls, and the requests that it
+        took before finish as fast as the step's budgets allow.
+        """
+        self.role_budgets = RoleBudgets(
+            min(role_budgets.prompt_tokens, self.budgets.prompt_tokens),
+            min(role_budgets.answers, self.budgets.num_seqs),
+        )
 
     @property
     def draft_window(self) -> int:
@@ -98,6 +111,8 @@ class Scheduler:
         passed by.
         """
         admitted: list[Request] = []
+        max_answers = self.role_budgets.answers or self.budgets.num_seqs
+        num_answers = sum(request.samples for request in self.active)
         left = list(self.waiting)
         while left and len(self.active) < self.budgets.num_seqs:
             request = left[0]
@@ -105,6 +120,8 @@ class Scheduler:
                 request = min(left, key=lambda r: (r.arrival_s, r.key))
             is_first = request is left[0]
             left.remove(request)
+            if request.samples and num_answers >= max_answers:
+                continue
             if self._waits_for_producer(request, now_s):
                 continue
             if not self._reserve(request):
@@ -114,6 +131,7 @@ class Scheduler:
             if not is_first:
                 request.rank = FIRST_RANK
             self._enter(request, now_s)
+            num_answers += request.samples
             admitted.append(request)
         return admitted
 
@@ -170,7 +188,9 @@ class Scheduler:
         prompts.sort(key=lambda r: self._turn(r, now_s))
         self._let_the_oldest_go_first(prompts)
         max_scored = MAX_SCORED_BESIDE if decoding else MAX_SCORED
-        budget, chunks = StepBudget(self.budgets.prompt_tokens, max_scored), []
+        for_others = self.role_budgets.prompt_tokens or None
+        budget = StepBudget(self.budgets.prompt_tokens, max_scored, for_others)
+        chunks = []
         for request in prompts:
             if count := budget.take(request, self.block_size, request.key in held):
                 chunks.append(PlannedRow(request, count, []))

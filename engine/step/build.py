@@ -22,7 +22,7 @@ from engine.base.errors import ConfigError
 from engine.base.kv_layout import KVLayout, compatibility_digest
 from engine.base.memory import HostMemory, host_memory, shown
 from engine.base.options import CacheOptions, ModelOptions, StepOptions
-from engine.base.types import NO_KV_POOL, KVPool, ModelIdentity, Role
+from engine.base.types import NO_KV_POOL, KVPool, ModelIdentity, Role, RoleBudgets
 from engine.cache.kv_cache import KVCache
 from engine.cache.sizing import GpuMemory, PoolBudget, PoolSize, fit_pool, gpu_budget, host_budget
 from engine.checkpoint.fingerprint import rope_fields, tokenizer_digest
@@ -72,6 +72,13 @@ def pick_budgets(options: StepOptions, device: Device) -> Budgets:
     if device.on_gpu:
         budgets = dataclasses.replace(budgets, num_logits=max(_GPU_LOGITS, 2 * num_seqs))
     return budgets
+
+
+def default_budgets(role: Role, budgets: Budgets) -> RoleBudgets:
+    """What a worker started in this role takes from others until a coordinator changes it."""
+    if role is Role.PREFILL:
+        return RoleBudgets(budgets.prompt_tokens, 0)
+    return RoleBudgets(0, budgets.num_seqs)
 
 
 def build_engine(
@@ -132,6 +139,7 @@ def _build(
     speculation = drafting.begin(draft_runner, sampler) if drafting else None
     pool = BlockPool(size.num_blocks)
     scheduler = Scheduler(pool, layout.block_size, budgets, speculation, size.max_model_len)
+    scheduler.set_role_budgets(default_budgets(role, budgets))
     metrics = WorkerMetrics(registry, identity.name)
     health = EngineHealth(kv_cache, self_tests)
     core = EngineCore(scheduler, runner, sampler, metrics, time.monotonic, draft_runner, health)

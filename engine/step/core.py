@@ -576,6 +576,7 @@ class EngineCore:
             draft_tokens=totals.draft_tokens,
             accepted_tokens=totals.accepted_tokens,
             degraded_until_s=self._degraded_until_s,
+            role_budgets=scheduler.role_budgets,
         )
 
 

@@ -3,6 +3,7 @@
     Add Abort Abandon             the life of a request
     BlocksArrived FetchEnded      its fetch from a peer
     Hold Pin Unpin                references to blocks: of leases, and of reads that go on
+    SetRoleBudgets                what is taken from others
     Forget                        a peer computed numbers that are not finite
     ListHolds                     what /debug/holds shows
 
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from engine.base.types import RoleBudgets
 from engine.scheduling.holds import EngineHolds
 from engine.scheduling.request import EngineRequest
 from engine.step.core import EngineCore
@@ -122,6 +124,16 @@ class Unpin(Operation[None]):
 
     def apply(self, core: EngineCore) -> None:
         core.unpin(self.block_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class SetRoleBudgets(Operation[None]):
+    """Take so much from others from the next step on."""
+
+    role_budgets: RoleBudgets
+
+    def apply(self, core: EngineCore) -> None:
+        core.scheduler.set_role_budgets(self.role_budgets)
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,8 +190,8 @@ def _stall(*_: Any) -> None:
             time.sleep(until - time.monotonic())
 
 
-def _prefill_services(host: Any) -> Any:
-    from engine.pb.diptych.internal.v1 import worker_pb2
+def _disturb_prefill() -> None:
+    import worker.services
     from prefill.service import PrefillServicer
 
     class LabPrefill(PrefillServicer):
@@ -223,13 +223,11 @@ def _prefill_services(host: Any) -> Any:
                         yield kept
                         kept = None
 
-    descriptor = worker_pb2.DESCRIPTOR.services_by_name["PrefillService"]
-    return [(descriptor, LabPrefill(host))]
+    worker.services.PrefillServicer = LabPrefill  # type: ignore[misc]
 
 
-def _decode_services() -> Any:
+def _disturb_decode() -> None:
     import decode.service
-    from decode import cli
     from decode.kv_fetch import FetchJob, KvFetcher
     from engine.scheduling.events import FetchEvent
 
@@ -247,7 +245,6 @@ def _decode_services() -> Any:
             return num_committed
 
     decode.service.KvFetcher = LabIntake  # type: ignore[misc]
-    return cli._services
 
 
 def main() -> int:
@@ -261,13 +258,9 @@ def main() -> int:
     signal.signal(signal.SIGUSR1, _stall)
     _sick_runner(runner.NativeRunner)
     _sick_runner(runner.Runner)
-    if role == "prefill":
-        return worker_command(Role.PREFILL, "lab", argv, _prefill_services)
-    from decode import cli
-    from engine.base.options import DraftOptions
-
-    services = _decode_services()
-    return worker_command(Role.DECODE, "lab", argv, services, cli.ask_drafting, DraftOptions)
+    _disturb_prefill()
+    _disturb_decode()
+    return worker_command(Role(role), argv)
 
 
 if __name__ == "__main__":

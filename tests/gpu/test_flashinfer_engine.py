@@ -10,7 +10,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from decode.cli import ask_drafting
+from decode.drafting import make_drafting
 from engine.base.options import CacheOptions, DraftOptions, ModelOptions, StepOptions
 from engine.base.types import Role
 from engine.cache.sizing import GpuMemory
@@ -36,7 +36,7 @@ def engine_of(folder: Path, num_heads: int) -> Engine:
     (folder / "tokenizer.json").write_text("{}")
     model = ModelOptions(model=str(folder), dtype="float16", seed_weights=1, draft_model="first:1")
     step = StepOptions(max_batched_tokens=48, max_num_seqs=4)
-    drafting = ask_drafting(model, DraftOptions("model"))
+    drafting = make_drafting(model, DraftOptions("model"))
     cache, registry = CacheOptions(kv_cache_memory=8 << 20), CollectorRegistry()
     return build_engine(Role.DECODE, model, cache, step, registry, drafting, FAKE_GPU)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from decode.cli import ask_drafting
+from decode.drafting import make_drafting
 from engine.base.errors import ConfigError
 from engine.base.options import CacheOptions, DraftOptions, ModelOptions, StepOptions
 from engine.base.types import Role, SamplingParams, StopParams
@@ -43,7 +43,7 @@ def start(folder: Path, place: torch.device) -> Engine:
 
     device = Device(place, "sm90", "Fake H100", lambda: memory, allocate)
     model = ModelOptions(model=str(folder), dtype="bfloat16", seed_weights=1)
-    drafting = ask_drafting(model, DraftOptions(draft_tokens=4))
+    drafting = make_drafting(model, DraftOptions(draft_tokens=4))
     return build_engine(
         Role.DECODE,
         model,

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from prometheus_client import CollectorRegistry
 
-from decode.service import DecodeServicer
 from decode.speculative.ngram import NgramDrafter
 from decode.speculative.verify import verify
 from engine.attention.batch import Row
@@ -39,15 +38,15 @@ from engine.scheduling.plan import Budgets
 from engine.scheduling.request import EngineRequest
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import Speculation
-from engine.step.build import Engine
+from engine.step.build import Engine, default_budgets
 from engine.step.core import EngineCore
 from engine.telemetry.metrics import WorkerMetrics
 from kvtransfer.transport import Extent, MemoryRegion, ReadState
-from prefill.service import PrefillServicer
 from tests.support.engine_probe import Probe
 from tests.support.history_model import VOCAB, logits_of
 from tests.unit.engine.step.test_core import oracle
 from worker.process import WorkerProcess, WorkerSettings
+from worker.services import make_services
 
 SIZE = 4
 DIGEST = "test"
@@ -210,9 +209,9 @@ async def start(
     """A serving worker; the caller stops it."""
     runner, transport = ArrayRunner(num_blocks), LocalTransport()
     speculation = Speculation(NgramDrafter(), verify, draft_tokens) if draft_tokens else None
-    scheduler = Scheduler(
-        BlockPool(num_blocks), SIZE, Budgets(prompt_tokens, 8, 2.0), speculation, max_model_len
-    )
+    budgets = Budgets(prompt_tokens, 8, 2.0)
+    scheduler = Scheduler(BlockPool(num_blocks), SIZE, budgets, speculation, max_model_len)
+    scheduler.set_role_budgets(default_budgets(role, budgets))
     metrics = WorkerMetrics(CollectorRegistry(), "test")
     sampler = Sampler(VOCAB, torch.device("cpu"))
     core = EngineCore(scheduler, runner, sampler, metrics, time.monotonic)
@@ -229,12 +228,8 @@ async def start(
     with mock.patch("worker.process.NixlTransport", lambda agent: transport):
         host = WorkerProcess(settings, Engine(core, cache, layout, identity, metrics))
     server = RpcServer()
-    services = worker_pb2.DESCRIPTOR.services_by_name
-    if role is Role.DECODE:
-        server.add_service(services["DecodeService"], DecodeServicer(host))
-    else:
-        server.add_service(services["PrefillService"], PrefillServicer(host))
-    server.add_service(services["KvService"], host.kv)
+    for descriptor, servicer in make_services(host):
+        server.add_service(descriptor, servicer)
     port = server.listen("127.0.0.1:0")
     host.engine.start()
     await server.start()

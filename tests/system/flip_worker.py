@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import decode.cli
+import worker.cli
 import worker.process
 from kvtransfer.nixl_transport import NixlTransport
 from kvtransfer.transport import Extent, MemoryRegion, ReadState
@@ -50,4 +50,4 @@ class FlippingTransport(NixlTransport):
 
 if __name__ == "__main__":
     worker.process.NixlTransport = FlippingTransport  # type: ignore[misc]
-    sys.exit(decode.cli.main(sys.argv[2:]))
+    sys.exit(worker.cli.decode(sys.argv[2:]))

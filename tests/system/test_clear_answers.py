@@ -167,7 +167,7 @@ def test_a_worker_that_does_not_match_is_refused(stack: Stack, name: str) -> Non
     default = ("--dtype", "float32") if name != "another dtype" else ()
     args = (*default, *flags, "--kv-cache-memory", "256MiB", "--max-model-len", "1024")
     args += ("--coordinator", stack.address, "--log-format", "json", stack.token_flag())
-    out = command("decode.cli", "start", *args)
+    out = command("worker.cli", "decode", "start", *args)
     assert out.returncode == 2
     assert word in out.stderr.splitlines()[-1]
     one_sentence(out.stderr)
@@ -206,7 +206,7 @@ def folder_without_weights(folder: Path) -> Path:
 @pytest.mark.parametrize(
     "make", [truncated_gguf, missing_file, not_a_model, folder_without_weights]
 )
-@pytest.mark.parametrize("module", ["coordinator.cli", "prefill.cli"])
+@pytest.mark.parametrize("module", ["coordinator.cli", "worker.cli"])
 def test_a_missing_or_truncated_model_file(
     tmp_path: Path, make: Callable[[Path], Path], module: str
 ) -> None:
@@ -214,7 +214,8 @@ def test_a_missing_or_truncated_model_file(
     flags = ["--model", str(path), "--listen", "127.0.0.1:0"]
     if module == "coordinator.cli":
         flags += ["--http", "127.0.0.1:0", "--log-dir", str(tmp_path / "logs")]
-    out = command(module, "start", *flags)
+    role = ["prefill"] if module == "worker.cli" else []
+    out = command(module, *role, "start", *flags)
     assert out.returncode == 2, out.stderr
     one_sentence(out.stderr)
     assert str(path) in out.stderr
@@ -271,7 +272,7 @@ async def test_a_coordinator_with_no_workers(lonely: Stack) -> None:
 
 def test_a_pool_too_small_for_the_length_asked_is_refused(tmp_path: Path) -> None:
     flags = ("--max-model-len", "8192", "--kv-cache-memory", "16MiB", *EXACT[:2])
-    out = command("decode.cli", "start", *flags)
+    out = command("worker.cli", "decode", "start", *flags)
     assert out.returncode == 2
     assert "--kv-cache-memory" in out.stderr
     one_sentence(out.stderr)

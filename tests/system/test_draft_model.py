@@ -87,7 +87,7 @@ def test_the_first_layers_draft_and_no_token_changes(tmp_path: Path) -> None:
         print(TALLY, {k: v for k, v in decode.items() if "spec_decode" in k and "created" not in k})
         refused = subprocess.run(
             [
-                *(sys.executable, "-m", "prefill.cli", "start", "--dtype", "float32"),
+                *(sys.executable, "-m", "worker.cli", "prefill", "start", "--dtype", "float32"),
                 *("--coordinator", stack.address, "--kv-cache-memory", "32MiB"),
             ],
             cwd=ROOT,

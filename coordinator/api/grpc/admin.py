@@ -102,6 +102,8 @@ def _row(worker: Worker, now: float) -> admin_pb2.Worker:
         max_model_len=worker.model.max_model_len,
         kv_pool_bytes=worker.kv_pool.num_bytes,
         kv_pool_limit=worker.kv_pool.limit,
+        budget_prompt_tokens=load.role_budgets.prompt_tokens,
+        budget_answers=load.role_budgets.answers,
         health=(Health.SICK if worker.is_sick else load.health).value,
         **asdict(totals),
     )

@@ -150,10 +150,9 @@ def test_a_used_port_is_found_before_a_model_is_read(used_port, flag):
 
 @pytest.mark.parametrize("flag", ["--listen", "--http"])
 def test_a_worker_finds_a_used_port_before_it_loads(used_port, flag):
-    command = [sys.executable, "-m", "decode.cli", "start", "--model", "/nowhere/model.gguf"]
-    done = subprocess.run(
-        [*command, flag, used_port], capture_output=True, text=True, check=False, timeout=60
-    )
+    command = [sys.executable, "-m", "worker.cli", "decode", "start"]
+    command += ["--model", "/nowhere/model.gguf", flag, used_port]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     one_sentence(done, 2, used_port, "in use")
 
 
@@ -362,7 +361,7 @@ async def test_local_workers_get_their_options_as_flags(tmp_path):
         ("decode-0", Role.DECODE),
     ]
     prefill, decode = (supervisor._command(f"{r.value}-0", r) for r in (Role.PREFILL, Role.DECODE))
-    assert prefill[:2] == ["prefill.cli", "start"]
+    assert prefill[:3] == ["worker.cli", "prefill", "start"]
     assert prefill[-2:] == ["--worker-id", "prefill-0"]
     for flag, value in (
         ("--coordinator", "127.0.0.1:700"),

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from decode import kv_fetch as fetcher
-from decode.service import _Answer
+from decode.prefill_call import PrefillCall
+from decode.service import _DecodeCall
 from engine.base.errors import DeadlineExceeded, Overloaded, Unavailable
 from engine.base.types import Peer
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
@@ -46,7 +46,7 @@ async def _calls_end(close: bool) -> None:
         request.incarnation = p.host.incarnation
         p.runner.before_step = lambda: time.sleep(0.05)
         renewer = Renewer(worker_pb2_grpc.KvServiceStub(channel), "me")
-        chunks = fetcher._Chunks(channel, request, renewer, Peer("p", "i", p.address), 30)
+        chunks = PrefillCall(channel, request, renewer, Peer("p", "i", p.address), 30)
         if close:
             await channel.close()
         with pytest.raises(Unavailable):
@@ -113,7 +113,7 @@ async def test_blocks_of_another_prompt_are_refused(
     async with pair() as (p, d):
         ask = Ask(LONG, 3)
         with monkeypatch.context() as patch:
-            patch.setattr(BlockPublisher, "offer", astray)
+            patch.setattr(BlockPublisher, "publish", astray)
             with pytest.raises(Unavailable, match="blocks announced") as caught:
                 await collect(decode_stub(d).Decode(ask.pb(p)), [])
         assert caught.value.lost == "prefill"
@@ -140,13 +140,13 @@ async def test_a_request_out_of_time_does_not_cost_others_their_peer() -> None:
 @contextmanager
 def _time_left(left_s: float) -> Iterator[None]:
     """Decode calls have so much time, and gRPC does not cut them: the pull is what ends late."""
-    init = _Answer.__init__
+    init = _DecodeCall.__init__
 
     def hasty(self_: Any, service: Any, work: Any, request: Any, _: Any) -> None:
         init(self_, service, work, request, left_s)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Answer, "__init__", hasty)
+        patch.setattr(_DecodeCall, "__init__", hasty)
         yield
 
 
@@ -297,13 +297,13 @@ async def test_blocks_that_are_never_announced_are_counted_and_computed_here(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with pair() as (p, d):
-        read_next = fetcher._Chunks.next
+        read_next = PrefillCall.next
 
-        async def lose_all(self: fetcher._Chunks) -> None:
+        async def lose_all(self: PrefillCall) -> None:
             while await read_next(self):
                 pass
 
-        monkeypatch.setattr(fetcher._Chunks, "next", lose_all)
+        monkeypatch.setattr(PrefillCall, "next", lose_all)
         ask = Ask(LONG, 3)
         assert await answer(d, p, ask) == ask.answer()
         (family,) = d.host.metrics._kv_transfer_failures.collect()

@@ -25,7 +25,7 @@ from engine.rpc.trust import ClusterToken, stays_on_this_machine
 from engine.telemetry.metrics import CoordinatorMetrics, RpcMetrics, WorkerMetrics
 from tests.support.paths import ROOT
 from worker.cli import _GROUPS as WORKER_GROUPS
-from worker.process import ENGINE
+from worker.run import ENGINE
 
 DEPLOY = ROOT / "deploy"
 GROUPS = {

@@ -139,7 +139,7 @@ def _prompt(p: PairedWorker) -> Any:
     request = worker_pb2.PrefillRequest(
         request_id="r", caller_incarnation="me", token_ids=LONG[:40]
     )
-    return PrefillServicer(p.host)._work(request, None)
+    return PrefillServicer(p.host)._engine_request(request, None)
 
 
 async def test_a_request_that_waits_holds_no_block() -> None:

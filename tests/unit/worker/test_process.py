@@ -17,14 +17,8 @@ from engine.base.types import Role
 from engine.rpc.server import RpcServer
 from tests.support.engine_probe import Probe
 from tests.support.worker_pair import start
-from worker.exit_status import ENGINE_DIED
-from worker.process import (
-    ENGINE,
-    EXIT_DATA_PLANE_DIED,
-    _until_the_end,
-    _vouch,
-    advertised,
-)
+from worker.exit_status import DATA_PLANE_DIED, ENGINE_DIED
+from worker.run import ENGINE, _report_engine_health, _until_the_end, advertised
 
 
 @pytest.mark.parametrize(
@@ -60,7 +54,7 @@ async def test_a_worker_does_not_outlive_its_threads(thread: str) -> None:
         assert await asyncio.wait_for(ending, 5) == ENGINE_DIED
     else:
         panel.host.plane._submit(lambda: _die(None))
-        assert await asyncio.wait_for(ending, 5) == EXIT_DATA_PLANE_DIED
+        assert await asyncio.wait_for(ending, 5) == DATA_PLANE_DIED
     await panel.stop()
 
 
@@ -69,13 +63,13 @@ async def test_what_restarts_workers_hears_of_an_engine_that_hangs(
 ) -> None:
     """Not of a drain: that is no reason to kill the process."""
     monkeypatch.setattr("engine.step.engine_thread.STUCK_S", 0.1)
-    monkeypatch.setattr("worker.process._VOUCH_S", 0.02)
+    monkeypatch.setattr("worker.run._HEALTH_S", 0.02)
     panel = await start(Role.DECODE)
     server = RpcServer()
     port = server.listen("127.0.0.1:0")
     await server.start()
     gate = threading.Event()
-    vouching = asyncio.create_task(_vouch(server, panel.host.engine))
+    reporting = asyncio.create_task(_report_engine_health(server, panel.host.engine))
     serving, hanging = (
         health_pb2.HealthCheckResponse.SERVING,
         health_pb2.HealthCheckResponse.NOT_SERVING,
@@ -98,7 +92,7 @@ async def test_what_restarts_workers_hears_of_an_engine_that_hangs(
         await until(hanging)
         gate.set()
         await until(serving)
-    vouching.cancel()
+    reporting.cancel()
     await server.stop()
     await panel.stop()
 

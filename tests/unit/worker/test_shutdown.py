@@ -104,9 +104,9 @@ async def test_a_prefill_worker_hands_over_leases_that_nobody_releases() -> None
 
 async def test_what_was_said_first_holds() -> None:
     orders = Orders(20.0)
-    orders.told(3.0)
+    orders.drain(3.0)
     assert orders.stop.is_set()
-    orders.told(50.0)
+    orders.drain(50.0)
     assert orders.drain_s == 3.0
     assert not orders.hurry.is_set()
     orders.signalled()

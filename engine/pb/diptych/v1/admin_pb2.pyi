@@ -17,7 +17,7 @@ class ListWorkersResponse(_message.Message):
     def __init__(self, workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ...) -> None: ...
 
 class Worker(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "state", "address", "http_address", "model", "uptime_s", "num_running", "num_waiting", "free_blocks", "cached_blocks", "held_blocks", "total_blocks", "prompt_tokens_computed", "prompt_tokens_cached", "blocks_pulled", "bytes_pulled", "pull_seconds", "stale_reads", "draft_tokens", "accepted_tokens", "quarantined_blocks", "links", "max_model_len", "kv_pool_bytes", "health", "kv_pool_limit")
+    __slots__ = ("worker_id", "incarnation", "role", "state", "address", "http_address", "model", "uptime_s", "num_running", "num_waiting", "free_blocks", "cached_blocks", "held_blocks", "total_blocks", "prompt_tokens_computed", "prompt_tokens_cached", "blocks_pulled", "bytes_pulled", "pull_seconds", "stale_reads", "draft_tokens", "accepted_tokens", "quarantined_blocks", "links", "max_model_len", "kv_pool_bytes", "health", "kv_pool_limit", "budget_prompt_tokens", "budget_answers")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,8 @@ class Worker(_message.Message):
     KV_POOL_BYTES_FIELD_NUMBER: _ClassVar[int]
     HEALTH_FIELD_NUMBER: _ClassVar[int]
     KV_POOL_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_ANSWERS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     role: str
@@ -74,7 +76,9 @@ class Worker(_message.Message):
     kv_pool_bytes: int
     health: str
     kv_pool_limit: str
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., http_address: _Optional[str] = ..., model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., prompt_tokens_computed: _Optional[int] = ..., prompt_tokens_cached: _Optional[int] = ..., blocks_pulled: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., pull_seconds: _Optional[float] = ..., stale_reads: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., links: _Optional[_Iterable[_Union[KVLink, _Mapping]]] = ..., max_model_len: _Optional[int] = ..., kv_pool_bytes: _Optional[int] = ..., health: _Optional[str] = ..., kv_pool_limit: _Optional[str] = ...) -> None: ...
+    budget_prompt_tokens: int
+    budget_answers: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., http_address: _Optional[str] = ..., model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., prompt_tokens_computed: _Optional[int] = ..., prompt_tokens_cached: _Optional[int] = ..., blocks_pulled: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., pull_seconds: _Optional[float] = ..., stale_reads: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., links: _Optional[_Iterable[_Union[KVLink, _Mapping]]] = ..., max_model_len: _Optional[int] = ..., kv_pool_bytes: _Optional[int] = ..., health: _Optional[str] = ..., kv_pool_limit: _Optional[str] = ..., budget_prompt_tokens: _Optional[int] = ..., budget_answers: _Optional[int] = ...) -> None: ...
 
 class KVLink(_message.Message):
     __slots__ = ("worker_id", "lane", "bytes_per_s", "num_bytes", "memory")

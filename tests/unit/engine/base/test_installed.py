@@ -10,12 +10,11 @@ from types import ModuleType
 
 import pytest
 
-from decode.cli import main as decode
 from engine.base import installed
 from engine.base.errors import ConfigError
 from engine.base.installed import REMEDY, require_worker_packages, unusable
-from prefill.cli import main as prefill
 from tests.support.paths import ROOT
+from worker.cli import decode, prefill
 
 WITHOUT = """
 import importlib.util, sys

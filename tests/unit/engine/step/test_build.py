@@ -12,7 +12,7 @@ import structlog.testing
 import torch
 from prometheus_client import CollectorRegistry
 
-from decode.cli import ask_drafting
+from decode.drafting import make_drafting
 from decode.speculative.draft_model import ModelDrafter
 from engine.base.errors import ConfigError, SelfTestFailed
 from engine.base.options import CacheOptions, DraftOptions, ModelOptions, StepOptions
@@ -63,7 +63,7 @@ def build(
         draft_model=draft,
     )
     cache = CacheOptions(**(cache_options or {"kv_cache_memory": 1 << 20}))
-    drafting = ask_drafting(model, DraftOptions(drafter)) if role is Role.DECODE else None
+    drafting = make_drafting(model, DraftOptions(drafter)) if role is Role.DECODE else None
     return build_engine(role, model, cache, StepOptions(), CollectorRegistry(), drafting)
 
 
@@ -170,7 +170,7 @@ def build_on(gpu: FakeGpu, folder: Path, **options: Any) -> Engine:
     model = ModelOptions(model=str(folder / "big"), dtype="bfloat16", seed_weights=1)
     step = StepOptions(max_batched_tokens=64, max_num_seqs=3)
     cache = CacheOptions(**options)
-    drafting = ask_drafting(model, DraftOptions())
+    drafting = make_drafting(model, DraftOptions())
     return build_engine(Role.DECODE, model, cache, step, CollectorRegistry(), drafting, gpu.device)
 
 

@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"diptych/internal/v1/registry.proto\x12\x13\x64iptych.internal.v1\">\n\x05Stall\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\r\n\x05lag_s\x18\x03 \x01(\x01\"\x0c\n\nStallNoted\"r\n\rWorkerMessage\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.diptych.internal.v1.HelloH\x00\x12)\n\x04load\x18\x02 \x01(\x0b\x32\x19.diptych.internal.v1.LoadH\x00\x42\t\n\x07message\"\xfa\x01\n\x05Hello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\'\n\x04role\x18\x03 \x01(\x0e\x32\x19.diptych.internal.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x14\n\x0chttp_address\x18\x05 \x01(\t\x12\x31\n\x05model\x18\x06 \x01(\x0b\x32\".diptych.internal.v1.ModelIdentity\x12\x18\n\x10protocol_version\x18\x07 \x01(\r\x12,\n\x07kv_pool\x18\x08 \x01(\x0b\x32\x1b.diptych.internal.v1.KVPool\"*\n\x06KVPool\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x12\r\n\x05limit\x18\x02 \x01(\t\"\x9f\x01\n\rModelIdentity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x17\n\x0fnumeric_profile\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x18\n\x10tokenizer_digest\x18\x07 \x01(\t\"\xd3\x02\n\x04Load\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\x04\x12\x15\n\rcached_blocks\x18\x05 \x01(\x04\x12\x13\n\x0bheld_blocks\x18\x06 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x07 \x01(\x04\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12+\n\x06totals\x18\t \x01(\x0b\x32\x1b.diptych.internal.v1.Totals\x12*\n\x05links\x18\x0b \x03(\x0b\x32\x1b.diptych.internal.v1.KVLink\x12+\n\x06health\x18\x0c \x01(\x0e\x32\x1b.diptych.internal.v1.Health\x12\x1a\n\x12quarantined_blocks\x18\n \x01(\x04\"a\n\x06KVLink\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04lane\x18\x02 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x03 \x01(\x01\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06memory\x18\x05 \x01(\t\"\xcd\x01\n\x06Totals\x12\x1e\n\x16prompt_tokens_computed\x18\x01 \x01(\x04\x12\x1c\n\x14prompt_tokens_cached\x18\x02 \x01(\x04\x12\x15\n\rblocks_pulled\x18\x03 \x01(\x04\x12\x14\n\x0c\x62ytes_pulled\x18\x04 \x01(\x04\x12\x14\n\x0cpull_seconds\x18\x05 \x01(\x01\x12\x13\n\x0bstale_reads\x18\x06 \x01(\x04\x12\x14\n\x0c\x64raft_tokens\x18\x07 \x01(\x04\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x08 \x01(\x04\"\xdd\x01\n\x12\x43oordinatorMessage\x12/\n\x07welcome\x18\x01 \x01(\x0b\x32\x1c.diptych.internal.v1.WelcomeH\x00\x12/\n\x07refused\x18\x02 \x01(\x0b\x32\x1c.diptych.internal.v1.RefusedH\x00\x12+\n\x05\x64rain\x18\x03 \x01(\x0b\x32\x1a.diptych.internal.v1.DrainH\x00\x12-\n\x06\x66orget\x18\x04 \x01(\x0b\x32\x1b.diptych.internal.v1.ForgetH\x00\x42\t\n\x07message\"\x1b\n\x05\x44rain\x12\x12\n\ndeadline_s\x18\x01 \x01(\x01\"\x1d\n\x06\x46orget\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\"6\n\x07Welcome\x12\x16\n\x0e\x63oordinator_id\x18\x01 \x01(\t\x12\x13\n\x0bheartbeat_s\x18\x02 \x01(\x01\"\x19\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02*F\n\x06Health\x12\x16\n\x12HEALTH_UNSPECIFIED\x10\x00\x12\x13\n\x0fHEALTH_DEGRADED\x10\x01\x12\x0f\n\x0bHEALTH_SICK\x10\x02\x32\xba\x01\n\x0fRegistryService\x12[\n\x08Register\x12\".diptych.internal.v1.WorkerMessage\x1a\'.diptych.internal.v1.CoordinatorMessage(\x01\x30\x01\x12J\n\x0bReportStall\x12\x1a.diptych.internal.v1.Stall\x1a\x1f.diptych.internal.v1.StallNotedb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"diptych/internal/v1/registry.proto\x12\x13\x64iptych.internal.v1\">\n\x05Stall\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\r\n\x05lag_s\x18\x03 \x01(\x01\"\x0c\n\nStallNoted\"r\n\rWorkerMessage\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.diptych.internal.v1.HelloH\x00\x12)\n\x04load\x18\x02 \x01(\x0b\x32\x19.diptych.internal.v1.LoadH\x00\x42\t\n\x07message\"\xfa\x01\n\x05Hello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\'\n\x04role\x18\x03 \x01(\x0e\x32\x19.diptych.internal.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x14\n\x0chttp_address\x18\x05 \x01(\t\x12\x31\n\x05model\x18\x06 \x01(\x0b\x32\".diptych.internal.v1.ModelIdentity\x12\x18\n\x10protocol_version\x18\x07 \x01(\r\x12,\n\x07kv_pool\x18\x08 \x01(\x0b\x32\x1b.diptych.internal.v1.KVPool\"*\n\x06KVPool\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x12\r\n\x05limit\x18\x02 \x01(\t\"\x9f\x01\n\rModelIdentity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x17\n\x0fnumeric_profile\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x18\n\x10tokenizer_digest\x18\x07 \x01(\t\"\x8b\x03\n\x04Load\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\x04\x12\x15\n\rcached_blocks\x18\x05 \x01(\x04\x12\x13\n\x0bheld_blocks\x18\x06 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x07 \x01(\x04\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12+\n\x06totals\x18\t \x01(\x0b\x32\x1b.diptych.internal.v1.Totals\x12*\n\x05links\x18\x0b \x03(\x0b\x32\x1b.diptych.internal.v1.KVLink\x12+\n\x06health\x18\x0c \x01(\x0e\x32\x1b.diptych.internal.v1.Health\x12\x1a\n\x12quarantined_blocks\x18\n \x01(\x04\x12\x36\n\x0crole_budgets\x18\r \x01(\x0b\x32 .diptych.internal.v1.RoleBudgets\"5\n\x0bRoleBudgets\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x0f\n\x07\x61nswers\x18\x02 \x01(\r\"a\n\x06KVLink\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04lane\x18\x02 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x03 \x01(\x01\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06memory\x18\x05 \x01(\t\"\xcd\x01\n\x06Totals\x12\x1e\n\x16prompt_tokens_computed\x18\x01 \x01(\x04\x12\x1c\n\x14prompt_tokens_cached\x18\x02 \x01(\x04\x12\x15\n\rblocks_pulled\x18\x03 \x01(\x04\x12\x14\n\x0c\x62ytes_pulled\x18\x04 \x01(\x04\x12\x14\n\x0cpull_seconds\x18\x05 \x01(\x01\x12\x13\n\x0bstale_reads\x18\x06 \x01(\x04\x12\x14\n\x0c\x64raft_tokens\x18\x07 \x01(\x04\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x08 \x01(\x04\"\x97\x02\n\x12\x43oordinatorMessage\x12/\n\x07welcome\x18\x01 \x01(\x0b\x32\x1c.diptych.internal.v1.WelcomeH\x00\x12/\n\x07refused\x18\x02 \x01(\x0b\x32\x1c.diptych.internal.v1.RefusedH\x00\x12+\n\x05\x64rain\x18\x03 \x01(\x0b\x32\x1a.diptych.internal.v1.DrainH\x00\x12-\n\x06\x66orget\x18\x04 \x01(\x0b\x32\x1b.diptych.internal.v1.ForgetH\x00\x12\x38\n\x0crole_budgets\x18\x05 \x01(\x0b\x32 .diptych.internal.v1.RoleBudgetsH\x00\x42\t\n\x07message\"\x1b\n\x05\x44rain\x12\x12\n\ndeadline_s\x18\x01 \x01(\x01\"\x1d\n\x06\x46orget\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\"6\n\x07Welcome\x12\x16\n\x0e\x63oordinator_id\x18\x01 \x01(\t\x12\x13\n\x0bheartbeat_s\x18\x02 \x01(\x01\"\x19\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02*F\n\x06Health\x12\x16\n\x12HEALTH_UNSPECIFIED\x10\x00\x12\x13\n\x0fHEALTH_DEGRADED\x10\x01\x12\x0f\n\x0bHEALTH_SICK\x10\x02\x32\xba\x01\n\x0fRegistryService\x12[\n\x08Register\x12\".diptych.internal.v1.WorkerMessage\x1a\'.diptych.internal.v1.CoordinatorMessage(\x01\x30\x01\x12J\n\x0bReportStall\x12\x1a.diptych.internal.v1.Stall\x1a\x1f.diptych.internal.v1.StallNotedb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'diptych.internal.v1.registry_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1728
-  _globals['_ROLE']._serialized_end=1791
-  _globals['_HEALTH']._serialized_start=1793
-  _globals['_HEALTH']._serialized_end=1863
+  _globals['_ROLE']._serialized_start=1897
+  _globals['_ROLE']._serialized_end=1960
+  _globals['_HEALTH']._serialized_start=1962
+  _globals['_HEALTH']._serialized_end=2032
   _globals['_STALL']._serialized_start=59
   _globals['_STALL']._serialized_end=121
   _globals['_STALLNOTED']._serialized_start=123
@@ -48,21 +48,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELIDENTITY']._serialized_start=551
   _globals['_MODELIDENTITY']._serialized_end=710
   _globals['_LOAD']._serialized_start=713
-  _globals['_LOAD']._serialized_end=1052
-  _globals['_KVLINK']._serialized_start=1054
-  _globals['_KVLINK']._serialized_end=1151
-  _globals['_TOTALS']._serialized_start=1154
-  _globals['_TOTALS']._serialized_end=1359
-  _globals['_COORDINATORMESSAGE']._serialized_start=1362
-  _globals['_COORDINATORMESSAGE']._serialized_end=1583
-  _globals['_DRAIN']._serialized_start=1585
-  _globals['_DRAIN']._serialized_end=1612
-  _globals['_FORGET']._serialized_start=1614
-  _globals['_FORGET']._serialized_end=1643
-  _globals['_WELCOME']._serialized_start=1645
-  _globals['_WELCOME']._serialized_end=1699
-  _globals['_REFUSED']._serialized_start=1701
-  _globals['_REFUSED']._serialized_end=1726
-  _globals['_REGISTRYSERVICE']._serialized_start=1866
-  _globals['_REGISTRYSERVICE']._serialized_end=2052
+  _globals['_LOAD']._serialized_end=1108
+  _globals['_ROLEBUDGETS']._serialized_start=1110
+  _globals['_ROLEBUDGETS']._serialized_end=1163
+  _globals['_KVLINK']._serialized_start=1165
+  _globals['_KVLINK']._serialized_end=1262
+  _globals['_TOTALS']._serialized_start=1265
+  _globals['_TOTALS']._serialized_end=1470
+  _globals['_COORDINATORMESSAGE']._serialized_start=1473
+  _globals['_COORDINATORMESSAGE']._serialized_end=1752
+  _globals['_DRAIN']._serialized_start=1754
+  _globals['_DRAIN']._serialized_end=1781
+  _globals['_FORGET']._serialized_start=1783
+  _globals['_FORGET']._serialized_end=1812
+  _globals['_WELCOME']._serialized_start=1814
+  _globals['_WELCOME']._serialized_end=1868
+  _globals['_REFUSED']._serialized_start=1870
+  _globals['_REFUSED']._serialized_end=1895
+  _globals['_REGISTRYSERVICE']._serialized_start=2035
+  _globals['_REGISTRYSERVICE']._serialized_end=2221
 # @@protoc_insertion_point(module_scope)

@@ -94,7 +94,7 @@ class ModelIdentity(_message.Message):
     def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., numeric_profile: _Optional[str] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., tokenizer_digest: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "waiting_tokens", "free_blocks", "cached_blocks", "held_blocks", "total_blocks", "draining", "totals", "links", "health", "quarantined_blocks")
+    __slots__ = ("num_running", "num_waiting", "waiting_tokens", "free_blocks", "cached_blocks", "held_blocks", "total_blocks", "draining", "totals", "links", "health", "quarantined_blocks", "role_budgets")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,7 @@ class Load(_message.Message):
     LINKS_FIELD_NUMBER: _ClassVar[int]
     HEALTH_FIELD_NUMBER: _ClassVar[int]
     QUARANTINED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    ROLE_BUDGETS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     waiting_tokens: int
@@ -119,7 +120,16 @@ class Load(_message.Message):
     links: _containers.RepeatedCompositeFieldContainer[KVLink]
     health: Health
     quarantined_blocks: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., totals: _Optional[_Union[Totals, _Mapping]] = ..., links: _Optional[_Iterable[_Union[KVLink, _Mapping]]] = ..., health: _Optional[_Union[Health, str]] = ..., quarantined_blocks: _Optional[int] = ...) -> None: ...
+    role_budgets: RoleBudgets
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., totals: _Optional[_Union[Totals, _Mapping]] = ..., links: _Optional[_Iterable[_Union[KVLink, _Mapping]]] = ..., health: _Optional[_Union[Health, str]] = ..., quarantined_blocks: _Optional[int] = ..., role_budgets: _Optional[_Union[RoleBudgets, _Mapping]] = ...) -> None: ...
+
+class RoleBudgets(_message.Message):
+    __slots__ = ("prompt_tokens", "answers")
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    prompt_tokens: int
+    answers: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., answers: _Optional[int] = ...) -> None: ...
 
 class KVLink(_message.Message):
     __slots__ = ("worker_id", "lane", "bytes_per_s", "num_bytes", "memory")
@@ -156,16 +166,18 @@ class Totals(_message.Message):
     def __init__(self, prompt_tokens_computed: _Optional[int] = ..., prompt_tokens_cached: _Optional[int] = ..., blocks_pulled: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., pull_seconds: _Optional[float] = ..., stale_reads: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
 
 class CoordinatorMessage(_message.Message):
-    __slots__ = ("welcome", "refused", "drain", "forget")
+    __slots__ = ("welcome", "refused", "drain", "forget", "role_budgets")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     FORGET_FIELD_NUMBER: _ClassVar[int]
+    ROLE_BUDGETS_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     refused: Refused
     drain: Drain
     forget: Forget
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ...) -> None: ...
+    role_budgets: RoleBudgets
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ..., role_budgets: _Optional[_Union[RoleBudgets, _Mapping]] = ...) -> None: ...
 
 class Drain(_message.Message):
     __slots__ = ("deadline_s",)

@@ -1,38 +1,21 @@
-"""`decode start`: one decode worker."""
+"""From --drafter to a drafter, with what learns how long its drafts pay."""
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from engine.base.options import DraftOptions, ModelOptions
-from engine.base.types import Role
-from worker.cli import worker_command
 
 if TYPE_CHECKING:
     from engine.runner.base import ModelRunner
     from engine.sampling import Sampler
     from engine.scheduling.speculation import Speculation
     from engine.step.drafting import Drafting
-    from worker.process import Services, WorkerProcess
-
-_DESCRIPTION = "A decode worker: writes answers with speculative verification."
 
 
-def _services(host: WorkerProcess) -> Services:
-    from decode.service import DecodeServicer
-    from engine.pb.diptych.internal.v1 import worker_pb2
-
-    descriptor = worker_pb2.DESCRIPTOR.services_by_name["DecodeService"]
-    service = DecodeServicer(host)
-    service.prepare()
-    return [(descriptor, service)]
-
-
-def ask_drafting(model: ModelOptions, options: DraftOptions) -> Drafting | None:
+def make_drafting(model: ModelOptions, options: DraftOptions) -> Drafting | None:
     """The drafter that --drafter names; None drafts nothing. Raises ConfigError."""
     options.check(model)
     if options.drafter == "none" or options.draft_tokens == 0:
@@ -57,14 +40,5 @@ def _speculation(
     drafter: Drafter = NgramDrafter()
     if draft_model is not None and passes is not None:
         drafter = ModelDrafter(draft_model, sampler, passes, time.monotonic)
-    pace = MeasuredDraftLength(Acceptance(drafter.acceptance), StepCost(), passes)
-    return Speculation(drafter, verify, options.draft_tokens, pace)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    return worker_command(Role.DECODE, _DESCRIPTION, argv, _services, ask_drafting, DraftOptions)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    draft_length = MeasuredDraftLength(Acceptance(drafter.acceptance), StepCost(), passes)
+    return Speculation(drafter, verify, options.draft_tokens, draft_length)
