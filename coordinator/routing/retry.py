@@ -160,12 +160,12 @@ class Retry:
             )
         request = RequestView(
             num_tokens,
-            self._max_tokens,
-            computes_alone,
-            affinity.model,
-            affinity.decode,
-            affinity.prefill,
-            self._failures,
+            max_tokens=self._max_tokens,
+            computes_alone=computes_alone,
+            model=affinity.model,
+            sticky_decode=affinity.decode,
+            sticky_prefill=affinity.prefill,
+            failures=dict(self._failures),
         )
         plan = self._policy.plan(cluster, request)
         if plan and self._harm.may_begin(now_s):
@@ -224,9 +224,8 @@ class Retry:
         self._failures[lost.peer.incarnation] += 1
         self._reports.penalize(lost)
         if error.sick:
-            if lost is not plan.decode and any(
-                w.peer == plan.decode.peer for _, w in self._suspects
-            ):
+            witnesses = [witness.peer for _, witness in self._suspects]
+            if lost is not plan.decode and plan.decode.peer in witnesses:
                 self._failures[plan.decode.peer.incarnation] += 1  # it may be the damaged one
                 self._affinity.decode = ""
             self._suspects.append((lost, plan.decode))
