@@ -7,16 +7,38 @@ full    other examples each time, ten times as many where a test sets no number 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import settings
 
 from tests.support.near_tie import TALLY
+from tests.support.stack import SharedStacks
 
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.register_profile("full", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("ci")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-answers", action="store_true", help="write the oracles' answers to tests/data"
+    )
+
+
+@pytest.fixture(scope="session")
+def record_answers(request: pytest.FixtureRequest) -> bool:
+    """Whether this run computes the oracles' answers and writes them to files."""
+    return bool(request.config.getoption("--record-answers"))
+
+
+@pytest.fixture(scope="session")
+def stacks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedStacks]:
+    """Running stacks by their flags."""
+    shared = SharedStacks(lambda: tmp_path_factory.mktemp("stack"))
+    yield shared
+    shared.close()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -16,7 +16,8 @@ from tests.ecosystem import grpcurl, smg, tritonclient
 from tests.ecosystem.client import Client, Target
 from tests.ecosystem.environments import Environment, Failed
 from tests.ecosystem.runner import main
-from tests.system.stack import ROOT, free_port
+from tests.support.paths import ROOT
+from tests.support.stack import free_port
 
 DOCUMENT = ROOT / "docs" / "api.md"
 TIMEOUT_S = 120.0

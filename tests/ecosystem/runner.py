@@ -28,7 +28,7 @@ from coordinator.client import Client as DiptychClient
 from engine.checkpoint.source import DEFAULT_MODEL, resolve
 from tests.ecosystem.client import Client, Target
 from tests.ecosystem.environments import Failed, LeftOut
-from tests.system.stack import Stack
+from tests.support.stack import Stack
 
 
 @dataclass(frozen=True)

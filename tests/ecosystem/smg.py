@@ -19,7 +19,7 @@ import httpx
 from tests.ecosystem.client import Client, Target
 from tests.ecosystem.environments import Environment, Failed
 from tests.ecosystem.runner import main
-from tests.system.stack import free_port, until
+from tests.support.stack import free_port, until
 
 START_S = 60.0
 BODIES: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""The examples of docs/api.md and docs/client.md, run as they stand against a stack of their own.
+"""The examples of docs/api.md and docs/client.md, run as they stand against a stack.
 
 Blocks marked `sh` and `python` are examples; addresses are those of the stack. What needs a program
 or a package that is not here is skipped and says so.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.support.paths import ROOT
-from tests.system.stack import Stack
+from tests.support.stack import DEFAULT, SharedStacks, Stack
 
 PAGES = ("api", "client")
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -58,11 +58,11 @@ def examples() -> list[Example]:
 EXAMPLES = examples()
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with Stack(tmp_path_factory.mktemp("examples")) as running:
-        yield running
-        running.assert_at_rest()
+@pytest.fixture
+def stack(stacks: SharedStacks) -> Iterator[Stack]:
+    running = stacks.get(*DEFAULT)
+    yield running
+    running.assert_at_rest()
 
 
 def test_there_are_examples() -> None:

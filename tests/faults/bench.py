@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tests.faults.clock_skew import ClockSkew
-from tests.faults.cluster import Cluster
 from tests.faults.oracle import Oracle
+from tests.support.cluster import Cluster
 
 
 @dataclass(frozen=True, slots=True)

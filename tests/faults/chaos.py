@@ -24,10 +24,10 @@ from tests.faults import checks
 from tests.faults.chaos_faults import Faults
 from tests.faults.chaos_load import Callers
 from tests.faults.chaos_report import Findings, Report
-from tests.faults.cluster import Cluster, Shape
-from tests.faults.network import Namespaces
 from tests.faults.oracle import Oracle
 from tests.faults.tcp_proxy import TcpProxy
+from tests.support.cluster import Cluster, Shape
+from tests.support.network import Namespaces
 
 _ROUND_S = 90.0
 _NUM_CALLERS = 5

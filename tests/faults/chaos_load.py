@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from coordinator.client import AsyncClient
 from engine.base.errors import Unavailable
 from tests.faults.asks import Stream, follow
-from tests.faults.cluster import Cluster
 from tests.faults.oracle import CASES, Oracle
+from tests.support.cluster import Cluster
 
 # The only errors that a caller may see: what they are, and why.
 ALLOWED = {

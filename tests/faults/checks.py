@@ -15,9 +15,9 @@ from typing import Any
 
 import httpx
 
-from tests.faults.cluster import BLOCK_BYTES, NUM_BLOCKS, Cluster
-from tests.faults.process_slots import ProcessSlot
+from tests.support.cluster import BLOCK_BYTES, NUM_BLOCKS, Cluster
 from tests.support.http_get import http_get
+from tests.support.process_slots import ProcessSlot
 
 REST_S = 10.0
 # gRPC keeps a thread and a few descriptors a connection or two for a while after it closed.

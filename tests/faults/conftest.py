@@ -16,11 +16,11 @@ import pytest_asyncio
 
 from tests.faults.bench import Bench
 from tests.faults.clock_skew import ClockSkew
-from tests.faults.cluster import Cluster, Shape
-from tests.faults.network import Namespaces
 from tests.faults.oracle import Oracle
 from tests.faults.scenario import NOTES, Missed, Scenario, TooLate
 from tests.faults.tcp_proxy import TcpProxy
+from tests.support.cluster import Cluster, Shape
+from tests.support.network import Namespaces
 
 _HERE = Path(__file__).parent
 _oracles: list[Oracle] = []

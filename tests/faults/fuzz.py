@@ -49,8 +49,8 @@ from tests.support.fuzz_checks import Model, Outcome, complaint
 from tests.support.fuzz_decode import FuzzDecode
 from tests.support.fuzz_messages import Input, make_input, make_input_beside
 from tests.support.fuzz_values import MODEL, VOCAB_SIZE
+from tests.support.stack import Stack
 from tests.support.vitals import MIB, vitals
-from tests.system.stack import Stack
 
 MAX_MODEL_LEN = 256  # an answer nobody bounds is short, and so is the run
 PATIENCE_S = 60.0

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.client import AsyncClient, Done, TextDelta
-from tests.faults.cluster import NATIVE
-from tests.support.paths import DATA
+from tests.support.cluster import NATIVE
+from tests.support.greedy import GREEDY
 
-_TEXTS = [case["prompt"] for case in json.loads((DATA / "greedy_fp32.json").read_text())]
+_TEXTS = [case["prompt"] for case in GREEDY]
 _ASKED_AT_ONCE = 6
 _SCHEMA = {
     "type": "object",

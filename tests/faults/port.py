@@ -21,8 +21,8 @@ from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.rpc.channel import CHANNEL_OPTIONS
 from tests.support.http2 import RawConnection, connect
 from tests.support.http_get import http_get
+from tests.support.stack import Stack, metrics_of, until
 from tests.support.vitals import MIB, Bystander, Vitals, vitals
-from tests.system.stack import Stack, metrics_of, until
 
 GENERATE = b"/diptych.v1.InferenceService/Generate"
 PROMPT = list(range(1000, 1040))  # two whole blocks, which travel, and a tail

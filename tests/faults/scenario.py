@@ -22,9 +22,9 @@ import httpx
 from coordinator.cluster.worker import PENALTY_S
 from tests.faults import checks
 from tests.faults.asks import Asker, Stream
-from tests.faults.cluster import SPARE, Cluster, until
 from tests.faults.load import Load
 from tests.faults.oracle import CASES, Case, Oracle, Pace
+from tests.support.cluster import SPARE, Cluster, until
 
 KILL_S = 2.0  # with a spare the next token comes within this after a kill
 SILENT_S = 5.0  # and within this after a SIGSTOP or a partition

@@ -14,9 +14,9 @@ import pytest
 
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc
 from engine.rpc.channel import open_channel
-from tests.faults.process_slots import End
 from tests.faults.scenario import KILL_S, Scenario, struck
 from tests.support.http_get import http_get
+from tests.support.process_slots import End
 
 pytestmark = pytest.mark.timeout(600)
 

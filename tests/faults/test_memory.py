@@ -14,9 +14,9 @@ import pytest
 from tests.faults import checks
 from tests.faults.asks import Stream
 from tests.faults.bench import Bench
-from tests.faults.cluster import LEASE_TTL_S, NUM_BLOCKS, Cluster
 from tests.faults.leases import calls, leased
 from tests.faults.scenario import Scenario, TooLate, fresh_salt, struck
+from tests.support.cluster import LEASE_TTL_S, NUM_BLOCKS, Cluster
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("one_pair")]
 

@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from tests.faults.cluster import LEASE_TTL_S
-from tests.faults.network import Namespaces
 from tests.faults.scenario import LONG, SILENT_S, Scenario
+from tests.support.cluster import LEASE_TTL_S
+from tests.support.network import Namespaces
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -27,8 +27,8 @@ from tests.support import http2
 from tests.support.fuzz_checks import DOCUMENTED, GUARDED
 from tests.support.fuzz_messages import METHODS, Input, Writer, mutate
 from tests.support.http2 import closed_by_peer, connect, frame, grpc_message
+from tests.support.stack import Stack, until
 from tests.support.vitals import MIB, Watch
-from tests.system.stack import Stack, until
 
 pytestmark = pytest.mark.timeout(300)
 SEED = 11

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.cluster import NATIVE
 from tests.faults.scenario import Scenario, fresh_salt, struck
+from tests.support.cluster import NATIVE
 from worker.exit_status import SICK
 
 pytestmark = pytest.mark.timeout(600)

@@ -11,8 +11,8 @@ import time
 import pytest
 
 from coordinator.cluster.worker import HEARTBEAT_S
-from tests.faults.cluster import LEASE_TTL_S
 from tests.faults.scenario import LONG, SILENT_S, Scenario, struck
+from tests.support.cluster import LEASE_TTL_S
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -15,10 +15,10 @@ import pytest
 
 from engine.pb.diptych.internal.v1 import worker_pb2
 from tests.faults import checks
-from tests.faults.cluster import NATIVE
 from tests.faults.leases import calls, leased, prompt
-from tests.faults.process_slots import End
 from tests.faults.scenario import Scenario, fresh_salt
+from tests.support.cluster import NATIVE
+from tests.support.process_slots import End
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 import pytest
 
 from tests.faults import checks
-from tests.faults.cluster import LEASE_TTL_S
 from tests.faults.scenario import Scenario
+from tests.support.cluster import LEASE_TTL_S
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -16,7 +16,7 @@ from tests.faults import checks
 from tests.faults.asks import Stream
 from tests.faults.bench import Bench
 from tests.faults.scenario import Scenario
-from tests.system.stack import Stack
+from tests.support.stack import Stack
 
 pytestmark = pytest.mark.timeout(1800)
 

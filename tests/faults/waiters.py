@@ -19,7 +19,7 @@ from engine.pb.diptych.v1 import inference_pb2 as pb
 from tests.faults.port import GENERATE, PROMPT, Port, request
 from tests.support import http2
 from tests.support.http2 import closed_by_peer, connect, frame, grpc_message
-from tests.system.stack import until
+from tests.support.stack import until
 
 NUM_NEVER = 12
 NUM_HTTP_CONNECTIONS = 1_000

@@ -15,7 +15,7 @@ from engine.attention.flashinfer_backend import WORKSPACE_BYTES, FlashInferBacke
 from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
 from engine.models.config import AttentionSpec
-from tests.support.flashinfer_kernels import KernelError
+from tests.support.flashinfer_memory import KernelError
 from tests.unit.engine.attention.reference import (
     CASES,
     HEADS,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.base.errors import DiptychError
 from engine.base.types import ModelIdentity, Peer
@@ -58,7 +59,7 @@ class FakeDecode:
     async def stop(self) -> None:
         await self._server.stop()
 
-    async def Decode(self, request, context):
+    async def Decode(self, request: Any, context: Any) -> Any:
         if request.shared_key and not request.prompt_token_ids:
             parts = self.shared.get(request.shared_key)
             if parts is None:
@@ -148,8 +149,8 @@ def scored(position: int, count: int) -> worker_pb2.Logprobs:
     )
 
 
-def identity(model: str = "smollm2", **changes) -> ModelIdentity:
-    values = {
+def identity(model: str = "smollm2", **changes: Any) -> ModelIdentity:
+    values: dict[str, Any] = {
         "name": model,
         "digest": "00",
         "numeric_profile": "exact",

@@ -15,13 +15,8 @@ from unittest import mock
 
 import torch
 
-from tests.support.flashinfer_kernels import (
-    Compiled,
-    DecodeModule,
-    KernelError,
-    Launches,
-    PrefillModule,
-)
+from tests.support.flashinfer_kernels import DecodeModule, Launches, PrefillModule
+from tests.support.flashinfer_memory import Compiled, KernelError
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
@@ -110,7 +109,7 @@ def _detail(outcome: Outcome, kind: Any) -> Any:
     return None
 
 
-def _has(descriptor: Descriptor, path: str) -> bool:
+def _has(descriptor: Any, path: str) -> bool:
     """Whether `path` ("stop.stop[3]", or a oneof's name) names something of this message."""
     current: Any = descriptor
     for part in path.split("."):

@@ -165,9 +165,9 @@ class Writer:
         for field in descriptor.fields:
             oneof = field.containing_oneof
             alone = oneof is None or oneof.name not in chosen
-            if not alone and chosen[oneof.name] != field.name and not self._wild():
+            if oneof and not alone and chosen[oneof.name] != field.name and not self._wild():
                 continue
-            if self._is_present(descriptor, field, "" if alone else oneof.name):
+            if self._is_present(descriptor, field, oneof.name if oneof and not alone else ""):
                 parts.append(self._field(descriptor, field))
         if self._wild():
             self._random.shuffle(parts)
@@ -309,6 +309,7 @@ def _is_map(field: FieldDescriptor) -> bool:
 
 
 def _entry_fields(field: FieldDescriptor) -> tuple[FieldDescriptor, FieldDescriptor]:
+    assert field.message_type is not None
     fields = field.message_type.fields_by_name
     return fields["key"], fields["value"]
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -122,7 +123,7 @@ class Rig:
 
     def open(self, agent: str) -> GatedTransport:
         """The next one; the gate is the same."""
-        gate = {"gate": self.transport.gate} if self.transports else {}
+        gate: Any = {"gate": self.transport.gate} if self.transports else {}
         self.transports.append(GatedTransport(agent, **gate))
         return self.transport
 

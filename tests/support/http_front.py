@@ -55,6 +55,7 @@ class HttpFront:
         worker = FakeDecode(answer or self.tokenizer.encode(text), name=name, **script)
         await worker.start(f"of-{name}")
         self.workers.append(worker)
+        assert worker.peer is not None
         row = self.coordinator.membership.register(
             Hello(worker.peer, Role.DECODE, "", identity(), PROTOCOL_VERSION)
         )

@@ -18,10 +18,10 @@ from engine.attention.batch import Row
 from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
 from engine.models.config import ModelConfig, RopeScaling
+from engine.runner.base import ModelRunner
 from engine.runner.native_model import NativeModel
 from engine.runner.runner import Runner
 from engine.runner.torch_model import TorchModel
-from engine.step.core import ModelRunner
 
 CPU = torch.device("cpu")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import transformers
@@ -17,8 +18,10 @@ def default_model() -> torch.nn.Module:
     assert checkpoint.gguf is not None
     folder, name = checkpoint.gguf.parent, checkpoint.gguf.name
     config = transformers.AutoConfig.from_pretrained(folder, gguf_file=name)
-    reference = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    read = load_gguf_checkpoint(checkpoint.gguf, return_tensors=True, model_to_load=reference)
+    auto: Any = transformers.AutoModelForCausalLM
+    reference: torch.nn.Module = auto.from_config(config, dtype=torch.float32).eval()
+    load: Any = load_gguf_checkpoint
+    read = load(checkpoint.gguf, return_tensors=True, model_to_load=reference)
     absent, extra = reference.load_state_dict(read["tensors"], strict=False)
     assert absent == ["lm_head.weight"] and not extra and config.tie_word_embeddings
     return reference

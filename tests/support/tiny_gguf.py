@@ -55,8 +55,10 @@ def write(
     """
     writer = gguf.GGUFWriter(path, arch)
     for key, value in numbers.items():
-        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-        add(f"{arch}.{key}", value)
+        if isinstance(value, int):
+            writer.add_uint32(f"{arch}.{key}", value)
+        else:
+            writer.add_float32(f"{arch}.{key}", value)
     tokens, merges = byte_level_vocab()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -67,8 +69,12 @@ def write(
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(0)
     for key, value in (meta or {}).items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}[type(value)]
-        add(key, value)
+        adders: dict[type, Any] = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            str: writer.add_string,
+        }
+        adders[type(value)](key, value)
     for name, values in tensors.items():
         if name in quantized:
             writer.add_tensor(name, quantize(values, Q8_0), raw_dtype=Q8_0)

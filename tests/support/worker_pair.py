@@ -175,7 +175,7 @@ class PairedWorker:
             "requests": len(core._requests),
             "active": len(core.scheduler.active),
             "waiting": len(core.scheduler.waiting),
-            "makers": len(core.scheduler._producers),
+            "producers": len(core.scheduler._producers),
             "streams": len(self.host.engine._streams),
             "leases": len(self.host.kv._leases),
             "background": len(self.host.background),
@@ -220,7 +220,7 @@ async def start(
         num_bytes=runner.memory.nbytes,
         kind="DRAM",
         device_id=0,
-        read_block=lambda block: memoryview(runner.memory[block]).cast("B"),
+        read_block=lambda block: memoryview(runner.memory[block].data).cast("B"),
     )
     layout = KVLayout(1, 1, 1, SIZE, "float32")  # 2 * SIZE floats: as many bytes as SIZE int64
     identity = ModelIdentity("test", DIGEST, "test", max_model_len, SIZE, VOCAB)

@@ -1,22 +1,18 @@
-"""One quiet stack for the tests of a module that only ask it things."""
+"""The shared stack of tests that only send requests, and the logs of stacks in failed tests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.system.stack import Stack
-
-EXACT = ("--dtype", "float32", "--kv-cache-memory", "384MiB", "--max-model-len", "2048")
+from tests.support.stack import EXACT, SharedStacks, Stack
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    folder: Path = tmp_path_factory.mktemp("stack")
-    with Stack(folder, *EXACT) as running:
-        yield running
+@pytest.fixture
+def stack(stacks: SharedStacks) -> Stack:
+    """One prefill and one decode worker in fp32. A test leaves it at rest and its workers alive."""
+    return stacks.get(*EXACT)
 
 
 @pytest.hookimpl(hookwrapper=True)

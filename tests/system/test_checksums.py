@@ -13,12 +13,11 @@ import grpc
 import pytest
 
 from engine.base.errors import DiptychError
-from tests.support.paths import DATA
-from tests.system.conftest import EXACT
-from tests.system.stack import ROOT, Stack, until
+from tests.support.greedy import greedy
+from tests.support.paths import ROOT
+from tests.support.stack import EXACT, Stack, until
 
-ORACLE = json.loads((DATA / "greedy_fp32.json").read_text())
-LONG, OTHER = (next(c for c in ORACLE if len(c["prompt"]) == length) for length in (300, 512))
+LONG, OTHER = (greedy(300), greedy(512))
 NUM_BLOCKS = 299 // 16  # that travel
 NUM_TOKENS = 24
 pytestmark = pytest.mark.timeout(300)
@@ -49,7 +48,7 @@ def flipping(folder: Path, *flags: str) -> Iterator[tuple[Stack, Flips]]:
     secret.chmod(0o600)
     common = (*EXACT, "--cluster-token-file", str(secret))
     with Stack(folder, *common, prefill=1, decode=0, wait=False) as stack:
-        command = [sys.executable, "-m", "tests.system.flip_worker", str(flips.path), "start"]
+        command = [sys.executable, "-m", "tests.support.flip_worker", str(flips.path), "start"]
         command += [*common, "--coordinator", stack.address, "--worker-id", "flipping"]
         command += ["--log-format", "json"]
         with (folder / "flipping.log").open("wb") as log:

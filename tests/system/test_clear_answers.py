@@ -18,9 +18,9 @@ from google.rpc import error_details_pb2, status_pb2
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc.channel import open_channel
 from engine.rpc.status import DETAILS_KEY
+from tests.support.paths import ROOT
+from tests.support.stack import EXACT, Stack, free_port, until
 from tests.support.stderr import sentences
-from tests.system.conftest import EXACT
-from tests.system.stack import ROOT, Stack, free_port, until
 
 pytestmark = pytest.mark.timeout(180)
 Request = inference_pb2.GenerateRequest

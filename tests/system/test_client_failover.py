@@ -17,14 +17,13 @@ from typing import Any
 import pytest
 
 from coordinator.client import AsyncClient, Client, Done, TextDelta
-from tests.faults.cluster import Cluster, Shape
-from tests.support.paths import DATA
+from tests.support.cluster import Cluster, Shape
+from tests.support.greedy import greedy
 
-ORACLE = json.loads((DATA / "greedy_fp32.json").read_text())
-CASE = next(case for case in ORACLE if len(case["prompt"]) == 300)
+CASE = greedy(300)
 FLAGS = ("--dtype", "float32", "--kv-cache-memory", "384MiB")
 SLOW = {"DIPTYCH_DRAFTER": "none"}  # an answer takes its time, and is met in the middle
-GREEDY = {"max_tokens": 64}
+PLAIN = {"max_tokens": 64}
 SAMPLED = {"max_tokens": 96, "temperature": 0.9, "top_p": 0.95, "ignore_eos": True}
 SCHEMA = {
     "type": "object",
@@ -143,7 +142,7 @@ def assert_at_rest(cluster: Cluster) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("options", [PLAIN, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kill_9_of_the_coordinator_leaves_no_seam(
     cluster: Cluster, kind: str, options: dict[str, Any]
@@ -196,7 +195,7 @@ def test_it_leaves_no_seam_in_any_choice(cluster: Cluster, kind: str, held: dict
         bring_back(cluster)
 
 
-@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("options", [PLAIN, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_coordinator_whose_event_loop_hangs_is_left_within_seconds(
     cluster: Cluster, kind: str, options: dict[str, Any]
@@ -227,7 +226,7 @@ def test_a_stopped_coordinator_is_noticed_within_seconds(cluster: Cluster, kind:
     """Its connection stays open and says nothing: the client's ping gets no answer."""
     freeze = cluster["coordinator-0"].freeze
     try:
-        got = ask(kind, all_of(cluster), Got(freeze), **GREEDY)
+        got = ask(kind, all_of(cluster), Got(freeze), **PLAIN)
         assert got.tokens == CASE["tokens"]
         assert got.num_resumed == 1
         longest_s = max(b - a for a, b in itertools.pairwise(got.moments))

@@ -5,7 +5,6 @@ equal the oracle of one process, and a worker without the draft model is refused
 from __future__ import annotations
 
 import concurrent.futures
-import json
 import random
 import subprocess
 import sys
@@ -15,17 +14,18 @@ import pytest
 import torch
 
 from engine.base.kv_layout import hash_salt
-from engine.base.types import SamplingParams, StopParams
+from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.checkpoint.source import resolve, weights
 from engine.runner.loader import load_model
 from engine.scheduling.request import EngineRequest
+from tests.support.greedy import GREEDY
 from tests.support.near_tie import TALLY
 from tests.support.paged import CPU
-from tests.support.paths import DATA
+from tests.support.paths import ROOT
 from tests.support.plain_loop import PlainLoop
-from tests.system.stack import ROOT, Stack
+from tests.support.recorded import Answer, RecordedAnswers
+from tests.support.stack import Stack
 
-ORACLE = json.loads((DATA / "greedy_fp32.json").read_text())
 BLOCK_BYTES = (30 + 8) * 2 * 3 * 16 * 64 * 4
 EXACT = ("--dtype", "float32", "--kv-cache-memory", "384MiB", "--max-model-len", "1024")
 pytestmark = pytest.mark.timeout(600)
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(600)
 def make_works() -> list[EngineRequest]:
     """Prompts of 20 to 300 tokens, some with a common beginning, half of them sampled."""
     rng = random.Random(8)
-    texts = [item["prompt"] for item in ORACLE if len(item["prompt"]) >= 300][:3]
+    texts = [item["prompt"] for item in GREEDY if len(item["prompt"]) >= 300][:3]
     works = []
     for i in range(12):
         text = rng.choice(texts)
@@ -50,31 +50,37 @@ def make_works() -> list[EngineRequest]:
     return works
 
 
-def ask(stack: Stack, work: EngineRequest) -> list[int]:
+def ask(stack: Stack, work: EngineRequest) -> Answer:
     assert work.sampling
     assert work.stop
-    return stack.generate(
+    tokens, _, done = stack.generate(
         work.prompt,
         temperature=work.sampling.temperature,
         top_p=work.sampling.top_p,
         repetition_penalty=work.sampling.repetition_penalty,
         seed=work.sampling.seed,
         max_tokens=work.stop.max_tokens,
-    )[0]
+    )
+    return Answer(tuple(tokens), FinishReason(done.finish_reason))
 
 
-def test_the_first_layers_draft_and_no_token_changes(tmp_path: Path) -> None:
+def _oracle() -> PlainLoop:
     checkpoint = resolve("smollm2", progress=False)
     shards = weights(checkpoint, "float32", progress=False)
-    oracle = PlainLoop(load_model(checkpoint.config, shards, torch.float32, CPU, progress=False))
+    return PlainLoop(load_model(checkpoint.config, shards, torch.float32, CPU, progress=False))
+
+
+def test_the_first_layers_draft_and_no_token_changes(tmp_path: Path, record_answers: bool) -> None:
     works = make_works()
-    expected = oracle.answers(works, group=12)
+    oracle = RecordedAnswers("draft_model_fp32", _oracle)
+    if record_answers:
+        oracle.record(works)
     flags = ("--drafter", "model", "--draft-model", "first:8", "--draft-tokens", "4")
     with Stack(tmp_path, *EXACT, *flags) as stack:
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
             answers = list(pool.map(lambda work: ask(stack, work), works))
-        for work, (tokens, _), got in zip(works, expected, answers, strict=True):
-            verdict = oracle.judge(work, tokens, got)
+        for work, got in zip(works, answers, strict=True):
+            verdict = oracle.judge(work, got.tokens, got.reason)
             assert verdict.ok, verdict.detail
         stack.assert_at_rest()
         decode, prefill = stack.metrics("decode"), stack.metrics("prefill")

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import EXACT
-from tests.system.stack import ROOT, Stack, until
-from tests.system.test_supervision import LONG, SHORT
+from tests.support.greedy import GreedyCase, greedy
+from tests.support.paths import ROOT
+from tests.support.stack import EXACT, Stack, until
 
+LONG, SHORT = greedy(1500), greedy(128)
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -27,7 +28,7 @@ def test_each_worker_is_replaced_under_load(tmp_path: Path) -> None:
         wrong: list[object] = []
         done, stop = [0], threading.Event()
 
-        def ask(case: dict[str, list[int]]) -> None:
+        def ask(case: GreedyCase) -> None:
             while not stop.is_set():
                 try:
                     tokens = stack.generate(case["prompt"], max_tokens=24)[0]

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.support.paths import DATA
-from tests.system.stack import Stack, until
+from tests.support.greedy import GREEDY, greedy
+from tests.support.stack import Stack, until
 
-ORACLE = json.loads((DATA / "greedy_fp32.json").read_text())
-LONG = next(case for case in ORACLE if len(case["prompt"]) == 1500)
+LONG = greedy(1500)
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -76,7 +75,7 @@ def test_the_same_prefix_again_moves_and_computes_only_what_is_new(stack: Stack)
 
 
 def test_a_prompt_shorter_than_a_block_needs_no_prefill_worker(stack: Stack) -> None:
-    case = ORACLE[0]
+    case = GREEDY[0]
     assert len(case["prompt"]) < 16
     before = stack.metrics("prefill")["diptych_prompt_tokens_total"]
     tokens, _, done = stack.generate(case["prompt"], max_tokens=20)
@@ -86,7 +85,7 @@ def test_a_prompt_shorter_than_a_block_needs_no_prefill_worker(stack: Stack) -> 
 
 
 def test_drafts_are_accepted_and_counted(stack: Stack) -> None:
-    case = ORACLE[4]  # a text that repeats itself
+    case = GREEDY[4]  # a text that repeats itself
     tokens, _, done = stack.generate(case["prompt"], max_tokens=64)
     assert tokens == case["tokens"]
     assert 0 < done.usage.accepted_tokens <= done.usage.draft_tokens

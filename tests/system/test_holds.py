@@ -4,7 +4,6 @@ after: every hold is named, and every held block is explained.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from typing import Any
@@ -12,12 +11,12 @@ from typing import Any
 import pytest
 
 from coordinator.client import generate_request
+from tests.support.greedy import greedy
 from tests.support.http_get import http_get
-from tests.support.paths import DATA
-from tests.system.stack import ROOT, Stack, until
+from tests.support.paths import ROOT
+from tests.support.stack import Stack, until
 
-ORACLE = json.loads((DATA / "greedy_fp32.json").read_text())
-LONG = next(case for case in ORACLE if len(case["prompt"]) == 1500)
+LONG = greedy(1500)
 pytestmark = pytest.mark.timeout(300)
 
 

@@ -5,21 +5,15 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import shared_memory
-from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # spawned processes find the helper the same way
-
-import kv_worker
 
 from engine.base.errors import Mismatch
 from engine.base.types import Peer
@@ -27,6 +21,7 @@ from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
 from kvtransfer.fence import Fence
 from kvtransfer.peers import PeerTable
 from kvtransfer.transport import PeerLost, PullTimeout
+from tests.support import kv_worker
 
 NUM_BLOCKS, BLOCK_BYTES = 64, 36_864
 pytestmark = pytest.mark.timeout(180)

@@ -5,7 +5,6 @@ the default stack the same bits with and without drafts, cached, preempted, afte
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 from collections.abc import Sequence
@@ -17,12 +16,12 @@ import torch
 
 from engine.kernels import kernels
 from engine.pb.diptych.v1 import inference_pb2
-from tests.support.paths import DATA
+from tests.support.greedy import GREEDY
 from tests.support.reference_model import default_model, logits_of
 from tests.support.scored import Whole, ask
-from tests.system.stack import Stack, stub
+from tests.support.stack import Stack, stub
 
-TEXTS = [case["prompt"] for case in json.loads((DATA / "greedy_fp32.json").read_text())]
+TEXTS = [case["prompt"] for case in GREEDY]
 LONG = next(text for text in TEXTS if len(text) >= 1000)
 TOLERANCE = 3e-4  # of a log-probability; measured: 3.5e-5
 pytestmark = pytest.mark.timeout(600)

@@ -17,7 +17,7 @@ from engine.pb.vllm import vllm_engine_pb2_grpc as vllm_grpc
 from engine.rpc.channel import open_channel
 from tests.ecosystem.health_probe import probe
 from tests.ecosystem.reflection import walk
-from tests.system.stack import Stack, metrics_of, until
+from tests.support.stack import Stack, metrics_of, until
 
 PROMPT = list(range(2000, 2070))
 MAX_TOKENS = 24

@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from engine.pb.diptych.v1 import inference_pb2 as pb
-from tests.system.stack import Stack, stub, until
+from tests.support.stack import Stack, stub, until
 
 pytestmark = pytest.mark.timeout(600)
 PROMPT = "The three longest rivers of the world are the Nile, the Amazon and the"

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 
 import pytest
 
 from coordinator.client import AsyncClient, TextDelta
-from tests.support.paths import DATA
-from tests.system.stack import Stack
+from tests.support.greedy import GREEDY, greedy
+from tests.support.stack import EXACT, Stack
 
-ORACLE = json.loads((DATA / "greedy_fp32.json").read_text())
-LONG = [case for case in ORACLE if len(case["prompt"]) >= 1000]
+LONG = [case for case in GREEDY if len(case["prompt"]) >= 1000]
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -47,9 +45,8 @@ def test_eight_long_prompts_in_pools_for_two_all_finish(tmp_path: Path) -> None:
 
 
 def test_without_a_prefill_worker_the_decode_worker_computes_the_prompt(tmp_path: Path) -> None:
-    case = next(c for c in ORACLE if len(c["prompt"]) == 300)
-    flags = ("--dtype", "float32", "--kv-cache-memory", "384MiB", "--max-model-len", "2048")
-    with Stack(tmp_path, *flags, prefill=0) as stack:
+    case = greedy(300)
+    with Stack(tmp_path, *EXACT, prefill=0) as stack:
         tokens, _, done = stack.generate(case["prompt"], max_tokens=24)
         assert tokens == case["tokens"][:24]
         assert done.timing.kv_transfer == 0

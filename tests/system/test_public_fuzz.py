@@ -23,9 +23,9 @@ from tests.support.fuzz_checks import Model, Outcome, complaint
 from tests.support.fuzz_constraints import PLAIN_REGEXES
 from tests.support.fuzz_messages import METHODS, Input, draw_input, make_input
 from tests.support.fuzz_values import MODEL, VOCAB_SIZE
+from tests.support.stack import Stack
 from tests.support.validated import validated
 from tests.support.vitals import MIB
-from tests.system.stack import Stack
 
 SEED = 7
 IN_PROCESS, BESIDE_IN_PROCESS, OVER_THE_WIRE = 2_500, 1_000, 250

@@ -21,8 +21,8 @@ from engine.pb.vllm import vllm_engine_pb2_grpc
 from engine.rpc.channel import open_channel
 from engine.rpc.trust import ClusterToken
 from tests.support.http_get import http_get
-from tests.system.conftest import EXACT
-from tests.system.stack import ROOT, Stack, until
+from tests.support.paths import ROOT
+from tests.support.stack import EXACT, Stack, until
 
 pytestmark = pytest.mark.timeout(300)
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

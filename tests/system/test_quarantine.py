@@ -4,10 +4,8 @@ that. What such reads keep, how a decode worker gets it back, and that nothing l
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,20 +18,15 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.support.paths import DATA
-
-sys.path.insert(0, str(Path(__file__).parent))  # spawned processes find the helper the same way
-
-import kv_worker
-
 from engine.base.types import Peer
 from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
 from kvtransfer.peers import PeerTable
 from kvtransfer.pull import Pull
 from kvtransfer.quarantine import Quarantine
 from kvtransfer.transport import PeerLost, PullTimeout, RemotePool
-from tests.system.conftest import EXACT
-from tests.system.stack import Stack, metrics_of, until
+from tests.support import kv_worker
+from tests.support.greedy import GREEDY
+from tests.support.stack import EXACT, Stack, metrics_of, until
 
 NUM_BLOCKS, BLOCK_BYTES = 64, 1 << 20
 BLOCKS = list(range(NUM_BLOCKS))
@@ -197,8 +190,7 @@ def _os_threads() -> int:
 
 # -- the whole stack -------------------------------------------------------------------------------
 
-ORACLE = json.loads((DATA / "greedy_fp32.json").read_text())
-CASES = [case for case in ORACLE if len(case["prompt"]) >= 700]
+CASES = [case for case in GREEDY if len(case["prompt"]) >= 700]
 NUM_TOKENS = 8
 # Small buffers: reads take longer, so that it is easier to stop their peer in the middle of one.
 SLOW_TCP = {"UCX_TLS": "tcp", "UCX_TCP_SNDBUF": "16k", "UCX_TCP_RCVBUF": "16k"}

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
 
-from tests.support.paths import DATA
-from tests.system.conftest import EXACT
-from tests.system.stack import ROOT, Stack, metrics_of
+from tests.support.greedy import greedy
+from tests.support.paths import ROOT
+from tests.support.stack import EXACT, Stack, metrics_of
 
-ORACLE = json.loads((DATA / "greedy_fp32.json").read_text())
-SHORT = next(case for case in ORACLE if len(case["prompt"]) == 128)
+SHORT = greedy(128)
 SEAM = """import signal, time
 signal.signal(signal.SIGUSR2, lambda *_: time.sleep(3600))
 """

@@ -4,22 +4,28 @@ nobody stays.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.paths import DATA
-from tests.system.conftest import EXACT
-from tests.system.stack import Stack, metrics_of, until
+from tests.support.greedy import greedy
+from tests.support.stack import EXACT, SharedStacks, Stack, metrics_of, until
 
-ORACLE = json.loads((DATA / "greedy_fp32.json").read_text())
-LONG = next(case for case in ORACLE if len(case["prompt"]) == 1500)
-SHORT = next(case for case in ORACLE if len(case["prompt"]) == 128)
+LONG = greedy(1500)
+SHORT = greedy(128)
 pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def stack(stacks: SharedStacks) -> Iterator[Stack]:
+    """A stack for this module alone, which harms it; its last test ends it."""
+    own = stacks.take(*EXACT)
+    yield own
+    own.stop()
 
 
 def test_kill_9_of_the_decode_worker_in_mid_answer(stack: Stack) -> None:
@@ -77,18 +83,17 @@ def test_a_stopped_worker_is_replaced(tmp_path: Path) -> None:
         stack.assert_at_rest()
 
 
-def test_kill_9_of_the_coordinator_takes_its_workers(tmp_path: Path) -> None:
-    with Stack(tmp_path, *EXACT) as stack:
-        assert len(stack.pids()) == 3
-        stack.process.kill()
-        stack.process.wait()
-        until(lambda: not stack.pids(), 10, "no worker survives its coordinator")
-
-
-def test_sigterm_ends_everything_with_status_0(tmp_path: Path) -> None:
-    with Stack(tmp_path, *EXACT) as stack:
+def test_sigterm_ends_everything_with_status_0(stacks: SharedStacks) -> None:
+    with stacks.take(*EXACT) as stack:
         stack.generate(SHORT["prompt"], max_tokens=4)
         stack.process.send_signal(signal.SIGTERM)
         assert stack.process.wait(20) == 0
         assert not stack.pids()
         assert "Traceback" not in "".join(stack.logs().values())
+
+
+def test_kill_9_of_the_coordinator_takes_its_workers(stack: Stack) -> None:
+    assert len(stack.pids()) == 3
+    stack.process.kill()
+    stack.process.wait()
+    until(lambda: not stack.pids(), 10, "no worker survives its coordinator")

@@ -29,9 +29,9 @@ from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc
 from engine.rpc.channel import open_channel
 from engine.rpc.trust import ClusterToken
 from tests.support.http_get import http_get
+from tests.support.paths import ROOT
+from tests.support.stack import EXACT, START_S, Stack, free_port, until
 from tests.support.stderr import sentences
-from tests.system.conftest import EXACT
-from tests.system.stack import ROOT, START_S, Stack, free_port, until
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -13,7 +13,8 @@ import pytest
 
 from engine.base.errors import DiptychError
 from tests.support import tiny_gguf
-from tests.system.stack import ROOT, START_S, Stack, until
+from tests.support.paths import ROOT
+from tests.support.stack import START_S, Stack, until
 
 FLAGS = ("--dtype", "float32", "--kv-cache-memory", "64MiB")
 

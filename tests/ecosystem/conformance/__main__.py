@@ -24,7 +24,7 @@ from pathlib import Path
 from engine.checkpoint.source import DEFAULT_MODEL, resolve
 from tests.ecosystem.conformance import answers, offline, report, sources
 from tests.ecosystem.conformance.sources import Case
-from tests.system.stack import Stack
+from tests.support.stack import Stack
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -46,8 +46,8 @@ from tests.faults.greed.attack import End, Send, Target
 from tests.faults.greed.bystander import Bystander
 from tests.faults.greed.scenarios import Scenario, constrained_by
 from tests.faults.port import tracebacks
+from tests.support.stack import Stack, metrics_of, until
 from tests.support.vitals import MIB
-from tests.system.stack import Stack, metrics_of, until
 
 NUM_STREAMS = 2
 RATIO = 2.0

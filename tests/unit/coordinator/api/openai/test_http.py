@@ -17,7 +17,7 @@ from coordinator.api.openai import endpoint as door
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from tests.support.fake_decode import Cue, lost
 from tests.support.http_front import events, http_front, until
-from tests.system.stack import free_port
+from tests.support.stack import free_port
 
 TOOLS = [
     {

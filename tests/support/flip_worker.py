@@ -1,6 +1,6 @@
 """`decode start` whose reads bring one wrong bit, as long as the file FLIPS names a number above 0.
 
-python -m tests.system.flip_worker FLIPS start ...
+python -m tests.support.flip_worker FLIPS start ...
 """
 
 from __future__ import annotations
@@ -49,5 +49,5 @@ class FlippingTransport(NixlTransport):
 
 
 if __name__ == "__main__":
-    worker.process.NixlTransport = FlippingTransport  # type: ignore[misc]
+    worker.process.NixlTransport = FlippingTransport  # type: ignore[attr-defined]
     sys.exit(worker.cli.decode(sys.argv[2:]))

@@ -28,6 +28,10 @@ from tests.support.http_get import http_get
 from tests.support.paths import ROOT
 
 START_S = 180.0
+# A stack in which every answer is that of fp32; 512 MiB hold 728 blocks.
+EXACT = ("--dtype", "float32", "--kv-cache-memory", "512MiB", "--max-model-len", "2048")
+DEFAULT = ("--max-model-len", "2048")  # what `coordinator start` does, with our kernels on a CPU
+_MAX_SHARED = 3
 
 
 def free_port() -> int:
@@ -64,6 +68,7 @@ class Stack:
         self.http_address = f"127.0.0.1:{free_port()}"
         self.num_workers = prefill + decode
         self._wait = wait
+        self._started = False
         self.command = [
             *(sys.executable, "-m", "coordinator.cli", "start"),
             *("--listen", self.address, "--http", self.http_address),
@@ -72,6 +77,12 @@ class Stack:
         ]
 
     def __enter__(self) -> Self:
+        """Start it, unless `start` has."""
+        return self if self._started else self.start()
+
+    def start(self) -> Self:
+        """Start the coordinator, and wait until the workers are ready."""
+        self._started = True
         self._log = (self.folder / "coordinator.log").open("wb")
         self.process = subprocess.Popen(
             self.command, stdout=self._log, stderr=self._log, cwd=ROOT, start_new_session=True
@@ -91,6 +102,14 @@ class Stack:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        try:
+            self.stop()
+        finally:
+            if error is not None:
+                self.print_logs()
+
+    def stop(self) -> None:
+        """End the coordinator, and check that its workers end with it."""
         self.client.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
@@ -100,13 +119,13 @@ class Stack:
                 self.process.kill()
                 self.process.wait()
         self._log.close()
-        if error is not None:
-            self.print_logs()
         until(lambda: not self.pids(), 10, "no process of the stack is left")
 
     def ready(self) -> bool:
         """Whether all workers are; fails when the coordinator has ended."""
-        assert self.process.poll() is None, self.print_logs()
+        if self.process.poll() is not None:
+            self.print_logs()
+            raise AssertionError(f"the coordinator has ended with {self.process.returncode}")
         workers = self.workers()
         return sum(w.state == "ready" for w in workers) == self.num_workers
 
@@ -166,7 +185,7 @@ class Stack:
             if isinstance(event, TextDelta):
                 token_ids += event.token_ids
                 text += event.text
-            else:
+            elif isinstance(event, Done):
                 return token_ids, text, event
         raise AssertionError("an answer without an end")
 
@@ -190,6 +209,48 @@ class Stack:
             )
 
         until(rest, timeout_s, "every pool is at rest", 0.2)
+
+
+class SharedStacks:
+    """Running stacks for tests that only send requests, one for each set of flags and pools.
+
+        get: start, or the one that runs --- every user leaves it ready and at rest
+        take: out of the pool, for a test that ends or harms it
+
+    At most `_MAX_SHARED` run at a time, for a worker in fp32 has about 1 GB: the one that was used
+    longest ago is ended first.
+    """
+
+    def __init__(self, new_folder: Callable[[], Path]) -> None:
+        self._new_folder = new_folder
+        self._running: dict[tuple[object, ...], Stack] = {}  # the least recently used first
+
+    def get(self, *flags: str, prefill: int = 1, decode: int = 1) -> Stack:
+        """A stack with these flags, ready and at rest. The pool ends it."""
+        key = (flags, prefill, decode)
+        stack = self._running.pop(key, None)
+        if stack is None:
+            while len(self._running) >= _MAX_SHARED:
+                self._running.pop(next(iter(self._running))).stop()
+            stack = Stack(self._new_folder(), *flags, prefill=prefill, decode=decode).start()
+        else:
+            until(stack.ready, 60, "the shared stack is ready")
+            stack.assert_at_rest()
+        self._running[key] = stack
+        return stack
+
+    def take(self, *flags: str, prefill: int = 1, decode: int = 1) -> Stack:
+        """The same, but the caller ends it, and no other test gets it."""
+        stack = self.get(*flags, prefill=prefill, decode=decode)
+        del self._running[(flags, prefill, decode)]
+        return stack
+
+    def close(self) -> None:
+        """End all of them; raises the first failure at the end."""
+        with contextlib.ExitStack() as ends:
+            for stack in self._running.values():
+                ends.callback(stack.stop)
+        self._running.clear()
 
 
 def stub(address: str) -> tuple[grpc.aio.Channel, Any]:

@@ -14,7 +14,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import shared_memory
 from multiprocessing.connection import Connection
@@ -175,6 +175,7 @@ def _race(pool: Pool, page_name: str) -> int:
     begins during a read always tears it.
     """
     page = shared_memory.SharedMemory(page_name)
+    assert page.buf is not None
     control = np.frombuffer(page.buf, dtype=np.uint64)
     words = pool.blocks[0].view(np.uint64)
     step = CHUNK_BYTES // 8
@@ -233,7 +234,7 @@ def _listen(pool: Pool, digest: str, port: int = 0) -> str:
     return address[0]
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "pool": _pool,
     "fill": _fill,
     "restart": _restart,

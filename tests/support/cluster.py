@@ -25,8 +25,8 @@ from coordinator.client import Client
 from engine.base.errors import DiptychError
 from engine.kernels import kernels
 from engine.pb.diptych.v1 import admin_pb2
-from tests.faults.network import Loopback, Network
-from tests.faults.process_slots import Keeper, ProcessSlot
+from tests.support.network import Loopback, Network
+from tests.support.process_slots import Keeper, ProcessSlot
 
 NATIVE = kernels() is not None
 BLOCK_BYTES = 30 * 2 * 3 * 16 * 64 * (2 if NATIVE else 4)  # of the default model
