@@ -17,7 +17,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc.status import DETAILS_KEY, PUSHBACK_KEY
