@@ -33,6 +33,17 @@ def record_answers(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--record-answers"))
 
 
+@pytest.fixture(scope="module")
+def checkpoint() -> Any:
+    """(checkpoint, tokenizer, chat template) of the default model, without its weights."""
+    from coordinator.text.chat_template import ChatTemplate
+    from coordinator.text.tokenizer import Tokenizer
+    from engine.checkpoint.source import resolve
+
+    found = resolve("smollm2", progress=False)
+    return found, Tokenizer.load(found.folder), ChatTemplate.load(found.folder)
+
+
 @pytest.fixture(scope="session")
 def stacks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedStacks]:
     """Running stacks by their flags."""

@@ -13,8 +13,7 @@ from tests.ecosystem.conformance.answers import Answer, Way
 from tests.ecosystem.conformance.checking import NotChecked, fault, validator
 from tests.ecosystem.conformance.offline import Grammar
 from tests.ecosystem.conformance.sources import Case, choice, suite_cases
-from tests.unit.coordinator.api.grpc.test_service import checkpoint  # noqa: F401  (a fixture)
-from tests.unit.coordinator.generation.test_constraints import SCHEMA, TEXT, front
+from tests.support.constrained_front import SCHEMA, TEXT, front
 
 WAYS = (Way("greedy", 0.0), Way("sampled", 0.8, 1))
 SLICE = Path(__file__).parent / "conformance" / "slice"
@@ -78,7 +77,7 @@ def test_a_choice_is_the_same_for_a_seed() -> None:
     assert len(choice(cases, 99, 1)) == 50
 
 
-async def test_a_stack_is_asked_and_what_is_not_valid_is_found(checkpoint) -> None:  # noqa: F811
+async def test_a_stack_is_asked_and_what_is_not_valid_is_found(checkpoint) -> None:
     """Workers that answer the same whatever the constraint."""
     schemas = {"fits": SCHEMA, "does not": {"type": "integer"}, "refused": {"not": {}}}
     cases = [Case(name, json.dumps(schema)) for name, schema in schemas.items()]
@@ -106,7 +105,7 @@ async def test_a_stack_is_asked_and_what_is_not_valid_is_found(checkpoint) -> No
     assert [line.partition(":")[0] for line in lines] == ["NOT VALID does not"] * 2
 
 
-def test_a_way_leans_to_the_end(checkpoint) -> None:  # noqa: F811
+def test_a_way_leans_to_the_end(checkpoint) -> None:
     found, tokenizer, _ = checkpoint
     ways = answers.ways_of(found.folder, 5)
     assert [(w.name, w.seed, bool(w.bias)) for w in ways] == [

@@ -18,10 +18,10 @@ from engine.scheduling.events import FinishedEvent, TokensEvent
 from engine.step import loading
 from engine.step.build import Engine, build_engine
 from engine.step.device import Device
+from tests.support.draft_bench import random_works
 from tests.support.flashinfer_kernels import Launches
 from tests.support.paged import CPU
-from tests.unit.engine.step.test_build import CONFIG
-from tests.unit.engine.step.test_draft_model import random_works
+from tests.support.tiny_folder import CONFIG
 
 FAKE_GPU = Device(CPU, "sm90", "Fake H100", lambda: GpuMemory(8 << 30, 8 << 30, 0))
 

@@ -15,8 +15,8 @@ from engine.models.config import AttentionSpec
 from engine.runner.loader import random_model
 from engine.runner.runner import Runner
 from engine.runner.torch_model import TorchModel
+from tests.support.draft_bench import PairedWorker, random_works
 from tests.support.paged import layout_of, tiny_config
-from tests.unit.engine.step.test_draft_model import PairedWorker, random_works
 
 SIZE = 16
 

@@ -25,7 +25,7 @@ from engine.scheduling.request import EngineRequest
 from engine.step.build import Engine, build_engine
 from engine.step.device import Device
 from tests.support.flashinfer_kernels import Launches
-from tests.unit.engine.step.test_build import CONFIG
+from tests.support.tiny_folder import CONFIG
 
 WIDE = CONFIG | {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
 

@@ -42,9 +42,9 @@ from engine.step.build import Engine, default_budgets
 from engine.step.core import EngineCore
 from engine.telemetry.metrics import WorkerMetrics
 from kvtransfer.transport import Extent, MemoryRegion, ReadState
+from tests.support.core_bench import oracle
 from tests.support.engine_probe import Probe
 from tests.support.history_model import VOCAB, logits_of
-from tests.unit.engine.step.test_core import oracle
 from worker.process import WorkerProcess, WorkerSettings
 from worker.services import make_services
 

@@ -27,8 +27,8 @@ from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.rpc.liveness import next_message
 from tests.support.fake_decode import Cue
 from tests.support.fake_decode import lost as lost_error
+from tests.support.grpc_front import collect, front, stop
 from tests.support.validated import validated
-from tests.unit.coordinator.api.grpc.test_service import checkpoint, collect, front, stop  # noqa: F401
 
 MANY = nesting.MAX_ITEMS
 TOO_MUCH = {
@@ -151,7 +151,7 @@ def test_a_fork_of_a_checker_goes_its_own_way() -> None:
 LIMITS = Limits("smollm2", 49152, (2,), 8192)
 
 
-def test_what_is_resumed_is_taken_in_pieces(checkpoint) -> None:  # noqa: F811
+def test_what_is_resumed_is_taken_in_pieces(checkpoint) -> None:
     _, tokenizer, _ = checkpoint
     ids = [1000 + i % 500 for i in range(8000)]
     asked = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1]), stop=pb.Stop(stop=["zq"] * 16))
@@ -167,7 +167,7 @@ def test_what_is_resumed_is_taken_in_pieces(checkpoint) -> None:  # noqa: F811
     assert (answer.num_resumed, answer.num_new) == (8000, 0)
 
 
-async def test_the_event_loop_turns_while_choices_catch_up(checkpoint) -> None:  # noqa: F811
+async def test_the_event_loop_turns_while_choices_catch_up(checkpoint) -> None:
     """Between any two pieces, whatever the number of choices."""
     async with front(checkpoint) as f:
         f.answer[:] = [1000 + i % 500 for i in range(2003)]
@@ -197,7 +197,7 @@ def large(**fields: object) -> dict[str, object]:
     return {"sampling": pb.Sampling(logit_bias=bias), "stop": stop(max_tokens=6), **fields}
 
 
-async def test_large_parts_travel_once_a_request(checkpoint) -> None:  # noqa: F811
+async def test_large_parts_travel_once_a_request(checkpoint) -> None:
     async with front(checkpoint) as f:
         worker = await f.worker()
         responses = await collect(f.call(n=8, **large()))
@@ -208,7 +208,7 @@ async def test_large_parts_travel_once_a_request(checkpoint) -> None:  # noqa: F
         assert len({r.shared_key for r in worker.requests}) == 1
 
 
-async def test_small_requests_and_single_choices_share_nothing(checkpoint) -> None:  # noqa: F811
+async def test_small_requests_and_single_choices_share_nothing(checkpoint) -> None:
     async with front(checkpoint) as f:
         worker = await f.worker()
         await collect(f.call(n=3, stop=stop(max_tokens=6)))
@@ -216,7 +216,7 @@ async def test_small_requests_and_single_choices_share_nothing(checkpoint) -> No
         assert [r.shared_key for r in worker.requests] == [b""] * 4
 
 
-async def test_another_worker_gets_the_parts_once_too(checkpoint) -> None:  # noqa: F811
+async def test_another_worker_gets_the_parts_once_too(checkpoint) -> None:
     async with front(checkpoint) as f:
         first = await f.worker("d0", cues=[Cue(2, lost_error("gone")) for _ in range(8)])
         second = await f.worker("d1", cues=[Cue(2, lost_error("gone")) for _ in range(8)])
@@ -227,7 +227,7 @@ async def test_another_worker_gets_the_parts_once_too(checkpoint) -> None:  # no
         assert first.num_carried + second.num_carried >= 1
 
 
-async def test_a_worker_that_has_forgotten_gets_the_parts_again(checkpoint) -> None:  # noqa: F811
+async def test_a_worker_that_has_forgotten_gets_the_parts_again(checkpoint) -> None:
     async with front(checkpoint) as f:
         worker = await f.worker(pace_s=0.05)
 

@@ -18,13 +18,8 @@ from coordinator.client.attempts import RETRY_POLICY, Attempts
 from coordinator.client.stream import Stream
 from engine.base.seeds import choice_seed
 from engine.pb.diptych.v1 import inference_pb2
-from tests.unit.coordinator.api.grpc.test_service import PROMPT
-from tests.unit.coordinator.generation.test_constraints import (
-    SCHEMA,
-    TEXT,
-    checkpoint,  # noqa: F401  (a fixture)
-    front,
-)
+from tests.support.constrained_front import SCHEMA, TEXT, front
+from tests.support.grpc_front import PROMPT
 
 SEED = 7
 STORIES = (
@@ -121,7 +116,7 @@ def told(events: list[Any], n: int) -> list[list[Any]]:
     ids=["plain", "held", "stop-token", "tools"],
 )
 async def test_no_seam_wherever_it_is_cut(
-    checkpoint: Any,  # noqa: F811
+    checkpoint: Any,
     ask: Any,
     texts: tuple[str, ...],
     by_itself: bool,

@@ -4,39 +4,21 @@ import asyncio
 import itertools
 import json
 import re
-from contextlib import asynccontextmanager
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2
 from llguidance import LLParserLimits
 
-from coordinator.server import Coordinator
 from coordinator.text import served_model as model_module
-from coordinator.text.served_model import ServedModel
-from engine.base.options import FrontOptions
 from engine.constraints import Checker, Vocabulary
 from engine.constraints import grammar as grammar_module
 from engine.constraints.known import Known
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.pb.diptych.v1 import inference_pb2
+from tests.support.constrained_front import SCHEMA, TEXT, front
 from tests.support.fake_decode import Cue, lost
-from tests.unit.coordinator.api.grpc.test_service import (
-    Front,
-    checkpoint,  # noqa: F401  (a fixture)
-    collect,
-    details_of,
-    error_of,
-    read,
-    stop,
-)
-
-TEXT = '{"name": "Ann", "age": 7}'
-SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
-    "required": ["name", "age"],
-}
+from tests.support.grpc_front import collect, details_of, error_of, read, stop
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,24 +32,6 @@ def checker(checkpoint):  # noqa: F811
         patch.setattr(made, "close", lambda: None)
         yield made
     made.close()
-
-
-@asynccontextmanager
-async def front(checkpoint):  # noqa: F811
-    found, tokenizer, template = checkpoint
-    model = ServedModel("smollm2", found.config, tokenizer, template, folder=found.folder)
-    options = FrontOptions(listen="127.0.0.1:0", http="127.0.0.1:0", worker_wait_s=5.0)
-    coordinator = Coordinator(options, model)
-    await coordinator.start()
-    it = Front(coordinator, tokenizer.encode(TEXT))
-    try:
-        yield it
-        assert coordinator.pipeline.num_requests == 0
-    finally:
-        await it.channel.close()
-        await coordinator.stop()
-        for worker in it.workers:
-            await worker.stop()
 
 
 def constraint(**kind):
@@ -94,7 +58,7 @@ BAD = [
 
 @pytest.mark.parametrize(("asked", "field", "reason"), BAD)
 async def test_what_cannot_be_compiled_is_refused_and_reaches_no_worker(
-    checkpoint,  # noqa: F811
+    checkpoint,
     asked,
     field,
     reason,
@@ -123,7 +87,7 @@ GOOD = [
 
 
 @pytest.mark.parametrize(("asked", "kind", "source"), GOOD)
-async def test_workers_get_the_kind_and_the_source(checkpoint, asked, kind, source):  # noqa: F811
+async def test_workers_get_the_kind_and_the_source(checkpoint, asked, kind, source):
     async with front(checkpoint) as f:
         worker = await f.worker(ends_by_itself=True)
         text, _, finished = read(await collect(f.call(constraint=asked)))
@@ -134,7 +98,7 @@ async def test_workers_get_the_kind_and_the_source(checkpoint, asked, kind, sour
         assert (request.constraint.kind, request.constraint.source) == (kind, source)
 
 
-async def test_whether_a_full_answer_has_ended_the_worker_says(checkpoint):  # noqa: F811
+async def test_whether_a_full_answer_has_ended_the_worker_says(checkpoint):
     async with front(checkpoint) as f:
         full = len(f.answer)
         cues = [Cue(full, lost())]  # after the last token, before the finish
@@ -152,7 +116,7 @@ async def test_whether_a_full_answer_has_ended_the_worker_says(checkpoint):  # n
         assert finished.finish_reason == inference_pb2.FINISH_REASON_LENGTH
 
 
-async def test_what_is_resumed_must_fit(checkpoint):  # noqa: F811
+async def test_what_is_resumed_must_fit(checkpoint):
     async with front(checkpoint) as f:
         worker = await f.worker(ends_by_itself=True)
         resume = [inference_pb2.Resume(token_ids=f.answer[:5])]
@@ -253,7 +217,7 @@ LOST = {
 
 
 async def test_a_lax_tool_loses_what_cannot_be_compiled_and_others_keep_theirs(
-    checkpoint,  # noqa: F811
+    checkpoint,
 ):
     async with front(checkpoint) as f:
         worker = await f.worker()
@@ -284,7 +248,7 @@ async def test_a_strict_tool_that_cannot_be_compiled_is_refused_by_its_index(
         assert f.workers[0].requests == []
 
 
-async def test_the_schema_of_text_is_named_where_it_cannot_be_compiled(checkpoint):  # noqa: F811
+async def test_the_schema_of_text_is_named_where_it_cannot_be_compiled(checkpoint):
     async with front(checkpoint) as f:
         await f.worker()
         bad = schema({"type": "any"})
@@ -323,7 +287,7 @@ async def test_what_is_too_much_together_is_held_in_part(checkpoint, checker, mo
         assert violation.field == "tools_json"
 
 
-async def test_a_format_that_is_not_known_is_an_annotation(checkpoint):  # noqa: F811
+async def test_a_format_that_is_not_known_is_an_annotation(checkpoint):
     async with front(checkpoint) as f:
         worker = await f.worker()
         part = {"type": "string", "format": "colour"}

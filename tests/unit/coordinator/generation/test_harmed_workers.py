@@ -20,13 +20,7 @@ from engine.base.types import PROTOCOL_VERSION, Peer, Role
 from engine.rpc.status import from_rpc_error, to_status
 from engine.telemetry.metrics import CoordinatorMetrics
 from tests.support.fake_decode import Cue, identity
-from tests.unit.coordinator.api.grpc.test_service import (
-    checkpoint,  # noqa: F401  (a fixture)
-    details_of,
-    error_of,
-    front,
-    stop,
-)
+from tests.support.grpc_front import details_of, error_of, front, stop
 
 LOST = WorkerLost("UNAVAILABLE: Socket closed")
 
@@ -265,7 +259,7 @@ def test_the_status_is_not_one_to_try_again():
     assert failure.headers["x-should-retry"] == "false"
 
 
-async def test_a_request_that_ends_every_worker_reaches_three(checkpoint, caplog):  # noqa: F811
+async def test_a_request_that_ends_every_worker_reaches_three(checkpoint, caplog):
     async with front(checkpoint) as f:
         workers = [await f.worker(f"d{i}", cues=[Cue(vanish=True)]) for i in range(4)]
         error = await error_of(f.call())
@@ -278,7 +272,7 @@ async def test_a_request_that_ends_every_worker_reaches_three(checkpoint, caplog
     assert not [r for r in caplog.records if r.exc_info and r.exc_info[0]]
 
 
-async def test_one_that_gets_a_token_from_each_goes_on(checkpoint):  # noqa: F811
+async def test_one_that_gets_a_token_from_each_goes_on(checkpoint):
     async with front(checkpoint) as f:
         for i in range(5):
             await f.worker(f"d{i}", cues=[Cue(3, vanish=True)])

@@ -27,8 +27,8 @@ from engine.checkpoint.fingerprint import (
 from engine.checkpoint.source import resolve
 from engine.models.config import ModelConfig, RopeScaling
 from tests.support import tiny_gguf
+from tests.support.hf_folder import SHARDS, folder
 from tests.support.paged import tiny_config
-from tests.unit.engine.checkpoint.test_source import SHARDS, folder
 
 
 @pytest.fixture(autouse=True)

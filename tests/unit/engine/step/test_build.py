@@ -24,22 +24,7 @@ from engine.step import loading
 from engine.step.build import Engine, build_engine, memory_errors, pick_budgets
 from engine.step.device import Device
 from tests.support.paged import CPU
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "num_hidden_layers": 3,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 101,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
+from tests.support.tiny_folder import CONFIG
 
 
 @pytest.fixture

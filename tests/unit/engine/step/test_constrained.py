@@ -16,31 +16,22 @@ from engine.base.errors import InvalidRequest
 from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.constraints import Masks
 from engine.constraints.masks import Place
-from engine.sampling import Sampler, SampleRow
 from engine.scheduling.request import EngineRequest, State
 from engine.scheduling.scheduler import fitted
 from engine.scheduling.speculation import FORCED, PENDING, Draft
-from tests.support.history_model import VOCAB, logits_of
+from tests.support.constrained_loop import PERSON, plain_loop
+from tests.support.core_bench import SALT, Bench, random_work
+from tests.support.history_model import VOCAB
 from tests.support.tiny_grammar import (
     EOS,
     encode,
     lark,
-    mask_after,
     matcher_of,
     regex,
     schema,
     text_of,
 )
-from tests.unit.engine.step.test_core import SALT, Bench, random_work
 
-PERSON = schema(
-    {
-        "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer"}},
-        "required": ["name", "age"],
-        "additionalProperties": False,
-    }
-)
 GRAMMARS = [
     PERSON,
     schema({"type": "array", "items": {"type": "boolean"}, "minItems": 3, "maxItems": 5}),
@@ -49,28 +40,6 @@ GRAMMARS = [
     lark('start: "true" | "false" | "null, and age: " /[0-9]{1,3}/'),
     lark('start: "[" start "]" | "a"'),
 ]
-
-
-def plain_loop(work: EngineRequest, grammar: str) -> tuple[list[int], FinishReason]:
-    """One token at a time; the grammar is asked anew about all tokens each time."""
-    assert work.sampling
-    assert work.stop
-    sampler = Sampler(VOCAB)
-    answer, new = list(work.output), []
-    while True:
-        banned = work.stop.stop_token_ids if len(answer) < work.stop.min_tokens else frozenset()
-        tokens = [*work.prompt, *answer]
-        mask = mask_after(grammar, answer)
-        row = SampleRow(work.sampling, len(tokens), tokens, len(work.prompt), (), banned, mask)
-        token = sampler.sample(logits_of(tokens)[None], [row])[0]
-        answer.append(token)
-        new.append(token)
-        if token in work.stop.stop_token_ids and len(answer) >= work.stop.min_tokens:
-            return new, FinishReason.STOP
-        if matcher_of(grammar, answer).ended:
-            return new, FinishReason.STOP
-        if len(answer) >= work.stop.max_tokens:
-            return new, FinishReason.LENGTH
 
 
 def constrained(work: EngineRequest, grammar: str) -> EngineRequest:

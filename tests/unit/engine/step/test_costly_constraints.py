@@ -13,9 +13,9 @@ from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.constraints import Matcher
 from engine.constraints.masks import SLOW_S
 from engine.scheduling.request import EngineRequest
+from tests.support.constrained_loop import PERSON, plain_loop
+from tests.support.core_bench import SALT, Bench, oracle, random_work
 from tests.support.tiny_grammar import EOS, lark, matcher_of, regex
-from tests.unit.engine.step.test_constrained import PERSON, plain_loop
-from tests.unit.engine.step.test_core import SALT, Bench, oracle, random_work
 
 AMBIGUOUS = lark('start: s\ns: s s | "a" | s s s')
 LETTERS = regex("[a-f]+")

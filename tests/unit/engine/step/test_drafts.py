@@ -15,9 +15,9 @@ from engine.scheduling.plan import Budgets
 from engine.scheduling.request import EngineRequest
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import Speculation
+from tests.support.core_bench import SALT, SIZE, Bench, check_answers, oracle, random_work
 from tests.support.drafting import fixed, measured
 from tests.support.history_model import VOCAB
-from tests.unit.engine.step.test_core import SALT, SIZE, Bench, check_answers, oracle, random_work
 
 
 class PacedBench(Bench):

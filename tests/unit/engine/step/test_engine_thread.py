@@ -14,8 +14,8 @@ from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.scheduling.events import FinishedEvent, TokensEvent
 from engine.scheduling.request import EngineRequest
 from engine.step.engine_thread import EngineDied, EngineThread, Stream
+from tests.support.core_bench import SALT, Bench, oracle
 from tests.support.engine_probe import Probe
-from tests.unit.engine.step.test_core import SALT, Bench, oracle
 
 
 def work(

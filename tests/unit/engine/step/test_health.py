@@ -22,8 +22,8 @@ from engine.step.core import EngineCore
 from engine.step.health import EngineHealth
 from engine.step.self_test import NUM_PROMPT, SelfTest, num_scratch_blocks
 from engine.telemetry.metrics import WorkerMetrics
+from tests.support.core_bench import SALT, SIZE, Bench, oracle
 from tests.support.history_model import VOCAB
-from tests.unit.engine.step.test_core import SALT, SIZE, Bench, oracle
 
 GREEDY = SamplingParams()
 

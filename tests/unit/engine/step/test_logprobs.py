@@ -15,8 +15,8 @@ from engine.base.types import FinishReason, SamplingParams, StopParams, TokenLog
 from engine.scheduling.events import FinishedEvent, TokensEvent
 from engine.scheduling.plan import MAX_SCORED
 from engine.scheduling.request import EngineRequest
+from tests.support.core_bench import SALT, SIZE, Bench, oracle, random_work
 from tests.support.history_model import VOCAB, logits_of
-from tests.unit.engine.step.test_core import SALT, SIZE, Bench, oracle, random_work
 
 
 class Scored(Bench):

@@ -10,16 +10,7 @@ from coordinator.text.detokenizer import Detokenizer
 from engine.base.seeds import choice_seed
 from engine.pb.diptych.v1 import inference_pb2
 from tests.support.fake_decode import Cue, lost, scored
-from tests.unit.coordinator.api.grpc.test_service import (
-    PROMPT,
-    TEXT,
-    checkpoint,  # noqa: F401  (a fixture)
-    collect,
-    error_of,
-    front,
-    read,
-    stop,
-)
+from tests.support.grpc_front import PROMPT, TEXT, collect, error_of, front, read, stop
 
 SEED = 7
 OTHERS = (
@@ -49,7 +40,7 @@ def by_index(responses, n):
     return [read([r for r in responses if r.index == i]) for i in range(n)]
 
 
-async def test_choices_are_calls_on_one_worker_with_seeds_of_their_own(checkpoint):  # noqa: F811
+async def test_choices_are_calls_on_one_worker_with_seeds_of_their_own(checkpoint):
     async with front(checkpoint) as f:
         workers = [
             await f.worker(f"d{i}", by_seed=scripted(f, 4), pace_s=0.002, group=2) for i in range(2)
@@ -76,7 +67,7 @@ async def test_choices_are_calls_on_one_worker_with_seeds_of_their_own(checkpoin
         assert f.sample("request_success_total", finished_reason="length") == 4
 
 
-async def test_stops_end_their_own_choice_only(checkpoint):  # noqa: F811
+async def test_stops_end_their_own_choice_only(checkpoint):
     async with front(checkpoint) as f:
         await f.worker(by_seed=scripted(f, 3), group=3)
         strings = [" wide", "such a thing"]
@@ -91,7 +82,7 @@ async def test_stops_end_their_own_choice_only(checkpoint):  # noqa: F811
 
 
 @pytest.mark.parametrize("group", [1, 5])
-async def test_one_lost_choice_is_tried_again_alone(checkpoint, group):  # noqa: F811
+async def test_one_lost_choice_is_tried_again_alone(checkpoint, group):
     async with front(checkpoint) as f:
         cues = [Cue(100), Cue(4, lost()), Cue(100)]  # the second call of three
         first = await f.worker("d0", by_seed=scripted(f, 3), cues=cues, group=group, pace_s=0.002)
@@ -108,7 +99,7 @@ async def test_one_lost_choice_is_tried_again_alone(checkpoint, group):  # noqa:
         assert f.sample("migrations_total", outcome="resumed") == 1
 
 
-async def test_when_one_choice_cannot_be_saved_all_end(checkpoint, monkeypatch):  # noqa: F811
+async def test_when_one_choice_cannot_be_saved_all_end(checkpoint, monkeypatch):
     monkeypatch.setattr("coordinator.routing.retry.FIRST_BACKOFF_S", 0.001)
     monkeypatch.setattr("coordinator.routing.retry.MAX_ATTEMPTS", 2)
     async with front(checkpoint) as f:
@@ -123,7 +114,7 @@ async def test_when_one_choice_cannot_be_saved_all_end(checkpoint, monkeypatch):
         await asyncio.wait_for(f.coordinator.pipeline.idle.wait(), 5)
 
 
-async def test_a_client_that_goes_away_ends_all_choices(checkpoint):  # noqa: F811
+async def test_a_client_that_goes_away_ends_all_choices(checkpoint):
     async with front(checkpoint) as f:
         worker = await f.worker(by_seed=scripted(f, 8), pace_s=0.05, group=1)
         call = f.call(n=8, sampling=sampling(), stop=stop(max_tokens=60))
@@ -141,7 +132,7 @@ async def test_a_client_that_goes_away_ends_all_choices(checkpoint):  # noqa: F8
         assert f.sample("request_failures_total", code="cancelled") == 1
 
 
-async def test_admission_counts_choices(checkpoint):  # noqa: F811
+async def test_admission_counts_choices(checkpoint):
     async with front(checkpoint, max_queued_requests=4) as f:
         await f.worker(by_seed=scripted(f, 3), pace_s=0.05, group=1)
         call = f.call(n=3, sampling=sampling(), stop=stop(max_tokens=15))
@@ -157,7 +148,7 @@ async def test_admission_counts_choices(checkpoint):  # noqa: F811
         assert {r.index for r in responses} == set(range(6))
 
 
-async def test_choices_do_not_all_hang_on_one_prefill_worker(checkpoint):  # noqa: F811
+async def test_choices_do_not_all_hang_on_one_prefill_worker(checkpoint):
     """All wait for the first prompt; where its prefill worker is stuck, the next has another."""
     async with front(checkpoint) as f:
         worker = await f.worker(by_seed=scripted(f, 3))
@@ -167,7 +158,7 @@ async def test_choices_do_not_all_hang_on_one_prefill_worker(checkpoint):  # noq
         assert sorted(r.prefill.worker_id for r in worker.requests) == ["p0", "p1", "p1"]
 
 
-async def test_choices_are_resumed_each_by_itself(checkpoint):  # noqa: F811
+async def test_choices_are_resumed_each_by_itself(checkpoint):
     async with front(checkpoint) as f:
         worker = await f.worker(by_seed=scripted(f, 3), group=4)
         expected = [a[:10] for a in answers(f, 3)]
@@ -188,7 +179,7 @@ async def test_choices_are_resumed_each_by_itself(checkpoint):  # noqa: F811
         assert tops == [1000 + i for i in range(6, 10)], "only of the new ones"
 
 
-async def test_choices_are_resumed_at_one_home(checkpoint):  # noqa: F811
+async def test_choices_are_resumed_at_one_home(checkpoint):
     """That of the first one that goes on: they share the prompt's blocks."""
     async with front(checkpoint) as f:
         workers = [await f.worker(f"d{i}", by_seed=scripted(f, 3)) for i in range(3)]
@@ -233,7 +224,7 @@ def check_entries(entries, ids, first, count, text_of):
 
 @pytest.mark.parametrize("count", [0, 3])
 @pytest.mark.parametrize("group", [1, 7])
-async def test_one_entry_a_token_also_across_a_loss(checkpoint, group, count):  # noqa: F811
+async def test_one_entry_a_token_also_across_a_loss(checkpoint, group, count):
     async with front(checkpoint) as f:
         await f.worker("d0", cues=[Cue(5, lost())], group=group)
         await f.worker("d1", group=group)
@@ -246,7 +237,7 @@ async def test_one_entry_a_token_also_across_a_loss(checkpoint, group, count):  
             assert len(delta.logprobs) == len(delta.token_ids)
 
 
-async def test_held_back_text_does_not_hold_entries_back(checkpoint):  # noqa: F811
+async def test_held_back_text_does_not_hold_entries_back(checkpoint):
     async with front(checkpoint) as f:
         text = "雪が降る。"
         ids = f.coordinator.model.tokenizer.encode(text)
@@ -262,7 +253,7 @@ async def test_held_back_text_does_not_hold_entries_back(checkpoint):  # noqa: F
         assert any("\ufffd" in piece for piece in pieces)
 
 
-async def test_without_asking_there_are_none(checkpoint):  # noqa: F811
+async def test_without_asking_there_are_none(checkpoint):
     async with front(checkpoint) as f:
         worker = await f.worker()
         assert told(await collect(f.call(stop=stop(max_tokens=5))))[1] == []
@@ -272,7 +263,7 @@ async def test_without_asking_there_are_none(checkpoint):  # noqa: F811
 # -- the prompt ------------------------------------------------------------------------------------
 
 
-async def test_echo_comes_first_and_once(checkpoint):  # noqa: F811
+async def test_echo_comes_first_and_once(checkpoint):
     async with front(checkpoint) as f:
         worker = await f.worker(by_seed=scripted(f, 3), group=2)
         f.prefill()
@@ -291,7 +282,7 @@ async def test_echo_comes_first_and_once(checkpoint):  # noqa: F811
         assert f.coordinator.model.limits.vocab_size > max(first.prompt.token_ids)
 
 
-async def test_echo_alone_needs_no_worker(checkpoint):  # noqa: F811
+async def test_echo_alone_needs_no_worker(checkpoint):
     async with front(checkpoint) as f:
         output = inference_pb2.Output(echo=True)
         prompt, done = await collect(f.call(prompt=TEXT, output=output, stop=stop(max_tokens=0)))
@@ -304,7 +295,7 @@ async def test_echo_alone_needs_no_worker(checkpoint):  # noqa: F811
 @pytest.mark.parametrize("max_tokens", [0, 5])
 @pytest.mark.parametrize("after", [None, 0, 3])
 async def test_the_prompt_s_logprobs_once_also_across_a_loss(
-    checkpoint,  # noqa: F811
+    checkpoint,
     max_tokens,
     after,
 ):
@@ -332,7 +323,7 @@ async def test_the_prompt_s_logprobs_once_also_across_a_loss(
             assert request.HasField("num_prompt_logprobs") != told_before
 
 
-async def test_choices_wait_for_the_prompt_s_part(checkpoint):  # noqa: F811
+async def test_choices_wait_for_the_prompt_s_part(checkpoint):
     async with front(checkpoint) as f:
         worker = await f.worker(by_seed=scripted(f, 3))
         output = inference_pb2.Output(prompt_logprobs=0)
@@ -343,7 +334,7 @@ async def test_choices_wait_for_the_prompt_s_part(checkpoint):  # noqa: F811
         assert [r.HasField("num_prompt_logprobs") for r in worker.requests] == [True, False, False]
 
 
-async def test_a_prompt_of_one_token_has_nothing_to_tell(checkpoint):  # noqa: F811
+async def test_a_prompt_of_one_token_has_nothing_to_tell(checkpoint):
     async with front(checkpoint) as f:
         await f.worker()
         output = inference_pb2.Output(prompt_logprobs=3)
@@ -354,7 +345,7 @@ async def test_a_prompt_of_one_token_has_nothing_to_tell(checkpoint):  # noqa: F
             assert got[-1].finished.usage.completion_tokens == max_tokens
 
 
-def test_text_of_a_token_is_what_it_writes_alone(checkpoint):  # noqa: F811
+def test_text_of_a_token_is_what_it_writes_alone(checkpoint):
     tokenizer = checkpoint[1]
     assert tokenizer.text_of(2) == "<|im_end|>"
     assert tokenizer.text_of(10**6) == ""

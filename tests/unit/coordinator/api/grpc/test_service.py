@@ -4,19 +4,14 @@ import asyncio
 import subprocess
 import sys
 import time
-from contextlib import asynccontextmanager
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2
 
 from coordinator.client import AsyncClient, Client, Done, TextDelta
-from coordinator.cluster.worker import HEARTBEAT_S, Hello, Load
+from coordinator.cluster.worker import HEARTBEAT_S, Load
 from coordinator.routing.affinity import affinity_token_of
-from coordinator.server import Coordinator
-from coordinator.text.chat_template import ChatTemplate
-from coordinator.text.served_model import ServedModel
-from coordinator.text.tokenizer import Tokenizer
 from engine.base.errors import (
     ConfigError,
     InvalidRequest,
@@ -25,117 +20,15 @@ from engine.base.errors import (
     Overloaded,
     Unavailable,
 )
-from engine.base.options import FrontOptions
-from engine.base.types import PROTOCOL_VERSION, Peer, Role
-from engine.checkpoint.source import resolve
+from engine.base.types import PROTOCOL_VERSION
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from engine.rpc.channel import open_channel
 from engine.rpc.convert import identity_to_pb
-from engine.rpc.status import DETAILS_KEY, PUSHBACK_KEY
+from engine.rpc.status import PUSHBACK_KEY
 from engine.rpc.trust import ClusterToken
-from tests.support.fake_decode import Cue, FakeDecode, identity, lost
-
-TEXT = "The river was wide and slow, and nobody knew where it began. " * 4
-PROMPT = list(range(1000, 1040))  # two whole blocks and a tail
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    found = resolve("smollm2", progress=False)
-    return found, Tokenizer.load(found.folder), ChatTemplate.load(found.folder)
-
-
-class Front:
-    """A coordinator with scripted workers, and a client's view of it."""
-
-    def __init__(self, coordinator, answer):
-        self.coordinator = coordinator
-        self.answer = answer
-        self.workers = []
-        self.channel = open_channel(coordinator.address)
-        self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
-
-    async def worker(self, name="d0", incarnation=None, max_model_len=8192, **script):
-        worker = FakeDecode(self.answer, name=name, **script)
-        await worker.start(incarnation or f"of-{name}")
-        self.workers.append(worker)
-        model = identity(max_model_len=max_model_len)
-        self.coordinator.membership.register(
-            Hello(worker.peer, Role.DECODE, "", model, PROTOCOL_VERSION)
-        )
-        return worker
-
-    def prefill(self, name="p0"):
-        peer = Peer(name, f"of-{name}", "127.0.0.1:1")
-        self.coordinator.membership.register(
-            Hello(peer, Role.PREFILL, "", identity(), PROTOCOL_VERSION)
-        )
-
-    def call(self, *, timeout=10, prompt=PROMPT, **fields):
-        if isinstance(prompt, str):
-            fields["text"] = prompt
-        else:
-            fields["token_ids"] = inference_pb2.TokenIds(ids=prompt)
-        return self.stub.Generate(inference_pb2.GenerateRequest(**fields), timeout=timeout)
-
-    async def ask(self, **fields):
-        """(text, token ids, Finished) of one answer."""
-        return read(await collect(self.call(**fields)))
-
-    def sample(self, name, **labels):
-        labels["model_name"] = "smollm2"
-        return self.coordinator.registry.get_sample_value("diptych_" + name, labels)
-
-
-def read(responses):
-    deltas = [r.delta for r in responses if r.HasField("delta")]
-    assert responses[-1].HasField("finished")
-    text = "".join(d.text for d in deltas)
-    return text, [i for d in deltas for i in d.token_ids], responses[-1].finished
-
-
-async def collect(call):
-    return [message async for message in call]
-
-
-async def error_of(call):
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await collect(call)
-    return caught.value
-
-
-def details_of(error, kind):
-    metadata = dict(error.trailing_metadata())
-    for detail in status_pb2.Status.FromString(metadata[DETAILS_KEY]).details:
-        message = kind()
-        if detail.Unpack(message):
-            return message
-    raise AssertionError(f"no {kind.__name__}")
-
-
-@asynccontextmanager
-async def front(checkpoint, max_model_len=0, **options):
-    options = {"listen": "127.0.0.1:0", "http": "127.0.0.1:0", "worker_wait_s": 5.0, **options}
-    found, tokenizer, template = checkpoint
-    model = ServedModel("smollm2", found.config, tokenizer, template, max_model_len)
-    coordinator = Coordinator(FrontOptions(**options), model)
-    await coordinator.start()
-    it = Front(coordinator, model.tokenizer.encode(TEXT))
-    try:
-        yield it
-        assert coordinator.pipeline.num_requests == 0, "a request was not let go"
-        assert it.sample("num_requests_waiting") == 0
-        assert it.sample("num_requests_running") == 0
-    finally:
-        await it.channel.close()
-        await coordinator.stop()
-        for worker in it.workers:
-            await worker.stop()
-
-
-def stop(**fields):
-    return inference_pb2.Stop(**fields)
+from tests.support.fake_decode import Cue, identity, lost
+from tests.support.grpc_front import PROMPT, TEXT, collect, details_of, error_of, front, read, stop
 
 
 async def test_an_answer_streams_with_usage_and_timing(checkpoint):
