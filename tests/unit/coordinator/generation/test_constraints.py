@@ -22,7 +22,7 @@ from tests.support.grpc_front import collect, details_of, error_of, read, stop
 
 
 @pytest.fixture(scope="module", autouse=True)
-def checker(checkpoint):  # noqa: F811
+def checker(checkpoint):
     """One set of processes for all tests: their start takes a second."""
     found, _, _ = checkpoint
     config = found.config
@@ -132,7 +132,7 @@ async def test_what_is_resumed_must_fit(checkpoint):
         assert len(worker.requests) == 1
 
 
-async def test_a_large_schema_does_not_hold_others_up(checkpoint):  # noqa: F811
+async def test_a_large_schema_does_not_hold_others_up(checkpoint):
     """Its compilation takes long; a short answer beside it does not."""
     async with front(checkpoint) as f:
         await f.worker()
@@ -234,7 +234,7 @@ async def test_a_lax_tool_loses_what_cannot_be_compiled_and_others_keep_theirs(
 
 
 async def test_a_strict_tool_that_cannot_be_compiled_is_refused_by_its_index(
-    checkpoint,  # noqa: F811
+    checkpoint,
 ):
     async with front(checkpoint) as f:
         await f.worker()
@@ -257,7 +257,7 @@ async def test_the_schema_of_text_is_named_where_it_cannot_be_compiled(checkpoin
         assert violation.field == "constraint.json_schema"
 
 
-async def test_what_is_too_much_together_is_held_in_part(checkpoint, checker, monkeypatch):  # noqa: F811
+async def test_what_is_too_much_together_is_held_in_part(checkpoint, checker, monkeypatch):
     """The longest lax schemas are dropped first, strict ones never."""
 
     def large(name, count, **more):
