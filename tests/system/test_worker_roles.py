@@ -27,8 +27,8 @@ from engine.rpc.server import RpcServer
 from engine.rpc.trust import ClusterToken
 from engine.telemetry.metrics import CoordinatorMetrics
 from tests.support.paths import DATA, ROOT
+from tests.support.stack import EXACT
 from tests.support.worker_pair import collect
-from tests.system.conftest import EXACT
 
 ORACLE = json.loads((DATA / "greedy_fp32.json").read_text())
 CASE = next(case for case in ORACLE if len(case["prompt"]) == 300)
