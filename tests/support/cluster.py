@@ -55,7 +55,7 @@ class Shape:
 
 
 class Cluster:
-    """Use as a context manager; inside, everybody has registered everywhere."""
+    """A context manager; inside, every worker has registered at every coordinator."""
 
     def __init__(
         self, folder: Path, shape: Shape | None = None, network: Network | None = None
@@ -190,7 +190,7 @@ class Cluster:
     def _all_coordinators(self) -> list[str]:
         return [name for name in self._places if name.startswith("coordinator-")]
 
-    # -- what it says of itself --------------------------------------------------------------------
+    # -- its state ------------------------------------------------------------------------
 
     def rows(self, coordinator: str = "coordinator-0") -> dict[str, admin_pb2.Worker]:
         """ListWorkers by worker id; nothing while the coordinator does not answer."""
@@ -223,7 +223,7 @@ class Cluster:
             for place in self.places:
                 bad = [end.status for end in place.ends if end.status in (1, 2)]
                 assert not bad, f"{place.name} cannot start:\n{self.tail(place.name)}"
-            assert time.monotonic() < deadline, self._who_is_missing()
+            assert time.monotonic() < deadline, self._missing()
             time.sleep(0.1)
 
     def tail(self, name: str, num_lines: int = 40) -> str:
@@ -239,7 +239,7 @@ class Cluster:
             lines = log.read().decode(errors="replace").splitlines()
         return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
-    def _who_is_missing(self) -> str:
+    def _missing(self) -> str:
         seen = {c: {n: r.state for n, r in self.rows(c).items()} for c in self._all_coordinators()}
         dead = [place.name for place in self.places if not place.held and not place.alive]
         tails = "\n".join(f"-- {name}\n{self.tail(name, 15)}" for name in dead)

@@ -1,12 +1,12 @@
 """The network between the processes of a cluster, and how it is cut in one direction.
 
-    Loopback     everybody on 127.0.0.1; nothing can be cut
+    Loopback     all on 127.0.0.1; nothing can be cut
     Namespaces   root: a network namespace a process, joined by a bridge; real packets are lost
-    TcpProxy  else: a TCP proxy before every process, which stops to forward (`switchboard.py`)
+    TcpProxy     else: a TCP proxy before every process, which stops to forward (tcp_proxy.py)
 
 A cut by `Namespaces` is silent, as a dead cable is: the sender's neighbour table gets a hardware
-address that nobody has, so that its packets leave and arrive nowhere. A route of kind `blackhole`
-would tell local senders at once.
+address that does not exist, so that its packets leave and arrive nowhere. A route of kind
+`blackhole` would fail local senders at once.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import os
 import subprocess
 from typing import Protocol
 
-_NOBODY = "02:de:ad:00:00:01"
+_NO_HARDWARE = "02:de:ad:00:00:01"
 _tags = itertools.count(1)
 
 
 class Network(Protocol):
-    """Who listens where, by which address others reach it, and what is cut."""
+    """Where each process listens, by which address others reach it, and what is cut."""
 
     def join(self, name: str) -> None:
         """Give `name` its place; once, before it starts."""
@@ -64,7 +64,7 @@ class Loopback:
         return []
 
     def started(self, name: str, pid: int) -> None:
-        """Nobody asks who it is."""
+        """Nothing depends on the process."""
 
     def cut(self, source: str, target: str) -> None:
         raise NotImplementedError("a loopback device cannot be cut")
@@ -129,7 +129,7 @@ class Namespaces:
         """The kernel knows it by its namespace."""
 
     def cut(self, source: str, target: str) -> None:
-        self._neighbour(source, target, "replace", "lladdr", _NOBODY, "nud", "permanent")
+        self._neighbour(source, target, "replace", "lladdr", _NO_HARDWARE, "nud", "permanent")
         self._cuts.add((source, target))
 
     def heal(self) -> None:

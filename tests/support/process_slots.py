@@ -68,7 +68,7 @@ class ProcessSlot:
         os.kill(self.pid, number)
 
     def freeze(self) -> None:
-        """SIGSTOP, and wait until the kernel says that it stands still."""
+        """SIGSTOP, and wait until the kernel has stopped it."""
         os.kill(self.pid, signal.SIGSTOP)
         self.stopped = True
         deadline = time.monotonic() + 5
@@ -100,7 +100,7 @@ class Keeper:
     """The supervisor of all places of a cluster."""
 
     def __init__(self, on_start: Callable[[str, int], None]) -> None:
-        """`on_start` is told of each new process: name and pid."""
+        """`on_start` gets the name and pid of each new process."""
         self.places: list[ProcessSlot] = []
         self._on_start = on_start
         self._closing = False

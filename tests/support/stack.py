@@ -130,7 +130,7 @@ class Stack:
         return sum(w.state == "ready" for w in workers) == self.num_workers
 
     def workers(self, role: str = "") -> list[admin_pb2.Worker]:
-        """What ListWorkers says; nothing while the coordinator does not answer."""
+        """What ListWorkers lists; nothing while the coordinator does not answer."""
         try:
             workers = self.client.workers(timeout_s=5)
         except (DiptychError, grpc.RpcError):
