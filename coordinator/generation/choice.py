@@ -26,6 +26,7 @@ from coordinator.routing.admission import Ticket
 from coordinator.routing.affinity import Affinity
 from coordinator.routing.harmed_workers import Trial
 from coordinator.routing.policy import Plan, Policy
+from coordinator.routing.retry import Retry
 from coordinator.text.detokenizer import place_prompt
 from coordinator.text.served_model import ServedModel
 from coordinator.text.stops import StopSet
@@ -147,17 +148,16 @@ class ChoiceRunner:
         )
 
     def _dispatch(self, shared: Shared, output: Output) -> Dispatch:
-        return Dispatch(
+        retry = Retry(
+            self._policy,
             self._membership,
             worker_wait_s=self._worker_wait_s,
             deadline_s=shared.ticket.deadline_s,
-            policy=self._policy,
-            clock=self._clock,
+            max_tokens=len(shared.prompt) + output.max_tokens,
             affinity=shared.affinity,
-            check_open=self._check_open,
-            num_tokens=len(shared.prompt) + output.max_tokens,
             trial=self._trial,
         )
+        return Dispatch(retry, self._membership, clock=self._clock, check_open=self._check_open)
 
     async def _catch_up(self, output: Output) -> None:
         """Take the resumed tokens, in pieces between which other requests go on."""

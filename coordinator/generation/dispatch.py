@@ -10,9 +10,7 @@ from collections.abc import Callable
 
 from coordinator.cluster.membership import Membership
 from coordinator.cluster.worker import ClusterView
-from coordinator.routing.affinity import Affinity
-from coordinator.routing.harmed_workers import Trial
-from coordinator.routing.policy import POLICIES, Plan, Policy
+from coordinator.routing.policy import Plan
 from coordinator.routing.retry import Call, GiveUp, Retry, Wait
 from engine.base.errors import DeadlineExceeded, Unavailable
 from engine.telemetry.log import get_logger
@@ -25,40 +23,23 @@ class Dispatch:
 
     def __init__(
         self,
+        retry: Retry,
         membership: Membership,
         *,
-        worker_wait_s: float,
-        deadline_s: float,
-        policy: Policy = POLICIES["least_loaded"],
         clock: Callable[[], float] = time.monotonic,
-        affinity: Affinity | None = None,
         check_open: Callable[[], None] = lambda: None,
-        num_tokens: int = 0,
-        trial: Trial | None = None,
     ) -> None:
-        """`check_open` raises Unavailable when there are to be no more attempts.
-
-        `num_tokens`: the longest that prompt and output may become; a decode worker holds as many.
-        """
+        """`check_open` raises Unavailable when there are to be no more attempts."""
+        self._retry = retry
         self._membership = membership
-        self._deadline_s = deadline_s
         self._clock = clock
         self._check_open = check_open
-        self._retry = Retry(
-            policy,
-            membership,
-            worker_wait_s=worker_wait_s,
-            deadline_s=deadline_s,
-            max_tokens=num_tokens,
-            affinity=affinity,
-            trial=trial,
-        )
-        self.progressed = self._retry.progressed
-        self.close = self._retry.close
+        self.progressed = retry.progressed
+        self.close = retry.close
 
     def remaining_s(self) -> float:
         """Time until the request's deadline; raises DeadlineExceeded where there is none."""
-        remaining_s = self._deadline_s - self._clock()
+        remaining_s = self._retry.deadline_s - self._clock()
         if remaining_s <= 0:
             raise DeadlineExceeded("the request's time ran out")
         return remaining_s

@@ -53,11 +53,11 @@ class HarmedWorkers:
 
     def __init__(self, trial: Trial) -> None:
         self._trial = trial
-        self._workers: dict[str, str] = {}  # incarnation -> worker_id
+        self.workers: dict[str, str] = {}  # incarnation -> worker_id
 
     def may_begin(self, now_s: float) -> bool:
         """Whether an attempt may begin now."""
-        return len(self._workers) < MAX_HARMED - 1 or self._trial.begin(self, now_s)
+        return len(self.workers) < MAX_HARMED - 1 or self._trial.begin(self, now_s)
 
     def add(
         self, worker: Worker, num_lost_beside: Callable[[Container[str]], int]
@@ -66,29 +66,19 @@ class HarmedWorkers:
 
         `num_lost_beside`: how many workers were lost lately that are not among some incarnations.
         """
-        self._workers[worker.peer.incarnation] = worker.peer.worker_id
-        num = len(self._workers)
-        if num < MAX_HARMED or (num < MOST_HARMED and num_lost_beside(self._workers) >= num):
+        self.workers[worker.peer.incarnation] = worker.peer.worker_id
+        num = len(self.workers)
+        if num < MAX_HARMED or (num < MOST_HARMED and num_lost_beside(self.workers) >= num):
             return None
         return WorkersLost(
             f"{num} workers were lost under this request without a token in between; it is not"
             " sent to more"
         )
 
-    @property
-    def incarnations(self) -> tuple[str, ...]:
-        """The processes that were lost."""
-        return tuple(self._workers)
-
-    @property
-    def worker_ids(self) -> list[str]:
-        """Their names, for the log."""
-        return list(self._workers.values())
-
     def clear(self) -> bool:
         """A token came; whether that ends a trial."""
-        had = bool(self._workers)
-        self._workers.clear()
+        had = bool(self.workers)
+        self.workers.clear()
         return had and self.end_trial()
 
     def end_trial(self) -> bool:

@@ -26,10 +26,9 @@ longer or shorter than a `Wait` asks changes no decision, only the moment when i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
+from coordinator.cluster.membership import Membership
 from coordinator.cluster.worker import ClusterView, Worker
 from coordinator.routing.affinity import Affinity, model_tag
 from coordinator.routing.harmed_workers import HarmedWorkers, Trial
@@ -81,32 +80,13 @@ class _Failure:
     judged_s: float  # when they are decided; monotonic
 
 
-class Reports(Protocol):
-    """What attempts reveal about workers, and what is known of others: see Membership."""
-
-    def penalize(self, worker: Worker) -> None:
-        """The worker failed a request."""
-
-    def accuse(self, worker: Worker, witness: Worker) -> None:
-        """Another worker computed what this one could not, as `witness` found."""
-
-    def num_lost_beside(self, incarnations: Container[str]) -> int:
-        """Number of processes lost lately that are not among `incarnations`."""
-
-    def explain_losses(self, incarnations: Iterable[str]) -> None:
-        """One request was the reason for these losses."""
-
-    def wake(self) -> None:
-        """Requests that wait may go on."""
-
-
 class Retry:
     """The attempts of one choice of a request. Moments are those of the views' clock."""
 
     def __init__(
         self,
         policy: Policy,
-        reports: Reports,
+        membership: Membership,
         *,
         worker_wait_s: float,
         deadline_s: float,
@@ -114,14 +94,15 @@ class Retry:
         affinity: Affinity | None = None,
         trial: Trial | None = None,
     ) -> None:
-        """`max_tokens`: the longest that prompt and output may become.
+        """`max_tokens`: the longest that prompt and output may become; a decode worker holds it.
 
-        `worker_wait_s`: how long an attempt waits for a decode worker.
+        `worker_wait_s`: how long an attempt waits for a decode worker. Attempts report what they
+        reveal about workers to `membership`, which has the clock of the views.
         """
         self._policy = policy
-        self._reports = reports
+        self._membership = membership
         self._worker_wait_s = worker_wait_s
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
         self._max_tokens = max_tokens
         self._affinity = affinity or Affinity()
         self._failures: Counter[str] = Counter()  # by incarnation
@@ -190,9 +171,9 @@ class Retry:
 
     def _wait(self, cluster: ClusterView, until_s: float) -> Wait | GiveUp:
         """Until a moment, the deadline at most."""
-        if cluster.now_s >= self._deadline_s:
+        if cluster.now_s >= self.deadline_s:
             return GiveUp(DeadlineExceeded("the request's time ran out"))
-        return Wait(min(until_s, self._deadline_s) - cluster.now_s)
+        return Wait(min(until_s, self.deadline_s) - cluster.now_s)
 
     def progressed(self) -> None:
         """New tokens came: earlier failures no longer count."""
@@ -204,15 +185,15 @@ class Retry:
         used = {w.peer.incarnation for w in (self._plan.decode, self._plan.prefill) if w}
         for suspect, witness in self._suspects:
             if suspect.peer.incarnation not in used:
-                self._reports.accuse(suspect, witness)
+                self._membership.accuse(suspect, witness)
         self._suspects = []
         if self._harm.clear():
-            self._reports.wake()
+            self._membership.wake()
 
     def close(self) -> None:
         """The attempt is over, however it ended."""
         if self._harm.end_trial():
-            self._reports.wake()
+            self._membership.wake()
 
     def failed(self, plan: Plan, error: Unavailable, now_s: float) -> None:
         """An attempt was lost. `after_failure` decides what follows."""
@@ -222,7 +203,7 @@ class Retry:
         elif self._affinity.decode == lost.peer.incarnation:
             self._affinity.decode = ""
         self._failures[lost.peer.incarnation] += 1
-        self._reports.penalize(lost)
+        self._membership.penalize(lost)
         if error.sick:
             witnesses = [witness.peer for _, witness in self._suspects]
             if lost is not plan.decode and plan.decode.peer in witnesses:
@@ -248,10 +229,10 @@ class Retry:
         error, lost = failure.error, failure.lost
         is_gone = failure.is_prefill and not cluster.is_heard(lost.peer.incarnation)
         if isinstance(error, WorkerLost) or error.sick or is_gone:
-            found = self._harm.add(lost, self._reports.num_lost_beside)
+            found = self._harm.add(lost, self._membership.num_lost_beside)
             if found is not None:
-                self._reports.explain_losses(self._harm.incarnations)
-                return GiveUp(found, tuple(self._harm.worker_ids))
+                self._membership.explain_losses(self._harm.workers)
+                return GiveUp(found, tuple(self._harm.workers.values()))
         if self._num_failed >= MAX_ATTEMPTS:
             message = f"{self._num_failed} attempts failed, the last with: {error.message}"
             return GiveUp(Unavailable(message))

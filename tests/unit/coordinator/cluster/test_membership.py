@@ -8,6 +8,7 @@ from coordinator.cluster.membership import Membership
 from coordinator.cluster.worker import FORGET_S, PENALTY_S, SILENCE_S, Hello, Load
 from coordinator.generation.dispatch import Dispatch
 from coordinator.routing.policy import LeastLoaded, RequestView
+from coordinator.routing.retry import Retry
 from engine.base.errors import Mismatch
 from engine.base.types import PROTOCOL_VERSION, Peer, Role
 from engine.rpc.liveness import STALL_S, STUCK_LOOP_S
@@ -155,7 +156,8 @@ async def test_a_prompt_goes_to_a_prefill_worker_that_holds_it(num_tokens, prefi
     table, _ = make()
     table.register(hello("d0", max_model_len=8192))
     table.register(hello("p0", Role.PREFILL, max_model_len=1024))
-    dispatch = Dispatch(table, worker_wait_s=0, deadline_s=1e9, num_tokens=num_tokens)
+    retry = Retry(LeastLoaded(), table, worker_wait_s=0, deadline_s=1e9, max_tokens=num_tokens)
+    dispatch = Dispatch(retry, table)
     if prefill == "p1":
         assert (await dispatch.next(num_tokens)).prefill is None
     table.register(hello("p1", Role.PREFILL, max_model_len=8192))

@@ -17,6 +17,8 @@ from coordinator.cluster.registry_service import RegistryServicer
 from coordinator.cluster.worker import PENALTY_S, Hello, Load, Worker
 from coordinator.commands.terminal import _state
 from coordinator.generation.dispatch import Dispatch
+from coordinator.routing.policy import LeastLoaded
+from coordinator.routing.retry import Retry
 from engine.base.errors import Unavailable
 from engine.base.types import PROTOCOL_VERSION, Health, ModelIdentity, Peer, Role
 from engine.pb.diptych.internal.v1 import registry_pb2
@@ -61,9 +63,9 @@ class Table:
             self.beat()
 
     def dispatch(self) -> Dispatch:
-        return Dispatch(
-            self.members, worker_wait_s=1.0, deadline_s=self.now + 60, clock=lambda: self.now
-        )
+        deadline_s = self.now + 60
+        retry = Retry(LeastLoaded(), self.members, worker_wait_s=1.0, deadline_s=deadline_s)
+        return Dispatch(retry, self.members, clock=lambda: self.now)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,8 @@ from coordinator.cluster.membership import Membership
 from coordinator.cluster.worker import Hello, Load
 from coordinator.generation.dispatch import Dispatch
 from coordinator.routing.harmed_workers import Trial
-from coordinator.routing.policy import Plan
+from coordinator.routing.policy import LeastLoaded, Plan
+from coordinator.routing.retry import Retry
 from engine.base.errors import Silent, Unavailable, WorkerLost, WorkersLost
 from engine.base.types import PROTOCOL_VERSION, Peer, Role
 from engine.rpc.status import from_rpc_error, to_status
@@ -52,13 +53,14 @@ class Table:
             self.membership.heartbeat(worker, Load())
 
     def request(self, worker_wait_s=0.0):
-        return Dispatch(
+        retry = Retry(
+            LeastLoaded(),
             self.membership,
             worker_wait_s=worker_wait_s,
             deadline_s=1e9,
-            clock=lambda: self.now_s,
             trial=self.trial,
         )
+        return Dispatch(retry, self.membership, clock=lambda: self.now_s)
 
     async def lose(self, dispatch, error=LOST):
         """The request is sent somewhere, and that worker is lost; its place fills again."""

@@ -11,6 +11,8 @@ from coordinator.cluster.membership import Membership
 from coordinator.cluster.worker import FORGET_S, SILENCE_S, Hello
 from coordinator.generation.dispatch import Dispatch
 from coordinator.routing.affinity import Affinity, affinity_of, affinity_token_of
+from coordinator.routing.policy import LeastLoaded
+from coordinator.routing.retry import Retry
 from engine.base.errors import Mismatch, Unavailable
 from engine.base.types import PROTOCOL_VERSION, ModelIdentity, Peer, Role
 from engine.telemetry.metrics import CoordinatorMetrics
@@ -33,13 +35,14 @@ class Table:
 
     def dispatch(self, affinity: Affinity | None = None) -> Dispatch:
         deadline_s = self.now + 1000
-        return Dispatch(
+        retry = Retry(
+            LeastLoaded(),
             self.members,
             worker_wait_s=0.0,
             deadline_s=deadline_s,
-            clock=lambda: self.now,
             affinity=affinity,
         )
+        return Dispatch(retry, self.members, clock=lambda: self.now)
 
 
 @pytest.fixture(autouse=True)
