@@ -38,7 +38,8 @@ ifdef TESTS
 	$(PYTEST) --junitxml=build/junit/tests.xml $(TESTS) $(PYTEST_ARGS)
 else
 	@status=0; \
-	$(PYTEST) --junitxml=build/junit/pure.xml -n $(JOBS) --dist loadfile $(PURE) $(PYTEST_ARGS) \
+	$(BIN)/python -c "from engine.kernels import kernels; kernels()"; \
+	OMP_NUM_THREADS=1 $(PYTEST) --junitxml=build/junit/pure.xml -n $(JOBS) --dist loadfile $(PURE) $(PYTEST_ARGS) \
 	  || status=$$?; \
 	$(PYTEST) --junitxml=build/junit/stacks.xml $(STACKS) $(PYTEST_ARGS) || status=$$?; \
 	exit $$status

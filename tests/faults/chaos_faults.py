@@ -19,8 +19,9 @@ import httpx
 
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc
 from engine.rpc.channel import open_channel
-from tests.support.cluster import LEASE_TTL_S, Cluster
+from tests.support.cluster import Cluster
 from tests.support.process_slots import ProcessSlot
+from tests.support.timeouts import LEASE_TTL_S
 
 _WEIGHTS = {"kill": 6, "freeze": 3, "cut": 3, "drain": 2, "hurry": 1, "coordinator": 2}
 _BETWEEN_S = (1.5, 5.0)

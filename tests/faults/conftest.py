@@ -1,14 +1,15 @@
-"""The clusters of the fault suite, shared by as many rows as can share one.
+"""The clusters of the fault suite, shared by as many scenarios as can share one.
 
-    bench    2 + 2 lab workers, 2 coordinators, one loopback device: most rows
+    bench    2 + 2 workers with fault injection, 2 coordinators, one loopback device: most scenarios
     net      2 + 2 plain workers, 1 coordinator, each on a network of its own, reads over TCP
 
-`--full` runs every row at its full length.
+`--full` runs every scenario at its full length.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,18 @@ from tests.faults.scenario import NOTES, Missed, Scenario, TooLate
 from tests.faults.tcp_proxy import TcpProxy
 from tests.support.cluster import Cluster, Shape
 from tests.support.network import Namespaces
+from tests.support.timeouts import CLUSTER
 
 _HERE = Path(__file__).parent
 _oracles: list[Oracle] = []
-# Bounds small enough that a row reaches them: overload, no decode worker in sight, an endless read.
-# A read that does not end is given up, and its memory taken back, within a row's patience.
-WORKER_FLAGS = ("--pull-timeout-s", "5", "--quarantine-s", "3")
-SPARE_FLAGS = ("--worker-wait-s", "2", "--max-queued-requests", "8", "--max-queued-tokens", "1500")
+# Small enough that a scenario reaches them: overload, no decode worker in sight, an endless read.
+# A read that does not end is abandoned, and its memory taken back, while the scenario waits.
+TIMEOUTS = replace(CLUSTER, pull_timeout_s=5.0, quarantine_s=3.0)
+SPARE = replace(CLUSTER, worker_wait_s=2.0)
+SPARE_FLAGS = (
+    *SPARE.coordinator_flags,
+    *("--max-queued-requests", "8", "--max-queued-tokens", "1500"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,7 +60,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     shape = Shape(
         fault_injection=True,
         env=skew.env if skew else None,
-        worker_flags=WORKER_FLAGS,
+        timeouts=TIMEOUTS,
         spare_flags=SPARE_FLAGS,
     )
     with Cluster(folder, shape) as cluster:

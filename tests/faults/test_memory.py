@@ -16,7 +16,8 @@ from tests.faults.asks import Stream
 from tests.faults.bench import Bench
 from tests.faults.leases import calls, leased
 from tests.faults.scenario import Scenario, TooLate, fresh_salt, struck
-from tests.support.cluster import LEASE_TTL_S, NUM_BLOCKS, Cluster
+from tests.support.cluster import NUM_BLOCKS, Cluster
+from tests.support.timeouts import LEASE_TTL_S
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("one_pair")]
 

@@ -12,8 +12,8 @@ import time
 import pytest
 
 from tests.faults.scenario import LONG, SILENT_S, Scenario
-from tests.support.cluster import LEASE_TTL_S
 from tests.support.network import Namespaces
+from tests.support.timeouts import LEASE_TTL_S
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -12,7 +12,7 @@ import pytest
 
 from coordinator.cluster.worker import HEARTBEAT_S
 from tests.faults.scenario import LONG, SILENT_S, Scenario, struck
-from tests.support.cluster import LEASE_TTL_S
+from tests.support.timeouts import LEASE_TTL_S
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults import checks
 from tests.faults.scenario import Scenario
-from tests.support.cluster import LEASE_TTL_S
+from tests.support.timeouts import LEASE_TTL_S
 
 pytestmark = pytest.mark.timeout(600)
 

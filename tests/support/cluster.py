@@ -27,14 +27,12 @@ from engine.kernels import kernels
 from engine.pb.diptych.v1 import admin_pb2
 from tests.support.network import Loopback, Network
 from tests.support.process_slots import Keeper, ProcessSlot
+from tests.support.timeouts import CLUSTER, Timeouts
 
 NATIVE = kernels() is not None
 BLOCK_BYTES = 30 * 2 * 3 * 16 * 64 * (2 if NATIVE else 4)  # of the default model
 NUM_BLOCKS = 108  # one longest request takes 65, two long cases begin and do not end in it
 MAX_MODEL_LEN = 1024
-LEASE_TTL_S = 3.0
-WORKER_WAIT_S = 20.0
-START_S = 120.0
 SPARE = "coordinator-spare"
 
 
@@ -52,6 +50,7 @@ class Shape:
     coordinator_flags: tuple[str, ...] = ()
     spare_flags: tuple[str, ...] = ()  # of one more coordinator, which a row may start: `SPARE`
     env: Mapping[str, str] | None = None  # of workers
+    timeouts: Timeouts = CLUSTER
 
 
 class Cluster:
@@ -85,7 +84,7 @@ class Cluster:
         try:
             for name in (*self.coordinators, *self.workers):
                 self[name].held = False
-            self.until_whole(START_S)
+            self.until_whole(self.shape.timeouts.start_s)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -117,7 +116,7 @@ class Cluster:
         place = self._join(name, "coordinator.cli")
         place.args = [
             *("start", "--workers", "external", "--model", "smollm2"),
-            *("--max-model-len", str(MAX_MODEL_LEN), "--worker-wait-s", str(WORKER_WAIT_S)),
+            *("--max-model-len", str(MAX_MODEL_LEN), *self.shape.timeouts.coordinator_flags),
             *self._doors(name),
             *flags,
         ]
@@ -138,7 +137,7 @@ class Cluster:
             *("start", "--model", "smollm2", "--worker-id", name, *exact()),
             *("--max-model-len", str(MAX_MODEL_LEN), "--num-threads", "1"),
             *("--kv-cache-memory", str(NUM_BLOCKS * BLOCK_BYTES)),
-            *("--lease-ttl-s", str(LEASE_TTL_S)),
+            *self.shape.timeouts.worker_flags,
             *("--coordinator", ",".join(self.address(c) for c in self._all_coordinators())),
             *("--advertise", self.network.reach(name, port)),
             *self._doors(name),

@@ -26,8 +26,8 @@ from engine.rpc.channel import open_channel
 from engine.rpc.local_token import local_token
 from tests.support.http_get import http_get
 from tests.support.paths import ROOT
+from tests.support.timeouts import CLUSTER
 
-START_S = 180.0
 # A stack in which every answer is that of fp32; 512 MiB hold 728 blocks.
 EXACT = ("--dtype", "float32", "--kv-cache-memory", "512MiB", "--max-model-len", "2048")
 DEFAULT = ("--max-model-len", "2048")  # what `coordinator start` does, with our kernels on a CPU
@@ -90,7 +90,7 @@ class Stack:
         self.client = Client(self.address)
         try:
             if self._wait:
-                until(self.ready, START_S, "the stack is ready", 0.1)
+                until(self.ready, CLUSTER.start_s, "the stack is ready", 0.1)
         except BaseException:
             self.__exit__(None, None, None)
             raise

@@ -27,6 +27,7 @@ from kvtransfer.transport import PeerLost, PullTimeout, RemotePool
 from tests.support import kv_worker
 from tests.support.greedy import GREEDY
 from tests.support.stack import EXACT, Stack, metrics_of, until
+from tests.support.timeouts import Timeouts
 
 NUM_BLOCKS, BLOCK_BYTES = 64, 1 << 20
 BLOCKS = list(range(NUM_BLOCKS))
@@ -201,7 +202,7 @@ def test_a_stopped_prefill_worker_costs_a_restart_of_the_data_plane_and_no_answe
 ) -> None:
     for name, value in SLOW_TCP.items():
         monkeypatch.setenv(name, value)
-    flags = ("--quarantine-s", "4", "--quarantine-share", "1")
+    flags = (*Timeouts(quarantine_s=4).stack_flags, "--quarantine-share", "1")
     with Stack(tmp_path, *EXACT, *flags, prefill=2) as stack:
         (d,) = stack.workers("decode")
         decode_pid = stack.pid_of(d.worker_id)

@@ -11,6 +11,7 @@ import pytest
 from tests.support.greedy import greedy
 from tests.support.paths import ROOT
 from tests.support.stack import EXACT, Stack, metrics_of
+from tests.support.timeouts import Timeouts
 
 SHORT = greedy(128)
 SEAM = """import signal, time
@@ -24,7 +25,7 @@ def test_a_worker_whose_event_loop_is_stuck_is_replaced(
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(SEAM)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    flags = (*EXACT, "--worker-hang-s", "5", "--worker-wait-s", "60")
+    flags = (*EXACT, *Timeouts(worker_hang_s=5, worker_wait_s=60).stack_flags)
     with Stack(tmp_path, *flags) as stack:
         first = stuck = stack.pid_of("decode-0")
         tokens: list[int] = []

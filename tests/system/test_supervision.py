@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.greedy import greedy
 from tests.support.stack import EXACT, SharedStacks, Stack, metrics_of, until
+from tests.support.timeouts import Timeouts
 
 LONG = greedy(1500)
 SHORT = greedy(128)
@@ -67,7 +68,7 @@ def test_requests_between_death_and_return_wait_and_finish(stack: Stack) -> None
 
 def test_a_stopped_worker_is_replaced(tmp_path: Path) -> None:
     """SIGSTOP of the only decode worker in mid-answer: it is killed, and the answer goes on."""
-    flags = (*EXACT, "--worker-hang-s", "4", "--worker-wait-s", "60")
+    flags = (*EXACT, *Timeouts(worker_hang_s=4, worker_wait_s=60).stack_flags)
     with Stack(tmp_path, *flags) as stack:
         first = stop = stack.pid_of("decode-0")
         tokens: list[int] = []

@@ -30,8 +30,9 @@ from engine.rpc.channel import open_channel
 from engine.rpc.trust import ClusterToken
 from tests.support.http_get import http_get
 from tests.support.paths import ROOT
-from tests.support.stack import EXACT, START_S, Stack, free_port, until
+from tests.support.stack import EXACT, Stack, free_port, until
 from tests.support.stderr import sentences
+from tests.support.timeouts import CLUSTER, Timeouts
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -39,6 +40,7 @@ FIRST, SECOND, WRONG = (f"{name}-{secrets.token_hex(16)}" for name in ("one", "t
 PROMPT = "Saxifrage 4711 grows where the quiet heron nests; " * 12
 SALT = "salt-of-the-tenant-4711"
 LEASE_TTL_S = 5.0
+TIMEOUTS = Timeouts(lease_ttl_s=LEASE_TTL_S)
 BLOCK_SIZE = 16
 CODES = {None: grpc.StatusCode.UNAUTHENTICATED, WRONG: grpc.StatusCode.PERMISSION_DENIED}
 
@@ -68,7 +70,7 @@ class Cluster:
             )
 
     def worker_flags(self, *token: str) -> tuple[str, ...]:
-        shape = (*EXACT, "--lease-ttl-s", str(LEASE_TTL_S), "--log-format", "json")
+        shape = (*EXACT, *TIMEOUTS.worker_flags, "--log-format", "json")
         return (*shape, "--coordinator", self.address, "--log-level", "debug", *token)
 
     def run(self, command: str, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -118,7 +120,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         for role in ("prefill", "decode"):
             flags = it.worker_flags("--cluster-token-file", file)
             it.start(role, role, *flags, "--worker-id", f"{role}-0")
-        until(it.up, START_S, "the cluster is up", 0.2)
+        until(it.up, CLUSTER.start_s, "the cluster is up", 0.2)
         yield it
     finally:
         it.stop()

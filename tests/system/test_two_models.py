@@ -14,7 +14,8 @@ import pytest
 from engine.base.errors import DiptychError
 from tests.support import tiny_gguf
 from tests.support.paths import ROOT
-from tests.support.stack import START_S, Stack, until
+from tests.support.stack import Stack, until
+from tests.support.timeouts import CLUSTER
 
 FLAGS = ("--dtype", "float32", "--kv-cache-memory", "64MiB")
 
@@ -53,14 +54,24 @@ def test_prefill_and_decode_of_two_models_refuse_each_other(
         Stack(tmp_path, *front, "--model-name", "m", prefill=0, decode=0, wait=False) as stack,
         worker("prefill", ours, stack),
     ):
-        until(lambda: bool(stack.workers("prefill")), START_S, "the prefill worker is ready", 0.2)
+        until(
+            lambda: bool(stack.workers("prefill")),
+            CLUSTER.start_s,
+            "the prefill worker is ready",
+            0.2,
+        )
         with worker("decode", theirs, stack) as refused:
-            _, said = refused.communicate(timeout=START_S)
+            _, said = refused.communicate(timeout=CLUSTER.start_s)
             assert refused.returncode == 2
             assert "numeric_profile" in said
             assert " is not " in said
             with pytest.raises(DiptychError):
                 list(stack.client.generate("hello world", max_tokens=3, timeout_s=5))
         with worker("decode", ours, stack):
-            until(lambda: bool(stack.workers("decode")), START_S, "the decode worker is ready", 0.2)
+            until(
+                lambda: bool(stack.workers("decode")),
+                CLUSTER.start_s,
+                "the decode worker is ready",
+                0.2,
+            )
             assert len(list(stack.client.generate("hello world", max_tokens=3))) > 1
