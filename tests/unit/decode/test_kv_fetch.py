@@ -1,4 +1,4 @@
-"""The intake's edges, with the timing forced: who ends, who goes on, what is kept."""
+"""Edge cases of a fetch, with the timing forced: what ends, what goes on, what is kept."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LONG = tuple(range(41))  # ten whole blocks: with 8 prompt tokens a step, five a
 
 
 async def _calls_end(close: bool) -> None:
-    """Whatever ends the reader of a Prefill call, who waits for its blocks is told."""
+    """Each end of a Prefill call's reader ends the wait for its blocks."""
     async with pair() as (p, _):
         channel = open_channel(p.address)
         request = worker_pb2.PrefillRequest(caller_incarnation="me", token_ids=LONG[:40])
@@ -56,7 +56,7 @@ async def _calls_end(close: bool) -> None:
         await chunks.close()
 
 
-async def test_a_channel_that_is_closed_ends_the_wait_for_blocks() -> None:
+async def test_a_channel_that_closes_ends_the_wait_for_blocks() -> None:
     await _calls_end(close=False)
 
 
@@ -67,7 +67,7 @@ async def test_a_closed_channel_ends_the_wait_for_blocks() -> None:
 async def test_blocks_count_before_their_lease_is_given_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A peer that hangs when it is told to release must not hold up what has passed the fence."""
+    """A peer that hangs in Release must not delay what has passed the fence."""
     async with pair() as (p, d):
         hanging = asyncio.Event()
 
@@ -100,7 +100,7 @@ async def test_blocks_count_before_their_lease_is_given_back(
 async def test_blocks_of_another_prompt_are_refused(
     change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A peer that has lost its way is a lost peer; its blocks are not even read."""
+    """A peer that announces other blocks is a lost peer; its blocks are not even read."""
     publish = BlockPublisher.publish
 
     def astray(self: BlockPublisher, event: AnnouncedEvent) -> worker_pb2.BlocksReady:
@@ -139,7 +139,7 @@ async def test_a_request_out_of_time_does_not_cost_others_their_peer() -> None:
 
 @contextmanager
 def _time_left(left_s: float) -> Iterator[None]:
-    """Decode calls have so much time, and gRPC does not cut them: the pull is what ends late."""
+    """Decode calls have `left_s`, and gRPC does not cut them: the pull ends late."""
     init = _DecodeCall.__init__
 
     def hasty(self_: Any, service: Any, work: Any, request: Any, _: Any) -> None:
@@ -151,7 +151,7 @@ def _time_left(left_s: float) -> Iterator[None]:
 
 
 async def test_an_old_failure_does_not_drop_a_new_connection() -> None:
-    """Who failed on an earlier connection tells nothing of the one that came after it."""
+    """A failure on an earlier connection proves nothing about the next one."""
     async with pair() as (p, d):
         peer = Peer("p", p.host.incarnation, p.address)
         old = await d.host.peers.connect(peer)
@@ -214,10 +214,10 @@ async def test_cancelled_while_a_read_is_under_way_frees_what_it_cannot_write() 
 
 
 @pytest.mark.parametrize("in_read", [False, True], ids=["computing", "reading"])
-async def test_a_silent_peer_is_lost_whatever_is_waited_for(
+async def test_a_silent_peer_is_lost_in_every_wait(
     in_read: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stopped process says nothing and closes nothing; its last read may never end."""
+    """A stopped process sends nothing and closes nothing; its last read may never end."""
     monkeypatch.setattr("prefill.service.BEAT_S", 1000.0)
     gate = threading.Event()
     async with pair() as (p, d):
@@ -231,16 +231,18 @@ async def test_a_silent_peer_is_lost_whatever_is_waited_for(
         assert caught.value.lost == "prefill"
         assert time.monotonic() - begun < SILENCE_S + 1.5
         gate.set()
-        # Its blocks are still promised to a read that has not ended; nobody waits for those.
+        # Its blocks are still held for a read that has not ended; no request waits for those.
         begun = time.monotonic()
         assert await answer(d, None, ask) == ask.answer()
-        assert time.monotonic() - begun < 1.5, "the budget of panels lets an owner take 2 s"
+        assert time.monotonic() - begun < 1.5, (
+            "the budgets of these workers let a producer take 2 s"
+        )
         assert (d.pool().num_held > 0) == in_read
         d.transport.gate = lambda read: ReadState.DONE
         await assert_at_rest(p, d)
 
 
-async def test_a_refusal_in_the_midst_of_a_read_is_no_leave_to_compute() -> None:
+async def test_a_refusal_during_a_read_does_not_let_it_compute() -> None:
     """gRPC itself may end a call as RESOURCE_EXHAUSTED; the read goes on, into blocks that stay."""
     async with pair() as (p, d):
         d.transport.gate = lambda read: ReadState.PENDING
@@ -276,7 +278,7 @@ async def test_a_prompt_that_a_peer_will_not_take_is_computed_here_and_counted()
 
 
 async def test_reads_stale_every_time_end_with_computing_here() -> None:
-    """Three rounds, then the decode worker helps itself."""
+    """Three rounds, then the decode worker computes the blocks."""
     async with pair() as (p, d):
 
         def gate(read: Any) -> ReadState:

@@ -1,4 +1,4 @@
-"""PartsStore: what a key stands for, and how long."""
+"""PartsStore: which parts a key stands for, and how long."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A decode worker whose reads do not end: what it keeps, and how it gets it back by itself."""
+"""A decode worker whose reads do not end: what it keeps, and how it frees that."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Both panels under everything at once: cancels, preemption, stale reads, lost peers. At the end
-nothing is held and no token is wrong.
+"""Both workers under all faults at once: cancels, preemption, stale reads, lost peers.
+
+At the end no block is held and no token is wrong.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import Counter
 import pytest
 
 from kvtransfer.transport import PeerLost, ReadState
-from tests.support import worker_pair as panels
+from tests.support import worker_pair
 from tests.support.worker_pair import (
     Ask,
     PairedWorker,
@@ -29,9 +30,9 @@ SEEN: Counter[str] = Counter()
 
 
 @pytest.mark.parametrize("size", [1, 4, 7])
-async def test_an_answer_through_both_panels(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_through_both_workers(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of one token, of whole blocks to the token, and one more; each continues the last."""
-    monkeypatch.setattr(panels, "SIZE", size)
+    monkeypatch.setattr(worker_pair, "SIZE", size)
     async with pair({"num_blocks": 130}, {"num_blocks": 130}) as (p, d):
         for length in (1, size, size + 1, 2 * size, 2 * size + 1, 5 * size, 33):
             ask = Ask(tuple(range(length)), 6)

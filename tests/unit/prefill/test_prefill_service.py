@@ -1,4 +1,4 @@
-"""Whoever calls Prefill and however the call ends: every announced block gets its owner back."""
+"""However a Prefill call ends, every announced block is given back."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def prefill(p: PairedWorker, owner: str = "me", held: int = 0) -> worker_pb2.Pre
 
 
 class _Context:
-    """What the service asks of a call."""
+    """What the service uses of a gRPC context."""
 
     def time_remaining(self) -> None:
         return None
 
 
-async def test_a_caller_who_goes_before_the_last_word_leaves_no_lease() -> None:
-    """The engine has finished, nobody has read of it: the leases do not wait for their TTL."""
+async def test_a_caller_that_goes_before_the_last_message_leaves_no_lease() -> None:
+    """The engine finished, and its last event was not read: leases do not wait for their TTL."""
     async with pair() as (p, _):
         service = PrefillServicer(p.host)
         call = service.Prefill(prefill(p), _Context())
@@ -53,7 +53,7 @@ async def test_a_caller_who_goes_before_the_last_word_leaves_no_lease() -> None:
 
 
 async def test_a_call_lasts_as_long_as_its_leases() -> None:
-    """After the last word it says that it is alive, until all leases are released."""
+    """After the last chunk it sends Alive until all leases are released."""
     async with pair() as (p, _):
         stub = worker_pb2_grpc.PrefillServiceStub(p.host.channels.get(p.address))
         kv = worker_pb2_grpc.KvServiceStub(p.host.channels.get(p.address))
@@ -72,7 +72,7 @@ async def test_a_call_lasts_as_long_as_its_leases() -> None:
         await assert_at_rest(p, timeout_s=1)
 
 
-async def test_a_caller_who_goes_after_the_last_word_leaves_no_lease() -> None:
+async def test_a_caller_that_goes_after_the_last_message_leaves_no_lease() -> None:
     async with pair() as (p, _):
         stub = worker_pb2_grpc.PrefillServiceStub(p.host.channels.get(p.address))
         call = stub.Prefill(prefill(p))
@@ -92,8 +92,8 @@ async def test_a_call_ends_when_its_leases_have_run_out() -> None:
         await assert_at_rest(p, timeout_s=1)
 
 
-async def test_an_engine_that_hangs_is_not_vouched_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The event loop lives, the step does not end: no Alive is said, and no heartbeat sent."""
+async def test_an_engine_that_hangs_sends_no_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop turns, the step does not end: neither Alive nor a heartbeat is sent."""
     monkeypatch.setattr("engine.step.engine_thread.STUCK_S", 0.2)
     gate = threading.Event()
     async with pair() as (p, _):
@@ -109,7 +109,7 @@ async def test_an_engine_that_hangs_is_not_vouched_for(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("num_read", range(6))
-async def test_a_caller_who_goes_at_any_message(num_read: int) -> None:
+async def test_a_caller_that_goes_at_any_message(num_read: int) -> None:
     async with pair() as (p, _):
         p.runner.before_step = lambda: time.sleep(0.01)
         stub = worker_pb2_grpc.PrefillServiceStub(p.host.channels.get(p.address))
@@ -123,7 +123,7 @@ async def test_a_caller_who_goes_at_any_message(num_read: int) -> None:
 async def test_pins_are_given_back_also_when_the_engine_is_slow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An engine that does not answer in time (a stopped process) still does what it was asked."""
+    """An engine that does not answer in time (a stopped process) still applies operations."""
     monkeypatch.setattr("engine.step.engine_thread.CALL_TIMEOUT_S", 0.05)
     async with pair() as (p, _):
         service = PrefillServicer(p.host)
@@ -145,10 +145,10 @@ async def test_a_hold_that_came_too_late_is_undone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("engine.step.engine_thread.CALL_TIMEOUT_S", 0.05)
     async with pair() as (p, _):
         service = PrefillServicer(p.host)
-        names: list[bytes] = []
+        hashes: list[bytes] = []
         call = service.Prefill(prefill(p), _Context())
         async for response in call:
-            names += response.ready.hashes
+            hashes += response.ready.hashes
             if response.HasField("finished"):
                 break
         await call.aclose()
@@ -156,7 +156,7 @@ async def test_a_hold_that_came_too_late_is_undone(monkeypatch: pytest.MonkeyPat
         gate = threading.Event()
         p.host.engine.post(Probe(lambda core: _wait_for(gate)))
         with pytest.raises(TimeoutError):
-            await p.host.blocks.hold(names)
+            await p.host.blocks.hold(hashes)
         monkeypatch.undo()
         gate.set()
         assert await p.host.engine.call(Probe(lambda core: core.pool.num_held)) == 10, "it ran"

@@ -1,4 +1,4 @@
-"""Every held block has an owner who is named, at any moment; and a block without one shows."""
+"""Every held block is shown with its owner, at any moment; a block without one is unexplained."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ pytestmark = pytest.mark.timeout(60)
 LONG = tuple(range(41))  # ten whole blocks, two a chunk
 
 
-async def report(panel: PairedWorker) -> dict[str, Any]:
-    """As JSON, as an operator reads it."""
-    found: dict[str, Any] = json.loads(json.dumps(await panel.host.holds.report()))
+async def report(worker: PairedWorker) -> dict[str, Any]:
+    """The report as an operator reads it: JSON."""
+    found: dict[str, Any] = json.loads(json.dumps(await worker.host.holds.report()))
     for hold in found["holds"]:
         assert hold["owner"] and hold["reason"] and hold["age_s"] >= 0, hold
         assert hold["deadline_s"] is not None or hold["note"], hold
@@ -48,13 +48,13 @@ async def test_at_rest_nothing_is_held() -> None:
     async with pair() as (p, d):
         assert await answer(d, p, Ask(LONG, 3)) == Ask(LONG, 3).answer()
         await assert_at_rest(p, d)
-        for panel in (p, d):
-            found = await report(panel)
+        for worker in (p, d):
+            found = await report(worker)
             assert found["holds"] == []
             pool = found["pool"]
             assert pool["free"] + pool["cached"] == pool["total"] == 64
             assert pool["held"] == pool["unexplained"] == 0
-            assert found["data_plane"]["agent"] == f"{panel.host.incarnation}.1"
+            assert found["data_plane"]["agent"] == f"{worker.host.incarnation}.1"
 
 
 async def test_while_a_chunk_is_being_read() -> None:
@@ -89,7 +89,7 @@ async def test_while_a_chunk_is_being_read() -> None:
         assert (await report(d))["holds"] == (await report(p))["holds"] == []
 
 
-async def test_a_quarantined_read_is_named_and_says_when_it_ends() -> None:
+async def test_a_quarantined_read_is_shown_with_its_end() -> None:
     options = TransferOptions(pull_timeout_s=0.1, quarantine_s=60)
     async with pair(decode={"transfer": options}) as (p, d):
         d.transport.gate = lambda read: ReadState.PENDING
@@ -107,7 +107,7 @@ async def test_a_quarantined_read_is_named_and_says_when_it_ends() -> None:
         await assert_at_rest(p, d)
 
 
-async def test_a_block_that_nobody_owns_shows() -> None:
+async def test_a_block_without_an_owner_is_unexplained() -> None:
     async with pair() as (p, _):
         (lost,) = await p.host.engine.call(Probe(lambda core: core.pool.take(1)))
         found = await report(p)
@@ -117,7 +117,7 @@ async def test_a_block_that_nobody_owns_shows() -> None:
         assert (await report(p))["pool"]["unexplained"] == 0
 
 
-async def test_an_announcement_that_nobody_has_taken_is_named() -> None:
+async def test_an_announcement_that_is_not_read_is_shown() -> None:
     """A caller that does not read: what the engine pinned for it waits in its stream."""
     async with pair() as (p, _):
         with p.host.calls.serving(_prompt(p)) as stream:
@@ -158,7 +158,7 @@ async def test_a_request_that_waits_holds_no_block() -> None:
         await assert_at_rest(p, d)
 
 
-async def test_an_engine_that_does_not_answer_is_said_so() -> None:
+async def test_an_engine_that_does_not_answer_is_reported() -> None:
     async with pair() as (p, _):
         stub = worker_pb2_grpc.PrefillServiceStub(p.host.channels.get(p.address))
         request = worker_pb2.PrefillRequest(caller_incarnation="me", token_ids=LONG[:40])
@@ -170,7 +170,7 @@ async def test_an_engine_that_does_not_answer_is_said_so() -> None:
         found = await report(p)
         assert time.monotonic() - begun < 4
         assert found["pool"] == {"answers": False}
-        assert len(of_kind(found, "lease")) == 5, "what others know is there all the same"
+        assert len(of_kind(found, "lease")) == 5, "the other owners still report"
         gate.set()
         call.cancel()
         await assert_at_rest(p)
@@ -182,7 +182,7 @@ def _wait_for(gate: threading.Event) -> None:
 
 
 async def test_under_load_no_block_is_ever_unexplained() -> None:
-    """Blocks change hands all the time: request, stream, lease, pull; cancels on top."""
+    """Blocks pass between owners all the time (request, stream, lease, pull), beside cancels."""
     rng = random.Random(5)
     shared = [rng.randrange(50) for _ in range(24)]
     async with pair() as (p, d):
@@ -202,8 +202,8 @@ async def test_under_load_no_block_is_ever_unexplained() -> None:
         loads = [asyncio.create_task(ask_all(asks[i::4])) for i in range(4)]
         num_busy = 0
         while not all(load.done() for load in loads):
-            for panel in (p, d):
-                pool = (await report(panel))["pool"]
+            for worker in (p, d):
+                pool = (await report(worker))["pool"]
                 assert pool["unexplained"] == 0, pool
                 num_busy += pool["held"] > 0
         await asyncio.gather(*loads)

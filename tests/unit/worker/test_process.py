@@ -1,4 +1,4 @@
-"""What a worker tells others about where it is, and what ends it."""
+"""The address that a worker advertises, and what ends it."""
 
 from __future__ import annotations
 
@@ -43,33 +43,33 @@ def test_a_wildcard_alone_is_refused(listen: str) -> None:
 
 @pytest.mark.parametrize("thread", ["engine", "data plane"])
 async def test_a_worker_does_not_outlive_its_threads(thread: str) -> None:
-    panel = await start(Role.DECODE)
+    worker = await start(Role.DECODE)
     refused = asyncio.get_running_loop().create_future()
     registration: Any = SimpleNamespace(refused=refused)
-    ending = asyncio.create_task(_until_the_end(panel.host, registration, asyncio.Event()))
+    ending = asyncio.create_task(_until_the_end(worker.host, registration, asyncio.Event()))
     await asyncio.sleep(0.05)
     assert not ending.done()
     if thread == "engine":
-        panel.host.engine.post(Probe(_die))
+        worker.host.engine.post(Probe(_die))
         assert await asyncio.wait_for(ending, 5) == ENGINE_DIED
     else:
-        panel.host.plane._submit(lambda: _die(None))
+        worker.host.plane._submit(lambda: _die(None))
         assert await asyncio.wait_for(ending, 5) == DATA_PLANE_DIED
-    await panel.stop()
+    await worker.stop()
 
 
-async def test_what_restarts_workers_hears_of_an_engine_that_hangs(
+async def test_the_health_service_reports_an_engine_that_hangs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Not of a drain: that is no reason to kill the process."""
+    """A drain does not count: it is no reason to kill the process."""
     monkeypatch.setattr("engine.step.engine_thread.STUCK_S", 0.1)
     monkeypatch.setattr("worker.run._HEALTH_S", 0.02)
-    panel = await start(Role.DECODE)
+    worker = await start(Role.DECODE)
     server = RpcServer()
     port = server.listen("127.0.0.1:0")
     await server.start()
     gate = threading.Event()
-    reporting = asyncio.create_task(_report_engine_health(server, panel.host.engine))
+    reporting = asyncio.create_task(_report_engine_health(server, worker.host.engine))
     serving, hanging = (
         health_pb2.HealthCheckResponse.SERVING,
         health_pb2.HealthCheckResponse.NOT_SERVING,
@@ -88,13 +88,13 @@ async def test_what_restarts_workers_hears_of_an_engine_that_hangs(
         await server.set_serving(False)
         await asyncio.sleep(0.1)
         await until(serving)
-        panel.host.engine.post(Probe(lambda core: gate.wait(20) and None))
+        worker.host.engine.post(Probe(lambda core: gate.wait(20) and None))
         await until(hanging)
         gate.set()
         await until(serving)
     reporting.cancel()
     await server.stop()
-    await panel.stop()
+    await worker.stop()
 
 
 def _die(_: object) -> None:

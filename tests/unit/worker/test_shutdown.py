@@ -1,4 +1,4 @@
-"""The end of a worker: nothing new comes in, what is inside ends or goes on elsewhere."""
+"""The end of a worker: new calls are refused, calls inside end or continue elsewhere."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _begin(
     return asyncio.create_task(collect(call, tokens)), tokens
 
 
-async def test_what_is_inside_finishes_and_nothing_comes_in() -> None:
+async def test_calls_inside_finish_and_new_ones_are_refused() -> None:
     async with pair() as (p, d):
         d.runner.before_step = lambda: time.sleep(0.005)
         ask = Ask(LONG, 30)
@@ -53,7 +53,7 @@ async def test_what_is_inside_finishes_and_nothing_comes_in() -> None:
 
 
 @pytest.mark.parametrize("how", ["deadline", "second signal"])
-async def test_what_does_not_finish_goes_on_elsewhere(how: str) -> None:
+async def test_calls_that_do_not_finish_continue_elsewhere(how: str) -> None:
     async with pair() as (p, d):
         d.runner.before_step = lambda: time.sleep(0.05)
         ask, hurry = Ask(LONG, 60), asyncio.Event()
@@ -87,7 +87,7 @@ async def test_a_prefill_worker_waits_until_its_blocks_are_read() -> None:
         await assert_at_rest(p, d)
 
 
-async def test_a_prefill_worker_hands_over_leases_that_nobody_releases() -> None:
+async def test_a_prefill_worker_hands_over_leases_that_are_not_released() -> None:
     async with pair() as (p, _):
         stub = worker_pb2_grpc.PrefillServiceStub(p.host.channels.get(p.address))
         request = worker_pb2.PrefillRequest(caller_incarnation="me", token_ids=LONG[:40])
@@ -102,7 +102,7 @@ async def test_a_prefill_worker_hands_over_leases_that_nobody_releases() -> None
         await assert_at_rest(p, timeout_s=2)
 
 
-async def test_what_was_said_first_holds() -> None:
+async def test_the_first_order_holds() -> None:
     orders = Orders(20.0)
     orders.drain(3.0)
     assert orders.stop.is_set()
@@ -110,7 +110,7 @@ async def test_what_was_said_first_holds() -> None:
     assert orders.drain_s == 3.0
     assert not orders.hurry.is_set()
     orders.signalled()
-    assert orders.hurry.is_set(), "a signal after that is the second word"
+    assert orders.hurry.is_set(), "a signal after that is the second order"
     assert Orders(20.0).drain_s == 20.0
 
 

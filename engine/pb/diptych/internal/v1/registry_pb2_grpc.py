@@ -56,7 +56,7 @@ class RegistryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReportStall(self, request, context):
-        """From a thread of the worker, only while its event loop does not turn and so sends nothing else.
+        """From a thread of the worker, while its event loop does not turn and so sends nothing else.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

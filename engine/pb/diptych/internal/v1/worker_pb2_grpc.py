@@ -45,8 +45,8 @@ class DecodeServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Decode(self, request, context):
-        """Serves one answer. Cancelling the call releases all it holds. UNAVAILABLE: call again, here or elsewhere,
-        with the tokens received so far in `output_token_ids`.
+        """Serves one answer. Cancelling the call releases all it holds. UNAVAILABLE: call again, here or
+        elsewhere, with the tokens received so far in `output_token_ids`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,8 +119,8 @@ class PrefillServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Prefill(self, request, context):
-        """Computes the KV of whole blocks; announces them chunk by chunk, each chunk under a lease. The call lasts until
-        every lease that it gave has ended, and ends them all itself when its caller is gone.
+        """Computes the KV of whole blocks; announces them chunk by chunk, each chunk under a lease. The
+        call lasts until every lease that it gave has ended, and ends them all when its caller is gone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -174,7 +174,7 @@ class PrefillService:
 
 
 class KvServiceStub:
-    """Worker <-> worker: who may read which block.
+    """Worker <-> worker: which peer may read which block.
     """
 
     def __init__(self, channel):
@@ -206,7 +206,7 @@ class KvServiceStub:
 
 
 class KvServiceServicer:
-    """Worker <-> worker: who may read which block.
+    """Worker <-> worker: which peer may read which block.
     """
 
     def Handshake(self, request, context):
@@ -267,7 +267,7 @@ def add_KvServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class KvService:
-    """Worker <-> worker: who may read which block.
+    """Worker <-> worker: which peer may read which block.
     """
 
     @staticmethod
