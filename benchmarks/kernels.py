@@ -33,6 +33,7 @@ class Geometry(ctypes.Structure):
     _fields_ = (
         ("layer", ctypes.c_void_p),
         ("block_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
         *((x, ctypes.c_int) for x in ("kv_heads", "group", "head_dim", "block_size", "window")),
     )
 
@@ -66,9 +67,9 @@ class Paged:
 
     def run(self, layer: int, position: int, num_tokens: int) -> None:
         """Attention of the first tokens of `q`, the first of them at `position`."""
-        stride = self.pool.stride(0)
-        at = self.pool[0, layer].data_ptr()
-        geometry = Geometry(at, stride, KV_HEADS, GROUP, HEAD, BLOCK, 0)
+        strides = self.pool.stride()[:2]
+        at = self.pool[0, 0, layer].data_ptr()
+        geometry = Geometry(at, *strides, KV_HEADS, GROUP, HEAD, BLOCK, 0)
         width = KV_HEADS * GROUP * HEAD
         for first in range(0, num_tokens, (MAX_QUERIES // GROUP)):
             count = min((MAX_QUERIES // GROUP), num_tokens - first)
@@ -81,7 +82,7 @@ class Paged:
 
 def sdpa(paged: Paged, context: int) -> Callable[[], torch.Tensor]:
     """torch's attention of 256 tokens at the end of the context; heads of a group share K and V."""
-    blocks = paged.pool[paged.table.long(), 0].permute(1, 2, 0, 3, 4)
+    blocks = paged.pool[paged.table.long(), :, 0].permute(2, 1, 0, 3, 4)
     k, v = blocks.reshape(2, KV_HEADS, -1, HEAD)
     k, v = (x.repeat_interleave(GROUP, 0)[None].contiguous() for x in (k, v))
     q = paged.q.bfloat16().transpose(0, 1)[None].contiguous()

@@ -203,8 +203,9 @@ class TorchBackend:
             first = int(rows.first_block[i])
             used = table[first : first + int(rows.num_blocks[i])]
             blocks[i, : len(used)] = used
-        head = np.arange(2)[:, None, None, None] * kvh + np.arange(kvh)[None, None, :, None]
-        return blocks[None, :, None, :] * self._block_runs + head
+        head = np.arange(kvh)[None, None, :, None] * (2 * self._layout.num_layers)
+        plane = np.arange(2)[:, None, None, None]
+        return blocks[None, :, None, :] * self._block_runs + head + plane
 
     def _unused(self, gap: npt.NDArray[np.bool_]) -> _Ints:
         """Where the vectors at `gap` [n, keys] lie in what is gathered: [2, n, num_kv_heads, keys].
@@ -229,7 +230,7 @@ class TorchBackend:
         """[n * m, num_heads, head_dim] in the group's own order."""
         layout, n = self._layout, group.num_rows
         kvh, d = layout.num_kv_heads, layout.head_dim
-        runs = kv_cache.runs[layer * 2 * kvh :]
+        runs = kv_cache.runs[2 * layer :]
         gathered = runs.index_select(0, group.kv_rows)
         if group.unused is not None:
             gathered.view(-1, d).index_fill_(0, group.unused, 0.0)

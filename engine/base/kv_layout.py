@@ -1,16 +1,18 @@
 """The shape of a KV block, and what must agree before two workers exchange one. No torch here.
 
-    pool   [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
+    pool   [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]
             |<------------------ one block: one contiguous extent ------------------>|
 
-One block of all layers is one extent and so one NIXL descriptor; adjacent blocks coalesce. A
-layer's view `pool[:, layer]` is strided, which FlashInfer's paged wrappers take (HND).
+A block is one extent and so one NIXL descriptor; adjacent blocks coalesce. Any range of its heads
+is one extent, too, so that workers of unequal tensor parallelism exchange one descriptor a block
+and head range. A layer's view `pool[:, :, layer]` is strided, which FlashInfer's paged wrappers
+take (HND).
 
-A draft model's layers lie in the same blocks, behind the target's, so that whoever holds, names or
-moves a block has both:
+The layers of a draft model lie in the same blocks, behind those of the target. They are a group of
+their own, head-major as well, as their heads differ in number and size:
 
-    block   | target: [num_layers, 2, heads, block_size, head_dim] | draft: [...] | (padding)
-            0                                               draft_offset          block_elements
+    block   | target: [heads, layers, 2, block_size, head_dim] | draft: [...] | (padding)
+            0                                          draft_offset    block_elements
 """
 
 from __future__ import annotations
@@ -18,12 +20,34 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.base.types import PROTOCOL_VERSION
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HASH_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers whose heads lie together in a block: head h at offset + (h - first_head) * head_bytes.
+
+    Attributes:
+        first_head: the first of the model's KV heads that the block holds.
+        num_heads: KV heads that it holds from there on.
+        head_bytes: one head of all layers of the group, keys and values.
+        offset: bytes of the block before the group.
+    """
+
+    first_head: int
+    num_heads: int
+    head_bytes: int
+    offset: int
+
+    @property
+    def end(self) -> int:
+        """Bytes of the block up to the end of the group."""
+        return self.offset + self.num_heads * self.head_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +60,7 @@ class KVLayout:
     block_size: int  # tokens a block
     dtype: str  # of the cache: float32, bfloat16 or float16
     draft: KVLayout | None = None  # of the same block_size and dtype
+    first_kv_head: int = 0  # of a rank's part of the heads, see `shard`
 
     def __post_init__(self) -> None:
         if self.draft and (self.draft.block_size, self.draft.dtype) != (
@@ -46,13 +71,18 @@ class KVLayout:
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
-        """(num_layers, 2, num_kv_heads, block_size, head_dim); the 2 are K and V."""
-        return (self.num_layers, 2, self.num_kv_heads, self.block_size, self.head_dim)
+        """(num_kv_heads, num_layers, 2, block_size, head_dim); the 2 are K and V."""
+        return (self.num_kv_heads, self.num_layers, 2, self.block_size, self.head_dim)
 
     @property
     def run_elements(self) -> int:
-        """Elements of one head's keys, or values, in a block: they lie together."""
+        """Elements of one head's keys, or values, of one layer in a block: they lie together."""
         return self.block_size * self.head_dim
+
+    @property
+    def head_elements(self) -> int:
+        """Elements from one head of a block to the next: keys and values of all layers."""
+        return self.num_layers * 2 * self.run_elements
 
     @property
     def draft_offset(self) -> int:
@@ -74,8 +104,38 @@ class KVLayout:
         return self.block_elements * DTYPE_BYTES[self.dtype]
 
     @property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """The target's layers, then the draft model's, as byte ranges of a block."""
+        size, parts = DTYPE_BYTES[self.dtype], [(self, 0)]
+        if self.draft:
+            parts.append((self.draft, self.draft_offset))
+        return tuple(
+            LayerGroup(p.first_kv_head, p.num_kv_heads, p.head_elements * size, offset * size)
+            for p, offset in parts
+        )
+
+    def shard(self, rank: int, num_ranks: int) -> KVLayout:
+        """The blocks of one rank of a tensor-parallel worker, which hold only its heads.
+
+        With fewer heads than ranks each head lies on several ranks. Raises ValueError where the one
+        number does not divide the other.
+        """
+        small, large = sorted((self.num_kv_heads, num_ranks))
+        if not 0 <= rank < num_ranks or large % small:
+            raise ValueError(
+                f"rank {rank} of {num_ranks} over {self.num_kv_heads} KV heads; expected a rank"
+                " below the number of ranks, and that heads or ranks are a multiple of the other"
+            )
+        return replace(
+            self,
+            num_kv_heads=max(1, self.num_kv_heads // num_ranks),
+            first_kv_head=rank * self.num_kv_heads // num_ranks,
+            draft=self.draft and self.draft.shard(rank, num_ranks),
+        )
+
+    @property
     def text(self) -> str:
-        """All fields, for digests."""
+        """All fields of the whole model's layout, for digests."""
         own = (*self.block_shape, self.dtype)
         return " ".join(map(str, own)) + (f" draft=({self.draft.text})" if self.draft else "")
 
@@ -109,21 +169,21 @@ def compatibility_digest(
 
 
 def hash_salt(*, digest: str, adapter: str = "", cache_salt: str = "") -> bytes:
-    """The root that a chain of block names grows from: names of different salts never meet."""
+    """The root of a chain of block hashes: hashes of different salts never meet."""
     return _digest(b"diptych-salt", digest.encode(), adapter.encode(), cache_salt.encode())
 
 
 def block_hash(parent: bytes, token_ids: Sequence[int], salt: bytes) -> bytes:
-    """Content name of a full block: H(parent's name or b"", its tokens, salt)."""
+    """Content hash of a full block: H(parent's hash or b"", its tokens, salt)."""
     tokens = b"".join(t.to_bytes(4, "little") for t in token_ids)
     return _digest(b"diptych-block", parent, tokens, salt)
 
 
 def block_hashes(token_ids: Sequence[int], block_size: int, salt: bytes) -> list[bytes]:
-    """Names of the whole blocks of `token_ids`, in order; a last partial block has no name."""
-    names: list[bytes] = []
+    """Hashes of the whole blocks of `token_ids`, in order; a last partial block has none."""
+    hashes: list[bytes] = []
     parent = b""
     for start in range(0, len(token_ids) - block_size + 1, block_size):
         parent = block_hash(parent, token_ids[start : start + block_size], salt)
-        names.append(parent)
-    return names
+        hashes.append(parent)
+    return hashes

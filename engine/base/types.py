@@ -8,7 +8,7 @@ from enum import Enum
 from hashlib import blake2b
 from pathlib import Path
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class Role(Enum):

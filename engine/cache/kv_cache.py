@@ -1,7 +1,7 @@
 """The KV pool's memory: allocated once, never moved, written by the engine thread alone.
 
     memory [num_blocks, block_elements]                                    of one model, or two
-    pool   [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]  one model's part of it
+    pool   [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]  one model's part of it
 
 Which block belongs to whom is `block_pool`'s business; this module only knows where its bytes are.
 The data plane reads `address` and `num_bytes` to register the pool, and never more than that;
@@ -79,7 +79,7 @@ class KVCache:
         self._memory = memory  # [num_blocks, block_elements]
         self._offset = offset
         part = memory[:, offset : offset + math.prod(layout.block_shape)]
-        # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
+        # [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]
         self.pool = part.view(self.num_blocks, *layout.block_shape)
         self.draft: KVCache | None = None
         if layout.draft is not None:
@@ -103,9 +103,10 @@ class KVCache:
 
     @property
     def runs(self) -> torch.Tensor:
-        """[n, block_size * head_dim]: keys or values of one head in one block, block by block.
+        """[n, block_size * head_dim]: keys or values of one head and layer in one block.
 
-        Block b's begin at b * block_stride / (block_size * head_dim), layer by layer, K then V.
+        Those of block b begin at b * block_stride / (block_size * head_dim): head by head, of each
+        head layer by layer, of each layer K, then V.
         """
         return self._memory.view(-1)[self._offset :].view(-1, self.layout.run_elements)
 
@@ -151,7 +152,7 @@ class KVCache:
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K, V of a layer: strided views [num_blocks, num_kv_heads, block_size, head_dim] (HND)."""
-        return self.pool[:, index, 0], self.pool[:, index, 1]
+        return self.pool[:, :, index, 0], self.pool[:, :, index, 1]
 
     def write(
         self,

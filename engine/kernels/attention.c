@@ -28,8 +28,8 @@ void segments_seen(const geometry *g, const queries *w, int *first, int *end) {
 /* The vectors of a block's head from `position` on; plane 0 is K, 1 is V. */
 INLINE const bf16 *vectors_at(const geometry *g, const queries *w, int plane, int position) {
     const int64_t size = (int64_t)g->block_size * g->head_dim;
-    return g->layer + w->table[position / g->block_size] * g->block_stride +
-           (plane * g->kv_heads + w->head) * size + (int64_t)(position % g->block_size) * g->head_dim;
+    return g->layer + w->table[position / g->block_size] * g->block_stride + w->head * g->head_stride +
+           plane * size + (int64_t)(position % g->block_size) * g->head_dim;
 }
 
 /* Where the K and V of the tile after this one lie, by 16 positions. No hardware guesses where the next

@@ -8,8 +8,9 @@ enum { TILE = 64, SEGMENT = 256, MAX_QUERIES = 96, STRIP = 6 };
 
 /* One layer of the pool, and how heads share it. */
 typedef struct {
-    const bf16 *layer;    /* of block 0: [2, kv_heads, block_size, head_dim] */
+    const bf16 *layer;    /* of block 0, head 0: [2, block_size, head_dim], K and V */
     int64_t block_stride; /* elements from one block to the next */
+    int64_t head_stride;  /* elements from one K/V head of a block to the next */
     int kv_heads, group, head_dim, block_size; /* head_dim a multiple of 32, block_size of 16 */
     int window;           /* positions that a query sees, itself included; 0: all */
 } geometry;

@@ -51,8 +51,9 @@ typedef struct {
 
 /* Where the model's layers lie in the pool. */
 typedef struct {
-    bf16 *first;          /* of block 0, this model's first layer */
-    int64_t block_stride; /* elements */
+    bf16 *first;          /* of block 0: [kv_heads, layers, 2, block_size, head_dim] */
+    int64_t block_stride; /* elements from one block to the next */
+    int64_t head_stride;  /* and from one head of a block to the next: all layers that lie there */
     int32_t block_size, unused;
 } kv_pool;
 
@@ -200,8 +201,12 @@ static void write_item(void *arg, int index, int thread) {
         const int position = position_of(s, t);
         const int32_t block = s->b->tables[(size_t)s->row_of[t] * s->b->table_stride + position / size];
         bf16 *to = (bf16 *)s->at.layer + block * s->pool.block_stride + (size_t)(position % size) * D;
-        for (int h = 0; h < 2 * m->kv_heads; h++, to += (size_t)size * D)
-            for (int d = 0; d < D; d += 16) narrow(to + d, _mm512_loadu_ps(heads + (m->heads + h) * D + d));
+        const float *k = heads + m->heads * D, *v = k + m->kv_heads * D;
+        for (int h = 0; h < m->kv_heads; h++, to += s->pool.head_stride, k += D, v += D)
+            for (int d = 0; d < D; d += 16) {
+                narrow(to + d, _mm512_loadu_ps(k + d));
+                narrow(to + (size_t)size * D + d, _mm512_loadu_ps(v + d));
+            }
     }
 }
 
@@ -417,8 +422,8 @@ static void lay_out(step *s, arena *a) {
  * memory for a step of this size; nothing has been written then. */
 int diptych_forward(const decoder *m, const batch *b, const kv_pool *pool, arena *a, float *logits) {
     step s = {.model = m, .b = b, .pool = *pool, .logits = logits};
-    s.at = (geometry){pool->first, pool->block_stride, m->kv_heads, m->heads / m->kv_heads, m->head_dim,
-                      pool->block_size, 0};
+    s.at = (geometry){pool->first, pool->block_stride, pool->head_stride, m->kv_heads, m->heads / m->kv_heads,
+                      m->head_dim, pool->block_size, 0};
     lay_out(&s, a);
     if (a->used > a->size) {
         free(a->memory);
@@ -442,7 +447,7 @@ int diptych_forward(const decoder *m, const batch *b, const kv_pool *pool, arena
         norm(&s, w->mlp_norm, NULL, b->num_tokens);
         multiply(&s, &w->gate_up, &s.normed, b->num_tokens, GATED, s.inner.x, &s.inner);
         multiply(&s, &w->down, &s.inner, b->num_tokens, ADD, s.x, NULL);
-        s.at.layer += 2 * (int64_t)m->kv_heads * pool->block_size * m->head_dim;
+        s.at.layer += 2 * (int64_t)pool->block_size * m->head_dim;
     }
     norm(&s, m->norm, b->logit_index, b->num_logits);
     multiply(&s, &m->head, &s.normed, b->num_logits, STORE, logits, NULL);

@@ -106,6 +106,7 @@ class PoolStruct(ctypes.Structure):
     _fields_ = (
         ("first", ctypes.c_void_p),
         ("block_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
         ("block_size", ctypes.c_int32),
         ("unused", ctypes.c_int32),
     )

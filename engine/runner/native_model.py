@@ -98,7 +98,8 @@ class NativeModel:
             stride,
             *(array.ctypes.data for array in arrays.values()),
         )
-        pool = PoolStruct(kv_cache.address, kv_cache.block_stride, layout.block_size)
+        strides = (kv_cache.block_stride, layout.head_elements)
+        pool = PoolStruct(kv_cache.address, *strides, layout.block_size)
         failed = self._library.diptych_forward(
             ctypes.byref(self._decoder.struct),
             ctypes.byref(batch),

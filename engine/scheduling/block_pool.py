@@ -30,6 +30,7 @@ from __future__ import annotations
 import secrets
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,18 +44,45 @@ class NoRoom(Exception):
     """Fewer free and cached blocks than asked for; nothing was taken."""
 
 
+class BlockObserver(Protocol):
+    """Follows which hashes a pool holds: what was hashed and not dropped since, at every time.
+
+    Called on the engine thread, in the order of the changes, which wait for it. It must not call
+    the pool.
+    """
+
+    def hashed(self, block: int, block_hash: bytes) -> None:
+        """The block can be found from now on; its bytes are complete."""
+
+    def dropped(self, block: int, block_hash: bytes, *, evicted: bool) -> None:
+        """The block cannot be found any more.
+
+        `evicted`: for new content; its bytes are good until this returns. Else they may be wrong.
+        """
+
+
+class _NoObserver:
+    def hashed(self, block: int, block_hash: bytes) -> None:
+        pass
+
+    def dropped(self, block: int, block_hash: bytes, *, evicted: bool) -> None:
+        pass
+
+
 class BlockPool:
-    """Reference-counted block ids with content names.
+    """Reference-counted block ids with content hashes.
 
     Attributes:
         generations: [num_blocks] uint64, 8-byte aligned; starts at random values, so that a block
             of an earlier process at the same address never matches.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, observer: BlockObserver | None = None) -> None:
+        """`observer`: the one follower of this pool's hashes; the pool calls it."""
         if num_blocks < 1:
             raise ValueError("a pool needs at least one block")
         self.num_blocks = num_blocks
+        self._observer = observer or _NoObserver()
         raw = np.frombuffer(
             bytearray(secrets.token_bytes(num_blocks * GENERATION_BYTES)), np.uint64
         )
@@ -107,7 +135,7 @@ class BlockPool:
                 block = self._free.popleft()
             else:
                 block, _ = self._cached.popitem(last=False)
-                self._drop_hash(block)
+                self._drop_hash(block, evicted=True)
             self._refs[block] = 1
             taken.append(block)
         if taken:
@@ -151,6 +179,7 @@ class BlockPool:
             self._sources[block] = sources
         self._hashes[block] = block_hash
         self._by_hash[block_hash] = block
+        self._observer.hashed(block, block_hash)
 
     def sources(self, blocks: Iterable[int]) -> frozenset[str]:
         """Incarnations of the workers that had a part in these named blocks."""
@@ -177,7 +206,7 @@ class BlockPool:
         """Drop the names of these blocks; returns how many had one. Holders keep theirs."""
         hashed = [block for block in blocks if self._hashes[block] is not None]
         for block in hashed:
-            self._drop_hash(block)
+            self._drop_hash(block, evicted=False)
             if self._refs[block] == 0:
                 del self._cached[block]
                 self._free.append(block)
@@ -209,9 +238,10 @@ class BlockPool:
             self._hashes[b]: b for b in range(self.num_blocks) if self._hashes[b]
         } == self._by_hash
 
-    def _drop_hash(self, block: int) -> None:
+    def _drop_hash(self, block: int, *, evicted: bool) -> None:
         block_hash = self._hashes[block]
         assert block_hash is not None
         del self._by_hash[block_hash]
         self._hashes[block] = None
         self._sources.pop(block, None)
+        self._observer.dropped(block, block_hash, evicted=evicted)

@@ -174,7 +174,7 @@ def _sick_runner(kind: Any) -> None:
         if order and any(len(row.token_ids) > 1 for row in rows) and ORDERS.take("nan_kv"):
             for row in rows:
                 block = row.block_ids[row.start // self._kv_cache.layout.block_size]
-                self._kv_cache.pool[block, order["layer"]] = float("nan")
+                self._kv_cache.pool[block, :, order["layer"]] = float("nan")
         return logits
 
     kind.run = sick_run

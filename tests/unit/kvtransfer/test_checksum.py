@@ -46,7 +46,7 @@ def test_a_block_is_all_its_bytes_and_no_others() -> None:
     before = checksums.compute([0, 1, 2])
     assert cache.draft is not None
     for pool, changed in ((cache.pool, 1), (cache.draft.pool, 2)):
-        pool[changed, 0, 1, 0, 2, 3] += 1
+        pool[changed, 0, 0, 1, 2, 3] += 1
         after = checksums.compute([0, 1, 2])
         assert [a != b for a, b in zip(before, after, strict=True)].index(True) == changed
         before = after

@@ -49,7 +49,7 @@ def poisoned(
         rows.append(Row([0] * count, start, [*block_ids, free[0]], 0))
         for p in range(start + count):
             block, offset = block_ids[p // block_size], p % block_size
-            cache.pool[block, :, :, :, offset] = torch.randn(2, 2, KV_HEADS, head_dim).to(
+            cache.pool[block, :, :, :, offset] = torch.randn(KV_HEADS, 2, 2, head_dim).to(
                 cache.pool
             )
     return rows, cache

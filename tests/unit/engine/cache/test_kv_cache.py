@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, block_size=4, dtype=
 
 def test_the_pool_is_zero_aligned_and_as_large_as_its_blocks() -> None:
     cache = KVCache(LAYOUT, 7, CPU)
-    assert cache.pool.shape == (7, 3, 2, 2, 4, 4)
+    assert cache.pool.shape == (7, 2, 3, 2, 4, 4)
     assert cache.pool.is_contiguous() and not cache.pool.any()
     assert cache.address % PAGE_BYTES == 0 and cache.address == cache.pool.data_ptr()
     assert cache.num_bytes == 7 * LAYOUT.block_bytes == cache.pool.nbytes
@@ -46,7 +48,7 @@ def test_write_puts_each_token_at_its_slot_and_touches_nothing_else(dtype: str) 
         assert torch.equal(k_blocks[block, :, offset], k[i])
         assert torch.equal(v_blocks[block, :, offset], v[i])
     assert cache.pool.count_nonzero() == k.count_nonzero() + v.count_nonzero()
-    assert not cache.pool[:, [0, 2]].any()
+    assert not cache.pool[:, :, [0, 2]].any()
 
 
 def test_a_pool_without_blocks_is_refused() -> None:
@@ -70,12 +72,59 @@ def test_a_draft_models_layers_lie_behind_the_targets_in_every_block(draft_dim: 
     assert values[:size].eq(1.0).all() and not values[size:offset].any()
     assert values[offset : offset + draft.block_elements].eq(2.0).all()
     for view in (cache, cache.draft):  # a head's keys in a block are a run
-        view.pool[3, 1, 0, 0] = 3.0
+        view.pool[3, -1, 1, 0] = 3.0
         run = view.layout.run_elements
         assert view.block_stride % run == 0
-        index = 3 * view.block_stride // run + 2 * view.layout.num_kv_heads
+        last_head = (view.layout.num_kv_heads - 1) * 2 * view.layout.num_layers
+        index = 3 * view.block_stride // run + last_head + 2
         assert view.runs[index].eq(3.0).all() and view.runs.eq(3.0).sum() == run
-        view.pool[3, 1, 0, 0] = 0.0
+        view.pool[3, -1, 1, 0] = 0.0
+
+
+@pytest.mark.parametrize("draft_dim", [4, 6])
+def test_any_range_of_heads_of_a_block_is_one_extent(draft_dim: int) -> None:
+    """Of the target and of the draft model, whose heads differ in number and size."""
+    draft = KVLayout(2, 3, draft_dim, 4, "float32")
+    layout = dataclasses.replace(LAYOUT, num_kv_heads=4, draft=draft)
+    cache = KVCache(layout, 5, CPU)
+    assert cache.draft is not None
+    raw = torch.frombuffer(cache.read_block(2), dtype=torch.uint8)
+    for view, group in zip((cache, cache.draft), layout.groups, strict=True):
+        assert group.num_heads == view.layout.num_kv_heads
+        for first, end in itertools.combinations(range(group.num_heads + 1), 2):
+            cache._memory.zero_()
+            view.pool[2, first:end] = 1.5
+            start, stop = (group.offset + head * group.head_bytes for head in (first, end))
+            assert raw[start:stop].view(torch.float32).eq(1.5).all()
+            assert cache._memory.count_nonzero() == (stop - start) // 4
+    assert layout.groups[0].end <= layout.groups[1].offset
+    assert layout.groups[1].end <= layout.block_bytes
+
+
+def test_a_layer_is_a_strided_view_without_a_copy() -> None:
+    cache = KVCache(LAYOUT, 5, CPU)
+    k, v = cache.layer(2)
+    assert k.shape == v.shape == (5, 2, 4, 4) and k.stride() == v.stride() == (192, 96, 4, 1)
+    k[3, 1, 2] = 5.0
+    v[3, 1, 2] = 7.0
+    assert cache.pool[3, 1, 2, :, 2].tolist() == [[5.0] * 4, [7.0] * 4]
+
+
+@pytest.mark.parametrize(("heads", "ranks"), [(8, 1), (8, 4), (8, 8), (2, 4), (1, 4)])
+def test_ranks_hold_all_heads_and_each_equally_often(heads: int, ranks: int) -> None:
+    layout = dataclasses.replace(LAYOUT, num_kv_heads=heads)
+    held = []
+    for rank in range(ranks):
+        (group,) = layout.shard(rank, ranks).groups
+        held += range(group.first_head, group.first_head + group.num_heads)
+    assert held == sorted(held)
+    assert set(Counter(held).values()) == {max(1, ranks // heads)} and set(held) == {*range(heads)}
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 3), (2, 2), (-1, 2)])
+def test_a_rank_that_cannot_be_is_refused(rank: int, ranks: int) -> None:
+    with pytest.raises(ValueError, match=f"rank {rank} of {ranks} over 2 KV heads"):
+        LAYOUT.shard(rank, ranks)
 
 
 def test_two_models_without_a_gap_need_no_padding() -> None:

@@ -54,7 +54,7 @@ def test_a_broken_key_or_value_ruins_its_own_request_only(value: float, seed: in
     oldest = 65 - c.sliding_window if c.sliding_window else 0
     for plane in (0, 1):
         position = rng.randrange(max(0, oldest), 65)
-        layer = pool.pool[tables[1][position // 16], c.num_layers - 1, plane]
+        layer = pool.pool[tables[1][position // 16], :, c.num_layers - 1, plane]
         place = layer[rng.randrange(c.num_kv_heads), position % 16]
         kept = place.clone()
         place[rng.randrange(c.head_dim)] = value

@@ -171,7 +171,7 @@ def test_first_layers_beside_the_target_in_the_same_blocks(
     got = [m.forward([row], view) for m, view in ((draft, cache.draft), (ours, cache))]
     assert torch.equal(got[0], whole(draft, prompt))
     assert torch.equal(got[1], whole(ours, prompt))
-    assert torch.equal(cache.draft.pool[:, 0].nan_to_num(), cache.pool[:, 0].nan_to_num())
+    assert torch.equal(cache.draft.pool[:, :, 0].nan_to_num(), cache.pool[:, :, 0].nan_to_num())
     with pytest.raises(ValueError, match="1 to 2"):
         ours.first_layers(0)
 

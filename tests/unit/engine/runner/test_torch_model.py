@@ -29,8 +29,8 @@ def test_first_layers_share_weights_and_fill_the_same_cache() -> None:
         Runner(m, cache, TorchBackend(layout, config.num_heads)).run([row])
         for m, cache in zip((model, part), caches, strict=True)
     ]
-    assert torch.equal(caches[0].pool[:, :2], caches[1].pool[:, :2])
-    assert not caches[1].pool[:, 2:].any()
+    assert torch.equal(caches[0].pool[:, :, :2], caches[1].pool[:, :, :2])
+    assert not caches[1].pool[:, :, 2:].any()
     assert not torch.allclose(out[0], out[1])
     with pytest.raises(ValueError, match="1 to 4"):
         model.first_layers(5)

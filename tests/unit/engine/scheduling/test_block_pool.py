@@ -16,6 +16,23 @@ BLOCK_SIZE = 4
 NUM_BLOCKS = 12
 
 
+class HeldHashes:
+    """An observer: the calls, and the hashes that they leave."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+        self.blocks: dict[bytes, int] = {}
+
+    def hashed(self, block: int, block_hash: bytes) -> None:
+        assert block_hash not in self.blocks and block not in self.blocks.values()
+        self.blocks[block_hash] = block
+        self.calls.append(("hashed", block, block_hash))
+
+    def dropped(self, block: int, block_hash: bytes, *, evicted: bool) -> None:
+        assert self.blocks.pop(block_hash) == block
+        self.calls.append(("evicted" if evicted else "dropped", block, block_hash))
+
+
 class PoolMachine(RuleBasedStateMachine):
     """A model beside the pool: what bytes each named block must still hold."""
 
@@ -23,7 +40,8 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(NUM_BLOCKS)
+        self.held = HeldHashes()
+        self.pool = BlockPool(NUM_BLOCKS, self.held)
         self.live: list[BlockTable] = []
         self.bytes: dict[int, object] = {}  # block -> what was last written to it
         self.promised: dict[bytes, object] = {}  # name -> what it stands for
@@ -86,6 +104,10 @@ class PoolMachine(RuleBasedStateMachine):
         self.live.append(twin)
         return twin
 
+    @rule(table=tables, num_blocks=st.integers(0, 7))
+    def hide(self, table: BlockTable, num_blocks: int) -> None:
+        self.pool.hide(table.blocks[:num_blocks])
+
     @rule(table=consumes(tables))
     def free(self, table: BlockTable) -> None:
         table.release()
@@ -98,6 +120,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert pool.num_free + pool.num_cached + pool.num_held == NUM_BLOCKS
         held = {block for table in self.live for block in table.blocks}
         assert len(held) == pool.num_held
+        assert self.held.blocks == pool._by_hash
 
     def teardown(self) -> None:
         for table in self.live:
@@ -108,6 +131,47 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=150, stateful_step_count=40)
+
+
+def test_the_observer_sees_each_hash_come_and_go_in_order() -> None:
+    held = HeldHashes()
+    pool = BlockPool(3, held)
+    a, b, c = pool.take(3)
+    assert held.calls == [], "an unhashed block is no news"
+    pool.set_hash(a, b"a")
+    pool.set_hash(b, b"a")  # a second copy
+    pool.set_hash(b, b"b", frozenset({"P1"}))
+    pool.set_hash(c, b"c")
+    pool.release([a, b])
+    pool.pin([a])  # a hit is no change of what is held
+    pool.release([a])
+    expected = [("hashed", a, b"a"), ("hashed", b, b"b"), ("hashed", c, b"c")]
+    assert held.calls == expected
+    assert pool.forget("P1", for_good=True) == 1
+    assert held.calls[3:] == [("dropped", b, b"b")]
+    pool.take(2)
+    assert held.calls[4:] == [("evicted", a, b"a")], "the free block is taken first"
+    assert pool.hide([a, b, c]) == 1
+    assert held.calls[5:] == [("dropped", c, b"c")]
+    pool.release([c])
+    assert len(held.calls) == 6 and held.blocks == {}
+
+
+def test_an_evicted_block_is_dropped_before_its_generation_grows() -> None:
+    """A reader that follows the observer still finds the old bytes under the old generation."""
+    seen: list[int] = []
+
+    class Reader(HeldHashes):
+        def dropped(self, block: int, block_hash: bytes, *, evicted: bool) -> None:
+            seen.append(int(pool.generations[block]))
+
+    pool = BlockPool(1, Reader())
+    (block,) = pool.take(1)
+    pool.set_hash(block, b"a")
+    generation = int(pool.generations[block])
+    pool.release([block])
+    assert pool.take(1) == [block]
+    assert seen == [generation] and int(pool.generations[block]) == generation + 1
 
 
 def test_least_recently_used_name_goes_first() -> None:

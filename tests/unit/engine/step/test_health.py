@@ -318,22 +318,22 @@ def test_what_a_prompt_wrote_is_looked_at_and_nothing_else(value: float, dtype: 
     layout = KVLayout(num_layers=2, num_kv_heads=1, head_dim=4, block_size=4, dtype=dtype)
     cache = KVCache(layout, 8, torch.device("cpu"))
     limits = torch.finfo(cache.pool.dtype)
-    cache.pool[5, 1, 0, 0, 1] = limits.max
-    cache.pool[5, 1, 1, 0, 2] = limits.min
-    cache.pool[5, 1, 1, 0, 3] = limits.tiny
+    cache.pool[5, 0, 1, 0, 1] = limits.max
+    cache.pool[5, 0, 1, 1, 2] = limits.min
+    cache.pool[5, 0, 1, 1, 3] = limits.tiny
     health = EngineHealth(cache, ())
     rows = [
         Row([1] * 6, 1, [5, 2], 0),  # positions 1 .. 6
         Row([1], 3, [3], 1),  # an answer: its logits tell
         Row([1] * 4, 4, [1, 6], 1),
     ]
-    cache.pool[5, 1, :, :, 0] = value  # position 0: another step's
-    cache.pool[2, 1, :, :, 3] = value  # position 7: what an earlier owner left
-    cache.pool[3, 1] = value
+    cache.pool[5, :, 1, :, 0] = value  # position 0: another step's
+    cache.pool[2, :, 1, :, 3] = value  # position 7: what an earlier owner left
+    cache.pool[3, :, 1] = value
     assert health.unsound_prompts(rows) == []
-    cache.pool[2, 1, 1, 0, 2, 3] = value  # position 6
+    cache.pool[2, 0, 1, 1, 2, 3] = value  # position 6
     assert health.unsound_prompts(rows) == [0]
-    cache.pool[6, 1, 0, 0, 0, 0] = value
+    cache.pool[6, 0, 1, 0, 0, 0] = value
     assert health.unsound_prompts(rows) == [0, 2]
     assert health.unsound_prompts(rows[1:2]) == []
     assert health.damaged([0, 2, 4, 6]) == [2, 6]
