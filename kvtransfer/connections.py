@@ -4,8 +4,10 @@
       ^                                           |  '--- AgentStuck: it hung, or raised
       +------------- agent n + 1 -----------------+
 
+A peer has one agent a rank, all of which are connected or none is.
+
 Used on the data-plane thread alone. Only the end of a transport runs in a thread of its own: it may
-hang on a peer that does not answer, and then the thread is given up, and the process should end.
+hang on a peer that does not answer. Then the thread is given up, and the process should end.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from kvtransfer.transport import (
+    Agent,
     MemoryRegion,
     PeerHandle,
     PeerLost,
@@ -29,15 +32,7 @@ _NEVER_FREED: list[object] = []  # freeing a stuck agent could hang the thread t
 
 
 class AgentStuck(Exception):
-    """A transport did not end: nobody knows what it still writes, but the process's end does."""
-
-
-@dataclass(frozen=True, slots=True)
-class Agent:
-    """How peers reach the transport of this moment."""
-
-    name: str
-    metadata: bytes
+    """A transport did not end: what it still writes is unknown until the process ends."""
 
 
 @dataclass(slots=True)
@@ -45,15 +40,15 @@ class _Peer:
     """A connected peer; `closing` takes no new pull and is disconnected with its last read."""
 
     pool: RemotePool
-    handle: PeerHandle
+    handles: dict[str, PeerHandle]  # by the agent's name
     closing: bool = False
 
 
 class Connections:
-    """Owner of the transport. `factory` makes one for an agent's name, which is never used again.
+    """Owner of the transport. `factory` makes one for an agent's name.
 
-    Agents are named `{incarnation}.{n}`: a name that comes back would be taken for the old agent.
-    `owner` of the regions' memory is kept with a transport that is given up.
+    Agents are named `{incarnation}.{n}`, each once: peers would take a name that comes back for the
+    old agent. `owner` of the regions' memory is kept with a transport that is given up.
     """
 
     def __init__(
@@ -104,7 +99,7 @@ class Connections:
         self.transport = None
 
     def give_up(self) -> None:
-        """Never free the transport: until the process ends it may write, or hang who frees it."""
+        """Never free the transport: it may write until the process ends, or hang the thread."""
         if self.transport is not None:
             _NEVER_FREED.append((self.transport, self._owner))
 
@@ -114,33 +109,44 @@ class Connections:
         old, self._peers = self._peers, {}
         for incarnation, peer in old.items():
             if peer.closing:
-                self._tell(incarnation)
+                self._complete(incarnation)
                 continue
             try:
-                handle = self.transport.connect(peer.pool.agent, peer.pool.metadata)
+                handles = self._connect_agents(peer.pool)
             except TransferError:
-                continue  # a pull learns that it is not connected, and shakes hands again
-            self._peers[incarnation] = _Peer(peer.pool, handle)
+                continue  # a pull finds it not connected, and a handshake follows
+            self._peers[incarnation] = _Peer(peer.pool, handles)
 
     def connect(self, pool: RemotePool) -> None:
         """Make a peer's pool readable; repeating it is harmless. PeerLost, PullFailed."""
         if self.transport is None:
             raise PullFailed("the data plane has stopped")
         peer = self._peers.get(pool.incarnation)
-        if peer is not None and not peer.closing and peer.pool.agent != pool.agent:
+        if peer is not None and not peer.closing and peer.pool.agents != pool.agents:
             self.lose(pool.incarnation)  # its data plane began anew
         if peer is None:
-            handle = self.transport.connect(pool.agent, pool.metadata)
-            self._peers[pool.incarnation] = _Peer(pool, handle)
+            self._peers[pool.incarnation] = _Peer(pool, self._connect_agents(pool))
         elif peer.closing:
             raise PeerLost(f"peer {pool.incarnation} is still being disconnected")
 
-    def handle_of(self, pool: RemotePool) -> PeerHandle:
-        """For reads from that pool. PeerLost where its agent is not connected."""
+    def _connect_agents(self, pool: RemotePool) -> dict[str, PeerHandle]:
+        assert self.transport is not None
+        handles: dict[str, PeerHandle] = {}
+        try:
+            for agent in pool.agents:
+                handles[agent.name] = self.transport.connect(agent.name, agent.metadata)
+        except BaseException:
+            for handle in handles.values():
+                self.transport.disconnect(handle)
+            raise
+        return handles
+
+    def handles_of(self, pool: RemotePool) -> dict[str, PeerHandle]:
+        """For reads from that pool, by agent. PeerLost where its agents are not connected."""
         peer = self._peers.get(pool.incarnation)
-        if peer is None or peer.closing or peer.pool.agent != pool.agent:
+        if peer is None or peer.closing or peer.pool.agents != pool.agents:
             raise PeerLost(f"peer {pool.incarnation} is not connected")
-        return peer.handle
+        return peer.handles
 
     def lose(self, incarnation: str) -> None:
         """Take no more pulls from a peer."""
@@ -148,7 +154,7 @@ class Connections:
             peer.closing = True
 
     def lose_all(self) -> None:
-        """Take no more pulls from anybody."""
+        """Take no more pulls from any peer."""
         for peer in self._peers.values():
             peer.closing = True
 
@@ -161,15 +167,16 @@ class Connections:
             future.set_result(None)
 
     def disconnect_idle(self, busy: set[str]) -> None:
-        """Disconnect closing peers but for the `busy`, which a pull still needs."""
+        """Disconnect closing peers, except the `busy` ones, which a pull still needs."""
         if self.transport is None:
             return
         for incarnation in [name for name, peer in self._peers.items() if peer.closing]:
             if incarnation not in busy:
-                self.transport.disconnect(self._peers.pop(incarnation).handle)
-                self._tell(incarnation)
+                for handle in self._peers.pop(incarnation).handles.values():
+                    self.transport.disconnect(handle)
+                self._complete(incarnation)
 
-    def _tell(self, incarnation: str) -> None:
+    def _complete(self, incarnation: str) -> None:
         for future in self._disconnected.pop(incarnation, []):
             future.set_result(None)
 

@@ -1,9 +1,9 @@
 """KvService: handshakes, and leases on blocks, given and taken by gRPC; and the client's renewals.
 
-Owned by the asyncio loop. Blocks are pinned and unpinned by their owner, the engine thread, behind
-`BlockHost`; this side only remembers for whom. The reaper depends on neither the scheduler's loop
-nor a peer. Who may call at all is the door's affair (`engine.rpc.trust`); the name by which a
-caller owns leases is its own word, which only members of the cluster can give.
+Owned by the asyncio loop. The engine thread owns the blocks, and pins and unpins them behind
+`BlockHost`; this module records the lease of each pin. The reaper depends on neither the
+scheduler's loop nor a peer. The server authenticates callers (`engine.rpc.trust`); a caller's
+incarnation, by which it owns leases, is not verified further, as all members are trusted.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ import grpc
 
 from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceServicer
+from kvtransfer.handshake import pool_response
 from kvtransfer.lease import Lease, LeaseTable, Refusal
-from kvtransfer.transport import MemoryRegion, RemotePool
+from kvtransfer.transport import RemotePool
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-_UNREACHABLE = (grpc.RpcError, grpc.aio.UsageError)  # the latter: our own channel is closed
+_UNREACHABLE = (grpc.RpcError, grpc.aio.UsageError)  # the latter: the local channel is closed
 
 
 class BlockHost(Protocol):
-    """Whoever owns the blocks, as an awaitable: the engine thread."""
+    """The owner of the blocks, the engine thread, as awaitables."""
 
     async def hold(self, hashes: Sequence[bytes]) -> tuple[list[int], list[int]]:
         """Pin the longest leading run of complete blocks: (block ids, generations)."""
@@ -38,7 +39,7 @@ class BlockHost(Protocol):
 
 
 class KvServicer(KvServiceServicer):
-    """Serves one worker's pool; whoever else announces blocks leases them by `grant`."""
+    """Serves one worker's pool; other services of the worker lease blocks by `grant`."""
 
     def __init__(
         self,
@@ -49,8 +50,9 @@ class KvServicer(KvServiceServicer):
         on_refused: Callable[[str, int], None] = lambda reason, count: None,
         on_expired: Callable[[], None] = lambda: None,
     ) -> None:
-        """`pool`: ours, as peers reach it now; `on_refused` counts leases refused to callers,
-        `on_expired` those that ran out.
+        """`pool` returns this worker's pool as peers reach it now.
+
+        `on_refused` counts leases refused to callers, by reason, `on_expired` those that ran out.
         """
         self._on_refused = on_refused
         self._on_expired = on_expired
@@ -62,7 +64,7 @@ class KvServicer(KvServiceServicer):
         self._ended = asyncio.Event()  # set, and replaced, when leases end
 
     async def Handshake(self, request: pb.HandshakeRequest, context: Any) -> pb.HandshakeResponse:
-        """Our pool and metadata, for a caller of the same digest."""
+        """This worker's pool and agents, for a caller of the same digest."""
         if request.digest != self._digest:
             await _refuse(
                 context,
@@ -70,18 +72,7 @@ class KvServicer(KvServiceServicer):
                 f"compatibility digest {self._digest}, the caller's {request.digest}",
             )
         await _require_caller(context, request.caller_incarnation)
-        pool = self._pool()
-        return pb.HandshakeResponse(
-            incarnation=pool.incarnation,
-            digest=self._digest,
-            nixl_metadata=pool.metadata,
-            blocks=_memory(pool.blocks),
-            generations=_memory(pool.generations),
-            num_blocks=pool.num_blocks,
-            block_bytes=pool.block_bytes,
-            agent=pool.agent,
-            machine=pool.machine,
-        )
+        return pool_response(self._pool(), self._digest)
 
     async def Hold(self, request: pb.HoldRequest, context: Any) -> pb.HoldResponse:
         """Pin a prefix under a new lease."""
@@ -105,12 +96,12 @@ class KvServicer(KvServiceServicer):
     def _note_refusals(
         self, call: str, request: pb.RenewRequest | pb.ReleaseRequest, context: Any
     ) -> None:
-        """Count and log leases that are not the caller's to use, never their ids."""
+        """Count and log leases that the caller may not use, never their ids."""
         refused = self._leases.refusals(request.caller_incarnation, request.leases)
         for reason, count in refused.items():
             self._on_refused(reason.value, count)
         if refused:
-            # Unknown may be a lease that we and its owner ended at once; another's never is.
+            # Both sides may end a lease at once, which makes it unknown; foreign is never right.
             level = logging.WARNING if Refusal.FOREIGN in refused else logging.INFO
             words = ", ".join(f"{count} {reason.value}" for reason, count in refused.items())
             owner, peer = request.caller_incarnation[:64], context.peer()
@@ -118,29 +109,29 @@ class KvServicer(KvServiceServicer):
 
     @property
     def leases(self) -> tuple[Lease, ...]:
-        """Those that have not ended. Their ids are secrets."""
+        """All leases that have not ended. Their ids are secrets."""
         return self._leases.all
 
     def grant(self, owner: str, block_ids: Sequence[int], request_id: str = "") -> Lease:
-        """A lease for `owner` on blocks that the caller has pinned for it, once each."""
+        """A lease for `owner` on blocks that the caller has pinned, once each."""
         return self._leases.grant(owner, block_ids, request_id)
 
     async def release(self, owner: str, lease_ids: Sequence[bytes]) -> None:
-        """End leases and unpin their blocks; what is gone is no error."""
+        """End leases and unpin their blocks; unknown leases are no error."""
         block_ids = self._leases.release(owner, lease_ids)
         if block_ids:
-            self._tell_ended()
+            self._note_end()
             await self._finish(self._host.unpin(block_ids))
 
     async def ended_within(self, lease_ids: Sequence[bytes], timeout_s: float) -> bool:
-        """Wait until none of these leases is left; False: some are after `timeout_s`."""
+        """Wait until all of these leases have ended; False: some have not after `timeout_s`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while self._leases.any_left(lease_ids):
+                while self._leases.any_held(lease_ids):
                     await self._ended.wait()
-        return not self._leases.any_left(lease_ids)
+        return not self._leases.any_held(lease_ids)
 
-    def _tell_ended(self) -> None:
+    def _note_end(self) -> None:
         self._ended.set()
         self._ended = asyncio.Event()
 
@@ -150,7 +141,7 @@ class KvServicer(KvServiceServicer):
         while True:
             await asyncio.sleep(interval_s)
             for lease in self._leases.expire():
-                self._tell_ended()
+                self._note_end()
                 self._on_expired()
                 _log.warning(
                     "lease of %s ran out: %d blocks of request %s",
@@ -176,7 +167,7 @@ class KvServicer(KvServiceServicer):
         )
 
     async def _finish(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Let `work` end even if the call is cancelled: no pin may lack an owner."""
+        """Complete `work` even if the call is cancelled: every pin needs an owner."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -184,10 +175,10 @@ class KvServicer(KvServiceServicer):
 
 
 class Renewer:
-    """Keeps leases at one peer alive, renewing all of them every TTL/3, until they are released.
+    """Renews leases at one peer every TTL/3, all in one call, until they are released.
 
-    `on_lost` is told of each lease that the peer does not know any more or could not be asked about
-    for a whole TTL; what was read under it is still judged by the fence alone. Every call has a
+    `on_lost` is called with each lease that the peer does not know, or that could not be renewed
+    for a whole TTL. The fence alone decides about blocks that were read under it. Every call has a
     deadline.
     """
 
@@ -204,7 +195,7 @@ class Renewer:
 
     @property
     def leases(self) -> tuple[bytes, ...]:
-        """Those being renewed."""
+        """The leases that are renewed."""
         return tuple(self._lives)
 
     def hold(self, lease_id: bytes, ttl_s: float) -> None:
@@ -217,7 +208,7 @@ class Renewer:
             self._task = asyncio.create_task(self._run(), name="kv-renew")
 
     async def release(self, *lease_ids: bytes, timeout_s: float = 5.0) -> bool:
-        """End these leases, all if none is named; False: not told, their TTL will end them."""
+        """End these leases, by default all; False: peer unreachable, so their TTL ends them."""
         ending = list(lease_ids or self._lives)
         for lease_id in ending:
             self._lives.pop(lease_id, None)
@@ -253,17 +244,17 @@ class Renewer:
                 self._renew_at = loop.time() + interval_s
                 await self._renew(list(self._lives), timeout_s=interval_s)
 
-    async def _renew(self, asked: list[bytes], timeout_s: float) -> None:
+    async def _renew(self, leases: list[bytes], timeout_s: float) -> None:
         loop = asyncio.get_running_loop()
-        now = loop.time()  # the peer counts from later on, so ours run out first
-        request = pb.RenewRequest(caller_incarnation=self._owner, leases=asked)
+        now = loop.time()  # the peer counts from later on, so these run out first
+        request = pb.RenewRequest(caller_incarnation=self._owner, leases=leases)
         try:
             response = await self._stub.Renew(request, timeout=timeout_s)
         except _UNREACHABLE:
             lost = [lease for lease in self._lives if self._lives[lease][1] <= loop.time()]
         else:
             lost = [lease for lease in response.unknown if lease in self._lives]
-            for lease in asked:
+            for lease in leases:
                 if lease in self._lives:  # not released meanwhile
                     ttl_s = self._lives[lease][0]
                     self._lives[lease] = (ttl_s, now + ttl_s)
@@ -279,12 +270,3 @@ async def _require_caller(context: Any, incarnation: str) -> None:
 
 async def _refuse(context: Any, code: grpc.StatusCode, message: str) -> None:
     await context.abort(code, message)
-
-
-def _memory(region: MemoryRegion) -> pb.Memory:
-    return pb.Memory(
-        address=region.address,
-        num_bytes=region.num_bytes,
-        device_id=region.device_id,
-        kind=region.kind,
-    )

@@ -1,9 +1,9 @@
-"""Who may keep which blocks pinned, and until when. Pure; the clock is injected.
+"""Leases: which peer keeps which blocks pinned, and until when. Pure; the clock is injected.
 
-A lease is soft: correctness is the fence's. It makes a stale read rare, and its end does not depend
-on the peer: a lease that is neither renewed nor released runs out and its blocks are unpinned by
-the reaper. Its id is a secret between us and its owner: nobody guesses 128 random bits, and with
-another owner's name it opens nothing.
+A lease only makes a stale read rare; the fence detects every one. The end of a lease does not
+depend on the peer: a lease that is neither renewed nor released runs out, and the reaper unpins its
+blocks. Its id is a secret of 128 random bits between this worker and the owner, and is refused
+under another owner's name.
 
     grant -> held --release--------> gone      each pin leaves the table exactly once, through
               |  ^                             release or expire
@@ -32,15 +32,15 @@ class Lease:
     block_ids: tuple[int, ...]
     expires_at: float  # on the table's clock, as is the next
     granted_at: float
-    request_id: str = ""  # for whose blocks it was granted, as far as that is known
+    request_id: str = ""  # of the request whose blocks they are, if known
 
 
 class Refusal(Enum):
-    """Why a lease is not the caller's to use."""
+    """Why a caller may not use a lease."""
 
     UNKNOWN = "unknown"  # forged, or ended: released, or run out and reaped
     EXPIRED = "expired"  # run out, not yet reaped
-    FOREIGN = "foreign"  # another owner's
+    FOREIGN = "foreign"  # of another owner
 
 
 class LeaseTable:
@@ -61,7 +61,7 @@ class LeaseTable:
 
     @property
     def all(self) -> tuple[Lease, ...]:
-        """Those in the table."""
+        """All leases in the table."""
         return tuple(self._leases.values())
 
     def grant(self, owner: str, block_ids: Sequence[int], request_id: str = "") -> Lease:
@@ -73,7 +73,7 @@ class LeaseTable:
         return lease
 
     def refusal(self, owner: str, lease_id: bytes) -> Refusal | None:
-        """Why `owner` cannot renew this lease; None: it can."""
+        """Why `owner` may not renew this lease; None if it may."""
         lease = self._leases.get(lease_id)
         if lease is None:
             return Refusal.UNKNOWN
@@ -101,7 +101,7 @@ class LeaseTable:
         return unknown
 
     def release(self, owner: str, lease_ids: Iterable[bytes]) -> list[int]:
-        """End leases; returns the block ids to unpin, once per pin. What is gone is no error."""
+        """End leases; returns the block ids to unpin, once per pin. Unknown leases are no error."""
         block_ids: list[int] = []
         for lease_id in lease_ids:
             lease = self._leases.get(lease_id)
@@ -110,7 +110,7 @@ class LeaseTable:
                 block_ids.extend(lease.block_ids)
         return block_ids
 
-    def any_left(self, lease_ids: Iterable[bytes]) -> bool:
+    def any_held(self, lease_ids: Iterable[bytes]) -> bool:
         """Whether one of these is still in the table."""
         return any(lease_id in self._leases for lease_id in lease_ids)
 

@@ -1,11 +1,11 @@
-"""How fast reads from each peer are: bytes of pulls by the time in which one was under way.
+"""How fast reads from each peer are: bytes of pulls by the time in which one was in flight.
 
     pull a  |-------|                 busy time of the peer: the union of its pulls, so that pulls
     pull b       |-------|            that share a lane are not counted as slow ones
     busy    |------------|
 
-A slow lane is silent: bytes arrive, answers are right. Reads of a GPU's memory below SLOW are
-logged, once a peer.
+A slow lane causes no error, as the bytes are right. So reads of a GPU's memory that are slower than
+SLOW_BYTES_PER_S are logged, once a peer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engine.base.types import SLOW_BYTES_PER_S, KVLink
 from kvtransfer.transport import RemotePool
 
 _log = logging.getLogger(__name__)
-_KEPT = 0.9  # of what earlier pulls showed, with each new one
+_KEPT = 0.9  # weight of the earlier pulls, with each new one
 _MAX_PEERS = 64
 _WHOLE_BYTES = 4 << 20
 
@@ -37,10 +37,10 @@ class _Peer:
 
 
 class LinkMeter:
-    """Written by the data-plane thread; `links` may be asked by any."""
+    """Written by the data-plane thread; any thread may call `links`."""
 
     def __init__(self, own_machine: str, lane: Callable[[RemotePool, bool], str]) -> None:
-        """`lane` names the lane of a peer, told whether it is on this machine."""
+        """`lane` names the lane of a peer; its second argument: the peer is on this machine."""
         self._own_machine = own_machine
         self._lane = lane
         self._peers: OrderedDict[str, _Peer] = OrderedDict()  # by incarnation, latest last
@@ -67,17 +67,17 @@ class LinkMeter:
         self._peers = peers
 
     def links(self) -> dict[str, KVLink]:
-        """What is known of each peer, by incarnation."""
+        """The link of each peer, by incarnation."""
         return {name: self._link(peer) for name, peer in self._peers.items()}
 
     def _link(self, peer: _Peer) -> KVLink:
         pool = peer.pool
         rate = peer.recent_bytes / peer.recent_s
         lane = self._lane(pool, pool.machine == self._own_machine)
-        return KVLink(pool.incarnation, lane, rate, peer.num_bytes, pool.blocks.kind)
+        return KVLink(pool.incarnation, lane, rate, peer.num_bytes, pool.memory_kind)
 
     def _is_slow(self, peer: _Peer) -> bool:
-        """Small pulls are latency, and tell nothing of a lane."""
+        """Small pulls measure latency, not the lane, and do not count."""
         return self._link(peer).slow and peer.recent_bytes / peer.weight >= _WHOLE_BYTES
 
     def _warn(self, peer: _Peer) -> None:

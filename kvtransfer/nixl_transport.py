@@ -1,31 +1,30 @@
 """NIXL over UCX behind the Transport seam: the only importer of nixl.
 
-Facts that shaped it (NIXL 1.5.1, measured by `benchmarks/kv_transfer.py` or read):
+Properties of NIXL 1.5.1 (read, or measured by `benchmarks/kv_transfer.py`):
 - An agent is not thread-safe; this object belongs to the data-plane thread. NIXL adds a progress
-  thread of its own, which the *target* of a read needs: connections are set up, and lanes without
-  remote memory access emulated, by it. Its Python wrapper fixes that thread's poll delay at 0,
-  which burns a core while idle; the bindings below it take a delay, and then the thread sleeps in
+  thread, which the *target* of a read needs: it sets up connections, and emulates lanes without
+  remote memory access. The Python wrapper fixes the poll delay of that thread at 0, which burns a
+  core while idle. The bindings below the wrapper take a delay, and then the thread sleeps in
   poll(2) until UCX has an event.
 - Posting a read may block for the whole copy (over CMA it does), but releases the GIL meanwhile.
 - Errors are raised, not returned. An agent's name must never come back, so it is the incarnation
   and a number.
 - Over CMA the first read into untouched memory costs a page fault a page; touch a pool before it is
   used.
-- Left alone, UCX picks CMA on one host (a pull of one 369 KB block takes 0.14 ms, 64 MB go at 9 to
-  12 GB/s, 0.6 to 0.7 of a plain copy), and NVLink or RDMA where there are any. Every restriction of
-  UCX_TLS that keeps CMA measured the same, those without it fall to TCP (0.6 ms and more, 1 GB/s),
-  and each forbids something to somebody: UCX_TLS is left unset.
-- Whose process is stopped (SIGSTOP) can be read over CMA all the same; over TCP, and over shared
-  memory without CMA, its progress thread must answer, and a read hangs until it goes on. Ending an
-  agent with such reads in flight took 3 to 24 ms in 31 tries over these lanes, never hung or
-  crashed, and took its progress thread and sockets with it: nothing landed afterwards, also when
-  the peer went on (`tests/system/test_quarantine.py`).
-- That peer fares worse: a target that goes on and finds its reader's agent gone before it has
-  answered ends with SIGABRT in UCX ("unexpected error: Endpoint timeout"), in 28 of those 31 tries.
-  A target that was running when its reader was killed in mid-read never did, in 36 tries over the
-  same lanes.
-- The bindings end an agent with the GIL held, so a hang there would stop every thread of Python. A
-  watchdog of C (faulthandler) ends the process then.
+- By default UCX picks CMA on one host (a pull of one 369 KB block takes 0.14 ms, 64 MB are read at
+  9 to 12 GB/s, 0.6 to 0.7 of a plain copy), and NVLink or RDMA where present. With UCX_TLS
+  restricted, lists with CMA measured the same, lists without it fall to TCP (0.6 ms and more, 1
+  GB/s). Each list excludes a lane that some cluster needs, so UCX_TLS stays unset.
+- A stopped process (SIGSTOP) can be read over CMA. Over TCP, and over shared memory without CMA,
+  its progress thread must respond, and a read hangs until the process continues. Ending an agent
+  with such reads in flight took 3 to 24 ms in 31 tries over these lanes, never hung or crashed, and
+  ended its progress thread and sockets: no byte landed afterwards, also when the peer continued
+  (`tests/system/test_quarantine.py`).
+- A target that continues and finds its reader's agent gone before it has responded ends with
+  SIGABRT in UCX ("unexpected error: Endpoint timeout"), in 28 of those 31 tries. A target that was
+  running when its reader was killed in mid-read never did, in 36 tries over the same lanes.
+- The bindings end an agent with the GIL held, so a hang there would stop every Python thread. A
+  watchdog in C (faulthandler) then ends the process.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from kvtransfer.ucx_lanes import lane_log
 # The progress thread wakes for events; this is only its fallback, for events that UCX misses.
 PROGRESS_DELAY_US = 100_000
 HANG_S = 20.0  # for the end of an agent, which takes milliseconds
-# Where the user set none: NIXL and UCX report to stderr what is raised and handled here anyway.
+# Unless the user set them. NIXL and UCX log errors to stderr that are raised and handled here.
 # Without zero-copy GET, reads between GPUs that have no NVLink go over TCP: 0.5 instead of 49 GB/s.
 DEFAULT_ENV = {
     "NIXL_LOG_LEVEL": "FATAL",
@@ -59,7 +58,7 @@ DEFAULT_ENV = {
 
 
 def _load_bindings() -> Any:
-    """nixl's bindings for the CUDA at hand. ConfigError when nixl is missing or broken."""
+    """nixl's bindings for the installed CUDA. ConfigError when nixl is missing or broken."""
     set_default_env(DEFAULT_ENV)
     lane_log()  # before UCX reads its variables
     raise_exceptions = logging.raiseExceptions
@@ -70,7 +69,7 @@ def _load_bindings() -> Any:
             f"KV transfer needs the package nixl (install diptych[worker]): {error}"
         ) from error
     finally:
-        logging.raiseExceptions = raise_exceptions  # nixl switches it off for the whole process
+        logging.raiseExceptions = raise_exceptions  # nixl sets it to False for the whole process
 
 
 @contextmanager
@@ -168,7 +167,7 @@ class NixlTransport:
         return read
 
     def poll(self, handle: _Read) -> ReadState:
-        """Ask NIXL, which also drives UCX."""
+        """Where a read stands; the call also drives UCX."""
         if not handle.done:
             try:
                 handle.done = self._agent.getXferStatus(handle.request) == self._nixl.NIXL_SUCCESS
@@ -206,7 +205,7 @@ class NixlTransport:
         return self._nixl.nixlXferDList(self._kind(region), rows)
 
     def _translate(self, peer: str, error: Exception) -> PeerLost | PullFailed:
-        """A caller's mistake is PullFailed, anything else loses the peer."""
+        """A caller's mistake is PullFailed, any other error loses the peer."""
         mistakes = (self._nixl.nixlInvalidParamError, self._nixl.nixlNotSupportedError)
         if isinstance(error, mistakes):
             return PullFailed(f"peer {peer}: NIXL refused the read ({error})")

@@ -1,10 +1,10 @@
-"""The peers this worker may read from, keyed by incarnation: a restart is somebody else.
+"""The peers this worker may read from, keyed by incarnation: a restarted process is another peer.
 
     unknown --connect: Handshake, then metadata--> connected
        ^---- forget, lost, oldest of too many ---------+
 
-Owned by the asyncio loop. The data plane keeps its own view; this table only decides whom it
-connects to. Who pulls from a peer and gets PeerLost calls `forget` and may then connect again.
+Owned by the asyncio loop. The data plane keeps its own view; this table only decides which peers it
+connects to. A caller that gets PeerLost from a pull calls `forget` and may then connect again.
 """
 
 from __future__ import annotations
@@ -21,15 +21,12 @@ from engine.base.types import KVLink, Peer
 from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
 from kvtransfer.data_plane import DataPlane
-from kvtransfer.transport import GENERATION_BYTES, MemoryKind, MemoryRegion, PeerLost, RemotePool
+from kvtransfer.handshake import check_readable, pool_of
+from kvtransfer.transport import PeerLost, RemotePool
 
 
 class PeerTable:
-    """Connects to peers once, remembers a bounded number of them.
-
-    `stub_factory` gives the KvService stub of an address (HOST:PORT); `digest` is ours, for
-    comparison.
-    """
+    """Connects to peers once, remembers a bounded number of them."""
 
     def __init__(
         self,
@@ -40,6 +37,10 @@ class PeerTable:
         max_peers: int = 64,
         timeout_s: float = 10.0,
     ) -> None:
+        """`stub_factory` gives the KvService stub of an address (HOST:PORT).
+
+        `digest` is this worker's compatibility digest.
+        """
         self._data_plane = data_plane
         self._digest = digest
         self._stub_factory = stub_factory
@@ -72,11 +73,11 @@ class PeerTable:
 
     @property
     def addresses(self) -> set[str]:
-        """Of the peers that are remembered."""
+        """Addresses of the remembered peers."""
         return {peer.address for peer in self._known.values()}
 
     def links(self) -> list[KVLink]:
-        """What reads from the peers that are remembered have shown, of each its latest process."""
+        """What reads have shown of each remembered peer, of its latest process."""
         found = self._data_plane.links()
         known = self._known.copy()
         latest = {known[i].worker_id: found[i] for i in known if i in found}
@@ -126,7 +127,7 @@ class PeerTable:
         return pool
 
     def _checked(self, peer: Peer, response: pb.HandshakeResponse) -> RemotePool:
-        """The pool that a handshake describes; the digest is compared before all else."""
+        """The pool that a handshake describes; the digest is compared before anything else."""
         if response.digest != self._digest:
             raise Mismatch(
                 f"peer {peer.address}: compatibility digest {response.digest}, ours {self._digest}"
@@ -135,31 +136,9 @@ class PeerTable:
             raise PeerLost(
                 f"peer {peer.address} is now {response.incarnation}, not {peer.incarnation}"
             )
-        pool = RemotePool(
-            incarnation=response.incarnation,
-            blocks=_region(response.blocks),
-            generations=_region(response.generations),
-            num_blocks=response.num_blocks,
-            block_bytes=response.block_bytes,
-            metadata=response.nixl_metadata,
-            agent=response.agent,
-            machine=response.machine,
-        )
-        ours = self._data_plane.local_pool.block_bytes
-        if pool.block_bytes != ours:
-            raise Mismatch(f"peer {peer.address}: blocks of {pool.block_bytes} bytes, ours {ours}")
-        if (
-            pool.blocks.num_bytes < pool.num_blocks * pool.block_bytes
-            or pool.generations.num_bytes < pool.num_blocks * GENERATION_BYTES
-        ):
-            raise Mismatch(
-                f"peer {peer.address}: its memory does not hold {pool.num_blocks} blocks"
-            )
+        try:
+            pool = pool_of(response)
+            check_readable(pool, self._data_plane.local_pool)
+        except Mismatch as error:
+            raise Mismatch(f"peer {peer.address}: {error}") from None
         return pool
-
-
-def _region(memory: pb.Memory) -> MemoryRegion:
-    if memory.kind not in ("DRAM", "VRAM"):
-        raise Mismatch(f"memory kind {memory.kind!r}: expected DRAM or VRAM")
-    kind: MemoryKind = "VRAM" if memory.kind == "VRAM" else "DRAM"
-    return MemoryRegion(memory.address, memory.num_bytes, kind, memory.device_id)

@@ -1,4 +1,4 @@
-"""From pairs of block ids to the fewest contiguous reads. Pure.
+"""From pairs of block ids, and the heads that either side holds, to the fewest reads. Pure.
 
     remote pool   . . 4 5 6 . . 9 .          pairs (4->1) (9->7) (5->2) (6->3)
                       |-----|   |
@@ -6,6 +6,15 @@
 
 Two pairs can share a read when both sides advance by one. Pairs whose difference (remote - local)
 is equal lie on one diagonal, so the maximal runs on each diagonal are the fewest reads possible.
+
+Workers may split the KV heads over different numbers of ranks. A rank reads what it holds of each
+block in pieces, one a remote rank and group of layers:
+
+    remote block   | rank 0: heads 0 1 | rank 1: heads 2 3 |       4 heads over 2 ranks
+    local block    | rank 0: heads 0 1 2 3                 |       over 1: two pieces
+
+A block is head-major, so a piece is one extent. Blocks coalesce only where the piece is all of a
+block on both sides, as it is between workers that split alike.
 """
 
 from __future__ import annotations
@@ -13,7 +22,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from kvtransfer.transport import Extent
+from kvtransfer.transport import Extent, Region
+
+
+class Piece(NamedTuple):
+    """The same bytes of every block: what one remote region and the local one both hold."""
+
+    region: int  # index of the remote region
+    remote_offset: int  # from the start of a block
+    local_offset: int
+    num_bytes: int
 
 
 class Run(NamedTuple):
@@ -69,9 +87,54 @@ def slices(runs: Iterable[Run], max_blocks: int) -> Iterator[list[Run]]:
         yield batch
 
 
-def extents(runs: Iterable[Run], item_bytes: int) -> list[Extent]:
-    """Runs as byte extents, of blocks (item_bytes = block_bytes) or of their generations (8)."""
-    return [Extent(r * item_bytes, local * item_bytes, num * item_bytes) for r, local, num in runs]
+def pieces(remote: Sequence[Region], local: Region) -> list[Piece]:
+    """What to read of each block: every head that `local` holds, of each group, exactly once.
+
+    `remote` are a peer's blocks, by rank. Where several ranks hold a head, local ranks spread over
+    them. ValueError: the groups differ, or no rank holds a head.
+    """
+    rank = local.rank
+    alike = [
+        i for i, r in enumerate(remote) if (r.groups, r.stride) == (local.groups, local.stride)
+    ]
+    if alike:
+        return [Piece(alike[rank % len(alike)], 0, 0, local.stride)]
+    expected = [group.head_bytes for group in local.groups]
+    for region in remote:
+        sizes = [group.head_bytes for group in region.groups]
+        if sizes != expected:
+            raise ValueError(f"layer groups with heads of {sizes} bytes; expected {expected}")
+    found: list[Piece] = []
+    for index, ours in enumerate(local.groups):
+        head, end = ours.first_head, ours.first_head + ours.num_heads
+        while head < end:
+            holders = [i for i, r in enumerate(remote) if head in r.groups[index].heads]
+            if not holders:
+                raise ValueError(f"KV head {head} of layer group {index} is on no rank")
+            holder = holders[rank % len(holders)]
+            theirs = remote[holder].groups[index]
+            count = min(end, theirs.heads.stop) - head
+            source, target = theirs.offset_of(head), ours.offset_of(head)
+            found.append(Piece(holder, source, target, count * ours.head_bytes))
+            head += count
+    return found
+
+
+def extents(
+    runs: Iterable[Run], piece: Piece, *, remote_stride: int, local_stride: int
+) -> list[Extent]:
+    """A piece of each block as byte extents: one a run for a whole block, else one a block.
+
+    The strides are the bytes from one block to the next.
+    """
+    _, source, target, size = piece
+    if size == remote_stride == local_stride:
+        return [Extent(r * size, local * size, num * size) for r, local, num in runs]
+    return [
+        Extent((r + i) * remote_stride + source, (local + i) * local_stride + target, size)
+        for r, local, num in runs
+        for i in range(num)
+    ]
 
 
 def _check_bounds(side: str, ids: Sequence[int], num_blocks: int) -> None:

@@ -1,26 +1,27 @@
-"""One pull as a state machine, stepped on the data-plane thread; nobody else touches it.
+"""One pull as a state machine, used on the data-plane thread alone.
 
     reading --last data read DONE--> fencing --generations DONE--> finished
        |                                |                          (done: result; settled)
        +-- error, timeout, cancel ------+
                      v
-                  failed  --no read left, or the transport ended; and quiet--> settled
+                  failed  --no read pending, or the transport ended; and quiet--> settled
                   (done: error)
 
-A transport that ends takes all reads with it: a failed pull is then settled, any other begins anew
-on the next one (`restart`).
+The end of a transport ends all its reads: a failed pull is then settled, any other begins anew on
+the next transport (`restart`).
 
 Data is read in slices, a few in flight, so that several pulls share the thread fairly and a timeout
-or a cancel stops a long pull soon. The generations are read only after every data read is terminal,
-never with them (see `fence`). The landing word of a block is that of its *local* id: a local block
-has one writer at a time, its pull, and so has its word.
+or a cancel stops a long pull soon. A slice is one read a remote rank that holds a part of its
+blocks. The generations are read only after every data read is terminal, never with them (see
+`fence`). The generation of a block lands at its *local* id: one pull at a time writes a local
+block, and so its generation.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtransfer.fence import Fence
-from kvtransfer.plan import Run, extents, slices
+from kvtransfer.plan import Piece, Run, extents, slices
 from kvtransfer.transport import (
     GENERATION_BYTES,
     Extent,
@@ -39,6 +40,7 @@ from kvtransfer.transport import (
     PullTimeout,
     ReadHandle,
     ReadState,
+    Region,
     RemotePool,
     TransferError,
     Transport,
@@ -47,8 +49,8 @@ from kvtransfer.transport import (
 SLICE_BYTES = 8 << 20  # of one transfer request; over CMA posting it takes about 1 ms
 MAX_SLICES_IN_FLIGHT = 4  # of one pull
 # After an error NIXL 1.5.1 may call a request terminal while others of its batch are still being
-# cancelled, and a GPU may still copy for a transport that has ended; their destination is not
-# handed back before that is surely over.
+# cancelled, and a GPU may still copy for a transport that has ended. Their destination is handed
+# back only after this time.
 QUIET_S = 1.0
 
 
@@ -56,7 +58,7 @@ QUIET_S = 1.0
 class PullResult:
     """A pull whose reads all ended well. Blocks at the indices `stale` must be dropped."""
 
-    stale: tuple[int, ...]  # indices into the ids that were asked for
+    stale: tuple[int, ...]  # indices into the ids of the request
     num_blocks: int
     num_bytes: int
     num_extents: int  # contiguous reads after coalescing
@@ -64,12 +66,13 @@ class PullResult:
 
 
 class Pull:
-    """What the caller of a pull holds.
+    """A pull as its caller sees it. Neither future can be cancelled.
 
-    `done`: PullResult, or PeerLost, PullTimeout, PullFailed. `settled`: None, once no read of this
-    pull can still write local memory; only then may the destination blocks be freed. Never before
-    `done`; long after it when a peer hangs. Neither can be cancelled as a future. `block_ids` are
-    the destination.
+    Attributes:
+        block_ids: the destination.
+        done: PullResult, or PeerLost, PullTimeout, PullFailed.
+        settled: None, once no read of this pull can still write local memory; only then may the
+            destination be freed. Never before `done`; long after it when a peer hangs.
     """
 
     __slots__ = ("_cancel", "block_ids", "done", "settled")
@@ -100,6 +103,7 @@ class PullRequest:
     local_ids: tuple[int, ...]
     expected: tuple[int, ...]
     runs: list[Run]
+    pieces: tuple[Piece, ...]  # of each block
     asked_at: float
     deadline: float
     request_id: str = ""
@@ -122,28 +126,47 @@ class LocalMemory:
     """Where reads land."""
 
     blocks: MemoryRegion
+    block_bytes: int
     landing: MemoryRegion
     landed: npt.NDArray[np.uint64]  # [num_blocks], the landing region as numbers
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """One transfer request to be posted: some pieces of some blocks of a remote region."""
+
+    remote: Region
+    local: MemoryRegion
+    runs: list[Run]
+    pieces: list[Piece]
+
+    def extents(self, local_stride: int) -> list[Extent]:
+        strides = {"remote_stride": self.remote.stride, "local_stride": local_stride}
+        return [e for piece in self.pieces for e in extents(self.runs, piece, **strides)]
 
 
 class Reading:
     """The state of one pull in flight."""
 
     def __init__(
-        self, pull: Pull, request: PullRequest, peer: PeerHandle, memory: LocalMemory, fence: Fence
+        self,
+        pull: Pull,
+        request: PullRequest,
+        peers: Mapping[str, PeerHandle],
+        memory: LocalMemory,
+        fence: Fence,
     ) -> None:
         self.pull = pull
         self.request = request
         self.error: TransferError | None = None
         self.result: PullResult | None = None
-        self._peer = peer
         self._memory = memory
         self._fence = fence
-        self._block_bytes = request.pool.block_bytes
-        self._slices: deque[list[Run]] = deque()
+        self._piece_bytes = sum(piece.num_bytes for piece in request.pieces)  # of one block
+        self._reads: deque[_Read] = deque()
         self._handles: list[ReadHandle] = []
         self._fencing = False
-        self.restart(peer)
+        self.restart(peers)
         self._began_at: float | None = None
         self._quiet_at = 0.0
         self.failed_at = math.inf  # when that was first seen with reads still under way
@@ -163,22 +186,21 @@ class Reading:
         """Whether its caller still waits for it."""
         return self.error is None and self.result is None
 
-    def restart(self, peer: PeerHandle) -> None:
-        """Begin anew over a connection of another transport; what was read so far has ended."""
-        self._peer = peer
-        block_bytes = self._block_bytes
-        self._slices = deque(slices(self.request.runs, max(1, SLICE_BYTES // block_bytes)))
+    def restart(self, peers: Mapping[str, PeerHandle]) -> None:
+        """Begin anew over another transport's connections; what was read so far has ended."""
+        self._peers = peers
+        self._reads = deque(self._data_reads(max(1, SLICE_BYTES // self._piece_bytes)))
         self._handles = []
         self._fencing = False
 
     def abandon(self, now: float) -> None:
-        """The transport has ended, and with it what a failed pull still had in flight."""
+        """The transport has ended, and with it all reads of a failed pull."""
         if self._handles and self.error is not None:
             self._handles = []
             self._quiet_at = now + QUIET_S
 
     def hold(self, now: float, quarantine_s: float) -> PullHold:
-        """What it keeps from being reused; a failed one is waited for `quarantine_s` at most."""
+        """What it keeps from being reused; a failed one ends the transport after `quarantine_s`."""
         failed_at = min(self.failed_at, now)
         ends_at = failed_at + quarantine_s if self.error else self.request.deadline
         return PullHold(
@@ -191,10 +213,10 @@ class Reading:
         )
 
     def fail(self, error: TransferError) -> None:
-        """Answer the caller now; reads in flight go on until they are terminal."""
+        """Fail the caller's future now; reads in flight continue until they are terminal."""
         if self.is_open:
             self.error = error
-            self._slices.clear()
+            self._reads.clear()
             self.pull.done.set_exception(error)
 
     def step(self, transport: Transport, now: float) -> bool:
@@ -238,36 +260,45 @@ class Reading:
             self.fail(failure)
         return moved
 
+    def _data_reads(self, max_blocks: int) -> Iterator[_Read]:
+        """In slices of so many blocks, each one read a remote region."""
+        remote = self.request.pool.blocks
+        by_region: dict[int, list[Piece]] = {}
+        for piece in self.request.pieces:
+            by_region.setdefault(piece.region, []).append(piece)
+        for runs in slices(self.request.runs, max_blocks):
+            for index, parts in by_region.items():
+                yield _Read(remote[index], self._memory.blocks, runs, parts)
+
+    def _fence_read(self) -> _Read:
+        whole = Piece(0, 0, 0, GENERATION_BYTES)
+        generations = self.request.pool.generations
+        return _Read(generations, self._memory.landing, self.request.runs, [whole])
+
     def _advance(self, transport: Transport, now: float) -> bool:
-        """Post one more slice, or the fence, or finish."""
-        if self._slices:
+        """Post one more read, or the fence, or finish."""
+        if self._reads:
             if len(self._handles) >= MAX_SLICES_IN_FLIGHT:
                 return False
-            reads = extents(self._slices.popleft(), self._block_bytes)
-            self._post(transport, now, self.request.pool.blocks, self._memory.blocks, reads)
+            self._post(transport, now, self._reads.popleft(), self._memory.block_bytes)
             return True
         if self._handles:
             return False
         if not self._fencing:
             self._fencing = True
-            reads = extents(self.request.runs, GENERATION_BYTES)
-            self._post(transport, now, self.request.pool.generations, self._memory.landing, reads)
+            self._post(transport, now, self._fence_read(), GENERATION_BYTES)
             return True
         self._finish(now)
         return True
 
-    def _post(
-        self,
-        transport: Transport,
-        now: float,
-        remote: MemoryRegion,
-        local: MemoryRegion,
-        reads: list[Extent],
-    ) -> None:
+    def _post(self, transport: Transport, now: float, read: _Read, local_stride: int) -> None:
         if self._began_at is None:
             self._began_at = now
+        ranges = read.extents(local_stride)
+        peer = self._peers[read.remote.agent]
         try:
-            self._handles.append(transport.post_read(self._peer, remote, local, reads))
+            handle = transport.post_read(peer, read.remote.memory, read.local, ranges)
+            self._handles.append(handle)
         except TransferError as error:
             self._quiet_at = now + QUIET_S
             self.fail(error)
@@ -276,16 +307,17 @@ class Reading:
         request = self.request
         actual: list[Any] = self._memory.landed[list(request.local_ids)].tolist()
         num_blocks = len(request.local_ids)
+        reads = self._data_reads(num_blocks)
         self.result = PullResult(
             stale=self._fence.stale(request.expected, actual),
             num_blocks=num_blocks,
-            num_bytes=num_blocks * self._block_bytes,
-            num_extents=len(request.runs),
+            num_bytes=num_blocks * self._piece_bytes,
+            num_extents=sum(len(read.extents(self._memory.block_bytes)) for read in reads),
             seconds=now - (self._began_at or now),
         )
         self.pull.done.set_result(self.result)
 
     def crash(self, error: Exception, now: float) -> None:
-        """An unexpected exception in a step: nobody may wait for it for ever."""
+        """Fail after an unexpected exception in a step, so that no caller waits for ever."""
         self._quiet_at = now + QUIET_S
         self.fail(PullFailed(f"peer {self.request.pool.incarnation}: {error!r}"))

@@ -1,8 +1,8 @@
 """How much memory reads that do not end may keep, and for how long. Pure.
 
 A pull that failed keeps its destination until its last read is terminal: usually milliseconds. A
-read from a peer that hangs may never end, and releasing its handle does not stop it. Nobody can
-take that memory back but by ending the transport, so that is done where either bound is reached:
+read from a peer that hangs may never end, and releasing its handle does not stop it. Only the end
+of the transport frees that memory, so the data plane ends it when either bound is reached:
 
     failed --PATIENCE_S--> stuck --max_s since it failed, or too many stuck blocks--> restart
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from kvtransfer.pull import QUIET_S, Reading
 
-PATIENCE_S = 2 * QUIET_S  # a failed pull whose reads end within this time is no case of this
+PATIENCE_S = 2 * QUIET_S  # a failed pull whose reads end within this time is not stuck
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Quarantine:
     share: float = 0.25  # of the pool's blocks
 
     def exceeded(self, readings: Iterable[Reading], num_blocks: int, now: float) -> str:
-        """Why the transport must end; "" while all is within bounds."""
+        """Why the transport must end; "" while both bounds hold."""
         patience_s = min(PATIENCE_S, self.max_s)
         stuck = [r for r in readings if r.has_reads and now >= r.failed_at + patience_s]
         if not stuck:

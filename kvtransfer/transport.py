@@ -1,8 +1,8 @@
-"""The seam between a data plane and whatever moves its bytes, and the values both speak of.
+"""The seam between a data plane and the transport that moves its bytes, and their common values.
 
-A `Transport` is called on the data-plane thread alone (but for its end: see `connections`) and need
-not be thread-safe. It only ever reads from peers (decode leads: the process whose memory is written
-moves the bytes).
+A `Transport` is called on the data-plane thread alone (except for its end: see `connections`) and
+need not be thread-safe. It only reads from peers, never writes to them: the process whose memory is
+written moves the bytes.
 """
 
 from __future__ import annotations
@@ -13,25 +13,27 @@ from enum import Enum
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from engine.base.errors import DiptychError
+from engine.base.kv_layout import LayerGroup
 
 MemoryKind = Literal["DRAM", "VRAM"]
+RegionKind = Literal["blocks", "generations"]
 GENERATION_BYTES = 8
 
 
 class TransferError(DiptychError):
-    """A pull that did not succeed; what it read must not be used."""
+    """A pull that failed; the bytes that it read must not be used."""
 
 
 class PeerLost(TransferError):
-    """The peer is gone, or is not the incarnation that was meant: connect anew or go elsewhere."""
+    """The peer is gone, or is another incarnation: connect anew, or use another peer."""
 
 
 class PullTimeout(TransferError):
-    """The reads did not end in the time given; their destination stays reserved until they do."""
+    """The reads did not end in time; their destination stays reserved until they do."""
 
 
 class PullFailed(TransferError):
-    """The pull could not be carried out, for a reason that is not the peer's death."""
+    """The pull failed for another reason than the death of its peer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +47,59 @@ class MemoryRegion:
 
 
 @dataclass(frozen=True, slots=True)
+class Agent:
+    """A transport as peers reach it: its name is never used again."""
+
+    name: str
+    metadata: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Memory of one rank of a worker: one item a block, `stride` bytes apart.
+
+    Attributes:
+        kind: `blocks` are keys and values, `generations` unsigned 64-bit integers.
+        rank: of tensor parallelism.
+        agent: name of the agent that reaches it.
+        groups: of `blocks`: the layers and heads that an item holds.
+    """
+
+    kind: RegionKind
+    rank: int
+    agent: str
+    stride: int
+    memory: MemoryRegion
+    groups: tuple[LayerGroup, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class RemotePool:
     """A worker's KV pool as its peers see it: what a handshake hands out.
 
-    `blocks` holds num_blocks extents of block_bytes, `generations` num_blocks unsigned 64-bit
-    integers.
+    `regions` are the blocks of each rank, by rank, and the generations of all.
     """
 
     incarnation: str
-    blocks: MemoryRegion
-    generations: MemoryRegion
     num_blocks: int
-    block_bytes: int
-    metadata: bytes
-    agent: str  # whom the metadata names: another one after its data plane began anew
+    regions: tuple[Region, ...]
+    agents: tuple[Agent, ...]  # those that the regions name; others after a data plane began anew
     machine: str = ""  # equal for two workers of one machine
+
+    @property
+    def blocks(self) -> tuple[Region, ...]:
+        """The blocks of each rank."""
+        return tuple(region for region in self.regions if region.kind == "blocks")
+
+    @property
+    def generations(self) -> Region:
+        """The generations of all blocks."""
+        return next(region for region in self.regions if region.kind == "generations")
+
+    @property
+    def memory_kind(self) -> MemoryKind:
+        """Where the blocks lie."""
+        return self.blocks[0].memory.kind
 
 
 class Extent(NamedTuple):
@@ -91,7 +131,7 @@ class Transport(Protocol):
         """What a peer needs to connect; taken after `register`."""
 
     def connect(self, agent: str, metadata: bytes) -> PeerHandle:
-        """Load a peer's metadata. PeerLost: it names another; PullFailed: unreadable."""
+        """Load a peer's metadata. PeerLost: it names another agent; PullFailed: unreadable."""
 
     def disconnect(self, peer: PeerHandle) -> None:
         """Forget a peer; none of its reads is pending. Never raises for a dead one."""
@@ -104,17 +144,17 @@ class Transport(Protocol):
     def poll(self, handle: ReadHandle) -> ReadState:
         """Where a read stands; raises PeerLost or PullFailed once when it failed.
 
-        After an error a moment may pass until nothing of it lands any more: see `pull`.
+        After an error some of its bytes may still land for a moment: see `pull`.
         """
 
     def release(self, handle: ReadHandle) -> None:
-        """Give back a handle that is DONE or has failed. Never raises."""
+        """Free a handle that is DONE or has failed. Never raises."""
 
     def lane(self, kind: MemoryKind, *, same_machine: bool) -> str:
-        """The lane of reads from such a peer, for people; "": not known. Any thread may call."""
+        """The lane of reads from such a peer, to be shown; "": unknown. Any thread may call."""
 
     def close(self) -> None:
-        """Deregister and end, reads pending or not: once it returns, nothing of them lands.
+        """Deregister and end, reads pending or not: once it returns, no byte of them lands.
 
-        Called by any thread, while nobody else uses the transport; it may hang or raise.
+        Called by any thread, while no other uses the transport; it may hang or raise.
         """

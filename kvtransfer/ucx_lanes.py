@@ -1,8 +1,8 @@
 """The lane that UCX picked for reads, from the tables that it can log (UCX_PROTO_INFO).
 
-Nothing else tells: NIXL does not expose endpoints of UCX, and a lane that falls to TCP moves the
-same bytes, a hundred times slower. UCX logs a table a kind of peer (same process, node, other node)
-and a kind of memory, at the first read:
+There is no other source: NIXL does not expose the endpoints of UCX, and a lane that falls to TCP
+moves the same bytes, a hundred times slower. UCX logs a table for each kind of peer (same process,
+same node, other node) and of memory, at the first read:
 
     | 39017aa8b17d4e48.1 intra-node cfg#1                              |
     | remote memory read by ucp_get*(multi) into host memory from host |
@@ -11,8 +11,8 @@ and a kind of memory, at the first read:
     +--------+-------------+-------------------------------------------+
     | 0..inf | zero-copy   | cma/memory                                |
 
-UCX's log goes through a pipe to a thread that takes these tables out and passes everything else on
-to stderr. The settings of a user go first: with a UCX_LOG_FILE of theirs no lane is known.
+UCX's log is written into a pipe, and a thread takes these tables out and copies the other lines to
+stderr. A user's settings take precedence: where UCX_LOG_FILE is set, no lane is known.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class LaneTables:
         return True
 
     def lane(self, kind: MemoryKind, *, same_machine: bool) -> str:
-        """Of reads from such a peer; "" where no table told."""
+        """The lane of reads from such a peer; "" where no table has shown it."""
         on_gpu = kind == "VRAM"
         found = {where: lane for (where, gpu), lane in self._lanes.items() if gpu == on_gpu}
         found.pop("self", None)
@@ -69,7 +69,7 @@ class LaneTables:
 
 
 class LaneLog:
-    """UCX's log of this process; made before UCX is loaded."""
+    """UCX's log of this process; create it before UCX is loaded."""
 
     def __init__(self) -> None:
         self._tables = LaneTables()
@@ -79,22 +79,22 @@ class LaneLog:
             if with_room is not None:
                 fcntl.fcntl(writer, with_room, _PIPE_BYTES)
         except OSError:
-            pass  # more than this user may have: tables of reads are small
+            pass  # above this user's limit; the default suffices, as tables of reads are small
         path = f"/proc/self/fd/{writer}"
         forced = set_default_env({"UCX_LOG_FILE": path})
         self._is_ours = forced["UCX_LOG_FILE"] == path
         if self._is_ours:
-            asked = set_default_env({"UCX_PROTO_INFO": _READS_ONLY})
-            self._shows_tables = asked["UCX_PROTO_INFO"] != _READS_ONLY
+            effective = set_default_env({"UCX_PROTO_INFO": _READS_ONLY})
+            self._shows_tables = effective["UCX_PROTO_INFO"] != _READS_ONLY
             threading.Thread(target=self._read, name="ucx-log", daemon=True).start()
 
     def loaded(self) -> None:
-        """UCX has read its variables: a child process must not write to our pipe, nor fail to."""
+        """UCX has read its variables; child processes must not inherit the pipe's path."""
         if self._is_ours:
             unset_env("UCX_LOG_FILE")
 
     def lane(self, kind: MemoryKind, *, same_machine: bool) -> str:
-        """Of reads from such a peer; "" where that is not known. Any thread may call."""
+        """The lane of reads from such a peer; "" while unknown. Any thread may call."""
         found = self._tables.lane(kind, same_machine=same_machine)
         if not found and self._is_ours:
             ctypes.CDLL(None).fflush(None)  # UCX's stream is buffered: the next call finds it
@@ -110,5 +110,5 @@ class LaneLog:
 
 @cache
 def lane_log() -> LaneLog:
-    """The one of this process: UCX reads its settings once."""
+    """The log of this process: UCX reads its settings once."""
     return LaneLog()

@@ -193,7 +193,7 @@ class Holds:
         counters = self._host.plane.counters
         return {
             "answers": answers,
-            "agent": self._host.plane.local_pool.agent,
+            "agent": self._host.plane.agent,
             "restarts": counters.num_restarts,
             "quarantined_blocks": counters.num_quarantined_blocks,
         }

@@ -199,6 +199,7 @@ def _data_plane(engine: Engine, incarnation: str, options: TransferOptions) -> D
         generations=MemoryRegion(generations.ctypes.data, len(generations) * GENERATION_BYTES),
         num_blocks=engine.core.pool.num_blocks,
         block_bytes=engine.layout.block_bytes,
+        groups=engine.layout.groups,
         machine=machine_id(),
         quarantine=Quarantine(options.quarantine_s, options.quarantine_share),
         on_restart=engine.metrics.kv_data_plane_restarts.inc,

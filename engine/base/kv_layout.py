@@ -45,9 +45,18 @@ class LayerGroup:
     offset: int
 
     @property
+    def heads(self) -> range:
+        """The model's KV heads that the block holds."""
+        return range(self.first_head, self.first_head + self.num_heads)
+
+    @property
     def end(self) -> int:
         """Bytes of the block up to the end of the group."""
         return self.offset + self.num_heads * self.head_bytes
+
+    def offset_of(self, head: int) -> int:
+        """Bytes of the block before one of these heads."""
+        return self.offset + (head - self.first_head) * self.head_bytes
 
 
 @dataclass(frozen=True, slots=True)

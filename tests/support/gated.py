@@ -11,11 +11,21 @@ from typing import Any
 
 import numpy as np
 
+from engine.base.kv_layout import LayerGroup
 from kvtransfer.data_plane import DataPlane
 from kvtransfer.quarantine import Quarantine
-from kvtransfer.transport import Extent, MemoryRegion, PeerLost, ReadState, RemotePool
+from kvtransfer.transport import (
+    Agent,
+    Extent,
+    MemoryRegion,
+    PeerLost,
+    ReadState,
+    Region,
+    RemotePool,
+)
 
 NUM_BLOCKS, BLOCK_BYTES = 16, 64
+WHOLE = (LayerGroup(0, 1, BLOCK_BYTES, 0),)  # a block is one head of one group
 
 
 @dataclass
@@ -96,7 +106,9 @@ class GatedTransport:
 
 
 class Rig:
-    def __init__(self, quarantine: Quarantine | None = None) -> None:
+    def __init__(
+        self, quarantine: Quarantine | None = None, groups: tuple[LayerGroup, ...] = WHOLE
+    ) -> None:
         self.transports: list[GatedTransport] = []
         self.num_restarts = 0
         rng = np.random.default_rng(1)
@@ -111,6 +123,7 @@ class Rig:
             generations=region(self.gens),
             num_blocks=NUM_BLOCKS,
             block_bytes=BLOCK_BYTES,
+            groups=groups,
             quarantine=quarantine,
             on_restart=self.restarted,
         )
@@ -134,7 +147,15 @@ class Rig:
         """A peer's pool; all peers have the same memory."""
         blocks, generations = region(self.source), region(self.source_gens)
         agent = f"{name}.{number}"
-        return RemotePool(name, blocks, generations, NUM_BLOCKS, BLOCK_BYTES, agent.encode(), agent)
+        return RemotePool(
+            name,
+            NUM_BLOCKS,
+            (
+                Region("blocks", 0, agent, BLOCK_BYTES, blocks, WHOLE),
+                Region("generations", 0, agent, 8, generations),
+            ),
+            (Agent(agent, agent.encode()),),
+        )
 
     def peer(self, name: str) -> RemotePool:
         """Such a pool, connected."""

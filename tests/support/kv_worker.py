@@ -145,12 +145,12 @@ def _restart(pool: Pool) -> str:
     plane, restarted = pool.plane, threading.Event()
 
     def restart() -> None:
-        plane._restart("told to")
+        plane._loop.restart("told to")
         restarted.set()
 
     plane._submit(restart)
     assert restarted.wait(20)
-    return plane.local_pool.agent
+    return plane.agent
 
 
 # -- the race ------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_after_a_restart_nothing_of_the_read_lands(
         pull.settled.result(20)
         assert local.plane.counters.num_restarts == 1
         until(lambda: local.plane.counters.num_quarantined_blocks == 0, 5, "nothing is kept")
-        assert local.plane.local_pool.agent == f"{local.incarnation}.2"
+        assert local.plane.agent == f"{local.incarnation}.2"
         assert _os_threads() == num_threads, "the old agent's progress thread has ended"
 
         # The blocks are used again while the peer still sleeps, and by reads from another one.
@@ -142,7 +142,9 @@ def test_after_a_restart_nothing_of_the_read_lands(
 def test_without_a_restart_the_same_read_lands_when_its_peer_goes_on(make_pool: Any) -> None:
     """So the test above can fail: this is what quarantine keeps blocks from."""
     local = make_pool(Quarantine(max_s=600, share=1.0))
-    local.plane._quarantine = Quarantine(max_s=600, share=2.0)  # no bound that could be reached
+    local.plane._loop._quarantine = Quarantine(
+        max_s=600, share=2.0
+    )  # no bound that could be reached
     with kv_worker.workers(2, NUM_BLOCKS, BLOCK_BYTES, TCP) as peers:
         stopped, _ = ready_peers(local, peers)
         pull = stop_in_mid_read(local, stopped, peers[0])
@@ -176,7 +178,7 @@ def test_a_peer_that_began_anew_is_found_by_a_handshake(make_pool: Any) -> None:
                 await table.forget(pool)
                 again = await table.connect(peer)
                 assert again.incarnation == pool.incarnation
-                assert again.agent == f"{before.incarnation}.2" != pool.agent
+                assert again.agents[0].name == f"{before.incarnation}.2" != pool.agents[0].name
                 told = owner.ask("fill", WANTED)
                 pull = local.plane.pull(again, BLOCKS, BLOCKS, told, 30)
                 assert pull.done.result(30).stale == ()

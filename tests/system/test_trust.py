@@ -260,7 +260,7 @@ async def test_with_a_token_of_the_file_workers_talk(cluster: Cluster, secret: s
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
         digest = (caught.value.details() or "").split()[2].rstrip(",")
         answer = await handshaking(channel["prefill-0"], digest)
-        assert answer.nixl_metadata and answer.num_blocks
+        assert answer.agents[0].metadata and answer.num_blocks
         assert (await holding(channel["decode-0"], b"nothing")).lease == b""
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await messages(registering(channel["coordinator"]))

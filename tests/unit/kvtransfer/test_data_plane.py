@@ -1,13 +1,24 @@
 """The data plane's rules, over a transport whose reads end when the test says so."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
+from engine.base.kv_layout import LayerGroup
 from kvtransfer.pull import SLICE_BYTES
-from kvtransfer.transport import PeerLost, PullFailed, PullTimeout, ReadState
-from tests.support.gated import BLOCK_BYTES, Rig, until
+from kvtransfer.transport import (
+    Agent,
+    PeerLost,
+    PullFailed,
+    PullTimeout,
+    ReadState,
+    Region,
+    RemotePool,
+)
+from tests.support.gated import BLOCK_BYTES, NUM_BLOCKS, Rig, region, until
 
 
 @pytest.fixture
@@ -33,6 +44,59 @@ def test_pull_copies_fences_and_counts(rig: Rig) -> None:
     counters = rig.plane.counters
     assert (counters.num_pulls, counters.num_blocks, counters.num_stale_blocks) == (1, 4, 1)
     assert [read.is_fence for read in rig.transport.reads] == [False, True]
+
+
+def two_ranks(rig: Rig, halves: list[np.ndarray]) -> RemotePool:
+    """The pool of a peer that holds one half of each block on rank 0, one on rank 1."""
+    half = BLOCK_BYTES // 2
+    blocks = [
+        Region("blocks", rank, f"{name}.1", half, region(part), (LayerGroup(rank, 1, half, 0),))
+        for rank, (name, part) in enumerate(zip("pq", halves, strict=True))
+    ]
+    generations = Region("generations", 0, "p.1", 8, region(rig.source_gens))
+    agents = (Agent("p.1", b"p.1"), Agent("q.1", b"q.1"))
+    return RemotePool("peer", NUM_BLOCKS, (*blocks, generations), agents)
+
+
+@pytest.fixture
+def two_heads() -> Iterator[Rig]:
+    rig = Rig(groups=(LayerGroup(0, 2, BLOCK_BYTES // 2, 0),))
+    yield rig
+    assert rig.plane.stop()
+
+
+def test_a_block_is_gathered_from_the_ranks_of_a_peer(two_heads: Rig) -> None:
+    """Each rank's heads by its own agent; the generations once, after both."""
+    rig = two_heads
+    halves = [np.ascontiguousarray(part) for part in np.split(rig.source, 2, axis=1)]
+    pool = two_ranks(rig, halves)
+    rig.plane.connect(pool).result(5)
+    remote, local = [3, 4, 5, 9], [1, 2, 3, 0]
+    expected = rig.expected(remote)
+    expected[1] += 1
+    result = rig.plane.pull(pool, remote, local, expected, 5).done.result(5)
+    assert (rig.local[local] == rig.source[remote]).all()
+    assert not rig.local[4:].any()
+    assert (result.stale, result.num_bytes) == ((1,), 4 * BLOCK_BYTES)
+    assert result.num_extents == 8, "one a block and rank"
+    reads = [(read.peer, read.is_fence) for read in rig.transport.reads]
+    assert reads == [("p", False), ("q", False), ("p", True)]
+    rig.plane.disconnect("peer").result(5)
+    assert rig.transport.log == ["connect p.1", "connect q.1", "disconnect p", "disconnect q"]
+
+
+def test_a_peer_is_connected_to_all_its_agents_or_to_none(two_heads: Rig) -> None:
+    rig = two_heads
+    halves = [np.ascontiguousarray(part) for part in np.split(rig.source, 2, axis=1)]
+    good = two_ranks(rig, halves)
+    bad = dataclasses.replace(good, agents=(good.agents[0], Agent("q.1", b"other")))
+    with pytest.raises(PeerLost, match="metadata of other"):
+        rig.plane.connect(bad).result(5)
+    assert rig.transport.log == ["connect p.1", "disconnect p"]
+    with pytest.raises(PeerLost, match="not connected"):
+        rig.plane.pull(bad, [1], [1], rig.expected([1]), 5).done.result(5)
+    rig.plane.connect(good).result(5)
+    assert not rig.plane.pull(good, [1], [1], rig.expected([1]), 5).done.result(5).stale
 
 
 def test_an_empty_pull_is_done_at_once(rig: Rig) -> None:
@@ -125,6 +189,9 @@ def test_wrong_arguments_are_refused_at_once(rig: Rig) -> None:
     pool = rig.peer("p")
     with pytest.raises(ValueError, match="remote block id 16 "):
         rig.plane.pull(pool, [16], [0], [0], 1)
+    with pytest.raises(ValueError, match="on no rank"):
+        rest = dataclasses.replace(pool, regions=pool.regions[1:])
+        rig.plane.pull(rest, [1], [0], [0], 1)
     with pytest.raises(ValueError, match="2 generations for 1 blocks"):
         rig.plane.pull(pool, [1], [0], [0, 1], 1)
     assert BLOCK_BYTES < SLICE_BYTES

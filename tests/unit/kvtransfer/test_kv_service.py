@@ -9,17 +9,26 @@ from contextlib import asynccontextmanager, suppress
 import grpc
 import pytest
 
+from engine.base.kv_layout import LayerGroup
 from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.pb.diptych.internal.v1.worker_pb2_grpc import (
     KvServiceStub,
     add_KvServiceServicer_to_server,
 )
+from kvtransfer.handshake import pool_of
 from kvtransfer.kv_service import KvServicer, Renewer
 from kvtransfer.lease import LeaseTable
-from kvtransfer.transport import MemoryRegion, RemotePool
+from kvtransfer.transport import Agent, MemoryRegion, Region, RemotePool
 
+GROUPS = (LayerGroup(0, 2, 16, 0), LayerGroup(0, 1, 32, 32))
 POOL = RemotePool(
-    "me", MemoryRegion(4096, 640), MemoryRegion(8192, 80), 10, 64, b"metadata", "me.1"
+    "me",
+    10,
+    (
+        Region("blocks", 0, "me.1", 64, MemoryRegion(4096, 640), GROUPS),
+        Region("generations", 0, "me.1", 8, MemoryRegion(8192, 80)),
+    ),
+    (Agent("me.1", b"metadata"),),
 )
 
 
@@ -86,10 +95,17 @@ async def test_handshake_compares_the_digest_first() -> None:
         assert "digest" in caught.value.details() and "other" in caught.value.details()
         request = pb.HandshakeRequest(digest="digest", caller_incarnation="you")
         answer = await stub.Handshake(request)
-        assert (answer.incarnation, answer.agent) == ("me", "me.1")
-        assert answer.nixl_metadata == b"metadata"
-        assert answer.blocks == pb.Memory(address=4096, num_bytes=640, kind="DRAM")
-        assert (answer.num_blocks, answer.block_bytes) == (10, 64)
+        assert answer.incarnation == "me" and answer.num_blocks == 10
+        assert [(a.name, a.metadata) for a in answer.agents] == [("me.1", b"metadata")]
+        blocks, generations = answer.regions
+        assert (blocks.kind, generations.kind) == (
+            pb.Region.KIND_BLOCKS,
+            pb.Region.KIND_GENERATIONS,
+        )
+        assert blocks.memory == pb.Memory(address=4096, num_bytes=640, kind="DRAM")
+        assert (blocks.stride, generations.stride) == (64, 8)
+        assert [group.offset for group in blocks.groups] == [0, 32]
+        assert pool_of(answer) == POOL
 
 
 @pytest.mark.parametrize(

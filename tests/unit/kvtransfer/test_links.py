@@ -24,7 +24,7 @@ from engine.telemetry.metrics import WorkerMetrics
 from kvtransfer.links import LinkMeter
 from kvtransfer.nixl_transport import DEFAULT_ENV
 from kvtransfer.peers import PeerTable
-from kvtransfer.transport import MemoryRegion, RemotePool
+from kvtransfer.transport import Agent, MemoryRegion, Region, RemotePool
 from kvtransfer.ucx_lanes import LaneTables
 from tests.support.fake_decode import identity
 from tests.support.gated import Rig
@@ -79,11 +79,12 @@ def test_what_is_no_table_is_passed_on() -> None:
 
 def pool(name: str = "i1", kind: str = "VRAM", machine: str = "here") -> RemotePool:
     region = MemoryRegion(0, 1 << 30, kind)  # type: ignore[arg-type]
-    return RemotePool(name, region, region, 8, 8, b"", name, machine)
+    regions = (Region("blocks", 0, name, 8, region), Region("generations", 0, name, 8, region))
+    return RemotePool(name, 8, regions, (Agent(name, b""),), machine)
 
 
 def meter() -> LinkMeter:
-    return LinkMeter("here", lambda peer, here: f"{peer.blocks.kind} {'near' if here else 'far'}")
+    return LinkMeter("here", lambda peer, here: f"{peer.memory_kind} {'near' if here else 'far'}")
 
 
 def test_pulls_that_overlap_share_their_time() -> None:

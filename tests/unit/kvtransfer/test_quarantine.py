@@ -11,7 +11,7 @@ import pytest
 from kvtransfer.connections import unfreed
 from kvtransfer.pull import Pull
 from kvtransfer.quarantine import Quarantine
-from kvtransfer.transport import PeerLost, PullFailed, PullTimeout, ReadState
+from kvtransfer.transport import Agent, PeerLost, PullFailed, PullTimeout, ReadState
 from tests.support.gated import NUM_BLOCKS, Read, Rig, until
 
 SOON = Quarantine(max_s=0.3, share=1.0)
@@ -21,7 +21,7 @@ SOON = Quarantine(max_s=0.3, share=1.0)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvtransfer.quarantine.PATIENCE_S", 0.2)
     monkeypatch.setattr("kvtransfer.pull.QUIET_S", 0.1)
-    monkeypatch.setattr("kvtransfer.data_plane._END_S", 0.5)
+    monkeypatch.setattr("kvtransfer.pull_loop._END_S", 0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -61,13 +61,14 @@ def rig_with_a_stuck_read(
 def test_a_read_that_never_ends_restarts_the_data_plane(rigs: list[Rig]) -> None:
     rig, pull = rig_with_a_stuck_read(rigs, SOON)
     until(lambda: rig.plane.counters.num_quarantined_blocks == 2)
-    assert rig.plane.local_pool.agent == "me.1" and not pull.settled.done()
+    assert rig.plane.agent == "me.1" and not pull.settled.done()
     old = rig.transport
     pull.settled.result(5)
     assert rig.num_restarts == rig.plane.counters.num_restarts == 1
     assert old.closed and rig.transport is not old
     pool = rig.plane.local_pool
-    assert (pool.incarnation, pool.agent, pool.metadata) == ("me", "me.2", b"me.2")
+    assert pool.incarnation == "me" and pool.agents == (Agent("me.2", b"me.2"),)
+    assert {region.agent for region in pool.regions} == {"me.2"}
     until(lambda: rig.plane.counters.num_quarantined_blocks == 0)
     assert not rig.plane.died.done() and not unfreed()
     # What was held is free again, and whoever asks is served.
@@ -144,7 +145,7 @@ def test_reads_that_end_restart_nothing(rigs: list[Rig]) -> None:
     rig, pull = rig_with_a_stuck_read(rigs, Quarantine(max_s=60, share=0.0), NUM_BLOCKS)
     rig.transport.gate = lambda read: ReadState.DONE
     pull.settled.result(5)
-    assert rig.num_restarts == 0 and rig.plane.local_pool.agent == "me.1"
+    assert rig.num_restarts == 0 and rig.plane.agent == "me.1"
 
 
 def test_every_restart_has_a_name_of_its_own(rigs: list[Rig]) -> None:

@@ -248,26 +248,64 @@ class HandshakeRequest(_message.Message):
     def __init__(self, digest: _Optional[str] = ..., caller_incarnation: _Optional[str] = ...) -> None: ...
 
 class HandshakeResponse(_message.Message):
-    __slots__ = ("incarnation", "digest", "nixl_metadata", "blocks", "generations", "num_blocks", "block_bytes", "agent", "machine")
+    __slots__ = ("incarnation", "digest", "num_blocks", "machine", "agents", "regions")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
-    NIXL_METADATA_FIELD_NUMBER: _ClassVar[int]
-    BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
-    AGENT_FIELD_NUMBER: _ClassVar[int]
     MACHINE_FIELD_NUMBER: _ClassVar[int]
+    AGENTS_FIELD_NUMBER: _ClassVar[int]
+    REGIONS_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     digest: str
-    nixl_metadata: bytes
-    blocks: Memory
-    generations: Memory
     num_blocks: int
-    block_bytes: int
-    agent: str
     machine: str
-    def __init__(self, incarnation: _Optional[str] = ..., digest: _Optional[str] = ..., nixl_metadata: _Optional[bytes] = ..., blocks: _Optional[_Union[Memory, _Mapping]] = ..., generations: _Optional[_Union[Memory, _Mapping]] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., agent: _Optional[str] = ..., machine: _Optional[str] = ...) -> None: ...
+    agents: _containers.RepeatedCompositeFieldContainer[NixlAgent]
+    regions: _containers.RepeatedCompositeFieldContainer[Region]
+    def __init__(self, incarnation: _Optional[str] = ..., digest: _Optional[str] = ..., num_blocks: _Optional[int] = ..., machine: _Optional[str] = ..., agents: _Optional[_Iterable[_Union[NixlAgent, _Mapping]]] = ..., regions: _Optional[_Iterable[_Union[Region, _Mapping]]] = ...) -> None: ...
+
+class NixlAgent(_message.Message):
+    __slots__ = ("name", "metadata")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    metadata: bytes
+    def __init__(self, name: _Optional[str] = ..., metadata: _Optional[bytes] = ...) -> None: ...
+
+class Region(_message.Message):
+    __slots__ = ("kind", "rank", "agent", "stride", "memory", "groups")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[Region.Kind]
+        KIND_BLOCKS: _ClassVar[Region.Kind]
+        KIND_GENERATIONS: _ClassVar[Region.Kind]
+    KIND_UNSPECIFIED: Region.Kind
+    KIND_BLOCKS: Region.Kind
+    KIND_GENERATIONS: Region.Kind
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    STRIDE_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    kind: Region.Kind
+    rank: int
+    agent: str
+    stride: int
+    memory: Memory
+    groups: _containers.RepeatedCompositeFieldContainer[LayerGroup]
+    def __init__(self, kind: _Optional[_Union[Region.Kind, str]] = ..., rank: _Optional[int] = ..., agent: _Optional[str] = ..., stride: _Optional[int] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[LayerGroup, _Mapping]]] = ...) -> None: ...
+
+class LayerGroup(_message.Message):
+    __slots__ = ("first_head", "num_heads", "head_bytes", "offset")
+    FIRST_HEAD_FIELD_NUMBER: _ClassVar[int]
+    NUM_HEADS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    first_head: int
+    num_heads: int
+    head_bytes: int
+    offset: int
+    def __init__(self, first_head: _Optional[int] = ..., num_heads: _Optional[int] = ..., head_bytes: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class Memory(_message.Message):
     __slots__ = ("address", "num_bytes", "device_id", "kind")

@@ -1,0 +1,115 @@
+"""A KV pool on the wire: what a handshake hands out, and what its receiver checks. Pure."""
+
+from __future__ import annotations
+
+from engine.base.errors import Mismatch
+from engine.base.kv_layout import LayerGroup
+from engine.pb.diptych.internal.v1 import worker_pb2 as pb
+from kvtransfer.plan import pieces
+from kvtransfer.transport import (
+    GENERATION_BYTES,
+    Agent,
+    MemoryKind,
+    MemoryRegion,
+    Region,
+    RegionKind,
+    RemotePool,
+)
+
+_TO_WIRE: dict[RegionKind, pb.Region.Kind] = {
+    "blocks": pb.Region.KIND_BLOCKS,
+    "generations": pb.Region.KIND_GENERATIONS,
+}
+_FROM_WIRE = {value: kind for kind, value in _TO_WIRE.items()}
+
+
+def pool_response(pool: RemotePool, digest: str) -> pb.HandshakeResponse:
+    """The handshake's response for this pool."""
+    return pb.HandshakeResponse(
+        incarnation=pool.incarnation,
+        digest=digest,
+        num_blocks=pool.num_blocks,
+        machine=pool.machine,
+        agents=[pb.NixlAgent(name=agent.name, metadata=agent.metadata) for agent in pool.agents],
+        regions=[_region_to_wire(region) for region in pool.regions],
+    )
+
+
+def pool_of(response: pb.HandshakeResponse) -> RemotePool:
+    """The pool of a response. Mismatch: it describes none that could be read."""
+    pool = RemotePool(
+        incarnation=response.incarnation,
+        num_blocks=response.num_blocks,
+        regions=tuple(_region_from_wire(region) for region in response.regions),
+        agents=tuple(Agent(agent.name, agent.metadata) for agent in response.agents),
+        machine=response.machine,
+    )
+    kinds = [region.kind for region in pool.regions]
+    if "blocks" not in kinds or kinds.count("generations") != 1:
+        raise Mismatch(f"regions {kinds}: expected blocks of each rank, and generations once")
+    names = {agent.name for agent in pool.agents}
+    for region in pool.regions:
+        where = f"{region.kind} of rank {region.rank}"
+        if region.agent not in names:
+            raise Mismatch(f"{where}: agent {region.agent!r} is none of {sorted(names)}")
+        if region.memory.num_bytes < pool.num_blocks * region.stride:
+            raise Mismatch(f"{where}: its memory does not hold {pool.num_blocks} blocks")
+        if any(group.end > region.stride for group in region.groups):
+            raise Mismatch(f"{where}: a group of layers exceeds its {region.stride} bytes a block")
+    if pool.generations.stride != GENERATION_BYTES:
+        raise Mismatch(f"generations: stride {pool.generations.stride}, not {GENERATION_BYTES}")
+    return pool
+
+
+def check_readable(pool: RemotePool, local: RemotePool) -> None:
+    """Raise Mismatch unless `pool` has every head that the blocks of `local` hold."""
+    for region in local.blocks:
+        try:
+            pieces(pool.blocks, region)
+        except ValueError as error:
+            raise Mismatch(f"blocks cannot be read: {error}") from None
+
+
+def _region_to_wire(region: Region) -> pb.Region:
+    memory = region.memory
+    return pb.Region(
+        kind=_TO_WIRE[region.kind],
+        rank=region.rank,
+        agent=region.agent,
+        stride=region.stride,
+        memory=pb.Memory(
+            address=memory.address,
+            num_bytes=memory.num_bytes,
+            device_id=memory.device_id,
+            kind=memory.kind,
+        ),
+        groups=[
+            pb.LayerGroup(
+                first_head=group.first_head,
+                num_heads=group.num_heads,
+                head_bytes=group.head_bytes,
+                offset=group.offset,
+            )
+            for group in region.groups
+        ],
+    )
+
+
+def _region_from_wire(region: pb.Region) -> Region:
+    kind, memory = _FROM_WIRE.get(region.kind), region.memory
+    if kind is None:
+        raise Mismatch(f"region kind {region.kind}: expected one of {sorted(_FROM_WIRE)}")
+    if memory.kind not in ("DRAM", "VRAM"):
+        raise Mismatch(f"memory kind {memory.kind!r}: expected DRAM or VRAM")
+    memory_kind: MemoryKind = "VRAM" if memory.kind == "VRAM" else "DRAM"
+    return Region(
+        kind=kind,
+        rank=region.rank,
+        agent=region.agent,
+        stride=region.stride,
+        memory=MemoryRegion(memory.address, memory.num_bytes, memory_kind, memory.device_id),
+        groups=tuple(
+            LayerGroup(group.first_head, group.num_heads, group.head_bytes, group.offset)
+            for group in region.groups
+        ),
+    )
