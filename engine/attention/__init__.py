@@ -1,7 +1,7 @@
 """Attention backends behind one contract (`base`): one is chosen by name, then made.
 
-FlashInfer computes on CUDA what its kernels know, torch everything else. The choice is part of the
-numeric profile, so it is made before anything is loaded.
+FlashInfer computes on CUDA where it has kernels, torch in all other cases. The choice is part of
+the numeric profile, so it is made before any weights are loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LEAST_ARCH = 80  # bfloat16 products, and the copies that its kernels are writt
 
 @dataclass(frozen=True, slots=True)
 class BackendChoice:
-    """An attention backend, and why it was taken."""
+    """An attention backend, and the reason for it."""
 
     name: str  # flashinfer or torch
     version: str
@@ -39,9 +39,9 @@ class BackendChoice:
 def choose_backend(
     layout: KVLayout, num_heads: int, *, arch: str, flashinfer: str | None
 ) -> BackendChoice:
-    """FlashInfer where it is installed (its version) and has kernels for this; else torch.
+    """FlashInfer where it is installed and has kernels for the layout; else torch.
 
-    `arch` is a GPU's, such as sm90; "": a CPU.
+    `arch` is a GPU's, such as sm90; "": a CPU. `flashinfer` is the installed version, if any.
     """
     if not arch:
         return BackendChoice("torch", "", "on a CPU")
@@ -64,7 +64,7 @@ def choose_backend(
 
 
 def flashinfer_version() -> str | None:
-    """Of the package that is installed; None without one."""
+    """The version of the installed package; None without one."""
     try:
         return version("flashinfer-python")
     except PackageNotFoundError:

@@ -1,6 +1,6 @@
 """The seam between the model and an attention implementation: plan once a step, run once a layer.
 
-A backend may own workspaces, but the batch lives in the plan alone, so that a draft model can run
+A backend may own workspaces, but only the plan depends on the batch, so that a draft model can run
 beside the target with its own plan.
 """
 
@@ -20,13 +20,13 @@ class AttentionBackend(Protocol[P]):
     """Causal attention of a step's tokens over their rows' cached context; P: its kind of plan."""
 
     def plan(self, batch: Batch) -> P:
-        """Everything that depends on the batch and not on the layer."""
+        """Compute what depends on the batch and not on the layer."""
         ...
 
     def run(self, plan: P, layer: int, q: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
         """Attention of q [T, num_heads, head_dim], scaled by head_dim ** -0.5; same shape, dtype.
 
-        The step's own K and V of this layer are in the cache already. Query head h reads K/V head
-        h // (num_heads // num_kv_heads). What lies in unused positions of a block never matters.
+        The K and V of the step's tokens are in the cache already. Query head h reads K/V head
+        h // (num_heads // num_kv_heads). Unused positions of a block never affect the result.
         """
         ...

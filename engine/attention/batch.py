@@ -4,7 +4,7 @@
     |t t t t t t t t|t      |t t t|        token_ids, positions, blocks, offsets   [T]
               (n-1) ^       ^  ^ ^ ^       logit_index                             [S]
 
-A row is a prompt chunk, a decode token or a draft to be verified: nothing here knows which.
+A row is a prompt chunk, a decode token or a draft to be verified; all are laid out alike.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one request computes in this step: token_ids at positions start, start + 1, ..."""
+    """The tokens that one request computes in a step, at positions start, start + 1, ..."""
 
     token_ids: Sequence[int]
     start: int  # position of the first token; the KV of all earlier ones is in the cache
     block_ids: Sequence[int]  # the request's block table; covers start + len(token_ids) positions
-    num_logits: int  # logits wanted for the row's last num_logits tokens; 0: none
+    num_logits: int  # the row's last num_logits tokens get logits
 
     @property
     def context_len(self) -> int:
@@ -34,16 +34,16 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """All rows of a step: T tokens, S wanted logits. int64, on the model's device.
+    """All rows of a step: T tokens, S of them with logits. int64, on the model's device.
 
-    The tensors are views of one: they reach a GPU in one copy.
+    The tensors are views of one tensor, which is copied to a GPU at once.
     """
 
     token_ids: torch.Tensor  # [T]
     positions: torch.Tensor  # [T]
     blocks: torch.Tensor  # [T]: the block where the token's K and V go ...
     offsets: torch.Tensor  # [T]: ... and the position in it
-    logit_index: torch.Tensor  # [S]: tokens whose logits are wanted, row by row
+    logit_index: torch.Tensor  # [S]: tokens that get logits, row by row
     block_size: int
     rows: tuple[Row, ...]  # the same in plain Python, for planning
 

@@ -1,8 +1,8 @@
-"""Attention on CUDA by FlashInfer's paged wrappers (HND, strided views). Not yet run on a GPU.
+"""Attention on CUDA by FlashInfer's paged wrappers (HND, strided views).
 
-The wrappers keep what `plan` computed in their own workspaces, so a backend serves one plan at a
-time and checks that it is the newest one; a draft model has a backend of its own. They are
-`BatchPrefillWithPagedKVCacheWrapper` and `BatchDecodeWithPagedKVCacheWrapper` of flashinfer.
+The wrappers, `BatchPrefillWithPagedKVCacheWrapper` and `BatchDecodeWithPagedKVCacheWrapper`, keep
+the result of `plan` in their workspaces. So a backend serves one plan at a time and checks that it
+is the newest one; a draft model has a backend of its own.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ DECODE_KERNEL_GROUPS = (1, 2)  # wider GQA groups run faster, and odd ones only,
 
 @dataclass(frozen=True, slots=True)
 class FlashInferPlan:
-    """Which tokens go to which kernel; the rest lies in the wrappers."""
+    """Which tokens go to which kernel; the wrappers keep the other results of planning."""
 
     serial: int
     num_decode: int  # tokens of the decode kernel; the prefill kernel takes the others
-    tokens: torch.Tensor | None  # [T]: decode's, then prefill's; None: they lie so already
-    order: torch.Tensor | None  # [T]: where a token's output lies among those
+    tokens: torch.Tensor | None  # [T]: decode's, then prefill's; None: already in that order
+    order: torch.Tensor | None  # [T]: index of a token's output among those
 
 
 def _int32(array: npt.NDArray[np.int32]) -> torch.Tensor:
@@ -45,7 +45,7 @@ def _int32(array: npt.NDArray[np.int32]) -> torch.Tensor:
 
 
 def _package() -> Any:
-    """flashinfer, which calls ninja by name: it is in our environment, which PATH may not have."""
+    """flashinfer. It calls ninja by name, so the environment's scripts are added to PATH."""
     extend_path(sysconfig.get_path("scripts"))
     try:
         return importlib.import_module("flashinfer")
@@ -58,7 +58,7 @@ def _package() -> Any:
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """While a module may be loaded or compiled: what prevents it becomes a ConfigError."""
+    """Turn an error of loading or compiling a module into a ConfigError."""
     try:
         yield
     except (RuntimeError, OSError) as error:
@@ -74,14 +74,14 @@ def _compiling() -> Iterator[None]:
 
 
 def _line(text: str) -> str:
-    """Of many lines the first that tells of an error."""
+    """The first of many lines that names an error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"]
-    telling = (line for line in lines if "error:" in line or "not found" in line)
-    return next(telling, lines[0])[:300]
+    errors = (line for line in lines if "error:" in line or "not found" in line)
+    return next(errors, lines[0])[:300]
 
 
 class FlashInferBackend:
-    """AttentionBackend over FlashInfer; fp16 and bf16 only, as its kernels are."""
+    """AttentionBackend over FlashInfer, for fp16 and bf16."""
 
     def __init__(
         self,
@@ -115,9 +115,9 @@ class FlashInferBackend:
         )
 
     def plan(self, batch: Batch) -> FlashInferPlan:
-        """Plan both kernels for this step; the plan before it is void.
+        """Plan both kernels for this step, which makes the previous plan void.
 
-        The first of a kind loads or compiles its module. Raises ConfigError where that fails.
+        The first plan of a kind loads or compiles its module. Raises ConfigError where that fails.
         """
         step = step_indices(batch.rows, self._layout.block_size)
         self._serial += 1
@@ -176,7 +176,7 @@ class FlashInferBackend:
         n = plan.num_decode
         if plan.tokens is not None:
             q = q.index_select(0, plan.tokens)
-        # The prefill wrapper would fill an output of its own with zeros, in each layer.
+        # Without `out` the prefill wrapper allocates an output and zeroes it, in each layer.
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if n > 0:
             self._decode.run(q[:n], kv, out=out[:n])

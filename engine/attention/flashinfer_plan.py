@@ -1,4 +1,4 @@
-"""FlashInfer's index arrays, made from a step's rows by pure functions on the CPU.
+"""FlashInfer's index arrays, computed from a step's rows by pure functions on the CPU.
 
 FlashInfer reads a paged cache through four arrays (rows of 40, 16 and 5 positions, blocks of 16):
 
@@ -24,15 +24,13 @@ from engine.attention.batch import Row, ranges
 
 @dataclass(frozen=True, slots=True)
 class PagedIndices:
-    """The rows of one kernel call. The first four are what FlashInfer takes, int32."""
+    """The rows of one kernel call. The first four are FlashInfer's arguments, int32."""
 
     qo_indptr: npt.NDArray[np.int32]  # [n + 1]
     kv_indptr: npt.NDArray[np.int32]  # [n + 1]
     kv_indices: npt.NDArray[np.int32]  # [kv_indptr[-1]]
     kv_last_page_len: npt.NDArray[np.int32]  # [n]
-    tokens: npt.NDArray[
-        np.int64
-    ]  # [qo_indptr[-1]]: the step's tokens that are the queries, in order
+    tokens: npt.NDArray[np.int64]  # [qo_indptr[-1]]: the step's tokens that are the queries
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +40,11 @@ class StepIndices:
     decode: PagedIndices | None
     prefill: PagedIndices | None
     tokens: npt.NDArray[np.int64]  # [T]: decode's tokens, then prefill's
-    order: npt.NDArray[np.int64]  # [T]: where a token's output lies among those
+    order: npt.NDArray[np.int64]  # [T]: index of a token's output among those
 
     @property
     def in_order(self) -> bool:
-        """The step's tokens lie in that order already."""
+        """Whether the step's tokens are in that order already."""
         return bool((self.order[1:] > self.order[:-1]).all())
 
 

@@ -1,4 +1,4 @@
-"""Attention in plain torch: the reference, and the backend of the CPU.
+"""Attention in plain torch: the reference, and the backend of the CPU without kernels.
 
 Rows with few queries (decode tokens, drafts) are computed together in padded groups of similar
 context length; the heads of a GQA group are folded into the query axis, so that K and V are read
@@ -36,7 +36,7 @@ _Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Some rows of a step, as planning sees them: one entry a row."""
+    """Some rows of a step, for planning: one entry a row."""
 
     tables: Sequence[Sequence[int]]
     first_token: _Ints  # index of the row's first token in the step
@@ -73,12 +73,12 @@ class _Group:
     unused: torch.Tensor | None  # index into the gathered vectors: positions past the context
     num_keys: int  # s
     mask: torch.Tensor | None  # [n, 1, group * m or m, s]: 0 or -inf; None: nothing is hidden ...
-    causal: bool  # ... but by causality, the row being a whole prompt
+    causal: bool  # ... except by causality, as the row is a whole prompt
 
 
 @dataclass(frozen=True, slots=True)
 class TorchPlan:
-    """One step's groups, and where each token's output lies in their concatenation."""
+    """One step's groups, and the index of each token's output in their concatenation."""
 
     groups: tuple[_Group, ...]
     order: torch.Tensor  # [T]
@@ -114,9 +114,7 @@ class TorchBackend:
         spec: AttentionSpec = FULL_ATTENTION,
         block_stride: int = 0,
     ) -> None:
-        """`block_stride`: elements from a block to the next, if another model's layers lie there,
-        too.
-        """
+        """`block_stride`: elements from a block to the next, where it also holds another model."""
         self._layout = layout
         self._block_runs = (block_stride or layout.block_elements) // layout.run_elements
         self._group = num_heads // layout.num_kv_heads
@@ -124,7 +122,7 @@ class TorchBackend:
         self._window = spec.window
 
     def plan(self, batch: Batch) -> TorchPlan:
-        """Group the rows and make their index arrays and masks."""
+        """Group the rows and build their index arrays and masks."""
         device = batch.token_ids.device
         rows = self._survey(batch)
         groups: list[_Group] = []
@@ -208,9 +206,9 @@ class TorchBackend:
         return blocks[None, :, None, :] * self._block_runs + head + plane
 
     def _unused(self, gap: npt.NDArray[np.bool_]) -> _Ints:
-        """Where the vectors at `gap` [n, keys] lie in what is gathered: [2, n, num_kv_heads, keys].
+        """Indices of the vectors at `gap` [n, keys] in the gathered [2, n, num_kv_heads, keys].
 
-        They are zeroed before use: a weight of 0 does not help against a NaN left in a block.
+        They are zeroed before use, as a weight of 0 does not cancel a NaN in an unused position.
         """
         (n, num_keys), kvh = gap.shape, self._layout.num_kv_heads
         row, key = np.nonzero(gap)

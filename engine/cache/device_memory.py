@@ -1,9 +1,9 @@
-"""A GPU's memory for the KV pool, from the CUDA driver itself.
+"""GPU memory for the KV pool, allocated by the CUDA driver.
 
-PyTorch's allocator may hand out memory of an expandable segment (PYTORCH_ALLOC_CONF
-expandable_segments:True, also for a plain torch.cuda.MemPool). UCX registers it without a word and
-then reads it over TCP, some hundred times slower than by cuda_ipc. cuMemAlloc gives memory that
-can be shared with other processes, whatever that variable says.
+PyTorch's allocator may return memory of an expandable segment (PYTORCH_ALLOC_CONF
+expandable_segments:True, also for a plain torch.cuda.MemPool). UCX registers it without an error
+and then reads it over TCP, about a hundred times slower than by cuda_ipc. Memory of cuMemAlloc can
+be shared with other processes, whatever that variable is set to.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
 
 class DriverMemory:
-    """One allocation, freed with this object; torch keeps it as long as a tensor looks into it."""
+    """One allocation, freed with this object; torch keeps it while a tensor refers to it."""
 
     def __init__(self, num_bytes: int, driver: Any) -> None:
         """Raises torch.OutOfMemoryError, RuntimeError; the device's context is current."""

@@ -3,9 +3,8 @@
     memory [num_blocks, block_elements]                                    of one model, or two
     pool   [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]  one model's part of it
 
-Which block belongs to whom is `block_pool`'s business; this module only knows where its bytes are.
-The data plane reads `address` and `num_bytes` to register the pool, and never more than that;
-`read_block` is for who checks what it brought.
+`block_pool` records which request holds which block; this module only knows where its bytes are.
+The data plane takes `address` and `num_bytes` to register the pool. Checksums take `read_block`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from engine.base.kv_layout import KVLayout
 
 PAGE_BYTES = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Bits of which all are set in numbers that are not finite, and in no others.
+# The exponent's bits: all are set in numbers that are not finite, and in no others.
 _EXPONENTS = {
     "float32": (torch.int32, np.int32(0x7F800000)),
     "bfloat16": (torch.int16, np.int16(0x7F80)),
@@ -33,8 +32,8 @@ _EXPONENTS = {
 def zeroed_pages(num_bytes: int) -> torch.Tensor:
     """uint8 [num_bytes] of private zero pages, page-aligned.
 
-    They become resident as blocks are used. Huge pages, so that a first read over NIXL does not
-    cost a fault every 4 KiB, ten times the copy.
+    They become resident as blocks are used. Huge pages, as otherwise a first read over NIXL costs a
+    fault every 4 KiB, ten times as long as the copy.
     """
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -59,7 +58,10 @@ class KVCache:
         device: torch.device,
         allocate: Callable[[int], torch.Tensor] | None = None,
     ) -> None:
-        """Allocate the blocks of `layout`; `allocate` gives zeros, uint8 of so many bytes."""
+        """Allocate the blocks of `layout`; `allocate` returns uint8 zeros [num_bytes].
+
+        Raises ValueError for num_blocks below 1.
+        """
         if num_blocks < 1:
             raise ValueError(f"num_blocks is {num_blocks}; a pool needs at least one block")
         num_bytes = num_blocks * layout.block_bytes
@@ -69,10 +71,10 @@ class KVCache:
             raw = zeroed_pages(num_bytes)
         else:
             raw = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self._see(layout, raw.view(DTYPES[layout.dtype]).view(num_blocks, -1), 0)
+        self._view(layout, raw.view(DTYPES[layout.dtype]).view(num_blocks, -1), 0)
 
-    def _see(self, layout: KVLayout, memory: torch.Tensor, offset: int) -> None:
-        """Be the view of a model whose layers begin at `offset` in each block of `memory`."""
+    def _view(self, layout: KVLayout, memory: torch.Tensor, offset: int) -> None:
+        """Become the view of a model whose layers begin at `offset` in each block of `memory`."""
         self.layout = layout
         self.num_blocks = memory.shape[0]
         self.device = memory.device
@@ -84,7 +86,7 @@ class KVCache:
         self.draft: KVCache | None = None
         if layout.draft is not None:
             self.draft = KVCache.__new__(KVCache)
-            self.draft._see(layout.draft, memory, layout.draft_offset)
+            self.draft._view(layout.draft, memory, layout.draft_offset)
 
     @property
     def address(self) -> int:
@@ -112,7 +114,7 @@ class KVCache:
 
     @property
     def kind(self) -> str:
-        """Where the pool lies, as NIXL names it."""
+        """Where the pool lies, in NIXL's terms: DRAM or VRAM."""
         return "DRAM" if self.device.type == "cpu" else "VRAM"
 
     @property
@@ -121,11 +123,11 @@ class KVCache:
         return self.device.index or 0
 
     def read_block(self, block: int) -> memoryview:
-        """All bytes of a block, in memory of the host: in place on a CPU, else a copy."""
+        """All bytes of a block, in host memory: in place on a CPU, else a copy."""
         return self._memory[block].cpu().view(torch.uint8).numpy().data
 
     def damaged(self, blocks: Sequence[int]) -> list[int]:
-        """Those of these complete blocks in which a number of this model's is not finite."""
+        """The blocks of `blocks`, all complete, in which a number of this model is not finite."""
         return [b for b in blocks if not bool(torch.isfinite(self.pool[b]).all())]
 
     def finite(
@@ -133,12 +135,12 @@ class KVCache:
     ) -> npt.NDArray[np.bool_]:
         """[T]: whether the last layer's K and V at positions `offsets` of `blocks` are finite.
 
-        A layer reads the one before it, so a position that went wrong below is not finite here.
+        A layer reads the one before it, so a position that is not finite below is not finite here.
         """
         parts = self.layer(self.layout.num_layers - 1)
         ok = np.ones(len(blocks), np.bool_)
         if self.device.type == "cpu":
-            # By the exponent's bits, on this thread: torch's would first have to be woken.
+            # By numpy on this thread: torch would first wake its threads.
             as_bits, exponent = _EXPONENTS[self.layout.dtype]
             for part in parts:
                 bits = part.view(as_bits).numpy()[blocks, :, offsets]
@@ -162,7 +164,7 @@ class KVCache:
         k: torch.Tensor,
         v: torch.Tensor,
     ) -> None:
-        """Put k, v [T, num_kv_heads, head_dim] at positions offsets of blocks, both [T] int64."""
+        """Store k, v [T, num_kv_heads, head_dim] at `offsets` [T] of `blocks` [T], int64."""
         k_blocks, v_blocks = self.layer(layer)
         k_blocks[blocks, :, offsets] = k
         v_blocks[blocks, :, offsets] = v

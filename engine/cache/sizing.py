@@ -1,10 +1,10 @@
-"""How large the KV pool becomes, and the longest request that fits it. No torch here.
+"""The size of the KV pool, and the longest request that fits it. No torch here.
 
-Pure functions of memory that is handed in. A pool on a host takes a modest part of a share that the
-coordinator dealt, so that a worker that starts again has its predecessor's pool. A pool on a GPU is
-the last to be allocated:
+Pure functions of measured memory. A pool on a host takes a modest part of the share that the
+coordinator assigned, so that a restarted worker gets a pool of the same size. A pool on a GPU is
+allocated last:
 
-    | CUDA's own | weights | activations of the largest step, workspaces | KV pool |  left alone  |
+    | CUDA's own | weights | activations of the largest step, workspaces | KV pool |    unused    |
     0            '------------- reserved by torch -------------'         utilization          total
 """
 
@@ -21,7 +21,7 @@ FLOOR_BYTES, MODEST_BYTES, MOST_BYTES = 64 << 20, 192 << 20, 1 << 30  # of a poo
 
 @dataclass(frozen=True, slots=True)
 class PoolBudget:
-    """Bytes for the pool; `limit` says what kept it from being larger, "" where nothing did."""
+    """Bytes for the pool; `limit` names what keeps it from being larger, "" for nothing."""
 
     num_bytes: int
     limit: str = ""
@@ -62,14 +62,14 @@ class GpuMemory:
 
 
 # An allowance for what the driver counts to this process beside torch: the context, loaded kernels,
-# cuBLAS. With a neighbour on the GPU it cannot be told apart from the neighbour's memory.
+# cuBLAS. It cannot be measured while another process uses the GPU.
 CONTEXT_BYTES = 768 << 20
 
 
 def gpu_budget(memory: GpuMemory, utilization: float) -> PoolBudget:
-    """What the worker's part of a GPU leaves after weights, activations and workspaces.
+    """The rest of the worker's part of a GPU after weights, activations and workspaces.
 
-    Never more than is free, but for the share that is left alone.
+    Never more than is free, less the share that stays unused.
     """
     total, taken = memory.total_bytes, memory.reserved_bytes + CONTEXT_BYTES
     part = int(total * utilization) - taken
@@ -87,7 +87,7 @@ def gpu_budget(memory: GpuMemory, utilization: float) -> PoolBudget:
 def fit_pool(
     budget: PoolBudget, layout: KVLayout, *, longest: int, asked: int, draft_window: int
 ) -> PoolSize:
-    """The pool of a budget for requests of `longest` tokens; shorter ones where it holds no more.
+    """The pool of a budget for requests of `longest` tokens, or of fewer if it holds no more.
 
     `asked` is --max-model-len, which is not shortened; 0: unset. Raises ConfigError.
     """
