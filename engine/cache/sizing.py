@@ -42,14 +42,14 @@ def host_budget(longest_bytes: int, memory: HostMemory) -> PoolBudget:
 
     One request of full length may take half of it. Never less than a floor.
     """
-    wanted = min(max(MODEST_BYTES, 2 * longest_bytes), MOST_BYTES)
+    modest = min(max(MODEST_BYTES, 2 * longest_bytes), MOST_BYTES)
     available = memory.available_bytes
-    fits = max(min(wanted, available // 4), min(longest_bytes, wanted, available // 2))
-    if fits < wanted:
+    fits = max(min(modest, available // 4), min(longest_bytes, modest, available // 2))
+    if fits < modest:
         return PoolBudget(max(FLOOR_BYTES, fits), memory.limit)
-    if wanted < longest_bytes:
-        return PoolBudget(wanted, f"the default's {shown(wanted)} (see --kv-cache-memory)")
-    return PoolBudget(wanted)
+    if modest < longest_bytes:
+        return PoolBudget(modest, f"the default's {shown(modest)} (see --kv-cache-memory)")
+    return PoolBudget(modest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A data plane over transports that copy within the process; reads end when the test says so."""
+"""A data plane over transports that copy within the process; reads end when the test lets them."""
 
 from __future__ import annotations
 

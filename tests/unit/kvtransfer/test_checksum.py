@@ -1,4 +1,4 @@
-"""A bit that flips between two memories: found with checksums, in the answer without."""
+"""A bit that flips between two memories: found with checksums, in the output without."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ def test_a_block_is_all_its_bytes_and_no_others() -> None:
 async def test_every_single_flipped_bit_of_a_block_is_found() -> None:
     memory = np.random.default_rng(3).integers(0, 256, (2, 96), dtype=np.uint8)
     checksums = Checksums(lambda block: memoryview(memory[block]))
-    told = checksums.compute([0, 1])
+    expected = checksums.compute([0, 1])
     for bit in range(memory[1].size * 8):
         memory[1, bit // 8] ^= 1 << bit % 8
-        assert await checksums.differing([0, 1], told) == [1]
+        assert await checksums.differing([0, 1], expected) == [1]
         memory[1, bit // 8] ^= 1 << bit % 8
-    assert await checksums.differing([0, 1], told) == []
+    assert await checksums.differing([0, 1], expected) == []
     with pytest.raises(ValueError, match="1 checksums for 2 blocks"):
-        await checksums.differing([0, 1], told[:1])
+        await checksums.differing([0, 1], expected[:1])
 
 
 def flip(d: PairedWorker, times: int) -> list[int]:
-    """One bit of what a read brings changes after it landed; so many times. Counts down."""
+    """Flip one bit of a read after it landed, in so many reads. Counts down."""
     left = [times]
 
     def gate(read: Any) -> ReadState:
@@ -92,13 +92,13 @@ async def test_a_flipped_bit_is_found_and_the_block_pulled_anew() -> None:
         ask = Ask(LONG, 8)
         assert await answer(d, p, ask) == ask.answer()
         assert left == [0] and failures(d) == 1
-        assert p.runner.num_tokens == 40, "its peer had it still"
-        assert d.runner.num_tokens == 1 + 7, "nothing but the tail was computed here"
+        assert p.runner.num_tokens == 40, "the peer still had it"
+        assert d.runner.num_tokens == 1 + 7, "only the tail was computed here"
         await assert_at_rest(p, d)
 
 
 async def test_without_checksums_the_same_flip_is_in_the_answer() -> None:
-    """So the test above can fail, and the fence is no help here."""
+    """The test above can fail, and the fence does not detect it."""
     async with pair() as (p, d):
         left = flip(d, 1)
         ask = Ask(LONG, 8)
@@ -120,10 +120,13 @@ async def test_flips_every_time_end_with_computing_here() -> None:
 async def test_checksums_travel_only_where_they_are_asked_for() -> None:
     async with pair() as (p, _):
         stub = worker_pb2_grpc.PrefillServiceStub(p.host.channels.get(p.address))
-        for asked in (True, False):
+        for with_checksums in (True, False):
             call = stub.Prefill(
                 worker_pb2.PrefillRequest(
-                    request_id="r", caller_incarnation="me", token_ids=LONG[:40], checksums=asked
+                    request_id="r",
+                    caller_incarnation="me",
+                    token_ids=LONG[:40],
+                    checksums=with_checksums,
                 )
             )
             seen = 0
@@ -131,18 +134,18 @@ async def test_checksums_travel_only_where_they_are_asked_for() -> None:
                 response = await call.read()
                 ready = response.ready
                 if ready.block_ids:
-                    told = p.host.checksums.compute(ready.block_ids)
-                    assert list(ready.checksums) == (told if asked else [])
+                    expected = p.host.checksums.compute(ready.block_ids)
+                    assert list(ready.checksums) == (expected if with_checksums else [])
                     seen += len(ready.block_ids)
             call.cancel()
         await assert_at_rest(p)
 
 
-async def test_a_peer_that_sends_none_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def unsigned(self: Any, ready: Any) -> Any:
+async def test_a_peer_without_checksums_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def unchecked(self: Any, ready: Any) -> Any:
         return ready
 
-    monkeypatch.setattr("prefill.block_publisher.BlockPublisher.signed", unsigned)
+    monkeypatch.setattr("prefill.block_publisher.BlockPublisher.checksummed", unchecked)
     async with pair(decode=ON) as (p, d):
         with pytest.raises(Unavailable, match="0 checksums for 2 blocks"):
             await collect(decode_stub(d).Decode(Ask(LONG, 3).pb(p)), [])
@@ -150,10 +153,10 @@ async def test_a_peer_that_sends_none_is_not_believed(monkeypatch: pytest.Monkey
         await assert_at_rest(p, d)
 
 
-async def test_who_goes_while_checksums_are_computed_leaves_nothing(
+async def test_a_call_cancelled_while_checksums_are_computed_holds_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The lease is there before the wait, so the blocks have an owner all the time."""
+    """The lease is granted before the wait, so the blocks have an owner at any time."""
     computing = asyncio.Event()
 
     async def slow(self: Checksums, block_ids: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""The data plane's rules, over a transport whose reads end when the test says so."""
+"""The data plane's rules, over a transport whose reads end when the test lets them."""
 
 import dataclasses
 import time
@@ -105,14 +105,14 @@ def test_an_empty_pull_is_done_at_once(rig: Rig) -> None:
     assert not rig.transport.reads
 
 
-def test_timeout_answers_at_once_and_settles_when_the_read_ends(rig: Rig) -> None:
+def test_timeout_fails_at_once_and_settles_when_the_read_ends(rig: Rig) -> None:
     pool = rig.peer("p")
     rig.transport.gate = lambda read: ReadState.PENDING
     pull = rig.plane.pull(pool, [1, 2], [1, 2], rig.expected([1, 2]), 0.05)
     with pytest.raises(PullTimeout, match="peer p"):
         pull.done.result(5)
     until(lambda: rig.plane.counters.num_quarantined_blocks == 2)
-    # A stuck read neither blocks other pulls nor the answer to "may I free these blocks": no.
+    # A stuck read blocks no other pull, and its blocks are not settled.
     rig.transport.gate = lambda read: ReadState.PENDING if read.peer == "p" else ReadState.DONE
     assert not rig.plane.pull(rig.peer("q"), [3], [3], rig.expected([3]), 5).done.result(5).stale
     gone = rig.plane.disconnect("p")
@@ -197,7 +197,7 @@ def test_wrong_arguments_are_refused_at_once(rig: Rig) -> None:
     assert BLOCK_BYTES < SLICE_BYTES
 
 
-def test_a_dead_data_plane_is_seen_and_leaves_nobody_waiting(rig: Rig) -> None:
+def test_a_dead_data_plane_is_seen_and_leaves_no_caller_waiting(rig: Rig) -> None:
     pool = rig.peer("p")
     rig.transport.gate = lambda read: ReadState.PENDING
     pull = rig.plane.pull(pool, [1], [1], rig.expected([1]), 60)
@@ -207,7 +207,7 @@ def test_a_dead_data_plane_is_seen_and_leaves_nobody_waiting(rig: Rig) -> None:
     rig.plane.disconnect("q")
     with pytest.raises(PullFailed, match="died"):
         pull.done.result(5)
-    assert not pull.settled.done()  # its read may still write, and nobody watches it any more
+    assert not pull.settled.done()  # its read may still write, and is not polled any more
     assert "a bug" in rig.plane.died.result(5)
     with pytest.raises(PullFailed, match="stopped"):
         rig.plane.pull(pool, [2], [2], rig.expected([2]), 60).done.result(5)

@@ -1,4 +1,4 @@
-"""The comparison, and every interleaving of the two protocols it rests on."""
+"""The comparison, and every interleaving of the reads and writes that it depends on."""
 
 from itertools import combinations
 
@@ -23,13 +23,13 @@ def run(order: tuple[str, ...], reader: list[str], writer: list[str]) -> tuple[l
     """One interleaving over a block of two bytes and its generation, begun at 7."""
     block, generation, seen, read_generation = [OLD, OLD], 7, [OLD, OLD], -1
     steps = {"reader": iter(reader), "writer": iter(writer)}
-    for who in order:
-        step = next(steps[who])
+    for side in order:
+        step = next(steps[side])
         if step == "bump":
             generation += 1
         elif step == "fence":
             read_generation = generation
-        elif who == "writer":
+        elif side == "writer":
             block[int(step)] = NEW
         else:
             seen[int(step)] = block[int(step)]

@@ -30,10 +30,10 @@ def pool(num_ranks: int, layout: KVLayout = LAYOUT) -> RemotePool:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 def test_a_pool_survives_the_wire(num_ranks: int) -> None:
-    given = pool(num_ranks)
-    wire = pool_response(given, "digest").SerializeToString()
-    assert pool_of(pb.HandshakeResponse.FromString(wire)) == given
-    assert (given.memory_kind, len(given.blocks)) == ("VRAM", num_ranks)
+    described = pool(num_ranks)
+    wire = pool_response(described, "digest").SerializeToString()
+    assert pool_of(pb.HandshakeResponse.FromString(wire)) == described
+    assert (described.memory_kind, len(described.blocks)) == ("VRAM", num_ranks)
 
 
 @pytest.mark.parametrize(("remote", "local"), [(1, 1), (1, 2), (2, 1), (4, 2), (2, 8), (8, 1)])

@@ -33,7 +33,7 @@ POOL = RemotePool(
 
 
 class Host:
-    """Ten named blocks; counts pins as the block pool would."""
+    """Ten hashed blocks; counts pins as the block pool does."""
 
     def __init__(self) -> None:
         self.pins: Counter[int] = Counter()
@@ -46,10 +46,10 @@ class Host:
 
     async def hold(self, hashes: Sequence[bytes]) -> tuple[list[int], list[int]]:
         block_ids = []
-        for name in hashes:
-            if not name.isdigit():
+        for block_hash in hashes:
+            if not block_hash.isdigit():
                 break
-            block_ids.append(int(name))
+            block_ids.append(int(block_hash))
         self.pins.update(block_ids)
         await self.slow.wait()
         return block_ids, [100 + i for i in block_ids]
@@ -79,7 +79,7 @@ async def serving(ttl_s: float) -> AsyncIterator[tuple[KvServiceStub, KvServicer
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110, there is nobody who could set an event
+        while not condition():  # noqa: ASYNC110, there is no event
             await asyncio.sleep(0.01)
 
 
@@ -94,10 +94,10 @@ async def test_handshake_compares_the_digest_first() -> None:
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
         assert "digest" in caught.value.details() and "other" in caught.value.details()
         request = pb.HandshakeRequest(digest="digest", caller_incarnation="you")
-        answer = await stub.Handshake(request)
-        assert answer.incarnation == "me" and answer.num_blocks == 10
-        assert [(a.name, a.metadata) for a in answer.agents] == [("me.1", b"metadata")]
-        blocks, generations = answer.regions
+        response = await stub.Handshake(request)
+        assert response.incarnation == "me" and response.num_blocks == 10
+        assert [(a.name, a.metadata) for a in response.agents] == [("me.1", b"metadata")]
+        blocks, generations = response.regions
         assert (blocks.kind, generations.kind) == (
             pb.Region.KIND_BLOCKS,
             pb.Region.KIND_GENERATIONS,
@@ -105,7 +105,7 @@ async def test_handshake_compares_the_digest_first() -> None:
         assert blocks.memory == pb.Memory(address=4096, num_bytes=640, kind="DRAM")
         assert (blocks.stride, generations.stride) == (64, 8)
         assert [group.offset for group in blocks.groups] == [0, 32]
-        assert pool_of(answer) == POOL
+        assert pool_of(response) == POOL
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ async def test_a_caller_without_a_name_is_refused(method: str, request_: object)
 
 async def test_hold_pins_a_leading_run_until_its_owner_releases_it() -> None:
     async with serving(ttl_s=5) as (stub, _, host):
-        names = [b"1", b"2", b"x", b"3"]
-        held = await stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=names))
+        hashes = [b"1", b"2", b"x", b"3"]
+        held = await stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=hashes))
         assert (list(held.block_ids), list(held.generations)) == ([1, 2], [101, 102])
         assert host.pins == {1: 1, 2: 1}
         await stub.Release(pb.ReleaseRequest(caller_incarnation="thief", leases=[held.lease]))
@@ -169,8 +169,8 @@ async def test_renewer_keeps_leases_alive_until_released() -> None:
         ends_at = time.monotonic() + 1.5
         number = 0
         while time.monotonic() < ends_at:  # new leases all the time must not put renewals off
-            name = b"%d" % (number % 10)
-            held = await stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=[name]))
+            block_hash = b"%d" % (number % 10)
+            held = await stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=[block_hash]))
             renewer.hold(held.lease, held.ttl_s)
             number += 1
             await asyncio.sleep(0.05)
@@ -192,7 +192,7 @@ async def test_renewer_reports_what_it_lost() -> None:
         await servicer.release("you", [held.lease])
         await until(lambda: bool(lost))
         assert lost == [held.lease] and renewer.leases == (kept.lease,)
-    # The server is gone: after a whole TTL without an answer the other one counts as lost.
+    # The server is gone: after a whole TTL without a response the other one counts as lost.
     await until(lambda: len(lost) == 2)
     assert not await renewer.release(kept.lease, timeout_s=0.5)
     await renewer.close()

@@ -1,4 +1,4 @@
-"""Leases that are not the caller's: no effect, an honest answer, a count and a line, over gRPC."""
+"""Leases of other callers, over gRPC: no effect, a true response, a count and a log line."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ class Blocks:
         self.pins = Counter()
 
     async def hold(self, hashes):
-        block_ids = [int(name) for name in hashes]
+        block_ids = [int(block_hash) for block_hash in hashes]
         self.pins.update(block_ids)
         return block_ids, [7] * len(block_ids)
 
@@ -70,7 +70,7 @@ async def use(stub, owner, *leases):
 
 
 def forgeries(lease):
-    """What somebody might try who has seen one."""
+    """Ids that an attacker might try after seeing one."""
     flipped = bytes([lease[0] ^ 1]) + lease[1:]
     return [secrets.token_bytes(LEASE_ID_BYTES), b"", lease[:-1], lease + b"\0", flipped]
 
@@ -86,11 +86,11 @@ async def test_forged_and_foreign_leases_have_no_effect(kv):
     assert refused["foreign"] == 2
     assert blocks.pins == {1: 1, 2: 1}
     clock.now += TTL_S / 2
-    assert [ended.id for ended in table.expire()] == [lease], "nobody prolonged it"
+    assert [ended.id for ended in table.expire()] == [lease], "no forgery prolonged it"
     text = lines.getvalue()
-    told = [json.loads(line) for line in text.splitlines() if "leases refused" in line]
-    assert [line["level"] for line in told] == ["info", "info", "warning", "warning"]
-    assert all("'thief'" in line["event"] and "127.0.0.1" in line["event"] for line in told[2:])
+    logged = [json.loads(line) for line in text.splitlines() if "leases refused" in line]
+    assert [line["level"] for line in logged] == ["info", "info", "warning", "warning"]
+    assert all("'thief'" in line["event"] and "127.0.0.1" in line["event"] for line in logged[2:])
     assert lease.hex() not in text and repr(lease)[2:-1] not in text
 
 

@@ -145,7 +145,7 @@ def test_the_data_plane_measures_its_pulls() -> None:
 
 
 def test_a_peer_that_has_started_again_has_one_link() -> None:
-    """A second series of the same name would be refused with all that Prometheus reads."""
+    """Prometheus would refuse a second series of the same name, and the whole scrape."""
     links = meter()
     links.note(pool("old"), 1000, 1.0, 1.0)
     links.note(pool("new"), 3000, 1.0, 2.0)

@@ -1,4 +1,4 @@
-"""What an operator reads when NIXL cannot be used, and how quiet it is when it can."""
+"""The errors where NIXL cannot be used, and its silence where it can."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ def test_unusable_lanes_are_named() -> None:
 
 
 def test_an_end_that_hangs_with_the_gil_ends_the_process() -> None:
-    """No thread of Python could: a sleep in C that does not let go of it stands for the hang."""
+    """A sleep in C that keeps the GIL stands for the hang; no Python thread could end it."""
     script = """
 import ctypes
 from kvtransfer import nixl_transport

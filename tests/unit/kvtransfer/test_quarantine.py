@@ -71,7 +71,7 @@ def test_a_read_that_never_ends_restarts_the_data_plane(rigs: list[Rig]) -> None
     assert {region.agent for region in pool.regions} == {"me.2"}
     until(lambda: rig.plane.counters.num_quarantined_blocks == 0)
     assert not rig.plane.died.done() and not unfreed()
-    # What was held is free again, and whoever asks is served.
+    # The held blocks are free again, and new pulls are served.
     ids = [0, 1]
     assert not rig.plane.pull(rig.peer("q"), ids, ids, rig.expected(ids), 5).done.result(5).stale
     assert (rig.local[ids] == rig.source[ids]).all()
@@ -80,7 +80,7 @@ def test_a_read_that_never_ends_restarts_the_data_plane(rigs: list[Rig]) -> None
 def test_the_fence_waits_for_the_quiet_after_the_end(
     rigs: list[Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU may still copy for an agent that has ended; its blocks are not handed back at once."""
+    """A GPU may still copy for an agent that has ended; its blocks are not freed at once."""
     monkeypatch.setattr("kvtransfer.pull.QUIET_S", 0.6)
     rig, pull = rig_with_a_stuck_read(rigs, SOON)
     until(lambda: rig.num_restarts == 1)
@@ -89,7 +89,7 @@ def test_the_fence_waits_for_the_quiet_after_the_end(
 
 
 def test_pulls_that_had_not_failed_begin_anew(rigs: list[Rig]) -> None:
-    """Half read, or at the fence: what the old agent brought does not count."""
+    """Half read, or at the fence: reads of the old agent do not count."""
     rig, pull = rig_with_a_stuck_read(rigs, SOON)
     slow, fencing = rig.peer("slow"), rig.peer("fencing")
     old = rig.transport
@@ -205,7 +205,7 @@ def raises() -> None:
 def test_a_transport_that_does_not_end_ends_the_process(
     close: Any, why: str, never_freed: list[Any]
 ) -> None:
-    """Its reads may still write: their blocks stay, nothing frees it, and `died` says why."""
+    """Its reads may still write: their blocks stay, nothing frees it, and `died` has the reason."""
     rig, pull = rig_with_a_stuck_read([], SOON)
     rig.transport.close = close  # type: ignore[method-assign]
     waiting = rig.plane.pull(rig.peer("p"), [9], [9], rig.expected([9]), 30)
@@ -214,7 +214,7 @@ def test_a_transport_that_does_not_end_ends_the_process(
         waiting.done.result(5)
     assert not pull.settled.done() and not waiting.settled.done()
     assert rig.transport in [transport for transport, _ in never_freed] and unfreed()
-    assert not rig.plane.stop(), "the pool's memory must not be given back"
+    assert not rig.plane.stop(), "the pool's memory must not be freed"
 
 
 def test_no_new_agent_ends_the_process(never_freed: list[Any]) -> None:

@@ -28,20 +28,20 @@ def rows_of(draw: st.DrawFn) -> tuple[list[Row], int]:
 def test_a_batch_says_token_by_token_what_the_rows_say(case: tuple[list[Row], int]) -> None:
     rows, block_size = case
     batch = build_batch(rows, block_size, CPU)
-    token_ids, positions, slots, wanted = [], [], [], []
+    token_ids, positions, slots, logit_index = [], [], [], []
     for row in rows:
         for i, token in enumerate(row.token_ids):
             position = row.start + i
             if len(row.token_ids) - i <= row.num_logits:
-                wanted.append(len(token_ids))
+                logit_index.append(len(token_ids))
             token_ids.append(token)
             positions.append(position)
             slots.append((row.block_ids[position // block_size], position % block_size))
     assert batch.token_ids.tolist() == token_ids
     assert batch.positions.tolist() == positions
     assert list(zip(batch.blocks.tolist(), batch.offsets.tolist(), strict=True)) == slots
-    assert batch.logit_index.tolist() == wanted
-    assert (batch.num_tokens, batch.num_logits) == (len(token_ids), len(wanted))
+    assert batch.logit_index.tolist() == logit_index
+    assert (batch.num_tokens, batch.num_logits) == (len(token_ids), len(logit_index))
     assert all(t.dtype == torch.int64 for t in (batch.token_ids, batch.blocks, batch.logit_index))
 
 

@@ -1,4 +1,4 @@
-"""Which attention backend is taken, and the words that say why."""
+"""The choice of an attention backend, and the reason in its message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FlashInfer's index arrays, read by a small attention that knows nothing but these arrays."""
+"""FlashInfer's index arrays, read by a small attention that takes only these arrays."""
 
 from __future__ import annotations
 

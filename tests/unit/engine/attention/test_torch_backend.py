@@ -114,7 +114,7 @@ def test_groups_hold_every_row_once_and_little_padding() -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_ragged_batches(seed: int) -> None:
-    """Rows that begin, end and turn from decode to chunk at any border of blocks and windows."""
+    """Rows that begin and end at any border of blocks and windows, as decode rows and chunks."""
     rng = random.Random(seed)
     size = rng.choice([1, 2, 3, 5, 16, 64])
     window = rng.choice([0, 0, 1, size, size + 1, 2 * size - 1, 50])

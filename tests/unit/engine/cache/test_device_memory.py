@@ -44,11 +44,11 @@ def test_a_driver_without_memory_or_with_an_error() -> None:
     driver = Driver(201)
     with pytest.raises(RuntimeError, match="CUDA error 201"):
         DriverMemory(1, driver)
-    assert driver.calls == [("alloc", 1)], "what was not given is not freed"
+    assert driver.calls == [("alloc", 1)], "memory that was not allocated is not freed"
 
 
 def test_a_gpus_pool_never_comes_from_pytorchs_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose segments may be expandable, which NIXL reads over TCP."""
+    """Its segments may be expandable, and NIXL reads those over TCP."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "H100")
