@@ -14,70 +14,38 @@ from typing import Any
 
 from coordinator.text import json_bounds as nesting
 
-_ANY = None
-_EMPTY: tuple[Any, ...] = ()  # nothing, "", [], and lists of these: harmless for every option
-_OFF = (False,)
-# By name: the values that change nothing here; `_ANY`: all of them.
-NEUTRAL: Mapping[str, tuple[Any, ...] | None] = {
-    # TensorRT-LLM's
-    "Streaming": _OFF,
-    "bad_words": _EMPTY,
-    "bad_words_list": _EMPTY,
-    "beam_search_diversity_rate": (0,),
-    "beam_width": (1,),
-    "decoder_text_input": _EMPTY,
-    "draft_acceptance_threshold": (0,),
-    "draft_input_ids": _EMPTY,
-    "early_stopping": (0, 1),  # of beams, which are not here
-    "embedding_bias": (0,),
-    "embedding_bias_weights": (0,),
-    "embedding_bias_words": _EMPTY,
-    "guided_decoding_guide": _EMPTY,
-    "guided_decoding_guide_type": _EMPTY,
-    "image_url_input": _EMPTY,
-    "is_return_log_probs": _OFF,
-    "len_penalty": (0, 1),
-    "length_penalty": (0, 1),
-    "lora_task_id": _EMPTY,
+Values = tuple[Any, ...] | None  # None: all of them
+
+
+def _all(names: str, values: Values) -> dict[str, Values]:
+    return dict.fromkeys(names.split(), values)
+
+
+# By name, TensorRT-LLM's first: the values that change nothing here. Nothing, "", [], and lists of
+# these are harmless for every option.
+NEUTRAL: Mapping[str, Values] = {
+    **_all("bad_words bad_words_list decoder_text_input draft_input_ids image_url_input", ()),
+    **_all("embedding_bias_words guided_decoding_guide guided_decoding_guide_type", ()),
+    **_all("lora_task_id stop_words_list", ()),
+    **_all("Streaming is_return_log_probs return_context_logits return_encoder_output", (False,)),
+    **_all("return_generation_logits return_kv_cache_reuse_stats return_log_probs", (False,)),
+    **_all("return_perf_metrics return_stop_reason use_draft_logits", (False,)),
+    **_all("beam_search_diversity_rate draft_acceptance_threshold embedding_bias", (0,)),
+    **_all("embedding_bias_weights num_draft_tokens prompt_ignore_length", (0,)),
+    **_all("prompt_table_extra_id prompt_vocab_size", (0,)),
+    **_all("beam_width runtime_top_p_decay top_p_decay", (1,)),
+    **_all("early_stopping len_penalty length_penalty", (0, 1)),  # of beams, which are not here
+    **_all("runtime_top_p_min top_p_min", (0, 1e-6)),
+    **_all("runtime_top_p_reset_ids top_p_reset_ids", (-1,)),
     "no_repeat_ngram_size": (0, 1 << 30),
-    "num_draft_tokens": (0,),
-    "pad_id": _ANY,
-    "prompt_ignore_length": (0,),
-    "prompt_table_extra_id": (0,),
-    "prompt_vocab_size": (0,),
-    "return_context_logits": _OFF,
-    "return_encoder_output": _OFF,
-    "return_generation_logits": _OFF,
-    "return_kv_cache_reuse_stats": _OFF,
-    "return_log_probs": _OFF,
-    "return_perf_metrics": _OFF,
-    "return_stop_reason": _OFF,
-    "runtime_top_p_decay": (1,),
-    "runtime_top_p_min": (0, 1e-6),
-    "runtime_top_p_reset_ids": (-1,),
-    "stop_words_list": _EMPTY,
-    "top_p_decay": (1,),
-    "top_p_min": (0, 1e-6),
-    "top_p_reset_ids": (-1,),
-    "use_draft_logits": _OFF,
     # vLLM's
-    "allowed_token_ids": _EMPTY,
-    "bad_words_token_ids": _EMPTY,
+    **_all("allowed_token_ids bad_words_token_ids extra_args image logit_processors", ()),
+    **_all("logits_processors lora_name truncate_prompt_tokens", ()),
+    **_all("flat_logprobs skip_reading_prefix_cache use_beam_search", (False,)),
+    **_all("detokenize spaces_between_special_tokens", (True,)),
+    **_all("output_kind pad_id skip_clone", None),
     "best_of": (1,),
-    "detokenize": (True,),
-    "extra_args": _EMPTY,
-    "flat_logprobs": _OFF,
-    "image": _EMPTY,
-    "logit_processors": _EMPTY,
-    "logits_processors": _EMPTY,
-    "lora_name": _EMPTY,
-    "output_kind": _ANY,
-    "skip_clone": _ANY,
-    "skip_reading_prefix_cache": _OFF,
-    "spaces_between_special_tokens": (True,),
     "thinking_token_budget": (-1,),
-    "truncate_prompt_tokens": _EMPTY,
-    "use_beam_search": _OFF,
 }
 _WORD_LISTS = ("bad_words_list", "stop_words_list")  # ids, and where each word ends
 # What asks for the same and is served.

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter
 from starlette.routing import BaseRoute, Route
 
 from coordinator.api.frontend import Frontend
-from coordinator.api.openai.calls import Names, in_words_of, merged
+from coordinator.api.openai.calls import in_words_of, merged
 from coordinator.api.openai.chat_responses import ChatWriter
 from coordinator.api.openai.chats import read_chat, tools_json
 from coordinator.api.openai.completion_responses import CompletionWriter
@@ -23,6 +23,7 @@ from coordinator.api.openai.decisions import (
     TOKENIZE_IGNORED,
     TOKENIZE_NEUTRAL,
 )
+from coordinator.api.openai.docs import page
 from coordinator.api.openai.endpoint import (
     DONE,
     Endpoint,
@@ -37,6 +38,7 @@ from coordinator.api.openai.errors import Failure, Refused
 from coordinator.api.openai.messages import read_messages
 from coordinator.api.openai.models import DetokenizeBody, TokenizeChat, TokenizeText
 from coordinator.api.openai.openapi import description
+from coordinator.api.openai.options import Call
 from coordinator.api.openai.read import check_rest, read
 from coordinator.api.openai.responses import Choice, Writer
 from coordinator.api.values import GenerateRequest, ModelCard, PromptEvent, TokenizeRequest
@@ -46,7 +48,7 @@ from engine.telemetry.metrics import PREFIX
 
 _OWNER = "diptych"
 _MANY_LOGPROBS = 256  # of tokens of a prompt, beyond which they are written in a thread
-_CHAT_NAMES = {"chat.messages": "messages", "chat.tools_json": "tools", "text": "prompt"}
+_CHAT_NAMES = {"chat.messages": "messages", "chat.tools_json": "tools"}
 
 
 class OpenAiApi:
@@ -94,44 +96,36 @@ class OpenAiApi:
             route("/detokenize", "POST", self._detokenize),
             route("/version", "GET", self._version),
             route("/openapi.json", "GET", self._openapi),
+            route("/docs", "GET", self._docs),
             *(Route(path, nowhere) for path in ("/v1", "/v1/{path:path}")),
         ]
 
     async def _completions(self, asked: ParsedRequest) -> Response:
-        call = await asked.read_by(read_completion)
-        form = call.format
-        prompt_ids = None
-        if form.token_ids or form.continuous_usage:
-            prompt_ids = [
-                await self._prompt_ids(request, call.names_of(i))
-                for i, request in enumerate(call.requests)
-            ]
-        writer = CompletionWriter(
-            call,
-            model=asked.body.get("model") or self._frontend.model().name,
-            created=int(self._clock()),
-            prompt_ids=prompt_ids,
-        )
-        needs_first = call.echo and form.logprobs is not None
-        return await self._answer(writer, call.requests, call.names_of, needs_first)
+        return await self._complete(asked, read_completion, CompletionWriter)
 
     async def _chat(self, asked: ParsedRequest) -> Response:
-        call = await asked.read_by(read_chat)
+        return await self._complete(asked, read_chat, ChatWriter)
+
+    async def _complete(
+        self,
+        asked: ParsedRequest,
+        read_call: Callable[[dict[str, Any], str], Call],
+        writer: type[Writer],
+    ) -> Response:
+        call = await asked.read_by(read_call)
         prompt_ids = None
         if call.format.token_ids or call.format.continuous_usage:
-            prompt_ids = [await self._prompt_ids(call.request, {**call.names, **_CHAT_NAMES})]
-        writer = ChatWriter(
-            call,
-            model=asked.body.get("model") or self._frontend.model().name,
-            created=int(self._clock()),
-            prompt_ids=prompt_ids,
-        )
-        return await self._answer(writer, [call.request], lambda _: call.names, False)
+            prompt_ids = [
+                await self._prompt_ids(request, {**call.names_of(i), **_CHAT_NAMES})
+                for i, request in enumerate(call.requests)
+            ]
+        model = asked.body.get("model") or self._frontend.model().name
+        created = int(self._clock())
+        made = writer(call, model=model, created=created, prompt_ids=prompt_ids)
+        return await self._answer(made, call)
 
-    async def _answer(
-        self, writer: Writer, requests: Sequence[GenerateRequest], names: Names, needs_first: bool
-    ) -> Response:
-        parts = self._parts(writer, requests, names, needs_first)
+    async def _answer(self, writer: Writer, call: Call) -> Response:
+        parts = self._parts(writer, call)
         if writer.format.stream:
             return _events(writer, parts)
         choices: dict[int, Choice] = {}
@@ -142,11 +136,12 @@ class OpenAiApi:
         whole = writer.whole(choices)
         return await asyncio.to_thread(large_json, whole) if writer.is_large else whole
 
-    async def _parts(
-        self, writer: Writer, requests: Sequence[GenerateRequest], names: Names, needs_first: bool
-    ) -> AsyncGenerator[list[Choice], None]:
+    async def _parts(self, writer: Writer, call: Call) -> AsyncGenerator[list[Choice], None]:
         """What each event adds to the answer."""
-        async with aclosing(merged(self._frontend, requests, names, self._limit_s)) as events:
+        output = call.requests[0].output
+        needs_first = output.echo and output.logprobs is not None
+        answers = merged(self._frontend, call.requests, call.names_of, self._limit_s)
+        async with aclosing(answers) as events:
             async for prompt, event in events:
                 first_text = ""
                 scored = event.logprobs if isinstance(event, PromptEvent) else ()
@@ -209,7 +204,7 @@ class OpenAiApi:
             check_rest(TokenizeText, values, TOKENIZE_NEUTRAL, TOKENIZE_IGNORED, nulls=True)
             special = text.add_special_tokens is not False
             request = TokenizeRequest(text.model or "", text.prompt, special)
-        with in_words_of(_CHAT_NAMES):
+        with in_words_of({**_CHAT_NAMES, "text": "prompt"}):
             ids = await self._frontend.tokenize(request)
         limit = self._frontend.model().max_model_len
         return {"count": len(ids), "max_model_len": limit, "tokens": ids}
@@ -225,6 +220,9 @@ class OpenAiApi:
 
     async def _openapi(self, asked: ParsedRequest) -> Response:
         return description(_version())
+
+    async def _docs(self, asked: ParsedRequest) -> Response:
+        return page(description(_version()))
 
     async def _nowhere(self, asked: ParsedRequest) -> Response:
         raise Refused(Failure(404, "nothing is served here; see /openapi.json"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from coordinator.api.openai.chats import ChatCall
 from coordinator.api.openai.logprobs import chat_logprobs, prompt_logprobs
+from coordinator.api.openai.options import Call
 from coordinator.api.openai.responses import Choice, Writer, joined, reason_of, replaced
 from coordinator.api.values import Delta, Event, PromptEvent
 from coordinator.generation.request import Finished
@@ -19,10 +19,11 @@ class ChatWriter(Writer):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, call: ChatCall, **head: Any) -> None:
-        super().__init__(call.format, **head)
-        self._has_tools = bool(call.request.tools_json)
-        self._named_tool = call.named_tool
+    def __init__(self, call: Call, **head: Any) -> None:
+        super().__init__(call, **head)
+        (request,) = call.requests
+        self._has_tools = bool(request.tools_json)
+        self._named_tool = request.tool_choice.name is not None  # such an answer ends with "stop"
         self._begun: set[int] = set()
         self._calling: set[int] = set()  # choices that call a tool
         self._prompt_logprobs: list[dict[str, Any] | None] | None = None

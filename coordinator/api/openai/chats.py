@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from coordinator.api.openai.constraints import names_of, read_constraint
@@ -12,23 +11,13 @@ from coordinator.api.openai.decisions import CHAT_NEUTRAL, IGNORED, NEUTRAL
 from coordinator.api.openai.errors import unsupported
 from coordinator.api.openai.messages import read_messages
 from coordinator.api.openai.models import ChatBody, NamedChoice
-from coordinator.api.openai.options import AnswerFormat, common_fields, format_of
+from coordinator.api.openai.options import Call, common_fields, format_of
 from coordinator.api.openai.read import check_rest, read
 from coordinator.api.values import GenerateRequest, ToolChoice
 from engine.base.errors import InvalidRequest
 
 
-@dataclass(frozen=True, slots=True)
-class ChatCall:
-    """What a client asked for."""
-
-    request: GenerateRequest
-    format: AnswerFormat
-    named_tool: bool  # a call of one named tool: such an answer ends with "stop"
-    names: Mapping[str, str]  # of fields of the request, in the client's words
-
-
-def read_chat(values: Mapping[str, Any], request_id: str) -> ChatCall:
+def read_chat(values: Mapping[str, Any], request_id: str) -> Call:
     """Raises InvalidRequest, Refused."""
     body = read(ChatBody, values)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -59,7 +48,7 @@ def read_chat(values: Mapping[str, Any], request_id: str) -> ChatCall:
         "output.prompt_logprobs": "prompt_logprobs",
         "tool_choice.name": "tool_choice.function.name",
     }
-    return ChatCall(request, form, choice.name is not None, names)
+    return Call((request,), form, names)
 
 
 def tools_json(tools: Sequence[Any] | None) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from coordinator.api.openai.completions import CompletionCall
 from coordinator.api.openai.logprobs import CompletionLogprobs, prompt_logprobs
+from coordinator.api.openai.options import Call
 from coordinator.api.openai.responses import Choice, Writer, joined, reason_of, replaced
 from coordinator.api.values import Delta, Event, Logprob, PromptEvent
 from coordinator.generation.request import Finished
@@ -19,9 +19,9 @@ class CompletionWriter(Writer):
     prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, call: CompletionCall, **head: Any) -> None:
-        super().__init__(call.format, **head)
-        self._echo = call.echo
+    def __init__(self, call: Call, **head: Any) -> None:
+        super().__init__(call, **head)
+        self._echo = call.requests[0].output.echo
         self._logprobs: dict[int, CompletionLogprobs] = {}
         self._begun: set[int] = set()
 

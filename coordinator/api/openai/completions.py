@@ -3,44 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from coordinator.api.openai.constraints import names_of, read_constraint
 from coordinator.api.openai.decisions import COMPLETION_NEUTRAL, IGNORED, NEUTRAL
-from coordinator.api.openai.models import MAX_PROMPTS, CompletionBody, Tokens
-from coordinator.api.openai.options import AnswerFormat, common_fields, format_of
+from coordinator.api.openai.models import CompletionBody, Tokens
+from coordinator.api.openai.options import Call, common_fields, format_of
 from coordinator.api.openai.read import check_rest, read
 from coordinator.api.validation.request import MAX_REQUEST_ID_CHARS
 from coordinator.api.values import Constraint, GenerateRequest
 from engine.base.errors import InvalidRequest
 
+MAX_PROMPTS = 1024
 MAX_REPEATED_BYTES = 16 * 1024 * 1024  # what all prompts' requests have in common, once a prompt
 _ENTRY_BYTES = 8  # of a bias or a stop token
 DEFAULT_MAX_TOKENS = 16
 Prompt = str | list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionCall:
-    """What a client asked for."""
-
-    requests: tuple[GenerateRequest, ...]  # one a prompt
-    format: AnswerFormat
-    echo: bool
-    max_tokens: int
-    names: Mapping[str, str]  # of fields of a request, in the client's words
-
-    def names_of(self, index: int) -> dict[str, str]:
-        """The names for the request of prompt `index`."""
-        prompt = "prompt" if len(self.requests) == 1 else f"prompt[{index}]"
-        own = {"text": prompt, "token_ids.ids": prompt, "token_ids": prompt, "prompt": prompt}
-        return {**own, **self.names}
-
-
-def read_completion(values: Mapping[str, Any], request_id: str) -> CompletionCall:
+def read_completion(values: Mapping[str, Any], request_id: str) -> Call:
     """Raises InvalidRequest, Refused."""
     if values.get("prompt") is None:
         raise InvalidRequest("prompt", "unset; expected text or token ids")
@@ -69,7 +52,7 @@ def read_completion(values: Mapping[str, Any], request_id: str) -> CompletionCal
     names = {"output.prompt_logprobs": "prompt_logprobs", **(names_of(asked) if asked else {})}
     if echo and body.prompt_logprobs is None:
         names["output.prompt_logprobs"] = "logprobs"
-    return CompletionCall(tuple(requests), form, echo, max_tokens, names)
+    return Call(tuple(requests), form, names)
 
 
 def _check_repeated(

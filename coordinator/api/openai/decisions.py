@@ -20,28 +20,24 @@ SERVED = {
     COMPLETION: frozenset(CompletionBody.__struct_fields__),
 }
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": ([],),
-    "bad_words": ([],),
-    "early_stopping": (False,),
-    "ec_transfer_params": ({},),
-    "guided_whitespace_pattern": (),
-    "kv_transfer_params": ({},),
+Values = tuple[Any, ...]  # at which an option does nothing; null is always one
+
+
+def _all(names: str, *values: Any) -> dict[str, Values]:
+    return dict.fromkeys(names.split(), values)
+
+
+NEUTRAL: dict[str, Values] = {
+    **_all("allowed_token_ids bad_words logits_processors", []),
+    **_all("ec_transfer_params kv_transfer_params media_io_kwargs mm_processor_kwargs", {}),
+    **_all("early_stopping use_beam_search watermarking", False),
+    **_all("guided_whitespace_pattern logprob_token_ids repetition_detection structural_tag"),
+    **_all("truncate_prompt_tokens truncation_side"),
     "length_penalty": (1.0,),
-    "logits_processors": ([],),
-    "mm_processor_kwargs": ({},),
-    "media_io_kwargs": ({},),
-    "repetition_detection": (),
     "routed_experts_prompt_start": (0,),
-    "structural_tag": (),
     "thinking_token_budget": (-1,),
-    "truncate_prompt_tokens": (),
-    "truncation_side": (),
-    "use_beam_search": (False,),
-    "watermarking": (False,),
-    "logprob_token_ids": (),
 }
-CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
+CHAT_NEUTRAL: dict[str, Values] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "audio": (),
@@ -57,7 +53,7 @@ CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "return_prompt_text": (False,),
     "web_search_options": (),
 }
-COMPLETION_NEUTRAL: dict[str, tuple[Any, ...]] = {
+COMPLETION_NEUTRAL: dict[str, Values] = {
     "add_special_tokens": (True,),
     "best_of": (1,),  # and `n`
     "prompt_embeds": (),
@@ -67,31 +63,16 @@ COMPLETION_NEUTRAL: dict[str, tuple[Any, ...]] = {
 IGNORED = frozenset(
     {
         # OpenAI's
-        "metadata",
-        "moderation",
-        "prediction",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "reasoning_effort",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-        "verbosity",
+        **_all("metadata moderation prediction prompt_cache_key prompt_cache_options"),
+        **_all("prompt_cache_retention reasoning_effort safety_identifier service_tier store"),
+        **_all("user verbosity"),
         # vLLM's
-        "guided_decoding_backend",
-        "include_reasoning",
-        "return_mm_kwargs",
-        "return_token_offsets",
-        "session_id",
-        "spaces_between_special_tokens",
-        "stream_interval",
-        "vllm_xargs",
+        **_all("guided_decoding_backend include_reasoning return_mm_kwargs return_token_offsets"),
+        **_all("session_id spaces_between_special_tokens stream_interval vllm_xargs"),
     }
 )
-TOKENIZE_NEUTRAL: dict[str, tuple[Any, ...]] = {"return_token_strs": (False,)}
-TOKENIZE_CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
+TOKENIZE_NEUTRAL: dict[str, Values] = {"return_token_strs": (False,)}
+TOKENIZE_CHAT_NEUTRAL: dict[str, Values] = {
     **TOKENIZE_NEUTRAL,
     "add_special_tokens": (False,),
     "chat_template": (),

@@ -24,6 +24,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from coordinator.api.openai.body import LARGE_BYTES, Gone, parse, read_body
+from coordinator.api.openai.docs import Page
 from coordinator.api.openai.errors import INTERNAL, Failure, Refused, failure_of
 from coordinator.api.openai.keepalive import kept_alive
 from coordinator.api.validation.request import MAX_REQUEST_ID_CHARS
@@ -44,7 +45,7 @@ _ANY = ""  # method
 _HEAD = ("GET", "HEAD")  # served, and asked for
 
 Events = AsyncGenerator[str, None]
-Response = dict[str, Any] | str | Events  # a text is JSON
+Response = dict[str, Any] | str | Page | Events  # a text is JSON
 Read = TypeVar("Read")
 
 
@@ -126,6 +127,9 @@ class Endpoint:
         try:
             asked = await self._read(exchange)
             reply = await self._handler(asked)
+            if isinstance(reply, Page):
+                await exchange.reply(200, reply.html, reply.headers)
+                return 200
             if isinstance(reply, dict | str):
                 await exchange.reply(200, reply)
                 return 200

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coordinator.api.openai.errors import unknown_parameter, unsupported
-from coordinator.api.openai.models import Call, ChatMessage, Custom, Function, Part
+from coordinator.api.openai.models import Call, ChatMessage, Function, Part
 from coordinator.api.values import Message, ToolCall
 from engine.base.errors import InvalidRequest
 
@@ -123,7 +123,7 @@ def _arguments(function: Function) -> str:
     return arguments if isinstance(arguments, str) else json.dumps(arguments)
 
 
-def _name(path: str, function: Function | Custom) -> str:
+def _name(path: str, function: Function) -> str:
     if not function.name:
         raise InvalidRequest(f"{path}.name", "unset; expected the name of a tool")
     return function.name

@@ -16,7 +16,6 @@ from coordinator.api.validation.tools import MAX_TOOLS
 
 UINT32 = 2**32 - 1
 UINT64 = 2**64 - 1
-MAX_PROMPTS = 1024
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -29,6 +28,7 @@ Alternatives = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Tokens = Annotated[list[Count], Meta(description="an array of whole numbers")]
 Texts = Annotated[list[str], Meta(min_length=1, description="an array of at least one text")]
 JsonSchema = Annotated[dict[str, Any] | bool | str, Meta(description="a JSON schema, an object")]
+Biases = Annotated[dict[str, float], Meta(description="an object of token ids and numbers")]
 Penalty = Annotated[float, _shown(minimum=-2, maximum=2)]
 Share = Annotated[float, _shown(minimum=0, maximum=1)]
 Ignored = Annotated[Any, _shown(ignored=True)]
@@ -99,9 +99,7 @@ class CommonBody(Struct, kw_only=True):
     presence_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, _shown(minimum=0.001, maximum=1000)] | None = None
     seed: Annotated[int, Meta(ge=-(2**63)), _shown(maximum=UINT64)] | None = None
-    logit_bias: (
-        Annotated[dict[str, float], Meta(description="an object of token ids and numbers")] | None
-    ) = None
+    logit_bias: Biases | None = None
     stop: Annotated[str | list[str], Meta(description="text or an array of texts")] | None = None
     stop_token_ids: Tokens | None = None
     min_tokens: Count | None = None
@@ -109,13 +107,7 @@ class CommonBody(Struct, kw_only=True):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: Alternatives | None = None
-    response_format: (
-        Annotated[
-            TextFormat | ObjectFormat | SchemaFormat,
-            Meta(description="an object"),
-        ]
-        | None
-    ) = None
+    response_format: TextFormat | ObjectFormat | SchemaFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: JsonSchema | None = None
     guided_regex: str | None = None
@@ -131,13 +123,7 @@ class CommonBody(Struct, kw_only=True):
 class CompletionBody(CommonBody, kw_only=True):
     """The body of /v1/completions."""
 
-    prompt: Annotated[
-        str | list[Any],
-        Meta(
-            description="text, token ids, or an array of either",
-            extra_json_schema={"maxItems": MAX_PROMPTS, "minItems": 1},
-        ),
-    ]
+    prompt: Annotated[str | list[Any], Meta(description="text, token ids, or an array of either")]
     echo: bool | None = None
     logprobs: Alternatives | None = None
 
@@ -157,17 +143,11 @@ class Audio(Struct):
 
 
 class Function(Struct):
-    """A call of a function, by an assistant."""
+    """A call of a function, or its name alone."""
 
     name: str | None = None
     arguments: Annotated[str | dict[str, Any], Meta(description="JSON as text")] | None = None
-
-
-class Custom(Struct):
-    """A call of a tool that takes plain text."""
-
-    name: str | None = None
-    input: str | None = None
+    input: str | None = None  # of a tool that takes plain text
 
 
 class Call(Struct):
@@ -176,7 +156,10 @@ class Call(Struct):
     id: str | None = None
     type: str | None = None
     function: Function | None = None
-    custom: Custom | None = None
+    custom: Function | None = None
+
+
+Content = Annotated[str | list[Part], Meta(description="text or an array of parts")]
 
 
 class ChatMessage(Struct):
@@ -204,40 +187,21 @@ Messages = Annotated[
 # What a definition holds, the frontend checks for all protocols: validation/tools.py.
 Tools = Annotated[
     list[Any],
-    _shown(
-        maxItems=MAX_TOOLS,
-        items={
-            "type": "object",
-            "required": ["type", "function"],
-            "properties": {
-                "type": {"enum": ["function"]},
-                "function": {
-                    "type": "object",
-                    "required": ["name"],
-                    "properties": {
-                        "name": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"},
-                        "description": {"type": "string"},
-                        "parameters": {"type": "object"},
-                        "strict": {"type": "boolean"},
-                    },
-                },
-            },
-        },
-    ),
+    _shown(maxItems=MAX_TOOLS, items={"type": "object", "required": ["type", "function"]}),
 ]
-
-
-class FunctionName(Struct):
-    """The function that is to be called."""
-
-    name: str | None = None
 
 
 class NamedChoice(Struct):
     """A call of this tool."""
 
-    function: FunctionName | None = None
+    function: Function | None = None
     type: str | None = None
+
+
+Choice = Annotated[
+    Literal["none", "auto", "required"] | NamedChoice,
+    Meta(description="none, auto, required or a function"),
+]
 
 
 class ChatBody(CommonBody, kw_only=True):
@@ -248,13 +212,7 @@ class ChatBody(CommonBody, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Alternatives | None = None
     tools: Tools | None = None
-    tool_choice: (
-        Annotated[
-            Literal["none", "auto", "required"] | NamedChoice,
-            Meta(description="none, auto, required or a function"),
-        ]
-        | None
-    ) = None
+    tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
 
 

@@ -5,13 +5,13 @@ Types are checked by models.py; ranges by the frontend, whose errors name the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from coordinator.api.openai.models import UINT32, UINT64, CommonBody
 from coordinator.api.openai.read import out_of_range
-from coordinator.api.values import Output, Sampling, Stop
+from coordinator.api.values import GenerateRequest, Output, Sampling, Stop
 from engine.base.errors import InvalidRequest
 
 DEFAULT_TEMPERATURE = 1.0
@@ -31,6 +31,21 @@ class AnswerFormat:
     stop_token_ids: frozenset[int]  # that the client named: shown as `stop_reason`
     token_ids: bool  # show ids of prompt and answer
     tokens_as_ids: bool  # name tokens by id where log-probabilities are shown
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a client asked for: a request for each prompt, or for the conversation."""
+
+    requests: tuple[GenerateRequest, ...]
+    format: AnswerFormat
+    names: Mapping[str, str]  # of fields of a request, in the client's words
+
+    def names_of(self, index: int) -> dict[str, str]:
+        """The names for the request of prompt `index`."""
+        prompt = "prompt" if len(self.requests) == 1 else f"prompt[{index}]"
+        own = {"text": prompt, "token_ids.ids": prompt, "token_ids": prompt, "prompt": prompt}
+        return {**own, **self.names}
 
 
 def format_of(body: CommonBody, request_id: str, logprobs: int | None) -> AnswerFormat:

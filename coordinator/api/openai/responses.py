@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from coordinator.api.openai.options import AnswerFormat
+from coordinator.api.openai.options import Call
 from coordinator.api.values import Event
 from coordinator.generation import request
 from coordinator.generation.request import Finished
@@ -67,19 +67,19 @@ class Writer(ABC):
 
     def __init__(
         self,
-        form: AnswerFormat,
+        call: Call,
         *,
         model: str,
         created: int,
         prompt_ids: Sequence[Sequence[int]] | None = None,  # where they are asked for
     ) -> None:
-        self.format = form
+        self.format = call.format
         self.usage = Usage()
         self.prompt_ids = prompt_ids
         for index, ids in enumerate(prompt_ids or ()):
             self.usage.prompt[index] = len(ids)
         self._head = {
-            "id": f"{self.prefix}-{form.request_id}",
+            "id": f"{self.prefix}-{call.format.request_id}",
             "created": created,
             "model": model,
         }

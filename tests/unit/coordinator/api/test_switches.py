@@ -136,7 +136,7 @@ async def test_every_protocol_refuses_the_part_and_serves_the_rest():
 async def test_protocols_are_not_there():
     async with http_front(disable=",".join(PROTOCOLS)) as front:
         await front.worker()
-        for path in ("/v1/models", "/v1/completions", "/tokenize", "/openapi.json"):
+        for path in ("/v1/models", "/v1/completions", "/tokenize", "/openapi.json", "/docs"):
             assert (await front.http.get(path)).status_code == 404
         assert (await front.http.get("/health")).status_code == 200
         async with open_channel(front.coordinator.address) as channel:

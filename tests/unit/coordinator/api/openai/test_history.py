@@ -114,7 +114,7 @@ async def test_a_call_of_any_arguments_does_not_poison_its_conversation(argument
 
 def message(**fields):
     body = {"messages": [USER, {"role": "assistant", **fields}]}
-    return read_chat(body, "id").request.messages[1]
+    return read_chat(body, "id").requests[0].messages[1]
 
 
 def failure(**fields):
@@ -225,7 +225,7 @@ def test_what_applications_note_in_their_own_messages():
         {"role": "function", "name": "f", "content": "r"},
         {"role": "function", "name": "f", "content": None},  # as OpenAI's client types it
     ]
-    assert list(read_chat({"messages": history}, "id").request.messages) == [
+    assert list(read_chat({"messages": history}, "id").requests[0].messages) == [
         Message(role="system", content="s"),
         Message(role="user", content="r"),
         Message(role="tool", tool_call_id="c", content="r"),

@@ -124,7 +124,7 @@ def test_every_option_arrives():
     got = chat(**body, logprobs=True, top_logprobs=3)
     messages = [Message(role="user", content="x")]
     output = Output(skip_special_tokens=False, logprobs=3)
-    assert got.request == GenerateRequest(**expected, messages=messages, output=output)
+    assert got.requests[0] == GenerateRequest(**expected, messages=messages, output=output)
     assert got.format.stop_token_ids == {1, 2}
 
 
@@ -135,23 +135,23 @@ def test_defaults_are_openais():
     assert request.n == 1
     assert request.output.logprobs is None
     got = chat(max_tokens=None, stop=None, temperature=None, tools=None, user=None)
-    assert got.request.sampling == Sampling(temperature=1.0)
-    assert got.request.stop.max_tokens is None  # the room left
+    assert got.requests[0].sampling == Sampling(temperature=1.0)
+    assert got.requests[0].stop.max_tokens is None  # the room left
     assert not got.format.stream
 
 
 def test_small_agreements():
-    assert chat(top_p=0).request.sampling == Sampling(temperature=1.0, top_k=1)
+    assert chat(top_p=0).requests[0].sampling == Sampling(temperature=1.0, top_k=1)
     (request,) = completion(stop="x", top_k=-1, seed=-2, max_tokens=16.0).requests
     assert list(request.stop.stop) == ["x"]
     assert request.sampling.top_k == 0
     assert request.sampling.seed == 2**64 - 2
     assert completion(seed=-1).requests[0].sampling.seed is None
     got = chat(max_tokens=3, max_completion_tokens=5)
-    assert got.request.stop.max_tokens == 5
+    assert got.requests[0].stop.max_tokens == 5
     assert got.names["stop.max_tokens"] == "max_completion_tokens"
-    assert chat(logprobs=True).request.output.logprobs == 0
-    assert chat(logprobs=False, top_logprobs=0).request.output.logprobs is None
+    assert chat(logprobs=True).requests[0].output.logprobs == 0
+    assert chat(logprobs=False, top_logprobs=0).requests[0].output.logprobs is None
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_constraints():
 
     def of(**body):
         (request,) = completion(**body).requests
-        assert chat(**body).request.constraint == request.constraint
+        assert chat(**body).requests[0].constraint == request.constraint
         return request.constraint
 
     wrapped = {
@@ -223,7 +223,7 @@ def test_messages():
         {"role": "tool", "tool_call_id": "c", "content": "r", "name": "f"},
         {"role": "assistant", "content": "t", "reasoning_content": "never mind"},
     ]
-    assert list(chat(messages=messages).request.messages) == [
+    assert list(chat(messages=messages).requests[0].messages) == [
         Message(role="developer", content="rules"),
         Message(role="user", content="a\nb"),
         Message(role="assistant", tool_calls=(ToolCall(id="c", name="f", arguments='{"a": 1}'),)),
@@ -235,15 +235,15 @@ def test_messages():
 def test_tools():
     named = {"type": "function", "function": {"name": "f"}}
     request = chat(tools=[TOOL], tool_choice=named, parallel_tool_calls=False)
-    assert json.loads(request.request.tools_json) == [TOOL]
-    assert request.request.tool_choice == ToolChoice(name="f")
-    assert not request.request.parallel_tool_calls
-    assert request.named_tool
+    assert json.loads(request.requests[0].tools_json) == [TOOL]
+    assert request.requests[0].tool_choice == ToolChoice(name="f")
+    assert not request.requests[0].parallel_tool_calls
+    assert request.requests[0].tool_choice.name
     for word in ("none", "auto", "required"):
         got = chat(tools=[TOOL], tool_choice=word)
-        assert got.request.tool_choice == ToolChoice(word)
-        assert not got.named_tool
-    assert chat(tools=[TOOL]).request.tool_choice == ToolChoice()
+        assert got.requests[0].tool_choice == ToolChoice(word)
+        assert not got.requests[0].tool_choice.name
+    assert chat(tools=[TOOL]).requests[0].tool_choice == ToolChoice()
 
 
 def test_stream_options():
