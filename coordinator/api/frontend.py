@@ -1,4 +1,4 @@
-"""The one way in: what every protocol calls, in this process and with values.
+"""The one interface behind all protocols, called in this process and with values.
 
     gRPC ------.
     OpenAI ----+--> Frontend --check--> Pipeline --parts--> events
@@ -63,13 +63,13 @@ Events = AsyncGenerator[Event, None]
 
 
 class Frontend(Protocol):
-    """What protocols call. `left_s` is the caller's own deadline in seconds; None: no deadline.
+    """What protocols call. `left_s` is the caller's deadline in seconds; None: no deadline.
 
     Errors are DiptychErrors; those that name a field name it as inference.proto does.
     """
 
     def generate(self, request: GenerateRequest, left_s: float | None = None) -> Events:
-        """The events of an answer: those of the prompt, then of each choice, Finished last.
+        """Generate: the prompt's event, then those of each choice, with Finished as the last one.
 
         Raises InvalidRequest, NotFound, NotOffered, Overloaded, Unavailable, WorkersLost,
         Mismatch, DeadlineExceeded.
@@ -124,7 +124,7 @@ class LocalFrontend:
         timeline = Timeline()
         arrived_s = timeline.mark(Moment.ARRIVED)
         deadline_s = arrived_s + self._limit_s(left_s)
-        code = "cancelled"  # unless an end is reached
+        code = "cancelled"  # until an end is reached
         try:
             checked = await self._checked(request)
             bind_request(checked.request_id)
@@ -198,7 +198,7 @@ class LocalFrontend:
 
     @asynccontextmanager
     async def _admitted(self, num_tokens: int, left_s: float | None) -> AsyncIterator[None]:
-        """While a text of about `num_tokens` is tokenized, or the like. Raises Overloaded."""
+        """Hold admission while a text of about `num_tokens` is converted. Raises Overloaded."""
         ticket = self._tokenizing.admit(deadline_s=time.monotonic() + self._limit_s(left_s))
         try:
             ticket.set_tokens(max(1, num_tokens))
@@ -208,7 +208,7 @@ class LocalFrontend:
             ticket.release()
 
     async def _checked(self, request: GenerateRequest) -> GenerationRequest:
-        """The request as the pipeline takes it. Raises what `validate` does, and NotOffered."""
+        """The checked request. Raises what `validate` raises, and NotOffered."""
         self._switches.check(request)
         if request.tools_json or _num_checked(request) > _AT_ONCE:  # schemas take long
             return await asyncio.to_thread(validate, request, self._model.limits)
@@ -238,7 +238,7 @@ class LocalFrontend:
 
 
 def _num_checked(request: GenerateRequest) -> int:
-    """Characters of JSON and elements of lists that are looked at one by one, about."""
+    """Roughly how many characters of JSON and elements of lists the checks look at."""
     num = len(request.sampling.logit_bias) + len(request.stop.stop_token_ids)
     if request.constraint and isinstance(request.constraint.value, str):
         num += len(request.constraint.value)
@@ -256,7 +256,7 @@ def _logprobs(
     tokenizer: Tokenizer,
     first: int = 0,  # the token that the first entry is of
 ) -> list[ScoredToken]:
-    """One entry a token; none where nothing was asked."""
+    """One entry a token; none where log-probabilities are not wanted."""
 
     def entry(index: int, token_id: int, logprob: float) -> Logprob:
         at_start = index < placement.num_at_start

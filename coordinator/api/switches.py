@@ -1,9 +1,9 @@
-"""What an operator has switched off with `--disable`, for all protocols in one place.
+"""What `--disable` switches off, for all protocols in one place.
 
     part of a request    UNIMPLEMENTED naming the field, 400 over HTTP
     protocol             its services are not registered (UNIMPLEMENTED), its paths not served (404)
 
-All protocols call the frontend, and it looks here at each request.
+All protocols call the frontend, and the frontend checks each request here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _used(field: str, is_used: bool) -> str:
     return field if is_used else ""
 
 
-# Switch -> the field of a request that uses it; "" where none does.
+# Switch -> the field of a request that uses the part; "" where none does.
 _PARTS: dict[str, Callable[[GenerateRequest], str]] = {
     "constraints": _constraint,
     "echo": lambda request: _used("output.echo", request.output.echo),
@@ -46,7 +46,7 @@ _PARTS: dict[str, Callable[[GenerateRequest], str]] = {
 
 
 class Switches:
-    """What is off; nothing by default."""
+    """The parts and protocols that are off; none by default."""
 
     def __init__(self, disabled: str = "") -> None:
         self.off: tuple[str, ...] = tuple(parse_disabled(disabled).split(",")) if disabled else ()
@@ -59,7 +59,7 @@ class Switches:
                 raise _refusal(name, field)
 
     def check_tools(self, field: str, is_given: bool) -> None:
-        """The same, for tools in a message of another kind."""
+        """The same for tools in another request, of `field`."""
         if is_given and "tools" in self.off:
             raise _refusal("tools", field)
 

@@ -1,9 +1,9 @@
-"""What all protocols say to the frontend, and what it answers: values, without a wire format.
+"""The values between protocols and the frontend, without a wire format.
 
     GenerateRequest --frontend--> PromptEvent?, Delta*, Finished   (of each choice)
 
-Requests are not checked yet: None and empty stand for what a client left unset. Field names are
-those of inference.proto, and errors name them (`sampling.top_p`).
+Requests are not checked yet. None and empty values stand for unset fields. Field names are those of
+inference.proto, and errors name them (`sampling.top_p`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from coordinator.text.values import ToolCallPiece
 
 @dataclass(slots=True)
 class Sampling:
-    """How tokens are drawn."""
+    """How tokens are sampled."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -33,7 +33,7 @@ class Sampling:
 
 @dataclass(slots=True)
 class Stop:
-    """Where an answer ends."""
+    """When an output ends."""
 
     max_tokens: int | None = None
     min_tokens: int = 0
@@ -45,7 +45,7 @@ class Stop:
 
 @dataclass(slots=True)
 class Output:
-    """What is sent besides the answer's text and tokens."""
+    """What is sent beside the text and the tokens of an output."""
 
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -55,7 +55,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What an answer must be: json_schema, json_object, regex, grammar or choice."""
+    """The form of an output: json_schema, json_object, regex, grammar or choice."""
 
     kind: str
     value: str | bool | Sequence[str]
@@ -91,7 +91,7 @@ class ToolChoice:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """What a client has of a choice already."""
+    """The part of a choice that the client has already."""
 
     index: int = 0
     token_ids: Sequence[int] = ()
@@ -126,7 +126,7 @@ class GenerateRequest:
 
 @dataclass(slots=True)
 class TokenizeRequest:
-    """`text` or `messages` to be read as token ids."""
+    """`text` or `messages` to convert to token ids."""
 
     model: str = ""
     text: str | None = None
@@ -157,7 +157,7 @@ class ScoredToken:
 
 @dataclass(frozen=True, slots=True)
 class PromptEvent:
-    """The prompt, as far as it was asked for: the first event."""
+    """The parts of the prompt that the request wants back; the first event."""
 
     text: str = ""
     token_ids: Sequence[int] = ()
@@ -166,12 +166,12 @@ class PromptEvent:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Tokens of a choice, and the text and calls that they made final."""
+    """New tokens of a choice, with the text and the tool calls that they complete."""
 
     index: int = 0  # of the choice
     text: str = ""
     token_ids: Sequence[int] = ()
-    logprobs: Sequence[ScoredToken] = ()  # one a token, where asked for
+    logprobs: Sequence[ScoredToken] = ()  # one a token, or none
     tool_calls: Sequence[ToolCallPiece] = ()
     affinity_token: str = ""
 

@@ -18,12 +18,12 @@ from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
 
-_WORKERS_OWN_S = 120.0  # a drain whose deadline only the worker knows is waited for so long
-_END_S = 15.0  # from the end of a worker's requests to its own
+_DEFAULT_WAIT_S = 120.0  # for a drain without a deadline in the request
+_END_S = 15.0  # from the end of a worker's requests to the end of its process
 
 
 class AdminServicer:
-    """What an operator asks; see admin.proto."""
+    """Serves operators; see admin.proto."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class AdminServicer:
     async def ListWorkers(
         self, request: admin_pb2.ListWorkersRequest, context: Any
     ) -> admin_pb2.ListWorkersResponse:
-        """All workers that are or lately were here."""
+        """All workers that are registered or were recently."""
         now = self._clock()
         rows = [_row(worker, now) for worker in self._membership.snapshot()]
         return admin_pb2.ListWorkersResponse(workers=rows)
@@ -46,14 +46,14 @@ class AdminServicer:
     async def DrainWorker(
         self, request: admin_pb2.DrainWorkerRequest, context: Any
     ) -> admin_pb2.DrainWorkerResponse:
-        """Have a worker finish or hand over what it has and end; returns when it has ended."""
+        """Have a worker finish or hand over its requests and end. Returns when it has ended."""
         worker = self._worker(request.worker_id)
         deadline_s = request.deadline_s
         if not 0 <= deadline_s <= MAX_REQUEST_S:
             raise InvalidRequest("deadline_s", f"{deadline_s:g}; expected seconds, 0 or more")
         self._registry.drain(worker, deadline_s)
         _log.info("worker is to drain", worker=worker.peer.worker_id)
-        wait_s = (deadline_s or _WORKERS_OWN_S) + _END_S
+        wait_s = (deadline_s or _DEFAULT_WAIT_S) + _END_S
         ends_s = self._clock() + min(wait_s, context.time_remaining() or wait_s)
         while self._is_here(worker):
             if (left_s := ends_s - self._clock()) <= 0:
@@ -72,7 +72,7 @@ class AdminServicer:
         raise NotFound(f"worker_id: {worker_id!r} is not here; known: {known}")
 
     def _is_here(self, worker: Worker) -> bool:
-        """Whether it has not ended: one that only says nothing has not."""
+        """Whether the worker still runs. A silent worker may."""
         return any(
             row.peer.incarnation == worker.peer.incarnation
             and (row.state is not WorkerState.SUSPECT or self._registry.hears(row))

@@ -1,4 +1,4 @@
-"""Public messages -> values: fields that are set, under their names."""
+"""Public messages -> values. A field that is set keeps its name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MODES = {
 
 
 class _Messages(Sequence[Message]):
-    """Converted as they are read: hundreds of thousands of them are refused by their number."""
+    """Converted as they are read, so that a refusal of too many of them costs little."""
 
     def __init__(self, messages: Sequence[inference_pb2.Message]) -> None:
         self._messages = messages
@@ -89,7 +89,7 @@ _CONVERT: dict[str, Callable[[Any], Any]] = {
 def read_request(
     request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest,
 ) -> GenerateRequest:
-    """What a call of Generate or Chat asks for."""
+    """The request of a call of Generate or Chat."""
     fields = _set(request)
     fields.pop("alive", None)
     if isinstance(request, inference_pb2.ChatRequest):
@@ -99,7 +99,7 @@ def read_request(
 
 
 def read_tokenize(request: inference_pb2.TokenizeRequest) -> TokenizeRequest:
-    """What a call of Tokenize asks for."""
+    """The request of a call of Tokenize."""
     fields = _set(request)
     if chat := fields.pop("chat", None):
         fields |= {"messages": (), **_set(chat)}

@@ -1,4 +1,4 @@
-"""Events of an answer -> messages of the public API. Pure."""
+"""Events of the frontend -> messages of the public API. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.rpc.convert import reason_to_pb
 
 
 def alive(request: Any) -> inference_pb2.GenerateResponse | None:
-    """What the stream brings while nothing else does, where the request asks for it."""
+    """The message for a silent stream, where the request wants one."""
     if not getattr(request, "alive", False):
         return None
     return inference_pb2.GenerateResponse(

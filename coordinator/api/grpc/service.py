@@ -25,13 +25,13 @@ class InferenceServicer:
 
     async def Generate(self, request: Any, context: Any) -> Responses:
         """Complete a prompt."""
-        asked = read_request(request)
-        async with aclosing(self._frontend.generate(asked, context.time_remaining())) as events:
+        generate = read_request(request)
+        async with aclosing(self._frontend.generate(generate, context.time_remaining())) as events:
             async for event in events:
                 if isinstance(event, PromptEvent) and event.logprobs:  # tens of thousands
-                    yield await asyncio.to_thread(response, asked.request_id, event)
+                    yield await asyncio.to_thread(response, generate.request_id, event)
                 else:
-                    yield response(asked.request_id, event)
+                    yield response(generate.request_id, event)
 
     Chat = Generate  # the same, of a conversation
 

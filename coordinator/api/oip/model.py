@@ -1,6 +1,6 @@
-"""The served model in the words of the Open Inference Protocol: tensors, metadata, configuration.
+"""The served model as the Open Inference Protocol describes it: tensors, metadata, configuration.
 
-Every option may come as a tensor too, so the list of inputs follows from the list of options.
+Every option may be a tensor too, so the list of inputs follows from the list of options.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RETURN_FLAGS = {
     "return_num_output_tokens": "num_output_tokens",
 }
 FLAGS = ("streaming", "stream", "exclude_input_in_output", *RETURN_FLAGS)
-# vLLM's object of options, and TensorRT-LLM's word on how long input_ids is.
+# vLLM's object of options, and TensorRT-LLM's length of input_ids.
 SAMPLING_PARAMETERS, INPUT_LENGTHS = "sampling_parameters", "input_lengths"
 
 
@@ -72,12 +72,12 @@ OUTPUTS = (
 
 
 def is_served(name: str, version: str, served: str) -> bool:
-    """Whether `name` and `version` mean the served model; unset they do."""
+    """Whether `name` and `version`, where they are set, are the served model's."""
     return name in ("", served) and version in ("", VERSION)
 
 
 def check_served(name: str, version: str, served: str) -> None:
-    """Raise NotFound unless they mean the served model."""
+    """Raise NotFound unless they are the served model's."""
     if not is_served(name, version, served):
         raise NotFound(
             f"model: {name!r} version {version!r} is not served here; {served!r} version"
@@ -86,7 +86,7 @@ def check_served(name: str, version: str, served: str) -> None:
 
 
 def metadata(name: str) -> grpc_service_pb2.ModelMetadataResponse:
-    """What ModelMetadata answers."""
+    """The response of ModelMetadata."""
     tensor = grpc_service_pb2.ModelMetadataResponse.TensorMetadata
     return grpc_service_pb2.ModelMetadataResponse(
         name=name,
@@ -98,7 +98,7 @@ def metadata(name: str) -> grpc_service_pb2.ModelMetadataResponse:
 
 
 def config(name: str, max_model_len: int) -> model_config_pb2.ModelConfig:
-    """What ModelConfig answers. Every input may be left out, but one of the prompts may not."""
+    """The response of ModelConfig. Every input is optional, but one prompt must be there."""
     length = model_config_pb2.ModelParameter(string_value=str(max_model_len))
     return model_config_pb2.ModelConfig(
         name=name,

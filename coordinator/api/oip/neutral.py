@@ -1,8 +1,8 @@
 """Options of Triton's backends that are not served, and the values at which they do nothing. Pure.
 
-Clients of TensorRT-LLM's and vLLM's backends send every option that their backend has, most of them
-at its default. At such a value an option is passed over; at another one it is refused by name, for
-the answer would be another one there.
+Clients of TensorRT-LLM's and vLLM's backends send every option of their backend, most of them at
+the default. At a value without effect an option is ignored. At another value it is refused by name,
+since the output would differ there.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ NEUTRAL: Mapping[str, Values] = {
     "thinking_token_budget": (-1,),
 }
 _WORD_LISTS = ("bad_words_list", "stop_words_list")  # ids, and where each word ends
-# What asks for the same and is served.
+# Options with the same effect that are served.
 _INSTEAD = {
     "is_return_log_probs": "return_logprobs or logprobs",
     "return_log_probs": "return_logprobs or logprobs",
@@ -63,7 +63,7 @@ _INSTEAD = {
 
 
 def is_neutral(name: str, value: Any) -> bool:
-    """Whether `value`, of whatever carrier, changes nothing for the option `name`."""
+    """Whether `value` has no effect for the option `name`."""
     harmless = NEUTRAL[name]
     if harmless is None:
         return True
@@ -74,14 +74,14 @@ def is_neutral(name: str, value: Any) -> bool:
 
 
 def instead(name: str) -> str:
-    """What to do about an option at another value, for its error message."""
+    """The advice in the error message for an option at another value."""
     if other := _INSTEAD.get(name):
         return f"expected the option {other} in its place"
     return "leave it out"
 
 
 def _plain(value: Any, depth: int = 3) -> Any:
-    """A value without the form of its carrier: numbers may be text; None is empty."""
+    """A value without the form of its carrier: numbers may be text; None: empty."""
     if not depth:  # no option is nested like that
         return value
     if isinstance(value, str):
@@ -106,7 +106,7 @@ def _plain(value: Any, depth: int = 3) -> Any:
 
 def _same(value: Any, other: Any) -> bool:
     if isinstance(value, bool | int | float):
-        # A float32 has come a way, and a flag may be a number.
+        # A float32 is rounded, and a flag may be a number.
         with suppress(OverflowError):
             return math.isclose(value, other, rel_tol=1e-6)
     return False

@@ -1,10 +1,10 @@
-"""Options by name -> fields of a GenerateRequest: one set of names, whatever carries them. Pure.
+"""Options by name -> fields of a GenerateRequest, by one set of names for all carriers. Pure.
 
     parameters map, tensors, vLLM's JSON of parameters --take(where, name, value)--> request
 
-Names are those of our own API (`temperature`, `max_tokens`, `json_schema`, ...) and, where Triton's
-backends call the same thing otherwise, theirs. Numbers may come as text, as they do there. Ranges
-are checked behind the door, by `validate`.
+Names are those of inference.proto (`temperature`, `max_tokens`, `json_schema`, ...) and the other
+names that Triton's backends have for the same options. Numbers may be text, as they are there. The
+frontend checks ranges.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _ALIASES = {
 _END_ID = "end_id"  # of TensorRT-LLM: one more stop token; -1: none
 _STRUCTURED = ("structured_outputs", "guided_decoding")  # of vLLM: a constraint in an object,
 _BACKEND = "backend"  # in which it may name one of its own compilers
-_UNSET = ("top_k", "seed")  # for which -1 is as good as nothing
+_UNSET = ("top_k", "seed")  # for which -1 means unset
 _LISTS = {"choice", "stop", "stop_token_ids", "stop_words"}
 
 
@@ -66,16 +66,16 @@ def known() -> str:
 class Options:
     """Writes options into `request`, each once.
 
-    One that comes again with the same value says nothing new: the client of vLLM's backend sends
-    its options in sampling_parameters and in the parameters map.
+    A repeated option is accepted with the same value: the client of vLLM's backend sends its
+    options in sampling_parameters and in the parameters map.
     """
 
     def __init__(self, request: inference_pb2.GenerateRequest) -> None:
         self._request = request
-        self._given: dict[str, tuple[str, Any]] = {}  # name -> (where it stood, its value)
+        self._taken: dict[str, tuple[str, Any]] = {}  # name -> (its place, its value)
 
     def take(self, where: str, name: str, value: Any) -> None:
-        """One option. Raises InvalidRequest naming `where` it stood."""
+        """One option. Raises InvalidRequest naming its place, `where`."""
         if value is None:  # JSON's null
             return
         if name in _STRUCTURED:
@@ -88,12 +88,12 @@ class Options:
                 one = value[0] if isinstance(value, list) and len(value) == 1 else value
                 raise InvalidRequest(where, f"{_shown(one)} is not served; {instead(name)}")
         elif (canonical := _ALIASES.get(name, name)) in FIELDS:
-            if first := self._given.get(canonical):
+            if first := self._taken.get(canonical):
                 if _is_same(value, first[1]):
                     return
                 raise InvalidRequest(where, f"given already, as {first[0]}, with another value")
-            self._given[canonical] = (where, value)
-            if canonical == "stop":  # empty ones stand for none, and so does TensorRT-LLM's flag
+            self._taken[canonical] = (where, value)
+            if canonical == "stop":  # empty ones mean none, and so does TensorRT-LLM's flag
                 value = [text for text in _list(where, value) if text not in ("", False)]
             if canonical in _UNSET and _is_minus_one(value):
                 return
@@ -102,7 +102,7 @@ class Options:
             raise InvalidRequest(where, f"not known here; known are {known()}")
 
     def finish(self) -> None:
-        """What several options mean together; call it after the last one.
+        """Apply what depends on several options; call it after the last one.
 
         A top_p of 0 is TensorRT-LLM's default. There it means that top_k alone decides, and without
         one the likeliest token.
@@ -131,7 +131,7 @@ class Options:
         part, field = FIELDS[name]
         target: Message = getattr(self._request, part) if part else self._request
         if part == "constraint" and (other := target.WhichOneof("kind")) not in (None, name):
-            first, _ = self._given[other]
+            first, _ = self._taken[other]
             raise InvalidRequest(where, f"{first} is there as well; expected one of them")
         try:
             _assign(target, field, where, value)
@@ -140,7 +140,7 @@ class Options:
 
 
 def _assign(target: Any, field: FieldDescriptor, where: str, value: Any) -> None:
-    """Write a value into a field of our request, by the field's own type."""
+    """Write a value into a field of the request, by the field's type."""
     if field.name == "logit_bias":
         for token, bias in _object(where, value).items():
             target.logit_bias[_whole(where, token)] = _real(where, bias)
@@ -181,7 +181,7 @@ def flag_of(where: str, value: Any) -> bool:
 
 
 def _is_same(value: Any, other: Any) -> bool:
-    """Equal, whatever carries them: a number may be text."""
+    """Equal; a number may be text."""
     return bool(value == other) or str(value) == str(other)
 
 

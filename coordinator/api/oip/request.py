@@ -1,13 +1,13 @@
-"""A ModelInferRequest -> what it asks for: a GenerateRequest and the form of the answer. Pure.
+"""A ModelInferRequest -> a GenerateRequest and the form of the response. Pure.
 
     text_input | input_ids        the prompt
     streaming (or stream)         a response a piece, on ModelStreamInfer
-    exclude_input_in_output       default true; false: the prompt stands before the answer
+    exclude_input_in_output       default true; false: the prompt comes before the output
     return_..., outputs           which tensors come back
-    anything else by name         an option (`oip_options`)
+    anything else by name         an option (options.py)
 
 Flags and options may stand in the parameters map, in tensors or in vLLM's sampling_parameters.
-What is not known is refused by name.
+Unknown names are refused.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _FLAG_ALIASES = {"exclude_input_from_output": "exclude_input_in_output"}  # ther
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How the answer is to look."""
+    """The form of the response."""
 
     model_name: str
     id: str
@@ -54,7 +54,7 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """One request, understood. What `generate` holds is not checked yet."""
+    """One parsed request. The frontend checks the values in `generate`."""
 
     generate: inference_pb2.GenerateRequest
     form: Form
@@ -121,7 +121,7 @@ def _take_prompt(generate: inference_pb2.GenerateRequest, tensors: dict[str, Ten
     except ValueError:
         index = next(i for i, token in enumerate(ids) if not 0 <= token < 1 << 32)
         raise InvalidRequest(f"{field}[{index}]", f"{ids[index]}; not a token id") from None
-    generate.token_ids.SetInParent()  # none at all is refused as such
+    generate.token_ids.SetInParent()  # an empty list is refused as such
     if (length := tensors.pop(INPUT_LENGTHS, None)) and scalar(length) != len(ids):
         raise InvalidRequest(
             f"inputs.{INPUT_LENGTHS}", f"{scalar(length)}; input_ids has {len(ids)}"
@@ -132,18 +132,18 @@ def _take_prompt(generate: inference_pb2.GenerateRequest, tensors: dict[str, Ten
 def _named(
     request: grpc_service_pb2.ModelInferRequest, tensors: dict[str, Tensor]
 ) -> Iterator[tuple[str, str, Any]]:
-    """(where it stood, name, value) of every flag and option."""
+    """(place, name, value) of every flag and option."""
     if any(name.startswith("sequence_") for name in request.parameters):
         raise InvalidRequest("parameters.sequence_id", "requests of one sequence are not served")
-    given = [
+    named = [
         (f"parameters.{name}", name.removeprefix(_PREFIX), _value(f"parameters.{name}", parameter))
         for name, parameter in sorted(request.parameters.items())
         if name not in (_EMPTY_FINAL, _TIMEOUT, _BINARY)
     ]
     for tensor in tensors.values():
         name = tensor.name.removeprefix(_PREFIX)
-        given.append((f"inputs.{tensor.name}", name, _element(name, tensor)))
-    for where, name, value in given:
+        named.append((f"inputs.{tensor.name}", name, _element(name, tensor)))
+    for where, name, value in named:
         if name != SAMPLING_PARAMETERS:
             yield where, name, value
             continue
@@ -178,7 +178,7 @@ def _outputs(
     generate: inference_pb2.GenerateRequest,
     token_ids: bool,
 ) -> tuple[str, ...]:
-    """Names of the tensors that come back: those asked for, or the usual ones and those flagged."""
+    """Names of the tensors of the response: those requested, or the default and flagged ones."""
     for pb in request.outputs:
         if pb.name not in _OUTPUT_NAMES:
             raise InvalidRequest(
@@ -189,16 +189,16 @@ def _outputs(
                 raise InvalidRequest(f"outputs.{pb.name}.parameters.{key}", "not served")
     if request.outputs:
         return tuple(dict.fromkeys(pb.name for pb in request.outputs))
-    wanted = {"text_output", "finish_reason"}
+    names = {"text_output", "finish_reason"}
     if token_ids:
-        wanted.add("output_ids")
-    wanted |= {name for flag, name in RETURN_FLAGS.items() if flags.get(flag)}
-    wanted |= {n for n in ("logprobs", "prompt_logprobs") if generate.output.HasField(n)}
-    return tuple(name for name in _OUTPUT_NAMES if name in wanted)
+        names.add("output_ids")
+    names |= {name for flag, name in RETURN_FLAGS.items() if flags.get(flag)}
+    names |= {n for n in ("logprobs", "prompt_logprobs") if generate.output.HasField(n)}
+    return tuple(name for name in _OUTPUT_NAMES if name in names)
 
 
 def _raw(request: grpc_service_pb2.ModelInferRequest) -> bool:
-    """Whether elements come back as raw bytes: as they came, unless the client says."""
+    """Whether elements are sent as raw bytes: as in the request, unless it has a flag."""
     raw = _control(request, _BINARY, bool(request.raw_input_contents))
     each = set()
     for pb in request.outputs:

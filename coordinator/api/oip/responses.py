@@ -1,8 +1,8 @@
-"""Events of an answer -> responses of the Open Inference Protocol.
+"""Events of the frontend -> responses of the Open Inference Protocol.
 
     events --add--> what has gathered, a row a choice --take--> ModelInferResponse
 
-A whole answer is taken once, a stream whenever there is something to show. Owned by one request.
+A whole response is taken once, a stream after each event with something new. Owned by one request.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from engine.pb.inference import grpc_service_pb2
 
 FINAL = "triton_final_response"
 _PADDING = -1  # after the token ids of a choice that is shorter than another
-# These tell of tokens whose text is still held back.
+# These show tokens before their text is released.
 _OF_TOKENS = {"output_ids", "num_output_tokens", "cumulative_logprob", "logprobs"}
 
 
 @dataclass(slots=True)
 class _Row:
-    """What a choice has brought since the last response."""
+    """What a choice has added since the last response."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    num_tokens: int = 0  # of the answer; an echoed prompt's are not counted
+    num_tokens: int = 0  # without those of an echoed prompt
     reason: str = ""
     logprobs: list[ScoredToken] = field(default_factory=list)
 
@@ -42,7 +42,7 @@ class ResponseBuilder:
     def __init__(self, form: Form, num_choices: int) -> None:
         self._form = form
         self._rows = [_Row() for _ in range(num_choices)]
-        self._sums = [0.0] * num_choices  # of log-probabilities, over the whole answer
+        self._sums = [0.0] * num_choices  # of log-probabilities, over the whole output
         self._num_unfinished = num_choices
         self._num_prompt_tokens: int | None = None
         self._prompt_logprobs: Sequence[ScoredToken] | None = None
@@ -53,7 +53,7 @@ class ResponseBuilder:
         return self._num_unfinished == 0
 
     def add(self, event: Event) -> None:
-        """Take the next event of the answer."""
+        """Take the next event."""
         match event:
             case PromptEvent():
                 self._prompt_logprobs = event.logprobs
@@ -74,14 +74,14 @@ class ResponseBuilder:
 
     @property
     def worth_sending(self) -> bool:
-        """Whether a response now would tell something."""
+        """Whether a response would have something new."""
         tokens = bool(_OF_TOKENS.intersection(self._form.outputs))
         return self._prompt_logprobs is not None or any(
             row.text or row.reason or (tokens and row.token_ids) for row in self._rows
         )
 
     def take(self, *, final: bool) -> grpc_service_pb2.ModelInferResponse:
-        """The response that tells what has gathered since the last one."""
+        """The response with all that was added since the last one."""
         response = bare_response(self._form.model_name, self._form.id, final=final)
         for name in self._form.outputs:
             if (tensor := self._tensor(name)) is not None:
@@ -91,7 +91,7 @@ class ResponseBuilder:
         return response
 
     def _tensor(self, name: str) -> Tensor | None:
-        """An output; None where this response has nothing to say of it."""
+        """An output tensor; None where this response has none."""
         rows = self._rows
         match name:
             case "text_output":  # of one dimension, as TensorRT-LLM's clients decode it
@@ -109,7 +109,7 @@ class ResponseBuilder:
             case "num_input_tokens" if self._num_prompt_tokens is not None:
                 return self._make(name, "UINT32", [self._num_prompt_tokens])
             case "prompt_logprobs" if self._prompt_logprobs is not None:
-                # Nothing predicts the first token.
+                # The first token has no log-probability.
                 return self._make(name, BYTES, [_as_json(self._prompt_logprobs, (None,))])
         return None
 
@@ -130,7 +130,7 @@ class ResponseBuilder:
 def bare_response(
     model_name: str, request_id: str, *, final: bool
 ) -> grpc_service_pb2.ModelInferResponse:
-    """A response without tensors; `final` says that no other follows."""
+    """A response without tensors; `final`: no other follows."""
     response = grpc_service_pb2.ModelInferResponse(
         model_name=model_name, model_version=VERSION, id=request_id
     )

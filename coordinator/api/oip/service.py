@@ -5,8 +5,8 @@ tensors. On ModelStreamInfer requests run at once:
 
     stream of requests --read--> one task a request --frontend--> responses, each with its id
                         |                                |
-                        '-- waits while too many run     '-- an error is the request's, not the
-                                                             stream's (unless the client asks so)
+                        '-- waits while too many run     '-- an error ends the request, not the
+                                                             stream (unless metadata asks so)
 
 Ending the stream ends all its requests. Owned by the event loop.
 """
@@ -41,14 +41,14 @@ _log = get_logger(__name__)
 
 _MAX_OPEN = 256  # requests of one stream at once; the next ones stay in the client's buffers
 _LARGE_BYTES = 64 * 1024  # a larger request is read in a thread
-_STUCK_S = 10.0  # what a request may take beyond its own time: its client does not read
-_ERRORS_END_STREAM = "triton_grpc_error"  # metadata by which a client asks for that
+_STUCK_S = 10.0  # beyond the limit of a request, for a client that does not read
+_ERRORS_END_STREAM = "triton_grpc_error"  # metadata: an error ends the stream
 
 Responses = AsyncGenerator[grpc_service_pb2.ModelStreamInferResponse, None]
 
 
 class OipServicer:
-    """See grpc_service.proto. `served` is the model; `ready`: whether a request finds a worker."""
+    """See grpc_service.proto. `served` is the model; `ready`: whether a decode worker is ready."""
 
     def __init__(
         self,
@@ -69,19 +69,19 @@ class OipServicer:
     async def ServerLive(
         self, request: grpc_service_pb2.ServerLiveRequest, context: Any
     ) -> grpc_service_pb2.ServerLiveResponse:
-        """Whether this process answers."""
+        """Whether this process is live: always."""
         return grpc_service_pb2.ServerLiveResponse(live=True)
 
     async def ServerReady(
         self, request: grpc_service_pb2.ServerReadyRequest, context: Any
     ) -> grpc_service_pb2.ServerReadyResponse:
-        """Whether a request would find a decode worker."""
+        """Whether a decode worker is ready."""
         return grpc_service_pb2.ServerReadyResponse(ready=self._ready())
 
     async def ModelReady(
         self, request: grpc_service_pb2.ModelReadyRequest, context: Any
     ) -> grpc_service_pb2.ModelReadyResponse:
-        """The same, of a model by its name; one that is not served here is not ready."""
+        """The same for a model; one that is not served is not ready."""
         served = oip_model.is_served(request.name, request.version, self._served)
         return grpc_service_pb2.ModelReadyResponse(ready=served and self._ready())
 
@@ -103,7 +103,7 @@ class OipServicer:
     async def ModelConfig(
         self, request: grpc_service_pb2.ModelConfigRequest, context: Any
     ) -> grpc_service_pb2.ModelConfigResponse:
-        """The model's configuration, as Triton words it."""
+        """The model's configuration in Triton's form."""
         oip_model.check_served(request.name, request.version, self._served)
         config = oip_model.config(self._served, self._frontend.model().max_model_len)
         return grpc_service_pb2.ModelConfigResponse(config=config)
@@ -111,11 +111,11 @@ class OipServicer:
     async def ModelInfer(
         self, request: grpc_service_pb2.ModelInferRequest, context: Any
     ) -> grpc_service_pb2.ModelInferResponse:
-        """One whole answer."""
-        asked = await self._read(request)
-        if asked.streaming:
+        """One whole response."""
+        parsed = await self._read(request)
+        if parsed.streaming:
             raise InvalidRequest("streaming", "true; expected ModelStreamInfer, which can stream")
-        async with aclosing(self._responses(asked, context)) as responses:
+        async with aclosing(self._responses(parsed, context)) as responses:
             (response,) = [response async for response in responses]
         response.parameters.pop(FINAL)  # of streams
         return response
@@ -124,8 +124,8 @@ class OipServicer:
         self, requests: AsyncIterator[grpc_service_pb2.ModelInferRequest], context: Any
     ) -> Responses:
         """Any number of requests at once."""
-        metadata_given = dict(context.invocation_metadata() or ())
-        end_stream = str(metadata_given.get(_ERRORS_END_STREAM, "")).lower() == "true"
+        invocation_metadata = dict(context.invocation_metadata() or ())
+        end_stream = str(invocation_metadata.get(_ERRORS_END_STREAM, "")).lower() == "true"
         slots, ended = asyncio.Semaphore(_MAX_OPEN), asyncio.Event()
         merge: Merge[grpc_service_pb2.ModelStreamInferResponse] = Merge()
 
@@ -141,7 +141,7 @@ class OipServicer:
                 try:
                     request = await anext(requests, None)
                 except DeadlineExceeded:
-                    if merge.num_open > 1 or ended.is_set():  # it has waited for answers
+                    if merge.num_open > 1 or ended.is_set():  # the client waited for responses
                         ended.clear()
                         continue
                     raise
@@ -165,11 +165,11 @@ class OipServicer:
         """One request of a stream, its error included."""
         stream_response = grpc_service_pb2.ModelStreamInferResponse
         try:
-            asked = await self._read(request)
-            async with aclosing(self._responses(asked, context)) as responses:
+            parsed = await self._read(request)
+            async with aclosing(self._responses(parsed, context)) as responses:
                 async for response in responses:
                     await merge.put(stream_response(infer_response=response))
-            if asked.form.empty_final:
+            if parsed.form.empty_final:
                 last = bare_response(self._served, request.id, final=True)
                 await merge.put(stream_response(infer_response=last))
         except DiptychError as error:
@@ -184,7 +184,7 @@ class OipServicer:
             await merge.put(_failure(request, status, error))
 
     async def _read(self, request: grpc_service_pb2.ModelInferRequest) -> ParsedRequest:
-        """A request, understood; one that is not is counted here, and by Generate from there on."""
+        """The parsed request. A failure is counted here; the frontend counts later ones."""
         try:
             if request.ByteSize() > _LARGE_BYTES:  # tensors of it are unpacked one by one
                 return await asyncio.to_thread(read_request, request, self._served)
@@ -196,35 +196,35 @@ class OipServicer:
             raise
 
     async def _responses(
-        self, asked: ParsedRequest, context: Any
+        self, parsed: ParsedRequest, context: Any
     ) -> AsyncGenerator[grpc_service_pb2.ModelInferResponse, None]:
-        """An answer's responses: one, or with `streaming` any number."""
-        reply: ResponseBuilder | None = None
-        request = to_values(asked.generate)
-        call = self._frontend.generate(request, _left_s(asked, context))
+        """The responses to a request: one, or with `streaming` any number."""
+        builder: ResponseBuilder | None = None
+        request = to_values(parsed.generate)
+        call = self._frontend.generate(request, _left_s(parsed, context))
         async with aclosing(call) as events:
             async for event in events:
-                # Not before the first event: then the number of choices has been checked.
-                reply = reply or ResponseBuilder(asked.form, request.n)
-                reply.add(event)
-                if asked.streaming and reply.worth_sending:
-                    final = reply.finished and not asked.form.empty_final
-                    yield reply.take(final=final)
-        if not asked.streaming and reply:
-            yield reply.take(final=not asked.form.empty_final)
+                # With the first event the number of choices has been checked.
+                builder = builder or ResponseBuilder(parsed.form, request.n)
+                builder.add(event)
+                if parsed.streaming and builder.worth_sending:
+                    final = builder.finished and not parsed.form.empty_final
+                    yield builder.take(final=final)
+        if not parsed.streaming and builder:
+            yield builder.take(final=not parsed.form.empty_final)
 
 
-def _left_s(asked: ParsedRequest, context: Any) -> float | None:
+def _left_s(parsed: ParsedRequest, context: Any) -> float | None:
     """The call's deadline or the request's own, whichever is sooner."""
     return min(
-        (s for s in (context.time_remaining(), asked.timeout_s) if s is not None), default=None
+        (s for s in (context.time_remaining(), parsed.timeout_s) if s is not None), default=None
     )
 
 
 def _failure(
     request: grpc_service_pb2.ModelInferRequest, status: RpcStatus, error: Exception
 ) -> grpc_service_pb2.ModelStreamInferResponse:
-    """A request's error; beside the protocol's message, the status that a unary call would have."""
+    """The error of a request: a message, and the status that a unary call would have."""
     response = bare_response(request.model_name, request.id, final=True)
     response.parameters["error_code"].string_param = status.code.name
     if isinstance(error, Overloaded | Unavailable):

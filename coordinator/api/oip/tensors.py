@@ -1,7 +1,7 @@
 """Tensors of the Open Inference Protocol <-> Python values. Pure.
 
-Elements travel as typed contents or as raw bytes, little-endian and without padding, a BYTES
-element behind its length in four bytes. A request uses one way for all of its tensors.
+Elements are typed contents or raw bytes, little-endian and without padding. A raw BYTES element
+follows its length in four bytes. A request uses one form for all of its tensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The endpoints: each a few calls of the frontend, and an answer written from them."""
+"""The endpoints: each calls the frontend and writes a response from the events."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from engine.rpc.receive_budget import ReceiveBudget
 from engine.telemetry.metrics import PREFIX
 
 _OWNER = "diptych"
-_MANY_LOGPROBS = 256  # of tokens of a prompt, beyond which they are written in a thread
+_MANY_LOGPROBS = 256  # of a prompt; more of them are written in a thread
 _CHAT_NAMES = {"chat.messages": "messages", "chat.tools_json": "tools"}
 
 
@@ -60,7 +60,7 @@ class OpenAiApi:
         registry: CollectorRegistry,
         clock: Callable[[], float] = time.time,
         *,
-        limit_s: float,  # of a request, whether its client reads or not
+        limit_s: float,  # of a request, also while its client does not read
         sse_keepalive_s: float = 0.0,
         budget: ReceiveBudget | None = None,
     ) -> None:
@@ -100,26 +100,26 @@ class OpenAiApi:
             *(Route(path, nowhere) for path in ("/v1", "/v1/{path:path}")),
         ]
 
-    async def _completions(self, asked: ParsedRequest) -> Response:
-        return await self._complete(asked, read_completion, CompletionWriter)
+    async def _completions(self, request: ParsedRequest) -> Response:
+        return await self._complete(request, read_completion, CompletionWriter)
 
-    async def _chat(self, asked: ParsedRequest) -> Response:
-        return await self._complete(asked, read_chat, ChatWriter)
+    async def _chat(self, request: ParsedRequest) -> Response:
+        return await self._complete(request, read_chat, ChatWriter)
 
     async def _complete(
         self,
-        asked: ParsedRequest,
+        request: ParsedRequest,
         read_call: Callable[[dict[str, Any], str], Call],
         writer: type[Writer],
     ) -> Response:
-        call = await asked.read_by(read_call)
+        call = await request.read_by(read_call)
         prompt_ids = None
         if call.format.token_ids or call.format.continuous_usage:
             prompt_ids = [
-                await self._prompt_ids(request, {**call.names_of(i), **_CHAT_NAMES})
-                for i, request in enumerate(call.requests)
+                await self._prompt_ids(one, {**call.names_of(i), **_CHAT_NAMES})
+                for i, one in enumerate(call.requests)
             ]
-        model = asked.body.get("model") or self._frontend.model().name
+        model = request.body.get("model") or self._frontend.model().name
         created = int(self._clock())
         made = writer(call, model=model, created=created, prompt_ids=prompt_ids)
         return await self._answer(made, call)
@@ -137,7 +137,7 @@ class OpenAiApi:
         return await asyncio.to_thread(large_json, whole) if writer.is_large else whole
 
     async def _parts(self, writer: Writer, call: Call) -> AsyncGenerator[list[Choice], None]:
-        """What each event adds to the answer."""
+        """The choices that each event adds."""
         output = call.requests[0].output
         needs_first = output.echo and output.logprobs is not None
         answers = merged(self._frontend, call.requests, call.names_of, self._limit_s)
@@ -160,20 +160,20 @@ class OpenAiApi:
         if request.token_ids is not None:
             return request.token_ids
         no_tools = request.tool_choice.mode == "none"  # then the prompt names no tools
-        asked = TokenizeRequest(
+        tokenize = TokenizeRequest(
             model=request.model,
             text=request.text,
             messages=request.messages,
             tools_json="" if no_tools else request.tools_json,
         )
         with in_words_of(names):
-            return await self._frontend.tokenize(asked)
+            return await self._frontend.tokenize(tokenize)
 
-    async def _models(self, asked: ParsedRequest) -> Response:
+    async def _models(self, request: ParsedRequest) -> Response:
         return {"object": "list", "data": [self._card(self._frontend.model())]}
 
-    async def _model(self, asked: ParsedRequest) -> Response:
-        return self._card(self._frontend.model(asked.path["model"]))
+    async def _model(self, request: ParsedRequest) -> Response:
+        return self._card(self._frontend.model(request.path["model"]))
 
     def _card(self, model: ModelCard) -> dict[str, Any]:
         return {
@@ -186,12 +186,12 @@ class OpenAiApi:
             "max_model_len": model.max_model_len,
         }
 
-    async def _tokenize(self, asked: ParsedRequest) -> Response:
-        values = asked.body
+    async def _tokenize(self, request: ParsedRequest) -> Response:
+        values = request.body
         if values.get("messages") is not None:
             chat = read(TokenizeChat, values)
             check_rest(TokenizeChat, values, TOKENIZE_CHAT_NEUTRAL, TOKENIZE_IGNORED, nulls=True)
-            request = TokenizeRequest(
+            tokenize = TokenizeRequest(
                 model=chat.model or "",
                 messages=read_messages(chat.messages, values["messages"]),
                 tools_json=tools_json(chat.tools),
@@ -203,36 +203,36 @@ class OpenAiApi:
             text = read(TokenizeText, values)
             check_rest(TokenizeText, values, TOKENIZE_NEUTRAL, TOKENIZE_IGNORED, nulls=True)
             special = text.add_special_tokens is not False
-            request = TokenizeRequest(text.model or "", text.prompt, special)
+            tokenize = TokenizeRequest(text.model or "", text.prompt, special)
         with in_words_of({**_CHAT_NAMES, "text": "prompt"}):
-            ids = await self._frontend.tokenize(request)
+            ids = await self._frontend.tokenize(tokenize)
         limit = self._frontend.model().max_model_len
         return {"count": len(ids), "max_model_len": limit, "tokens": ids}
 
-    async def _detokenize(self, asked: ParsedRequest) -> Response:
-        body = read(DetokenizeBody, asked.body)
-        check_rest(DetokenizeBody, asked.body, {}, ())
+    async def _detokenize(self, request: ParsedRequest) -> Response:
+        body = read(DetokenizeBody, request.body)
+        check_rest(DetokenizeBody, request.body, {}, ())
         with in_words_of({"token_ids": "tokens"}):
             return {"prompt": await self._frontend.detokenize(body.tokens, body.model or "")}
 
-    async def _version(self, asked: ParsedRequest) -> Response:
+    async def _version(self, request: ParsedRequest) -> Response:
         return {"version": _version()}
 
-    async def _openapi(self, asked: ParsedRequest) -> Response:
+    async def _openapi(self, request: ParsedRequest) -> Response:
         return description(_version())
 
-    async def _docs(self, asked: ParsedRequest) -> Response:
+    async def _docs(self, request: ParsedRequest) -> Response:
         return page(description(_version()))
 
-    async def _nowhere(self, asked: ParsedRequest) -> Response:
+    async def _nowhere(self, request: ParsedRequest) -> Response:
         raise Refused(Failure(404, "nothing is served here; see /openapi.json"))
 
 
 async def _events(writer: Writer, parts: AsyncGenerator[list[Choice], None]) -> Events:
-    """An answer as server-sent events: one a choice and response, usage, [DONE]."""
+    """An output as server-sent events: one a choice and event, usage, [DONE]."""
     async with aclosing(parts):
         async for some in parts:
-            # One event for a response: whoever has its tokens has them all.
+            # One write for an event: a client that has its tokens has all of them.
             if some:
                 yield "".join(event(writer.chunk([choice])) for choice in some)
     if writer.format.include_usage:

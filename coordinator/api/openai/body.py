@@ -41,8 +41,8 @@ async def read_body(headers: Mapping[str, str], receive: Receive, lease: Lease) 
         raise Refused(Failure(415, "content-type: expected application/json"))
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise Refused(Failure(415, "content-encoding: send the body as it is"))
-    given = headers.get("content-length", "")
-    length = int(given) if given.isdecimal() and len(given) < 20 else MAX_BODY_BYTES
+    size = headers.get("content-length", "")
+    length = int(size) if size.isdecimal() and len(size) < 20 else MAX_BODY_BYTES
     if length > MAX_BODY_BYTES:
         raise _too_large()
     try:

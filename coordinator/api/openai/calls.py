@@ -1,4 +1,4 @@
-"""Calls of the frontend: the events of several answers as one stream, errors in the client's words.
+"""Calls of the frontend: events of several calls as one stream, errors in the client's words.
 
 A call lives as long as its stream is read. Closing the stream cancels it, down to the workers.
 """
@@ -15,7 +15,7 @@ from coordinator.api.values import Event, GenerateRequest
 from coordinator.generation.fan_in import Merge
 from engine.base.errors import DiptychError, Unavailable
 
-AT_ONCE = 64  # calls of one HTTP request; a list of more prompts waits for its own
+AT_ONCE = 64  # calls of one HTTP request at once; further prompts of a list wait
 Indexed = tuple[int, Event]  # of which prompt
 Names = Callable[[int], Mapping[str, str]]  # fields in the client's words, by prompt
 
@@ -37,7 +37,7 @@ def in_words_of(names: Mapping[str, str]) -> Iterator[None]:
 async def merged(
     frontend: Frontend, requests: Sequence[GenerateRequest], names: Names, limit_s: float
 ) -> AsyncGenerator[Indexed, None]:
-    """The events of several answers as they come; a failure of one ends them all.
+    """The events of several calls as they come. A failure of one call ends them all.
 
     `limit_s` bounds each call, also while the stream is not read.
     """

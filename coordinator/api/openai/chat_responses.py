@@ -1,4 +1,4 @@
-"""Events -> the answers of /v1/chat/completions."""
+"""Events -> the responses of /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ class ChatWriter(Writer):
         super().__init__(call, **head)
         (request,) = call.requests
         self._has_tools = bool(request.tools_json)
-        self._named_tool = request.tool_choice.name is not None  # such an answer ends with "stop"
+        self._named_tool = (
+            request.tool_choice.name is not None
+        )  # a named tool's call ends with "stop"
         self._begun: set[int] = set()
         self._calling: set[int] = set()  # choices that call a tool
         self._prompt_logprobs: list[dict[str, Any] | None] | None = None
@@ -44,19 +46,19 @@ class ChatWriter(Writer):
         index = delta.index
         self.usage.wrote(index, len(delta.token_ids))
         out = self._role(index)
-        said: dict[str, Any] = {}
+        content: dict[str, Any] = {}
         if delta.text or not self._has_tools:
-            said["content"] = delta.text
+            content["content"] = delta.text
         if delta.tool_calls:
             self._calling.add(index)
-            said["tool_calls"] = [_tool_call(piece) for piece in delta.tool_calls]
-        choice = _choice(index, said)
+            content["tool_calls"] = [_tool_call(piece) for piece in delta.tool_calls]
+        choice = _choice(index, content)
         if self.format.logprobs is not None:
             tokens = chat_logprobs(delta.logprobs, self.format.tokens_as_ids)
             choice["logprobs"] = {"content": tokens, "refusal": None}
         if self.format.token_ids:
             choice["token_ids"] = list(delta.token_ids)
-        if said or choice["logprobs"] or "token_ids" in choice:
+        if content or choice["logprobs"] or "token_ids" in choice:
             out.append(choice)
         return out
 
@@ -104,9 +106,9 @@ class ChatWriter(Writer):
             message = {"role": "assistant", "content": "", "refusal": None}
             whole = {**_choice(part["index"], {}), "message": message}
             del whole["delta"]
-        said, message = part["delta"], whole["message"]
-        message["content"] += said.get("content") or ""
-        for piece in said.get("tool_calls", ()):
+        delta, message = part["delta"], whole["message"]
+        message["content"] += delta.get("content") or ""
+        for piece in delta.get("tool_calls", ()):
             calls = message.setdefault("tool_calls", [])
             if piece["index"] == len(calls):
                 calls.append({key: piece[key] for key in ("id", "type", "function")})
@@ -114,8 +116,8 @@ class ChatWriter(Writer):
                 calls[piece["index"]]["function"]["arguments"] += piece["function"]["arguments"]
         if part["logprobs"] is not None:
             before = whole["logprobs"]["content"] if whole["logprobs"] else []
-            content = before + part["logprobs"]["content"]
-            whole["logprobs"] = {"content": content, "refusal": None}
+            entries = before + part["logprobs"]["content"]
+            whole["logprobs"] = {"content": entries, "refusal": None}
         joined(whole, part, "token_ids")
         replaced(whole, part, "finish_reason", "stop_reason")
         return whole

@@ -29,7 +29,7 @@ def read_chat(values: Mapping[str, Any], request_id: str) -> Call:
     limit, max_tokens = "max_completion_tokens", body.max_completion_tokens
     if max_tokens is None:
         limit, max_tokens = "max_tokens", body.max_tokens
-    constraint, asked = read_constraint(body)
+    constraint, option = read_constraint(body)
     choice = _tool_choice(body.tool_choice)
     request = GenerateRequest(
         **common_fields(body, max_tokens=max_tokens, logprobs=logprobs),
@@ -41,7 +41,7 @@ def read_chat(values: Mapping[str, Any], request_id: str) -> Call:
         parallel_tool_calls=body.parallel_tool_calls is not False,
     )
     names = {
-        **names_of(asked or "tools"),  # which are a constraint, too
+        **names_of(option or "tools"),  # which are a constraint, too
         "tools_json": "tools",
         "stop.max_tokens": limit,
         "output.logprobs": "top_logprobs",
@@ -52,7 +52,7 @@ def read_chat(values: Mapping[str, Any], request_id: str) -> Call:
 
 
 def tools_json(tools: Sequence[Any] | None) -> str:
-    """Tool definitions as they came; their content is the frontend's affair. Raises Refused."""
+    """Tool definitions as JSON; the frontend checks their content. Raises Refused."""
     for i, tool in enumerate(tools or ()):
         kind = tool.get("type") if isinstance(tool, dict) else "function"
         if isinstance(kind, str) and kind != "function":

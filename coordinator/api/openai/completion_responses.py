@@ -1,4 +1,4 @@
-"""Events -> the answers of /v1/completions."""
+"""Events -> the responses of /v1/completions."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def read_completion(values: Mapping[str, Any], request_id: str) -> Call:
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     echo = bool(body.echo)
     common = common_fields(body, max_tokens=max_tokens, logprobs=body.logprobs, echo=echo)
-    constraint, asked = read_constraint(body)
+    constraint, option = read_constraint(body)
     _check_repeated(len(prompts), common, constraint)
     requests = []
     for i, prompt in enumerate(prompts):
@@ -49,7 +49,7 @@ def read_completion(values: Mapping[str, Any], request_id: str) -> Call:
                 constraint=constraint,
             )
         )
-    names = {"output.prompt_logprobs": "prompt_logprobs", **(names_of(asked) if asked else {})}
+    names = {"output.prompt_logprobs": "prompt_logprobs", **(names_of(option) if option else {})}
     if echo and body.prompt_logprobs is None:
         names["output.prompt_logprobs"] = "logprobs"
     return Call(tuple(requests), form, names)

@@ -1,4 +1,4 @@
-"""What the answer must be: OpenAI's response_format and vLLM's options -> one Constraint.
+"""The form of an output: OpenAI's response_format and vLLM's options -> one Constraint.
 
     response_format      text, json_object, json_schema
     guided_*             json, regex, choice, grammar           (vLLM before 0.12)
@@ -22,20 +22,20 @@ _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
 
 def read_constraint(body: CommonBody) -> tuple[Constraint | None, str]:
-    """The constraint and the option that asked for it. Raises InvalidRequest."""
+    """The constraint and the option that it comes from. Raises InvalidRequest."""
     found = list(_asked(body))
     if len(found) > 1:
         raise InvalidRequest(found[1][1], f"{found[0][1]} is there as well; expected one of them")
     return found[0] if found else (None, "")
 
 
-def names_of(asked: str) -> dict[str, str]:
-    """The option that asked, for the fields that its value became."""
-    names = {"constraint": asked}
-    if asked != "response_format":  # which calls the kinds by the same names
+def names_of(option: str) -> dict[str, str]:
+    """The name of `option` for all fields that its value may become."""
+    names = {"constraint": option}
+    if option != "response_format":  # which calls the kinds by the same names
         for kind in ("json_schema", *_KINDS):
-            names[f"constraint.{kind}"] = asked
-        names["constraint.choice.choices"] = asked
+            names[f"constraint.{kind}"] = option
+        names["constraint.choice.choices"] = option
     return names
 
 

@@ -1,11 +1,11 @@
-"""What becomes of each option of OpenAI's and vLLM's clients.
+"""How each option of OpenAI's and vLLM's clients is treated.
 
     SERVED          declared in models.py, read and obeyed; a wrong type or value is refused by name
     NEUTRAL         accepted at values at which it does nothing here, else refused by name
-    IGNORED         of any value: it changes no answer of such a model, at OpenAI or vLLM
+    IGNORED         of any value: it changes no output of such a model, at OpenAI or vLLM
     anything else   refused as unknown, as OpenAI does
 
-A test holds it against the signatures of the installed `openai` client and against what is read.
+A test compares it with the signatures of the installed `openai` client and with what is read.
 """
 
 from __future__ import annotations

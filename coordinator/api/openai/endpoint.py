@@ -1,12 +1,12 @@
-"""One HTTP endpoint: from its request to its reply, or to the end of its client.
+"""One HTTP endpoint: from its request to its response, or until its client has gone.
 
     method, X-Request-Id, body --> handler --> JSON
                                          '---> server-sent events, the first one in hand
                                                (or, with `sse_keepalive_s`, a comment before it)
     meanwhile: http.disconnect? --> the handler is cancelled, and with it its calls
 
-Whatever a client sends, it gets an answer in OpenAI's shape; 500 is a bug, logged with its
-traceback. A stream that fails after its first event says so in an event, for its status is sent.
+Every request gets a response in OpenAI's shape. 500 is a bug, logged with its traceback. A stream
+that fails after its first event ends with an error event, since its status is sent already.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SSE_HEADERS = {
 }
 DONE = "data: [DONE]\n\n"
 _ANY = ""  # method
-_HEAD = ("GET", "HEAD")  # served, and asked for
+_HEAD = ("GET", "HEAD")  # the served method, and that of the request
 
 Events = AsyncGenerator[str, None]
 Response = dict[str, Any] | str | Page | Events  # a text is JSON
@@ -51,7 +51,7 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """A request as its handler gets it."""
+    """A request as handlers get it."""
 
     request_id: str  # the header's, the body's, or made up
     path: Mapping[str, str]
@@ -59,7 +59,7 @@ class ParsedRequest:
     is_large: bool = False
 
     async def read_by(self, read: Callable[[dict[str, Any], str], Read]) -> Read:
-        """What `read` makes of body and request id, of a large body in a thread."""
+        """The result of `read`; a large body is read in a thread."""
         if self.is_large:
             return await asyncio.to_thread(read, self.body, self.request_id)
         return read(self.body, self.request_id)
@@ -79,7 +79,7 @@ def to_json(value: Any) -> str:
 
 
 def large_json(value: Any, depth: int = 5) -> str:
-    """The same for a thread: other threads get the interpreter between parts of the value."""
+    """The same for use in a thread: the interpreter is released between parts of the value."""
     if depth and isinstance(value, dict):
         items = (f"{to_json(str(k))}:{large_json(item, depth - 1)}" for k, item in value.items())
         return "{" + ",".join(items) + "}"
@@ -89,7 +89,7 @@ def large_json(value: Any, depth: int = 5) -> str:
 
 
 class Endpoint:
-    """The ASGI application of one path; `method` is the one that it knows."""
+    """The ASGI application of one path and one `method`."""
 
     def __init__(
         self,
@@ -122,23 +122,23 @@ class Endpoint:
         self._counter.labels(self._name, str(status)).inc()
 
     async def _serve(self, exchange: _Exchange) -> int:
-        """Write the reply; returns its status, or _GONE."""
+        """Write the response; returns its status, or _GONE."""
         bind_request(exchange.request_id)
         try:
-            asked = await self._read(exchange)
-            reply = await self._handler(asked)
-            if isinstance(reply, Page):
-                await exchange.reply(200, reply.html, reply.headers)
+            request = await self._read(exchange)
+            response = await self._handler(request)
+            if isinstance(response, Page):
+                await exchange.respond(200, response.html, response.headers)
                 return 200
-            if isinstance(reply, dict | str):
-                await exchange.reply(200, reply)
+            if isinstance(response, dict | str):
+                await exchange.respond(200, response)
                 return 200
-            return await self._stream(exchange, reply)
+            return await self._stream(exchange, response)
         except Gone:
             return _GONE
         except Exception as error:
             failure = self._failure(error)
-            await exchange.reply(failure.status, failure.body, failure.headers)
+            await exchange.respond(failure.status, failure.body, failure.headers)
             return failure.status
 
     async def _read(self, exchange: _Exchange) -> ParsedRequest:
@@ -164,7 +164,7 @@ class Endpoint:
             events = kept_alive(events, self._sse_keepalive_s)
         async with aclosing(events):
             try:
-                first = await anext(events)  # until then a failure has a status of its own
+                first = await anext(events)  # until then a failure can set the status
             except StopAsyncIteration:
                 first = DONE
             await exchange.start(200, _SSE_HEADERS)
@@ -180,7 +180,7 @@ class Endpoint:
         return status
 
     def _failure(self, error: Exception) -> Failure:
-        """What the client is told, and a line in the log."""
+        """The response to an error; writes a line in the log."""
         if isinstance(error, DiptychError):
             failure = failure_of(error)
             if failure.status < 500:
@@ -199,10 +199,10 @@ class Endpoint:
 
 
 def _status_of(work: asyncio.Task[int]) -> int:
-    """What became of a reply; one that could not be written is a bug."""
+    """The status that was sent; a response that could not be written is a bug."""
     if (error := work.exception()) is None:
         return work.result()
-    _log.error("http reply failed", exc_info=error)
+    _log.error("http response failed", exc_info=error)
     return 500
 
 
@@ -218,31 +218,31 @@ class _Exchange:
         self.peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._send = send
         self._listening = asyncio.Event()
-        self._given = self.headers.get("x-request-id", "")
-        good = self._given and _plain(self._given)
-        self.request_id = self._given if good else uuid.uuid4().hex
+        self._header_id = self.headers.get("x-request-id", "")
+        good = self._header_id and _plain(self._header_id)
+        self.request_id = self._header_id if good else uuid.uuid4().hex
 
     def check_id(self) -> None:
         """Raise InvalidRequest for a header that cannot be a request's id."""
-        if not _plain(self._given):
+        if not _plain(self._header_id):
             raise InvalidRequest("X-Request-Id", _EXPECTED_ID)
 
-    def take_id(self, given: Any) -> None:
-        """The id in a body, which a header goes before. Raises InvalidRequest."""
-        if not isinstance(given, str) or not given:
+    def take_id(self, body_id: Any) -> None:
+        """Use the id of the body, unless a header has one. Raises InvalidRequest."""
+        if not isinstance(body_id, str) or not body_id:
             return
-        if not _plain(given):
+        if not _plain(body_id):
             raise InvalidRequest("request_id", _EXPECTED_ID)
-        if not self._given:
-            self.request_id = given
-            bind_request(given)
+        if not self._header_id:
+            self.request_id = body_id
+            bind_request(body_id)
 
     def listen(self) -> None:
-        """The body is there: what comes next is that the client goes away."""
+        """The body is complete: the next message is the disconnect."""
         self._listening.set()
 
     async def until_gone(self) -> None:
-        """Until the client goes away; it is listened to once its body is there."""
+        """Wait until the client has gone; only once its body is complete."""
         await self._listening.wait()
         while (await self.receive())["type"] != "http.disconnect":
             pass
@@ -258,7 +258,7 @@ class _Exchange:
         body = text.encode(errors="replace")
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
-    async def reply(
+    async def respond(
         self, status: int, value: dict[str, Any] | str, headers: Mapping[str, str] | None = None
     ) -> None:
         """A whole JSON response; a text is JSON already."""

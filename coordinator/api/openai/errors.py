@@ -12,8 +12,8 @@
     INTERNAL WORKERS_LOST 500 x-should-retry    server_error              workers_lost
     all others            500                   server_error              internal_error
 
-OpenAI's client asks again after 408, 409, 429 and from 500 on: what cannot go well a second time is
-400, also where it is a thing that we do not have.
+OpenAI's client tries again after 408, 409, 429 and from 500 on. So a request that must fail again
+gets 400, also where it asks for a thing that is not supported here.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _OTHER = (500, "server_error", "internal_error")
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An answer that is an error."""
+    """A response that is an error."""
 
     status: int
     message: str
@@ -69,7 +69,7 @@ class Failure:
 
 
 class Refused(DiptychError):
-    """A request that HTTP itself refuses: its method, size, media type, an unknown option."""
+    """A request that this API refuses: its method, size, media type, an unknown option."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)
@@ -77,7 +77,7 @@ class Refused(DiptychError):
 
 
 def unknown_parameter(name: str) -> Refused:
-    """For an option that nobody here knows; OpenAI refuses those, and so does this API."""
+    """For an unknown option, which OpenAI refuses too."""
     message = f"Unknown parameter: '{name}'."
     return Refused(Failure(400, message, param=name, code="unknown_parameter"))
 
@@ -89,7 +89,7 @@ def unsupported(param: str, what: str) -> Refused:
 
 
 def failure_of(error: DiptychError, names: Mapping[str, str] | None = None) -> Failure:
-    """What a client is told of `error`; `names` are those of fields in its own request."""
+    """The response to `error`; `names` maps fields of the frontend to those of the client."""
     if isinstance(error, Refused):
         return error.failure
     rpc_code = to_status(error).code

@@ -1,6 +1,6 @@
-"""Comment lines that keep a silent stream open: proxies and clients cut off what says nothing.
+"""Comment lines that keep a silent stream open, since proxies and clients cut silent ones.
 
-A comment is a line that begins with a colon; clients of server-sent events pass over it.
+A comment is a line that begins with a colon. Clients of server-sent events ignore it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ async def kept_alive(
 ) -> AsyncGenerator[str, None]:
     """`events`, and a comment whenever nothing has come for `every_s`.
 
-    The events are read by one task, whose end this one's end is: what is under way is cancelled
-    and let go.
+    One task reads the events. It is cancelled when this generator is closed.
     """
     queue: asyncio.Queue[str | Exception | None] = asyncio.Queue(1)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from coordinator.api.values import Logprob, ScoredToken
 
-LEAST = -9999.0  # for what JSON cannot say: a probability of nothing
+LEAST = -9999.0  # for infinities and NaN, which JSON has not
 
 
 def _value(logprob: float) -> float:
@@ -25,13 +25,13 @@ def _name(entry: Logprob, as_id: bool) -> str:
 
 
 def bytes_of(token: Logprob) -> bytes:
-    """What a token writes; it may be part of a character alone."""
+    """The bytes of a token, which may be a part of a character."""
     return token.raw if token.raw is not None else token.text.encode()
 
 
 @dataclass(slots=True)
 class CompletionLogprobs:
-    """Of one choice; an echoed prompt's come first, and its length counts in all that follow."""
+    """Of one choice. Those of an echoed prompt come first, and its length counts in all offsets."""
 
     as_ids: bool
     num_echoed: int = 0  # characters of the prompt before the answer
@@ -41,14 +41,17 @@ class CompletionLogprobs:
     offsets: list[int] = field(default_factory=list)
 
     def add_first(self, token: Logprob) -> None:
-        """The first token of a prompt, which nothing predicts."""
+        """The first token of a prompt, which has no log-probability."""
         self._add(token, None, None, 0)
 
     def add(self, entries: Iterable[ScoredToken]) -> None:
         """More tokens."""
         for entry in entries:
             top: dict[str, float] = {}
-            for one in (*entry.top, entry.chosen):  # two tokens may read alike: the likelier stays
+            for one in (
+                *entry.top,
+                entry.chosen,
+            ):  # of tokens with one text, the likelier
                 top.setdefault(_name(one, self.as_ids), _value(one.logprob))
             self._add(entry.chosen, _value(entry.chosen.logprob), top, entry.text_offset)
 
@@ -65,7 +68,7 @@ class CompletionLogprobs:
         self.offsets.append(self.num_echoed + offset)
 
     def take(self) -> dict[str, Any]:
-        """What has been added since the last time."""
+        """What was added since the last call."""
         taken = {
             "tokens": self.tokens,
             "token_logprobs": self.values,
@@ -95,7 +98,7 @@ def _token(entry: Logprob, as_ids: bool) -> dict[str, Any]:
 def prompt_logprobs(
     entries: Sequence[ScoredToken],
 ) -> list[dict[str, Any] | None]:
-    """vLLM's prompt_logprobs; a rank is told of the likeliest tokens alone."""
+    """vLLM's prompt_logprobs; only the likeliest tokens have a rank."""
     out: list[dict[str, Any] | None] = [None]
     for entry in entries:
         ranks = {one.token_id: rank for rank, one in enumerate(entry.top, start=1)}

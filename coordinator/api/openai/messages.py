@@ -1,9 +1,8 @@
 """The messages of a conversation -> Messages. Pure.
 
-What an API returned as an assistant's message comes back as history, dumped by its client with all
-that this client knows of such an object. So an assistant's message may hold fields and parts that
-are not known here: they are passed over. A field that is known and of a wrong type is refused, and
-so is an unknown field of a message that the application wrote itself.
+Clients send an assistant's message back as history, with all fields that they know of such an
+object. So unknown fields and parts of an assistant's message are ignored. A known field of a wrong
+type is refused, and so is an unknown field of a message of another role.
 
     assistant   content | refusal | transcript of audio, tool_calls | function_call
     tool        content, tool_call_id        ("function", the older role, is the same)
@@ -23,9 +22,9 @@ from engine.base.errors import InvalidRequest
 
 _ASSISTANT = "assistant"
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-# Parts of an output that templates take no text from.
+# Parts of an output without text for templates.
 _REASONING_PARTS = ("reasoning", "thinking", "redacted_thinking")
-# Clients and frameworks note these in messages of any role; they are no part of the prompt.
+# Notes of clients and frameworks in messages of any role; they are no part of the prompt.
 _NOTES = (
     "additional_kwargs",
     "cache_control",
@@ -41,7 +40,7 @@ _KNOWN = frozenset((*ChatMessage.__struct_fields__, *_NOTES))
 def read_messages(
     messages: Sequence[ChatMessage], values: Sequence[Mapping[str, Any]]
 ) -> list[Message]:
-    """The conversation, `values` as it came; parts of text are joined, others refused by name.
+    """The conversation, whose raw objects are `values`. Text parts are joined, others refused.
 
     Raises InvalidRequest, Refused.
     """
@@ -69,7 +68,7 @@ def _message(path: str, message: ChatMessage, values: Mapping[str, Any]) -> Mess
     if content is None and not is_output:
         raise InvalidRequest(f"{path}.content", "unset; expected text")
     if content is None and not calls:
-        if message.audio is not None:  # of which there is no more than its id
+        if message.audio is not None:  # a reference to sound that this server has not
             raise unsupported(f"{path}.audio", "sound without a transcript")
         content = ""
     if not is_output and (others := values.keys() - _KNOWN):
@@ -118,7 +117,7 @@ def _tool_call(path: str, call: Call) -> ToolCall:
 
 
 def _arguments(function: Function) -> str:
-    """Arguments as JSON, which some clients send as an object; the frontend looks into them."""
+    """Arguments as JSON text; some clients send the object. The frontend checks the content."""
     arguments = function.arguments or ""
     return arguments if isinstance(arguments, str) else json.dumps(arguments)
 

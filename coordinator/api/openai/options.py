@@ -19,7 +19,7 @@ DEFAULT_TEMPERATURE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
-    """How the answers are to be written; what the request does not carry."""
+    """How a response is written; the frontend needs none of it."""
 
     request_id: str
     n: int
@@ -35,7 +35,7 @@ class AnswerFormat:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a client asked for: a request for each prompt, or for the conversation."""
+    """A parsed body: a request for each prompt, or for the conversation."""
 
     requests: tuple[GenerateRequest, ...]
     format: AnswerFormat
@@ -49,7 +49,7 @@ class Call:
 
 
 def format_of(body: CommonBody, request_id: str, logprobs: int | None) -> AnswerFormat:
-    """How answers are to be written. Raises InvalidRequest."""
+    """How the response is written. Raises InvalidRequest."""
     stream = bool(body.stream)
     options = body.stream_options
     if options and not stream:

@@ -1,6 +1,6 @@
 """A JSON object -> a model of models.py, or an error that names the option in the client's words.
 
-msgspec checks; where it refuses, the error is written from the schema of the same declaration:
+msgspec checks. The text of an error is written from the schema of the same declaration:
 
     "Expected `int` >= 0 - at `$.stop_token_ids[1]`"
         --> InvalidRequest("stop_token_ids[1]", "-1; expected 0 to 4294967295")
@@ -62,7 +62,7 @@ def check_rest(
     *,
     nulls: bool = False,
 ) -> None:
-    """Refuse options that `model` has not: unknown, or `neutral` at values that do something.
+    """Refuse options outside `model`: unknown ones, and `neutral` ones at values with an effect.
 
     With `nulls` an option that is null is as good as unset. Raises Refused.
     """
@@ -118,7 +118,7 @@ def _shown(node: Any) -> Any:
 
 
 def _refusal(model: type[msgspec.Struct], body: Any, error: str) -> DiptychError:
-    """The error for what msgspec says of `body`."""
+    """The error for `body`, from the text of msgspec's."""
     what, _, where = error.partition(" - at `$")
     (node,), parts = schemas(model)
     path, value = "", body

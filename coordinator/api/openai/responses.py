@@ -1,9 +1,9 @@
-"""What both APIs' answers share: the envelope, usage, and how a whole answer is its stream, folded.
+"""What responses of both APIs share: the envelope, usage, and the fold of a stream into one object.
 
     event --Writer.choices--> choices of a chunk --.-- streamed: chunk after chunk
                                                            '-- else: folded into one object
 
-A choice is numbered prompt * n + choice, as OpenAI numbers them. One writer writes one HTTP answer.
+A choice is numbered prompt * n + choice, as OpenAI numbers them. A writer is for one response.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Usage:
         self._written[choice] = self._written.get(choice, 0) + num_tokens
 
     def finished(self, prompt: int, choice: int, usage: request.Usage) -> None:
-        """A choice's own numbers."""
+        """The final numbers of a choice."""
         self.prompt[prompt] = usage.prompt_tokens
-        # The first of n choices may have computed what the others found.
+        # The first of n choices may have computed blocks that the others found cached.
         cached = self._cached.get(prompt, usage.cached_tokens)
         self._cached[prompt] = min(cached, usage.cached_tokens)
         self._written[choice] = usage.completion_tokens
@@ -58,12 +58,12 @@ class Usage:
 
 
 class Writer(ABC):
-    """Writes the answers of one HTTP request."""
+    """Writes the response of one HTTP request."""
 
-    prefix: str  # of the answer's id
+    prefix: str  # of the response's id
     whole_object: str
     chunk_object: str
-    is_large = False  # whether the whole answer is to be written in a thread
+    is_large = False  # then the whole response is written in a thread
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Writer(ABC):
         *,
         model: str,
         created: int,
-        prompt_ids: Sequence[Sequence[int]] | None = None,  # where they are asked for
+        prompt_ids: Sequence[Sequence[int]] | None = None,  # where they are shown
     ) -> None:
         self.format = call.format
         self.usage = Usage()
@@ -86,14 +86,14 @@ class Writer(ABC):
 
     @abstractmethod
     def choices(self, prompt: int, event: Event, first_text: str = "") -> list[Choice]:
-        """What an event of the answer to `prompt` adds, as choices of a chunk.
+        """What an event of the call for `prompt` adds, as choices of a chunk.
 
         `first_text` is the text of the prompt's first token, where its log-probabilities are shown.
         """
 
     @abstractmethod
     def fold(self, whole: Choice | None, part: Choice) -> Choice:
-        """A choice of a whole answer, with what a chunk adds."""
+        """A choice of a whole response, with what a chunk adds."""
 
     def chunk(self, choices: list[Choice], *, last: bool = False) -> dict[str, Any]:
         """One chunk of a stream; the last one may bring usage in place of choices."""
@@ -103,7 +103,7 @@ class Writer(ABC):
         return out
 
     def whole(self, choices: dict[int, Choice]) -> dict[str, Any]:
-        """The answer in one object."""
+        """The response in one object."""
         return {
             **self._head,
             "object": self.whole_object,
@@ -121,7 +121,7 @@ class Writer(ABC):
 
 
 def reason_of(finished: Finished) -> str:
-    """Why a choice ended, in OpenAI's word."""
+    """Why a choice ended, as OpenAI names it."""
     return _REASONS[finished.ending.reason]
 
 
@@ -132,7 +132,7 @@ def joined(whole: Choice, part: Choice, key: str) -> None:
 
 
 def replaced(whole: Choice, part: Choice, *keys: str) -> None:
-    """Take over what the part says, where it says something."""
+    """Take over the keys that the part has a value for."""
     for key in keys:
         if key in part and (part[key] is not None or key not in whole):
             whole[key] = part[key]

@@ -20,9 +20,9 @@ MAX_GRAMMAR_CHARS = 64 << 10
 _ANY_OBJECT = Constraint(ConstraintKind.JSON_SCHEMA, '{"type": "object"}')
 
 
-def constraint_from(asked: values.Constraint | None) -> Constraint | None:
-    """What the answer must be; None: anything. Raises InvalidRequest."""
-    match asked:
+def constraint_from(constraint: values.Constraint | None) -> Constraint | None:
+    """The checked form of an output; None: free text. Raises InvalidRequest."""
+    match constraint:
         case values.Constraint("json_schema", str(source)):
             source = _checked("json_schema", source, MAX_SOURCE_CHARS)
             return Constraint(ConstraintKind.JSON_SCHEMA, source)
@@ -50,7 +50,7 @@ def _checked(kind: str, source: str, most: int) -> str:
 
 
 def _one_of(texts: Sequence[str]) -> str:
-    """A grammar of just these texts."""
+    """A grammar of these texts and no others."""
     field = "constraint.choice.choices"
     if not 1 <= len(texts) <= MAX_CHOICES:
         raise InvalidRequest(field, f"{len(texts)} choices; expected 1 to {MAX_CHOICES}")

@@ -1,7 +1,6 @@
 """The check of a public request: a GenerationRequest, or an error that names the field. Pure.
 
-Nothing behind it checks a range again. Fields that the protocol has and no worker serves yet are
-refused by name.
+No later step checks a range again.
 """
 
 from __future__ import annotations
@@ -108,9 +107,9 @@ def check_messages(
 ) -> tuple[ChatMessage, ...]:
     """A conversation of at least one message, each with a role and a content.
 
-    An assistant's message may come without: it made calls, or nothing was left of it.
+    An assistant's message may have no content: it made calls, or its text was empty.
     """
-    if len(messages) > limits.max_model_len:  # a million empty ones would keep a template busy
+    if len(messages) > limits.max_model_len:  # rendering a million of them takes long
         raise InvalidRequest(
             field, f"{len(messages)} messages do not fit a context of {limits.max_model_len} tokens"
         )
@@ -139,10 +138,9 @@ def check_messages(
 def check_token_ids(
     field: str, ids: Sequence[int], limits: Limits, max_len: int
 ) -> tuple[int, ...]:
-    """At most `max_len` ids within the vocabulary; the error names the first one that is not.
+    """At most `max_len` ids within the vocabulary; an error names the first one that is not.
 
-    The length goes first: to look at the millions of ids that a message can hold takes seconds of
-    the event loop, which belongs to everybody.
+    The length is checked first: checks of millions of ids would block the event loop for seconds.
     """
     if len(ids) > max_len:
         raise InvalidRequest(field, f"{len(ids)} tokens; expected at most {max_len}")
@@ -168,14 +166,14 @@ def _num_logprobs(name: str, count: int | None) -> int | None:
     return count
 
 
-def _request_id(given: str) -> str:
-    if len(given) > MAX_REQUEST_ID_CHARS:
+def _request_id(request_id: str) -> str:
+    if len(request_id) > MAX_REQUEST_ID_CHARS:
         raise InvalidRequest(
-            "request_id", f"{len(given)} characters; expected at most {MAX_REQUEST_ID_CHARS}"
+            "request_id", f"{len(request_id)} characters; expected at most {MAX_REQUEST_ID_CHARS}"
         )
-    if not given.isprintable():
+    if not request_id.isprintable():
         raise InvalidRequest("request_id", "expected printable characters")
-    return given
+    return request_id
 
 
 def _max_tokens(stop: Stop, at_least: int) -> int | None:
@@ -195,7 +193,7 @@ def _max_tokens(stop: Stop, at_least: int) -> int | None:
 
 
 def _stop_token_ids(stop: Stop, limits: Limits) -> frozenset[int]:
-    """Those asked for, and the end-of-sequence ids unless they are ignored."""
+    """The requested ids, and the end-of-sequence ids unless they are ignored."""
     field = "stop.stop_token_ids"
     found = set(check_token_ids(field, stop.stop_token_ids, limits, limits.vocab_size))
     if not stop.ignore_eos:
@@ -235,7 +233,7 @@ def _number(
 
 
 def _rounded(numbers: Iterable[float]) -> list[float]:
-    """As a worker gets them: to 32 bits, whichever protocol they came by."""
+    """Rounded to 32 bits, as the messages to workers round them."""
     return array("f", numbers).tolist()
 
 
@@ -279,7 +277,7 @@ def _resumes(
     limits: Limits,
     max_tokens: int | None,
 ) -> tuple[Resumed, ...]:
-    """What the client has of each choice; empty where it has nothing."""
+    """The part of each choice that the client has; empty where it has nothing."""
     if not entries:
         return ()
     if len(entries) > num_choices:

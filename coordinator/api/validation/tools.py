@@ -1,6 +1,6 @@
 """The check of tools: definitions, choices and earlier calls, or an error that names the field.
 
-Pure, as request.py is, whose part this is.
+Pure. A part of request.py.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def check_tools(field: str, source: str) -> tuple[Tool, ...]:
 
 
 def tool_use(request: GenerateRequest, tools: tuple[Tool, ...], form: ToolFormat) -> ToolUse | None:
-    """Which tools the answer may or must call; None: it is text, and the prompt names none."""
+    """The tools that an output may or must call; None: it is text, and the prompt names none."""
     name, mode = request.tool_choice.name, request.tool_choice.mode
     if mode not in TOOL_MODES:
         raise InvalidRequest("tool_choice.mode", f"{mode} is not known")
-    if not tools:  # then a model that may call one calls none
+    if not tools:  # "auto" and "none" then mean text
         if name is not None or mode == "required":
             raise InvalidRequest("tool_choice", "there are no tools to choose from")
         return None
@@ -73,8 +73,8 @@ def tool_use(request: GenerateRequest, tools: tuple[Tool, ...], form: ToolFormat
 
 
 def text_schema(constraint: Constraint | None, use: ToolUse) -> str | None:
-    """The JSON schema that text must have where no call is made, or None."""
-    if constraint is None or use.required:  # an answer of calls has no text
+    """The JSON schema for text without a call, or None."""
+    if constraint is None or use.required:  # an output of calls has no text
         return None
     kind, value = constraint.kind, constraint.value
     if not use.format.trigger:
@@ -92,9 +92,9 @@ def text_schema(constraint: Constraint | None, use: ToolUse) -> str | None:
 def check_tool_calls(
     field: str, calls: Sequence[values.ToolCall], items: nesting.Items | None = None
 ) -> tuple[ToolCall, ...]:
-    """Calls that an earlier turn made; templates get their arguments as objects.
+    """Calls of an earlier turn. Templates get their arguments as objects.
 
-    `items`: what the JSON of the conversation may still have.
+    `items` bounds the values in all JSON of the conversation.
     """
     items = items or nesting.Items()
     checked = []
@@ -108,11 +108,11 @@ def check_tool_calls(
 
 
 def _arguments(source: str) -> Mapping[str, Any]:
-    """Arguments as a model wrote them, in any case an object: templates walk through its items.
+    """Arguments as an object, since templates iterate over its items.
 
     A call that the length limit cut off stays in its conversation, so nothing is refused here. An
-    empty text, null and [] are no arguments; another value, and text that is no JSON, is the one
-    argument `UNPARSED`; so is text that is nested too deeply for templates, or too much.
+    empty text, null and [] are no arguments. Any other value, text that is not JSON, and JSON that
+    exceeds the bounds become the one argument `UNPARSED`.
     """
     try:
         value = parse_json("", source) if source.strip() else {}
@@ -161,7 +161,7 @@ def _tool(field: str, item: Any) -> Tool:
         raise InvalidRequest(
             f"{field}.function.parameters.type", 'expected "object": arguments have names'
         )
-    parameters = {**parameters, "type": "object"}  # also where the schema does not say so
+    parameters = {**parameters, "type": "object"}  # also where the schema has no type
     make = partial(argument_schema, parameters, strict)
     schema = _fitting(f"{field}.function.parameters", make)
     return Tool(name, definition=item, schema=schema, strict=strict)
@@ -174,6 +174,9 @@ def _fitting(field: str, make: Callable[[], str]) -> str:
         if len(source) > MAX_SOURCE_CHARS:
             raise Refused(f"longer than {MAX_SOURCE_CHARS} characters")
         return source
-    except (ValueError, RecursionError) as error:  # 1e999 is read, and cannot be written again
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # 1e999 is read as infinity, which JSON cannot write
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InvalidRequest(field, what) from None

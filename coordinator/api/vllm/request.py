@@ -1,7 +1,7 @@
 """A request of the protocol between gateways and vLLM -> a GenerateRequest. Pure.
 
-Plain scalars cannot tell zero from unset there: zero means vLLM's default. Defaults differ from
-ours where vLLM's do: temperature 1, and the room left as the longest answer.
+Plain scalars of that protocol have no unset state: zero means vLLM's default. Defaults are vLLM's:
+temperature 1, and the room left as the longest output.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from engine.pb.vllm import vllm_engine_pb2
 
 _NOT_TAKEN = ("kv_transfer_params", "kv_transfer_params_json", "mm_inputs", "media_refs")
 _DEFAULT_TEMPERATURE = 1.0
-# Zero in these is what we take for unset, or the very default.
+# Zero in these means unset, or is the default.
 _SAMPLING = (
     "top_p",
     "top_k",
@@ -27,7 +27,7 @@ _CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar")
 def to_generate(
     request: vllm_engine_pb2.GenerateRequest, served: str, max_model_len: int
 ) -> GenerateRequest:
-    """Raises InvalidRequest or NotOffered, naming the field as the caller knows it."""
+    """The request as values. Raises InvalidRequest, NotOffered, naming the caller's field."""
     for field in _NOT_TAKEN:
         if request.HasField(field):
             raise NotOffered(field)
@@ -41,7 +41,7 @@ def to_generate(
     text, token_ids = None, None
     match request.WhichOneof("input"):
         case "tokenized":
-            token_ids = request.tokenized.input_ids  # none at all is refused as such
+            token_ids = request.tokenized.input_ids  # an empty list is refused as such
         case "text":
             text = request.text
         case _:
@@ -53,7 +53,7 @@ def to_generate(
         token_ids=token_ids,
         sampling=_sampling(params),
         stop=Stop(
-            # Longer than there is room for: that ends it.
+            # The room left is shorter, and ends the output.
             max_tokens=params.max_tokens if params.HasField("max_tokens") else max_model_len,
             min_tokens=params.min_tokens,
             stop=params.stop,
@@ -74,7 +74,7 @@ def _sampling(params: vllm_engine_pb2.SamplingParams) -> Sampling:
     has = params.HasField
     return Sampling(
         temperature=params.temperature if has("temperature") else _DEFAULT_TEMPERATURE,
-        seed=params.seed % (1 << 64) if has("seed") else None,  # ours has no sign
+        seed=params.seed % (1 << 64) if has("seed") else None,  # the frontend's has no sign
         logit_bias=params.logit_bias,
         **{name: value for name in _SAMPLING if (value := getattr(params, name))},
     )
@@ -87,7 +87,7 @@ def _output(params: vllm_engine_pb2.SamplingParams) -> Output:
     for name in ("logprobs", "prompt_logprobs"):
         if not params.HasField(name):
             continue
-        if (count := getattr(params, name)) < 0:  # -1 is vLLM's word for all of the vocabulary
+        if (count := getattr(params, name)) < 0:  # -1: all of the vocabulary
             raise InvalidRequest(f"sampling_params.{name}", f"{count}; expected 0 or more")
         setattr(output, name, count)
     return output

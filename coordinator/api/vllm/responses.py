@@ -1,4 +1,4 @@
-"""Events of an answer -> responses of the protocol between gateways and vLLM.
+"""Events of the frontend -> responses of the protocol between gateways and vLLM.
 
 A stream has a chunk for new tokens and a `complete` for each choice; without `stream` there are
 only the latter. Owned by one request.
@@ -23,7 +23,7 @@ _REASONS = {
 
 @dataclass(slots=True)
 class _Choice:
-    """What a choice has brought so far."""
+    """The tokens of a choice so far."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[ScoredToken] = field(default_factory=list)
@@ -42,7 +42,7 @@ class ResponseBuilder:
         self._input: vllm_engine_pb2.InputLogProbs | None = None
 
     def add(self, event: Event) -> Iterator[vllm_engine_pb2.GenerateResponse]:
-        """The responses that an event of the answer gives."""
+        """The responses to an event."""
         match event:
             case PromptEvent():
                 self._input = _input_logprobs(event)
@@ -57,7 +57,7 @@ class ResponseBuilder:
                 yield self._complete(index, ending, usage)
 
     def abort(self) -> Iterator[vllm_engine_pb2.GenerateResponse]:
-        """The ends of those choices that were not to end."""
+        """The ends of the choices that are unfinished."""
         ending, usage = Ending(FinishReason.ABORTED), Usage(self._num_prompt_tokens, 0, 0, 0, 0)
         for index in range(self._num_choices):
             choice = self._choices.get(index)
@@ -112,7 +112,7 @@ def _output_logprobs(
 
 
 def _input_logprobs(prompt: PromptEvent) -> vllm_engine_pb2.InputLogProbs | None:
-    """Nothing predicts the first token: its place is there and empty."""
+    """The first token has no log-probability: its entry is empty."""
     if not prompt.logprobs:
         return None
     value = vllm_engine_pb2.InputTokenLogProb

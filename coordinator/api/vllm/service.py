@@ -1,4 +1,4 @@
-"""The protocol between gateways and vLLM: a coordinator fronted as if it were one engine.
+"""The protocol between gateways and vLLM: a coordinator acts as one engine.
 
 Tokens in, tokens out. A thin translation to the frontend:
 
@@ -6,8 +6,8 @@ Tokens in, tokens out. A thin translation to the frontend:
                  ^
     Abort(ids) --'  the task ends, and what is unfinished completes as "abort"
 
-An abort ends requests of the connection over which it comes, and no others: ids are chosen by
-clients, and several clients reach one coordinator. A gateway sends both over one connection.
+An abort ends requests of its own connection only, since clients choose the ids and several clients
+reach one coordinator. A gateway sends both over one connection.
 
 Owned by the event loop.
 """
@@ -34,13 +34,13 @@ from engine.telemetry.metrics import CoordinatorMetrics
 _log = get_logger(__name__)
 
 _MAX_LOGGED = 8  # ids of one refused abort
-_SERVER_TYPE = "vllm-grpc"  # the protocol's word for who speaks it
+_SERVER_TYPE = "vllm-grpc"  # as the protocol names its servers
 
 Responses = AsyncGenerator[vllm_engine_pb2.GenerateResponse, None]
 
 
 class VllmEngineServicer:
-    """See vllm_engine.proto. `ready`: whether a request would find a worker."""
+    """See vllm_engine.proto. `ready`: whether a decode worker is ready."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class VllmEngineServicer:
         self._clock = clock
         self._started = clock()
         self._last_request = 0.0
-        # By connection and id; several requests of one connection may have the same.
+        # By connection and id; several requests of one connection may have one id.
         self._running: dict[tuple[str, str], set[asyncio.Task[None]]] = {}
 
     # Method names are the wire's.
@@ -67,23 +67,23 @@ class VllmEngineServicer:
         """Complete a prompt."""
         self._last_request = self._clock()
         generate = to_generate(request, self._model.name, self._pipeline.max_model_len)
-        reply = ResponseBuilder(request)
+        builder = ResponseBuilder(request)
         events: Merge[Event] = Merge()
         async with events:
             task = events.add(self._run(generate, context, events))
             with self._abortable((context.peer(), request.request_id), task):
                 async for event in events:
-                    for response in reply.add(event):
+                    for response in builder.add(event):
                         yield response
         if task.cancelled():
             _log.info("request aborted by its gateway", request_id=request.request_id)
-            for response in reply.abort():
+            for response in builder.abort():
                 yield response
 
     async def HealthCheck(
         self, request: vllm_engine_pb2.HealthCheckRequest, context: Any
     ) -> vllm_engine_pb2.HealthCheckResponse:
-        """Whether a request would find a decode worker."""
+        """Whether a decode worker is ready."""
         ready = self._ready()
         message = "ready" if ready else "no decode worker is ready, or this coordinator is draining"
         return vllm_engine_pb2.HealthCheckResponse(healthy=ready, message=message)
@@ -92,12 +92,12 @@ class VllmEngineServicer:
         self, request: vllm_engine_pb2.AbortRequest, context: Any
     ) -> vllm_engine_pb2.AbortResponse:
         """End requests of this connection by id; other ids are ignored."""
-        wanted, peer = set(request.request_ids), context.peer()
+        requested, peer = set(request.request_ids), context.peer()
         foreign = set()
         for (owner, request_id), tasks in self._running.items():
-            if request_id in wanted and owner != peer:
+            if request_id in requested and owner != peer:
                 foreign.add(request_id)
-            elif request_id in wanted:
+            elif request_id in requested:
                 for task in tasks:
                     task.cancel()
         if foreign:
@@ -128,7 +128,7 @@ class VllmEngineServicer:
     async def GetServerInfo(
         self, request: vllm_engine_pb2.GetServerInfoRequest, context: Any
     ) -> vllm_engine_pb2.GetServerInfoResponse:
-        """What goes on; the whole cluster is one engine of one rank."""
+        """The state of the cluster as one engine of one rank."""
         return vllm_engine_pb2.GetServerInfoResponse(
             active_requests=self._pipeline.num_requests,
             is_paused=self._pipeline.draining,
@@ -139,9 +139,9 @@ class VllmEngineServicer:
             block_size=self._frontend.model().block_size,
         )
 
-    async def _run(self, asked: GenerateRequest, context: Any, events: Merge[Event]) -> None:
-        async with aclosing(self._frontend.generate(asked, context.time_remaining())) as answer:
-            async for event in answer:
+    async def _run(self, request: GenerateRequest, context: Any, events: Merge[Event]) -> None:
+        async with aclosing(self._frontend.generate(request, context.time_remaining())) as answers:
+            async for event in answers:
                 await events.put(event)
 
     @contextmanager

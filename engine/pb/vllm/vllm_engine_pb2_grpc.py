@@ -77,7 +77,7 @@ class VllmEngineServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Ends requests by their ids; their streams finish with "abort". Unknown ids are none of the caller's worry.
+        """Ends requests by their ids; their streams finish with "abort". Unknown ids are ignored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -56,8 +56,8 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DrainWorker(self, request, context):
-        """Has a worker take no new request, finish or hand over what it has, and end; returns when it has ended. A
-        supervisor (the coordinator's own, Kubernetes) then starts another in its place.
+        """Has a worker refuse new requests, finish or hand over the running ones, and end. Returns when
+        it has ended. A supervisor (the coordinator's, or Kubernetes) then starts another one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -70,7 +70,8 @@ class InferenceServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Completes a prompt. The response headers go out with the first token, not before (but see `alive`).
+        """Completes a prompt. The response headers are sent with the first token, not before (but see
+        `alive`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

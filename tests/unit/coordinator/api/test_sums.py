@@ -1,4 +1,4 @@
-"""What is bounded in sum: JSON, prompts that repeat a request, choices that share large parts."""
+"""Bounds of sums: JSON, prompts that repeat a request, choices that share large parts."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_count_looks_at_a_piece_at_a_time() -> None:
 
 
 def test_much_json_within_the_bounds_is_read() -> None:
-    text = "[{]}," * 2_000_000  # within a text nothing counts
+    text = "[{]}," * 2_000_000  # characters of a text do not count
     body = {"prompt": text, "logit_bias": {str(i): 1.5 for i in range(49_152)}}
     assert parse_body(json.dumps(body).encode()) == body
     ids = list(range(200_000))
@@ -81,7 +81,7 @@ json_values = st.recursive(
 
 
 def items_of(value: object) -> int:
-    """Counted in the value in place of its text."""
+    """Counted in the value, not in its text."""
     if isinstance(value, str):
         return 1
     if isinstance(value, list):
@@ -250,7 +250,7 @@ async def test_a_turn_passes_on_where_its_call_fails() -> None:
     await asyncio.sleep(0)
     assert not waiting.done()
     parts.end_turn("i")
-    assert await waiting  # nothing has arrived: the next call carries
+    assert await waiting  # nothing has arrived: the next call sends the parts
     with pytest.raises(DeadlineExceeded):
         await parts.turn("i", 0.01)
     parts.arrived("i")

@@ -25,7 +25,7 @@ def sampling():
 
 
 def answers(f, n):
-    """What each choice is to say: choice 0 the front's answer, the others texts of their own."""
+    """The scripted text of each choice: choice 0 has the front's, the others differ."""
     encode = f.coordinator.model.tokenizer.encode
     return [f.answer, *(encode(OTHERS[i % 3] + str(i)) for i in range(n - 1))]
 
@@ -140,16 +140,16 @@ async def test_admission_counts_choices(checkpoint):
         error = await error_of(f.call(n=2))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "3 requests are admitted and 2 more" in error.details()
-        await f.ask(stop=stop(max_tokens=1))  # one more has room
+        await f.ask(stop=stop(max_tokens=1))  # there is room for one more
         call.cancel()
         await asyncio.wait_for(f.coordinator.pipeline.idle.wait(), 5)
-        # More than the limit comes in when nothing else is.
+        # A request above the limit is admitted when it is the only one.
         responses = await collect(f.call(n=6, stop=stop(max_tokens=1)))
         assert {r.index for r in responses} == set(range(6))
 
 
-async def test_choices_do_not_all_hang_on_one_prefill_worker(checkpoint):
-    """All wait for the first prompt; where its prefill worker is stuck, the next has another."""
+async def test_choices_do_not_all_depend_on_one_prefill_worker(checkpoint):
+    """All wait for the first prompt; if its prefill worker hangs, the next one uses another."""
     async with front(checkpoint) as f:
         worker = await f.worker(by_seed=scripted(f, 3))
         f.prefill("p0")
@@ -158,7 +158,7 @@ async def test_choices_do_not_all_hang_on_one_prefill_worker(checkpoint):
         assert sorted(r.prefill.worker_id for r in worker.requests) == ["p0", "p1", "p1"]
 
 
-async def test_choices_are_resumed_each_by_itself(checkpoint):
+async def test_each_choice_is_resumed_alone(checkpoint):
     async with front(checkpoint) as f:
         worker = await f.worker(by_seed=scripted(f, 3), group=4)
         expected = [a[:10] for a in answers(f, 3)]
@@ -179,8 +179,8 @@ async def test_choices_are_resumed_each_by_itself(checkpoint):
         assert tops == [1000 + i for i in range(6, 10)], "only of the new ones"
 
 
-async def test_choices_are_resumed_at_one_home(checkpoint):
-    """That of the first one that goes on: they share the prompt's blocks."""
+async def test_choices_are_resumed_at_one_worker(checkpoint):
+    """That of the first unfinished choice, since all share the prompt's blocks."""
     async with front(checkpoint) as f:
         workers = [await f.worker(f"d{i}", by_seed=scripted(f, 3)) for i in range(3)]
         expected = [a[:10] for a in answers(f, 3)]
@@ -213,13 +213,13 @@ def check_entries(entries, ids, first, count, text_of):
     """Entries of the tokens `ids` at positions from `first` on, as `scored` gives them."""
     assert len(entries) == len(ids)
     for at, (entry, token_id) in enumerate(zip(entries, ids, strict=True), first):
-        wanted = scored(at, count)
+        expected_scores = scored(at, count)
         assert entry.chosen.token_id == token_id
         assert entry.chosen.text == text_of(token_id)
-        assert entry.chosen.logprob == wanted.chosen
-        assert [t.token_id for t in entry.top] == list(wanted.token_ids)
-        assert [t.logprob for t in entry.top] == list(wanted.logprobs)
-        assert [t.text for t in entry.top] == [text_of(t) for t in wanted.token_ids]
+        assert entry.chosen.logprob == expected_scores.chosen
+        assert [t.token_id for t in entry.top] == list(expected_scores.token_ids)
+        assert [t.logprob for t in entry.top] == list(expected_scores.logprobs)
+        assert [t.text for t in entry.top] == [text_of(t) for t in expected_scores.token_ids]
 
 
 @pytest.mark.parametrize("count", [0, 3])
@@ -316,7 +316,7 @@ async def test_the_prompt_s_logprobs_once_also_across_a_loss(
         assert ids == f.answer[:max_tokens]
         check_entries(entries, ids, 0, 1, text_of)
         calls = first.requests + second.requests
-        assert not calls[0].HasField("prefill"), "who scores a prompt computes all of it"
+        assert not calls[0].HasField("prefill"), "a worker that scores a prompt computes all of it"
         assert calls[0].num_prompt_logprobs == 2
         for request in calls[1:]:
             told_before = max_tokens == 0 or len(request.output_token_ids) > 0
@@ -334,7 +334,7 @@ async def test_choices_wait_for_the_prompt_s_part(checkpoint):
         assert [r.HasField("num_prompt_logprobs") for r in worker.requests] == [True, False, False]
 
 
-async def test_a_prompt_of_one_token_has_nothing_to_tell(checkpoint):
+async def test_a_prompt_of_one_token_has_no_log_probabilities(checkpoint):
     async with front(checkpoint) as f:
         await f.worker()
         output = inference_pb2.Output(prompt_logprobs=3)

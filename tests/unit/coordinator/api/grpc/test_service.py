@@ -116,7 +116,7 @@ async def test_a_stop_token_is_sent_but_not_shown(checkpoint):
         stop_id = f.answer[5]
         at = f.answer.index(stop_id)
         text, ids, finished = await f.ask(stop=stop(stop_token_ids=[stop_id]))
-        # The fake worker writes on: what comes after the end is dropped.
+        # The fake worker continues: tokens after the end are dropped.
         assert ids == f.answer[: at + 1]
         assert text == f.coordinator.model.tokenizer.decode(ids[:-1])
         assert finished.matched_stop.token_id == stop_id
@@ -170,7 +170,7 @@ async def test_a_lost_prefill_peer_is_passed_over_and_the_decode_worker_kept(che
 
 
 async def test_a_lost_decode_worker_leaves_the_prompt_where_it_is(checkpoint):
-    """Its prefill worker has the prompt's blocks, and is kept however busy it is by now."""
+    """Its prefill worker has the prompt's blocks, and is kept whatever its load."""
     async with front(checkpoint) as f:
         first = await f.worker("d0", cues=[Cue(9, lost())], pace_s=0.05)
         second = await f.worker("d1", cues=[Cue(3, lost(peer="prefill"))])
@@ -179,12 +179,12 @@ async def test_a_lost_decode_worker_leaves_the_prompt_where_it_is(checkpoint):
         call = f.call(stop=stop(max_tokens=20))
         responses = []
         async for response in call:
-            told(f, "p0", Load(num_running=9))
+            heartbeat(f, "p0", Load(num_running=9))
             responses.append(response)
         assert read(responses)[1] == f.answer[:20]
         calls = [*first.requests, *second.requests]
         assert [r.prefill.worker_id for r in calls] == ["p0", "p0", "p1"]
-        told(f, "p0", Load())  # but in doubt
+        heartbeat(f, "p0", Load())  # but suspect
         assert (await f.ask(stop=stop(max_tokens=1)))[1] == f.answer[:1]
         assert [*first.requests, *second.requests][-1].prefill.worker_id == "p1"
 
@@ -206,7 +206,7 @@ async def test_a_prefill_worker_is_not_kept_at_any_price(checkpoint, why):
         responses = []
         asking = asyncio.create_task(ask())
         await begun.wait()
-        told(f, "p0", Load(num_running=9, num_waiting=5 if why == "behind" else 4))
+        heartbeat(f, "p0", Load(num_running=9, num_waiting=5 if why == "behind" else 4))
         if why == "silent":
             first.pace_s = 1.2  # it is lost more than a second later
         await asking
@@ -273,7 +273,7 @@ async def test_no_worker_is_unavailable_after_the_wait(checkpoint):
 
 
 async def test_a_shorter_worker_gets_what_fits_it_and_shortens_nothing(checkpoint):
-    """Prompt and longest answer fit the worker, on the first attempt and on a later one."""
+    """Prompt and longest output fit the worker, on the first attempt and on a later one."""
     async with front(checkpoint, worker_wait_s=0.3) as f:
         long = await f.worker("d1", cues=[Cue(2, lost())])
         short = await f.worker("d0", max_model_len=len(PROMPT) + 20)
@@ -368,7 +368,7 @@ async def test_too_many_requests_are_told_when_to_come_back(checkpoint):
 
 
 async def test_tokenize_and_detokenize_are_admitted(checkpoint):
-    """Apart from requests: neither takes the other's room."""
+    """Separate from requests: neither takes the other's room."""
     async with front(checkpoint, max_queued_requests=2, max_queued_tokens=100) as f:
         await f.worker(pace_s=0.1)
         calls = [
@@ -493,14 +493,14 @@ async def test_resume_sends_only_what_is_missing(checkpoint):
         assert len(worker.requests) == num_calls
 
 
-def told(f, name, load):
+def heartbeat(f, name, load):
     """A heartbeat of a worker."""
     (worker,) = [w for w in f.coordinator.membership.snapshot() if w.peer.worker_id == name]
     assert f.coordinator.membership.heartbeat(worker, load)
 
 
 async def test_resume_goes_home(checkpoint):
-    """To the worker that has the answer's blocks, as long as it is there and not in doubt."""
+    """The worker that has the blocks of the output, while it is ready and not degraded."""
     async with front(checkpoint) as f:
         workers = {name: await f.worker(name) for name in ("d0", "d1", "d2")}
 
@@ -523,20 +523,20 @@ async def test_resume_goes_home(checkpoint):
 
         assert await served_by("d1") == "d1"
         assert await served_by("d2") == "d2"
-        assert await served_by("nobody") == await served_by("") == "d0"
-        told(f, "d1", Load(num_waiting=4))
+        assert await served_by("unknown") == await served_by("") == "d0"
+        heartbeat(f, "d1", Load(num_waiting=4))
         assert await served_by("d1") == "d1"
-        told(f, "d1", Load(num_waiting=5))
+        heartbeat(f, "d1", Load(num_waiting=5))
         assert await served_by("d1") == "d0"  # others have room
         for name in ("d0", "d2"):
-            told(f, name, Load(num_waiting=1))
+            heartbeat(f, name, Load(num_waiting=1))
         assert await served_by("d1") == "d1"
         for name in workers:
-            told(f, name, Load())
+            heartbeat(f, name, Load())
         await workers["d1"].stop()
         assert await served_by("d1") == "d0"  # tried, lost
         assert f.sample("migrations_total", outcome="retried") == 1
-        assert await served_by("d1") == "d0"  # in doubt: not tried again
+        assert await served_by("d1") == "d0"  # degraded: not tried again
         assert f.sample("migrations_total", outcome="retried") == 1
 
 
@@ -557,7 +557,7 @@ async def test_a_new_home_is_told_after_a_loss(checkpoint):
 
 @pytest.mark.parametrize("after", [0, 3])
 async def test_what_a_worker_calls_the_callers_mistake_is_not_tried_again(checkpoint, after):
-    """Also in mid-answer, where a constraint turns out to be more than can be held."""
+    """Also in the middle of an output, where a constraint costs too much."""
     async with front(checkpoint) as f:
         worker = await f.worker(cues=[Cue(after, InvalidRequest("constraint", "too large"))])
         resume = [inference_pb2.Resume(token_ids=f.answer[:8])]
@@ -598,7 +598,7 @@ async def test_a_message_full_of_ids_stalls_nobody(checkpoint):
     async with front(checkpoint) as f:
         loop = asyncio.get_running_loop()
         slow = asyncio.create_task(error_of(f.call(prompt=[5] * 4_000_000)))
-        await asyncio.sleep(0.5)  # it is made on this very loop
+        await asyncio.sleep(0.5)  # it is created on this event loop
         worst = 0.0
         while not slow.done():
             before = loop.time()
@@ -911,4 +911,4 @@ def test_the_coordinator_is_torch_free_and_quick_to_import():
         " assert not {'torch', 'nixl', 'transformers'} & set(sys.modules); print(took)"
     )
     took = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(took.stdout) < 2.0  # a quarter of a second where nothing else runs
+    assert float(took.stdout) < 2.0  # a quarter of a second on an idle machine

@@ -269,7 +269,7 @@ async def test_cancelling_a_unary_call_goes_down_the_chain():
     async with oip() as (front, stub):
         worker = await front.worker(pace_s=0.05)
         call = stub.ModelInfer(request(max_tokens=60))
-        await until(lambda: len(worker.requests) == 1)  # the worker itself has it
+        await until(lambda: len(worker.requests) == 1)  # the worker has it
         call.cancel()
         await asyncio.wait_for(worker.cancelled.wait(), 5)
         await until(lambda: front.coordinator.pipeline.num_requests == 0)
@@ -332,7 +332,7 @@ async def test_an_idle_stream_outlives_a_requests_limit():
 
 
 async def test_a_stream_is_idle_only_while_no_request_of_it_runs():
-    """The wait for an answer is the server's, so the limit begins anew behind it."""
+    """The limit starts again after an output, since the server caused that wait."""
     async with oip(client_timeout_s=0.2) as (front, stub):  # idle: 2 s
         worker = await front.worker(pace_s=0.4)
         call = stub.ModelStreamInfer()

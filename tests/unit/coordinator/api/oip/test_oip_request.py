@@ -1,4 +1,4 @@
-"""The Open Inference Protocol's requests and replies as pure functions: tensors, options, forms."""
+"""The Open Inference Protocol's requests and responses as pure functions."""
 
 import json
 import struct
@@ -188,7 +188,7 @@ def test_token_ids():
     refused(add(pb.ModelInferRequest(), "input_ids", "INT32", [2], 5, -1), "inputs.input_ids[1]")
     refused(add(pb.ModelInferRequest(), "input_ids", "FP32", [1], 5), "expected one of INT32")
     empty = read_request(add(pb.ModelInferRequest(), "input_ids", "INT32", [0]), MODEL)
-    assert empty.generate.WhichOneof("prompt") == "token_ids"  # refused behind, as empty
+    assert empty.generate.WhichOneof("prompt") == "token_ids"  # the frontend refuses it as empty
 
 
 def test_every_option_is_served_by_every_carrier():
@@ -319,7 +319,7 @@ def test_a_request_as_the_client_of_vllms_backend_has_it():
 
 
 def every_default_of_tensorrt_llm():
-    """What a client sends that fills in every input of the backend's configuration."""
+    """The request of a client that fills in every input of the backend's configuration."""
     request = ask(shape=(1, 1))
     for name, datatype, *values in [
         ("max_tokens", "INT32", 9),
@@ -409,7 +409,7 @@ def test_filters_as_tensorrt_llm_reads_them(names, top_k, top_p, expected):
         assert (sampling.top_k, sampling.top_p) == expected
 
 
-# Every option that is not served, and values at which it would do something.
+# Every option that is not served, and values at which it would have an effect.
 BEYOND = {
     "bad_words": ["rude", ["rude"]],
     "bad_words_list": [[5, 1]],
@@ -666,7 +666,7 @@ def contents(response):
 
 
 def test_a_whole_answer_of_several_choices():
-    reply = ResponseBuilder(
+    builder = ResponseBuilder(
         form("text_output", "finish_reason", "output_ids", "num_output_tokens"), 2
     )
     for each in (
@@ -675,11 +675,11 @@ def test_a_whole_answer_of_several_choices():
         delta("b", [3]),
         finished(1, FinishReason.LENGTH),
     ):
-        reply.add(each)
-        assert not reply.finished
-    reply.add(finished())
-    assert reply.finished
-    assert contents(reply.take(final=True)) == {
+        builder.add(each)
+        assert not builder.finished
+    builder.add(finished())
+    assert builder.finished
+    assert contents(builder.take(final=True)) == {
         "text_output": ([2], [b"ab", b"x"]),
         "finish_reason": ([2], [b"stop", b"length"]),
         "output_ids": ([2, 3], [1, 2, 3, 7, -1, -1]),
@@ -688,52 +688,52 @@ def test_a_whole_answer_of_several_choices():
 
 
 def test_a_stream_tells_each_thing_once():
-    reply = ResponseBuilder(
+    builder = ResponseBuilder(
         form("text_output", "output_ids", "cumulative_logprob", batched=True), 1
     )
-    assert not reply.worth_sending
-    reply.add(delta("a", [1], logprobs=[token(1, -0.5)]))
-    assert reply.worth_sending
-    assert contents(reply.take(final=False)) == {
+    assert not builder.worth_sending
+    builder.add(delta("a", [1], logprobs=[token(1, -0.5)]))
+    assert builder.worth_sending
+    assert contents(builder.take(final=False)) == {
         "text_output": ([1], [b"a"]),  # TensorRT-LLM's clients decode each of its elements
         "output_ids": ([1, 1], [1]),
         "cumulative_logprob": ([1, 1], [-0.5]),
     }
-    assert not reply.worth_sending
-    reply.add(delta("", [2], logprobs=[token(2, -0.25)]))
-    assert reply.worth_sending
-    assert contents(reply.take(final=False))["cumulative_logprob"] == ([1, 1], [-0.75])
+    assert not builder.worth_sending
+    builder.add(delta("", [2], logprobs=[token(2, -0.25)]))
+    assert builder.worth_sending
+    assert contents(builder.take(final=False))["cumulative_logprob"] == ([1, 1], [-0.75])
 
 
 def test_texts_of_a_batched_request_are_a_row_of_choices():
-    reply = ResponseBuilder(form("text_output", "finish_reason", batched=True), 2)
+    builder = ResponseBuilder(form("text_output", "finish_reason", batched=True), 2)
     for each in (delta("a", [1]), delta("x", [7], index=1), finished(1), finished()):
-        reply.add(each)
-    assert contents(reply.take(final=True)) == {
+        builder.add(each)
+    assert contents(builder.take(final=True)) == {
         "text_output": ([2], [b"a", b"x"]),
         "finish_reason": ([1, 2], [b"stop", b"stop"]),
     }
 
 
 def test_held_text_is_no_response_where_only_text_was_asked_for():
-    reply = ResponseBuilder(form("text_output", "finish_reason"), 1)
-    reply.add(delta("", [1]))
-    assert not reply.worth_sending
-    reply.add(delta("é", [2]))
-    assert reply.worth_sending
-    assert contents(reply.take(final=False))["text_output"] == ([1], ["é".encode()])
-    reply.add(finished())
-    last = reply.take(final=True)
+    builder = ResponseBuilder(form("text_output", "finish_reason"), 1)
+    builder.add(delta("", [1]))
+    assert not builder.worth_sending
+    builder.add(delta("é", [2]))
+    assert builder.worth_sending
+    assert contents(builder.take(final=False))["text_output"] == ([1], ["é".encode()])
+    builder.add(finished())
+    last = builder.take(final=True)
     assert contents(last)["finish_reason"] == ([1], [b"stop"])
     assert last.parameters[FINAL].bool_param
 
 
 def test_log_probabilities_as_vllm_has_them():
-    reply = ResponseBuilder(form("logprobs", "prompt_logprobs"), 1)
+    builder = ResponseBuilder(form("logprobs", "prompt_logprobs"), 1)
     prompt = PromptEvent("ab", [5, 6], [token(6, -1.0)])
-    reply.add(prompt)
-    reply.add(delta("c", [7], logprobs=[token(7, -2.0, (8, -0.5), (7, -2.0))]))
-    got = contents(reply.take(final=False))
+    builder.add(prompt)
+    builder.add(delta("c", [7], logprobs=[token(7, -2.0, (8, -0.5), (7, -2.0))]))
+    got = contents(builder.take(final=False))
     assert json.loads(got["logprobs"][1][0]) == [
         {
             "7": {"logprob": -2.0, "rank": 2, "decoded_token": "t7"},
@@ -747,10 +747,10 @@ def test_log_probabilities_as_vllm_has_them():
 
 
 def test_an_echoed_prompt_stands_before_each_choice():
-    reply = ResponseBuilder(form("text_output", "output_ids", "num_output_tokens"), 2)
-    reply.add(PromptEvent("ab", [5, 6]))
-    reply.add(delta("c", [7], index=1))
-    assert contents(reply.take(final=False)) == {
+    builder = ResponseBuilder(form("text_output", "output_ids", "num_output_tokens"), 2)
+    builder.add(PromptEvent("ab", [5, 6]))
+    builder.add(delta("c", [7], index=1))
+    assert contents(builder.take(final=False)) == {
         "text_output": ([2], [b"ab", b"abc"]),
         "output_ids": ([2, 3], [5, 6, -1, 5, 6, 7]),
         "num_output_tokens": ([2], [0, 1]),

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 from coordinator.api.openai.docs import page
 from coordinator.api.openai.openapi import description
-from tests.unit.coordinator.api.openai.test_frontend_calls import ScriptedFrontend, client
+from tests.support.scripted_frontend import ScriptedFrontend, client
 
 # Elements and attributes by which a browser fetches or runs something.
 LOADING = {"script", "link", "img", "iframe", "object", "embed", "audio", "video", "base", "form"}

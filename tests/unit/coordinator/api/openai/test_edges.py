@@ -1,4 +1,4 @@
-"""Around the answers: paths, comments that keep a stream open, pages of other origins."""
+"""Paths, comments that keep a stream open, pages of other origins."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ async def test_comments_keep_a_stream_open_before_and_between_its_tokens():
         assert lines[0] == COMMENT.strip()
         assert 4 <= lines.count(COMMENT.strip()) <= 12
         assert [line for line in lines if line.startswith("data: ")][-1] == "data: [DONE]"
-        # What is not streamed has none, and OpenAI's client passes over them.
+        # Whole responses have no comments, and OpenAI's client ignores them.
         assert (await f.complete(max_tokens=1)).json()["choices"]
         base = f"http://{f.coordinator.http_address}/v1"
         async with openai.AsyncOpenAI(base_url=base, api_key="x") as client:

@@ -3,65 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from typing import Any
 
-import httpx
 import pytest
-from prometheus_client import CollectorRegistry
-from starlette.applications import Starlette
 
-from coordinator.api.openai.api import OpenAiApi
 from coordinator.api.openai.calls import merged
 from coordinator.api.openai.errors import Refused, failure_of
-from coordinator.api.values import Delta, Event, GenerateRequest, ModelCard, TokenizeRequest
-from engine.base.errors import CheckpointError, DeadlineExceeded, InvalidRequest, NotFound
-from tests.support.answer_events import finished
+from coordinator.api.values import Delta, GenerateRequest
+from engine.base.errors import CheckpointError, DeadlineExceeded, InvalidRequest
+from tests.support.scripted_frontend import ScriptedFrontend, client
 
 BODY = {"prompt": "x", "max_tokens": 3}
 
 
-class ScriptedFrontend:
-    """Says `events` to each request; `before` runs first, and may raise."""
-
-    def __init__(self, before: Callable[[], Any] = lambda: None) -> None:
-        self.requests: list[GenerateRequest] = []
-        self.num_open = 0
-        self.events: list[Event] = [Delta(0, "ab", [1]), finished()]
-        self._before = before
-
-    async def generate(
-        self, request: GenerateRequest, left_s: float | None = None
-    ) -> AsyncGenerator[Event, None]:
-        self.requests.append(request)
-        self.num_open += 1
-        try:
-            if (waiting := self._before()) is not None:
-                await waiting
-            for event in self.events:
-                yield event
-        finally:
-            self.num_open -= 1
-
-    async def tokenize(self, request: TokenizeRequest, left_s: float | None = None) -> list[int]:
-        raise InvalidRequest("chat.messages[0].role", "no")
-
-    async def detokenize(self, token_ids: Any, model: str = "", **options: Any) -> str:
-        return f"{list(token_ids)} of {model}"
-
-    def model(self, name: str = "") -> ModelCard:
-        if name not in ("", "m"):
-            raise NotFound("model: none")
-        return ModelCard("m", 100, 50, 16, "p", True, ())
-
-
-def client(frontend: ScriptedFrontend, limit_s: float = 5.0) -> httpx.AsyncClient:
-    api = OpenAiApi(frontend, CollectorRegistry(), limit_s=limit_s)
-    transport = httpx.ASGITransport(Starlette(routes=api.routes()))
-    return httpx.AsyncClient(transport=transport, base_url="http://h")
-
-
-async def test_everything_is_answered_by_the_frontend() -> None:
+async def test_every_endpoint_calls_the_frontend() -> None:
     frontend = ScriptedFrontend()
     async with client(frontend) as http:
         got = (await http.post("/v1/completions", json=BODY)).json()
@@ -108,8 +62,8 @@ async def test_closing_a_stream_closes_all_its_calls() -> None:
     assert frontend.num_open == 0
 
 
-async def test_what_is_cancelled_within_is_no_end_of_an_answer() -> None:
-    """As when the tokenizer's threads are closed: the answer must not look complete."""
+async def test_an_inner_cancellation_is_an_error() -> None:
+    """As when the tokenizer's threads are closed: the response must not look complete."""
 
     def cancelled() -> None:
         raise asyncio.CancelledError

@@ -1,4 +1,4 @@
-"""What the API and its clients return as an assistant's message comes back as history."""
+"""Assistant's messages, as the API and its clients return them, are accepted as history."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class River(BaseModel):
 
 
 async def asked(client, way, **body):
-    """The assistant's message of a request, in one of the client's ways."""
+    """The assistant's message of a request, by one of the client's methods."""
     body = {"model": "smollm2", "messages": [USER], **body}
     if way == "create":
         body.pop("response_format", None)
@@ -83,7 +83,7 @@ async def test_messages_of_the_openai_client_come_back(way, text, body):
                 tools = {"tools": [TOOL]} if called else {}
                 await client.chat.completions.create(model="smollm2", messages=history, **tools)
                 prompts.add(tuple(worker.requests[-1].prompt_token_ids))
-    (prompt,) = prompts  # however it was dumped
+    (prompt,) = prompts  # for every form of dump
     assert text in f.tokenizer.decode(list(prompt), False)
 
 

@@ -11,9 +11,8 @@ import time
 import httpx
 import pytest
 
-from coordinator.api.openai import api
+from coordinator.api.openai import api, endpoint
 from coordinator.api.openai import body as body_module
-from coordinator.api.openai import endpoint as door
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from tests.support.fake_decode import Cue, lost
 from tests.support.http_front import events, http_front, until
@@ -62,7 +61,7 @@ async def test_events_come_as_tokens_do():
         assert at[2] - at[1] > 0.05
 
 
-async def test_usage_is_the_last_word_of_a_stream():
+async def test_usage_is_the_last_event_of_a_stream():
     async with http_front() as f:
         await f.worker()
         options = {"include_usage": True}
@@ -126,9 +125,9 @@ async def test_tool_calls():
             e["choices"][0]["delta"] for e in events(await f.chat(tools=TOOLS, stream=True))
         ]
         pieces = [piece for delta in streamed for piece in delta.get("tool_calls", ())]
-        (piece,) = pieces  # a call is announced at its end
+        (piece,) = pieces  # a call is sent when it is complete
         assert piece["function"] == {"name": "look", "arguments": '{"at": "river"}'}
-        # One that is cut is none, and no text either.
+        # A call that is cut off is not sent, as text neither.
         for limit in range(4, 12):
             for stream in (False, True):
                 response = await f.chat(tools=TOOLS, max_tokens=limit, stream=stream)
@@ -140,7 +139,7 @@ async def test_tool_calls():
                 assert cut[-1]["finish_reason"] == "length"
         prompt = f.tokenizer.decode(worker.requests[0].prompt_token_ids, False)
         assert json.dumps(TOOLS[0]) in prompt
-        # The conversation goes on with what was found.
+        # The conversation continues with the result.
         turns = [
             {"role": "user", "content": "Look"},
             choice["message"],
@@ -150,7 +149,7 @@ async def test_tool_calls():
         prompt = f.tokenizer.decode(worker.requests[-1].prompt_token_ids, False)
         assert CALL in prompt
         assert "<tool_response>\nwater\n</tool_response>" in prompt
-        # Without a choice there is no call, and the prompt tells of no tools.
+        # With the choice "none" there is no call, and the prompt has no tools.
         plain = (await f.chat(tools=TOOLS, tool_choice="none")).json()["choices"][0]
         assert plain["message"]["content"] == CALL
         prompt = f.tokenizer.decode(worker.requests[-1].prompt_token_ids, False)
@@ -212,7 +211,7 @@ async def test_a_client_that_goes_away_cancels_its_calls(stream, prompts):
 
 
 async def _go_away(f, body, stream):
-    """Leave in mid-stream, or while the answer is waited for."""
+    """Leave in the middle of the stream, or before the response."""
     if stream:
         async with f.http.stream("POST", "/v1/completions", json=body) as response:
             async for _ in response.aiter_lines():
@@ -233,7 +232,7 @@ async def test_a_client_that_goes_away_before_the_first_token():
 # Errors
 
 
-async def test_overload_says_when_to_come_back():
+async def test_overload_has_a_time_to_wait():
     async with http_front(max_queued_requests=1) as f:
         await f.worker(pace_s=0.3, group=1)
         first = asyncio.create_task(f.complete(max_tokens=3))
@@ -265,7 +264,7 @@ async def test_a_request_that_takes_too_long():
         assert got.json()["error"]["type"] == "timeout_error"
 
 
-async def test_a_stream_that_fails_says_so():
+async def test_a_stream_that_fails_ends_with_an_error():
     async with http_front(worker_wait_s=0.1) as f:
         await f.worker(cues=[Cue(5, lost()), *[Cue(0, lost())] * 50])
         got = events(await f.complete(max_tokens=20, stream=True, return_token_ids=True))
@@ -277,7 +276,7 @@ async def test_a_stream_that_fails_says_so():
         assert got.status_code == 503
 
 
-async def test_a_bug_is_told_without_details():
+async def test_a_bug_is_reported_without_details():
     async with http_front() as f:
         await f.worker(cues=[Cue(0, RuntimeError("secret"))] * 20)
         got = await f.complete()
@@ -286,7 +285,7 @@ async def test_a_bug_is_told_without_details():
         assert "secret" not in got.text
 
 
-async def test_errors_name_options_in_the_clients_words():
+async def test_errors_name_options_as_the_client_does():
     async with http_front(max_model_len=100) as f:
         await f.worker()
         for ask, body, status, param in [
@@ -329,7 +328,7 @@ async def test_what_http_itself_refuses(monkeypatch):
         monkeypatch.setattr(body_module, "MAX_BODY_BYTES", 1000)
         got = await f.complete(prompt="x" * 2000)
         assert got.status_code == 413
-        assert (await f.http.get("/v1/models")).status_code == 200  # the server goes on
+        assert (await f.http.get("/v1/models")).status_code == 200  # the server still runs
 
 
 # The rest
@@ -425,11 +424,11 @@ async def test_every_prompt_token_is_shown_where_asked():
         assert got["prompt_token_ids"] == list(worker.requests[-1].prompt_token_ids)
 
 
-async def test_what_a_long_prompt_scores_is_written_in_a_thread(monkeypatch):
-    """The same answer, and json holds the interpreter for single entries alone."""
+async def test_scores_of_a_long_prompt_are_written_in_a_thread(monkeypatch):
+    """The response is the same, and json holds the interpreter for one entry at a time."""
     sizes = []
-    to_json = door.to_json
-    monkeypatch.setattr(door, "to_json", lambda value: sizes.append(value) or to_json(value))
+    to_json = endpoint.to_json
+    monkeypatch.setattr(endpoint, "to_json", lambda value: sizes.append(value) or to_json(value))
     async with http_front() as f:
         await f.worker()
         prompt = [1 + i % 200 for i in range(300)]

@@ -1,4 +1,4 @@
-"""Bodies -> requests: what is served, what is refused by name, what is passed over."""
+"""Bodies -> requests: options that are served, refused by name, or ignored."""
 
 from __future__ import annotations
 
@@ -396,7 +396,7 @@ def test_chat_refuses_by_name(body, param):
     assert (found.status, found.param) == (400, param)
 
 
-def test_codes_tell_what_is_unknown_from_what_is_not_there():
+def test_codes_of_unknown_and_of_unsupported_options():
     assert failure(completion, temprature=1).code == "unknown_parameter"
     assert failure(completion, suffix="x").code == "unsupported_parameter"
     assert failure(completion, max_tokens=-1).code is None
@@ -408,14 +408,14 @@ CONTENT = ("prompt", "messages")  # which may not be null
 
 
 @pytest.mark.parametrize("path", READERS)
-def test_the_table_says_what_is_done(path):
+def test_the_tables_match_the_readers(path):
     read, served, neutral = READERS[path], SERVED[path], NEUTRALS[path]
     assert not served & IGNORED
     assert not (served | IGNORED) & neutral.keys()
     odd = {"an": ["odd", {"thing": None}]}
     for name in served:
         value = 5 if name == "guided_json" else odd  # which is a schema
-        found = failure(read, **{name: value})  # it is looked at
+        found = failure(read, **{name: value})  # it is checked
         assert found.param
         assert found.param.startswith(name)
         assert found.param != name or found.code is None
@@ -431,7 +431,7 @@ def test_the_table_says_what_is_done(path):
     assert failure(read, temprature=1).code == "unknown_parameter"
 
 
-# What the client does not send.
+# Parameters that the client does not send.
 OF_THE_CLIENT = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
 
 
@@ -485,19 +485,19 @@ def test_every_described_option_is_known():
         b'{"a": ' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}",
     ],
 )
-def test_what_is_no_body(raw):
+def test_malformed_bodies(raw):
     with pytest.raises(Refused) as caught:
         parse_body(raw)
     assert caught.value.failure.status == 400
     assert caught.value.failure.code == "invalid_json"
 
 
-def test_what_is_one():
+def test_a_deep_body_with_escapes():
     deep = MAX_DEPTH - 1
     body = b'{"a": ' + b"[" * deep + b"]" * deep + b', "b": "\\ud83d\\ude00", "c": 1e999}'
     got = parse_body(body)
     assert got["b"] == "\U0001f600"
-    assert got["c"] == math.inf  # refused where a number is read
+    assert got["c"] == math.inf  # refused where it is used as a number
 
 
 @pytest.mark.parametrize(
@@ -576,7 +576,7 @@ def test_the_table(error, status, code):
     assert set(found.body["error"]) == {"message", "type", "param", "code"}
 
 
-def test_when_to_come_back():
+def test_the_time_to_wait():
     assert failure_of(Overloaded("x", 2.25)).headers == {
         "retry-after": "3",
         "retry-after-ms": "2250",
@@ -598,7 +598,7 @@ def test_when_to_come_back():
         ("model", "model"),
     ],
 )
-def test_grpc_fields_in_the_clients_words(field, param):
+def test_fields_are_named_as_the_client_does(field, param):
     form = {"type": "json_object"}
     assert param_of(field, chat(max_completion_tokens=5, response_format=form).names) == param
     call = completion(prompt=["a", "b"])
@@ -619,6 +619,6 @@ def test_grpc_fields_in_the_clients_words(field, param):
         ),
     ],
 )
-def test_constraints_in_the_clients_words(field, option, param):
+def test_constraints_are_named_as_the_client_does(field, option, param):
     assert param_of(field, chat(**option).names) == param
     assert param_of(field, completion(**option).names_of(0)) == param

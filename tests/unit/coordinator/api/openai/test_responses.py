@@ -1,4 +1,4 @@
-"""Events -> both APIs' shapes, streamed and whole: the whole is the stream, folded."""
+"""Events -> responses of both APIs: a whole response is the folded stream."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def chat_writer(prompt_ids=None, **body):
 
 
 def feed(writer, *responses, first_text=""):
-    """(every choice of the stream, the whole answer); a response may be (prompt, response)."""
+    """(every choice of the stream, the whole response); an event may be (prompt, event)."""
     parts, whole = [], {}
     for item in responses:
         index, response = item if isinstance(item, tuple) else (0, item)
@@ -82,7 +82,7 @@ def test_reasons():
 
     assert of(reason=LENGTH) == ("length", None)
     assert of(text="END") == ("stop", "END")
-    assert of() == ("stop", None)  # a constraint came to its end
+    assert of() == ("stop", None)  # a constraint was complete
     assert of(token=9) == ("stop", 9)
     assert of(token=0) == ("stop", 0)
     assert of(token=2) == ("stop", None)  # end of sequence
@@ -131,15 +131,15 @@ def test_logprobs_of_completions():
     assert whole["choices"][0]["logprobs"] == {
         "tokens": [" a", "c"],
         "token_logprobs": [-0.5, -3.0],
-        # Two tokens that read alike: the likelier one's.
+        # Two tokens with one text: the value of the likelier one.
         "top_logprobs": [{" a": -0.5, " b": -1.5}, {"d": -0.25, "c": -2.0}],
         "text_offset": [0, 2],
     }
-    assert parts[1]["logprobs"]["text_offset"] == [2]  # counts on through the stream
+    assert parts[1]["logprobs"]["text_offset"] == [2]  # continues through the stream
     assert parts[2]["logprobs"] is None
 
 
-def test_what_json_cannot_say():
+def test_infinities_and_nan():
     worst = scored(1, "x", -math.inf, (2, "y", math.nan))
     _, whole = feed(completion_writer(logprobs=1), delta(text="x", logprobs=[worst]), finished())
     assert whole["choices"][0]["logprobs"]["top_logprobs"] == [{"x": -9999.0, "y": -9999.0}]
@@ -259,7 +259,7 @@ def test_a_chat():
     assert choice["finish_reason"] == "stop"
 
 
-def test_an_answer_of_nothing_has_a_role():
+def test_an_empty_output_has_a_role():
     parts, whole = feed(chat_writer(), finished())
     assert parts[0]["delta"]["role"] == "assistant"
     assert whole["choices"][0]["message"]["content"] == ""
@@ -295,7 +295,7 @@ def call(index, arguments, **first):
 def test_tool_calls():
     parts, whole = feed(
         chat_writer(tools=TOOLS),
-        delta(token_ids=[1]),  # held back: it says nothing
+        delta(token_ids=[1]),  # held back: it adds nothing
         delta(token_ids=[2], tool_calls=[call(0, "{", id="c0", name="f")]),
         delta(token_ids=[3], tool_calls=[call(0, "}"), call(1, '{"a":', id="c1", name="g")]),
         delta(token_ids=[4], tool_calls=[call(1, "1}")]),
@@ -345,7 +345,7 @@ def test_why_an_answer_of_calls_ends():
 
     assert reason() == "tool_calls"
     assert reason(tool_choice="required") == "tool_calls"
-    # OpenAI and vLLM: a named tool's answer ends with "stop".
+    # OpenAI and vLLM: a named tool's call ends with "stop".
     assert reason(tool_choice={"type": "function", "function": {"name": "f"}}) == "stop"
     assert reason(LENGTH) == "length"
 

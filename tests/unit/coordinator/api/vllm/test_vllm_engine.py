@@ -173,19 +173,19 @@ def token(token_id, logprob, *top):
 
 
 def test_log_probabilities_of_prompt_and_answer():
-    reply = ResponseBuilder(request(logprobs=2, prompt_logprobs=1, n=2))
+    builder = ResponseBuilder(request(logprobs=2, prompt_logprobs=1, n=2))
     prompt = PromptEvent("", [5, 6], [token(6, -1.0, (6, -1.0))])
-    assert not list(reply.add(prompt))
+    assert not list(builder.add(prompt))
     entries = [token(7, -0.5, (7, -0.5), (8, -2.0))]
     for index in (1, 0, 1):
-        ((response,)) = reply.add(Delta(index, "", [7], entries))
+        ((response,)) = builder.add(Delta(index, "", [7], entries))
         chunk = response.chunk
         assert chunk.index == index
         assert list(chunk.output_logprobs.token_logprobs) == [-0.5]
         assert list(chunk.output_logprobs.top_logprobs[0].token_ids) == [7, 8]
-    assert not chunk.HasField("input_logprobs"), "with the first chunk of a choice alone"
+    assert not chunk.HasField("input_logprobs"), "only with the first chunk of a choice"
     ended = finished(1, FinishReason.LENGTH, usage(2, cached=1, accepted=3))
-    ((response,)) = reply.add(ended)
+    ((response,)) = builder.add(ended)
     complete = response.complete
     assert list(complete.output_ids) == [7, 7]
     assert list(complete.output_logprobs.token_ids) == [7, 7]
@@ -194,7 +194,7 @@ def test_log_probabilities_of_prompt_and_answer():
     assert list(complete.input_logprobs.token_ids) == [5, 6]
     assert [list(top.token_ids) for top in complete.input_logprobs.top_logprobs] == [[], [6]]
     assert (complete.prompt_tokens, complete.cached_tokens) == (2, 1)
-    aborted = [response.complete for response in reply.abort()]
+    aborted = [response.complete for response in builder.abort()]
     assert [(c.index, c.finish_reason, list(c.output_ids)) for c in aborted] == [(0, "abort", [7])]
 
 
@@ -236,7 +236,7 @@ async def test_an_abort_ends_every_request_of_that_id_and_no_other():
         reading = [asyncio.create_task(responses(call)) for call in calls]
         await until(lambda: front.coordinator.pipeline.num_requests == 3)
         await asyncio.sleep(0.1)
-        await stub.Abort(pb.AbortRequest(request_ids=["a", "nobody"]))
+        await stub.Abort(pb.AbortRequest(request_ids=["a", "unknown"]))
         for task in reading[:2]:
             *chunks, last = await asyncio.wait_for(task, 5)
             assert last.complete.finish_reason == "abort"
