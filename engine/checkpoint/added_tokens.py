@@ -1,4 +1,4 @@
-"""Added tokens of a folder in Hugging Face layout, and which tokens end an answer.
+"""Added tokens of a folder in Hugging Face layout, and the tokens that end an output.
 
 Several files name added tokens, and no single one is complete:
 
@@ -7,9 +7,9 @@ Several files name added tokens, and no single one is complete:
     added_tokens.json       {token: id}
     special_tokens_map.json roles again, additional_special_tokens
 
-A token ends an answer where config.json, generation_config.json, tokenizer_config.json or
-special_tokens_map.json name it, and where its name alone tells (END_OF_TURN). A name counts only
-for a *special* added token: a word of the vocabulary that is spelled so stays a word.
+A token ends an output if config.json, generation_config.json, tokenizer_config.json or
+special_tokens_map.json gives it that role, or if its name is in END_OF_TURN. A name counts only for
+a *special* added token: an ordinary word of the vocabulary with the same spelling stays a word.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _NOT_WITH = {
 
 
 def end_of_turn(names: Iterable[str]) -> list[str]:
-    """Those of `names`, which are control tokens of one vocabulary, that end an answer."""
+    """Those of `names`, which are control tokens of one vocabulary, that end an output."""
     known = set(names)
     excluded = {end for family, end in _NOT_WITH.items() if family <= known}
     return sorted((known & END_OF_TURN) - excluded)
@@ -64,8 +64,8 @@ def end_of_turn(names: Iterable[str]) -> list[str]:
 def added_tokens(folder: Path) -> list[dict[str, Any]]:
     """All added tokens of a folder, by id, in tokenizer.json's form; raises CheckpointError.
 
-    tokenizer.json alone decides about its own tokens, but for one thing: a token is special if any
-    file makes it so. A token that it lacks comes from the other files.
+    The entries of tokenizer.json take precedence, except that a token is special if any file marks
+    it so. The other files add the tokens that tokenizer.json lacks.
     """
     found = {int(token["id"]): dict(token) for token in _in_tokenizer_json(folder / TOKENIZER)}
     named = {token["content"] for token in found.values()}
@@ -73,8 +73,8 @@ def added_tokens(folder: Path) -> list[dict[str, Any]]:
 
     def add(token_id: int, content: str, flags: Mapping[str, Any]) -> None:
         if token_id not in found and content not in named:
-            given = {flag: bool(flags.get(flag)) for flag in _FLAGS}
-            found[token_id] = {"id": token_id, "content": content, **given}
+            set_flags = {flag: bool(flags.get(flag)) for flag in _FLAGS}
+            found[token_id] = {"id": token_id, "content": content, **set_flags}
             named.add(content)
 
     for token_id, value in _decoder(folder / "tokenizer_config.json"):
@@ -85,9 +85,9 @@ def added_tokens(folder: Path) -> list[dict[str, Any]]:
         if isinstance(token_id, int):
             add(token_id, content, {})
     # transformers takes these from the vocabulary too, where no file adds them.
-    if around := [name for role in _ENDS for name in _roles(folder, role) if name not in named]:
+    if lacking := [name for role in _ENDS for name in _roles(folder, role) if name not in named]:
         vocab = _vocabulary(_optional(folder / TOKENIZER))
-        for content in around:
+        for content in lacking:
             if content in vocab:
                 add(vocab[content], content, {})
     for token in found.values():
@@ -116,7 +116,7 @@ def _roles(folder: Path, role: str) -> list[str]:
 
 
 def eos_token_ids(folder: Path, named: Iterable[int], vocab_size: int) -> tuple[int, ...]:
-    """Ids of all tokens that end an answer: `named` by config files first, then the folder's own.
+    """Ids of all tokens that end an output: first those that config files name, then the others.
 
     Raises CheckpointError where a file of the tokenizer cannot be read.
     """
@@ -129,7 +129,7 @@ def eos_token_ids(folder: Path, named: Iterable[int], vocab_size: int) -> tuple[
 
 
 def merged_tokenizer(folder: Path) -> str:
-    """Text of tokenizer.json with the added tokens of all files; as it is where it has them all.
+    """Text of tokenizer.json with the added tokens of all files; unchanged if it has them all.
 
     Raises CheckpointError.
     """
@@ -147,7 +147,7 @@ def merged_tokenizer(folder: Path) -> str:
 def _loadable(
     spec: Mapping[str, Any], more: Iterable[Mapping[str, Any]], path: Path
 ) -> list[Mapping[str, Any]]:
-    """Tokens that the library would give their own ids: of the vocabulary, or the next free one."""
+    """Tokens that the library gives the right id: the one in the vocabulary, or the next free."""
     vocab = _vocabulary(spec)
     names = {token["content"] for token in spec["added_tokens"]}
     highest = max([len(vocab) - 1, *(int(t["id"]) for t in spec["added_tokens"])])
@@ -190,7 +190,7 @@ def _in_tokenizer_json(path: Path) -> list[Mapping[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return []  # reading the file itself reports what is wrong with it
+        return []  # the reader of the file reports the error
     decoder, key = json.JSONDecoder(), '"added_tokens"'
     begin = text.find(key)
     while begin >= 0:
@@ -200,7 +200,7 @@ def _in_tokenizer_json(path: Path) -> list[Mapping[str, Any]]:
             at = text.index(":", at) + 1
             while text[at : at + 1].isspace():
                 at += 1
-            if text[at : at + 1] == "[":  # a word of the vocabulary has a number here
+            if text[at : at + 1] == "[":  # an entry of the vocabulary has a number here
                 try:
                     value, _ = decoder.raw_decode(text, at)
                 except ValueError:

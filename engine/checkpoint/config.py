@@ -1,7 +1,7 @@
 """A folder's `config.json` and `generation_config.json` as a ModelConfig. No torch here.
 
 The architecture's own file reads its keys (engine/models/); here are its choice and what all
-architectures share: which tokens end an answer.
+architectures share: the tokens that end an output.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engine.models.config import ConfigReader, ModelConfig
 def read_config(folder: Path) -> ModelConfig:
     """The configuration of a folder in Hugging Face layout.
 
-    Tokens that end an answer are those that any file of the folder names (added_tokens.py).
+    Tokens that end an output are those that any file of the folder names (added_tokens.py).
     Raises CheckpointError naming the file and the key that is missing or not supported.
     """
     path = folder / "config.json"
@@ -32,7 +32,7 @@ def read_config(folder: Path) -> ModelConfig:
     config = architecture.read_config(raw)
     generation = folder / "generation_config.json"
     tokens = read_json(generation) if generation.exists() else {}
-    # Each file may name some of the tokens that end an answer, and none is complete.
+    # Each file may name some of the tokens that end an output, and none is complete.
     named = [i for data in (tokens, raw.data) for i in _ids(data, "eos_token_id", raw)]
     first = [i for data in (tokens, raw.data) for i in _ids(data, "bos_token_id", raw)]
     return dataclasses.replace(

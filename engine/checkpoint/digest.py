@@ -1,4 +1,4 @@
-"""Digests of whole files: every byte, read once, remembered while the file is unchanged.
+"""Digests of whole files: every byte is read once; a note keeps the digests of unchanged files.
 
     file | range 0 | range 1 ... |    a range: a tensor, or all of the file
          | 8 MiB | 8 MiB | ...   |    a piece: SHA-256, in threads
@@ -34,14 +34,14 @@ _VERSION = 1  # of a digest's definition: part of every note
 _PIECE_BYTES = 8 << 20
 _MAX_THREADS = 16
 _WAIT_S = 1800.0
-# A change within one tick of the clock (10 ms at most) leaves ctime as it was: let the tick pass.
+# A change within one tick of the clock (at most 10 ms) does not change ctime: wait one.
 _TICK_NS = 20_000_000
 Range = tuple[int, int]  # [begin, end) bytes of a file
 
 
 @dataclass(frozen=True, slots=True)
 class Digested:
-    """A file's digests, and the state that they are of."""
+    """A file's digests, and the state of the file when it was hashed."""
 
     state: FileState
     digests: tuple[str, ...]  # hex, one a range
@@ -50,8 +50,8 @@ class Digested:
 def file_digests(path: Path, ranges: Sequence[Range] = (), *, progress: bool = True) -> Digested:
     """Digests of `ranges`, by default of the whole file; an unchanged file is not read again.
 
-    One process reads a file, the others wait for it. Raises CheckpointError, also where the file
-    changes meanwhile.
+    One process reads a file at a time, the others wait for its note. Raises CheckpointError, also
+    if the file changes meanwhile.
     """
     state = FileState.of(path)
     ranges = ranges or [(0, state.size_bytes)]

@@ -1,4 +1,4 @@
-"""Files of the cache that prove themselves: written whole or not at all, read only if unchanged.
+"""Files of the cache: written whole or not at all, and read only if their digest is right.
 
     part (temporary name) -> fsync -> rename -> fsync of the folder
 
@@ -22,14 +22,14 @@ _SEAL = "sha256"
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """What the file system changes whenever a file's bytes are changed."""
+    """Attributes that the file system changes whenever a file's bytes change."""
 
     path: Path  # without symbolic links
     inode: int
     size_bytes: int
     mtime_ns: int
-    ctime_ns: int  # set by the kernel alone: an old mtime can be put back, this cannot
-    named: Path = field(compare=False)  # as it was asked for: a link may point elsewhere later
+    ctime_ns: int  # only the kernel sets it: a program can restore mtime, but not this
+    named: Path = field(compare=False)  # as the caller gave it: a link may point elsewhere later
 
     @classmethod
     def of(cls, path: Path) -> FileState:
@@ -46,7 +46,7 @@ class FileState:
         return [str(self.path), self.inode, self.size_bytes, self.mtime_ns, self.ctime_ns]
 
     def check(self) -> None:
-        """Raise CheckpointError where the file has changed since, or another one bears its name."""
+        """Raise CheckpointError if the file has changed, or its path leads to another file now."""
         if FileState.of(self.named) != self:
             raise CheckpointError(f"{self.named}: the file changed while it was read; start again")
 

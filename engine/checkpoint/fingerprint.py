@@ -1,9 +1,10 @@
-"""What the weights are, in one short digest of all their bytes.
+"""The identity of a model: a short digest of its configuration and of all bytes of its weights.
 
-Two workers may exchange KV blocks only if they hold the same weights. The digest is of the *source*
-(the GGUF file, or the shards' tensors as they were published), never of a conversion, so it is the
-same whatever precision a worker computes in; it does not depend on how tensors are spread over
-shards. Configuration goes in by an explicit list of fields.
+Two workers may exchange KV blocks only if they hold the same weights. The digest covers the
+*source* (the GGUF file, or the tensors of the shards as they were published), never a conversion.
+So it does not depend on the precision that a worker computes in, nor on how tensors are spread over
+shards. The configuration counts by explicit lists of fields, never by `repr()`: a field that a
+later version adds leaves the digests of today's models as they are.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""A GGUF file as a folder in Hugging Face layout, so that everything after this page knows one
-layout only.
+"""Converts a GGUF file to a folder in Hugging Face layout, the only layout that other modules read.
 
-Architectures `llama` (which Mistral files use as well) and `qwen2`. The `gguf` package reads the
-format; this page knows what its keys mean. Imported only when there is something to convert: numpy
-and gguf cost start-up time.
+The architectures are those of engine/models that name a GGUF architecture (Mistral files use
+`llama`). The `gguf` package reads the format; this module interprets its keys. It is imported only
+when there is a file to convert, because numpy and gguf cost start-up time.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from engine.checkpoint.gguf_weights import ROPE_FREQS, PackedTensor, packed_tens
 from engine.models.config import ModelConfig
 from engine.telemetry.progress import bar
 
-# Llama 3.1 and 3.2 store the divisors that these numbers give, not the numbers.
+# Files of Llama 3.1 and 3.2 store the divisors that follow from these numbers, not the numbers.
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
 
 
@@ -40,7 +39,7 @@ class GGUFFile:
 
     @property
     def architecture(self) -> str:
-        """The format's own name of the architecture: llama, qwen2."""
+        """The format's name of the architecture: llama, qwen2, qwen3."""
         return str(self.meta.get("general.architecture"))
 
     def packed(self, config: ModelConfig) -> list[PackedTensor]:
@@ -95,7 +94,7 @@ def convert(path: Path, folder: Path, *, progress: bool) -> None:
         shown.update()
         try:
             config = read_config(folder)
-        except CheckpointError as error:  # of the file, not of the folder that is about to go
+        except CheckpointError as error:  # name the file: the folder is removed
             message = error.message.replace(str(folder / "config.json"), str(path))
             raise CheckpointError(message) from None
         file.packed(config)  # all tensors are there, and have the shapes of the configuration
@@ -139,7 +138,7 @@ def config_json(file: GGUFFile) -> dict[str, Any]:
 
 
 def _generation(file: GGUFFile) -> dict[str, Any]:
-    """Every token the metadata says ends an answer: end of sequence, of turn, of message."""
+    """All tokens that end an output by the metadata: end of sequence, of turn, of message."""
     keys = (f"tokenizer.ggml.{k}_token_id" for k in ("eos", "eot", "eom"))
     ids = [file.meta[k] for k in keys if file.meta.get(k) is not None]
     return {

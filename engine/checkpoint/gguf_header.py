@@ -1,9 +1,10 @@
-"""The scalars of a GGUF file's metadata, read in milliseconds: what cannot be served is refused
-before gigabytes are hashed, mapped or converted.
+"""Reads the scalars of a GGUF file's metadata in milliseconds.
+
+So a file that cannot be served is refused before gigabytes are hashed, mapped or converted.
 
     | "GGUF" | version u32 | tensors u64 | pairs u64 | (key, type u32, value) ... |
 
-Arrays are passed over; `gguf` reads them later, where a file is converted.
+Arrays are skipped; `gguf` reads them when a file is converted.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def gguf_architectures() -> dict[str, str]:
 
 
 def check_gguf(path: Path) -> None:
-    """Raise CheckpointError where the metadata alone tells that the file cannot be served."""
+    """Raise CheckpointError if the metadata shows that the file cannot be served."""
     header = read_header(path)
     _refuse_split(header)
     arch = header.architecture
@@ -85,7 +86,7 @@ def check_gguf(path: Path) -> None:
 
 
 def _refuse_split(header: Header) -> None:
-    """One part of a model in several files has the metadata and some of the tensors only."""
+    """A part of a split model has the metadata but only some of the tensors."""
     count, part = (header.scalars.get(f"split.{key}", 0) for key in ("count", "no"))
     if not isinstance(count, int) or not isinstance(part, int):
         raise CheckpointError(f"{header.path}: split.count and split.no must be whole numbers")
@@ -131,7 +132,7 @@ def _pairs(path: Path, file: BinaryIO) -> Header:
         key = _string(file, _MAX_KEY).decode()
         kind = _number(file, "<I")
         if kind == _ARRAY:
-            lengths[key] = _pass_over(file)
+            lengths[key] = _skip_array(file)
         elif kind == _STRING:
             scalars[key] = _string(file, _MAX_STRING).decode("utf-8", "replace")
         elif kind in _SCALARS:
@@ -141,7 +142,7 @@ def _pairs(path: Path, file: BinaryIO) -> Header:
     return Header(path, scalars, lengths)
 
 
-def _pass_over(file: BinaryIO) -> int:
+def _skip_array(file: BinaryIO) -> int:
     """Skip an array; returns its length."""
     kind, length = _number(file, "<I"), _number(file, "<Q")
     if kind in _SCALARS:

@@ -1,15 +1,14 @@
 """GGUF metadata -> `tokenizer.json` and `tokenizer_config.json`.
 
 A GGUF file holds the vocabulary and, for byte-level BPE, the merges, but only the *name* of the
-pre-tokenizer (`tokenizer.ggml.pre`); the expressions behind those names are facts of the models'
-own tokenizers. A name that is not known here is refused: a wrong split of digits or spaces gives
-other token ids and worse answers, silently.
+pre-tokenizer (`tokenizer.ggml.pre`). The expressions for those names are taken from the models'
+tokenizers. An unknown name is refused: a wrong split of digits or spaces would silently give other
+token ids and worse outputs.
 
-Some converters type control tokens NORMAL, and a prompt would spell `<|im_start|>` in letters. A
-NORMAL token is taken for a control token where metadata give it a role, or its name is one that
-only control tokens have, unless merges lead to it: those make a word of the vocabulary.
-USER_DEFINED tokens are found in any text and are no control tokens; they stay so unless they mark
-turns by name.
+Some converters give control tokens the type NORMAL, and a prompt would then spell `<|im_start|>` in
+letters. A NORMAL token counts as a control token if the metadata give it a role, or if only control
+tokens have such a name, unless merges lead to it: then it is a word of the vocabulary. USER_DEFINED
+tokens are found in any text and are not control tokens, except those that mark turns by name.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from engine.checkpoint.added_tokens import END_OF_TURN
 
 _Json = dict[str, Any]
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token types of the format
-# In tokenizer_config.json: tokens that the GGUF file types as text; a start logs them.
+# Key in tokenizer_config.json: control tokens that the GGUF file types as text; logged at start.
 CONTROL_BY_NAME = "control_tokens_by_name"
 _ENDS = ("bos", "eos", "eot", "eom")  # roles that only control tokens have
 _ROLES = (*_ENDS, "unknown", "padding")
-# How control tokens are written, and words never: <|name|>, in DeepSeek's wide bars too.
+# The form of control tokens, which no word has: <|name|>, also with DeepSeek's wide bars.
 _CONTROL_SHAPE = re.compile(r"<\|[^\s<>|]+\|>|<\uff5c[^\s<>\uff5c]+\uff5c>")
 _TURNS = END_OF_TURN | {
     *(
@@ -144,7 +143,7 @@ def check_pre(meta: Mapping[str, Any], path: Path) -> str:
 
 
 def _typed(meta: Mapping[str, Any], tokens: list[str], types: list[int]) -> list[int]:
-    """The types, with control tokens that are typed NORMAL put right."""
+    """The types, corrected for control tokens that have another type in the file."""
     roles = {meta.get(f"tokenizer.ggml.{role}_token_id") for role in _ENDS}
     normal = [i for i, t in enumerate(types) if t == _NORMAL and len(tokens[i]) > 1]
     named = [i for i in normal if i not in roles and _looks_control(tokens[i])]
@@ -155,12 +154,12 @@ def _typed(meta: Mapping[str, Any], tokens: list[str], types: list[int]) -> list
         wrong += [i for i in named if not is_word(tokens[i])]
     if not wrong:
         return types
-    put_right = set(wrong)
-    return [_CONTROL if i in put_right else t for i, t in enumerate(types)]
+    corrected = set(wrong)
+    return [_CONTROL if i in corrected else t for i, t in enumerate(types)]
 
 
 def _words(meta: Mapping[str, Any], tokens: list[str], types: list[int]) -> Callable[[str], bool]:
-    """Whether text can come to a token piece by piece: by merges, or by two pieces that make it."""
+    """A test whether text can give a token: by merges, or by two pieces that join to it."""
     if merges := meta.get("tokenizer.ggml.merges"):
         made = {merge.replace(" ", "", 1) for merge in merges}
         return made.__contains__
@@ -295,7 +294,7 @@ def _template(meta: Mapping[str, Any], tokens: list[str], *, add_bos: bool) -> _
 
 
 def _tokenizer_config(meta: Mapping[str, Any], tokens: list[str]) -> _Json:
-    """Special tokens by role, as chat templates know them, and the template itself."""
+    """Special tokens by role, as chat templates name them, and the template."""
     out: _Json = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -312,7 +311,7 @@ def _tokenizer_config(meta: Mapping[str, Any], tokens: list[str]) -> _Json:
 
 
 def _chat_templates(meta: Mapping[str, Any]) -> dict[str, str]:
-    """Texts by name; `tokenizer.chat_templates` lists the names, which not every file has."""
+    """Texts by name. The list `tokenizer.chat_templates` is not used: some files lack it."""
     prefix = "tokenizer.chat_template"
     found = {"default": meta.get(prefix)}
     for key, text in meta.items():

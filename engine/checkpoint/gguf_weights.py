@@ -7,9 +7,9 @@ neighbours:
     Hugging Face, a head of size d   0 1 2 .. d/2-1 | d/2 .. d-1
     GGUF                             0 d/2 1 d/2+1 2 d/2+2 ..
 
-Rows are quantised one by one, so the order is restored on the packed bytes, before anything is
-dequantised. Qwen2 files keep the original order. The GGUF layout is that of the ggml project's
-specification (gguf.md).
+Rows are quantised one by one, so the order is restored on the packed bytes, before they are
+dequantised. The architecture's list of tensors names the tensors: files of Qwen models keep
+the original order. The layout is specified in gguf.md of the ggml project.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from engine.telemetry.progress import Bar, bar
 SAFETENSORS_DTYPE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _PIECE_BYTES = 64 << 20  # of dequantised fp32 at a time
 
-ROPE_FREQS = "rope_freqs.weight"  # folded into config.json, not a weight
+ROPE_FREQS = "rope_freqs.weight"  # becomes a key of config.json, not a weight
 
 
 @dataclass(frozen=True, slots=True)

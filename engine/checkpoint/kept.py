@@ -1,12 +1,13 @@
-"""What is made once and kept in the cache, and checked whenever it is used.
+"""Entries of the cache: made once, kept, and checked at each use.
 
     <cache>/<kind>/<name>/        the files, and diptych.json: size and digest of each, sealed
     <cache>/<kind>/.<name>.part/  while it is made; renamed when all of it is on the disk
     <cache>/<kind>/<name>.lock    held meanwhile
 
-Every use reads all bytes: what a disk, a crash or a hand changed is never served. Such an entry is
-counted, logged and made again. This guards against damage, not against forgery: the folder belongs
-to the user that starts the processes.
+Every use reads all bytes, so an entry that was changed by a disk, a crash or a person is never
+served. It is counted, logged and made again. An entry of another version is made again without
+being counted. This guards against damage, not against forgery: the folder belongs to the user that
+starts the processes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ MANIFEST = "diptych.json"
 _VERSION = 1  # of the manifest
 _WAIT_S = 1800.0
 _QUIET_S = 0.5  # without a bar
-# Names of single files that versions before the manifest kept, by kind.
+# By kind, the single files that versions before the manifest kept.
 _OLD = {"native": "kernels-*.so", "packed": f"{'[0-9a-f]' * 32}*-[0-9].safetensors"}
 
 
@@ -46,8 +47,8 @@ def kept(
 ) -> Path:
     """The folder of an entry, each file as it was written; `make` fills an empty folder.
 
-    Several processes may ask at once: one makes it, the others wait for at most `wait_s`.
-    `read=False` compares sizes only: for a process that does not use the bytes itself.
+    One process at a time makes an entry, the others wait for at most `wait_s`. `read=False`
+    compares sizes only: for a process that does not use the bytes.
     Raises CheckpointError, and what `make` raises but for OSError.
     """
 
@@ -103,10 +104,10 @@ def _damage(folder: Path, entry: str, read: bool = True) -> str:
     if manifest is None or manifest.get("version") != _VERSION:
         return f"{MANIFEST} is missing or damaged"
     if manifest.get("entry") != entry:
-        return f"this is {manifest['entry']}"  # a folder that was moved here
+        return f"this is {manifest['entry']}"  # the folder was moved here
     files = manifest["files"]
     try:
-        # An additional file counts as well: optional files of a tokenizer would be read.
+        # An additional file is damage, too: a tokenizer would read optional files.
         present = {path.name for path in folder.iterdir()} - {MANIFEST}
         if differing := present.symmetric_difference(files):
             name = min(differing)
@@ -135,7 +136,7 @@ def _remove(path: Path) -> None:
 
 
 def _remove_old_format(parent: Path) -> None:
-    """What versions before the manifest kept here. Processes that have mapped it keep it."""
+    """Remove files of versions before the manifest. Processes that have mapped one keep it."""
     old = [*parent.glob(_OLD.get(parent.name, ".digests"))]
     for manifest in parent.glob(f"*/{MANIFEST}"):
         with suppress(OSError, ValueError):

@@ -1,5 +1,6 @@
-"""One converter at a time: an advisory file lock with a deadline. The kernel lets go of it when its
-owner dies. Waiting for it shows on standard error.
+"""An advisory file lock with a deadline, so that one process converts at a time.
+
+The kernel releases it when its owner dies. A line on standard error shows that a process waits.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ _QUIET_S = 2.0
 
 @contextmanager
 def exclusive(path: Path, wait_s: float, *, what: str = "converting this model") -> Iterator[None]:
-    """Hold the lock file `path`; CheckpointError if another process holds it for longer than
-    `wait_s`. `what`: the work that the holder does.
+    """Hold the lock file `path`. `what`: the work of the holder.
+
+    Raises CheckpointError if another process holds it for longer than `wait_s`.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:

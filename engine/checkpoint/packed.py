@@ -1,15 +1,15 @@
-"""Weights in the layout of our CPU kernels (engine/kernels/matmul.h), made once and kept.
+"""Weights in the layout of the CPU kernels (engine/kernels/matmul.h), made once and kept.
 
 A weight [N, K] is stored by groups of sixteen rows, a group by records of 32 columns: their scales,
 then their values, two neighbouring columns of each row beside each other:
 
     record   | d of 16 rows | (m of 16 rows) | columns 0 1 of rows 0..15 | columns 2 3 of ... |
 
-GGUF's Q4_0, Q4_1 and Q8_0 keep their own integers and scales: only their order changes. What has
-another type, and every weight under `--weights bf16`, is rounded to bfloat16. `--weights int8` and
-`int4` quantise again: a numeric profile of its own.
+GGUF's Q4_0, Q4_1 and Q8_0 keep their integers and scales: only the order changes. Weights of other
+types, and all weights under `--weights bf16`, are rounded to bfloat16. `--weights int8` and `int4`
+quantise again, which is a numeric profile of its own.
 
-One entry of the cache (kept.py) a (checkpoint, choice); torch is not needed.
+Each (checkpoint, choice) is one entry of the cache (kept.py). Torch is not needed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One weight, or several joined along their outputs, as it lies in the file."""
+    """One weight, or several joined along their outputs, in the layout of the file."""
 
     kind: str  # bf16, q4_0, q4_1 or q8_0
     rows: int
@@ -117,7 +117,7 @@ def quantise(kind: str, values: _Floats) -> _Bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor of the checkpoint: in its own packing, if there is a kernel for it, or as fp32."""
+    """A tensor of the checkpoint: in its packing, if a kernel takes that, or as fp32."""
 
     path: Path
     shape: tuple[int, ...]

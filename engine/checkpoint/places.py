@@ -1,7 +1,7 @@
-"""Where the cache is: its folder, or a temporary one where that cannot be written.
+"""The place of the cache: its folder, or a temporary one if that cannot be written.
 
-A read-only or full disk costs what the cache would have saved, not the start. What the cache
-already holds is used also where it cannot be written.
+On a read-only or full disk a start takes longer but does not fail. A cache that cannot be written
+is read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 
 class CacheError(CheckpointError):
-    """Nothing can be kept: neither in the cache nor in the temporary folder."""
+    """Neither the cache nor the temporary folder can be written."""
 
 
 def in_a_place(find: Callable[[Path], _T | None], make: Callable[[Path], _T]) -> _T:
@@ -62,7 +62,7 @@ def in_a_place(find: Callable[[Path], _T | None], make: Callable[[Path], _T]) ->
 
 
 def _temporary() -> Path:
-    """A folder of this user alone under the system's temporary folder. Raises OSError."""
+    """A private folder of this user under the system's temporary folder. Raises OSError."""
     folder = Path(tempfile.gettempdir()) / f"diptych-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()

@@ -1,11 +1,10 @@
-"""Safetensors files: their headers, their completeness, and a writer that holds one piece at a
-time.
+"""Safetensors files: their headers, a check that they are complete, and a writer.
 
     | 8 bytes: header length | JSON header: name -> dtype, shape, [begin, end) | data |
 
-The library's own writer wants every tensor in memory at once, which a converted 70B model is not;
-reading is the library's business, except for what tells a whole file from a truncated one before
-gigabytes are mapped.
+The library's writer needs every tensor in memory at once, too much for a converted 70B model; this
+one holds one piece at a time. The library reads tensors; this module reads headers, so that a
+truncated file is refused before gigabytes are mapped.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def read_header(path: Path) -> list[TensorEntry]:
 
 
 def read_metadata(path: Path) -> dict[str, object]:
-    """What the header tells besides tensors. Raises CheckpointError."""
+    """The metadata in the header. Raises CheckpointError."""
     found = _read(path)[0].get("__metadata__") or {}
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: not a safetensors file (its metadata is no object)")
@@ -158,7 +157,7 @@ def write_shard(
     tensors: Sequence[tuple[str, str, tuple[int, ...]]],
     pieces: Iterable[bytes | memoryview],
 ) -> None:
-    """Write one safetensors file into a folder that bears no final name yet.
+    """Write one safetensors file into a folder that has no final name yet.
 
     `tensors` are (name, dtype, shape) in the order of the data; `pieces` are their bytes one after
     another, cut anywhere.

@@ -1,5 +1,6 @@
-"""From what a user names to a folder in Hugging Face layout: the default model, a .gguf file, a
-folder, a hub id.
+"""Finds the model that a user names, as a folder in Hugging Face layout.
+
+The name is that of the default model, a .gguf file, a folder or a hub id.
 
 A GGUF file is converted once and kept:
 
@@ -45,8 +46,8 @@ class Checkpoint:
     folder: Path  # Hugging Face layout; for a GGUF file the converted folder
     name: str  # the name it is served under unless the user gives another
     config: ModelConfig
-    fingerprint: str  # of the source's weights; "" if they were not asked for
-    gguf: Path | None = None  # the original file, whose packed tensors may be wanted
+    fingerprint: str  # of the source's weights; "" if `resolve` was called without weights
+    gguf: Path | None = None  # the original file, with the packed tensors
     sources: tuple[FileState, ...] = ()  # the files of the fingerprint, as they were
 
     def check_unchanged(self) -> None:
@@ -65,7 +66,7 @@ def resolve(model: str, *, progress: bool = True, weights: bool = True) -> Check
         return _from_gguf(default_file(), DEFAULT_MODEL, progress)
     if not model:
         raise CheckpointError(
-            "the model's name is empty; a hub id, a folder or a .gguf file is wanted"
+            "the model's name is empty; expected a hub id, a folder or a .gguf file"
         )
     path = Path(model).expanduser()
     if model.endswith(".gguf"):
@@ -136,7 +137,7 @@ def _require_tokenizer(folder: Path) -> None:
 
 
 def _from_gguf(path: Path, name: str, progress: bool) -> Checkpoint:
-    check_gguf(path)  # what its metadata tell, before all of it is hashed
+    check_gguf(path)  # refuse what can be refused before all of it is hashed
     digested = file_digests(path, progress=progress)
     (digest,) = digested.digests
 
@@ -159,7 +160,7 @@ def _fetch(model: str, progress: bool, with_weights: bool) -> Path:
     config.json comes first, then the tokenizer, then the weights: a model that cannot be served is
     refused for a few kilobytes.
     """
-    # Imported here: nobody else should pay for it at start-up.
+    # Imported here: it would cost start-up time everywhere else.
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 

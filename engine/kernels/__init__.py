@@ -1,8 +1,8 @@
 """C kernels for the CPU: compiled once on the machine that runs them, called through ctypes.
 
-`kernels()` gives None where there is no compiler or the CPU lacks the instructions; callers then
-use torch, which is slower: `why_not` tells the reason. The shared object is kept under the cache
-folder, named by a digest of sources, compiler and CPU flags; `build` makes it.
+`kernels()` returns None if there is no compiler or the CPU lacks the instructions, and `why_not`
+returns the reason. Callers then use torch, which is slower. `build` makes the shared object, an
+entry of the cache under a digest of sources, compiler and CPU flags.
 
     decoder.c      one call a step: rows in, logits out; KV written on the way
     matmul.c       packed and dense products      attention.c   paged attention
@@ -21,7 +21,7 @@ from engine.kernels.build import BuildError, built_library
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
-# How much slower torch writes the default model's answers: measured, see docs/operations.md.
+# How much slower torch decodes with the default model: measured, see docs/operations.md.
 TIMES_SLOWER = 8
 
 
@@ -35,7 +35,7 @@ class Kernels:
 def kernels() -> Kernels | None:
     """The kernels for this CPU, compiled on the first call on a machine; None where there are none.
 
-    Never raises: everything here has a slower way in torch.
+    Never raises: torch computes the same, more slowly.
     """
     found = _load()
     return found if isinstance(found, Kernels) else None
@@ -49,7 +49,7 @@ def why_not() -> str:
 
 @cache
 def _load() -> Kernels | str:
-    """The kernels, or why there are none."""
+    """The kernels, or the reason why there are none."""
     command, missing = compiler(), KERNEL_FLAGS - cpu_flags()
     if missing:
         reason = f"this CPU lacks the instructions {', '.join(sorted(missing))}"

@@ -1,5 +1,7 @@
-"""Which of our ways computes a model on this machine, and which model drafts for it. No torch here:
-a coordinator asks too, to convert weights where a person sees the progress.
+"""Chooses what computes a model on this machine, and the model that drafts for it.
+
+No torch here: a coordinator makes the same choice, to convert weights where a person sees the
+progress.
 """
 
 from __future__ import annotations
@@ -20,21 +22,25 @@ from engine.telemetry.progress import print_line
 def pick_kernels(
     config: ModelConfig, model: ModelOptions, cache: CacheOptions, dtype: str, *, on_gpu: bool
 ) -> Kernels | None:
-    """Our own kernels where they can compute this model; None: torch does. Raises ConfigError."""
-    wanted = not on_gpu and dtype == "bfloat16" and model.seed_weights < 0
+    """The CPU kernels if they can compute this model; None: torch does. Raises ConfigError."""
+    is_candidate = not on_gpu and dtype == "bfloat16" and model.seed_weights < 0
     fits = not why_not_decoder(config) and cache.block_size % 16 == 0
-    library = kernels() if wanted and fits else None
+    library = kernels() if is_candidate and fits else None
     if library is None and model.weights in ("int8", "int4"):
         raise ConfigError(
             f"--weights {model.weights}: needs our CPU kernels (a C compiler, AVX512 with VNNI, "
             "a --block-size that is a multiple of 16); expected auto or bf16"
-            + (f" ({reason})" if wanted and (reason := why_torch(config, model, cache)) else "")
+            + (
+                f" ({reason})"
+                if is_candidate and (reason := why_torch(config, model, cache))
+                else ""
+            )
         )
     return library
 
 
 def why_torch(config: ModelConfig, model: ModelOptions, cache: CacheOptions) -> str:
-    """Why torch computes on a CPU what our kernels could; "" where they do, or torch was chosen."""
+    """Why torch computes on a CPU instead of the kernels; "" if they do, or torch was chosen."""
     if model.seed_weights >= 0 or model.dtype not in ("auto", "bfloat16"):
         return ""
     if reason := why_not_decoder(config):
@@ -45,7 +51,7 @@ def why_torch(config: ModelConfig, model: ModelOptions, cache: CacheOptions) -> 
 
 
 def packing(checkpoint: Checkpoint, options: ModelOptions) -> str:
-    """The packing of weights for our kernels: only a GGUF file has one of its own."""
+    """The packing of weights for the kernels: only a GGUF file has one already."""
     return "bf16" if options.weights == "auto" and checkpoint.gguf is None else options.weights
 
 
@@ -72,7 +78,7 @@ def resolve_draft(target: Checkpoint, spec: str, *, weights: bool) -> Checkpoint
         config = dataclasses.replace(target.config, num_layers=num_layers)
         fingerprint = f"{target.fingerprint}-{spec}"
         return dataclasses.replace(target, config=config, fingerprint=fingerprint)
-    draft = resolve(spec, weights=False)  # what its configuration tells goes first
+    draft = resolve(spec, weights=False)  # refuse by the configuration first
     sizes = draft.config.vocab_size, target.config.vocab_size
     if sizes[0] != sizes[1]:
         raise ConfigError(
@@ -83,7 +89,7 @@ def resolve_draft(target: Checkpoint, spec: str, *, weights: bool) -> Checkpoint
 
 
 def check_length(config: ModelConfig, max_model_len: int) -> None:
-    """Raise ConfigError where a context is asked for that the model does not have."""
+    """Raise ConfigError for a length beyond the model's context."""
     limit = config.context
     if max_model_len > limit:
         dynamic = config.rope_scaling.kind == "dynamic"
@@ -94,9 +100,9 @@ def check_length(config: ModelConfig, max_model_len: int) -> None:
 def prepare_weights(
     checkpoint: Checkpoint, model: ModelOptions, cache: CacheOptions, *, on_gpu: bool
 ) -> None:
-    """Do now what a worker would do at its start: compile kernels, convert or pack weights.
+    """Do what a worker would do at its start: compile kernels, convert or pack weights.
 
-    What is there already is checked by the workers: they use its bytes.
+    Entries that exist are not read here: the workers check them.
     Raises ConfigError, CheckpointError.
     """
     if model.draft_model:

@@ -1,10 +1,10 @@
-"""Compile the kernels: once on a machine, a compiler process for each source file.
+"""Compiles the kernels once on a machine, with a compiler process for each source file.
 
     missing or damaged --lock--> objects, several at a time --> link --> an entry of the cache
-                         '-- another process compiles: wait for it, then load what it made
+                         '-- another process compiles: wait, then load its result
 
-Slow is not failed: while a compiler runs it is waited for, and a line every few seconds shows it.
-The cache checks the file at each start (checkpoint/kept.py): a damaged one is made anew.
+A slow compiler is not an error: the build waits while it runs and shows a line every few seconds.
+The cache checks the file at each start (checkpoint/kept.py): a damaged one is made again.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from engine.telemetry.progress import LINE_S, Progress
 
 _log = get_logger(__name__)
 FOLDER = Path(__file__).parent
-# No contraction: an expression must round the same wherever the compiler put it.
+# No contraction: an expression must round the same way wherever it is compiled.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-pthread")
 _LINK = ("-shared", "-lm")
-# A compiler that hangs ends here; one that is slow (a loaded machine took 300 s) does not.
+# Ends a compiler that hangs, but not a slow one (a loaded machine took 300 s).
 _COMPILE_S = 3600.0
 _POLL_S = 0.05
 _FILE = "kernels.so"
 
 
 class BuildError(Exception):
-    """Why there is no library, in one sentence."""
+    """The reason why there is no library, in one sentence."""
 
 
 def built_library(compiler: str, flags: frozenset[str]) -> Path:
@@ -59,7 +59,7 @@ def built_library(compiler: str, flags: frozenset[str]) -> Path:
 
 
 def _key(compiler: str, flags: frozenset[str]) -> str:
-    """A digest of all that decides what comes out."""
+    """A digest of everything that determines the result."""
     try:
         with Progress(f"waiting for {compiler} --version", first_s=LINE_S):
             version = subprocess.run(
@@ -117,50 +117,50 @@ def _run_all(commands: Sequence[Sequence[str]], folder: str, shown: Progress) ->
             while waiting and len(running) < num_slots:
                 output = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
                 running.append((_start(waiting.pop(), folder, output), output))
-            for process, said in [*running]:
+            for process, log in [*running]:
                 if process.poll() is not None:
-                    running.remove((process, said))
-                    _check(process, said)
+                    running.remove((process, log))
+                    _check(process, log)
                     if len(commands) > 1:
                         shown.detail = f"{len(commands) - len(waiting) - len(running)} done"
             if time.monotonic() > deadline:
                 raise BuildError(f"the compiler did not end within {_COMPILE_S:.0f} s")
             time.sleep(_POLL_S)
     finally:
-        for process, said in running:
+        for process, log in running:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # the driver, and what it runs
             process.wait()
-            said.close()
+            log.close()
 
 
-def _start(command: Sequence[str], folder: str, said: IO[bytes]) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], folder: str, output: IO[bytes]) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
+            stdout=output,
+            stderr=output,
             env=environment_with(TMPDIR=folder, LC_ALL="C"),  # see `_check`
             process_group=0,
         )
     except OSError as error:
-        said.close()
+        output.close()
         raise BuildError(f"{command[0]}: {error.strerror}") from None
 
 
-def _check(process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
-    """Raise BuildError where a compiler has failed, with the line that tells why; OSError where the
-    disk is full.
+def _check(process: subprocess.Popen[bytes], output: IO[bytes]) -> None:
+    """Raise BuildError if a compiler has failed, with the line that gives the reason; OSError if
+    the disk is full.
     """
-    with said:
+    with output:
         if process.returncode == 0:
             return
-        said.seek(0)
-        lines = said.read().decode(errors="replace").splitlines()
+        output.seek(0)
+        lines = output.read().decode(errors="replace").splitlines()
     if process.returncode < 0:
         raise BuildError(f"the compiler was ended by signal {-process.returncode}")
     if any(os.strerror(errno.ENOSPC) in line for line in lines):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    telling = [line.strip() for line in lines if "error" in line.lower()] or lines[-1:]
-    raise BuildError(telling[0][:500] if telling else f"exit status {process.returncode}")
+    reasons = [line.strip() for line in lines if "error" in line.lower()] or lines[-1:]
+    raise BuildError(reasons[0][:500] if reasons else f"exit status {process.returncode}")

@@ -2,7 +2,7 @@
 
 A layer's fields are named as the joined tensors of an architecture's list (engine/models/). A
 tensor that the list does not have is NULL; a model with a tensor that has no field here is computed
-by torch. No torch here: a coordinator asks too.
+by torch. No torch here: a coordinator chooses the backend, too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which precision `--dtype auto` means on this machine. No torch here: a coordinator asks too."""
+"""The precision that `--dtype auto` means on this machine. No torch here: coordinators use it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BFLOAT16_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))  # the last is 
 
 
 def _kernels_build() -> bool:
-    """Whether our kernels are there; compiles them where that was not done yet."""
+    """Whether there are kernels; compiles them if needed."""
     from engine.kernels import kernels  # it needs this module
 
     return kernels() is not None
@@ -20,10 +20,10 @@ def _kernels_build() -> bool:
 def auto_dtype(
     *, on_gpu: bool, cpuinfo: Path = CPUINFO, kernels_build: Callable[[], bool] = _kernels_build
 ) -> str:
-    """bfloat16 where the hardware or our kernels multiply it, else float32."""
+    """bfloat16 if the hardware or the CPU kernels multiply it, else float32."""
     flags = cpu_flags(cpuinfo)
     if on_gpu or _BFLOAT16_FLAGS & flags:
         return "bfloat16"
-    # A compiler that is there and fails must not leave torch with a precision that it emulates.
+    # If the compiler fails, torch must not get a precision that it can only emulate.
     kernels = flags >= KERNEL_FLAGS and compiler() is not None and kernels_build()
     return "bfloat16" if kernels else "float32"

@@ -37,7 +37,7 @@ typedef struct {
     const float *bias;
     int64_t num_bias;
     uint64_t position;
-    const int32_t *tokens; /* prompt and answer; of no length, like `draft`, unless it penalizes */
+    const int32_t *tokens; /* prompt and output; empty, like `draft`, unless it penalizes */
     int64_t num_tokens, num_prompt;
     const int32_t *draft;
     int64_t num_draft;
@@ -128,7 +128,7 @@ static int first_of(const float *x, int n, float value, const float *peaks) {
 
 /* ---- bans, bias, penalties ---------------------------------------------------------------------------- */
 typedef struct {
-    int32_t *marks, *seen; /* a mark is 1 + 2 * (how often in the answer), 0 if the token never occurs */
+    int32_t *marks, *seen; /* a mark is 1 + 2 * (how often in the output), 0 if the token never occurs */
     int num_seen, failed;
 } history;
 

@@ -41,7 +41,7 @@ static struct {
     int items; /* of the loop in work */
     int count; /* threads, the caller's included */
     int64_t *board;
-    int line, num_lines;    /* ours; so many may have bells */
+    int line, num_lines;    /* of this worker; lines that may have bells */
     int owner[MAX_THREADS]; /* line of the core that a helper works on */
 } pool = {.count = 1, .num_lines = 1};
 
@@ -63,7 +63,7 @@ static int is_free(int owner) {
     return __atomic_load_n(&pool.board[owner * LINE], __ATOMIC_RELAXED) < now_ns();
 }
 
-/* Take items until none is left or, for a helper, its core is wanted. */
+/* Take items until none is left or, for a helper, its owner needs the core. */
 static void work(int thread) {
     uint64_t ticket = __atomic_load_n(&pool.ticket, __ATOMIC_ACQUIRE);
     while (ticket & ITEMS) {
@@ -127,7 +127,7 @@ void parallel(int count, work_item run, void *arg) {
 
 int num_threads(void) { return pool.count; }
 
-/* Start `count` - 1 helpers, once a process. `board` (-1: all cores are ours) is the file of a page that the
+/* Start `count` - 1 helpers, once a process. `board` (-1: no sharing) is the file of a page that the
  * machine's workers share, one line of 64 bytes each; thread i works on a core of the worker whose line is
  * owners[i]. Returns how many threads there are then. */
 int diptych_threads_start(int count, int board, int line, const int *owners) {
@@ -147,7 +147,7 @@ int diptych_threads_start(int count, int board, int line, const int *owners) {
     return pool.count;
 }
 
-/* Around a step: while busy, and a moment longer, this worker's cores are its own. */
+/* Called around a step: no other worker uses this worker's cores while it is busy, and a moment longer. */
 void diptych_threads_busy(int busy) {
     if (pool.board)
         __atomic_store_n(&pool.board[pool.line * LINE], now_ns() + (busy ? BUSY_NS : LINGER_NS), __ATOMIC_RELAXED);

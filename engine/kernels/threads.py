@@ -1,6 +1,6 @@
-"""The native thread pool of this process, and the page on which local workers share cores.
+"""The native thread pool of this process, and the page by which local workers share cores.
 
-See threads.c for what a line of the board means.
+threads.c explains the lines of the page.
 """
 
 from __future__ import annotations
@@ -23,26 +23,29 @@ class Threads:
     """The pool; one a process."""
 
     def __init__(self, library: Kernels, num_threads: int, seat: Seat | None = None) -> None:
-        """Start the helpers. Where the board cannot be had, all cores count as ours."""
+        """Start the helpers. Without a board this process uses all cores."""
         self._library = library.library
-        board, whose = -1, [0] * num_threads
+        board, core_owners = -1, [0] * num_threads
         if seat is not None and 1 < seat.count <= MAX_WORKERS:
             cores = max(num_threads, usable_cores())
-            whose = owners(cores, seat.index, seat.count)[:num_threads]
+            core_owners = owners(cores, seat.index, seat.count)[:num_threads]
             board = _open(Path(seat.board))
         self.count: int = self._library.diptych_threads_start(
-            num_threads, board, seat.index if seat else 0, (ctypes.c_int * num_threads)(*whose)
+            num_threads,
+            board,
+            seat.index if seat else 0,
+            (ctypes.c_int * num_threads)(*core_owners),
         )
         if board >= 0:
             os.close(board)
 
     def busy(self, busy: bool) -> None:
-        """Around a step: the neighbours leave this worker's cores alone while it is busy."""
+        """Around a step: other workers do not use this worker's cores while it is busy."""
         self._library.diptych_threads_busy(int(busy))
 
 
 def _open(path: Path) -> int:
-    """A descriptor of the page, whose memory is there; -1 where it cannot be had."""
+    """A descriptor of the page, with its memory allocated; -1 if that fails."""
     descriptor = -1
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)

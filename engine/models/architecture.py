@@ -1,4 +1,4 @@
-"""What an architecture is: one file of this folder, which nothing else has to name.
+"""What an architecture is: one file of this folder, which is found by its place.
 
     engine/models/<arch>.py   ARCHITECTURES = (Architecture(...), ...)
         read_config   config.json (a GGUF file is converted to one) -> ModelConfig
@@ -9,7 +9,7 @@ What derives from the list: the torch loader and the random weights (engine/runn
 packer (engine/checkpoint/packed.py), the names, shapes and row order of a GGUF file
 (engine/checkpoint/gguf_weights.py) and the structs of the C decoder
 (engine/runner/native_model.py). No torch is imported here: a coordinator reads configurations, and
-a forward pass needs only the operators of the tensors that it gets.
+a forward pass needs only the operators of the tensors that are handed in.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Layer = Mapping[str, Op]
 
 
 class Step(Protocol):
-    """What a forward pass asks of the step that it computes; T tokens, S wanted logits."""
+    """What a forward pass needs of the step that it computes: T tokens, S logits."""
 
     def embed(self) -> Tensor:
         """Embeddings of the step's tokens, [T, hidden]."""
@@ -72,7 +72,7 @@ class Step(Protocol):
         ...
 
     def logits(self, x: Tensor) -> Tensor:
-        """Final norm and output head of the tokens whose logits are wanted: fp32 [S, vocab]."""
+        """Final norm and output head of the tokens that need logits: fp32 [S, vocab]."""
         ...
 
     def no_logits(self) -> Tensor:

@@ -127,7 +127,7 @@ class ConfigReader:
         return int(value)
 
     def refuse(self, key: str, value: object, right: str) -> CheckpointError:
-        """The error for a value that is not supported; `right` tells what would be."""
+        """The error for a value that is not supported; `right` names what would be."""
         return CheckpointError(f"{self.path}: {key} {value!r} is not supported; {right}")
 
 

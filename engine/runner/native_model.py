@@ -1,4 +1,4 @@
-"""A decoder computed by our own kernels on the CPU: one call a step.
+"""A decoder computed by the C kernels on the CPU: one call a step.
 
 What a TorchModel computes with bfloat16 activations, this computes with fp32 ones; see
 engine/kernels/decoder.c for the arithmetic. The numbers of a token do not depend on what else is in
@@ -63,16 +63,16 @@ class NativeModel:
         return NativeRunner(self, kv_cache, host.threads())
 
     def forward(self, rows: Sequence[Row], kv_cache: KVCache) -> torch.Tensor:
-        """Write the rows' KV; return the wanted logits, row by row: fp32 [S, vocab].
+        """Write the rows' KV; return the logits that the rows ask for: fp32 [S, vocab], row by row.
 
-        The logits are good until the next call. Raises ValueError on a row that contradicts itself,
+        The logits are valid until the next call. Raises ValueError for an inconsistent row, and
         MemoryError; nothing has been written then.
         """
         layout = kv_cache.layout
         check_rows(rows, layout.block_size)
         lengths = np.array([len(row.token_ids) for row in rows], np.int32)
         ends = np.cumsum(lengths, dtype=np.int32)
-        wanted = [
+        logit_index = [
             np.arange(end - row.num_logits, end, dtype=np.int32)
             for row, end in zip(rows, ends.tolist(), strict=True)
         ]
@@ -85,12 +85,12 @@ class NativeModel:
             "first_token": np.concatenate([np.zeros(1, np.int32), ends]),
             "position": np.array([row.start for row in rows], np.int32),
             "tables": tables,
-            "logit_index": np.concatenate(wanted),
+            "logit_index": np.concatenate(logit_index),
         }
         if arrays["token_ids"].view(np.uint32).max() >= self.config.vocab_size:
             raise ValueError(f"a token id is not below {self.config.vocab_size}")
         num_logits = len(arrays["logit_index"])
-        logits = self._room(num_logits)
+        logits = self._logits_buffer(num_logits)
         batch = BatchStruct(
             int(ends[-1]),
             len(rows),
@@ -111,8 +111,8 @@ class NativeModel:
             raise MemoryError(f"no memory for a step of {int(ends[-1])} tokens")
         return logits
 
-    def _room(self, num_logits: int) -> torch.Tensor:
-        """Memory for logits [num_logits, vocab]: fresh pages cost as much as a row."""
+    def _logits_buffer(self, num_logits: int) -> torch.Tensor:
+        """Memory for logits [num_logits, vocab], reused: new pages cost as much as a row."""
         if num_logits > len(self._logits):
             size = (num_logits + num_logits // 2, self.config.vocab_size)
             self._logits = torch.empty(size, dtype=torch.float32)

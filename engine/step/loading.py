@@ -1,6 +1,6 @@
 """Models, from a checkpoint to what runs them, and the numeric profile of how they are computed.
 
-Our own kernels where they can compute a model on the CPU, torch everywhere else.
+The C kernels compute a model on the CPU where they can, torch everywhere else.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _log = get_logger(__name__)
 
 
 def pick_dtype(options: ModelOptions, device: Device) -> str:
-    """The precision asked for; `auto` is bfloat16 where the hardware multiplies it."""
+    """The precision of `--dtype`; `auto` is bfloat16 where the hardware multiplies it."""
     if options.weights != "auto" and options.dtype in ("float32", "float16"):
         raise ConfigError(
             f"--weights {options.weights} contradicts --dtype {options.dtype}; "
@@ -53,19 +53,19 @@ def pick_dtype(options: ModelOptions, device: Device) -> str:
 def numeric_profile(
     checkpoint: Checkpoint, options: ModelOptions, dtype: str, *, native: bool, on: str = ""
 ) -> str:
-    """Everything that changes the numbers of an answer; part of the compatibility digest.
+    """Everything that changes the numbers of an output; part of the compatibility digest.
 
-    `on` names a GPU's architecture and attention kernels: another one rounds otherwise, so that its
-    blocks do not continue ours.
+    `on` names a GPU's architecture and attention kernels: others round differently, so their blocks
+    cannot be continued.
     """
     source = checkpoint.fingerprint
     if options.seed_weights >= 0:
         source = f"random-{options.seed_weights}-{config_digest(checkpoint.config)}"
     if not native:
         return f"{source} weights={dtype} activations={dtype} kv={dtype}{on and ' ' + on}"
-    kept = {"auto": "gguf", "bf16": "bfloat16"}
+    names = {"auto": "gguf", "bf16": "bfloat16"}
     choice = packing(checkpoint, options)
-    return f"{source} weights={kept.get(choice, choice)} activations=float32/int16 kv={dtype}"
+    return f"{source} weights={names.get(choice, choice)} activations=float32/int16 kv={dtype}"
 
 
 def layout_of(config: ModelConfig, cache: CacheOptions, dtype: str) -> KVLayout:
@@ -128,7 +128,7 @@ class Models:
 
 
 class Loader:
-    """Loads models, by our own kernels where they can compute them; their runners share threads."""
+    """Loads models, for the C kernels where these can compute them; the Host of their runners."""
 
     def __init__(
         self,
