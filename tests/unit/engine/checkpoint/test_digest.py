@@ -86,7 +86,7 @@ def test_one_byte_anywhere_is_another_model(tmp_path: Path) -> None:
 
 
 def test_a_byte_between_the_old_samples_with_an_old_time(tmp_path: Path) -> None:
-    """Same size, same inode, the time put back."""
+    """The same size and inode, and the modification time restored."""
     (tmp_path / "m").mkdir()
     place = folder(tmp_path / "m" / "x")
     path = place / "model.safetensors"
@@ -158,7 +158,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_refused(
 
 
 def test_digests_are_trees_of_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the docstring defines them, whatever the number of threads."""
+    """The digests are as the docstring defines them, with any number of threads."""
     data = random.Random(1).randbytes(1000)
     (tmp_path / "x").write_bytes(data)
     monkeypatch.setattr(digest, "_PIECE_BYTES", 64)

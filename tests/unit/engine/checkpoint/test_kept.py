@@ -1,4 +1,4 @@
-"""What the cache keeps is served as it was written, or made again: never as damage left it."""
+"""An entry of the cache is served as it was written, or made again: damage is never served."""
 
 from __future__ import annotations
 
@@ -136,16 +136,16 @@ def test_the_packed_file_of_another_model_is_not_served(tmp_path: Path) -> None:
     ]
     before = [weights(x, "float32")[0].read_bytes() for x in (one, two)]
     assert before[0] != before[1]
-    for left, right in pairs:
+    for first, second in pairs:
         aside = tmp_path / "aside"
-        left.rename(aside)
-        right.rename(left)
-        aside.rename(right)
+        first.rename(aside)
+        second.rename(first)
+        aside.rename(second)
     assert everything(str(tmp_path / "a.gguf"))[0] == one
     assert [weights(x, "float32")[0].read_bytes() for x in (one, two)] == before
     # Single files too.
-    ours, theirs = (weights(x, "float32")[0] for x in (one, two))
-    shutil.copy(theirs, ours)
+    first, second = (weights(x, "float32")[0] for x in (one, two))
+    shutil.copy(second, first)
     assert weights(one, "float32")[0].read_bytes() == before[0]
 
 
@@ -165,7 +165,7 @@ def test_several_processes_repair_the_same_damage(model: str, cache: Path) -> No
                 path.write_bytes(b"")
     command = [sys.executable, "-c", USE, model]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    out = [process.communicate(timeout=120)[0] for process in running]  # log lines, then ours
+    out = [process.communicate(timeout=120)[0] for process in running]  # log lines, then its output
     (line,) = {text.splitlines()[-1] for text in out}
     assert [process.returncode for process in running] == [0, 0, 0]
     assert line.split()[0] == found.fingerprint
@@ -250,11 +250,11 @@ def test_a_cache_of_another_user_is_as_good_as_none(
 def test_a_cache_that_is_deleted_while_it_is_written_is_written_again(
     model: str, cache: Path, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
-    sync, left = files.sync, [times]
+    sync, remaining = files.sync, [times]
 
     def deleting(path: Path) -> None:
-        if left[0] and "models" in path.parts:
-            left[0] -= 1
+        if remaining[0] and "models" in path.parts:
+            remaining[0] -= 1
             shutil.rmtree(cache)
         sync(path)
 
@@ -384,7 +384,7 @@ def test_an_entry_of_another_version_is_made_again_and_is_no_damage(cache: Path)
 def test_a_process_that_uses_no_bytes_reads_none(
     model: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It makes what is missing, empty or cut; other damage is for the processes that read it."""
+    """It makes entries that are missing, empty or cut; their readers find other damage."""
     found, _ = everything(model)
     path = weights(found, "float32")[0]
     content = path.read_bytes()
@@ -398,7 +398,7 @@ def test_a_process_that_uses_no_bytes_reads_none(
 
 
 def test_a_link_that_is_turned_while_the_model_is_loaded(model: str, tmp_path: Path) -> None:
-    """A link to the file, and to its folder: the cache never has one model under another's name."""
+    """A link to the file, and to its folder: no entry is of one model and named after another."""
     tiny_gguf.tiny(tmp_path / "other.gguf", seed=5)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -406,8 +406,8 @@ def test_a_link_that_is_turned_while_the_model_is_loaded(model: str, tmp_path: P
     os.link(tmp_path / "other.gguf", tmp_path / "b" / "m.gguf")
     (tmp_path / "file.gguf").symlink_to("a/m.gguf")
     (tmp_path / "now").symlink_to("a")
-    for asked, link, to in (("file.gguf",) * 2 + ("b/m.gguf",), ("now/m.gguf", "now", "b")):
-        found = resolve(str(tmp_path / asked), progress=False)
+    for name, link, to in (("file.gguf",) * 2 + ("b/m.gguf",), ("now/m.gguf", "now", "b")):
+        found = resolve(str(tmp_path / name), progress=False)
         (tmp_path / link).unlink()
         (tmp_path / link).symlink_to(to)
         with pytest.raises(CheckpointError, match=r"m.*\.gguf|file\.gguf: the file changed"):

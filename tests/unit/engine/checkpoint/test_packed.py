@@ -56,13 +56,13 @@ def test_it_is_made_once_however_many_ask(
         write(*args)
 
     monkeypatch.setattr(packed, "_write", counted)
-    ask = [
+    threads = [
         threading.Thread(target=packed_file, args=(checkpoint, "auto"), kwargs={"progress": False})
         for _ in range(3)
     ]
-    for thread in ask:
+    for thread in threads:
         thread.start()
-    for thread in ask:
+    for thread in threads:
         thread.join(60)
     assert made == [1]
 
@@ -173,7 +173,7 @@ WRONG: dict[str, tuple[Callable[[Tensors], object], dict[str, object], str]] = {
         {},
         r"model\.safetensors: tensor .*up_proj\.weight has type I8",
     ),
-    "a bias that nobody adds": (
+    "a bias that is never added": (
         put(f"{FIRST}.self_attn.q_proj.bias", np.zeros(64, np.float16)),
         {},
         r"unexpected tensor model\.layers\.0\.self_attn\.q_proj\.bias in a LlamaForCausalLM",

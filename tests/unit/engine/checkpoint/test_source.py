@@ -86,7 +86,7 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
 def test_reading_a_gguf_again_shows_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its metadata takes seconds, before the first weight is converted."""
+    """A line shows that the metadata is read: it takes seconds."""
     tiny_gguf.tiny(tmp_path / "m.gguf")
     found = resolve(str(tmp_path / "m.gguf"))
     capsys.readouterr()
@@ -240,7 +240,7 @@ def test_hub_ids_come_from_the_hubs_cache_when_offline(tmp_path: Path) -> None:
 def test_what_configuration_tells_goes_before_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a folder nothing is read, of a hub id nothing is fetched, that does not matter."""
+    """No weights of a folder are read, and no further files of a hub id are fetched."""
     place = folder(tmp_path / "m")
     read = mock.Mock(side_effect=AssertionError("weights are read"))
     monkeypatch.setattr(source, "find_shards", read)

@@ -1,4 +1,4 @@
-"""Which way a model is computed, and what is refused."""
+"""What computes a model, and which options are refused."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_what_drafts_is_said_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "block_size", "odd", "said"),
+    ("model", "block_size", "odd", "line"),
     [
         (ModelOptions(), 16, False, "x runs on torch, about 3 times slower: no compiler here"),
         (ModelOptions(), 8, False, "--block-size 8 is not a multiple of 16"),
@@ -132,7 +132,7 @@ def test_the_start_says_why_torch_computes(
     model: ModelOptions,
     block_size: int,
     odd: bool,
-    said: str,
+    line: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -143,7 +143,7 @@ def test_the_start_says_why_torch_computes(
     checkpoint = Checkpoint(Path("x"), "x", tiny_config() if odd else CONFIG, "f")
     prepare_weights(checkpoint, model, CacheOptions(block_size), on_gpu=False)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [] if not said else said in lines[0]
+    assert lines == [] if not line else line in lines[0]
     prepare_weights(checkpoint, model, CacheOptions(block_size), on_gpu=True)
     assert capsys.readouterr().err == ""
 

@@ -1,4 +1,4 @@
-"""The kernels' file: made once, by one process; slow is not failed, damaged is made anew."""
+"""The kernels' file: made once by one process; a slow compiler is no error; damage is repaired."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.paths import ROOT
 
 FLAGS = frozenset(("a", "b"))
 
-# Stands in for a C compiler: notes what it is called for and writes what it is asked for.
+# Stands in for a C compiler: notes each call and writes the output file.
 COMPILER = """\
 #!{python} -S
 import os, sys, time
@@ -64,9 +64,9 @@ def test_each_source_has_a_compiler_of_its_own_and_a_line_says_so(
     made = calls(tmp_path)
     assert len([c for c in made if "'-c'" in c]) == num_sources
     assert len([c for c in made if "'-shared'" in c]) == 1
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == f"compiling the CPU kernels ({num_sources} files, once on a machine)"
-    assert any("done, " in line for line in said[1:]), "and how far it is, while it goes on"
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"compiling the CPU kernels ({num_sources} files, once on a machine)"
+    assert any("done, " in line for line in lines[1:]), "and the progress"
     assert built_library(compiler(tmp_path, "time.sleep(0.2)"), FLAGS) == path
     assert len(calls(tmp_path)) == len(made), "the second start finds it"
     assert [p.name for p in path.parent.iterdir() if "-" in p.stem.replace("kernels-", "")] == []
@@ -101,22 +101,22 @@ def test_slow_is_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_compiler_that_is_slow_to_tell_its_version_is_waited_for_with_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A loaded machine, a network file system: torch would compute in silence."""
+    """On a loaded machine or a network file system torch would compute, without a word."""
     path = tmp_path / "slow"
     path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && sleep 1\nexec {compiler(tmp_path)} "$@"\n')
     path.chmod(0o755)
-    asked: list[float] = []
+    timeouts: list[float] = []
     run = subprocess.run
 
     def noted(command: list[str], **how: Any) -> Any:
-        asked.append(how["timeout"])
+        timeouts.append(how["timeout"])
         return run(command, **how)
 
     monkeypatch.setattr(build.subprocess, "run", noted)
     monkeypatch.setattr(build, "LINE_S", 0.1)
     assert built_library(str(path), FLAGS).exists()
     assert f"waiting for {path} --version: 0 s" in capsys.readouterr().err
-    assert asked == [build._COMPILE_S], "as long as for a compilation"
+    assert timeouts == [build._COMPILE_S], "as long as for a compilation"
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
@@ -145,7 +145,7 @@ def test_a_failure_is_one_sentence_of_the_compiler(tmp_path: Path, body: str, re
 
 
 def test_a_failure_leaves_no_compiler_running(tmp_path: Path) -> None:
-    """What a driver runs ends with it."""
+    """The children of a compiler driver end with it."""
     body = """\
     if "matmul" in sys.argv[-1]:
         import subprocess
@@ -193,11 +193,11 @@ def test_one_process_compiles_and_the_others_wait_with_a_line(
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
     command = compiler(tmp_path)
     path = built_library(command, FLAGS)
-    left = path.parent / f"{path.stem}-abc"
-    left.mkdir()
+    stale = path.parent / f"{path.stem}-abc"
+    stale.mkdir()
     path.unlink()
     built_library(command, FLAGS)
-    assert not left.exists()
+    assert not stale.exists()
 
 
 def test_a_cache_that_cannot_be_written_names_the_remedy(

@@ -1,5 +1,5 @@
 """The step in C over decoders of odd shapes: near to doubles, the same bits in any step and on any
-number of threads; what is no number stays in its own request.
+number of threads; a NaN stays in its own request.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loops give the same whoever helps, and neighbours on a machine keep out of each other's way."""
+"""A loop gives the same with any helpers, and workers of a machine do not disturb each other."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ time.sleep(1)
 print(int(1e6 * (time.process_time() - before)))
 """
 
-# A helper on the neighbour's core, among those on ours: how often it woke in 300 loops.
+# How often a helper on another worker's core woke in 300 loops.
 WAKES = """
 def wakes():
     helper = sorted(map(int, os.listdir("/proc/self/task")))[-1]
@@ -127,14 +127,14 @@ def test_every_turn_is_taken_once() -> None:
 
 @needs_kernels
 def test_several_callers_a_fork_and_rest() -> None:
-    """One caller has the helpers, the others go alone; at rest nobody spins."""
+    """One caller has the helpers, the others work alone; at rest no thread spins."""
     (idle_us,) = run(CALLERS, "")
     assert idle_us < 20_000
 
 
 @needs_kernels
 def test_a_busy_neighbours_cores_are_left_alone(tmp_path: Path) -> None:
-    """Three threads, a share of one core for us and two for the neighbour."""
+    """Three threads: this worker has one core, the other worker two."""
     assert run(LOOPS, board_of(tmp_path, 1, 600 * 10**9)) == [0]
 
 
@@ -146,7 +146,7 @@ def test_who_may_not_work_is_not_woken(tmp_path: Path) -> None:
 
 @needs_kernels
 def test_an_idle_neighbours_cores_are_taken(tmp_path: Path) -> None:
-    """So are those of one that died in mid-step: its line has run out."""
+    """Cores of a worker that died within a step are free when its line has run out."""
     assert run(LOOPS, board_of(tmp_path, 1, -1)) == [0, 1, 2]
 
 

@@ -1,4 +1,4 @@
-"""Our CPU kernels compute what torch computes, and the same bits whatever else is in a step."""
+"""The C decoder computes what torch computes, and the same bits whatever else is in a step."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def native(folder: Path | str, choice: str) -> NativeModel:
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TorchModel, NativeModel]:
-    """A random model with bfloat16 weights: torch's in fp32, and ours."""
+    """A random model with bfloat16 weights: in torch in fp32, and in C."""
     torch.manual_seed(3)
     source = transformers.AutoModelForCausalLM.from_config(request.param, dtype=torch.float32)
     with torch.no_grad():
@@ -120,8 +120,8 @@ def in_pieces(model: NativeModel, prompts: list[list[int]], seed: int) -> list[t
     bench = Bench(model, block_size=16, seed=seed)
     sequences = [bench.sequence(prompt) for prompt in prompts]
     out: list[list[torch.Tensor]] = [[] for _ in prompts]
-    while left := [i for i, s in enumerate(sequences) if s.num_cached < len(s.token_ids)]:
-        chosen = rng.sample(left, rng.randint(1, len(left)))
+    while unfinished := [i for i, s in enumerate(sequences) if s.num_cached < len(s.token_ids)]:
+        chosen = rng.sample(unfinished, rng.randint(1, len(unfinished)))
         work = []
         for i in chosen:
             s = sequences[i]
@@ -135,22 +135,22 @@ def in_pieces(model: NativeModel, prompts: list[list[int]], seed: int) -> list[t
 
 def test_logits_are_those_of_torch(pair: tuple[TorchModel, NativeModel]) -> None:
     """Up to values of K and V that another order of sums rounds the other way."""
-    exact, ours = pair
+    exact, native_model = pair
     prompt = tokens(400)
     with bfloat16_kv():
         expected = whole(exact, prompt)
-    error = (whole(ours, prompt) - expected).abs().amax(-1) / expected.abs().amax(-1)
+    error = (whole(native_model, prompt) - expected).abs().amax(-1) / expected.abs().amax(-1)
     assert error.max() < 3e-3 and error.min() < 5e-6, (error.max(), error.min())
 
 
 def test_a_tokens_logits_are_the_same_bits_in_any_step(
     pair: tuple[TorchModel, NativeModel],
 ) -> None:
-    _, ours = pair
+    _, native_model = pair
     prompts = [tokens(n, seed=n) for n in (1, 5, 16, 47, 90, 333, 700)]
-    alone = [whole(ours, prompt) for prompt in prompts]
+    alone = [whole(native_model, prompt) for prompt in prompts]
     for seed in (1, 2):
-        for got, expected in zip(in_pieces(ours, prompts, seed), alone, strict=True):
+        for got, expected in zip(in_pieces(native_model, prompts, seed), alone, strict=True):
             assert torch.equal(got, expected)
 
 
@@ -158,22 +158,22 @@ def test_first_layers_beside_the_target_in_the_same_blocks(
     pair: tuple[TorchModel, NativeModel],
 ) -> None:
     """Weights are shared; the draft's bits are those of blocks of its own, and so the target's."""
-    _, ours = pair
-    draft = ours.first_layers(1)
+    _, native_model = pair
+    draft = native_model.first_layers(1)
     prompt = tokens(70)
-    layout = layout_of(ours.config, 16, "bfloat16")
+    layout = layout_of(native_model.config, 16, "bfloat16")
     layout = dataclasses.replace(layout, draft=layout_of(draft.config, 16, "bfloat16"))
     cache = KVCache(layout, 8, CPU)
     assert cache.draft
     for view in (cache, cache.draft):
         view.pool.fill_(float("nan"))
     row = Row(prompt, 0, [5, 2, 7, 0, 1], len(prompt))
-    got = [m.forward([row], view) for m, view in ((draft, cache.draft), (ours, cache))]
+    got = [m.forward([row], view) for m, view in ((draft, cache.draft), (native_model, cache))]
     assert torch.equal(got[0], whole(draft, prompt))
-    assert torch.equal(got[1], whole(ours, prompt))
+    assert torch.equal(got[1], whole(native_model, prompt))
     assert torch.equal(cache.draft.pool[:, :, 0].nan_to_num(), cache.pool[:, :, 0].nan_to_num())
     with pytest.raises(ValueError, match="1 to 2"):
-        ours.first_layers(0)
+        native_model.first_layers(0)
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +192,9 @@ def test_the_default_model_in_every_packing(
     choice: str, text: tuple[list[int], torch.Tensor]
 ) -> None:
     """The same bits in any step, and near to fp32: mean KL divergence over a text's positions."""
-    ours, (prompt, expected) = native("smollm2", choice), text
-    got = whole(ours, prompt)
-    for pieces in in_pieces(ours, [prompt], 3):
+    native_model, (prompt, expected) = native("smollm2", choice), text
+    got = whole(native_model, prompt)
+    for pieces in in_pieces(native_model, [prompt], 3):
         assert torch.equal(pieces, got)
     p, q = torch.log_softmax(expected, -1), torch.log_softmax(got, -1)
     divergence = (p.exp() * (p - q)).sum(-1).mean().item()

@@ -53,8 +53,8 @@ def test_two_models_in_the_same_blocks_do_not_disturb_each_other(head_dim: int) 
         alone = Bench(model)
         expected.append([alone.runner.run([row]) for row in steps])
     for i, row in enumerate(steps):
-        for runner, answers in zip(runners, expected, strict=True):
-            assert torch.equal(runner.run([row]), answers[i])
+        for runner, logits_of_steps in zip(runners, expected, strict=True):
+            assert torch.equal(runner.run([row]), logits_of_steps[i])
 
 
 def test_a_drafter_steps_between_the_targets_steps() -> None:

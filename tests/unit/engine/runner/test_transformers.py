@@ -92,7 +92,7 @@ def assert_equal_logits(got: torch.Tensor, expected: torch.Tensor) -> None:
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[torch.nn.Module, TorchModel]:
-    """A random transformers model, and ours read from the folder that it wrote."""
+    """A random transformers model, and a TorchModel read from the folder that it wrote."""
     torch.manual_seed(3)
     reference = transformers.AutoModelForCausalLM.from_config(
         request.param, attn_implementation="eager", dtype=torch.float32
@@ -136,7 +136,7 @@ def test_greedy_tokens(pair: tuple[torch.nn.Module, TorchModel], tokens: list[li
 def test_ragged_steps_of_chunks_drafts_and_single_tokens(
     pair: tuple[torch.nn.Module, TorchModel], tokens: list[list[int]]
 ) -> None:
-    """Random steps over all requests at once; each position's logits are asked for exactly once."""
+    """Random steps over all requests at once; each position gives its logits exactly once."""
     reference, model = pair
     rng = random.Random(11)
     bench = Bench(model)
