@@ -26,6 +26,8 @@ from engine.base.types import PROTOCOL_VERSION
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HASH_BYTES = 16
+_LAYOUT_VERSION = 2  # of the order of a block's axes, and of the fields below
+_DIGEST_FIELDS = ("num_kv_heads", "num_layers", "block_size", "head_dim", "dtype")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +146,10 @@ class KVLayout:
 
     @property
     def text(self) -> str:
-        """All fields of the whole model's layout, for digests."""
-        own = (*self.block_shape, self.dtype)
-        return " ".join(map(str, own)) + (f" draft=({self.draft.text})" if self.draft else "")
+        """The part of the compatibility digest that describes the whole model's layout."""
+        fields = " ".join(f"{name}={getattr(self, name)}" for name in _DIGEST_FIELDS)
+        draft = f" draft=({self.draft.text})" if self.draft else ""
+        return f"layout={_LAYOUT_VERSION} {fields}{draft}"
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` positions occupy."""

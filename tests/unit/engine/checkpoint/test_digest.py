@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.base.errors import CheckpointError
+from engine.base.kv_layout import KVLayout, compatibility_digest
 from engine.checkpoint import digest
 from engine.checkpoint.digest import file_digests, hash_ranges
 from engine.checkpoint.fingerprint import (
@@ -218,6 +219,28 @@ class LaterConfig(ModelConfig):
 @dataclasses.dataclass(frozen=True, slots=True)
 class LaterScaling(RopeScaling):
     added: str = "x"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LaterLayout(KVLayout):
+    added: int = 3
+
+
+def test_a_field_of_a_later_layout_does_not_part_two_workers() -> None:
+    def digest_of(layout: KVLayout) -> str:
+        return compatibility_digest(
+            numeric_profile="p", tokenizer_digest="t", layout=layout, rope="r"
+        )
+
+    values = {"num_layers": 2, "num_kv_heads": 3, "head_dim": 8, "block_size": 16}
+    seen = {digest_of(KVLayout(**values, dtype="bfloat16"))}
+    assert digest_of(LaterLayout(**values, dtype="bfloat16", added=7)) in seen
+    for name in values:
+        seen.add(digest_of(KVLayout(**values | {name: values[name] * 2}, dtype="bfloat16")))
+    seen.add(digest_of(KVLayout(**values, dtype="float16")))
+    draft = KVLayout(**values, dtype="bfloat16")
+    seen.add(digest_of(KVLayout(**values, dtype="bfloat16", draft=draft)))
+    assert len(seen) == 7
 
 
 def test_a_field_of_a_later_version_changes_no_digest() -> None:
