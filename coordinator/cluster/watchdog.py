@@ -24,7 +24,7 @@ from engine.telemetry.log import get_logger
 _log = get_logger(__name__)
 _LOOK_S = 1.0
 _LATE_S = 3.0  # a look that is so late: this process was stopped
-_OURS_S = 60.0  # time of a successor to register before the next place is judged
+_SUCCESSOR_S = 60.0  # time of a successor to register before the next place is judged
 
 
 @dataclass(slots=True)
@@ -129,7 +129,7 @@ class Watchdog:
         worker_id, pid, killed_s = self._replacing
         known = self._known.get(worker_id)
         back = known is not None and known.pid != pid and known.registered
-        if back or now - killed_s > _OURS_S:
+        if back or now - killed_s > _SUCCESSOR_S:
             self._replacing = None
 
 
