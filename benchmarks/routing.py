@@ -24,10 +24,10 @@ from prometheus_client import CollectorRegistry
 from coordinator.cluster.membership import Membership
 from coordinator.cluster.worker import ClusterView, Hello, Load, Worker
 from coordinator.routing.policy import LeastLoaded, RequestView, least_loaded
-from engine.base.options import LogOptions
+from engine.base.option_groups import LogOptions
 from engine.base.types import PROTOCOL_VERSION, ModelIdentity, Peer, Role
+from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from engine.telemetry.log import configure_logging
-from engine.telemetry.metrics import CoordinatorMetrics
 
 _MODEL = ModelIdentity("m", "d", "p", 8192, 16, 1000)
 _REQUEST = RequestView(num_tokens=1000, max_tokens=2000)

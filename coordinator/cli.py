@@ -1,6 +1,6 @@
 """The command line: `coordinator start | generate | chat | status | drain`.
 
-Bad options and unusable models end a command with status 2 and one sentence, failed calls with 1.
+Errors are one sentence on stderr: status 2 for bad options and unusable models, 1 for failed calls.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.base import options as config
 from engine.base.errors import CheckpointError, ConfigError, DiptychError
-from engine.base.options import (
+from engine.base.option_groups import (
+    AuthOptions,
     CacheOptions,
     DraftOptions,
     FleetOptions,
@@ -24,11 +25,11 @@ from engine.base.options import (
     ModelOptions,
     StepOptions,
     TransferOptions,
-    TrustOptions,
 )
+from engine.base.option_values import MAX_REQUEST_S, parse_addresses
 
 if TYPE_CHECKING:
-    from engine.rpc.trust import ClusterToken
+    from engine.rpc.auth import ClusterToken
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 START_GROUPS = (
@@ -40,11 +41,11 @@ START_GROUPS = (
     DraftOptions,
     TransferOptions,
     LogOptions,
-    TrustOptions,
+    AuthOptions,
 )
 _EXAMPLES = """
 examples:
-  coordinator start                        the default model, a prefill and a decode worker
+  coordinator start                        default model, one prefill and one decode worker
   coordinator start --model ./llama --dtype bfloat16 --decode-workers 2
   coordinator start --workers external --listen 0.0.0.0:50051 --cluster-token-file token
   coordinator generate "Once upon a time" --max-tokens 64
@@ -52,14 +53,14 @@ examples:
   coordinator status
   coordinator drain decode-1
 
-Every option of `start` may also stand in a TOML file (--config) or in a variable DIPTYCH_...
+Every option of `start` may also be set in a TOML file (--config) or by a variable DIPTYCH_...
 """
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """The parser of the whole command line."""
     parser = config.parser(
-        "coordinator", "The front of Diptych: a language model from prefill and decode workers."
+        "coordinator", "Serves a language model with pools of prefill and decode workers."
     )
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -77,19 +78,19 @@ def make_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate",
         help="complete a text",
-        description="Complete a text; the answer streams to stdout.",
+        description="Complete a text; the output streams to stdout.",
     )
     generate.add_argument("prompt", help="text to complete; - reads standard input")
-    generate.add_argument("--n", type=int, metavar="N", help="so many answers [1]")
+    generate.add_argument("--n", type=int, metavar="N", help="number of outputs [1]")
     _add_answer_flags(generate)
     generate.set_defaults(run=_generate)
 
     chat = commands.add_parser(
         "chat",
         help="talk to the model",
-        description="Talk to the model: one question, or a conversation where none is given.",
+        description="Talk to the model: one question, or without one a conversation.",
     )
-    chat.add_argument("prompt", nargs="?", help="a question; left out: a conversation")
+    chat.add_argument("prompt", nargs="?", help="a question; default: a conversation")
     chat.add_argument("--system", help="system message")
     _add_answer_flags(chat)
     chat.set_defaults(run=_chat)
@@ -99,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_server_flag(status)
     status.add_argument(
-        "--holds", action="store_true", help="and what each worker holds, for whom, until when"
+        "--holds", action="store_true", help="also show what each worker holds, with owners"
     )
     _add_token_flag(status)
     status.set_defaults(run=_status)
@@ -107,13 +108,13 @@ def make_parser() -> argparse.ArgumentParser:
     drain = commands.add_parser(
         "drain",
         help="end a worker in order",
-        description="Have a worker finish or hand over its requests and end. Whoever supervises it"
-        " starts another in its place.",
+        description="Have a worker finish or hand over its requests and end. Its supervisor starts"
+        " another one.",
     )
-    drain.add_argument("worker", metavar="WORKER", help="its id, as `status` shows it")
+    drain.add_argument("worker", metavar="WORKER", help="worker id, as in `status`")
     _add_server_flag(drain)
     drain.add_argument(
-        "--deadline", type=float, metavar="S", help="its requests may take so long [its --drain-s]"
+        "--deadline", type=float, metavar="S", help="time for its requests [the worker's --drain-s]"
     )
     _add_token_flag(drain)
     drain.set_defaults(run=_drain)
@@ -125,7 +126,7 @@ def _add_server_flag(parser: argparse.ArgumentParser) -> None:
         "--server",
         default=DEFAULT_SERVER,
         metavar="HOST:PORT[,...]",
-        help=f"coordinators; the next is called where one is lost [{DEFAULT_SERVER}]",
+        help=f"coordinators; if one is lost the next is called [{DEFAULT_SERVER}]",
     )
 
 
@@ -133,38 +134,40 @@ def _add_token_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster-token-file",
         metavar="FILE",
-        help="as of `start`; needed where the coordinator is not this user's on this machine",
+        help="as in `start`; needed unless the coordinator is this user's, on this machine",
     )
     parser.set_defaults(config=None)
 
 
 def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
     _add_server_flag(parser)
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="maximum tokens of an output")
     parser.add_argument("--temperature", type=float, metavar="T", help="0: greedy [0]")
     parser.add_argument("--top-p", type=float, metavar="P", help="nucleus sampling [1: off]")
     parser.add_argument(
         "--top-k", type=int, metavar="K", help="sample from the K likeliest [0: off]"
     )
     parser.add_argument("--min-p", type=float, metavar="P", help="share of the likeliest [0: off]")
-    parser.add_argument("--seed", type=int, metavar="S", help="same seed, same answer")
+    parser.add_argument("--seed", type=int, metavar="S", help="same seed, same output")
     parser.add_argument(
         "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
     )
     parser.add_argument(
-        "--ignore-eos", action="store_true", default=None, help="go on to the limit"
+        "--ignore-eos", action="store_true", default=None, help="continue up to --max-tokens"
     )
-    held = parser.add_mutually_exclusive_group()
-    held.add_argument("--json-schema", metavar="FILE", help="the answer fits this JSON schema")
-    held.add_argument("--regex", metavar="REGEX", help="the answer matches this")
+    constraint = parser.add_mutually_exclusive_group()
+    constraint.add_argument(
+        "--json-schema", metavar="FILE", help="the output fits this JSON schema"
+    )
+    constraint.add_argument("--regex", metavar="REGEX", help="the output matches this")
     parser.add_argument("--timeout", type=float, metavar="S", help="give up after this long")
     parser.add_argument("--quiet", action="store_true", help="no usage on stderr")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    config.set_default_env({"GRPC_VERBOSITY": "ERROR"})  # read when gRPC is first imported
-    for stream in (sys.stdout, sys.stderr):  # an answer may hold what a terminal cannot show
+    config.set_default_env({"GRPC_VERBOSITY": "ERROR"})  # gRPC reads it on import
+    for stream in (sys.stdout, sys.stderr):  # outputs may contain what a terminal cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
@@ -180,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone; nothing is left to say
+        sys.stderr.close()  # the reader of our output has gone; avoids an error at exit
         return 1
     except OSError as error:  # a full disk
         print(f"coordinator: {error.strerror or error}", file=sys.stderr)
@@ -196,7 +199,7 @@ def _start(args: argparse.Namespace) -> int:
 def _answer_options(args: argparse.Namespace) -> dict[str, Any]:
     names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos")
     options = {name: getattr(args, name) for name in names}
-    options["n"] = getattr(args, "n", None)  # a conversation goes one way
+    options["n"] = getattr(args, "n", None)  # `chat` has none
     for name, bits in (("max_tokens", 32), ("top_k", 32), ("n", 32), ("seed", 64)):
         if options[name] is not None and not 0 <= options[name] < 2**bits:
             flag = f"--{name.replace('_', '-')}"
@@ -206,20 +209,20 @@ def _answer_options(args: argparse.Namespace) -> dict[str, Any]:
         options["regex"] = _utf8("--regex", args.regex)
     if args.json_schema is not None:
         options["json_schema"] = _text_of("--json-schema", args.json_schema)
-    if args.timeout is not None and not 0 < args.timeout <= config.MAX_REQUEST_S:
+    if args.timeout is not None and not 0 < args.timeout <= MAX_REQUEST_S:
         raise ConfigError(f"--timeout: expected seconds above 0, got {args.timeout:g}")
     return options
 
 
 def _server(args: argparse.Namespace) -> str:
     try:
-        return config.parse_addresses(args.server)
+        return parse_addresses(args.server)
     except ValueError as error:
         raise ConfigError(f"--server: {error}, got {args.server!r}") from None
 
 
 def _utf8(what: str, argument: str) -> str:
-    """An argument as the bytes that were typed, whatever the locale made of them."""
+    """An argument's bytes read as UTF-8, in any locale. Raises ConfigError."""
     try:
         return os.fsencode(argument).decode()
     except UnicodeError:
@@ -227,7 +230,7 @@ def _utf8(what: str, argument: str) -> str:
 
 
 def _text_of(what: str, path: str) -> str:
-    """A file's text."""
+    """The text of a file. Raises ConfigError."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -244,7 +247,7 @@ def _standard_input() -> str:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from coordinator.commands.terminal import generate
+    from coordinator.commands.generate import generate
 
     options = _answer_options(args)
     prompt = _standard_input() if args.prompt == "-" else _utf8("prompt", args.prompt)
@@ -252,7 +255,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from coordinator.commands.terminal import chat
+    from coordinator.commands.generate import chat
 
     options = _answer_options(args)
     question = None if args.prompt is None else _utf8("prompt", args.prompt)
@@ -261,20 +264,20 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from coordinator.commands.terminal import status
+    from coordinator.commands.status import status
 
     return status(_server(args), holds=args.holds, token=_token(args))
 
 
 def _drain(args: argparse.Namespace) -> int:
-    from coordinator.commands.terminal import drain
+    from coordinator.commands.status import drain
 
     return drain(_server(args), args.worker, args.deadline, _token(args))
 
 
 def _token(args: argparse.Namespace) -> ClusterToken | None:
-    """Of the file that flag, environment or --config name."""
-    from engine.rpc.trust import ClusterToken
+    """The token in the file that flag, environment or --config name."""
+    from engine.rpc.auth import ClusterToken
 
     path = config.resolve(args, *START_GROUPS)[-1].cluster_token_file
     return ClusterToken.load(path) if path else None

@@ -31,8 +31,9 @@ from coordinator.server import Coordinator, dialable
 from coordinator.text.served_model import ServedModel
 from engine.base.gpus import deal_gpus, find_gpus
 from engine.base.installed import require_worker_packages
-from engine.base.memory import host_memory, shown
-from engine.base.options import (
+from engine.base.memory import host_memory, readable_size
+from engine.base.option_groups import (
+    AuthOptions,
     CacheOptions,
     DraftOptions,
     FleetOptions,
@@ -41,19 +42,17 @@ from engine.base.options import (
     ModelOptions,
     StepOptions,
     TransferOptions,
-    TrustOptions,
     WorkerOptions,
-    state_dir,
-    to_flags,
 )
+from engine.base.options import state_dir, to_flags
 from engine.base.types import Role
 from engine.checkpoint.source import resolve
 from engine.kernels.backend_selection import check_length, prepare_weights
 from engine.process.core_dumps import forbid_core_dumps
-from engine.process.core_share import memory_board
-from engine.process.gc_control import freeze_heap, hand_over_soon
+from engine.process.core_share import shared_page
+from engine.process.gc_control import freeze_heap, shorten_switch_interval
 from engine.rpc.address import check_free
-from engine.rpc.trust import (
+from engine.rpc.auth import (
     OPERATOR_NAME,
     SHARED_NAME,
     ClusterToken,
@@ -91,7 +90,7 @@ def serve(
     draft: DraftOptions,
     transfer: TransferOptions,
     log: LogOptions,
-    trust: TrustOptions,
+    trust: AuthOptions,
 ) -> int:
     """Run a coordinator until a signal; returns the exit status.
 
@@ -100,7 +99,7 @@ def serve(
     configure_logging(log, role="coordinator")
     forbid_core_dumps(allowed=log.core_dumps)
     _take_descriptors()
-    hand_over_soon()
+    shorten_switch_interval()
     trusted = Trust.of(trust, front, local_workers=fleet.workers == "local")
     signal.signal(signal.SIGTERM, _terminated)  # until the loop takes it: compilers end too
     trusted.operator.share(SHARED_NAME if trusted.cluster else OPERATOR_NAME)  # for commands
@@ -199,13 +198,13 @@ def make_supervisor(
     worker = WorkerOptions(
         coordinator=dialable(coordinator_address), allowed_hosts=options.front.allowed_hosts
     )
-    trust = TrustOptions(token.share() if token else "")
+    trust = AuthOptions(token.share() if token else "")
     # Once: a worker that starts again has the share and the GPU of its predecessor.
     memory = str(host_memory().share(len(places)))
     cache = dataclasses.replace(options.cache, memory_share=memory)
     shared = to_flags(options.model, options.step, options.transfer, options.log, worker, trust)
     draft = to_flags(options.draft)
-    board = memory_board()
+    board = shared_page()
     seats = {name: f"{board}:{i}:{len(places)}" for i, (name, _) in enumerate(places)}
 
     dealt = deal_gpus(options.gpus, [name for name, _ in places])
@@ -287,7 +286,7 @@ def describe_context(max_model_len: int, longest: Worker | None) -> str:
     text = f"context {max_model_len:,} tokens"
     if longest is None:
         return text
-    text += f": KV pool {shown(longest.kv_pool.num_bytes)}"
+    text += f": KV pool {readable_size(longest.kv_pool.num_bytes)}"
     limit = longest.kv_pool.limit
     return f"{text}, limited by {limit}" if limit else text
 

@@ -32,10 +32,10 @@ from coordinator.routing.admission import Admission
 from coordinator.routing.policy import POLICIES
 from coordinator.text.served_model import ServedModel
 from engine.base.memory import host_memory
-from engine.base.options import FrontOptions
+from engine.base.option_groups import FrontOptions
 from engine.base.types import Role
 from engine.http.guard import refusals_counter
-from engine.http.holds import holds_route, shown
+from engine.http.holds import holds_as_json, holds_route
 from engine.http.server import HttpServer, make_app, serve_http
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.pb.diptych.v1 import admin_pb2, inference_pb2
@@ -44,7 +44,8 @@ from engine.pb.vllm import vllm_engine_pb2
 from engine.rpc.channel import MAX_REQUEST_BYTES
 from engine.rpc.receive_budget import ReceiveBudget
 from engine.rpc.server import RpcServer
-from engine.telemetry.metrics import CoordinatorMetrics, RpcMetrics
+from engine.telemetry.coordinator_metrics import CoordinatorMetrics
+from engine.telemetry.metrics import RpcMetrics
 
 # The pipeline ends a call without a deadline; this is for a client that stopped reading.
 _STUCK_S = 10.0
@@ -165,7 +166,7 @@ class Coordinator:
     async def _holds(self) -> dict[str, Any]:
         """The response of /debug/holds."""
         holds = [*self._admission.holds(), *self._tokenizing.holds()]
-        return {"process": {"role": "coordinator"}, "holds": shown(holds)}
+        return {"process": {"role": "coordinator"}, "holds": holds_as_json(holds)}
 
     def _speak_other_protocols(self, metrics: CoordinatorMetrics) -> None:
         """Serve the protocols of Triton and KServe, and of gateways in front of vLLM."""

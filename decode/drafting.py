@@ -6,7 +6,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from engine.base.options import DraftOptions, ModelOptions
+from engine.base.option_groups import DraftOptions, ModelOptions
 
 if TYPE_CHECKING:
     from engine.runner.base import ModelRunner

@@ -28,7 +28,7 @@ from engine.base.errors import (
     Overloaded,
     Unavailable,
 )
-from engine.base.options import TransferOptions
+from engine.base.option_groups import TransferOptions
 from engine.base.types import Peer
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.channel import ChannelPool

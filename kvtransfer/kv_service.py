@@ -2,7 +2,7 @@
 
 Owned by the asyncio loop. The engine thread owns the blocks, and pins and unpins them behind
 `BlockHost`; this module records the lease of each pin. The reaper depends on neither the
-scheduler's loop nor a peer. The server authenticates callers (`engine.rpc.trust`); a caller's
+scheduler's loop nor a peer. The server authenticates callers (`engine.rpc.auth`); a caller's
 incarnation, by which it owns leases, is not verified further, as all members are trusted.
 """
 

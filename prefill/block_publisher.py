@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from engine.base.options import TransferOptions
+from engine.base.option_groups import TransferOptions
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.scheduling.events import AnnouncedEvent
 from engine.step.engine_thread import Stream

@@ -20,23 +20,20 @@ from typing import Any
 from decode.drafting import make_drafting
 from engine.base.errors import CheckpointError, ConfigError, SelfTestFailed
 from engine.base.installed import require_worker_packages, unusable
-from engine.base.options import (
+from engine.base.option_groups import (
+    AuthOptions,
     CacheOptions,
     DraftOptions,
     LogOptions,
     ModelOptions,
     StepOptions,
     TransferOptions,
-    TrustOptions,
     WorkerOptions,
-    add_flags,
-    parser,
-    resolve,
-    set_default_env,
 )
+from engine.base.options import add_flags, parser, resolve, set_default_env
 from engine.base.types import Role
 from engine.process.core_dumps import forbid_core_dumps
-from engine.process.gc_control import hand_over_soon, put_off_collections
+from engine.process.gc_control import disable_collections, shorten_switch_interval
 from worker import exit_status
 
 _GROUPS = (
@@ -45,7 +42,7 @@ _GROUPS = (
     StepOptions,
     TransferOptions,
     WorkerOptions,
-    TrustOptions,
+    AuthOptions,
     LogOptions,
 )
 # A waiting OpenMP thread must not burn the core that another worker computes on.
@@ -102,13 +99,13 @@ def worker_command(role: Role, argv: Sequence[str] | None) -> int:
 def _start(role: Role, options: tuple[Any, ...]) -> int:
     model, cache, step, transfer, worker, trust, log, *draft = options
     set_default_env(_LIBRARY_ENV)
-    hand_over_soon()
-    put_off_collections()
+    shorten_switch_interval()
+    disable_collections()
     import uvloop
     from prometheus_client import CollectorRegistry
 
     from engine.rpc.address import check_free
-    from engine.rpc.trust import token_for
+    from engine.rpc.auth import token_for
     from engine.telemetry.log import configure_logging
 
     configure_logging(log, role=role.value, worker_id=worker.worker_id)

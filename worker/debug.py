@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from engine.base.errors import DiptychError
 from engine.base.types import Role
-from engine.http.holds import Hold, shown
+from engine.http.holds import Hold, holds_as_json
 from engine.scheduling.holds import EngineHolds, RequestHold
 from engine.step.engine_thread import EngineThread
 from engine.step.operations import ListHolds
@@ -94,7 +94,7 @@ class Holds:
             "process": {"role": self._host.role.value, "incarnation": self._host.incarnation},
             "pool": _pool(engine, unexplained),
             "data_plane": self._data_plane(answers=pulls is not None),
-            "holds": shown(holds),
+            "holds": holds_as_json(holds),
         }
 
     async def _look(self) -> tuple[EngineHolds | None, list[PullHold] | None, set[int] | None]:

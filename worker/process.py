@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from engine.base.errors import InvalidRequest, Mismatch
 from engine.base.kv_layout import hash_salt
-from engine.base.options import TransferOptions, WorkerOptions
+from engine.base.option_groups import TransferOptions, WorkerOptions
 from engine.base.types import (
     Health,
     ModelIdentity,
@@ -31,8 +31,8 @@ from engine.base.types import (
 )
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
+from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import ChannelPool
-from engine.rpc.trust import ClusterToken
 from engine.scheduling.block_pool import GENERATION_BYTES
 from engine.scheduling.request import EngineRequest
 from engine.step.build import Engine

@@ -17,7 +17,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from engine.base.errors import ConfigError
-from engine.base.options import WorkerOptions
+from engine.base.option_groups import WorkerOptions
 from engine.http.guard import refusals_counter
 from engine.http.holds import holds_route
 from engine.http.server import make_app, serve_http

@@ -48,8 +48,8 @@ from coordinator.text.values import Placement
 from engine.base.errors import DiptychError, InvalidRequest
 from engine.base.types import Role, TokenLogprobs
 from engine.rpc.status import to_status
+from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from engine.telemetry.log import bind_request, get_logger
-from engine.telemetry.metrics import CoordinatorMetrics
 from engine.telemetry.timeline import Event as Moment
 from engine.telemetry.timeline import Timeline
 

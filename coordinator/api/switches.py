@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from coordinator.api.values import GenerateRequest
 from engine.base.errors import NotOffered
-from engine.base.options import parse_disabled
+from engine.base.option_values import parse_disabled
 
 
 def _constraint(request: GenerateRequest) -> str:

@@ -1,18 +1,18 @@
-"""The client library: what the command line uses, and what a program may.
+"""The client library, for programs and the command line.
 
     with Client("one:50051,two:50051") as client:
         for event in client.generate("Once upon a time", max_tokens=64, temperature=0.8):
             ...                                                  # TextDelta, ..., Done
 
-A lost connection or coordinator is a pause: the answer goes on at another one, or at the same one
-when it is back, with the next token. See docs/client.md.
+If a connection or coordinator is lost, the output continues with the next token at another
+coordinator, or at the same one when it is back. See docs/client.md.
 
-    messages, turns          options, a conversation -> request
-    events                   response -> what a caller gets, error -> a sentence
-    stream, choice           one answer over several calls: no seam, in any of its choices
-    attempts, coordinators   where to call next, and when; what a client follows
-    silence                  calls that are open and bring nothing
-    blocking, asynchronous   the two clients: nothing but calls and waits
+    messages, chat_messages  options, a conversation -> request
+    events                   response -> event, error -> sentence
+    stream, choice           one output over several calls, without gaps or repetitions
+    attempts, coordinators   which coordinator to call next, and when
+    silence_monitor          cancels calls that bring no messages
+    blocking, asynchronous   the two clients, which only call and wait
 """
 
 from __future__ import annotations

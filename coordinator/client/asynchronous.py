@@ -1,4 +1,4 @@
-"""The same client for asyncio. Owned by the event loop on which it is made."""
+"""The client for asyncio. Owned by the event loop on which it is created."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, infer
 
 
 class AsyncClient:
-    """Errors are DiptychError where the server meant one, else grpc.RpcError."""
+    """A client for asyncio. Its errors are DiptychError, or grpc.RpcError for unknown statuses."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class AsyncClient:
 
     @property
     def num_resumed(self) -> int:
-        """How often an answer in progress was taken up by another call."""
+        """How many calls continued an output that another call had begun."""
         return self._coordinators.num_resumed
 
     def generate(
@@ -56,7 +56,7 @@ class AsyncClient:
 
         `options`: fields of the API by name (`temperature`, `stop`, `json_schema`, `n`, ...).
         """
-        return self._answer(generate_request(prompt, **options), timeout_s)
+        return self._stream_events(generate_request(prompt, **options), timeout_s)
 
     def chat(
         self,
@@ -65,11 +65,11 @@ class AsyncClient:
         timeout_s: float | None = None,
         **options: Any,
     ) -> AsyncIterator[OutputEvent]:
-        """Stream the next turn of a conversation; closing the iterator cancels it.
+        """Stream the next message of a conversation; closing the iterator cancels it.
 
-        `options`: the same, and `tools`, `tool_choice`, `parallel_tool_calls`.
+        `options`: as for `generate`, and `tools`, `tool_choice`, `parallel_tool_calls`.
         """
-        return self._answer(chat_request(messages, **options), timeout_s)
+        return self._stream_events(chat_request(messages, **options), timeout_s)
 
     async def model(self, *, timeout_s: float = 10.0) -> inference_pb2.Model:
         """The served model."""
@@ -79,7 +79,7 @@ class AsyncClient:
         return model
 
     async def workers(self, *, timeout_s: float = 10.0) -> Sequence[admin_pb2.Worker]:
-        """The workers that the coordinator knows."""
+        """The registered workers."""
         methods = [stub.ListWorkers for stub in self._admin]
         return list((await self._ask(methods, admin_pb2.ListWorkersRequest(), timeout_s)).workers)
 
@@ -99,7 +99,7 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    def _answer(self, request: Any, timeout_s: float | None) -> AsyncIterator[OutputEvent]:
+    def _stream_events(self, request: Any, timeout_s: float | None) -> AsyncIterator[OutputEvent]:
         return self._events(self._coordinators.stream(request, timeout_s))
 
     async def _events(self, stream: Stream) -> AsyncIterator[OutputEvent]:
@@ -109,45 +109,44 @@ class AsyncClient:
             if plan.wait_s > 0:
                 await self._sleep(plan.wait_s)
             call = self._call(stream, plan)
-            with self._coordinators.ticks.by_loop(call, plan.silence_s) as silence:
+            with self._coordinators.monitor.watch_from_loop(call, plan.silence_s) as silence:
                 try:
                     async for response in call:
-                        silence.heard()
+                        silence.reset()
                         if event := stream.take(response):
-                            silence.waiting = False
+                            silence.is_waiting = False
                             yield event
-                            silence.waiting = True
+                            silence.is_waiting = True
                         if stream.done:
                             return
                     stream.lost(None, clock())
                 except grpc.aio.AioRpcError as error:
                     if self._coordinators.closed:
-                        raise stream.broken_off("the client was closed") from None
+                        raise stream.interrupted("the client was closed") from None
                     stream.lost(error, clock())
                 except asyncio.CancelledError:
                     task = asyncio.current_task()
                     if task and task.cancelling():
                         raise
                     if self._coordinators.closed:
-                        raise stream.broken_off("the client was closed") from None
-                    if not silence.over:
+                        raise stream.interrupted("the client was closed") from None
+                    if not silence.is_over:
                         raise
                     stream.silent(clock())
                 finally:
                     call.cancel()
 
     def _call(self, stream: Stream, plan: Call) -> Any:
-        """One call of an answer."""
         if self._coordinators.closed:
-            raise stream.broken_off("the client was closed")
+            raise stream.interrupted("the client was closed")
         self._coordinators.called(plan.coordinator)
         method = getattr(self._inference[plan.coordinator], stream.method)
         return method(plan.request, timeout=stream.remaining_s(self._coordinators.clock()))
 
     async def _ask(self, methods: Sequence[Any], request: Any, timeout_s: float) -> Any:
-        """The answer of the first coordinator that can be reached."""
+        """The response of the first coordinator that can be reached."""
         failure: DiptychError | None = None
-        for at, share_s in self._coordinators.chat_messages(timeout_s):
+        for at, share_s in self._coordinators.each_with_timeout(timeout_s):
             try:
                 return await methods[at](request, timeout=share_s)
             except grpc.aio.AioRpcError as error:

@@ -1,6 +1,6 @@
-"""Blocking calls, from any thread: what the stream of an answer asks for is called and waited for.
+"""The blocking client, usable from any thread: it makes the calls and waits of `Stream`.
 
-A call is open from its first event until the iterator ends, is closed or is forgotten.
+A call is open from the first event until the iterator ends, is closed or is garbage-collected.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from coordinator.client.messages import chat_request, generate_request
 from coordinator.client.stream import Call, Stream
 from engine.base.errors import DeadlineExceeded, DiptychError
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from engine.rpc.auth import ClusterToken
 from engine.rpc.local_token import local_coordinator
-from engine.rpc.trust import ClusterToken
 
 
 class Client:
-    """Blocking calls. Errors are DiptychError where the server meant one, else grpc.RpcError."""
+    """A blocking client. Its errors are DiptychError, or grpc.RpcError for unknown statuses."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Client:
 
     @property
     def num_resumed(self) -> int:
-        """How often an answer in progress was taken up by another call."""
+        """How many calls continued an output that another call had begun."""
         return self._coordinators.num_resumed
 
     def generate(
@@ -60,7 +60,7 @@ class Client:
 
         `options`: fields of the API by name (`temperature`, `stop`, `json_schema`, `n`, ...).
         """
-        return self._answer(generate_request(prompt, **options), timeout_s)
+        return self._stream_events(generate_request(prompt, **options), timeout_s)
 
     def chat(
         self,
@@ -69,11 +69,11 @@ class Client:
         timeout_s: float | None = None,
         **options: Any,
     ) -> Iterator[OutputEvent]:
-        """Stream the next turn of a conversation; closing the iterator cancels it.
+        """Stream the next message of a conversation; closing the iterator cancels it.
 
-        `options`: the same, and `tools`, `tool_choice`, `parallel_tool_calls`.
+        `options`: as for `generate`, and `tools`, `tool_choice`, `parallel_tool_calls`.
         """
-        return self._answer(chat_request(messages, **options), timeout_s)
+        return self._stream_events(chat_request(messages, **options), timeout_s)
 
     def model(self, *, timeout_s: float = 10.0) -> inference_pb2.Model:
         """The served model."""
@@ -82,7 +82,7 @@ class Client:
         return model
 
     def workers(self, *, timeout_s: float = 10.0) -> Sequence[admin_pb2.Worker]:
-        """The workers that the coordinator knows."""
+        """The registered workers."""
         methods = [stub.ListWorkers for stub in self._admin]
         return list(self._ask(methods, admin_pb2.ListWorkersRequest(), timeout_s).workers)
 
@@ -96,8 +96,8 @@ class Client:
     ) -> None:
         """Have a worker finish or hand over its requests and end; returns when it has ended.
 
-        `deadline_s`: how long they may take to finish; None: as the worker itself was told.
-        `token`: the cluster's; None: that of a coordinator of this user on this machine.
+        `deadline_s`: time for the requests to finish; None: the worker's --drain-s.
+        `token`: the cluster's token; None: that of this user's coordinator on this machine.
         """
         request = admin_pb2.DrainWorkerRequest(worker_id=worker_id, deadline_s=deadline_s)
         methods = []
@@ -105,7 +105,7 @@ class Client:
             for stub, address in zip(self._admin, self._coordinators.addresses, strict=True):
                 own = token
                 if token is None and (found := local_coordinator(address)):
-                    # To the address that was looked at, not to all that the name may lead to.
+                    # Call the examined address: the name may have others.
                     own, options = found[1], self._coordinators.options
                     channel = grpc.insecure_channel(found[0], options=options)
                     stub = admin_pb2_grpc.AdminServiceStub(opened.enter_context(channel))
@@ -130,7 +130,7 @@ class Client:
     ) -> None:
         self.close()
 
-    def _answer(self, request: Any, timeout_s: float | None) -> Iterator[OutputEvent]:
+    def _stream_events(self, request: Any, timeout_s: float | None) -> Iterator[OutputEvent]:
         return self._events(self._coordinators.stream(request, timeout_s))
 
     def _events(self, stream: Stream) -> Iterator[OutputEvent]:
@@ -140,21 +140,21 @@ class Client:
             if plan.wait_s > 0:
                 self._sleep(plan.wait_s)
             call = self._call(stream, plan)
-            with self._coordinators.ticks.by_thread(call, plan.silence_s) as silence:
+            with self._coordinators.monitor.watch_from_thread(call, plan.silence_s) as silence:
                 try:
                     for response in call:
-                        silence.heard()
+                        silence.reset()
                         if event := stream.take(response):
-                            silence.waiting = False
+                            silence.is_waiting = False
                             yield event
-                            silence.waiting = True
+                            silence.is_waiting = True
                         if stream.done:
                             return
                     stream.lost(None, clock())
                 except grpc.RpcError as error:
                     if self._coordinators.closed:
-                        raise stream.broken_off("the client was closed") from None
-                    if silence.over:
+                        raise stream.interrupted("the client was closed") from None
+                    if silence.is_over:
                         stream.silent(clock())
                     else:
                         stream.lost(error, clock())
@@ -162,17 +162,16 @@ class Client:
                     call.cancel()
 
     def _call(self, stream: Stream, plan: Call) -> Any:
-        """One call of an answer."""
         if self._coordinators.closed:
-            raise stream.broken_off("the client was closed")
+            raise stream.interrupted("the client was closed")
         self._coordinators.called(plan.coordinator)
         method = getattr(self._inference[plan.coordinator], stream.method)
         return method(plan.request, timeout=stream.remaining_s(self._coordinators.clock()))
 
     def _ask(self, methods: Sequence[Any], request: Any, timeout_s: float) -> Any:
-        """The answer of the first coordinator that can be reached."""
+        """The response of the first coordinator that can be reached."""
         failure: DiptychError | None = None
-        for at, share_s in self._coordinators.chat_messages(timeout_s):
+        for at, share_s in self._coordinators.each_with_timeout(timeout_s):
             try:
                 return methods[at](request, timeout=share_s)
             except grpc.RpcError as error:

@@ -1,4 +1,4 @@
-"""Conversations and tools, as OpenAI's API writes them -> messages of ours."""
+"""Converts conversations and tools in the form of OpenAI's API to protobuf messages."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _REASONING_PARTS = ("reasoning", "thinking", "redacted_thinking")
 
 
 def message(turn: Mapping[str, Any]) -> inference_pb2.Message:
-    """One turn: role, content, name, tool_calls, tool_call_id. Raises ValueError at another key.
+    """One message: role, content, name, tool_calls, tool_call_id. Raises ValueError for other keys.
 
-    What an API returned as an assistant's turn may have more keys, which say nothing here, but for
-    a call of the older kind and text that stands elsewhere.
+    A message that an API has returned may have more keys. They are ignored, except for an
+    old-style `function_call`, and text in `refusal` or `audio`.
     """
     fields = {key: value for key, value in turn.items() if value is not None}
     calls = [_tool_call(call) for call in fields.pop("tool_calls", ())]
@@ -40,7 +40,7 @@ def message(turn: Mapping[str, Any]) -> inference_pb2.Message:
 
 
 def _text_of(part: Mapping[str, Any]) -> str:
-    """A part of text. Raises ValueError for one of another kind."""
+    """The text of a content part. Raises ValueError for a part of another kind."""
     text = part.get("text", part.get("refusal"))
     if not isinstance(text, str):
         raise ValueError(f"content: expected parts of text, got {part.get('type')!r}")
@@ -48,20 +48,20 @@ def _text_of(part: Mapping[str, Any]) -> str:
 
 
 def tool_choice(
-    wanted: str | Mapping[str, Any] | None,
+    choice: str | Mapping[str, Any] | None,
 ) -> inference_pb2.ToolChoice | None:
-    """None: the server's default. Raises ValueError."""
-    if wanted is None:
+    """A mode or a tool; None: the server's default. Raises ValueError."""
+    if choice is None:
         return None
-    if isinstance(wanted, str):
-        if wanted not in _MODES:
-            raise ValueError(f"tool_choice: expected {', '.join(_MODES)} or a tool, got {wanted!r}")
-        return inference_pb2.ToolChoice(mode=_MODES[wanted])
-    return inference_pb2.ToolChoice(name=_function(wanted)["name"])
+    if isinstance(choice, str):
+        if choice not in _MODES:
+            raise ValueError(f"tool_choice: expected {', '.join(_MODES)} or a tool, got {choice!r}")
+        return inference_pb2.ToolChoice(mode=_MODES[choice])
+    return inference_pb2.ToolChoice(name=_function(choice)["name"])
 
 
 def _tool_call(call: Mapping[str, Any]) -> inference_pb2.ToolCall:
-    if custom := call.get("custom"):  # of a tool that takes any text
+    if custom := call.get("custom"):  # the call of a tool with free-form input
         call = {**call, "function": {**custom, "arguments": {"input": custom.get("input") or ""}}}
     function = _function(call)
     arguments = function.get("arguments") or ""
@@ -73,6 +73,6 @@ def _tool_call(call: Mapping[str, Any]) -> inference_pb2.ToolCall:
 
 
 def _function(item: Mapping[str, Any]) -> Mapping[str, Any]:
-    """{"type": "function", "function": {...}}, or what is in it alone."""
+    """The function of {"type": "function", "function": {...}}, or `item` if it has none."""
     found: Mapping[str, Any] = item.get("function", item)
     return found

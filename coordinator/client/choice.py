@@ -1,8 +1,8 @@
-"""One choice of an answer, as far as its caller has it: each piece once, over any number of calls.
+"""One choice of an output: delivers each part once, over any number of calls.
 
-    tokens, and what came with them    the next call is told of them and goes on behind them
-    what came without a token          the end set it free; each call sends it again, all of it
-    the end                            the same
+    tokens, and text with them    the next call gets them as `resume`, and continues after them
+    text without a token          is released by the end of the output; each call repeats it
+    the end                       the same
 
 Owned by its stream.
 """
@@ -16,27 +16,27 @@ from engine.pb.diptych.v1 import inference_pb2
 
 
 class Choice:
-    """What the caller has of it."""
+    """The state of one choice: what the client's user has received of it."""
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.token_ids: list[int] = []
         self.finished = False
-        self._affinity_token = ""  # of the worker that its last tokens came from, as far as told
-        self._rest: Counter[str] = Counter()  # characters since the last token, field by field
-        self._repeated: Counter[str] = Counter()  # those that this call will send again
+        self._affinity_token = ""  # names the worker of the last tokens; "": unknown
+        self._rest: Counter[str] = Counter()  # characters since the last token, by field
+        self._repeated: Counter[str] = Counter()  # of those, what the current call will repeat
 
     @property
     def begun(self) -> bool:
-        """Whether the caller has anything of it."""
+        """Whether anything of it has been delivered."""
         return bool(self.token_ids or self._rest or self.finished)
 
     def call_again(self) -> None:
-        """A call begins: it is going to repeat what came without a token."""
+        """Begin a new call, which repeats text without a token."""
         self._repeated = self._rest.copy()
 
     def resume(self) -> inference_pb2.Resume | None:
-        """What that call has to be told."""
+        """The `resume` entry of the new call; None if it needs none."""
         if not self.token_ids and not self.finished:
             return None
         return inference_pb2.Resume(
@@ -47,7 +47,7 @@ class Choice:
         )
 
     def take(self, delta: inference_pb2.Delta) -> TextDelta | None:
-        """What is new in a message, if anything is."""
+        """The new part of a message, or None."""
         if self.finished:
             return None
         self._affinity_token = delta.affinity_token or self._affinity_token
@@ -63,7 +63,7 @@ class Choice:
         return TextDelta(text, (), self.index, (), calls) if text or calls else None
 
     def _new_piece(self, piece: inference_pb2.ToolCallDelta) -> inference_pb2.ToolCallDelta | None:
-        """The same for a piece of a tool call; its id and name come with the first."""
+        """The new part of a piece of a tool call, or None."""
         fields = {
             name: self._new(f"{piece.index}.{name}", getattr(piece, name))
             for name in ("id", "name", "arguments")
@@ -75,7 +75,7 @@ class Choice:
         )
 
     def _new(self, field: str, text: str) -> str:
-        """`text` without what the caller has of this field."""
+        """`text` without the part of this field that is already delivered."""
         num_known = min(self._repeated[field], len(text))
         self._repeated[field] -= num_known
         text = text[num_known:]

@@ -1,11 +1,11 @@
-"""The coordinators that one client follows: how it connects, which it calls first, what it counts.
+"""The coordinators of one client: connections, the order of calls, and counts.
 
-A client stays with one coordinator, the first named, until a call to it is lost. A DNS name may
-stand for several: gRPC then connects to all of them and gives each the next call.
+A client calls the first coordinator until a call to it is lost. A DNS name may have several
+addresses: gRPC then connects to all of them, and calls them in turn.
 
-A call that is lost is tried again by `Stream`, before the first token too. gRPC's own retry policy
-is not used: it waits for the coordinator that asked for it while others are free, and it knows no
-time at which a caller gives up (five calls that each wait for a worker took two minutes).
+`Stream` retries lost calls, before the first token too. gRPC's retry policy is not used: it waits
+for the coordinator that refused while others are free, and has no total time limit (five calls that
+each wait for a worker took two minutes).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import grpc
 
 from coordinator.client.attempts import Attempts, RetryPolicy
 from coordinator.client.messages import Request
-from coordinator.client.silence import Ticks
+from coordinator.client.silence_monitor import SilenceMonitor
 from coordinator.client.stream import Stream
 from engine.base.errors import DeadlineExceeded, DiptychError, Unavailable
 from engine.rpc.channel import CHANNEL_OPTIONS, Option
@@ -28,7 +28,7 @@ from engine.rpc.status import from_rpc_error
 
 
 def addresses_of(address: str | Sequence[str]) -> tuple[str, ...]:
-    """The coordinators meant by "HOST:PORT,HOST:PORT" or a sequence of such. Raises ValueError."""
+    """The addresses in "HOST:PORT,HOST:PORT" or a sequence of such. Raises ValueError."""
     texts = (address,) if isinstance(address, str) else address
     found = [part.strip() for text in texts for part in text.split(",")]
     if not found or not all(found):
@@ -37,7 +37,7 @@ def addresses_of(address: str | Sequence[str]) -> tuple[str, ...]:
 
 
 class Coordinators:
-    """What the calls of one client share; from any thread."""
+    """The state that the calls of one client share. Usable from any thread."""
 
     def __init__(
         self,
@@ -51,38 +51,38 @@ class Coordinators:
         self.clock = clock
         self.num_resumed = 0
         self.closed = False
-        self.ticks = Ticks(retry_policy.silence_s)
-        self._patience = retry_policy
-        self._dice = rng or random.Random()
+        self.monitor = SilenceMonitor(retry_policy.silence_s)
+        self._retry_policy = retry_policy
+        self._rng = rng or random.Random()
         self._at = 0
         self._lock = threading.Lock()
 
     @property
     def options(self) -> tuple[Option, ...]:
-        """Of a channel to each."""
-        ping_ms = round(self._patience.ping_s * 1000)
-        ours: dict[str, int | str] = {
+        """The options of the channels."""
+        ping_ms = round(self._retry_policy.ping_s * 1000)
+        own: dict[str, int | str] = {
             "grpc.keepalive_time_ms": ping_ms,
             "grpc.keepalive_timeout_ms": ping_ms,
             "grpc.http2.ping_timeout_ms": ping_ms,
             "grpc.dns_min_time_between_resolutions_ms": 2_000,
             "grpc.service_config": '{"loadBalancingConfig": [{"round_robin": {}}]}',
         }
-        return tuple({**dict(CHANNEL_OPTIONS), **ours}.items())
+        return tuple({**dict(CHANNEL_OPTIONS), **own}.items())
 
-    def chat_messages(self, timeout_s: float) -> Iterator[tuple[int, float]]:
-        """Each once for a short question, the one called last first, with a share of the time."""
+    def each_with_timeout(self, timeout_s: float) -> Iterator[tuple[int, float]]:
+        """(coordinator, timeout) for a unary call to each once, the last called one first."""
         ends_s, first, num = self.clock() + timeout_s, self._at, len(self.addresses)
         for i in range(num):
             if (left_s := ends_s - self.clock()) > 0:
                 yield (first + i) % num, left_s / (num - i)
 
     def stream(self, request: Request, timeout_s: float | None) -> Stream:
-        """A new answer, which is to be complete within `timeout_s`."""
-        retry_policy = self._patience
+        """A new output, which must be complete within `timeout_s`."""
+        retry_policy = self._retry_policy
         return Stream(
             request,
-            Attempts(len(self.addresses), self._at, retry_policy, self._dice),
+            Attempts(len(self.addresses), self._at, retry_policy, self._rng),
             retry_policy,
             self.addresses,
             ends_s=math.inf if timeout_s is None else self.clock() + timeout_s,
@@ -90,7 +90,7 @@ class Coordinators:
         )
 
     def called(self, at: int) -> None:
-        """A call of an answer goes to coordinator `at`, and so will the next answer's first."""
+        """Record a call to coordinator `at`, which the next output calls first."""
         self._at = at
 
     def _resumed(self) -> None:
@@ -99,7 +99,7 @@ class Coordinators:
 
 
 def unreachable(error: grpc.RpcError) -> DiptychError:
-    """The failure of a short question that another coordinator may answer. Raises any other."""
+    """The error of a unary call that another coordinator may serve. Raises other errors."""
     meaning = from_rpc_error(error)
     if isinstance(meaning, Unavailable | DeadlineExceeded):
         return meaning

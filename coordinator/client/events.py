@@ -1,6 +1,6 @@
-"""What a caller hears: an answer as a stream of events, an error as a sentence.
+"""The events of an output, and the description of errors.
 
-Parts that are the same as on the wire are its messages (inference.proto tells what is in them).
+Parts that are the same as on the wire are messages of inference.proto.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import grpc
 from engine.base.errors import DeadlineExceeded, DiptychError
 from engine.pb.diptych.v1 import inference_pb2
 
-# The first event where `echo` or `prompt_logprobs` asked for it: text, token_ids, logprobs.
+# The first event of a request with `echo` or `prompt_logprobs`: text, token_ids, logprobs.
 Prompt = inference_pb2.Prompt
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Text of a choice that became final, and its tokens."""
+    """Final text of a choice, and its tokens."""
 
     text: str
     token_ids: tuple[int, ...]
     index: int = 0  # of the choice
-    logprobs: tuple[inference_pb2.TokenLogprobs, ...] = ()  # one a token, where asked for
+    logprobs: tuple[inference_pb2.TokenLogprobs, ...] = ()  # one a token, if requested
     tool_calls: tuple[inference_pb2.ToolCallDelta, ...] = ()  # the next pieces of calls
 
 
@@ -36,7 +36,7 @@ class Done:
     request_id: str
     usage: inference_pb2.Usage  # of this choice; all choices share the prompt
     timing: inference_pb2.Timing
-    num_resumed: int = 0  # how often another call took the answer up
+    num_resumed: int = 0  # how many further calls continued the output
     index: int = 0  # of the choice
     matched_stop: int | str | None = None  # the stop token or string that ended it
 
@@ -61,7 +61,7 @@ def done(response: inference_pb2.GenerateResponse, num_resumed: int) -> Done:
 
 
 def describe(error: BaseException) -> str:
-    """One sentence for a person about a failed call."""
+    """One sentence about a failed call, for users."""
     if isinstance(error, DeadlineExceeded):
         return "the call's time ran out"
     if isinstance(error, DiptychError):

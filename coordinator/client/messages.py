@@ -1,8 +1,8 @@
-"""What a caller says: a prompt or a conversation, and options by name -> a request.
+"""Builds requests from a prompt or a conversation, and options by name.
 
-Options are the fields of Sampling, Stop, Output and Constraint and a few of the request itself, by
-the names that inference.proto gives them. One that is unknown, or a second constraint, is refused
-here; values are checked by the coordinator, which names the field.
+Options are the fields of Sampling, Stop, Output and Constraint, and a few of the request, with
+their names in inference.proto. Unknown options and a second constraint are refused here; the
+coordinator checks values and names the field.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from coordinator.client import chat_messages as chat_messages
+from coordinator.client import chat_messages
 from engine.pb.diptych.v1 import inference_pb2
 
 _PARTS: dict[str, Any] = {
@@ -29,7 +29,7 @@ Request = inference_pb2.GenerateRequest | inference_pb2.ChatRequest
 
 
 def generate_request(prompt: str | Sequence[int], **options: Any) -> inference_pb2.GenerateRequest:
-    """A request for text or token ids."""
+    """A request with a prompt of text or token ids. Raises TypeError for unknown options."""
     common = _common(options)
     if isinstance(prompt, str):
         return inference_pb2.GenerateRequest(text=prompt, **common)
@@ -45,7 +45,10 @@ def chat_request(
     parallel_tool_calls: bool | None = None,
     **options: Any,
 ) -> inference_pb2.ChatRequest:
-    """A request for the next turn; messages, tools and choice as OpenAI's API has them."""
+    """A request for the next message; messages, tools and choice are in OpenAI's form.
+
+    Raises TypeError for unknown options, ValueError for messages of another form.
+    """
     return inference_pb2.ChatRequest(
         messages=map(chat_messages.message, messages),
         tools_json=json.dumps(list(tools)) if tools else None,
@@ -55,37 +58,37 @@ def chat_request(
     )
 
 
-def give_name(request: Request) -> None:
-    """An id if it has none: an unset seed is a hash of it, so that all its calls bring the same."""
+def ensure_request_id(request: Request) -> None:
+    """Set a request id if it is unset; an unset seed is a hash of it, equal in all calls."""
     if not request.request_id:
         request.request_id = uuid.uuid4().hex
 
 
-def resumed(request: Request, delivered: Iterable[inference_pb2.Resume | None]) -> Request:
-    """The same request, with what is already delivered of its choices."""
+def with_resume(request: Request, delivered: Iterable[inference_pb2.Resume | None]) -> Request:
+    """A copy of the request with what is already delivered of its choices."""
     again = copy.deepcopy(request)
     again.resume.extend(resume for resume in delivered if resume)
     return again
 
 
 def _common(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword options, None left out, sorted into the messages that they belong to."""
-    given = {key: value for key, value in options.items() if value is not None}
-    if unknown := given.keys() - _PART_OF.keys() - _PLAIN:
+    """The fields of a request from keyword options; None counts as unset."""
+    present = {key: value for key, value in options.items() if value is not None}
+    if unknown := present.keys() - _PART_OF.keys() - _PLAIN:
         raise TypeError(f"unknown option {sorted(unknown)[0]!r}")
-    fields: dict[str, Any] = {key: given.pop(key) for key in _PLAIN & given.keys()}
+    fields: dict[str, Any] = {key: present.pop(key) for key in _PLAIN & present.keys()}
     parts: dict[str, dict[str, Any]] = {}
-    for key, value in given.items():
-        if key != "json_object" or value:  # a constraint that is off is none
+    for key, value in present.items():
+        if key != "json_object" or value:  # json_object=False is no constraint
             parts.setdefault(_PART_OF[key], {})[key] = _as_field(key, value)
     constraints = parts.get("constraint", {})
     if len(constraints) > 1:
         raise TypeError(f"more than one constraint: {' and '.join(constraints)}")
-    return fields | {part: _PARTS[part](**given) for part, given in parts.items()}
+    return fields | {part: _PARTS[part](**values) for part, values in parts.items()}
 
 
 def _as_field(key: str, value: Any) -> Any:
-    """What Python says more shortly than the protocol."""
+    """The protobuf value of an option; texts, lists and dicts are accepted for messages."""
     if key == "stop":
         return [value] if isinstance(value, str) else value
     if key == "json_schema":

@@ -1,18 +1,19 @@
-"""One answer over as many calls as it takes; its caller sees no seam. Pure: it neither calls nor
-waits, a client does what it says.
+"""One output over any number of calls, without gaps or repetitions.
+
+Pure: it decides what to call and how long to wait; a client does both.
 
     next -> Call ---> take, take, take ... a Finished of each choice: done
-     ^                  '-- the call ends otherwise: lost
+     ^                  '-- the call ends before: lost
      |                              |
-     '----- another call helps -----+----- it was an answer, or nothing is left ---> raises
+     '----- retry ------------------+----- final error, or no coordinator is left ---> raises
 
-The tokens that the caller has of each choice go into the next call as `resume`; the sampler is a
-function of seed and position and the text one of the tokens, so both go on exactly there (see
-choice.py). What is an answer:
+The delivered tokens of each choice go into the next call as `resume`. The sampler is a function of
+seed and position, and the text is a function of the tokens, so both continue exactly there (see
+choice.py).
 
-    InvalidRequest, NotFound, NotOffered, Mismatch, DeadlineExceeded, a bug   raised at once
-    Overloaded, Unavailable (the coordinator's word)   others first; itself after what it asked for
-    no connection, a broken one, a stream without an end, a silent one        others first
+    InvalidRequest, NotFound, NotOffered, Mismatch, DeadlineExceeded, a bug    final
+    Overloaded, Unavailable from a coordinator    others first; this one after its retry time
+    no connection, a broken one, an incomplete stream, silence                 others first
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import grpc
 from coordinator.client.attempts import Attempts, RetryPolicy
 from coordinator.client.choice import Choice
 from coordinator.client.events import OutputEvent, done
-from coordinator.client.messages import Request, give_name, resumed
+from coordinator.client.messages import Request, ensure_request_id, with_resume
 from engine.base.errors import DeadlineExceeded, DiptychError, Overloaded, Unavailable
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc.status import DETAILS_KEY, from_rpc_error
@@ -39,16 +40,16 @@ _BROKEN = (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.I
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What is to be called, and after what wait."""
+    """The next call, and the wait before it."""
 
     coordinator: int
     request: Request
     wait_s: float
-    silence_s: float  # without a message: it is lost
+    silence_s: float  # without a message for so long it is lost
 
 
 class Stream:
-    """One answer, as far as its caller has it. Owned by the iterator that yields it."""
+    """The state of one output. Owned by the iterator that yields its events."""
 
     def __init__(
         self,
@@ -57,37 +58,37 @@ class Stream:
         retry_policy: RetryPolicy,
         addresses: Sequence[str],
         *,
-        ends_s: float = math.inf,  # a moment of the client's clock
+        ends_s: float = math.inf,  # time of the client's clock
         on_resumed: Callable[[], None] = lambda: None,
     ) -> None:
-        give_name(request)
+        ensure_request_id(request)
         if not math.isinf(retry_policy.silence_s):
             request.alive = True
         self._request = request
         self._attempts = attempts
-        self._patience = retry_policy
+        self._retry_policy = retry_policy
         self._addresses = addresses
         self._ends_s = ends_s
         self._on_resumed = on_resumed
-        self._num_open = request.n if request.HasField("n") else 1  # choices without an end
-        self._choices: dict[int, Choice] = {}  # of which something has come
+        self._num_open = request.n if request.HasField("n") else 1  # unfinished choices
+        self._choices: dict[int, Choice] = {}
         self._has_prompt = False
         self._num_resumed = 0
-        self._resuming = False  # this call takes the answer up, and has said nothing yet
-        self._silence_s = math.inf  # of the last call
-        self._loss: Unavailable | Overloaded | None = None  # since the answer last moved
+        self._resuming = False  # the current call resumes, and has sent nothing yet
+        self._silence_s = math.inf  # of the current call
+        self._loss: Unavailable | Overloaded | None = None  # since the last progress
         self._first_call_s = math.inf
         self._gives_up_s = math.inf
         self.done = False
 
     @property
     def method(self) -> str:
-        """The method of InferenceService that answers it."""
+        """The method of InferenceService to call."""
         chat = isinstance(self._request, inference_pb2.ChatRequest)
         return "Chat" if chat else "Generate"
 
     def remaining_s(self, now_s: float) -> float | None:
-        """What is left of the caller's time, None for any. Raises DeadlineExceeded."""
+        """The remaining seconds, None if unlimited. Raises DeadlineExceeded."""
         if math.isinf(self._ends_s):
             return None
         if now_s >= self._ends_s:
@@ -95,7 +96,7 @@ class Stream:
         return self._ends_s - now_s
 
     def next(self, now_s: float) -> Call:
-        """The next call. Raises Unavailable or Overloaded where nothing is left to try."""
+        """The next call. Raises Unavailable or Overloaded if no coordinator may be called."""
         begun = self._has_prompt or any(choice.begun for choice in self._choices.values())
         ends_s = min(self._gives_up_s, self._ends_s) if self._loss else math.inf
         found = self._attempts.next(now_s, ends_s)
@@ -108,13 +109,13 @@ class Stream:
         for _, choice in sorted(self._choices.items()):
             choice.call_again()
             delivered.append(choice.resume())
-        request = resumed(self._request, delivered)
+        request = with_resume(self._request, delivered)
         self._silence_s = self._attempts.silence_s
         return Call(coordinator, request, wait_s, self._silence_s)
 
     def take(self, response: inference_pb2.GenerateResponse) -> OutputEvent | None:
-        """The event that a message brings to the caller, if it brings one."""
-        if response.WhichOneof("event") not in _EVENTS:  # Alive, or what later versions send
+        """The new event of a message, or None."""
+        if response.WhichOneof("event") not in _EVENTS:  # Alive, or an event of a later version
             return None
         if self._resuming:
             self._resuming = False
@@ -127,7 +128,6 @@ class Stream:
         return event
 
     def _new(self, response: inference_pb2.GenerateResponse) -> OutputEvent | None:
-        """What the caller does not have yet."""
         if response.HasField("prompt"):
             known, self._has_prompt = self._has_prompt, True
             return None if known else response.prompt
@@ -142,16 +142,16 @@ class Stream:
         return done(response, self._num_resumed)
 
     def lost(self, error: grpc.RpcError | None, now_s: float) -> None:
-        """The call ended before the answer: by `error`, or as if all were well.
+        """Record that the call ended before the output, with `error` or without one.
 
-        Raises what the coordinator meant if that was an answer.
+        Raises a final error.
         """
         loss, waits = _loss(error)
         self._lost(loss, waits, now_s)
 
     def silent(self, now_s: float) -> None:
-        """The call was cancelled: nothing came for its `silence_s`."""
-        loss = Unavailable(f"nothing came for {self._silence_s:g} s")
+        """Record that the call was cancelled after `silence_s` without a message."""
+        loss = Unavailable(f"no message for {self._silence_s:g} s")
         self._lost(loss, False, now_s, silent=True)
 
     def _lost(
@@ -166,40 +166,40 @@ class Stream:
             num_tokens=self._num_tokens,
         )
         if self._loss is None:
-            # What a coordinator has waited for in vain (a worker) counts as ours.
+            # The time in which a coordinator waited for a worker in vain counts too.
             since_s = self._first_call_s if waits and not self._num_tokens else now_s
-            self._gives_up_s = since_s + self._patience.give_up_s
-        if waits or self._loss is None:  # a coordinator's word tells more than a dead connection
+            self._gives_up_s = since_s + self._retry_policy.give_up_s
+        if waits or self._loss is None:  # a coordinator's error tells more than a dead connection
             self._loss = loss
 
-    def broken_off(self, reason: str, retry_after_s: float = 1.0) -> Unavailable:
-        """The end of an answer that did not end, with the number of tokens that its caller has."""
+    def interrupted(self, reason: str, retry_after_s: float = 1.0) -> Unavailable:
+        """The error of an incomplete output, with the number of delivered tokens."""
         num = self._num_tokens
-        message = f"the answer broke off after {num} tokens: {reason}" if num else reason
+        message = f"the output broke off after {num} tokens: {reason}" if num else reason
         return Unavailable(message, retry_after_s, num_emitted=num)
 
     @property
     def _num_tokens(self) -> int:
-        """What the caller has, of all choices."""
+        """Delivered tokens of all choices."""
         return sum(len(choice.token_ids) for choice in self._choices.values())
 
     def _spent(self) -> DiptychError:
-        assert self._loss is not None, "the first call is always left"
+        assert self._loss is not None, "the first call is always allowed"
         if isinstance(self._loss, Overloaded) and not self._num_tokens:
             return self._loss
-        return self.broken_off(self._loss.message, self._loss.retry_after_s)
+        return self.interrupted(self._loss.message, self._loss.retry_after_s)
 
 
 def _loss(error: grpc.RpcError | None) -> tuple[Unavailable | Overloaded, bool]:
-    """(why a call was lost, whether the coordinator said so itself). Raises what was an answer."""
+    """(reason of a lost call, whether it came from the coordinator). Raises a final error."""
     if error is None:
-        return Unavailable("the stream ended before the answer"), False
+        return Unavailable("the stream ended before the output"), False
     call: Any = error
     code = call.code()
-    said = DETAILS_KEY in dict(call.trailing_metadata() or ())  # else gRPC made the status up
+    is_servers = DETAILS_KEY in dict(call.trailing_metadata() or ())  # else gRPC's own status
     meaning = from_rpc_error(error)
-    if isinstance(meaning, Unavailable) or (said and isinstance(meaning, Overloaded)):
-        return meaning, said
-    if code in _BROKEN and not said:
+    if isinstance(meaning, Unavailable) or (is_servers and isinstance(meaning, Overloaded)):
+        return meaning, is_servers
+    if code in _BROKEN and not is_servers:
         return Unavailable(f"{code.name}: {call.details()}"), False
     raise (meaning or error) from None

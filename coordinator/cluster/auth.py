@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.base.options import FrontOptions, TrustOptions
-from engine.rpc.trust import ClusterToken, token_for
+from engine.base.option_groups import AuthOptions, FrontOptions
+from engine.rpc.auth import ClusterToken, token_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Trust:
     operator: ClusterToken = field(default_factory=ClusterToken.random)
 
     @classmethod
-    def of(cls, options: TrustOptions, front: FrontOptions, *, local_workers: bool) -> Trust:
+    def of(cls, options: AuthOptions, front: FrontOptions, *, local_workers: bool) -> Trust:
         """Read the file, or make a token. Raises ConfigError."""
         if options.cluster_token_file:
             token = ClusterToken.load(options.cluster_token_file)

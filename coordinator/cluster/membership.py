@@ -36,11 +36,11 @@ from coordinator.cluster.incidents import STRIKES, Losses, Strikes
 from coordinator.cluster.table import WorkerTable
 from coordinator.cluster.worker import HEARTBEAT_S, ClusterView, Hello, Load, Worker, WorkerState
 from engine.base.errors import Mismatch
-from engine.base.memory import shown
+from engine.base.memory import readable_size
 from engine.base.types import Health, ModelIdentity, Peer, Role
 from engine.rpc.liveness import STALL_S, STUCK_LOOP_S
+from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from engine.telemetry.log import get_logger
-from engine.telemetry.metrics import CoordinatorMetrics
 
 _log = get_logger(__name__)
 
@@ -128,7 +128,7 @@ class Membership:
             worker=hello.peer.worker_id,
             pool=hello.role.value,
             max_model_len=hello.model.max_model_len,
-            kv_pool=shown(hello.kv_pool.num_bytes),
+            kv_pool=readable_size(hello.kv_pool.num_bytes),
         )
         self._compare_lengths(worker, before)
         self._notify()

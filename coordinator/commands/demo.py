@@ -1,8 +1,8 @@
-"""`make demo`: the whole stack on this machine, one real answer, a summary, nothing left behind.
+"""`make demo`: starts the whole stack on this machine, generates one output, prints a summary.
 
-It starts `coordinator start` on free ports like any user would, and talks to it through the public
-API alone. What the stack prints while it starts is shown as it comes. A slow start is waited for as
-long as something moves (a line in a log, processor time); Ctrl-C ends the stack in order.
+It runs `coordinator start` on free ports, uses only the public API, and ends all processes. The
+output of the starting stack is shown. A slow start may continue while it makes progress (log lines,
+CPU time). Ctrl-C ends the stack in order.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from engine.base.options import child_environment, state_dir
 from engine.pb.diptych.v1 import admin_pb2
 from engine.telemetry.progress import LINE_S, Progress
 
-# The first start compiles kernels and converts the model. A loaded machine takes its time: what
-# ends the demo is a stack that stands still, and at last a limit that no start should reach.
+# The first start compiles kernels and converts the model, which takes long on a loaded machine. The
+# demo gives up if the stack makes no progress, and at a limit that no start should reach.
 _STILL_S = 120.0
 _START_S = 3600.0
 _ANSWER_S = 600.0
@@ -67,10 +67,10 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 def _demo(console: Console) -> int:
-    log_dir = state_dir() / "demo" / str(os.getpid())  # of its own: two may run at once
+    log_dir = state_dir() / "demo" / str(os.getpid())  # two demos may run at once
     log_dir.mkdir(parents=True, exist_ok=True)
     server, http = _free_address(), _free_address()
-    # Tied to this process, kill -9 included; a session of its own: Ctrl-C is for this process.
+    # It ends with this process, kill -9 included; in its own session it gets no Ctrl-C.
     command = [sys.executable, "-m", "engine.process.parent_death", "--parent", str(os.getpid())]
     command += ["coordinator.cli", "start", "--listen", server]
     command += ["--http", http, "--log-dir", str(log_dir), "--log-format", "json"]
@@ -103,12 +103,12 @@ def _start(command: Sequence[str], log_path: Path) -> subprocess.Popen[bytes]:
 
 
 def _end(stack: subprocess.Popen[bytes]) -> None:
-    """End the stack in order; at once where that takes long, or on another Ctrl-C."""
+    """End the stack in order; kill it if that takes long, or on another Ctrl-C."""
     try:
         stack.send_signal(signal.SIGTERM)
         stack.wait(_STOP_S)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        stack.kill()  # takes its workers along
+        stack.kill()  # its workers end with it
         stack.wait()
 
 
@@ -119,7 +119,7 @@ def _free_address() -> str:
 
 
 def _wait_ready(client: Client, stack: subprocess.Popen[bytes], log_dir: Path) -> None:
-    """Until a worker of each role is ready. Raises DiptychError."""
+    """Wait until a worker of each role is ready. Raises DiptychError."""
     deadline = time.monotonic() + _START_S
     output = StackOutput(log_dir / "coordinator.log", time.monotonic)
     stillness = Stillness(stack.pid, log_dir, time.monotonic)
@@ -142,7 +142,7 @@ def _wait_ready(client: Client, stack: subprocess.Popen[bytes], log_dir: Path) -
 
 
 def _answer(client: Client) -> Done:
-    """Stream one answer to standard output."""
+    """Stream one output to standard output."""
     print(f"> {_QUESTION}\n", flush=True)
     question = ({"role": "user", "content": _QUESTION},)
     events = iter(client.chat(question, timeout_s=_ANSWER_S, max_tokens=160))
@@ -158,7 +158,7 @@ def _answer(client: Client) -> Done:
 
 
 def _at_rest(client: Client) -> Sequence[admin_pb2.Worker]:
-    """The workers once their last heartbeat tells of nothing held."""
+    """The workers, once their last heartbeat reports no held blocks."""
     deadline = time.monotonic() + _SETTLE_S
     while True:
         workers = client.workers()

@@ -1,4 +1,4 @@
-"""What `make demo` shows of a stack that starts, and how it tells slow from stuck."""
+"""Shows the start of a stack in `make demo`, and distinguishes slow from stuck."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 _SILENT_S = 4.0
-_MOVED_S = 0.1  # of processor time: a process that only polls takes less
+_MOVED_S = 0.1  # CPU time of progress: a process that only polls uses less
 
 
 class StackOutput:
-    """The lines for people in a coordinator's output: those that are no log lines.
+    """Prints the lines of a coordinator's output that are no log lines.
 
-    Where none comes for a while there is one of ours.
+    During silence it prints a line with the elapsed time.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float]) -> None:
@@ -25,7 +25,7 @@ class StackOutput:
         self._rest = b""
 
     def show(self) -> None:
-        """Print what is new."""
+        """Print new lines."""
         with self._path.open("rb") as file:
             file.seek(self._read)
             new = file.read()
@@ -45,7 +45,7 @@ class StackOutput:
 
 
 class Stillness:
-    """For how long neither a log has grown nor a process of the stack has computed."""
+    """Measures for how long no log has grown and no process of the stack has computed."""
 
     def __init__(self, pid: int, log_dir: Path, clock: Callable[[], float]) -> None:
         self._pid = pid
@@ -55,7 +55,7 @@ class Stillness:
         self._seen = self._look()
 
     def seconds(self) -> float:
-        """Since something last moved."""
+        """Seconds since the last progress."""
         size, cpu_s = self._look()
         if size != self._seen[0] or abs(cpu_s - self._seen[1]) > _MOVED_S:
             self._seen = size, cpu_s
@@ -68,7 +68,7 @@ class Stillness:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of a process and of all its descendants that run now."""
+    """CPU time of a process and of all its running descendants."""
     times: dict[int, tuple[int, int]] = {}  # pid: (parent, ticks)
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():

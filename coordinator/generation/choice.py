@@ -32,9 +32,9 @@ from coordinator.text.served_model import ServedModel
 from coordinator.text.stops import StopSet
 from engine.base.errors import Mismatch, Unavailable, WorkersLost
 from engine.base.types import FinishReason
-from engine.rpc.trust import ClusterToken
+from engine.rpc.auth import ClusterToken
+from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from engine.telemetry.log import get_logger
-from engine.telemetry.metrics import CoordinatorMetrics
 from engine.telemetry.timeline import Event, Timeline
 
 _log = get_logger(__name__)

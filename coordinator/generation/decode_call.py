@@ -37,6 +37,7 @@ from engine.base.errors import (
 )
 from engine.base.types import FinishReason, StopParams
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
+from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import ChannelPool
 from engine.rpc.convert import (
     constraint_to_pb,
@@ -48,7 +49,6 @@ from engine.rpc.convert import (
 )
 from engine.rpc.liveness import next_message
 from engine.rpc.status import DETAILS_KEY, from_rpc_error
-from engine.rpc.trust import ClusterToken
 
 # gRPC's own statuses when a connection or a process goes away in the middle of a call.
 _LOST_CODES = (

@@ -27,8 +27,8 @@ from coordinator.routing.policy import Policy
 from coordinator.text.served_model import ServedModel
 from coordinator.text.stops import StopSet
 from engine.base.errors import DeadlineExceeded, InvalidRequest, Unavailable
-from engine.rpc.trust import ClusterToken
-from engine.telemetry.metrics import CoordinatorMetrics
+from engine.rpc.auth import ClusterToken
+from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from engine.telemetry.timeline import Event, Timeline
 
 _MANY_STOP_CHARS = 2048  # more stop strings are read in a thread

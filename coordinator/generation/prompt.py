@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from coordinator.generation.request import GenerationRequest
 from coordinator.generation.tool_schemas import fitting_constraint
-from coordinator.text.detokenizer import lead_of
+from coordinator.text.detokenizer import leading_text_of
 from coordinator.text.served_model import ServedModel
 from engine.base.errors import InvalidRequest
 from engine.constraints.checker import refusal
@@ -50,17 +50,17 @@ async def checked(
     """
     if request.constraint is None or model.checker is None:
         return request
-    lead = lead_of(model.tokenizer, prompt, request.skip_special_tokens)
-    constraint = replace(request.constraint, lead=lead)
-    found = await model.checker.tried(constraint)
+    leading_text = leading_text_of(model.tokenizer, prompt, request.skip_special_tokens)
+    constraint = replace(request.constraint, leading_text=leading_text)
+    found = await model.checker.check(constraint)
     if found.reason:
         fitting = await fitting_constraint(model.checker, request, refusal(found))
-        constraint = replace(fitting, lead=lead)
+        constraint = replace(fitting, leading_text=leading_text)
     resumed = [resume.token_ids for resume in request.resumes]
     if any(resumed):
-        found = await model.checker.tried(constraint, resumed)
-        if found.misfit >= 0:
-            what = f"of choice {found.misfit}: {refusal(found).description}"
+        found = await model.checker.check(constraint, resumed)
+        if found.mismatch_index >= 0:
+            what = f"of choice {found.mismatch_index}: {refusal(found).description}"
             raise InvalidRequest("resume", what)
         if found.reason:
             raise InvalidRequest("resume", f"of a constrained answer: {found.reason}")

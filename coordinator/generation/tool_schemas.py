@@ -7,7 +7,7 @@ strict loses what cannot be held; the others keep their schemas.
          all together      still too much for one grammar: the longest of those that are not strict
                            become any object
 
-After MOST_CPU_S of CPU time all of those that are not strict become any object at once.
+After MAX_CPU_S of CPU time all of those that are not strict become any object at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from engine.constraints.grammar import Grammar
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
-MOST_CPU_S = 3.0
+MAX_CPU_S = 3.0
 
 
 async def fitting_constraint(
@@ -63,17 +63,17 @@ class _Fitting:
     @property
     def spent(self) -> bool:
         """Whether the CPU time is spent."""
-        return self._cpu_s > MOST_CPU_S
+        return self._cpu_s > MAX_CPU_S
 
     async def schema(self, schema: str, lenient: bool) -> Grammar:
-        """As Checker.fitting, while there is time left."""
+        """As Checker.compilable_schema, while there is time left."""
         if self.spent:
             return Grammar(reason="the tools together take too long to compile")
-        return self._took(await self._checker.fitting(schema, lenient))
+        return self._took(await self._checker.compilable_schema(schema, lenient))
 
     async def grammar(self, constraint: Constraint) -> Grammar:
         """As Checker.tried."""
-        return self._took(await self._checker.tried(constraint))
+        return self._took(await self._checker.check(constraint))
 
     def _took(self, found: Grammar) -> Grammar:
         self._cpu_s += found.cpu_s

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from engine.base.errors import Overloaded
 from engine.http.holds import Hold
-from engine.telemetry.metrics import CoordinatorMetrics
+from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 
 _WINDOW_S = 60.0
 _MIN_RETRY_S = 0.1

@@ -1,12 +1,12 @@
-"""A conversation -> the prompt's text, and the special tokens in it that are meant.
+"""Renders a conversation to the prompt's text, and finds the special tokens of the template.
 
-Meant are those that the template writes. What the caller wrote is text: contents, names, results
-and arguments of calls, definitions of tools, and roles that are not usual ones. The conversation is
-rendered twice, as it is and with the caller's characters marked (caller_text.py); as a rule both
-give one text, and the marks tell the caller's characters from the template's.
+Only special tokens that the template writes are read as such. Everything from the client is text:
+contents, names, results and arguments of calls, tool definitions, and unusual roles. The
+conversation is rendered twice, plain and with the client's characters marked (untrusted_text.py).
+Usually both give one text, and the marks distinguish the client's characters.
 
-A template that treats marked text otherwise (it counts bytes, say) gives two texts. Then the first
-is taken if it holds nothing of the caller's that spells a special token, else the second.
+A template that treats marked text differently (it counts bytes, for example) gives two texts. Then
+the plain one is used if no client text looks like a special token, otherwise the marked one.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coordinator.text.caller_text import Marks, without_surrogates
 from coordinator.text.special_tokens import SpecialTokens
+from coordinator.text.untrusted_text import Marks, without_surrogates
 from engine.base.errors import InvalidRequest
 
-# Templates build markers of these: '<|' + role + '|>'.
+# Templates build special tokens from these roles: '<|' + role + '|>'.
 _ROLES = frozenset({"system", "user", "assistant", "tool", "developer"})
-Turns = Sequence[Mapping[str, Any]]
-Render = Callable[[Turns, Turns], str]
+Messages = Sequence[Mapping[str, Any]]
+Render = Callable[[Messages, Messages], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,25 +30,25 @@ class Prompt:
     """A rendered conversation."""
 
     text: str
-    meant: list[tuple[int, int]]  # [begin, end) of each special token that is one
+    special_spans: list[tuple[int, int]]  # [begin, end) of each text to read as a special token
 
 
 def chat_prompt(
     render: Render,
     special: SpecialTokens,
-    messages: Turns,
-    tools: Turns,
+    messages: Messages,
+    tools: Messages,
     check: Callable[[str], None],
     *,
-    callers_too: bool,
+    parse_all: bool,
 ) -> Prompt:
-    """Render a conversation; `callers_too`: special tokens in the caller's texts are meant, too.
+    """Render a conversation; `parse_all`: read special tokens in the client's texts too.
 
-    Raises InvalidRequest where the template refuses the conversation, or `check` its text.
+    `check` checks the text. Raises InvalidRequest if it or the template refuses the conversation.
     """
     text = without_surrogates(render(messages, tools))
     check(text)
-    if callers_too:
+    if parse_all:
         return Prompt(text, special.spelled(text))
     marks = special.marks
     marked: str | None
@@ -65,14 +65,14 @@ def chat_prompt(
     if marked is None:
         raise InvalidRequest(
             "messages",
-            "they spell special tokens, and the chat template cannot render those as text; "
-            "expected messages without",
+            "they contain special tokens, which this chat template cannot render as text; "
+            "expected messages without special tokens",
         )
     return Prompt(marks.plain(marked), special.spelled(marked))
 
 
 def _same(special: SpecialTokens, text: str, marked: str) -> bool:
-    """Whether two texts hold the same special tokens in the same order."""
+    """Whether two texts contain the same special tokens in the same order."""
     one = [text[begin:end] for begin, end in special.spelled(text)]
     return one == [marked[begin:end] for begin, end in special.spelled(marked)]
 

@@ -1,12 +1,11 @@
-"""Chat templates: messages -> prompt text, as the model's authors wrote it down in Jinja.
+"""Renders messages to a prompt with the model's chat template, which is written in Jinja.
 
 The template comes with the model and runs sandboxed (template_environment.py). Special tokens are
-part of the rendered text, so tokenize it with add_special_tokens=False. A template that is not
-Jinja stops no start: the model still serves Generate, and Chat answers with the reason.
+part of the rendered text, so tokenize it with add_special_tokens=False. With a broken template the
+model still serves Generate, and Chat fails with the reason.
 
-A template that does not know tools is given a conversation without them: their definitions stand in
-the system message, calls in the words of the model's family, and what tools said in turns of the
-user.
+For a template without tools the conversation is rewritten: definitions go to the system message,
+calls are written in the form of the model's family, and results become user messages.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from typing import Any
 import jinja2
 from jinja2 import meta
 
-from coordinator.text.caller_text import joined
 from coordinator.text.template_budget import TooCostly, rendering
 from coordinator.text.template_environment import template_environment
 from coordinator.text.tool_format import HERMES, ToolFormat
+from coordinator.text.untrusted_text import joined
 from coordinator.text.values import ChatMessage
 from engine.base.errors import InvalidRequest
 from engine.checkpoint.added_tokens import ROLES
@@ -33,22 +32,22 @@ from engine.checkpoint.jsonfile import read_json
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
-_TOOL_USE = "tool_use"  # the name of a second template that some models bring
+_TOOL_USE = "tool_use"  # the name of a second template of some models
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """A model's templates, compiled; without any, `render` refuses."""
+    """A model's compiled templates; without one, `render` raises InvalidRequest."""
 
     templates: Mapping[str, jinja2.Template]
     special_tokens: Mapping[str, str]
     knowing_tools: frozenset[str]  # names of the templates that render tools
-    text: str  # of all templates
-    broken: Mapping[str, str]  # templates that cannot be used, with the reason
+    text: str  # the source of all templates
+    broken: Mapping[str, str]  # unusable templates, with the reason
 
     @classmethod
     def load(cls, folder: Path, *, now: Callable[[], datetime] = datetime.now) -> ChatTemplate:
-        """Read the templates of a folder, which need not have any; `now` is strftime_now's clock.
+        """Read the templates of a folder, which may have none; `now` is strftime_now's clock.
 
         Raises CheckpointError if one of the tokenizer's files is not JSON.
         """
@@ -69,12 +68,12 @@ class ChatTemplate:
         return cls(templates, special, frozenset(knowing), text, broken)
 
     def _named(self, tools: bool) -> str:
-        """The template that a request is rendered by. Raises InvalidRequest where none can be."""
+        """The template for a request. Raises InvalidRequest if there is none."""
         names = [*self.templates, *self.broken]
         if not names:
             raise InvalidRequest("messages", "this model has no chat template; use Generate")
-        wanted = _TOOL_USE if tools and _TOOL_USE in names else "default"
-        name = wanted if wanted in names else names[0]
+        preferred = _TOOL_USE if tools and _TOOL_USE in names else "default"
+        name = preferred if preferred in names else names[0]
         if name in self.broken:
             raise InvalidRequest(
                 "messages",
@@ -90,23 +89,23 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tool_format: ToolFormat = HERMES,
     ) -> str:
-        """The prompt of a conversation. Raises InvalidRequest where the template refuses it.
+        """The prompt of a conversation. Raises InvalidRequest if the template refuses it.
 
-        `tool_format` is for a template that does not know tools.
+        `tool_format` is the form of calls for a template without tools.
         """
         name = self._named(bool(tools))
-        if "developer" not in self.text:  # a role that OpenAI's clients have for system
+        if "developer" not in self.text:  # OpenAI's newer name for the system role
             messages = [_without_developer(message) for message in messages]
         if name in self.knowing_tools or not (tools or any(map(_is_of_tools, messages))):
             return self._render(name, messages, tools, add_generation_prompt)
-        told = _without_tools(messages, tools, tool_format)
+        plain_messages = _without_tools(messages, tools, tool_format)
         try:
-            return self._render(name, told, None, add_generation_prompt)
+            return self._render(name, plain_messages, None, add_generation_prompt)
         except InvalidRequest:
             if not tools or messages[0]["role"] == "system":
                 raise
-            # Some templates take no system message; what it would say goes before the first words.
-            return self._render(name, _without_system(told), None, add_generation_prompt)
+            # Some templates refuse a system message; its text goes before the first message.
+            return self._render(name, _without_system(plain_messages), None, add_generation_prompt)
 
     def _render(
         self,
@@ -126,7 +125,7 @@ class ChatTemplate:
             with rendering():
                 try:
                     return render(messages=list(messages))
-                except TypeError:  # older templates add arguments to strings
+                except TypeError:  # older templates concatenate arguments with strings
                     if not any(message.get("tool_calls") for message in messages):
                         raise
                     return render(messages=[_with_written_arguments(m) for m in messages])
@@ -137,19 +136,19 @@ class ChatTemplate:
             raise InvalidRequest("messages", "too long for the chat template") from None
         except (jinja2.TemplateError, jinja2.exceptions.SecurityError) as error:
             raise InvalidRequest("messages", error.message or "the template failed") from None
-        except RecursionError:  # a macro that walks through a schema
+        except RecursionError:  # from a macro that walks through a schema
             raise InvalidRequest("messages", "nested too deeply for the chat template") from None
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            # Templates add strings and index lists without asking first.
+            # Templates add strings and index lists without checks.
             raise InvalidRequest("messages", f"the chat template failed: {error}") from None
 
 
-def turns(
+def template_messages(
     messages: Sequence[ChatMessage], tool_format: ToolFormat = HERMES
 ) -> list[dict[str, Any]]:
-    """Messages as templates take them; arguments of calls are objects, not JSON.
+    """Messages in the form of templates: arguments of calls are objects, not JSON texts.
 
-    Ids of calls are those that the family's templates take.
+    Call ids have the form that the family's templates accept.
     """
     out: list[dict[str, Any]] = []
     for message in messages:
@@ -177,7 +176,7 @@ def _without_developer(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _with_written_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message whose calls have their arguments as JSON."""
+    """The message with arguments of calls as JSON texts."""
     calls = [
         {**call, "function": {**call["function"], "arguments": _json(call["function"])}}
         for call in message.get("tool_calls") or ()
@@ -198,7 +197,7 @@ def _without_tools(
     tools: Sequence[Mapping[str, Any]] | None,
     form: ToolFormat,
 ) -> list[Mapping[str, Any]]:
-    """The conversation in roles and contents alone."""
+    """The conversation with roles and contents only."""
     out: list[dict[str, Any]] = []
     previous = ""
     for message in messages:
@@ -218,23 +217,23 @@ def _without_tools(
             out.append(dict(message))
         previous = role
     if tools:
-        told = _told(tools, form)
+        prompt = _tools_prompt(tools, form)
         if out and out[0]["role"] == "system":
-            out[0]["content"] = joined((out[0]["content"], f"\n\n{told}"))
+            out[0]["content"] = joined((out[0]["content"], f"\n\n{prompt}"))
         else:
-            out.insert(0, {"role": "system", "content": told})
+            out.insert(0, {"role": "system", "content": prompt})
     return list(out)
 
 
 def _without_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The first message's content before the second one's."""
+    """The messages with the system message's content put before the next message's."""
     system, first, *rest = messages
     content = joined((system["content"], "\n\n", first["content"]))
     return [{**first, "content": content}, *rest]
 
 
-def _told(tools: Sequence[Mapping[str, Any]], form: ToolFormat) -> str:
-    """What a model is told of tools where its template does not tell it."""
+def _tools_prompt(tools: Sequence[Mapping[str, Any]], form: ToolFormat) -> str:
+    """The description of tools for a template without tools."""
     definitions = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     example = form.write([("<name>", "<arguments as a JSON object>")])
     return (
@@ -245,10 +244,10 @@ def _told(tools: Sequence[Mapping[str, Any]], form: ToolFormat) -> str:
 
 
 def _sources(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """(texts by name, reasons why others cannot be read), as transformers looks for them.
+    """(sources by name, reasons of unreadable ones), found in the places of transformers.
 
-    chat_template.jinja goes before tokenizer_config.json and that before chat_template.json, where
-    processors keep it; additional_chat_templates/ adds names.
+    chat_template.jinja has precedence over tokenizer_config.json, and that over chat_template.json
+    of processors; additional_chat_templates/ adds further names.
     """
     found: dict[str, str] = {}
     broken: dict[str, str] = {}
@@ -271,7 +270,7 @@ def _sources(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _templates(value: Any) -> dict[str, str]:
-    """Of one text, or of several with names: [{"name": ..., "template": ...}] or {name: text}."""
+    """Sources by name, from a text, [{"name": ..., "template": ...}] or {name: text}."""
     if isinstance(value, str):
         return {"default": value}
     if isinstance(value, dict):
@@ -285,7 +284,7 @@ def _templates(value: Any) -> dict[str, str]:
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
-    """Special tokens by role, which old files write as objects."""
+    """Special tokens by role; old files have objects in place of texts."""
     out: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         config = read_json(folder / file) if (folder / file).exists() else {}

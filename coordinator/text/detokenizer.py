@@ -1,20 +1,20 @@
-"""Streaming detokenization: the text of an answer, token by token, never half a character.
+"""Streaming detokenization: the text of an output, token by token, without partial characters.
 
-The text of an answer is decode(prompt + answer) without decode(prompt): what a tokenizer does at
-the start of a text (SentencePiece removes a space) happens at the start of the prompt only. What is
-released after token i depends on the prompt and tokens 0..i alone, however they arrive. The state
-is a few bytes, so a push costs the same at any length.
+The text of an output is decode(prompt + output) without decode(prompt): what a tokenizer does at
+the start of a text (SentencePiece removes a space) happens at the start of the prompt only. Text
+released after token i depends on the prompt and tokens 0..i only, however they arrive. The state is
+a few bytes, so the cost of a push does not depend on the length.
 
-    byte-level     bytes -> incremental UTF-8; a broken sequence becomes U+FFFD once it is known
-    SentencePiece  text passes; a run of byte tokens waits for its end, because one bad byte turns
-                   the *whole run* into U+FFFD, one a byte (so does the library's decode)
+    byte-level     bytes -> incremental UTF-8; a broken sequence becomes U+FFFD when it is detected
+    SentencePiece  text is released; a run of byte tokens waits for its end, because one bad byte
+                   turns the *whole run* into U+FFFD, one a byte (as in tokenizers' decode)
 
-A prompt may end within a character or a run. Its decode ends with U+FFFD then (or with the run's
-characters); the answer's text begins where decode(prompt + answer) differs from that:
+A prompt may end within a character or a run. Then decode(prompt) ends with U+FFFD (or with the
+run's characters), and the output's text begins where decode(prompt + output) differs:
 
-    decode(prompt)            The caf|?          `?` is U+FFFD, the text that is due
-    decode(prompt + answer)   The caf|é s        the answer's text: "é s"
-    decode(prompt + answer)   The caf|? s        the answer's text: " s"
+    decode(prompt)            The caf|?          `?` is U+FFFD, the `due` text
+    decode(prompt + output)   The caf|é s        text of the output: "é s"
+    decode(prompt + output)   The caf|? s        text of the output: " s"
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MAX_CHAR_BYTES = 4
 
 
 class Detokenizer:
-    """One answer's text. Owned by the request; not shared."""
+    """The text of one output. Owned by the request."""
 
     __slots__ = (
         "_due",
@@ -51,16 +51,16 @@ class Detokenizer:
         tokenizer: Tokenizer,
         skip_special_tokens: bool = True,
         shown: Iterable[int] = (),  # special tokens that are not skipped
-        prompt: Sequence[int] = (),  # what the answer follows
+        prompt: Sequence[int] = (),  # tokens before the output
     ) -> None:
         self._tokenizer = tokenizer
         skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._skipped = skipped
         self._is_byte_level = tokenizer.decoding.byte_level
         self._utf8 = _utf8_decoder()
-        self._run = bytearray()  # SentencePiece: byte tokens whose run has not ended
-        self._run_utf8 = _utf8_decoder()  # tells how many characters the run has so far
-        self._is_first = True  # SentencePiece: no token has come yet
+        self._run = bytearray()  # SentencePiece: the current run of byte tokens
+        self._run_utf8 = _utf8_decoder()  # counts the characters of the run
+        self._is_first = True  # SentencePiece: no token so far
         self._num_to_strip = tokenizer.decoding.num_stripped
         self._due = ""
         self._num_released = self._num_run_chars = 0
@@ -70,13 +70,13 @@ class Detokenizer:
 
     @property
     def due(self) -> str:
-        """The end of decode(prompt) that the answer's first tokens may change."""
+        """The end of decode(prompt) that the output's first tokens may change."""
         return self._due
 
     def position_of(self, token_id: int) -> int:
-        """Characters of the answer before this token's own, if it came next.
+        """The offset of this token in the output's text, if it came next, in characters.
 
-        One that goes on with a character has that one's; one that breaks it stands behind.
+        A token that continues a character has that character's offset; one that breaks it follows.
         """
         piece = self._piece(token_id)
         if piece is None or (piece.raw is not None and not self._is_byte_level):
@@ -90,7 +90,7 @@ class Detokenizer:
 
     @property
     def is_at_start(self) -> bool:
-        """Whether the next token may be the first of the whole text, which loses a space."""
+        """Whether the next token may be the first of the whole text, and so lose a space."""
         if self._run:
             decoding = self._tokenizer.decoding
             text = self._text_of_run(bytes(self._run), self._is_first)
@@ -99,7 +99,7 @@ class Detokenizer:
 
     @property
     def stripped_next(self) -> str:
-        """What would be removed from the start of the next text."""
+        """The characters that would be removed from the start of the next text."""
         return self._tokenizer.decoding.stripped * self._num_to_strip
 
     def hides(self, token_id: int) -> bool:
@@ -107,23 +107,23 @@ class Detokenizer:
         return token_id in self._skipped
 
     def release_due(self) -> str:
-        """Give what is due to the answer: the prompt's text is shown without it."""
+        """Return `due` as text of the output, for a prompt that is shown without it."""
         due, self._due = self._due, ""
         self._num_run_chars = len(_utf8_decoder().decode(bytes(self._run)))
         return due
 
     def peek(self) -> str:
-        """What `flush` would give now, if the answer ended here."""
+        """The result of `flush` if the output ended here; does not change the state."""
         text = self._incomplete()
         return text[_num_common(self._due, text) :]
 
     def push(self, ids: Iterable[int]) -> str:
-        """Text that these tokens made final; may be empty while a character is incomplete."""
+        """The text that these tokens complete; may be empty while a character is incomplete."""
         step = self._push_bytes if self._is_byte_level else self._push_text
         return self._released("".join([step(token_id) for token_id in ids]))
 
     def flush(self) -> str:
-        """The rest at the end of an answer: whatever was incomplete, as U+FFFD."""
+        """The rest at the end of an output; incomplete characters become U+FFFD."""
         if self._is_byte_level:
             return self._released(self._utf8.decode(b"", final=True))
         return self._released(self._stripped(self._end_run()))
@@ -132,7 +132,7 @@ class Detokenizer:
         return None if token_id in self._skipped else self._tokenizer.piece(token_id)
 
     def _push_bytes(self, token_id: int) -> str:
-        piece = None if token_id in self._skipped else self._tokenizer.piece(token_id)
+        piece = self._piece(token_id)
         if piece is None or piece.raw is None:
             return ""
         return self._utf8.decode(piece.raw)
@@ -152,7 +152,7 @@ class Detokenizer:
         return self._stripped(text)
 
     def _end_run(self) -> str:
-        """The text of the byte tokens that were waiting."""
+        """The text of the current run, which ends here."""
         if not self._run:
             return ""
         run, self._run = bytes(self._run), bytearray()
@@ -171,7 +171,7 @@ class Detokenizer:
         return text
 
     def _incomplete(self) -> str:
-        """The text of what waits for its end, as it is so far."""
+        """The text of the incomplete character or run, as it is so far."""
         decoding = self._tokenizer.decoding
         if self._is_byte_level:
             return self._utf8.getstate()[0].decode("utf-8", "replace")
@@ -179,7 +179,7 @@ class Detokenizer:
         return _strip(text, decoding.stripped, self._num_to_strip)[0]
 
     def _stripped(self, text: str) -> str:
-        """Without what SentencePiece writes before the first word of a text."""
+        """`text` without the space that SentencePiece writes before the first word."""
         if not self._num_to_strip:
             return text
         text, self._num_to_strip = _strip(
@@ -188,7 +188,7 @@ class Detokenizer:
         return text
 
     def _released(self, text: str) -> str:
-        """Without what the prompt's own text says already."""
+        """`text` without what decode(prompt) ends with already."""
         if self._due and text:
             common = _num_common(self._due, text)
             self._due = self._due[common:] if common == len(text) else ""
@@ -196,10 +196,8 @@ class Detokenizer:
         self._num_released += len(text)
         return text
 
-    # The prompt
-
     def _read_prompt(self, prompt: Sequence[int]) -> None:
-        """Its start, and its end: what lies between changes nothing of the state."""
+        """Read the start and the end of the prompt: tokens in between do not affect the state."""
         begin = 0
         while begin < len(prompt) and (self._run or self.is_at_start):
             self.push(prompt[begin : begin + 1])
@@ -208,7 +206,7 @@ class Detokenizer:
         self._due = self._incomplete()
 
     def _tail(self, prompt: Sequence[int], begin: int) -> list[int]:
-        """The last tokens, last one first, that may belong to an incomplete character or run."""
+        """The last tokens, in reverse, that may belong to an incomplete character or run."""
         tail, num_bytes = [], 0
         for i in range(len(prompt) - 1, begin - 1, -1):
             piece = self._piece(prompt[i])
@@ -223,10 +221,10 @@ class Detokenizer:
         return tail
 
 
-def lead_of(tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool) -> str:
-    """What an answer writes before its text, because it is stripped from the start of a text.
+def leading_text_of(tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool) -> str:
+    """What an output writes before its text, because the tokenizer strips it from the start.
 
-    A grammar is about the text. Where there is none yet, a text " yes" is written "▁▁yes".
+    Grammars constrain the text. At the start of a text, " yes" is written "▁▁yes".
     """
     return Detokenizer(tokenizer, skip_special_tokens, prompt=prompt).stripped_next
 
@@ -234,7 +232,7 @@ def lead_of(tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bo
 def place_prompt(
     tokenizer: Tokenizer, ids: Sequence[int], text: str, skip_special_tokens: bool
 ) -> Placement:
-    """Where a prompt's tokens stand in its text; one that the text spells stands there as such."""
+    """The offsets of a prompt's tokens in its text, in which special tokens may be spelled out."""
     stream = Detokenizer(tokenizer, skip_special_tokens)
     offsets, num_released, at, num_at_start = [], 0, 0, 0
     for token_id in ids:
@@ -246,7 +244,7 @@ def place_prompt(
             continue
         released = stream.push((token_id,))
         num_released += len(released)
-        if not text.startswith(released, at):  # some tokenizers add a space behind such a name
+        if not text.startswith(released, at):  # some tokenizers add a space after special tokens
             released = released.removeprefix(" ")
         at += len(released)
     return Placement(tuple(offsets), num_at_start)
@@ -257,13 +255,13 @@ def _utf8_decoder() -> codecs.IncrementalDecoder:
 
 
 def _num_common(one: str, other: str) -> int:
-    """Characters in which both begin alike."""
+    """Length of the common prefix."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _strip(text: str, char: str, at_most: int) -> tuple[str, int]:
-    """`text` without up to `at_most` of `char` at its start; how many the next text may lose."""
+    """(`text` without up to `at_most` leading `char`, how many the next text may lose)."""
     num = 0
     while num < at_most and text[num : num + 1] == char:
         num += 1

@@ -1,8 +1,8 @@
-"""How much JSON of a caller may be: how deep, for what walks through it later recurses, and how
-much in number.
+"""Bounds the depth and the number of items of a client's JSON.
 
-A byte of JSON becomes up to 30 of Python's objects, made in one go with the GIL held. So a text is
-counted first, by pieces that hold the GIL for less than a millisecond each.
+Depth is bounded because later code recurses. A byte of JSON becomes up to 30 bytes of Python
+objects, created in one call that holds the GIL, so items are counted first, in pieces that hold the
+GIL for less than a millisecond each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 MAX_DEPTH = 100
-MAX_ITEMS = 262_144  # texts, names, commas, arrays and objects
+MAX_ITEMS = 262_144  # strings, names, commas, arrays and objects
 MAX_CONTAINERS = 65_536  # arrays and objects
 MAX_DIGITS = 512  # of a number in a large text; the largest double has 309
 TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
@@ -22,29 +22,27 @@ TOO_MANY = (
     f"more than {MAX_ITEMS} texts, names, commas, arrays and objects, or more than"
     f" {MAX_CONTAINERS} arrays and objects"
 )
-_SMALL_CHARS = 64 * 1024  # a text of this size is within the bounds, or nearly so
+_SMALL_CHARS = 64 * 1024  # shorter texts are within the bounds, or nearly so
 _PIECE_CHARS = 64 * 1024
-_TEXT = re.compile(r'[^"\\]{0,65536}+(?:\\.[^"\\]{0,256}+){0,256}+', re.DOTALL)  # a piece of one
+# A piece of the content of a string.
+_TEXT = re.compile(r'[^"\\]{0,65536}+(?:\\.[^"\\]{0,256}+){0,256}+', re.DOTALL)
 
 
 def depth(value: Any) -> int:
-    """Levels of arrays and objects; stops counting just above the bound."""
+    """Levels of arrays and objects; stops counting just above MAX_DEPTH."""
     levels, level = 0, [value]
     while level and levels <= MAX_DEPTH:
         levels += 1
-        below = []
+        nested = []
         for container in level:
             items = container.values() if isinstance(container, dict) else container
-            below += [item for item in items if isinstance(item, dict | list)]
-        level = below
+            nested += [item for item in items if isinstance(item, dict | list)]
+        level = nested
     return levels
 
 
 def num_items(source: str) -> int:
-    """Texts, names, commas, arrays and objects in a JSON text; counts until just above a bound.
-
-    Raises ValueError there.
-    """
+    """Strings, names, commas, arrays and objects of a text. Raises ValueError above a bound."""
     items = containers = at = 0
     while at < len(source):
         end = min(at + _PIECE_CHARS, len(source))
@@ -63,13 +61,13 @@ def num_items(source: str) -> int:
 
 
 class Items:
-    """What several JSON texts of one request may have in sum."""
+    """The budget of items that all JSON texts of one request share."""
 
     def __init__(self) -> None:
         self._left = MAX_ITEMS
 
     def take(self, source: str) -> bool:
-        """Whether there is room for one more text, which is counted then."""
+        """Count one more text, if there is room for it; returns whether there is."""
         try:
             size = num_items(source)
         except ValueError:
@@ -80,16 +78,16 @@ class Items:
 
 
 def _end_of_text(source: str, at: int) -> int:
-    """The position behind the quote that ends the text which goes on at `at`."""
+    """The position after the closing quote of the string that contains `at`."""
     while (piece := _TEXT.match(source, at)) is not None and piece.end() > at:
         at = piece.end()
     return at + 1
 
 
 def loads(source: str, *, may_be_deep: bool = False) -> Any:
-    """The value of a JSON text. Raises ValueError where it is none, or beyond the bounds.
+    """The value of a JSON text. Raises ValueError if it is invalid, or beyond the bounds.
 
-    NaN and infinities are no JSON. `may_be_deep`: nothing walks through it.
+    NaN and infinities are invalid. `may_be_deep`: no later code recurses through it.
     """
     whole = fraction = None
     if len(source) > _SMALL_CHARS:
@@ -105,7 +103,7 @@ def loads(source: str, *, may_be_deep: bool = False) -> Any:
 
 
 def _number(kind: Callable[[str], Any], text: str) -> Any:
-    """Time goes with the square of the digits."""
+    """Convert a number of bounded length, because the time is quadratic in its digits."""
     if len(text) > MAX_DIGITS:
         raise ValueError(f"a number of more than {MAX_DIGITS} digits")
     return kind(text)

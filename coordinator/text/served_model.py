@@ -1,7 +1,6 @@
-"""The served model as the coordinator knows it: its name, vocabulary, tokenizer and chat template.
+"""The served model of a coordinator: its name, vocabulary, tokenizer and chat template.
 
-Tokenizing runs in threads: a prompt of megabytes takes seconds, and the event loop belongs to
-everybody.
+Tokenizing runs on threads, because a prompt of megabytes takes seconds.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from coordinator.text.chat_prompt import Turns, chat_prompt
-from coordinator.text.chat_template import ChatTemplate, turns
+from coordinator.text.chat_prompt import Messages, chat_prompt
+from coordinator.text.chat_template import ChatTemplate, template_messages
 from coordinator.text.tokenizer import Tokenizer
 from coordinator.text.tool_format import AUTO, HERMES, Tool, ToolFormat, choose_format
 from coordinator.text.values import ChatMessage
@@ -29,17 +28,17 @@ _NUM_THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request is checked against."""
+    """The properties of a model that requests are checked against."""
 
     model: str
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-    max_model_len: int  # nothing in a request needs more tokens than this
+    max_model_len: int  # prompt plus output, in tokens
     tool_format: ToolFormat = HERMES  # how the model writes calls
 
 
 class ServedModel:
-    """One model. `max_model_len` 0: the checkpoint's own."""
+    """One model. `max_model_len` 0: the checkpoint's context length."""
 
     def __init__(
         self,
@@ -95,35 +94,35 @@ class ServedModel:
         )
 
     def count_constraints(self, count: Callable[[str], None]) -> None:
-        """Have `count` called with the outcome of each try of a constraint."""
+        """Call `count` with the outcome of each constraint compilation."""
         if self._checker is not None:
             self._checker.count = count
 
     def prepare(self) -> None:
-        """In a thread, before requests come: what the first message of some kind would wait for."""
+        """Start slow initializations on threads, so that the first requests need not wait."""
         self._threads.submit(self.tokenizer.special.prepare)
         if self._checker is not None:
             self._checker.prepare()
 
     @property
     def checker(self) -> Checker | None:
-        """What tries constraints; None without a checkpoint's folder."""
+        """The checker of constraints; None without a checkpoint folder."""
         return self._checker
 
     async def encode(
         self, field: str, text: str, add_special_tokens: bool, max_model_len: int
     ) -> list[int]:
-        """Token ids of `text`. Raises InvalidRequest, untokenized, where it can never fit."""
+        """Token ids of `text`. Raises InvalidRequest before tokenizing if it can never fit."""
         self._check_length(field, max_model_len, text)
-        meant: list[tuple[int, int]] | None = [] if self._parse_special == "none" else None
-        encode = partial(self.tokenizer.encode, text, add_special_tokens, meant)
+        special_spans: list[tuple[int, int]] | None = [] if self._parse_special == "none" else None
+        encode = partial(self.tokenizer.encode, text, add_special_tokens, special_spans)
         return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
 
     def _check_length(self, field: str, max_model_len: int, text: str) -> None:
-        if (least := self.tokenizer.min_num_tokens(text)) > max_model_len:
+        if (minimum := self.tokenizer.min_num_tokens(text)) > max_model_len:
             raise InvalidRequest(
                 field,
-                f"{len(text)} characters are at least {least} tokens, above a context of"
+                f"{len(text)} characters are at least {minimum} tokens, above a context of"
                 f" {max_model_len}",
             )
 
@@ -135,26 +134,26 @@ class ServedModel:
         add_generation_prompt: bool = True,
         field: str = "messages",
     ) -> list[int]:
-        """Token ids of a conversation, which by default asks for the next turn.
+        """Token ids of a conversation, by default with the start of the assistant's next message.
 
-        The template writes special tokens; what spells one in the caller's texts is text, unless
-        --parse-special is all. Raises InvalidRequest naming `field`.
+        Text of the client that looks like a special token is text, unless --parse-special is all.
+        Raises InvalidRequest that names `field`.
         """
         form = self.limits.tool_format
 
-        def render(messages: Turns, tools: Turns) -> str:
+        def render(messages: Messages, tools: Messages) -> str:
             return self._template.render(messages, tools, add_generation_prompt, form)
 
         def encode() -> list[int]:
             prompt = chat_prompt(
                 render,
                 self.tokenizer.special,
-                turns(messages, form),
+                template_messages(messages, form),
                 [tool.definition for tool in tools],
                 partial(self._check_length, field, max_model_len),
-                callers_too=self._parse_special == "all",
+                parse_all=self._parse_special == "all",
             )
-            return self.tokenizer.encode(prompt.text, False, prompt.meant)
+            return self.tokenizer.encode(prompt.text, False, prompt.special_spans)
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
@@ -162,13 +161,13 @@ class ServedModel:
             raise InvalidRequest(field, error.description) from None
 
     async def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """Text of `ids`."""
+        """The text of `ids`."""
         loop = asyncio.get_running_loop()
         decode = self.tokenizer.decode
         return await loop.run_in_executor(self._threads, decode, ids, skip_special_tokens)
 
     def close(self) -> None:
-        """End the threads; what they work on is dropped."""
+        """End the threads; pending work is dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self._checker is not None:
             self._checker.close()

@@ -1,14 +1,14 @@
-"""Special tokens in prompts: which ones are meant, and which ones are words that a caller wrote.
+"""Tokenizes prompts in which only some of the special-token texts are special tokens.
 
-A tokenizer takes any `<|im_end|>` for the token. Where some of them are not meant, the meant ones
-are renamed to names that no text can spell, and a second tokenizer, which knows them by those names
-alone, reads the whole text at once:
+A tokenizer reads every `<|im_end|>` as the special token. If some of them are ordinary text, the
+real ones are replaced by names that no text can contain, and a second tokenizer, whose special
+tokens have these names, reads the whole text:
 
     <|im_start|>user\n<|im_end|> in a text<|im_end|>
     {im_start  }user\n<|im_end|> in a text{im_end  }
 
-So text is cut at the same places and normalized in the same way as by the first tokenizer, and
-where all are meant the ids are equal.
+So the text is split and normalized as by the first tokenizer, and if all are special tokens, the
+ids are equal.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import tokenizers
 
-from coordinator.text.caller_text import Marks
+from coordinator.text.untrusted_text import Marks
 
 _NO_CHARACTER = "\U0010ffff"
 
@@ -34,10 +34,10 @@ class SpecialTokens:
         added = library.get_added_tokens_decoder()
         self._library = library
         self._ids = {token.content: i for i, token in added.items() if token.special}
-        # Some are looked for in the normalized text, where others may appear than were spelled.
+        # Some are matched in normalized text, where further ones may appear.
         normalized = any(t.special and t.normalized for t in added.values())
         self._normalizer = library.normalizer if normalized else None
-        # As the library does: the leftmost of all added tokens, and of those the longest.
+        # As in tokenizers: the leftmost match of all added tokens, and of those the longest.
         contents = {t.content for t in added.values() if t.content}
         self._pattern = re.compile(_longest_of(contents)) if contents else None
         self._nonce = secrets.token_hex(8)
@@ -46,21 +46,21 @@ class SpecialTokens:
         self.marks = Marks(self._ids)
 
     def spelled(self, text: str) -> list[tuple[int, int]]:
-        """[begin, end) of each special token that `text` spells."""
+        """[begin, end) of each special token in `text`."""
         if self._pattern is None:
             return []
         return [m.span() for m in self._pattern.finditer(text) if m[0] in self._ids]
 
     def encode(
-        self, text: str, meant: Sequence[tuple[int, int]], add_special_tokens: bool
+        self, text: str, special_spans: Sequence[tuple[int, int]], add_special_tokens: bool
     ) -> list[int]:
-        """Token ids of `text`, in which the special tokens at `meant` are read as such."""
-        if self.spelled(text) == list(meant) and not self._appears(text):
+        """Token ids of `text`; only the texts at `special_spans` are special tokens."""
+        if self.spelled(text) == list(special_spans) and not self._appears(text):
             library = self._library
         else:
-            library = self._by_other_names()
+            library = self._renamed_tokenizer()
             pieces, at = [], 0
-            for begin, end in meant:
+            for begin, end in special_spans:
                 pieces += [text[at:begin], self._name(self._ids[text[begin:end]])]
                 at = end
             text = "".join([*pieces, text[at:]])
@@ -68,22 +68,22 @@ class SpecialTokens:
         return list(encodings[0].ids)
 
     def prepare(self) -> None:
-        """Make the other tokenizer now: it holds up the interpreter for as long as a load does."""
-        self._by_other_names()
+        """Build the second tokenizer now; it holds the GIL as long as loading the first."""
+        self._renamed_tokenizer()
 
     def _appears(self, text: str) -> bool:
-        """Whether normalizing makes special tokens of other text (of wide characters, say)."""
+        """Whether normalization creates special tokens from other text (wide characters)."""
         if self._normalizer is None:
             return False
         normalized = self._normalizer.normalize_str(text)
         return len(self.spelled(normalized)) != len(self.spelled(text))
 
     def _name(self, token_id: int) -> str:
-        """No text spells it: the nonce is of this process."""
+        """A name that no text contains, because of the random nonce."""
         return f"{_NO_CHARACTER}{self._nonce}:{token_id}{_NO_CHARACTER}"
 
-    def _by_other_names(self) -> tokenizers.Tokenizer:
-        """The same tokenizer with its special tokens renamed; made when it is first needed."""
+    def _renamed_tokenizer(self) -> tokenizers.Tokenizer:
+        """The tokenizer with renamed special tokens, built on first use."""
         with self._lock:
             if self._renamed is None:
                 spec = json.loads(self._library.to_str())
@@ -96,7 +96,7 @@ class SpecialTokens:
 
 
 def _longest_of(words: Collection[str]) -> str:
-    """A pattern of the longest of these words, as a trie: thousands cost no more than a few."""
+    """A pattern that matches the longest of these words; a trie, so thousands match as fast."""
     tails: dict[str, list[str]] = {}
     for word in words:
         if word:
@@ -109,7 +109,7 @@ def _longest_of(words: Collection[str]) -> str:
 
 
 def _rename(spec: dict[str, Any], names: dict[str, str]) -> None:
-    """Give tokens of a tokenizer.json other names."""
+    """Rename tokens of a tokenizer.json in place."""
     for token in spec["added_tokens"]:
         if token["content"] in names:
             token |= {"content": names[token["content"]], "normalized": False}
@@ -120,6 +120,6 @@ def _rename(spec: dict[str, Any], names: dict[str, str]) -> None:
         model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
     else:
         model["vocab"] = [[names.get(token, token), *rest] for token, *rest in model["vocab"]]
-    if "merges" in model:  # text is not to merge into a special token
+    if "merges" in model:  # text must not merge into a special token
         pairs = [m if isinstance(m, list) else m.split(" ", 1) for m in model["merges"]]
         model["merges"] = [p for p in pairs if not {*p, "".join(p)} & names.keys()]

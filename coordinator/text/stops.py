@@ -1,19 +1,18 @@
-"""Stop strings, which may straddle tokens: what may be released, and where an answer ends.
+"""Stop strings: what text may be released, and where an output ends.
 
-The answer ends where a stop string is first *complete* (of two completed by the same character, the
-longer one), as if it had been read character by character; so neither the cut between tokens nor
-their grouping into messages changes the result. Text that could still become a stop string is held
-back:
+An output ends where a stop string is first *complete* (of two completed by the same character, the
+longer one), as if the text were read character by character. So neither the split into tokens nor
+their grouping into messages changes the result. Text that may become a stop string is held back:
 
     released                      | held: longest suffix that begins a stop string |
     ------------------------------+------------------------------------------------+--> next token
 
 All stop strings of a request share one Aho-Corasick automaton (Aho and Corasick 1975), whose state
-is the node of that suffix: a character costs O(1), however many stop strings there are, and no text
-is searched twice. It is made once a request; each choice has its own state.
+is the node of that suffix. A character costs O(1) for any number of stop strings, and no text is
+searched twice. The automaton is built once a request; each choice has its own state.
 
-Stop strings that name special tokens, whose text is often not shown, have a second automaton over
-symbols, where a special token is one symbol, shown or not:
+Stop strings that contain special tokens, whose text is often not shown, have a second automaton
+over symbols, in which a special token is one symbol, shown or not:
 
     stop        "\\n<|im_end|>"  ->  "\\n", <|im_end|>
     shown text  "Yes.\\n"            symbols  "Y" "e" "s" "." "\\n" <|im_end|>
@@ -27,21 +26,21 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 
-_SPECIAL = "\0"  # before its name, so that the symbol of a special token is no character
+_SPECIAL = "\0"  # prefix of the symbol of a special token, which so differs from characters
 
 
 @dataclass(frozen=True, slots=True)
 class StopMatch:
-    """The stop string that ended an answer."""
+    """The stop string that ended an output."""
 
     text: str
-    num_tokens: int  # tokens up to and including the one whose text completed it
+    num_tokens: int  # tokens up to and including the one that completed it
 
 
 class _Automaton:
-    """Some stop strings as sequences of symbols. Immutable; a state is a node's number, 0 at first.
+    """Stop strings as sequences of symbols. Immutable; a state is a node's number, initially 0.
 
-    Nodes are prefixes of the stop strings, and lie in the order of their lengths.
+    Nodes are prefixes of the stop strings, ordered by length.
     """
 
     __slots__ = ("_next", "_suffix", "depth", "found", "rest")
@@ -49,35 +48,35 @@ class _Automaton:
     def __init__(self, stops: Sequence[tuple[str, Sequence[str]]]) -> None:
         self._next: list[dict[str, int]] = [{}]  # by node: symbol -> node
         self.depth = [0]  # symbols of a node's prefix
-        ends: dict[int, tuple[str, int]] = {}  # a stop string, and its symbols
+        ends: dict[int, tuple[str, int]] = {}  # (stop string, its number of symbols)
         tips = [0] * len(stops)
         for length in range(max((len(symbols) for _, symbols in stops), default=0)):
             for i, (text, symbols) in enumerate(stops):
                 if length >= len(symbols):
                     continue
-                below = self._next[tips[i]]
-                if (node := below.get(symbols[length])) is None:
-                    node = below[symbols[length]] = len(self._next)
+                children = self._next[tips[i]]
+                if (node := children.get(symbols[length])) is None:
+                    node = children[symbols[length]] = len(self._next)
                     self._next.append({})
                     self.depth.append(length + 1)
                 tips[i] = node
                 if length + 1 == len(symbols):
                     ends[node] = text, len(symbols)
         size = len(self._next)
-        self._suffix = [0] * size  # the longest other node that a node's prefix ends with
-        # By node: the longest stop string that its prefix ends with, and its symbols.
+        self._suffix = [0] * size  # by node: the longest proper suffix that is a node
+        # By node: the longest stop string that its prefix ends with, and its number of symbols.
         self.found: list[tuple[str, int] | None] = [None] * size
-        self.rest = list(range(size))  # where the search goes on: what is whole begins nothing
+        self.rest = list(range(size))  # by node: the state after it; a leaf continues nothing
         for node in range(size):
-            for symbol, below_node in self._next[node].items():
-                self._suffix[below_node] = self.step(self._suffix[node], symbol) if node else 0
+            for symbol, child in self._next[node].items():
+                self._suffix[child] = self.step(self._suffix[node], symbol) if node else 0
             shorter = self._suffix[node]
             self.found[node] = ends.get(node) or self.found[shorter]
             if node and not self._next[node]:
                 self.rest[node] = self.rest[shorter]
 
     def step(self, node: int, symbol: str) -> int:
-        """The longest prefix that the text ends with after one more symbol."""
+        """The node of the longest prefix that the text ends with after one more symbol."""
         following = self._next
         while (found := following[node].get(symbol)) is None:
             if not node:
@@ -92,12 +91,12 @@ class _Automaton:
 
 
 class StopSet:
-    """The stop strings of a request, made ready once for all of its choices. Immutable."""
+    """The stop strings of a request, prepared once for all of its choices. Immutable."""
 
     __slots__ = ("named", "names", "plain", "starts", "tape_size")
 
     def __init__(self, stops: Sequence[str], special_names: Collection[str] = ()) -> None:
-        """`special_names`: of all special tokens."""
+        """`special_names`: the texts of all special tokens."""
         if not all(stops):
             raise ValueError("a stop string must not be empty")
         unique = set(stops)
@@ -106,7 +105,7 @@ class StopSet:
         named = [(stop, symbols) for stop, symbols in split if max(map(len, symbols)) > 1]
         self.named = _Automaton(named) if named else None
         self.names = {symbol for _, symbols in named for symbol in symbols if len(symbol) > 1}
-        # Shown text of the last symbols, as many as a stop string may have.
+        # The number of last symbols whose shown text a checker remembers.
         self.tape_size = max((len(symbols) for _, symbols in named), default=0)
         self.starts = {*self.plain.starts, *(self.named.starts if self.named else ())}
 
@@ -115,10 +114,10 @@ NO_STOPS = StopSet(())
 
 
 class StopChecker:
-    """One answer's stop strings. Fed one token's text at a time, in order.
+    """Finds the stop strings of one output, from the texts of its tokens in order.
 
     A stop string counts only if its last character belongs to a token after the first
-    `min_tokens` (its first may not, as in vLLM).
+    `min_tokens`; its first character may belong to an earlier one, as in vLLM.
     """
 
     __slots__ = (
@@ -143,22 +142,22 @@ class StopChecker:
         self._include = include_stop
         self._min_tokens = min_tokens
         self._num_tokens = 0
-        self.match: StopMatch | None = None  # set once; nothing is released after it
+        self.match: StopMatch | None = None  # once set, nothing is released
 
     def fork(self) -> StopChecker:
-        """Another one that is as far as this one."""
+        """A copy with the same state."""
         other = copy(self)
         other._tape = self._tape.copy()
         return other
 
     def names(self, special: str) -> bool:
-        """Whether a stop string names this special token."""
+        """Whether a stop string contains this special token."""
         return _SPECIAL + special in self._stops.names
 
     def push(self, text: str, special: str = "", shown: str = "") -> str:
-        """Text that may be released after one more token, whose own text is `text`.
+        """The text that may be released after one more token with the text `text`.
 
-        Behind that, the token may be a `special` one, of which `shown` is shown.
+        If the token is the special token `special`, `shown` is the text that the output has of it.
         """
         if self.match is not None:
             return ""
@@ -166,7 +165,7 @@ class StopChecker:
         return self._feed(text, special, shown)
 
     def flush(self, text: str = "") -> str:
-        """The rest of an answer that ended otherwise; `text` is what the detokenizer still had."""
+        """The rest of an output without stop string; `text` is the rest of the detokenizer."""
         if self.match is not None:
             return ""
         rest = self._feed(text)
@@ -177,7 +176,7 @@ class StopChecker:
         stops = self._stops
         is_idle = not self._plain and not self._named
         if is_idle and not special and stops.starts.isdisjoint(text):
-            return text  # most tokens begin no stop string
+            return text  # the usual case: no stop string begins here
         window = self._held + text + shown
         counts = self._num_tokens > self._min_tokens
         end = len(self._held)
@@ -198,7 +197,7 @@ class StopChecker:
         return window[: len(window) - keep]
 
     def _advance(self, char: str, symbol: str, shown: str) -> tuple[str, int] | None:
-        """The longest stop string that ends here, and how many characters of it are shown."""
+        """(the longest stop string that ends here, how many of its characters are shown)."""
         found = None
         if char:
             plain = self._stops.plain
@@ -216,12 +215,12 @@ class StopChecker:
         return found
 
     def _num_shown(self, num_symbols: int) -> int:
-        """Characters shown of the last symbols."""
+        """The number of characters that are shown of the last symbols."""
         return sum(map(len, islice(reversed(self._tape), num_symbols)))
 
 
 def _read(text: str, special: str, shown: str) -> Iterator[tuple[str, str]]:
-    """Shown character, and the symbol that it completes, if any."""
+    """(shown character, the symbol that it completes); either may be ""."""
     for char in text:
         yield char, char
     for i, char in enumerate(shown, start=1):
@@ -231,7 +230,7 @@ def _read(text: str, special: str, shown: str) -> Iterator[tuple[str, str]]:
 
 
 def _symbols(stop: str, special_names: Collection[str]) -> list[str]:
-    """Its characters, and the special tokens that it names as one symbol each."""
+    """The symbols of a stop string: characters and special tokens."""
     sizes = sorted({len(name) for name in special_names}, reverse=True)
     symbols, at = [], 0
     while at < len(stop):

@@ -1,7 +1,7 @@
-"""What one rendering of a chat template may cost. A thread cannot be ended, so the template counts.
+"""Bounds the cost of rendering a chat template. A thread cannot be killed, so the template counts.
 
-Loops, calls and joined texts are counted, and every so often the thread's processor time is looked
-at. Texts longer than any prompt are refused before they are made.
+Loop iterations, calls and joined texts are counted, and the thread's CPU time is checked at
+intervals. Texts longer than any prompt are refused before they are created.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-RENDER_S = 2.0  # of processor time
-MAX_CHARS = 1 << 26  # of any text: four times as many as a request has bytes
+RENDER_S = 2.0  # CPU time
+MAX_CHARS = 1 << 26  # of any text: four times the maximum bytes of a request
 _CHARS_A_COUNT = 1024
-_COUNTS_A_LOOK = 64
+_COUNTS_A_CHECK = 64
 _MAX_BITS = 1 << 16  # of a power
-_OF_WIDTH = frozenset(("center", "ljust", "rjust", "zfill", "batch", "slice"))
+_WITH_WIDTH = frozenset(("center", "ljust", "rjust", "zfill", "batch", "slice"))
 _NUMBER = re.compile(r"\d+")
-_DIGITS = 9  # of a number that is more than MAX_CHARS anyway
+_DIGITS = 9  # numbers of so many digits exceed MAX_CHARS
 
 
 class TooCostly(Exception):
-    """The rendering is not to go on."""
+    """The rendering exceeds its bounds."""
 
 
 class _Budget(threading.local):
-    end_s: float | None = None  # None: nothing is rendered in this thread
-    left: int = _COUNTS_A_LOOK
+    end_s: float | None = None  # None: this thread does not render
+    left: int = _COUNTS_A_CHECK
 
 
 _budget = _Budget()
@@ -37,8 +37,8 @@ _budget = _Budget()
 
 @contextmanager
 def rendering() -> Iterator[None]:
-    """Inside, this thread's templates raise TooCostly after RENDER_S."""
-    _budget.end_s, _budget.left = time.thread_time() + RENDER_S, _COUNTS_A_LOOK
+    """Within this context, templates on this thread raise TooCostly after RENDER_S."""
+    _budget.end_s, _budget.left = time.thread_time() + RENDER_S, _COUNTS_A_CHECK
     try:
         yield
     finally:
@@ -46,25 +46,25 @@ def rendering() -> Iterator[None]:
 
 
 def count(num_chars: int = 0) -> None:
-    """Something was done, with so many characters. Raises TooCostly."""
+    """Count one operation with a text of `num_chars`. Raises TooCostly."""
     if num_chars > MAX_CHARS:
         raise TooCostly(f"it makes a text of more than {MAX_CHARS} characters")
     _budget.left -= 1 + num_chars // _CHARS_A_COUNT
     if _budget.left < 0:
-        _budget.left = _COUNTS_A_LOOK
+        _budget.left = _COUNTS_A_CHECK
         if _budget.end_s is not None and time.thread_time() > _budget.end_s:
             raise TooCostly(f"it takes more than {RENDER_S:g} s of processor time")
 
 
 def counted(values: Iterable[Any]) -> Iterator[Any]:
-    """The same values; each is a turn of a loop."""
+    """Iterate over `values`, and count each."""
     for value in values:
         count()
         yield value
 
 
 def counted_parts(parts: Iterable[str]) -> list[str]:
-    """Parts of one text, of which there are not too many."""
+    """The parts of one text, counted."""
     kept, num_chars = [], 0
     for part in parts:
         num_chars += len(part)
@@ -74,7 +74,7 @@ def counted_parts(parts: Iterable[str]) -> list[str]:
 
 
 def check_operands(operator: str, left: Any, right: Any) -> None:
-    """Before `left operator right` is computed."""
+    """Check the size of `left operator right` before it is computed. Raises TooCostly."""
     if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, type(left)):
         count((len(left) + len(right)) * _weight(left))
     elif operator == "*":
@@ -88,22 +88,22 @@ def check_operands(operator: str, left: Any, right: Any) -> None:
 
 
 def _weight(value: Any) -> int:
-    """Characters that a place takes as much memory as."""
+    """Memory of an element, in characters."""
     return 1 if isinstance(value, str) else 8
 
 
-def check_call(name: str, value: Any, given: Iterable[Any]) -> None:
-    """Before a filter or a method of a text makes something larger out of `value`."""
-    given = list(given)
-    width = sum(abs(item) for item in given if isinstance(item, int))
-    texts = [item for item in given if isinstance(item, str)]
-    if name in _OF_WIDTH:
+def check_call(name: str, value: Any, args: Iterable[Any]) -> None:
+    """Check the size of a filter's or method's result before the call. Raises TooCostly."""
+    args = list(args)
+    width = sum(abs(item) for item in args if isinstance(item, int))
+    texts = [item for item in args if isinstance(item, str)]
+    if name in _WITH_WIDTH:
         count(width)
     elif name == "round":
         check_operands("**", 10, width)
     elif name in ("indent", "expandtabs") and isinstance(value, str):
-        places = value.count("\t") if name == "expandtabs" else len(value.splitlines())
-        count((1 + places) * (width + sum(map(len, texts))))
+        num_inserted = value.count("\t") if name == "expandtabs" else len(value.splitlines())
+        count((1 + num_inserted) * (width + sum(map(len, texts))))
     elif name == "wordwrap" and isinstance(value, str):
         count(len(value) * (1 + sum(map(len, texts))))
     elif name == "replace" and isinstance(value, str) and len(texts) > 1:

@@ -1,8 +1,8 @@
-"""The Jinja environment that chat templates are written for (Hugging Face's), sandboxed.
+"""The sandboxed Jinja environment of chat templates, compatible with transformers.
 
 trim_blocks, lstrip_blocks, break and continue, `{% generation %}`, tojson, raise_exception,
-strftime_now. Joining texts keeps the class of the caller's text (caller_text.py). Loops, calls and
-texts count (template_budget.py).
+strftime_now. Concatenation keeps the class UntrustedText (untrusted_text.py). Loops, calls and
+texts are counted (template_budget.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
-from coordinator.text.caller_text import CallerText, is_marked, joined
 from coordinator.text.template_budget import (
     check_call,
     check_operands,
@@ -30,15 +29,16 @@ from coordinator.text.template_budget import (
     counted,
     counted_parts,
 )
+from coordinator.text.untrusted_text import UntrustedText, is_marked, joined
 
-_COUNTED = "_counted"  # the filter around what a loop goes through
+_COUNTED = "_counted"  # the filter around the iterable of a loop
 _GROWING = ("batch", "center", "format", "indent", "replace", "round", "slice", "wordwrap")
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the model wrote, for training; the text inside is rendered."""
+    """`{% generation %}`, which marks output of the model for training: renders its content."""
 
-    tags = {"generation"}  # noqa: RUF012 the name and type that Jinja reads
+    tags = {"generation"}  # noqa: RUF012 the name and type that Jinja expects
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -47,7 +47,7 @@ class _Generation(Extension):
 
 
 class _Joining(CodeGenerator):
-    """`a ~ b` by the environment's own joining."""
+    """Compiles `a ~ b` to a call of the environment's `concat`."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("concat(map(str, (")
@@ -68,7 +68,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         count()
         value = getattr(function, "__self__", None)
-        if value is None:  # the sandbox wraps str.format
+        if value is None:  # str.format, which the sandbox wraps
             value = getattr(getattr(function, "__wrapped__", None), "__self__", None)
         if isinstance(value, str):
             _check_method(function.__name__, value, args, kwargs)
@@ -86,7 +86,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def template_environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
-    """`now` is the clock behind strftime_now."""
+    """The environment; `now` is the clock of strftime_now."""
 
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
@@ -103,14 +103,14 @@ def template_environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvir
     environment.filters["tojson"] = _to_json
     environment.filters["safe"] = _safe
     environment.filters["join"] = _join(environment.filters["join"])
-    del environment.globals["lipsum"]  # a loop that is not counted
+    del environment.globals["lipsum"]  # its loop is not counted
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
     return environment
 
 
 def _check_method(name: str, value: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Before a method of a text is called."""
+    """Check the size of a str method's result before the call."""
     if name == "join":
         _check_joined(value, args[0] if args else ())
     elif name == "format_map":
@@ -128,7 +128,7 @@ def _check_joined(separator: str, parts: Any) -> None:
 
 
 def _checked(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that is not begun where it would make too large a text or list."""
+    """A filter that checks the size of its result before it runs."""
     first = 1 if hasattr(original, "jinja_pass_arg") else 0
 
     @wraps(original)
@@ -147,27 +147,27 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes HTML, which models have not been trained on.
+    # Jinja's filter escapes HTML, which models are not trained on.
     encoder = json.JSONEncoder(
         ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
     )
     if indent is None:
         text = encoder.encode(value)
-    else:  # it may become many times as long
+    else:  # indentation may make it many times longer
         check_call("center", "", (indent if isinstance(indent, int) else len(indent),))
         text = "".join(counted_parts(encoder.iterencode(value)))
     if not ensure_ascii or text.isascii():
         return text
-    # Marks stay marks: they stand for characters of the caller, most of them ASCII.
+    # Marks stay, because they stand for the client's characters, mostly ASCII.
     return "".join(c if c.isascii() or is_marked(c) else json.dumps(c)[1:-1] for c in text)
 
 
 def _safe(value: Any) -> Markup:
-    return Markup(str.__str__(value) if isinstance(value, CallerText) else value)
+    return Markup(str.__str__(value) if isinstance(value, UntrustedText) else value)
 
 
 def _join(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Jinja's join filter, with the class of the caller's text kept."""
+    """Jinja's join filter that keeps the class UntrustedText."""
 
     @jinja2.pass_eval_context
     def join(
@@ -182,5 +182,5 @@ def _join(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _empty(part: Any) -> str:
-    """Nothing, in the class of the caller's text where `part` has it."""
+    """An empty text of the class of `part`."""
     return part[:0] if isinstance(part, str) else ""

@@ -1,12 +1,11 @@
-"""Text <-> token ids of one model, read from `tokenizer.json` by the tokenizers library.
+"""Text <-> token ids of one model, from `tokenizer.json` by the tokenizers library.
 
-Also says what bytes each token stands for, which the streaming detokenizer is built on. Two
-families of decoders exist among the models that are served, and an unknown one is refused when the
-model is loaded:
+It also knows the bytes of each token, for the streaming detokenizer. Two families of decoders are
+supported, and others are refused when the model is loaded:
 
-    byte-level    a token is bytes; the answer is their UTF-8 (GPT-2, Llama 3, Qwen2, SmolLM2)
-    SentencePiece a token is text, or one byte written <0xAB> (Llama 2, Mistral 7B, Gemma, T5);
-                  the first word of a text may lose the space before it
+    byte-level     a token is bytes, the text is their UTF-8 (GPT-2, Llama 3, Qwen2, SmolLM2)
+    SentencePiece  a token is text, or one byte written <0xAB> (Llama 2, Mistral 7B, Gemma, T5);
+                   the first word of a text may lose the space before it
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from typing import Any
 
 import tokenizers
 
-from coordinator.text.caller_text import without_surrogates
 from coordinator.text.special_tokens import SpecialTokens
+from coordinator.text.untrusted_text import without_surrogates
 from engine.base.errors import CheckpointError
 from engine.checkpoint.added_tokens import merged_tokenizer
 from engine.checkpoint.config import read_config
@@ -36,7 +35,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte of GPT-2's byte-level vocabulary: printable ones stand for themselves."""
+    """Character -> byte of GPT-2's byte-level vocabulary; printable bytes are themselves."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in set(printable)]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -45,62 +44,62 @@ def _byte_alphabet() -> dict[str, int]:
 _ALPHABET = _byte_alphabet()
 
 
-Replacement = tuple[str, str, str]  # old, new, and what is new in the first token of a text
+Replacement = tuple[str, str, str]  # (old, new, new in the first token of a text)
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How token texts become a text: the steps of a decoder in their order."""
+    """The steps of a decoder, in their order."""
 
-    byte_level: bool  # else SentencePiece, which the other fields describe
+    byte_level: bool  # else SentencePiece, with the steps below
     replaced: tuple[Replacement, ...] = ()  # in each token
     has_byte_tokens: bool = False
     then_replaced: tuple[Replacement, ...] = ()  # after byte tokens have become characters
-    stripped: str = ""  # this character is removed from the start of a text
-    num_stripped: int = 0  # at most so many of them
+    stripped: str = ""  # character that is removed from the start of a text
+    num_stripped: int = 0  # at most so many
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one token adds: text of its own, or bytes that make a character only with others."""
+    """The content of one token: a text, or bytes that may be a part of a character."""
 
     text: str
-    raw: bytes | None  # None: `text` is complete by itself (SentencePiece, except byte tokens)
-    first: str = ""  # `text` where this is the first token of a text
+    raw: bytes | None  # None: `text` is complete (SentencePiece, except byte tokens)
+    first: str = ""  # the text if this is the first token of a text
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """Immutable and safe to share between threads; encoding lets other threads run."""
+    """Immutable and thread-safe; encoding releases the GIL."""
 
     library: tokenizers.Tokenizer
-    vocab_size: int  # of the model, which may have more rows than the tokenizer has tokens
+    vocab_size: int  # rows of the model's output layer, which may exceed the number of tokens
     bos: int | None
-    special_ids: frozenset[int]  # tokens that skip_special_tokens leaves out
+    special_ids: frozenset[int]  # tokens that skip_special_tokens omits
     decoding: Decoding
-    longest_token: int  # no token stands for more characters than this; 0: there is no bound
+    longest_token: int  # maximum characters of a token; 0: unbounded
     special: SpecialTokens
     _pieces: dict[int, Piece | None] = field(default_factory=dict, repr=False, compare=False)
     _names: list[frozenset[str]] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Read a folder in Hugging Face layout. Raises CheckpointError naming the file."""
+        """Read a folder in Hugging Face layout. Raises CheckpointError that names the file."""
         path = folder / "tokenizer.json"
         if not path.exists():
             raise CheckpointError(f"{path}: this file is missing (tokenizer.model is not read)")
-        read_json(path)  # what is no JSON is refused by name
+        read_json(path)  # its error names the file
         text = merged_tokenizer(folder)
         spec = json.loads(text)
         config = read_config(folder)
         try:
             library = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing more exact
+        except Exception as error:  # tokenizers raises nothing more specific
             raise CheckpointError(f"{path}: not a tokenizer ({error})") from None
         config_path = folder / "tokenizer_config.json"
         if names := (read_json(config_path) if config_path.exists() else {}).get(CONTROL_BY_NAME):
             _log.warning(
-                "control tokens of the GGUF file are typed as text; taken for control tokens",
+                "control tokens of the GGUF file have the type of text; used as control tokens",
                 tokens=names,
             )
         return cls.of(library, spec, path, vocab_size=config.vocab_size, bos=config.bos_token_id)
@@ -115,7 +114,7 @@ class Tokenizer:
         vocab_size: int,
         bos: int | None,
     ) -> Tokenizer:
-        """From what tokenizer.json at `path` holds. Raises CheckpointError naming the file."""
+        """Build from the content of the tokenizer.json at `path`. Raises CheckpointError."""
         library.no_truncation()
         library.no_padding()
         added = spec.get("added_tokens") or []
@@ -133,36 +132,36 @@ class Tokenizer:
         self,
         text: str,
         add_special_tokens: bool = True,
-        meant: Sequence[tuple[int, int]] | None = None,
+        special_spans: Sequence[tuple[int, int]] | None = None,
     ) -> list[int]:
-        """Token ids of `text`; special tokens written in it are read as such.
+        """Token ids of `text`; texts of special tokens in it are read as special tokens.
 
-        With `meant` only those at these [begin, end) are, and the others are text.
-        `add_special_tokens` puts around it what the model wants (a BOS for Llama, nothing for
-        SmolLM2). A lone surrogate, which no UTF-8 text can hold, counts as U+FFFD.
+        With `special_spans` only those at these [begin, end) are, and the others are text.
+        `add_special_tokens` adds what the model expects (a BOS for Llama, nothing for SmolLM2). A
+        lone surrogate, which UTF-8 cannot represent, counts as U+FFFD.
         """
         text = without_surrogates(text)
-        if meant is not None:
-            return self.special.encode(text, meant, add_special_tokens)
-        # The batch call, unlike `encode`, lets go of the interpreter lock while it works.
+        if special_spans is not None:
+            return self.special.encode(text, special_spans, add_special_tokens)
+        # The batch call, unlike `encode`, releases the GIL.
         encodings = self.library.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encodings[0].ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; ids without a token add nothing, broken UTF-8 becomes U+FFFD."""
+        """The text of `ids`; ids without a token are skipped, broken UTF-8 becomes U+FFFD."""
         return str(self.library.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def min_num_tokens(self, text: str) -> int:
-        """No encoding of `text` is shorter than this; found without tokenizing.
+        """A lower bound on the tokens of `text`, found without tokenizing.
 
-        Lets a prompt of many megabytes be refused before it costs seconds and gigabytes.
+        A prompt of many megabytes is refused by it before it costs seconds and gigabytes.
         """
         if not self.longest_token:
             return 0
         return -(-len(text) // self.longest_token)
 
     def piece(self, token_id: int) -> Piece | None:
-        """What `token_id` adds to an answer; None for an id without a token."""
+        """The content of a token; None for an id without a token."""
         if token_id not in self._pieces:
             token = self.library.id_to_token(token_id) if token_id >= 0 else None
             self._pieces[token_id] = None if token is None else self._make_piece(token)
@@ -170,25 +169,25 @@ class Tokenizer:
 
     @property
     def special_names(self) -> frozenset[str]:
-        """How texts spell the special tokens."""
+        """The texts of all special tokens."""
         if not self._names:
             names = (self.library.id_to_token(token_id) for token_id in self.special_ids)
             self._names.append(frozenset(name for name in names if name))
         return self._names[0]
 
     def special_name(self, token_id: int) -> str:
-        """The name of a special token; of any other ""."""
+        """The text of a special token; "" for other tokens."""
         return (self.library.id_to_token(token_id) or "") if token_id in self.special_ids else ""
 
     def text_of(self, token_id: int) -> str:
-        """A token alone, special ones included; what is no whole character in it is U+FFFD."""
+        """The text of a single token, special or not; partial characters are U+FFFD."""
         piece = self.piece(token_id)
         if piece is None:
             return ""
         return piece.text if piece.raw is None else piece.raw.decode("utf-8", "replace")
 
     def text_at_start(self, token_id: int) -> str:
-        """The same of the first token of a text, which may lose a space."""
+        """The same for the first token of a text, which may lose a space."""
         piece, decoding = self.piece(token_id), self.decoding
         if piece is None or piece.raw is not None:
             return self.text_of(token_id)
@@ -198,7 +197,7 @@ class Tokenizer:
         return text
 
     def raw_of(self, token_id: int) -> bytes | None:
-        """A token's bytes, where they are no whole characters; else its text says all."""
+        """The bytes of a token with partial characters; None if its text is exact."""
         piece = self.piece(token_id)
         if piece is None or piece.raw is None:
             return None
@@ -212,7 +211,7 @@ class Tokenizer:
         if self.decoding.byte_level:
             try:
                 raw = bytes(_ALPHABET[c] for c in token)
-            except KeyError:  # an added token, written plainly
+            except KeyError:  # an added token, which is plain text
                 raw = token.encode()
             return Piece("", raw)
         decoding = self.decoding
@@ -233,14 +232,14 @@ def _replaced(text: str, replacements: Sequence[Replacement], *, first: bool = F
     return text
 
 
-# Replace and Metaspace change each token, ByteFallback joins byte tokens to characters, Fuse makes
-# one text of all; only behind it Strip acts on the text, before it on every token.
+# Replace and Metaspace change each token, ByteFallback joins byte tokens to characters, Fuse joins
+# all tokens. Strip acts on the whole text only after Fuse, otherwise on each token.
 _LETTERS = {"Replace": "r", "Metaspace": "r", "ByteFallback": "b", "Fuse": "f", "Strip": "s"}
 _SENTENCEPIECE = re.compile("(r*)(b?)(r*)(f?)((?<=f)s|)")
 
 
 def _decoding(spec: dict[str, Any] | None, path: Path) -> Decoding:
-    """The family of a decoder in tokenizer.json; CheckpointError for one that is neither."""
+    """The steps of a decoder in tokenizer.json. Raises CheckpointError for an unknown family."""
     steps = [spec] if spec and spec["type"] != "Sequence" else (spec or {}).get("decoders", [])
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
@@ -261,7 +260,7 @@ def _decoding(spec: dict[str, Any] | None, path: Path) -> Decoding:
                     stripped=strip["content"],
                     num_stripped=strip["start"],
                 )
-    except KeyError:  # a pattern that is no plain text
+    except KeyError:  # a regular expression
         pass
     raise CheckpointError(
         f"{path}: decoder {' + '.join(kinds) or 'none'} is not supported; known are ByteLevel and "
@@ -278,11 +277,11 @@ def _replacement(step: dict[str, Any]) -> Replacement:
 
 
 def _longest_token(spec: dict[str, Any]) -> int:
-    """An upper bound of the characters behind one token; 0 where one may swallow any amount."""
+    """The maximum number of characters of one token; 0: unbounded."""
     added, model = spec.get("added_tokens") or [], spec["model"]
     shrink = _largest_shrink(spec.get("normalizer"))
     swallows = any(t.get("lstrip") or t.get("rstrip") for t in added) or shrink == 0
-    # Some pre-tokenizers drop what they split at.
+    # Some pre-tokenizers drop the text at which they split.
     drops = re.search("Removed|Whitespace|Bert|CharDelimiter", json.dumps(spec["pre_tokenizer"]))
     # SentencePiece fuses runs of unknown characters into one token, unless it falls back to bytes.
     is_unigram = model.get("type") == "Unigram"
@@ -295,7 +294,7 @@ def _longest_token(spec: dict[str, Any]) -> int:
 
 
 def _largest_shrink(normalizer: dict[str, Any] | None) -> int:
-    """How many characters a normalizer may make one of; 0: any number."""
+    """How many characters a normalizer may replace by one; 0: any number."""
     if normalizer is None or normalizer["type"] == "Prepend":
         return 1
     if normalizer["type"] == "NFC":

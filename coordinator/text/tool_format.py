@@ -1,15 +1,15 @@
-"""How models write tool calls: one description a family, from which all else follows.
+"""The forms in which models write tool calls: one description a family.
 
-    ToolFormat --.-- write()    a call of an earlier turn, and the example of the default prompt
-                 |-- grammar()  what the answer must be, as a Lark grammar for the decode worker
-                 '-- ToolCalls  (tool_parser.py) the answer's text -> pieces of calls
+    ToolFormat --.-- write()         calls of earlier messages, and an example in the prompt
+                 |-- tool_grammar()  the grammar that constrains the output, for the decode worker
+                 '-- ToolCalls       (tool_parser.py) text of the output -> calls
 
-The family is told from the chat template's text, which writes earlier calls as the model writes its
-own. Answers are held to exactly the form below by their grammar; the parser reads it with any white
-space, so that it needs no grammar to be right.
+The family is detected from the chat template, which writes earlier calls in the model's form. The
+grammar allows exactly the form below. The parser accepts any white space, so it does not depend on
+the grammar.
 
     hermes       <tool_call>\\n{"name": "f", "arguments": {...}}\\n</tool_call>, one a line
-    llama3       {"name": "f", "parameters": {...}}, the whole answer, one call
+    llama3       {"name": "f", "parameters": {...}}, the whole output, one call
     mistral      [TOOL_CALLS][{"name": "f", "arguments": {...}}, ...]
     mistral_args [TOOL_CALLS]f[ARGS]{...}, one after the other
 """
@@ -28,7 +28,7 @@ from coordinator.text.tokenizer import Tokenizer
 from engine.base.types import Constraint, ConstraintKind
 from engine.constraints.grammar import MAX_SOURCE_CHARS
 from engine.constraints.numbers import json_after
-from engine.constraints.schemas import Leniency, held
+from engine.constraints.schemas import Leniency, prepare_schema
 
 AUTO = "auto"
 
@@ -37,8 +37,8 @@ AUTO = "auto"
 class ToolFormat:
     """One family. A call is `begin` + name + `middle` + arguments + `end`.
 
-    `trigger` begins every call, or (`as_list`) once all of them; without one an answer is a call
-    from its first character on, or none.
+    `trigger` precedes each call, or with `as_list` all of them once; without a trigger the whole
+    output is a call or text.
     """
 
     name: str
@@ -48,37 +48,37 @@ class ToolFormat:
     end: str
     separator: str  # between calls
     as_list: bool = False  # after the trigger: "[" calls "]"
-    single: bool = False  # the family knows one call an answer
-    lead: str = ""  # may stand before a call and says nothing
+    single: bool = False  # at most one call in an output
+    prefix: str = ""  # may stand before a call and says nothing
     id_chars: int = 24  # length of a call's id
     short_ids: bool = False  # templates refuse ids of another length
-    # Markers that are tokens of their own in the model's vocabulary.
+    # The markers that are single tokens in the model's vocabulary.
     tokens: Mapping[str, int] = field(default_factory=dict)
 
     def write(self, calls: Sequence[tuple[str, str]]) -> str:
-        """Calls of (name, arguments as JSON), as the model writes them."""
+        """Calls of (name, arguments as JSON) in the form of the family."""
         bodies = [self.begin + name + self.middle + args + self.end for name, args in calls]
         if self.as_list:
             return f"{self.trigger}[{self.separator.join(bodies)}]"
         return self.separator.join(self.trigger + body for body in bodies)
 
-    def call_id(self, given: str) -> str:
-        """A call's id as the family's templates take it: the same for the call and its result.
+    def call_id(self, original: str) -> str:
+        """An id in the form of the family's templates; equal for a call and its result.
 
-        Conversations begun elsewhere bring ids of another form, or none.
+        Conversations from other servers have ids of another form, or none.
         """
-        if not self.short_ids or (len(given) == self.id_chars and given.isalnum()):
-            return given
-        return sha256(given.encode()).hexdigest()[: self.id_chars]
+        if not self.short_ids or (len(original) == self.id_chars and original.isalnum()):
+            return original
+        return sha256(original.encode()).hexdigest()[: self.id_chars]
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """What may be one token: such a token is read even where special tokens are not shown."""
-        found = re.findall(r"</?\w+>|\[[A-Z_]+\]|<\|\w+\|>", self.lead + self.write([("", "")]))
+        """Texts that may be single tokens, which are read even if special tokens are not shown."""
+        found = re.findall(r"</?\w+>|\[[A-Z_]+\]|<\|\w+\|>", self.prefix + self.write([("", "")]))
         return tuple(dict.fromkeys(found))
 
     def bound(self, tokenizer: Tokenizer) -> ToolFormat:
-        """The same, with the vocabulary's tokens for its markers."""
+        """The format with the tokens of its markers in a vocabulary."""
         added = tokenizer.library.get_added_tokens_decoder()
         ids = {token.content: token_id for token_id, token in added.items()}
         return replace(self, tokens={m: ids[m] for m in self.markers if m in ids})
@@ -100,7 +100,7 @@ LLAMA3 = ToolFormat(
     end="}",
     separator="",
     single=True,
-    lead="<|python_tag|>",
+    prefix="<|python_tag|>",
 )
 MISTRAL = ToolFormat(
     name="mistral",
@@ -127,7 +127,7 @@ FORMATS = {f.name: f for f in (HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS)}
 
 
 def choose_format(option: str, template: str) -> ToolFormat:
-    """The family that `option` names; "auto": the one that the template's text tells of."""
+    """The family of the option --tool-format; "auto": detected from the template's source."""
     if option != AUTO:
         return FORMATS[option]
     if "[TOOL_CALLS]" in template:
@@ -137,21 +137,22 @@ def choose_format(option: str, template: str) -> ToolFormat:
     return HERMES
 
 
-# Arguments have the white space in which templates write earlier calls.
+# The white space of arguments in earlier calls, as templates write them.
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _SHORT_SCHEMA = 16 << 10  # characters; no more than 512 of these are kept
-ANY_OBJECT = held('{"type": "object"}', Leniency.ALL, _STYLE)
+ANY_OBJECT = prepare_schema('{"type": "object"}', Leniency.ALL, _STYLE)
 
 
 def argument_schema(parameters: Mapping[str, Any], strict: bool) -> str:
-    """A tool's schema as a grammar takes it. Raises, of a strict one, Refused and what `held` does;
-    one that is not strict loses what cannot be held.
+    """A tool's schema, prepared for a grammar; one that is not strict loses unsupported parts.
+
+    Raises UnsupportedSchema, ValueError or RecursionError for a strict one.
     """
     try:
         source = json.dumps(parameters)
         short = len(source) <= _SHORT_SCHEMA
-        made = _short_schema(source, strict) if short else _argument_schema(source, strict)
-        return made if strict or len(made) <= MAX_SOURCE_CHARS else ANY_OBJECT
+        schema = _short_schema(source, strict) if short else _argument_schema(source, strict)
+        return schema if strict or len(schema) <= MAX_SOURCE_CHARS else ANY_OBJECT
     except (ValueError, RecursionError):
         if strict:
             raise
@@ -159,10 +160,10 @@ def argument_schema(parameters: Mapping[str, Any], strict: bool) -> str:
 
 
 def _argument_schema(source: str, strict: bool) -> str:
-    return held(source, Leniency.NONE if strict else Leniency.ALL, _STYLE)
+    return prepare_schema(source, Leniency.NONE if strict else Leniency.ALL, _STYLE)
 
 
-_short_schema = lru_cache(maxsize=512)(_argument_schema)  # each turn of a conversation has them
+_short_schema = lru_cache(maxsize=512)(_argument_schema)  # requests of a conversation repeat them
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,35 +171,35 @@ class Tool:
     """A function that the model may call."""
 
     name: str
-    definition: Mapping[str, Any]  # {"type": "function", "function": {...}}, as templates take it
-    schema: str  # of the arguments, as a grammar takes it
-    strict: bool  # else what grammars cannot hold of the schema is left out
+    definition: Mapping[str, Any]  # {"type": "function", "function": {...}}, for templates
+    schema: str  # of the arguments, prepared for a grammar
+    strict: bool  # else unsupported parts of the schema are dropped
 
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """What one request may call, and whether it must."""
+    """The tools of one request."""
 
     format: ToolFormat
-    tools: tuple[Tool, ...]  # all of them: the prompt shows them
-    callable: tuple[Tool, ...]  # those that the answer may call
-    required: bool
+    tools: tuple[Tool, ...]  # all tools, which the prompt shows
+    callable: tuple[Tool, ...]  # the tools that the output may call
+    required: bool  # whether the output must be calls
     single: bool  # at most one call
-    text_schema: str | None = None  # of text where no call is made, as a grammar takes it
+    text_schema: str | None = None  # of the text of an output without calls, prepared
 
     @property
     def names(self) -> frozenset[str]:
-        """Of the tools that may be called."""
+        """Names of the callable tools."""
         return frozenset(tool.name for tool in self.callable)
 
 
 def tool_grammar(
     use: ToolUse, text_schema: str | None = None, schemas: Mapping[str, str] | None = None
 ) -> Constraint:
-    """What the answer must be: calls, or text (a JSON text of `text_schema`) where none need be.
+    """The constraint of an output: calls, or, unless required, text (JSON of `text_schema`).
 
-    Text ends where a call begins: from its trigger on, the rest of the answer is calls. `schemas`:
-    of arguments, by the names of their tools, where they are not the tools' own.
+    From the first trigger on, the rest of the output is calls. `schemas` replaces the schemas of
+    tools, by name.
     """
     form, schemas = use.format, schemas or {}
     bodies = " | ".join(f"body_{i}" for i in range(len(use.callable)))
@@ -220,36 +221,36 @@ def tool_grammar(
 
 
 def _json_begins(use: ToolUse, text_schema: str | None) -> str:
-    """The text from which on an answer is JSON; "": its first character."""
+    """The text after which an output is JSON; "": from its start."""
     if use.required or text_schema is not None:
         return ""
     return use.format.trigger or use.format.begin.partition(" ")[0]
 
 
 def _start(use: ToolUse, text_schema: str | None) -> list[str]:
-    """The rule `start`, and how text goes over into calls."""
+    """The rule `start`, with the transition from text to calls."""
     form = use.format
-    lead = f"{_lark(form, form.lead)}? " if form.lead in form.tokens else ""
+    prefix = f"{_lark(form, form.prefix)}? " if form.prefix in form.tokens else ""
     trigger = _lark(form, form.trigger)
     if use.required:
-        return [f"start: {lead}{trigger} calls".replace("  ", " ")]
+        return [f"start: {prefix}{trigger} calls".replace("  ", " ")]
     if text_schema is not None:
         return [f"start: text | {trigger} calls"]
     if not form.trigger:
         names = "|".join(re.escape(name) for name in sorted(use.names))
         space = r"[ \t\r\n]*"
         begins = rf"{space}\{{{space}\"name\"{space}:{space}\"({names})\"(?s:.*)"
-        return [f"start: TEXT | {lead}calls", f"TEXT: /(?s:.+)/ & ~/{begins}/"]
+        return [f"start: TEXT | {prefix}calls", f"TEXT: /(?s:.+)/ & ~/{begins}/"]
     if form.trigger in form.tokens:
-        # Text may not spell the trigger out either: who reads the answer could not tell.
+        # The text must not contain the trigger: readers could not tell it from the token.
         spelled = f"/(?s:.*){re.escape(form.trigger)}(?s:.*)/"
         return [f"start: TEXT? ({trigger} calls)?", f"TEXT: /(?s:.+)/ & ~{spelled}"]
-    # The lazy rule wins over TEXT as soon as the trigger is complete.
+    # The lazy rule takes precedence over TEXT once the trigger is complete.
     return ["start: TEXT | before calls", f"before[lazy]: /(?s:.*)/ {trigger}", "TEXT: /(?s:.+)/"]
 
 
 def _lark(form: ToolFormat, literal: str) -> str:
-    """A literal in Lark; markers that are tokens of their own are written as those."""
+    """A literal in Lark; markers that are single tokens are written as tokens."""
     if not literal:
         return ""
     if not form.tokens:

@@ -1,4 +1,4 @@
-"""Values of conversations and of text, which every room of the coordinator passes on."""
+"""Values of conversations and texts that all packages of the coordinator share."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-ASSISTANT = "assistant"  # the role of the model's own turns
+ASSISTANT = "assistant"  # the role of the model's messages
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call that an earlier turn made."""
+    """A call in an earlier message of the assistant."""
 
     id: str
     name: str
-    arguments: Mapping[str, Any]  # parsed: templates write them as they like
+    arguments: Mapping[str, Any]  # parsed, because templates format them
 
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn of a conversation."""
+    """One message of a conversation."""
 
     role: str
-    content: str | None  # None: an assistant's turn without text
+    content: str | None  # None: an assistant's message without text
     name: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
-    tool_call_id: str = ""  # the call that this turn answers
+    tool_call_id: str = ""  # the call of which this message is the result
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallPiece:
-    """A tool call that has come to its end."""
+    """A complete tool call of an output."""
 
-    index: int  # of the call within the answer
+    index: int  # of the call within the output
     id: str
     name: str
     arguments: str
@@ -41,10 +41,10 @@ class ToolCallPiece:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where tokens stand in a text."""
+    """The positions of tokens in a text."""
 
-    offsets: tuple[int, ...] = ()  # of each: the characters before its own
-    num_at_start: int = 0  # first tokens, before which there is nothing in the whole text
+    offsets: tuple[int, ...] = ()  # of each token, in characters
+    num_at_start: int = 0  # tokens before which the whole text is empty
 
 
 NOWHERE = Placement()

@@ -1,4 +1,4 @@
-"""What this CPU can do. Standard library only."""
+"""Features of this CPU, and the C compiler of this machine. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import shutil
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
-# What our kernels are compiled for (engine/kernels): all of them, or torch computes.
+# The kernels (engine/kernels) need all of these flags; without them torch computes.
 KERNEL_FLAGS = frozenset(("avx512_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c"))
 
 
 def compiler() -> str | None:
-    """The C compiler of this machine; None where there is none."""
+    """The path of this machine's C compiler, or None."""
     return shutil.which("cc") or shutil.which("gcc")
 
 
 def cpu_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
-    """What this CPU can do, in the kernel's words; empty where it does not tell."""
+    """The CPU's flags as /proc/cpuinfo lists them; empty if it lists none."""
     try:
         text = cpuinfo.read_text()
     except OSError:

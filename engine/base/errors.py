@@ -1,13 +1,13 @@
-"""The errors a caller can do something about; `engine.rpc.status` makes gRPC statuses of them.
+"""Errors that a caller can act on; `engine.rpc.status` converts them to gRPC statuses.
 
-A message is one sentence that names the field or file and says what would be right.
+A message is one sentence that names the field or file and what is expected.
 """
 
 from __future__ import annotations
 
 
 class DiptychError(Exception):
-    """Base of all errors that are answers, not bugs."""
+    """Base of all expected errors."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -36,7 +36,7 @@ class NotFound(DiptychError):
 
 
 class NotOffered(DiptychError):
-    """UNIMPLEMENTED: `field` is part of the protocol and not served yet, or not here."""
+    """UNIMPLEMENTED: `field` is part of the protocol, but this server does not support it."""
 
     def __init__(self, field: str, why: str = "is not implemented yet; leave it unset") -> None:
         super().__init__(f"{field} {why}")
@@ -47,9 +47,9 @@ class NotOffered(DiptychError):
 class UnknownMethod(NotOffered):
     """UNIMPLEMENTED without a field: the server at that address is another kind of process."""
 
-    def __init__(self, said: str) -> None:
+    def __init__(self, message: str) -> None:
         DiptychError.__init__(
-            self, f"{said.rstrip('.!')}: expected a coordinator's gRPC port, not a worker's"
+            self, f"{message.rstrip('.!')}: expected a coordinator's gRPC port, not a worker's"
         )
         self.field, self.why = "method", "is unknown"
 
@@ -63,14 +63,13 @@ class Overloaded(DiptychError):
 
 
 class TooLarge(DiptychError):
-    """RESOURCE_EXHAUSTED: a message above the bound, as gRPC itself refuses one."""
+    """RESOURCE_EXHAUSTED: a message above the size limit; the same status as gRPC's own refusal."""
 
 
 class Unavailable(DiptychError):
-    """UNAVAILABLE + RetryInfo: nobody can serve this now; `num_emitted` tokens were delivered.
+    """UNAVAILABLE + RetryInfo: no process can serve this now; `num_emitted` tokens were delivered.
 
-    A worker names in `lost` the role of the peer that failed it ("prefill") where it is not itself
-    the one.
+    If a peer of the worker failed, and not the worker, `lost` is the peer's role ("prefill").
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class Unavailable(DiptychError):
         *,
         sick: bool = False,
     ) -> None:
-        """`sick`: what that worker computed was not finite."""
+        """`sick`: the lost worker computed numbers that are not finite."""
         super().__init__(message)
         self.retry_after_s = retry_after_s
         self.num_emitted = num_emitted
@@ -91,15 +90,15 @@ class Unavailable(DiptychError):
 
 
 class WorkerLost(Unavailable):
-    """The worker was lost under the call: its process has ended, hangs or computes nonsense."""
+    """The worker was lost during the call: it ended, hangs, or computes wrong numbers."""
 
 
 class Silent(WorkerLost):
-    """A call that is open and says nothing: its other end is stopped, cut off or hangs."""
+    """A call without messages for too long: its peer is stopped, unreachable or hangs."""
 
 
 class WorkersLost(DiptychError):
-    """INTERNAL, ErrorInfo WORKERS_LOST: so many were lost under the request that it is ended."""
+    """INTERNAL, ErrorInfo WORKERS_LOST: the request ends because it lost too many workers."""
 
     def __init__(self, message: str, num_emitted: int = 0) -> None:
         super().__init__(message)
@@ -107,20 +106,20 @@ class WorkersLost(DiptychError):
 
 
 class Unauthenticated(DiptychError):
-    """UNAUTHENTICATED: the call brings no token where one is asked for."""
+    """UNAUTHENTICATED: the call has no token, and needs one."""
 
 
 class PermissionDenied(DiptychError):
-    """PERMISSION_DENIED: the call's token is not the one that is asked for."""
+    """PERMISSION_DENIED: the call has a wrong token."""
 
 
 class SelfTestFailed(DiptychError):
-    """This worker computes what it should not: the process must end."""
+    """This worker computes wrong numbers, so its process must end."""
 
 
 class Mismatch(DiptychError):
-    """FAILED_PRECONDITION: not the model, digest, block size or incarnation that was meant."""
+    """FAILED_PRECONDITION: another model, digest, block size or incarnation than expected."""
 
 
 class DeadlineExceeded(DiptychError):
-    """DEADLINE_EXCEEDED: the request's own time ran out."""
+    """DEADLINE_EXCEEDED: the request's deadline has passed."""

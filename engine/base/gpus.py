@@ -1,10 +1,10 @@
-"""The GPUs of this machine without torch, and which local worker gets which.
+"""Finds the GPUs of this machine without torch, and assigns them to local workers.
 
-    gpus      GPU-a        GPU-b                      CUDA_VISIBLE_DEVICES of each worker
-    workers   prefill-0    decode-0                   one each
-              prefill-0, decode-1    decode-0         more workers than GPUs: equal parts of one
+    GPUs                        GPU-a                  GPU-b
+    as many workers             prefill-0              decode-0
+    more workers than GPUs      prefill-0, decode-1    decode-0      equal shares of a GPU
 
-CUDA and nvidia-smi may number GPUs differently: a UUID names the same one to both.
+CUDA and nvidia-smi may number GPUs differently, so GPUs are identified by UUID.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 from engine.base.options import visible_devices
 
 _PROC = Path("/proc/driver/nvidia/gpus")
-_SMI_S = 20.0  # without the persistence daemon the driver loads first
+_SMI_S = 20.0  # without the persistence daemon nvidia-smi loads the driver first
 _UUID = re.compile(r"(?:UUID:\s*)((?:GPU|MIG)-[0-9A-Za-z/-]+)")
 
 
 @dataclass(frozen=True, slots=True)
 class GpuPart:
-    """A worker's GPU, as CUDA_VISIBLE_DEVICES names it, and how many workers share it."""
+    """A worker's GPU in the form of CUDA_VISIBLE_DEVICES, and how many workers share it."""
 
     device: str
     num_sharing: int
@@ -35,9 +35,9 @@ def find_gpus(
     list_gpus: Callable[[], str | None] | None = None,
     proc: Path = _PROC,
 ) -> list[str]:
-    """The GPUs that CUDA would show this process, in its order; [] where there are none.
+    """The GPUs that CUDA would show this process, in its order; [] if there are none.
 
-    `visible` is CUDA_VISIBLE_DEVICES, None where it is unset; `list_gpus` gives `nvidia-smi -L`.
+    `visible` is CUDA_VISIBLE_DEVICES, or None if unset; `list_gpus` returns `nvidia-smi -L`.
     """
     text = (list_gpus or _nvidia_smi)()
     present = _parse_list(text) if text is not None else _parse_proc(proc)
@@ -46,30 +46,30 @@ def find_gpus(
         return present
     names = []
     for name in (part.strip() for part in chosen.split(",")):
-        if not _exists(name, present):  # CUDA takes what comes before such a name
+        if not _exists(name, present):  # CUDA ignores this and all that follow
             break
         names.append(name)
     return names
 
 
 def _exists(name: str, present: Sequence[str]) -> bool:
-    """A number in the list, or a UUID, of which the beginning will do."""
+    """Whether `name` is an index of the list, or (a prefix of) a UUID."""
     if name.isdecimal():
         return int(name) < len(present)
     return name.startswith(("GPU-", "MIG-"))
 
 
 def deal_gpus(gpus: Sequence[str], workers: Sequence[str]) -> dict[str, GpuPart]:
-    """Each worker's GPU, in turns; {} without GPUs."""
+    """Each worker's GPU, round-robin; {} without GPUs."""
     if not gpus:
         return {}
-    dealt = {worker: gpus[i % len(gpus)] for i, worker in enumerate(workers)}
-    devices = list(dealt.values())
-    return {worker: GpuPart(gpu, devices.count(gpu)) for worker, gpu in dealt.items()}
+    assigned = {worker: gpus[i % len(gpus)] for i, worker in enumerate(workers)}
+    devices = list(assigned.values())
+    return {worker: GpuPart(gpu, devices.count(gpu)) for worker, gpu in assigned.items()}
 
 
 def _parse_list(text: str) -> list[str]:
-    """A line a GPU; its MIG instances follow it, and then CUDA sees only them."""
+    """One line a GPU; the lines of its MIG instances follow, and CUDA shows only those."""
     found: list[str] = []
     parent = ""
     for line in text.splitlines():
@@ -85,12 +85,11 @@ def _parse_list(text: str) -> list[str]:
 
 
 def _parse_proc(folder: Path) -> list[str]:
-    """The driver's own list, for machines without nvidia-smi; numbers where it has no UUID."""
+    """The driver's list, for machines without nvidia-smi; indices for GPUs without UUID."""
     found = []
     try:
-        places = sorted(folder.iterdir())
-        for index, place in enumerate(places):
-            match = _UUID.search((place / "information").read_text())
+        for index, gpu in enumerate(sorted(folder.iterdir())):
+            match = _UUID.search((gpu / "information").read_text())
             found.append(match[1] if match else str(index))
     except OSError:
         return []
@@ -98,7 +97,7 @@ def _parse_proc(folder: Path) -> list[str]:
 
 
 def _nvidia_smi() -> str | None:
-    """None where it cannot be run or finds no driver."""
+    """The output of `nvidia-smi -L`; None if it cannot run or finds no driver."""
     try:
         done = subprocess.run(
             ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=_SMI_S, check=False

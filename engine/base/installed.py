@@ -1,5 +1,6 @@
-"""Whether the packages of a worker are there; nothing of them is imported. A coordinator asks too,
-before it starts local workers that could only fail.
+"""Checks that the packages of a worker are installed, without importing them.
+
+A coordinator checks too, before it starts local workers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ REMEDY = "pip install 'diptych[worker]'"
 
 
 def require_worker_packages(subject: str, otherwise: str = "") -> None:
-    """Raise ConfigError where `subject` cannot run here; `otherwise`: what would do instead."""
+    """Raise ConfigError if `subject` cannot run here; `otherwise` ends the message."""
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         names = " and ".join(missing)
@@ -24,7 +25,7 @@ def require_worker_packages(subject: str, otherwise: str = "") -> None:
 
 
 def unusable(error: ImportError | OSError) -> ConfigError:
-    """What an import failed for: a package that is missing, or one whose libraries are."""
+    """The error for a failed import: a package, or a library that a package needs, is missing."""
     name = getattr(error, "name", None)
     if isinstance(error, ModuleNotFoundError) and name:
         return ConfigError(f"the package {name} is not installed: {REMEDY}")

@@ -1,13 +1,13 @@
-"""How much of the host's memory is left to take, and what bounds it. No torch here.
+"""Measures the host memory that a process may still use, and names its limit. No torch here.
 
-    available = min(MemAvailable, limit - what cannot be reclaimed, of each control group)
+    available = min(MemAvailable, limit - usage + reclaimable page cache   of each cgroup)
 
-A page cache can be reclaimed: free memory would shrink with every file that is read. Active pages
-of a group's files count, too: a model that is read at each start is active.
+The page cache counts as available, active file pages too: a model that is read at each start is
+active.
 
-A coordinator asks once, and deals what there is to its local workers (`share`): two workers that
-ask at the same moment would both count memory that the other one has not touched yet, and a worker
-that starts again would count what its neighbours have taken since.
+A coordinator measures once, and gives each local worker an equal share (`share`). Workers that
+measure at the same time would both count memory that the other has not touched yet, and a worker
+that restarts would see less than it had before.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _V1_LIMITS: tuple[str, ...] = ("memory.limit_in_bytes",)
 _UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
-def shown(num_bytes: int) -> str:
-    """A size for people.
+def readable_size(num_bytes: int) -> str:
+    """A size in a readable unit.
 
-    >>> shown(192 << 20), shown(3 << 29)
+    >>> readable_size(192 << 20), readable_size(3 << 29)
     ('192 MiB', '1.5 GiB')
     """
     for unit, name in _UNITS:
@@ -38,7 +38,7 @@ def shown(num_bytes: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
-    """Bytes that may be taken, and what bounds them, such as "the cgroup's 2 GiB"."""
+    """Bytes that may be used, and a description of the limit, such as "the cgroup's 2 GiB"."""
 
     available_bytes: int
     limit: str
@@ -53,7 +53,7 @@ class HostMemory:
 
     @classmethod
     def parse(cls, text: str) -> HostMemory | None:
-        """From BYTES:LIMIT; None from nothing. Raises ConfigError."""
+        """Parse BYTES:LIMIT; "" gives None. Raises ConfigError."""
         number, _, limit = text.partition(":")
         if not text:
             return None
@@ -63,17 +63,17 @@ class HostMemory:
 
 
 def host_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> HostMemory:
-    """What this process may still take."""
+    """The memory that this process may still use."""
     available = _available(proc / "meminfo")
-    found = HostMemory(available, f"the machine's {shown(available)} of available memory")
+    found = HostMemory(available, f"the machine's {readable_size(available)} of available memory")
     for limit, left in _cgroup_limits(proc / "self/cgroup", cgroups):
         if left < found.available_bytes:
-            found = HostMemory(left, f"the cgroup's {shown(limit)}")
+            found = HostMemory(left, f"the cgroup's {readable_size(limit)}")
     return found
 
 
 def _available(meminfo: Path) -> int:
-    """MemAvailable counts what the kernel can reclaim; kernels before 3.14 do not have it."""
+    """MemAvailable, which includes reclaimable pages; kernels before 3.14 do not have it."""
     lines = (line.split() for line in _text(meminfo).splitlines())
     kib = {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdecimal()}
     fallback = kib.get("MemFree:", 0) + kib.get("Cached:", 0)
@@ -81,10 +81,10 @@ def _available(meminfo: Path) -> int:
 
 
 def _cgroup_limits(own: Path, root: Path) -> list[tuple[int, int]]:
-    """(limit, bytes left) of this process's groups and all their parents, v2 and v1.
+    """(limit, bytes left) of this process's cgroups and all their parents, v2 and v1.
 
-    A container may see the path that its group has on the host while its own group is mounted as
-    the root: what does not exist is passed by.
+    A container may see the path that its cgroup has on the host while that cgroup is mounted as the
+    root, so paths that do not exist are skipped.
     """
     found = []
     for line in _text(own).splitlines():
@@ -98,12 +98,12 @@ def _cgroup_limits(own: Path, root: Path) -> list[tuple[int, int]]:
         else:
             continue
         folder = base / name.lstrip("/")
-        for place in (folder, *folder.parents):
-            numbers = [_number(place / file) for file in limits]
+        for group in (folder, *folder.parents):
+            numbers = [_number(group / file) for file in limits]
             limit = min((number for number in numbers if number is not None), default=None)
-            used = _number(place / usage)
-            if place.is_relative_to(base) and limit is not None and used is not None:
-                cached = sum(_field(place / "memory.stat", name) for name in reclaimable)
+            used = _number(group / usage)
+            if group.is_relative_to(base) and limit is not None and used is not None:
+                cached = sum(_field(group / "memory.stat", name) for name in reclaimable)
                 found.append((limit, max(0, limit - max(0, used - cached))))
     return found
 
@@ -114,7 +114,7 @@ def _field(path: Path, name: str) -> int:
 
 
 def _number(path: Path) -> int | None:
-    """A file's number; None for `max`, and where there is no such file."""
+    """The number in a file; None for `max`, or if the file does not exist."""
     text = _text(path).strip()
     return int(text) if text.isdecimal() else None
 

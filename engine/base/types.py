@@ -1,4 +1,4 @@
-"""Values that every package speaks of. Frozen, without torch and without protobuf types."""
+"""Values that all packages share. Frozen, without torch and without protobuf types."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RoleBudgets:
-    """What a worker takes from others; a budget of 0 refuses new calls of its service."""
+    """The work that a worker accepts from others; a budget of 0 refuses new calls of a service."""
 
-    prompt_tokens: int  # a step, of prompts for other workers: PrefillService
-    answers: int  # at once: DecodeService
+    prompt_tokens: int  # tokens a step of prompts for other workers (PrefillService)
+    answers: int  # concurrent outputs (DecodeService)
 
 
 NO_BUDGETS = RoleBudgets(0, 0)
 
 
 class Health(Enum):
-    """Whether a worker computes what it should, as far as is known."""
+    """Whether a worker computes correct numbers, as far as is known."""
 
     OK = "ok"
-    DEGRADED = "degraded"  # its numbers were not finite lately
-    SICK = "sick"  # it does not
+    DEGRADED = "degraded"  # it recently computed numbers that are not finite
+    SICK = "sick"  # its self-test fails
 
 
 class FinishReason(Enum):
-    """Why an answer ended."""
+    """Why an output ended."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -47,7 +47,7 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Resolved sampling parameters of one answer; ranges are checked at the public door.
+    """Resolved sampling parameters of one output; the public API has checked their ranges.
 
     Order of application: min_tokens mask, logit_bias, repetition, frequency and presence penalties,
     temperature, min-p, top-k, top-p.
@@ -57,29 +57,29 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     min_p: float = 0.0
-    frequency_penalty: float = 0.0  # over the answer's tokens
-    presence_penalty: float = 0.0  # over the answer's tokens
-    repetition_penalty: float = 1.0  # over prompt and answer
+    frequency_penalty: float = 0.0  # over the output's tokens
+    presence_penalty: float = 0.0  # over the output's tokens
+    repetition_penalty: float = 1.0  # over prompt and output
     seed: int = 0  # unsigned 64 bits
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     @property
     def greedy(self) -> bool:
-        """Whether the token is the plain argmax of the processed logits."""
+        """Whether each token is the argmax of the processed logits."""
         return self.temperature < 1e-5
 
 
 @dataclass(frozen=True, slots=True)
 class StopParams:
-    """When an answer ends, as far as token ids tell; stop strings are the coordinator's."""
+    """When an output ends by token ids; the coordinator handles stop strings."""
 
-    max_tokens: int  # of the whole answer, tokens delivered by an earlier attempt included
-    min_tokens: int = 0  # no stop token before this many
-    stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence ids included unless ignored
+    max_tokens: int  # of the whole output, tokens of earlier attempts included
+    min_tokens: int = 0  # no stop token before this many tokens
+    stop_token_ids: frozenset[int] = frozenset()  # includes end-of-sequence ids, unless ignored
 
 
 class ConstraintKind(Enum):
-    """In which language a constraint is written."""
+    """The language of a constraint."""
 
     JSON_SCHEMA = "json_schema"
     REGEX = "regex"
@@ -88,27 +88,27 @@ class ConstraintKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What an answer must be; compiled where it is needed, the same everywhere."""
+    """A language that an output must belong to; it compiles to the same grammar everywhere."""
 
     kind: ConstraintKind
     source: str
-    # What is written before the text and is no part of it: a tokenizer strips a space from the
-    # start of a text, where no prompt stands before it.
-    lead: str = ""
+    # Output before the constrained text: tokenizers strip a space from the start of a text that has
+    # no prompt before it.
+    leading_text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """Log-probabilities at one position, of the raw logits, in nats."""
 
-    chosen: float  # of the token that stands there
-    token_ids: tuple[int, ...]  # the likeliest tokens, best first,
-    logprobs: tuple[float, ...]  # and theirs
+    chosen: float  # of the token at this position
+    token_ids: tuple[int, ...]  # the likeliest tokens, best first
+    logprobs: tuple[float, ...]  # of `token_ids`
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A worker process, named so that a restart on the same address is somebody else."""
+    """A worker process; the incarnation distinguishes it from a restart on the same address."""
 
     worker_id: str
     incarnation: str
@@ -117,7 +117,7 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """What the workers of one model must agree on."""
+    """Properties that all workers of one model share."""
 
     name: str
     digest: str  # compatibility digest, hex
@@ -125,39 +125,39 @@ class ModelIdentity:
     max_model_len: int
     block_size: int
     vocab_size: int
-    tokenizer_digest: str = ""  # hex; equal ones read and write the same token ids
+    tokenizer_digest: str = ""  # hex; equal digests mean equal token ids
 
 
 @dataclass(frozen=True, slots=True)
 class KVPool:
-    """The size of a worker's KV pool, for people; `limit`: why its context is not the model's."""
+    """Size of a worker's KV pool; `limit`: why its context is shorter than the model's, or ""."""
 
     num_bytes: int = 0
     limit: str = ""
 
 
 NO_KV_POOL = KVPool()
-SLOW_BYTES_PER_S = 5e9  # for reads of a GPU's memory: TCP is slower, all else faster
+SLOW_BYTES_PER_S = 5e9  # reads of GPU memory: TCP is slower, all other transports are faster
 
 
 @dataclass(frozen=True, slots=True)
 class KVLink:
-    """What reads from one peer have shown."""
+    """Measurements of the reads from one peer."""
 
-    peer: str  # whose memory was read
-    lane: str  # as UCX names it; "": not known
+    peer: str  # worker id
+    lane: str  # as UCX names it; "": unknown
     bytes_per_s: float  # smoothed
     num_bytes: int  # since the start
     memory: str  # DRAM or VRAM
 
     @property
     def slow(self) -> bool:
-        """Whether a GPU's memory is read slower than by any lane but TCP."""
+        """Whether GPU memory is read at a speed of TCP."""
         return self.memory == "VRAM" and self.bytes_per_s < SLOW_BYTES_PER_S
 
 
 def machine_id(boot_id: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:
-    """Equal for all processes of this machine until it boots again; "" where it has none."""
+    """An id that all processes of this machine share until it reboots; "" if unknown."""
     try:
         return blake2b(boot_id.read_bytes(), digest_size=8).hexdigest()
     except OSError:
@@ -165,5 +165,5 @@ def machine_id(boot_id: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:
 
 
 def new_incarnation() -> str:
-    """A name that no other process has had or will have."""
+    """A random id that is unique to one run of a process."""
     return secrets.token_hex(8)

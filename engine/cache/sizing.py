@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from engine.base.errors import ConfigError
 from engine.base.kv_layout import KVLayout
-from engine.base.memory import HostMemory, shown
+from engine.base.memory import HostMemory, readable_size
 
 FLOOR_BYTES, MODEST_BYTES, MOST_BYTES = 64 << 20, 192 << 20, 1 << 30  # of a pool on a host
 
@@ -48,7 +48,7 @@ def host_budget(longest_bytes: int, memory: HostMemory) -> PoolBudget:
     if fits < modest:
         return PoolBudget(max(FLOOR_BYTES, fits), memory.limit)
     if modest < longest_bytes:
-        return PoolBudget(modest, f"the default's {shown(modest)} (see --kv-cache-memory)")
+        return PoolBudget(modest, f"the default's {readable_size(modest)} (see --kv-cache-memory)")
     return PoolBudget(modest)
 
 
@@ -75,11 +75,11 @@ def gpu_budget(memory: GpuMemory, utilization: float) -> PoolBudget:
     part = int(total * utilization) - taken
     free = memory.free_bytes - min(CONTEXT_BYTES, int(total * (1 - utilization)))
     if free < part:
-        limit = f"the {shown(memory.free_bytes)} that are free of the GPU's {shown(total)}"
+        limit = f"the {readable_size(memory.free_bytes)} that are free of the GPU's {readable_size(total)}"
         return PoolBudget(max(0, free), f"{limit}: other processes use it too")
     limit = (
-        f"--gpu-memory-utilization {utilization:g} of the GPU's {shown(total)}, of which weights,"
-        f" activations and workspaces take {shown(taken)}"
+        f"--gpu-memory-utilization {utilization:g} of the GPU's {readable_size(total)}, of which weights,"
+        f" activations and workspaces take {readable_size(taken)}"
     )
     return PoolBudget(max(0, part), limit)
 

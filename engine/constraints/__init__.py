@@ -1,15 +1,15 @@
-"""Constrained answers: grammars over tokens, by llguidance. No torch here: coordinators check, too.
+"""Constrained outputs: grammars over tokens, by llguidance. No torch: coordinators use it too.
 
-    Constraint --compile, in threads of its own--> a grammar, cached --copy--> Matcher: one answer's
-                                                                                place in it
-    a schema is mended first, so that all that it says is held (schemas.py); where it need not be
-    held as a whole, what cannot be is left out (leniency.py)
-    a step   drafts are cut by it, or made of what it forces
-             masks of all positions that may give a token, while the model computes; numbers come
-             to an end by them (numbers.py)
-             tokens that stand move it on; where nothing can follow, the answer ends
+    Constraint --schemas.py, grammar.py--> grammar text --compiler.py--> template, cached
+               --copy--> Matcher: the state of one output
 
-A matcher is a function of the tokens it has been given: whoever has those can make it again.
+    schema       rewritten first, so that llguidance enforces all of it (schemas.py); a lenient
+                 schema loses the parts that cannot be enforced (leniency.py)
+    each step    drafts are cut to what the grammar allows, or made of what it forces;
+                 masks are computed while the model runs (masks.py); they also end numbers
+                 (numbers.py); accepted tokens advance the matcher
+
+The state of a matcher is a function of its tokens: any process can rebuild it from them.
 """
 
 from engine.constraints.checker import Checker

@@ -1,4 +1,4 @@
-"""`python -m engine.constraints`: see runner.py."""
+"""`python -m engine.constraints` starts the fork server of runner.py."""
 
 from engine.constraints.runner import main
 

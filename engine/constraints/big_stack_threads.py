@@ -1,6 +1,6 @@
-"""A few threads with large stacks: compilers of grammars recurse as deep as their input is nested.
+"""Threads with large stacks: a grammar compiler recurses as deep as its input is nested.
 
-With the usual 8 MB a chain of some thousand rules ends the process. Memory is taken as it is used.
+A stack of 8 MB overflows on a chain of some thousand rules. Stack memory is committed on use.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class BigStackThreads:
             threading.stack_size(before)
 
     def submit(self, call: Callable[[], _T]) -> Future[_T]:
-        """Its value, in time. A future that is cancelled before its turn is passed by."""
+        """Run `call` on a thread; a future that is cancelled before it starts is skipped."""
         future: Future[_T] = Future()
 
         def run() -> None:
@@ -46,7 +46,7 @@ class BigStackThreads:
         return future
 
     def close(self) -> None:
-        """Let the threads end after what they are doing."""
+        """End each thread after its current call."""
         for _ in self._threads:
             self._calls.put(None)
 

@@ -1,10 +1,10 @@
-"""Constraints -> matchers in this process, in threads of their own, cached; or the reason why not.
+"""Compiles constraints to matchers, on threads of this process, with a cache.
 
-    matcher(constraint, tokens):  known? -> a copy        being compiled? -> wait for that
-                                  else try it in another process, then compile it here, once
+    matcher(constraint, tokens)   cached? -> a copy    in flight? -> await it
+                                  else check it in another process, then compile it here, once
 
-Only a grammar that compiled within the limits of checker.py is compiled here, where a compilation
-cannot be ended: it does the same work again, and the interpreter is free meanwhile.
+A compilation in this process cannot be cancelled, so only a grammar that compiled within the
+limits of checker.py is compiled here. The second compilation releases the GIL.
 """
 
 from __future__ import annotations
@@ -23,70 +23,70 @@ from engine.base.types import Constraint
 from engine.constraints.big_stack_threads import BigStackThreads
 from engine.constraints.checker import (
     COMPILE_S,
-    MOST_CPU_S,
+    MAX_CPU_S,
     Checker,
     Count,
     busy,
     digest,
     refusal,
 )
-from engine.constraints.grammar import LIMITS, Grammar, Vocabulary, fault, misfit
-from engine.constraints.known import Known
-from engine.constraints.matcher import Kin, Matcher
+from engine.constraints.grammar import LIMITS, Grammar, Vocabulary, compile_error, mismatch
+from engine.constraints.matcher import Matcher, SharedCost
 from engine.constraints.numbers import NumberScanner, NumberTokens
+from engine.constraints.single_flight_cache import SingleFlightCache
 
 _NUM_THREADS = 2
 _MAX_CACHED = 256
 _MAX_CACHED_CHARS = 16 << 20  # of their sources
-# What a grammar keeps in memory goes with the time it took: 400 MB a second, however short it is
-# ("((((a{10}){10}){10}){10}){10}" keeps 30 MB); nobody else says how large it is.
+# llguidance does not report the memory of a grammar; it is about 400 MB for each second of
+# compilation, however short the text: "((((a{10}){10}){10}){10}){10}" keeps 30 MB.
 _MAX_CACHED_CPU_S = 1.0
-_MAX_ADVANCE_CPU_S = 2.0  # of the tokens that an answer begins with
+_MAX_ADVANCE_CPU_S = 2.0  # for the tokens that an output already has
 
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
-    """What became of a constraint: a grammar that nobody advances, or a reason."""
+    """A compiled template, which is copied and never advanced, or the reason for none."""
 
     num_chars: int
     template: LLMatcher | None
     refused: Grammar
     cpu_s: float = 0.0
     scanner: NumberScanner | None = None
-    kin: Kin = field(default_factory=Kin)
+    shared: SharedCost = field(default_factory=SharedCost)
 
 
 class Compiler:
-    """Grammars over one vocabulary. Lives on an event loop; its work is done in its threads."""
+    """Grammars over one vocabulary. Owned by one event loop; its threads do the work."""
 
     def __init__(self, vocabulary: Vocabulary, count: Count | None = None) -> None:
-        # A coordinator that tried it first is stricter, so that what it takes is taken here.
-        self._checker = Checker(vocabulary, count, 2 * MOST_CPU_S)
+        # Coordinators allow half of this, so a worker accepts what a coordinator accepted.
+        self._checker = Checker(vocabulary, count, 2 * MAX_CPU_S)
         self._threads = BigStackThreads(_NUM_THREADS, "grammars")
         self._tokenizer = self._threads.submit(vocabulary.build)
         self._numbers = self._threads.submit(self._number_tokens)
-        self.known: Known[_Compiled] = Known(
+        self.cache: SingleFlightCache[_Compiled] = SingleFlightCache(
             lambda compiled: (compiled.num_chars, compiled.cpu_s),
             (_MAX_CACHED_CHARS, _MAX_CACHED_CPU_S),
             _MAX_CACHED,
         )
 
     async def matcher(self, constraint: Constraint, tokens: Sequence[int] = ()) -> Matcher:
-        """Where an answer stands that begins with `tokens`.
+        """A matcher of the constraint that has taken `tokens`.
 
-        Raises InvalidRequest: of "constraint" if that cannot be used, of "tokens" if they do not
-        fit it; Unavailable where that is not known in time.
+        Raises InvalidRequest for "constraint" if it cannot be used, for "tokens" if they do not
+        fit it; Unavailable after COMPILE_S.
         """
         try:
             async with asyncio.timeout(COMPILE_S):
-                compiled = await self.known.get(
+                compiled = await self.cache.get(
                     digest(constraint), partial(self._compile, constraint)
                 )
                 if compiled.template is None:
                     raise refusal(compiled.refused)
                 scanner = compiled.scanner and compiled.scanner.copy()
                 library, numbers = compiled.template.deep_copy(), self._numbers.result(0)
-                matcher = Matcher(library, numbers, scanner, compiled.kin)
+                matcher = Matcher(library, numbers, scanner, compiled.shared)
                 if tokens:
                     await self._advance(matcher, tokens)
                 return matcher
@@ -94,34 +94,32 @@ class Compiler:
             raise busy() from None
 
     def forget(self, constraint: Constraint) -> None:
-        """Compile it anew the next time: its copies share what they have learned, and the limits
-        on that.
-        """
-        self.known.drop(digest(constraint))
+        """Drop the template: copies share its lexer cache, and the limits of that cache."""
+        self.cache.drop(digest(constraint))
 
     def prepare(self) -> None:
-        """Start the processes now; else the first constraint does."""
+        """Start the processes now; otherwise the first constraint starts them."""
         self._checker.prepare()
 
     def close(self) -> None:
-        """End the processes, and the threads after what they are doing."""
+        """End the processes, and each thread after its current call."""
         self._checker.close()
         self._threads.close()
 
     async def _compile(self, constraint: Constraint) -> _Compiled:
-        grammar = await self._checker.tried(constraint)
+        grammar = await self._checker.check(constraint)
         if grammar.reason:
             return _Compiled(0, None, grammar)
         work = self._threads.submit(partial(self._compile_here, grammar))
         return await asyncio.wrap_future(work)
 
     async def _advance(self, matcher: Matcher, tokens: Sequence[int]) -> None:
-        left = threading.Event()  # set: the wait for it is over
-        work = self._threads.submit(partial(_advance, matcher, tokens, left))
+        cancelled = threading.Event()
+        work = self._threads.submit(partial(_advance, matcher, tokens, cancelled))
         try:
             error = await asyncio.wrap_future(work)
         finally:
-            left.set()
+            cancelled.set()
         if error:
             raise error
 
@@ -131,7 +129,7 @@ class Compiler:
         tokenizer = self._tokenizer.result()
         begun_s = time.thread_time()
         template = LLMatcher(tokenizer, grammar.text, log_level=0, limits=LIMITS)
-        if reason := fault(template):
+        if reason := compile_error(template):
             return _Compiled(0, None, Grammar(reason=reason))
         self._numbers.result()
         cpu_s = time.thread_time() - begun_s
@@ -140,22 +138,22 @@ class Compiler:
     def _number_tokens(self) -> NumberTokens | None:
         try:
             tokenizer = self._tokenizer.result()
-        except Exception:  # each trial gives the reason
+        except Exception:  # the check of each constraint reports the reason
             return None
         return NumberTokens(tokenizer, tokenizer.vocab_size)
 
 
 def _advance(
-    matcher: Matcher, tokens: Sequence[int], left: threading.Event
+    matcher: Matcher, tokens: Sequence[int], cancelled: threading.Event
 ) -> InvalidRequest | None:
-    """Take tokens one by one: other threads get the interpreter in between."""
+    """Take tokens one by one, so that other threads get the GIL in between."""
     until_s = time.thread_time() + _MAX_ADVANCE_CPU_S
     for token in tokens:
-        if left.is_set() or time.thread_time() > until_s:
+        if cancelled.is_set() or time.thread_time() > until_s:
             what = f"{len(tokens)} tokens take longer than {_MAX_ADVANCE_CPU_S:g} s of CPU time"
             return InvalidRequest("constraint", what)
         if not matcher.advance([token]):
             if matcher.is_too_costly:
                 return InvalidRequest("constraint", matcher.error)
-            return refusal(Grammar(reason=misfit(matcher.library), misfit=0))
+            return refusal(Grammar(reason=mismatch(matcher.library), mismatch_index=0))
     return None

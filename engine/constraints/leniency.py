@@ -1,16 +1,16 @@
-"""What of a lenient schema can be compiled: all but the smallest parts that cannot.
+"""Reduces a lenient schema to the largest part that compiles, by trial compilations.
 
-schemas.py leaves out what it knows; the rest only a compilation shows, so this one tries:
+schemas.py leaves out what is known not to work; only a compilation shows the rest:
 
-    schema --flattened--> a main part and definitions, whose references lead to definitions alone
-           each of them by itself, with definitions that allow anything in place of the others:
-               a part inside that does not compile is mended first, from the innermost out,
-               then the keywords beside each other: those that compile together stay
-           all of them together; where that fails, the definitions that do not fit are let go
+    schema --_flatten--> a main schema and definitions; references lead to definitions only
+           1. each alone, with definitions that allow anything in place of the others:
+              subschemas are reduced first, innermost first;
+              then keywords are added one by one, and those that compile together stay
+           2. all together; if that fails, definitions are reduced one by one
 
-The number of compilations and their time are bounded; beyond, arguments are any JSON object. But
-for that time the same schema gives the same one everywhere, so that a second coordinator goes on
-with an answer of the first.
+The number of compilations and their time are bounded; beyond that any JSON object is allowed.
+Unless the time runs out the result depends on the schema alone, so a second coordinator can
+continue an output of the first.
 """
 
 from __future__ import annotations
@@ -20,53 +20,53 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 from urllib.parse import unquote
 
-_MOST_TRIES = 400
-_MOST_CPU_S = 1.0  # well below what a try may take: see checker.py
+_MAX_TRIES = 400
+_MAX_CPU_S = 1.0  # well below the limit of a job: see checker.py
 _MAPS = frozenset(("properties", "patternProperties", "dependentSchemas"))
 _LISTS = frozenset(("anyOf", "oneOf", "allOf", "prefixItems", "items"))
 _SINGLE = frozenset(("items", "additionalProperties", "additionalItems"))
 _ALL_HOLD = frozenset(("allOf", "required"))
 _DATA = frozenset(("const", "enum", "default", "examples"))
-# What says most is kept first where not all can be.
+# Keywords that constrain most are added first.
 _ORDER = ("type", "properties", "required", "items", "$ref", "enum", "const", "anyOf", "oneOf")
 Schema = dict[str, Any]
 Compiles = Callable[[Schema], bool]
 
 
-class _Spent(Exception):
-    """Too many compilations."""
+class _BudgetExhausted(Exception):
+    """Too many compilations, or too much time."""
 
 
-def loosened(schema: Schema, compiles: Compiles, begun_s: float | None = None) -> Schema:
-    """The part of an object's schema that compiles; it takes all that the schema takes.
+def compilable_part(schema: Schema, compiles: Compiles, begun_s: float | None = None) -> Schema:
+    """The part of an object schema that compiles; it allows every value that `schema` allows.
 
-    `begun_s`: since when time of this thread was spent on it.
+    `begun_s`: thread time at which the work on this schema began; default: now.
     """
-    left = _MOST_TRIES
-    until_s = (time.thread_time() if begun_s is None else begun_s) + _MOST_CPU_S
+    num_left = _MAX_TRIES
+    until_s = (time.thread_time() if begun_s is None else begun_s) + _MAX_CPU_S
 
-    def tries(part: Schema) -> bool:
-        nonlocal left
-        left -= 1
-        if left < 0 or time.thread_time() > until_s:
-            raise _Spent
+    def compiles_in_budget(part: Schema) -> bool:
+        nonlocal num_left
+        num_left -= 1
+        if num_left < 0 or time.thread_time() > until_s:
+            raise _BudgetExhausted
         return compiles(part)
 
     try:
-        return _loosened(schema, tries)
-    except (_Spent, RecursionError):
+        return _compilable_part(schema, compiles_in_budget)
+    except (_BudgetExhausted, RecursionError):
         return {"type": "object"}
 
 
-def _loosened(schema: Schema, compiles: Compiles) -> Schema:
-    main, parts = _flattened(schema)
+def _compilable_part(schema: Schema, compiles: Compiles) -> Schema:
+    main, parts = _flatten(schema)
     anything: Schema = {name: {} for name in parts}
 
     def alone(part: Schema) -> bool:
         return compiles({**part, "$defs": anything} if anything else part)
 
-    main = _mended(main, alone)
-    parts = {name: _mended(part, alone) for name, part in parts.items()}
+    main = _compilable(main, alone)
+    parts = {name: _compilable(part, alone) for name, part in parts.items()}
     whole = {**main, "$defs": parts} if parts else main
     if not parts or compiles(whole):
         return whole
@@ -76,12 +76,12 @@ def _loosened(schema: Schema, compiles: Compiles) -> Schema:
         def among(some: Schema, name: str = name) -> bool:
             return compiles({**main, "$defs": {**kept, name: some}})
 
-        kept[name] = _mended(part, among)
+        kept[name] = _compilable(part, among)
     return {**main, "$defs": kept}
 
 
-def _mended(schema: Any, compiles: Compiles) -> Any:
-    """The part of one schema that compiles; {} if none does."""
+def _compilable(schema: Any, compiles: Compiles) -> Any:
+    """The part of one schema that compiles; {} if no part does."""
     if isinstance(schema, bool):
         return schema
     if not isinstance(schema, dict):
@@ -99,13 +99,13 @@ def _mended(schema: Any, compiles: Compiles) -> Any:
 
         if fits(inner[key]):
             kept[key] = inner[key]
-        elif (fewer := _fewer(key, inner[key], fits)) is not None:
+        elif (fewer := _largest_subset(key, inner[key], fits)) is not None:
             kept[key] = fewer
     return _in_order(kept, inner)
 
 
-def _fewer(key: str, value: Any, fits: Callable[[Any], bool]) -> Any:
-    """Those entries of a keyword that compile together, where fewer of them allow more; or None."""
+def _largest_subset(key: str, value: Any, fits: Callable[[Any], bool]) -> Any:
+    """The entries of a keyword that compile together, if dropping entries only allows more."""
     if key in _ALL_HOLD and isinstance(value, list):
         some: list[Any] = []
         for each in value:
@@ -124,28 +124,28 @@ def _fewer(key: str, value: Any, fits: Callable[[Any], bool]) -> Any:
 
 
 def _in_order(some: Schema, all_: Schema) -> Schema:
-    """The order of keywords is that in which members come."""
+    """`some` in the order of `all_`: the order of properties is the order of members."""
     return {key: some[key] for key in all_ if key in some}
 
 
 def _inside(key: str, value: Any, compiles: Compiles) -> Any:
     if key in _MAPS and isinstance(value, dict):
-        return {name: _mended(each, compiles) for name, each in value.items()}
+        return {name: _compilable(each, compiles) for name, each in value.items()}
     if key in _LISTS and isinstance(value, list):
-        return [_mended(each, compiles) for each in value]
+        return [_compilable(each, compiles) for each in value]
     if key in _SINGLE and isinstance(value, dict):
-        return _mended(value, compiles)
+        return _compilable(value, compiles)
     return value
 
 
-def _flattened(schema: Schema) -> tuple[Schema, dict[str, Any]]:
-    """The main part and what its references lead to; those that lead nowhere are left out."""
+def _flatten(schema: Schema) -> tuple[Schema, dict[str, Any]]:
+    """The main schema, and the targets of references as definitions; dangling ones are dropped."""
     names: dict[str, str] = {}
     parts: dict[str, Any] = {}
 
-    def copied(value: Any, is_data: bool = False) -> Any:
+    def copy_of(value: Any, is_data: bool = False) -> Any:
         if isinstance(value, list):
-            return [copied(each, is_data) for each in value]
+            return [copy_of(each, is_data) for each in value]
         if not isinstance(value, dict) or is_data:
             return value
         kept = {}
@@ -156,7 +156,7 @@ def _flattened(schema: Schema) -> tuple[Schema, dict[str, Any]]:
                 if name := definition(each):
                     kept[key] = f"#/$defs/{name}"
                 continue
-            kept[key] = copied(each, key in _DATA)
+            kept[key] = copy_of(each, key in _DATA)
         return kept
 
     def definition(reference: str) -> str:
@@ -165,15 +165,15 @@ def _flattened(schema: Schema) -> tuple[Schema, dict[str, Any]]:
             names[reference] = f"part{len(parts)}" if found else ""
             if found:
                 parts[names[reference]] = {}  # it may refer to itself
-                parts[names[reference]] = copied(found[0])
+                parts[names[reference]] = copy_of(found[0])
         return names[reference]
 
-    main = copied(schema)
+    main = copy_of(schema)
     return main, parts
 
 
 def _target(root: Schema, reference: str) -> Iterator[Any]:
-    """The schema of a reference within the document, if there is one."""
+    """The schema that a reference within the document leads to, if any."""
     path, found = reference.removeprefix("#"), cast(Any, root)
     if not reference.startswith("#") or (path and not path.startswith("/")):
         anchored = [s for s in _schemas(root) if path and s.get("$anchor") == path]

@@ -1,18 +1,17 @@
-"""Numbers in JSON come to an end: the masks stop offering digits where a number has enough of them.
+"""Bounds the digits of JSON numbers by removing tokens from masks.
 
-llguidance bounds white space, but not digits, and a model at temperature 0 writes 0.8888... until
-its tokens run out. A scanner reads the answer's text beside the matcher and counts the digits of
-the number that is being written:
+llguidance bounds white space, but not digits, and a model at temperature 0 may write 0.8888... up
+to max_tokens. A scanner reads the output's text beside the matcher and counts the digits of the
+current number:
 
-    -123.4567e+89      whole, fraction, exponent: MOST_DIGITS of each, counted on their own
+    -123.4567e+89      whole, fraction, exponent: at most MAX_DIGITS of each
 
-At the bound the mask loses the tokens that begin with more digits, as long as something is left:
-the number can end. Where it cannot, it is brought to an end that its schema allows: 0.500 above an
-exclusive minimum of 0.5 needs a digit that is not 0; where a multiple is asked for, the next digits
-are those that make the number one, of all steps in the schema at once. So no number that a schema
-asks for is lost, and nothing that the grammar forbids is offered.
+At the bound the mask loses the tokens that begin with a digit, if other tokens remain: the number
+can end. If none remain, the digit is chosen so that the schema soon allows an end: not 0 after
+0.500 above an exclusive minimum of 0.5; for `multipleOf`, the digits that lead to a common multiple
+of all steps in the schema. The mask never becomes empty, and never allows what the grammar forbids.
 
-A scanner is a function of the tokens that it has read, as a matcher is.
+The state of a scanner is a function of the tokens that it has read.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from numpy.typing import NDArray
 _Row = NDArray[np.int32]
 _CALLS = re.compile(r'// JSON after (".*")\n')
 _STEP = re.compile(r'"multipleOf"\s*:\s*([0-9][0-9.eE+-]*)')
-_MOST_STEP = 1 << 256  # of all of a schema together
+_MAX_STEP = 1 << 256  # of the common multiple of all steps of a schema
 _DIGITS = frozenset(b"0123456789")
 _QUOTE, _ESCAPE, _POINT, _ZERO = b'"\\.0'
 _SIGNS, _MARKS = frozenset(b"+-"), frozenset(b"eE")
 
 
 class Part(IntEnum):
-    """Where in a number a text stands."""
+    """The part of a number in which a text ends."""
 
     NONE = 0
     WHOLE = 1
@@ -46,32 +45,32 @@ class Part(IntEnum):
     EXPONENT = 3
 
 
-# All unsigned 64-bit integers; 17 significant digits behind six zeros, from where on exponents are
-# usual; all exponents of doubles.
-MOST_DIGITS = {Part.WHOLE: 20, Part.FRACTION: 24, Part.EXPONENT: 3}
+# Enough for every unsigned 64-bit integer; for 17 significant digits after six zeros (smaller
+# numbers are usually written with exponents); for every exponent of a double.
+MAX_DIGITS = {Part.WHOLE: 20, Part.FRACTION: 24, Part.EXPONENT: 3}
 
 
 def json_after(trigger: str) -> str:
-    """The first line of a Lark grammar whose answers are JSON behind this text (or all of them)."""
+    """First line of a Lark grammar whose outputs are JSON after `trigger` ("": from the start)."""
     return f"// JSON after {json.dumps(trigger)}\n"
 
 
 def step_of(source: str) -> int:
-    """A whole number whose multiples are multiples of each `multipleOf` in a schema; 1: of none."""
+    """An integer whose multiples are multiples of each `multipleOf` in a schema; 1 if none has."""
     step = 1
     for text in set(_STEP.findall(source)):
         try:
-            value = float(text)  # as the library reads it
+            value = float(text)  # as llguidance reads it
         except ValueError:
             continue
-        if 0 < value < _MOST_STEP:
-            wider = math.lcm(step, Fraction(repr(value)).numerator)
-            step = wider if wider < _MOST_STEP else step
+        if 0 < value < _MAX_STEP:
+            common = math.lcm(step, Fraction(repr(value)).numerator)
+            step = common if common < _MAX_STEP else step
     return step
 
 
 class NumberScanner:
-    """The place of one answer in its numbers."""
+    """The position of one output in its current number."""
 
     __slots__ = (
         *("_escaped", "_in_string", "_remainder", "_step", "_tail", "_trigger"),
@@ -79,28 +78,28 @@ class NumberScanner:
     )
 
     def __init__(self, trigger: str = "", step: int = 1) -> None:
-        """The text is JSON behind `trigger`; `step` is that of `step_of`."""
+        """The text is JSON after `trigger`; `step` is the result of `step_of`."""
         self.part, self.num_digits = Part.NONE, 0
-        self._step, self._remainder = step, 0  # of the digits before the point
+        self._step, self._remainder = step, 0  # remainder of the digits before the point
         self._in_string = self._escaped = False
         self._trigger, self._tail = trigger.encode(), b""
 
     @classmethod
     def of_lark(cls, source: str) -> NumberScanner | None:
-        """That of a grammar with the line of `json_after`."""
-        found = _CALLS.match(source)
-        return cls(json.loads(found[1]), step_of(source)) if found else None
+        """The scanner of a grammar that begins with the line of `json_after`, else None."""
+        match = _CALLS.match(source)
+        return cls(json.loads(match[1]), step_of(source)) if match else None
 
     def copy(self) -> NumberScanner:
-        """Another one at the same place."""
+        """Another scanner in the same state."""
         other = NumberScanner.__new__(NumberScanner)
         for name in self.__slots__:
             setattr(other, name, getattr(self, name))
         return other
 
     @property
-    def to_multiple(self) -> int:
-        """The next digit on the shortest way to a multiple of the step, at least one digit long."""
+    def next_digit_to_multiple(self) -> int:
+        """The first of the fewest digits (at least one) that lead to a multiple of the step."""
         power = 1
         while True:
             power *= 10
@@ -109,7 +108,7 @@ class NumberScanner:
                 return rest * 10 // power
 
     def feed(self, text: bytes) -> None:
-        """The answer goes on with this text."""
+        """Read the next text of the output."""
         if self._trigger:
             before, found, text = (self._tail + text).partition(self._trigger)
             if not found:
@@ -145,7 +144,7 @@ class NumberScanner:
 
 
 class NumberTokens:
-    """What the tokens of a vocabulary do to a number. Shared by all matchers."""
+    """The digits of a vocabulary's tokens. Shared by all matchers."""
 
     def __init__(self, tokenizer: LLTokenizer, size: int) -> None:
         self._texts = [tokenizer.decode_bytes([token]) for token in range(size)]
@@ -161,41 +160,41 @@ class NumberTokens:
                 if len(text) == 1:
                     digits[int(text)].append(token)
         self._longest = max(leading, default=0)
-        # Rows of masks: tokens that begin with more than so many digits; that begin with a zero;
-        # that are one digit.
+        # Mask rows: [n] tokens that begin with more than n digits; tokens that begin with a zero;
+        # [d] tokens that are the digit d.
         self._longer = [
-            _mask(size, [t for n, tokens in leading.items() if n > most for t in tokens])
-            for most in range(self._longest)
+            _mask(size, [t for n, tokens in leading.items() if n > maximum for t in tokens])
+            for maximum in range(self._longest)
         ]
         self._zeros = _mask(size, zeros)
         self._digits = [_mask(size, tokens) for tokens in digits]
 
     def text(self, token: int) -> bytes:
-        """Of a token; nothing of one that is not known."""
+        """The bytes of a token; b"" of an unknown one."""
         return self._texts[token] if 0 <= token < len(self._texts) else b""
 
     def bound(self, rows: _Row, scanner: NumberScanner, draft: Sequence[int]) -> None:
-        """Take from the masks of an answer what would make a number too long.
+        """Remove from `rows` [1 + len(draft), words] the tokens that make a number too long.
 
-        Row i is the mask behind the first i tokens of `draft`.
+        Row i is the mask after the first i tokens of `draft`.
         """
-        place = scanner.copy() if draft else scanner
+        position = scanner.copy() if draft else scanner
         for i, row in enumerate(rows):
             if i:
-                place.feed(self.text(draft[i - 1]))
-            if place.part:
-                self._bound(row, place)
+                position.feed(self.text(draft[i - 1]))
+            if position.part:
+                self._bound(row, position)
 
-    def _bound(self, row: _Row, place: NumberScanner) -> None:
-        left = max(0, MOST_DIGITS[place.part] - place.num_digits)
+    def _bound(self, row: _Row, position: NumberScanner) -> None:
+        left = max(0, MAX_DIGITS[position.part] - position.num_digits)
         if left >= self._longest:
             return
         if _keep(row, ~self._longer[left]) or left:
             return
-        if place.part is Part.WHOLE:
-            _keep(row, self._digits[place.to_multiple])
+        if position.part is Part.WHOLE:
+            _keep(row, self._digits[position.next_digit_to_multiple])
         else:
-            _keep(row, ~self._zeros if place.part is Part.FRACTION else self._zeros)
+            _keep(row, ~self._zeros if position.part is Part.FRACTION else self._zeros)
 
 
 def _mask(size: int, tokens: Sequence[int]) -> _Row:
@@ -205,10 +204,10 @@ def _mask(size: int, tokens: Sequence[int]) -> _Row:
     return row.view(np.int32)
 
 
-def _keep(row: _Row, wanted: _Row) -> bool:
-    """Only what is wanted, if there is any of it."""
-    size = min(len(row), len(wanted))
-    kept = row[:size] & wanted[:size]
+def _keep(row: _Row, allowed: _Row) -> bool:
+    """Restrict `row` to `allowed`, unless nothing would remain. True: it is restricted."""
+    size = min(len(row), len(allowed))
+    kept = row[:size] & allowed[:size]
     if not kept.any():
         return False
     row[:size] = kept

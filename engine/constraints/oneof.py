@@ -1,11 +1,12 @@
-"""Which branches of a `oneOf` exclude each other: then it is an `anyOf`, which grammars can hold.
+"""Finds out whether the branches of a `oneOf` are disjoint: then it equals an `anyOf`.
 
-llguidance tells branches apart by itself, but not through `$ref`, as unions are mostly written:
+llguidance supports `anyOf`, and `oneOf` if it can prove the branches disjoint, but not through
+`$ref`, as unions are mostly written:
 
     {"oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}]}
-        Cat, Dog: objects; "kind" is required and a constant, another in each
+        Cat, Dog: objects; "kind" is required, with a different constant in each
 
-Only what is sure is said: types, constants, and required members that are so told apart.
+Branches count as disjoint only by types, by constants, or by required members that are disjoint.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from urllib.parse import unquote
 
-_MOST_STEPS = 10_000  # of one document; beyond, nothing is sure
-_ITEMS = 16  # that are looked at in a step
-_DEEPEST = 12
+_MAX_VISITS = 10_000  # in one document; beyond, no branches count as disjoint
+_ITEMS = 16  # list items that count as one visit
+_MAX_DEPTH = 12
 _TYPES = {
     "null": {"null"},
     "boolean": {"boolean"},
@@ -26,32 +27,34 @@ _TYPES = {
     "object": {"object"},
 }
 _ALL_TYPES = frozenset().union(*_TYPES.values())
-_Value = tuple[str, object]  # a type and a value of it: 1 is 1.0, but not true
+_Value = tuple[str, object]  # type and value: 1 equals 1.0, but not true
 Schema = dict[str, object]
 
 
 class Branches:
-    """Looks into one document. In draft 4 `const` says nothing."""
+    """Compares branches within one document. In draft 4 `const` has no meaning."""
 
     def __init__(self, root: Schema, has_const: bool = True) -> None:
         self._root = root
         self._has_const = has_const
-        self._steps = _MOST_STEPS
-        self._values: dict[int, frozenset[_Value] | None] = {}  # by the id of a part of the root
+        self._visits_left = _MAX_VISITS
+        self._values: dict[int, frozenset[_Value] | None] = {}  # by id() of a subschema
         self._is_one_resource = not _names_inside(root)
 
-    def exclude_each_other(self, options: Sequence[object], beside: Schema) -> bool:
-        """Whether no value fits two of the options of a schema that has `beside` them."""
+    def are_disjoint(self, options: Sequence[object], beside: Schema) -> bool:
+        """Whether no value fits two of `options`; `beside` is the schema that holds them."""
         common: Schema = {key: beside[key] for key in ("type", "required") if key in beside}
         sides = [[*self._parts(option), common] for option in options]
         return all(
-            self._apart(one, other, _DEEPEST) for i, one in enumerate(sides) for other in sides[:i]
+            self._disjoint(one, other, _MAX_DEPTH)
+            for i, one in enumerate(sides)
+            for other in sides[:i]
         )
 
-    def _apart(self, one: list[Schema], other: list[Schema], deep: int) -> bool:
-        """Of conjunctions; False: not sure."""
-        self._steps -= 1 + (len(one) + len(other)) // _ITEMS
-        if self._steps < 0 or deep == 0:
+    def _disjoint(self, one: list[Schema], other: list[Schema], depth: int) -> bool:
+        """Whether no value fits all of `one` and all of `other`; False: not proven."""
+        self._visits_left -= 1 + (len(one) + len(other)) // _ITEMS
+        if self._visits_left < 0 or depth == 0:
             return False
         of_one, of_other = self._values_of(one), self._values_of(other)
         if not self._types_of(one, of_one) & self._types_of(other, of_other):
@@ -60,20 +63,20 @@ class Branches:
             return True
         for a, values, b in ((one, of_one, other), (other, of_other, one)):
             for options in _choices(a):
-                if all(self._apart(self._parts(each), b, deep - 1) for each in options):
+                if all(self._disjoint(self._parts(each), b, depth - 1) for each in options):
                     return True
-            if self._types_of(a, values) == {"object"} and self._member_apart(a, b, deep):
+            if self._types_of(a, values) == {"object"} and self._members_disjoint(a, b, depth):
                 return True
         return False
 
-    def _member_apart(self, one: list[Schema], other: list[Schema], deep: int) -> bool:
-        """Whether a member that the one must have cannot be as the other has it."""
+    def _members_disjoint(self, one: list[Schema], other: list[Schema], depth: int) -> bool:
+        """Whether a member that `one` requires cannot have a value that `other` allows."""
         listed = [_listed(part, "required") for part in one]
-        self._steps -= sum(map(len, listed)) // _ITEMS
+        self._visits_left -= sum(map(len, listed)) // _ITEMS
         names = {name for names in listed for name in names if isinstance(name, str)}
         return any(
             any(_forbids(part, name) for part in other)
-            or self._apart(self._member(one, name), self._member(other, name), deep - 1)
+            or self._disjoint(self._member(one, name), self._member(other, name), depth - 1)
             for name in sorted(names)
         )
 
@@ -85,16 +88,16 @@ class Branches:
             if id(part) not in self._values:
                 self._values[id(part)] = self._constants(part)
             if (found := self._values[id(part)]) is not None:
-                self._steps -= len(found) // _ITEMS
+                self._visits_left -= len(found) // _ITEMS
                 left = found if left is None else left & found
         return left
 
     def _types_of(self, parts: list[Schema], values: frozenset[_Value] | None) -> frozenset[str]:
-        self._steps -= sum(len(_listed(part, "type")) for part in parts) // _ITEMS
+        self._visits_left -= sum(len(_listed(part, "type")) for part in parts) // _ITEMS
         return _types(parts, values)
 
     def _constants(self, part: Schema) -> frozenset[_Value] | None:
-        """All that it may be; None: not known."""
+        """All values that it allows; None: not enumerable."""
         listed = [part["const"]] if self._has_const and "const" in part else part.get("enum")
         if not isinstance(listed, list):
             return None
@@ -109,16 +112,16 @@ class Branches:
                 found += self._parts(properties[name])
         return found
 
-    def _parts(self, schema: object, deep: int = _DEEPEST) -> list[Schema]:
-        """Schemas that all hold where this one does, through references."""
-        self._steps -= 1
-        if not isinstance(schema, dict) or deep == 0 or self._steps < 0:
+    def _parts(self, schema: object, depth: int = _MAX_DEPTH) -> list[Schema]:
+        """Schemas whose conjunction is `schema`, with references and `allOf` resolved."""
+        self._visits_left -= 1
+        if not isinstance(schema, dict) or depth == 0 or self._visits_left < 0:
             return []
-        if "$ref" in schema:  # what stands beside it counted for nothing once
-            return self._parts(self._target(schema["$ref"]), deep - 1)
+        if "$ref" in schema:  # older drafts ignore the keywords beside it
+            return self._parts(self._target(schema["$ref"]), depth - 1)
         parts = [schema]
         for each in _listed(schema, "allOf"):
-            parts += self._parts(each, deep - 1)
+            parts += self._parts(each, depth - 1)
         return parts
 
     def _target(self, reference: object) -> object:
@@ -126,7 +129,7 @@ class Branches:
             return None
         if reference != "#" and not reference.startswith("#/"):
             return None
-        self._steps -= len(reference) // _ITEMS
+        self._visits_left -= len(reference) // _ITEMS
         found: object = self._root
         for step in unquote(reference).split("/")[1:]:
             name = step.replace("~1", "/").replace("~0", "~")
@@ -151,7 +154,7 @@ def _types(parts: list[Schema], values: frozenset[_Value] | None) -> frozenset[s
 
 
 def _forbids(part: Schema, name: str) -> bool:
-    """Whether objects of it have no such member."""
+    """Whether its objects cannot have a member of this name."""
     properties = part.get("properties", {})
     return (
         part.get("additionalProperties") is False
@@ -162,7 +165,7 @@ def _forbids(part: Schema, name: str) -> bool:
 
 
 def _value(value: object) -> _Value | None:
-    """None: a list or an object, which are not compared."""
+    """None: a list or an object, which is not compared."""
     match value:
         case None:
             return "null", None
@@ -189,7 +192,7 @@ def _listed(schema: Schema, key: str) -> list[object]:
 
 
 def _names_inside(value: object, depth: int = 0) -> bool:
-    """Whether a schema inside may have an address of its own, to which its references belong."""
+    """Whether a nested schema may have its own base URI, which changes its references."""
     if isinstance(value, dict):
         if depth and any(isinstance(value.get(key), str) for key in ("$id", "id")):
             return True

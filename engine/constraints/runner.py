@@ -1,15 +1,15 @@
-"""The processes in which constraints are tried: `python -m engine.constraints`.
+"""The processes that compile constraints under limits: `python -m engine.constraints`.
 
-    parent ==lanes==> keeper   has the tokenizer and one thread; reads nothing that a client wrote
-                        | forks, before a job comes: one runner a lane
-                      runner   one job at a time, limited in memory, CPU time and depth
+    parent ==sockets==> fork server   holds the tokenizer; one thread; parses no client data
+                          | forks one runner a slot, before a job arrives
+                        runner        one job at a time; limits of memory, CPU time and stack
 
-A runner that reaches a limit is ended by the kernel, and its parent learns from the signal which
-limit it was. It is also ended where its parent asks for that. The next one is forked in some
-milliseconds, and shares the tokenizer's memory. All of them end with their parent.
+The kernel kills a runner that reaches a limit, and the signal tells the parent which limit it was.
+The parent can also have a runner killed. The next runner is forked in some milliseconds, and shares
+the tokenizer's memory. All of these processes end with the parent.
 
-    lane      a Unix socket; one job at a time: HEAD and a pickled call, or HEAD of KILL
-    reply     one a job: REPLY with status 0 and a pickled Done, or with minus the ending signal
+    slot       a Unix socket; one job at a time: HEAD and a pickled call, or KILL
+    response   one a job: REPLY with status 0 and a pickled Done, or with minus the signal number
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ from typing import NoReturn
 
 from llguidance import LLMatcher, LLTokenizer
 
-from engine.constraints.grammar import LIMITS, Grammar, Vocabulary, fault, no_tokenizer
+from engine.constraints.grammar import LIMITS, Grammar, Vocabulary, compile_error, no_tokenizer
 from engine.process.parent_death import die_with_parent
 
 HEAD = struct.Struct("!dI")  # CPU seconds, bytes of the call
 REPLY = struct.Struct("!iI")  # status, bytes of the result
 KILL = HEAD.pack(-1.0, 0)
-MOST_BYTES = 256 << 20  # beyond what a runner begins with, its stack aside
+MAX_BYTES = 256 << 20  # beyond the address space of a new runner
 STACK_BYTES = 64 << 20
-QUICK_CPU_S = 0.25  # longer jobs have a lower priority
-_SLOW_NICENESS = 10  # beyond the keeper's own
-# A runner that took more than this gives its memory back by ending.
+QUICK_CPU_S = 0.25  # jobs with a larger limit have a lower priority
+_SLOW_NICENESS = 10  # added to the fork server's
+# A runner ends, which frees its memory, after a job that used more than this.
 _FRESH_CPU_S, _FRESH_BYTES = 0.1, 32 << 20
-_PAUSE_S = 0.2  # behind a runner that ended without a job
+_PAUSE_S = 0.2  # after a runner that ended without a job
 
 Job = Callable[[LLTokenizer], Grammar]
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A job that came to its end."""
+    """The result of a job that ended within its limits."""
 
     grammar: Grammar
     cpu_s: float
     is_last: bool  # the runner ends after it
 
 
-class _Lane:
-    """One socket and its runner; in the keeper."""
+class _Slot:
+    """One socket and its runner; lives in the fork server."""
 
     def __init__(self, parent: socket.socket, work: Callable[[], NoReturn]) -> None:
         self.parent = parent
@@ -72,13 +72,13 @@ class _Lane:
         """Start a runner, with its jobs as standard input and its results as standard output."""
         read_jobs, self._jobs = os.pipe()
         self.results, write_results = os.pipe()
-        keeper = os.getpid()
+        fork_server = os.getpid()
         self._pid = os.fork()
         if not self._pid:
             try:
-                die_with_parent(keeper)
-                for fd, place in ((read_jobs, 0), (write_results, 1), (os.open(os.devnull, 1), 2)):
-                    os.dup2(fd, place)
+                die_with_parent(fork_server)
+                for fd, target in ((read_jobs, 0), (write_results, 1), (os.open(os.devnull, 1), 2)):
+                    os.dup2(fd, target)
                 os.closerange(3, max(read_jobs, write_results, self.parent.fileno()) + 64)
                 self._work()
             finally:
@@ -87,19 +87,19 @@ class _Lane:
         os.close(write_results)
 
     def from_parent(self) -> None:
-        """Pass a job on, or end the one that runs. Raises EOFError where the parent is gone."""
+        """Forward a job to the runner, or kill it. Raises EOFError if the parent has ended."""
         head = read_all(self.parent.fileno(), HEAD.size)
         if head == KILL:
-            if self._busy:  # else the reply was under way already
+            if self._busy:  # else the response is already on its way
                 os.kill(self._pid, signal.SIGKILL)
             return
         call = read_all(self.parent.fileno(), HEAD.unpack(head)[1])
         self._busy = True
-        with suppress(BrokenPipeError):  # then its end is the reply
+        with suppress(BrokenPipeError):  # then the exit status is the response
             write_all(self._jobs, head + call)
 
     def from_runner(self) -> bool:
-        """Pass a result on; True: the runner ended, and there is another one."""
+        """Forward a result; True: the runner ended and was replaced."""
         try:
             reply = read_all(self.results, REPLY.size)
             result = read_all(self.results, REPLY.unpack(reply)[1])
@@ -109,7 +109,7 @@ class _Lane:
             code = os.waitstatus_to_exitcode(status)
             reply, result, is_last = REPLY.pack(min(code, -1), 0), b"", True
             self._pid = 0
-            if not self._busy:  # it may have no memory or threads to begin with
+            if not self._busy:  # it may have failed to start: no memory, no threads
                 time.sleep(_PAUSE_S)
         if self._busy:
             self._busy = False
@@ -124,7 +124,7 @@ class _Lane:
 
 
 def read_all(fd: int, size: int) -> bytes:
-    """Exactly `size` bytes. Raises EOFError."""
+    """Read exactly `size` bytes. Raises EOFError."""
     parts = []
     while size:
         if not (part := os.read(fd, size)):
@@ -135,7 +135,7 @@ def read_all(fd: int, size: int) -> bytes:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """All of it, waiting where there is no room."""
+    """Write all of `data`; blocks while the buffer is full."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
@@ -145,9 +145,9 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def _run(tokenizer: LLTokenizer | None, reason: str) -> NoReturn:
-    """Jobs until the runner has to end, on a thread whose stack is known."""
+    """Run jobs, on a thread of known stack size, until the runner has to end."""
     with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # rather this one than its parents
+        Path("/proc/self/oom_score_adj").write_text("1000")  # killed before its parents
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(STACK_BYTES)
     thread = threading.Thread(target=_jobs, args=(tokenizer, reason), daemon=True)
@@ -160,7 +160,7 @@ def _jobs(tokenizer: LLTokenizer | None, reason: str) -> None:
     begin_bytes = _num_bytes()
     if begin_bytes:
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        limit = begin_bytes + MOST_BYTES
+        limit = begin_bytes + MAX_BYTES
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     with suppress(EOFError):
@@ -170,13 +170,13 @@ def _jobs(tokenizer: LLTokenizer | None, reason: str) -> None:
             if cpu_s > QUICK_CPU_S:
                 os.nice(_SLOW_NICENESS)
             begun_s = time.process_time()
-            signal.setitimer(signal.ITIMER_PROF, cpu_s)  # unhandled, it ends the process
+            signal.setitimer(signal.ITIMER_PROF, cpu_s)  # unhandled SIGPROF ends the process
             try:
                 job: Job = pickle.loads(call)
                 grammar = job(tokenizer) if tokenizer else Grammar(reason=reason)
             except MemoryError:
-                os.abort()  # as the library does
-            except BaseException as error:  # its panics are no Exceptions
+                os.abort()  # as llguidance does
+            except BaseException as error:  # Rust panics are no Exceptions
                 grammar = Grammar(reason=f"cannot be compiled: {type(error).__name__}")
             used_s = time.process_time() - begun_s
             is_last = cpu_s > QUICK_CPU_S or used_s > _FRESH_CPU_S
@@ -189,49 +189,49 @@ def _jobs(tokenizer: LLTokenizer | None, reason: str) -> None:
 
 
 def _num_bytes() -> int:
-    """Of the address space; 0 where the system does not tell."""
+    """The size of the address space; 0 where it is unknown."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except OSError:
         return 0
 
 
-# -- the keeper ------------------------------------------------------------------------------------
+# -- in the fork server ----------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Arguments: the tokenizer's folder, the vocabulary's size, ends of sequence, sockets."""
-    folder, size, ends, sockets = sys.argv[1:]
+    """Run the fork server. Arguments: tokenizer folder, vocabulary size, EOS ids, socket fds."""
+    folder, size, eos_ids, sockets = sys.argv[1:]
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent may still have requests then
         signal.signal(number, signal.SIG_IGN)
-    eos = tuple(int(token) for token in ends.split(",") if token)
+    eos = tuple(int(token) for token in eos_ids.split(",") if token)
     tokenizer, reason = None, ""
     try:
         tokenizer = Vocabulary(Path(folder), int(size), eos).build()
         warm = LLMatcher.grammar_from_json_schema('{"type": "object"}')
-        fault(LLMatcher(tokenizer, warm, log_level=0, limits=LIMITS))
-    except Exception as error:  # the library's own, of many kinds
+        compile_error(LLMatcher(tokenizer, warm, log_level=0, limits=LIMITS))
+    except Exception as error:  # llguidance raises many kinds
         reason = no_tokenizer(error)
     gc.collect()
     gc.freeze()
-    lanes = [
-        _Lane(socket.socket(fileno=int(fd)), lambda: _run(tokenizer, reason))
+    slots = [
+        _Slot(socket.socket(fileno=int(fd)), lambda: _run(tokenizer, reason))
         for fd in sockets.split(",")
     ]
     with selectors.DefaultSelector() as selector:
-        for lane in lanes:
-            lane.fork()
-            selector.register(lane.parent, selectors.EVENT_READ, lane)
-            selector.register(lane.results, selectors.EVENT_READ, lane)
+        for slot in slots:
+            slot.fork()
+            selector.register(slot.parent, selectors.EVENT_READ, slot)
+            selector.register(slot.results, selectors.EVENT_READ, slot)
         while True:
             for key, _ in selector.select():
-                lane = key.data
-                if key.fileobj is lane.parent:
+                slot = key.data
+                if key.fileobj is slot.parent:
                     try:
-                        lane.from_parent()
+                        slot.from_parent()
                     except (EOFError, OSError):
                         return
                 else:
-                    selector.unregister(lane.results)
-                    lane.from_runner()
-                    selector.register(lane.results, selectors.EVENT_READ, lane)
+                    selector.unregister(slot.results)
+                    slot.from_runner()
+                    selector.register(slot.results, selectors.EVENT_READ, slot)

@@ -1,12 +1,12 @@
-"""Jobs for the processes of runner.py, and how each of them ended. One keeper a sandbox.
+"""Runs jobs in the processes of runner.py, and reports how each ended. One fork server a sandbox.
 
-    submit -> queue of a lane -> its thread: send, wait -> Outcome
-                                    | the job is abandoned: the runner is killed
-                                    | the keeper is lost: it is started again
+    submit -> queue -> thread of a slot: send, wait -> Outcome
+                         | job abandoned: the runner is killed
+                         | fork server lost: it is started again
 
-Jobs are tried for an instant first, as nearly all of them are done then; later, and when no other
-one waits for its first try, for longer, and at last in the slow lane. So many jobs that take long
-hold up the others by that instant each.
+Jobs with a smaller CPU limit come first. Nearly all jobs end within the first, short limit; longer
+ones are submitted again with a larger limit, and at last to the slow slot. So a long job delays
+the others only by the short limit.
 """
 
 from __future__ import annotations
@@ -36,43 +36,43 @@ from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
 _NUM_QUICK, _NUM_SLOW = 2, 1
-_POLL_S = 0.05  # within which an abandoned job ends
-_SILENT_S = 10.0  # a keeper that does not answer a kill for so long is lost
-_READS_S = 60.0  # the same within a job or a result, of a keeper that may just have started
-_RESTART_S = 1.0  # least time between two starts
-_NICENESS = 5  # steps and messages go first
+_POLL_S = 0.05  # interval of the check for an abandoned job
+_SILENT_S = 10.0  # without a response to KILL for so long the fork server is lost
+_READS_S = 60.0  # the same during a transfer; longer, as the fork server may be starting
+_RESTART_S = 1.0  # minimum time between two starts
+_NICENESS = 5  # engine steps and messages have priority
 
 
-class Ended(Enum):
+class JobEnd(Enum):
     """How a job ended."""
 
     DONE = "done"
     CPU_TIME = "cpu_time"
     MEMORY = "memory"
-    DEPTH = "depth"  # its stack was used up
+    DEPTH = "depth"  # stack overflow
     LOST = "lost"  # killed from outside, or abandoned
 
 
 _SIGNALS = {
-    signal.SIGPROF: Ended.CPU_TIME,
-    signal.SIGABRT: Ended.MEMORY,
-    signal.SIGSEGV: Ended.DEPTH,
-    signal.SIGBUS: Ended.DEPTH,
+    signal.SIGPROF: JobEnd.CPU_TIME,
+    signal.SIGABRT: JobEnd.MEMORY,
+    signal.SIGSEGV: JobEnd.DEPTH,
+    signal.SIGBUS: JobEnd.DEPTH,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a job; the grammar where it was done."""
+    """How a job ended, with its grammar if it is done."""
 
-    ended: Ended
+    end: JobEnd
     grammar: Grammar | None = None
     cpu_s: float = 0.0
 
 
 @dataclass(slots=True)
 class Trial:
-    """A job that was submitted."""
+    """A submitted job."""
 
     job: Job
     cpu_s: float
@@ -80,12 +80,12 @@ class Trial:
     abandoned: bool = False
 
     def abandon(self) -> None:
-        """End the job soon, wherever it is."""
+        """Cancel the job; a running one is killed soon."""
         self.abandoned = True
         self.future.cancel()
 
 
-# Jobs that may take less CPU time come first.
+# (CPU limit, sequence number, job; None ends the thread)
 _Queue = queue.PriorityQueue[tuple[float, int, Trial | None]]
 
 
@@ -94,12 +94,12 @@ def _nothing(_tokenizer: LLTokenizer) -> Grammar:
 
 
 class Sandbox:
-    """Owns the keeper and a thread a lane. Usable from any thread."""
+    """Owns the fork server and a thread a slot. Usable from any thread."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._lock = threading.Lock()
-        self._keeper: subprocess.Popen[bytes] | None = None
+        self._fork_server: subprocess.Popen[bytes] | None = None
         self._sockets: list[socket.socket] = []
         self._started_s = -_RESTART_S
         self._closed = False
@@ -107,47 +107,47 @@ class Sandbox:
         self._quick: _Queue = queue.PriorityQueue()
         self._slow: _Queue = queue.PriorityQueue()
         queues = [self._quick] * _NUM_QUICK + [self._slow] * _NUM_SLOW
-        for lane, jobs in enumerate(queues):
+        for slot, jobs in enumerate(queues):
             threading.Thread(
-                target=self._serve, args=(lane, jobs), name="constraints", daemon=True
+                target=self._serve, args=(slot, jobs), name="constraints", daemon=True
             ).start()
 
     def prepare(self) -> None:
-        """Start the processes, which the first job would wait for: about a second."""
+        """Start the processes, so that the first job need not wait about a second for them."""
         self.submit(_nothing, 1.0)
 
     def submit(self, job: Job, cpu_s: float, *, slow: bool = False) -> Trial:
-        """Run a picklable call; its future never fails."""
+        """Run a picklable call with a CPU limit; its future never has an exception."""
         trial = Trial(job, cpu_s)
         (self._slow if slow else self._quick).put((cpu_s, next(self._count), trial))
         return trial
 
     def close(self) -> None:
-        """End all processes and threads; jobs under way are lost."""
+        """End all processes and threads; running jobs are lost."""
         self._closed = True
-        for lane in range(_NUM_QUICK + _NUM_SLOW):
-            jobs = self._quick if lane < _NUM_QUICK else self._slow
+        for slot in range(_NUM_QUICK + _NUM_SLOW):
+            jobs = self._quick if slot < _NUM_QUICK else self._slow
             jobs.put((-1.0, next(self._count), None))
         with self._lock:
             self._end()
 
-    def _serve(self, lane: int, jobs: _Queue) -> None:
+    def _serve(self, slot: int, jobs: _Queue) -> None:
         while (trial := jobs.get()[2]) is not None:
             if not trial.future.set_running_or_notify_cancel():
                 continue
             try:
-                outcome = self._outcome(lane, trial)
+                outcome = self._outcome(slot, trial)
             except Exception as error:
-                _log.error("a job of constraints failed", reason=repr(error))
-                outcome = Outcome(Ended.LOST)
+                _log.error("a constraint job failed", reason=repr(error))
+                outcome = Outcome(JobEnd.LOST)
             trial.future.set_result(outcome)
 
-    def _outcome(self, lane: int, trial: Trial) -> Outcome:
+    def _outcome(self, slot: int, trial: Trial) -> Outcome:
         try:
-            sock = self._socket(lane)
+            sock = self._socket(slot)
         except OSError as error:
-            _log.warning("the processes of constraints do not start", reason=str(error))
-            return Outcome(Ended.LOST)
+            _log.warning("the constraint processes do not start", reason=str(error))
+            return Outcome(JobEnd.LOST)
         try:
             call = pickle.dumps(trial.job)
             write_all(sock.fileno(), HEAD.pack(trial.cpu_s, len(call)) + call)
@@ -156,15 +156,15 @@ class Sandbox:
             result = read_all(sock.fileno(), size)
         except (OSError, EOFError) as error:
             self._lose(sock, str(error) or "it ended")
-            return Outcome(Ended.LOST)
+            return Outcome(JobEnd.LOST)
         if status:
-            return Outcome(_SIGNALS.get(signal.Signals(-status), Ended.LOST), cpu_s=trial.cpu_s)
+            return Outcome(_SIGNALS.get(signal.Signals(-status), JobEnd.LOST), cpu_s=trial.cpu_s)
         done = pickle.loads(result)
         assert isinstance(done, Done)
-        return Outcome(Ended.DONE, done.grammar, done.cpu_s)
+        return Outcome(JobEnd.DONE, done.grammar, done.cpu_s)
 
     def _wait(self, sock: socket.socket, trial: Trial) -> None:
-        """Until there is a reply. Raises TimeoutError where an abandoned job does not end."""
+        """Wait for the response. Raises TimeoutError if an abandoned job does not end."""
         poll = select.poll()
         poll.register(sock, select.POLLIN)
         until_s = 0.0
@@ -177,19 +177,19 @@ class Sandbox:
             elif time.monotonic() > until_s:
                 raise TimeoutError("it does not answer")
 
-    # -- the keeper --------------------------------------------------------------------------------
+    # -- the fork server ---------------------------------------------------------------------------
 
-    def _socket(self, lane: int) -> socket.socket:
+    def _socket(self, slot: int) -> socket.socket:
         with self._lock:
             if self._closed:
                 raise OSError("closed")
-            if self._keeper is None:
+            if self._fork_server is None:
                 time.sleep(max(0.0, self._started_s + _RESTART_S - time.monotonic()))
                 self._start()
-            return self._sockets[lane]
+            return self._sockets[slot]
 
     def _start(self) -> None:
-        """Start a keeper; it is tied to this thread, which lives as long as the sandbox."""
+        """Start a fork server; it dies with this thread, which lives as long as the sandbox."""
         self._started_s = time.monotonic()
         pairs = [socket.socketpair() for _ in range(_NUM_QUICK + _NUM_SLOW)]
         theirs = [pair[1].fileno() for pair in pairs]
@@ -199,14 +199,14 @@ class Sandbox:
         command += [str(vocabulary.folder), str(vocabulary.size)]
         command += [",".join(map(str, vocabulary.eos_token_ids)), ",".join(map(str, theirs))]
         try:
-            self._keeper = subprocess.Popen(
+            self._fork_server = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=theirs,
             )
             self._sockets = [pair[0] for pair in pairs]
-            for sock in self._sockets:  # a keeper may stop while it reads a job, or writes a result
+            for sock in self._sockets:  # the fork server may hang in the middle of a transfer
                 for limit in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
                     sock.setsockopt(socket.SOL_SOCKET, limit, struct.pack("ll", int(_READS_S), 0))
         finally:
@@ -214,19 +214,19 @@ class Sandbox:
                 pair[1].close()
 
     def _lose(self, sock: socket.socket, reason: str) -> None:
-        """End a keeper that is of no use; the next job starts another one."""
+        """End a broken fork server; the next job starts another one."""
         with self._lock:
             if sock in self._sockets and not self._closed:
-                _log.warning("the processes of constraints are lost", reason=reason)
+                _log.warning("the constraint processes are lost", reason=reason)
                 self._end()
 
     def _end(self) -> None:
-        if self._keeper is None:
+        if self._fork_server is None:
             return
-        self._keeper.kill()
-        self._keeper.wait()
-        self._keeper = None
+        self._fork_server.kill()
+        self._fork_server.wait()
+        self._fork_server = None
         for sock in self._sockets:
             with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)  # wakes its lane; the lane's next socket is new
+                sock.shutdown(socket.SHUT_RDWR)  # wakes the slot's thread
         self._sockets = []

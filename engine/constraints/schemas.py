@@ -1,28 +1,26 @@
-"""JSON Schemas, so that llguidance holds all that they say, and answers come to an end.
+"""Rewrites a JSON schema so that llguidance enforces all of it, and outputs end.
 
-The library refuses keywords that it does not know. What it would take, but not hold, is mended
-here, or refused with the reason:
+llguidance refuses keywords that it does not support. What it accepts but does not enforce is
+rewritten here, or refused with the reason:
 
-    escapes        "f\\u006fo" is the property "foo", and passes for another name: without \\u there
-                   is one way to write a name. It is allowed where a constant needs it and all
-                   names are given, or the schema is lenient.
-    long numbers   it reckons in doubles: bounds move inwards to the next double, what would be
-                   rounded is refused
-    properties     of very many that may come next the masks cost too much, when it is too late
-    minProperties  it counts members, and a free name may come twice
-    x-guidance     its own options in a schema: those that make it hold less
+    escapes        "f\\u006fo" is the property "foo", but llguidance reads another name. Without \\u
+                   a name has one spelling. \\u is allowed if a constant needs it and all names are
+                   given, or if the schema is lenient.
+    long numbers   llguidance computes in doubles: bounds move inwards to the next double, and
+                   constants that would be rounded are refused
+    properties     masks cost too much if very many may come next
+    minProperties  llguidance counts members, and an additional name may come twice
+    x-guidance     llguidance's options in a schema: those that weaken it are refused
+    oneOf          llguidance does not follow references to prove branches disjoint: see oneof.py
 
-    oneOf          it tells branches apart, but not through references: see apart.py
+White space and times are bounded (digits of numbers: numbers.py). An unknown `format` is an
+annotation, as in the standard, unless the schema is strict.
 
-What has no end gets one: white space and times (the digits of numbers: numbers.py). A `format` that
-is not known is an annotation, as the standard has it, unless the schema must be held to the letter.
+From a lenient schema (a tool's that is not strict) unsupported parts are dropped instead: a
+keyword, or a value of an `enum`. leniency.py drops what only a compilation shows.
 
-A lenient schema (a tool's that is not strict) goes the same way, and what would be refused is left
-out: a keyword, or one of the values of an `enum`. What only a compilation shows is left out by
-leniency.py.
-
-What says nothing by the standard (`uniqueItems: false`) is left out, 2.0 as a count is 2, and
-https: and http: in the name of a draft are the same.
+Keywords without effect (`uniqueItems: false`) are dropped, a count of 2.0 becomes 2, and https: and
+http: in the URI of a draft are equal.
 """
 
 from __future__ import annotations
@@ -32,27 +30,35 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-from engine.constraints.bounds import MOST_OPTIONAL, bound_lengths, check_counts, move_bounds
+from engine.constraints.bounds import MAX_OPTIONAL, bound_lengths, check_counts, move_bounds
 from engine.constraints.oneof import Branches
-from engine.constraints.ways import Leniency, Refused, Ways
-from engine.constraints.writable import (
+from engine.constraints.representable import (
     MAY_NEED_ESCAPES,
     SURROGATE,
-    cannot_be_written,
     check_constant,
     check_pattern,
-    names_vary,
+    names_have_variants,
     needs_unicode_escapes,
-    plain,
     read_json,
+    sanitized,
+    unwritable,
 )
+from engine.constraints.schema_context import Leniency, SchemaContext, UnsupportedSchema
 
-__all__ = ["ESCAPES", "FORMATS", "MOST_OPTIONAL", "WHITE_SPACE", "Leniency", "Refused", "held"]
+__all__ = [
+    "ESCAPES",
+    "FORMATS",
+    "MAX_OPTIONAL",
+    "WHITE_SPACE",
+    "Leniency",
+    "UnsupportedSchema",
+    "prepare_schema",
+]
 
-ESCAPES = 'nrbtf\\"'  # that strings of answers may have
-# Two blanks, or one end of a line and what the next one is indented by.
+ESCAPES = 'nrbtf\\"'  # characters that may follow a backslash in strings of outputs
+# One or two blanks, or a line break with the indentation of the next line.
 WHITE_SPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,40}"
-# Those that the library holds; of others it knows nothing.
+# The formats that llguidance enforces.
 FORMATS = frozenset(
     (
         *("date-time", "date", "time", "duration", "email", "hostname"),
@@ -69,17 +75,18 @@ _COUNTS = frozenset(
 _DRAFT = re.compile(r"https?://json-schema\.org/(draft-0\d|draft/20\d\d-\d\d)/schema#?")
 
 
-def held(
+def prepare_schema(
     source: str,
     leniency: Leniency = Leniency.FORMATS,
     style: Mapping[str, object] | None = None,
 ) -> str:
-    """The schema to compile in place of this one. Raises Refused, ValueError, RecursionError.
+    """The schema, as JSON text, to compile in place of `source`.
 
-    `style`: options of the library, in place of those in the schema.
+    `style` replaces the `x-guidance` options of the schema. Raises UnsupportedSchema, and
+    ValueError or RecursionError if `source` is not JSON.
     """
     lenient = leniency is Leniency.ALL
-    schema, is_odd = read_json(source, lenient)
+    schema, may_be_unwritable = read_json(source, lenient)
     if schema is True:
         schema = {}
     if not isinstance(schema, dict):
@@ -87,21 +94,24 @@ def held(
     schema = dict(schema)
     if found := _DRAFT.fullmatch(str(schema.get("$schema"))):
         if found[1] >= "draft-04":  # and so are draft/20..
-            schema["$schema"] = _name_of(found[1])
+            schema["$schema"] = _schema_uri(found[1])
         elif lenient:
             del schema["$schema"]
         else:
-            raise Refused(f"$schema: {found[1]} is not served; draft-04 is the oldest that is")
+            raise UnsupportedSchema(
+                f"$schema: {found[1]} is not served; draft-04 is the oldest that is"
+            )
     has_const = not found or found[1] != "draft-04"
-    apart = None if "/oneOf/" in source else Branches(schema, has_const)  # a $ref leads there
-    own = schema.pop("x-guidance", {})
+    # A $ref may point into a `oneOf`, which then has to keep its name.
+    branches = None if "/oneOf/" in source else Branches(schema, has_const)
+    own_options = schema.pop("x-guidance", {})
     is_plain = not MAY_NEED_ESCAPES.search(source)
-    may_vary = lenient or not (is_plain or names_vary(schema))
+    may_vary = lenient or not (is_plain or names_have_variants(schema))
     escapes = ESCAPES + "u" if may_vary else ESCAPES
-    ways = Ways(apart, leniency, escapes, is_odd)
-    kept = _object(schema, ways)
+    context = SchemaContext(branches, leniency, escapes, may_be_unwritable)
+    kept = _object(schema, context)
     needs_all = not is_plain and needs_unicode_escapes(kept)
-    options = _options(own) if style is None else dict(style)
+    options = _options(own_options) if style is None else dict(style)
     options["json_allowed_escapes"] = escapes if needs_all else ESCAPES
     if lenient:
         options["lenient"] = True
@@ -111,7 +121,7 @@ def held(
 
 
 def check_formats(schema: object) -> None:
-    """Raise Refused where a schema has a format that is not known; RecursionError."""
+    """Raise UnsupportedSchema if a schema has an unknown format; RecursionError if too deep."""
     if isinstance(schema, list):
         for each in schema:
             check_formats(each)
@@ -119,7 +129,7 @@ def check_formats(schema: object) -> None:
         return
     named = schema.get("format")
     if isinstance(named, str) and named not in FORMATS:
-        raise _not_known(named)
+        raise _unknown_format(named)
     for key, value in schema.items():
         if key in _MAPS and isinstance(value, dict):
             check_formats(list(value.values()))
@@ -127,134 +137,140 @@ def check_formats(schema: object) -> None:
             check_formats(value)
 
 
-def _not_known(name: str) -> Refused:
+def _unknown_format(name: str) -> UnsupportedSchema:
     known = ", ".join(sorted(FORMATS - {"unknown"}))
-    return Refused(f"format: {plain(name)!r} is not known; known are {known}")
+    return UnsupportedSchema(f"format: {sanitized(name)!r} is not known; known are {known}")
 
 
-def _name_of(draft: str) -> str:
+def _schema_uri(draft: str) -> str:
     return f"{'https' if '/' in draft else 'http'}://json-schema.org/{draft}/schema"
 
 
 def _options(options: object) -> dict[str, object]:
-    """White space may be chosen; what else can be said there would hold less, or not be JSON."""
+    """Allow options of white space only: others weaken the schema, or the output is not JSON."""
     if not isinstance(options, dict):
-        raise Refused("x-guidance: expected an object")
+        raise UnsupportedSchema("x-guidance: expected an object")
     for name, value in options.items():
         mark = {"item_separator": ",", "key_separator": ":"}.get(name)
         if name == "whitespace_flexible" or (mark and str(value).strip(" \t\n\r") == mark):
             continue
         if value is not False:
-            raise Refused(f"x-guidance.{name}: not served")
+            raise UnsupportedSchema(f"x-guidance.{name}: not served")
     return dict(options)
 
 
-def _schema(value: object, ways: Ways) -> object:
-    """A schema, or a list of them, anywhere: a $ref may lead to where no keyword is known."""
+def _schema(value: object, context: SchemaContext) -> object:
+    """A schema or a list of schemas anywhere: a $ref may lead into an unknown keyword."""
     if isinstance(value, list):
-        return [_schema(each, ways) for each in value]
+        return [_schema(each, context) for each in value]
     if isinstance(value, dict):
-        return _object(value, ways)
-    return plain(value) if ways.may_be_odd else value
+        return _object(value, context)
+    return sanitized(value) if context.may_be_unwritable else value
 
 
-def _object(schema: dict[str, object], ways: Ways) -> dict[str, object]:
+def _object(schema: dict[str, object], context: SchemaContext) -> dict[str, object]:
     kept: dict[str, object] = {}
     for key, value in schema.items():
-        if _idle(key, value, schema, ways):
+        if _has_no_effect(key, value, schema, context):
             continue
         try:
-            kept[plain(key) if ways.may_be_odd else key] = _keyword(key, value, ways)
-        except Refused as why:
-            ways.leave_out(why)
+            kept[sanitized(key) if context.may_be_unwritable else key] = _keyword(
+                key, value, context
+            )
+        except UnsupportedSchema as why:
+            context.drop_or_raise(why)
     for closed, opened, inwards in (
         ("minimum", "exclusiveMinimum", math.inf),
         ("maximum", "exclusiveMaximum", -math.inf),
     ):
         try:
             move_bounds(kept, closed, opened, inwards)
-        except Refused as why:
-            ways.leave_out(why)
+        except UnsupportedSchema as why:
+            context.drop_or_raise(why)
             kept.pop(closed, None), kept.pop(opened, None)
-    bound_lengths(kept, ways)
-    check_counts(kept, ways)
-    apart, options = ways.apart, schema.get("oneOf")
+    bound_lengths(kept, context)
+    check_counts(kept, context)
+    branches, options = context.branches, schema.get("oneOf")
     if (
-        apart is not None
+        branches is not None
         and isinstance(options, list)
         and "anyOf" not in schema
-        and apart.exclude_each_other(options, schema)
+        and branches.are_disjoint(options, schema)
     ):
         kept["anyOf"] = kept.pop("oneOf")
     return kept
 
 
-def _keyword(key: str, value: object, ways: Ways) -> object:
+def _keyword(key: str, value: object, context: SchemaContext) -> object:
     if key in _MAPS and isinstance(value, dict):
-        return dict(_entries(key, value, ways))
+        return dict(_entries(key, value, context))
     if key == "required" and isinstance(value, list):
-        return [name for name in value if _is_written(key, name, ways)]
+        return [name for name in value if _is_representable(key, name, context)]
     if key in _DATA:
-        return plain(value) if ways.may_be_odd else value
+        return sanitized(value) if context.may_be_unwritable else value
     if key == "const":
-        check_constant(key, value, ways)
+        check_constant(key, value, context)
         return value
     if key == "enum":
-        return _values(value, ways)
+        return _values(value, context)
     if key == "pattern" and isinstance(value, str):
-        check_pattern(key, value, ways)
+        check_pattern(key, value, context)
     if isinstance(value, float) and not math.isfinite(value):
-        raise Refused(f"{key}: {value} is not JSON")
+        raise UnsupportedSchema(f"{key}: {value} is not JSON")
     if key in _COUNTS and isinstance(value, float) and value.is_integer():
         return int(value)
-    return _schema(value, ways)
+    return _schema(value, context)
 
 
-def _entries(key: str, entries: dict[str, object], ways: Ways) -> Iterator[tuple[str, object]]:
-    """Of a map of schemas, those whose name can be written."""
+def _entries(
+    key: str, entries: dict[str, object], context: SchemaContext
+) -> Iterator[tuple[str, object]]:
+    """The entries of a map of schemas whose names can be written."""
     for name, schema in entries.items():
         try:
             if key == "patternProperties":
                 check_pattern(key, name, None)
-        except Refused as why:
-            ways.leave_out(why)
+        except UnsupportedSchema as why:
+            context.drop_or_raise(why)
             continue
-        if _is_written(key, name, ways):
-            yield name, _schema(schema, ways)
+        if _is_representable(key, name, context):
+            yield name, _schema(schema, context)
 
 
-def _is_written(key: str, name: object, ways: Ways) -> bool:
-    found = SURROGATE.search(name) if ways.may_be_odd and isinstance(name, str) else None
+def _is_representable(key: str, name: object, context: SchemaContext) -> bool:
+    found = SURROGATE.search(name) if context.may_be_unwritable and isinstance(name, str) else None
     if found:
-        ways.leave_out(cannot_be_written(key, found[0]))
+        context.drop_or_raise(unwritable(key, found[0]))
         return False
     return True
 
 
-def _values(value: object, ways: Ways) -> object:
-    """Of an `enum`, those that can be written."""
+def _values(value: object, context: SchemaContext) -> object:
+    """The values of an `enum` that can be written."""
     if not isinstance(value, list):
-        check_constant("enum", value, ways)
+        check_constant("enum", value, context)
         return value
     values, why = [], None
     for each in value:
         try:
-            check_constant("enum", each, ways)
+            check_constant("enum", each, context)
             values.append(each)
-        except Refused as found:
-            ways.leave_out(found)
+        except UnsupportedSchema as found:
+            context.drop_or_raise(found)
             why = found
     if why and not values:
-        raise why  # not one of them: then the keyword is left out
+        raise why  # none is left: the caller drops the keyword
     return values
 
 
-def _idle(key: str, value: object, schema: dict[str, object], ways: Ways) -> bool:
-    """Whether it says nothing, although the library would refuse it."""
+def _has_no_effect(
+    key: str, value: object, schema: dict[str, object], context: SchemaContext
+) -> bool:
+    """Whether a keyword that llguidance refuses has no effect."""
     match key:
         case "format" if isinstance(value, str) and value not in FORMATS:
-            if ways.leniency is Leniency.NONE:
-                raise _not_known(value)
+            if context.leniency is Leniency.NONE:
+                raise _unknown_format(value)
             return True
         case "uniqueItems":
             return value is False

@@ -1,13 +1,14 @@
-"""Special tokens, kept apart from texts that spell them as any other text.
+"""Keeps special tokens separate from ordinary text that looks like them.
 
-Where only one text can come next, llguidance asks the tokenizer for its tokens, and a tokenizer
-takes `<|im_end|>` for the token of that name: {"const": "<|im_end|>"} would end the answer there.
-So it gets a tokenizer whose special tokens have names that no text spells:
+If only one text can follow, llguidance tokenizes it, and a tokenizer reads `<|im_end|>` as the
+special token: {"const": "<|im_end|>"} would end the output there. So llguidance gets a tokenizer
+whose special tokens have names that no text contains:
 
-    tokenizer.json --unspelled--> names behind a mark        grammar --numbered--> <|name|> as <[2]>
+    tokenizer.json --with_unspellable_names--> names with a mark before them
+    grammar        --with_token_ids--> <[2]> in place of <|name|>
 
-The library knows SentencePiece by Replace and ByteFallback, which say the same of a token's bytes
-as Metaspace does.
+llguidance detects SentencePiece by the decoders Replace and ByteFallback, which decode tokens to
+the same bytes as Metaspace.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any
 from llguidance import LLTokenizer
 
 MARK = "\U0010ffff"  # no character
-# Comments, texts and regular expressions of Lark are passed over; what is left is a token by name.
-# One pass: what is not closed reaches to the end of its line, where the library refuses it.
+# Matches comments, strings and regular expressions of Lark, which stay, and tokens by name. An
+# unclosed one matches to the end of its line in one pass, and llguidance refuses it.
 _PARTS = re.compile(
     r'//[^\n]*|"(?:\\.|[^"\\\n])*+(?:"|\\?$)|/(?:\\.|[^/\\\n])++(?:/|\\?$)'
     r'|(?P<token><[^<>\s\[\]"/]++>)',
@@ -33,10 +34,10 @@ _SENTENCEPIECE = {
 }
 
 
-def unspelled(source: str) -> str:
-    """The same tokenizer.json; only its added tokens are called otherwise.
+def with_unspellable_names(source: str) -> str:
+    """The tokenizer.json with other names for its added tokens.
 
-    Those that merges make are text (runs of newlines, in Gemma's), and keep their names.
+    Added tokens that merges produce are text (runs of newlines, in Gemma's), and keep their names.
     """
     tokenizer = json.loads(source)
     model = tokenizer["model"]
@@ -49,7 +50,7 @@ def unspelled(source: str) -> str:
     kinds = _kinds(tokenizer.get("decoder"))
     if "Metaspace" in kinds:
         tokenizer["decoder"] = _SENTENCEPIECE
-        if "ByteFallback" not in kinds:  # then <0xAB> is a text like any other, and of no use
+        if "ByteFallback" not in kinds:  # then <0xAB> is ordinary text
             names |= {f"<0x{byte:02X}>": f"{MARK}<0x{byte:02X}>" for byte in range(256)}
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
@@ -58,10 +59,10 @@ def unspelled(source: str) -> str:
 
 
 def _merged(names: set[str], model: dict[str, Any]) -> set[str]:
-    """Those of `names` that merges make, or make others of."""
+    """Those of `names` that are the result or a part of a merge."""
     found: set[str] = set()
     for merge in model.get("merges") or () if names else ():
-        # Older files write both parts as one text.
+        # Older files write both parts in one string.
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
         found |= names.intersection((left, right, left + right))
     return found
@@ -73,14 +74,14 @@ def _kinds(decoder: Any) -> set[str]:
 
 
 def _renamed(vocab: Any, names: dict[str, str]) -> Any:
-    """Of BPE and WordPiece: {token: id}; of Unigram: [[token, score], ...]."""
+    """BPE and WordPiece have {token: id}; Unigram has [[token, score], ...]."""
     if isinstance(vocab, dict):
         return {names.get(token, token): token_id for token, token_id in vocab.items()}
     return [[names.get(token, token), *rest] for token, *rest in vocab]
 
 
-def numbered(grammar: str, tokenizer: LLTokenizer) -> str:
-    """A Lark grammar with the ids of special tokens in place of their names."""
+def with_token_ids(grammar: str, tokenizer: LLTokenizer) -> str:
+    """The Lark grammar with ids of special tokens in place of their names."""
 
     def replace(part: re.Match[str]) -> str:
         ids = tokenizer.tokenize_str(MARK + part["token"]) if part["token"] else []

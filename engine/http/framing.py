@@ -1,17 +1,17 @@
-"""Where a request of HTTP/1.1 ends: one reading of the bytes, or none.
+"""Strict framing of HTTP/1.1 requests, against request smuggling.
 
-A proxy and a server that disagree about the end of a request let a client smuggle a second one past
-the proxy's rules. h11 accepts several spellings that other programs read otherwise; here each of
-them is an error, after which the connection is closed:
+If a proxy and a server disagree about the end of a request, a client can smuggle a second request
+past the proxy's rules. h11 accepts several forms that other programs read in another way. Here each
+of them is an error, and the connection is closed:
 
     Content-Length beside Transfer-Encoding, or more than once, or as a list
     Transfer-Encoding in HTTP/1.0; a version that is not 1.x
     a line of the head or of the trailers that ends in a bare LF, or continues the line before
     a target that is not a path; CONNECT, after which h11 reads no further requests
-    a chunk's line with anything but a hexadecimal size and a short, printable extension
-    a chunked body whose chunks hold little beside their lines
+    a chunk line with anything but a hexadecimal size and a short, printable extension
+    a chunked body with more bytes in chunk lines than its data justifies
 
-What h11 refuses on its own: a sign, a space before a colon, NUL, unknown codings, two lengths.
+h11 itself refuses a signed length, a space before a colon, NUL, unknown codings and two lengths.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import h11
 from h11._receivebuffer import ReceiveBuffer
 
 _CHUNK_LINE = re.compile(rb"[0-9a-fA-F]{1,16}(;[\t\x20-\x7e\x80-\xff]{0,255})?\r\n")
-_MAX_CHUNK_LINE = 512  # bytes without the end of a chunk's line
-_MAX_EXCESS = 16 * 1024  # bytes of chunk lines beyond a share of the data
+_MAX_CHUNK_LINE = 512  # bytes that may arrive without the end of a chunk line
+_MAX_EXCESS = 16 * 1024  # bytes of chunk lines beyond one for each _DATA_PER_LINE_BYTE of data
 _DATA_PER_LINE_BYTE = 8  # chunks of 56 bytes or more never exceed it
 
 
 class Connection(h11.Connection):
-    """h11's server side of one connection, strict. `refused`: why it ended, in one sentence."""
+    """The server side of one h11 connection, strict. `refused`: the reason if it was refused."""
 
     def __init__(self, max_head_bytes: int) -> None:
         super().__init__(h11.SERVER, max_head_bytes)
@@ -51,7 +51,7 @@ class Connection(h11.Connection):
 
 
 def _check(request: h11.Request) -> None:
-    """Raise LocalProtocolError, which h11 makes the peer's."""
+    """Raise LocalProtocolError, which h11 converts to RemoteProtocolError."""
     names = {name for name, _ in request.headers}
     if not request.http_version.startswith(b"1."):
         raise h11.LocalProtocolError("HTTP version: expected 1.0 or 1.1")
@@ -66,14 +66,14 @@ def _check(request: h11.Request) -> None:
 
 
 class _Buffer(ReceiveBuffer):
-    """What h11 reads lines from, before it makes them uniform."""
+    """Checks lines before h11 normalizes them."""
 
     def __init__(self) -> None:
         super().__init__()
         self._excess = 0.0
 
     def maybe_extract_lines(self) -> list[bytearray] | None:
-        """The lines of a head, or of trailers, once all are here."""
+        """The lines of a head or of trailers, once all have arrived."""
         size = len(self)
         lines = super().maybe_extract_lines()
         if lines is None:
@@ -92,7 +92,7 @@ class _Buffer(ReceiveBuffer):
         return lines
 
     def maybe_extract_next_line(self) -> bytearray | None:
-        """The line before a chunk, once it is here."""
+        """The line before a chunk, once it has arrived."""
         line = super().maybe_extract_next_line()
         if line is None:
             if len(self) > _MAX_CHUNK_LINE:

@@ -1,9 +1,9 @@
-"""The answer to a gRPC client that dials an HTTP port: one sentence that names the gRPC port.
+"""Refuses a gRPC client that dials an HTTP port, with a message that names the gRPC port.
 
-Without it such a client sees a connection that closes, and its error says nothing of a port. This
-is the smallest server of HTTP/2 (RFC 9113) that any gRPC client understands: it reads no header,
-and answers every stream with the same trailers, after its first message: a client that is answered
-while it writes makes a status of its own. Pure: bytes in, bytes out.
+Without it such a client only sees that the connection closes. This is a minimal HTTP/2 server
+(RFC 9113): it reads no headers, and ends each stream with the same trailers, after the stream's
+first message, because a client that gets trailers while it writes replaces the status. Pure: bytes
+in, bytes out.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _FRAME_HEADER = 9
 _MAX_FRAME = 1 << 14
 _MAX_OPEN = 1000
 _FAILED_PRECONDITION = b"9"
-_STATUS_200, _CONTENT_TYPE = b"\x88", b"\x0f\x10"  # of HPACK's static table (RFC 7541)
+_STATUS_200, _CONTENT_TYPE = b"\x88", b"\x0f\x10"  # indices of HPACK's static table (RFC 7541)
 
 
 class GrpcRefusal:
-    """One connection of a gRPC client, all of whose calls fail with `message`."""
+    """One connection of a gRPC client; all of its calls fail with `message`."""
 
     def __init__(self, message: str) -> None:
         fields = (
@@ -30,10 +30,10 @@ class GrpcRefusal:
         self._trailers += b"".join(b"\0" + _text(name) + _text(value) for name, value in fields)
         self._unread = b""
         self._has_begun = False
-        self._open: set[int] = set()  # streams whose first message has not come
+        self._open: set[int] = set()  # streams without their first message yet
 
     def take(self, data: bytes) -> bytes | None:
-        """The bytes to answer with; None where this is no client of HTTP/2 after all."""
+        """Read bytes; returns the bytes to send, or None if the client does not speak HTTP/2."""
         self._unread += data
         out = b""
         if not self._has_begun:
@@ -51,11 +51,11 @@ class GrpcRefusal:
             end = _FRAME_HEADER + length
             if len(self._unread) < end:
                 break
-            out += self._answer(self._unread[:end])
+            out += self._response(self._unread[:end])
             self._unread = self._unread[end:]
         return out
 
-    def _answer(self, frame: bytes) -> bytes:
+    def _response(self, frame: bytes) -> bytes:
         kind, flags = frame[3], frame[4]
         stream = int.from_bytes(frame[5:9], "big") & 0x7FFFFFFF
         if kind == _SETTINGS and not flags & _ACK:
@@ -77,7 +77,7 @@ def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
 
 
 def _text(value: bytes) -> bytes:
-    """A string of HPACK: its length, as an integer with a prefix of 7 bits, and itself."""
+    """An HPACK string: its length as an integer with a 7-bit prefix, and its bytes."""
     if len(value) < 127:
         return bytes((len(value),)) + value
     rest, length = len(value) - 127, b"\x7f"
@@ -88,7 +88,7 @@ def _text(value: bytes) -> bytes:
 
 
 def _percent_encoded(message: str) -> bytes:
-    """As gRPC writes a status message."""
+    """The form of a status message in gRPC."""
     return b"".join(
         bytes((byte,)) if 0x20 <= byte <= 0x7E and byte != 0x25 else b"%%%02X" % byte
         for byte in message.encode()

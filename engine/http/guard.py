@@ -1,16 +1,16 @@
-"""What a browser may not be led to: a server on this machine, by a page of someone else's.
+"""Protects a server against requests that foreign web pages send through a user's browser.
 
-A page whose name is made to point at 127.0.0.1 (DNS rebinding) is of the same origin as the server
-there, and may read all of it. Its requests carry the page's name as `Host`. And any page may send a
-POST, though it cannot read the answer. Its request carries `Origin`.
+A page whose name resolves to 127.0.0.1 (DNS rebinding) has the same origin as a server there, and
+can read its responses. Such requests have the page's name as `Host`. Any page can send a POST,
+though it cannot read the response. Such requests have an `Origin`.
 
-    listens on             Host                                         Origin of POST and the like
-    loopback               localhost, a loopback address, the name      the same host, or one of
-                           listened on, and `--allowed-hosts`           `--cors-origins`
-    any other address      all; with `--allowed-hosts`: those, the
-                           names above, and addresses
+    listens on             allowed Host                                 allowed Origin (not GET)
+    loopback               localhost, loopback addresses, the host of   the same host, or one of
+                           --http, and `--allowed-hosts`                `--cors-origins`
+    any other address      all; with `--allowed-hosts`: those, the      the same
+                           names above, and all addresses
 
-A request without `Host` (HTTP/1.0) or `Origin` comes from no browser, and passes.
+A request without `Host` (HTTP/1.0) or `Origin` is not from a browser, and passes.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _log = get_logger(__name__)
 
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
-Refused = Callable[[str], None]  # counts one request by the reason of its refusal
+Refused = Callable[[str], None]  # counts one refused request by reason
 
 
 def refusals_counter(registry: CollectorRegistry) -> Refused:
-    """Counts refused requests in `registry`."""
+    """A counter of refused requests in `registry`."""
     counter = Counter(
         PREFIX + "http_refusals",
         "HTTP requests refused for their framing, host, origin or token.",
@@ -48,14 +48,14 @@ def refusals_counter(registry: CollectorRegistry) -> Refused:
 
 @dataclass(frozen=True, slots=True)
 class AllowedHosts:
-    """Names by which clients may call a server."""
+    """Hosts that clients may use for a server."""
 
-    names: tuple[str, ...]  # lower case; "*.example.com": every name below it; "*": all
-    addresses: bool  # every IP address, which no DNS name can be made to equal
+    names: tuple[str, ...]  # lower case; "*.example.com": all its subdomains; "*": all
+    addresses: bool  # whether all IP addresses are allowed: DNS rebinding needs a name
 
     @classmethod
     def of(cls, allowed: str, listen: str, bound: str) -> AllowedHosts:
-        """From a list with commas, HOST:PORT listened on, and the IP address that it means."""
+        """From --allowed-hosts, the HOST:PORT of the server, and the IP address of its socket."""
         names = [_plain(name.strip(" []").lower()) for name in allowed.split(",") if name.strip()]
         loopback = _is_loopback(ip_address(bound))
         if not loopback and not names:
@@ -64,7 +64,7 @@ class AllowedHosts:
         return cls((*names, "localhost", *((own,) if own else ())), addresses=not loopback)
 
     def __contains__(self, host: str) -> bool:
-        """Whether a `Host` header names one of them, with any port."""
+        """Whether a `Host` header names an allowed host, with any port."""
         name = host_of(host)
         if "*" in self.names or name in self.names:
             return True
@@ -78,7 +78,7 @@ class AllowedHosts:
 
 
 def host_of(authority: str) -> str:
-    """The host of HOST[:PORT], lower case, without brackets; "" where it is malformed."""
+    """The host of HOST[:PORT], lower case, without brackets; "" if malformed."""
     host, port = authority.lower(), ""
     if host.startswith("["):
         host, bracket, port = host[1:].partition("]")
@@ -93,7 +93,7 @@ def host_of(authority: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name or an address in the one way in which they are compared."""
+    """The canonical form of a name or address."""
     try:
         return str(ip_address(name))
     except ValueError:
@@ -101,12 +101,12 @@ def _plain(name: str) -> str:
 
 
 def _is_loopback(address: IPv4Address | IPv6Address) -> bool:
-    """Also where IPv6 writes an address of IPv4."""
+    """Whether it is a loopback address, IPv4-mapped IPv6 included."""
     return ((isinstance(address, IPv6Address) and address.ipv4_mapped) or address).is_loopback
 
 
 class Guard:
-    """Answers 403 to requests for another host, or from another origin's page."""
+    """Refuses requests with a `Host` or `Origin` that is not allowed, with status 403."""
 
     def __init__(self, app: ASGIApp, hosts: AllowedHosts, origins: str, refused: Refused) -> None:
         self._app = app
@@ -115,7 +115,7 @@ class Guard:
         self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer or pass on one request."""
+        """Refuse or forward one request."""
         headers = Headers(scope=scope)
         host = headers.get("host")
         if host is not None and host not in self._hosts:
@@ -129,11 +129,11 @@ class Guard:
             await self._app(scope, receive, send)
 
     def _is_trusted(self, headers: Mapping[str, str]) -> bool:
-        """Whether a request is no browser's, or of a page that may send it."""
+        """Whether a request is not from a browser, or from a page that may send it."""
         origin = headers.get("origin")
         if origin is None or "*" in self._origins or origin in self._origins:
             return True
-        # A browser's own word, which no page can set: it holds behind a proxy that changes Host.
+        # Set by browsers, not by pages; also valid behind a proxy that changes Host.
         if headers.get("sec-fetch-site") == "same-origin":
             return True
         return origin.partition("://")[2].lower() == headers.get("host", "").lower()

@@ -1,12 +1,11 @@
-"""What a process holds at the moment, and for whom: the answer of /debug/holds, in every process.
+"""/debug/holds: the resources that a process holds, with owners and deadlines.
 
     {"process": ..., "pool": ..., "holds": [{kind, owner, reason, age_s, deadline_s, ...}, ...]}
 
-A request is shown under a pseudonym, which is the same in all processes of a cluster: its id is its
-caller's. Ids are shown to callers with the cluster token (`authorization: Bearer ...`).
-
-Law 5 as an operator can read it: every hold has an owner, a reason, an age, and a moment at which
-it ends whatever a peer does. Where there is no such moment, `note` says why.
+Each hold has an owner, a reason, an age, and a deadline at which it ends whatever a peer does; if
+there is no deadline, `note` gives the reason. Requests appear under pseudonyms that are equal in
+all processes of a cluster, because clients choose their ids. With the cluster token
+(`authorization: Bearer ...`) the response has the ids.
 """
 
 from __future__ import annotations
@@ -22,34 +21,34 @@ from starlette.routing import Route
 
 from engine.base.errors import PermissionDenied
 from engine.http.guard import Refused
-from engine.rpc.trust import ClusterToken
+from engine.rpc.auth import ClusterToken
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
 
 HOLDS_PATH = "/debug/holds"
 _JSON = "application/json"
-_OF_PROCESSES = ("lease",)  # kinds whose owner is a process; that of others is a request
+_OWNED_BY_PROCESSES = ("lease",)  # kinds whose owner is a process, not a request
 _ALWAYS = {"kind", "owner", "reason", "age_s", "deadline_s"}
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """One hold; fields that do not apply stay as they are here, and are not shown."""
+    """One hold. Fields at their defaults are omitted from the JSON."""
 
     kind: str
     owner: str
     reason: str
     age_s: float
-    deadline_s: float | None  # seconds left; below 0: it ends at any moment; None: see `note`
+    deadline_s: float | None  # seconds left; below 0: it ends soon; None: see `note`
     note: str = ""
     num_blocks: int = 0
     num_tokens: int = 0
     peer: str = ""
     request_id: str = ""
 
-    def shown(self) -> dict[str, Any]:
-        """As JSON has it: times to the millisecond."""
+    def as_json(self) -> dict[str, Any]:
+        """The JSON object, with times in seconds to the millisecond."""
         return {
             key: round(value, 3) if isinstance(value, float) else value
             for key, value in asdict(self).items()
@@ -57,9 +56,9 @@ class Hold:
         }
 
 
-def shown(holds: Iterable[Hold]) -> list[dict[str, Any]]:
-    """As JSON has them, the oldest first."""
-    return [hold.shown() for hold in sorted(holds, key=lambda hold: -hold.age_s)]
+def holds_as_json(holds: Iterable[Hold]) -> list[dict[str, Any]]:
+    """The JSON objects of all holds, the oldest first."""
+    return [hold.as_json() for hold in sorted(holds, key=lambda hold: -hold.age_s)]
 
 
 def holds_route(
@@ -67,25 +66,23 @@ def holds_route(
     token: ClusterToken | None = None,
     refused: Refused = lambda reason: None,
 ) -> Route:
-    """GET /debug/holds of a process's own report. Without a `token` nothing shows request ids."""
+    """The route GET /debug/holds of `report`. Without a `token` request ids are never shown."""
     secret = token or ClusterToken.random()
 
     async def holds(request: Request) -> Response:
-        given = request.headers.getlist("authorization")
+        authorization = request.headers.getlist("authorization")
         try:
-            if given:
-                secret.check_values(given)
+            if authorization:
+                secret.check_values(authorization)
         except PermissionDenied as error:
             refused("token")
             _log.warning("caller refused", path=HOLDS_PATH, peer=request.client, reason=str(error))
             body = {"error": {"message": error.message}}
             return Response(json.dumps(body), 403, media_type=_JSON)
         found = await report()
-        for hold in () if given else found["holds"]:
-            for key in (
-                ("request_id",) if hold["kind"] in _OF_PROCESSES else ("owner", "request_id")
-            ):
-                if key in hold:
+        for hold in () if authorization else found["holds"]:
+            for key in ("owner", "request_id"):
+                if key in hold and not (key == "owner" and hold["kind"] in _OWNED_BY_PROCESSES):
                     hold[key] = secret.pseudonym(hold[key])
         return Response(json.dumps(found, indent=2) + "\n", media_type=_JSON)
 

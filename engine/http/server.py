@@ -1,9 +1,8 @@
-"""The HTTP side door of a process: /metrics, /health (it lives), /health/ready (it can serve).
+"""The HTTP server of a process: /metrics, /health (alive), /health/ready (can serve).
 
-A path that ends in a slash is the path without it. The server runs in the event loop that is there.
-Signals stay with their owner: uvicorn would take them. A connection that brings no whole request in
-time, or does not read its answer, is cut off: uvicorn would keep it for ever. What a client does
-with its connection is no error of this process.
+It runs uvicorn in the current event loop, with these differences: it installs no signal handlers;
+it cuts off connections that do not send a complete request in time, or do not read the response;
+it ignores a slash at the end of a path; it logs no errors that only concern a client's connection.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ from engine.telemetry.log import get_logger
 _log = get_logger(__name__)
 
 CLIENT_TIMEOUT_S = 30.0
-_TELLING = 4  # bytes by which HTTP/2's preface differs from any request of HTTP/1.1
+_PREFACE_PREFIX = 4  # bytes that distinguish HTTP/2's preface from HTTP/1.1 requests
 _MAX_HEAD_BYTES = 64 * 1024
 _http_log = logging.getLogger("uvicorn.error.http")
 _http_log.setLevel(logging.ERROR)
-KEEPALIVE_S = 60.0  # what proxies and clients expect of a connection that rests
+KEEPALIVE_S = 60.0  # proxies and clients expect idle connections to stay open that long
 
 
 class _Config(uvicorn.Config):
@@ -53,53 +52,55 @@ class _Config(uvicorn.Config):
 
 
 class _Protocol(H11Protocol):
-    """One connection. `_timer` runs while a request is due, `_unread` while a reader is waited for:
+    """One connection. `_timer` runs while a request is incomplete, `_unread` while the client does
+    not read:
 
-    connected -> due --all of it is here--> served -> idle (uvicorn's keep-alive) -> closed
+    connected -> due --complete--> served -> idle (uvicorn's keep-alive) -> closed
                   ^ '--too late--> cut off <--' unread |
                   '-------------- more bytes ----------'
     """
 
     _timer: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
-    _first: bytes | None = b""  # bytes held until the protocol is known; None: it is
-    _refusal: GrpcRefusal | None = None  # of a gRPC client, which has taken the wrong port
-    _left: int = 0  # bytes that the peer had not taken when `_unread` was set
+    _first: bytes | None = b""  # bytes held until the protocol is known; None: known
+    _refusal: GrpcRefusal | None = None  # set for gRPC clients, which dialled the wrong port
+    _num_unsent: int = 0  # bytes that the client had not received when `_unread` was set
     _lost: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.conn: Connection = Connection(_MAX_HEAD_BYTES)
-        self.logger = _http_log  # a refusal is logged here, with its reason
+        self.logger = _http_log  # refusals are logged here, with their reason
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._look()
+        self._update_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
         self._stop_timer()
-        self._is_read()
+        self._stop_unread_timer()
         super().connection_lost(exc)
-        self._unset_keepalive_if_required()  # which uvicorn forgets where the peer has reset
+        self._unset_keepalive_if_required()  # uvicorn does not after a reset by the peer
 
     def data_received(self, data: bytes) -> None:
         if self._first is not None:
             data = self._first + data
-            self._first = data if len(data) < _TELLING and PREFACE.startswith(data) else None
+            is_prefix = len(data) < _PREFACE_PREFIX and PREFACE.startswith(data)
+            self._first = data if is_prefix else None
             if self._first is not None:
                 return
-            if PREFACE.startswith(data[:_TELLING]):
+            if PREFACE.startswith(data[:_PREFACE_PREFIX]):
                 self._refusal = GrpcRefusal(cast(_Config, self.config).to_grpc_clients)
         if self._refusal is None:
             super().data_received(data)
-            self._look()
+            self._update_timer()
             return
-        answer = self._refusal.take(data)
-        if answer is None:
+        response = self._refusal.take(data)
+        if response is None:
             self.transport.close()
         else:
-            self.transport.write(answer)  # `_timer` runs on, and ends it
+            self.transport.write(response)  # `_timer` still runs, and ends the connection
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -108,17 +109,17 @@ class _Protocol(H11Protocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         if not self.transport.is_closing():
-            self._is_read()
+            self._stop_unread_timer()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.transport.is_closing():  # with what is not written yet
+        if self.transport.is_closing():  # data remains to be written
             self._wait_for_reader()
-        if not self.cycle.response_complete:  # the next one was here already, or a part of it
-            self._look()
+        if not self.cycle.response_complete:  # the next request, or part of it, has arrived
+            self._update_timer()
 
     def send_400_response(self, msg: str) -> None:
-        """Where a request turns out to be none after it was begun, nobody else answers it."""
+        # If the request became invalid after it was begun, its cycle has to end too.
         cycle: Any = self.cycle
         if cycle is not None and not cycle.response_complete:
             cycle.disconnected = True
@@ -128,18 +129,18 @@ class _Protocol(H11Protocol):
         _log.info("http request refused", reason=reason, peer=self.client)
         try:
             super().send_400_response(f"{reason}\n")
-        except LocalProtocolError:  # an answer has begun, or is over
+        except LocalProtocolError:  # a response has begun or ended
             self.transport.close()
         self._wait_for_reader()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """No log line: the request is served all the same, and Java's client asks for HTTP/2."""
+        """No log line: the request is served, and Java's client always offers an upgrade."""
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
         self._wait_for_reader()
 
-    def _look(self) -> None:
+    def _update_timer(self) -> None:
         cycle: Any = self.cycle
         if cycle is not None and not cycle.response_complete and not cycle.more_body:
             self._stop_timer()
@@ -151,20 +152,22 @@ class _Protocol(H11Protocol):
         return cast(_Config, self.config).client_timeout_s
 
     def _wait_for_reader(self) -> None:
-        """While nothing can be written, or a closing connection has something left to write."""
+        """Start the timer of a client that does not read: writing is paused, or data remains when
+        the connection closes.
+        """
         if self._unread is None and not self._lost:
-            self._left = _num_left(self.transport)
-            self._unread = self.loop.call_later(self._timeout_s, self._look_at_reader)
+            self._num_unsent = _num_unsent(self.transport)
+            self._unread = self.loop.call_later(self._timeout_s, self._check_reader)
 
-    def _look_at_reader(self) -> None:
-        """One who reads slowly goes on: the kernel lets us write again after a megabyte or so."""
+    def _check_reader(self) -> None:
+        """Cut the client off, unless it reads slowly: writing resumes only after about 1 MB."""
         self._unread = None
-        if _num_left(self.transport) < self._left:
+        if _num_unsent(self.transport) < self._num_unsent:
             self._wait_for_reader()
         else:
             self.transport.abort()
 
-    def _is_read(self) -> None:
+    def _stop_unread_timer(self) -> None:
         if self._unread is not None:
             self._unread.cancel()
             self._unread = None
@@ -175,10 +178,10 @@ class _Protocol(H11Protocol):
             self._timer = None
 
 
-def _num_left(transport: asyncio.Transport) -> int:
-    """Bytes on their way that the peer's machine has not acknowledged."""
+def _num_unsent(transport: asyncio.Transport) -> int:
+    """Bytes that the peer's machine has not acknowledged."""
     queued = array("i", [0])
-    with suppress(OSError, ValueError):  # not for every kind of socket, nor for one that is closed
+    with suppress(OSError, ValueError):  # unsupported by the socket, or closed
         ioctl(transport.get_extra_info("socket").fileno(), TIOCOUTQ, queued)
     return transport.get_write_buffer_size() + queued[0]
 
@@ -195,9 +198,9 @@ def make_app(
     routes: Sequence[BaseRoute] = (),
     alive: Callable[[], bool] = lambda: True,
 ) -> Starlette:
-    """The application; `routes` are a process's own, beside the three that all have.
+    """The application: /metrics, /health, /health/ready and `routes`.
 
-    Where `alive` says no, whoever starts this process should start it anew.
+    /health fails while `alive` returns False: the process should then be restarted.
     """
 
     async def metrics(request: Request) -> Response:
@@ -225,19 +228,17 @@ def make_app(
 
 
 def _encoded(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
-    """All metrics and their media type, as plain text where `accept` is none that is understood."""
+    """All metrics and their media type: plain text if `accept` cannot be parsed."""
     try:
         encode, content_type = choose_encoder(accept)
         return encode(registry), content_type
-    except (TypeError, ValueError):  # the library takes any version for numbers
+    except (TypeError, ValueError):  # from versions that are not numbers
         encode, content_type = choose_encoder("")
         return encode(registry), content_type
 
 
 class _WithoutSlash:
-    """Takes the slash off the end of a path: some clients put one there, and few follow when they
-    are sent elsewhere.
-    """
+    """Removes a slash at the end of a path: some clients add one, and few follow redirects."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -250,7 +251,7 @@ class _WithoutSlash:
 
 
 async def _gone(_request: Request, _error: Exception) -> Response:
-    """Nobody hears it; without it a caller who leaves in the middle of a body is a traceback."""
+    """A response to a client that has gone, which avoids a traceback in the log."""
     return Response(status_code=400)
 
 
@@ -263,7 +264,7 @@ class HttpServer:
         self._task = task
 
     async def stop(self) -> None:
-        """Stop accepting and end; open connections are given a second."""
+        """Stop accepting, give open connections a second, and end."""
         self._server.should_exit = True
         await asyncio.wait([self._task], timeout=2.0)
         self._task.cancel()
@@ -283,10 +284,9 @@ async def serve_http(
 ) -> HttpServer:
     """Serve `app` on HOST:PORT (port 0: a free one) in this event loop. Raises ConfigError.
 
-    Connections that within `client_timeout_s` bring no whole request, or read nothing, are cut off;
-    those between two requests are closed after `keepalive_s`. `grpc_port`: this process's, for
-    gRPC clients that come here. `allowed_hosts`, `origins`: see http_guard; `refused` counts what
-    is refused.
+    It cuts off clients that do not send a complete request, or do not read, for `client_timeout_s`,
+    and closes idle connections after `keepalive_s`. gRPC clients get a message with `grpc_port`.
+    `allowed_hosts`, `origins`: see guard.py; `refused` counts refused requests by reason.
     """
     sock = listen_on(address)
     hosts = AllowedHosts.of(allowed_hosts, address, sock.getsockname()[0])
@@ -297,9 +297,9 @@ async def serve_http(
         access_log=False,
         lifespan="off",
         http=_Protocol,
-        ws="none",  # else a request to upgrade goes round `_Protocol` where the library is there
+        ws="none",  # otherwise an upgrade would bypass `_Protocol` if websockets is installed
         timeout_graceful_shutdown=1,
-        timeout_keep_alive=cast(int, keepalive_s),  # a timer's delay, whatever its type says
+        timeout_keep_alive=cast(int, keepalive_s),  # a timer's delay, which may be a float
     )
     config.client_timeout_s = client_timeout_s
     config.refused = refused

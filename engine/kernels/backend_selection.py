@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from engine.base.errors import ConfigError
-from engine.base.options import CacheOptions, ModelOptions
+from engine.base.option_groups import CacheOptions, ModelOptions
 from engine.checkpoint.packed import packed_file
 from engine.checkpoint.source import Checkpoint, resolve, weights
 from engine.kernels import TIMES_SLOWER, Kernels, kernels, why_not

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from engine.kernels import Kernels
-from engine.process.core_share import Seat, owners, usable_cores
+from engine.process.core_share import CoreShare, owners, usable_cores
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
@@ -22,18 +22,18 @@ MAX_WORKERS = _PAGE_BYTES // _LINE_BYTES
 class Threads:
     """The pool; one a process."""
 
-    def __init__(self, library: Kernels, num_threads: int, seat: Seat | None = None) -> None:
+    def __init__(self, library: Kernels, num_threads: int, share: CoreShare | None = None) -> None:
         """Start the helpers. Without a board this process uses all cores."""
         self._library = library.library
         board, core_owners = -1, [0] * num_threads
-        if seat is not None and 1 < seat.count <= MAX_WORKERS:
+        if share is not None and 1 < share.count <= MAX_WORKERS:
             cores = max(num_threads, usable_cores())
-            core_owners = owners(cores, seat.index, seat.count)[:num_threads]
-            board = _open(Path(seat.board))
+            core_owners = owners(cores, share.index, share.count)[:num_threads]
+            board = _open(Path(share.page))
         self.count: int = self._library.diptych_threads_start(
             num_threads,
             board,
-            seat.index if seat else 0,
+            share.index if share else 0,
             (ctypes.c_int * num_threads)(*core_owners),
         )
         if board >= 0:

@@ -1,11 +1,11 @@
-"""No core dumps unless the operator asks for them: memory holds prompts, answers and the token.
+"""Disables core dumps by default: memory contains prompts, outputs and the token.
 
-Two limits, both inherited by processes that this one starts:
+Two limits, which child processes inherit:
 
-    RLIMIT_CORE, soft      0: the kernel writes no file; a handler behind a pipe is run all the same
-    coredump_filter        0: what a handler gets has no memory in it
+    RLIMIT_CORE, soft      0: the kernel writes no file; but it still runs a handler behind a pipe
+    coredump_filter        0: the dump that a handler gets contains no memory
 
-Not PR_SET_DUMPABLE: it would take /proc/PID/fd and process_vm_readv from the same user too.
+Not PR_SET_DUMPABLE: it would also deny /proc/PID/fd and process_vm_readv to the same user.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _FILTER = Path("/proc/self/coredump_filter")
 
 
 def forbid_core_dumps(*, allowed: bool = False) -> None:
-    """Lower both limits, unless dumps are `allowed`; then the system's own hold."""
+    """Set both limits to 0, unless dumps are `allowed`."""
     if allowed:
         return
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
-    with suppress(OSError):  # no Linux, or no /proc
+    with suppress(OSError):  # not Linux, or no /proc
         _FILTER.write_text("0")

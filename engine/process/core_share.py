@@ -1,4 +1,4 @@
-"""How many cores this process may use, and its place among the workers that share them."""
+"""Counts the cores that this process may use, and divides them among local workers."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ _CGROUP = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
-    """A worker's place among those that share a machine's cores: line `index` of `count`."""
+class CoreShare:
+    """Worker `index` of `count` that share a machine's cores by a page of shared memory."""
 
-    board: str  # file of one page: see `memory_board`
+    page: str  # file of one page: see `shared_page`
     index: int
     count: int
 
     @classmethod
-    def parse(cls, text: str) -> Seat | None:
-        """From FILE:INDEX:COUNT; None from nothing. Raises ConfigError."""
-        board, _, rest = text.rpartition(":")
-        board, _, index = board.rpartition(":")
+    def parse(cls, text: str) -> CoreShare | None:
+        """Parse FILE:INDEX:COUNT; "" gives None. Raises ConfigError."""
+        page, _, count = text.rpartition(":")
+        page, _, index = page.rpartition(":")
         if not text:
             return None
-        if not board or not index.isdecimal() or not rest.isdecimal() or int(index) >= int(rest):
+        if not page or not index.isdecimal() or not count.isdecimal() or int(index) >= int(count):
             raise ConfigError(f"--cores {text}: expected FILE:INDEX:COUNT with INDEX below COUNT")
-        return cls(board, int(index), int(rest))
+        return cls(page, int(index), int(count))
 
 
 def owners(num_threads: int, index: int, count: int) -> list[int]:
-    """Whose core each thread works on, a thread a core: this worker's share first.
+    """The worker that owns the core of each thread; one thread a core, own cores first.
 
     >>> owners(4, 1, 2)
     [1, 1, 0, 0]
@@ -50,12 +50,12 @@ def owners(num_threads: int, index: int, count: int) -> list[int]:
 
 
 def usable_cores(root: Path = _CGROUPS, own: Path = _CGROUP) -> int:
-    """How many cores this process may keep busy: its affinity, and a container's quota."""
+    """The number of cores that this process may use, by its affinity and cgroup quotas."""
     return max(1, min([len(os.sched_getaffinity(0)), *_quotas(root, own)]))
 
 
 def _quotas(root: Path, own: Path) -> list[int]:
-    """Cores' worth of time, rounded up, that each of our control groups grants (v2, and v1)."""
+    """The quota of each cgroup of this process (v2 and v1), in cores, rounded up."""
     try:
         names = [
             line.split(":", 2)[2] for line in own.read_text().splitlines() if line[:3] == "0::"
@@ -64,9 +64,9 @@ def _quotas(root: Path, own: Path) -> list[int]:
         names = []
     folder = root / (names[0] if names else "").lstrip("/")
     texts = [
-        _words(place / "cpu.max")
-        for place in (folder, *folder.parents)
-        if place.is_relative_to(root)
+        _words(group / "cpu.max")
+        for group in (folder, *folder.parents)
+        if group.is_relative_to(root)
     ]
     texts.append(_words(root / "cpu/cpu.cfs_quota_us") + _words(root / "cpu/cpu.cfs_period_us"))
     limits = [text for text in texts if len(text) == 2 and all(word.isdecimal() for word in text)]
@@ -80,9 +80,9 @@ def _words(path: Path) -> list[str]:
         return []
 
 
-def memory_board() -> str:
-    """The board's file, in memory: it is gone with this process, which has to outlive its workers.
+def shared_page() -> str:
+    """Path of a memfd for the page. It ends with this process, which outlives its workers.
 
-    Not among the logs: a page of a disk's file is stopped at while it is written back.
+    A page of a file on disk would block writers while it is written back.
     """
     return f"/proc/{os.getpid()}/fd/{os.memfd_create('diptych-cores')}"

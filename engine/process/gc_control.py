@@ -1,7 +1,8 @@
-"""Pauses of the interpreter that a token would wait for: garbage collection, and threads in turn.
+"""Avoids interpreter pauses that delay tokens: garbage collection and slow thread switches.
 
-A worker's modules are some 200,000 objects, which live as long as it does. A full collection looks
-at all of them: 100 ms, between two tokens of everybody's. Frozen they are not looked at.
+The modules of a worker have some 200,000 objects, which live as long as the process. A full
+collection visits all of them and takes 100 ms, in which no request gets a token. Frozen objects are
+not visited.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ import sys
 _SWITCH_INTERVAL_S = 0.0005
 
 
-def hand_over_soon() -> None:
-    """Let a thread that computes hand the interpreter over in time. The default is 5 ms: as long as
-    a step, and an event loop waits several times a message.
+def shorten_switch_interval() -> None:
+    """Make threads release the GIL sooner. The default of 5 ms is as long as a step, and the event
+    loop waits several times for one message.
     """
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
-def put_off_collections() -> None:
-    """While a process starts, nearly nothing that is made is garbage."""
+def disable_collections() -> None:
+    """Disable garbage collection during start-up, which creates almost no garbage."""
     gc.disable()
 
 
 def freeze_heap() -> None:
-    """Leave everything that is here by now out of collections, and have them from now on."""
+    """Exclude all current objects from garbage collection, and enable it."""
     gc.collect()
     gc.freeze()
     gc.enable()

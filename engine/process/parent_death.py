@@ -1,13 +1,13 @@
-"""A process that ends with its parent, kill -9 included, by the kernel's parent-death signal.
+"""Ends a process with its parent, even after kill -9, by the kernel's parent-death signal.
 
 Run as
 
     python -m engine.process.parent_death --parent PID [--nice N] [--env NAME=VALUE ...]
         MODULE [ARG ...]
 
-it ties itself to PID, sets variables where the user set none, and becomes `python -m MODULE ARG`.
-The signal is tied to the *thread* that made the child: a supervisor must fork on a thread that
-lives as long as the process, its main thread.
+it ties itself to PID, sets unset variables, and becomes `python -m MODULE ARG`. The kernel sends
+the signal when the *thread* that forked ends, so a supervisor must fork on a thread that lives as
+long as the process, such as the main thread.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Be killed when our parent `parent_pid` ends; exits at once if it has ended already."""
+    """Have this process killed when `parent_pid` ends; exit at once if it has ended already."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    # It may have ended before the call above: then we were adopted by somebody else.
+    # If the parent ended before the call above, this process has another parent now.
     if os.getppid() != parent_pid:
         os._exit(1)
 

@@ -1,4 +1,4 @@
-"""HOST:PORT -> a listening socket, or one sentence why not."""
+"""Opens listening sockets on HOST:PORT."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ _BACKLOG = 128
 
 
 def check_free(*addresses: str) -> None:
-    """Before work that takes a while: raise ConfigError where one cannot be listened on."""
+    """Raise ConfigError if one address is not free; called before slow start-up work."""
     for address in addresses:
         if address:
             listen_on(address).close()
 
 
 def listen_on(address: str) -> socket.socket:
-    """A listening TCP socket on HOST:PORT (port 0: a free one). Raises ConfigError naming it.
+    """A listening TCP socket on HOST:PORT (port 0: a free one). Raises ConfigError.
 
-    It listens already, for two sockets may be *bound* to one port as long as neither does.
+    It listens at once, because two sockets can be bound to one port while neither listens.
     """
     host, _, port = address.rpartition(":")
     try:
-        family, kind, proto, _, where = socket.getaddrinfo(
+        family, kind, proto, _, sockaddr = socket.getaddrinfo(
             host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         sock = socket.socket(family, kind, proto)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(where)
+            sock.bind(sockaddr)
             sock.listen(_BACKLOG)
             sock.setblocking(False)
         except OSError:
             sock.close()
             raise
-    except UnicodeError:  # what getaddrinfo says of a name that no DNS can hold
+    except UnicodeError:  # from getaddrinfo, for a name that DNS cannot represent
         raise ConfigError(f"cannot listen on {address}: not a host name") from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()

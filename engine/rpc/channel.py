@@ -1,11 +1,10 @@
-"""Client channels whose limits match our servers', and a small pool of them keyed by address.
+"""Client channels whose limits match our servers', and a pool of them by address.
 
-Keepalive finds a peer that vanished without closing its connection within `KEEPALIVE_S`; a process
-that was killed closes it at once.
+Keepalive detects within `KEEPALIVE_S` a peer that vanished without closing its connection; a killed
+process closes it at once.
 
-With a cluster token every call of a channel carries it, as plain metadata: gRPC's own credentials
-ask for TLS, and its interceptors put another object, with another way to be cancelled, in place of
-the call.
+With a cluster token all calls of a channel carry it as plain metadata: gRPC's call credentials need
+TLS, and its interceptors replace the call by an object that is cancelled in another way.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from typing import Any, Self
 
 import grpc
 
-from engine.rpc.trust import ClusterToken
+from engine.rpc.auth import ClusterToken
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-MAX_REQUEST_BYTES = 16 * 1024 * 1024  # of a message to a coordinator, and of a body over HTTP
+MAX_REQUEST_BYTES = 16 * 1024 * 1024  # of a message to a coordinator, and of an HTTP body
 KEEPALIVE_S = 30.0
 
 Option = tuple[str, int | str]
@@ -33,14 +32,14 @@ LENGTH_OPTIONS: tuple[Option, ...] = (
 
 
 def keepalive_options(silence_s: float) -> tuple[Option, ...]:
-    """A ping after half of it without a word, and the end if the other half brings no answer."""
+    """Ping after half of `silence_s` without data, close if the other half brings no response."""
     half_ms = max(1, round(silence_s * 500))
     return (
         ("grpc.keepalive_time_ms", half_ms),
         ("grpc.keepalive_timeout_ms", half_ms),
-        ("grpc.http2.ping_timeout_ms", half_ms),  # else a ping waits for a minute
+        ("grpc.http2.ping_timeout_ms", half_ms),  # default: a minute
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),  # no limit: a silent decode is not cut
+        ("grpc.http2.max_pings_without_data", 0),  # unlimited: a decode may be silent for long
     )
 
 
@@ -49,7 +48,7 @@ CHANNEL_OPTIONS: tuple[Option, ...] = (
     *keepalive_options(KEEPALIVE_S),
     ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
     ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # a closed channel's backoff ends with it
+    ("grpc.use_local_subchannel_pool", 1),  # reconnect backoff is not shared between channels
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
@@ -59,56 +58,46 @@ CHANNEL_OPTIONS: tuple[Option, ...] = (
 def open_channel(
     address: str, *options: Option, token: ClusterToken | None = None
 ) -> grpc.aio.Channel:
-    """A channel to HOST:PORT, whose calls carry `token`; it connects with the first call."""
+    """A channel to HOST:PORT whose calls carry `token`; it connects on the first call."""
     channel = grpc.aio.insecure_channel(address, options=(*CHANNEL_OPTIONS, *options))
     return channel if token is None else _TokenChannel(channel, token)
 
 
 class _TokenChannel(grpc.aio.Channel):
-    """A channel that adds the token to the metadata of a call and leaves the call as it is."""
+    """A channel that adds the token to the metadata of each call, and returns gRPC's call."""
 
     def __init__(self, channel: grpc.aio.Channel, token: ClusterToken) -> None:
         self._channel = channel
         self._metadata = token.metadata
 
-    def _carrying(self, make_call: Callable[..., Any]) -> Any:
-        """What a stub calls for one method, here of all four kinds."""
-
-        def call(*request: Any, metadata: Any = None, **how: Any) -> Any:
-            return make_call(*request, metadata=(*self._metadata, *(metadata or ())), **how)
+    def _with_token(self, make_call: Callable[..., Any]) -> Any:
+        def call(*request: Any, metadata: Any = None, **options: Any) -> Any:
+            return make_call(*request, metadata=(*self._metadata, *(metadata or ())), **options)
 
         return call
 
-    def unary_unary(self, *method: Any, **how: Any) -> Any:
-        """See grpc.aio.Channel."""
-        return self._carrying(self._channel.unary_unary(*method, **how))
+    def unary_unary(self, *method: Any, **options: Any) -> Any:
+        return self._with_token(self._channel.unary_unary(*method, **options))
 
-    def unary_stream(self, *method: Any, **how: Any) -> Any:
-        """See grpc.aio.Channel."""
-        return self._carrying(self._channel.unary_stream(*method, **how))
+    def unary_stream(self, *method: Any, **options: Any) -> Any:
+        return self._with_token(self._channel.unary_stream(*method, **options))
 
-    def stream_unary(self, *method: Any, **how: Any) -> Any:
-        """See grpc.aio.Channel."""
-        return self._carrying(self._channel.stream_unary(*method, **how))
+    def stream_unary(self, *method: Any, **options: Any) -> Any:
+        return self._with_token(self._channel.stream_unary(*method, **options))
 
-    def stream_stream(self, *method: Any, **how: Any) -> Any:
-        """See grpc.aio.Channel."""
-        return self._carrying(self._channel.stream_stream(*method, **how))
+    def stream_stream(self, *method: Any, **options: Any) -> Any:
+        return self._with_token(self._channel.stream_stream(*method, **options))
 
     async def close(self, grace: float | None = None) -> None:
-        """See grpc.aio.Channel."""
         await self._channel.close(grace)
 
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
-        """See grpc.aio.Channel."""
         return self._channel.get_state(try_to_connect)
 
     async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
-        """See grpc.aio.Channel."""
         await self._channel.wait_for_state_change(last_observed_state)
 
     async def channel_ready(self) -> None:
-        """See grpc.aio.Channel."""
         await self._channel.channel_ready()
 
     async def __aenter__(self) -> Self:
@@ -138,7 +127,7 @@ class ChannelPool:
         return channel
 
     def keep_only(self, addresses: Collection[str], grace_s: float = 600.0) -> None:
-        """Forget the channels to all other peers; calls on them get `grace_s` to end."""
+        """Drop the channels to all other addresses; calls on them get `grace_s` to end."""
         for address in self._channels.keys() - addresses:
             channel = self._channels.pop(address)
             self._retired[channel] = asyncio.ensure_future(self._retire(channel, grace_s))

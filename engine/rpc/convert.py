@@ -1,6 +1,6 @@
-"""Protobuf messages <-> engine.base.types. Protobuf types appear here and in services alone.
+"""Protobuf messages <-> engine.base.types. Only this module and services use protobuf types.
 
-Floats are 32 bits on the wire: what a worker computes with is the client's value rounded once.
+Floats have 32 bits on the wire: a worker computes with the client's value rounded once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _ROLE_FROM_PB = {pb: role for role, pb in _ROLE_TO_PB.items()}
 
 
 def sampling_to_pb(params: SamplingParams) -> worker_pb2.SamplingParams:
-    """Every field is written: workers apply no defaults."""
+    """Sampling parameters on the wire. All fields are set: workers apply no defaults."""
     return worker_pb2.SamplingParams(
         temperature=params.temperature,
         top_p=params.top_p,
@@ -65,7 +65,7 @@ def sampling_to_pb(params: SamplingParams) -> worker_pb2.SamplingParams:
 def sampling_from_pb(
     pb: worker_pb2.SamplingParams, logit_bias: tuple[tuple[int, float], ...]
 ) -> SamplingParams:
-    """The resolved parameters; `logit_bias` is sorted by token id."""
+    """The inverse of sampling_to_pb; `logit_bias` is sorted by token id."""
     return SamplingParams(
         temperature=pb.temperature,
         top_p=pb.top_p,
@@ -80,7 +80,7 @@ def sampling_from_pb(
 
 
 def stop_to_pb(params: StopParams) -> worker_pb2.StopParams:
-    """Token ids are written in order, so that equal parameters are equal bytes."""
+    """Stop parameters on the wire. Token ids are sorted, so equal parameters are equal bytes."""
     return worker_pb2.StopParams(
         max_tokens=params.max_tokens,
         min_tokens=params.min_tokens,
@@ -89,31 +89,33 @@ def stop_to_pb(params: StopParams) -> worker_pb2.StopParams:
 
 
 def stop_from_pb(pb: worker_pb2.StopParams, stop_token_ids: frozenset[int]) -> StopParams:
-    """The inverse of stop_to_pb, with ids that may have come otherwise."""
+    """The inverse of stop_to_pb; the caller passes the ids, which may be shared."""
     return StopParams(pb.max_tokens, pb.min_tokens, stop_token_ids)
 
 
 def constraint_to_pb(constraint: Constraint | None) -> worker_pb2.Constraint | None:
-    """What the answer must be, on the wire; None leaves the field unset."""
+    """A constraint on the wire; None leaves the field unset."""
     if constraint is None:
         return None
     return worker_pb2.Constraint(
-        kind=_KIND_TO_PB[constraint.kind], source=constraint.source, lead=constraint.lead
+        kind=_KIND_TO_PB[constraint.kind],
+        source=constraint.source,
+        leading_text=constraint.leading_text,
     )
 
 
 def constraint_of(request: worker_pb2.DecodeRequest) -> Constraint | None:
-    """What the request's answer must be. Raises InvalidRequest for a kind that is not known."""
+    """The request's constraint, or None. Raises InvalidRequest for an unknown kind."""
     if not request.HasField("constraint"):
         return None
     kind = _KIND_FROM_PB.get(request.constraint.kind)
     if kind is None:
         raise InvalidRequest("constraint.kind", f"{request.constraint.kind} is not known")
-    return Constraint(kind, request.constraint.source, request.constraint.lead)
+    return Constraint(kind, request.constraint.source, request.constraint.leading_text)
 
 
 def logprobs_to_pb(scored: Iterable[TokenLogprobs]) -> list[worker_pb2.Logprobs]:
-    """Log-probabilities of some tokens, in their order."""
+    """Log-probabilities on the wire, one message a position."""
     return [
         worker_pb2.Logprobs(chosen=s.chosen, token_ids=s.token_ids, logprobs=s.logprobs)
         for s in scored
@@ -126,14 +128,14 @@ def logprobs_from_pb(scored: Iterable[worker_pb2.Logprobs]) -> list[TokenLogprob
 
 
 def peer_to_pb(peer: Peer) -> worker_pb2.PrefillPeer:
-    """The prefill worker that a decode worker is to call."""
+    """The prefill worker that a decode worker calls, on the wire."""
     return worker_pb2.PrefillPeer(
         worker_id=peer.worker_id, incarnation=peer.incarnation, address=peer.address
     )
 
 
 def prefill_peer_of(request: worker_pb2.DecodeRequest) -> Peer | None:
-    """The request's prefill worker; None: compute the prompt here."""
+    """The request's prefill worker; None: the decode worker computes the prompt."""
     if not request.HasField("prefill"):
         return None
     pb = request.prefill
@@ -141,7 +143,7 @@ def prefill_peer_of(request: worker_pb2.DecodeRequest) -> Peer | None:
 
 
 def identity_to_pb(model: ModelIdentity) -> registry_pb2.ModelIdentity:
-    """What a worker says of its model."""
+    """A worker's model on the wire."""
     return registry_pb2.ModelIdentity(
         name=model.name,
         digest=model.digest,
@@ -167,47 +169,47 @@ def identity_from_pb(pb: registry_pb2.ModelIdentity) -> ModelIdentity:
 
 
 def reason_to_pb(reason: FinishReason) -> inference_pb2.FinishReason:
-    """Why an answer ended, on the wire."""
+    """A finish reason on the wire."""
     return _REASON_TO_PB[reason]
 
 
 def reason_from_pb(pb: inference_pb2.FinishReason) -> FinishReason:
-    """Why an answer ended; a reason that we do not know is ABORTED."""
+    """The inverse of reason_to_pb; an unknown reason is ABORTED."""
     return _REASON_FROM_PB.get(pb, FinishReason.ABORTED)
 
 
 def role_to_pb(role: Role) -> registry_pb2.Role:
-    """A worker's role, on the wire."""
+    """A worker's role on the wire."""
     return _ROLE_TO_PB[role]
 
 
 def role_from_pb(pb: registry_pb2.Role) -> Role | None:
-    """A worker's role; None where it is unset or unknown."""
+    """The inverse of role_to_pb; None if unset or unknown."""
     return _ROLE_FROM_PB.get(pb)
 
 
 def health_to_pb(health: Health) -> registry_pb2.Health:
-    """A worker's health, on the wire."""
+    """A worker's health on the wire."""
     return _HEALTH_TO_PB[health]
 
 
 def health_from_pb(pb: registry_pb2.Health) -> Health:
-    """A worker's health; what we do not know is degraded."""
+    """The inverse of health_to_pb; an unknown value is DEGRADED."""
     return _HEALTH_FROM_PB.get(pb, Health.DEGRADED)
 
 
 def budgets_to_pb(budgets: RoleBudgets) -> registry_pb2.RoleBudgets:
-    """A worker's role budgets, on the wire."""
+    """A worker's role budgets on the wire."""
     return registry_pb2.RoleBudgets(prompt_tokens=budgets.prompt_tokens, answers=budgets.answers)
 
 
 def budgets_from_pb(pb: registry_pb2.RoleBudgets) -> RoleBudgets:
-    """A worker's role budgets."""
+    """The inverse of budgets_to_pb."""
     return RoleBudgets(pb.prompt_tokens, pb.answers)
 
 
 def link_to_pb(link: KVLink) -> registry_pb2.KVLink:
-    """A link to a peer, by the peer's worker id."""
+    """A link to a peer on the wire."""
     return registry_pb2.KVLink(
         worker_id=link.peer,
         lane=link.lane,
@@ -218,5 +220,5 @@ def link_to_pb(link: KVLink) -> registry_pb2.KVLink:
 
 
 def link_from_pb(pb: registry_pb2.KVLink) -> KVLink:
-    """The reverse of `link_to_pb`."""
+    """The inverse of link_to_pb."""
     return KVLink(pb.worker_id, pb.lane, pb.bytes_per_s, pb.num_bytes, pb.memory)

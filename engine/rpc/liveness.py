@@ -1,13 +1,12 @@
-"""Silence on a stream means that its other end is lost, whatever the connection looks like.
+"""Detects the loss of a stream's peer by silence.
 
-    callee   message, Alive, Alive, message ...      something at least every BEAT_S
-    caller   |<- at most SILENCE_S ->|               then Silent: go elsewhere
+    callee   message, Alive, Alive, message ...      at least one every BEAT_S
+    caller   |<- at most SILENCE_S ->|               then Silent: the caller uses another worker
 
-A process that was stopped, a link that is cut in one direction, an engine that hangs: none of them
-closes a connection, and keepalive takes half a minute. A callee whose engine hangs says nothing, so
-that `Alive` vouches for the work and not for the event loop alone. A callee whose event loop does
-not turn cannot send; a thread of it reports that (stalls.py), and silence is counted from the last
-report.
+A stopped process, a link that is cut in one direction and an engine that hangs do not close the
+connection, and keepalive takes half a minute. A callee whose engine hangs sends no `Alive`, so it
+proves progress of the engine, not only of the event loop. A callee whose event loop stalls cannot
+send; one of its threads reports the stall (stalls.py), and silence counts from the last report.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from engine.base.errors import Silent
 
 BEAT_S = 0.5
 SILENCE_S = 2.5
-STALL_S = 1.0  # an event loop that has not turned for so long is reported
-# One that has not for longer is stuck and excuses nothing: streams have moved before a supervisor
-# replaces the worker (--worker-hang-s, 30 s).
+STALL_S = 1.0  # an event loop that stalls for so long is reported
+# After a longer stall, reports no longer count: streams move to other workers before a supervisor
+# replaces this one (--worker-hang-s, 30 s).
 STUCK_LOOP_S = 20.0
-_LATE_S = 0.25  # a timer that is later than this: the loop was held up
-_READ_S = 2 * BEAT_S  # to read what has come meanwhile
+_LATE_S = 0.25  # a timer that fires later than this shows that the loop stalled
+_READ_S = 2 * BEAT_S  # time to read the messages that arrived meanwhile
 
 
 async def next_message(
@@ -39,10 +38,9 @@ async def next_message(
 ) -> Any | None:
     """The next message of a server stream (grpc.aio), None at its end.
 
-    Raises Silent, with `name` in its message, after `silence_s` without one; the call is cancelled
-    then. Time in which this event loop did not turn is no silence of its peer: what has come
-    meanwhile is read first. Nor is time in which the peer's loop did not turn: `since_stall_s`
-    gives the seconds since the last report of that. Raises AioRpcError as `call.read` does.
+    Raises Silent, with `name` in its message, after `silence_s` without a message, and cancels the
+    call. A stall of this event loop does not count as silence, nor does a stall of the peer's:
+    `since_stall_s` returns the seconds since its last report. Raises AioRpcError as `call.read`.
     """
     loop = asyncio.get_running_loop()
     timer: asyncio.TimerHandle
@@ -64,7 +62,7 @@ async def next_message(
         async with asyncio.timeout(None) as limit:
             message = await call.read()
     except TimeoutError:
-        raise Silent(f"{name} has said nothing for {silence_s:g} s") from None
+        raise Silent(f"{name} has sent nothing for {silence_s:g} s") from None
     finally:
         timer.cancel()
     return None if message is grpc.aio.EOF else message

@@ -1,8 +1,7 @@
-"""Server reflection, in both versions of its protocol: what grpcurl and the like ask first.
+"""Server reflection for grpcurl and similar tools, in both versions of the protocol.
 
-The library serves grpc.reflection.v1alpha. Version v1 has the same messages under another package
-name, so the library's servicer answers both; v1's descriptors are made of v1alpha's, so that the
-service can be described like any other.
+grpcio-reflection serves grpc.reflection.v1alpha. Version v1 has the same messages in another
+package, so the same servicer serves both; the descriptors of v1 are derived from v1alpha's.
 """
 
 from __future__ import annotations
@@ -18,20 +17,19 @@ _ALPHA_SERVICE, _STABLE_SERVICE = f"{_ALPHA}.ServerReflection", f"{_STABLE}.Serv
 
 
 DESCRIPTOR: Any = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
-SERVICES = (_ALPHA_SERVICE, _STABLE_SERVICE)  # both are served by the one servicer
+SERVICES = (_ALPHA_SERVICE, _STABLE_SERVICE)
 
 
 def reflection_servicer(names: Sequence[str]) -> Any:
-    """Lists `names` and the reflection services, and describes all that they use."""
+    """A servicer that lists and describes the services `names` and reflection."""
     _register_descriptors()
     return _Servicer((*names, *SERVICES))
 
 
 class _Servicer(reflection.aio.ReflectionServicer):
-    """The library's, which does not know symbols within services and messages."""
+    """Adds methods and fields, which grpcio-reflection does not find."""
 
     def _file_containing_symbol(self, request: Any, fully_qualified_name: str) -> Any:
-        """A method or a field is where its service or message is."""
         find: Any = super()._file_containing_symbol  # type: ignore[misc]
         response = find(request, fully_qualified_name)
         outer = fully_qualified_name.rpartition(".")[0]
@@ -53,7 +51,7 @@ def _is_declared(name: str) -> bool:
 
 
 def _register_descriptors() -> None:
-    """Put v1's file into the pool that reflection answers from, once a process."""
+    """Add the file of v1 to the default descriptor pool, once a process."""
     pool = descriptor_pool.Default()
     try:
         pool.FindServiceByName(_STABLE_SERVICE)

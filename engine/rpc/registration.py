@@ -1,12 +1,13 @@
-"""The worker's side of membership: one Register stream to every coordinator there is.
+"""Registers a worker with all coordinators: one Register stream each.
 
-addresses (HOST:PORT, or a name that resolves to many) --re-resolved--> one task a coordinator
-task:  dial -> Hello -> Welcome -> Load, Load, ...   (broken, by whatever: again after a moment)
-                        and a thread that reports stalls (stalls.py)
-                     -> Drain, Forget, RoleBudgets: passed on to the worker
-                     -> Refused, or our token is: remembered; the process ends, for asking again
-                        would not help
-stop:  a last Load, then the end of the stream: an orderly end looks like one
+addresses (HOST:PORT, or a name with many addresses) --re-resolved--> one task a coordinator
+
+task   dial -> Hello -> Welcome -> Load, Load, ...     a broken stream is dialled again
+                          and a thread that reports stalls (stalls.py)
+                     -> Drain, Forget, RoleBudgets: passed to callbacks
+                     -> Refused, or a wrong token: sets `refused`; the process ends, because
+                        a retry would not help
+stop   a last Load, then the end of the stream: coordinators see an orderly end
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ import grpc
 from engine.base.errors import UnknownMethod
 from engine.base.types import PROTOCOL_VERSION, KVPool, ModelIdentity, Role, RoleBudgets
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc
+from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import open_channel
 from engine.rpc.convert import budgets_from_pb, identity_to_pb, role_to_pb
 from engine.rpc.stalls import StallReporter
-from engine.rpc.trust import ClusterToken
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
 _RESOLVE_S = 10.0
 _RETRY_S = 0.5
-WARN_S = 10.0  # between two lines about one that is not reached
+WARN_S = 10.0  # between two log lines about an unreachable coordinator
 _WELCOME_S = 10.0
 _TOKEN_REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 _GOODBYE_S = 1.0
@@ -39,14 +40,14 @@ _GOODBYE_S = 1.0
 
 @dataclass(slots=True)
 class _Outage:
-    """A coordinator that is not reached; moments of the loop's clock."""
+    """An unreachable coordinator; times of the loop's clock."""
 
     began_s: float
-    warn_s: float  # when the next line is due
+    warn_s: float  # when the next log line is due
 
 
 class Registration:
-    """Keeps this worker known to all coordinators until `stop`."""
+    """Keeps this worker registered with all coordinators until `stop`."""
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class Registration:
 
     @property
     def registered(self) -> bool:
-        """Whether some coordinator knows this worker now."""
+        """Whether this worker is registered with a coordinator now."""
         return bool(self._accepted)
 
     def start(self) -> None:
@@ -103,17 +104,17 @@ class Registration:
         self._resolver = asyncio.create_task(self._follow_targets())
 
     def report_now(self) -> None:
-        """Send a Load without waiting for the next heartbeat (readiness has changed)."""
+        """Send a Load now, without waiting for the next heartbeat."""
         for event in self._changed.values():
             event.set()
 
     async def stop(self) -> None:
-        """End all streams; the coordinators hear a last word and see it at once."""
+        """Send a last Load on each stream and end it."""
         self._stopping = True
         self.report_now()
         tasks = [*self._streams.values(), *([self._resolver] if self._resolver else [])]
-        if heard := [self._streams[a] for a in self._accepted if a in self._streams]:
-            await asyncio.wait(heard, timeout=_GOODBYE_S)
+        if registered := [self._streams[a] for a in self._accepted if a in self._streams]:
+            await asyncio.wait(registered, timeout=_GOODBYE_S)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -131,7 +132,7 @@ class Registration:
             await asyncio.sleep(_RESOLVE_S)
 
     async def _keep(self, address: str) -> None:
-        """Register with one coordinator for ever."""
+        """Stay registered with one coordinator."""
         channel = open_channel(address, token=self._token)
         try:
             while not self.refused.done() and not self._stopping:
@@ -144,7 +145,7 @@ class Registration:
                         _log.warning("coordinator lost", coordinator=address, reason=_reason(error))
                     else:
                         self._not_reached(address, _reason(error))
-                except asyncio.CancelledError:  # what we say of ourselves broke the call?
+                except asyncio.CancelledError:  # gRPC cancels the call if its writer raises
                     task = asyncio.current_task()
                     if task is None or task.cancelling():
                         raise
@@ -160,7 +161,7 @@ class Registration:
             await channel.close()
 
     def _not_reached(self, address: str, reason: str) -> None:
-        """Log that a coordinator is still not there: at once, then every `WARN_S`."""
+        """Log that a coordinator is unreachable: at once, then every `WARN_S`."""
         now_s = asyncio.get_running_loop().time()
         outage = self._outages.setdefault(address, _Outage(now_s, now_s))
         if now_s >= outage.warn_s:
@@ -180,14 +181,14 @@ class Registration:
         changed = self._changed[address] = asyncio.Event()
         welcomed: asyncio.Future[float] = asyncio.get_running_loop().create_future()
 
-        async def say() -> AsyncIterator[registry_pb2.WorkerMessage]:
+        async def messages() -> AsyncIterator[registry_pb2.WorkerMessage]:
             yield registry_pb2.WorkerMessage(hello=self._hello)
             heartbeat_s = await welcomed
             while True:
                 changed.clear()
                 try:
                     load = self._load()
-                except Exception:  # gRPC would end the call and keep the reason to itself
+                except Exception:  # gRPC ends the call without logging the reason
                     _log.exception("no load to report", coordinator=address)
                     raise
                 if load:  # a worker whose engine hangs is silent
@@ -198,30 +199,30 @@ class Registration:
                     await asyncio.wait_for(changed.wait(), heartbeat_s)
 
         stub = registry_pb2_grpc.RegistryServiceStub(channel)
-        call = stub.Register(say())
+        call = stub.Register(messages())
         stalls: StallReporter | None = None
         try:
             async with asyncio.timeout(_WELCOME_S):
-                answer = await call.read()
-            while answer is not grpc.aio.EOF:
-                if answer.HasField("refused"):
-                    self._refuse(address, answer.refused.reason)
+                response = await call.read()
+            while response is not grpc.aio.EOF:
+                if response.HasField("refused"):
+                    self._refuse(address, response.refused.reason)
                     return
-                if answer.HasField("welcome") and not welcomed.done():
+                if response.HasField("welcome") and not welcomed.done():
                     self._accepted.add(address)
                     self._outages.pop(address, None)
-                    welcomed.set_result(answer.welcome.heartbeat_s)
+                    welcomed.set_result(response.welcome.heartbeat_s)
                     stalls = self._stall_reporter(address)
                     stalls.start()
                     _log.info("registered", coordinator=address)
-                if answer.HasField("drain"):
-                    _log.info("told to drain", coordinator=address)
-                    self._on_drain(answer.drain.deadline_s)
-                if answer.HasField("forget"):
-                    self._on_forget(answer.forget.incarnation)
-                if answer.HasField("role_budgets"):
-                    self._on_role_budgets(budgets_from_pb(answer.role_budgets))
-                answer = await call.read()
+                if response.HasField("drain"):
+                    _log.info("drain requested", coordinator=address)
+                    self._on_drain(response.drain.deadline_s)
+                if response.HasField("forget"):
+                    self._on_forget(response.forget.incarnation)
+                if response.HasField("role_budgets"):
+                    self._on_role_budgets(budgets_from_pb(response.role_budgets))
+                response = await call.read()
         finally:
             call.cancel()
             welcomed.cancel()
@@ -239,7 +240,7 @@ class Registration:
 
 
 async def _resolve(target: str) -> set[str]:
-    """HOST:PORT for every address behind HOST; empty while the name does not resolve."""
+    """HOST:PORT for each address of HOST; empty while the name does not resolve."""
     host, _, port = target.rpartition(":")
     try:
         loop = asyncio.get_running_loop()
@@ -259,5 +260,5 @@ def _reason(error: BaseException) -> str:
             return UnknownMethod(error.details() or "unknown method").message
         return f"{error.code().name}: {error.details()}"
     if isinstance(error, TimeoutError):
-        return f"no answer within {_WELCOME_S:g} s"
+        return f"no response within {_WELCOME_S:g} s"
     return type(error).__name__

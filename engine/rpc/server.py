@@ -1,19 +1,18 @@
-"""The door of every process: a grpc.aio server that turns our errors into statuses.
+"""The gRPC server of every process; it converts errors to statuses.
 
-Requests arrive as bytes and are parsed here, inside the guarded call, so that malformed bytes and
-invalid UTF-8 are the caller's error and nothing becomes UNKNOWN. Our servicers write responses by
-yielding; the generator is closed by us, at once, however the call ends, so that what it holds is
-released before the next message of anybody.
+Requests arrive as bytes and are parsed inside the guarded call, so that malformed bytes and invalid
+UTF-8 become INVALID_ARGUMENT, and no failure becomes UNKNOWN. Servicers yield responses; the server
+closes the generator at once however the call ends, which releases what it holds.
 
     bytes -> token? -> unpack, parse -> servicer.Method(request, context) -> yields -> context.write
                |             |               |-> DiptychError  -> status with details
                '-------------'---------------'-> anything else -> INTERNAL, logged with a traceback
 
-Cancellation passes through: it is how a caller, or its deadline, ends a call.
+Cancellation passes through: callers and deadlines end calls by it.
 
-Who does not come to the point is cut off: a connection that says no preface, and after
-`client_timeout_s` one that answers no ping, a call whose request is not here, one whose caller does
-not read. Streams in which nothing is sent: see streams.py.
+Slow clients are cut off: a connection without HTTP/2 preface; and after `client_timeout_s` a
+connection that does not answer pings, a call without complete request, and a call whose client does
+not read. streams.py handles idle streams.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from engine.base.errors import (
     Unauthenticated,
     WorkersLost,
 )
+from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import (
     KEEPALIVE_S,
     LENGTH_OPTIONS,
@@ -52,9 +52,8 @@ from engine.rpc.reflection import DESCRIPTOR as REFLECTION
 from engine.rpc.reflection import SERVICES as REFLECTION_SERVICES
 from engine.rpc.reflection import reflection_servicer
 from engine.rpc.status import RpcStatus, internal, to_status
-from engine.rpc.streams import CallerGone, Context, Incoming, KeptStreams, Writer
-from engine.rpc.trust import ClusterToken
-from engine.rpc.unpack import SERVER_OPTIONS as UNPACKED_BY_US
+from engine.rpc.streams import CallerGone, Context, IdleStreams, Incoming, Writer
+from engine.rpc.unpack import SERVER_OPTIONS as UNPACK_OPTIONS
 from engine.rpc.unpack import Unpacker
 from engine.rpc.wire import MAX_FIELDS, SMALL_BYTES, has_too_many_fields
 from engine.telemetry.log import bind_request, get_logger
@@ -66,25 +65,25 @@ MAX_PENDING = 16_384
 
 _SERVER_OPTIONS: tuple[Option, ...] = (
     *LENGTH_OPTIONS,
-    # A second process on a used port fails instead of taking half the calls.
+    # A second process on a used port fails, instead of receiving half of the calls.
     ("grpc.so_reuseport", 0),
-    # Clients may ping during a silent decode without being cut.
+    # Clients may ping during a silent decode.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
-    # From a connection to its preface, and on to its acknowledgement of our settings.
+    # From a connection to its preface, and to its acknowledgement of our settings.
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.http2.settings_timeout", 10_000),
-    # Calls that came and are not taken up yet. By default gRPC cancels some beyond 1,000, and then
-    # all, without a reason; who is too much is told so by admission.
+    # Accepted calls that have not started. By default gRPC cancels some beyond 1,000, and then all,
+    # without a reason; admission refuses excess calls with a reason.
     ("grpc.server.max_pending_requests", MAX_PENDING),
     ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING),
-    # A stream whose message is not asked for yet holds the first 64 KiB of it, whatever its pace.
+    # Before a read a stream buffers at most 64 KiB, whatever its bandwidth.
     ("grpc.http2.bdp_probe", 0),
-    *UNPACKED_BY_US,
+    *UNPACK_OPTIONS,
 )
 
 _MAX_RECEIVE = "grpc.max_receive_message_length"
-_HEAR_S = 1.0
+_REFUSED_READ_S = 1.0
 
 
 class RpcServer:
@@ -102,7 +101,7 @@ class RpcServer:
         budget: ReceiveBudget | None = None,
         reflection: bool = True,
     ) -> None:
-        """`budget`: of the bytes that are received at once, with other servers'; None: no bound."""
+        """`budget` bounds the received bytes, shared with other servers; None: unbounded."""
         self._metrics = metrics
         self._reflection = reflection
         self._client_timeout_s = client_timeout_s
@@ -131,21 +130,20 @@ class RpcServer:
         alive: Callable[[Any], Message | None] = lambda request: None,
         is_counted: bool = True,
     ) -> None:
-        """Serve every method of `descriptor` by the method of the same name of `servicer`.
+        """Serve each method of `descriptor` with the method of the same name of `servicer`.
 
-        Server streams are async generators `Method(request, context)`, the others coroutines. With
-        a stream of requests, `request` is an async iterator. A call that brings no deadline ends
-        after `limit_s`; where its caller does not read, what it holds is released then, and he is
-        told when he reads again. With a `token` callers have to bring it, to the methods `guarded`
-        or to all. Where `alive` has a message for a request, a server stream sends it each second
-        in which it sends nothing else. `is_counted`: what is received takes of the budget.
+        Server streams are async generators `Method(request, context)`, other methods coroutines.
+        A stream of requests is an async iterator. A call without deadline ends after `limit_s`.
+        With a `token` callers must send it, to the methods `guarded` or to all. If `alive` returns
+        a message for a request, the stream sends it each second in which it sends nothing else.
+        `is_counted`: received bytes count in the budget.
         """
         self._names.append(descriptor.full_name)
         name, budget = descriptor.full_name, self._budget if is_counted else ReceiveBudget()
         self._add(name, descriptor, servicer, limit_s, token, guarded, alive, budget)
 
     def listen(self, address: str) -> int:
-        """Bind HOST:PORT and return the port; raises ConfigError where that fails."""
+        """Bind HOST:PORT and return the port. Raises ConfigError."""
         return self._listener.listen(address)
 
     async def start(self, *, serving: bool = True) -> None:
@@ -160,7 +158,7 @@ class RpcServer:
         self._started = True
 
     async def set_serving(self, serving: bool, *names: str) -> None:
-        """What grpc.health.v1 answers for `names`; without any: for the server and its services."""
+        """Set the health status of `names`; without names, of the server and all services."""
         status = (
             health_pb2.HealthCheckResponse.SERVING
             if serving
@@ -170,14 +168,14 @@ class RpcServer:
             await self._health.set(name, status)
 
     async def stop(self, grace_s: float = 0.0) -> None:
-        """Refuse new calls at once, give those that run `grace_s`, then cancel them."""
+        """Refuse new calls at once, give running calls `grace_s`, then cancel them."""
         if self._started:
             await self._health.enter_graceful_shutdown()
         await self._listener.stop(grace_s)
         self._stopped.set()
 
     async def wait(self) -> None:
-        """Until the server has stopped."""
+        """Wait until the server has stopped."""
         await self._stopped.wait()
 
     def _died(self) -> None:
@@ -217,15 +215,14 @@ class RpcServer:
         alive: Callable[[Any], Message | None],
         budget: ReceiveBudget,
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """The grpc handler of one method: bytes in, messages out."""
         requests = _Requests(
             method, token, self._client_timeout_s, self._unpacker, self._max_request_bytes
         )
         new_lease = budget.lease
         full_name = f"{method.containing_service.name}/{method.name}"
-        writes = inspect.iscoroutinefunction(behaviour)  # as the library's Watch, which never ends
-        is_kept = method.server_streaming and (writes or method.client_streaming)
-        kept = KeptStreams() if is_kept else None
+        writes = inspect.iscoroutinefunction(behaviour)  # like grpcio-health's Watch
+        may_idle = method.server_streaming and (writes or method.client_streaming)
+        idle_streams = IdleStreams() if may_idle else None
 
         async def stream(raw: AsyncIterator[bytes], context: Context) -> None:
             writer = Writer(context, self._client_timeout_s)
@@ -233,8 +230,8 @@ class RpcServer:
             async def body() -> None:
                 with new_lease(_peer(context)) as lease, ExitStack() as counted:
                     request = await requests.of(raw, context, lease)
-                    if kept:  # now that it has the token, where one is needed
-                        counted.enter_context(kept.opened(context.peer()))
+                    if idle_streams:  # counted after the token is checked
+                        counted.enter_context(idle_streams.opened(context.peer()))
                     if writes:
                         await behaviour(request, writer)
                         return
@@ -258,7 +255,7 @@ class RpcServer:
 
             return await self._guard(full_name, context, body, limit_s)
 
-        # The library would wait for ever for the message of a call, and for one that has none.
+        # For unary requests gRPC would wait without limit for the message of a call.
         make: Any = grpc.stream_unary_rpc_method_handler
         if method.server_streaming:
             make = grpc.stream_stream_rpc_method_handler
@@ -277,7 +274,7 @@ class RpcServer:
         limit_s: float | None,
         writer: Writer | None = None,
     ) -> Any:
-        """Run one call: every failure becomes a status, cancellation passes through."""
+        """Run one call: failures become statuses, cancellation passes through."""
         limit = asyncio.timeout(limit_s if context.time_remaining() is None else None)
         try:
             async with limit:
@@ -324,13 +321,13 @@ class RpcServer:
             )
         except grpc.aio.AbortError:
             raise
-        except Exception:  # the caller has gone, or gRPC itself has refused what it sent
+        except Exception:  # the caller has gone, or gRPC has refused its message
             log.debug("call ended before its status", method=method, exc_info=True)
             raise asyncio.CancelledError from None
 
 
 class _Requests:
-    """What the callers of one method send: looked at only with the token, parsed, and in time."""
+    """Reads, authenticates and parses the requests of one method, with time limits."""
 
     def __init__(
         self,
@@ -354,22 +351,22 @@ class _Requests:
         try:
             self._check(context)
         except DiptychError:
-            await self._hear_one(raw, lease)
+            await self._read_refused(raw, lease)
             raise
         messages = aiter(raw)
         return Incoming(lambda: self._next(messages, lease), self._timeout_s)
 
     async def _only(self, context: Context, lease: Lease) -> Message:
-        """The one message of a call, which its caller has to send in time."""
+        """The single message of a call."""
         try:
             async with asyncio.timeout(self._timeout_s) as limit:
                 await lease.take(self._max_bytes, limit)
                 raw = await context.read()
                 lease.received()
         except TimeoutError:
-            if lease.is_ended:
+            if lease.is_cut_off:
                 raise lease.refusal() from None
-            raise DeadlineExceeded(f"no whole request within {self._timeout_s:g} s") from None
+            raise DeadlineExceeded(f"no complete request within {self._timeout_s:g} s") from None
         self._check(context)
         if raw is grpc.aio.EOF:
             raise InvalidRequest("request", f"none; expected a {self._class.DESCRIPTOR.full_name}")
@@ -380,7 +377,7 @@ class _Requests:
         return request
 
     async def _next(self, messages: AsyncIterator[bytes], lease: Lease) -> Message | None:
-        """Another message, None at the end; a stream that rests gives way to others."""
+        """The next message, None at the end; an idle stream is cut off if others need the room."""
         try:
             async with asyncio.timeout(None) as limit:
                 await lease.take(self._max_bytes, limit)
@@ -395,7 +392,7 @@ class _Requests:
         return request
 
     async def _parse(self, raw: bytes) -> Message:
-        """One message; raises InvalidRequest for bytes that are none, invalid UTF-8 included."""
+        """Parse one message. Raises InvalidRequest for malformed bytes and invalid UTF-8."""
         try:
             raw = await self._unpacker.plain(raw)
             if len(raw) > SMALL_BYTES:
@@ -412,13 +409,13 @@ class _Requests:
                 "request", f"{what} where a {self._class.DESCRIPTOR.full_name} was expected"
             ) from None
 
-    async def _hear_one(self, raw: AsyncIterator[bytes], lease: Lease) -> None:
-        """Take one message off a stream that is refused, unread.
+    async def _read_refused(self, raw: AsyncIterator[bytes], lease: Lease) -> None:
+        """Read and drop one message of a stream that is refused.
 
-        A caller whose first write comes after our refusal gets INTERNAL of its own gRPC instead.
+        A client whose first write follows the refusal would see its gRPC's INTERNAL instead.
         """
         with suppress(TimeoutError, StopAsyncIteration):
-            async with asyncio.timeout(_HEAR_S) as limit:
+            async with asyncio.timeout(_REFUSED_READ_S) as limit:
                 await lease.take(self._max_bytes, limit)
                 await anext(aiter(raw))
                 lease.received()
@@ -429,7 +426,7 @@ class _Requests:
 
 
 def _peer(context: Context) -> str:
-    """ADDRESS:PORT of a call, as HTTP has it too."""
+    """ADDRESS:PORT of the client, in the form that the HTTP server uses."""
     return unquote(context.peer()).partition(":")[2]
 
 

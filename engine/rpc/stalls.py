@@ -1,12 +1,12 @@
-"""Reports to a coordinator that this process's event loop does not turn, from a thread.
+"""Reports stalls of this process's event loop to a coordinator, from a thread.
 
-    thread   --turn?--> event loop, each _LOOK_S
-             <--turned-    ordinary: nothing is sent
-             (no turn for STALL_S): ReportStall to the coordinator, each _LOOK_S, until it turns
+    thread   --callback--> event loop, every _POLL_S
+             <--ran-------    normal: nothing is sent
+             (not run for STALL_S): ReportStall to the coordinator every _POLL_S, until it runs
 
-Messages and heartbeats come from the event loop. Python work of seconds on it (a large request is
-parsed) makes the worker silent although it lives. A process that is stopped, a link that is cut and
-C code that keeps the GIL silence the thread too. An engine that hangs is not vouched for.
+The event loop sends messages and heartbeats. Seconds of Python work on it, such as parsing a large
+request, make the worker silent although it is alive. A stopped process, a cut link and C code that
+holds the GIL silence the thread too. While the engine hangs, no stall is reported.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from collections.abc import Callable
 import grpc
 
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc
+from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import CHANNEL_OPTIONS
 from engine.rpc.liveness import STALL_S
-from engine.rpc.trust import ClusterToken
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
-_LOOK_S = 0.25
+_POLL_S = 0.25
 _CALL_S = 1.0
 _JOIN_S = 2.0
 
 
 class StallReporter:
-    """One thread and one channel to one coordinator. Made on the event loop that it looks at."""
+    """One thread and one channel to one coordinator. Create it on the observed event loop."""
 
     def __init__(
         self,
@@ -42,23 +42,23 @@ class StallReporter:
         responsive: Callable[[], bool],
         token: ClusterToken | None = None,
     ) -> None:
-        """`responsive`: whether the engine works; called on the thread."""
+        """`responsive`: whether the engine makes progress; called on the thread."""
         self._address = address
         self._stall = registry_pb2.Stall(worker_id=worker_id, incarnation=incarnation)
         self._responsive = responsive
         self._metadata = token.metadata if token else ()
         self._loop = asyncio.get_running_loop()
-        self._asked_s: float | None = None  # of the turn that is waited for, monotonic
+        self._asked_s: float | None = None  # monotonic time of the oldest pending callback
         self._stopped = threading.Event()
         self._is_warned = False
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._thread = threading.Thread(target=self._run, name="stalls", daemon=True)
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start the thread."""
         try:
             self._thread.start()
-        except RuntimeError as error:  # a limit of threads: silence is loss then
+        except RuntimeError as error:  # thread limit: stalls then count as loss
             _log.warning("stalls are not reported", coordinator=self._address, reason=str(error))
 
     async def stop(self) -> None:
@@ -70,12 +70,12 @@ class StallReporter:
 
     def _run(self) -> None:
         call = registry_pb2_grpc.RegistryServiceStub(self._channel).ReportStall
-        self._report(call, 0.0)  # connects, so that a stall does not have to
-        while not self._stopped.wait(_LOOK_S):
+        self._report(call, 0.0)  # connects before the first stall
+        while not self._stopped.wait(_POLL_S):
             now_s, asked_s = time.monotonic(), self._asked_s
             if asked_s is None:
                 self._asked_s = now_s
-            try:  # each time: with one callback that is lost the thread would report for ever
+            try:  # each time, as a lost callback would make the thread report for ever
                 self._loop.call_soon_threadsafe(self._turned)
             except RuntimeError:  # the loop is closed
                 return

@@ -1,6 +1,4 @@
-"""Errors <-> gRPC statuses with google.rpc details (the table of DESIGN 7).
-
-The only place that knows both sides:
+"""Errors <-> gRPC statuses with google.rpc details. Only this module maps them:
 
     InvalidRequest    INVALID_ARGUMENT    BadRequest{field}
     NotOffered        UNIMPLEMENTED       BadRequest{field}
@@ -14,7 +12,7 @@ The only place that knows both sides:
     WorkersLost       INTERNAL            ErrorInfo{num_emitted}
     anything else     INTERNAL
 
-A `DiptychError` that is no answer to a call (ConfigError, CheckpointError) is a bug here: INTERNAL.
+Other kinds of `DiptychError` (ConfigError, CheckpointError) are bugs in a call: INTERNAL.
 """
 
 from __future__ import annotations
@@ -50,14 +48,14 @@ LOST_KEY = "diptych-lost"
 SICK_KEY = "diptych-sick"
 ERROR_DOMAIN = "diptych"
 WORKERS_LOST = "WORKERS_LOST"  # the reason of an ErrorInfo
-# Statuses travel in HTTP/2 headers, percent-encoded and once more in the details; by default peers
-# take 8 KiB of them, and replace a status that is larger.
+# A message is sent twice in HTTP/2 headers: percent-encoded, and in the details. By default peers
+# accept 8 KiB of headers, and replace a larger status.
 _MAX_MESSAGE_BYTES = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class RpcStatus:
-    """What goes into the trailers of a failed call."""
+    """The trailers of a failed call."""
 
     code: grpc.StatusCode
     message: str
@@ -88,7 +86,7 @@ def _code(error: DiptychError) -> grpc.StatusCode:
 
 
 def to_status(error: DiptychError) -> RpcStatus:
-    """The status by which a caller learns of `error`."""
+    """The status that reports `error`."""
     code = _code(error)
     message = clip(error.message)
     details: list[Message] = []
@@ -119,7 +117,7 @@ def to_status(error: DiptychError) -> RpcStatus:
 
 
 def clip(text: str) -> str:
-    """The longest beginning of `text` that takes no more than its bound, percent-encoded."""
+    """The longest prefix of `text` within the bound, percent-encoded."""
     num_bytes = 0
     for i, char in enumerate(text[:_MAX_MESSAGE_BYTES]):
         plain = char.isascii() and char.isprintable() and char != "%"
@@ -130,7 +128,7 @@ def clip(text: str) -> str:
 
 
 def internal(message: str) -> RpcStatus:
-    """The status of a bug: what happened stands in the log, not on the wire."""
+    """The status of a bug; the cause is in the log only."""
     status = status_pb2.Status(code=code_pb2.INTERNAL, message=message)
     return RpcStatus(
         grpc.StatusCode.INTERNAL, message, ((DETAILS_KEY, status.SerializeToString()),)
@@ -146,9 +144,9 @@ def _bad_request(field: str, description: str) -> Message:
 
 
 def from_rpc_error(error: grpc.RpcError) -> DiptychError | None:
-    """The error that a callee meant by its status; None for a bug or a cancellation.
+    """The inverse of `to_status`, for errors of grpc and grpc.aio; None: a bug or a cancellation.
 
-    Works with the errors of grpc and of grpc.aio. A lost connection is `Unavailable` too.
+    A lost connection is `Unavailable` too.
     """
     call: Any = error
     code, message = call.code(), call.details() or ""
@@ -199,7 +197,7 @@ def _details(
     error_details_pb2.RetryInfo | None,
     error_details_pb2.ErrorInfo | None,
 ]:
-    """The details we know, out of a serialized google.rpc.Status; other kinds are ignored."""
+    """The known details of a serialized google.rpc.Status."""
     bad, retry, info = None, None, None
     if not isinstance(raw, bytes):
         return bad, retry, info

@@ -1,10 +1,10 @@
-"""The two directions of a stream, and how many streams there may be in which nothing is sent.
+"""Time limits of both directions of a stream, and a limit on idle streams.
 
-from the caller   the first message within `client_timeout_s`, each later one within ten times
-                  that, while the call only waits for it (`Incoming`)
-to the caller     each message is taken within `client_timeout_s` (`Writer`)
-neither           a caller that watches and hears nothing: as long as its connection answers
-                  pings, within a bound on their number (`KeptStreams`)
+from the client   first message within `client_timeout_s`, each later one within ten times that,
+                  while the call only waits for it (`Incoming`)
+to the client     the client reads each message within `client_timeout_s` (`Writer`)
+idle              a stream without messages stays open while its connection answers pings; their
+                  number is bounded (`IdleStreams`)
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from engine.base.errors import DeadlineExceeded, Overloaded
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-ALIVE_S = 1.0  # at most between two messages of a call that asks for them
-IDLE_TIMES = 10  # a stream's idle time, in times of what a first message may take
-_PER_CONNECTION = 256  # kept streams of one method; proxies put many callers on a connection
+ALIVE_S = 1.0  # maximum between two messages of a call with `alive` messages
+IDLE_TIMES = 10  # limit of later messages, in multiples of the first message's
+_PER_CONNECTION = 256  # idle streams of one method; proxies share a connection among clients
 _IN_ALL = 4_096
 _RETRY_S = 5.0
 
 
 class CallerGone(Exception):
-    """A message could not be written: gRPC knows that before the call says that it is cancelled."""
+    """A write failed because the client has gone; the call is cancelled only afterwards."""
 
 
 class Incoming:
-    """The messages of a call with a stream of requests.
+    """The messages of a stream of requests.
 
-    One that does not come in time raises DeadlineExceeded; it may be waited for again.
+    A late message raises DeadlineExceeded; the next iteration waits for it again.
     """
 
     def __init__(
         self, read: Callable[[], Coroutine[Any, Any, Message | None]], first_s: float
     ) -> None:
-        """`read` gives the next message, None at the end."""
+        """`read` returns the next message, None at the end."""
         self._read = read
         self._limit_s = self._first_s = first_s
         self._reading: asyncio.Task[Message | None] | None = None
@@ -62,14 +62,14 @@ class Incoming:
         return message
 
     def close(self) -> None:
-        """The call has ended."""
+        """End the pending read."""
         if self._reading:
             self._reading.add_done_callback(_retrieve)
             self._reading.cancel()
 
 
-class KeptStreams:
-    """The streams of one method that stay open without a message."""
+class IdleStreams:
+    """Counts the open streams of one method that may be idle."""
 
     def __init__(self, per_connection: int = _PER_CONNECTION, in_all: int = _IN_ALL) -> None:
         self._per_connection = per_connection
@@ -78,13 +78,13 @@ class KeptStreams:
 
     @contextmanager
     def opened(self, peer: str) -> Iterator[None]:
-        """While one is open; `peer` is its connection. Raises Overloaded where there are many."""
-        for num, most, where in (
+        """Count one while it is open; `peer` is its connection. Raises Overloaded."""
+        for num, limit, where in (
             (self._by_peer[peer], self._per_connection, "on this connection"),
             (self._by_peer.total(), self._in_all, "on this server"),
         ):
-            if num >= most:
-                raise Overloaded(f"{most} streams of this method are open {where}", _RETRY_S)
+            if num >= limit:
+                raise Overloaded(f"{limit} streams of this method are open {where}", _RETRY_S)
         self._by_peer[peer] += 1
         try:
             yield
@@ -95,11 +95,10 @@ class KeptStreams:
 
 
 class Writer:
-    """The messages of one call.
+    """Writes the messages of one call.
 
-    One that its caller does not read stays under way, and before it has gone gRPC takes no other
-    word, not even a status: what the call holds is released, and the caller hears why when he reads
-    again.
+    While the client does not read, gRPC accepts no further message or status. The call then ends
+    and releases what it holds; the client gets the status when it reads again.
     """
 
     def __init__(self, context: Context, timeout_s: float) -> None:
@@ -107,11 +106,11 @@ class Writer:
         self._timeout_s = timeout_s
         self._last: asyncio.Future[None] | None = None
         self._alive: Message | None = None
-        self._is_silent = False  # since the timer was set
+        self._is_silent = False  # no message since the timer was set
         self._timer: asyncio.TimerHandle | None = None
 
     async def write(self, response: Message) -> None:
-        """Send one. Raises DeadlineExceeded for a caller that does not read, or CallerGone."""
+        """Send a message. Raises DeadlineExceeded if the client does not read, or CallerGone."""
         self._is_silent = False
         if self._alive is not None and self._last is not None and not self._last.done():
             await self._taken(self._last)
@@ -119,19 +118,19 @@ class Writer:
         await self._taken(last)
 
     def send_alive(self, message: Message | None) -> None:
-        """Send `message`, if there is one, each second in which nothing else is sent."""
+        """From now on send `message`, if any, each second in which nothing else is sent."""
         if message is not None:
             self._alive = message
             self._timer = asyncio.get_running_loop().call_later(ALIVE_S / 2, self._beat)
 
     async def finish(self) -> None:
-        """All has been written: what goes out of it alone is still under way."""
+        """Wait for a pending `alive` message, after all others are written."""
         self.close()
         if self._last is not None and not self._last.done():
             await self._taken(self._last)
 
     def close(self) -> None:
-        """No more `alive`: the call has ended, or is about to."""
+        """Stop the `alive` messages."""
         if self._timer:
             self._timer.cancel()
             self._timer = None
@@ -145,21 +144,21 @@ class Writer:
         self._is_silent = not is_due
 
     async def _taken(self, last: asyncio.Future[None]) -> None:
-        """Until a message has gone to the caller."""
+        """Wait until the client has taken a message."""
         try:
             done, _ = await asyncio.wait((last,), timeout=self._timeout_s)
         except asyncio.CancelledError:
             last.add_done_callback(_retrieve)
             raise
         if not done:
-            raise DeadlineExceeded(f"the caller has not taken a message for {self._timeout_s:g} s")
+            raise DeadlineExceeded(f"the client has not read a message for {self._timeout_s:g} s")
         try:
             last.result()
         except grpc.aio.InternalError as error:
             raise CallerGone from error
 
     async def settle(self) -> None:
-        """Until nothing is under way: at the latest with the connection."""
+        """Wait until no message is pending, at the latest until the connection ends."""
         self.close()
         if self._last is not None and not self._last.done():
             self._last.add_done_callback(_retrieve)
@@ -167,6 +166,6 @@ class Writer:
 
 
 def _retrieve(write: asyncio.Future[Any]) -> None:
-    """Its failure no longer matters."""
+    """Mark a failure as seen, so that asyncio does not log it."""
     if not write.cancelled():
         write.exception()

@@ -1,12 +1,11 @@
-"""Compressed requests, unpacked within the bound that holds for plain ones.
+"""Unpacks compressed requests within the size limit of plain ones.
 
-gRPC would unpack a message before its size is looked at, so it hands messages on as they came
-(`grpc.per_message_decompression` is off). It does not show which of them are compressed, but they
-show it themselves: gzip begins with a tag that no protobuf has, and zlib, which gRPC calls deflate,
-ends with a checksum of all of it.
+gRPC unpacks a message before it checks its size, so `grpc.per_message_decompression` is off. gRPC
+does not show which messages are compressed, but their content does: gzip begins with a tag that no
+protobuf has, and zlib (gRPC's "deflate") ends with a checksum.
 
-Small messages are unpacked at once. The others wait for one of a few threads, so that a few of them
-are in memory at a time, however many callers send some.
+Small messages are unpacked at once. Others wait for one of a few threads, so that only a few
+unpacked messages are in memory at a time.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from engine.rpc.channel import MAX_MESSAGE_BYTES
 
 SERVER_OPTIONS = (("grpc.per_message_decompression", 0),)
 
-_GZIP, _ZLIB = b"\x1f\x8b", 0x78  # 32 KiB windows, as all of gRPC's zlib has
+_GZIP, _ZLIB = b"\x1f\x8b", 0x78  # 32 KiB window, which gRPC's zlib always uses
 _GZIP_BITS, _ZLIB_BITS = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS
 _PIECE_BYTES = 1 << 20
-_SMALL_BYTES = 1 << 12  # compressed; a bomb of these is 4 MiB
+_SMALL_BYTES = 1 << 12  # compressed; at most 4 MiB unpacked
 _AT_ONCE = 2
 
 
@@ -34,7 +33,7 @@ class Unpacker:
         self._slots = asyncio.Semaphore(_AT_ONCE)
 
     async def plain(self, raw: bytes) -> bytes:
-        """`raw`, unpacked if it is compressed. Raises TooLarge, ValueError for half a message."""
+        """`raw`, unpacked if compressed. Raises TooLarge; ValueError for an incomplete message."""
         if not _looks_compressed(raw):
             return raw
         if len(raw) <= _SMALL_BYTES:
@@ -44,7 +43,7 @@ class Unpacker:
 
 
 def unpack(raw: bytes, max_bytes: int) -> bytes:
-    """See Unpacker.plain. Only what is known to be small enough is ever held."""
+    """See Unpacker.plain. The size is measured before all of the message is held."""
     if not _looks_compressed(raw):
         return raw
     bits = _GZIP_BITS if raw.startswith(_GZIP) else _ZLIB_BITS
@@ -52,13 +51,13 @@ def unpack(raw: bytes, max_bytes: int) -> bytes:
         piece, size = _measure(raw, bits, max_bytes)
         return piece if len(piece) == size else zlib.decompress(raw, bits, size)
     except zlib.error as error:
-        if bits == _ZLIB_BITS:  # a protobuf may begin like that
+        if bits == _ZLIB_BITS:  # an uncompressed protobuf may begin like zlib
             return raw
         raise ValueError(str(error)) from None
 
 
 def _measure(raw: bytes, bits: int, max_bytes: int) -> tuple[bytes, int]:
-    """The first piece of what is in `raw`, and the size of all of it. Raises TooLarge."""
+    """The first piece of the unpacked message, and the size of all of it. Raises TooLarge."""
     unpacker = zlib.decompressobj(bits)
     first = piece = unpacker.decompress(raw, _PIECE_BYTES)
     size = len(piece)
@@ -70,7 +69,7 @@ def _measure(raw: bytes, bits: int, max_bytes: int) -> tuple[bytes, int]:
         if not piece and not unpacker.eof:
             raise zlib.error("cut off")
     if size > max_bytes:
-        raise TooLarge(f"request: unpacked it is larger than {max_bytes} bytes")
+        raise TooLarge(f"request: larger than {max_bytes} bytes when unpacked")
     if unpacker.unused_data:
         raise zlib.error("more than one message")
     return first, size

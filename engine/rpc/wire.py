@@ -1,9 +1,8 @@
-"""Counts what a message will become before it is parsed.
+"""Counts the fields of a protobuf message before it is parsed.
 
-Parsing is one call with the GIL held, and each message within a message, empty ones of two bytes
-too, becomes an object of 50 bytes and more. Counting walks the wire by the descriptors, in steps
-between which other threads run, and stops at the bound. Bytes that are no message are passed on:
-the parser says so.
+Parsing is one call that holds the GIL, and each nested message, even an empty one of two bytes,
+becomes an object of 50 bytes or more. Counting walks the wire format by the descriptors, lets other
+threads run in between, and stops at the bound. Malformed bytes are left to the parser.
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 
-Descriptor = Any  # of a message: each implementation of protobuf has a type of its own
+Descriptor = Any  # of a message; its type depends on protobuf's implementation
 
-MAX_FIELDS = 524_288  # fields of a request, of all messages in it; a packed list is one
-SMALL_BYTES = 64 * 1024  # what a message of this size becomes is little
+MAX_FIELDS = 524_288  # fields of a request with all nested messages; a packed list is one
+SMALL_BYTES = 64 * 1024  # smaller messages need no count
 
 _VARINT, _FIXED64, _BYTES, _START_GROUP, _END_GROUP, _FIXED32 = range(6)
 
 
 def has_too_many_fields(raw: bytes, kind: Descriptor, at_most: int = MAX_FIELDS) -> bool:
-    """Whether `raw` holds more than `at_most` fields of `kind` and of the messages in it."""
+    """Whether a message of type `kind` has more than `at_most` fields, nested ones included."""
     messages = _messages_of(kind)
-    ends: list[tuple[int, dict[int, Descriptor]]] = []  # of the messages around this one
+    ends: list[tuple[int, dict[int, Descriptor]]] = []  # of the enclosing messages
     at, end, count = 0, len(raw), 0
     while True:
         while at >= end:
@@ -43,14 +42,14 @@ def has_too_many_fields(raw: bytes, kind: Descriptor, at_most: int = MAX_FIELDS)
             at += 4
         elif wire == _BYTES:
             size, at = _varint(raw, at)
-            below = messages.get(tag >> 3)
+            nested = messages.get(tag >> 3)
             if at + size > end:
                 return False
-            if below is None:
+            if nested is None:
                 at += size
             else:
                 ends.append((end, messages))
-                end, messages = at + size, _messages_of(below)
+                end, messages = at + size, _messages_of(nested)
         elif wire not in (_START_GROUP, _END_GROUP):
             return False
 
@@ -59,7 +58,7 @@ _KNOWN: dict[Descriptor, dict[int, Descriptor]] = {}
 
 
 def _messages_of(kind: Descriptor) -> dict[int, Descriptor]:
-    """The fields of `kind` that are messages, by number."""
+    """The types of message fields of `kind`, by field number."""
     if (found := _KNOWN.get(kind)) is None:
         found = _KNOWN[kind] = {
             field.number: field.message_type
@@ -70,7 +69,7 @@ def _messages_of(kind: Descriptor) -> dict[int, Descriptor]:
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:
-    """A number and the position behind it; past the end where it is cut off."""
+    """A number and the position after it; the end of `raw` if it is truncated."""
     value = shift = 0
     for i in range(at, min(at + 10, len(raw))):
         byte = raw[i]

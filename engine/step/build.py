@@ -20,8 +20,8 @@ from prometheus_client import CollectorRegistry
 
 from engine.base.errors import ConfigError
 from engine.base.kv_layout import KVLayout, compatibility_digest
-from engine.base.memory import HostMemory, host_memory, shown
-from engine.base.options import CacheOptions, ModelOptions, StepOptions
+from engine.base.memory import HostMemory, host_memory, readable_size
+from engine.base.option_groups import CacheOptions, ModelOptions, StepOptions
 from engine.base.types import NO_KV_POOL, KVPool, ModelIdentity, Role, RoleBudgets
 from engine.cache.kv_cache import KVCache
 from engine.cache.sizing import GpuMemory, PoolBudget, PoolSize, fit_pool, gpu_budget, host_budget
@@ -185,7 +185,7 @@ def _figures(memory: Callable[[], GpuMemory]) -> str:
         now = memory()
     except RuntimeError:  # not even a context fits
         return ""
-    total, free, taken = map(shown, (now.total_bytes, now.free_bytes, now.reserved_bytes))
+    total, free, taken = map(readable_size, (now.total_bytes, now.free_bytes, now.reserved_bytes))
     return f" ({total} in all, {free} free, {taken} taken here)"
 
 
@@ -252,7 +252,7 @@ class _PoolSizer:
             _log.warning(
                 "max_model_len reduced to what the KV pool holds",
                 max_model_len=size.max_model_len,
-                kv_pool=shown(size.num_bytes),
+                kv_pool=readable_size(size.num_bytes),
                 limit=size.limit,
             )
         return size

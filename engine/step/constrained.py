@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from engine.constraints import Masks
-from engine.constraints.masks import Batch, Place
+from engine.constraints.masks import Batch, MaskRequest
 from engine.constraints.matcher import Rows
 from engine.scheduling.plan import PlannedRow
 from engine.scheduling.request import Request, State
@@ -37,7 +37,7 @@ class ConstrainedAnswers:
     def look(self, active: Iterable[Request]) -> None:
         """Have the next masks computed, where they are not there or under way."""
         places = {
-            request.key: Place(matcher, ())
+            request.key: MaskRequest(matcher, ())
             for request in active
             if (matcher := request.work.matcher) is not None
             and request.state is State.RUNNING
@@ -54,7 +54,7 @@ class ConstrainedAnswers:
             for batch in self._looks:
                 self._masks.wait(batch, LATE_S)
             self._looks = []
-            self._masks.review()
+            self._masks.replace_slow_threads()
 
     def held(self, active: Iterable[Request]) -> set[int]:
         """Keys of the answers that could go on, and stay out of the next step."""
@@ -66,16 +66,16 @@ class ConstrainedAnswers:
         late = {key for key, matcher in matchers.items() if not matcher.is_ready}
         if late:
             self._metrics.constraint_masks_late.inc(len(late))
-        waited = sorted(matchers.keys() - late, key=lambda key: -matchers[key].num_held)
+        waited = sorted(matchers.keys() - late, key=lambda key: -matchers[key].num_steps_skipped)
         held, left_s = set(late), _DEAR_S
         for key in waited:
             matcher = matchers[key]
-            if matcher.take_s > left_s and left_s < _DEAR_S:
+            if matcher.advance_cost_s > left_s and left_s < _DEAR_S:
                 held.add(key)
-                matcher.num_held += 1
+                matcher.num_steps_skipped += 1
             else:
-                left_s -= matcher.take_s
-                matcher.num_held = 0
+                left_s -= matcher.advance_cost_s
+                matcher.num_steps_skipped = 0
         return held
 
     def wait_for_late(self) -> None:
@@ -86,7 +86,7 @@ class ConstrainedAnswers:
     def begin(self, plan: Sequence[PlannedRow]) -> None:
         """Have the masks of drafts computed while the model computes."""
         places = {
-            planned.request.key: Place(planned.request.work.matcher, planned.draft)
+            planned.request.key: MaskRequest(planned.request.work.matcher, planned.draft)
             for planned in plan
             if planned.request.work.matcher is not None and planned.draft
         }
@@ -105,7 +105,7 @@ class ConstrainedAnswers:
             mask = found.get(key) if planned.draft else matcher.mask
             if mask is None or not matcher.is_ready:
                 late.add(key)
-                matcher.guess_was_late = True
+                matcher.draft_was_late = True
             else:
                 rows[key] = mask
         if late:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from engine.base.errors import ConfigError
-from engine.base.options import ModelOptions
+from engine.base.option_groups import ModelOptions
 from engine.cache.device_memory import driver_bytes
 from engine.cache.kv_cache import zeroed_pages
 from engine.cache.sizing import GpuMemory

@@ -17,7 +17,7 @@ from engine.attention import (
 from engine.attention.base import AttentionBackend
 from engine.base.errors import ConfigError
 from engine.base.kv_layout import KVLayout
-from engine.base.options import CacheOptions, ModelOptions, StepOptions
+from engine.base.option_groups import CacheOptions, ModelOptions, StepOptions
 from engine.cache.kv_cache import DTYPES, KVCache
 from engine.checkpoint.fingerprint import config_digest
 from engine.checkpoint.packed import packed_file, read_packed
@@ -27,7 +27,7 @@ from engine.kernels.backend_selection import first_layers, packing, pick_kernels
 from engine.kernels.precision import auto_dtype
 from engine.kernels.threads import Threads
 from engine.models.config import ModelConfig
-from engine.process.core_share import Seat, usable_cores
+from engine.process.core_share import CoreShare, usable_cores
 from engine.runner.base import Model, ModelRunner, PooledRunner
 from engine.runner.loader import load_model, random_model
 from engine.runner.native_model import NativeModel
@@ -193,7 +193,7 @@ class Loader:
             library = kernels()
             assert library is not None, "a model was loaded by them"
             num_threads = self._step.num_threads or usable_cores()
-            self._threads = Threads(library, num_threads, Seat.parse(self._step.cores))
+            self._threads = Threads(library, num_threads, CoreShare.parse(self._step.cores))
         return self._threads
 
     def _backend(self, config: ModelConfig) -> BackendChoice:

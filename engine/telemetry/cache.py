@@ -1,5 +1,6 @@
-"""What of the cache was found damaged, counted for the whole process: the files are checked before
-there is a registry, and by code that has none.
+"""Counts damaged cache entries of the whole process.
+
+The count is global because files are checked before there is a registry, and by code without one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _damaged: Counter[str] = Counter()
 
 
 def count_damaged(kind: str) -> None:
-    """Something of `kind` in the cache was not as it was written, and is made again."""
+    """Count an entry of `kind` that was damaged and is made again."""
     _damaged[kind] += 1
 
 
@@ -27,7 +28,7 @@ class CacheMetrics(Collector):
         registry.register(self)
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        """One counter."""
+        """The counter, with a sample for each kind."""
         help = "Entries of the cache on disk that were damaged and made again."
         family = CounterMetricFamily("diptych_cache_damaged", help, labels=("kind",))
         for kind in _KINDS:

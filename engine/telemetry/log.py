@@ -1,8 +1,8 @@
-"""Log lines by structlog: readable on a terminal, JSON elsewhere, always on stderr.
+"""Logging by structlog to stderr: readable on a terminal, JSON elsewhere.
 
-Lines of libraries (grpc, uvicorn, asyncio) pass through the same chain. A request's id is bound as
-a context variable by `engine.rpc.server` at the door of each process; a thread of its own (the
-engine thread) has no such context and passes `request_id=` itself.
+Lines of libraries (grpc, uvicorn, asyncio) pass through the same processors. `engine.rpc.server`
+binds the request id as a context variable; the engine thread has no such context, and passes
+`request_id=`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import structlog
 
-from engine.base.options import LogOptions
+from engine.base.option_groups import LogOptions
 
 Logger = structlog.stdlib.BoundLogger
 
@@ -22,11 +22,11 @@ Logger = structlog.stdlib.BoundLogger
 def configure_logging(
     options: LogOptions, *, stream: TextIO | None = None, **process_fields: str
 ) -> None:
-    """Set up logging for this process, again if need be; `process_fields` go on every line."""
+    """Set up logging of this process (may be repeated); all lines have `process_fields`."""
     stream = stream or sys.stderr
-    shape = options.log_format
-    if shape == "auto":
-        shape = "console" if stream.isatty() else "json"
+    log_format = options.log_format
+    if log_format == "auto":
+        log_format = "console" if stream.isatty() else "json"
 
     def add_process_fields(
         _logger: Any, _method: str, event: MutableMapping[str, Any]
@@ -45,7 +45,7 @@ def configure_logging(
     render: list[structlog.typing.Processor] = [
         structlog.stdlib.ProcessorFormatter.remove_processors_meta
     ]
-    if shape == "json":
+    if log_format == "json":
         render += [
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(default=str),
@@ -78,19 +78,19 @@ def configure_logging(
 
 
 def get_logger(name: str) -> Logger:
-    """A logger whose lines carry `logger: name`; valid before `configure_logging` too."""
+    """A logger whose lines have `logger: name`; usable before `configure_logging` too."""
     return structlog.stdlib.get_logger(name)
 
 
 def current_request() -> str:
-    """The request that the current task was bound to; "" where there is none."""
+    """The request id that is bound to the current task, or ""."""
     return str(structlog.contextvars.get_contextvars().get("request_id", ""))
 
 
 def library_logger(name: str) -> Logger:
-    """A logger for code that runs in processes which are not ours.
+    """A logger for code that also runs in foreign processes.
 
-    Where nobody has configured structlog, which then prints to stdout, lines go to `logging`.
+    If structlog is not configured, lines go to `logging`: structlog would print to stdout.
     """
     if structlog.is_configured():
         return get_logger(name)
@@ -106,5 +106,5 @@ def library_logger(name: str) -> Logger:
 
 
 def bind_request(request_id: str) -> None:
-    """Put `request_id` on every further line of the current task."""
+    """Add `request_id` to all further lines of the current task."""
     structlog.contextvars.bind_contextvars(request_id=request_id)

@@ -1,7 +1,7 @@
-"""Progress of work that takes a while, for a person: a bar on a terminal, plain lines elsewhere.
+"""Shows the progress of long work: a bar on a terminal, plain lines elsewhere.
 
-While the work goes on a line is printed at least every `LINE_S`, whatever the work waits for: a log
-file and a CI console show that the process is alive, and with what.
+A line is printed at least every `LINE_S`, also while the work blocks, so that a log file or a CI
+console shows that the process is alive, and what it does.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any, Protocol, Self
 from tqdm import tqdm
 
 LINE_S = 5.0
-_FIRST_LINE_S = 2.0  # of a bar: work that is over by then needs none
+_FIRST_LINE_S = 2.0  # of a bar: shorter work prints nothing
 
 
 class Bar(Protocol):
-    """What `bar` gives: the part of tqdm that is used here."""
+    """The result of `bar`: the part of tqdm that is used here."""
 
     def update(self, n: int = 1) -> Any:
-        """`n` more units are done."""
+        """Record that `n` more units are done."""
 
     def __iter__(self) -> Iterator[Any]: ...
 
@@ -41,8 +41,8 @@ class Bar(Protocol):
 class Progress:
     """Lines on standard error about one piece of work. Use as a context manager.
 
-    The first line comes after `first_s` (0: at once). `detail` may be set from any thread; each
-    line shows the value of that moment.
+    The first line is printed after `first_s` (0: at once). Any thread may set `detail`; each line
+    shows its current value.
     """
 
     def __init__(self, title: str, *, first_s: float = 0.0) -> None:
@@ -110,7 +110,7 @@ def bar(
     show: bool = True,
     **options: Any,
 ) -> Bar:
-    """A bar with tqdm's options, to be iterated or updated; `show=False`: nothing is shown."""
+    """A bar with tqdm's options, for iteration or updates; `show=False` shows nothing."""
     if not show or sys.stderr.isatty():
         return tqdm(iterable, desc=desc, total=total, disable=not show, **options)
     if total is None:
@@ -119,7 +119,7 @@ def bar(
 
 
 def print_line(text: str) -> None:
-    """One whole line on standard error; a reader that has gone is no reason to stop the work."""
+    """Print one line on standard error; a closed stderr does not stop the work."""
     try:
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Where a step's time goes, phase by phase."""
+"""Measures the phases of a step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class Stopwatch:
-    """Laps by name, in seconds; a name may come again and adds up."""
+    """Laps by name, in seconds; repeated laps of a name add up."""
 
     __slots__ = ("_clock", "_last_s", "laps")
 
@@ -16,7 +16,7 @@ class Stopwatch:
         self.laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """What passed since the last lap belongs to `name`."""
+        """Add the time since the last lap to `name`."""
         now_s = self._clock()
         self.laps[name] = self.laps.get(name, 0.0) + now_s - self._last_s
         self._last_s = now_s

@@ -4,9 +4,9 @@
     worker       ARRIVED - SCHEDULED - COMPUTED ... COMPUTED - TOKENS ... TOKENS - FINISHED
                                '- ANNOUNCED ... ANNOUNCED, PULLED ... PULLED, COMMITTED
 
-An event may happen many times: its first and last moment and their number are kept, so a timeline
-stays small whatever the length of the answer. Times are of the injected monotonic clock, which on
-one host is the same in all processes.
+Of an event that happens many times the first time, the last time and the count are kept, so the
+size of a timeline does not depend on the length of the output. Times are of the injected monotonic
+clock, which is equal in all processes of one host.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from enum import Enum
 
 
 class Event(Enum):
-    """What can happen to a request, in the order in which it usually does."""
+    """The events of a request, in their usual order."""
 
     ARRIVED = "arrived"
     ADMITTED = "admitted"
     TOKENIZED = "tokenized"
     ROUTED = "routed"  # a worker was picked; again after each migration
-    SCHEDULED = "scheduled"  # first row of it in a step, or first call for its blocks
+    SCHEDULED = "scheduled"  # its first row in a step, or the first call for its blocks
     COMPUTED = "computed"  # a chunk of its prompt
     ANNOUNCED = "announced"  # blocks became readable for peers
     PULLED = "pulled"  # a read of blocks ended
-    COMMITTED = "committed"  # blocks passed the fence and have their names
-    TOKENS = "tokens"  # tokens of the answer
+    COMMITTED = "committed"  # blocks passed the fence and have their hashes
+    TOKENS = "tokens"  # tokens of the output
     FINISHED = "finished"
 
 
 class Timeline:
-    """First and last moment and number of each event. Not thread-safe: it has one owner."""
+    """First time, last time and count of each event. Not thread-safe: it has one owner."""
 
     __slots__ = ("_clock", "_marks")
 
@@ -42,30 +42,30 @@ class Timeline:
         self._marks: dict[Event, tuple[float, float, int]] = {}
 
     def mark(self, event: Event, at: float | None = None) -> float:
-        """Note that `event` happens now (or happened `at`); returns the moment, in seconds."""
+        """Record that `event` happens now (or happened `at`); returns the time in seconds."""
         moment = self._clock() if at is None else at
         first, _, count = self._marks.get(event, (moment, moment, 0))
         self._marks[event] = (first, moment, count + 1)
         return moment
 
     def fork(self) -> Timeline:
-        """What has happened so far, for a part of the request that goes on by itself."""
+        """A copy, for a part of the request that continues separately."""
         twin = Timeline(self._clock)
         twin._marks = dict(self._marks)
         return twin
 
     def first(self, event: Event) -> float | None:
-        """The moment of the first `event`, or None."""
+        """The time of the first `event`, or None."""
         mark = self._marks.get(event)
         return mark[0] if mark else None
 
     def last(self, event: Event) -> float | None:
-        """The moment of the last `event`, or None."""
+        """The time of the last `event`, or None."""
         mark = self._marks.get(event)
         return mark[1] if mark else None
 
     def count(self, event: Event) -> int:
-        """How often `event` happened."""
+        """The number of `event`s."""
         mark = self._marks.get(event)
         return mark[2] if mark else 0
 

@@ -39,7 +39,7 @@ from coordinator.server import Coordinator
 from coordinator.text.chat_template import ChatTemplate
 from coordinator.text.served_model import ServedModel
 from coordinator.text.tokenizer import Tokenizer
-from engine.base.options import FrontOptions, LogOptions
+from engine.base.option_groups import FrontOptions, LogOptions
 from engine.base.types import PROTOCOL_VERSION, ModelIdentity, Role
 from engine.checkpoint.source import resolve
 from engine.models.config import ModelConfig

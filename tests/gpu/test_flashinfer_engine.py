@@ -11,7 +11,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from decode.drafting import make_drafting
-from engine.base.options import CacheOptions, DraftOptions, ModelOptions, StepOptions
+from engine.base.option_groups import CacheOptions, DraftOptions, ModelOptions, StepOptions
 from engine.base.types import Role
 from engine.cache.sizing import GpuMemory
 from engine.scheduling.events import FinishedEvent, TokensEvent

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from decode.drafting import make_drafting
 from engine.base.errors import ConfigError
-from engine.base.options import CacheOptions, DraftOptions, ModelOptions, StepOptions
+from engine.base.option_groups import CacheOptions, DraftOptions, ModelOptions, StepOptions
 from engine.base.types import Role, SamplingParams, StopParams
 from engine.cache.kv_cache import zeroed_pages
 from engine.cache.sizing import GpuMemory

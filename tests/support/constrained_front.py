@@ -8,7 +8,7 @@ from typing import Any
 
 from coordinator.server import Coordinator
 from coordinator.text.served_model import ServedModel
-from engine.base.options import FrontOptions
+from engine.base.option_groups import FrontOptions
 from tests.support.grpc_front import Front
 
 TEXT = '{"name": "Ann", "age": 7}'

@@ -13,7 +13,7 @@ from google.rpc import status_pb2  # type: ignore[import-untyped]
 from coordinator.cluster.worker import Hello
 from coordinator.server import Coordinator
 from coordinator.text.served_model import ServedModel
-from engine.base.options import FrontOptions
+from engine.base.option_groups import FrontOptions
 from engine.base.types import PROTOCOL_VERSION, Peer, Role
 from engine.pb.diptych.v1 import inference_pb2, inference_pb2_grpc
 from engine.rpc.channel import open_channel

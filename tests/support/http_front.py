@@ -17,7 +17,7 @@ from coordinator.server import Coordinator
 from coordinator.text.chat_template import ChatTemplate
 from coordinator.text.served_model import ServedModel
 from coordinator.text.tokenizer import Tokenizer
-from engine.base.options import FrontOptions
+from engine.base.option_groups import FrontOptions
 from engine.base.types import PROTOCOL_VERSION, Role
 from engine.checkpoint.source import resolve
 from engine.pb.diptych.v1 import inference_pb2, inference_pb2_grpc

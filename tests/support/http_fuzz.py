@@ -18,7 +18,7 @@ from typing import Any
 
 from coordinator.api.openai.decisions import CHAT_NEUTRAL, COMPLETION_NEUTRAL, IGNORED, NEUTRAL
 from coordinator.api.openai.openapi import description
-from engine.base.options import LogOptions
+from engine.base.option_groups import LogOptions
 from engine.telemetry.log import configure_logging
 from tests.support.http_front import HttpFront, http_front
 

@@ -26,7 +26,7 @@ from decode.speculative.verify import verify
 from engine.attention.batch import Row
 from engine.base.errors import DiptychError
 from engine.base.kv_layout import KVLayout, hash_salt
-from engine.base.options import TransferOptions, WorkerOptions
+from engine.base.option_groups import TransferOptions, WorkerOptions
 from engine.base.types import ModelIdentity, Role, SamplingParams, StopParams
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.convert import sampling_to_pb, stop_to_pb

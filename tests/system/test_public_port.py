@@ -18,8 +18,8 @@ from engine.base.errors import Unauthenticated
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc
 from engine.pb.vllm import vllm_engine_pb2 as engine_pb
 from engine.pb.vllm import vllm_engine_pb2_grpc
+from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import open_channel
-from engine.rpc.trust import ClusterToken
 from tests.support.http_get import http_get
 from tests.support.paths import ROOT
 from tests.support.stack import EXACT, Stack, until
@@ -189,7 +189,7 @@ def test_another_user_is_told_what_is_missing(guarded: Stack) -> None:
     script = (
         "import encodings.idna, os, sys\n"
         "from coordinator.cli import main\n"
-        "import coordinator.commands.terminal\n"
+        "import coordinator.commands.generate, coordinator.commands.status\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         f"sys.exit(main(['drain', 'decode-0', '--server', '{guarded.address}']))\n"
     )

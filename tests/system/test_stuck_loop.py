@@ -41,5 +41,5 @@ def test_a_worker_whose_event_loop_is_stuck_is_replaced(
         assert counts["diptych_worker_stalls_total"] == 1
         log = stack.logs()["coordinator"]
         assert log.index("a worker's event loop stalls") < log.index("local worker hangs")
-        assert "has said nothing" not in log, "its stream was kept until it was killed"
+        assert "has sent nothing" not in log, "its stream was kept until it was killed"
         stack.assert_at_rest()

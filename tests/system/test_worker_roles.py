@@ -21,11 +21,11 @@ from coordinator.cluster.worker import Worker
 from engine.base.errors import Unavailable
 from engine.base.types import RoleBudgets, SamplingParams, StopParams
 from engine.pb.diptych.internal.v1 import registry_pb2, worker_pb2, worker_pb2_grpc
+from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import open_channel
 from engine.rpc.convert import sampling_to_pb, stop_to_pb
 from engine.rpc.server import RpcServer
-from engine.rpc.trust import ClusterToken
-from engine.telemetry.metrics import CoordinatorMetrics
+from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from tests.support.paths import DATA, ROOT
 from tests.support.stack import EXACT
 from tests.support.worker_pair import collect

@@ -11,7 +11,7 @@ from coordinator.cluster.membership import Membership
 from coordinator.cluster.registry_service import RegistryServicer
 from coordinator.cluster.worker import Worker, WorkerState
 from engine.base.errors import DeadlineExceeded, InvalidRequest, NotFound
-from engine.base.options import MAX_REQUEST_S
+from engine.base.option_values import MAX_REQUEST_S
 from engine.base.types import Health, KVLink
 from engine.pb.diptych.v1 import admin_pb2
 from engine.telemetry.log import get_logger

@@ -34,8 +34,8 @@ from engine.base.errors import (
 )
 from engine.pb.inference import grpc_service_pb2
 from engine.rpc.status import RpcStatus, internal, to_status
+from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from engine.telemetry.log import get_logger
-from engine.telemetry.metrics import CoordinatorMetrics
 
 _log = get_logger(__name__)
 

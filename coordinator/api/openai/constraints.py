@@ -68,6 +68,6 @@ def _of_schema(schema: Any) -> Constraint:
 def _check_formats(schema: Any) -> None:
     try:
         schemas.check_formats(schema)
-    except (schemas.Refused, RecursionError) as error:
+    except (schemas.UnsupportedSchema, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InvalidRequest("response_format.json_schema.schema", what) from None

@@ -18,7 +18,7 @@ from coordinator.text.tool_format import Tool, ToolFormat, ToolUse, argument_sch
 from coordinator.text.values import ToolCall
 from engine.base.errors import InvalidRequest, NotOffered
 from engine.constraints.grammar import MAX_SOURCE_CHARS
-from engine.constraints.schemas import Refused, held
+from engine.constraints.schemas import UnsupportedSchema, prepare_schema
 
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 1024 * 1024
@@ -80,13 +80,13 @@ def text_schema(constraint: Constraint | None, use: ToolUse) -> str | None:
     if not use.format.trigger:
         raise NotOffered(f"constraint.{kind} beside tools, with a model whose calls are bare JSON")
     if kind == "json_object":
-        return held('{"type": "object"}') if value else None
+        return prepare_schema('{"type": "object"}') if value else None
     if kind != "json_schema" or not isinstance(value, str):
         raise NotOffered(f"constraint.{kind} beside tools")
     schema = parse_json("constraint.json_schema", value)
     if not isinstance(schema, dict):
         raise InvalidRequest("constraint.json_schema", "expected a JSON object")
-    return _fitting("constraint.json_schema", partial(held, json.dumps(schema)))
+    return _fitting("constraint.json_schema", partial(prepare_schema, json.dumps(schema)))
 
 
 def check_tool_calls(
@@ -172,7 +172,7 @@ def _fitting(field: str, make: Callable[[], str]) -> str:
     try:
         source = make()
         if len(source) > MAX_SOURCE_CHARS:
-            raise Refused(f"longer than {MAX_SOURCE_CHARS} characters")
+            raise UnsupportedSchema(f"longer than {MAX_SOURCE_CHARS} characters")
         return source
     except (
         ValueError,

@@ -28,8 +28,8 @@ from coordinator.generation.fan_in import Merge
 from coordinator.generation.pipeline import Pipeline
 from coordinator.text.served_model import ServedModel
 from engine.pb.vllm import vllm_engine_pb2
+from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from engine.telemetry.log import get_logger
-from engine.telemetry.metrics import CoordinatorMetrics
 
 _log = get_logger(__name__)
 

@@ -20,7 +20,8 @@ from coordinator.cluster.worker import Load, Worker
 from coordinator.process import Options, describe_context, make_supervisor, serve
 from coordinator.server import dialable
 from engine.base.memory import HostMemory
-from engine.base.options import (
+from engine.base.option_groups import (
+    AuthOptions,
     CacheOptions,
     DraftOptions,
     FleetOptions,
@@ -29,7 +30,6 @@ from engine.base.options import (
     ModelOptions,
     StepOptions,
     TransferOptions,
-    TrustOptions,
 )
 from engine.base.types import KVPool, Peer, Role
 from tests.support.fake_coordinator import ANSWER, FakeCoordinator, of_choice, whole
@@ -128,7 +128,7 @@ def test_text_in_a_locale_that_cannot_hold_it():
     for command in (["generate"], ["chat"]):
         prompt = "é".encode()
         done = run(*command, prompt, "--server", "127.0.0.1:1", env=ascii_only)
-        one_sentence(done, 1, "nobody answers")
+        one_sentence(done, 1, "no coordinator answers")
 
 
 def test_a_missing_model():
@@ -158,9 +158,13 @@ def test_a_worker_finds_a_used_port_before_it_loads(used_port, flag):
 
 def test_nobody_answers(used_port):
     for command in (["generate", "x"], ["chat", "x"], ["status"]):
-        one_sentence(run(*command, "--server", "127.0.0.1:1"), 1, "nobody answers at 127.0.0.1:1")
+        one_sentence(
+            run(*command, "--server", "127.0.0.1:1"), 1, "no coordinator answers at 127.0.0.1:1"
+        )
     several = "127.0.0.1:1,127.0.0.1:2"
-    one_sentence(run("generate", "x", "--server", several), 1, f"nobody answers at {several}")
+    one_sentence(
+        run("generate", "x", "--server", several), 1, f"no coordinator answers at {several}"
+    )
 
 
 def test_help_is_for_newcomers():
@@ -331,7 +335,7 @@ def test_a_start_looks_for_the_gpus_of_its_own_workers(monkeypatch, device, work
             FleetOptions(workers=workers),
             *(kind() for kind in (CacheOptions, StepOptions, DraftOptions, TransferOptions)),
             LogOptions(),
-            TrustOptions(),
+            AuthOptions(),
         )
     finally:
         for number, handler in handlers.items():

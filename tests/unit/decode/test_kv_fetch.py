@@ -226,7 +226,7 @@ async def test_a_silent_peer_is_lost_in_every_wait(
         else:
             p.runner.before_step = lambda: _wait_for(gate)
         begun, ask = time.monotonic(), Ask(LONG, 3)
-        with pytest.raises(Unavailable, match="prefill worker p has said nothing") as caught:
+        with pytest.raises(Unavailable, match="prefill worker p has sent nothing") as caught:
             await collect(decode_stub(d).Decode(ask.pb(p)), [])
         assert caught.value.lost == "prefill"
         assert time.monotonic() - begun < SILENCE_S + 1.5

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.base.errors import Unavailable
-from engine.base.options import TransferOptions
+from engine.base.option_groups import TransferOptions
 from engine.base.types import Role
 from kvtransfer.transport import ReadState
 from tests.support.worker_pair import (

@@ -11,8 +11,9 @@ import pytest
 
 from coordinator.cli import START_GROUPS
 from engine.base.errors import ConfigError
-from engine.base.options import DraftOptions, resolve
-from engine.rpc.trust import stays_on_this_machine
+from engine.base.option_groups import DraftOptions
+from engine.base.options import resolve
+from engine.rpc.auth import stays_on_this_machine
 from tests.support.paths import ROOT
 from worker.cli import _GROUPS as WORKER_GROUPS
 

@@ -12,7 +12,7 @@ import torch
 
 from engine.base.errors import Unavailable
 from engine.base.kv_layout import KVLayout
-from engine.base.options import TransferOptions
+from engine.base.option_groups import TransferOptions
 from engine.cache.kv_cache import KVCache
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from kvtransfer.checksum import Checksums

@@ -8,7 +8,7 @@ from io import StringIO
 
 import pytest
 
-from engine.base.options import LogOptions
+from engine.base.option_groups import LogOptions
 from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
 from engine.rpc.channel import open_channel

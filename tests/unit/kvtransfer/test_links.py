@@ -16,7 +16,7 @@ from rich.console import Console
 
 from coordinator.api.grpc.service import _row
 from coordinator.cluster.registry_service import _load
-from coordinator.commands.terminal import _links
+from coordinator.commands.status import links_table
 from engine.base.types import KVLink, KVPool, Peer, Role, machine_id
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.rpc.convert import link_to_pb
@@ -177,7 +177,7 @@ def test_links_reach_status_and_metrics() -> None:
         "the cgroup's 2 GiB",
     )
     out = io.StringIO()
-    Console(file=out, width=160).print(_links([row]))
+    Console(file=out, width=160).print(links_table([row]))
     for word in ("decode-0", "prefill-0", "GPU", "tcp/eth0", "64 MiB", "0.5 GB/s: slow"):
         assert word in out.getvalue()
     registry = CollectorRegistry()

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from engine.base.errors import Silent
-from engine.base.options import TransferOptions
+from engine.base.option_groups import TransferOptions
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.liveness import next_message
 from prefill.service import PrefillServicer
@@ -100,7 +100,7 @@ async def test_an_engine_that_hangs_sends_no_sign_of_life(monkeypatch: pytest.Mo
         p.runner.before_step = lambda: _wait_for(gate)
         stub = worker_pb2_grpc.PrefillServiceStub(p.host.channels.get(p.address))
         call = stub.Prefill(prefill(p))
-        with pytest.raises(Silent, match="p has said nothing"):
+        with pytest.raises(Silent, match="p has sent nothing"):
             await next_message(call, "p", silence_s=1.5)
         assert p.host.load() is None
         gate.set()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from engine.base.options import TransferOptions
+from engine.base.option_groups import TransferOptions
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from kvtransfer.transport import ReadState
 from tests.support.engine_probe import Probe

@@ -12,7 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine.base.errors import ConfigError
-from engine.base.options import WorkerOptions
+from engine.base.option_groups import WorkerOptions
 from engine.base.types import Role
 from engine.rpc.server import RpcServer
 from tests.support.engine_probe import Probe

@@ -20,7 +20,7 @@ from engine.pb.diptych.internal.v1 import registry_pb2, worker_pb2, worker_pb2_g
 from engine.rpc.registration import Registration
 from engine.rpc.server import RpcServer
 from engine.rpc.status import from_rpc_error
-from engine.telemetry.metrics import CoordinatorMetrics
+from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from tests.support.history_model import VOCAB
 from tests.support.worker_pair import (
     Ask,

@@ -9,7 +9,8 @@ from coordinator.api.grpc.requests import read_request
 from coordinator.api.switches import _PARTS, Switches
 from engine.base import options as config
 from engine.base.errors import ConfigError, NotOffered
-from engine.base.options import DISABLABLE, FrontOptions
+from engine.base.option_groups import FrontOptions
+from engine.base.option_values import DISABLABLE
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.pb.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from engine.pb.vllm import vllm_engine_pb2, vllm_engine_pb2_grpc

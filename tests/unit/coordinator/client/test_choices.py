@@ -1,4 +1,4 @@
-"""Several choices of one answer: wherever its calls break off, the caller sees the same events."""
+"""Several choices of one output: wherever its calls are lost, the events are the same."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ PROMPT = inference_pb2.Prompt(text="Once", token_ids=[1, 2])
 
 @dataclass(frozen=True)
 class Script:
-    """What a coordinator sends: odd choices are calls of tools, even ones text.
+    """The messages of a coordinator: odd choices are tool calls, even ones text.
 
-    A choice's text lags a token behind; with `tail` the last of it comes without a token.
+    The text of a choice is one token late; with `tail` the rest comes without a token.
     """
 
     tokens: Sequence[int]
     n: int = 1
     tail: bool = False
     prompt: bool = False
-    group: int | None = 1  # tokens a message; None: whatever the dice say
-    in_turns: bool = True  # else in the order of the dice
+    group: int | None = 1  # tokens a message; None: random
+    in_turns: bool = True  # else in random order
 
     def request(self) -> Any:
         return generate_request("x", n=self.n, temperature=1.0, echo=self.prompt, logprobs=0)
@@ -99,7 +99,7 @@ def stream_of(script: Script) -> Stream:
 
 
 def heard(script: Script, cuts: Sequence[int], seed: int = 1) -> list[OutputEvent]:
-    """All events, where call i is lost after so many messages and the calls after that are not."""
+    """All events, where call i is lost after cuts[i] messages, and later calls are not."""
     rng, stream, events, now_s = random.Random(seed), stream_of(script), [], 0.0
     for cut in [*cuts, None]:
         call = stream.next(now_s)
@@ -120,7 +120,7 @@ def of(events: list[OutputEvent], index: int) -> list[TextDelta | Done]:
 
 
 def check(script: Script, events: list[OutputEvent]) -> None:
-    """Each choice is there, whole and once, and so is the prompt."""
+    """Each choice and the prompt are complete, and delivered once."""
     assert [e for e in events if isinstance(e, Prompt)] == [PROMPT] * script.prompt
     if script.prompt:
         assert isinstance(events[0], Prompt)
@@ -178,7 +178,7 @@ def test_in_any_order_and_grouping(
     check(script, heard(script, cuts, seed))
 
 
-def test_the_next_call_is_told_of_each_choice_what_it_needs() -> None:
+def test_the_next_call_gets_what_it_needs_of_each_choice() -> None:
     script = Script(range(100, 103), n=4)
     stream = stream_of(script)
     first = stream.next(0.0).request
@@ -193,11 +193,11 @@ def test_the_next_call_is_told_of_each_choice_what_it_needs() -> None:
     assert told == {0: ([100, 101, 102], True), 2: ([102], False), 3: ([103], True)}
     assert second.n == 4
     assert second.request_id == first.request_id
-    assert stream.broken_off("gone").num_emitted == 5
+    assert stream.interrupted("gone").num_emitted == 5
 
 
-def test_the_end_of_one_choice_is_not_that_of_the_answer() -> None:
-    """A stream that ends as if all were well is lost while one is open."""
+def test_the_end_of_one_choice_is_not_the_end_of_the_output() -> None:
+    """A stream that ends without error is lost while a choice is open."""
     script = Script([7], n=2)
     stream = stream_of(script)
     messages = list(script.reply(stream.next(0.0).request, random.Random(1)))
@@ -213,7 +213,7 @@ def test_the_end_of_one_choice_is_not_that_of_the_answer() -> None:
     assert stream.done
 
 
-def test_a_prompt_alone_has_begun_the_answer_and_comes_once() -> None:
+def test_a_prompt_begins_the_output_and_is_delivered_once() -> None:
     script = Script([7, 8], prompt=True)
     stream = stream_of(script)
     (first, *_) = script.reply(stream.next(0.0).request, random.Random(1))

@@ -1,4 +1,4 @@
-"""The client library against coordinators on real ports that fail on cue."""
+"""The client library against coordinators on real ports, with scripted failures."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TEXT = whole(ANSWER)
 
 
 class Got:
-    """What a caller has seen."""
+    """The events that a user of the client has received."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -74,7 +74,7 @@ async def ask(
     seed: int = 1,
     **options: Any,
 ) -> Got:
-    """One answer by one of the two clients; an error is kept."""
+    """One output by one of the two clients; an error is kept."""
     got, rng = Got(), random.Random(seed)
     options = {"timeout_s": 30.0, **options}
 
@@ -117,7 +117,7 @@ def both(fakes: list[FakeCoordinator]) -> str:
 
 
 def nobody() -> str:
-    """An address at which nobody listens."""
+    """An address without a listener."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{sock.getsockname()[1]}"
@@ -131,7 +131,7 @@ async def until(condition: Any, timeout_s: float = 5.0) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_coordinator_that_cannot_be_reached_is_passed_over(kind: str) -> None:
+async def test_an_unreachable_coordinator_is_skipped(kind: str) -> None:
     async with coordinators({}) as fakes:
         began = time.monotonic()
         got = await ask(kind, f"{nobody()},{fakes[0].address}")
@@ -142,7 +142,7 @@ async def test_a_coordinator_that_cannot_be_reached_is_passed_over(kind: str) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("after", [1, 7, 20])
-async def test_a_coordinator_that_dies_in_mid_stream_is_a_pause(kind: str, after: int) -> None:
+async def test_a_coordinator_that_dies_within_a_stream_is_a_pause(kind: str, after: int) -> None:
     async with coordinators({"cues": [Cue(after, "vanish")], "pace_s": 0.002}, {}) as fakes:
         began = time.monotonic()
         got = await ask(kind, both(fakes), temperature=1.0)
@@ -157,7 +157,7 @@ async def test_a_coordinator_that_dies_in_mid_stream_is_a_pause(kind: str, after
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("after", [1, 20, 60, 63])
-async def test_it_leaves_no_seam_in_any_choice(kind: str, after: int) -> None:
+async def test_a_resumed_output_has_no_gap_in_any_choice(kind: str, after: int) -> None:
     script = {"tail": True, "pace_s": 0.002}
     async with coordinators({**script, "cues": [Cue(after, "vanish")]}, script) as fakes:
         got = [Got() for _ in range(3)]
@@ -185,7 +185,7 @@ async def test_it_leaves_no_seam_in_any_choice(kind: str, after: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_the_only_coordinator_is_waited_for(kind: str) -> None:
+async def test_the_only_coordinator_is_retried(kind: str) -> None:
     script = {"cues": [Cue(5, "vanish")], "pace_s": 0.002, "back_s": 0.7}
     async with coordinators(script) as fakes:
         got = await ask(kind, fakes[0].address, retry_policy=RetryPolicy())
@@ -209,7 +209,7 @@ async def test_every_kind_of_loss(kind: str, how: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("after", [0, 3])
 @pytest.mark.parametrize("how", ["invalid", "missing", "bug"])
-async def test_an_answer_is_raised_at_once(kind: str, after: int, how: str) -> None:
+async def test_a_final_error_is_raised_at_once(kind: str, after: int, how: str) -> None:
     async with coordinators({"cues": [Cue(after, how)]}, {}) as fakes:
         got = await ask(kind, both(fakes))
         assert len(got.tokens) == 2 * after
@@ -222,7 +222,7 @@ async def test_an_answer_is_raised_at_once(kind: str, after: int, how: str) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_when_all_is_spent_the_caller_learns_how_far_it_came(kind: str) -> None:
+async def test_the_last_error_has_the_number_of_delivered_tokens(kind: str) -> None:
     cues = [Cue(4, "cut"), *[Cue(0, "unavailable")] * 100]
     async with coordinators({"cues": list(cues)}, {"cues": cues[1:]}) as fakes:
         got = await ask(kind, both(fakes))
@@ -234,7 +234,7 @@ async def test_when_all_is_spent_the_caller_learns_how_far_it_came(kind: str) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_full_coordinator_is_passed_over_and_full_ones_are_overloaded(kind: str) -> None:
+async def test_a_full_coordinator_is_skipped_and_all_full_is_overloaded(kind: str) -> None:
     async with coordinators({"cues": [Cue(0, "overloaded")] * 50}, {}) as fakes:
         (await ask(kind, both(fakes))).check()
         assert len(fakes[0].requests) == 1
@@ -252,7 +252,7 @@ async def test_one_coordinator_is_retried_by_grpc_itself(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_the_callers_time_bounds_all_attempts(kind: str) -> None:
+async def test_timeout_s_bounds_all_attempts(kind: str) -> None:
     async with coordinators(
         {"cues": [Cue(3, "cut")], "pace_s": 0.1}, {"cues": [Cue(1, "silent")]}
     ) as fakes:
@@ -269,7 +269,7 @@ async def test_the_callers_time_bounds_all_attempts(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_lost_end_is_asked_for(kind: str) -> None:
+async def test_a_lost_end_is_requested_again(kind: str) -> None:
     for tail in (False, True):
         last = len(ANSWER) // 2 + tail
         scripts = ({"cues": [Cue(last, "end")], "tail": tail}, {"tail": tail})
@@ -279,7 +279,7 @@ async def test_a_lost_end_is_asked_for(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_client_stays_where_it_was_answered(kind: str) -> None:
+async def test_a_client_stays_with_its_coordinator(kind: str) -> None:
     async with coordinators({"cues": [Cue(2, "cut")]}, {}) as fakes:
 
         def blocking() -> None:
@@ -323,7 +323,7 @@ async def test_closing_the_iterator_cancels_the_call(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_an_iterator_that_nobody_reads_calls_nobody_and_a_forgotten_one_ends(
+async def test_an_unread_iterator_makes_no_call_and_a_dropped_one_ends(
     kind: str,
 ) -> None:
     async with coordinators({"pace_s": 0.02}) as fakes:
@@ -343,7 +343,7 @@ async def test_an_iterator_that_nobody_reads_calls_nobody_and_a_forgotten_one_en
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_closing_the_client_ends_its_answers(kind: str) -> None:
+async def test_closing_the_client_ends_its_outputs(kind: str) -> None:
     async with coordinators({"pace_s": 0.02}, {}) as fakes:
         got = Got()
         client: Any = Client(both(fakes)) if kind == "blocking" else AsyncClient(both(fakes))
@@ -369,7 +369,7 @@ async def test_closing_the_client_ends_its_answers(kind: str) -> None:
         assert not fakes[1].requests
 
 
-async def test_cancelling_a_task_cancels_its_call_and_nothing_else() -> None:
+async def test_cancelling_a_task_cancels_only_its_call() -> None:
     async with coordinators({"pace_s": 0.02}, {}) as fakes:
         async with AsyncClient(both(fakes)) as client:
 
@@ -388,7 +388,7 @@ async def test_cancelling_a_task_cancels_its_call_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_short_questions_go_to_who_can_be_reached(kind: str) -> None:
+async def test_unary_calls_go_to_a_reachable_coordinator(kind: str) -> None:
     async with coordinators({}) as fakes:
         addresses, port = f"{nobody()},{fakes[0].address}", str(fakes[0].port)
 
@@ -428,7 +428,7 @@ async def test_one_blocking_client_serves_many_threads() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_random_scripts_on_real_connections(kind: str) -> None:
-    """Whatever happens: the answer, or an error that tells how far it came."""
+    """Always the output, or an error with the number of delivered tokens."""
     rng = random.Random(2024)
     num_whole = num_cut = 0
     for seed in range(60):
@@ -473,8 +473,8 @@ def process_at(port: int, first_s: float = 0.0) -> Iterator[subprocess.Popen[byt
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_stopped_coordinator_is_noticed_by_its_silence(kind: str) -> None:
-    """As long as it takes until a ping is due, and once more until it counts as lost."""
+async def test_a_stopped_coordinator_is_detected_by_silence(kind: str) -> None:
+    """One ping interval, and one more until the connection counts as lost."""
     port = int(nobody().rpartition(":")[2])
     with process_at(port) as process:
         async with coordinators({}) as fakes:
@@ -496,10 +496,10 @@ async def test_a_stopped_coordinator_is_noticed_by_its_silence(kind: str) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("first_s", [0.0, 60.0])
-async def test_a_coordinator_whose_event_loop_hangs_is_noticed_by_its_silence(
+async def test_a_coordinator_with_a_hanging_event_loop_is_detected_by_silence(
     kind: str, first_s: float
 ) -> None:
-    """Its connection answers pings; in mid-answer, and before the first token."""
+    """Its connection answers pings. Within an output, and before the first token."""
     port = int(nobody().rpartition(":")[2])
     with process_at(port, first_s) as process:
         async with coordinators({}) as fakes:
@@ -518,8 +518,8 @@ async def test_a_coordinator_whose_event_loop_hangs_is_noticed_by_its_silence(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_one_that_is_only_slow_is_waited_for(kind: str) -> None:
-    """It sends `Alive`, and the caller takes its time over an event: no silence of its own."""
+async def test_a_slow_coordinator_is_not_lost(kind: str) -> None:
+    """It sends `Alive`; the time in which the user handles an event does not count."""
     async with coordinators({"first_s": 4.0}, {}) as fakes:
         got = await ask(kind, both(fakes), retry_policy=RetryPolicy())
         got.check()
@@ -528,7 +528,7 @@ async def test_one_that_is_only_slow_is_waited_for(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_the_only_one_that_hangs_gets_more_time_with_each_call(kind: str) -> None:
-    """It takes 1.5 s to answer and sends no `Alive`, as if its loop were late each time."""
+    """It needs 1.5 s to respond and sends no `Alive`, as if its event loop were late."""
     cues = [Cue(99, "stuck")] * 4
     async with coordinators({"first_s": 1.5, "cues": cues}) as fakes:
         got = await ask(kind, fakes[0].address, retry_policy=RetryPolicy(silence_s=0.5))
@@ -537,7 +537,7 @@ async def test_the_only_one_that_hangs_gets_more_time_with_each_call(kind: str) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_caller_that_takes_its_time_loses_no_call(kind: str) -> None:
+async def test_a_slow_user_loses_no_call(kind: str) -> None:
     async with coordinators({"pace_s": 0.01}, {}) as fakes:
         got, quick = Got(), RetryPolicy(silence_s=0.6)
 
@@ -565,8 +565,8 @@ async def test_a_caller_that_takes_its_time_loses_no_call(kind: str) -> None:
         assert [len(fake.requests) for fake in fakes] == [1, 0]
 
 
-async def test_pings_during_a_silence_are_no_offence() -> None:
-    """More than a server forgives by default; ours counts none (else: GOAWAY, too_many_pings)."""
+async def test_pings_during_a_silence_are_allowed() -> None:
+    """By default a server would send GOAWAY (too_many_pings); ours counts no pings."""
     async with coordinators({"first_s": 6.0}) as fakes:
         got = await ask("asyncio", fakes[0].address, retry_policy=RetryPolicy(ping_s=0.25))
         got.check()
@@ -588,7 +588,7 @@ async def test_a_lost_call_is_logged_with_its_request() -> None:
     assert "as scripted" in line["reason"]
 
 
-async def test_where_structlog_is_not_configured_the_line_goes_to_logging(
+async def test_without_structlog_the_line_goes_to_logging(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     structlog.reset_defaults()

@@ -1,4 +1,4 @@
-"""A DNS name that stands for several coordinators, here by /etc/hosts in a mount namespace."""
+"""A DNS name with several addresses, by /etc/hosts in a mount namespace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNSHARE = ("unshare", "--mount", "sh", "-c")
 
 
 def namespaces() -> bool:
-    """Whether we may have our own /etc/hosts: root may."""
+    """Whether this process may have a private /etc/hosts: only root may."""
     try:
         tried = subprocess.run([*_UNSHARE, "mount --bind /etc/hosts /etc/hosts"], check=False)
     except OSError:
@@ -24,7 +24,7 @@ def namespaces() -> bool:
 
 
 @pytest.mark.skipif(not namespaces(), reason="needs root and mount namespaces")
-def test_calls_are_spread_over_a_name_and_go_on_where_it_leads_still(tmp_path: Path) -> None:
+def test_calls_are_spread_over_a_name_and_follow_its_changes(tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.1 localhost\n127.0.0.1 front\n127.0.0.2 front\n")
     script = f"mount --bind {hosts} /etc/hosts && exec {sys.executable} -m"

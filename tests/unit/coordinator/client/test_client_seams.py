@@ -1,7 +1,7 @@
-"""A coordinator's real answers, cut at every message: the client's events are those undisturbed.
+"""Real outputs of a coordinator, lost at every message: the client's events do not change.
 
-In test_client_choices.py a script answers; here it is the coordinator, with its stops, grammars,
-readers of tool calls and log-probabilities. Only the decode worker is scripted.
+In test_choices.py the coordinator is scripted; here it is real, with stops, grammars, tool
+parsers and log-probabilities. Only the decode worker is scripted.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def plain(full: int) -> Any:
 
 
 def held(full: int) -> Any:
-    """The worker says why it ended: then what a stop string held back comes without a token."""
+    """The worker ends the output: the text that a stop string held back has no token."""
     return generate_request(PROMPT, json_schema=SCHEMA, max_tokens=full, stop=["}}"], **COMMON)
 
 
 def tools(full: int) -> Any:
-    """One ends without its last marker, and one within what might begin a call: then a call and a
-    text come without a token. One is cut off in its call.
+    """One ends without its end marker, one within a possible call: then a call and a text have no
+    token. One is cut off within its call.
     """
     return chat_request(TURNS, tools=[WEATHER], stop=["snow"], max_tokens=full, **COMMON)
 
@@ -96,7 +96,7 @@ async def heard(stub: Any, request: Any, cuts: list[int]) -> tuple[list[Any], in
 
 
 def told(events: list[Any], n: int) -> list[list[Any]]:
-    """The prompt, then what each choice said; how long it took is not compared."""
+    """The prompt, then the content of each choice, without timings."""
     nothing = inference_pb2.Timing()
     by_index: list[list[Any]] = [[e for e in events if isinstance(e, Prompt)]]
     for index in range(n):

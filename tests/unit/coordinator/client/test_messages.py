@@ -1,4 +1,4 @@
-"""What a caller says -> a request: every option of the API by its name."""
+"""Requests from options: every option of the API by its name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TURNS = [{"role": "user", "content": "Hi"}]
 
 
 def fields(message: Any) -> dict[str, Any]:
-    """What is set in a message."""
+    """The set fields of a message."""
     return {field.name: value for field, value in message.ListFields()}
 
 
@@ -67,7 +67,7 @@ def test_every_option_goes_to_its_field(make: Any) -> None:
         assert names == OPTIONS[part].keys(), "an option that is not tried here"
 
 
-def test_what_is_not_given_stays_unset() -> None:
+def test_omitted_options_stay_unset() -> None:
     request = generate_request("x", temperature=None, n=None, json_object=False, regex=None)
     assert fields(request) == {"text": "x"}
     assert fields(generate_request([1, 2])) == {"token_ids": inference_pb2.TokenIds(ids=[1, 2])}
@@ -94,7 +94,7 @@ def test_a_constraint_is_an_option_by_the_name_of_its_kind(
         assert fields(request.constraint) == wanted
 
 
-def test_options_that_cannot_be_meant_are_refused() -> None:
+def test_invalid_options_are_refused() -> None:
     with pytest.raises(TypeError, match="more than one constraint: json_schema and regex"):
         generate_request("x", json_schema=SCHEMA, regex="a")
     with pytest.raises(TypeError, match="unknown option 'tempo'"):
@@ -124,7 +124,7 @@ def test_tools_and_their_choice() -> None:
         chat_request(TURNS, tools=[WEATHER], tool_choice="weather")
 
 
-def test_a_conversation_with_calls_and_what_they_gave() -> None:
+def test_a_conversation_with_calls_and_results() -> None:
     openai = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
     ours = {"id": "2", "name": "weather", "arguments": {"city": "Paris"}}
     request = chat_request(
@@ -151,7 +151,7 @@ def test_a_conversation_with_calls_and_what_they_gave() -> None:
         chat_request([{"role": "user", "content": "x", "nonsense": 1}])
 
 
-def test_an_assistants_turn_as_clients_dump_it() -> None:
+def test_an_assistant_message_as_clients_dump_it() -> None:
     call = {"id": None, "index": 0, "function": {"name": "weather", "arguments": None}}
     call["function"]["parsed_arguments"] = {"city": "Paris"}  # type: ignore[index]
     dumped = {"parsed": {"a": 1}, "annotations": [], "reasoning_content": "so", "audio": None}
@@ -172,7 +172,7 @@ def test_an_assistants_turn_as_clients_dump_it() -> None:
         chat_request([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}])
 
 
-def test_what_an_assistants_turn_has_in_other_places() -> None:
+def test_text_in_other_places_of_an_assistant_message() -> None:
     odd = [
         {"function_call": {"name": "weather", "arguments": "{}"}, "content": None},
         {"tool_calls": [{"id": "c", "type": "custom", "custom": {"name": "run", "input": "go"}}]},

@@ -1,4 +1,4 @@
-"""What the client decides, without a network: any script of failures against the answer itself."""
+"""The decisions of the client without a network, for any script of failures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEP_S = 0.01  # between two messages
 
 
 class Lost(grpc.RpcError):
-    """The end of a call as gRPC tells it."""
+    """The end of a call in gRPC's form."""
 
     def __init__(self, how: str) -> None:
         said = SAID.get(how)
@@ -47,7 +47,7 @@ class Lost(grpc.RpcError):
 
 
 class Refused(Lost):
-    """A call that a coordinator has ended with an error of its own."""
+    """A call that a coordinator has ended with its own error."""
 
     def __init__(self, error: DiptychError) -> None:
         status = to_status(error)
@@ -55,7 +55,7 @@ class Refused(Lost):
 
 
 class Caller:
-    """Who reads the stream: what it has seen, and what it cost."""
+    """A reader of the stream: its events, calls and waits."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -69,7 +69,7 @@ class Caller:
         self.requests: list[Any] = []
 
     def read(self, script: list[Cue], reply: Callable[[Any], Any]) -> None:
-        """Until the end or an error, over whatever calls that takes; each has its cue."""
+        """Read until the end or an error, over any number of calls, each with its script."""
         cues = iter(script)
         try:
             while not self.stream.done:
@@ -131,7 +131,7 @@ cues = st.builds(Cue, st.integers(0, 5), st.sampled_from([*LOSSES, *LOSSES, *SAI
     time_s=st.sampled_from([math.inf, 0.05, 1.0, 10.0]),
     seed=st.integers(0, 99),
 )
-def test_any_script_gives_the_answer_or_an_error_that_tells_how_far_it_came(
+def test_any_script_gives_the_output_or_an_error_with_the_delivered_tokens(
     tokens: list[int],
     group: int,
     tail: bool,
@@ -157,11 +157,11 @@ def test_any_script_gives_the_answer_or_an_error_that_tells_how_far_it_came(
     (name,) = {r.request_id for r in it.requests}
     assert name, "one name, given by the client, so one seed"
     assert it.now_s <= 100.0 + time_s + STEP_S
-    # Bounded: so many calls in the minute after each token, or text that comes without one.
+    # Bounded: so many calls in the minute after each token, or after text without a token.
     assert len(it.called) <= (len(it.tokens) + 2) * num * 40
 
 
-def test_a_broken_call_goes_elsewhere_at_once_with_what_has_come() -> None:
+def test_a_broken_call_moves_at_once_with_the_delivered_tokens() -> None:
     it = caller(2)
     it.read([Cue(2, "cut")], answers([5, 6, 7, 8, 9]))
     assert it.called == [0, 1]
@@ -172,7 +172,7 @@ def test_a_broken_call_goes_elsewhere_at_once_with_what_has_come() -> None:
     assert it.done.num_resumed == 1
 
 
-def test_the_next_call_names_the_worker_that_has_the_answers_blocks() -> None:
+def test_the_next_call_names_the_worker_with_the_blocks() -> None:
     def reply(request: Any) -> list[Any]:
         found = list(messages(request, [5, 6, 7, 8, 9], 1, False))
         if not request.resume:
@@ -193,7 +193,7 @@ def test_the_next_call_names_the_worker_that_has_the_answers_blocks() -> None:
     assert it.requests[1].resume[0].affinity_token == "d5"
 
 
-def test_one_coordinator_is_called_again_after_a_moment_and_then_more_slowly() -> None:
+def test_one_coordinator_is_retried_with_backoff() -> None:
     it = caller(1)
     it.read([Cue(1, "cut"), *[Cue(0, "cut")] * 99], answers([5, 6, 7]))
     assert isinstance(it.error, Unavailable)
@@ -205,7 +205,7 @@ def test_one_coordinator_is_called_again_after_a_moment_and_then_more_slowly() -
     assert 59.0 < sum(it.waits) <= 60.0, "the minute that is documented, and all of it"
 
 
-def test_a_token_is_progress_and_the_count_begins_anew() -> None:
+def test_a_token_resets_the_backoff() -> None:
     it = caller(1)
     it.read([Cue(1, "cut")] * 30, answers(list(range(50)), group=2))
     assert it.done
@@ -215,7 +215,7 @@ def test_a_token_is_progress_and_the_count_begins_anew() -> None:
 
 @pytest.mark.parametrize("num", [1, 3])
 @pytest.mark.parametrize("time_s", [math.inf, 300.0, 10.0, 1.0])
-def test_all_away_before_the_first_token(num: int, time_s: float) -> None:
+def test_all_unreachable_before_the_first_token(num: int, time_s: float) -> None:
     it = caller(num, ends_s=100.0 + time_s)
     it.read([Cue(0, "cut")] * 500, answers([5]))
     assert isinstance(it.error, Unavailable)
@@ -227,8 +227,8 @@ def test_all_away_before_the_first_token(num: int, time_s: float) -> None:
 
 
 @pytest.mark.parametrize("how", ["overloaded", "unavailable"])
-def test_one_refuses_and_the_other_is_away(how: str) -> None:
-    """The one that is away is tried meanwhile, for all of the minute."""
+def test_one_refuses_and_the_other_is_unreachable(how: str) -> None:
+    """The unreachable one is retried meanwhile, for the whole minute."""
     it = caller(2)
     for _ in range(500):
         try:
@@ -244,7 +244,7 @@ def test_one_refuses_and_the_other_is_away(how: str) -> None:
     assert it.called.count(1) > 10
 
 
-def test_silence_is_loss_and_each_such_loss_doubles_the_time_to_answer() -> None:
+def test_silence_is_loss_and_doubles_the_limit() -> None:
     it = caller(2)
     limits = []
     for _ in range(9):
@@ -262,8 +262,8 @@ def test_silence_is_loss_and_each_such_loss_doubles_the_time_to_answer() -> None
     assert it.stream.next(it.now_s).silence_s == 20.0, "it has moved, and was silent again"
 
 
-def test_a_slow_coordinator_is_not_asked_again_and_again_between_its_tokens() -> None:
-    """It stands still for 6 s after each token: two calls more, and not one each time."""
+def test_a_slow_coordinator_is_not_called_again_between_its_tokens() -> None:
+    """It pauses for 6 s after each token: two further calls, not one each time."""
     it = caller(1)
     call, tokens, num_calls = it.stream.next(it.now_s), list(range(40)), 1
     for num in range(1, 40):
@@ -278,9 +278,9 @@ def test_a_slow_coordinator_is_not_asked_again_and_again_between_its_tokens() ->
     assert num_calls == 3
 
 
-def test_one_stuck_coordinator_is_waited_for_until_the_minute_is_over() -> None:
+def test_a_stuck_coordinator_is_retried_for_a_minute() -> None:
     it = caller(1)
-    with pytest.raises(Unavailable, match="nothing came for"):
+    with pytest.raises(Unavailable, match="no message for"):
         while True:
             call = it.stream.next(it.now_s)
             it.now_s += call.wait_s + call.silence_s
@@ -305,12 +305,12 @@ def test_alive_and_unknown_events_are_neither_progress_nor_an_end() -> None:
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan])
-def test_a_limit_of_silence_is_a_time(bad: float) -> None:
+def test_silence_s_must_be_positive(bad: float) -> None:
     with pytest.raises(ValueError, match="silence_s: expected"):
         RetryPolicy(silence_s=bad)
 
 
-def test_without_a_limit_of_silence_no_alive_is_asked_for() -> None:
+def test_without_silence_s_no_alive_is_requested() -> None:
     stream = Coordinators("a:1", RetryPolicy(silence_s=math.inf)).stream(
         generate_request("x"), None
     )
@@ -321,7 +321,7 @@ def test_without_a_limit_of_silence_no_alive_is_asked_for() -> None:
 
 @pytest.mark.parametrize("how", ["invalid", "missing", "bug"])
 @pytest.mark.parametrize("after", [0, 2])
-def test_an_answer_is_raised_and_nobody_else_asked(how: str, after: int) -> None:
+def test_a_final_error_is_raised_without_another_call(how: str, after: int) -> None:
     it = caller(2)
     it.read([Cue(after, how)], answers([5, 6, 7, 8, 9]))
     assert len(it.called) == 1
@@ -332,7 +332,7 @@ def test_an_answer_is_raised_and_nobody_else_asked(how: str, after: int) -> None
 
 
 class Told(Lost):
-    """UNAVAILABLE or RESOURCE_EXHAUSTED, with a time to come back."""
+    """UNAVAILABLE or RESOURCE_EXHAUSTED, with a retry time."""
 
     def __init__(self, error: DiptychError) -> None:
         status = to_status(error)
@@ -345,7 +345,7 @@ def plan(it: Caller) -> tuple[int, float]:
     return call.coordinator, call.wait_s
 
 
-def test_who_asks_for_time_gets_it_and_the_others_are_called_first() -> None:
+def test_a_retry_time_is_respected_and_others_are_called_first() -> None:
     it = caller(3)
     assert plan(it) == (0, 0.0)
     it.stream.lost(Told(Unavailable("draining", 7.0)), it.now_s)
@@ -361,14 +361,14 @@ def test_who_asks_for_time_gets_it_and_the_others_are_called_first() -> None:
     assert at == 0
     assert it.now_s >= 107.0
     it.stream.lost(Lost("cut"), it.now_s)
-    assert plan(it)[0] == 0  # in a moment, where the others are in many seconds
+    assert plan(it)[0] == 0  # soon, the others only in many seconds
     it.stream.lost(Told(Unavailable("draining", 55.0)), it.now_s)
     at, _ = plan(it)
     assert at == 1
     assert it.now_s >= 120.0
 
 
-def test_nobody_is_waited_for_longer_than_a_minute_or_the_callers_time() -> None:
+def test_no_wait_exceeds_a_minute_or_timeout_s() -> None:
     for retry_s, time_s in ((3600.0, math.inf), (5.0, 3.0)):
         it = caller(1, ends_s=100.0 + time_s)
         plan(it)
@@ -389,13 +389,13 @@ def test_overloaded_everywhere_is_overloaded_and_after_a_token_unavailable() -> 
     assert it.error.num_emitted == 2
 
 
-def test_a_coordinators_word_tells_more_than_a_dead_connection() -> None:
+def test_a_coordinators_error_has_precedence_over_a_dead_connection() -> None:
     it = caller(2)
     it.read([Cue(0, "cut"), Cue(0, "overloaded")] * 50, answers([5]))
     assert isinstance(it.error, Overloaded)
 
 
-def test_a_lost_end_is_asked_for_and_its_text_comes_once() -> None:
+def test_a_lost_end_is_requested_again_and_its_text_delivered_once() -> None:
     for tail in (False, True):
         it = caller(2)
         it.read([Cue(2 + tail, "cut"), Cue(tail, "end")], answers([5, 6, 7, 8], tail=tail))
@@ -404,15 +404,15 @@ def test_a_lost_end_is_asked_for_and_its_text_comes_once() -> None:
         assert it.done
 
 
-def test_a_call_that_fails_before_it_says_anything_took_nothing_up() -> None:
+def test_a_call_that_fails_before_its_first_message_resumed_nothing() -> None:
     it = caller(3)
     it.read([Cue(1, "cut"), Cue(0, "cut")], answers([5, 6, 7]))
     assert it.done
     assert it.done.num_resumed == 1
 
 
-def test_what_grpc_itself_calls_exhausted_is_an_answer() -> None:
-    """A message too long for this client stays so at any coordinator."""
+def test_grpcs_own_resource_exhausted_is_final() -> None:
+    """A message too long for this client is too long from any coordinator."""
     it = caller(2)
     plan(it)
     error = Lost("cut")
@@ -430,7 +430,7 @@ def test_addresses() -> None:
             addresses_of(bad)
 
 
-def test_grpc_itself_retries_nothing() -> None:
+def test_grpc_does_not_retry() -> None:
     for addresses in ("a:1", "a:1,b:2"):
         options = dict(Coordinators(addresses, RetryPolicy()).options)
         assert "retryPolicy" not in str(options["grpc.service_config"])
@@ -441,7 +441,7 @@ def test_grpc_itself_retries_nothing() -> None:
 def test_waiting_in_vain_for_a_worker_ends_with_the_minute(
     worker_wait_s: float, gives_up_s: float
 ) -> None:
-    """Each call waits on the coordinator; no call begins after the minute, whoever has waited."""
+    """Each call waits at the coordinator; no call begins after the minute."""
     now_s, num_calls = 100.0, 0
     stream = Coordinators("a:1", RETRY_POLICY, clock=lambda: now_s, rng=random.Random(3)).stream(
         generate_request("x"), None

@@ -9,17 +9,17 @@ from coordinator.client import Client, blocking
 from coordinator.cluster.auth import Trust
 from coordinator.generation.decode_call import meaning_of
 from engine.base.errors import ConfigError, PermissionDenied, Unauthenticated, Unavailable
-from engine.base.options import FrontOptions, TrustOptions
+from engine.base.option_groups import AuthOptions, FrontOptions
 from engine.pb.diptych.v1 import admin_pb2
+from engine.rpc.auth import ClusterToken
 from engine.rpc.status import to_status
-from engine.rpc.trust import ClusterToken
 
 
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "token"
     path.write_text("0123456789abcdef")
-    return TrustOptions(str(path))
+    return AuthOptions(str(path))
 
 
 @pytest.mark.parametrize("local", [True, False])
@@ -31,7 +31,7 @@ def test_the_token_of_a_file_is_required_everywhere(file, local, listen):
 
 
 def test_local_workers_get_a_token_of_their_own():
-    first, second = (Trust.of(TrustOptions(), FrontOptions(), local_workers=True) for _ in "ab")
+    first, second = (Trust.of(AuthOptions(), FrontOptions(), local_workers=True) for _ in "ab")
     assert first.cluster is not None and first.cluster != second.cluster
     assert first.operator == first.cluster
 
@@ -44,7 +44,7 @@ def test_operators_need_a_token_without_a_file_too():
         (FrontOptions(internal_listen="127.0.0.1:2"), False),
         (FrontOptions(listen="0.0.0.0:1", internal_listen="127.0.0.1:2"), False),
     ):
-        trust = Trust.of(TrustOptions(), front, local_workers=local)
+        trust = Trust.of(AuthOptions(), front, local_workers=local)
         with pytest.raises(Unauthenticated):
             trust.operator.check(())
         with pytest.raises(PermissionDenied):
@@ -57,9 +57,9 @@ def test_workers_that_dial_in_from_elsewhere_need_a_file():
         ({"internal_listen": "10.0.0.1:2"}, "--internal-listen 10.0.0.1:2"),
     ):
         with pytest.raises(ConfigError, match="--cluster-token-file") as caught:
-            Trust.of(TrustOptions(), FrontOptions(**options), local_workers=False)
+            Trust.of(AuthOptions(), FrontOptions(**options), local_workers=False)
         assert caught.value.message.startswith(flag)
-    trust = Trust.of(TrustOptions(), FrontOptions(), local_workers=False)
+    trust = Trust.of(AuthOptions(), FrontOptions(), local_workers=False)
     assert trust.cluster is None
 
 

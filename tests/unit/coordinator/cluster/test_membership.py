@@ -12,7 +12,7 @@ from coordinator.routing.retry import Retry
 from engine.base.errors import Mismatch
 from engine.base.types import PROTOCOL_VERSION, Peer, Role
 from engine.rpc.liveness import STALL_S, STUCK_LOOP_S
-from engine.telemetry.metrics import CoordinatorMetrics
+from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from tests.support.fake_decode import identity
 
 STALLS = "diptych_worker_stalls_total"

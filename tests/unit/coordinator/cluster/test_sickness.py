@@ -15,7 +15,7 @@ from coordinator.cluster.incidents import STRIKES, STRIKES_S
 from coordinator.cluster.membership import Membership
 from coordinator.cluster.registry_service import RegistryServicer
 from coordinator.cluster.worker import PENALTY_S, Hello, Load, Worker
-from coordinator.commands.terminal import _state
+from coordinator.commands.status import state_cell
 from coordinator.generation.dispatch import Dispatch
 from coordinator.routing.policy import LeastLoaded
 from coordinator.routing.retry import Retry
@@ -23,7 +23,7 @@ from engine.base.errors import Unavailable
 from engine.base.types import PROTOCOL_VERSION, Health, ModelIdentity, Peer, Role
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.rpc.status import from_rpc_error, to_status
-from engine.telemetry.metrics import CoordinatorMetrics
+from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 
 MODEL = ModelIdentity(
     name="m", digest="d", numeric_profile="p", max_model_len=100, block_size=4, vocab_size=50
@@ -87,7 +87,7 @@ def test_operators_see_health() -> None:
 
     def shown() -> tuple[str, str]:
         row = _row(table.worker("decode-0"), table.now)
-        return row.health, _state(row)
+        return row.health, state_cell(row)
 
     assert shown() == ("ok", "[green]ready[/green]")
     table.beat(Health.DEGRADED, "decode-0")

@@ -22,7 +22,7 @@ from coordinator.cluster.worker import (
     WorkerState,
 )
 from engine.base.types import PROTOCOL_VERSION, Health, Peer, Role
-from engine.telemetry.metrics import CoordinatorMetrics
+from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from tests.support.fake_decode import identity
 
 

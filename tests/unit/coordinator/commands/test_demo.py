@@ -1,4 +1,4 @@
-"""`make demo` around the stack: what it shows, when it gives up, and how it ends."""
+"""`make demo`: what it shows, when it gives up, and how it ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from coordinator.commands.demo_progress import StackOutput, Stillness, cpu_seconds
 from tests.support.paths import ROOT
 
-# The demo with a stand-in for the stack, which is never ready; {stack} is what runs there.
+# The demo with a fake stack that is never ready; {stack} is its command.
 DEMO = """
 import subprocess, sys
 from coordinator.commands import demo
@@ -50,7 +50,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(("stack", "number"), [(WAITS, 2), (WAITS, 15), (IGNORES, 2)])
-def test_an_interrupt_ends_it_without_a_traceback_and_leaves_nothing(
+def test_an_interrupt_ends_it_without_a_traceback_or_leftovers(
     tmp_path: Path, stack: str, number: int
 ) -> None:
     process = demo(tmp_path, stack)
@@ -61,14 +61,14 @@ def test_an_interrupt_ends_it_without_a_traceback_and_leaves_nothing(
     process.send_signal(number)
     if stack is IGNORES:
         time.sleep(0.5)
-        process.send_signal(signal.SIGINT)  # who does not wait for an orderly end
+        process.send_signal(signal.SIGINT)  # a second Ctrl-C: end at once
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130
     assert said == "\ndemo: interrupted\n"
     assert not alive(int(line.split()[1]))
 
 
-def test_two_at_once_have_logs_of_their_own(tmp_path: Path) -> None:
+def test_two_at_once_have_separate_logs(tmp_path: Path) -> None:
     both = [demo(tmp_path, f"print('line of {i}')", still_s=9.0) for i in range(2)]
     for i, process in enumerate(both):
         shown, said = process.communicate(timeout=60)
@@ -77,7 +77,7 @@ def test_two_at_once_have_logs_of_their_own(tmp_path: Path) -> None:
     assert len({path.parent for path in tmp_path.glob("**/coordinator.log")}) == 2
 
 
-def test_a_folder_for_logs_that_cannot_be_made_is_one_sentence() -> None:
+def test_the_error_of_an_uncreatable_log_folder_is_one_sentence() -> None:
     process = demo(Path("/proc/none"), WAITS)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -85,7 +85,7 @@ def test_a_folder_for_logs_that_cannot_be_made_is_one_sentence() -> None:
     assert len(said.splitlines()) == 1
 
 
-def test_a_stack_that_stands_still_is_given_up(tmp_path: Path) -> None:
+def test_a_stack_without_progress_is_given_up(tmp_path: Path) -> None:
     process = demo(tmp_path, WAITS, still_s=1.0)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -93,7 +93,7 @@ def test_a_stack_that_stands_still_is_given_up(tmp_path: Path) -> None:
     assert "Traceback" not in said
 
 
-def test_a_stack_that_ends_gives_its_last_words(tmp_path: Path) -> None:
+def test_the_last_line_of_a_stack_that_ends_is_shown(tmp_path: Path) -> None:
     said = "coordinator: local workers need torch, which is not installed"
     process = demo(tmp_path, f"print({said!r}); print('{{\"event\": 1}}'); raise SystemExit(2)")
     shown, error = process.communicate(timeout=60)
@@ -102,7 +102,7 @@ def test_a_stack_that_ends_gives_its_last_words(tmp_path: Path) -> None:
     assert f"  {said}\n" in shown
 
 
-def test_lines_for_people_are_shown_once_and_whole(
+def test_lines_that_are_no_log_lines_are_shown_once_and_complete(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "log"
@@ -124,13 +124,13 @@ def test_lines_for_people_are_shown_once_and_whole(
 
 
 def test_slow_is_not_stuck(tmp_path: Path) -> None:
-    """A line in a log or processor time of any process of the stack is progress."""
+    """A log line or CPU time of any process of the stack is progress."""
     now = [0.0]
     busy = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
     for script, moves in ((busy, True), ("import time; time.sleep(60)", False)):
         process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
         try:
-            time.sleep(1.0)  # its own start is processor time too
+            time.sleep(1.0)  # its start uses CPU time too
             stillness = Stillness(process.pid, tmp_path, lambda: now[0])
             now[0] += 100.0
             time.sleep(1.0)

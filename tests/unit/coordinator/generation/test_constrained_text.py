@@ -13,7 +13,7 @@ import pytest
 
 from coordinator.api.grpc.requests import read_request
 from coordinator.api.validation.constraint import constraint_from
-from coordinator.text.detokenizer import Detokenizer, lead_of
+from coordinator.text.detokenizer import Detokenizer, leading_text_of
 from engine.constraints import Compiler, Matcher, Vocabulary
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from tests.support.tiny_tokenizer import KINDS, tiny_tokenizer, tokenizer_json
@@ -72,7 +72,7 @@ async def test_the_text_fits(kind: str, tmp_path: Path) -> None:
                 continue  # not all of JSON is in the vocabulary
             made = constraint_from(read_request(pb.GenerateRequest(constraint=asked)).constraint)
             assert made
-            constraint = replace(made, lead=lead_of(tokenizer, prompt, True))
+            constraint = replace(made, leading_text=leading_text_of(tokenizer, prompt, True))
             for _ in range(30 if name == "choice" else 8):
                 ids = answer(await compiler.matcher(constraint), r)
                 stream = Detokenizer(tokenizer, prompt=prompt)

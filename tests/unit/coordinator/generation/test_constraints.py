@@ -13,7 +13,7 @@ from llguidance import LLParserLimits
 from coordinator.text import served_model as model_module
 from engine.constraints import Checker, Vocabulary
 from engine.constraints import grammar as grammar_module
-from engine.constraints.known import Known
+from engine.constraints.single_flight_cache import SingleFlightCache
 from engine.pb.diptych.internal.v1 import worker_pb2
 from engine.pb.diptych.v1 import inference_pb2
 from tests.support.constrained_front import SCHEMA, TEXT, front
@@ -276,7 +276,7 @@ async def test_what_is_too_much_together_is_held_in_part(checkpoint, checker, mo
         worker = await f.worker()
         monkeypatch.setattr(grammar_module, "LIMITS", LLParserLimits(max_grammar_size=650))
         monkeypatch.setattr(checker, "_try", here)
-        monkeypatch.setattr(checker, "known", Known(lambda found: (), (), 9))
+        monkeypatch.setattr(checker, "cache", SingleFlightCache(lambda found: (), (), 9))
         await collect(f.stub.Chat(asks(*tools, stop=stop(max_tokens=1)), timeout=30))
         source = worker.requests[-1].constraint.source
         schemas = [json.loads(s) for s in re.findall(r"^args_\d: %json (.*)$", source, re.M)]

@@ -19,7 +19,7 @@ from coordinator.routing.retry import Retry
 from engine.base.errors import Silent, Unavailable, WorkerLost, WorkersLost
 from engine.base.types import PROTOCOL_VERSION, Peer, Role
 from engine.rpc.status import from_rpc_error, to_status
-from engine.telemetry.metrics import CoordinatorMetrics
+from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from tests.support.fake_decode import Cue, identity
 from tests.support.grpc_front import details_of, error_of, front, stop
 
@@ -81,7 +81,7 @@ def _at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("decode", [1, 2, 4])
-@pytest.mark.parametrize("error", [LOST, Silent("d0 has said nothing for 2.5 s")])
+@pytest.mark.parametrize("error", [LOST, Silent("d0 has sent nothing for 2.5 s")])
 async def test_the_third_worker_is_the_last(decode, error):
     table = Table(decode)
     request = table.request()

@@ -15,7 +15,7 @@ from coordinator.routing.policy import LeastLoaded
 from coordinator.routing.retry import Retry
 from engine.base.errors import Mismatch, Unavailable
 from engine.base.types import PROTOCOL_VERSION, ModelIdentity, Peer, Role
-from engine.telemetry.metrics import CoordinatorMetrics
+from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 
 MODEL = ModelIdentity("m", "00ff", "profile", 128, 16, 320)
 OTHER = replace(MODEL, digest="11ee")

@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry
 
 from coordinator.routing.admission import Admission
 from engine.base.errors import Overloaded
-from engine.http.holds import shown
-from engine.telemetry.metrics import CoordinatorMetrics
+from engine.http.holds import holds_as_json
+from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_holds_name_every_request_inside(admission, clock):
     assert "waits for a worker" in one.reason and not one.note
     assert two.deadline_s is None and two.note, "a missing deadline is explained"
     assert "tokenized" in two.reason
-    assert json.loads(json.dumps(shown([one, two])))[0]["deadline_s"] == 55.0
+    assert json.loads(json.dumps(holds_as_json([one, two])))[0]["deadline_s"] == 55.0
     second.release()
     first.release()
     first.release()

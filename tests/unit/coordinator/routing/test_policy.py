@@ -22,7 +22,7 @@ from coordinator.routing.affinity import affinity_of, affinity_token_of, model_t
 from coordinator.routing.policy import POLICIES, LeastLoaded, Plan, RequestView
 from engine.base import options
 from engine.base.errors import ConfigError
-from engine.base.options import FrontOptions
+from engine.base.option_groups import FrontOptions
 from engine.base.types import Health, Role
 from tests.unit.coordinator.routing.clusters import MODEL, NOW_S, random_worker, view, worker
 

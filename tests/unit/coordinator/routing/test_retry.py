@@ -209,7 +209,7 @@ def test_the_prefill_worker_is_kept_unless_it_failed_or_is_not_heard():
             assert decision.plan.decode.peer.worker_id == "d1"
 
 
-@pytest.mark.parametrize("error", [LOST, Silent("d0 has said nothing for 2.5 s")])
+@pytest.mark.parametrize("error", [LOST, Silent("d0 has sent nothing for 2.5 s")])
 def test_the_third_worker_that_is_lost_ends_the_request(error):
     cluster = Cluster(*(worker(f"d{i}") for i in range(4)))
     retry = cluster.request()

@@ -1,6 +1,4 @@
-"""Chat templates render as transformers renders them; what a template refuses is the caller's
-error.
-"""
+"""Chat templates render as in transformers; a template's refusal is an invalid request."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ import structlog
 
 from coordinator.api.validation.tools import check_tool_calls
 from coordinator.text import template_budget
-from coordinator.text.chat_template import ChatTemplate, turns
+from coordinator.text.chat_template import ChatTemplate, template_messages
 from coordinator.text.tool_format import HERMES, MISTRAL
 from coordinator.text.values import ChatMessage, ToolCall
 from engine.base.errors import InvalidRequest
@@ -97,7 +95,7 @@ CALLING = [
     ChatMessage("tool", "rain", tool_call_id="call_one_"),
     ChatMessage("tool", "sun", tool_call_id="call_two_"),
 ]
-# As Qwen's, shortened: definitions, calls and answers each in their place.
+# Qwen's, shortened: it renders definitions, calls and results.
 KNOWS_TOOLS = (
     "{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>{% endif %}"
     "{% for m in messages %}[{{ m.role }}]{% if m.content %}{{ m.content }}{% endif %}"
@@ -107,11 +105,11 @@ KNOWS_TOOLS = (
 )
 
 
-def test_calls_and_their_answers_equal_transformers(tmp_path: Path) -> None:
+def test_calls_and_results_equal_transformers(tmp_path: Path) -> None:
     loaded = ChatTemplate.load(write(tmp_path, KNOWS_TOOLS))
     assert loaded.knowing_tools == {"default"}
-    ours = loaded.render(turns(CALLING), TOOLS)
-    assert ours == theirs(KNOWS_TOOLS, turns(CALLING), tools=TOOLS)
+    ours = loaded.render(template_messages(CALLING), TOOLS)
+    assert ours == theirs(KNOWS_TOOLS, template_messages(CALLING), tools=TOOLS)
     assert '<tool_call>f {"city": "R\u00f6m"} R\u00f6m</tool_call>' in ours
 
 
@@ -134,13 +132,11 @@ WALKS = (
         (KNOWS_TOOLS, '{"unparsed": "{\\"city"}'),
     ],
 )
-def test_a_call_that_was_cut_off_fails_no_template(
-    tmp_path: Path, template: str, written: str
-) -> None:
+def test_a_call_that_was_cut_off_is_rendered(tmp_path: Path, template: str, written: str) -> None:
     calls = [pb.ToolCall(name="f", arguments=a) for a in ('{"city": "Paris"}', '{"city')]
     message = ChatMessage("assistant", None, tool_calls=check_tool_calls("c", calls))
     loaded = ChatTemplate.load(write(tmp_path, "{% if tools %}{% endif %}" + template))
-    assert written in loaded.render(turns([message]))
+    assert written in loaded.render(template_messages([message]))
 
 
 NINE = (
@@ -152,36 +148,32 @@ NINE = (
 
 
 @pytest.mark.parametrize("call_id", ["call_9hHDFg7aKqjQ", "", "aB3dE6gH9"])
-def test_ids_of_other_servers_are_taken_by_templates_that_want_nine(
-    tmp_path: Path, call_id: str
-) -> None:
+def test_call_ids_of_other_servers_are_converted_for_mistral(tmp_path: Path, call_id: str) -> None:
     messages = [
         ChatMessage("assistant", None, tool_calls=(ToolCall(call_id, "f", {}),)),
         ChatMessage("tool", "x", tool_call_id=call_id),
     ]
     loaded = ChatTemplate.load(write(tmp_path, "{% if tools %}{% endif %}" + NINE))
-    prompt = loaded.render(turns(messages, MISTRAL))
+    prompt = loaded.render(template_messages(messages, MISTRAL))
     called, _, answered = prompt.removeprefix("=").partition("?")
     assert called == answered
 
 
 @pytest.mark.parametrize("knows", [False, True])
-def test_developer_is_system_where_the_template_does_not_know_it(
-    tmp_path: Path, knows: bool
-) -> None:
+def test_developer_is_system_in_templates_without_it(tmp_path: Path, knows: bool) -> None:
     template = GENERIC + ("{# system, developer #}" if knows else "")
     loaded = ChatTemplate.load(write(tmp_path, template))
-    prompt = loaded.render(turns([ChatMessage("developer", "rules")]))
+    prompt = loaded.render(template_messages([ChatMessage("developer", "rules")]))
     assert prompt == ("<developer>rules</developer>" if knows else "<system>rules</system>")
 
 
 GENERIC = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
 
 
-def test_a_template_that_knows_no_tools_is_told_of_them(tmp_path: Path) -> None:
+def test_a_template_without_tools_gets_them_in_the_system_message(tmp_path: Path) -> None:
     loaded = ChatTemplate.load(write(tmp_path, GENERIC))
     assert not loaded.knowing_tools
-    prompt = loaded.render([SYSTEM, *turns(CALLING)], TOOLS, tool_format=HERMES)
+    prompt = loaded.render([SYSTEM, *template_messages(CALLING)], TOOLS, tool_format=HERMES)
     head, _, rest = prompt.partition("</system>")
     assert head.startswith("<system>You are terse.\n\n")
     assert f"<tools>\n{json.dumps(TOOLS[0], ensure_ascii=False)}\n</tools>" in head
@@ -195,7 +187,7 @@ def test_a_template_that_knows_no_tools_is_told_of_them(tmp_path: Path) -> None:
     )
 
 
-def test_without_a_system_message_there_is_one_for_tools(tmp_path: Path) -> None:
+def test_tools_add_a_system_message_if_there_is_none(tmp_path: Path) -> None:
     loaded = ChatTemplate.load(write(tmp_path, GENERIC))
     prompt = loaded.render([USER], TOOLS, tool_format=MISTRAL)
     assert prompt.startswith("<system>You can call functions.")
@@ -203,7 +195,7 @@ def test_without_a_system_message_there_is_one_for_tools(tmp_path: Path) -> None
     assert loaded.render([USER]) == f"<user>{USER['content']}</user>"
 
 
-def test_places_a_template_may_stand(tmp_path: Path) -> None:
+def test_places_of_a_template(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(InvalidRequest, match=r"messages: .*no chat template"):
         ChatTemplate.load(tmp_path).render([USER])
@@ -242,7 +234,7 @@ def test_template_errors_are_invalid_requests(tmp_path: Path, template: str, nam
     assert error.value.field == "messages"
 
 
-def test_a_template_that_is_not_jinja_stops_no_start(tmp_path: Path) -> None:
+def test_a_broken_template_does_not_stop_the_start(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "{% if %}"}]
     with structlog.testing.capture_logs() as lines:
         loaded = ChatTemplate.load(write(tmp_path, named))
@@ -267,7 +259,7 @@ GENERATION = (
 )
 
 
-def test_a_template_that_recurses_refuses_what_is_nested(tmp_path: Path) -> None:
+def test_a_template_that_recurses_refuses_deep_nesting(tmp_path: Path) -> None:
     source = (
         "{% macro m(x) %}{% for k in x %}{{ m(x[k]) }}{% endfor %}{% endmacro %}{{ m(tools[0]) }}"
     )
@@ -346,7 +338,7 @@ def test_a_template_that_recurses_refuses_what_is_nested(tmp_path: Path) -> None
         ("{{ ([[1] * 9999] * 999) | tojson(indent=99) }}", " s of|characters"),
     ],
 )
-def test_a_template_that_goes_on_and_on_ends_with_its_request(
+def test_an_endless_template_fails_its_request(
     tmp_path: Path, template: str, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(template_budget, "RENDER_S", 0.2)
@@ -358,7 +350,7 @@ def test_a_template_that_goes_on_and_on_ends_with_its_request(
     assert time.thread_time() - begun_s < 5
 
 
-def test_loops_know_their_place_though_they_are_counted(tmp_path: Path) -> None:
+def test_loop_variables_work_in_counted_loops(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}"
         "{{ loop.revindex }}{{ loop.previtem is defined }}|{% endfor %}"
@@ -407,7 +399,7 @@ def test_expressions_equal_transformers(tmp_path: Path, expression: str) -> None
     )
 
 
-def test_a_template_without_system_messages_is_told_of_tools_too(tmp_path: Path) -> None:
+def test_a_template_without_system_messages_gets_tools_too(tmp_path: Path) -> None:
     refuses = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         + GENERIC
@@ -433,7 +425,7 @@ def test_further_templates_in_their_folder(tmp_path: Path) -> None:
     assert (loaded.render([USER]), loaded.render([USER], TOOLS)) == ("file", "t 1")
 
 
-def test_the_last_places_for_a_template_and_its_tokens(tmp_path: Path) -> None:
+def test_fallback_places_of_a_template_and_its_tokens(tmp_path: Path) -> None:
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ eos_token }}!"}))
     (tmp_path / "special_tokens_map.json").write_text(
         json.dumps({"eos_token": {"content": "</s>"}})

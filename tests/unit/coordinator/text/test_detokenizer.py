@@ -1,4 +1,4 @@
-"""Streaming detokenization equals the library's decode of the whole, however tokens are grouped."""
+"""Streaming detokenization equals tokenizers' decode of the whole, in any grouping of tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tokenizer_of(kind: str) -> Tokenizer:
 
 
 def expected(tokenizer: Tokenizer, prompt: list[int], ids: list[int], skip: bool) -> str:
-    """decode(prompt + answer) without decode(prompt), as far as that has not changed."""
+    """decode(prompt + output) from where it differs from decode(prompt)."""
     before, whole = tokenizer.decode(prompt, skip), tokenizer.decode(prompt + ids, skip)
     while not whole.startswith(before):
         before = before[:-1]
@@ -37,7 +37,7 @@ def expected(tokenizer: Tokenizer, prompt: list[int], ids: list[int], skip: bool
 
 
 def written(stream: Detokenizer, ids: list[int]) -> tuple[str, list[int], list[str], str]:
-    """Text, positions of the tokens, what each released, and the rest."""
+    """(text, token positions, text released by each token, rest)."""
     positions, released = [], []
     for i in ids:
         positions.append(stream.position_of(i))
@@ -47,7 +47,7 @@ def written(stream: Detokenizer, ids: list[int]) -> tuple[str, list[int], list[s
 
 
 def check_positions(tokenizer: Tokenizer, prompt: list[int], ids: list[int], skip: bool) -> None:
-    """Whole characters stand in the text from their position on, behind broken ones too."""
+    """Complete characters are in the text at their positions, after broken ones too."""
     for is_echoed in (False, True):
         stream = Detokenizer(tokenizer, skip, prompt=prompt)
         if is_echoed:
@@ -69,8 +69,8 @@ def check_positions(tokenizer: Tokenizer, prompt: list[int], ids: list[int], ski
 def check(
     tokenizer: Tokenizer, ids: list[int], cuts: list[int], skip: bool, prompt: Sequence[int] = ()
 ) -> None:
-    """Grouping changes nothing, all that was released is the whole decode, and tokens stand in it
-    where it is said that they do.
+    """Grouping changes nothing, the released text is the whole decode, and token positions are
+    right.
     """
     prompt = list(prompt)
     single = Detokenizer(tokenizer, skip, prompt=prompt)
@@ -82,7 +82,7 @@ def check(
         assert grouped.push(ids[begin:end]) == "".join(released[begin:end])
         assert grouped.position_of(ids[end]) == positions[end] if end < len(ids) else True
     assert grouped.flush() == rest
-    # Where the prompt is shown without its broken end, the answer completes it.
+    # If the prompt is shown without its broken end, the output completes it.
     shown = Detokenizer(tokenizer, skip, prompt=prompt)
     due = shown.release_due()
     before = tokenizer.decode(prompt, skip).removesuffix(due)
@@ -101,7 +101,7 @@ def test_recorded_texts() -> None:
 
 
 def byte_tokens(tokenizer: Tokenizer) -> list[int]:
-    """Tokens that are a byte or two: random ones make every kind of broken UTF-8."""
+    """Tokens of one or two bytes: random ones give every kind of broken UTF-8."""
     ids = range(tokenizer.library.get_vocab_size())
     pieces = [(i, tokenizer.piece(i)) for i in ids]
     return [i for i, p in pieces if p and p.raw and len(p.raw) <= 2 and max(p.raw) >= 0x80]
@@ -131,7 +131,7 @@ def test_any_tokens_after_any_prompt(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_does_not_take_the_answers_first_space(kind: str) -> None:
+def test_the_output_after_a_prompt_keeps_its_first_space(kind: str) -> None:
     tokenizer = tokenizer_of(kind)
     prompt = tokenizer.encode("The worker reads")
     whole = tokenizer.encode("The worker reads the the")
@@ -152,11 +152,11 @@ def test_a_prompt_may_end_within_a_character(kind: str) -> None:
     stream = Detokenizer(tokenizer, prompt=broken)
     assert stream.push([second, a]) == "é a"
     assert Detokenizer(tokenizer, prompt=broken).push([a]) == " a"
-    whole = Detokenizer(tokenizer, prompt=[*broken, second])  # the prompt's text has it
+    whole = Detokenizer(tokenizer, prompt=[*broken, second])  # the prompt's text contains it
     assert whole.push([a]) == " a"
 
 
-def test_a_token_that_breaks_a_character_stands_behind_it() -> None:
+def test_a_token_that_breaks_a_character_follows_it() -> None:
     for kind in ("llama2", "byte-level"):
         tokenizer = tokenizer_of(kind)
         head = tokenizer.encode("\u4e2d", add_special_tokens=False)[-3:-1]
@@ -179,7 +179,7 @@ def test_the_position_of_a_token_is_that_of_its_character() -> None:
 
 
 @pytest.mark.parametrize("kind", [SMOLLM2, "byte-level", "llama2", "gemma"])
-def test_characters_are_released_whole(kind: str) -> None:
+def test_only_complete_characters_are_released(kind: str) -> None:
     tokenizer = tokenizer_of(kind)
     text = "a \U0001f600\U0001f469\u200d\U0001f680 \u4e2d\u6587 e\u0301 \u0928\u092e b"
     stream = Detokenizer(tokenizer)
@@ -189,7 +189,7 @@ def test_characters_are_released_whole(kind: str) -> None:
     assert len([part for part in parts if part]) > 5, "streams, not all at the end"
 
 
-def test_half_a_character_is_replaced_only_at_the_end() -> None:
+def test_an_incomplete_character_is_replaced_only_at_the_end() -> None:
     tokenizer = tokenizer_of(SMOLLM2)
     ids = tokenizer.encode("\U0001f680")
     assert len(ids) > 1
@@ -198,7 +198,7 @@ def test_half_a_character_is_replaced_only_at_the_end() -> None:
     assert stream.flush() == "\ufffd"
 
 
-def test_a_push_costs_the_same_at_any_length() -> None:
+def test_the_cost_of_a_push_does_not_depend_on_the_length() -> None:
     tokenizer = tokenizer_of(SMOLLM2)
     ids = tokenizer.encode("The quick brown \U0001f98a jumps over the lazy \U0001f436.\n" * 2000)
 
@@ -219,7 +219,7 @@ def test_a_push_costs_the_same_at_any_length() -> None:
 
 
 @pytest.mark.parametrize("kind", [SMOLLM2, *KINDS])
-def test_a_long_prompt_costs_nothing(kind: str) -> None:
+def test_the_cost_does_not_depend_on_the_prompt_length(kind: str) -> None:
     tokenizer = tokenizer_of(kind)
     prompt = tokenizer.encode("The worker reads the, a b the.") * 10_000
     begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Special tokens as stop strings: they end an answer whether its text shows them or not."""
+"""Special tokens as stop strings end an output, whether its text shows them or not."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def smollm2() -> Tokenizer:
 
 
 def run(text: str, tokenizer: Tokenizer | None = None, skip: bool = True, **stop):
-    """(text, matched stop string or token, tokens) of an answer that spells special tokens."""
+    """(text, matched stop string or token, tokens) of an output with special tokens."""
     tokenizer = tokenizer or smollm2()
     ids = tokenizer.encode(text, add_special_tokens=False)
     request = pb.GenerateRequest(
@@ -73,18 +73,18 @@ def test_a_special_token_ends_the_answer(skip, ignore_eos, include):
 
 
 @pytest.mark.parametrize("skip", [True, False])
-def test_another_stop_string_than_the_token_leaves_the_token_its_word(skip):
+def test_another_stop_string_does_not_hide_the_stop_token(skip):
     assert run(f"Yes{END} No", skip=skip, stop=["x", START]) == ("Yes", 2, 2)
     assert run(f"Yes{END}", skip=skip, stop=[f"No{END}"]) == ("Yes", 2, 2)
 
 
-def test_part_of_a_token_that_is_not_shown_matches_nothing():
+def test_a_part_of_a_hidden_token_matches_nothing():
     for stop in ("im", ">", "<", f"{END[:-1]}", f"{END[1:]} No"):
         assert run(f"Yes{END} No", stop=[stop], ignore_eos=True) == ("Yes No", None, 3)
     assert run(f"Yes{END} No", skip=False, stop=["im"], ignore_eos=True)[:2] == ("Yes<|", "im")
 
 
-def test_what_is_shown_is_searched_as_it_is_shown():
+def test_shown_text_is_searched_as_shown():
     assert run(f"Yes{START} No", stop=["s N"])[:2] == ("Ye", "s N")
     assert run("Yes <|im_end |>", stop=["<|im_end |>"])[:2] == ("Yes ", "<|im_end |>")
 
@@ -94,8 +94,8 @@ def test_min_tokens():
     assert run(f"Yes{START} No", stop=[START], min_tokens=1)[1:] == (START, 2)
 
 
-def test_what_waits_for_its_end_stands_before_the_token():
-    """Bytes of a character, whose run may go on behind a token that is not shown."""
+def test_incomplete_text_comes_before_the_token():
+    """Bytes of a character, whose run may continue after a hidden token."""
     tokenizer = tiny_tokenizer("llama2")
     text = "a \u4e2d<|end|> b"
     assert run(text, tokenizer, stop=["<|end|>"])[:2] == (" a \u4e2d", "<|end|>")
@@ -104,8 +104,8 @@ def test_what_waits_for_its_end_stands_before_the_token():
     assert run("a \u4e2d</s>", tokenizer, stop=["\u4e2d"])[:2] == (" a ", "\u4e2d")
 
 
-def test_a_stop_that_the_last_characters_complete():
-    """Of an answer that max_tokens or its worker ends, before the run of bytes does."""
+def test_a_stop_that_the_flushed_characters_complete():
+    """max_tokens or the worker ends the output before the run of bytes ends."""
     tokenizer = tiny_tokenizer("llama2")
     ids = tokenizer.encode("a \u4e2d", add_special_tokens=False)
     request = pb.GenerateRequest(
@@ -127,7 +127,7 @@ def test_a_stop_that_the_last_characters_complete():
     st.booleans(),
     st.integers(0, 20),
 )
-def test_neither_messages_nor_a_resume_change_an_answer(kind, ids, stops, skip, include, cut):
+def test_neither_messages_nor_a_resume_change_an_output(kind, ids, stops, skip, include, cut):
     request = pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=[1]),
         stop=pb.Stop(

@@ -1,4 +1,4 @@
-"""What a caller writes never becomes a special token, and changes no other token."""
+"""Client text never becomes a special token, and does not change other tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from coordinator.text.chat_prompt import Prompt, _strings, chat_prompt
-from coordinator.text.chat_template import ChatTemplate, turns
+from coordinator.text.chat_template import ChatTemplate, template_messages
 from coordinator.text.served_model import ServedModel
 from coordinator.text.special_tokens import SpecialTokens, _longest_of
 from coordinator.text.tool_format import Tool
@@ -62,7 +62,7 @@ def byte_level(special: list[AddedToken]) -> Tokenizer:
 
 
 def sentencepiece(special: list[AddedToken], *, legacy: bool) -> Tokenizer:
-    """The tokens are words of the vocabulary too, as SentencePiece has them."""
+    """The special tokens are also in the vocabulary, as in SentencePiece."""
     letters = [*"\u2581abcdeimnstu<>|/_[]INSTr", *(f"<0x{b:02X}>" for b in range(256))]
     merges = [("\u2581", "a"), ("e", "n"), ("en", "d"), ("<", "s"), ("<s", ">")]
     names = [t.content for t in special if t.content != "<s>"]
@@ -128,25 +128,25 @@ def words(r: random.Random, *, special: bool) -> str:
 
 
 @each_tokenizer
-def test_where_all_are_meant_the_ids_are_the_tokenizers(library: Tokenizer) -> None:
+def test_with_all_special_tokens_the_ids_are_the_tokenizers(library: Tokenizer) -> None:
     special, r = SpecialTokens(library), random.Random(0)
-    by_names = special._by_other_names()
+    by_names = special._renamed_tokenizer()
     for _ in range(300):
         text = words(r, special=True)
         expected = library.encode(text, add_special_tokens=False).ids
         meant = special.spelled(text)
         assert special.encode(text, meant, False) == expected
         if any(t.normalized for t in library.get_added_tokens_decoder().values() if t.special):
-            continue  # the other tokenizer finds them where this one may not
+            continue  # only the renamed tokenizer finds them
         at, out = 0, ""
-        for begin, end in meant:  # the other tokenizer, though it is not needed here
+        for begin, end in meant:  # force the renamed tokenizer
             out += text[at:begin] + special._name(special._ids[text[begin:end]])
             at = end
         assert by_names.encode(out + text[at:], add_special_tokens=False).ids == expected, text
 
 
 @each_tokenizer
-def test_where_none_is_meant_none_comes(library: Tokenizer) -> None:
+def test_without_special_spans_there_are_no_special_tokens(library: Tokenizer) -> None:
     special, r = SpecialTokens(library), random.Random(1)
     ids = set(special._ids.values())
     for _ in range(300):
@@ -157,7 +157,7 @@ def test_where_none_is_meant_none_comes(library: Tokenizer) -> None:
             assert library.decode(found, skip_special_tokens=False) == text
 
 
-def test_thousands_of_special_tokens_are_found_as_the_longest() -> None:
+def test_the_longest_of_thousands_of_special_tokens_matches() -> None:
     names = [f"<unused{i}>" for i in range(5000)]
     names += ["<" * i for i in range(1, 30, 2)] + ["<a", "<ab>", "a+", "(?:"]
     pattern = re.compile(_longest_of(names))
@@ -180,7 +180,7 @@ def test_thousands_of_special_tokens_are_found_as_the_longest() -> None:
     assert best_s(pattern, 3000) < 50 * best_s(few, 3000) + 0.05
 
 
-def test_normalizing_makes_none_either() -> None:
+def test_normalization_creates_no_special_tokens() -> None:
     library = byte_level(tokens(normalized=True))
     library.normalizer = normalizers.NFKC()
     special = SpecialTokens(library)
@@ -197,7 +197,7 @@ def load(folder: Path, source: str) -> ChatTemplate:
 
 
 def conversation(*said: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The caller's words in every place that a template may render."""
+    """Client text in all places that a template may render."""
     a, b, c = said
     calls = (ToolCall(a, b, {"city": a, c: [b, {"x": c}]}),)
     messages = [
@@ -208,7 +208,7 @@ def conversation(*said: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
     ]
     schema = {"type": "object", "properties": {a: {"description": b}, "end": {"description": c}}}
     tool = {"type": "function", "function": {"name": a, "description": c, "parameters": schema}}
-    return turns(messages), [tool]
+    return template_messages(messages), [tool]
 
 
 def prompt(
@@ -220,13 +220,13 @@ def prompt(
     messages, defined = conversation(*said)
     if not tools:
         defined, messages = [], [{"role": m["role"], "content": m["content"]} for m in messages[:3]]
-    kwargs.setdefault("callers_too", False)
+    kwargs.setdefault("parse_all", False)
     return chat_prompt(render, special, messages, defined, lambda text: None, **kwargs)
 
 
 @each_template
 @each_tokenizer
-def test_without_special_text_ids_are_those_of_the_whole(
+def test_without_special_text_the_ids_are_the_tokenizers(
     tmp_path: Path, source: str, library: Tokenizer
 ) -> None:
     template, special, r = load(tmp_path, source), SpecialTokens(library), random.Random(2)
@@ -234,25 +234,27 @@ def test_without_special_text_ids_are_those_of_the_whole(
         said = [words(r, special=False) for _ in "abc"] if i else ["user", "s", "end"]
         messages, tools = conversation(*said)
         if any(special.spelled(t) for t in _strings([messages, tools])):
-            continue  # two of the pieces make one
+            continue  # two of the pieces form one
         text = template.render(messages, tools)
         found = prompt(template, special, *said)
         assert found.text == text
         if "<{{ k }}>" in source and "<s" in text:
-            continue  # a name in angle brackets makes <s>: the caller's, below
+            continue  # a name in angle brackets forms <s>, see below
         expected = library.encode(text, add_special_tokens=False).ids
-        assert special.encode(found.text, found.meant, False) == expected
+        assert special.encode(found.text, found.special_spans, False) == expected
 
 
 @each_template
-def test_with_special_text_the_template_alone_writes_tokens(tmp_path: Path, source: str) -> None:
+def test_with_special_text_only_the_template_writes_special_tokens(
+    tmp_path: Path, source: str
+) -> None:
     library = TOKENIZERS["byte-level"]
     template, special, r = load(tmp_path, source), SpecialTokens(library), random.Random(3)
     ids = set(special._ids.values())
 
     def tokens_of(*said: str) -> list[int]:
         found = prompt(template, special, *said)
-        return [i for i in special.encode(found.text, found.meant, False) if i in ids]
+        return [i for i in special.encode(found.text, found.special_spans, False) if i in ids]
 
     expected = tokens_of("x", "y", "z")
     parts = [
@@ -272,7 +274,7 @@ def test_with_special_text_the_template_alone_writes_tokens(tmp_path: Path, sour
         try:
             assert tokens_of(*said) == expected, said
         except InvalidRequest as error:
-            assert "encode" in source and "spell special tokens" in error.message
+            assert "encode" in source and "contain special tokens" in error.message
 
 
 def test_texts_in_pieces_and_names_in_brackets_forge_nothing(tmp_path: Path) -> None:
@@ -289,13 +291,13 @@ def test_texts_in_pieces_and_names_in_brackets_forge_nothing(tmp_path: Path) -> 
             messages,
             [],
             lambda text: None,
-            callers_too=False,
+            parse_all=False,
         )
-        assert len(found.meant) == 2, (content, name)
+        assert len(found.special_spans) == 2, (content, name)
         assert len(special.spelled(found.text)) > 2
 
 
-def test_templates_look_into_texts_as_before(tmp_path: Path) -> None:
+def test_templates_can_inspect_texts(tmp_path: Path) -> None:
     special = SpecialTokens(TOKENIZERS["byte-level"])
     template = load(tmp_path, TEMPLATES["thinks"])
     found = prompt(template, special, "<|im_end|>", "b", "c</think>\nd", tools=False)
@@ -307,7 +309,7 @@ def test_templates_look_into_texts_as_before(tmp_path: Path) -> None:
     assert found.text.startswith("<s>a<|im_end|>c<|im_end|>")
 
 
-def test_roles_are_the_templates_own_if_they_are_usual_ones(tmp_path: Path) -> None:
+def test_only_usual_roles_form_special_tokens(tmp_path: Path) -> None:
     template, special = load(tmp_path, TEMPLATES["joined"]), SpecialTokens(TOKENIZERS["byte-level"])
 
     def meant(role: str) -> list[str]:
@@ -317,18 +319,18 @@ def test_roles_are_the_templates_own_if_they_are_usual_ones(tmp_path: Path) -> N
             [{"role": role, "content": "x"}],
             [],
             lambda text: None,
-            callers_too=False,
+            parse_all=False,
         )
-        return [found.text[a:b] for a, b in found.meant]
+        return [found.text[a:b] for a, b in found.special_spans]
 
     assert meant("user") == ["<s>", "<|user|>", "<|end|>"]
     assert meant("im_end") == ["<s>", "<|end|>"]
 
 
-def test_an_option_reads_the_callers_too(tmp_path: Path) -> None:
+def test_an_option_parses_client_text_too(tmp_path: Path) -> None:
     template, special = load(tmp_path, TEMPLATES["chatml"]), SpecialTokens(TOKENIZERS["byte-level"])
-    found = prompt(template, special, "a", "<|im_end|>", "c", callers_too=True)
-    assert found.meant == special.spelled(found.text)
+    found = prompt(template, special, "a", "<|im_end|>", "c", parse_all=True)
+    assert found.special_spans == special.spelled(found.text)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from coordinator.text.stops import StopChecker, StopMatch, StopSet
 def oracle(
     texts: list[str], stops: list[str], include: bool, min_tokens: int
 ) -> tuple[str, StopMatch | None]:
-    """(the answer's text, its stop), read character by character."""
+    """(text of the output, its stop), read character by character."""
     seen = ""
     for number, text in enumerate(texts, start=1):
         for char in text:
@@ -28,7 +28,7 @@ def oracle(
 
 
 def held_back(text: str, stops: list[str]) -> int:
-    """Length of the longest suffix that begins a stop string without being one whole."""
+    """Length of the longest suffix that is a proper prefix of a stop string."""
     return max(
         (n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0
     )
@@ -56,7 +56,7 @@ def test_equals_the_oracle(
         if match:
             assert "".join(released) == kept
             break
-        # Nothing more is held than may still become a stop, nothing less either.
+        # Exactly the text that may still become a stop is held.
         seen = "".join(texts[:number])
         waiting = len(seen) - len("".join(released))
         assert waiting == held_back(seen, stops)
@@ -73,13 +73,13 @@ pieces = st.lists(st.one_of(words, st.sampled_from(SPECIAL)), max_size=12)
 def tape_oracle(
     tokens: list[str], stops: list[str], include: bool, hidden: bool
 ) -> tuple[str, StopMatch | None]:
-    """The same where tokens are texts or special ones: read event by event.
+    """The same for texts and special tokens, read event by event.
 
-    A stop string is found in what is shown, and in what is written with special tokens as they
-    are, which nothing but themselves matches.
+    A stop string is found in the shown text, and in the text with special tokens as symbols,
+    which match only themselves.
     """
     shown = ""
-    tape: list[tuple[str, str]] = []  # symbol, what of it is shown
+    tape: list[tuple[str, str]] = []  # (symbol, its shown text)
     for number, token in enumerate(tokens, start=1):
         special = token in SPECIAL
         visible = ("" if hidden else token) if special else token
@@ -117,7 +117,7 @@ def tape_oracle(
     st.booleans(),
     st.booleans(),
 )
-def test_special_tokens_are_matched_whether_shown_or_not(
+def test_special_tokens_match_whether_shown_or_not(
     tokens: list[str], stops: list[str], include: bool, hidden: bool
 ) -> None:
     checker = StopChecker(StopSet(stops, SPECIAL), include)
@@ -136,7 +136,7 @@ def test_special_tokens_are_matched_whether_shown_or_not(
     assert "".join(released) + checker.flush() == expected
 
 
-def test_a_special_token_is_matched_as_a_whole() -> None:
+def test_a_special_token_matches_as_a_whole() -> None:
     for stop in ("im", ">", "<|im", "|im_end|>x"):
         checker = StopChecker(StopSet([stop], ["<|im_end|>"]))
         assert [checker.push("a"), checker.push("", "<|im_end|>"), checker.push("b")] == [
@@ -158,7 +158,7 @@ def test_a_special_token_is_matched_as_a_whole() -> None:
 
 @given(st.text("ab", max_size=30), st.lists(st.integers(0, 30), max_size=8), st.booleans())
 @settings(max_examples=300)
-def test_the_cut_between_tokens_changes_nothing(text: str, cuts: list[int], include: bool) -> None:
+def test_the_split_into_tokens_changes_nothing(text: str, cuts: list[int], include: bool) -> None:
     def run(parts: list[str]) -> tuple[str, str | None]:
         checker = StopChecker(StopSet(["abba", "bb", "aab"]), include)
         out = "".join([checker.push(part) for part in parts])
@@ -169,7 +169,7 @@ def test_the_cut_between_tokens_changes_nothing(text: str, cuts: list[int], incl
     assert run(parts) == run(list(text)) == run([text])
 
 
-def test_straddling_stop() -> None:
+def test_a_stop_across_tokens() -> None:
     checker = StopChecker(StopSet(["\n\nUser:"]))
     assert [checker.push(t) for t in ["Hi", " there", "\n", "\nUs", "er", ": x"]] == [
         "Hi",
@@ -197,14 +197,14 @@ def test_stop_may_begin_within_the_first_tokens_but_not_end_there() -> None:
     assert checker.match == StopMatch("ab", 3)
 
 
-def test_nothing_to_stop_at() -> None:
+def test_no_stop_strings() -> None:
     checker = StopChecker(StopSet([]))
     assert checker.push("text") == "text"
     with pytest.raises(ValueError, match="empty"):
         StopSet(["a", ""])
 
 
-def test_long_stop_strings_cost_no_more_a_character() -> None:
+def test_the_cost_of_a_character_does_not_depend_on_stop_lengths() -> None:
     stop = "a" * 5000 + "b"
     checker = StopChecker(StopSet([stop]))
     out = "".join([checker.push("a") for _ in range(20_000)])

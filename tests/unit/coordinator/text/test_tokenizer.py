@@ -1,4 +1,4 @@
-"""Tokenizer: llama.cpp's ids for the default model, odd texts, size bounds, speed, refusals."""
+"""Tokenizer: llama.cpp's ids for the default model, unusual texts, size bounds, speed, errors."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def test_numbers_of_the_default_model(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("a", add_special_tokens=True) == tokenizer.encode("a", False)
 
 
-def test_special_tokens_are_left_out_on_request(tokenizer: Tokenizer) -> None:
+def test_special_tokens_are_omitted_on_request(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("<|im_start|>user\nhi<|im_end|>")
     assert tokenizer.decode(ids) == "user\nhi"
     assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>user\nhi<|im_end|>"
 
 
-def test_ids_without_a_token_add_nothing(tokenizer: Tokenizer) -> None:
+def test_ids_without_a_token_are_skipped(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("hello")
     assert tokenizer.decode([60000, *ids, 2**31]) == "hello"
 
@@ -69,7 +69,7 @@ def test_lone_surrogates_are_replaced(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("\ud83d\ude00") == tokenizer.encode("\U0001f600")
 
 
-def test_fewest_tokens_is_a_lower_bound(tokenizer: Tokenizer) -> None:
+def test_min_num_tokens_is_a_lower_bound(tokenizer: Tokenizer) -> None:
     r = random.Random(0)
     texts = [entry["text"] for entry in recorded()] + [" " * 1000, "=" * 777, "\n" * 500]
     texts += ["".join(r.choices("ab =-#\n\U0001f600", k=300)) for _ in range(50)]
@@ -118,7 +118,7 @@ def test_refusals_name_the_file(folder: Path, tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
-def test_no_bound_where_a_token_may_swallow_text(folder: Path, tmp_path: Path) -> None:
+def test_no_bound_if_a_token_may_match_any_amount_of_text(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "config.json", tmp_path)
     spec = json.loads((folder / "tokenizer.json").read_text())
 

@@ -1,5 +1,5 @@
-"""Tool calls: what is asked for, how each family writes them, how they are read back, and what
-holds the answer to it.
+"""Tool calls: their options, the form of each family, the parser, and the grammar of the
+output.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from coordinator.text.tool_format import (
 from coordinator.text.tool_parser import ToolCalls, call_id
 from coordinator.text.values import ChatMessage
 from engine.base.errors import InvalidRequest, NotOffered
-from engine.base.options import FrontOptions
+from engine.base.option_groups import FrontOptions
 from engine.base.types import FinishReason
 from engine.checkpoint.source import resolve
 from engine.constraints.schemas import ESCAPES, WHITE_SPACE
@@ -71,7 +71,7 @@ def use(form: ToolFormat, mode: int = AUTO, **fields) -> ToolUse:
 def read(
     form: ToolFormat, pieces, *, is_cut: bool = False, mode: int = AUTO
 ) -> tuple[str, list[tuple[str, str]]]:
-    """(text, [(name, arguments)]) of an answer that comes in `pieces`."""
+    """(text, [(name, arguments)]) of an output in `pieces`."""
     parser = ToolCalls(use(form, mode), lambda i: f"id{i}")
     parsed = [*map(parser.push, pieces), parser.flush(is_cut), parser.flush(is_cut)]
     calls = [call for each in parsed for call in each.pieces]
@@ -86,7 +86,7 @@ ARGUMENTS = ['{"city": "a \\"b\\" } ] \\\\"}', "{}", '{"x": [{"y": "]}"}, [1, 2]
 @pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
-def test_a_call_is_read_as_it_is_written(form, arguments, size):
+def test_a_written_call_is_parsed(form, arguments, size):
     calls = [("get_weather", arguments)]
     if not form.single:
         calls.append(("add", "{}"))
@@ -96,7 +96,7 @@ def test_a_call_is_read_as_it_is_written(form, arguments, size):
 
 
 @pytest.mark.parametrize("form", [HERMES, MISTRAL, MISTRAL_ARGS], ids=lambda f: f.name)
-def test_text_may_come_before_calls_and_after(form):
+def test_text_before_and_after_calls(form):
     written = form.write([("add", '{"a": 1}')])
     assert read(form, [f"I look. {written}"]) == ("I look. ", [("add", '{"a": 1}')])
     assert read(form, [f"{written}\nDone."])[0] == "\nDone."
@@ -118,7 +118,7 @@ def test_text_may_come_before_calls_and_after(form):
         "\n \n",
     ],
 )
-def test_what_is_no_call_is_text(form, text):
+def test_text_that_is_no_call(form, text):
     assert read(form, list(text)) == (text, [])
     assert read(form, [text]) == (text, [])
 
@@ -132,7 +132,7 @@ def test_white_space_is_free():
 
 @pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
 @pytest.mark.parametrize("mode", [AUTO, REQUIRED])
-def test_a_call_is_announced_at_its_end_and_one_that_is_cut_is_not(form, mode):
+def test_a_call_is_released_at_its_end_and_not_if_cut_off(form, mode):
     calls = [("get_weather", '{"city": "Par \\"}"}')]
     if not form.single:
         calls.append(("add", '{"a": [1]}'))
@@ -146,24 +146,27 @@ def test_a_call_is_announced_at_its_end_and_one_that_is_cut_is_not(form, mode):
 
 
 @pytest.mark.parametrize("form", [HERMES, MISTRAL, MISTRAL_ARGS], ids=lambda f: f.name)
-def test_text_before_a_call_that_is_cut_stays(form):
+def test_text_before_a_cut_off_call_is_released(form):
     whole = form.write([("add", '{"a": 1}')])
     for cut in range(len(whole) - form.as_list):
         assert read(form, ["I look. ", whole[:cut]], is_cut=True) == ("I look. ", [])
 
 
 @pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
-def test_an_answer_that_ends_by_itself_within_a_call(form):
+def test_an_output_that_ends_within_a_call(form):
     whole = form.write([("get_weather", '{"city": "Par"}')])
     before = whole[: whole.index("weather")]
-    assert read(form, list(before)) == (before, [])  # which it calls is not known: it is text
-    assert read(form, list(whole[: whole.index("Par")])) == ("", [])  # part of a call, and none
-    closed = whole[: whole.index("}") + 1]  # its arguments are whole
+    assert read(form, list(before)) == (before, [])  # without a name it is text
+    assert read(form, list(whole[: whole.index("Par")])) == (
+        "",
+        [],
+    )  # cut off
+    closed = whole[: whole.index("}") + 1]  # complete arguments: a call
     assert read(form, list(closed)) == ("", [("get_weather", '{"city": "Par"}')])
 
 
 @pytest.mark.parametrize("form", [HERMES, MISTRAL, MISTRAL_ARGS], ids=lambda f: f.name)
-def test_a_second_call_that_breaks_off_early_is_no_text(form):
+def test_an_incomplete_second_call_is_no_text(form):
     calls = [("add", '{"a": 1}'), ("get_weather", "{}")]
     whole = form.write(calls)
     first = len(form.write(calls[:1])) - form.as_list
@@ -185,7 +188,7 @@ def test_what_is_content(form):
         if i == end:
             break
         parser.push(char)
-    if not form.as_list:  # a list is not closed before its last bracket
+    if not form.as_list:  # a list ends with its bracket
         assert parser.is_content("x")
 
 
@@ -216,7 +219,7 @@ def test_what_is_content(form):
     ),
     cuts=st.lists(st.integers(1, 5), max_size=60),
 )
-def test_the_cut_into_messages_changes_nothing(form, parts, cuts):
+def test_the_grouping_into_messages_changes_nothing(form, parts, cuts):
     text = "".join(parts)
     pieces, at = [], 0
     for cut in cuts:
@@ -228,8 +231,8 @@ def test_the_cut_into_messages_changes_nothing(form, parts, cuts):
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("place", ["text", "call", "begin", "name"])
-def test_time_grows_with_what_is_held(form, place):
-    """A copy of what is held for each character would take 16 times as long."""
+def test_time_is_linear_in_the_held_text(form, place):
+    """A copy of the held text for each character would take 16 times as long."""
     opened = form.trigger + ("[" if form.as_list else "")
     before = {
         "text": "",
@@ -248,15 +251,15 @@ def test_time_grows_with_what_is_held(form, place):
     assert min(took_s(80_000) for _ in range(2)) < 9 * min(took_s(20_000) for _ in range(3)) + 0.05
 
 
-def test_ids_are_the_same_for_whoever_goes_on():
+def test_call_ids_do_not_depend_on_the_worker():
     assert call_id("request/0", 24, 1) == call_id("request/0", 24, 1)
     ids = {call_id(f"request/{choice}", 24, call) for choice in range(3) for call in range(3)}
     assert len(ids) == 9
     assert all(i.startswith("call_") for i in ids)
-    assert len(call_id("r/0", MISTRAL.id_chars, 0)) == 9  # its templates insist
+    assert len(call_id("r/0", MISTRAL.id_chars, 0)) == 9  # Mistral's templates need nine
 
 
-def test_the_template_tells_the_family():
+def test_the_family_is_detected_from_the_template():
     assert choose_format("auto", "{{ message.content }}") is HERMES
     assert choose_format("auto", "<tool_call>\n{{ x }} 'parameters': ") is HERMES
     assert choose_format("auto", """{{- '"parameters": ' }}""") is LLAMA3
@@ -265,7 +268,7 @@ def test_the_template_tells_the_family():
     assert choose_format("llama3", "<tool_call>") is LLAMA3
 
 
-def test_the_option_knows_every_family():
+def test_the_option_has_all_families():
     (field,) = [f for f in FrontOptions.__dataclass_fields__.values() if f.name == "tool_format"]
     assert set(field.metadata["choices"]) == {"auto", *FORMATS}
 
@@ -278,7 +281,7 @@ def chat(**fields) -> pb.ChatRequest:
     return pb.ChatRequest(messages=[pb.Message(role="user", content="x")], **fields)
 
 
-def test_auto_is_the_default_where_there_are_tools():
+def test_auto_is_the_default_with_tools():
     got = validated(chat(), LIMITS)
     assert got.tools
     assert got.tools.names == {"get_weather", "add"}
@@ -295,7 +298,7 @@ def test_choices():
     named = tool_use(read_request(chat(tool_choice=pb.ToolChoice(name="add"))), TOOLS, HERMES)
     assert named
     assert (named.names, named.required, named.single) == ({"add"}, True, True)
-    assert len(named.tools) == 2  # the prompt tells of all
+    assert len(named.tools) == 2  # the prompt shows all
     assert not use(HERMES).single
     assert use(HERMES, parallel_tool_calls=False).single
     assert use(LLAMA3, parallel_tool_calls=True).single
@@ -326,7 +329,7 @@ def test_definitions_are_checked(source, field):
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999"])
-def test_a_number_that_no_double_holds_is_refused_by_name(number):
+def test_a_number_that_is_no_double_is_refused_with_its_field(number):
     parameters = f'{{"maximum": {number}}}'
     source = '[{"type": "function", "function": {"name": "f", "strict": true, "parameters": %s}}]'
     with pytest.raises(InvalidRequest, match="not JSON") as caught:
@@ -343,7 +346,7 @@ def test_a_number_that_no_double_holds_is_refused_by_name(number):
 
 @pytest.mark.parametrize("kind", ["string", "array", ["string", "null"], None, 5, "any"])
 def test_parameters_that_are_no_object_are_refused(kind):
-    """A type that there is not is one only of strict tools."""
+    """An unknown type is an error only for strict tools."""
     function = {"name": "f", "parameters": {"type": kind}, "strict": True}
     for strict in (True, False):
         function["strict"] = strict
@@ -378,7 +381,7 @@ def test_choices_are_checked(fields, field):
     assert caught.value.field == field
 
 
-def test_earlier_calls_come_with_their_arguments_as_objects():
+def test_arguments_of_earlier_calls_are_objects():
     call = pb.ToolCall(id="i", name="f", arguments='{"a": [1]}')
     turns = [
         pb.Message(role="assistant", tool_calls=[call]),
@@ -420,7 +423,7 @@ def test_earlier_calls_come_with_their_arguments_as_objects():
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_arguments_of_any_kind_come_as_an_object(written, arguments):
+def test_arguments_of_any_kind_become_an_object(written, arguments):
     (call,) = check_tool_calls("c", [pb.ToolCall(name="f", arguments=written)])
     assert call.arguments == arguments
 
@@ -434,7 +437,7 @@ def test_a_definition_nested_too_deeply_is_refused():
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
-def test_ids_of_calls_are_as_the_familys_templates_take_them(form):
+def test_call_ids_have_the_form_of_the_family(form):
     assert form.call_id("aB3dE6gH9") == "aB3dE6gH9"
     for other in ("call_9hHDFg7aKqjQ", "call_one_", ""):
         made = form.call_id(other)
@@ -443,7 +446,7 @@ def test_ids_of_calls_are_as_the_familys_templates_take_them(form):
 
 
 @pytest.mark.parametrize("source", ["", "[]", "null", " [ ] "])
-def test_a_list_of_no_tools_is_none(source):
+def test_an_empty_list_of_tools_is_none(source):
     unspecified, none, auto = pb.ToolChoice(), pb.ToolChoice(mode=1), pb.ToolChoice(mode=2)
     for choice in (unspecified, none, auto):
         got = validated(chat(tools_json=source, tool_choice=choice), LIMITS)
@@ -470,7 +473,7 @@ def test_a_schema_for_text_beside_tools():
         text_schema(schema, use(LLAMA3))
 
 
-# The answer's text by its tokens
+# Calls from tokens
 
 
 @pytest.fixture(scope="module")
@@ -517,11 +520,11 @@ def test_calls_are_read_from_tokens_and_after_a_resume(tokenizer, form, markers)
     pieces = [piece for c in chunks for piece in c.tool_calls]
     assert pieces[0].name == "get_weather"
     assert "".join(p.arguments for p in pieces) == '{"city": "Zürich \U0001f600"}'
-    # Another coordinator, which got the first tokens by `resume`, says the rest.
+    # Another coordinator, which got the first tokens by `resume`, sends the rest.
     for cut in range(len(tokens)):
         later = answer_of(tokenizer, form, resume=[pb.Resume(token_ids=tokens[:cut])])
         assert [later.push([token]) for token in tokens[cut:]] == chunks[cut:]
-    # And messages of several tokens say the same.
+    # Messages of several tokens give the same.
     assert answer_of(tokenizer, form).push(tokens).tool_calls[0].id == pieces[0].id
 
 
@@ -554,7 +557,7 @@ def test_stops_do_not_act_inside_calls(tokenizer, form, markers, choice):
 
 
 @pytest.mark.parametrize("form", [HERMES, MISTRAL_ARGS], ids=lambda f: f.name)
-def test_stops_act_on_what_is_said_around_calls(tokenizer, form):
+def test_stops_act_on_text_around_calls(tokenizer, form):
     call = form.write([("add", "{}")])
     for text, expected in (("I stop. ", "I "), (f"{call} and stop", " and ")):
         answer = answer_of(tokenizer, form, stop=pb.Stop(stop=["stop"]))
@@ -562,7 +565,7 @@ def test_stops_act_on_what_is_said_around_calls(tokenizer, form):
         assert answer.ended_here
         assert answer.ending.matched_text == "stop"
         assert "".join(chunk.text for chunk in chunks) == expected
-    # A stop token that the client names, unlike an end of sequence, which the grammar places.
+    # A stop token of the client; an end of sequence is placed by the grammar.
     (full_stop,) = tokenizer.encode(".")
     answer = answer_of(tokenizer, form, stop=pb.Stop(stop_token_ids=[full_stop]))
     chunk = answer.push(tokenizer.encode("I look. "))
@@ -582,7 +585,7 @@ def test_max_tokens_within_a_call(tokenizer, form, size):
     for limit in range(1, len(tokens) + 1):
         answer = answer_of(tokenizer, form)
         chunks = [answer.push(tokens[i : min(i + size, limit)]) for i in range(0, limit, size)]
-        answer.ending = Ending(FinishReason.LENGTH)  # of constrained answers the worker says so
+        answer.ending = Ending(FinishReason.LENGTH)  # the worker sets it for constrained outputs
         chunks.append(answer.finish())
         assert not "".join(chunk.text for chunk in chunks)
         found = [(p.name, p.arguments) for chunk in chunks for p in chunk.tool_calls]
@@ -592,7 +595,7 @@ def test_max_tokens_within_a_call(tokenizer, form, size):
     assert seen == len(calls)
 
 
-# What llguidance makes of our grammars
+# Grammars in llguidance
 
 
 @cache
@@ -613,7 +616,7 @@ def accepts(tokenizer: Tokenizer, source: str, text: str) -> bool:
 
 @pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
 @pytest.mark.parametrize("markers", [False, True], ids=["plain", "tokens"])
-def test_grammars_hold_the_answer(tokenizer, form, markers):
+def test_grammars_constrain_the_output(tokenizer, form, markers):
     if markers:
         tokenizer = with_markers(tokenizer)
         form = form.bound(tokenizer)
@@ -627,7 +630,7 @@ def test_grammars_hold_the_answer(tokenizer, form, markers):
         texts = (one, two, bad, "Hello <tool there", "Hello\n" + one, '{"a": 1}', one + " and")
         return [accepts(tokenizer, source, text) for text in texts]
 
-    free = form.trigger != ""  # else calls are whole answers, and text before one is text
+    free = form.trigger != ""  # otherwise calls are whole outputs
     assert says(use(form)) == [True, several, False, True, True, True, False]
     assert free or read(form, ["Hello\n" + one])[1] == []
     assert says(use(form, REQUIRED)) == [True, several, *[False] * 5]
@@ -639,7 +642,7 @@ def test_grammars_hold_the_answer(tokenizer, form, markers):
         assert says(use(form), schema) == [True, several, False, False, False, True, False]
 
 
-def test_lax_schemas_compile_where_strict_ones_do_not(tokenizer):
+def test_lenient_schemas_compile_where_strict_ones_do_not(tokenizer):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"not": {"type": "null"}}}}
     lax = check_tools("t", json.dumps([tool]))
     strict = check_tools(
@@ -657,8 +660,8 @@ def test_lax_schemas_compile_where_strict_ones_do_not(tokenizer):
         accepts(tokenizer, source(strict), "")
 
 
-def test_what_a_schema_beside_calls_says_is_held(tokenizer):
-    """What llguidance by itself would take: names written otherwise, numbers rounded."""
+def test_a_schema_beside_calls_is_enforced(tokenizer):
+    """llguidance alone would accept other spellings of names, and rounded numbers."""
     function = {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}
     tools = [{"type": "function", "function": {**function, "strict": True}}]
     found = tool_use(read_request(chat()), check_tools("t", json.dumps(tools)), HERMES)
@@ -678,7 +681,7 @@ def test_what_a_schema_beside_calls_says_is_held(tokenizer):
     assert caught.value.field == "t[0].function.parameters"
     tools[0]["function"]["strict"] = False
     (tool,) = check_tools("t", json.dumps(tools))
-    assert json.loads(tool.schema)["properties"] == {"a": {}}  # the constant alone is left out
+    assert json.loads(tool.schema)["properties"] == {"a": {}}  # only the constant is dropped
 
 
 REF = {"$ref": "#/$defs/A", "$defs": {"A": {"properties": {"a": {"type": "integer"}}}}}
@@ -694,9 +697,7 @@ REF = {"$ref": "#/$defs/A", "$defs": {"A": {"properties": {"a": {"type": "intege
         REF,
     ],
 )
-def test_arguments_are_an_object_also_where_the_schema_does_not_say_so(
-    tokenizer, parameters, strict
-):
+def test_arguments_are_an_object_also_if_the_schema_has_no_type(tokenizer, parameters, strict):
     function = {"name": "f", "parameters": parameters, "strict": strict}
     tools = check_tools("t", json.dumps([{"type": "function", "function": function}]))
     found = tool_use(read_request(chat(tool_choice=pb.ToolChoice(mode=REQUIRED))), tools, HERMES)
@@ -712,4 +713,4 @@ def test_arguments_are_an_object_also_where_the_schema_does_not_say_so(
         ("null", False),
     ):
         assert accepts(tokenizer, source, HERMES.write([("f", arguments)])) is fits, arguments
-    assert found.tools[0].definition["function"]["parameters"] == parameters  # as the prompt has it
+    assert found.tools[0].definition["function"]["parameters"] == parameters  # as in the prompt

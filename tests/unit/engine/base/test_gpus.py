@@ -1,4 +1,4 @@
-"""Which GPUs there are, as the driver's tools print them, and which worker gets which."""
+"""GPUs as the driver's tools list them, and their assignment to workers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_gpus_are_named_by_uuid() -> None:
     assert found(None) == found("No devices found.\n") == []
 
 
-def test_the_drivers_folder_tells_where_there_is_no_tool(tmp_path: Path) -> None:
+def test_the_drivers_folder_is_used_without_nvidia_smi(tmp_path: Path) -> None:
     for place, text in (("0000:17:00.0", f"Model: H100\nGPU UUID: \t {A}\n"), ("0000:65:00.0", "")):
         (tmp_path / place).mkdir()
         (tmp_path / place / "information").write_text(text)
@@ -55,7 +55,7 @@ def test_the_drivers_folder_tells_where_there_is_no_tool(tmp_path: Path) -> None
         ("MIG-GPU-a/1/0", ["MIG-GPU-a/1/0"]),
     ],
 )
-def test_what_the_user_lets_us_see_is_kept(visible: str, expected: list[str]) -> None:
+def test_only_visible_devices_are_used(visible: str, expected: list[str]) -> None:
     assert found(TWO, visible) == expected
     assert found(None, visible) == [], "without a driver there is none"
 
@@ -67,7 +67,7 @@ def test_the_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_gpus(list_gpus=lambda: TWO, proc=NOWHERE) == [A, B]
 
 
-def test_workers_are_dealt_gpus_in_turns() -> None:
+def test_gpus_are_assigned_round_robin() -> None:
     names = ["prefill-0", "decode-0"]
     assert deal_gpus([A, B], names) == {"prefill-0": GpuPart(A, 1), "decode-0": GpuPart(B, 1)}
     assert deal_gpus([A], names) == {"prefill-0": GpuPart(A, 2), "decode-0": GpuPart(A, 2)}

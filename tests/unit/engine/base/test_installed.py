@@ -1,4 +1,4 @@
-"""A worker without its packages: one sentence and status 2, wherever it is started."""
+"""A worker without its packages ends with one sentence and status 2."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installed, "find_spec", lambda name: None if name == "torch" else "a spec")
 
 
-def test_all_that_is_missing_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_missing_packages_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     require_worker_packages("workers")
     monkeypatch.setattr(installed, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as raised:
@@ -49,7 +49,7 @@ def test_a_worker_alone(main, role, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("names", [("torch",), ("nixl",), ("torch", "nixl")])
-def test_a_coordinator_does_not_start_workers_that_can_only_fail(
+def test_a_coordinator_does_not_start_workers_without_packages(
     tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     arguments = ["start", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]
@@ -75,7 +75,7 @@ def test_a_coordinator_does_not_start_workers_that_can_only_fail(
     assert list(tmp_path.iterdir()) == [], "before anything is converted, compiled or started"
 
 
-def test_what_an_import_failed_for() -> None:
+def test_the_cause_of_a_failed_import() -> None:
     missing = ModuleNotFoundError("No module named 'x'", name="x")
     assert unusable(missing).message == f"the package x is not installed: {REMEDY}"
     broken = OSError("libcudart.so.13: cannot open shared object file")
@@ -99,7 +99,7 @@ class _Fails(ModuleType):
         (KeyboardInterrupt(), 130, ""),
     ],
 )
-def test_a_start_that_is_cut_short_has_no_traceback(
+def test_an_interrupted_start_has_no_traceback(
     error: BaseException,
     status: int,
     said: str,
@@ -110,7 +110,7 @@ def test_a_start_that_is_cut_short_has_no_traceback(
     module.error = error
     monkeypatch.setitem(sys.modules, "engine.step.build", module)
     monkeypatch.setattr("engine.telemetry.log.configure_logging", lambda *args, **fields: None)
-    monkeypatch.setattr("worker.cli.put_off_collections", lambda: None)
+    monkeypatch.setattr("worker.cli.disable_collections", lambda: None)
     assert prefill(["start"]) == status
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == (1 if said else 0)

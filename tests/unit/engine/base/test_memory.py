@@ -1,4 +1,4 @@
-"""What memory there is to take, from files as kernels write them; and who may take how much."""
+"""Available memory, read from files as kernels write them, and its shares."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from engine.base.errors import ConfigError
 from engine.base.kv_layout import KVLayout
-from engine.base.memory import HostMemory, host_memory, shown
+from engine.base.memory import HostMemory, host_memory, readable_size
 from engine.cache.sizing import (
     CONTEXT_BYTES,
     FLOOR_BYTES,
@@ -57,8 +57,8 @@ def context(memory: HostMemory) -> tuple[int, str]:
     return size.max_model_len, size.limit
 
 
-def test_what_the_page_cache_holds_counts_as_available(tmp_path: Path) -> None:
-    """Starts with more and more of the memory in the page cache give one context."""
+def test_the_page_cache_counts_as_available(tmp_path: Path) -> None:
+    """The context does not depend on how much memory the page cache holds."""
     machine = Machine(tmp_path, 20 * GIB, 0)
     found = set()
     for cached in (0, 4, 12, 16, 19, 19.9):
@@ -67,7 +67,7 @@ def test_what_the_page_cache_holds_counts_as_available(tmp_path: Path) -> None:
     assert found == {(8192, "")}
 
 
-def test_a_cgroup_of_version_2_bounds_what_there_is(tmp_path: Path) -> None:
+def test_a_cgroup_v2_limit(tmp_path: Path) -> None:
     machine = Machine(tmp_path, 20 * GIB, 0, "0::/pods/one\n")
     machine.group("pods/one", memory__max=2 * GIB, memory__current=GIB)
     assert machine.read() == HostMemory(GIB, "the cgroup's 2 GiB")
@@ -88,7 +88,7 @@ def test_a_cgroup_of_version_2_bounds_what_there_is(tmp_path: Path) -> None:
     assert machine.read().available_bytes == 20 * GIB
 
 
-def test_a_cgroup_of_version_1_and_one_that_is_mounted_as_the_root(tmp_path: Path) -> None:
+def test_a_cgroup_v1_limit_also_mounted_as_the_root(tmp_path: Path) -> None:
     groups = "5:cpu,cpuacct:/docker/x\n4:memory:/docker/x\n0::/\n"
     machine = Machine(tmp_path, 20 * GIB, 0, groups)
     files = {"memory__limit_in_bytes": 2 * GIB, "memory__usage_in_bytes": GIB}
@@ -107,7 +107,7 @@ def test_this_machine_has_memory() -> None:
     assert host_memory().available_bytes > 0
 
 
-def test_a_share_is_handed_on_as_text() -> None:
+def test_a_share_is_passed_as_text() -> None:
     share = HostMemory(7 * GIB, "the cgroup's 8 GiB: half").share(2)
     assert HostMemory.parse(str(share)) == HostMemory(7 * GIB // 2, "the cgroup's 8 GiB: half")
     assert HostMemory.parse("") is None
@@ -126,7 +126,7 @@ def test_a_shorter_context_names_its_cause() -> None:
     assert budget.num_bytes == MOST_BYTES and "--kv-cache-memory" in budget.limit
 
 
-def test_a_length_that_was_asked_for_and_does_not_fit_is_refused() -> None:
+def test_a_requested_length_that_does_not_fit_is_refused() -> None:
     budget = PoolBudget(32 * MIB, "the cgroup's 2 GiB")
     with pytest.raises(ConfigError, match="limited by the cgroup's 2 GiB: one request of 4096"):
         fit_pool(budget, LAYOUT, longest=4096, asked=4096, draft_window=0)
@@ -155,29 +155,29 @@ def test_an_8b_model_fits_cards_of_24_to_80_gb(card_gib: int, tokens: int) -> No
 
 
 def test_two_workers_on_one_gpu_keep_to_their_parts() -> None:
-    """Whatever the other one has taken by then: less, or all that it may."""
+    """Whether the other worker has allocated nothing yet, a part, or all of its share."""
     total, taken = 80 * GIB, 18 * GIB
     part = gpu_budget(GpuMemory(total, total - taken - CONTEXT_BYTES, taken), 0.45)
     assert part.num_bytes == int(0.45 * total) - taken - CONTEXT_BYTES
-    free = total - int(0.45 * total) - taken - CONTEXT_BYTES  # the other one is complete
+    free = total - int(0.45 * total) - taken - CONTEXT_BYTES  # left by the other worker
     assert gpu_budget(GpuMemory(total, free, taken), 0.45).num_bytes == part.num_bytes
     assert 2 * (part.num_bytes + taken + CONTEXT_BYTES) <= 0.9 * total + 2
 
 
-def test_what_other_programs_hold_of_a_gpu_is_left_to_them() -> None:
+def test_gpu_memory_of_other_programs_is_not_used() -> None:
     budget = gpu_budget(GpuMemory(80 * GIB, 10 * GIB, 18 * GIB), 0.9)
     assert budget.num_bytes == 10 * GIB - CONTEXT_BYTES
     assert "10 GiB that are free of the GPU's 80 GiB" in budget.limit
 
 
-def test_a_gpu_that_is_too_small_is_refused_with_figures() -> None:
+def test_a_too_small_gpu_is_refused_with_figures() -> None:
     budget = gpu_budget(GpuMemory(16 * GIB, GIB // 4, 15 * GIB), 0.9)
     with pytest.raises(ConfigError, match=r"16 GiB.*needs \d+ bytes; expected .*--max-model-len"):
         fit_pool(budget, EIGHT_B, longest=8192, asked=0, draft_window=0)
 
 
-def test_sizes_for_people() -> None:
-    assert [shown(n) for n in (0, 512, 1024, 192 * MIB, 3 * GIB // 2, 2 << 40)] == [
+def test_readable_sizes() -> None:
+    assert [readable_size(n) for n in (0, 512, 1024, 192 * MIB, 3 * GIB // 2, 2 << 40)] == [
         "0 bytes",
         "512 bytes",
         "1 KiB",

@@ -6,7 +6,7 @@ import pytest
 
 from engine.base import options as config
 from engine.base.errors import ConfigError
-from engine.base.options import (
+from engine.base.option_groups import (
     CacheOptions,
     FleetOptions,
     FrontOptions,
@@ -14,9 +14,9 @@ from engine.base.options import (
     ModelOptions,
     TransferOptions,
     WorkerOptions,
-    parse_size,
-    to_flags,
 )
+from engine.base.option_values import parse_size
+from engine.base.options import to_flags
 
 FRONT = (FrontOptions, FleetOptions, CacheOptions, LogOptions, ModelOptions)
 WORKER = (WorkerOptions, ModelOptions)
@@ -33,7 +33,7 @@ def resolve(*argv, environ=None, toml=None, tmp_path=None, groups=FRONT):
     return {k: v for group in found for k, v in dataclasses.asdict(group).items()}
 
 
-def test_flags_go_before_environment_before_file_before_defaults(tmp_path):
+def test_flags_override_environment_overrides_file_overrides_defaults(tmp_path):
     toml = "prefill-workers = 5\ndecode_workers = 5\nblock_size = 8\n"
     environ = {"DIPTYCH_PREFILL_WORKERS": "4", "DIPTYCH_DECODE_WORKERS": "4"}
     got = resolve("--prefill-workers", "3", environ=environ, toml=toml, tmp_path=tmp_path)
@@ -64,7 +64,7 @@ def test_a_file_with_the_wrong_kind_of_value_is_refused(tmp_path, line):
     assert "\n" not in caught.value.message
 
 
-def test_a_file_may_write_numbers_as_numbers_or_text(tmp_path):
+def test_a_file_may_have_numbers_as_numbers_or_text(tmp_path):
     toml = 'max_request_s = 5\nprefill_workers = "2"\nkv_cache_memory = 1024\nblock_size = 32\n'
     got = resolve(toml=toml, tmp_path=tmp_path)
     assert (got["max_request_s"], got["prefill_workers"]) == (5.0, 2)
@@ -90,7 +90,7 @@ def test_a_file_may_write_numbers_as_numbers_or_text(tmp_path):
         ("--sse-keepalive-s", "-1"),
     ],
 )
-def test_a_bad_flag_is_one_sentence_that_names_it(flag, value):
+def test_the_error_of_a_bad_flag_is_one_sentence_that_names_it(flag, value):
     with pytest.raises(ConfigError, match=flag) as caught:
         resolve(flag, value, groups=WORKER if flag == "--coordinator" else FRONT)
     assert "expected int" not in caught.value.message
@@ -126,13 +126,13 @@ def test_sizes():
         (("--kv-checksums", "on"), True),
     ],
 )
-def test_a_bare_switch_switches_on(argv, on):
+def test_a_flag_without_value_means_true(argv, on):
     got = resolve(*argv, groups=(TransferOptions,))
     assert got["kv_checksums"] is on
     assert resolve(*to_flags(TransferOptions(**got)), groups=(TransferOptions,)) == got
 
 
-def test_flags_for_a_child_say_the_same():
+def test_flags_for_a_child_give_the_same_options():
     model = ModelOptions(model="-odd", dtype="float32", seed_weights=3)
     worker = WorkerOptions(worker_id="--config", coordinator="a:1,b:2")
     got = resolve(*to_flags(model, worker), groups=WORKER)

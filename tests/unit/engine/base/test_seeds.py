@@ -8,8 +8,8 @@ import sys
 from engine.base.seeds import choice_seed, default_seed
 
 
-def test_values_are_fixed_for_ever() -> None:
-    """Another value would change the answers of requests that retry across an upgrade."""
+def test_values_never_change() -> None:
+    """Other values would change the outputs of requests that retry across an upgrade."""
     assert default_seed("request-1") == 0x7829144C549D6281
     assert choice_seed(42, 1) == 0x760261BAACC8EB0C
     assert choice_seed(42, 0) == 42

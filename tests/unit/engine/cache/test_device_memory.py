@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.base.options import ModelOptions
+from engine.base.option_groups import ModelOptions
 from engine.cache.device_memory import DriverMemory, driver_bytes
 from engine.step.device import pick_device
 

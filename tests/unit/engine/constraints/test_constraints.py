@@ -1,4 +1,4 @@
-"""Constraints compiled, cached, refused with a reason; masks as functions of the tokens so far."""
+"""Constraints are compiled, cached or refused with a reason; masks are functions of the tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engine.base.types import Constraint, ConstraintKind
 from engine.checkpoint.source import resolve
 from engine.constraints import Checker, Compiler, Masks, Matcher, Vocabulary
 from engine.constraints import compiler as compiler_module
-from engine.constraints.masks import Place
+from engine.constraints.masks import MaskRequest
 
 VOCAB = 49152
 PERSON = {
@@ -67,12 +67,12 @@ def bits(row: np.ndarray) -> list[int]:
     return np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
 
 
-def masks_of(masks: Masks, places: list[Place]) -> list[list[list[int]]]:
-    found = masks.wait(masks.begin(dict(enumerate(places))))
-    return [[bits(row) for row in found[i]] for i in range(len(places))]
+def masks_of(masks: Masks, requests: list[MaskRequest]) -> list[list[list[int]]]:
+    found = masks.wait(masks.begin(dict(enumerate(requests))))
+    return [[bits(row) for row in found[i]] for i in range(len(requests))]
 
 
-async def test_a_text_that_fits_is_taken_to_its_end(compiler: Compiler, encode) -> None:
+async def test_a_matching_text_is_accepted_to_its_end(compiler: Compiler, encode) -> None:
     matcher = await compiler.matcher(schema(PERSON))
     tokens = encode(TEXT)
     assert matcher.num_valid(tokens) == len(tokens)
@@ -81,14 +81,14 @@ async def test_a_text_that_fits_is_taken_to_its_end(compiler: Compiler, encode) 
         assert matcher.advance([token])
     assert matcher.ended
     assert matcher.error == ""
-    assert masks_of(Masks(VOCAB), [Place(matcher, [])]) == [[[0, 2]]]
+    assert masks_of(Masks(VOCAB), [MaskRequest(matcher, [])]) == [[[0, 2]]]
     assert matcher.num_valid([5]) == 0
 
 
 async def test_an_end_is_allowed_where_the_text_could_go_on(compiler: Compiler, encode) -> None:
     for end in (2, 0):
         matcher = await compiler.matcher(regex("[0-9]+"), encode("12"))
-        allowed = masks_of(Masks(VOCAB), [Place(matcher, [])])[0][0]
+        allowed = masks_of(Masks(VOCAB), [MaskRequest(matcher, [])])[0][0]
         assert {0, 2} < set(allowed)
         assert not matcher.ended
         assert matcher.num_valid([end, 5]) == 1
@@ -97,7 +97,7 @@ async def test_an_end_is_allowed_where_the_text_could_go_on(compiler: Compiler, 
         assert matcher.error == ""
 
 
-async def test_texts_that_spell_special_tokens_are_no_special_tokens(compiler: Compiler) -> None:
+async def test_text_that_looks_like_special_tokens_is_text(compiler: Compiler) -> None:
     spelled = ("<|im_end|>", "a<filename>b", "<repo_name><|endoftext|>")
     constraints = [schema({"const": text}) for text in spelled]
     constraints += [regex(re.escape(text)) for text in spelled]
@@ -110,7 +110,7 @@ async def test_texts_that_spell_special_tokens_are_no_special_tokens(compiler: C
         for _ in range(40):
             if matcher.ended:
                 break
-            allowed = masks_of(masks, [Place(matcher, [])])[0][0]
+            allowed = masks_of(masks, [MaskRequest(matcher, [])])[0][0]
             assert min(allowed) > 16, constraint  # the first 17 are special
             assert matcher.advance([allowed[0]])
         assert matcher.ended
@@ -124,7 +124,7 @@ async def test_a_grammar_may_name_special_tokens(compiler: Compiler) -> None:
         "start: /a/ <filename>",
     ):
         matcher = await compiler.matcher(lark(source), [81])
-        assert masks_of(Masks(VOCAB), [Place(matcher, [])]) == [[[6]]], source
+        assert masks_of(Masks(VOCAB), [MaskRequest(matcher, [])]) == [[[6]]], source
     with pytest.raises(InvalidRequest, match='unknown special token: "<none>"'):
         await compiler.matcher(lark("start: <none>"))
 
@@ -145,13 +145,13 @@ async def test_digits_and_letters_of_a_regex_are_those_of_ascii(
         assert (matcher.advance(encode(text)) and matcher.advance([2])) is fits, text
 
 
-async def test_what_is_forced_is_told(compiler: Compiler, encode) -> None:
+async def test_forced_tokens_are_returned(compiler: Compiler, encode) -> None:
     matcher = await compiler.matcher(schema(PERSON), encode('{"'))
     forced = matcher.forced()
     assert len(forced) >= 3
     assert forced == encode('{"the first name')[1 : 1 + len(forced)]
     assert matcher.num_valid(forced) == len(forced)
-    assert masks_of(Masks(VOCAB), [Place(matcher, forced)])[0][: len(forced)] == [
+    assert masks_of(Masks(VOCAB), [MaskRequest(matcher, forced)])[0][: len(forced)] == [
         [t] for t in forced
     ]
 
@@ -166,7 +166,7 @@ async def test_tokens_that_do_not_fit_are_refused(compiler: Compiler, encode) ->
 async def test_a_limit_that_shows_only_with_the_tokens_is_the_constraints(
     compiler: Compiler, encode
 ) -> None:
-    """Whoever makes a matcher again from them is told the truth."""
+    """A matcher that is rebuilt from the tokens reports the same limit."""
     with pytest.raises(InvalidRequest, match="too many") as caught:
         await compiler.matcher(regex("(a{0,99}){0,99}"), encode("a") * 200)
     assert caught.value.field == "constraint"
@@ -174,7 +174,7 @@ async def test_a_limit_that_shows_only_with_the_tokens_is_the_constraints(
 
 @pytest.mark.parametrize("seed", range(4))
 async def test_masks_are_a_function_of_the_tokens(compiler: Compiler, encode, seed: int) -> None:
-    """One by one, all at once, after wrong guesses, beside others: always the same."""
+    """One by one, all at once, after wrong drafts, beside others: the masks are equal."""
     rng = random.Random(seed)
     grammars = [
         (schema(PERSON), TEXT),
@@ -189,7 +189,7 @@ async def test_masks_are_a_function_of_the_tokens(compiler: Compiler, encode, se
         walked.append((constraint, encode(text), matcher))
     longest = max(len(tokens) for _, tokens, _ in walked)
     for at in range(longest):
-        places, wanted = [], []
+        requests, allowed = [], []
         for constraint, tokens, matcher in walked:
             if at >= len(tokens):
                 continue
@@ -197,13 +197,13 @@ async def test_masks_are_a_function_of_the_tokens(compiler: Compiler, encode, se
             if rng.random() < 0.5:
                 guess = [*guess, rng.randrange(VOCAB)]
             guess = guess[: matcher.num_valid(guess)]
-            places.append(Place(matcher, guess))
+            requests.append(MaskRequest(matcher, guess))
             rows = []
             for length in range(len(guess) + 1):
                 fresh = await compiler.matcher(constraint, [*tokens[:at], *guess[:length]])
-                rows += masks_of(masks, [Place(fresh, [])])[0]
-            wanted.append(rows)
-        assert masks_of(masks, places) == wanted
+                rows += masks_of(masks, [MaskRequest(fresh, [])])[0]
+            allowed.append(rows)
+        assert masks_of(masks, requests) == allowed
         for _, tokens, matcher in walked:
             if at < len(tokens):
                 assert matcher.advance([tokens[at]])
@@ -239,7 +239,7 @@ REFUSED = [
 async def test_what_cannot_be_used_is_refused_with_the_reason(
     compiler: Compiler, constraint: Constraint, reason: str
 ) -> None:
-    for _ in range(2):  # the second time from what is known
+    for _ in range(2):  # the second time from the cache
         with pytest.raises(InvalidRequest) as caught:
             await compiler.matcher(constraint)
         assert caught.value.field == "constraint"
@@ -248,63 +248,63 @@ async def test_what_cannot_be_used_is_refused_with_the_reason(
         assert "\n" not in caught.value.description
 
 
-async def test_many_ask_and_it_is_compiled_once(compiler: Compiler) -> None:
-    before = compiler.known.num_made
-    wanted = schema({"type": "object", "properties": {"once": {"type": "string"}}})
-    matchers = await asyncio.gather(*(compiler.matcher(wanted) for _ in range(20)))
+async def test_concurrent_requests_compile_once(compiler: Compiler) -> None:
+    before = compiler.cache.num_computed
+    allowed = schema({"type": "object", "properties": {"once": {"type": "string"}}})
+    matchers = await asyncio.gather(*(compiler.matcher(allowed) for _ in range(20)))
     assert len({id(m.library) for m in matchers}) == 20
-    await compiler.matcher(wanted)
-    assert compiler.known.num_made == before + 1
-    compiler.forget(wanted)
-    await compiler.matcher(wanted)
-    assert compiler.known.num_made == before + 2
+    await compiler.matcher(allowed)
+    assert compiler.cache.num_computed == before + 1
+    compiler.forget(allowed)
+    await compiler.matcher(allowed)
+    assert compiler.cache.num_computed == before + 2
 
 
-async def test_a_reason_is_not_another_kind_s(compiler: Compiler) -> None:
+async def test_the_cache_key_includes_the_kind(compiler: Compiler) -> None:
     await compiler.matcher(regex("true"))
     await compiler.matcher(Constraint(ConstraintKind.JSON_SCHEMA, "true"))
     with pytest.raises(InvalidRequest):
         await compiler.matcher(lark("true"))
 
 
-async def test_what_is_kept_has_a_bound(
+async def test_the_cache_is_bounded(
     vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiler_module, "_MAX_CACHED", 3)
     made = Compiler(vocabulary)
     try:
-        for i in (0, 1, 2, 0, 3, 4):  # 0 was used again; 1 and 2 go
+        for i in (0, 1, 2, 0, 3, 4):  # 0 is used again; 1 and 2 are evicted
             await made.matcher(regex(f"a{i}"))
-        assert made.known.num_made == 5
+        assert made.cache.num_computed == 5
         await made.matcher(regex("a0"))
-        assert made.known.num_made == 5
+        assert made.cache.num_computed == 5
         await made.matcher(regex("a1"))
-        assert made.known.num_made == 6
-        assert len(made.known) == 3
-        assert made.known.costs[0] == sum(k.num_chars for k in made.known._values.values())
+        assert made.cache.num_computed == 6
+        assert len(made.cache) == 3
+        assert made.cache.costs[0] == sum(k.num_chars for k in made.cache._values.values())
     finally:
         made.close()
 
 
-async def test_what_was_dear_to_compile_is_kept_in_small_numbers(
+async def test_few_expensive_grammars_are_cached(
     vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Thirty characters of regex make thirty megabytes of grammar."""
+    """A regex of 30 characters makes a grammar of 30 MB."""
     monkeypatch.setattr(compiler_module, "_MAX_CACHED_CPU_S", 0.02)
     made = Compiler(vocabulary)
     try:
         for i in range(5):
             await made.matcher(regex(f"((((a{{10}}){{10}}){{10}}){{10}}){{10}}{i}"))
-            assert len(made.known) == 1
+            assert len(made.cache) == 1
         for i in range(5):
             await made.matcher(regex(f"a{i}"))
-        assert len(made.known) >= 5
-        assert made.known.costs[1] <= 0.02
+        assert len(made.cache) >= 5
+        assert made.cache.costs[1] <= 0.02
     finally:
         made.close()
 
 
-async def test_a_tokenizer_that_is_not_known_is_a_reason(tmp_path) -> None:
+async def test_an_unsupported_tokenizer_is_a_reason(tmp_path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     made = Compiler(Vocabulary(tmp_path, 10, (1,)))
     try:
@@ -315,7 +315,7 @@ async def test_a_tokenizer_that_is_not_known_is_a_reason(tmp_path) -> None:
     checker = Checker(Vocabulary(tmp_path, 10, (1,)))
     try:
         for lenient in (False, True):
-            found = await checker.fitting('{"x-guidance": {}}', lenient)
+            found = await checker.compilable_schema('{"x-guidance": {}}', lenient)
             assert "none is possible" in found.reason
     finally:
         checker.close()
@@ -325,7 +325,7 @@ _DEEP = """
 import asyncio, json, sys
 from pathlib import Path
 from engine.constraints import Checker, Compiler, Masks, Vocabulary
-from engine.constraints.masks import Place
+from engine.constraints.masks import MaskRequest
 from engine.base.errors import InvalidRequest
 from engine.base.types import Constraint, ConstraintKind
 
@@ -344,7 +344,7 @@ async def main(folder):
             print(error)
             continue
         masks = Masks(49152)
-        masks.wait(masks.begin({1: Place(matcher, [])}))
+        masks.wait(masks.begin({1: MaskRequest(matcher, [])}))
         del matcher
     print("alive")
 
@@ -352,7 +352,7 @@ asyncio.run(main(sys.argv[1]))
 """
 
 
-def test_nesting_of_thousands_ends_no_process(vocabulary: Vocabulary) -> None:
+def test_nesting_of_thousands_does_not_crash(vocabulary: Vocabulary) -> None:
     """On a thread of the usual size each of the first three is a segmentation fault."""
     done = subprocess.run(
         [sys.executable, "-c", _DEEP, str(vocabulary.folder)],

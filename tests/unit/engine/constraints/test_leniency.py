@@ -1,4 +1,4 @@
-"""What of a lenient schema is kept, with a compiler that refuses what the test says."""
+"""The part of a lenient schema that is kept, with a compiler that refuses given texts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from engine.constraints.leniency import loosened
+from engine.constraints.leniency import compilable_part
 
 Schema = dict[str, Any]
 
 
 def refuses(*parts: str) -> Callable[[Schema], bool]:
-    """A compiler that knows no schema with all of these texts in it."""
+    """A compiler that refuses every schema that contains all of these texts."""
 
     def compiles(schema: Schema) -> bool:
         return not all(part in json.dumps(schema) for part in parts)
@@ -130,11 +130,11 @@ def test_only_the_smallest_parts_are_lost(
     schema: Schema, refused: tuple[str, ...], left: Schema
 ) -> None:
     before = json.dumps(schema)
-    assert json.dumps(loosened(schema, refuses(*refused))) == json.dumps(left)
+    assert json.dumps(compilable_part(schema, refuses(*refused))) == json.dumps(left)
     assert json.dumps(schema) == before
 
 
-def test_what_takes_too_many_tries_is_any_object() -> None:
+def test_too_many_compilations_give_any_object() -> None:
     tries = 0
 
     def compiles(schema: Schema) -> bool:
@@ -143,12 +143,14 @@ def test_what_takes_too_many_tries_is_any_object() -> None:
         return False
 
     wide = {"properties": {f"p{i}": {"type": "string"} for i in range(1000)}}
-    assert loosened(wide, compiles) == OBJECT
+    assert compilable_part(wide, compiles) == OBJECT
     assert tries <= 400
     tries = 0
-    assert loosened(wide, compiles, time.thread_time() - 60) == OBJECT  # compiling it took long
+    assert (
+        compilable_part(wide, compiles, time.thread_time() - 60) == OBJECT
+    )  # compiling it took long
     assert not tries
-    deep: Schema = {}
+    depth: Schema = {}
     for _ in range(3000):
-        deep = {"items": deep}
-    assert loosened(deep, refuses("nothing of this")) == OBJECT
+        depth = {"items": depth}
+    assert compilable_part(depth, refuses("nothing of this")) == OBJECT

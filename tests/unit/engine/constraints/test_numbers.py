@@ -1,4 +1,4 @@
-"""Answers that would never end by a model's own choice: white space, digits, zeros, exponents."""
+"""Outputs end although the model prefers white space, digits, zeros or exponents."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from coordinator.text.tool_format import FORMATS, ToolUse, tool_grammar
 from engine.base.types import Constraint, ConstraintKind
 from engine.checkpoint.source import resolve
 from engine.constraints import Compiler, Masks, Matcher, Vocabulary
-from engine.constraints.masks import Place
-from engine.constraints.numbers import MOST_DIGITS, NumberScanner, Part, json_after, step_of
+from engine.constraints.masks import MaskRequest
+from engine.constraints.numbers import MAX_DIGITS, NumberScanner, Part, json_after, step_of
 from engine.pb.diptych.v1 import inference_pb2 as pb
 
 VOCAB, END = 49152, 2
@@ -44,16 +44,16 @@ def compiler(vocabulary: Vocabulary) -> Iterator[Compiler]:
 
 
 def allowed(masks: Masks, matcher: Matcher, draft: list[int] | None = None) -> list[list[int]]:
-    rows = masks.wait(masks.begin({0: Place(matcher, draft or [])}))[0]
+    rows = masks.wait(masks.begin({0: MaskRequest(matcher, draft or [])}))[0]
     bits = np.unpackbits(rows.view(np.uint8), axis=1, bitorder="little")
     return [np.flatnonzero(row).tolist() for row in bits]
 
 
-def written(matcher: Matcher, tokens: LLTokenizer, likes: str, most: int = 300) -> str:
-    """The answer of a model that has always liked one of these characters best, and ends last."""
+def written(matcher: Matcher, tokens: LLTokenizer, likes: str, maximum: int = 300) -> str:
+    """The output of a model that prefers these characters, in this order, and the end last."""
     masks, text = Masks(VOCAB), b""
     order = [tokens.tokenize_str(char)[0] for char in likes]
-    for _ in range(most):
+    for _ in range(maximum):
         can = allowed(masks, matcher)[0]
         liked = [token for token in order if token in can]
         others = [token for token in can if token not in (END, 0)]
@@ -101,10 +101,10 @@ async def test_numbers_come_to_an_end_within_their_bounds(
     for number in json.loads(text, parse_float=Decimal):
         assert number is not None
     for whole, fraction, exponent in NUMBER.findall(text):
-        more = 7 if "multipleOf" in json.dumps(schema) else 0  # a multiple must come of it
-        assert len(whole) <= MOST_DIGITS[Part.WHOLE] + more
-        assert len(fraction) <= MOST_DIGITS[Part.FRACTION] + 1  # above an exclusive bound
-        assert len(exponent) <= MOST_DIGITS[Part.EXPONENT]
+        more = 7 if "multipleOf" in json.dumps(schema) else 0  # digits that lead to a multiple
+        assert len(whole) <= MAX_DIGITS[Part.WHOLE] + more
+        assert len(fraction) <= MAX_DIGITS[Part.FRACTION] + 1  # above an exclusive bound
+        assert len(exponent) <= MAX_DIGITS[Part.EXPONENT]
 
 
 @pytest.mark.parametrize("likes", [" ", "\n ", "\t\n", "\r\n\t", " \n8"])
@@ -119,7 +119,7 @@ async def test_numbers_come_to_an_end_within_their_bounds(
 async def test_white_space_comes_to_an_end(
     compiler: Compiler, tokens: LLTokenizer, schema: dict[str, object], likes: str
 ) -> None:
-    """As the issue's list, which ran into blanks."""
+    """A list in which the model prefers blanks."""
     matcher = await compiler.matcher(Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(schema)))
     text = written(matcher, tokens, likes)
     json.loads(text)
@@ -138,7 +138,7 @@ LEGITIMATE = [
 ]
 
 
-async def test_numbers_of_full_precision_are_offered(
+async def test_numbers_of_full_precision_are_allowed(
     compiler: Compiler, tokens: LLTokenizer
 ) -> None:
     matcher_of = Constraint(ConstraintKind.JSON_SCHEMA, '{"type": "number"}')
@@ -169,11 +169,11 @@ async def test_constants_are_written_to_their_end(
 
 @pytest.mark.parametrize("step", [1, 7, 10, 1999, 86400, 10**6])
 @pytest.mark.parametrize("digits", ["1", "98765432109876543210", "20000000000000000001"])
-def test_a_number_is_brought_to_a_multiple(step: int, digits: str) -> None:
+def test_a_number_becomes_a_multiple(step: int, digits: str) -> None:
     scanner = NumberScanner(step=step)
     scanner.feed(f"[7, -3.5, -{digits}".encode())
     for _ in range(len(str(step))):
-        digits += str(scanner.to_multiple)
+        digits += str(scanner.next_digit_to_multiple)
         scanner.feed(digits[-1:].encode())
         if int(digits) % step == 0:
             return
@@ -190,7 +190,7 @@ def test_the_step_of_a_schema_is_one_for_all_of_its_multiples() -> None:
 
 
 async def test_masks_are_a_function_of_the_tokens(compiler: Compiler, tokens: LLTokenizer) -> None:
-    """Behind a draft as token by token, at the bound and over it."""
+    """After a draft as token by token, at the bound and beyond."""
     constraint = Constraint(ConstraintKind.JSON_SCHEMA, '{"type": "array"}')
     given = tokens.tokenize_str('["8e8\\"8888888888888888888888", 8.' + "8" * 22)
     draft = tokens.tokenize_str("88888, 8")
@@ -200,7 +200,7 @@ async def test_masks_are_a_function_of_the_tokens(compiler: Compiler, tokens: LL
         assert allowed(masks, matcher)[0] == behind[i]
         assert matcher.advance([draft[i]])
     assert draft[1] in behind[1]
-    assert draft[2] not in behind[2]  # the sampler cannot give it: the draft ends there
+    assert draft[2] not in behind[2]  # not allowed: the draft ends there
 
 
 def scanned(text: str, trigger: str = "", cut: int = 1) -> tuple[Part, int]:
@@ -212,7 +212,7 @@ def scanned(text: str, trigger: str = "", cut: int = 1) -> tuple[Part, int]:
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 100])
 def test_only_numbers_are_counted(cut: int) -> None:
-    for text, place in {
+    for text, scanner in {
         "[12": (Part.WHOLE, 2),
         "[12, -3.45": (Part.FRACTION, 2),
         '{"a": 12E+045': (Part.EXPONENT, 3),
@@ -223,7 +223,7 @@ def test_only_numbers_are_counted(cut: int) -> None:
         '"é12': (Part.NONE, 0),
         "": (Part.NONE, 0),
     }.items():
-        assert scanned(text, cut=cut) == place, text
+        assert scanned(text, cut=cut) == scanner, text
     assert scanned("3.14 <tool", "<tool>", cut) == (Part.NONE, 0)
     assert scanned('3.14 "<tool>[1.25', "<tool>", cut) == (Part.FRACTION, 2)
     assert scanned("x[3", "[", cut) == (Part.WHOLE, 1)
@@ -262,7 +262,7 @@ async def test_arguments_of_calls_come_to_an_end(
         matcher = await compiler.matcher(tool_grammar(use), tokens.tokenize_str(text + begin))
         rest = written(matcher, tokens, "8")
         assert max(map(len, re.findall("8+", rest))) == 24
-    if mode == pb.ToolChoice.MODE_AUTO:  # text is free
+    if mode == pb.ToolChoice.MODE_AUTO:  # text is unconstrained
         matcher = await compiler.matcher(tool_grammar(use), tokens.tokenize_str("x " + "8" * 40))
         assert tokens.tokenize_str("8")[0] in allowed(Masks(VOCAB), matcher)[0]
 
@@ -271,7 +271,7 @@ async def test_arguments_of_calls_come_to_an_end(
 async def test_json_beside_calls_comes_to_an_end(
     compiler: Compiler, tokens: LLTokenizer, name: str
 ) -> None:
-    """Text by a schema, a number by itself and one in a list."""
+    """Text with a schema: a number alone, and one in a list."""
     use = called(name, pb.ToolChoice.MODE_AUTO)
     for schema in ({"type": "number"}, {"type": "array", "items": {"type": "number"}}):
         constraint = values.Constraint("json_schema", json.dumps(schema))
@@ -283,7 +283,7 @@ async def test_json_beside_calls_comes_to_an_end(
         json.loads(opening + text)
 
 
-async def test_other_constraints_are_left_alone(compiler: Compiler, tokens: LLTokenizer) -> None:
+async def test_other_constraints_are_unchanged(compiler: Compiler, tokens: LLTokenizer) -> None:
     digit = tokens.tokenize_str("8")[0]
     for kind, source in (
         (ConstraintKind.REGEX, "[0-9]+"),

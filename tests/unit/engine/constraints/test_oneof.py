@@ -1,4 +1,4 @@
-"""Branches of `oneOf` are told apart only where no value fits two of them."""
+"""Branches of `oneOf` count as disjoint only if no value fits two of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from engine.constraints.oneof import Branches
-from engine.constraints.schemas import held
+from engine.constraints.schemas import prepare_schema
 
 
 def animal(kind: object, **more: object) -> dict[str, object]:
@@ -51,59 +51,59 @@ NOT_SURE = [
 ]
 
 
-def tells_apart(options: list[object], **beside: object) -> bool:
+def are_disjoint(options: list[object], **beside: object) -> bool:
     root: dict[str, object] = {"oneOf": options, "$defs": DEFS, **beside}
-    return Branches(root).exclude_each_other(options, root)
+    return Branches(root).are_disjoint(options, root)
 
 
 @pytest.mark.parametrize("options", APART, ids=[str(o)[:70] for o in APART])
-def test_apart(options: list[object]) -> None:
-    assert tells_apart(options)
-    now = json.loads(held(json.dumps({"items": {"oneOf": options}, "$defs": DEFS})))
+def test_disjoint(options: list[object]) -> None:
+    assert are_disjoint(options)
+    now = json.loads(prepare_schema(json.dumps({"items": {"oneOf": options}, "$defs": DEFS})))
     assert now["items"] == {"anyOf": options}
 
 
 @pytest.mark.parametrize("options", NOT_SURE, ids=[str(o)[:70] for o in NOT_SURE])
-def test_not_sure(options: list[object]) -> None:
-    assert not tells_apart(options)
-    now = json.loads(held(json.dumps({"oneOf": options, "$defs": DEFS})))
+def test_not_proven_disjoint(options: list[object]) -> None:
+    assert not are_disjoint(options)
+    now = json.loads(prepare_schema(json.dumps({"oneOf": options, "$defs": DEFS})))
     assert now["oneOf"] == options
 
 
-def test_what_stands_beside_counts_for_each() -> None:
+def test_keywords_beside_oneof_apply_to_each_branch() -> None:
     options = [{"properties": {"kind": {"const": kind}}} for kind in "ab"]
-    assert not tells_apart(options)
-    assert not tells_apart(options, type="object")
-    assert tells_apart(options, type="object", required=["kind"])
+    assert not are_disjoint(options)
+    assert not are_disjoint(options, type="object")
+    assert are_disjoint(options, type="object", required=["kind"])
 
 
-def test_references_that_belong_elsewhere_are_not_followed() -> None:
+def test_references_to_other_resources_are_not_followed() -> None:
     options = [{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}]
-    assert tells_apart(options, **{"$id": "https://example.com/animals"})
-    assert not tells_apart(options, properties={"a": {"$id": "other", "$ref": "#/$defs/x"}})
+    assert are_disjoint(options, **{"$id": "https://example.com/animals"})
+    assert not are_disjoint(options, properties={"a": {"$id": "other", "$ref": "#/$defs/x"}})
     schema = {"oneOf": options, "$defs": DEFS, "properties": {"a": {"$ref": "#/oneOf/0"}}}
-    assert "oneOf" in json.loads(held(json.dumps(schema)))
+    assert "oneOf" in json.loads(prepare_schema(json.dumps(schema)))
 
 
-def test_draft_4_knows_no_const() -> None:
+def test_draft_4_has_no_const() -> None:
     schema = {"$schema": "http://json-schema.org/draft-04/schema#", "type": "object"}
     for kinds, known in (
         ([{"const": "a"}, {"const": "b"}], False),
         ([{"enum": ["a"]}, {"enum": ["b"]}], True),
     ):
         options = [animal(kind) for kind in kinds]
-        now = json.loads(held(json.dumps({**schema, "oneOf": options})))
+        now = json.loads(prepare_schema(json.dumps({**schema, "oneOf": options})))
         assert ("anyOf" in now) is known
 
 
-def test_a_document_takes_only_so_long() -> None:
+def test_the_search_is_bounded() -> None:
     wide = {"enum": [f"{i}" for i in range(5000)]}
     options = [animal({**wide, "title": f"{i}"}) for i in range(300)]
     twice = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(40)}
-    deep = {"$ref": "#/$defs/d0"}
+    depth = {"$ref": "#/$defs/d0"}
     begun = time.process_time()
-    assert not tells_apart(options)
-    assert not tells_apart([deep, deep], **{"$defs": twice})
+    assert not are_disjoint(options)
+    assert not are_disjoint([depth, depth], **{"$defs": twice})
     assert time.process_time() - begun < 3
 
 
@@ -138,13 +138,13 @@ def some_schema(rng: random.Random, depth: int) -> object:
     return rng.choice([schema, schema, schema, {"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/one"}])
 
 
-def test_no_value_fits_two_that_are_told_apart() -> None:
+def test_no_value_fits_two_disjoint_branches() -> None:
     rng = random.Random(5)
     num_apart = 0
     for _ in range(800):
         options = [some_schema(rng, 2), some_schema(rng, 2)]
         root = {"oneOf": options, "$defs": {**DEFS, "one": some_schema(rng, 1)}}
-        if "#/$defs/one" in json.dumps(root["$defs"]) or not Branches(root).exclude_each_other(
+        if "#/$defs/one" in json.dumps(root["$defs"]) or not Branches(root).are_disjoint(
             options, {}
         ):
             continue

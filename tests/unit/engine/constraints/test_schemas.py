@@ -1,4 +1,4 @@
-"""What llguidance by itself would take and not hold: mended, or refused with the reason."""
+"""What llguidance accepts but does not enforce is rewritten, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import pytest
 from engine.base.types import Constraint, ConstraintKind
 from engine.checkpoint.source import resolve
 from engine.constraints import Compiler, Vocabulary
-from engine.constraints.schemas import FORMATS, MOST_OPTIONAL, WHITE_SPACE, Leniency, Refused, held
+from engine.constraints.schemas import (
+    FORMATS,
+    MAX_OPTIONAL,
+    WHITE_SPACE,
+    Leniency,
+    UnsupportedSchema,
+    prepare_schema,
+)
 
 VOCAB = 49152
 EXACT = 1 << 53
@@ -33,7 +40,7 @@ def compiler(vocabulary: Vocabulary) -> Iterator[Compiler]:
     made.close()
 
 
-# schema, texts that it allows, texts that it does not
+# schema, texts that it allows, texts that it forbids
 HELD = [
     (
         {"properties": {"foo": {"type": "integer"}}},
@@ -108,9 +115,9 @@ HELD = [
         ["1.01", "0.001"],
     ),
     *(
-        ({"type": kind, "minimum": least, "maximum": most}, ["0", str(EXACT), "-1"], ['"a"'])
+        ({"type": kind, "minimum": minimum, "maximum": maximum}, ["0", str(EXACT), "-1"], ['"a"'])
         for kind in ("integer", "number", ["integer", "null"])
-        for least, most in ((-1 << 63, (1 << 63) - 1), (-1.7976931348623157e308, 1e30))
+        for minimum, maximum in ((-1 << 63, (1 << 63) - 1), (-1.7976931348623157e308, 1e30))
     ),
     ({"type": "integer", "minimum": -(10**400)}, ["0", "-1"], [str(-(1 << 63))]),
     ({"type": "integer", "exclusiveMaximum": 1 << 64, "minimum": 1}, ["7"], ["0"]),
@@ -136,7 +143,7 @@ HELD = [
 
 
 @pytest.mark.parametrize(("schema", "good", "bad"), HELD, ids=[str(s)[:60] for s, _, _ in HELD])
-async def test_it_allows_what_is_valid(
+async def test_a_prepared_schema_allows_what_is_valid(
     compiler: Compiler,
     encode: Callable[[str], list[int]],
     schema: object,
@@ -182,9 +189,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("schema", "reason"), REFUSED, ids=[r for _, r in REFUSED])
-def test_what_cannot_be_held_is_refused(schema: object, reason: str) -> None:
-    with pytest.raises(Refused) as caught:
-        held(json.dumps(schema))
+def test_unsupported_schemas_are_refused(schema: object, reason: str) -> None:
+    with pytest.raises(UnsupportedSchema) as caught:
+        prepare_schema(json.dumps(schema))
     assert reason in str(caught.value)
 
 
@@ -199,17 +206,17 @@ def test_what_cannot_be_held_is_refused(schema: object, reason: str) -> None:
         {"default": EXACT + 1, "examples": [{"uniqueItems": False}]},
     ],
 )
-def test_the_rest_stays_as_it_is(schema: dict[str, object]) -> None:
-    now = json.loads(held(json.dumps(schema)))
+def test_the_rest_is_unchanged(schema: dict[str, object]) -> None:
+    now = json.loads(prepare_schema(json.dumps(schema)))
     options = now.pop("x-guidance")
     assert options == {"json_allowed_escapes": 'nrbtf\\"', "whitespace_pattern": WHITE_SPACE}
     assert now == schema
 
 
 @pytest.mark.parametrize(
-    ("number", "schema"), [(MOST_OPTIONAL, {"type": "string"}), (MOST_OPTIONAL // 3, True)]
+    ("number", "schema"), [(MAX_OPTIONAL, {"type": "string"}), (MAX_OPTIONAL // 3, True)]
 )
-async def test_an_object_of_many_members_gets_to_its_end(
+async def test_an_object_of_many_members_ends(
     compiler: Compiler, encode: Callable[[str], list[int]], number: int, schema: object
 ) -> None:
     object_ = {"type": "object", "properties": {f"the member {i}": schema for i in range(number)}}
@@ -221,19 +228,19 @@ async def test_an_object_of_many_members_gets_to_its_end(
     assert matcher.library.is_accepting()
 
 
-def test_members_that_must_be_there_are_no_choice() -> None:
+def test_required_members_do_not_count_as_optional() -> None:
     names = [f"p{i}" for i in range(1000)]
     schema = {"properties": {n: {"type": "null"} for n in names}, "required": names[::400]}
-    assert held(json.dumps(schema))
+    assert prepare_schema(json.dumps(schema))
 
 
-def test_idle_keywords_are_left_out_anywhere() -> None:
+def test_keywords_without_effect_are_dropped() -> None:
     schema = {
         "$defs": {"uniqueItems": {"uniqueItems": False}},
         "foo": [{"maxContains": 2}],
         "items": {"unevaluatedItems": True, "contains": {}, "minContains": 1},
     }
-    now = json.loads(held(json.dumps(schema)))
+    now = json.loads(prepare_schema(json.dumps(schema)))
     now.pop("x-guidance")
     assert now == {
         "$defs": {"uniqueItems": {}},
@@ -254,23 +261,23 @@ def test_idle_keywords_are_left_out_anywhere() -> None:
         ("http://example.com/mine", "http://example.com/mine"),
     ],
 )
-def test_drafts_by_any_of_their_names(named: str, is_read_as: str) -> None:
-    assert json.loads(held(json.dumps({"$schema": named})))["$schema"] == is_read_as
+def test_a_draft_may_have_any_of_its_uris(named: str, is_read_as: str) -> None:
+    assert json.loads(prepare_schema(json.dumps({"$schema": named})))["$schema"] == is_read_as
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
-async def test_formats_that_are_known_are_the_librarys(compiler: Compiler, name: str) -> None:
+async def test_known_formats_are_those_of_llguidance(compiler: Compiler, name: str) -> None:
     schema = json.dumps({"type": "string", "format": name, "x-guidance": {}})
     await compiler.matcher(Constraint(ConstraintKind.LARK, f"start: %json {schema}"))
 
 
-def test_a_format_that_is_not_known_is_refused_where_the_schema_must_be_held() -> None:
+def test_an_unknown_format_is_refused_in_a_strict_schema() -> None:
     schema = json.dumps({"items": {"type": "string", "format": "colour"}})
-    with pytest.raises(Refused, match="format: 'colour' is not known; known are date, "):
-        held(schema, Leniency.NONE)
-    assert "colour" not in held(schema) + held(schema, Leniency.ALL)
+    with pytest.raises(UnsupportedSchema, match="format: 'colour' is not known; known are date, "):
+        prepare_schema(schema, Leniency.NONE)
+    assert "colour" not in prepare_schema(schema) + prepare_schema(schema, Leniency.ALL)
     properties = {"properties": {"format": {"const": "colour"}}, "default": {"format": "colour"}}
-    assert held(json.dumps(properties), Leniency.NONE)
+    assert prepare_schema(json.dumps(properties), Leniency.NONE)
 
 
 LEFT_OUT = [
@@ -300,10 +307,10 @@ LEFT_OUT = [
 
 
 @pytest.mark.parametrize(("schema", "left"), LEFT_OUT, ids=[str(s)[:60] for s, _ in LEFT_OUT])
-def test_a_lenient_schema_loses_what_cannot_be_held(
+def test_a_lenient_schema_loses_unsupported_parts(
     schema: dict[str, object], left: dict[str, object]
 ) -> None:
-    now = json.loads(held(json.dumps({"properties": {"x": schema}}), Leniency.ALL))
+    now = json.loads(prepare_schema(json.dumps({"properties": {"x": schema}}), Leniency.ALL))
     assert now.pop("x-guidance")["lenient"] is True
     assert now["properties"]["x"] == left
 
@@ -322,9 +329,11 @@ def test_a_lenient_schema_loses_what_cannot_be_held(
 async def test_a_lenient_constant_is_written_exactly(
     compiler: Compiler, encode: Callable[[str], list[int]], value: object, written: str
 ) -> None:
-    """Also where names are free, so that a strict one is refused."""
+    """Also with additional names, where a strict schema is refused."""
     for way in ({"const": value}, {"enum": [value, "\ud800"]}):
-        mended = held(json.dumps({"type": "object", "properties": {"x": way}}), Leniency.ALL)
+        mended = prepare_schema(
+            json.dumps({"type": "object", "properties": {"x": way}}), Leniency.ALL
+        )
         source = Constraint(ConstraintKind.LARK, f"start: %json {mended}")
         for text, fits in ((written, True), ('"a b"', False), ("[]", False), ("1", False)):
             matcher = await compiler.matcher(source)

@@ -1,4 +1,4 @@
-"""Requests whose end two programs could read differently: 400, and the connection is over."""
+"""A request with an ambiguous end gets 400, and its connection is closed."""
 
 import asyncio
 
@@ -149,7 +149,7 @@ async def server():
 
 
 async def exchange(server, *sent: bytes) -> bytes:
-    """All that comes back until the server closes; b"" after a reset."""
+    """All bytes until the server closes; b"" after a reset."""
     host, _, port = server.address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
@@ -184,21 +184,21 @@ async def test_an_unambiguous_request_is_served_and_so_is_the_next(server, name)
     assert got.endswith(b"smuggled\n")
 
 
-async def test_what_comes_before_an_ambiguous_request_is_served(server):
+async def test_requests_before_an_ambiguous_one_are_served(server):
     got = await exchange(server, SMUGGLED + REFUSED["both lengths"] + SMUGGLED)
     assert got.count(b"HTTP/1.1 200 ") == 1
     assert got.count(b"HTTP/1.1 400 ") == 1
     assert got.count(b"smuggled\n") == 1
 
 
-async def test_a_request_in_single_bytes_is_judged_as_in_one(server):
+async def test_a_request_in_single_bytes_has_the_same_result(server):
     request = REFUSED["length twice"] + SMUGGLED
     got = await exchange(server, *(request[i : i + 1] for i in range(len(request))))
     assert b"smuggled" not in got
     assert not got or got.startswith(b"HTTP/1.1 400 ")
 
 
-async def test_the_answer_names_the_reason(server):
+async def test_the_response_names_the_reason(server):
     got = await exchange(server, REFUSED["both lengths"])
     assert got.endswith(b"Transfer-Encoding and Content-Length: expected one\n")
 

@@ -1,4 +1,4 @@
-"""A gRPC client on an HTTP port is told which port it meant."""
+"""A gRPC client on an HTTP port gets an error that names the gRPC port."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEADERS = b"\0\0\2\1\4\0\0\0\1xx"
 DATA = b"\0\0\3\0\0\0\0\0\1abc"
 
 
-async def test_a_real_client_reads_the_sentence_and_http_goes_on() -> None:
+async def test_a_real_client_gets_the_message_and_http_still_works() -> None:
     server = await serve_http(
         make_app(CollectorRegistry(), lambda: True), "127.0.0.1:0", grpc_port=50051
     )
@@ -47,7 +47,7 @@ async def test_a_real_client_reads_the_sentence_and_http_goes_on() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 1000])
-def test_however_the_bytes_come(size: int) -> None:
+def test_any_split_of_the_bytes(size: int) -> None:
     data = PREFACE + SETTINGS + HEADERS + DATA + DATA
     refusal = GrpcRefusal("50 % of ports; " + "\u00e4" * 90)
     out = b""
@@ -61,7 +61,7 @@ def test_however_the_bytes_come(size: int) -> None:
     assert out.count(b"grpc-status") == 1
 
 
-def test_a_call_is_answered_after_its_first_message() -> None:
+def test_a_call_is_refused_after_its_first_message() -> None:
     refusal = GrpcRefusal("x")
     assert b"grpc-status" not in (refusal.take(PREFACE + SETTINGS + HEADERS) or b"")
     assert b"grpc-status" in (refusal.take(DATA) or b"")
@@ -72,5 +72,5 @@ def test_a_call_is_answered_after_its_first_message() -> None:
 @pytest.mark.parametrize(
     "data", [b"PRI * HTTP/1.1\r\n", PREFACE + b"\xff\xff\xff\0\0\0\0\0\0", b"PRINT"]
 )
-def test_what_is_no_http2_after_all(data: bytes) -> None:
+def test_bytes_that_are_no_http2(data: bytes) -> None:
     assert GrpcRefusal("x").take(data) is None

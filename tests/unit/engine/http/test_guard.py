@@ -1,4 +1,4 @@
-"""Which names a server answers to, and which pages may call it."""
+"""The hosts that a server accepts, and the pages that may call it."""
 
 import httpx
 import pytest
@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from engine.base.options import parse_hosts
+from engine.base.option_values import parse_hosts
 from engine.http.guard import AllowedHosts, host_of, refusals_counter
 from engine.http.server import make_app, serve_http
 
@@ -24,7 +24,7 @@ def test_a_loopback_listener_has_local_names(listen):
     assert [host for host in EVIL if host in hosts] == []
 
 
-def test_more_names_may_be_given():
+def test_allowed_hosts_add_names():
     hosts = AllowedHosts.of("chat.example.com, *.Pods.local", "127.0.0.1:1", "127.0.0.1")
     for host in ("chat.example.com:443", "CHAT.example.com", "a.b.pods.local", "localhost"):
         assert host in hosts
@@ -54,17 +54,17 @@ def test_a_cluster_needs_no_configuration():
 
 
 @pytest.mark.parametrize("text", ["", "*", "a", "a,b.c", "*.a.b", "10.0.0.1", "[::1]", "my_host"])
-def test_host_lists_that_are_taken(text):
+def test_valid_host_lists(text):
     assert parse_hosts(text) == text
 
 
 @pytest.mark.parametrize("text", ["a:80", "http://a", "a/b", "*,a", "*a", "a b", ",", "*."])
-def test_host_lists_that_are_not(text):
+def test_invalid_host_lists(text):
     with pytest.raises(ValueError, match="expected NAME"):
         parse_hosts(text)
 
 
-def test_malformed_hosts_have_no_name():
+def test_malformed_hosts():
     assert host_of("[::1") == host_of("a:b") == host_of("[::1]8") == ""
 
 
@@ -115,7 +115,7 @@ async def test_another_host_is_refused_in_json():
     assert counted == {"host": 2, "origin": 0}
 
 
-async def test_pages_of_other_origins_change_nothing():
+async def test_pages_of_other_origins_are_refused():
     evil = {"Origin": "http://evil.example"}
     answers, counted = await ask(
         origins="https://chat.example.com",
@@ -135,6 +135,6 @@ async def test_pages_of_other_origins_change_nothing():
     assert answers["post"].json()["error"]["code"] == "origin_not_allowed"
 
 
-async def test_every_origin_may_be_named():
+async def test_any_origin_may_be_allowed():
     answers, _ = await ask(origins="*", post=("POST", {"Origin": "http://any.example"}))
     assert answers["post"].status_code == 200

@@ -1,13 +1,13 @@
-"""Whose request ids /debug/holds shows, and to whom."""
+"""Request ids in /debug/holds are shown only with the cluster token."""
 
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
 from engine.http.guard import refusals_counter
-from engine.http.holds import Hold, holds_route, shown
+from engine.http.holds import Hold, holds_as_json, holds_route
 from engine.http.server import make_app
-from engine.rpc.trust import ClusterToken
+from engine.rpc.auth import ClusterToken
 
 HOLDS = (
     Hold("request", "secret-id", "is being answered", 1.0, 2.0),
@@ -17,7 +17,7 @@ HOLDS = (
 
 async def ask(token, *headers):
     async def report():
-        return {"holds": shown(HOLDS)}
+        return {"holds": holds_as_json(HOLDS)}
 
     registry = CollectorRegistry()
     route = holds_route(report, token, refusals_counter(registry))
@@ -30,7 +30,7 @@ async def ask(token, *headers):
     return answers
 
 
-async def test_ids_are_shown_to_those_with_the_token():
+async def test_ids_are_shown_with_the_token():
     token = ClusterToken.random()
     plain, full, wrong = await ask(token, (), token.metadata, ClusterToken.random().metadata)
     assert "secret-id" not in plain.text
@@ -43,7 +43,7 @@ async def test_ids_are_shown_to_those_with_the_token():
     assert "secret-id" not in wrong.text and "cluster's token" in wrong.json()["error"]["message"]
 
 
-async def test_without_a_token_nobody_sees_them():
+async def test_ids_are_never_shown_without_a_token():
     answers = await ask(None, (), ClusterToken.random().metadata)
     assert [answer.status_code for answer in answers] == [200, 403]
     assert all("secret-id" not in answer.text for answer in answers)
@@ -56,7 +56,7 @@ async def test_malformed_credentials_are_refused(given):
     assert answer.status_code == 403
 
 
-def test_pseudonyms_are_of_their_cluster():
+def test_pseudonyms_are_equal_within_a_cluster():
     first, second = ClusterToken.random(), ClusterToken.random()
     assert first.pseudonym("a") == first.pseudonym("a") != second.pseudonym("a")
     assert first.pseudonym("a") != first.pseudonym("b")

@@ -1,4 +1,4 @@
-"""Connections to the HTTP port that bring no whole request."""
+"""Connections to the HTTP port without a complete request."""
 
 import asyncio
 import itertools
@@ -48,7 +48,7 @@ async def address():
 
 
 async def talk(address, first, more=b"", every_s=0.1):
-    """(all that came, seconds until the server closed) of a caller who goes on with `more`."""
+    """(response bytes, seconds until the server closed) of a client that continues with `more`."""
     host, _, port = address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     begun_s = time.monotonic()
@@ -81,12 +81,12 @@ async def talk(address, first, more=b"", every_s=0.1):
     ],
     ids=["nothing", "half a line", "a slow head", "a slow body", "a body that nobody wants"],
 )
-async def test_what_does_not_come_to_the_point_is_cut_off(address, first, more):
+async def test_incomplete_requests_are_cut_off(address, first, more):
     _, seconds = await talk(address, first, more)
     assert 0.4 < seconds < 3.0
 
 
-async def test_who_asks_properly_is_served_however_long_it_takes(address):
+async def test_a_complete_request_may_take_any_time(address):
     close = b"Connection: close\r\n\r\n"
     got, _ = await talk(address, HEAD + close)
     assert got.endswith(b"ok\n")
@@ -99,8 +99,8 @@ async def test_who_asks_properly_is_served_however_long_it_takes(address):
     assert got.endswith(b"3\n")
 
 
-async def test_who_does_not_read_is_cut_off():
-    """And what his answer holds is released; one who reads slowly has it all."""
+async def test_a_client_that_does_not_read_is_cut_off():
+    """Its response releases what it holds; a slow reader gets all of it."""
     closed = asyncio.Event()
 
     async def endless(_request):
@@ -130,8 +130,8 @@ async def test_who_does_not_read_is_cut_off():
         await server.stop()
 
 
-async def test_who_does_not_read_the_end_is_cut_off():
-    """What is left may be less than what stops the writer; the connection closes behind it."""
+async def test_a_client_that_does_not_read_the_end_is_cut_off():
+    """The rest may be too small to pause writing; the connection closes after it."""
 
     async def much(request):
         return PlainTextResponse(b"x" * request.path_params["n"])
@@ -140,7 +140,7 @@ async def test_who_does_not_read_the_end_is_cut_off():
     server = await serve_http(app, "127.0.0.1:0", client_timeout_s=0.5)
     host, _, port = server.address.rpartition(":")
     crowd = []
-    for i in range(90):  # around what the kernel takes for itself
+    for i in range(90):  # around the size of the kernel's buffer
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect((host, int(port)))
@@ -160,8 +160,8 @@ async def test_who_does_not_read_the_end_is_cut_off():
     await server.stop()
 
 
-async def test_a_second_request_on_a_connection_gets_its_own_time(address):
-    """The first one's clock has stopped; uvicorn closes what stays idle."""
+async def test_a_second_request_on_a_connection_gets_a_new_timer(address):
+    """The timer of the first has stopped; uvicorn closes idle connections."""
     host, _, port = address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     for _ in range(3):
@@ -176,10 +176,8 @@ CHUNKED = b" HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 @pytest.mark.parametrize("path", [b"/health", b"/length", b"/endless"])
 @pytest.mark.parametrize("at_once", [True, False])
-async def test_a_request_that_turns_out_to_be_none_leaves_no_traceback(
-    address, path, at_once, caplog
-):
-    """Its head was good, so that it was begun; then 400, or the end where an answer had begun."""
+async def test_a_request_that_becomes_invalid_leaves_no_traceback(address, path, at_once, caplog):
+    """After a valid head it gets 400, or the connection ends if a response has begun."""
     head = b"POST " + path + CHUNKED + b"1\r\na\r\n"
     got, _ = await (
         talk(address, head + b"zzz\r\n")
@@ -192,7 +190,7 @@ async def test_a_request_that_turns_out_to_be_none_leaves_no_traceback(
     assert not [r for r in caplog.records if r.exc_info]
 
 
-async def test_a_caller_who_leaves_in_the_middle_of_a_body_leaves_no_traceback(address, caplog):
+async def test_a_client_that_disconnects_within_a_body_leaves_no_traceback(address, caplog):
     host, _, port = address.rpartition(":")
     for _ in range(3):
         _, writer = await asyncio.open_connection(host, int(port))
@@ -204,7 +202,7 @@ async def test_a_caller_who_leaves_in_the_middle_of_a_body_leaves_no_traceback(a
     assert not [r for r in caplog.records if r.exc_info]
 
 
-# What a client does with its connection is no error of ours.
+# Actions of clients are no errors of the server.
 
 WHOLE = HEAD + b"\r\n"
 SAID = {
@@ -247,7 +245,7 @@ async def _misbehave(address: str, said: bytes, end: str) -> None:
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
-def test_nothing_that_a_client_does_is_an_error_in_the_log(caplog, run):
+def test_no_action_of_a_client_is_an_error_in_the_log(caplog, run):
     async def slow(_request):
         await asyncio.sleep(0.2)
         return PlainTextResponse("slow\n")
@@ -272,7 +270,7 @@ def test_nothing_that_a_client_does_is_an_error_in_the_log(caplog, run):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("path", ["/length", "/PRI"])
-async def test_a_request_may_come_in_pieces(address, size, path):
+async def test_a_request_may_arrive_in_pieces(address, size, path):
     host, _, port = address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     said = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nConnection: close\r\n\r\nabc"
@@ -286,7 +284,7 @@ async def test_a_request_may_come_in_pieces(address, size, path):
 
 
 @pytest.mark.parametrize("to", [b"h2c", b"websocket"])
-async def test_an_upgrade_that_is_not_served_is_passed_over_in_silence(address, caplog, to):
+async def test_an_unsupported_upgrade_is_not_logged(address, caplog, to):
     said = HEAD + b"Connection: Upgrade, close\r\nUpgrade: " + to + b"\r\n\r\n"
     got, _ = await talk(address, said)
     assert got.startswith(b"HTTP/1.1 200")
@@ -330,7 +328,7 @@ async def test_a_path_may_end_in_a_slash(address):
             assert (await http.get(path)).status_code == 404
 
 
-async def test_a_connection_rests_as_long_as_it_may():
+async def test_an_idle_connection_is_closed_after_keepalive_s():
     app = make_app(CollectorRegistry(), lambda: True)
     server = await serve_http(app, "127.0.0.1:0", client_timeout_s=0.2, keepalive_s=1.0)
     _, took_s = await talk(server.address, WHOLE)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.base.errors import ConfigError
-from engine.base.options import CacheOptions, DraftOptions, ModelOptions
+from engine.base.option_groups import CacheOptions, DraftOptions, ModelOptions
 from engine.checkpoint.source import Checkpoint
 from engine.kernels import Kernels
 from engine.kernels import backend_selection as placement

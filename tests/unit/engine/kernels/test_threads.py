@@ -13,7 +13,7 @@ import pytest
 
 from engine.base.errors import ConfigError
 from engine.kernels import kernels
-from engine.process.core_share import Seat, memory_board, owners, usable_cores
+from engine.process.core_share import CoreShare, owners, shared_page, usable_cores
 
 needs_kernels = pytest.mark.skipif(
     kernels() is None, reason="needs a C compiler and a CPU with AVX512 and VNNI"
@@ -24,11 +24,11 @@ START = """
 import ctypes, os, sys, threading, time
 from engine.kernels import kernels
 from engine.kernels.threads import Threads
-from engine.process.core_share import Seat
+from engine.process.core_share import CoreShare
 
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 library = kernels()
-seat = Seat(sys.argv[1], int(sys.argv[2]), 2) if sys.argv[1] else None
+seat = CoreShare(sys.argv[1], int(sys.argv[2]), 2) if sys.argv[1] else None
 threads = Threads(library, 3, seat)
 assert threads.count == 3
 turns = []
@@ -158,7 +158,7 @@ def test_without_a_board_all_cores_are_ours(tmp_path: Path) -> None:
 
 @needs_kernels
 def test_the_board_in_memory_is_seen_by_others() -> None:
-    board = memory_board()
+    board = shared_page()
     assert run(LOOPS, board) == [0, 1, 2]
     with open(board, "r+b") as file:
         lines = np.frombuffer(file.read(), np.int64)[::8]
@@ -206,8 +206,8 @@ def test_shares() -> None:
 
 
 def test_a_seat_is_file_index_and_count() -> None:
-    assert Seat.parse("") is None
-    assert Seat.parse("/a:b/cores:1:2") == Seat("/a:b/cores", 1, 2)
+    assert CoreShare.parse("") is None
+    assert CoreShare.parse("/a:b/cores:1:2") == CoreShare("/a:b/cores", 1, 2)
     for bad in ("cores", "cores:1", "cores:2:2", "cores:x:2", ":0:2"):
         with pytest.raises(ConfigError, match="FILE:INDEX:COUNT"):
-            Seat.parse(bad)
+            CoreShare.parse(bad)

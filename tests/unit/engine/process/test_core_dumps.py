@@ -1,4 +1,4 @@
-"""What a process that aborts leaves behind: nothing, or at most a core without the KV pool."""
+"""An aborted process leaves no core, or a core without the KV pool if allowed."""
 
 import resource
 import subprocess
@@ -35,7 +35,7 @@ PATTERN = Path("/proc/sys/kernel/core_pattern")
 
 
 def crash(folder, *words):
-    """The core that is left, if one is."""
+    """The core file, if there is one."""
     done = subprocess.run(
         [sys.executable, "-c", CRASH, *words],
         cwd=folder,
@@ -59,19 +59,19 @@ needs_files = pytest.mark.skipif(
 
 
 @needs_files
-def test_there_is_none_by_default(tmp_path):
+def test_no_core_by_default(tmp_path):
     assert crash(tmp_path) == b""
 
 
 @needs_files
-def test_a_handler_that_gets_one_finds_no_memory_in_it(tmp_path):
+def test_a_core_for_a_handler_contains_no_memory(tmp_path):
     core = crash(tmp_path, "piped")
     assert HEAP not in core and POOL not in core
     assert len(core) < 1 << 20
 
 
 @needs_files
-def test_one_that_is_allowed_is_without_the_pool(tmp_path):
+def test_an_allowed_core_does_not_contain_the_pool(tmp_path):
     core = crash(tmp_path, "allowed")
     assert HEAP in core
     assert POOL not in core

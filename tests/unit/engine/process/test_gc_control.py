@@ -1,11 +1,11 @@
-"""What is frozen stays, and later garbage is found."""
+"""Frozen objects are not collected, later garbage is."""
 
 import gc
 import weakref
 
 import pytest
 
-from engine.process.gc_control import freeze_heap, put_off_collections
+from engine.process.gc_control import disable_collections, freeze_heap
 
 
 class Node:
@@ -20,8 +20,8 @@ def _thaw():
     gc.enable()
 
 
-def test_what_is_here_is_not_looked_at_again():
-    put_off_collections()
+def test_frozen_objects_are_not_visited():
+    disable_collections()
     assert not gc.isenabled()
     kept, garbage = Node(), weakref.ref(Node())
     freeze_heap()
@@ -31,7 +31,7 @@ def test_what_is_here_is_not_looked_at_again():
     assert not any(found is kept for found in gc.get_objects())
 
 
-def test_later_garbage_is_found():
+def test_later_garbage_is_collected():
     freeze_heap()
     later = weakref.ref(Node())
     gc.collect()

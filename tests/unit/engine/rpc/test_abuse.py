@@ -1,4 +1,4 @@
-"""Callers that gRPC's own server would not get rid of, or would die of."""
+"""Clients that gRPC's server would never cut off, or that would kill it."""
 
 import asyncio
 import gc
@@ -87,7 +87,7 @@ async def test_a_call_that_ends_without_a_message():
             assert failures(registry, f"InferenceService/{method}", "invalid_argument") == 1
 
 
-async def test_a_request_that_never_comes():
+async def test_a_request_that_never_arrives():
     async with serving(client_timeout_s=0.6) as (address, _, registry):
         with RawConnection(address) as raw:
             raw.begin()
@@ -98,13 +98,13 @@ async def test_a_request_that_never_comes():
         assert failures(registry, "InferenceService/Generate", "deadline_exceeded") == 1
 
 
-async def test_a_caller_who_does_not_read():
+async def test_a_client_that_does_not_read():
     async with serving(client_timeout_s=0.6) as (address, endless, registry):
         with RawConnection(address) as raw:
             raw.begin({http2.INITIAL_WINDOW_SIZE: 0})
             raw.request(GENERATE, b"")
             await asyncio.wait_for(endless.begun.wait(), 5)
-            assert not await ends(raw, 1, 1.5)  # a good connection in all else: it answers pings
+            assert not await ends(raw, 1, 1.5)  # otherwise it behaves: it answers pings
             assert endless.closed.is_set(), "what it held is released"
             assert failures(registry, "InferenceService/Generate", "deadline_exceeded") == 1
             for stream in (0, 1):
@@ -112,7 +112,7 @@ async def test_a_caller_who_does_not_read():
             assert await ends(raw, 1), "who reads again is told why"
 
 
-async def test_a_connection_that_answers_no_ping():
+async def test_a_connection_that_does_not_answer_pings():
     async with serving(client_timeout_s=0.6) as (address, endless, registry):
         with RawConnection(address, polite=False) as raw:
             raw.begin()
@@ -122,8 +122,8 @@ async def test_a_connection_that_answers_no_ping():
         assert failures(registry, "InferenceService/Generate", "deadline_exceeded") is None
 
 
-async def test_a_caller_whose_deadline_comes_while_he_does_not_read(caplog):
-    """Nothing of ours has failed: no error in the log, none in the counters."""
+async def test_a_deadline_while_the_client_does_not_read(caplog):
+    """It is no failure of the server: no error in the log, none in the counters."""
     async with serving() as (address, endless, registry):
         with RawConnection(address) as raw:
             raw.begin({http2.INITIAL_WINDOW_SIZE: 0})
@@ -132,14 +132,14 @@ async def test_a_caller_whose_deadline_comes_while_he_does_not_read(caplog):
             await asyncio.wait_for(endless.closed.wait(), 5)
             await asyncio.sleep(0.3)
         assert failures(registry, "InferenceService/Generate", "internal") is None
-    # gRPC has one poller a process, which hands late events to the loops of tests that ended.
+    # gRPC has one poller a process, which passes late events to loops of tests that have ended.
     records = [r for r in caplog.records if "PollerCompletionQueue" not in r.getMessage()]
     assert not [r for r in records if r.levelname == "ERROR" or r.exc_info]
 
 
-async def test_a_method_that_is_no_utf8_costs_others_nothing(caplog, monkeypatch):
-    """grpc.aio ends its server on it; ours is another one at once, and what runs goes on."""
-    monkeypatch.setattr(listener_module, "_LOOK_S", 600.0)  # it is told, and need not look
+async def test_a_method_name_that_is_no_utf8_does_not_affect_others(caplog, monkeypatch):
+    """It kills a grpc.aio server; the listener replaces it, and running calls continue."""
+    monkeypatch.setattr(listener_module, "_POLL_S", 600.0)  # the end of the accept task is enough
     async with serving() as (address, _, registry), open_channel(address) as channel:
         answer = channel.unary_stream(GENERATE.decode())(b"")
         assert await answer.read()
@@ -191,12 +191,12 @@ async def test_compressed_requests_are_unpacked(packing):
         watch = channel.unary_stream("/grpc.health.v1.Health/Watch")
         service = health_pb2.HealthCheckRequest(service="s" * 5000).SerializeToString()
         call = watch(service, compression=packing, timeout=10)
-        assert await call.read() == b"\x08\x03"  # a service that is not known
+        assert await call.read() == b"\x08\x03"  # an unknown service
         call.cancel()
 
 
 @pytest.mark.parametrize("packing", [grpc.Compression.Gzip, grpc.Compression.Deflate])
-async def test_the_limit_of_a_message_holds_unpacked(caplog, packing):
+async def test_the_size_limit_applies_to_unpacked_messages(caplog, packing):
     bomb = bytes(MAX_MESSAGE_BYTES + 1)
     async with serving() as (address, _, registry), grpc.aio.insecure_channel(address) as channel:
         code = await code_of(channel, TOKENIZE, bomb, compression=packing)
@@ -205,7 +205,7 @@ async def test_the_limit_of_a_message_holds_unpacked(caplog, packing):
     assert not [r for r in caplog.records if r.levelname == "ERROR" or r.exc_info]
 
 
-async def test_what_was_packed_badly_is_the_callers_error():
+async def test_a_corrupt_compressed_request_is_an_invalid_argument():
     good = gzip.compress(inference_pb2.TokenizeRequest(text="a" * 900).SerializeToString())
     async with serving() as (address, _, registry):
         with RawConnection(address) as raw:
@@ -243,11 +243,11 @@ async def test_metadata_that_is_no_utf8_leaves_no_traceback(caplog):
     assert not [r for r in caplog.records if r.exc_info]
 
 
-async def test_connections_that_say_nothing_are_closed():
+async def test_silent_connections_are_closed():
     async with serving() as (address, _, _):
         socks = [http2.connect(address) for _ in range(3)]
         socks[1].sendall(http2.PREFACE)
-        socks[2].sendall(http2.PREFACE + http2.settings())  # and ours is never acknowledged
+        socks[2].sendall(http2.PREFACE + http2.settings())  # never acknowledges settings
         closed = (asyncio.to_thread(http2.closed_by_peer, sock, 15.0) for sock in socks)
         assert await asyncio.gather(*closed) == [True] * 3
         for sock in socks:

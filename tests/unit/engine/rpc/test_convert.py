@@ -72,7 +72,7 @@ def test_constraint_and_its_absence():
     assert convert.constraint_of(worker_pb2.DecodeRequest()) is None
     assert convert.constraint_to_pb(None) is None
     for kind in ConstraintKind:
-        wanted = Constraint(kind, "source é", lead=" ")
+        wanted = Constraint(kind, "source é", leading_text=" ")
         request = worker_pb2.DecodeRequest(constraint=convert.constraint_to_pb(wanted))
         assert convert.constraint_of(request) == wanted
     with pytest.raises(InvalidRequest, match=r"constraint\.kind"):

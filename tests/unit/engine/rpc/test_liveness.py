@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(30)
 
 
 class Scripted:
-    """Says one message after each pause, then ends."""
+    """Sends one message after each pause, then ends."""
 
     def __init__(self, *pauses_s: float) -> None:
         self.pauses_s = pauses_s
@@ -65,7 +65,7 @@ async def test_messages_until_the_end() -> None:
 
 async def test_silence_ends_the_call_at_both_ends() -> None:
     begun = time.monotonic()
-    with pytest.raises(Silent, match=r"worker d7 has said nothing for 0\.5 s"):
+    with pytest.raises(Silent, match=r"worker d7 has sent nothing for 0\.5 s"):
         await read_all(Scripted(0, 30), 0.5)
     assert time.monotonic() - begun < 3
 
@@ -89,7 +89,7 @@ async def test_silence_is_counted_from_the_last_report_of_a_stall() -> None:
     assert time.monotonic() - begun >= 1.3
 
 
-async def test_a_loop_that_no_stall_was_reported_of_is_lost_as_soon_as_ever() -> None:
+async def test_a_loop_without_stall_reports_is_lost_after_silence_s() -> None:
     ages = [math.inf]
     with pytest.raises(Silent):
-        await read_all(Scripted(0, 30), 0.5, ages.pop)  # it is asked once
+        await read_all(Scripted(0, 30), 0.5, ages.pop)  # called once

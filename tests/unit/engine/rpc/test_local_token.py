@@ -1,4 +1,4 @@
-"""The token of a process that listens here: found by its address and its user, or not at all."""
+"""The token of a local process is found by its address, for its user only."""
 
 import os
 import socket
@@ -9,12 +9,12 @@ import tempfile
 import pytest
 
 from engine.rpc import local_token as module
+from engine.rpc.auth import OPERATOR_NAME, ClusterToken
 from engine.rpc.local_token import local_coordinator, local_token
-from engine.rpc.trust import OPERATOR_NAME, ClusterToken
 
 HOLDER = """
 import os, socket, sys
-from engine.rpc.trust import ClusterToken
+from engine.rpc.auth import ClusterToken
 sock = socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET)
 if "mapped" in sys.argv: sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
 port = int(next((word for word in sys.argv[3:] if word.isdecimal()), 0))
@@ -67,7 +67,7 @@ def holding():
         ("::1", (), ("[::1]",)),
     ],
 )
-def test_it_is_found_by_the_address(holding, listens, words, asked):
+def test_a_token_is_found_by_address(holding, listens, words, asked):
     try:
         _, port = holding(listens, "shared", *words)
     except ValueError:
@@ -76,7 +76,7 @@ def test_it_is_found_by_the_address(holding, listens, words, asked):
         assert local_token(f"{host}:{port}") == TOKEN, host
 
 
-def test_no_other_address_has_it(holding):
+def test_no_token_at_other_addresses(holding):
     _, port = holding("127.0.0.1", "shared")
     for address in (f"127.0.0.1:{port ^ 1}", f"127.0.0.2:{port}", f"192.0.2.1:{port}", "x", "x:y"):
         assert local_token(address) is None, address
@@ -84,7 +84,7 @@ def test_no_other_address_has_it(holding):
     assert local_token(f"192.0.2.1:{port}") is None, "not of this machine"
 
 
-def test_nothing_is_left_of_a_process_that_was_killed(holding):
+def test_no_token_of_a_killed_process(holding):
     process, port = holding("127.0.0.1", "shared")
     process.kill()
     process.wait()
@@ -108,7 +108,7 @@ def test_another_user_does_not_get_it(holding):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_the_token_is_for_the_address_of_its_process_and_no_other_of_the_name(holding, monkeypatch):
+def test_the_token_is_for_the_address_of_its_process_only(holding, monkeypatch):
     _, port = holding("127.0.0.3", "shared")
     holding("127.0.0.2", "plain", str(port), "alien")
     found = [(socket.AF_INET, 0, 0, "", (f"127.0.0.{i}", port)) for i in (2, 3)]
@@ -116,7 +116,7 @@ def test_the_token_is_for_the_address_of_its_process_and_no_other_of_the_name(ho
     assert local_coordinator(f"both.example:{port}") == (f"127.0.0.3:{port}", TOKEN)
 
 
-def test_a_token_of_operators_alone_is_not_for_workers(holding):
+def test_a_token_of_operators_is_not_for_workers(holding):
     _, port = holding("127.0.0.1", "operator")
     address = f"127.0.0.1:{port}"
     assert local_coordinator(address) == (address, TOKEN)
@@ -124,8 +124,8 @@ def test_a_token_of_operators_alone_is_not_for_workers(holding):
     assert OPERATOR_NAME == "diptych-operator-token"
 
 
-def test_nothing_but_a_file_in_memory_is_opened_for_another_process(tmp_path):
-    """Root could be led to any file by a link of the same name, or to a pipe that never opens."""
+def test_only_a_memfd_of_another_process_is_read(tmp_path):
+    """A link of the same name could lead root to any file, or to a pipe that blocks."""
     file, pipe = tmp_path / "secret", tmp_path / "pipe"
     file.write_text("a-secret-of-another-user")
     os.mkfifo(pipe)

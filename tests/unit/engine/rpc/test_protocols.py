@@ -1,4 +1,4 @@
-"""Foreign protocols: what we serve has the names, numbers and types of who published them."""
+"""Foreign protocols have the names, numbers and types of their publishers."""
 
 import json
 
@@ -21,7 +21,7 @@ def messages(prefix, found):
 
 
 def shape(field, message):
-    """As in the data: number, how many, type, and the oneof it is in."""
+    """The form of the data: number, label, type and oneof of a field."""
     count = "optional" if field.proto3_optional else "single"
     if field.label == FIELD.LABEL_REPEATED:
         count = "repeated"

@@ -1,4 +1,4 @@
-"""ReceiveBudget: requests are received within it, and slow ones give way to others."""
+"""ReceiveBudget bounds received bytes, and cuts off slow requests for others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIB = 1 << 20
 
 
 async def hold(lease: Lease, size: int, grace_s: float | None = 60.0) -> None:
-    """Receive `size` bytes for ever."""
+    """Receive `size` bytes without end."""
     try:
         async with asyncio.timeout(None) as limit:
             await lease.take(size, limit, grace_s)
@@ -49,7 +49,7 @@ async def ended(*tasks: asyncio.Task[None]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def test_what_finds_no_room_waits_and_is_refused_then() -> None:
+async def test_a_request_without_room_waits_and_is_then_refused() -> None:
     refused: list[int] = []
     budget = ReceiveBudget(10, lambda: refused.append(1))
     first = await started(budget, 7)
@@ -63,7 +63,7 @@ async def test_what_finds_no_room_waits_and_is_refused_then() -> None:
     assert budget.in_flight == 0
 
 
-async def test_room_that_is_given_back_goes_to_the_newest() -> None:
+async def test_returned_room_goes_to_the_newest() -> None:
     budget = ReceiveBudget(10)
     first = await started(budget, 10)
     old, new = await started(budget, 10), await started(budget, 10)
@@ -77,13 +77,13 @@ async def test_room_that_is_given_back_goes_to_the_newest() -> None:
     assert budget.in_flight == 0
 
 
-async def test_what_is_not_whole_in_time_gives_way_where_others_wait() -> None:
+async def test_an_incomplete_request_is_cut_off_while_others_wait() -> None:
     budget = ReceiveBudget(10)
     slow, fresh = await started(budget, 5, grace_s=0.05), await started(budget, 5, grace_s=30)
     await asyncio.sleep(0.2)
-    assert not slow.done()  # nothing else wants the room
+    assert not slow.done()  # no other request needs the room
     third = await started(budget, 5)
-    with pytest.raises(Overloaded, match="not whole in time"):
+    with pytest.raises(Overloaded, match="not complete in time"):
         await asyncio.wait_for(slow, 5)
     assert not third.done()
     assert not fresh.done()
@@ -92,7 +92,7 @@ async def test_what_is_not_whole_in_time_gives_way_where_others_wait() -> None:
     assert budget.in_flight == 0
 
 
-async def test_no_more_are_ended_than_need_be() -> None:
+async def test_no_more_are_cut_off_than_needed() -> None:
     budget = ReceiveBudget(12)
     slow = [await started(budget, 4, grace_s=0.0) for _ in range(3)]
     fresh = await started(budget, 4)
@@ -115,7 +115,7 @@ async def test_a_large_request_counts_while_it_is_served_a_small_one_does_not() 
         assert budget.in_flight == 0
 
 
-async def test_what_is_larger_than_all_comes_alone() -> None:
+async def test_a_request_larger_than_the_budget_gets_all_of_it() -> None:
     budget = ReceiveBudget(10)
     task = await started(budget, 100)
     assert budget.in_flight == 10
@@ -123,7 +123,7 @@ async def test_what_is_larger_than_all_comes_alone() -> None:
     assert budget.in_flight == 0
 
 
-async def test_one_that_leaves_while_it_waits_takes_nothing() -> None:
+async def test_a_cancelled_wait_takes_nothing() -> None:
     budget = ReceiveBudget(10)
     first = await started(budget, 10)
     waiting = await started(budget, 10)
@@ -132,8 +132,8 @@ async def test_one_that_leaves_while_it_waits_takes_nothing() -> None:
     assert budget.in_flight == 0
 
 
-async def test_what_is_being_parsed_is_not_ended() -> None:
-    """Others wait for its room, and get it when it is given back."""
+async def test_a_request_being_parsed_is_not_cut_off() -> None:
+    """Others wait for its room, and get it when it is returned."""
     budget = ReceiveBudget(10)
     lease = budget.lease()
     async with asyncio.timeout(None) as limit:
@@ -149,7 +149,7 @@ async def test_what_is_being_parsed_is_not_ended() -> None:
     assert budget.in_flight == 0
 
 
-async def test_a_message_that_came_while_the_loop_was_busy_is_not_ended() -> None:
+async def test_a_message_that_arrived_while_the_loop_was_busy_is_not_cut_off() -> None:
     budget = ReceiveBudget(10)
     here = asyncio.get_running_loop().create_future()
 
@@ -171,7 +171,7 @@ async def test_a_message_that_came_while_the_loop_was_busy_is_not_ended() -> Non
 
 
 async def test_a_connection_that_fills_the_room_goes_behind_others() -> None:
-    """Whatever it asks for anew: those that come later on other connections go first."""
+    """Later requests of other connections go before its new ones."""
     budget = ReceiveBudget(10)
     slow = await started(budget, 10, grace_s=0.0, peer="1.1.1.1:1")
     again = await started(budget, 10, grace_s=0.1, peer="1.1.1.1:1")
@@ -179,7 +179,7 @@ async def test_a_connection_that_fills_the_room_goes_behind_others() -> None:
         await asyncio.wait_for(slow, 5)
     other = await started(budget, 10, peer="1.1.1.1:2")
     newest = await started(budget, 10, peer="1.1.1.1:1")
-    with pytest.raises(Overloaded, match="not whole in time"):
+    with pytest.raises(Overloaded, match="not complete in time"):
         await asyncio.wait_for(again, 5)
     await asyncio.sleep(0.01)
     with pytest.raises(Overloaded, match="10 bytes of requests are in flight"):
@@ -189,7 +189,7 @@ async def test_a_connection_that_fills_the_room_goes_behind_others() -> None:
     assert budget.in_flight == 0
 
 
-async def test_a_connection_of_whole_requests_goes_before_a_new_one() -> None:
+async def test_a_connection_with_complete_requests_goes_before_a_new_one() -> None:
     budget = ReceiveBudget(10)
     with budget.lease("1.1.1.1:1") as lease:
         async with asyncio.timeout(None) as limit:
@@ -204,19 +204,19 @@ async def test_a_connection_of_whole_requests_goes_before_a_new_one() -> None:
     await ended(known)
 
 
-async def test_an_address_with_many_ends_has_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_address_with_many_cut_offs_has_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receive_budget, "GRACE_S", 60.0)
     monkeypatch.setattr(receive_budget, "SHORT_GRACE_S", 0.0)
     budget = ReceiveBudget(1)
     for i in range(16):
         slow = await started(budget, 1, grace_s=0.0, peer=f"1.1.1.1:{i}")
         other = await started(budget, 1, peer="2.2.2.2:1")
-        with pytest.raises(Overloaded, match="not whole in time"):
+        with pytest.raises(Overloaded, match="not complete in time"):
             await asyncio.wait_for(slow, 5)
         await ended(other)
     late = await started(budget, 1, grace_s=None, peer="1.1.1.1:99")
     next_one = await started(budget, 1, peer="2.2.2.2:1")
-    with pytest.raises(Overloaded, match="not whole in time"):
+    with pytest.raises(Overloaded, match="not complete in time"):
         await asyncio.wait_for(late, 5)
     assert not next_one.done()
     await ended(next_one)
@@ -232,10 +232,10 @@ class Echo:
         return self.Detokenize
 
 
-async def test_unfinished_messages_take_no_more_than_the_budget(
+async def test_incomplete_messages_stay_within_the_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Sixteen messages whose rest never comes, and one that is whole."""
+    """Sixteen messages that stay incomplete, and one that is complete."""
     monkeypatch.setattr(receive_budget, "WAIT_S", 5.0)
     refused: list[int] = []
     budget = ReceiveBudget(32 * MIB, lambda: refused.append(1))
@@ -246,7 +246,7 @@ async def test_unfinished_messages_take_no_more_than_the_budget(
     channel = open_channel(f"127.0.0.1:{port}")
     path = "/diptych.v1.InferenceService/Detokenize"
     try:
-        # A call without its message is one whose message is not whole.
+        # A call without its message counts as incomplete.
         open_calls = [channel.stream_unary(path)(timeout=30) for _ in range(16)]
         await asyncio.sleep(0.5)
         assert budget.in_flight == 32 * MIB

@@ -80,7 +80,7 @@ async def test_symbols_within_services_and_messages(version, symbol):
 
 @pytest.mark.parametrize("symbol", ["no.such.Service", "inference.nothing", "x", ""])
 @pytest.mark.parametrize("version", VERSIONS)
-async def test_what_is_not_there_is_not_found(version, symbol):
+async def test_unknown_symbols_are_not_found(version, symbol):
     async with reflecting(version) as ask:
         response = await ask(file_containing_symbol=symbol)
         assert response.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]

@@ -1,4 +1,4 @@
-"""A worker's streams to its coordinators: whatever ends one, another is begun."""
+"""A worker's streams to its coordinators: a stream that ends is begun again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(30)
 
 
 class Registry:
-    """Welcomes everybody and counts what it is told."""
+    """Welcomes all workers and counts their messages."""
 
     def __init__(self) -> None:
         self.num_hellos = 0
@@ -46,7 +46,7 @@ class Registry:
                 yield registry_pb2.CoordinatorMessage(welcome=welcome)
 
 
-async def test_a_load_that_cannot_be_told_costs_a_stream_and_not_the_worker() -> None:
+async def test_a_failing_load_ends_the_stream_and_not_the_worker() -> None:
     registry, server = Registry(), RpcServer()
     server.add_service(registry_pb2.DESCRIPTOR.services_by_name["RegistryService"], registry)
     address = f"127.0.0.1:{server.listen('127.0.0.1:0')}"
@@ -61,7 +61,7 @@ async def test_a_load_that_cannot_be_told_costs_a_stream_and_not_the_worker() ->
     registration = _registration(address, load)
     registration.start()
     async with asyncio.timeout(10):
-        while registry.num_loads < 5:  # noqa: ASYNC110, there is nobody who could set an event
+        while registry.num_loads < 5:  # noqa: ASYNC110, nothing could set an event
             await asyncio.sleep(0.01)
     assert registry.num_hellos == 2
     assert registration.registered
@@ -101,7 +101,7 @@ class _Lines:
         pass
 
 
-async def test_a_coordinator_that_is_not_reached_is_a_warning_now_and_then(
+async def test_an_unreachable_coordinator_is_logged_at_intervals(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert registration_module.WARN_S == 10.0
@@ -126,7 +126,7 @@ async def test_a_coordinator_that_is_not_reached_is_a_warning_now_and_then(
     assert (first, second) == (0, 1)
 
 
-async def test_the_port_of_another_worker_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_port_of_another_worker_is_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = _Lines()
     monkeypatch.setattr(registration_module, "_log", lines)
     server = grpc.aio.server()  # without the coordinator's methods
@@ -143,7 +143,7 @@ async def test_the_port_of_another_worker_is_told_apart(monkeypatch: pytest.Monk
     assert reason == "Method not found: expected a coordinator's gRPC port, not a worker's"
 
 
-async def test_the_http_port_of_a_coordinator_is_told_apart(
+async def test_the_http_port_of_a_coordinator_is_recognized(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lines = _Lines()
@@ -161,7 +161,7 @@ async def test_the_http_port_of_a_coordinator_is_told_apart(
 
 
 async def stalls_of(stall: Callable[[], None], responsive: bool = True) -> list[float]:
-    """What is reported of an event loop, in a thread of its own, that `stall` holds up."""
+    """The reports about an event loop, on a thread, that `stall` blocks."""
     registry, server = Registry(), RpcServer()
     server.add_service(registry_pb2.DESCRIPTOR.services_by_name["RegistryService"], registry)
     address = f"127.0.0.1:{server.listen('127.0.0.1:0')}"
@@ -172,7 +172,7 @@ async def stalls_of(stall: Callable[[], None], responsive: bool = True) -> list[
         registration.start()
         while not registration.registered:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        await asyncio.sleep(1.5)  # ordinary turns
+        await asyncio.sleep(1.5)  # the loop runs normally
         stall()
         await registration.stop()
 
@@ -194,7 +194,7 @@ def _compute() -> None:
 
 
 @pytest.mark.parametrize("stall", [_sleep, _compute])
-async def test_an_event_loop_that_does_not_turn_is_reported(stall: Callable[[], None]) -> None:
+async def test_a_stalled_event_loop_is_reported(stall: Callable[[], None]) -> None:
     first, *lags = await stalls_of(stall)
     assert first == 0.0, "it connects"
     assert len(lags) >= 3
@@ -203,5 +203,5 @@ async def test_an_event_loop_that_does_not_turn_is_reported(stall: Callable[[], 
     assert lags[-1] > 2.0
 
 
-async def test_a_hanging_engine_is_not_vouched_for() -> None:
+async def test_no_stall_is_reported_for_a_hanging_engine() -> None:
     assert await stalls_of(_sleep, responsive=False) == [0.0]

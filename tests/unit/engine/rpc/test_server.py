@@ -26,7 +26,7 @@ TOKENIZE = "/diptych.v1.InferenceService/Tokenize"
 
 
 class Scripted:
-    """An InferenceService whose model name says what shall happen."""
+    """An InferenceService whose behaviour depends on the model name."""
 
     def __init__(self):
         self.closed = asyncio.Event()
@@ -121,7 +121,7 @@ async def test_unary_and_streams():
         (b"\x0a\x02\xc3\x28", "not valid UTF-8"),  # field 1, a string with a broken sequence
     ],
 )
-async def test_bytes_that_are_no_message(method, raw, words):
+async def test_malformed_bytes(method, raw, words):
     async with serving() as (_, _, channel, _, _):
         if method == GENERATE:
             call = collect(channel.unary_stream(method)(raw))
@@ -213,14 +213,14 @@ async def test_a_deadline_closes_the_servicer():
         await asyncio.wait_for(scripted.closed.wait(), 5)
 
 
-async def test_a_used_port_is_refused_in_words():
+async def test_a_used_port_is_refused_with_a_reason():
     async with serving() as (_, _, _, port, _):
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}.*in use"):
             RpcServer().listen(f"127.0.0.1:{port}")
 
 
-async def test_a_port_that_is_busy_for_a_moment_is_tried_again(monkeypatch):
-    """A worker that starts again on the port of its predecessor, which its peers still dial."""
+async def test_a_port_that_is_briefly_busy_is_retried(monkeypatch):
+    """A worker restarts on the port of its predecessor, which its peers still dial."""
     bind, failures = Listener._bind, [1, 2, 3]
     monkeypatch.setattr(
         Listener,
@@ -274,8 +274,8 @@ def test_the_wire_is_torch_free():
     assert worker_pb2.DESCRIPTOR.services_by_name["DecodeService"].methods_by_name["Decode"]
 
 
-async def test_a_burst_is_taken_in():
-    """By default gRPC cancels calls that wait to be taken up, at random, beyond 1,000."""
+async def test_a_burst_is_accepted():
+    """By default gRPC cancels pending calls beyond 1,000, at random."""
     async with serving() as (_, scripted, channel, _, _):
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
 

@@ -49,7 +49,7 @@ def test_every_error_survives_the_wire(error, code):
         assert getattr(back, name, None) == getattr(error, name, None)
 
 
-def test_a_server_without_the_method_is_told_apart_from_a_field_that_is_not_offered():
+def test_an_unknown_method_differs_from_an_unsupported_field():
     call = (grpc.StatusCode.UNIMPLEMENTED, grpc.aio.Metadata(), grpc.aio.Metadata())
     back = from_rpc_error(grpc.aio.AioRpcError(*call, "Method not found!"))
     assert back.message == "Method not found: expected a coordinator's gRPC port, not a worker's"
@@ -68,7 +68,7 @@ def test_details_are_google_rpc_details():
     assert dict(info.metadata) == {"num_emitted": "17"}
 
 
-def test_an_error_that_is_no_answer_is_internal():
+def test_other_errors_are_internal():
     assert to_status(ConfigError("x")).code is grpc.StatusCode.INTERNAL
 
 
@@ -90,7 +90,7 @@ def test_foreign_statuses_without_details():
 
 
 @pytest.mark.parametrize("text", ["\N{SLIGHTLY SMILING FACE}", "%", "a\nb", "x"])
-def test_a_long_message_fits_the_headers_that_peers_take(text):
+def test_a_long_message_fits_the_headers_that_peers_accept(text):
     status = to_status(InvalidRequest("text", text * 5000))
     encoded = sum(1 if 32 <= b < 127 and b != 37 else 3 for b in status.message.encode())
     details = dict(status.trailing_metadata)[DETAILS_KEY]
@@ -101,7 +101,7 @@ def test_a_long_message_fits_the_headers_that_peers_take(text):
 @pytest.mark.parametrize("error", [InvalidRequest, NotOffered])
 @pytest.mark.parametrize("char", ["\N{LATIN SMALL LETTER E WITH ACUTE}", "a"])
 def test_a_long_name_of_a_field_fits_as_well(error, char):
-    """A caller chooses the keys of a map: `parameters[...]`."""
+    """Clients choose the keys of a map: `parameters[...]`."""
     field = f"parameters[{char * 100_000}]"
     given = (field, "not known; " + char * 5000) if error is InvalidRequest else (field,)
     status = to_status(error(*given))

@@ -1,4 +1,4 @@
-"""Streams in which little is sent: `Alive`, idle ones, and how many there may be."""
+"""Streams with few messages: `Alive`, time limits, and the bound on idle streams."""
 
 import asyncio
 import time
@@ -14,19 +14,19 @@ from engine.base.errors import DeadlineExceeded, Overloaded
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.pb.diptych.v1 import inference_pb2, inference_pb2_grpc
 from engine.rpc import streams
+from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import open_channel
 from engine.rpc.receive_budget import ReceiveBudget
 from engine.rpc.server import RpcServer
 from engine.rpc.status import from_rpc_error
-from engine.rpc.streams import KeptStreams
-from engine.rpc.trust import ClusterToken
+from engine.rpc.streams import IdleStreams
 from engine.telemetry.metrics import RpcMetrics
 from tests.support import http2
 from tests.support.http2 import RawConnection
 
 
 class Slow:
-    """Sends one response after `wait_s`, and then a number of them quickly."""
+    """Sends one response after `wait_s`, then some more quickly."""
 
     def __init__(self, wait_s=0.0, number=1):
         self.wait_s, self.number = wait_s, number
@@ -61,7 +61,7 @@ async def kinds(call):
     return got
 
 
-async def test_alive_is_sent_where_it_is_asked_for_and_nothing_else_comes():
+async def test_alive_is_sent_while_a_stream_is_silent():
     async with slow_server(Slow(2.6, 30)) as stub:
         asked = inference_pb2.GenerateRequest(alive=True, request_id="me")
         call = stub.Generate(asked, timeout=20)
@@ -98,7 +98,7 @@ async def test_a_refusal_after_alive_is_a_status():
         assert isinstance(from_rpc_error(caught.value), Overloaded)
 
 
-async def test_one_that_reads_no_alive_loses_its_call_when_something_comes():
+async def test_a_client_that_does_not_read_alive_loses_its_call_at_the_next_message():
     async with slow_server(Slow(2.0), client_timeout_s=0.5) as stub:
         call = stub.Generate(inference_pb2.GenerateRequest(alive=True), timeout=20)
         await asyncio.sleep(3.0)
@@ -137,7 +137,7 @@ async def registry(*, token=None, is_counted=True, **options):
 
 
 async def end_of(call):
-    """How a stream ends of which nothing more comes, and after how long."""
+    """How, and after how long, a silent stream ends."""
     began_s = time.monotonic()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await asyncio.wait_for(call.read(), 20)
@@ -161,7 +161,7 @@ async def test_a_stream_without_a_first_message_ends(path):
 async def test_a_stream_that_has_gone_idle_ends_ten_times_later(path, message):
     async with registry(client_timeout_s=0.3) as (address, _), open_channel(address) as channel:
         call = channel.stream_stream(path)()
-        for _ in range(4):  # each message counts anew
+        for _ in range(4):  # each message restarts the time limit
             await call.write(message)
             assert await call.read() is not grpc.aio.EOF
             await asyncio.sleep(1.0)
@@ -171,7 +171,7 @@ async def test_a_stream_that_has_gone_idle_ends_ten_times_later(path, message):
         assert 1.5 < took_s < 6
 
 
-async def test_a_watch_lives_on_and_ends_with_a_caller_that_does_not_read():
+async def test_a_watch_stays_open_and_ends_for_a_client_that_does_not_read():
     async with (
         registry(client_timeout_s=0.3) as (address, counts),
         open_channel(address) as channel,
@@ -189,8 +189,8 @@ async def test_a_watch_lives_on_and_ends_with_a_caller_that_does_not_read():
         assert counts.get_sample_value("diptych_rpc_failures_total", labels) == 1
 
 
-async def test_silent_streams_are_bounded_on_a_connection_and_each_end_gives_one_back(monkeypatch):
-    monkeypatch.setattr(streams.KeptStreams.__init__, "__defaults__", (3, 5))
+async def test_idle_streams_are_bounded_per_connection_and_counted_down(monkeypatch):
+    monkeypatch.setattr(streams.IdleStreams.__init__, "__defaults__", (3, 5))
     async with registry() as (address, _):
         channels = [open_channel(address, ("grpc.channel_id", i)) for i in range(3)]
 
@@ -226,12 +226,12 @@ async def test_silent_streams_are_bounded_on_a_connection_and_each_end_gives_one
             await channel.close()
 
 
-async def test_a_stranger_takes_no_place_among_streams_that_need_a_token(monkeypatch):
-    monkeypatch.setattr(streams.KeptStreams.__init__, "__defaults__", (2, 2))
+async def test_streams_without_token_do_not_count(monkeypatch):
+    monkeypatch.setattr(streams.IdleStreams.__init__, "__defaults__", (2, 2))
     token = ClusterToken("t" * 32)
     async with registry(token=token) as (address, _), open_channel(address) as channel:
         strangers = [channel.stream_stream(REGISTER)() for _ in range(20)]
-        await asyncio.sleep(0.3)  # each is heard for a second before it is refused
+        await asyncio.sleep(0.3)  # each is read for a second before it is refused
         worker = channel.stream_stream(REGISTER)(metadata=token.metadata)
         await worker.write(b"")
         assert await asyncio.wait_for(worker.read(), 5) is not grpc.aio.EOF
@@ -239,8 +239,8 @@ async def test_a_stranger_takes_no_place_among_streams_that_need_a_token(monkeyp
             stranger.cancel()
 
 
-async def test_silent_streams_give_way_to_requests_and_those_of_workers_take_no_room():
-    """Each waits for a message, which may be as large as any."""
+async def test_idle_streams_are_cut_off_for_requests_and_workers_do_not_count():
+    """Each waits for a message of up to the maximum size."""
     budget = ReceiveBudget(32 << 20)
     options = {"budget": budget, "max_request_bytes": 16 << 20, "is_counted": False}
     async with registry(**options) as (address, _), open_channel(address) as channel:
@@ -261,8 +261,8 @@ async def test_silent_streams_give_way_to_requests_and_those_of_workers_take_no_
             call.cancel()
 
 
-def test_counts_of_streams_return_to_nothing():
-    kept = KeptStreams(2, 3)
+def test_counts_of_streams_return_to_zero():
+    kept = IdleStreams(2, 3)
     with kept.opened("a"), kept.opened("a"), kept.opened("b"):
         for peer, where in (("a", "connection"), ("c", "server")):
             with pytest.raises(Overloaded, match=where), kept.opened(peer):

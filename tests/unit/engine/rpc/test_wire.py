@@ -1,4 +1,4 @@
-"""Fields are counted on the wire, within the messages of a message too."""
+"""Fields are counted on the wire, nested messages included."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine.rpc.wire import has_too_many_fields
 
 
 def num_fields(message: Message) -> int:
-    """Counted in the parsed message."""
+    """The count of a parsed message."""
     count = 0
     for field, value in message.ListFields():
         of: Any = field.message_type

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from decode.drafting import make_drafting
 from decode.speculative.draft_model import ModelDrafter
 from engine.base.errors import ConfigError, SelfTestFailed
-from engine.base.options import CacheOptions, DraftOptions, ModelOptions, StepOptions
+from engine.base.option_groups import CacheOptions, DraftOptions, ModelOptions, StepOptions
 from engine.base.types import Role
 from engine.cache.sizing import CONTEXT_BYTES, GpuMemory
 from engine.runner.runner import Runner

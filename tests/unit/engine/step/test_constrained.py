@@ -15,7 +15,7 @@ from decode.speculative.acceptance import Acceptance
 from engine.base.errors import InvalidRequest
 from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.constraints import Masks
-from engine.constraints.masks import Place
+from engine.constraints.masks import MaskRequest
 from engine.scheduling.request import EngineRequest, State
 from engine.scheduling.scheduler import fitted
 from engine.scheduling.speculation import FORCED, PENDING, Draft
@@ -256,11 +256,13 @@ def test_what_is_forced_is_certain_and_teaches_nothing() -> None:
 def test_masks_are_one_buffer_that_grows() -> None:
     masks = Masks(VOCAB)
     matcher = matcher_of(regex("[a-f]+"))
-    small = masks.wait(masks.begin({7: Place(matcher, [])}))
+    small = masks.wait(masks.begin({7: MaskRequest(matcher, [])}))
     assert list(small) == [7]
     assert small[7].shape == (1, 2)
     draft = encode("abc") * 40
-    large = masks.wait(masks.begin({1: Place(matcher, draft), 2: Place(matcher_of(PERSON), [])}))
+    large = masks.wait(
+        masks.begin({1: MaskRequest(matcher, draft), 2: MaskRequest(matcher_of(PERSON), [])})
+    )
     assert large[1].shape == (121, 2)
     assert large[2].shape == (1, 2)
     assert torch.from_numpy(large[1]).unique(dim=0).shape[0] <= 2

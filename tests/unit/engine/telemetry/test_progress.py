@@ -1,4 +1,4 @@
-"""Lines about work that takes a while, where there is no terminal."""
+"""Progress lines of long work without a terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_FIRST_LINE_S", 0.05)
 
 
-def test_lines_come_while_the_work_itself_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_are_printed_while_the_work_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("compiling") as shown:
         shown.detail = "2 of 6"
         time.sleep(0.3)
@@ -31,7 +31,7 @@ def test_lines_come_while_the_work_itself_says_nothing(capsys: pytest.CaptureFix
     assert capsys.readouterr().err == "", "and end with it"
 
 
-def test_a_bar_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_is_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     for _ in bar(range(4), desc="Packing x"):
         time.sleep(0.1)
     said = capsys.readouterr().err
@@ -52,7 +52,7 @@ def test_short_or_hidden_work_prints_nothing(
     assert capsys.readouterr().err == ""
 
 
-def test_a_reader_that_has_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_stderr_does_not_stop_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone:
         def write(self, text: str) -> None:
             raise BrokenPipeError

@@ -8,10 +8,11 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from engine.base.errors import ConfigError
-from engine.base.options import LogOptions
+from engine.base.option_groups import LogOptions
 from engine.http.server import make_app, serve_http
+from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from engine.telemetry.log import bind_request, configure_logging, get_logger
-from engine.telemetry.metrics import CoordinatorMetrics, RpcMetrics, WorkerMetrics
+from engine.telemetry.metrics import RpcMetrics, WorkerMetrics
 from engine.telemetry.timeline import Event, Timeline
 
 
@@ -24,7 +25,7 @@ def restore_logging():
     root.setLevel(level)
 
 
-async def test_json_lines_carry_request_process_and_libraries(restore_logging):
+async def test_json_lines_have_request_process_and_libraries(restore_logging):
     stream = io.StringIO()
     configure_logging(LogOptions(), stream=stream, role="decode", worker_id="d0")
 
@@ -124,7 +125,7 @@ def fetch(url):
         return error.code, error.read().decode()
 
 
-async def test_http_door():
+async def test_http_server():
     registry = CollectorRegistry()
     WorkerMetrics(registry, "m")
     ready = [False]

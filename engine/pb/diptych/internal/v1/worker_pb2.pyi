@@ -49,7 +49,7 @@ class DecodeRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., prefill: _Optional[_Union[PrefillPeer, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., incarnation: _Optional[str] = ..., num_logprobs: _Optional[int] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., num_prompt_logprobs: _Optional[int] = ..., shared_key: _Optional[bytes] = ...) -> None: ...
 
 class Constraint(_message.Message):
-    __slots__ = ("kind", "source", "lead")
+    __slots__ = ("kind", "source", "leading_text")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[Constraint.Kind]
@@ -62,11 +62,11 @@ class Constraint(_message.Message):
     KIND_LARK: Constraint.Kind
     KIND_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
-    LEAD_FIELD_NUMBER: _ClassVar[int]
+    LEADING_TEXT_FIELD_NUMBER: _ClassVar[int]
     kind: Constraint.Kind
     source: str
-    lead: str
-    def __init__(self, kind: _Optional[_Union[Constraint.Kind, str]] = ..., source: _Optional[str] = ..., lead: _Optional[str] = ...) -> None: ...
+    leading_text: str
+    def __init__(self, kind: _Optional[_Union[Constraint.Kind, str]] = ..., source: _Optional[str] = ..., leading_text: _Optional[str] = ...) -> None: ...
 
 class Logprobs(_message.Message):
     __slots__ = ("chosen", "token_ids", "logprobs")

@@ -23,10 +23,10 @@ from engine.base.errors import (
 from engine.base.types import PROTOCOL_VERSION
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import open_channel
 from engine.rpc.convert import identity_to_pb
 from engine.rpc.status import PUSHBACK_KEY
-from engine.rpc.trust import ClusterToken
 from tests.support.fake_decode import Cue, identity, lost
 from tests.support.grpc_front import PROMPT, TEXT, collect, details_of, error_of, front, read, stop
 

@@ -71,7 +71,7 @@ async def test_a_slow_body_gives_way() -> None:
     slow = asyncio.create_task(read(budget, 15 * MIB, never))
     await asyncio.sleep(0.01)
     assert await asyncio.wait_for(read(budget, 15 * MIB, whole), 10) == b"{}"
-    with pytest.raises(Overloaded, match="not whole in time"):
+    with pytest.raises(Overloaded, match="not complete in time"):
         await slow
 
 

@@ -1,4 +1,4 @@
-"""CallerText answers as the plain text would, and its characters stay marked."""
+"""UntrustedText behaves like the plain text, and its characters stay marked."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import Markup
 
-from coordinator.text.caller_text import CallerText, Marks, is_marked, joined
+from coordinator.text.untrusted_text import Marks, UntrustedText, is_marked, joined
 
 MARKS = Marks(["<|im_end|>", "</s>", "<\uff5cEnd\uff5c>", "[INST]", "<|a b|>"])
 texts = st.text(alphabet='<|im_end/s>[INST]\uff5c \n"\\bAa\ud800\u00df\u0130', max_size=12)
 
 
 def plain(value: Any) -> Any:
-    """The same value as the template's author sees it."""
+    """The same value without marks."""
     if isinstance(value, str):
         return MARKS.plain(value)
     if isinstance(value, (list, tuple)):
@@ -50,7 +50,7 @@ CALLS: dict[str, Callable[[str, str], Any]] = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 @given(texts, texts)
-def test_answers_equal_the_plain_texts(call: Callable[[str, str], Any], a: str, b: str) -> None:
+def test_results_equal_those_of_plain_text(call: Callable[[str, str], Any], a: str, b: str) -> None:
     one, other = MARKS.mark(a), MARKS.mark(b)
     a, b = plain(one), plain(other)  # a lone surrogate became U+FFFD
     for found in (call(one, other), call(one, b)):
@@ -58,8 +58,8 @@ def test_answers_equal_the_plain_texts(call: Callable[[str, str], Any], a: str, 
 
 
 @given(texts, st.randoms(use_true_random=False))
-def test_nothing_of_it_can_spell_a_token(text: str, r: random.Random) -> None:
-    """Whatever is done with it: its marked characters are not the vocabulary's."""
+def test_no_result_contains_a_special_token(text: str, r: random.Random) -> None:
+    """No operation gives characters of a special token."""
     found: str = MARKS.mark(text)
     steps: list[Callable[[str], Any]] = [
         str.lower,
@@ -79,10 +79,10 @@ def test_nothing_of_it_can_spell_a_token(text: str, r: random.Random) -> None:
     assert not special & set(str.__iter__(found))
 
 
-def test_marks_are_one_for_one_and_no_text_holds_them() -> None:
+def test_marks_are_one_for_one_and_in_no_valid_text() -> None:
     text = 'a "quoted" \\ <|im_end|> \udc3c \ud83d\ude00'
     marked = MARKS.mark(text)
-    assert isinstance(marked, CallerText)
+    assert isinstance(marked, UntrustedText)
     assert MARKS.plain(marked) == 'a "quoted" \\ <|im_end|> \ufffd \U0001f600'
     assert len(marked) == len(MARKS.plain(marked))
     assert [is_marked(c) for c in str.__iter__(MARKS.mark("<x"))] == [True, False]

@@ -1,15 +1,15 @@
-"""The cluster token: how coordinators and workers of one cluster know each other.
+"""The cluster token authenticates coordinators and workers of one cluster to each other.
 
-    file, a secret a line --ClusterToken--+-- caller: `authorization: Bearer FIRST LINE`, every call
-                                          '-- callee: check() before a request is parsed; any line
+    file, one secret a line --ClusterToken--+-- caller: `authorization: Bearer FIRST LINE`
+                                            '-- callee: check() before it parses a request; any line
 
-Whoever has the token is trusted with the cluster: with its prompts, its workers' memory and its
-answers (docs/security.md). Several lines let it be changed without a pause: all are accepted, the
-first is sent. The secret is in no command line, no variable, no log line and no repr.
+The token gives access to prompts, outputs and the memory of workers (docs/security.md). All lines
+are accepted and the first is sent, so that the token can be changed without downtime. The secret
+appears in no command line, variable, log line or repr.
 
-A coordinator without a file makes a token of its own. Workers that it starts, and commands of its
-user (local_token.py), find it in a file in memory, which no other user can open and which ends with
-the coordinator.
+A coordinator without a file generates a token. Its local workers, and commands of its user
+(local_token.py), read it from a memfd, which no other user can open and which ends with the
+coordinator.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 from engine.base.errors import ConfigError, PermissionDenied, Unauthenticated
-from engine.base.options import TrustOptions
+from engine.base.option_groups import AuthOptions
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
 
 MIN_SECRET_BYTES = 16
-_MAX_SECRET_BYTES = 1024  # it travels in the headers of every call
+_MAX_SECRET_BYTES = 1024  # sent in the headers of every call
 _MAX_SECRETS = 8
 _FLAG = "--cluster-token-file"
 _KEY = "authorization"
-SHARED_NAME = "diptych-cluster-token"  # of the file in memory
-OPERATOR_NAME = "diptych-operator-token"  # of one with a token that workers do not ask for
+SHARED_NAME = "diptych-cluster-token"  # of the memfd
+OPERATOR_NAME = "diptych-operator-token"  # of the memfd if workers need no token
 _REMEDY = f"set {_FLAG} to the file that the processes of this cluster share"
 
 Metadata = Iterable[tuple[str, str | bytes]]
@@ -43,13 +43,13 @@ Metadata = Iterable[tuple[str, str | bytes]]
 
 @dataclass(frozen=True, slots=True)
 class ClusterToken:
-    """The secrets of one cluster, the one that is sent first."""
+    """The secrets of one cluster; the first is sent."""
 
     _secrets: tuple[str, ...] = field(repr=False)
 
     @classmethod
     def load(cls, path: str) -> ClusterToken:
-        """Read a file. Raises ConfigError naming the flag and never the content."""
+        """Read a file. Raises ConfigError that names the flag, never the content."""
         try:
             with open(path, "rb") as file:
                 raw = file.read(_MAX_SECRETS * (_MAX_SECRET_BYTES + 2) + 1)
@@ -75,11 +75,11 @@ class ClusterToken:
 
     @classmethod
     def random(cls) -> ClusterToken:
-        """One that nobody else has."""
+        """A new random token."""
         return cls((secrets.token_hex(32),))
 
     def share(self, name: str = SHARED_NAME) -> str:
-        """A file in memory that `load` can read while this process lives; its owner's alone."""
+        """Path of a memfd that `load` can read while this process lives; only for this user."""
         descriptor = os.memfd_create(name)
         os.fchmod(descriptor, 0o600)
         os.write(descriptor, "\n".join(self._secrets).encode())
@@ -87,39 +87,38 @@ class ClusterToken:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What a call carries."""
+        """The metadata that authenticates a call."""
         return ((_KEY, f"Bearer {self._secrets[0]}"),)
 
     def check(self, metadata: Metadata | None) -> None:
-        """Raise Unauthenticated where a call carries no token, PermissionDenied for another one."""
+        """Raise Unauthenticated for a call without a token, PermissionDenied for a wrong one."""
         self.check_values([str(value) for key, value in metadata or () if key == _KEY])
 
-    def check_values(self, given: Sequence[str]) -> None:
-        """The same, of the values of an `authorization` header."""
-        if not given:
+    def check_values(self, values: Sequence[str]) -> None:
+        """Check the values of an `authorization` header; raises as `check`."""
+        if not values:
             raise Unauthenticated(f"no cluster token; {_REMEDY}")
-        # Digests are of one length, and all are compared: the time taken tells nothing.
+        # Constant time: digests have one length, and all of them are compared.
         found = False
-        for value in given:
-            scheme, _, sent = value.partition(" ")
-            digest = _digest(sent if scheme.lower() == "bearer" else "")
+        for value in values:
+            scheme, _, secret_sent = value.partition(" ")
+            digest = _digest(secret_sent if scheme.lower() == "bearer" else "")
             for secret in self._secrets:
                 found |= hmac.compare_digest(digest, _digest(secret))
         if not found:
             raise PermissionDenied(f"not this cluster's token; {_REMEDY}")
 
     def pseudonym(self, text: str) -> str:
-        """A short name for `text`, the same in all processes of the cluster, and no way back."""
+        """A short keyed hash of `text`, equal in all processes of the cluster."""
         key = self._secrets[0].encode()[: hashlib.blake2b.MAX_KEY_SIZE]
         digest = hashlib.blake2b(text.encode(errors="replace"), key=key, digest_size=6)
         return f"~{digest.hexdigest()}"
 
 
-def token_for(options: TrustOptions, flag: str, address: str) -> ClusterToken | None:
-    """The token of a process whose internal services listen on `address`, given by `flag`.
+def token_for(options: AuthOptions, flag: str, address: str) -> ClusterToken | None:
+    """The token of a process whose internal services listen on `address`, the value of `flag`.
 
-    None where there is no file, which only an address of this machine alone allows: raises
-    ConfigError for any other.
+    None without a file. Raises ConfigError if other machines can then reach `address`.
     """
     if options.cluster_token_file:
         return ClusterToken.load(options.cluster_token_file)
@@ -133,11 +132,11 @@ def token_for(options: TrustOptions, flag: str, address: str) -> ClusterToken | 
 
 
 def stays_on_this_machine(address: str) -> bool:
-    """Whether nobody elsewhere can reach what listens on HOST:PORT."""
+    """Whether HOST:PORT can be reached from this machine only."""
     host = address.rpartition(":")[0].strip("[]")
     try:
         return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:  # a name: who knows where it leads
+    except ValueError:  # a name, which may resolve to any address
         return False
 
 

@@ -1,17 +1,16 @@
-"""Text of the caller inside a rendered prompt, told from the template's own by its characters.
+"""Marks the client's text in a rendered prompt, so that it cannot become a special token.
 
-    caller's strings --Marks.mark--> CallerText --template--> rendered --Marks.plain--> the prompt
-                                                                 '---> which characters are marked
+    client's strings --Marks.mark--> UntrustedText --template--> rendered --Marks.plain--> prompt
+                                                                    '---> marked characters
 
-Every character of the caller that may be part of a special token is replaced by a lone surrogate,
-which no valid text holds, one for one. A special token is the template's own if and only if none of
-its characters is marked, so whatever the template does with a text (cut it, join it, change its
-case), the caller's part of the result cannot become one.
+Each character of the client that may be part of a special token is replaced by a lone surrogate,
+which no valid text contains. A special token is the template's own if none of its characters is
+marked. So whatever the template does with a text (cut it, join it, change its case), the client's
+part of the result cannot become a special token.
 
-Templates look into texts (`'</think>' in content`), so a marked text answers as the plain one
-would: CallerText is a str that holds the marked characters and looks at the plain ones. What turns
-it into a plain str again (a filter of Jinja, say) keeps the marks, which is what safety rests on;
-only the template's later questions are then answered by the marked text.
+Templates inspect texts (`'</think>' in content`). UntrustedText is a str that holds the marked
+characters, but answers queries about the plain ones. An operation that returns a plain str (a Jinja
+filter) keeps the marks, so safety does not depend on the class; later queries then see the marks.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from typing import Any, SupportsIndex
 
 from markupsafe import escape
 
-# Where letters are that have another case, ligatures too.
+# Letters that have another case, ligatures included.
 _CASED = [chr(i) for i in (*range(0x2200), *range(0xFB00, 0xFB18)) if chr(i).isalpha()]
-# Marks are low surrogates: 0xDC00 + 128 + the character, or one after the other.
+# Marks are low surrogates: 0xDC80 + the character for ASCII, consecutive ones for others.
 _ASCII, _OTHERS, _LAST = 0xDC80, 0xDD00, 0xDFFF
-# JSON writes these two with a backslash, and templates strip white space: they stay as they are.
+# JSON escapes these two, and templates strip white space, so they stay unmarked.
 _UNMARKED = '"\\'
 
 
 class Marks:
-    """Which characters are marked, for one vocabulary."""
+    """The marked characters of one vocabulary."""
 
     def __init__(self, special: Iterable[str]) -> None:
         found = {c for token in special for c in token if not c.isspace()} - {*_UNMARKED}
-        # So is what templates may make one of by changing its case: of the Kelvin sign a k.
+        # Also characters that become one when a template changes their case (Kelvin sign -> k).
         cases = {c for c in _CASED if found & {*c.lower(), *c.upper(), *c.title(), *c.casefold()}}
         chars = sorted(found | cases)
         ascii_chars = [c for c in chars if c.isascii()]
@@ -43,20 +42,20 @@ class Marks:
         pairs += zip(map(ord, others), range(_OTHERS, _LAST + 1), strict=False)
         self._to_mark = dict(pairs)
         self._to_plain = {mark: char for char, mark in pairs}
-        # The same for bytes: 'surrogateescape' makes U+DC80 to U+DCFF of those above 127.
+        # The same for bytes: 'surrogateescape' maps bytes above 127 to U+DC80 to U+DCFF.
         self._high = bytes(i | 0x80 if i in self._to_mark else i for i in range(256))
         self._low = bytes(i & 0x7F for i in range(256))
 
-    def mark(self, text: str) -> CallerText:
-        """`text`, all of it the caller's."""
+    def mark(self, text: str) -> UntrustedText:
+        """`text` with its characters marked."""
         text = str.__str__(without_surrogates(text))
-        if text.isascii():  # ten times as fast as the other way
+        if text.isascii():  # ten times as fast
             data = text.encode("ascii").translate(self._high)
-            return CallerText(data.decode("ascii", "surrogateescape"), self, text)
-        return CallerText(text.translate(self._to_mark), self, text)
+            return UntrustedText(data.decode("ascii", "surrogateescape"), self, text)
+        return UntrustedText(text.translate(self._to_mark), self, text)
 
     def plain(self, text: str) -> str:
-        """The text without marks; as long as before."""
+        """The text without marks; its length does not change."""
         try:
             data = str.encode(text, "ascii", "surrogateescape")
         except UnicodeEncodeError:
@@ -64,7 +63,7 @@ class Marks:
         return data.translate(self._low).decode("ascii")
 
     def mark_all(self, value: Any) -> Any:
-        """The same JSON value with its strings marked, keys too."""
+        """A JSON value with all its strings marked, keys included."""
         if isinstance(value, str):
             return self.mark(value)
         if isinstance(value, Mapping):
@@ -75,33 +74,33 @@ class Marks:
 
 
 def without_surrogates(text: str) -> str:
-    """Pairs of surrogates joined; a lone one, which no UTF-8 text can hold, counts as U+FFFD."""
+    """Join pairs of surrogates; replace lone ones, which UTF-8 cannot represent, by U+FFFD."""
     if text.isascii():
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def is_marked(char: str) -> bool:
-    """Whether a character of a rendered prompt is the caller's."""
+    """Whether a character of a rendered prompt is marked."""
     return 0xDC00 <= ord(char) <= 0xDFFF
 
 
 def joined(parts: Iterable[str]) -> str:
-    """ "".join that keeps the class of the caller's text: Jinja joins all output by it."""
+    """Join like "".join, but return UntrustedText if a part is; Jinja joins all output by it."""
     parts = list(parts)
     text = "".join(parts)
-    marks = next((p._marks for p in parts if isinstance(p, CallerText)), None)
-    return CallerText(text, marks) if marks else text
+    marks = next((p._marks for p in parts if isinstance(p, UntrustedText)), None)
+    return UntrustedText(text, marks) if marks else text
 
 
-class CallerText(str):
-    """A str with marks, read as if it had none. `str` methods see and return the marked text."""
+class UntrustedText(str):
+    """A str with marks whose methods behave as if it had none, and return marked text."""
 
     __slots__ = ("_marks", "_unmarked")
     _marks: Marks
     _unmarked: str | None
 
-    def __new__(cls, text: str, marks: Marks, plain: str | None = None) -> CallerText:  # noqa: D102
+    def __new__(cls, text: str, marks: Marks, plain: str | None = None) -> UntrustedText:  # noqa: D102
         self = super().__new__(cls, text)
         self._marks = marks
         self._unmarked = plain
@@ -113,13 +112,13 @@ class CallerText(str):
             self._unmarked = self._marks.plain(self)
         return self._unmarked
 
-    # -- pieces of it ------------------------------------------------------------------------------
+    # -- parts -------------------------------------------------------------------------------------
 
-    def _cut(self, begin: int, end: int) -> CallerText:
-        return CallerText(str.__getitem__(self, slice(begin, end)), self._marks)
+    def _cut(self, begin: int, end: int) -> UntrustedText:
+        return UntrustedText(str.__getitem__(self, slice(begin, end)), self._marks)
 
     def _cuts(self, pieces: Iterable[str]) -> list[Any]:
-        """The marked form of pieces that stand in this order in the plain text."""
+        """The marked form of pieces that occur in this order in the plain text."""
         out, at = [], 0
         for piece in pieces:
             at = self._plain.index(piece, at)
@@ -131,10 +130,10 @@ class CallerText(str):
         return self
 
     def __repr__(self) -> str:
-        return CallerText(self._marks.mark(repr(self._plain)), self._marks)
+        return UntrustedText(self._marks.mark(repr(self._plain)), self._marks)
 
     def __getitem__(self, key: SupportsIndex | slice) -> str:
-        return CallerText(str.__getitem__(self, key), self._marks)
+        return UntrustedText(str.__getitem__(self, key), self._marks)
 
     def __iter__(self) -> Iterator[str]:
         return (self._cut(i, i + 1) for i in range(len(self)))
@@ -197,37 +196,37 @@ class CallerText(str):
     def _three(self, first: int, second: int) -> tuple[Any, Any, Any]:
         return self._cut(0, first), self._cut(first, second), self._cut(second, len(self))
 
-    # -- made of it --------------------------------------------------------------------------------
+    # -- derived texts -----------------------------------------------------------------------------
 
     def __add__(self, other: Any) -> Any:
         if not isinstance(other, str):
             return NotImplemented
-        return CallerText(str.__add__(self, other), self._marks)
+        return UntrustedText(str.__add__(self, other), self._marks)
 
     def __radd__(self, other: Any) -> Any:
         if not isinstance(other, str):
             return NotImplemented
-        return CallerText(str.__add__(other, self), self._marks)
+        return UntrustedText(str.__add__(other, self), self._marks)
 
     def join(self, parts: Iterable[str], /) -> str:
         """As str's."""
-        return CallerText(str.join(self, parts), self._marks)
+        return UntrustedText(str.join(self, parts), self._marks)
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
         """As str's."""
         if not old:
             return self._marks.mark(self._plain.replace("", _plain(new) or "", count))
-        return CallerText(new, self._marks).join(self.split(old, count))
+        return UntrustedText(new, self._marks).join(self.split(old, count))
 
     def _changed(self, change: Callable[[str], str]) -> str:
-        """Another case: the caller's characters stay the caller's."""
+        """Change the case; marked characters stay marked."""
         text = change(self._plain)
         if len(text) != len(self):
             return self._marks.mark(text)
-        mine = self._marks.mark(text)
-        pairs = zip(str.__iter__(self), str.__iter__(mine), text, strict=True)
+        marked = self._marks.mark(text)
+        pairs = zip(str.__iter__(self), str.__iter__(marked), text, strict=True)
         chars = [mark if is_marked(was) else char for was, mark, char in pairs]
-        return CallerText("".join(chars), self._marks, text)
+        return UntrustedText("".join(chars), self._marks, text)
 
     def lower(self) -> str:
         """As str's."""
@@ -254,12 +253,12 @@ class CallerText(str):
         return self._changed(str.casefold)
 
     def __html__(self) -> str:
-        """For `escape`, and for what Jinja adds to safe text."""
+        """Used by `escape`, and by Jinja for text that is added to safe text."""
         pairs = zip(str.__iter__(self), self._plain, strict=True)
         mark = self._marks.mark
         return "".join(mark(str(escape(p))) if is_marked(c) else str(escape(p)) for c, p in pairs)
 
-    # -- questions ---------------------------------------------------------------------------------
+    # -- queries -----------------------------------------------------------------------------------
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, str) and self._plain == _plain(other)
@@ -287,16 +286,16 @@ class CallerText(str):
 
 
 def _plain(value: Any) -> Any:
-    """What a str method is given, without marks."""
+    """An argument of a str method, without marks."""
     if isinstance(value, tuple):
         return tuple(map(_plain, value))
-    return value._plain if isinstance(value, CallerText) else value
+    return value._plain if isinstance(value, UntrustedText) else value
 
 
-def _asked(name: str) -> Callable[..., Any]:
+def _query_method(name: str) -> Callable[..., Any]:
     method = getattr(str, name)
 
-    def ask(self: CallerText, *args: Any) -> Any:
+    def ask(self: UntrustedText, *args: Any) -> Any:
         return method(self._plain, *map(_plain, args))
 
     ask.__name__ = name
@@ -308,4 +307,4 @@ for _name in (
     *("isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower"),
     *("isnumeric", "isprintable", "isspace", "istitle", "isupper"),
 ):
-    setattr(CallerText, _name, _asked(_name))
+    setattr(UntrustedText, _name, _query_method(_name))

@@ -1,4 +1,4 @@
-"""The cluster token: its file, what a call has to bring, and a real server that asks for it."""
+"""The cluster token: its file, the metadata of a call, and a real server that checks it."""
 
 import asyncio
 import json
@@ -14,12 +14,12 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from engine.base.errors import ConfigError, PermissionDenied, Unauthenticated
-from engine.base.options import LogOptions, TrustOptions
+from engine.base.option_groups import AuthOptions, LogOptions
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc
 from engine.pb.diptych.v1 import inference_pb2, inference_pb2_grpc
+from engine.rpc.auth import ClusterToken, stays_on_this_machine, token_for
 from engine.rpc.channel import ChannelPool, open_channel
 from engine.rpc.server import RpcServer
-from engine.rpc.trust import ClusterToken, stays_on_this_machine, token_for
 from engine.telemetry.log import configure_logging
 from engine.telemetry.metrics import RpcMetrics
 
@@ -61,7 +61,7 @@ def test_a_file_of_several_lines_accepts_all_and_sends_the_first(tmp_path):
         (bytes(range(128, 160)), "openssl rand -hex 32"),
     ],
 )
-def test_a_file_that_holds_no_secret_is_refused_and_not_shown(tmp_path, content, words):
+def test_a_file_without_a_valid_secret_is_refused_and_not_shown(tmp_path, content, words):
     path = tmp_path / "token"
     path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
@@ -86,7 +86,7 @@ def test_the_secret_is_not_shown(tmp_path):
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o644])
-def test_a_file_for_everybody_is_complained_about(tmp_path, mode):
+def test_a_world_readable_file_is_logged(tmp_path, mode):
     lines = StringIO()
     configure_logging(LogOptions(log_format="json"), stream=lines)
     path = tmp_path / "token"
@@ -118,12 +118,12 @@ def test_a_call_without_a_token(tmp_path, metadata):
         b"\xff",
     ],
 )
-def test_a_call_with_another_token(tmp_path, value):
+def test_a_call_with_a_wrong_token(tmp_path, value):
     with pytest.raises(PermissionDenied, match="--cluster-token-file"):
         token(tmp_path, OLD).check((("authorization", value),))
 
 
-def test_the_token_of_local_workers_is_in_memory_and_for_their_user_alone():
+def test_the_token_of_local_workers_is_in_a_memfd_of_their_user():
     ours, others = ClusterToken.random(), ClusterToken.random()
     path = ours.share()
     assert os.stat(path).st_mode & 0o777 == 0o600
@@ -149,25 +149,25 @@ def test_the_token_of_local_workers_is_in_memory_and_for_their_user_alone():
         ("localhost.example:5", False),
     ],
 )
-def test_only_this_machine_goes_without(tmp_path, address, here):
+def test_only_addresses_of_this_machine_need_no_token(tmp_path, address, here):
     path = tmp_path / "token"
     path.write_text(OLD)
-    given = token_for(TrustOptions(str(path)), "--listen", address)
+    given = token_for(AuthOptions(str(path)), "--listen", address)
     assert given is not None and given.metadata[0][1].endswith(OLD)
     assert stays_on_this_machine(address) == here
     if here:
-        assert token_for(TrustOptions(), "--listen", address) is None
+        assert token_for(AuthOptions(), "--listen", address) is None
     else:
         with pytest.raises(ConfigError, match="--cluster-token-file") as caught:
-            token_for(TrustOptions(), "--listen", address)
+            token_for(AuthOptions(), "--listen", address)
         assert caught.value.message.startswith(f"--listen {address}: ")
 
 
-# --- a server that asks for it
+# --- a server that checks it
 
 
 class Guarded:
-    """Counts what gets through to it."""
+    """Counts the calls that reach it."""
 
     def __init__(self):
         self.calls = 0
@@ -276,8 +276,8 @@ async def test_without_it_no_call_gets_through(tmp_path, sent, code):
     assert OLD not in lines.getvalue() and NEW not in lines.getvalue()
 
 
-async def test_a_refused_stream_is_heard_once_and_not_waited_for_long(tmp_path):
-    """Refused before its first write it would end as INTERNAL, by its own gRPC, now and then."""
+async def test_a_refused_stream_is_read_once_for_a_short_time(tmp_path):
+    """A refusal before the client's first write would sometimes become INTERNAL in the client."""
     loop = asyncio.get_running_loop()
     async with guarded(token(tmp_path, OLD)) as (_, address, _), open_channel(address) as channel:
         for delay_s, least_s, most_s in ((0.3, 0.3, 0.9), (None, 0.9, 5.0)):
@@ -307,7 +307,7 @@ async def test_with_it_every_kind_of_call_gets_through(tmp_path, lines):
         assert servicer.metadata[-1]["authorization"] == f"Bearer {OLD}"
 
 
-async def test_some_methods_alone(tmp_path):
+async def test_some_methods_only(tmp_path):
     server = guarded(token(tmp_path, OLD), guarded={"Generate"})
     async with server as (_, address, _), open_channel(address) as channel:
         assert await tokenize(channel) == [3]
@@ -329,7 +329,7 @@ async def test_health_and_reflection_stay_open(tmp_path):
 
 @pytest.mark.parametrize("ending", ["cancel", "deadline", "close"])
 async def test_a_call_with_a_token_ends_like_any_other(tmp_path, ending):
-    """At once, and on the other side as well."""
+    """At once, and on both sides."""
     ours = token(tmp_path, OLD)
     async with guarded(ours) as (servicer, address, _):
         pool = ChannelPool(ours)

@@ -1,10 +1,10 @@
-"""Calls that are open and bring nothing: their coordinator hangs, whatever its connection answers.
+"""Cancels calls that bring no messages, because their coordinator hangs.
 
     message   tick tick tick ... tick    the call is cancelled, and counts as lost
-              |<---- its limit ---->|
+              |<------- limit ----->|
 
-Silence is counted in ticks, not read off a clock: a client whose own process stood still counts one
-tick, however long that took. What its caller takes for an event is not counted either.
+Silence is counted in ticks, not by a clock: if the client's process was stopped, that counts as one
+tick. Time in which the client's user handles an event does not count.
 """
 
 from __future__ import annotations
@@ -17,46 +17,46 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_TICKS = 10  # in the shortest limit
-_IDLE_TICKS = 40  # for which the thread stays without a call
+_TICKS = 10  # of the shortest limit
+_IDLE_TICKS = 40  # after which the thread ends if no call is open
 
 
-class Silence:
-    """Of one call, which it cancels once. Ticked from any thread."""
+class SilenceTimer:
+    """Cancels one call after a silence. Any thread may tick it."""
 
     def __init__(self, call: Any, num_ticks: float) -> None:
-        self.waiting = True  # for the coordinator, not for the caller
-        self.over = False
+        self.is_waiting = True  # for the coordinator, not for the caller
+        self.is_over = False
         self._call = call
         self._num_ticks = num_ticks
         self._num_silent = 0
 
-    def heard(self) -> None:
-        """A message has come."""
+    def reset(self) -> None:
+        """Record a message."""
         self._num_silent = 0
 
     def tick(self) -> None:
-        """Some time has gone by."""
-        if self.over or not self.waiting:
+        """Count one tick, and cancel the call at the limit."""
+        if self.is_over or not self.is_waiting:
             return
         self._num_silent += 1
         if self._num_silent >= self._num_ticks:
-            self.over = True
+            self.is_over = True
             self._call.cancel()
 
 
-class Ticks:
-    """Where the calls of one client are counted; `shortest_s` is the shortest limit of theirs."""
+class SilenceMonitor:
+    """The open calls of one client; `shortest_s` is the shortest limit among them."""
 
     def __init__(self, shortest_s: float) -> None:
         self._tick_s = shortest_s / _TICKS
-        self._open: set[Silence] = set()
+        self._open: set[SilenceTimer] = set()
         self._lock = threading.Lock()
         self._running = False
 
     @contextmanager
-    def by_thread(self, call: Any, limit_s: float) -> Iterator[Silence]:
-        """While a blocking call is open; one thread serves all of them."""
+    def watch_from_thread(self, call: Any, limit_s: float) -> Iterator[SilenceTimer]:
+        """Watch a blocking call while it is open; one thread watches all of them."""
         silence = self._of(call, limit_s)
         if math.isinf(self._tick_s):
             yield silence
@@ -73,8 +73,8 @@ class Ticks:
                 self._open.discard(silence)
 
     @contextmanager
-    def by_loop(self, call: Any, limit_s: float) -> Iterator[Silence]:
-        """While a call of this event loop is open."""
+    def watch_from_loop(self, call: Any, limit_s: float) -> Iterator[SilenceTimer]:
+        """Watch a call of this event loop while it is open."""
         silence = self._of(call, limit_s)
         if math.isinf(self._tick_s):
             yield silence
@@ -92,9 +92,9 @@ class Ticks:
         finally:
             timers[0].cancel()
 
-    def _of(self, call: Any, limit_s: float) -> Silence:
-        ticks = math.inf if math.isinf(limit_s) else round(limit_s / self._tick_s)
-        return Silence(call, ticks)
+    def _of(self, call: Any, limit_s: float) -> SilenceTimer:
+        silence_monitor = math.inf if math.isinf(limit_s) else round(limit_s / self._tick_s)
+        return SilenceTimer(call, silence_monitor)
 
     def _run(self) -> None:
         num_idle = 0

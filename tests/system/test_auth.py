@@ -1,4 +1,4 @@
-"""The cluster token between real processes: who has it is a worker, who has not gets nothing.
+"""The cluster token between real processes: without it a process gets nothing.
 
 One cluster of an external coordinator, a prefill and a decode worker, as on several machines, whose
 files name the same two secrets in different orders, as in the middle of a change; and the stack
@@ -26,8 +26,8 @@ from engine.base.errors import DiptychError
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc, worker_pb2
 from engine.pb.diptych.internal.v1 import worker_pb2_grpc as stubs
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc
+from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import open_channel
-from engine.rpc.trust import ClusterToken
 from tests.support.http_get import http_get
 from tests.support.paths import ROOT
 from tests.support.stack import EXACT, Stack, free_port, until
@@ -46,7 +46,7 @@ CODES = {None: grpc.StatusCode.UNAUTHENTICATED, WRONG: grpc.StatusCode.PERMISSIO
 
 
 class Cluster:
-    """Processes started one by one, as an operator does on several machines."""
+    """Processes started one by one, as on several machines."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -74,7 +74,7 @@ class Cluster:
         return (*shape, "--coordinator", self.address, "--log-level", "debug", *token)
 
     def run(self, command: str, *flags: str) -> subprocess.CompletedProcess[str]:
-        """A process that is expected to end by itself."""
+        """A process that is expected to end."""
         return subprocess.run(
             [sys.executable, "-m", f"{command}.cli", "start", *flags],
             capture_output=True,
@@ -140,13 +140,13 @@ def hello() -> registry_pb2.WorkerMessage:
 def registering(channel: grpc.aio.Channel) -> Any:
     async def say() -> AsyncIterator[registry_pb2.WorkerMessage]:
         yield hello()
-        await asyncio.sleep(10)  # as a worker, which goes on
+        await asyncio.sleep(10)  # like a worker that stays
 
     return registry_pb2_grpc.RegistryServiceStub(channel).Register(say(), timeout=10)
 
 
 def draining(channel: grpc.aio.Channel) -> Any:
-    request = admin_pb2.DrainWorkerRequest(worker_id="nobody")
+    request = admin_pb2.DrainWorkerRequest(worker_id="unknown")
     return admin_pb2_grpc.AdminServiceStub(channel).DrainWorker(request, timeout=10)
 
 
@@ -188,7 +188,7 @@ def decoding(channel: grpc.aio.Channel) -> Any:
 
 
 async def messages(call: Any) -> list[Any]:
-    """What a call says, whatever its kind. Raises AioRpcError."""
+    """The messages of a call of any kind. Raises AioRpcError."""
     if isinstance(call, grpc.aio.UnaryUnaryCall):
         return [await call]
     return [message async for message in call]
@@ -209,7 +209,7 @@ def address_of(cluster: Cluster, place: str) -> str:
 
 
 def counted(http_address: str, series: str, **labels: str) -> float:
-    """One sample of /metrics; 0 where it is not there."""
+    """One sample of /metrics; 0 if it is missing."""
     text = http_get(f"http://{http_address}/metrics").text
     for line in text.splitlines():
         named = line.startswith(f"{series}{{")
@@ -223,7 +223,7 @@ def counted(http_address: str, series: str, **labels: str) -> float:
 async def test_without_the_token_nothing_is_said(
     cluster: Cluster, place: str, ask: Callable[..., Any], sent: str | None
 ) -> None:
-    """Not even by whom, or to whom: no message comes before the refusal."""
+    """No message is sent before the refusal."""
     async with open_channel(address_of(cluster, place), token=token(sent)) as channel:
         call = ask(channel)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -297,7 +297,7 @@ async def leased(cluster: Cluster) -> AsyncIterator[tuple[grpc.aio.Channel, byte
             if len(names) == 4:
                 break
         lease = (await holding(channel, *names)).lease
-        call.cancel()  # its own leases end with it
+        call.cancel()  # its leases end with it
         assert len(lease) == 16
         yield channel, lease, names
         await releasing(channel, lease)
@@ -305,12 +305,12 @@ async def leased(cluster: Cluster) -> AsyncIterator[tuple[grpc.aio.Channel, byte
 
 
 def held(cluster: Cluster) -> int:
-    """Blocks of the prefill worker, as it said with its last heartbeat."""
+    """Blocks of the prefill worker in its last heartbeat."""
     return cluster.workers()["prefill-0"].held_blocks
 
 
 async def still_held(cluster: Cluster) -> int:
-    """The same, said after this moment."""
+    """The same, from a later heartbeat."""
     await asyncio.sleep(1.5)
     return held(cluster)
 
@@ -346,7 +346,7 @@ async def test_a_replayed_release_frees_nothing_of_the_next_lease(cluster: Clust
         await releasing(channel, other)
 
 
-async def test_nobody_prolongs_a_lease_by_anothers_name(cluster: Cluster) -> None:
+async def test_a_lease_cannot_be_renewed_under_another_incarnation(cluster: Cluster) -> None:
     async with leased(cluster) as (channel, lease, _):
         ends_at = asyncio.get_running_loop().time() + LEASE_TTL_S + 1.5
         while asyncio.get_running_loop().time() < ends_at:
@@ -356,7 +356,7 @@ async def test_nobody_prolongs_a_lease_by_anothers_name(cluster: Cluster) -> Non
         assert list((await renewing(channel, lease)).unknown) == [lease]
 
 
-# --- who is refused at the start
+# --- refusals at the start
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
@@ -391,7 +391,7 @@ def test_what_other_machines_reach_does_not_start_without_a_token(
     assert words in sentence and "--cluster-token-file" in sentence
 
 
-# --- what is written down
+# --- logs and command lines
 
 
 def everywhere(entry: str) -> dict[int, bytes]:
@@ -421,7 +421,7 @@ def test_logs_hold_no_prompt_answer_or_salt(cluster: Cluster) -> None:
         events = list(client.generate(PROMPT, max_tokens=32, cache_salt=SALT, timeout_s=120))
         text = "".join(getattr(event, "text", "") for event in events)
         ids = [i for event in events for i in getattr(event, "token_ids", ())]
-        with pytest.raises(DiptychError):  # a refused one is told of, too
+        with pytest.raises(DiptychError):  # a refusal is logged, too
             list(client.generate(PROMPT, max_tokens=0, timeout_s=20))
     logs = cluster.logs()
     assert "decode ended" in logs and "prefill ended" in logs
@@ -430,7 +430,7 @@ def test_logs_hold_no_prompt_answer_or_salt(cluster: Cluster) -> None:
         assert secret not in logs, secret
 
 
-# --- a stack that makes its token itself
+# --- a stack that generates its token
 
 
 def test_local_workers_are_authenticated_by_default(tmp_path: Path) -> None:
@@ -455,7 +455,7 @@ def test_local_workers_are_authenticated_by_default(tmp_path: Path) -> None:
         asyncio.run(local_services(stack, secret))
         listening = [where for pid in stack.pids() for where in listeners(pid)]
         assert len(listening) >= 8, "gRPC and HTTP of three, UCX of two"
-        assert {host for host, _ in listening} == {"127.0.0.1"}, "UCX asks nobody for a token"
+        assert {host for host, _ in listening} == {"127.0.0.1"}, "UCX checks no token"
         os.kill(stack.pid_of("prefill-0"), signal.SIGKILL)
         until(lambda: not stack.ready(), 10, "the prefill worker is missed")
         until(stack.ready, 60, "the prefill worker is back")
@@ -467,7 +467,7 @@ def test_local_workers_are_authenticated_by_default(tmp_path: Path) -> None:
 
 
 def listeners(pid: int) -> list[tuple[str, int]]:
-    """Addresses at which a process listens for TCP connections."""
+    """Addresses on which a process listens for TCP connections."""
     sockets = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
@@ -486,7 +486,7 @@ def listeners(pid: int) -> list[tuple[str, int]]:
 
 
 async def local_services(stack: Stack, secret: str) -> None:
-    """The workers and the workers' door of the coordinator ask for the token; others do not."""
+    """Workers and the coordinator's internal port check the token; others do not."""
     places = {worker.worker_id: worker.address for worker in stack.workers()}
     places["coordinator"] = stack.address
     for place, ask in GUARDED:

@@ -1,0 +1,106 @@
+"""How options are declared: the field of a dataclass with its help, and parsers of its value."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+MAX_CLIENT_S = 1e6  # gRPC's keepalive takes milliseconds in 32 bits
+MAX_REQUEST_S = 1e9  # three decades: gRPC cannot carry a deadline of some centuries
+# Values of --disable: parts of requests, then protocols (coordinator/api/switches.py).
+DISABLABLE = (
+    *("constraints", "echo", "logit-bias", "logprobs", "n", "priority", "prompt-logprobs"),
+    *("resume", "tools", "engine-protocol", "oip", "openai", "reflection"),
+)
+_ORIGIN = re.compile(r"^[a-z][a-z0-9+.-]*://[^\s/,?#*]+$")
+_HOST = re.compile(
+    r"^(\*\.)?[A-Za-z0-9_-]([A-Za-z0-9_.-]*)$|^\[?[0-9a-fA-F]*:[0-9a-fA-F.:]*:[0-9a-fA-F.]*\]?$"
+)
+_SIZE = re.compile(r"^\s*([0-9.]+)\s*([kmgt]?)i?b?\s*$", re.IGNORECASE)
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "2GiB", "512M" or a plain number (units are powers of 1024). Raises ValueError."""
+    match = _SIZE.match(str(text))
+    try:
+        if match:
+            return int(float(match[1]) * 1024 ** "_kmgt".index(match[2].lower() or "_"))
+    except (ValueError, OverflowError):  # 1..2GiB, or an exceedingly large number
+        pass
+    raise ValueError("expected a size such as 2GiB or 512MiB")
+
+
+def parse_address(text: str) -> str:
+    """HOST:PORT, checked; port 0 means any free one. Raises ValueError."""
+    host, sep, port = text.rpartition(":")
+    if not sep or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError("expected HOST:PORT, for example 127.0.0.1:50051")
+    return text
+
+
+def parse_addresses(text: str) -> str:
+    """HOST:PORT[,HOST:PORT...], each checked. Raises ValueError."""
+    try:
+        for address in text.split(","):
+            parse_address(address.strip())
+    except ValueError:
+        raise ValueError("expected HOST:PORT[,HOST:PORT...]") from None
+    return text
+
+
+def parse_origins(text: str) -> str:
+    """SCHEME://HOST[:PORT][,...] as browsers send them, "*" for all, or "". Raises ValueError."""
+    origins = [origin.strip() for origin in text.split(",")]
+    if text and origins != ["*"] and not all(_ORIGIN.match(origin) for origin in origins):
+        raise ValueError("expected SCHEME://HOST[:PORT][,...] without a path, or *")
+    return text
+
+
+def parse_hosts(text: str) -> str:
+    """NAME[,NAME...] without ports, "*.example.com" for subdomains, "*" for all, or "".
+
+    Raises ValueError.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if text and names != ["*"] and not all(_HOST.match(name) for name in names):
+        raise ValueError("expected NAME[,NAME...] without ports, *.DOMAIN, or *")
+    return text
+
+
+def parse_disabled(text: str) -> str:
+    """NAME[,NAME...] out of `DISABLABLE`, or ""; sorted, without repetition. Raises ValueError."""
+    names = {name.strip() for name in text.split(",")} - {""}
+    if unknown := sorted(names - set(DISABLABLE)):
+        raise ValueError(f"{unknown[0]!r} is unknown; expected one of {', '.join(DISABLABLE)}")
+    return ",".join(sorted(names))
+
+
+def parse_bool(text: str | bool) -> bool:
+    """True or false in one of the usual spellings. Raises ValueError."""
+    if isinstance(text, bool):
+        return text
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("expected true or false")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    parse: Callable[[str], Any] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    repeated: bool = False,
+) -> Any:
+    """A dataclass field that is also a flag, with its help and the checks of its value.
+
+    `repeated`: a list with commas; the flag may be repeated, and a file may have an array.
+    """
+    meta = {"help": help, "choices": tuple(choices), "parse": parse, "min": minimum, "max": maximum}
+    return dataclasses.field(default=default, metadata={**meta, "repeated": repeated})
