@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from rich.console import Console
 
-from coordinator.api.grpc.service import _row
+from coordinator.api.grpc.admin import _row
 from coordinator.cluster.registry_service import _load
 from coordinator.commands.status import links_table
 from engine.base.types import KVLink, KVPool, Peer, Role, machine_id
