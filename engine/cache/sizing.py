@@ -75,11 +75,14 @@ def gpu_budget(memory: GpuMemory, utilization: float) -> PoolBudget:
     part = int(total * utilization) - taken
     free = memory.free_bytes - min(CONTEXT_BYTES, int(total * (1 - utilization)))
     if free < part:
-        limit = f"the {readable_size(memory.free_bytes)} that are free of the GPU's {readable_size(total)}"
+        limit = (
+            f"the {readable_size(memory.free_bytes)} that are free of the GPU's"
+            f" {readable_size(total)}"
+        )
         return PoolBudget(max(0, free), f"{limit}: other processes use it too")
     limit = (
-        f"--gpu-memory-utilization {utilization:g} of the GPU's {readable_size(total)}, of which weights,"
-        f" activations and workspaces take {readable_size(taken)}"
+        f"--gpu-memory-utilization {utilization:g} of the GPU's {readable_size(total)}, of which"
+        f" weights, activations and workspaces take {readable_size(taken)}"
     )
     return PoolBudget(max(0, part), limit)
 
