@@ -1,6 +1,6 @@
 """One client of the ecosystem: where it lives and what it is asked to do.
 
-Each module beside this one that defines `CLIENT` is such a client, and a command by itself:
+Each module beside this one that defines `CLIENT` is such a client, and a command:
 `python -m tests.ecosystem.tritonclient`.
 """
 

@@ -20,11 +20,11 @@ _LAST_LINES = 25
 
 
 class Failed(Exception):
-    """A client that did not do what it should; the message says how."""
+    """A client that failed; the message has the details."""
 
 
 class LeftOut(Exception):
-    """A client that cannot be had here; the message says why."""
+    """A client that cannot be installed here; the message has the reason."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Environment:
 
     @classmethod
     def make(cls, name: str, packages: Sequence[str]) -> Environment:
-        """One with these packages, in order; a stamp says that it is whole.
+        """One with these packages, in order; a stamp marks it as whole.
 
         Raises LeftOut where they cannot be installed.
         """
@@ -100,6 +100,6 @@ class Environment:
         return done.stdout
 
     def script(self, name: str, *arguments: str, timeout_s: float = 300.0) -> str:
-        """Run one of `scripts/`; its last line says what it did."""
+        """Run one of `scripts/`; its last line is its result."""
         out = self.run(HERE / "scripts" / name, *arguments, timeout_s=timeout_s)
         return out.strip().splitlines()[-1]

@@ -1,7 +1,7 @@
 """The examples of docs/api.md and docs/client.md, run as they stand against a stack.
 
 Blocks marked `sh` and `python` are examples; addresses are those of the stack. What needs a program
-or a package that is not here is skipped and says so.
+or a package that is not here is skipped with the reason.
 """
 
 from __future__ import annotations

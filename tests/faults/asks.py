@@ -118,7 +118,7 @@ class Stream:
                 assert self.texts[i] == oracle.text(self.case, i), f"{self}: choice {i}"
 
     def check_so_far(self, oracle: Oracle) -> None:
-        """What has come is right; for requests that a row may cut short."""
+        """What has come is right; for requests that a scenario may cut short."""
         for i, tokens in enumerate(self.choices):
             if wrong := oracle.difference(self.case, i, tokens, self._first(i)):
                 raise AssertionError(f"{self}: {wrong}")

@@ -1,4 +1,4 @@
-"""What rows share."""
+"""What scenarios share."""
 
 from __future__ import annotations
 

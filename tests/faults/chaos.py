@@ -4,9 +4,9 @@
 
 A seed fixes what is asked and what is broken; when each thing happens to which request is the
 machine's affair. Exit status 1 if there was one wrong answer, leaked block, unexplained error,
-process that ended by itself, or traceback.
+process that ended unasked, or traceback.
 
-    [ faults and load ~ 90 s | calm: undo, finish, everybody back, nothing held ] ... report
+    [ faults and load ~ 90 s | calm: undo, finish, all back, nothing held ] ... report
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ async def _run(cluster: Cluster, oracle: Oracle, seed: int, minutes: float) -> R
 
 
 async def _calm(cluster: Cluster, callers: Callers, findings: Findings) -> None:
-    """Everything asked ends, everybody comes back, nothing is held."""
+    """Every request ends, every process is back, nothing is held."""
     try:
         await callers.pause(_FINISH_S)
     except TimeoutError:

@@ -27,7 +27,7 @@ _WEIGHTS = {"kill": 6, "freeze": 3, "cut": 3, "drain": 2, "hurry": 1, "coordinat
 _BETWEEN_S = (1.5, 5.0)
 _CUT_S = (1.0, 8.0)
 _DRAIN_S = 60.0
-_GONE = (AssertionError, OSError)  # what a `ProcessSlot` says when its process has ended
+_GONE = (AssertionError, OSError)  # of a `ProcessSlot` after its process has ended
 
 
 class Faults:
@@ -133,7 +133,7 @@ class Faults:
             _signal(place, signal.SIGTERM)
 
     async def _drain(self, name: str) -> None:
-        """By whichever coordinator answers; a drain that finds nobody is no drain."""
+        """By the first coordinator that answers; a drain without one is no drain."""
         front = self._rng.choice(self._cluster.coordinators)
         async with open_channel(self._cluster.address(front)) as channel:
             stub = admin_pb2_grpc.AdminServiceStub(channel)

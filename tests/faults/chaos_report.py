@@ -1,4 +1,4 @@
-"""What a chaos run says at its end, as JSON and as a page."""
+"""The report at the end of a chaos run, as JSON and as a page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Findings:
     """What the looks at the processes found; each list must be empty."""
 
     leaks: list[str] = field(default_factory=list)  # at quiet points and at the end
-    ended: list[str] = field(default_factory=list)  # processes that nobody had asked to end
+    ended: list[str] = field(default_factory=list)  # processes that ended unasked
     tracebacks: list[str] = field(default_factory=list)
     quiet_points: int = 0
 

@@ -1,8 +1,8 @@
-"""What must hold after a row, whatever was broken in it.
+"""What must hold after a scenario, whatever was broken in it.
 
 - at rest: in every pool free + cached + held = total with held back to 0; /debug/holds is empty
 - steady: a process that lived through it has no more threads, descriptors or memory than before
-- quiet logs: no traceback that the row does not explain, no process that ended by itself
+- quiet logs: no traceback that the scenario does not explain, no process that ended unasked
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """One place at the beginning of a row."""
+    """One place at the beginning of a scenario."""
 
     pid: int
     usage: Mapping[str, int]
@@ -74,7 +74,7 @@ def holds(http_address: str, token: Iterable[tuple[str, str]] = ()) -> dict[str,
 
 
 def num_held(http_address: str) -> int:
-    """Blocks that somebody holds at this moment."""
+    """The number of blocks that are held now."""
     return int(samples(http_address).get("kv_blocks{state=held}", 0))
 
 
@@ -100,7 +100,7 @@ def unrest(cluster: Cluster) -> list[str]:
 
 
 def _pool_wrong(pool: Mapping[str, Any]) -> list[str]:
-    """free + cached + held = total, held = 0, and nobody's blocks are nobody's."""
+    """free + cached + held = total, held = 0, and every held block has an owner."""
     if not pool["answers"]:
         return ["its engine does not answer"]
     found = []

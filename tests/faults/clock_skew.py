@@ -11,10 +11,10 @@ _SOURCE = Path(__file__).with_name("clock_skew.c")
 
 
 class ClockSkew:
-    """Processes that got `env` see the wall clock that `jump` says."""
+    """Processes that got `env` see the wall clock that `jump` sets."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises CalledProcessError; `usable` says whether there is a compiler."""
+        """Raises CalledProcessError; `usable` is whether there is a compiler."""
         self._offset = folder / "skew.offset"
         self._library = folder / "skew.so"
         self.jump(0.0)

@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A row that missed its moment is tried again; shortened, also one that was right but late."""
+    """A scenario that missed its moment is tried again; in the short form one that was late too."""
     again = [Missed] if config.getoption("--full", default=False) else [Missed, TooLate]
     for item in items:
         if item.path.is_relative_to(_HERE):
@@ -85,20 +85,22 @@ def _oracle(cluster: Cluster) -> Oracle:
     return _oracles[0]
 
 
-async def _row(name: str, bench: Bench, full: bool, *, load: bool) -> AsyncIterator[Scenario]:
-    row = Scenario(name, bench.cluster, bench.oracle, full=full)
+async def _scenario(name: str, bench: Bench, full: bool, *, load: bool) -> AsyncIterator[Scenario]:
+    scenario = Scenario(name, bench.cluster, bench.oracle, full=full)
     try:
-        await row.begin(load=load)
-        yield row
+        await scenario.begin(load=load)
+        yield scenario
     finally:
-        await row.give_up()
-        await row.asker.close()
+        await scenario.give_up()
+        await scenario.asker.close()
 
 
 @pytest_asyncio.fixture
-async def row(request: pytest.FixtureRequest, bench: Bench, full: bool) -> AsyncIterator[Scenario]:
-    """A row on the bench, with unrelated requests beside it."""
-    async for it in _row(request.node.name, bench, full, load=True):
+async def scenario(
+    request: pytest.FixtureRequest, bench: Bench, full: bool
+) -> AsyncIterator[Scenario]:
+    """A scenario on the bench, with unrelated requests beside it."""
+    async for it in _scenario(request.node.name, bench, full, load=True):
         yield it
 
 
@@ -106,17 +108,17 @@ async def row(request: pytest.FixtureRequest, bench: Bench, full: bool) -> Async
 async def alone(
     request: pytest.FixtureRequest, bench: Bench, full: bool
 ) -> AsyncIterator[Scenario]:
-    """A row on the bench that must not be disturbed by unrelated requests."""
-    async for it in _row(request.node.name, bench, full, load=False):
+    """A scenario on the bench that must not be disturbed by unrelated requests."""
+    async for it in _scenario(request.node.name, bench, full, load=False):
         yield it
 
 
 @pytest_asyncio.fixture
-async def net_row(
+async def net_scenario(
     request: pytest.FixtureRequest, net: Bench, full: bool
 ) -> AsyncIterator[Scenario]:
-    """A row on the network that can be cut."""
-    async for it in _row(request.node.name, net, full, load=True):
+    """A scenario on the network that can be cut."""
+    async for it in _scenario(request.node.name, net, full, load=True):
         yield it
 
 
@@ -137,7 +139,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """A failed row shows what its cluster's logs say of it; why one is tried again is noted."""
+    """A failed scenario shows its lines in the cluster's logs; the reason of a new try is noted."""
     outcome = yield
     if call.excinfo and isinstance(call.excinfo.value, Missed | TooLate):
         why = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"

@@ -41,7 +41,7 @@ from worker.cli import worker_command
 
 
 class Orders:
-    """What to break, as the file says at this moment. Any thread may ask."""
+    """What to break, as the file has it now. Any thread may ask."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -58,7 +58,7 @@ class Orders:
         return order if isinstance(order, dict) else None
 
     def take(self, fault: str) -> dict[str, Any] | None:
-        """The order for a fault, so many times as it says; noted as done."""
+        """The order for a fault, as many times as it asks for; noted as done."""
         order = self.standing(fault)
         if order is None:
             return None
@@ -118,7 +118,7 @@ class LabTransport(NixlTransport):
 
 
 def _victim(seam: str, peer: str, num_bytes: int) -> int:
-    """Whom to kill while this read is under way: this process, the peer it is from, or nobody (0).
+    """The pid to kill while this read is under way: this process, the peer it is from, or none (0).
 
     An agent is named by its process's incarnation and a number.
     """
@@ -232,7 +232,7 @@ def _disturb_decode() -> None:
     from engine.scheduling.events import FetchEvent
 
     class LabIntake(KvFetcher):
-        """Has all blocks, and may be told to keep the engine waiting for that news."""
+        """Has all blocks, and may be ordered to delay that news to the engine."""
 
         async def _round(self, fetch: FetchJob, wanted: FetchEvent, num_committed: int) -> int:
             num_committed = await super()._round(fetch, wanted, num_committed)

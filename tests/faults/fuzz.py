@@ -52,7 +52,7 @@ from tests.support.fuzz_values import MODEL, VOCAB_SIZE
 from tests.support.stack import Stack
 from tests.support.vitals import MIB, vitals
 
-MAX_MODEL_LEN = 256  # an answer nobody bounds is short, and so is the run
+MAX_MODEL_LEN = 256  # an answer without a bound is short, and so is the run
 PATIENCE_S = 60.0
 _NUM_CHANNELS = 4
 _NUM_SHOWN = 20
@@ -234,7 +234,7 @@ async def front() -> AsyncIterator[tuple[Coordinator, FuzzDecode, Model]]:
         Tokenizer.load(checkpoint.folder),
         ChatTemplate.load(checkpoint.folder),
         MAX_MODEL_LEN,
-        folder=checkpoint.folder,  # without it nobody compiles constraints
+        folder=checkpoint.folder,  # without it no constraint is compiled
     )
     coordinator = Coordinator(FrontOptions(listen="127.0.0.1:0", http="127.0.0.1:0"), served)
     identity = ModelIdentity(MODEL, "00", "exact", MAX_MODEL_LEN, 16, VOCAB_SIZE)

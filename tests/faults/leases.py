@@ -15,9 +15,9 @@ _BLOCK = 16
 
 
 @asynccontextmanager
-async def calls(row: Scenario, name: str) -> AsyncIterator[tuple[Any, Any]]:
+async def calls(scenario: Scenario, name: str) -> AsyncIterator[tuple[Any, Any]]:
     """Stubs of a worker's PrefillService and KvService."""
-    async with open_channel(row.cluster.address(name)) as channel:
+    async with open_channel(scenario.cluster.address(name)) as channel:
         yield worker_pb2_grpc.PrefillServiceStub(channel), worker_pb2_grpc.KvServiceStub(channel)
 
 
@@ -33,11 +33,11 @@ def prompt(owner: str, salt: str, num_blocks: int) -> worker_pb2.PrefillRequest:
 
 @asynccontextmanager
 async def leased(
-    row: Scenario, prefill: Any, owner: str, num_blocks: int, salt: str | None = None
+    scenario: Scenario, prefill: Any, owner: str, num_blocks: int, salt: str | None = None
 ) -> AsyncIterator[list[worker_pb2.BlocksReady]]:
     """Leases on so many blocks, as long as the call that they are from."""
     request = prompt(owner, fresh_salt() if salt is None else salt, num_blocks)
-    call = prefill.Prefill(request, timeout=30, metadata=row.cluster.token)
+    call = prefill.Prefill(request, timeout=30, metadata=scenario.cluster.token)
     announced: list[worker_pb2.BlocksReady] = []
     try:
         async for response in call:

@@ -1,4 +1,4 @@
-"""Requests that have nothing to do with a row's fault: cheap, steady, and checked like all others.
+"""Requests apart from a scenario's fault: cheap, steady, and checked like all others.
 
 begin() -> askers, each: ask, read to the end, pause, ask again -> end(): all whole, none late
 """

@@ -1,6 +1,6 @@
 """What is asked, and what the undisturbed answer is.
 
-The answers come once from the cluster itself, before anything is broken: the rows ask whether a
+The answers come once from the cluster itself, before anything is broken: scenarios ask whether a
 fault changes them, other tests whether they are right. With our kernels a comparison is of bits. In
 float32 on torch a difference is held against law 1's near-ties, by a plain loop in this process.
 """
@@ -59,7 +59,7 @@ class Case:
     @property
     def options(self) -> dict[str, Any]:
         """As the client library takes them. What is not held to anything has always the full
-        length, so that a row can time it.
+        length, so that a scenario can time it.
         """
         ends = {} if self.constraint else {"ignore_eos": True}
         choices = {"n": self.num_choices} if self.num_choices > 1 else {}
@@ -98,7 +98,7 @@ def _cases() -> dict[str, Case]:
     found.append(Case("four-0-sampled", _text(100, 60), 80, _sampled(41), 4))
     found.append(Case("three-long-sampled", _text(500, 30), 40, _sampled(42), 3))
     found.append(Case("two-json-sampled", _text(70, 90), 260, _sampled(43), 2, _FORMS["json"]))
-    for i in range(4):  # cheap company for everybody
+    for i in range(4):  # cheap background load
         found.append(Case(f"load-{i}", _text(40 + 16 * i, 300), 24, _sampled(i) if i % 2 else {}))
     return {case.name: case for case in found}
 
@@ -132,7 +132,7 @@ class Oracle:
 
     def __init__(self, answers: Mapping[str, Sequence[Choice]]) -> None:
         self._answers = dict(answers)
-        self.pace: Pace | None = None  # measured by the first row, in full anew now and then
+        self.pace: Pace | None = None  # measured by the first scenario, in full anew now and then
         self.num_compared = 0
         self.num_tokens = 0
 

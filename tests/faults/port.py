@@ -1,7 +1,7 @@
-"""What a row on the public port works with: a real stack, and what must hold after every row.
+"""What a scenario on the public port works with: a real stack, and what must hold after each.
 
-before noted -> unrelated requests begin -> the row -> they were right and in time
-    -> at rest, nobody ended, descriptors, threads and memory as before, no traceback
+before noted -> unrelated requests begin -> the scenario -> they were right and in time
+    -> at rest, no process ended, descriptors, threads and memory as before, no traceback
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class RetryPolicy:
     client_timeout_s: int
     sleeper_tokens: int
     stopped_tokens: int
-    # Pools that hold all who wait at once and are filled before anything else: their memory is
-    # taken with the first use of each block, and would look like a leak later.
+    # Pools that hold all waiting requests at once and are filled before anything else: their memory
+    # is taken with the first use of each block, and would look like a leak later.
     pool: str
 
     @property
@@ -57,7 +57,7 @@ class RetryPolicy:
 
     @property
     def gone_s(self) -> float:
-        """Until who lets the port wait has been got rid of, on a machine where others work."""
+        """Until a client that lets the port wait is disconnected, on a shared machine."""
         return self.client_timeout_s + 20.0
 
 
@@ -106,7 +106,7 @@ class Port:
         num_told_to_ask_again: int = 0,
     ) -> Iterator[Bystander]:
         """Around the abuse. `explained`: patterns of tracebacks that it may leave in a log;
-        `num_told_to_ask_again`: at most so many unrelated requests may be told that nobody is here
+        `num_told_to_ask_again`: at most so many unrelated requests are refused for want of a worker
         """
         self.stack.assert_at_rest()
         before = {name: vitals(pid) for name, pid in self.pids.items()}
@@ -151,7 +151,7 @@ class Port:
                 return False
 
     def health(self) -> bytes:
-        """What /health says to a proper request on a new connection."""
+        """The answer of /health to a proper request on a new connection."""
         with connect(self.stack.http_address) as sock:
             sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             return sock.recv(65536)

@@ -1,6 +1,6 @@
-"""What a row of the table works with: a whole cluster, an oracle, requests, the checks after it.
+"""What a scenario works with: a whole cluster, an oracle, requests, the checks after it.
 
-whole -> Before noted -> background load -> the row: break, watch -> load ended -> whole again
+whole -> Before noted -> background load -> the scenario: break, watch -> load ended -> whole again
       -> at rest, steady, quiet -> counters moved
 """
 
@@ -31,34 +31,34 @@ SILENT_S = 5.0  # and within this after a SIGSTOP or a partition
 _LONGEST_WAIT_S = 12.0  # of unrelated requests, which may have been on the worker that was broken
 LONG = ("long-2", "long-2", "long-2-sampled", "long-2-sampled")  # three fit into a pool
 _salts = itertools.count(1)
-NOTES: dict[str, list[str]] = {}  # measured results by row
+NOTES: dict[str, list[str]] = {}  # measured results by scenario
 
 
 class TooLate(AssertionError):
-    """Right, but not in time: others use the machine too, and the shortened suite gives such a row
+    """Right, but not in time: others use the machine too, and the short form gives such a scenario
     another try (conftest). Every try is printed.
     """
 
 
 class Missed(AssertionError):
-    """The row did not hit the moment it is about: it has shown nothing, and gets another try."""
+    """The scenario missed the moment it is about: it has shown nothing, and gets another try."""
 
 
 def struck(was: bool, moment: str) -> None:
-    """Raise Missed unless the row's moment was hit."""
+    """Raise Missed unless the scenario's moment was hit."""
     if not was:
         raise Missed(moment)
 
 
 class Scenario:
-    """One row in progress. Lives in the loop of its test."""
+    """One scenario in progress. Lives in the loop of its test."""
 
     def __init__(self, name: str, cluster: Cluster, oracle: Oracle, *, full: bool) -> None:
         self.name = name
         self.cluster = cluster
         self.oracle = oracle
         self.full = full
-        self.explained: list[str] = []  # tracebacks that this row's fault explains
+        self.explained: list[str] = []  # tracebacks that this scenario's fault explains
         self.longest_wait_s = _LONGEST_WAIT_S
         self.front = cluster.coordinators[0]
         self.asker = Asker()
@@ -132,7 +132,7 @@ class Scenario:
         checks.quiet(self.cluster, self._then, self.explained)
 
     async def give_up(self) -> None:
-        """After a failure: leave the cluster usable for the next row."""
+        """After a failure: leave the cluster usable for the next scenario."""
         for place in self.cluster.places:
             place.thaw()
             place.held = place.name in self._held
@@ -146,7 +146,7 @@ class Scenario:
                 await asyncio.wait_for(self._load.end(1e9), 60)
 
     def _note_doubts(self) -> None:
-        """Who failed a request is avoided for a while, if it is still the same process: see
+        """A worker that failed a request is avoided for a while, if it is the same process: see
         `all_trusted`.
         """
         for front in self.cluster.coordinators:
@@ -166,7 +166,7 @@ class Scenario:
 
     def in_time(self, waits: Sequence[float], bound_s: float) -> None:
         """Each stream that was hit had its next token within the bound."""
-        struck(bool(waits), "somebody was hit")
+        struck(bool(waits), "a stream was hit")
         self.note(f"next token after {max(waits):.2f} s (bound {bound_s:.1f} s, {len(waits)} hit)")
         if max(waits) >= bound_s:
             raise TooLate(f"next tokens after {waits}, the bound is {bound_s:.1f} s")
@@ -174,7 +174,7 @@ class Scenario:
     def first_token_bound(self, bound_s: float) -> float:
         """A bound for requests whose prompts may have to be computed again, where half of a pool
         is gone and its successor starts: so much more than the same prompts take if they come when
-        a loss has just become known. Measured on this machine; in full, minutes before the row.
+        a loss has just become known. Measured on this machine; in full, minutes earlier.
         """
         assert self.oracle.pace is not None
         return bound_s + self.oracle.pace.first_token_s
@@ -210,7 +210,7 @@ class Scenario:
     # -- looking -----------------------------------------------------------------------------------
 
     async def all_trusted(self) -> None:
-        """Until nobody is avoided for what an earlier row did to it: a spare is a spare then, and
+        """Until no worker is avoided for an earlier scenario's fault: a spare is a spare then, and
         prompts are computed by prefill workers.
         """
         await asyncio.sleep(max(0.0, self.cluster.trusted_at - time.monotonic()))
@@ -245,7 +245,7 @@ class Scenario:
                     found.update(dict.fromkeys(ids & seen, name))
             return len(found) == len(ids)
 
-        await self.until(look, 10, f"somebody of {list(pool)} serves each of {len(streams)}")
+        await self.until(look, 10, f"one of {list(pool)} serves each of {len(streams)}")
         return [found[stream.request_id] for stream in streams]
 
     async def spread(
@@ -287,11 +287,11 @@ class Scenario:
             return {}
 
     def log_mark(self, name: str) -> int:
-        """Where a process's log ended when the row began."""
+        """Where a process's log ended when the scenario began."""
         return self._then[name].log_bytes
 
     def telling_lines(self, name: str) -> str:
-        """What a process's log says of this row's own requests, and its warnings since it began."""
+        """A process's log lines on this scenario's requests, and its warnings since the start."""
         ids = {stream.request_id for stream in self._streams}
         if not self.cluster[name].log.exists():
             return ""  # it has never been started
@@ -304,13 +304,13 @@ class Scenario:
         return "\n".join(json.dumps(line)[:1500] for line in told[-40:])
 
     def rise(self, name: str, counter: str) -> float:
-        """How much a counter of a process rose in this row; it began at 0 where that is new."""
+        """How much a counter of a process rose in this scenario; a new process began at 0."""
         pid, then = self._counters.get(name, (0, {}))
         same = self.cluster[name].alive and self.cluster[name].pid == pid
         return self.samples(name).get(counter, 0.0) - (then.get(counter, 0.0) if same else 0.0)
 
     def moved(self, names: Sequence[str] | str, counter: str, at_least: float = 1) -> float:
-        """Assert that the counter of this row's fault rose on these processes together."""
+        """Assert that the counter of this scenario's fault rose on these processes together."""
         listed = [names] if isinstance(names, str) else list(names)
         total = sum(self.rise(name, counter) for name in listed if self.cluster[name].alive)
         assert total >= at_least, f"{counter} rose by {total:g} on {listed}, not {at_least:g}"
@@ -336,7 +336,7 @@ class Scenario:
         await self.until(lambda: not any(self.cluster[n].alive for n in names), 10, "they end")
 
     async def bring_back(self, names: Sequence[str]) -> None:
-        """Let the places fill again, and wait until everybody knows it."""
+        """Let the places fill again, and wait until all know it."""
         for name in names:
             self.cluster[name].held = False
         await self.whole()
@@ -353,7 +353,7 @@ class Scenario:
             await self.take_down([SPARE])
 
     def order(self, name: str, fault: str, *, times: int = 1, **values: Any) -> None:
-        """Have a lab worker break something; replaces what it was told before."""
+        """Order a worker to break something; replaces its earlier order."""
         order = {fault: {"id": next(_salts), "times": times, **values}}
         path = self.cluster.orders(name)
         part = path.with_suffix(".part")
@@ -365,7 +365,7 @@ class Scenario:
         self.cluster.orders(name).unlink(missing_ok=True)
 
     def done(self, name: str, fault: str) -> int:
-        """How often a lab worker carried out a fault, since ever."""
+        """How often a worker carried out a fault, since ever."""
         path = self.cluster.orders(name).with_suffix(".done")
         return path.read_text().split().count(fault) if path.exists() else 0
 

@@ -1,10 +1,10 @@
 """A TCP proxy before every process, for machines without root: it stops to forward on demand.
 
-    process --dials 127.0.1.N:PORT--> switchboard --dials 127.0.0.1:PORT--> process N
+    process --dials 127.0.1.N:PORT--> proxy --dials 127.0.0.1:PORT--> process N
 
-Who dials is found by the socket's inode among the descriptors of the processes we know, so that a
-cut holds between two of them alone and in one direction. NIXL's own connections do not pass here:
-on one host they are memory to memory.
+The dialing process is found by the socket's inode among the descriptors of the known processes, so
+that a cut holds between two of them alone and in one direction. NIXL's own connections do not pass
+here: on one host they are memory to memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CHUNK = 1 << 16
 
 
 class TcpProxy:
-    """See `wires.Network`. Its event loop runs in a thread of its own."""
+    """See `network.Network`. Its event loop runs in a thread of its own."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}

@@ -48,7 +48,7 @@ def test_one_request_harms_no_other(
 
 
 def test_refusals_are_quick_while_all_places_are_taken(arena: Arena) -> None:
-    """Each says when to come back; it takes what a new connection takes."""
+    """Each names a time to come back; it takes what a new connection takes."""
     ends = arena.send(partial(refused, num_places=256, num=100))
     assert {end.code for end in ends} == {"RESOURCE_EXHAUSTED"}, str(ends[0])
     seconds = sorted(end.seconds for end in ends)

@@ -23,109 +23,115 @@ WAYS = ("there", "back", "both")
 HEALED_S = 45.0
 
 
-def _cut(row: Scenario, one: str, other: str, way: str) -> float:
+def _cut(scenario: Scenario, one: str, other: str, way: str) -> float:
     """Cut `one` -> `other` ("there"), the other way ("back"), or both; returns the moment."""
     if way in ("there", "both"):
-        row.cluster.network.cut(one, other)
+        scenario.cluster.network.cut(one, other)
     if way in ("back", "both"):
-        row.cluster.network.cut(other, one)
+        scenario.cluster.network.cut(other, one)
     return time.monotonic()
 
 
-async def _healed(row: Scenario, cut_s: float) -> None:
+async def _healed(scenario: Scenario, cut_s: float) -> None:
     """Keep the cut past the lease, mend it, and see that all find each other again."""
     await asyncio.sleep(max(0.0, cut_s + LEASE_TTL_S + 1.0 - time.monotonic()))
-    row.cluster.network.heal()
-    await row.whole(HEALED_S)
-    cases = ("long-2", "long-2-sampled") if row.full else [f"load-{i}" for i in range(4)]
-    await row.all_whole([row.ask(case) for case in cases])
+    scenario.cluster.network.heal()
+    await scenario.whole(HEALED_S)
+    cases = ("long-2", "long-2-sampled") if scenario.full else [f"load-{i}" for i in range(4)]
+    await scenario.all_whole([scenario.ask(case) for case in cases])
 
 
-def _skip_in_short(row: Scenario, way: str, shorts: str) -> None:
-    if not row.full and way != shorts:
+def _skip_in_short(scenario: Scenario, way: str, shorts: str) -> None:
+    if not scenario.full and way != shorts:
         pytest.skip("in the full suite")
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_partition_p_d(net_row: Scenario, way: str) -> None:
+async def test_partition_p_d(net_scenario: Scenario, way: str) -> None:
     """A prefill worker and a decode worker cannot reach each other, but both reach the coordinator:
     the decode worker takes another one, and the blocks that an endless read may still write stay
     out of use until it ends.
     """
-    row = net_row
-    _skip_in_short(row, way, "both")
-    streams = [row.ask(case) for case in LONG]
-    both = (row.cluster.prefill, row.cluster.decode)
-    prefill, decode = await asyncio.gather(*(row.servers(streams, pool) for pool in both))
+    scenario = net_scenario
+    _skip_in_short(scenario, way, "both")
+    streams = [scenario.ask(case) for case in LONG]
+    both = (scenario.cluster.prefill, scenario.cluster.decode)
+    prefill, decode = await asyncio.gather(*(scenario.servers(streams, pool) for pool in both))
     where = list(zip(prefill, decode, strict=True))
     pair = max(set(where), key=where.count)
     hit = [s for s, at in zip(streams, where, strict=True) if at == pair]
-    cut = _cut(row, *pair, way)
-    await row.all_whole(streams)
+    cut = _cut(scenario, *pair, way)
+    await scenario.all_whole(streams)
     waits = [s.wait_after(cut) for s in hit]
-    row.in_time(waits, row.first_token_bound(SILENT_S))
-    await _healed(row, cut)
-    await row.finish(rest_s=40)
+    scenario.in_time(waits, scenario.first_token_bound(SILENT_S))
+    await _healed(scenario, cut)
+    await scenario.finish(rest_s=40)
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_partition_c_p(net_row: Scenario, way: str) -> None:
+async def test_partition_c_p(net_scenario: Scenario, way: str) -> None:
     """The coordinator loses sight of a prefill worker that works on: prompts that are with it
-    finish there, new ones go elsewhere, and it comes back by itself.
+    finish there, new ones go elsewhere, and it comes back unaided.
     """
-    row = net_row
-    _skip_in_short(row, way, "back")
-    victim, hit, streams = await row.spread(LONG, row.cluster.prefill)
-    cut = _cut(row, row.front, victim, way)
-    await row.all_whole(streams)
-    row.in_time([s.wait_after(cut) for s in hit], row.first_token_bound(SILENT_S))
-    if way != "there":  # what the coordinator says to a worker is not needed to know it
-        await row.until(
-            lambda: row.cluster.rows()[victim].state == "suspect", 10, "it is not trusted"
+    scenario = net_scenario
+    _skip_in_short(scenario, way, "back")
+    victim, hit, streams = await scenario.spread(LONG, scenario.cluster.prefill)
+    cut = _cut(scenario, scenario.front, victim, way)
+    await scenario.all_whole(streams)
+    scenario.in_time([s.wait_after(cut) for s in hit], scenario.first_token_bound(SILENT_S))
+    if way != "there":  # the way to a worker is not needed to see it
+        await scenario.until(
+            lambda: scenario.cluster.rows()[victim].state == "suspect", 10, "it is not trusted"
         )
-    await row.all_whole([row.ask(case) for case in (SHORT if row.full else SHORT[1:3])])
-    await _healed(row, cut)
-    await row.finish(rest_s=40)
+    await scenario.all_whole(
+        [scenario.ask(case) for case in (SHORT if scenario.full else SHORT[1:3])]
+    )
+    await _healed(scenario, cut)
+    await scenario.finish(rest_s=40)
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_partition_c_d(net_row: Scenario, way: str) -> None:
+async def test_partition_c_d(net_scenario: Scenario, way: str) -> None:
     """The coordinator hears nothing more of a decode worker, or the worker nothing of it: answers
     go on elsewhere, and what the old calls hold is given up.
     """
-    row = net_row
-    _skip_in_short(row, way, "there")
-    victim, hit, streams = await row.spread(SHORT, row.cluster.decode, tokens=10)
-    cut = _cut(row, row.front, victim, way)
-    await row.all_whole(streams)
-    row.in_time([s.wait_after(cut) for s in hit if s.ended_s > cut], SILENT_S)
-    await _healed(row, cut)
-    await row.finish(rest_s=40)
+    scenario = net_scenario
+    _skip_in_short(scenario, way, "there")
+    victim, hit, streams = await scenario.spread(SHORT, scenario.cluster.decode, tokens=10)
+    cut = _cut(scenario, scenario.front, victim, way)
+    await scenario.all_whole(streams)
+    scenario.in_time([s.wait_after(cut) for s in hit if s.ended_s > cut], SILENT_S)
+    await _healed(scenario, cut)
+    await scenario.finish(rest_s=40)
 
 
-async def test_reads_that_never_end(net_row: Scenario) -> None:
+async def test_reads_that_never_end(net_scenario: Scenario) -> None:
     """A prefill worker is stopped while its blocks are read over TCP: the read hangs. Its
     destination is quarantined and counted, the answer goes on, and when the worker wakes up or dies
     the blocks are free again.
     """
-    row = net_row
-    if not isinstance(row.cluster.network, Namespaces):
+    scenario = net_scenario
+    if not isinstance(scenario.cluster.network, Namespaces):
         pytest.skip("without namespaces blocks travel by memory, which a stopped process serves")
-    for _ in range(5 if row.full else 1):
-        streams = [row.ask(case) for case in LONG]
-        victim = await row.server_of(streams[0], row.cluster.prefill)
-        await row.until(
-            lambda: any(_pulled(row, n) for n in row.cluster.decode), 20, "blocks are moving"
+    for _ in range(5 if scenario.full else 1):
+        streams = [scenario.ask(case) for case in LONG]
+        victim = await scenario.server_of(streams[0], scenario.cluster.prefill)
+        await scenario.until(
+            lambda: any(_pulled(scenario, n) for n in scenario.cluster.decode),
+            20,
+            "blocks are moving",
         )
-        row.cluster[victim].freeze()
+        scenario.cluster[victim].freeze()
         frozen = time.monotonic()
-        await row.all_whole(streams)
-        row.in_time([s.wait_after(frozen) for s in streams], row.first_token_bound(SILENT_S))
+        await scenario.all_whole(streams)
+        scenario.in_time(
+            [s.wait_after(frozen) for s in streams], scenario.first_token_bound(SILENT_S)
+        )
         await asyncio.sleep(max(0.0, frozen + LEASE_TTL_S + 1.0 - time.monotonic()))
-        row.cluster[victim].thaw()
-        await row.whole(HEALED_S)
-    await row.finish(rest_s=40)
+        scenario.cluster[victim].thaw()
+        await scenario.whole(HEALED_S)
+    await scenario.finish(rest_s=40)
 
 
-def _pulled(row: Scenario, name: str) -> bool:
-    return row.rise(name, "kv_transfer_blocks_total") > 0
+def _pulled(scenario: Scenario, name: str) -> bool:
+    return scenario.rise(name, "kv_transfer_blocks_total") > 0

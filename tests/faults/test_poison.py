@@ -34,43 +34,43 @@ async def test_a_request_that_harms_every_worker_ends_and_the_others_do_not(
     alone: Scenario, where: str, number: int
 ) -> None:
     """Of several at once each is lost with what it did; workers come back meanwhile."""
-    row = alone
-    await row.all_trusted()
-    most = MAX_HARMED if number == 1 and _is_calm(row) else MOST_HARMED * number
+    scenario = alone
+    await scenario.all_trusted()
+    most = MAX_HARMED if number == 1 and _is_calm(scenario) else MOST_HARMED * number
     assert not any(POISON in case.prompt for case in CASES.values())
-    before = {name: row.done(name, "poison") for name in row.cluster.workers}
-    num_ends = {name: len(row.cluster[name].ends) for name in row.cluster.workers}
-    for name in row.cluster.workers:
-        row.order(name, "poison", times=FOR_EVER, token=POISON)
-    innocent = [row.ask(case) for case in INNOCENT]
+    before = {name: scenario.done(name, "poison") for name in scenario.cluster.workers}
+    num_ends = {name: len(scenario.cluster[name].ends) for name in scenario.cluster.workers}
+    for name in scenario.cluster.workers:
+        scenario.order(name, "poison", times=FOR_EVER, token=POISON)
+    innocent = [scenario.ask(case) for case in INNOCENT]
     for stream in innocent[:2]:
         await stream.come(3)
-    guilty = [row.ask(poisoned(where)) for _ in range(number)]
-    innocent += [row.ask(case) for case in INNOCENT]
+    guilty = [scenario.ask(poisoned(where)) for _ in range(number)]
+    innocent += [scenario.ask(case) for case in INNOCENT]
     for stream in guilty:
         await stream.end(240)
     ends_s = max(stream.ended_s - stream.began_s for stream in guilty)
-    for name in row.cluster.workers:
-        row.lift(name)
-    harmed = sum(row.done(name, "poison") - was for name, was in before.items())
-    row.note(f"{where}, {number}: {harmed} workers in {ends_s:.1f} s")
-    await row.all_whole(innocent, 240)
+    for name in scenario.cluster.workers:
+        scenario.lift(name)
+    harmed = sum(scenario.done(name, "poison") - was for name, was in before.items())
+    scenario.note(f"{where}, {number}: {harmed} workers in {ends_s:.1f} s")
+    await scenario.all_whole(innocent, 240)
     for stream in guilty:
         assert isinstance(stream.meaning, WorkersLost), f"{stream}: {stream.error!r}"
         assert not stream.tokens
     _harmed_s.extend([time.time()] * harmed)
     assert harmed <= most
-    row.moved(row.front, "migrations_total{outcome=given_up}", number)
+    scenario.moved(scenario.front, "migrations_total{outcome=given_up}", number)
     for name, num in num_ends.items():  # what the poison did is wanted
-        ends = row.cluster[name].ends
+        ends = scenario.cluster[name].ends
         ends[num:] = [replace(end, wanted=end.wanted or end.status == -9) for end in ends[num:]]
-    await row.finish()
+    await scenario.finish()
 
 
-def _is_calm(row: Scenario) -> bool:
-    """Whether earlier rows have not lost so many workers lately that they speak for a request."""
+def _is_calm(scenario: Scenario) -> bool:
+    """Whether earlier scenarios have lost too few workers lately to clear a request."""
     since_s = time.time() - LOST_S
-    lines = row.cluster.log_lines(row.front)
+    lines = scenario.cluster.log_lines(scenario.front)
     lost = [line for line in lines if line.get("event") == "worker lost"]
     lately = [x for x in lost if datetime.fromisoformat(x["timestamp"]).timestamp() > since_s]
     return len(lately) - sum(at_s > since_s for at_s in _harmed_s) < MAX_HARMED

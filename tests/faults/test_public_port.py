@@ -1,5 +1,5 @@
-"""The public port under abuse: whatever comes in, the process lives, nothing stays held, and who
-asks properly is answered rightly and in time (tests/faults/port.py checks that after every row).
+"""The public port under abuse: whatever comes in, the process lives, nothing stays held, and proper
+requests are answered rightly and in time. tests/faults/port.py checks that after every scenario.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def test_malformed_bytes(port: Port, method: str, full: bool) -> None:
     if method in ("Generate", "Chat"):  # what is a request after all may want a long answer
         raws = [raw for raw in raws if Input(0, method, "", raw).parse() is None]
     num_malformed = 0
-    with port.row(), port.channel() as channel:
+    with port.scenario(), port.channel() as channel:
         for raw in raws:
             case = Input(0, method, "", raw)
             malformed = case.parse() is None
@@ -91,7 +91,7 @@ SERVICES_BESIDE = {
 
 
 def test_malformed_bytes_to_the_services_beside(port: Port) -> None:
-    with port.row(), port.channel() as channel:
+    with port.scenario(), port.channel() as channel:
         for path, stream in SERVICES_BESIDE.items():
             for raw in (b"\xff\xff", b"\x0a\x02\xc3\x28", b"\x0a\x7f"):
                 code, _ = end_of(channel, path, raw, stream=stream)
@@ -102,7 +102,7 @@ def test_malformed_bytes_to_the_services_beside(port: Port) -> None:
 
 
 def test_methods_and_messages_that_are_not_there(port: Port) -> None:
-    with port.row(), port.channel() as channel:
+    with port.scenario(), port.channel() as channel:
         for path in ("/diptych.v1.InferenceService/Nothing", "/nobody/Nothing", "/", "//"):
             code, _ = end_of(channel, path, b"", stream=False)
             assert code is grpc.StatusCode.UNIMPLEMENTED
@@ -134,7 +134,7 @@ def test_oversized_messages(port: Port, full: bool) -> None:
             "cache_salt",
         ),
     ]
-    with port.row(growth_bytes=256 * MIB), Watch(port.pids["coordinator"]) as watch:
+    with port.scenario(growth_bytes=256 * MIB), Watch(port.pids["coordinator"]) as watch:
         was = port.vitals().resident_bytes
         for _ in range(3 if full else 1):
             for asked, expected, field in cases:
@@ -148,7 +148,7 @@ def test_oversized_messages(port: Port, full: bool) -> None:
 
 def test_detokenizing_a_million_tokens_hinders_nobody(port: Port, full: bool) -> None:
     raw = pb.DetokenizeRequest(token_ids=[5000] * 1_000_000).SerializeToString()
-    with port.row(growth_bytes=256 * MIB), port.channel() as channel:
+    with port.scenario(growth_bytes=256 * MIB), port.channel() as channel:
         for _ in range(3 if full else 1):
             path = "/diptych.v1.InferenceService/Detokenize"
             code, _ = end_of(channel, path, raw, stream=False)
@@ -157,7 +157,7 @@ def test_detokenizing_a_million_tokens_hinders_nobody(port: Port, full: bool) ->
 
 def test_a_compressed_bomb(port: Port) -> None:
     """1 MiB that would be 1 GiB: the limit of a message holds for what is unpacked."""
-    with port.row(), Watch(port.pids["coordinator"]) as watch:
+    with port.scenario(), Watch(port.pids["coordinator"]) as watch:
         was = port.vitals().resident_bytes
         for size in (2**20, 2**26, 2**30):
             raw = gzip_of_zeros(size)
@@ -178,7 +178,7 @@ def test_a_compressed_bomb(port: Port) -> None:
 
 
 def test_too_much_metadata(port: Port) -> None:
-    with port.row(), port.channel() as channel:
+    with port.scenario(), port.channel() as channel:
         raw = request(2).SerializeToString()
         for size in (8_000, 32_000):
             code, _ = end_of(channel, TEXT, raw, stream=True, metadata=[("x-note", "m" * size)])
@@ -198,7 +198,7 @@ def test_a_connection_reset_in_mid_stream(port: Port) -> None:
     answers take, for on the test machine others compute at the same time).
     """
     limit_s = 1.0 + 2 * port.typical_s
-    with port.row():
+    with port.scenario():
         for how in ("reset", "close", "rst_stream"):
             raw, name = port.raw(), f"broken-{how}"
             raw.begin()
@@ -222,13 +222,13 @@ def test_a_connection_reset_in_mid_stream(port: Port) -> None:
 def test_who_lets_the_port_wait(port: Port, who: str, full: bool) -> None:
     """Each alone (tests/faults/waiters.py)."""
     if not full:
-        pytest.skip("each alone; the next row has them all at once")
-    with file_limit(2 * NUM_HTTP_CONNECTIONS), port.row(growth_bytes=128 * MIB):
+        pytest.skip("each alone; the next scenario has them all at once")
+    with file_limit(2 * NUM_HTTP_CONNECTIONS), port.scenario(growth_bytes=128 * MIB):
         WAITERS[who](port)
 
 
 def test_all_who_let_the_port_wait_at_once(port: Port) -> None:
-    with file_limit(2 * NUM_HTTP_CONNECTIONS), port.row(growth_bytes=128 * MIB):
+    with file_limit(2 * NUM_HTTP_CONNECTIONS), port.scenario(growth_bytes=128 * MIB):
         with ThreadPoolExecutor(len(WAITERS)) as pool:
             running = {who: pool.submit(wait, port) for who, wait in WAITERS.items()}
         for who, done in running.items():
@@ -247,7 +247,7 @@ def test_5000_connections(port: Port, full: bool) -> None:
         _, hard = resource.prlimit(port.pids["coordinator"], resource.RLIMIT_NOFILE)
         soft, _ = resource.prlimit(port.pids["coordinator"], resource.RLIMIT_NOFILE)
         assert soft == hard, "the coordinator takes all descriptors that it may have"
-        with port.row(growth_bytes=192 * MIB) as bystander:
+        with port.scenario(growth_bytes=192 * MIB) as bystander:
             resident = []
             for _ in range(2):
                 was, served = port.vitals(), len(bystander.seconds)
@@ -280,7 +280,7 @@ def greeted(address: str) -> socket.socket:
 
 
 def test_ten_thousand_calls_on_one_connection_that_say_nothing(port: Port) -> None:
-    with port.row(growth_bytes=192 * MIB):
+    with port.scenario(growth_bytes=192 * MIB):
         raw = port.raw()
         raw.begin()
         for _ in range(10_000):
@@ -302,7 +302,7 @@ def test_garbage_on_the_port(port: Port, full: bool) -> None:
     is kept by the allocator: memory must not grow again.
     """
     resident = []
-    with port.row(growth_bytes=1920 * MIB, num_told_to_ask_again=20):
+    with port.scenario(growth_bytes=1920 * MIB, num_told_to_ask_again=20):
         for _ in range(7 if full else 2):
             for name, raw in garbage().items():
                 sock = connect(port.address)
@@ -317,7 +317,7 @@ def test_garbage_on_the_port(port: Port, full: bool) -> None:
 
 
 def test_tls_on_the_port(port: Port) -> None:
-    with port.row():
+    with port.scenario():
         for where in (port.address, port.stack.http_address):
             context = ssl.create_default_context()
             with connect(where) as sock, pytest.raises((ssl.SSLError, OSError)):
@@ -328,7 +328,7 @@ def test_tls_on_the_port(port: Port) -> None:
 
 
 def test_garbage_on_the_http_port(port: Port) -> None:
-    with port.row(growth_bytes=128 * MIB):
+    with port.scenario(growth_bytes=128 * MIB):
         for name, raw in http_garbage().items():
             sock = connect(port.stack.http_address)
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Workers that are there and compute wrongly: a pause for some, not one wrong token for anybody."""
+"""Workers that are there and compute wrongly: a pause for some, not one wrong token."""
 
 from __future__ import annotations
 
@@ -19,54 +19,54 @@ SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
 FOR_EVER = 10**9
 
 
-async def anew(row: Scenario, names: Sequence[str]) -> None:
-    """End workers that others avoid from now on, so that the next row has a whole cluster."""
+async def anew(scenario: Scenario, names: Sequence[str]) -> None:
+    """End workers that others avoid from now on, so that the next scenario has a whole cluster."""
     for name in names:
-        row.lift(name)
-        if row.cluster[name].alive:
-            row.kill(name)
-    await row.whole()
+        scenario.lift(name)
+        if scenario.cluster[name].alive:
+            scenario.kill(name)
+    await scenario.whole()
 
 
 async def test_a_decode_worker_whose_logits_become_nan(alone: Scenario) -> None:
     """It ends, and its requests go on at the healthy one with the same tokens."""
-    row = alone
-    victim = row.cluster.decode[0]
-    await row.all_trusted()
-    streams = [row.ask(case) for case in SHORT * (10 if row.full else 4)]
+    scenario = alone
+    victim = scenario.cluster.decode[0]
+    await scenario.all_trusted()
+    streams = [scenario.ask(case) for case in SHORT * (10 if scenario.full else 4)]
     for stream in streams[:4]:
         await stream.come(5)
-    ends = row.cluster[victim].ends
-    num_before = len(ends)  # earlier rows ended processes here
-    row.cluster[victim].wanted = True
-    row.order(victim, "nan_logits", times=FOR_EVER)
-    await row.until(lambda: len(ends) > num_before, 30, "the sick worker ends")
-    row.lift(victim)
-    await row.all_whole(streams)
+    ends = scenario.cluster[victim].ends
+    num_before = len(ends)  # earlier scenarios ended processes here
+    scenario.cluster[victim].wanted = True
+    scenario.order(victim, "nan_logits", times=FOR_EVER)
+    await scenario.until(lambda: len(ends) > num_before, 30, "the sick worker ends")
+    scenario.lift(victim)
+    await scenario.all_whole(streams)
     assert ends[num_before].status == SICK
-    row.moved(row.cluster.coordinators, f"sick_workers_total{{worker={victim}}}")
-    row.moved(row.front, "migrations_total{outcome=resumed}")
-    await anew(row, [victim])
-    await row.finish()
+    scenario.moved(scenario.cluster.coordinators, f"sick_workers_total{{worker={victim}}}")
+    scenario.moved(scenario.front, "migrations_total{outcome=resumed}")
+    await anew(scenario, [victim])
+    await scenario.finish()
 
 
 async def test_a_decode_worker_whose_logits_are_nan_once(alone: Scenario) -> None:
     """Its self-test passes: it lives, and is the last choice for a while."""
-    row = alone
-    victim = row.cluster.decode[0]
-    await row.all_trusted()
-    streams = [row.ask(case) for case in SHORT]
+    scenario = alone
+    victim = scenario.cluster.decode[0]
+    await scenario.all_trusted()
+    streams = [scenario.ask(case) for case in SHORT]
     for stream in streams:
         await stream.come(5)
-    before = row.done(victim, "nan_logits")
-    row.order(victim, "nan_logits", times=1)
-    await row.all_whole(streams)
-    struck(row.done(victim, "nan_logits") > before, "a step was under way")
-    row.moved(victim, "non_finite_requests_total")
-    row.moved(victim, "self_tests_total{outcome=passed}")
-    assert row.cluster[victim].alive
-    await anew(row, [victim])
-    await row.finish()
+    before = scenario.done(victim, "nan_logits")
+    scenario.order(victim, "nan_logits", times=1)
+    await scenario.all_whole(streams)
+    struck(scenario.done(victim, "nan_logits") > before, "a step was under way")
+    scenario.moved(victim, "non_finite_requests_total")
+    scenario.moved(victim, "self_tests_total{outcome=passed}")
+    assert scenario.cluster[victim].alive
+    await anew(scenario, [victim])
+    await scenario.finish()
 
 
 @pytest.mark.parametrize("layer", [3, -1])
@@ -74,20 +74,20 @@ async def test_a_prefill_worker_whose_kv_is_nan(alone: Scenario, layer: int) -> 
     """In its last layer it finds that itself, before a block is announced. What is damaged later is
     found by its reader, which drops all that came from there: the same prompt is computed anew.
     """
-    row = alone
-    await row.all_trusted()
-    before = {name: row.done(name, "nan_kv") for name in row.cluster.prefill}
-    for name in row.cluster.prefill:
-        row.order(name, "nan_kv", times=1, layer=layer)
+    scenario = alone
+    await scenario.all_trusted()
+    before = {name: scenario.done(name, "nan_kv") for name in scenario.cluster.prefill}
+    for name in scenario.cluster.prefill:
+        scenario.order(name, "nan_kv", times=1, layer=layer)
     salt = fresh_salt()
-    streams = [row.ask(case, salt=salt) for case in SHORT]
-    await row.all_whole(streams)
-    hit = [name for name, times in before.items() if row.done(name, "nan_kv") > times]
+    streams = [scenario.ask(case, salt=salt) for case in SHORT]
+    await scenario.all_whole(streams)
+    hit = [name for name, times in before.items() if scenario.done(name, "nan_kv") > times]
     struck(bool(hit), "a prefill worker computed one of them")
-    row.moved(row.cluster.workers, "non_finite_requests_total")
-    await row.all_whole([row.ask(case, salt=salt) for case in SHORT])
-    await anew(row, row.cluster.workers)
-    await row.finish()
+    scenario.moved(scenario.cluster.workers, "non_finite_requests_total")
+    await scenario.all_whole([scenario.ask(case, salt=salt) for case in SHORT])
+    await anew(scenario, scenario.cluster.workers)
+    await scenario.finish()
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])

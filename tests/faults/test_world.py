@@ -24,58 +24,62 @@ SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
 CROWD, CROWD_SHORT = 32, 12
 
 
-async def test_wall_clock_jumps(row: Scenario, bench: Bench) -> None:
+async def test_wall_clock_jumps(scenario: Scenario, bench: Bench) -> None:
     """An hour forth, a day back, under load: no wait, lease or heartbeat is measured by it."""
     if bench.skew is None:
         pytest.skip("needs a C compiler")
     try:
         for jump in (3600.0, -86400.0, 0.0):
-            cases = ("long-0", "long-1-sampled", *SHORT) if row.full else ("long-2", SHORT[2])
-            streams = [row.ask(case) for case in cases]
+            cases = ("long-0", "long-1-sampled", *SHORT) if scenario.full else ("long-2", SHORT[2])
+            streams = [scenario.ask(case) for case in cases]
             await asyncio.sleep(0.3)
             bench.skew.jump(jump)
-            await row.all_whole(streams)
-            assert all(r.state == "ready" for r in row.cluster.rows().values())
+            await scenario.all_whole(streams)
+            assert all(r.state == "ready" for r in scenario.cluster.rows().values())
     finally:
         bench.skew.jump(0.0)
-    for name in row.cluster.workers:
-        lines = row.cluster.log_lines(name, row.log_mark(name))
+    for name in scenario.cluster.workers:
+        lines = scenario.cluster.log_lines(name, scenario.log_mark(name))
         days = {str(line.get("timestamp", ""))[:10] for line in lines}
         assert len(days) > 1, f"{name} saw no other day: the clock was not bent"
         assert not [x for x in lines if "ran out" in str(x.get("event"))], f"{name} lost leases"
-    await row.finish()
+    await scenario.finish()
 
 
 async def test_idle_then_a_burst(alone: Scenario) -> None:
     """Nothing happens for a long while, then many requests at once: connections, peers and leases
     of before are no obstacle, and clean-up did not wait for new work.
     """
-    row = alone
-    await row.all_whole([row.ask(case) for case in (SHORT if row.full else ("load-0", "load-1"))])
+    scenario = alone
+    await scenario.all_whole(
+        [scenario.ask(case) for case in (SHORT if scenario.full else ("load-0", "load-1"))]
+    )
     await asyncio.sleep(1.0)
-    await asyncio.to_thread(checks.at_rest, row.cluster, 1.0)
-    idle_s = 600 if row.full else 3
-    before = {name: row.cluster[name].usage() for name in row.cluster.workers}
-    used = _cpu_s(row)
+    await asyncio.to_thread(checks.at_rest, scenario.cluster, 1.0)
+    idle_s = 600 if scenario.full else 3
+    before = {name: scenario.cluster[name].usage() for name in scenario.cluster.workers}
+    used = _cpu_s(scenario)
     await asyncio.sleep(idle_s)
-    share = (_cpu_s(row) - used) / idle_s
-    row.note(f"idle for {idle_s} s: {share:.1%} of a core for {len(row.cluster.places)} processes")
+    share = (_cpu_s(scenario) - used) / idle_s
+    scenario.note(
+        f"idle for {idle_s} s: {share:.1%} of a core for {len(scenario.cluster.places)} processes"
+    )
     for name, usage in before.items():
-        grown = row.cluster[name].usage()["resident_bytes"] - usage["resident_bytes"]
+        grown = scenario.cluster[name].usage()["resident_bytes"] - usage["resident_bytes"]
         assert grown < 16 << 20, f"{name} grew by {grown} bytes while idle"
     begun = time.monotonic()
     many = (*SHORT, *SHORT, *SHORT, "long-0", "long-1-sampled")
     few = ("load-0", "load-1", "load-2", "load-3", *SHORT[1:3])
-    cases = ("long-2", "long-2-sampled", *(many if row.full else few))
-    streams = [row.ask(case) for case in cases]
-    await row.all_whole(streams)
-    row.note(f"a burst of {len(streams)} answered in {time.monotonic() - begun:.1f} s")
-    await row.finish()
+    cases = ("long-2", "long-2-sampled", *(many if scenario.full else few))
+    streams = [scenario.ask(case) for case in cases]
+    await scenario.all_whole(streams)
+    scenario.note(f"a burst of {len(streams)} answered in {time.monotonic() - begun:.1f} s")
+    await scenario.finish()
 
 
-def _cpu_s(row: Scenario) -> float:
+def _cpu_s(scenario: Scenario) -> float:
     total = 0
-    for place in row.cluster.places:
+    for place in scenario.cluster.places:
         if place.alive:
             fields = Path(f"/proc/{place.pid}/stat").read_text().rpartition(")")[2].split()
             total += int(fields[11]) + int(fields[12])
@@ -124,17 +128,17 @@ def test_disk_full_where_logs_go(full_disk: Path, full: bool) -> None:
     assert stack.process.returncode == 0
 
 
-async def test_overload(row: Scenario) -> None:
-    """Many more than may come in: the rest is told when to come back, most of those find
-    room then, and nobody who is inside, here or at the other coordinator, is harmed.
+async def test_overload(scenario: Scenario) -> None:
+    """Many more than may come in: the rest gets a time to come back, most of those find
+    room then, and no admitted request, here or at the other coordinator, is harmed.
     """
-    async with row.spare_front() as front:
+    async with scenario.spare_front() as front:
         tries: list[tuple[Stream, float | None]] = []  # each with the promise it came back on
 
         async def insist(case: str) -> Stream:
             promised: float | None = None
             for _ in range(20):
-                stream = row.ask(case, front=front)
+                stream = scenario.ask(case, front=front)
                 await stream.end()
                 tries.append((stream, promised))
                 if stream.error is None:
@@ -147,22 +151,22 @@ async def test_overload(row: Scenario) -> None:
                 await asyncio.sleep(promised)
             raise AssertionError(f"{case} found no room in 20 tries")
 
-        crowd = CROWD if row.full else CROWD_SHORT
-        for _ in range(5 if row.full else 1):
+        crowd = CROWD if scenario.full else CROWD_SHORT
+        for _ in range(5 if scenario.full else 1):
             answered = await asyncio.gather(*(insist(f"load-{i % 4}") for i in range(crowd)))
             for stream in answered:
-                stream.check(row.oracle)
+                stream.check(scenario.oracle)
         came_back = [stream.error is None for stream, promise in tries if promise is not None]
-        assert came_back, "nobody was shed"
+        assert came_back, "no request was shed"
         share = sum(came_back) / len(came_back)
-        row.note(f"{len(came_back)} came back when told, {share:.0%} of them found room")
+        scenario.note(f"{len(came_back)} came back when told, {share:.0%} of them found room")
         assert share > 0.5, "RetryInfo is truthful"
-        by_tokens = [row.ask(case, front=front) for case in ("long-0", "long-1-sampled")]
+        by_tokens = [scenario.ask(case, front=front) for case in ("long-0", "long-1-sampled")]
         for stream in by_tokens:
             await stream.end()
         shed = [stream for stream in by_tokens if stream.error is not None]
         assert len(shed) == 1 and isinstance(shed[0].meaning, Overloaded)
-        row.moved(front, "admission_rejections_total{reason=requests}")
-        row.moved(front, "admission_rejections_total{reason=tokens}")
-    row.longest_wait_s = 5.0  # unrelated requests at the other coordinator
-    await row.finish()
+        scenario.moved(front, "admission_rejections_total{reason=requests}")
+        scenario.moved(front, "admission_rejections_total{reason=tokens}")
+    scenario.longest_wait_s = 5.0  # unrelated requests at the other coordinator
+    await scenario.finish()

@@ -1,4 +1,4 @@
-"""Callers who let the public port wait: they stop reading, writing or living, and keep the line.
+"""Callers that let the public port wait: they stop reading, writing or living, and keep the line.
 
 Each returns when the port has got rid of him, and fails where it does not in time: after
 `--client-timeout-s`, and somewhat later on a machine where others work (`gone_s`). They may all be
@@ -27,7 +27,7 @@ NUM_HTTP_CONNECTIONS = 1_000
 
 def never_read(port: Port) -> None:
     """No window at all, no deadline: the answers are written, their blocks are free, and the calls
-    end because nobody reads.
+    end because they are not read.
     """
     names = [f"never-{i}" for i in range(NUM_NEVER)]
     gone_s = port.patience.gone_s
@@ -69,7 +69,7 @@ with Client(sys.argv[1]) as client:
 
 
 def is_stopped(port: Port) -> None:
-    """SIGSTOP: its connection looks alive, until keepalive says otherwise."""
+    """SIGSTOP: its connection looks alive, until keepalive ends it."""
     gone_s = port.patience.gone_s
     code = _SLEEPER.format(prompt=PROMPT, tokens=port.patience.stopped_tokens)
     client = subprocess.Popen(

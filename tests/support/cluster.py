@@ -48,7 +48,9 @@ class Shape:
     )
     worker_flags: tuple[str, ...] = ()
     coordinator_flags: tuple[str, ...] = ()
-    spare_flags: tuple[str, ...] = ()  # of one more coordinator, which a row may start: `SPARE`
+    spare_flags: tuple[
+        str, ...
+    ] = ()  # of one more coordinator, which a scenario may start: `SPARE`
     env: Mapping[str, str] | None = None  # of workers
     timeouts: Timeouts = CLUSTER
 
@@ -60,7 +62,9 @@ class Cluster:
         self, folder: Path, shape: Shape | None = None, network: Network | None = None
     ) -> None:
         self.folder = folder
-        self.trusted_at = 0.0  # when coordinators have forgotten the last row's failures, monotonic
+        self.trusted_at = (
+            0.0  # when coordinators have forgotten the last scenario's failures, monotonic
+        )
         self.shape = shape = shape or Shape()
         self.network = network or Loopback()
         self._keeper = Keeper(self.network.started)

@@ -88,8 +88,8 @@ def seconds(
 ) -> float:
     """Time to write all answers, `num_seqs` at once, on an undisturbed machine.
 
-    What the pace is told has noise, rare hiccups, and, if `disturbed`, phases of everything taking
-    twice as long.
+    What the controller measures has noise, rare hiccups, and, if `disturbed`, phases in which
+    everything takes twice as long.
     """
     rng = random.Random(seed)
     todo = [_Running(str(i), list(a.prompt), list(a.answer)) for i, a in enumerate(answers)]

@@ -141,7 +141,7 @@ class FakeDecode:
 
 
 def scored(position: int, count: int) -> worker_pb2.Logprobs:
-    """What is told of the token at `position`; nobody can take it for another's."""
+    """The log-probabilities of the token at `position`; each position has its own."""
     return worker_pb2.Logprobs(
         chosen=-position / 8,
         token_ids=range(1000 + position, 1000 + position + count),

@@ -1,7 +1,7 @@
 """Sensible values for the protocols of others that the public port speaks: tensors that a client of
 Triton's protocol sends, sampling parameters of vLLM's.
 
-A tensor is right only as a whole (name, type, shape and elements), so it is drawn as one.
+A tensor is right only as a whole (name, type, shape and elements), so it is generated as one.
 """
 
 from __future__ import annotations

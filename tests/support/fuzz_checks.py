@@ -32,7 +32,7 @@ DOCUMENTED = frozenset(
 )
 GUARDED = frozenset((Code.UNAUTHENTICATED, Code.PERMISSION_DENIED))  # DrainWorker, where it asks
 GONE = frozenset((Code.CANCELLED, Code.DEADLINE_EXCEEDED))
-# What a stream of requests says by itself (INTERNAL) whose time was over before its first write.
+# The library's own status (INTERNAL) of a stream of requests that expired before its first write.
 _GONE_BEFORE_IT_WROTE = "Internal error from Core"
 _DEFAULT_MAX_TOKENS = 256
 
@@ -163,7 +163,7 @@ def _check_stream(request: Any, messages: Sequence[Any], model: Model, *, chat: 
         _check_prompt(request, messages[0])
     assert kinds.count("prompt") == (kinds[0] == "prompt"), "a prompt in the middle"
     count = request.n if request.HasField("n") else 1
-    assert {m.index for m in messages} <= set(range(count)), "an index that nobody asked for"
+    assert {m.index for m in messages} <= set(range(count)), "an index that was not asked for"
     num_prompts = set()
     for index in range(count):
         own = [m for m in messages if m.index == index and m.WhichOneof("event") != "prompt"]
@@ -187,7 +187,7 @@ def _check_stream(request: Any, messages: Sequence[Any], model: Model, *, chat: 
 def _check_prompt(request: Any, message: Any) -> None:
     output, prompt = request.output, message.prompt
     assert message.index == 0
-    assert output.echo or output.HasField("prompt_logprobs"), "a prompt that nobody asked for"
+    assert output.echo or output.HasField("prompt_logprobs"), "a prompt that was not asked for"
     assert all(token < VOCAB_SIZE for token in prompt.token_ids)
     told = len(prompt.token_ids) - 1 if output.HasField("prompt_logprobs") else 0
     assert len(prompt.logprobs) == told, f"{len(prompt.logprobs)} scores of {told} tokens"
@@ -249,7 +249,7 @@ def _check_text(request: Any, text: str) -> None:
 
 
 def _is_constrained(request: Any) -> bool:
-    """Whether an answer may end by itself: its grammar is complete."""
+    """Whether an answer may end without a stop: its grammar is complete."""
     kind = request.constraint.WhichOneof("kind")
     return kind is not None or bool(getattr(request, "tools_json", ""))
 

@@ -34,7 +34,7 @@ class FuzzDecode:
         self._server.add_service(descriptor, self)
 
     async def start(self) -> Peer:
-        """Listen; who this is."""
+        """Listen; returns the worker's peer entry."""
         port = self._server.listen("127.0.0.1:0")
         await self._server.start()
         return Peer("d0", "of-d0", f"127.0.0.1:{port}")

@@ -5,7 +5,7 @@
 
 Bytes are written by hand and not by protobuf, so that they may say what protobuf would not: numbers
 too large for their field, strings that are no UTF-8, both sides of a oneof, a field twice, fields
-that nobody knows.
+that are not in the schema.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     RawConnection -> begin() -> request() -> read_frames(), or silence, or a reset
 
 Blocking sockets with a timeout on everything. Headers are HPACK literals without an index, so there
-is no table to keep; what the server says is read as frames, not decoded: who needs a status asks by
+is no table to keep; the server's frames are read, not decoded: a test that needs a status asks by
 a real gRPC client.
 """
 
@@ -68,12 +68,12 @@ def _string(text: bytes) -> bytes:
 
 
 def header_block(*pairs: tuple[bytes, bytes]) -> bytes:
-    """Literal header fields, never indexed by anybody."""
+    """Literal header fields, never indexed."""
     return b"".join(b"\x00" + _string(name) + _string(value) for name, value in pairs)
 
 
 def call_headers(path: bytes, *more: tuple[bytes, bytes]) -> bytes:
-    """What a gRPC client says first."""
+    """What a gRPC client sends first."""
     return header_block(
         (b":method", b"POST"),
         (b":scheme", b"http"),
@@ -103,7 +103,7 @@ def reset(sock: socket.socket) -> None:
 
 
 def closed_by_peer(sock: socket.socket, timeout_s: float) -> bool:
-    """Whether the peer ends the connection in time; what it says meanwhile is thrown away."""
+    """Whether the peer ends the connection in time; what it sends meanwhile is dropped."""
     deadline = time.monotonic() + timeout_s
     while (left := deadline - time.monotonic()) > 0:
         sock.settimeout(left)

@@ -32,7 +32,7 @@ class _Answer:
 
 
 class PlainLoop:
-    """Answers for Works, and the verdict on somebody else's."""
+    """The answers to requests, and the verdict on those of another."""
 
     def __init__(self, model: TorchModel | NativeModel, max_model_len: int = 8192) -> None:
         self._model = model

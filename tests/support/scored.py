@@ -1,4 +1,4 @@
-"""Whole answers of the public API with everything that was told of their tokens."""
+"""Whole answers of the public API with all log-probabilities of their tokens."""
 
 from __future__ import annotations
 

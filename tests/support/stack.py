@@ -26,10 +26,12 @@ from engine.rpc.channel import open_channel
 from engine.rpc.local_token import local_token
 from tests.support.http_get import http_get
 from tests.support.paths import ROOT
-from tests.support.timeouts import CLUSTER
+from tests.support.timeouts import CLUSTER, Timeouts
 
 # A stack in which every answer is that of fp32; 512 MiB hold 728 blocks.
 EXACT = ("--dtype", "float32", "--kv-cache-memory", "512MiB", "--max-model-len", "2048")
+# The same for shared stacks: a request waits as long as a worker's restart takes on a busy machine.
+SHARED = (*EXACT, *Timeouts(worker_wait_s=60.0).stack_flags)
 DEFAULT = ("--max-model-len", "2048")  # what `coordinator start` does, with our kernels on a CPU
 _MAX_SHARED = 3
 

@@ -1,5 +1,5 @@
 """What a process must look the same in before and after: descriptors, threads, memory; and a
-bystander, who asks an ordinary question all the while and wants the right answer in time.
+bystander, which sends an ordinary request all the while and needs the right answer in time.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Watch:
 
 @dataclass
 class Bystander:
-    """Calls `ask` again and again in a thread; `check()` says how that went."""
+    """Calls `ask` again and again in a thread; `check()` has the result."""
 
     ask: Callable[[], object]
     expected: object

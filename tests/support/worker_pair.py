@@ -321,7 +321,7 @@ async def answer(
 
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110, there is nobody who could set an event
+        while not condition():  # noqa: ASYNC110, no component sets an event
             await asyncio.sleep(0.005)
 
 

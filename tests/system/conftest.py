@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.stack import EXACT, SharedStacks, Stack
+from tests.support.stack import SHARED, SharedStacks, Stack
 
 
 @pytest.fixture
 def stack(stacks: SharedStacks) -> Stack:
     """One prefill and one decode worker in fp32. A test leaves it at rest and its workers alive."""
-    return stacks.get(*EXACT)
+    return stacks.get(*SHARED)
 
 
 @pytest.hookimpl(hookwrapper=True)

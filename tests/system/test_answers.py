@@ -17,7 +17,7 @@ from tests.support.near_tie import TALLY
 from tests.support.paged import CPU
 from tests.support.plain_loop import PlainLoop
 from tests.support.recorded import RecordedAnswers
-from tests.support.stack import EXACT, SharedStacks
+from tests.support.stack import SHARED, SharedStacks
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -41,7 +41,7 @@ def test_64_mixed_requests_equal_the_oracle(
     pools: tuple[int, int], stacks: SharedStacks, oracle: RecordedAnswers
 ) -> None:
     prefill, decode = pools
-    stack = stacks.get(*EXACT, prefill=prefill, decode=decode)
+    stack = stacks.get(*SHARED, prefill=prefill, decode=decode)
     began_s = time.monotonic()
     answers = asyncio.run(ask_all(stack.address))
     took_s = time.monotonic() - began_s

@@ -135,7 +135,7 @@ def bring_back(cluster: Cluster) -> None:
 
 
 def assert_at_rest(cluster: Cluster) -> None:
-    """Whoever was lost, the workers hold nothing for it."""
+    """The workers hold nothing for the coordinator that was lost."""
     deadline = time.monotonic() + 10
     while held := [r for r in cluster.rows("coordinator-1").values() if r.held_blocks]:
         assert time.monotonic() < deadline, f"still held: {held}"
@@ -223,7 +223,7 @@ def test_a_coordinator_whose_event_loop_hangs_is_left_within_seconds(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stopped_coordinator_is_noticed_within_seconds(cluster: Cluster, kind: str) -> None:
-    """Its connection stays open and says nothing: the client's ping gets no answer."""
+    """Its connection stays open and silent: the client's ping gets no answer."""
     freeze = cluster["coordinator-0"].freeze
     try:
         got = ask(kind, all_of(cluster), Got(freeze), **PLAIN)

@@ -1,4 +1,4 @@
-"""Workers replaced one by one while requests run: nobody notices but by a pause."""
+"""Workers replaced one by one while requests run: callers see a pause and nothing else."""
 
 from __future__ import annotations
 

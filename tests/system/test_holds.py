@@ -21,9 +21,9 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def report(stack: Stack, http_address: str) -> dict[str, Any]:
-    """What a process says; whatever the moment, nothing lacks an owner, a reason or an end.
+    """What a process reports; at any moment each hold has an owner, a reason and an end.
 
-    An engine in a step of more than a second does not answer, and says so: it is asked again.
+    An engine in a step of more than a second reports that it does not answer: it is asked again.
     """
     found: dict[str, Any] = {}
 
@@ -33,7 +33,7 @@ def report(stack: Stack, http_address: str) -> dict[str, Any]:
         found.update(response.json())
         return "pool" not in found or found["pool"].get("unexplained") is not None
 
-    until(answered, 20, "every thread says what it holds")
+    until(answered, 20, "every thread reports what it holds")
     for hold in found["holds"]:
         assert hold["owner"] and hold["reason"] and hold["age_s"] >= 0, hold
         assert hold["deadline_s"] is not None or hold["note"], hold

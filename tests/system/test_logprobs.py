@@ -129,7 +129,7 @@ def test_equal_to_transformers_and_cached_prefixes_too(
     assert list(last.prompt.token_ids) == LONG[:600]
     assert last.only.finished is not None
     assert last.only.finished.finish_reason == inference_pb2.FINISH_REASON_LENGTH
-    # Who asks for nothing of the kind gets the same tokens, from the cache.
+    # Without log-probabilities a request gets the same tokens, from the cache.
     plain = run(stack.address, [request(LONG[:333], 24, 4)])[0]
     again = run(stack.address, requests[2:3])[0]
     assert plain.only.token_ids == again.only.token_ids

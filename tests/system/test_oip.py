@@ -1,4 +1,4 @@
-"""Foreign protocols against a real stack: the answers of Generate, whoever asks."""
+"""Foreign protocols against a real stack: the answers are those of Generate."""
 
 from __future__ import annotations
 

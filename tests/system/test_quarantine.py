@@ -243,7 +243,7 @@ def test_a_stopped_prefill_worker_costs_a_restart_of_the_data_plane_and_no_answe
         assert stack.generate(case["prompt"], max_tokens=NUM_TOKENS)[0] == _right(case)
         assert metrics_of(d.http_address)["diptych_kv_transfer_blocks_total"] > moved
 
-        # The stopped one wakes up, and whatever it still sends reaches nobody.
+        # The stopped one wakes up, and what it still sends reaches no process.
         os.kill(stopped, signal.SIGCONT)
         time.sleep(1.0)
         until(stack.ready, 60, "the prefill worker is back, or another in its place")

@@ -1,5 +1,5 @@
 """kill -9 of anything on one machine: workers come back and answers go on; without a coordinator
-nobody stays.
+no process stays.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.greedy import greedy
-from tests.support.stack import EXACT, SharedStacks, Stack, metrics_of, until
+from tests.support.stack import EXACT, SHARED, SharedStacks, Stack, metrics_of, until
 from tests.support.timeouts import Timeouts
 
 LONG = greedy(1500)
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(300)
 @pytest.fixture(scope="module")
 def stack(stacks: SharedStacks) -> Iterator[Stack]:
     """A stack for this module alone, which harms it; its last test ends it."""
-    own = stacks.take(*EXACT)
+    own = stacks.take(*SHARED)
     yield own
     own.stop()
 
@@ -85,7 +85,7 @@ def test_a_stopped_worker_is_replaced(tmp_path: Path) -> None:
 
 
 def test_sigterm_ends_everything_with_status_0(stacks: SharedStacks) -> None:
-    with stacks.take(*EXACT) as stack:
+    with stacks.take(*SHARED) as stack:
         stack.generate(SHORT["prompt"], max_tokens=4)
         stack.process.send_signal(signal.SIGTERM)
         assert stack.process.wait(20) == 0

@@ -6,7 +6,7 @@
 
 The schemas are those of draft 2020-12 of JSON-Schema-Test-Suite, as the sources of jsonschema carry
 it, and a seeded choice of SchemaStore's, as the package schemastore carries them. The exit status
-is 1 if a finished answer, or a text drawn from a grammar, is not valid.
+is 1 if a finished answer, or a text sampled from a grammar, is not valid.
 """
 
 from __future__ import annotations

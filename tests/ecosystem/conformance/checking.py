@@ -1,4 +1,4 @@
-"""What jsonschema says of a text.
+"""Whether jsonschema accepts a text.
 
 Numbers are read as decimals: in doubles 0.3 would not be a multiple of 0.1.
 """
@@ -21,7 +21,7 @@ _ROOMY = decimal.Context(prec=4000, Emin=-100_000, Emax=100_000)
 
 
 class NotChecked(Exception):
-    """The schema is of no use to jsonschema; the message says why."""
+    """The schema cannot be used by jsonschema; the message has the reason."""
 
 
 def validator(case: Case, *, formats: bool = False) -> Validator:
@@ -54,7 +54,7 @@ def fault(checker: Validator, text: str) -> str:
 
 
 def _as_named(draft: str) -> str:
-    """https: in place of http: is told as the draft that is meant, here as in the stack."""
+    """https: in place of http: is read as the draft that is meant, as in the stack."""
     scheme = "https:" if "/draft/20" in draft else "http:"
     return re.sub(r"^https?:(?=//json-schema\.org/draft)", scheme, draft)
 

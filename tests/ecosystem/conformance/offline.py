@@ -1,4 +1,4 @@
-"""Grammars without a model: which schemas compile, what they take, and texts drawn from them."""
+"""Grammars without a model: which schemas compile, what they take, and texts sampled from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.ecosystem.conformance.sources import Case, Instance, canonical
 
 VOCAB = 49152
 ENDS = (2, 0)
-_LONGEST = 250  # tokens of a text that is drawn
+_LONGEST = 250  # tokens of a sampled text
 _MOST_MEMBERS = 5  # whose orders are tried
 
 

@@ -25,7 +25,7 @@ JSONSCHEMA = "4.26.0"
 SCHEMASTORE = "0.2.3"
 _CACHE = FOLDER / "conformance"
 _DRAFT = "draft2020-12"
-_BASE = "http://localhost:1234/"  # where the suite says that its remote schemas are
+_BASE = "http://localhost:1234/"  # the suite's place for remote schemas
 
 
 @dataclass(frozen=True)

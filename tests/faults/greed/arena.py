@@ -145,7 +145,7 @@ class Measured:
 
     @property
     def in_bounds(self) -> bool:
-        """Whether the ratio is, as far as it can be told."""
+        """Whether the ratio is met, as far as it can be measured."""
         return not self.comparable or self.attack_p99 <= RATIO * self.quiet_p99 + SLACK_S
 
     def __str__(self) -> str:

@@ -288,7 +288,7 @@ def _urgent(target: Target, num_callers: int, num_calls: int) -> list[End]:
 
 
 def refused(target: Target, num_places: int, num: int) -> list[End]:
-    """What `num` requests in turn are told while others keep all places."""
+    """The answers to `num` requests in turn while others keep all places."""
     options = (*OPTIONS, ("grpc.enable_retries", 0))
     with grpc.insecure_channel(target.address, options=options) as channel:
         generate = channel.unary_stream(SERVICE + "Generate")
