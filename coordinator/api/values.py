@@ -9,7 +9,7 @@ inference.proto, and errors name them (`sampling.top_p`).
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from coordinator.generation.request import Finished
@@ -107,7 +107,7 @@ class GenerateRequest:
     model: str = ""
     text: str | None = None
     token_ids: Sequence[int] | None = None
-    messages: Sequence[Message] | None = None
+    messages: Collection[Message] | None = None
     tools_json: str = ""
     tool_choice: ToolChoice = ToolChoice()
     parallel_tool_calls: bool = True
@@ -131,7 +131,7 @@ class TokenizeRequest:
     model: str = ""
     text: str | None = None
     add_special_tokens: bool = True
-    messages: Sequence[Message] | None = None
+    messages: Collection[Message] | None = None
     tools_json: str = ""
     add_generation_prompt: bool = True
 

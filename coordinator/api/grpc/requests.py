@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 from coordinator.api.values import (
     Constraint,
@@ -27,26 +27,20 @@ _MODES = {
 }
 
 
-class _Messages(Sequence[Message]):
+class _Messages(Collection[Message]):
     """Converted as they are read, so that a refusal of too many of them costs little."""
 
-    def __init__(self, messages: Sequence[inference_pb2.Message]) -> None:
+    def __init__(self, messages: Collection[inference_pb2.Message]) -> None:
         self._messages = messages
 
     def __len__(self) -> int:
         return len(self._messages)
 
-    @overload
-    def __getitem__(self, index: int) -> Message: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Message]: ...
-    def __getitem__(self, index: int | slice) -> Message | Sequence[Message]:
-        if isinstance(index, slice):
-            return _Messages(self._messages[index])
-        return _message(self._messages[index])
-
     def __iter__(self) -> Iterator[Message]:
         return map(_message, self._messages)
+
+    def __contains__(self, message: object) -> bool:
+        return message in list(self)
 
 
 def _set(message: Any) -> dict[str, Any]:

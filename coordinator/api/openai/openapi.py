@@ -5,6 +5,7 @@ Bodies come from models.py: what is accepted and does nothing is left out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from coordinator.api.openai.models import (
@@ -17,23 +18,12 @@ from coordinator.api.openai.models import (
 from coordinator.api.openai.read import Schema, schemas
 
 _TEXT: Schema = {"type": "string"}
-_TEXT_OR_NULL: Schema = {"anyOf": [_TEXT, {"type": "null"}]}
-_ERROR: Schema = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": _TEXT,
-                "type": _TEXT,
-                "param": _TEXT_OR_NULL,
-                "code": _TEXT_OR_NULL,
-            },
-        }
-    },
-}
+_OR_NULL: Schema = {"anyOf": [_TEXT, {"type": "null"}]}
+_FIELDS = {"message": _TEXT, "type": _TEXT, "param": _OR_NULL, "code": _OR_NULL}
+
+
+def _object(properties: Mapping[str, Schema]) -> Schema:
+    return {"type": "object", "properties": properties, "required": [*properties]}
 
 
 def _json(schema: Schema) -> Schema:
@@ -70,5 +60,5 @@ def description(version: str) -> dict[str, Any]:
             "/detokenize": {"post": _operation("The text of token ids", tokens)},
             "/version": {"get": _operation("The server's version")},
         },
-        "components": {"schemas": {**parts, "Error": _ERROR}},
+        "components": {"schemas": {**parts, "Error": _object({"error": _object(_FIELDS)})}},
     }

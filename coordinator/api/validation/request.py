@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from coordinator.api.validation.constraint import constraint_from
@@ -103,7 +103,7 @@ def validate(request: GenerateRequest, limits: Limits) -> GenerationRequest:
 
 
 def check_messages(
-    field: str, messages: Sequence[Message], limits: Limits
+    field: str, messages: Collection[Message], limits: Limits
 ) -> tuple[ChatMessage, ...]:
     """A conversation of at least one message, each with a role and a content.
 
@@ -216,22 +216,6 @@ def _stop_strings(strings: Sequence[str]) -> tuple[str, ...]:
     return tuple(strings)
 
 
-def _number(
-    name: str, value: float | None, default: float, low: float, high: float, *, above: bool = False
-) -> float:
-    """sampling.`name` in [low, high], or (low, high] if `above`; NaN and infinity never are."""
-    if value is None:
-        return default
-    (value,) = _rounded([value])
-    if not math.isfinite(value) or value > high or value < low or (above and value == low):
-        if math.isinf(high):
-            expected = f"{'above' if above else 'at least'} {low:g}"
-        else:
-            expected = f"{'above' if above else 'from'} {low:g} to {high:g}"
-        raise InvalidRequest(f"sampling.{name}", f"{value:g}; expected a number {expected}")
-    return value
-
-
 def _rounded(numbers: Iterable[float]) -> list[float]:
     """Rounded to 32 bits, as the messages to workers round them."""
     return array("f", numbers).tolist()
@@ -254,7 +238,16 @@ def _sampling(sampling: Sampling, limits: Limits, request_id: str) -> SamplingPa
         raise InvalidRequest(field, f"{value:g}; expected a number from -100 to 100")
 
     def number(name: str, default: float, low: float, high: float, *, above: bool = False) -> float:
-        return _number(name, getattr(sampling, name), default, low, high, above=above)
+        """The field in [low, high], or (low, high] if `above`; NaN and infinity never are."""
+        if getattr(sampling, name) is None:
+            return default
+        (value,) = _rounded([getattr(sampling, name)])
+        if math.isfinite(value) and low <= value <= high and not (above and value == low):
+            return value
+        expected = "above" if above else "at least" if math.isinf(high) else "from"
+        upto = "" if math.isinf(high) else f" to {high:g}"
+        what = f"{value:g}; expected a number {expected} {low:g}{upto}"
+        raise InvalidRequest(f"sampling.{name}", what)
 
     return SamplingParams(
         temperature=number("temperature", 0.0, 0.0, math.inf),
