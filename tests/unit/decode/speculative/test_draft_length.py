@@ -20,7 +20,7 @@ ORACLE = json.loads((DATA / "greedy_fp32.json").read_text())
 
 
 def new_text(count: int = 24) -> list[Known]:
-    """Tokens that never repeat: nothing to draft from."""
+    """Tokens that never repeat: no match to draft from."""
     rng = random.Random(1)
     tokens = list(range(count * 300))
     rng.shuffle(tokens)
@@ -91,7 +91,7 @@ def test_recorded_answers_win_or_lose_little(curve: str, num_seqs: int) -> None:
 
 
 def test_it_comes_back_where_drafting_begins_to_pay() -> None:
-    """After long text without a hit, copying is noticed within the answer."""
+    """After long text without a hit, a copied text gets drafts within the answer."""
     text = [*misleading_text(48), *repeated_text()]
     speculation = measured()
     seconds(text[:48], CURVES["fast cpu"], 1, speculation)
@@ -105,7 +105,7 @@ def sure(count: int) -> Draft:
 
 
 def make(chance: float, row_cost: float) -> MeasuredDraftLength:
-    """A pace that knows that a row more costs so much of a step of one row."""
+    """A controller that knows that a further row costs this share of a step of one row."""
     cost = StepCost()
     for _ in range(50):
         for rows in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
@@ -131,51 +131,51 @@ def test_rows_go_where_they_count() -> None:
 
 def test_a_long_step_carries_longer_drafts() -> None:
     """Beside a prompt's chunk a step is long anyway."""
-    pace = make(0.5, 0.2)
-    assert pace.choose([("a", sure(16))], 25, 1) > pace.choose([("a", sure(16))], 1, 1)
+    controller = make(0.5, 0.2)
+    assert controller.choose([("a", sure(16))], 25, 1) > controller.choose([("a", sure(16))], 1, 1)
 
 
 def test_drafts_that_were_not_verified_teach_too() -> None:
-    pace = make(0.2, 0.5)
-    assert pace.choose([("a", sure(4))], 1, 1) == [0]
+    controller = make(0.2, 0.5)
+    assert controller.choose([("a", sure(4))], 1, 1) == [0]
     for _ in range(200):
-        pace.choose([("a", sure(4))], 1, 1)
-        pace.produced("a", [7])
-    assert pace.choose([("a", sure(4))], 1, 1) != [0]
+        controller.choose([("a", sure(4))], 1, 1)
+        controller.produced("a", [7])
+    assert controller.choose([("a", sure(4))], 1, 1) != [0]
 
 
 def test_memory_is_freed() -> None:
-    pace = make(0.8, 0.1)
-    pace.choose([("a", sure(4)), ("b", sure(4))], 2, 2)
-    pace.produced("a", [7, 7])
-    pace.produced("unknown", [1])
+    controller = make(0.8, 0.1)
+    controller.choose([("a", sure(4)), ("b", sure(4))], 2, 2)
+    controller.produced("a", [7, 7])
+    controller.produced("unknown", [1])
     for request_id in ("a", "b", "never seen"):
-        pace.finish(request_id)
-    assert not pace._drafts
-    assert not pace._acceptance._requests
+        controller.finish(request_id)
+    assert not controller._drafts
+    assert not controller._acceptance._requests
 
 
 def test_no_step_is_much_longer_than_one_without_drafts() -> None:
     """Certain drafts, rows that cost a third of a step each: all sixteen would give the most."""
-    pace = MeasuredDraftLength(Acceptance((0.99,)), StepCost())
+    controller = MeasuredDraftLength(Acceptance((0.99,)), StepCost())
     for num_rows in (1, 2, 3, 5, 9, 17) * 200:
-        pace.stepped(num_rows, 0.003 * (1 + (num_rows - 1) / 3))
+        controller.stepped(num_rows, 0.003 * (1 + (num_rows - 1) / 3))
     draft = Draft(list(range(16)), [0] * 16)
-    longest = max(pace.choose([("a", draft)], 1, 1)[0] for _ in range(20))
+    longest = max(controller.choose([("a", draft)], 1, 1)[0] for _ in range(20))
     assert 0.7 * LONGEST_STEP < 1 + longest / 3 < 1.1 * LONGEST_STEP
 
 
 @pytest.mark.parametrize("others", [[], [sure(1)], [NO_DRAFT] * 3])
 def test_a_certain_draft_slows_answers_without_one_little(others: list[Draft]) -> None:
-    """What is forced pays in tokens a second; it may not be paid with the others' pace."""
-    pace = make(0.99, 0.3)
+    """Forced tokens give more tokens a second, but must not slow the other answers."""
+    controller = make(0.99, 0.3)
     forced = Draft([7] * 16, [FORCED] * 16)
     drafts = [("forced", forced), *((str(i), draft) for i, draft in enumerate(others))]
     num_answers = len(drafts) + (not others)  # and one that a prompt's last chunk gives
-    lengths = max((pace.choose(drafts, num_answers, num_answers) for _ in range(20)), key=sum)
+    lengths = max((controller.choose(drafts, num_answers, num_answers) for _ in range(20)), key=sum)
     longer = 1 + 0.3 * sum(lengths) / (1 + 0.3 * (num_answers - 1))
     least = min(lengths[1:], default=0)
     assert sum(lengths) > 0
     assert longer < 1.1 * SHARED_STEP * (1 + least)
-    alone = max(pace.choose([("forced", forced)], 1, 1)[0] for _ in range(20))
+    alone = max(controller.choose([("forced", forced)], 1, 1)[0] for _ in range(20))
     assert alone > lengths[0]

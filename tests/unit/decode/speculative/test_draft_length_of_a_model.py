@@ -13,7 +13,7 @@ def promise(count: int) -> Draft:
 
 
 def make_with_passes(chance: float, pass_cost: float) -> MeasuredDraftLength:
-    """Rows of a step are nearly free; a draft model's pass costs so much of a step."""
+    """Rows of a step are nearly free; a draft model's pass costs this share of a step."""
     cost, passes = StepCost(), StepCost()
     for _ in range(50):
         for rows in (1, 2, 4, 8, 16, 32):
@@ -28,7 +28,7 @@ def test_passes_of_a_draft_model_are_paid_for() -> None:
     # the best of (1 - 0.8 ** (k + 1)) / 0.2 / (1 + 0.26 k) is at 2 and 3
     assert 2 <= make_with_passes(0.8, 0.25).choose(one, 1, 1)[0] <= 3
     assert make_with_passes(0.5, 0.8).choose(one, 1, 1) == [0]
-    # A pass serves all who draft, and delays all who do not.
+    # A pass serves all answers with drafts, and delays all others.
     eight = [(str(i), promise(16)) for i in range(8)]
     assert set(make_with_passes(0.8, 0.25).choose(eight, 8, 8)) <= {2, 3}
     alone = [*one, *((str(i), NO_DRAFT) for i in range(7))]
@@ -36,14 +36,14 @@ def test_passes_of_a_draft_model_are_paid_for() -> None:
 
 
 def test_a_draft_model_that_does_not_pay_is_tried_less_and_less() -> None:
-    """And what was promised, but not written, teaches nothing."""
-    pace = make_with_passes(0.1, 0.9)
+    """Tokens that were PENDING and never materialized teach nothing."""
+    controller = make_with_passes(0.1, 0.9)
     tried = []
     for step in range(1000):
         draft = promise(4)
-        (length,) = pace.choose([("a", draft)], 1, 1)
+        (length,) = controller.choose([("a", draft)], 1, 1)
         draft.tokens[:length] = [7] * length
-        pace.produced("a", [1])
+        controller.produced("a", [1])
         if length:
             assert length == 1
             tried.append(step)
@@ -52,10 +52,10 @@ def test_a_draft_model_that_does_not_pay_is_tried_less_and_less() -> None:
 
 
 def test_a_draft_model_that_gets_better_is_noticed() -> None:
-    pace = make_with_passes(0.05, 0.2)
+    controller = make_with_passes(0.05, 0.2)
     for _ in range(3000):
         draft = promise(4)
-        (length,) = pace.choose([("a", draft)], 1, 1)
+        (length,) = controller.choose([("a", draft)], 1, 1)
         draft.tokens[:length] = [7] * length
-        pace.produced("a", [7] * (length + 1))
+        controller.produced("a", [7] * (length + 1))
     assert length >= 2

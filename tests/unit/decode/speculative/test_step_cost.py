@@ -53,7 +53,7 @@ def test_two_sizes_tell_about_all(curve: str) -> None:
 
 
 def test_what_slows_all_steps_alike_changes_nothing() -> None:
-    """One size is seen while the machine is twice as slow; it does not look dear afterwards."""
+    """One size is seen while the machine is twice as slow; its estimate stays right."""
     cost = StepCost()
     learn(cost, CURVES["cpu"], [1, 2, 4, 8], 200)
     before = ratio(cost, 1, 4)
