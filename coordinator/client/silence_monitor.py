@@ -25,7 +25,7 @@ class SilenceTimer:
     """Cancels one call after a silence. Any thread may tick it."""
 
     def __init__(self, call: Any, num_ticks: float) -> None:
-        self.is_waiting = True  # for the coordinator, not for the caller
+        self.is_waiting = True  # for the coordinator, not for the user
         self.is_over = False
         self._call = call
         self._num_ticks = num_ticks

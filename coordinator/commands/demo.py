@@ -33,7 +33,7 @@ from engine.telemetry.progress import LINE_S, Progress
 # demo gives up if the stack makes no progress, and at a limit that no start should reach.
 _STILL_S = 120.0
 _START_S = 3600.0
-_ANSWER_S = 600.0
+_OUTPUT_S = 600.0
 _STOP_S = 20.0
 _SETTLE_S = 5.0
 _QUESTION = (
@@ -79,7 +79,7 @@ def _demo(console: Console) -> int:
     try:
         with Client(server) as client:
             _wait_ready(client, stack, log_dir)
-            done = _answer(client)
+            done = _generate(client)
             workers = _at_rest(client)
         _summary(console, done, workers, log_dir)
     except DiptychError as error:
@@ -141,11 +141,11 @@ def _wait_ready(client: Client, stack: subprocess.Popen[bytes], log_dir: Path) -
         time.sleep(0.2)
 
 
-def _answer(client: Client) -> Done:
+def _generate(client: Client) -> Done:
     """Stream one output to standard output."""
     print(f"> {_QUESTION}\n", flush=True)
     question = ({"role": "user", "content": _QUESTION},)
-    events = iter(client.chat(question, timeout_s=_ANSWER_S, max_tokens=160))
+    events = iter(client.chat(question, timeout_s=_OUTPUT_S, max_tokens=160))
     with Progress("waiting for the first token", first_s=LINE_S):
         first = next(events)
     for event in chain([first], events):
@@ -154,7 +154,7 @@ def _answer(client: Client) -> Done:
         elif isinstance(event, Done):
             print("\n", flush=True)
             return event
-    raise DiptychError("the answer had no end")
+    raise DiptychError("the output had no end")
 
 
 def _at_rest(client: Client) -> Sequence[admin_pb2.Worker]:
@@ -182,7 +182,7 @@ def _summary(
     held = sum(w.held_blocks for w in workers)
     rows = (
         ("time to first token", f"{timing.first_token * 1000:.0f} ms"),
-        ("answer", f"{usage.completion_tokens} tokens, {pace:.1f} tokens/s"),
+        ("output", f"{usage.completion_tokens} tokens, {pace:.1f} tokens/s"),
         ("prompt", f"{computed} tokens computed, {usage.cached_tokens} cached"),
         ("KV moved over NIXL", f"{blocks} blocks, {num_bytes / 2**20:.1f} MiB{speed}"),
         ("drafts", f"{usage.accepted_tokens} of {usage.draft_tokens} tokens accepted ({rate:.0%})"),

@@ -155,8 +155,8 @@ def template_messages(
         turn: dict[str, Any] = {"role": message.role, "content": message.content or ""}
         if message.name:
             turn["name"] = message.name
-        answers = message.tool_call_id or message.role == "tool"
-        if answers and (call_id := tool_format.call_id(message.tool_call_id)):
+        is_result = message.tool_call_id or message.role == "tool"
+        if is_result and (call_id := tool_format.call_id(message.tool_call_id)):
             turn["tool_call_id"] = call_id
         if message.tool_calls:
             turn["tool_calls"] = [

@@ -175,7 +175,7 @@ class Sandbox:
                 until_s = time.monotonic() + _SILENT_S
                 write_all(sock.fileno(), KILL)
             elif time.monotonic() > until_s:
-                raise TimeoutError("it does not answer")
+                raise TimeoutError("it does not respond")
 
     # -- the fork server ---------------------------------------------------------------------------
 

@@ -177,16 +177,16 @@ def _object(schema: dict[str, object], context: SchemaContext) -> dict[str, obje
             kept[sanitized(key) if context.may_be_unwritable else key] = _keyword(
                 key, value, context
             )
-        except UnsupportedSchema as why:
-            context.drop_or_raise(why)
+        except UnsupportedSchema as error:
+            context.drop_or_raise(error)
     for closed, opened, inwards in (
         ("minimum", "exclusiveMinimum", math.inf),
         ("maximum", "exclusiveMaximum", -math.inf),
     ):
         try:
             move_bounds(kept, closed, opened, inwards)
-        except UnsupportedSchema as why:
-            context.drop_or_raise(why)
+        except UnsupportedSchema as error:
+            context.drop_or_raise(error)
             kept.pop(closed, None), kept.pop(opened, None)
     bound_lengths(kept, context)
     check_counts(kept, context)
@@ -230,8 +230,8 @@ def _entries(
         try:
             if key == "patternProperties":
                 check_pattern(key, name, None)
-        except UnsupportedSchema as why:
-            context.drop_or_raise(why)
+        except UnsupportedSchema as error:
+            context.drop_or_raise(error)
             continue
         if _is_representable(key, name, context):
             yield name, _schema(schema, context)
@@ -250,16 +250,16 @@ def _values(value: object, context: SchemaContext) -> object:
     if not isinstance(value, list):
         check_constant("enum", value, context)
         return value
-    values, why = [], None
+    values, refusal = [], None
     for each in value:
         try:
             check_constant("enum", each, context)
             values.append(each)
         except UnsupportedSchema as found:
             context.drop_or_raise(found)
-            why = found
-    if why and not values:
-        raise why  # none is left: the caller drops the keyword
+            refusal = found
+    if refusal and not values:
+        raise refusal  # none is left: the caller drops the keyword
     return values
 
 

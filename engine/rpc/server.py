@@ -298,9 +298,9 @@ class RpcServer:
             if context.cancelled() or (task and task.cancelling()):
                 raise
             log.exception("call failed: something it waited for was cancelled", method=method)
-            failure = internal("internal error; the server's log tells more")
+            failure = internal("internal error; see the server's log")
         except Exception as error:
-            failure = internal("internal error; the server's log tells more")
+            failure = internal("internal error; see the server's log")
             if isinstance(error, TimeoutError) and limit.expired():
                 failure = to_status(DeadlineExceeded(f"the call took longer than {limit_s:g} s"))
             elif isinstance(error, CallerGone) or context.cancelled():

@@ -172,7 +172,7 @@ def test_a_fork_server_that_stops_reading_is_lost(
 
 def test_shorter_jobs_come_first(sandbox: Sandbox) -> None:
     pause = [sandbox.submit(jobs.burn, 0.5) for _ in range(2)]
-    until(lambda: all(trial.future.running() for trial in pause), "both lanes are busy")
+    until(lambda: all(trial.future.running() for trial in pause), "both slots are busy")
     later = [sandbox.submit(jobs.burn, 0.3) for _ in range(8)]
     assert sandbox.submit(jobs.pid, 0.29).future.result(60).end is JobEnd.DONE
     assert not later[-1].future.done()
@@ -201,11 +201,11 @@ from tests.support import constraint_jobs as jobs
 
 sandbox = Sandbox(Vocabulary(Path(sys.argv[1]), 49152, (2, 0)))
 assert sandbox.submit(jobs.pid, 1.0).future.result(60).end is JobEnd.DONE
-keeper = sandbox._fork_server.pid
-pages = int(Path(f"/proc/{keeper}/statm").read_text().split()[0])
+fork_server = sandbox._fork_server.pid
+pages = int(Path(f"/proc/{fork_server}/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + (32 << 20)  # without room for the stack of a runner
-resource.prlimit(keeper, resource.RLIMIT_AS, (limit, limit))
-print(keeper, flush=True)
+resource.prlimit(fork_server, resource.RLIMIT_AS, (limit, limit))
+print(fork_server, flush=True)
 sandbox.submit(jobs.burn, 0.1).future.result(60)  # its runner ends; the next ones have the limit
 time.sleep(600)
 """
@@ -247,7 +247,7 @@ def test_all_processes_end_with_their_parent(vocabulary: Vocabulary) -> None:
         try:
             assert parent.stdout is not None
             fork_server = int(parent.stdout.readline())
-            until(lambda: len(children(fork_server)) == 3, "a runner a lane")
+            until(lambda: len(children(fork_server)) == 3, "one runner a slot")
             ended = [fork_server, *children(fork_server)]
         finally:
             parent.kill()
