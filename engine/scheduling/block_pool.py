@@ -1,28 +1,27 @@
-"""The KV blocks of one worker: who holds which, what each is named, how often it was reused.
+"""The KV blocks of one worker: their holders, their hashes, and how often each was reused.
 
-Owned by the engine thread; nobody else calls it. Only the generations' memory is read by others
-(over NIXL).
+Owned and called by the engine thread alone. Other workers read the memory of the generations over
+NIXL.
 
                  take                      release, last holder
-      +--------------------+      +-------------------------------------+
-      |                    v      |                                     v
-    free (unnamed)        held (refs > 0) --- name() ---> held, named   |
-      ^                    ^      |                                     |
-      |  released unnamed  |      | released named                      |
-      +--------------------|------+                                     |
-                           |      v                                     |
-                           +--- cached (refs 0, named, LRU) <-----------+
-                      pin a hit / take the least recently used (name dropped)
+      +--------------------+      +-------------------------------------------+
+      |                    v      |                                           v
+    free (no hash)        held (refs > 0) --- set_hash() ---> held, hashed    |
+      ^                    ^      |                                           |
+      |  released unhashed |      | released hashed                           |
+      +--------------------|------+                                           |
+                           |      v                                           |
+                           +--- cached (refs 0, hashed, LRU) <----------------+
+                      pin a hit / take the least recently used (hash dropped)
 
     free + cached + held = total, always; held = 0 at rest.
 
-A block may hold what other workers computed: its own bytes came from one, or those before it in
-its sequence did, and it was computed from them. `sources` are their incarnations. Of a worker that
-turns out to be sick no block stays findable, however far its numbers have travelled (`forget`).
+A block may depend on other workers: its bytes, or those of an earlier block of its sequence, were
+computed by them. `sources` are their incarnations. When a worker turns out to be sick, no block
+that depends on it can be found any more (`forget`).
 
-The fence rests on one rule kept here: `take` bumps a block's generation *before* anybody can write
-to it again. A reader that was told generation g and
-still reads g after its copy has the bytes of g.
+The fence rests on one rule: `take` bumps a block's generation *before* the block can be written
+again. A reader that was sent generation g, and reads g again after its copy, has the bytes of g.
 """
 
 from __future__ import annotations
@@ -41,14 +40,13 @@ _MAX_FORGOTTEN = 1024
 
 
 class NoRoom(Exception):
-    """Fewer free and cached blocks than asked for; nothing was taken."""
+    """Fewer free and cached blocks than requested; nothing was taken."""
 
 
 class BlockObserver(Protocol):
-    """Follows which hashes a pool holds: what was hashed and not dropped since, at every time.
+    """Follows the hashes of a pool: those hashed and not dropped since are those it holds.
 
-    Called on the engine thread, in the order of the changes, which wait for it. It must not call
-    the pool.
+    The pool calls it on the engine thread at each change, in order. It must not call the pool.
     """
 
     def hashed(self, block: int, block_hash: bytes) -> None:
@@ -91,7 +89,7 @@ class BlockPool:
         self._refs = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
-        self._sources: dict[int, frozenset[str]] = {}  # of named blocks that have any
+        self._sources: dict[int, frozenset[str]] = {}  # of hashed blocks that have any
         self._forgotten: OrderedDict[str, None] = OrderedDict()  # sources, the oldest first
         self._free = deque(range(num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -103,7 +101,7 @@ class BlockPool:
 
     @property
     def num_cached(self) -> int:
-        """Blocks that nobody holds but that can still be hit."""
+        """Blocks without a holder that can still be hit."""
         return len(self._cached)
 
     @property
@@ -113,22 +111,22 @@ class BlockPool:
 
     @property
     def held(self) -> frozenset[int]:
-        """Those blocks."""
+        """The blocks with at least one holder."""
         return frozenset(block for block, refs in enumerate(self._refs) if refs > 0)
 
     @property
     def num_available(self) -> int:
-        """What `take` could give."""
+        """Blocks that `take` could return."""
         return self.num_free + self.num_cached
 
     def take(self, count: int) -> list[int]:
-        """Hold `count` blocks for new content: unnamed ones first, then the least recently used.
+        """Hold `count` blocks for new content: free ones first, then the least recently used.
 
         Raises:
             NoRoom: nothing was taken.
         """
         if count > self.num_available:
-            raise NoRoom(f"{count} blocks asked, {self.num_available} available")
+            raise NoRoom(f"{count} blocks requested, {self.num_available} available")
         taken = []
         for _ in range(count):
             if self._free:
@@ -166,11 +164,12 @@ class BlockPool:
                     self._cached[block] = None
 
     def set_hash(self, block: int, block_hash: bytes, sources: frozenset[str] = NO_SOURCES) -> None:
-        """Make a held block of complete bytes findable; a second copy of a name stays unnamed, and
-        so does what a forgotten source has had a part in.
+        """Make a held block of complete bytes findable.
+
+        A second copy of a hash stays unhashed, and so does a block with a forgotten source.
         """
         if self._refs[block] <= 0:
-            raise ValueError(f"block {block} is not held and cannot be named")
+            raise ValueError(f"block {block} is not held and cannot get a hash")
         if block_hash in self._by_hash or self._hashes[block] is not None:
             return
         if sources:
@@ -182,7 +181,7 @@ class BlockPool:
         self._observer.hashed(block, block_hash)
 
     def sources(self, blocks: Iterable[int]) -> frozenset[str]:
-        """Incarnations of the workers that had a part in these named blocks."""
+        """Incarnations of the workers that these hashed blocks depend on."""
         if not self._sources:
             return NO_SOURCES
         return NO_SOURCES.union(*(self._sources.get(block, NO_SOURCES) for block in blocks))
@@ -192,9 +191,9 @@ class BlockPool:
         return any(source in self._forgotten for source in sources)
 
     def forget(self, source: str, *, for_good: bool) -> int:
-        """Let no block be found that `source` had a part in; returns how many were.
+        """Drop the hashes of all blocks that depend on `source`; returns how many there were.
 
-        Holders keep theirs. `for_good`: nor will any block be that it has a part in later.
+        Holders keep their blocks. `for_good`: later blocks of this source get no hash either.
         """
         if for_good:
             self._forgotten[source] = None
@@ -203,7 +202,7 @@ class BlockPool:
         return self.hide([b for b, sources in self._sources.items() if source in sources])
 
     def hide(self, blocks: Iterable[int]) -> int:
-        """Drop the names of these blocks; returns how many had one. Holders keep theirs."""
+        """Drop the hashes of these blocks; returns how many had one. Holders keep their blocks."""
         hashed = [block for block in blocks if self._hashes[block] is not None]
         for block in hashed:
             self._drop_hash(block, evicted=False)
@@ -223,11 +222,11 @@ class BlockPool:
         return hits
 
     def num_cached_of(self, blocks: Iterable[int]) -> int:
-        """How many of these blocks nobody holds (pinning them makes `take` poorer by so many)."""
+        """How many of these blocks have no holder: pinning them lowers `num_available` by that."""
         return sum(1 for block in blocks if self._refs[block] == 0)
 
     def check(self) -> None:
-        """Assert conservation, and that names, references and lists agree; for tests."""
+        """Assert conservation, and that hashes, references and lists agree; for tests."""
         held = sum(1 for refs in self._refs if refs > 0)
         assert held == self.num_held, (held, self.num_free, self.num_cached, self.num_blocks)
         assert all(refs >= 0 for refs in self._refs)
