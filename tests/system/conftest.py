@@ -11,7 +11,10 @@ from tests.support.stack import SHARED, SharedStacks, Stack
 
 @pytest.fixture
 def stack(stacks: SharedStacks) -> Stack:
-    """One prefill and one decode worker in fp32. A test leaves it at rest and its workers alive."""
+    """One prefill and one decode worker in fp32. A test leaves it at rest and its workers alive.
+
+    A test that needs a prompt which is not cached sends a `cache_salt` of its own.
+    """
     return stacks.get(*SHARED)
 
 

@@ -36,7 +36,9 @@ def ended(stack: Stack, process: str, request_id: str) -> dict[str, Any]:
 
 
 def test_a_long_prompt_s_blocks_move_while_it_is_computed(stack: Stack) -> None:
-    tokens, _, done = stack.generate(LONG["prompt"], max_tokens=8, request_id="long")
+    tokens, _, done = stack.generate(
+        LONG["prompt"], max_tokens=8, request_id="long", cache_salt="flow"
+    )
     assert tokens == LONG["tokens"][:8]
     assert done.usage.prompt_tokens == 1500
     assert done.usage.cached_tokens == 0
@@ -55,11 +57,14 @@ def test_a_long_prompt_s_blocks_move_while_it_is_computed(stack: Stack) -> None:
 
 def test_the_same_prefix_again_moves_and_computes_only_what_is_new(stack: Stack) -> None:
     prefix = LONG["prompt"][:640]
-    stack.generate([*prefix, 5], max_tokens=1, request_id="first")
+    stack.generate([*prefix, 5], max_tokens=1, request_id="first", cache_salt="prefix")
     stack.assert_at_rest()
     before = stack.metrics("prefill"), stack.metrics("decode")
     _, _, done = stack.generate(
-        prefix + LONG["prompt"][700:764] + [5], max_tokens=1, request_id="second"
+        prefix + LONG["prompt"][700:764] + [5],
+        max_tokens=1,
+        request_id="second",
+        cache_salt="prefix",
     )
     stack.assert_at_rest()
     after = stack.metrics("prefill"), stack.metrics("decode")

@@ -51,7 +51,9 @@ def kinds(found: dict[str, Any], request_id: str) -> set[str]:
 
 def test_holds_from_the_prompt_to_the_end(stack: Stack) -> None:
     (p,), (d,) = stack.workers("prefill"), stack.workers("decode")
-    request = generate_request(LONG["prompt"], max_tokens=200, ignore_eos=True, request_id="held")
+    request = generate_request(
+        LONG["prompt"], max_tokens=200, ignore_eos=True, request_id="held", cache_salt="held"
+    )
     call = stack.client._inference[0].Generate(request, timeout=120)
 
     seen: dict[str, set[str]] = {"prefill": set(), "decode": set()}

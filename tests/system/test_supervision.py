@@ -47,7 +47,7 @@ def test_kill_9_of_the_prefill_worker_while_it_computes(stack: Stack) -> None:
     answers: list[list[int]] = []
     prompt = LONG["prompt"]
     thread = threading.Thread(
-        target=lambda: answers.append(stack.generate(prompt, max_tokens=16)[0])
+        target=lambda: answers.append(stack.generate(prompt, max_tokens=16, cache_salt="new")[0])
     )
     thread.start()
     until(lambda: bool(stack.workers("prefill")[0].num_running), 20, "the prompt is being computed")
