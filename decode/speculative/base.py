@@ -18,8 +18,9 @@ class NoDrafter:
         """Nothing."""
         return NO_DRAFT
 
-    def materialize(self, rows: Sequence[PlannedRow]) -> None:
-        """Nothing was promised."""
+    def materialize(self, rows: Sequence[PlannedRow]) -> list[PlannedRow]:
+        """The rows as they are: no draft of it is pending."""
+        return list(rows)
 
     def finish(self, request_id: str) -> None:
         """Nothing is held."""

@@ -24,6 +24,7 @@ from engine.attention.batch import Row
 from engine.runner.base import ModelRunner
 from engine.sampling import Sampler, UnusableLogits
 from engine.scheduling.plan import PlannedRow
+from engine.scheduling.request import Request
 from engine.scheduling.speculation import PENDING, Draft
 from engine.telemetry.log import get_logger
 
@@ -31,7 +32,7 @@ _log = get_logger(__name__)
 
 
 class ModelDrafter:
-    """Promises as many tokens as it is asked for, and writes those that are chosen."""
+    """Proposes PENDING tokens, and computes those that are chosen."""
 
     name = "model"
     acceptance = (0.7,)
@@ -44,60 +45,60 @@ class ModelDrafter:
         self._sampler = sampler
         self._cost = cost
         self._clock = clock
-        self._promises: dict[str, Draft] = {}
+        self._pending: dict[str, Draft] = {}
 
     def propose(self, request_id: str, tokens: Sequence[int], max_tokens: int) -> Draft:
-        """A promise; `write` puts the tokens into it, too."""
+        """PENDING tokens; `materialize` writes them into this draft, too."""
         count = max(0, max_tokens)
-        draft = self._promises[request_id] = Draft([PENDING] * count, [0] * count)
+        draft = self._pending[request_id] = Draft([PENDING] * count, [0] * count)
         return draft
 
-    def materialize(self, rows: Sequence[PlannedRow]) -> None:
+    def materialize(self, rows: Sequence[PlannedRow]) -> list[PlannedRow]:
         """Draft for all rows at once. A draft ends early where it ends the answer."""
-        wanted = {id(row): len(row.draft) for row in rows}
-        for row in rows:
-            row.draft.clear()
-        going = list(rows)
-        while going:
-            going = [
-                row
-                for row, token in zip(going, self._pass(going), strict=True)
-                if self._goes_on(row, token, wanted[id(row)])
+        drafts: list[list[int]] = [[] for _ in rows]
+        active = list(range(len(rows)))
+        while active:
+            tokens = self._pass([(rows[i].request, drafts[i]) for i in active])
+            for i, token in zip(active, tokens, strict=True):
+                if token != PENDING:
+                    drafts[i].append(token)
+            active = [
+                i
+                for i, token in zip(active, tokens, strict=True)
+                if token != PENDING and self._continues(rows[i], drafts[i])
             ]
-        for row in rows:
-            self._promises[str(row.request.key)].tokens[: len(row.draft)] = row.draft
+        for row, draft in zip(rows, drafts, strict=True):
+            self._pending[str(row.request.key)].tokens[: len(draft)] = draft
+        return [row.with_draft(tuple(d)) for row, d in zip(rows, drafts, strict=True)]
 
     def finish(self, request_id: str) -> None:
-        """Forget the request's promise."""
-        self._promises.pop(request_id, None)
+        """Forget the request's draft."""
+        self._pending.pop(request_id, None)
 
     @staticmethod
-    def _goes_on(row: PlannedRow, token: int, wanted: int) -> bool:
-        if token == PENDING:
-            return False
-        row.draft.append(token)
+    def _continues(row: PlannedRow, draft: Sequence[int]) -> bool:
         stop = row.request.work.stop
-        return len(row.draft) < wanted and not (stop and token in stop.stop_token_ids)
+        return len(draft) < len(row.draft) and not (stop and draft[-1] in stop.stop_token_ids)
 
-    def _pass(self, rows: Sequence[PlannedRow]) -> list[int]:
-        """The next token of each row's draft; PENDING where the model gives none."""
+    def _pass(self, drafting: Sequence[tuple[Request, list[int]]]) -> list[int]:
+        """The next token of each draft; PENDING where the model gives none."""
         begun_s = self._clock()
-        model_rows = [self._model_row(row) for row in rows]
-        logits = self._runner.run(model_rows)
-        sample_rows = [row.request.sample_row(row.draft) for row in rows]
+        rows = [self._model_row(request, draft) for request, draft in drafting]
+        logits = self._runner.run(rows)
+        # A copy of each draft: a sampled row is a value.
+        sample_rows = [request.sample_row(tuple(draft)) for request, draft in drafting]
         try:
             tokens = self._sampler.sample(logits, sample_rows)
-        except UnusableLogits as error:  # no reason to look further: the target will tell
+        except UnusableLogits as error:  # the target model decides what that means
             _log.warning("the draft model's logits are unusable", reason=str(error))
             tokens = [PENDING] * len(rows)
-        self._cost.observe(sum(len(r.token_ids) for r in model_rows), self._clock() - begun_s)
+        self._cost.observe(sum(len(row.token_ids) for row in rows), self._clock() - begun_s)
         return tokens
 
     @staticmethod
-    def _model_row(row: PlannedRow) -> Row:
-        request = row.request
-        if row.draft:
-            start = request.num_computed + len(row.draft)
-            return Row([row.draft[-1]], start, request.table.blocks, 1)
+    def _model_row(request: Request, draft: Sequence[int]) -> Row:
+        if draft:
+            start = request.num_computed + len(draft)
+            return Row(draft[-1:], start, request.table.ids, 1)
         start = request.num_computed - request.draft_lag
-        return Row(request.tokens[start:], start, request.table.blocks, 1)
+        return Row(request.tokens[start:], start, request.table.ids, 1)

@@ -95,8 +95,9 @@ class NgramDrafter:
         buckets += _GRADE_DIFFER[agreed : min(agreed + 1, stop)]
         return Draft(draft, buckets + _GRADE_ALONE[agreed + 1 : stop])
 
-    def materialize(self, rows: Sequence[PlannedRow]) -> None:
-        """Nothing: its drafts cost nothing and are whole."""
+    def materialize(self, rows: Sequence[PlannedRow]) -> list[PlannedRow]:
+        """The rows as they are: its drafts cost nothing and are whole."""
+        return list(rows)
 
     def finish(self, request_id: str) -> None:
         """Forget the request's index."""

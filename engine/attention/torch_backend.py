@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from engine.attention.batch import Batch, ranges
+from engine.attention.batch import Batch, BlockIds, ranges
 from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import DTYPES, KVCache
 from engine.models.config import FULL_ATTENTION, AttentionSpec
@@ -38,7 +38,7 @@ _Ints = npt.NDArray[np.int64]
 class _Rows:
     """Some rows of a step, for planning: one entry a row."""
 
-    tables: Sequence[Sequence[int]]
+    tables: Sequence[BlockIds]
     first_token: _Ints  # index of the row's first token in the step
     starts: _Ints  # position of its first token
     lengths: _Ints  # queries

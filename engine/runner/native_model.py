@@ -10,12 +10,13 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.attention.batch import Row, check_rows
+from engine.attention.batch import Row, TableStaging, check_rows, ranges
 from engine.cache.kv_cache import KVCache
 from engine.checkpoint.packed import PackedWeights
 from engine.kernels import Kernels
@@ -43,6 +44,7 @@ class NativeModel:
         self._library = library.library
         self._library.diptych_arena_new.restype = ctypes.c_void_p
         self._logits = torch.empty(0, config.vocab_size, dtype=torch.float32)
+        self._tables = TableStaging()
         self._arena = ctypes.c_void_p(self._library.diptych_arena_new())
         rope = make_rope(config, self.device)
         self._decoder = Decoder(config, weights, rope.inv_freq.numpy(), rope.scale)
@@ -72,20 +74,16 @@ class NativeModel:
         check_rows(rows, layout.block_size)
         lengths = np.array([len(row.token_ids) for row in rows], np.int32)
         ends = np.cumsum(lengths, dtype=np.int32)
-        logit_index = [
-            np.arange(end - row.num_logits, end, dtype=np.int32)
-            for row, end in zip(rows, ends.tolist(), strict=True)
-        ]
-        stride = max(len(row.block_ids) for row in rows)
-        tables = np.zeros((len(rows), stride), np.int32)
-        for table, row in zip(tables, rows, strict=True):
-            table[: len(row.block_ids)] = row.block_ids
+        num_wanted = np.array([row.num_logits for row in rows], np.int64)
+        tables = self._tables.lay_out(rows)
         arrays: Mapping[str, _Ints] = {
-            "token_ids": np.concatenate([np.asarray(row.token_ids, np.int32) for row in rows]),
+            "token_ids": np.array(
+                list(chain.from_iterable(row.token_ids for row in rows)), np.int32
+            ),
             "first_token": np.concatenate([np.zeros(1, np.int32), ends]),
             "position": np.array([row.start for row in rows], np.int32),
             "tables": tables,
-            "logit_index": np.concatenate(logit_index),
+            "logit_index": ranges(ends - num_wanted, num_wanted).astype(np.int32),
         }
         if arrays["token_ids"].view(np.uint32).max() >= self.config.vocab_size:
             raise ValueError(f"a token id is not below {self.config.vocab_size}")
@@ -95,7 +93,7 @@ class NativeModel:
             int(ends[-1]),
             len(rows),
             num_logits,
-            stride,
+            tables.shape[1],
             *(array.ctypes.data for array in arrays.values()),
         )
         strides = (kv_cache.block_stride, layout.head_elements)

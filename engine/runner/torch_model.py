@@ -72,23 +72,31 @@ class TorchModel:
         return Runner(self, kv_cache, host.attention(self.config, kv_cache))
 
     def forward(
-        self, batch: Batch, kv_cache: KVCache, backend: AttentionBackend[Any]
+        self, batch: Batch, plan: Any, kv_cache: KVCache, backend: AttentionBackend[Any]
     ) -> torch.Tensor:
-        """Write the batch's KV; return logits fp32 [S, vocab] of tokens batch.logit_index."""
-        return self._forward(_Step(self, batch, kv_cache, backend), self.layers)
+        """Write the batch's KV; return logits fp32 [S, vocab] of tokens batch.logit_index.
+
+        `plan` is the backend's, for this batch.
+        """
+        return self._forward(_Step(self, batch, plan, kv_cache, backend), self.layers)
 
 
 class _Step:
     """One forward pass: the Step that an architecture's `forward` is written for."""
 
     def __init__(
-        self, model: TorchModel, batch: Batch, kv_cache: KVCache, backend: AttentionBackend[Any]
+        self,
+        model: TorchModel,
+        batch: Batch,
+        plan: Any,
+        kv_cache: KVCache,
+        backend: AttentionBackend[Any],
     ) -> None:
         self._model = model
         self._batch = batch
         self._kv_cache = kv_cache
         self._backend = backend
-        self._plan = backend.plan(batch)
+        self._plan = plan
         self._cos, self._sin = model.rope.tables(batch.positions)
 
     def embed(self) -> torch.Tensor:

@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from engine.base.types import SamplingParams
 from engine.kernels import kernels
@@ -25,9 +27,8 @@ from engine.sampling.filters import MAX_TEMPERATURE, penalizes
 from engine.scheduling.rows import SampleRow, UnusableLogits
 
 _PARAMETERS = struct.Struct("=6dQ3q3q")
-_POSITION = struct.Struct("=Q")
 _HISTORY = struct.Struct("=8q")
-_NO_HISTORY = bytes(_HISTORY.size)
+_REST = bytes(8 + _HISTORY.size)  # of a record: its position, and no history
 _ALIGNMENT = 64
 _64_BITS = 2**64 - 1
 _NO_SUCH_TOKEN = -3
@@ -73,7 +74,7 @@ _Biases = tuple["array[int]", "array[float]"]  # token ids and what is added to 
 
 @dataclass(frozen=True, slots=True)
 class _Parameters:
-    record: bytes
+    record: bytes  # with room for what differs from row to row
     penalizes: bool
     pointed_at: _Biases  # by the record
 
@@ -89,7 +90,7 @@ class NativeSampler:
             ctypes.c_void_p,  # logits
             ctypes.c_int64,  # elements from one row to the next
             ctypes.c_int,  # vocab_size
-            ctypes.c_char_p,  # records
+            ctypes.c_void_p,  # records
             ctypes.c_int,  # first row
             ctypes.c_int,  # one after the last
             ctypes.c_void_p,  # tokens, int32
@@ -122,7 +123,7 @@ class NativeSampler:
                 logits.data_ptr(),
                 logits.stride(0),
                 self.vocab_size,
-                records,
+                records.ctypes.data,
                 0,
                 len(rows),
                 tokens.buffer_info()[0],
@@ -133,22 +134,28 @@ class NativeSampler:
             _raise(drawn)
         return drawn
 
-    def _pack(self, rows: Sequence[SampleRow], drafts: list[array[int]]) -> bytes:
-        """The rows' records; they point at arrays kept in `drafts` and in this object."""
+    def _pack(self, rows: Sequence[SampleRow], drafts: list[array[int]]) -> NDArray[np.uint8]:
+        """The rows' records [R, 176]; they point at arrays in `drafts` and in this object."""
         for kept in (self._parameters, self._biases, self._tokens, self._banned):
             kept.turn()
-        parts: list[bytes] = []
-        for row in rows:
+        records: list[bytes] = []
+        histories: list[tuple[int, bytes]] = []
+        for i, row in enumerate(rows):
             params = self._parameters.get(row.params)
             if params is None:
                 packed = _packed(row.params, self._biases_of(row.params.logit_bias))
                 params = self._parameters.put(row.params, packed)
             elif row.params.logit_bias:
                 self._biases.get(row.params.logit_bias)  # for choices that begin later
-            plain = not (params.penalizes or row.banned) and row.mask is None
-            history = _NO_HISTORY if plain else self._history(row, params.penalizes, drafts)
-            parts += (params.record, _POSITION.pack(row.position), history)
-        return b"".join(parts)
+            records.append(params.record)
+            if params.penalizes or row.banned or row.mask is not None:
+                histories.append((i, self._history(row, params.penalizes, drafts)))
+        buffer = np.frombuffer(bytearray(b"".join(records)), np.uint8).reshape(len(rows), -1)
+        positions = np.array([row.position for row in rows], np.uint64)
+        buffer[:, _PARAMETERS.size : _PARAMETERS.size + 8] = positions.view(np.uint8).reshape(-1, 8)
+        for i, history in histories:
+            buffer[i, _PARAMETERS.size + 8 :] = np.frombuffer(history, np.uint8)
+        return buffer
 
     def _biases_of(self, pairs: Sequence[tuple[int, float]]) -> _Biases:
         """As arrays, made once for all choices of a request, which share the pairs."""
@@ -200,7 +207,7 @@ def _packed(p: SamplingParams, biases: _Biases) -> _Parameters:
         values.buffer_info()[0],
         len(ids),
     )
-    return _Parameters(record, penalizes(p), biases)
+    return _Parameters(record + _REST, penalizes(p), biases)
 
 
 def _raise(drawn: Sequence[int]) -> None:

@@ -12,7 +12,6 @@ worker change no answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -134,7 +133,7 @@ def _let_bans_give_way(
     for i, is_left in zip(both, left, strict=True):
         if not is_left:
             x[i] = logits[index[i]]
-            edit_logits(x[i : i + 1], [replace(rows[i], banned=frozenset())])
+            edit_logits(x[i : i + 1], [rows[i]._replace(banned=frozenset())])
 
 
 def _check(x: torch.Tensor, names: Sequence[int], reason: str, *, raw: bool = False) -> None:

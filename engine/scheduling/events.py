@@ -1,11 +1,13 @@
-"""What an engine says of its requests: values that cross from its thread to the loop.
+"""What an engine reports of its requests: values that cross from its thread to the loop.
 
 [FetchEvent] [AnnouncedEvent ...] [TokensEvent ...] FinishedEvent    in order, for each request
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.base.errors import DiptychError
 from engine.base.types import FinishReason, TokenLogprobs
@@ -21,15 +23,14 @@ class Counts:
     queue_s: float  # until it was first admitted
 
 
-@dataclass(frozen=True, slots=True)
-class TokensEvent:
-    """New tokens of an answer; with the first, or instead of any, what the prompt was to tell."""
+class TokensEvent(NamedTuple):
+    """New tokens of an answer; with the first, or instead, the prompt's log-probabilities."""
 
     key: int
     token_ids: list[int]
     counts: Counts
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a token, where asked for
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of its tokens 1, 2, ...
+    logprobs: Sequence[TokenLogprobs] = ()  # one a token, where asked for
+    prompt_logprobs: Sequence[TokenLogprobs] = ()  # of its tokens 1, 2, ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,10 @@ from engine.base.types import FinishReason, SamplingParams, StopParams, TokenLog
 from engine.constraints import Matcher
 from engine.scheduling.block_pool import NO_SOURCES
 from engine.scheduling.block_table import BlockTable
+from engine.scheduling.events import Counts
 from engine.scheduling.rows import SampleRow
+
+_NOT_BANNED: frozenset[int] = frozenset()
 
 
 class State(Enum):
@@ -105,16 +108,18 @@ class Request:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # not yet reported
     finish_reason: FinishReason | None = None
     matched_stop: int | None = None
+    counts: Counts | None = None  # as last reported
+    num_prompt: int = field(init=False)  # tokens of the prompt, without any of the answer
+    is_answer: bool = field(init=False)  # else only the KV of whole blocks is wanted
+    wants_tokens: bool = field(init=False)  # not where the prompt's log-probabilities are all
 
     def __post_init__(self) -> None:
         self.tokens = [*self.work.prompt, *self.work.output]
         self.rank = self.work.priority
+        self.num_prompt = len(self.work.prompt)
+        self.is_answer = self.work.sampling is not None
+        self.wants_tokens = self.work.stop is not None and self.work.stop.max_tokens > 0
         self.num_announced = max(0, self.work.announce_from)
-
-    @property
-    def num_prompt(self) -> int:
-        """Tokens of the prompt, without any of the answer."""
-        return len(self.work.prompt)
 
     @property
     def num_output(self) -> int:
@@ -132,24 +137,14 @@ class Request:
         return self.state is State.FINISHED
 
     @property
-    def samples(self) -> bool:
-        """Whether it writes an answer."""
-        return self.work.sampling is not None
-
-    @property
     def num_to_score(self) -> int:
         """Leading positions whose logits are wanted: the last one tells nothing of the prompt."""
         return 0 if self.work.num_prompt_logprobs is None else self.num_prompt - 1
 
     @property
-    def wants_tokens(self) -> bool:
-        """Whether it writes as much as one token: the prompt's log-probabilities may be all."""
-        return self.work.stop is not None and self.work.stop.max_tokens > 0
-
-    @property
     def decoding(self) -> bool:
         """Whether its next row is one token and a draft."""
-        return self.samples and self.num_pending == 1
+        return self.is_answer and len(self.tokens) - self.num_computed == 1
 
     @property
     def sort_key(self) -> tuple[int, float, int]:
@@ -160,19 +155,12 @@ class Request:
         self, draft: Sequence[int] = (), mask: NDArray[np.int32] | None = None
     ) -> SampleRow:
         """Where the sampler stands after the known tokens and `draft`."""
-        work = self.work
-        assert work.sampling is not None
-        assert work.stop is not None
-        early = self.num_output + len(draft) < work.stop.min_tokens
-        return SampleRow(
-            params=work.sampling,
-            position=len(self.tokens) + len(draft),
-            tokens=self.tokens,
-            num_prompt=self.num_prompt,
-            draft=draft,
-            banned=work.stop.stop_token_ids if early else frozenset(),
-            mask=mask,
-        )
+        work, position = self.work, len(self.tokens) + len(draft)
+        sampling, stop = work.sampling, work.stop
+        assert sampling is not None and stop is not None
+        early = position - self.num_prompt < stop.min_tokens
+        banned = stop.stop_token_ids if early else _NOT_BANNED
+        return SampleRow(sampling, position, self.tokens, self.num_prompt, draft, banned, mask)
 
     def whole_hashes(self, block_size: int) -> list[bytes]:
         """Names of the whole blocks that a hit or a peer may supply.
@@ -180,7 +168,7 @@ class Request:
         An answer needs at least one token to compute, so that there are logits to sample from:
         floor((n - 1) / block_size) blocks; mere KV may be hit whole.
         """
-        usable = len(self.tokens) - (1 if self.samples else 0)
+        usable = len(self.tokens) - (1 if self.is_answer else 0)
         while (len(self.hashes) + 1) * block_size <= len(self.tokens):
             start = len(self.hashes) * block_size
             parent = self.hashes[-1] if self.hashes else b""

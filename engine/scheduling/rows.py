@@ -1,9 +1,9 @@
-"""One token to draw: all that the sampler's answer depends on besides the logits; its one error."""
+"""One token to sample: all that it depends on besides the logits; the error of unusable logits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from engine.base.types import SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class SampleRow:
+class SampleRow(NamedTuple):
     """A row of logits is to become the token at `position`, which follows `tokens + draft`.
 
     tokens  [ prompt: num_prompt | answer so far ]   draft  [ tokens assumed ]   position

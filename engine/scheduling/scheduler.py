@@ -18,12 +18,12 @@ takes over when the maker is gone or the wait has lasted `owner_wait_s`.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from itertools import chain
 
 from engine.base.types import RoleBudgets
-from engine.constraints import Matcher
 from engine.scheduling.block_pool import BlockPool, NoRoom
+from engine.scheduling.drafts import DraftPlanner
 from engine.scheduling.plan import (
     FAIR_SHARE,
     FIRST_RANK,
@@ -34,7 +34,7 @@ from engine.scheduling.plan import (
     StepBudget,
 )
 from engine.scheduling.request import Request, State
-from engine.scheduling.speculation import FORCED, PENDING, Draft, Speculation
+from engine.scheduling.speculation import Speculation
 
 
 class Scheduler:
@@ -86,7 +86,7 @@ class Scheduler:
     @property
     def waiting_tokens(self) -> int:
         """Known tokens to compute, without those of answers under way."""
-        pending = (request.num_pending for request in chain(self.waiting, self.active))
+        pending = [len(r.tokens) - r.num_computed for r in chain(self.waiting, self.active)]
         return sum(num_tokens for num_tokens in pending if num_tokens > 1)
 
     def add(self, request: Request) -> None:
@@ -111,8 +111,10 @@ class Scheduler:
         passed by.
         """
         admitted: list[Request] = []
+        if not self.waiting:
+            return admitted
         max_answers = self.role_budgets.answers or self.budgets.num_seqs
-        num_answers = sum(request.samples for request in self.active)
+        num_answers = sum(request.is_answer for request in self.active)
         left = list(self.waiting)
         while left and len(self.active) < self.budgets.num_seqs:
             request = left[0]
@@ -120,7 +122,7 @@ class Scheduler:
                 request = min(left, key=lambda r: (r.arrival_s, r.key))
             is_first = request is left[0]
             left.remove(request)
-            if request.samples and num_answers >= max_answers:
+            if request.is_answer and num_answers >= max_answers:
                 continue
             if self._waits_for_producer(request, now_s):
                 continue
@@ -131,7 +133,7 @@ class Scheduler:
             if not is_first:
                 request.rank = FIRST_RANK
             self._enter(request, now_s)
-            num_answers += request.samples
+            num_answers += request.is_answer
             admitted.append(request)
         return admitted
 
@@ -139,7 +141,7 @@ class Scheduler:
         """Pin its hits and take the rest of its room, or leave everything as it was."""
         hits = self.pool.match(request.hittable_hashes(self.block_size))
         needed = self.room_needed(len(request.tokens)) - len(hits)
-        if not request.samples:
+        if not request.is_answer:
             needed = len(request.tokens) // self.block_size - len(hits)
         if needed + self.pool.num_cached_of(hits) > self.pool.num_available:
             return False
@@ -182,20 +184,33 @@ class Scheduler:
 
         The requests of the keys `held` give no token in it.
         """
-        running = [r for r in list(self.active) if not (r.decoding and r.key in held)]
-        decoding = [request for request in running if self._goes_on(request)]
-        prompts = [r for r in self.active if r.state is State.RUNNING and not r.decoding]
+        decoding: list[Request] = []
+        prompts: list[Request] = []
+        for request in list(self.active):  # the oldest first; those preempted for it come later
+            if request.state is not State.RUNNING:
+                continue
+            num_tokens = len(request.tokens)
+            if not request.is_answer or num_tokens - request.num_computed != 1:
+                prompts.append(request)
+            elif held and request.key in held:
+                continue
+            elif request.table.num_positions >= num_tokens or self._make_room(request, num_tokens):
+                decoding.append(request)
         prompts.sort(key=lambda r: self._turn(r, now_s))
         self._let_the_oldest_go_first(prompts)
         max_scored = MAX_SCORED_BESIDE if decoding else MAX_SCORED
         for_others = self.role_budgets.prompt_tokens or None
         budget = StepBudget(self.budgets.prompt_tokens, max_scored, for_others)
-        chunks = []
+        chunks: list[PlannedRow] = []
         for request in prompts:
             if count := budget.take(request, self.block_size, request.key in held):
-                chunks.append(PlannedRow(request, count, []))
-        drafts = self._drafts(decoding, chunks)
-        return [PlannedRow(r, 1, d) for r, d in zip(decoding, drafts, strict=True)] + chunks
+                chunks.append(PlannedRow.of(request, count))
+        if self.speculation is None:
+            return [PlannedRow(r, 1, (), 0, int(r.wants_tokens)) for r in decoding] + chunks
+        num_queued = self.room_needed(len(self.waiting[0].tokens)) if self.waiting else 0
+        spare = max(0, self.pool.num_available - len(decoding) - num_queued)
+        planner = DraftPlanner(self.speculation, self.block_size, self.max_model_len, spare)
+        return planner.plan(decoding, chunks, self.budgets.num_logits)
 
     def _let_the_oldest_go_first(self, prompts: list[Request]) -> None:
         """Once in FAIR_SHARE of the plans in which priorities decide."""
@@ -216,62 +231,6 @@ class Scheduler:
         waited_s = now_s - request.arrival_s
         left = request.num_pending - waited_s * self.budgets.aging_tokens_per_s
         return request.rank, left
-
-    def _goes_on(self, request: Request) -> bool:
-        """Whether the request writes its next token now; it has room for that then."""
-        if request.state is not State.RUNNING or not request.decoding:
-            return False
-        return self._make_room(request, len(request.tokens))
-
-    def _drafts(self, decoding: Sequence[Request], chunks: Sequence[PlannedRow]) -> list[list[int]]:
-        """A draft, often empty, for each request that goes on, and the room it needs."""
-        if self.speculation is None:
-            return [[] for _ in decoding]
-        spare = self._spare_blocks(len(decoding))
-        proposals = []
-        for request in decoding:
-            limit = min(self._draft_limit(request), self._room_left(request, spare))
-            key = str(request.key)
-            draft = self.speculation.drafter.propose(key, request.tokens, limit)
-            if request.work.matcher is not None:
-                draft = fitted(draft, request.work.matcher, limit)
-            proposals.append((key, draft))
-        num_chunk_tokens = sum(row.num_tokens for row in chunks)
-        num_answers = len(decoding) + sum(row.num_sampled for row in chunks)
-        lengths = self.speculation.choose(proposals, len(decoding) + num_chunk_tokens, num_answers)
-        drafts = []
-        left = max(0, self.budgets.num_logits - num_answers)
-        for request, (_, proposal), length in zip(decoding, proposals, lengths, strict=True):
-            length = min(length, self._room_left(request, spare), left)
-            left -= length
-            missing = request.table.missing(len(request.tokens) + length)
-            request.table.reserve(len(request.tokens) + length)
-            spare -= missing
-            drafts.append(proposal.tokens[:length])
-        return drafts
-
-    def _draft_limit(self, request: Request) -> int:
-        """The longest draft of which every token could still be part of the answer."""
-        stop = request.work.stop
-        if self.speculation is None or stop is None:
-            return 0
-        most = min(
-            self.speculation.max_draft_tokens,
-            stop.max_tokens - request.num_output - 1,
-            self.max_model_len - len(request.tokens) - 1,
-        )
-        return max(0, most)
-
-    def _spare_blocks(self, num_decoding: int) -> int:
-        """Blocks for guesses: nobody is preempted, nor kept waiting, because of one."""
-        spare = self.pool.num_available - num_decoding
-        if self.waiting:
-            spare -= self.room_needed(len(self.waiting[0].tokens))
-        return max(0, spare)
-
-    def _room_left(self, request: Request, spare: int) -> int:
-        """Positions beyond the known tokens in the request's blocks and so many more."""
-        return (len(request.table.blocks) + spare) * self.block_size - len(request.tokens)
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Blocks for `num_tokens` positions, at the cost of the youngest; False: that was it."""
@@ -307,6 +266,8 @@ class Scheduler:
         request.num_computed = num_computed
         request.draft_lag = draft_lag
         full = (num_computed - draft_lag) // self.block_size
+        if full <= request.num_hashed:
+            return
         if full > len(request.hashes):
             request.whole_hashes(self.block_size)
         for index in range(request.num_hashed, full):
@@ -314,20 +275,4 @@ class Scheduler:
             self.pool.set_hash(request.table.blocks[index], block_hash, request.sources)
             if self._producers.get(block_hash) is request:
                 del self._producers[block_hash]
-        request.num_hashed = max(request.num_hashed, full)
-
-
-def fitted(draft: Draft, matcher: Matcher, limit: int) -> Draft:
-    """A draft that the constraint lets come: what it forces, then the drafter's as far as it fits.
-
-    Tokens that a drafter has only promised are seen to when they are written.
-    """
-    forced = matcher.forced()[:limit]
-    size = len(forced)
-    if size and draft.tokens[:size] != forced:
-        return Draft(forced, [FORCED] * size)
-    if PENDING in draft.tokens:
-        return draft
-    num_valid = matcher.num_valid(draft.tokens) if draft.tokens else 0
-    buckets = [FORCED] * size + draft.buckets[size:num_valid]
-    return Draft(draft.tokens[:num_valid], buckets[:num_valid])
+        request.num_hashed = full

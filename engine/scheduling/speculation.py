@@ -42,8 +42,8 @@ class Drafter(Protocol):
         """
         ...
 
-    def materialize(self, rows: Sequence[PlannedRow]) -> None:
-        """Put tokens in place of the PENDING ones of each row's draft; fewer will do."""
+    def materialize(self, rows: Sequence[PlannedRow]) -> list[PlannedRow]:
+        """The same rows with tokens in place of the PENDING ones of their drafts, or fewer."""
         ...
 
     def finish(self, request_id: str) -> None:

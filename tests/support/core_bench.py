@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from prometheus_client import CollectorRegistry
@@ -41,13 +41,14 @@ class Bench:
         self.pool = BlockPool(num_blocks)
         self.runner = HistoryRunner(num_blocks, SIZE)
         self.now_s = 0.0
+        self.clock: Callable[[], float] = lambda: self.now_s
         speculation = Speculation(NgramDrafter(), verify, draft_tokens) if draft_tokens else None
         self.scheduler = Scheduler(
             self.pool, SIZE, Budgets(prompt_tokens, num_seqs, 5.0), speculation, max_model_len
         )
         sampler = Sampler(VOCAB, torch.device("cpu"))
         metrics = WorkerMetrics(CollectorRegistry(), "test")
-        self.core = EngineCore(self.scheduler, self.runner, sampler, metrics, lambda: self.now_s)
+        self.core = EngineCore(self.scheduler, self.runner, sampler, metrics, lambda: self.clock())
         self.tokens: dict[int, list[int]] = {}
         self.finished: dict[int, FinishedEvent] = {}
         self.fetches: list[FetchEvent] = []

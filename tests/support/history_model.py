@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from engine.attention.batch import Row
+from engine.runner.base import ModelRunner, StepOutput
 
 VOCAB = 50
 
@@ -34,7 +35,7 @@ def logits_of(history: Sequence[object]) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-class HistoryRunner:
+class HistoryRunner(ModelRunner):
     """Looks like engine.runner.Runner."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -46,7 +47,11 @@ class HistoryRunner:
         self.steps: list[list[Row]] = []
         self.fail_next = 0
 
-    def run(self, rows: Sequence[Row]) -> torch.Tensor:
+    def launch(self, rows: Sequence[Row]) -> StepOutput:
+        return StepOutput(self.compute(rows))
+
+    def compute(self, rows: Sequence[Row]) -> torch.Tensor:
+        """The logits; what a test replaces to change them."""
         if self.fail_next:
             self.fail_next -= 1
             raise RuntimeError("the device said no")

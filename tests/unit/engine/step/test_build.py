@@ -109,7 +109,7 @@ def test_a_pool_is_sized_by_the_share_that_was_dealt(folder: Path) -> None:
 
 def test_first_layers_share_the_targets_weights(folder: Path) -> None:
     core = build(folder, "first:2").core
-    target, draft = core._runner._model, core._draft_runner._model  # type: ignore[attr-defined,union-attr]
+    target, draft = core._runner._model, core._draft_kv._runner._model  # type: ignore[attr-defined,union-attr]
     assert draft.weights["1.qkv"] is target.weights["1.qkv"]
     assert draft.head is target.head
 

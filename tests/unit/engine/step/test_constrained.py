@@ -17,7 +17,6 @@ from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.constraints import Masks
 from engine.constraints.masks import MaskRequest
 from engine.scheduling.request import EngineRequest, State
-from engine.scheduling.scheduler import fitted
 from engine.scheduling.speculation import FORCED, PENDING, Draft
 from tests.support.constrained_loop import PERSON, plain_loop
 from tests.support.core_bench import SALT, Bench, random_work

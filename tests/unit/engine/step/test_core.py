@@ -300,7 +300,7 @@ def test_unusable_logits_end_their_own_request_only() -> None:
     good = EngineRequest("good", (1, 2, 3), SALT, SamplingParams(), StopParams(max_tokens=9))
     bad = replace(good, request_id="bad", prompt=(4, 5))
     keys = [bench.add(good), bench.add(bad)]
-    run = bench.runner.run
+    run = bench.runner.compute
 
     def poisoned(rows: Sequence[Row]) -> torch.Tensor:
         logits = run(rows)
@@ -308,7 +308,7 @@ def test_unusable_logits_end_their_own_request_only() -> None:
             logits[1] = torch.nan
         return logits
 
-    bench.runner.run = poisoned  # type: ignore[method-assign]
+    bench.runner.compute = poisoned  # type: ignore[method-assign]
     bench.run()
     assert bench.tokens[keys[0]] == oracle(good)[0]
     assert bench.finished[keys[1]].error

@@ -26,13 +26,13 @@ class PacedBench(Bench):
     def __init__(self, speculation: Speculation | None, row_s: float = 0.001, **room: int) -> None:
         super().__init__(**room)
         self.scheduler.speculation = speculation
-        compute = self.runner.run
+        compute = self.runner.compute
 
         def run(rows):  # type: ignore[no-untyped-def]
             self.now_s += 0.005 + row_s * sum(len(row.token_ids) for row in rows)
             return compute(rows)
 
-        self.runner.run = run  # type: ignore[method-assign]
+        self.runner.compute = run  # type: ignore[method-assign]
 
     def forgotten(self) -> bool:
         """Whether nothing is kept about any request."""

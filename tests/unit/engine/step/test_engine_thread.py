@@ -30,7 +30,7 @@ def work(
 async def engine() -> AsyncIterator[EngineThread]:
     bench = Bench(num_blocks=64, draft_tokens=3)
     core = bench.core
-    core._clock = time.monotonic
+    bench.clock = time.monotonic
     thread = EngineThread(core, asyncio.get_running_loop())
     thread.start()
     yield thread

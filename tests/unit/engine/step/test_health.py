@@ -15,6 +15,7 @@ from engine.base.errors import InvalidRequest, SelfTestFailed, Unavailable
 from engine.base.kv_layout import KVLayout
 from engine.base.types import SamplingParams, StopParams
 from engine.cache.kv_cache import KVCache
+from engine.runner.base import ModelRunner, StepOutput
 from engine.sampling import Sampler
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.request import EngineRequest, State
@@ -62,7 +63,7 @@ class Sick(Bench):
             self.scheduler, self.runner, sampler, metrics, lambda: self.now_s, health=self.health
         )
         self.poison: Callable[[Row], bool] = lambda row: False
-        run = self.runner.run
+        run = self.runner.compute
 
         def poisoned(rows: Sequence[Row]) -> torch.Tensor:
             logits = run(rows)
@@ -73,7 +74,7 @@ class Sick(Bench):
                 first += row.num_logits
             return logits
 
-        self.runner.run = poisoned  # type: ignore[method-assign]
+        self.runner.compute = poisoned  # type: ignore[method-assign]
 
     def count(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, {"model_name": "test", **labels}) or 0.0
@@ -339,13 +340,13 @@ def test_what_a_prompt_wrote_is_looked_at_and_nothing_else(value: float, dtype: 
     assert health.damaged([0, 2, 4, 6]) == [2, 6]
 
 
-class Model:
+class Model(ModelRunner):
     """Its logits depend on the last token and the position; a fault may be put on top."""
 
     def __init__(self) -> None:
         self.fault: Callable[[torch.Tensor, Row], None] = lambda logits, row: None
 
-    def run(self, rows: Sequence[Row]) -> torch.Tensor:
+    def launch(self, rows: Sequence[Row]) -> StepOutput:
         (row,) = rows
         assert (row.start + len(row.token_ids)) <= 4 * len(row.block_ids)
         out = np.stack(
@@ -356,7 +357,7 @@ class Model:
         )[len(row.token_ids) - row.num_logits :]
         logits = torch.from_numpy(out.astype(np.float32))
         self.fault(logits, row)
-        return logits
+        return StepOutput(logits)
 
 
 def self_test(model: Model, exact: bool = True) -> SelfTest:

@@ -153,13 +153,13 @@ def test_cached_positions_are_scored_and_what_is_named_is_not_written_again() ->
     written = bench.runner.num_tokens
     assert len(named) == 6
     rows: list[Row] = []
-    run = bench.runner.run
+    run = bench.runner.compute
 
     def watched(step: Sequence[Row]) -> torch.Tensor:
         rows.extend(step)
         return run(step)
 
-    bench.runner.run = watched  # type: ignore[method-assign]
+    bench.runner.compute = watched  # type: ignore[method-assign]
     scored = replace(plain, request_id="b", num_prompt_logprobs=4)
     key = bench.add(scored)
     bench.run()
@@ -234,7 +234,7 @@ def test_unusable_logits_end_their_own_request_only(where: str) -> None:
     scored = replace(work, num_logprobs=1, num_prompt_logprobs=1)
     bench = Scored()
     keys = [bench.add(scored), bench.add(replace(scored, request_id="bad", prompt=(5, 6, 7)))]
-    run = bench.runner.run
+    run = bench.runner.compute
     blocks: list[int] = []  # the first of the bad one
 
     def poisoned(rows: Sequence[Row]) -> torch.Tensor:
@@ -249,7 +249,7 @@ def test_unusable_logits_end_their_own_request_only(where: str) -> None:
             first += row.num_logits
         return logits
 
-    bench.runner.run = poisoned  # type: ignore[method-assign]
+    bench.runner.compute = poisoned  # type: ignore[method-assign]
     bench.run()
     check(bench, keys[0], scored)
     assert isinstance(bench.finished[keys[1]], FinishedEvent)

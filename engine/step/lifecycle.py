@@ -1,0 +1,122 @@
+"""The requests of an engine from their first event to their last.
+
+    add -> admitted ---------------> FetchEvent       blocks are wanted from a peer
+              |   each new block --> AnnouncedEvent   pinned for its receiver
+              |   each step -------> TokensEvent
+              '-> finish ----------> FinishedEvent    exactly one; blocks are released before it
+
+Owned by the engine thread; the events are values for the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from engine.base.errors import DiptychError, Unavailable
+from engine.base.types import FinishReason, TokenLogprobs
+from engine.scheduling.events import (
+    AnnouncedEvent,
+    Counts,
+    Event,
+    FetchEvent,
+    FinishedEvent,
+    TokensEvent,
+)
+from engine.scheduling.request import Request, State
+from engine.scheduling.scheduler import Scheduler
+
+
+class Lifecycle:
+    """Requests by key, and the events that are not taken yet."""
+
+    def __init__(self, scheduler: Scheduler, clock: Callable[[], float]) -> None:
+        self.requests: dict[int, Request] = {}
+        self._scheduler = scheduler
+        self._pool = scheduler.pool
+        self._clock = clock
+        self._events: list[Event] = []
+
+    def take_events(self) -> list[Event]:
+        """Events since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def admitted(self, request: Request) -> None:
+        """A request has its memory: announce its hits, and ask for what a peer is to send."""
+        self.announce(request)
+        if request.state is not State.FETCHING:
+            if not request.is_answer and request.num_pending == 0:
+                self.finish(request, FinishReason.STOP)
+        elif self._pool.has_forgotten([request.work.source]):
+            self.finish(request, FinishReason.ABORTED, degraded_peer())
+        else:
+            size = self._scheduler.block_size
+            first, hashes = request.num_hashed, request.whole_hashes(size)
+            blocks = request.table.blocks[first : len(hashes)]
+            tokens = request.tokens[: len(hashes) * size]
+            self._events.append(FetchEvent(request.key, first, blocks, hashes[first:], tokens))
+
+    def emit(self, request: Request, tokens: list[int], logprobs: Sequence[TokenLogprobs]) -> None:
+        """Report new tokens; the prompt's log-probabilities once they are complete."""
+        prompt_logprobs: Sequence[TokenLogprobs] = ()
+        if request.prompt_logprobs and request.num_scored >= request.num_to_score:
+            prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, []
+        if tokens or prompt_logprobs:
+            counts = request.counts
+            if counts is None or counts.num_draft_tokens != request.num_draft_tokens:
+                counts = self._counts(request)
+            self._events.append(TokensEvent(request.key, tokens, counts, logprobs, prompt_logprobs))
+
+    def announce(self, request: Request) -> None:
+        """Pin and report the blocks that have their hash since the last announcement."""
+        first, end = request.num_announced, request.num_hashed
+        if request.work.announce_from < 0 or end <= first:
+            return
+        blocks = request.table.blocks[first:end]
+        self._pool.pin(blocks)
+        request.num_announced = end
+        self._events.append(
+            AnnouncedEvent(
+                request.key, first, blocks, request.hashes[first:end], self.generations(blocks)
+            )
+        )
+
+    def generations(self, blocks: Sequence[int]) -> list[int]:
+        """Of each block, as its reader compares them."""
+        return [int(g) for g in self._pool.generations[list(blocks)]]
+
+    def finish(
+        self, request: Request, reason: FinishReason, error: DiptychError | None = None
+    ) -> None:
+        """End a request and release all that it holds; once."""
+        if request.state is State.FINISHED:
+            return
+        self._scheduler.remove(request)
+        request.move(State.FINISHED)
+        del self.requests[request.key]
+        if self._scheduler.speculation is not None:
+            self._scheduler.speculation.finish(str(request.key))
+        self._events.append(
+            FinishedEvent(
+                key=request.key,
+                reason=reason,
+                matched_stop=request.matched_stop,
+                counts=self._counts(request),
+                error=error,
+            )
+        )
+
+    def _counts(self, request: Request) -> Counts:
+        """The request's counters; kept, as most events have those of the event before."""
+        counts = request.counts = Counts(
+            num_cached_tokens=request.num_cached_tokens,
+            num_draft_tokens=request.num_draft_tokens,
+            num_accepted_tokens=request.num_accepted_tokens,
+            queue_s=(request.admitted_s or self._clock()) - request.arrival_s,
+        )
+        return counts
+
+
+def degraded_peer() -> Unavailable:
+    """The error of a request whose prefill worker's blocks must not be used."""
+    return Unavailable("blocks of this prefill worker were not finite", lost="prefill", sick=True)
