@@ -92,8 +92,8 @@ def make_core(num_rows: int, num_tokens: int, drafter: str) -> EngineCore:
     speculation = None
     if drafter == "ngram":
         ngram = NgramDrafter()
-        pace = MeasuredDraftLength(Acceptance(ngram.acceptance), StepCost())
-        speculation = Speculation(ngram, verify, 16, pace)
+        draft_length = MeasuredDraftLength(Acceptance(ngram.acceptance), StepCost())
+        speculation = Speculation(ngram, verify, 16, draft_length)
     scheduler = Scheduler(pool, BLOCK, Budgets(1 << 16, num_rows), speculation, length)
     metrics = WorkerMetrics(CollectorRegistry(), "idle")
     core = EngineCore(scheduler, IdleRunner(), Sampler(VOCAB), metrics, time.monotonic)

@@ -1,13 +1,13 @@
-"""How likely a drafted token stands, by its bucket and by the request that it is drafted for.
+"""The acceptance probability of a draft token, by its confidence bucket and by its request.
 
-One number a bucket, learned from all requests, and one a request: how much more or less often its
-drafts stand than the others'. In logits, as online logistic regression:
+One number a bucket, learned from all requests, and one a request, for the difference of its drafts
+from those of others. In logits, as online logistic regression:
 
-    P(stands) = 1 / (1 + exp(-(bucket + request)))
+    P(accepted) = 1 / (1 + exp(-(bucket + request)))
 
-Both move after every token that was decided, by a fixed share of the surprise, so that what is old
-fades without a clock. Nothing has to be verified for that: the tokens that came anyway tell which
-of a draft would have stood.
+Both move after every decided token by a fixed share of the surprise, so that old observations fade
+without a clock. A draft need not be verified for that: the tokens of the answer show which of its
+tokens would have been accepted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LIMIT = 6.0  # logits; 0.25 % and 99.75 %
 
 
 class Acceptance:
-    """Owned by one pace."""
+    """Owned by one draft length controller."""
 
     def __init__(self, prior: Sequence[float]) -> None:
         self._buckets = [math.log(p / (1 - p)) for p in prior]
@@ -31,7 +31,7 @@ class Acceptance:
         self._requests: dict[str, float] = {}
 
     def survival(self, request_id: str, buckets: Sequence[int], least: float) -> list[float]:
-        """Probability that a draft's first token stands, its first two, ...; ends below `least`."""
+        """Probability that the first token is accepted, the first two, ...; ends below `least`."""
         factor, odds = math.exp(self._requests.get(request_id, 0.0)), self._odds
         out, all_stand = [], 1.0
         for bucket in buckets:
@@ -44,12 +44,12 @@ class Acceptance:
         return out
 
     def learn(self, request_id: str, draft: Draft, produced: Sequence[int]) -> None:
-        """`produced` followed where `draft` was proposed, or promised and written in part."""
+        """`produced` followed where `draft` was proposed; PENDING tokens teach nothing."""
         of_request = self._requests.get(request_id, 0.0)
         for guess, bucket, token in zip(draft.tokens, draft.buckets, produced, strict=False):
             if guess == PENDING:
                 break
-            if bucket == FORCED:  # that it stands tells nothing of the drafter
+            if bucket == FORCED:  # a forced token tells nothing of the drafter
                 if guess != token:
                     break
                 continue

@@ -1,6 +1,6 @@
 """How much of each draft a step verifies: as much as gives the most tokens a second.
 
-A step's rows are worth what they will probably give and cost what a longer step costs all:
+The rows of a step are worth their expected tokens, and cost all requests the longer step:
 
     rate(k) = (answers + sum of the k best survival probabilities) / seconds(rows + k)
 
@@ -8,8 +8,8 @@ A draft's survival probabilities fall along the draft, so the k best of all requ
 each draft. Acceptance and cost are learned (`acceptance`, `step_cost`); no clock is read here.
 
 Where a model drafts, its forward passes are added to the seconds: the i-th has a row for each
-request that drafts at least i tokens. What such a drafter is worth is known only while it drafts;
-where that does not pay, a token is drafted for everybody now and then.
+request that drafts at least i tokens. The value of such a drafter is known only while it drafts;
+where that does not pay, a token is drafted for all requests now and then.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from decode.speculative.acceptance import Acceptance
 from decode.speculative.step_cost import StepCost
 from engine.scheduling.speculation import Draft
 
-MARGIN = 1.02  # promised gain below which nothing is drafted: costs and chances are estimates
+MARGIN = 1.02  # least expected gain of drafting: costs and chances are estimates
 # A step may take so many times as long as without drafts. More would give a few more tokens a
 # second, in bursts: all answers wait for the longest step.
 LONGEST_STEP = 5.0
 # And so many times as long for each token that the answer with the least to expect gets in it:
-# what one answer gains is no other's loss.
+# one answer's gain must not be another's loss.
 SHARED_STEP = 1.4
 _LEAST = 0.02  # a token with less chance never pays
 _GROWTH = 2  # times the largest step so far: what is not known is not tried in one leap
@@ -44,7 +44,7 @@ class MeasuredDraftLength:
     def __init__(
         self, acceptance: Acceptance, cost: StepCost, drafting: StepCost | None = None
     ) -> None:
-        """`drafting`: cost of one pass of a draft model, observed by who makes it."""
+        """`drafting`: cost of one pass of a draft model, observed by its drafter."""
         self._acceptance = acceptance
         self._cost = cost
         self._drafting = drafting

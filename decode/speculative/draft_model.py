@@ -1,8 +1,8 @@
 """A smaller model with the same vocabulary drafts.
 
-Its layers lie in the target's KV blocks (`engine.base.kv_layout`), so whoever computes, moves,
-names or hits a block has its KV, too, and it never has a prompt to catch up with. A step's drafts
-are written together, a pass a token:
+Its layers lie in the target's KV blocks (`engine.base.kv_layout`). So a block that is computed,
+moved, hashed or hit brings the draft model's KV, too, and the draft model never has to compute a
+prompt afterwards. A step's drafts are computed together, a pass a token:
 
     tokens   ... t  t  p |                   p: the newest, position num_computed
     pass 1          t  p -> d0               t: what it has not computed yet; often none

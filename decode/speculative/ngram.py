@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last time that these tokens stood here?
+"""Prompt lookup: the draft is what followed the last occurrence of the same tokens.
 
 Saxena 2023, "Prompt lookup decoding".
 
@@ -12,9 +12,9 @@ As in LZ77's hash chains, every pair of tokens links to the pair's previous end,
 one chain. The chain of single tokens serves where no pair occurred before. docs/decisions.md has
 what this was chosen against.
 
-A draft's tokens are graded by what supports them: how many tokens match before them, those drafted
-ahead of them included (a bucket counts only if they stand), and whether the two most recent of the
-longest matches agree. That tells far more than a request's past hits do.
+A draft token's confidence bucket is given by its support: how many tokens match before it, draft
+tokens included (a bucket counts only if they are accepted), and whether the two most recent of the
+longest matches agree. That predicts acceptance far better than a request's past hits do.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ MAX_MATCH = 32  # a longer match is no better founded
 MAX_WALK = 64
 MAX_DRAFT = 256
 
-# A token's bucket is what matches before it, and what the next most recent of the longest matches
-# says: nothing (there is none, or it was left behind), something else, or the same. The share of
-# tokens that stood of each bucket, on 72 answers of the default model at temperatures 0, 0.7 and 1;
+# A token's bucket is the length of the match before it, and the next most recent of the longest
+# matches: it is missing (or was left behind), differs, or agrees. The share of
+# accepted tokens of each bucket, on 72 answers of the default model at temperatures 0, 0.7 and 1;
 # an engine starts from there.
 _LENGTHS = (1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 32)
 _ALONE = (0.25, 0.49, 0.59, 0.68, 0.73, 0.80, 0.82, 0.87, 0.93, 0.96, 0.975)
@@ -43,12 +43,12 @@ _AGREE = (0.52, 0.78, 0.86, 0.90, 0.92, 0.94, 0.96, 0.975, 0.98, 0.985, 0.995)
 
 
 def _buckets(kind: int) -> list[int]:
-    """Grade of a token that 0, 1, 2, ... tokens match before."""
+    """Buckets of a token after 0, 1, 2, ... matching tokens."""
     counts = [sum(length <= n for length in _LENGTHS) for n in range(MAX_MATCH + MAX_DRAFT)]
     return [kind * len(_LENGTHS) + max(0, count - 1) for count in counts]
 
 
-_GRADE_ALONE, _GRADE_DIFFER, _GRADE_AGREE = _buckets(0), _buckets(1), _buckets(2)
+_BUCKET_ALONE, _BUCKET_DIFFER, _BUCKET_AGREE = _buckets(0), _buckets(1), _buckets(2)
 
 
 @dataclass(slots=True)
@@ -89,11 +89,11 @@ class NgramDrafter:
         draft = _continue(tokens, end, min(max_tokens, MAX_DRAFT))
         stop = length + len(draft)
         if not other:
-            return Draft(draft, _GRADE_ALONE[length:stop])
+            return Draft(draft, _BUCKET_ALONE[length:stop])
         agreed = length + _num_equal(draft, _continue(tokens, other, len(draft)))
-        buckets = _GRADE_AGREE[length:agreed]
-        buckets += _GRADE_DIFFER[agreed : min(agreed + 1, stop)]
-        return Draft(draft, buckets + _GRADE_ALONE[agreed + 1 : stop])
+        buckets = _BUCKET_AGREE[length:agreed]
+        buckets += _BUCKET_DIFFER[agreed : min(agreed + 1, stop)]
+        return Draft(draft, buckets + _BUCKET_ALONE[agreed + 1 : stop])
 
     def materialize(self, rows: Sequence[PlannedRow]) -> list[PlannedRow]:
         """The rows as they are: its drafts cost nothing and are whole."""

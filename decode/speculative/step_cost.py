@@ -20,7 +20,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 HOPE = 0.03  # prior cost of a row, of a step of one row
-FEAR = 0.2  # the same if rows are dear; what makes the line's steepness one unknown
+FEAR = 0.2  # the same if rows are expensive; the line's steepness between the two is one unknown
 _DENSE = 8  # sizes up to it are all there, above it three an octave
 _OCTAVES = 10
 _STEEPNESS = 1.5  # prior standard deviations: of the line, between hope (0) and fear (1)
@@ -54,7 +54,7 @@ _MEAN, _COVARIANCE = _prior()
 
 
 class StepCost:
-    """Owned by one pace."""
+    """Owned by one draft length controller."""
 
     def __init__(self) -> None:
         self.most_rows = 0  # of the steps seen so far

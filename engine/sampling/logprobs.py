@@ -99,7 +99,7 @@ def _score(logits: torch.Tensor, tokens: Sequence[int], num_top: int) -> list[To
     chosen = logprobs.gather(1, picked).flatten().tolist()
     ids: list[int] = []
     values: list[float] = []
-    # topk's order of equals is nobody's promise: all that reach the k-th value are sorted here.
+    # topk leaves the order of equals open: all that reach the k-th value are sorted here.
     lowest = logits.topk(num_top).values[:, -1].tolist() if num_top else []
     for row, least in enumerate(lowest):
         reach = (logits[row] >= least).nonzero().flatten()

@@ -1,7 +1,7 @@
-"""The sampler's C way: packs a step's rows and calls native/sampling.c once.
+"""The sampler in C: packs a step's rows and calls kernels/sampling.c once.
 
-Python's part is small because little is packed anew: a request's parameters once, its tokens as
-they come, its bans once. A plain greedy row costs a look-up and its share of one join of bytes.
+Little is packed anew in a step: a request's parameters once, its tokens as they come, its bans
+once. A plain greedy row costs a look-up and its share of one join of bytes.
 
     record of a row, 176 bytes: [ parameters 104 | position 8 | history, draft, bans, mask 64 ]
 """
@@ -161,7 +161,7 @@ class NativeSampler:
         """As arrays, made once for all choices of a request, which share the pairs."""
         biases = self._biases.get(pairs)
         if biases is None:
-            last = dict(pairs)  # of a token named twice the last counts
+            last = dict(pairs)  # of a token that occurs twice the last counts
             biases = self._biases.put(pairs, (array("i", last.keys()), array("f", last.values())))
         return biases
 

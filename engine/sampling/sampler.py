@@ -35,7 +35,7 @@ MAX_ROWS = 256  # sampled at once in torch; rows do not depend on each other
 class Sampler:
     """Draws tokens. Holds no state but sizes and work space; safe to share.
 
-    On a CPU that has the instructions the work is native/sampling.c's; what follows here is for
+    On a CPU that has the instructions the work is kernels/sampling.c's; what follows here is for
     other devices, and the oracle of the tests (`native=False`).
     """
 
@@ -136,12 +136,12 @@ def _let_bans_give_way(
             edit_logits(x[i : i + 1], [rows[i]._replace(banned=frozenset())])
 
 
-def _check(x: torch.Tensor, names: Sequence[int], reason: str, *, raw: bool = False) -> None:
+def _check(x: torch.Tensor, indices: Sequence[int], reason: str, *, raw: bool = False) -> None:
     """A maximum is finite unless the row holds NaN or +inf, or nothing but -inf."""
     usable = torch.isfinite(x.amax(1))
     if not bool(usable.all()):
         bad = (~usable).nonzero().flatten().tolist()
-        rows = [names[i] for i in bad]
+        rows = [indices[i] for i in bad]
         raise UnusableLogits(rows, reason, rows if raw else ())
 
 

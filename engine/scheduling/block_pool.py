@@ -106,7 +106,7 @@ class BlockPool:
 
     @property
     def num_held(self) -> int:
-        """Blocks with at least one holder."""
+        """Blocks with at least one reference."""
         return self.num_blocks - self.num_free - self.num_cached
 
     @property
@@ -143,7 +143,7 @@ class BlockPool:
         return taken
 
     def pin(self, blocks: Iterable[int]) -> None:
-        """Add one holder to each block; each is held or cached."""
+        """Add one reference to each block; each is held or cached."""
         for block in blocks:
             if self._refs[block] == 0:
                 if self._hashes[block] is None:
@@ -152,7 +152,7 @@ class BlockPool:
             self._refs[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Drop one holder of each block, the last first: a prefix outlives its continuation."""
+        """Drop one reference of each block, the last first: a prefix outlives its continuation."""
         for block in reversed(blocks):
             if self._refs[block] <= 0:
                 raise ValueError(f"block {block} is not held")

@@ -29,7 +29,7 @@ class TokensEvent(NamedTuple):
     key: int
     token_ids: list[int]
     counts: Counts
-    logprobs: Sequence[TokenLogprobs] = ()  # one a token, where asked for
+    logprobs: Sequence[TokenLogprobs] = ()  # one a token, where requested
     prompt_logprobs: Sequence[TokenLogprobs] = ()  # of its tokens 1, 2, ...
 
 
@@ -46,7 +46,7 @@ class FetchEvent:
 
 @dataclass(frozen=True, slots=True)
 class AnnouncedEvent:
-    """Complete blocks of a prompt, pinned once more for the receiver, who releases them."""
+    """Complete blocks of a prompt, pinned once more for the receiver, which releases them."""
 
     key: int
     first_block: int

@@ -1,4 +1,4 @@
-"""What the requests of an engine hold, as its own thread sees it at one moment."""
+"""What the requests of an engine hold at one moment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class RequestHold:
 
     request_id: str
     state: str
-    is_answer: bool  # else the KV of whole blocks is all that is wanted
+    is_answer: bool  # else it computes only the KV of whole blocks
     block_ids: tuple[int, ...]
     age_s: float
     left_s: float | None  # until its caller stops waiting; None: the caller gave no deadline
@@ -19,7 +19,7 @@ class RequestHold:
 
 @dataclass(frozen=True, slots=True)
 class EngineHolds:
-    """All requests, and the pool: `held` are the blocks with a holder, whoever that is."""
+    """All requests, and the pool: `held` are the blocks with a reference."""
 
     requests: tuple[RequestHold, ...]
     held: frozenset[int]

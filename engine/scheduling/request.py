@@ -14,13 +14,16 @@ WAITING holds no memory. FETCHING and RUNNING hold the whole prompt's blocks and
               0        num_computed ^               ^ len(tokens)
     KV of accepted tokens is complete in [0, num_computed); the next row starts there.
 
-A draft model's KV of the last `draft_lag` of those positions may still be missing: it is written
-when the model drafts again, or before a whole block of it is missing. A block is named when it has
-both.
+A draft model's KV of the last `draft_lag` of those positions may still be missing: it is computed
+when the model drafts again, or before a whole block of it is missing. A block gets its hash when
+both are there.
 
-Where the prompt's log-probabilities are wanted, its positions are computed with their logits, also
-those that are cached: hits supply no position that is not scored yet. What is named already is
-never written again; such a request computes into blocks of its own.
+Where the prompt's log-probabilities are requested, all its positions are computed with logits,
+cached ones too: a hit supplies no position that is not scored yet. A block with a hash is never
+written again, so such a request computes into blocks of its own.
+
+The engine thread owns a request. While it waits, the scheduler's queue alone refers to it; from its
+admission to its end its block table holds one reference to each of its blocks.
 """
 
 from __future__ import annotations
@@ -62,14 +65,14 @@ _TRANSITIONS = {
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """What is asked of an engine.
+    """A request as an engine gets it.
 
     With `sampling` and `stop` it is an answer to write; without, the KV of whole blocks to compute.
     """
 
     request_id: str
     prompt: tuple[int, ...]
-    salt: bytes  # root of its block names
+    salt: bytes  # root of its block hashes
     sampling: SamplingParams | None = None
     stop: StopParams | None = None
     output: tuple[int, ...] = ()  # of the answer, already delivered
@@ -79,13 +82,13 @@ class EngineRequest:
     deadline_s: float | None = None  # when its caller stops waiting, monotonic; only shown
     num_logprobs: int | None = None  # alternatives reported with each token; None: nothing is
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens but the first
-    source: str = ""  # incarnation of the peer that is asked for missing blocks
+    source: str = ""  # incarnation of the peer that sends missing blocks
     matcher: Matcher | None = None  # after `output`; the engine's from the moment it is submitted
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A Work with its progress. Owned by the engine thread."""
+    """An EngineRequest with its progress. Owned by the engine thread."""
 
     key: int  # unique in this engine; request ids come back in retries
     work: EngineRequest
@@ -97,14 +100,14 @@ class Request:
     num_computed: int = 0
     draft_lag: int = 0  # of those, the last ones that the draft model has not computed
     hashes: list[bytes] = field(default_factory=list)  # of whole blocks, grown on demand
-    num_hashed: int = 0  # leading blocks of the table that are complete and named
+    num_hashed: int = 0  # leading blocks of the table that are complete and have their hash
     num_announced: int = 0
     sources: frozenset[str] = NO_SOURCES  # of its complete blocks: see BlockPool
     num_cached_tokens: int = 0  # prompt tokens hit when it was first admitted
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     admitted_s: float = 0.0  # first time; 0: not yet
-    num_scored: int = 0  # leading positions whose logits have told of the prompt's next token
+    num_scored: int = 0  # leading positions whose logits have scored the prompt's next token
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # not yet reported
     finish_reason: FinishReason | None = None
     matched_stop: int | None = None
@@ -138,7 +141,7 @@ class Request:
 
     @property
     def num_to_score(self) -> int:
-        """Leading positions whose logits are wanted: the last one tells nothing of the prompt."""
+        """Leading positions to score: the prompt's last one has no next token in it."""
         return 0 if self.work.num_prompt_logprobs is None else self.num_prompt - 1
 
     @property
@@ -163,10 +166,10 @@ class Request:
         return SampleRow(sampling, position, self.tokens, self.num_prompt, draft, banned, mask)
 
     def whole_hashes(self, block_size: int) -> list[bytes]:
-        """Names of the whole blocks that a hit or a peer may supply.
+        """Hashes of the whole blocks that a hit or a peer may supply.
 
         An answer needs at least one token to compute, so that there are logits to sample from:
-        floor((n - 1) / block_size) blocks; mere KV may be hit whole.
+        floor((n - 1) / block_size) blocks; a request for KV alone may be hit whole.
         """
         usable = len(self.tokens) - (1 if self.is_answer else 0)
         while (len(self.hashes) + 1) * block_size <= len(self.tokens):

@@ -31,8 +31,8 @@ class UnusableLogits(ArithmeticError):
     """Rows that have no next token: NaN or +inf among the logits, or nothing left above -inf.
 
     `rows` are their indices in the batch; the other rows can be sampled without them. `broken` are
-    those of them whose logits were no distribution as the model gave them. The others lost their
-    last token to what their requests ask for: a mask, bans, biases or penalties.
+    those of them whose logits were no distribution as the model gave them. The requests of the
+    other rows removed their last token, by a mask, bans, biases or penalties.
     """
 
     def __init__(self, rows: Sequence[int], reason: str, broken: Sequence[int] = ()) -> None:

@@ -4,15 +4,16 @@
     active   sorted by (priority, age)      FETCHING or RUNNING, each with its blocks
 
 Priorities cannot keep a request out for ever: of FAIR_SHARE admissions one goes to the request that
-has waited longest, whatever its priority, and from then on it goes before all others, so that it is
-not the one to be preempted. Likewise one plan in FAIR_SHARE computes the oldest prompt first.
+has waited longest, whatever its priority, and from then on it precedes all others, so that it is
+not preempted. Likewise one plan in FAIR_SHARE computes the oldest prompt first.
 
-Whoever waits for memory holds none: a request is admitted only when its whole prompt and one draft
-window fit, and a running one that finds no block for its next token makes the youngest running one
-give up everything and wait again. Its blocks keep their names, so it comes back as a prefix hit.
+A request that waits for memory holds none: it is admitted only when its whole prompt and one draft
+window fit. A running one that finds no block for its next token preempts the youngest running one,
+which gives up everything and waits again. Its blocks keep their hashes, so it returns as a prefix
+hit.
 
-A request whose next missing block is being made by another one waits for it (holding nothing) and
-takes over when the maker is gone or the wait has lasted `owner_wait_s`.
+A request whose next missing block is in production by another one waits for it (holding nothing)
+and takes over when the producer is gone or the wait has lasted `owner_wait_s`.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Scheduler:
         self.active: list[Request] = []
         self.num_preemptions = 0
         self._num_admitted = self._num_plans = 0  # since the oldest had its turn
-        self._producers: dict[bytes, Request] = {}  # name of a block in the making -> who makes it
+        self._producers: dict[bytes, Request] = {}  # hash of a block in production -> its producer
 
     def set_role_budgets(self, role_budgets: RoleBudgets) -> None:
         """Take so much of others from now on, at most what the step's own budgets allow.
@@ -73,9 +74,9 @@ class Scheduler:
 
     @property
     def draft_window(self) -> int:
-        """Positions beyond the known tokens that a request is given with its room.
+        """Positions beyond the known tokens that are reserved with a request.
 
-        At most a block: a longer draft uses what nobody needs at the moment.
+        At most a block: a longer draft uses spare blocks.
         """
         return min(self.speculation.max_draft_tokens, self.block_size) if self.speculation else 0
 
@@ -107,7 +108,7 @@ class Scheduler:
     def admit(self, now_s: float) -> list[Request]:
         """Give room to as many waiting requests as fit, in order; returns them.
 
-        Nobody overtakes a request that waits for memory. Who waits for another's block is
+        No request overtakes one that waits for memory. One that waits for another's block is
         passed by.
         """
         admitted: list[Request] = []
@@ -150,7 +151,7 @@ class Scheduler:
         request.num_hashed = len(hits)
         request.sources = self.pool.sources(hits)
         request.num_computed = len(hits) * self.block_size
-        request.draft_lag = 0  # a named block holds the draft model's KV, too
+        request.draft_lag = 0  # a block with a hash holds the draft model's KV, too
         return True
 
     def _enter(self, request: Request, now_s: float) -> None:
@@ -172,7 +173,7 @@ class Scheduler:
         return producer is not None and now_s - request.arrival_s < self.budgets.owner_wait_s
 
     def abandon_production(self, request: Request) -> None:
-        """Who waits for blocks that this request was making takes over."""
+        """Let requests that wait for this one's blocks compute them."""
         for block_hash in request.hashes[request.num_hashed :]:
             if self._producers.get(block_hash) is request:
                 del self._producers[block_hash]
@@ -248,7 +249,7 @@ class Scheduler:
         return next(r for r in reversed(self.active) if r.state is State.RUNNING)
 
     def preempt(self, request: Request) -> None:
-        """Let a running request wait, holding nothing; its named blocks stay findable."""
+        """Let a running request wait, holding nothing; its blocks with a hash stay findable."""
         self.remove(request)
         request.num_computed = request.num_hashed = request.draft_lag = 0
         request.move(State.WAITING)
@@ -258,9 +259,9 @@ class Scheduler:
     # -- progress ----------------------------------------------------------------------------------
 
     def advance(self, request: Request, num_computed: int, draft_lag: int = 0) -> None:
-        """KV of accepted tokens is complete up to `num_computed`: name the blocks this filled.
+        """KV of accepted tokens is complete up to `num_computed`: set the hashes of full blocks.
 
-        A draft model's is up to `draft_lag` positions before that.
+        A draft model's KV reaches `draft_lag` positions less far.
         """
         assert num_computed >= request.num_computed
         request.num_computed = num_computed

@@ -1,4 +1,4 @@
-"""The seams for speculation: what the step loop needs of a drafter, a verifier and a pace."""
+"""The seams for speculation: a drafter, a verifier and a draft length, as the step loop needs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from engine.scheduling.plan import PlannedRow
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Tokens to follow a request's, each with a bucket of its own: how well founded it is.
+    """Tokens to follow a request's, each with a confidence bucket.
 
-    What a bucket is worth, if all tokens before it stand, is learned; a drafter only sorts them.
+    The acceptance probability of a bucket, given that all tokens before it were accepted, is
+    learned; a drafter only sorts its tokens into buckets.
     """
 
     tokens: list[int]
@@ -21,8 +22,8 @@ class Draft:
 
 
 NO_DRAFT = Draft([], [])
-PENDING = -1  # a token that a drafter promises, and writes if it is chosen
-FORCED = -1  # the bucket of a token that a constraint leaves no choice about
+PENDING = -1  # a token that a drafter computes only if it is chosen
+FORCED = -1  # the bucket of a token that a constraint forces
 
 
 class Drafter(Protocol):
@@ -32,13 +33,13 @@ class Drafter(Protocol):
 
     @property
     def acceptance(self) -> Sequence[float]:
-        """What share of each bucket's tokens stands, before anything was observed."""
+        """The prior acceptance probability of each bucket."""
         ...
 
     def propose(self, request_id: str, tokens: Sequence[int], max_tokens: int) -> Draft:
         """Up to `max_tokens` tokens to follow `tokens` (prompt and answer so far), or none.
 
-        They may be PENDING: promised, at a cost that is paid for those that are chosen.
+        They may be PENDING: computing them costs time, and only chosen ones are computed.
         """
         ...
 
@@ -47,7 +48,7 @@ class Drafter(Protocol):
         ...
 
     def finish(self, request_id: str) -> None:
-        """Forget what is kept about a request; unknown ids are no error."""
+        """Drop the state of a request; unknown ids are no error."""
         ...
 
 
@@ -64,7 +65,7 @@ class DraftLengthController(Protocol):
         ...
 
     def produced(self, request_id: str, tokens: Sequence[int]) -> None:
-        """What came in that step; tells about the whole draft, whatever part was verified."""
+        """The tokens of that step; they show the quality of the whole draft, verified or not."""
         ...
 
     def stepped(self, num_rows: int, seconds: float) -> None:
@@ -72,7 +73,7 @@ class DraftLengthController(Protocol):
         ...
 
     def finish(self, request_id: str) -> None:
-        """Forget what is kept about a request; unknown ids are no error."""
+        """Drop the state of a request; unknown ids are no error."""
         ...
 
 
@@ -84,39 +85,39 @@ class Verified:
     tokens: tuple[int, ...]
 
 
-# (draft, the sampler's token at each of len(draft) + 1 positions) -> what stands
+# (draft, the sampler's token at each of len(draft) + 1 positions) -> the accepted tokens
 Verify = Callable[[Sequence[int], Sequence[int]], Verified]
 
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """Who drafts, how much, and who decides."""
+    """The drafter, the verifier and the draft length."""
 
     drafter: Drafter
     verify: Verify
     max_draft_tokens: int
-    pace: DraftLengthController | None = None  # None: every draft is verified whole
+    draft_length: DraftLengthController | None = None  # None: every draft is verified whole
 
     def choose(
         self, drafts: Sequence[tuple[str, Draft]], num_rows: int, num_answers: int
     ) -> list[int]:
         """Tokens to verify of each request's draft; see `DraftLengthController`."""
-        if self.pace is None:
+        if self.draft_length is None:
             return [len(draft.tokens) for _, draft in drafts]
-        return self.pace.choose(drafts, num_rows, num_answers)
+        return self.draft_length.choose(drafts, num_rows, num_answers)
 
     def produced(self, request_id: str, tokens: Sequence[int]) -> None:
-        """What came in a step; see `DraftLengthController`."""
-        if self.pace is not None:
-            self.pace.produced(request_id, tokens)
+        """The tokens of a step; see `DraftLengthController`."""
+        if self.draft_length is not None:
+            self.draft_length.produced(request_id, tokens)
 
     def stepped(self, num_rows: int, seconds: float) -> None:
-        """What a step took; see `DraftLengthController`."""
-        if self.pace is not None:
-            self.pace.stepped(num_rows, seconds)
+        """The duration of a step; see `DraftLengthController`."""
+        if self.draft_length is not None:
+            self.draft_length.stepped(num_rows, seconds)
 
     def finish(self, request_id: str) -> None:
-        """Forget what is kept about a request; unknown ids are no error."""
+        """Drop the state of a request; unknown ids are no error."""
         self.drafter.finish(request_id)
-        if self.pace is not None:
-            self.pace.finish(request_id)
+        if self.draft_length is not None:
+            self.draft_length.finish(request_id)

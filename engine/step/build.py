@@ -45,8 +45,8 @@ from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import WorkerMetrics
 
 _log = get_logger(__name__)
-# (prompt tokens a step, answers at once). On a CPU products are whole at 256 tokens already, and
-# the next request waits half as long; on a GPU as vLLM has them.
+# (prompt tokens a step, answers at once). On a CPU matrix products are efficient at 256 tokens, and
+# the next request waits half as long; on a GPU the values of vLLM.
 _CPU_BUDGETS, _GPU_BUDGETS = (256, 64), (8192, 256)
 _GPU_LOGITS = 1024  # of a step on a GPU: fp32 ones of 128,256 tokens take 0.5 GiB
 
@@ -65,7 +65,7 @@ class Engine:
 
 
 def pick_budgets(options: StepOptions, device: Device) -> Budgets:
-    """The budgets of a step: those asked for, else the device's."""
+    """The budgets of a step: those of the options, else the device's."""
     prompt_tokens, num_seqs = _GPU_BUDGETS if device.on_gpu else _CPU_BUDGETS
     num_seqs = options.max_num_seqs or num_seqs
     budgets = Budgets(options.max_batched_tokens or prompt_tokens, num_seqs)
@@ -90,7 +90,7 @@ def build_engine(
     drafting: Drafting | None = None,
     device: Device | None = None,
 ) -> Engine:
-    """Load everything; `drafting`: what the worker was asked to draft with.
+    """Load everything; `drafting`: the worker's speculation, if any.
 
     Raises ConfigError, also where a GPU's memory is too small, CheckpointError, SelfTestFailed.
     """
@@ -212,7 +212,7 @@ def _warm_up(
 
 
 def _test(self_tests: Sequence[SelfTest]) -> None:
-    """Raise SelfTestFailed before a request could find out."""
+    """Raise SelfTestFailed before any request is served."""
     begun_s = time.monotonic()
     for test in self_tests:
         test()
@@ -233,7 +233,7 @@ class _PoolSizer:
         """Raises ConfigError for a length that the model does not have."""
         check_length(config, model.max_model_len)
         self.wanted = model.max_model_len or config.context
-        self._asked = model.max_model_len
+        self._requested = model.max_model_len
         self._cache = cache
         self._layout = layout
         self._draft_window = draft_window
@@ -245,7 +245,7 @@ class _PoolSizer:
             self._budget(device),
             layout,
             longest=self.wanted,
-            asked=self._asked,
+            asked=self._requested,
             draft_window=window,
         )
         if size.max_model_len < self.wanted:

@@ -1,4 +1,4 @@
-"""The device that a worker computes on: what it is, how full it is, where the KV pool lies."""
+"""The device that a worker computes on: its kind, its memory, the allocation of the KV pool."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Device:
 
 
 def pick_device(options: ModelOptions) -> Device:
-    """The device asked for; `auto` is the GPU if there is one. Raises ConfigError."""
+    """The device of the options; `auto` is the GPU if there is one. Raises ConfigError."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine has no CUDA device; expected auto or cpu")
     if options.device == "cpu" or not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Speculation as it was asked for: made when its draft model is there."""
+"""Speculation as configured: constructed when its draft model is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.scheduling.speculation import Speculation
 
 @dataclass(frozen=True, slots=True)
 class Drafting:
-    """Speculation as it was asked for, before there is a model to draft with."""
+    """Speculation as configured, before its draft model is loaded."""
 
     max_draft_tokens: int
     begin: Callable[[ModelRunner | None, Sampler], Speculation]  # of the draft model, if any

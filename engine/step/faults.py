@@ -1,4 +1,4 @@
-"""What follows numbers that are not finite: whose fault they are, and what goes on.
+"""Handling of numbers that are not finite: the cause is found, and its blocks are dropped.
 
 a broken row -> its damaged blocks --- of a peer ---> forget the peer's blocks
                       |-------------- of this worker -> degraded for DEGRADED_S
@@ -44,7 +44,7 @@ class Faults:
         self._clock = clock
 
     def discard(self, broken: Sequence[Request]) -> None:
-        """End these requests, whose numbers in a step are not finite, and test this worker.
+        """End the requests with numbers that are not finite in a step, and test this worker.
 
         The caller books nothing of the step, for the other rows' numbers came from the same
         computation: no token is sent, no block gets a hash, and the next step begins where this one
@@ -100,7 +100,7 @@ class Faults:
 
 
 def _error(request: Request, peers: Collection[str]) -> Unavailable:
-    """The error of a request whose numbers were not finite."""
+    """The error of a request with numbers that were not finite."""
     if not peers:
         return Unavailable("this worker computed numbers that are not finite", sick=True)
     if request.work.source in peers:

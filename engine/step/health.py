@@ -1,9 +1,9 @@
-"""Whether an engine computes what it should: the questions that the step loop asks.
+"""Checks of an engine's numbers, which the step loop calls.
 
-    each step      are the keys and values of prompt chunks finite?      (logits: the sampler sees)
+    each step      are the keys and values of prompt chunks finite?      (the sampler checks logits)
     after a fault  which complete blocks are damaged? does the self-test still pass?
 
-Finite and wrong numbers are found by the self-test alone.
+Only the self-test finds numbers that are finite and wrong.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from engine.cache.kv_cache import KVCache
 
 
 class Health(Protocol):
-    """What the engine's thread asks."""
+    """The checks, on the engine thread."""
 
     def unsound_prompts(self, rows: Sequence[Row]) -> list[int]:
-        """Of the rows that a step just computed without all their logits: those, by index, whose
-        keys and values are not finite.
+        """Indices of the rows with keys and values that are not finite.
+
+        Only rows that a step just computed without all their logits are checked.
         """
         ...
 
     def damaged(self, blocks: Sequence[int]) -> list[int]:
-        """Those of these complete blocks that hold numbers which are not finite."""
+        """The complete blocks among these that hold numbers which are not finite."""
         ...
 
     def self_test(self) -> None:
-        """Raise SelfTestFailed unless a fixed prompt gives what it gave at the start."""
+        """Raise SelfTestFailed unless a fixed prompt gives the logits of the start."""
         ...
 
 
 class Unchecked:
-    """Finds nothing: for engines without a KV pool of their own."""
+    """Finds nothing: for engines without a KV pool."""
 
     def unsound_prompts(self, rows: Sequence[Row]) -> list[int]:
         """None."""
@@ -51,14 +52,14 @@ class Unchecked:
 
 
 class EngineHealth:
-    """Looks into the KV pool. On the engine's thread."""
+    """Reads the KV pool, on the engine thread."""
 
     def __init__(self, kv_cache: KVCache, self_tests: Sequence[Callable[[], None]]) -> None:
         self._kv_cache = kv_cache
         self._self_tests = self_tests
 
     def unsound_prompts(self, rows: Sequence[Row]) -> list[int]:
-        """See Health. Costs nothing in a step of answers alone: their logits tell."""
+        """See Health. Free in a step of answers alone: their logits show it."""
         some = [i for i, row in enumerate(rows) if row.num_logits < len(row.token_ids)]
         if not some:
             return []

@@ -50,7 +50,7 @@ class PairedWorker:
         num_blocks: int = 128,
         draft_tokens: int = 4,
         prompt_tokens: int = 16,
-        pace: DraftLengthController | None = None,
+        draft_length: DraftLengthController | None = None,
         size: int = SIZE,
         backend_of: Callable[[KVCache, int, int], AttentionBackend[Any]] | None = None,
     ) -> None:
@@ -74,7 +74,7 @@ class PairedWorker:
         speculation = None
         if draft_tokens:
             drafter = ModelDrafter(runners[1], sampler, StepCost(), lambda: 0.0)
-            speculation = Speculation(drafter, verify, draft_tokens, pace)
+            speculation = Speculation(drafter, verify, draft_tokens, draft_length)
         self.pool = BlockPool(num_blocks)
         self.scheduler = Scheduler(self.pool, size, Budgets(prompt_tokens, 8), speculation, MAX_LEN)
         metrics = WorkerMetrics(CollectorRegistry(), "draft")

@@ -43,7 +43,7 @@ class _Running:
     rest: list[int]
 
 
-class FixedPace:
+class FixedDraftLength:
     """Always the same draft length."""
 
     def __init__(self, length: int) -> None:
@@ -67,13 +67,13 @@ class FixedPace:
 def measured(max_draft_tokens: int = 16) -> Speculation:
     """What a worker has by default."""
     drafter = NgramDrafter()
-    pace = MeasuredDraftLength(Acceptance(drafter.acceptance), StepCost())
-    return Speculation(drafter, verify, max_draft_tokens, pace)
+    draft_length = MeasuredDraftLength(Acceptance(drafter.acceptance), StepCost())
+    return Speculation(drafter, verify, max_draft_tokens, draft_length)
 
 
 def fixed(length: int) -> Speculation:
     """The same drafts at one length."""
-    return Speculation(NgramDrafter(), verify, length, FixedPace(length))
+    return Speculation(NgramDrafter(), verify, length, FixedDraftLength(length))
 
 
 def seconds(

@@ -16,6 +16,7 @@ from engine.base.errors import InvalidRequest
 from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.constraints import Masks
 from engine.constraints.masks import MaskRequest
+from engine.scheduling.drafts import fitted
 from engine.scheduling.request import EngineRequest, State
 from engine.scheduling.speculation import FORCED, PENDING, Draft
 from tests.support.constrained_loop import PERSON, plain_loop

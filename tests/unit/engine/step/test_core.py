@@ -336,7 +336,7 @@ def test_long_prompts_do_not_stop_running_answers() -> None:
 
 
 class Peer:
-    """Brings a fetching request's blocks, or torn bytes, at the pace that the test sets."""
+    """Brings a fetching request's blocks, or torn bytes, at the times that the test sets."""
 
     def __init__(self, bench: Bench, event: FetchEvent) -> None:
         self.bench = bench

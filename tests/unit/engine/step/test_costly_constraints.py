@@ -1,4 +1,4 @@
-"""A constraint that costs much costs its own answer; the others keep their pace and tokens."""
+"""A constraint that costs much costs its own answer; the others keep their speed and tokens."""
 
 from __future__ import annotations
 

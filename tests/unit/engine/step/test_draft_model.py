@@ -30,7 +30,7 @@ from tests.support.plain_loop import PlainLoop
 
 
 class Moody:
-    """A pace that drafts now and then, of any length."""
+    """Drafts now and then, of any length."""
 
     def __init__(self, seed: int) -> None:
         self._rng = random.Random(seed)
@@ -77,7 +77,7 @@ def test_the_target_as_its_own_draft_is_accepted_whole(temperature: float) -> No
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_no_draft_changes_a_token(draft: TorchModel, seed: int) -> None:
-    """Small pools (preemption, hits), chunked prompts, and a pace that does what it likes."""
+    """Small pools (preemption, hits), chunked prompts, and arbitrary draft lengths."""
     rng = random.Random(seed)
     works = random_works(rng, 14)
     panel = PairedWorker(
@@ -86,7 +86,7 @@ def test_no_draft_changes_a_token(draft: TorchModel, seed: int) -> None:
         num_blocks=rng.choice([30, 60]),
         prompt_tokens=rng.choice([5, 16]),
         draft_tokens=rng.choice([1, 4, 9]),
-        pace=None if seed == 0 else Moody(seed),
+        draft_length=None if seed == 0 else Moody(seed),
     )
     if seed == 2:  # a step on a GPU has a limit: here 8 answers and 3 tokens of drafts
         panel.scheduler.budgets = dataclasses.replace(panel.scheduler.budgets, num_logits=11)

@@ -20,7 +20,7 @@ from tests.support.drafting import fixed, measured
 from tests.support.history_model import VOCAB
 
 
-class PacedBench(Bench):
+class TimedBench(Bench):
     """A bench whose steps take a time that its clock shows."""
 
     def __init__(self, speculation: Speculation | None, row_s: float = 0.001, **room: int) -> None:
@@ -39,9 +39,13 @@ class PacedBench(Bench):
         speculation = self.scheduler.speculation
         assert speculation is not None
         assert isinstance(speculation.drafter, NgramDrafter)
-        pace = speculation.pace
-        assert isinstance(pace, MeasuredDraftLength)
-        return not (speculation.drafter._indices or pace._drafts or pace._acceptance._requests)
+        draft_length = speculation.draft_length
+        assert isinstance(draft_length, MeasuredDraftLength)
+        return not (
+            speculation.drafter._indices
+            or draft_length._drafts
+            or draft_length._acceptance._requests
+        )
 
 
 def repeating_work(name: str, max_tokens: int, output: tuple[int, ...] = ()) -> EngineRequest:
@@ -55,7 +59,7 @@ def repeating_work(name: str, max_tokens: int, output: tuple[int, ...] = ()) -> 
 def test_measured_lengths_change_no_token(seed: int, num_blocks: int) -> None:
     """Also under preemption, in a pool that does not hold all of them."""
     rng = random.Random(seed)
-    bench = PacedBench(measured(), rng.choice([0.0, 0.001, 0.01]), num_blocks=num_blocks)
+    bench = TimedBench(measured(), rng.choice([0.0, 0.001, 0.01]), num_blocks=num_blocks)
     shared = [rng.randrange(VOCAB) for _ in range(20)]
     works = {}
     for _ in range(12):
@@ -68,7 +72,7 @@ def test_measured_lengths_change_no_token(seed: int, num_blocks: int) -> None:
 
 
 def test_what_ends_early_is_forgotten() -> None:
-    bench = PacedBench(measured())
+    bench = TimedBench(measured())
     keys = [bench.add(repeating_work(f"r{i}", 60)) for i in range(3)]
     for _ in range(8):
         bench.step()
@@ -83,21 +87,21 @@ def test_what_ends_early_is_forgotten() -> None:
 
 
 def test_a_failed_step_teaches_no_cost() -> None:
-    bench = PacedBench(measured())
+    bench = TimedBench(measured())
     bench.add(repeating_work("r", 60))
     bench.step()
-    pace = bench.scheduler.speculation.pace  # type: ignore[union-attr]
-    assert isinstance(pace, MeasuredDraftLength)
-    known = pace._cost._num_steps
+    draft_length = bench.scheduler.speculation.draft_length  # type: ignore[union-attr]
+    assert isinstance(draft_length, MeasuredDraftLength)
+    known = draft_length._cost._num_steps
     bench.runner.fail_next = 1
     bench.step()
-    assert pace._cost._num_steps == known
+    assert draft_length._cost._num_steps == known
 
 
 def test_cheap_rows_are_used_and_dear_ones_are_not() -> None:
     steps = []
     for row_s in (0.0, 0.5):
-        bench = PacedBench(measured(), row_s, max_model_len=400, num_blocks=128)
+        bench = TimedBench(measured(), row_s, max_model_len=400, num_blocks=128)
         bench.add(repeating_work("r", 250))
         bench.run()
         steps.append(len(bench.runner.steps))
@@ -109,7 +113,7 @@ def test_cheap_rows_are_used_and_dear_ones_are_not() -> None:
 def test_after_failover_the_delivered_tokens_are_drafted_from() -> None:
     whole = repeating_work("r", 120)
     answer, _ = oracle(whole)
-    bench = PacedBench(measured())
+    bench = TimedBench(measured())
     key = bench.add(replace(whole, output=tuple(answer[:60])))
     bench.run()
     assert bench.tokens[key] == answer[60:]
@@ -131,7 +135,7 @@ def test_guesses_preempt_nobody(seed: int) -> None:
     preemptions = []
     for speculation in (None, fixed(64)):
         rng = random.Random(seed)
-        bench = PacedBench(speculation, num_blocks=26)
+        bench = TimedBench(speculation, num_blocks=26)
         works = {}
         for _ in range(10):
             work = random_work(rng)
@@ -146,7 +150,7 @@ def test_guesses_preempt_nobody(seed: int) -> None:
 
 def test_guesses_leave_the_room_that_the_first_in_the_queue_needs() -> None:
     """It is admitted as soon as it would be without drafts, and drafts are cut to their blocks."""
-    bench = PacedBench(fixed(64), num_blocks=12, num_seqs=2)
+    bench = TimedBench(fixed(64), num_blocks=12, num_seqs=2)
     first = bench.add(repeating_work("a", 30))
     bench.add(repeating_work("b", 2))
     for _ in range(3):
