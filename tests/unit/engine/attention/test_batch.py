@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.attention.batch import Row, build_batch
+from engine.attention.batch import Row, TableStaging, build_batch
 
 CPU = torch.device("cpu")
 
@@ -57,3 +58,18 @@ def test_a_batch_says_token_by_token_what_the_rows_say(case: tuple[list[Row], in
 def test_a_row_that_contradicts_itself_is_refused(row: Row, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_batch([Row([1], 0, [0], 1), row], 4, CPU)
+
+
+def test_staged_tables_are_those_of_each_step() -> None:
+    """Rows that stay, move, grow and go; arrays are known again by identity, lists never are."""
+    staging, rng = TableStaging(), np.random.default_rng(0)
+    before: list[Row] = []
+    for _ in range(300):
+        rows = before[: int(rng.integers(0, len(before) + 1))] if rng.random() < 0.7 else []
+        for _ in range(rng.integers(1, 9)):
+            ids = rng.integers(0, 1000, int(rng.integers(1, 40))).astype(np.int32)
+            rows.append(Row([1], 0, ids if rng.random() < 0.5 else ids.tolist(), 1))
+        tables = staging.lay_out(rows)
+        for table, row in zip(tables, rows, strict=False):
+            assert table[: len(row.block_ids)].tolist() == list(row.block_ids)
+        before = rows
