@@ -57,7 +57,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a worker reported of itself last."""
+    """What a worker reported last."""
 
     num_running: int = 0
     num_waiting: int = 0
