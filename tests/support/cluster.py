@@ -131,14 +131,13 @@ class Cluster:
     ) -> ProcessSlot:
         """One more place, held; `role` where the name does not begin with it."""
         role = role or name.partition("-")[0]
-        place = self._join(
-            name, "tests.faults.fault_injection" if self.shape.fault_injection else f"{role}.cli"
-        )
-        orders = ["--orders", str(self.orders(name)), role] if self.shape.fault_injection else []
+        faults = self.shape.fault_injection
+        place = self._join(name, "tests.faults.fault_injection" if faults else "worker.cli")
+        orders = ["--orders", str(self.orders(name))] if faults else []
         port = self._ports[name][0]
         place.args = [
             *orders,
-            *("start", "--model", "smollm2", "--worker-id", name, *exact()),
+            *(role, "start", "--model", "smollm2", "--worker-id", name, *exact()),
             *("--max-model-len", str(MAX_MODEL_LEN), "--num-threads", "1"),
             *("--kv-cache-memory", str(NUM_BLOCKS * BLOCK_BYTES)),
             *self.shape.timeouts.worker_flags,

@@ -45,6 +45,10 @@ BLOCK_SIZE = 16
 CODES = {None: grpc.StatusCode.UNAUTHENTICATED, WRONG: grpc.StatusCode.PERMISSION_DENIED}
 
 
+def _command(name: str) -> list[str]:
+    return ["-m", "coordinator.cli"] if name == "coordinator" else ["-m", "worker.cli", name]
+
+
 class Cluster:
     """Processes started one by one, as on several machines."""
 
@@ -62,7 +66,7 @@ class Cluster:
     def start(self, name: str, command: str, *flags: str) -> None:
         with (self.folder / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", f"{command}.cli", "start", *flags],
+                [sys.executable, *_command(command), "start", *flags],
                 stdout=log,
                 stderr=log,
                 cwd=ROOT,
@@ -76,7 +80,7 @@ class Cluster:
     def run(self, command: str, *flags: str) -> subprocess.CompletedProcess[str]:
         """A process that is expected to end."""
         return subprocess.run(
-            [sys.executable, "-m", f"{command}.cli", "start", *flags],
+            [sys.executable, *_command(command), "start", *flags],
             capture_output=True,
             text=True,
             check=False,

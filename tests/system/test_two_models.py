@@ -22,7 +22,7 @@ FLAGS = ("--dtype", "float32", "--kv-cache-memory", "64MiB")
 
 @contextmanager
 def worker(role: str, model: Path, stack: Stack) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", f"{role}.cli", "start", *FLAGS, "--model", str(model)]
+    command = [sys.executable, "-m", "worker.cli", role, "start", *FLAGS, "--model", str(model)]
     command += ["--model-name", "m", "--coordinator", stack.address, "--worker-id", role]
     command += ["--num-threads", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
