@@ -47,7 +47,7 @@ async def until(condition: Callable[[], bool], timeout_s: float) -> None:
 @asynccontextmanager
 async def registry(token: ClusterToken) -> AsyncIterator[tuple[RegistryServicer, Membership, str]]:
     metrics = CoordinatorMetrics(CollectorRegistry(), "smollm2")
-    membership = Membership("SmolLM2-135M-Instruct", VOCAB, metrics)
+    membership = Membership("smollm2", VOCAB, metrics)
     servicer, server = RegistryServicer(membership, "c"), RpcServer()
     service = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"]
     server.add_service(service, servicer, token=token)
