@@ -98,7 +98,7 @@ class Port:
         self.limit_s = 5.0 + 10 * self.typical_s
 
     @contextmanager
-    def row(
+    def scenario(
         self,
         *,
         growth_bytes: int = 64 * MIB,
