@@ -7,8 +7,10 @@ VENV        := .venv
 BIN         := $(VENV)/bin
 # Test processes side by side; only tests that start no stack run so.
 JOBS        ?= $(shell nproc)
-PURE        := tests/unit tests/gpu tests/ecosystem/test_conformance.py
-STACKS      := tests/ecosystem/test_examples.py tests/system tests/faults
+# Compilers of constraints have a low priority: beside two busy processes they would starve.
+NICED       := tests/unit/engine/constraints
+PURE        := tests/unit tests/gpu tests/ecosystem/test_conformance.py --ignore=$(NICED)
+STACKS      := $(NICED) tests/ecosystem/test_examples.py tests/system tests/faults
 PYTEST       = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --durations=30
 
 # The first Python that runs does the setup, and finds the one for .venv.
