@@ -75,8 +75,9 @@ class LeastLoaded:
             and (not request.model or model_tag(worker) == request.model)
         ]
         failures = request.failures
-        if sticky := [w for w in fitting if w.peer.incarnation == request.sticky_decode]:
-            return sticky[0]
+        for worker in fitting:
+            if worker.peer.incarnation == request.sticky_decode:
+                return worker
         if failures:
             counts = [failures.get(w.peer.incarnation, 0) for w in fitting]
             fewest = min(counts, default=0)
