@@ -16,17 +16,21 @@ if TYPE_CHECKING:
 
 
 def make_drafting(model: ModelOptions, options: DraftOptions) -> Drafting | None:
-    """The drafter that --drafter names; None drafts nothing. Raises ConfigError."""
+    """The drafter that --drafter names; None drafts nothing. Raises ConfigError.
+
+    A draft model that drafts nothing still computes its KV, for workers that draft with it.
+    """
     options.check(model)
-    if options.drafter == "none" or options.draft_tokens == 0:
+    num_tokens = 0 if options.drafter == "none" else options.draft_tokens
+    if num_tokens == 0 and not model.draft_model:
         return None
     from engine.step.drafting import Drafting
 
-    return Drafting(options.draft_tokens, partial(_speculation, options))
+    return Drafting(num_tokens, partial(_speculation, num_tokens))
 
 
 def _speculation(
-    options: DraftOptions, draft_model: ModelRunner | None, sampler: Sampler
+    num_tokens: int, draft_model: ModelRunner | None, sampler: Sampler, block_size: int
 ) -> Speculation:
     from decode.speculative.acceptance import Acceptance
     from decode.speculative.draft_length import MeasuredDraftLength
@@ -39,6 +43,6 @@ def _speculation(
     passes = None if draft_model is None else StepCost()
     drafter: Drafter = NgramDrafter()
     if draft_model is not None and passes is not None:
-        drafter = ModelDrafter(draft_model, sampler, passes, time.monotonic)
+        drafter = ModelDrafter(draft_model, sampler, block_size, passes, time.monotonic)
     draft_length = MeasuredDraftLength(Acceptance(drafter.acceptance), StepCost(), passes)
-    return Speculation(drafter, verify, options.draft_tokens, draft_length)
+    return Speculation(drafter, verify, num_tokens, draft_length)

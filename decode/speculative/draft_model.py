@@ -1,8 +1,9 @@
 """A smaller model with the same vocabulary drafts.
 
-Its layers lie in the target's KV blocks (`engine.base.kv_layout`). So a block that is computed,
-moved, hashed or hit brings the draft model's KV, too, and the draft model never has to compute a
-prompt afterwards. A step's drafts are computed together, a pass a token:
+Its layers lie in the target's KV blocks (`engine.base.kv_layout`). A block that is computed, moved,
+hashed or hit brings the draft model's KV, too, so the draft model never has to compute a prompt
+afterwards. `observe` computes that KV after the target's pass, on a prefill worker, too: of prompt
+chunks, and of answers without a draft. A step's drafts are computed together, a pass a token:
 
     tokens   ... t  t  p |                   p: the newest, position num_computed
     pass 1          t  p -> d0               t: what it has not computed yet; often none
@@ -17,7 +18,7 @@ it always does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from decode.speculative.step_cost import StepCost
 from engine.attention.batch import Row
@@ -25,7 +26,7 @@ from engine.runner.base import ModelRunner
 from engine.sampling import Sampler, UnusableLogits
 from engine.scheduling.plan import PlannedRow
 from engine.scheduling.request import Request
-from engine.scheduling.speculation import PENDING, Draft
+from engine.scheduling.speculation import PENDING, Draft, StepResult
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
@@ -35,17 +36,25 @@ class ModelDrafter:
     """Proposes PENDING tokens, and computes those that are chosen."""
 
     name = "model"
+    has_kv = True
     acceptance = (0.7,)
 
     def __init__(
-        self, runner: ModelRunner, sampler: Sampler, cost: StepCost, clock: Callable[[], float]
+        self,
+        runner: ModelRunner,
+        sampler: Sampler,
+        block_size: int,
+        cost: StepCost,
+        clock: Callable[[], float],
     ) -> None:
         """`cost` learns what a pass takes."""
         self._runner = runner
         self._sampler = sampler
+        self._block_size = block_size
         self._cost = cost
         self._clock = clock
         self._pending: dict[str, Draft] = {}
+        self._drafted: set[int] = set()  # keys of the requests drafted for in the step under way
 
     def propose(self, request_id: str, tokens: Sequence[int], max_tokens: int) -> Draft:
         """PENDING tokens; `materialize` writes them into this draft, too."""
@@ -55,6 +64,7 @@ class ModelDrafter:
 
     def materialize(self, rows: Sequence[PlannedRow]) -> list[PlannedRow]:
         """Draft for all rows at once. A draft ends early where it ends the answer."""
+        self._drafted = {row.request.key for row in rows}
         drafts: list[list[int]] = [[] for _ in rows]
         active = list(range(len(rows)))
         while active:
@@ -70,6 +80,30 @@ class ModelDrafter:
         for row, draft in zip(rows, drafts, strict=True):
             self._pending[str(row.request.key)].tokens[: len(draft)] = draft
         return [row.with_draft(tuple(d)) for row, d in zip(rows, drafts, strict=True)]
+
+    def observe(self, output: StepResult, rows: Sequence[PlannedRow]) -> Mapping[int, int]:
+        """Compute the draft model's KV of a step's tokens that no draft has computed.
+
+        Each block needs both models' KV before it gets its hash. A request without a draft is
+        computed when nearly a block is missing, many tokens at once.
+        """
+        ends: dict[int, int] = {}
+        missing: list[Row] = []
+        for planned in rows:
+            request = planned.request
+            start = request.num_computed - request.draft_lag
+            end = request.num_computed + planned.num_tokens
+            if request.key in self._drafted:
+                end = request.num_computed + len(planned.draft)
+            elif request.decoding and end - start < self._block_size:
+                end = start
+            else:
+                missing.append(Row(request.tokens[start:end], start, request.table.ids, 0))
+            ends[request.key] = end
+        self._drafted = set()
+        if missing:
+            self._runner.launch(missing).collect()
+        return ends
 
     def finish(self, request_id: str) -> None:
         """Forget the request's draft."""

@@ -20,11 +20,11 @@ longest matches agree. That predicts acceptance far better than a request's past
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.scheduling.plan import PlannedRow
-from engine.scheduling.speculation import NO_DRAFT, Draft
+from engine.scheduling.speculation import NO_DRAFT, Draft, StepResult
 
 MAX_MATCH = 32  # a longer match is no better founded
 # Occurrences looked at, most recent first. On 8,000 tokens of text, a passage given a second time
@@ -73,6 +73,7 @@ class NgramDrafter:
     """Proposes what followed the most recent of the longest matches of the last tokens."""
 
     name = "ngram"
+    has_kv = False
     acceptance = (*_ALONE, *_DIFFER, *_AGREE)
 
     def __init__(self) -> None:
@@ -98,6 +99,10 @@ class NgramDrafter:
     def materialize(self, rows: Sequence[PlannedRow]) -> list[PlannedRow]:
         """The rows as they are: its drafts cost nothing and are whole."""
         return list(rows)
+
+    def observe(self, output: StepResult, rows: Sequence[PlannedRow]) -> Mapping[int, int]:
+        """Nothing: it has no KV."""
+        return {}
 
     def finish(self, request_id: str) -> None:
         """Forget the request's index."""

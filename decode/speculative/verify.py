@@ -2,7 +2,7 @@
 
 Rejection sampling (Leviathan, Kalman, Matias 2023, "Fast inference from transformers via
 speculative decoding"; Chen et al. 2023, "Accelerating large language model decoding with
-speculative sampling") accepts a draft token x with min(1, p(x) / q(x)) and draws a rejected one
+speculative sampling") accepts a draft token x with min(1, p(x) / q(x)) and samples a rejected one
 from the residual max(0, p - q), so that what comes out has the target's *distribution*. Here the
 sampler is a deterministic function of (logits, history, seed, position), so the rule can be
 stricter and simpler: x is accepted if and only if the sampler, given the same history, produces x.

@@ -9,16 +9,18 @@ A row is a prompt chunk, a decode token or a draft to be verified; all are laid 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 BlockIds = Sequence[int] | npt.NDArray[np.int32]
+Tables = Sequence[BlockIds]
+Ints = npt.NDArray[np.int64]
 
 
 class Row(NamedTuple):
@@ -35,6 +37,99 @@ class Row(NamedTuple):
         return self.start + len(self.token_ids)
 
 
+class StepRows(Sequence[Row]):
+    """The rows of a step as arrays; each is a Row on demand.
+
+    Attributes:
+        token_ids: int64 [T]; of all rows, one after the other.
+        starts: int64 [R].
+        num_tokens: int64 [R].
+        num_logits: int64 [R].
+        tables: R block tables.
+    """
+
+    def __init__(
+        self, token_ids: Ints, starts: Ints, num_tokens: Ints, num_logits: Ints, tables: Tables
+    ) -> None:
+        self.token_ids = token_ids
+        self.starts = starts
+        self.num_tokens = num_tokens
+        self.num_logits = num_logits
+        self.tables = tables
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> StepRows:
+        """The same rows as arrays."""
+        if isinstance(rows, StepRows):
+            return rows
+        return cls(
+            np.array(list(chain.from_iterable(row.token_ids for row in rows)), np.int64),
+            np.array([row.start for row in rows], np.int64),
+            np.array([len(row.token_ids) for row in rows], np.int64),
+            np.array([row.num_logits for row in rows], np.int64),
+            [row.block_ids for row in rows],
+        )
+
+    @classmethod
+    def of_single_tokens(cls, token_ids: Ints, starts: Ints, tables: Tables) -> StepRows:
+        """Rows of one token each, all with logits."""
+        ones = np.ones(len(starts), np.int64)
+        return cls(token_ids, starts, ones, ones, tables)
+
+    def followed_by(self, rows: Sequence[Row]) -> StepRows:
+        """These rows and then others."""
+        if not rows:
+            return self
+        other = StepRows.of(rows)
+        return StepRows(
+            np.concatenate([self.token_ids, other.token_ids]),
+            np.concatenate([self.starts, other.starts]),
+            np.concatenate([self.num_tokens, other.num_tokens]),
+            np.concatenate([self.num_logits, other.num_logits]),
+            [*self.tables, *other.tables],
+        )
+
+    def check(self, block_size: int) -> None:
+        """Raise ValueError on a row that contradicts itself."""
+        num_blocks = np.fromiter(map(len, self.tables), np.int64, len(self.tables))
+        ends = self.starts + self.num_tokens
+        wrong = (self.num_tokens <= 0) | (self.starts < 0) | (ends > num_blocks * block_size)
+        wrong |= (self.num_logits < 0) | (self.num_logits > self.num_tokens)
+        for i in np.flatnonzero(wrong).tolist():
+            if self.num_tokens[i] == 0 or self.starts[i] < 0:
+                raise ValueError(f"row {i}: needs a token and a start of at least 0")
+            if ends[i] > num_blocks[i] * block_size:
+                raise ValueError(
+                    f"row {i}: {num_blocks[i]} blocks do not cover {ends[i]} positions"
+                )
+            raise ValueError(f"row {i}: num_logits must be 0 to {self.num_tokens[i]}")
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        first = int(self.num_tokens[:index].sum())
+        token_ids = self.token_ids[first : first + int(self.num_tokens[index])].tolist()
+        start, num_logits = int(self.starts[index]), int(self.num_logits[index])
+        return Row(token_ids, start, self.tables[index], num_logits)
+
+    def __iter__(self) -> Iterator[Row]:
+        first, token_ids = 0, self.token_ids.tolist()
+        columns = (self.starts.tolist(), self.num_tokens.tolist(), self.num_logits.tolist())
+        for start, count, num_logits, table in zip(*columns, self.tables, strict=True):
+            yield Row(token_ids[first : first + count], start, table, num_logits)
+            first += count
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """All rows of a step: T tokens, S of them with logits. int64, on the model's device.
@@ -48,7 +143,7 @@ class Batch:
     offsets: torch.Tensor  # [T]: ... and the position in it
     logit_index: torch.Tensor  # [S]: tokens that get logits, row by row
     block_size: int
-    rows: tuple[Row, ...]  # the same in plain Python, for planning
+    rows: StepRows  # the same on the host, for planning
 
     @property
     def num_tokens(self) -> int:
@@ -61,30 +156,11 @@ class Batch:
         return self.logit_index.shape[0]
 
 
-def ranges(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def ranges(starts: Ints, lengths: Ints) -> Ints:
     """The integers starts[i] .. starts[i] + lengths[i] - 1 of every i, one after the other."""
     first = np.cumsum(lengths) - lengths
-    out: npt.NDArray[np.int64] = np.arange(int(lengths.sum())) + np.repeat(starts - first, lengths)
+    out: Ints = np.arange(int(lengths.sum())) + np.repeat(starts - first, lengths)
     return out
-
-
-def check_rows(rows: Sequence[Row], block_size: int) -> None:
-    """Raise ValueError on a row that contradicts itself."""
-    for i, row in enumerate(rows):
-        num_tokens = len(row.token_ids)
-        if (
-            num_tokens > 0 <= row.start
-            and row.start + num_tokens <= len(row.block_ids) * block_size
-            and 0 <= row.num_logits <= num_tokens
-        ):
-            continue
-        if num_tokens == 0 or row.start < 0:
-            raise ValueError(f"row {i}: needs a token and a start of at least 0")
-        if row.context_len > len(row.block_ids) * block_size:
-            raise ValueError(
-                f"row {i}: {len(row.block_ids)} blocks do not cover {row.context_len} positions"
-            )
-        raise ValueError(f"row {i}: num_logits must be 0 to {num_tokens}")
 
 
 class TableStaging:
@@ -101,20 +177,17 @@ class TableStaging:
     def lay_out(self, rows: Sequence[Row]) -> npt.NDArray[np.int32]:
         """int32 [at least len(rows), stride]; entries beyond a row's table are of no meaning."""
         tables, staged = self._tables, self._staged
-        width = max(len(row.block_ids) for row in rows)
+        all_ids = StepRows.of(rows).tables
+        width = max(map(len, all_ids))
         if len(rows) > tables.shape[0] or width > tables.shape[1]:
             height = max(2 * len(rows), tables.shape[0])
             tables = self._tables = np.zeros((height, max(2 * width, tables.shape[1])), np.int32)
             staged.clear()
-        for i, row in enumerate(rows):
-            block_ids = row.block_ids
-            if i < len(staged):
-                if staged[i] is block_ids and isinstance(block_ids, np.ndarray):
-                    continue
+        staged += [()] * (len(all_ids) - len(staged))
+        for i, (before, block_ids) in enumerate(zip(staged, all_ids, strict=False)):
+            if before is not block_ids or not isinstance(block_ids, np.ndarray):
                 staged[i] = block_ids
-            else:
-                staged.append(block_ids)
-            tables[i, : len(block_ids)] = block_ids
+                tables[i, : len(block_ids)] = block_ids
         return tables
 
 
@@ -135,20 +208,19 @@ class BatchBuilder:
 
     def build(self, rows: Sequence[Row]) -> Batch:
         """The batch of `rows`. Raises ValueError on a row that contradicts itself."""
-        check_rows(rows, self._block_size)
-        num_tokens = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
-        starts = np.array([row.start for row in rows], dtype=np.int64)
-        num_logits = np.array([row.num_logits for row in rows], dtype=np.int64)
+        step = StepRows.of(rows)
+        step.check(self._block_size)
+        num_tokens, num_logits = step.num_tokens, step.num_logits
         total, num_wanted = int(num_tokens.sum()), int(num_logits.sum())
         size = 4 * total + num_wanted
         if size > len(self._host):
             self._host = self._allocate(2 * size)
         host = self._host.numpy()
         token_ids, positions, blocks, offsets = host[: 4 * total].reshape(4, total)
-        token_ids[:] = list(chain.from_iterable(row.token_ids for row in rows))
-        positions[:] = ranges(starts, num_tokens)
+        token_ids[:] = step.token_ids
+        positions[:] = ranges(step.starts, num_tokens)
         entry, offsets[:] = np.divmod(positions, self._block_size)
-        blocks[:] = self._blocks(rows, num_tokens, entry)
+        blocks[:] = self._blocks(step, entry)
         host[4 * total : size] = ranges(np.cumsum(num_tokens) - num_logits, num_logits)
         moved = self._host[:size].to(self._device, non_blocking=True)
         views = moved.split_with_sizes([total] * 4 + [num_wanted])
@@ -159,20 +231,18 @@ class BatchBuilder:
             offsets=views[3],
             logit_index=views[4],
             block_size=self._block_size,
-            rows=tuple(rows),
+            rows=step,
         )
 
     @staticmethod
-    def _blocks(
-        rows: Sequence[Row], num_tokens: npt.NDArray[np.int64], entry: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int64]:
+    def _blocks(step: StepRows, entry: Ints) -> Ints:
         """The block of each token; `entry`: its index in the table of its row."""
-        if len(entry) == len(rows):  # one token a row: no table need be copied
-            ids = [row.block_ids[i] for row, i in zip(rows, entry.tolist(), strict=True)]
+        if len(entry) == len(step):  # one token a row: no table need be copied
+            ids = [table[i] for table, i in zip(step.tables, entry.tolist(), strict=True)]
             return np.array(ids, np.int64)
-        tables = [np.asarray(row.block_ids, np.int32) for row in rows]
+        tables = [np.asarray(table, np.int32) for table in step.tables]
         first_entry = np.cumsum([0, *map(len, tables)])[:-1]
-        joined = np.concatenate(tables)[np.repeat(first_entry, num_tokens) + entry]
+        joined = np.concatenate(tables)[np.repeat(first_entry, step.num_tokens) + entry]
         return joined.astype(np.int64)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from engine.attention.batch import Row, ranges
+from engine.attention.batch import Row, StepRows, ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,8 @@ def paged_indices(
 
 def step_indices(rows: Sequence[Row], block_size: int) -> StepIndices:
     """Index arrays of a whole step, rows of one token apart from the others."""
-    lengths = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
+    step = StepRows.of(rows)
+    lengths = step.num_tokens
     first_token = np.cumsum(lengths) - lengths
     parts: list[PagedIndices | None] = []
     for chosen in (np.flatnonzero(lengths == 1), np.flatnonzero(lengths > 1)):

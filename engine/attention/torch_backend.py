@@ -141,11 +141,10 @@ class TorchBackend:
     def _survey(self, batch: Batch) -> _Rows:
         """All rows of the step; blocks wholly before the first query's window are left out."""
         bs = self._layout.block_size
-        starts = np.array([row.start for row in batch.rows], dtype=np.int64)
-        lengths = np.array([len(row.token_ids) for row in batch.rows], dtype=np.int64)
+        starts, lengths = batch.rows.starts, batch.rows.num_tokens
         oldest = np.maximum(starts - self._window + 1, 0) if self._window else np.zeros_like(starts)
         return _Rows(
-            tables=[row.block_ids for row in batch.rows],
+            tables=batch.rows.tables,
             first_token=np.cumsum(lengths) - lengths,
             starts=starts,
             lengths=lengths,

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -162,11 +163,10 @@ def _round_up(n: int, unit: int) -> int:
 
 def _digest(person: bytes, *fields: bytes) -> bytes:
     """BLAKE2b-128 over length-prefixed fields."""
-    h = hashlib.blake2b(digest_size=HASH_BYTES, person=person)
-    for field in fields:
-        h.update(len(field).to_bytes(8, "little"))
-        h.update(field)
-    return h.digest()
+    data = b"".join(
+        [part for field in fields for part in (len(field).to_bytes(8, "little"), field)]
+    )
+    return hashlib.blake2b(data, digest_size=HASH_BYTES, person=person).digest()
 
 
 def compatibility_digest(
@@ -187,7 +187,7 @@ def hash_salt(*, digest: str, adapter: str = "", cache_salt: str = "") -> bytes:
 
 def block_hash(parent: bytes, token_ids: Sequence[int], salt: bytes) -> bytes:
     """Content hash of a full block: H(parent's hash or b"", its tokens, salt)."""
-    tokens = b"".join(t.to_bytes(4, "little") for t in token_ids)
+    tokens = struct.pack(f"<{len(token_ids)}I", *token_ids)
     return _digest(b"diptych-block", parent, tokens, salt)
 
 

@@ -68,6 +68,11 @@ class SamplingParams:
         """Whether each token is the argmax of the processed logits."""
         return self.temperature < 1e-5
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether the tokens before it change a token's logits."""
+        return bool(self.repetition_penalty != 1 or self.frequency_penalty or self.presence_penalty)
+
 
 @dataclass(frozen=True, slots=True)
 class StopParams:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.attention.batch import Row, TableStaging, check_rows, ranges
+from engine.attention.batch import Row, StepRows, TableStaging, ranges
 from engine.cache.kv_cache import KVCache
 from engine.checkpoint.packed import PackedWeights
 from engine.kernels import Kernels
@@ -71,27 +70,24 @@ class NativeModel:
         MemoryError; nothing has been written then.
         """
         layout = kv_cache.layout
-        check_rows(rows, layout.block_size)
-        lengths = np.array([len(row.token_ids) for row in rows], np.int32)
-        ends = np.cumsum(lengths, dtype=np.int32)
-        num_wanted = np.array([row.num_logits for row in rows], np.int64)
-        tables = self._tables.lay_out(rows)
-        arrays: Mapping[str, _Ints] = {
-            "token_ids": np.array(
-                list(chain.from_iterable(row.token_ids for row in rows)), np.int32
-            ),
-            "first_token": np.concatenate([np.zeros(1, np.int32), ends]),
-            "position": np.array([row.start for row in rows], np.int32),
-            "tables": tables,
-            "logit_index": ranges(ends - num_wanted, num_wanted).astype(np.int32),
-        }
-        if arrays["token_ids"].view(np.uint32).max() >= self.config.vocab_size:
+        step = StepRows.of(rows)
+        step.check(layout.block_size)
+        if step.token_ids.view(np.uint64).max() >= self.config.vocab_size:
             raise ValueError(f"a token id is not below {self.config.vocab_size}")
+        ends = np.cumsum(step.num_tokens)
+        tables = self._tables.lay_out(step)
+        arrays: Mapping[str, _Ints] = {
+            "token_ids": step.token_ids.astype(np.int32),
+            "first_token": np.concatenate([[0], ends]).astype(np.int32),
+            "position": step.starts.astype(np.int32),
+            "tables": tables,
+            "logit_index": ranges(ends - step.num_logits, step.num_logits).astype(np.int32),
+        }
         num_logits = len(arrays["logit_index"])
         logits = self._logits_buffer(num_logits)
         batch = BatchStruct(
             int(ends[-1]),
-            len(rows),
+            len(step),
             num_logits,
             tables.shape[1],
             *(array.ctypes.data for array in arrays.values()),

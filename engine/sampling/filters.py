@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.base.types import SamplingParams
 from engine.scheduling.rows import SampleRow
 
 _NEG_INF = float("-inf")
@@ -28,14 +27,8 @@ _WIDTHS = (256, 4096)
 
 def edits_logits(row: SampleRow) -> bool:
     """Whether `edit_logits` would change this row at all."""
-    return (
-        row.mask is not None or bool(row.banned or row.params.logit_bias) or penalizes(row.params)
-    )
-
-
-def penalizes(p: SamplingParams) -> bool:
-    """Whether a row's history changes its logits."""
-    return p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
+    params = row.params
+    return row.mask is not None or bool(row.banned or params.logit_bias) or params.penalizes
 
 
 def edit_logits(x: torch.Tensor, rows: Sequence[SampleRow]) -> None:
@@ -74,7 +67,7 @@ def _penalize(x: torch.Tensor, rows: Sequence[SampleRow]) -> None:
     parts = []
     seen: dict[int, tuple[NDArray[np.bool_], NDArray[np.int64]]] = {}
     for i, row in enumerate(rows):
-        if not penalizes(row.params):
+        if not row.params.penalizes:
             continue
         if id(row.tokens) not in seen:  # the rows of a draft share their history
             seen[id(row.tokens)] = _history(row, x.shape[1])

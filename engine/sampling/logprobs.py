@@ -1,4 +1,4 @@
-"""Log-probabilities of raw logits, for the rows that ask: in C on a CPU, else in torch.
+"""Log-probabilities of raw logits, where requested: in C on a CPU, else in torch.
 
 fp32 log-softmax, in nats. Of equally likely tokens the lowest id comes first.
 """
@@ -57,7 +57,7 @@ class LogprobScorer:
         if logits.stride(1) != 1:
             logits = logits.contiguous()
         num_rows = len(tokens)
-        wanted = array("i", tokens)
+        token_ids = array("i", tokens)
         chosen = array("f", bytes(4 * num_rows))
         ids = array("i", bytes(4 * num_rows * num_top))
         values = array("f", bytes(4 * num_rows * num_top))
@@ -65,7 +65,7 @@ class LogprobScorer:
             logits.data_ptr(),
             logits.stride(0),
             self._vocab_size,
-            wanted.buffer_info()[0],
+            token_ids.buffer_info()[0],
             num_rows,
             num_top,
             chosen.buffer_info()[0],

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from engine.base.types import SamplingParams
 from engine.kernels import kernels
-from engine.sampling.filters import MAX_TEMPERATURE, penalizes
+from engine.sampling.filters import MAX_TEMPERATURE
 from engine.scheduling.rows import SampleRow, UnusableLogits
 
 _PARAMETERS = struct.Struct("=6dQ3q3q")
@@ -70,6 +70,7 @@ class _PerBatch(Generic[_Source, _Value]):
 
 
 _Biases = tuple["array[int]", "array[float]"]  # token ids and what is added to their logits
+_NO_BIAS: _Biases = (array("i"), array("f"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class _Parameters:
 
 
 class NativeSampler:
-    """Draws a batch's tokens on the CPU. Safe to share: one call at a time."""
+    """Samples a batch's tokens on the CPU. Safe to share: one call at a time."""
 
     def __init__(self, library: ctypes.CDLL, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -105,6 +106,8 @@ class NativeSampler:
         self._biases: _PerBatch[Sequence[tuple[int, float]], _Biases] = _PerBatch()
         self._tokens: _PerBatch[Sequence[int], array[int]] = _PerBatch()
         self._banned: _PerBatch[frozenset[int], array[int]] = _PerBatch()
+        self._plain_params: list[SamplingParams] = []  # of the last plain batch
+        self._plain_records: list[_Parameters] = []
         self._lock = threading.Lock()
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
@@ -113,26 +116,40 @@ class NativeSampler:
         Raises UnusableLogits naming every row without a token, IndexError if a row bans, biases or
         has seen a token beyond the vocabulary.
         """
+        drafts: list[array[int]] = []
+        with self._lock:
+            return self._run(logits, self._pack(rows, drafts))
+
+    def sample_plain(
+        self, logits: torch.Tensor, params: Sequence[SamplingParams], positions: NDArray[np.int64]
+    ) -> list[int]:
+        """The token of each row, which depends on nothing else; see `sample`."""
+        with self._lock:
+            if params != self._plain_params:  # equal ones are packed alike
+                before = dict(zip(map(id, self._plain_params), self._plain_records, strict=True))
+                self._plain_records = [before.get(id(p)) or _packed(p, _NO_BIAS) for p in params]
+                self._plain_params = list(params)
+            joined = b"".join([packed.record for packed in self._plain_records])
+            return self._run(logits, _placed(joined, positions))
+
+    def _run(self, logits: torch.Tensor, records: NDArray[np.uint8]) -> list[int]:
         if logits.stride(1) != 1:
             logits = logits.contiguous()
-        tokens = array("i", bytes(4 * len(rows)))
-        with self._lock:
-            drafts: list[array[int]] = []
-            records = self._pack(rows, drafts)
-            self._sample(
-                logits.data_ptr(),
-                logits.stride(0),
-                self.vocab_size,
-                records.ctypes.data,
-                0,
-                len(rows),
-                tokens.buffer_info()[0],
-                self._scratch,
-            )
-        drawn = tokens.tolist()
-        if min(drawn) < 0:
-            _raise(drawn)
-        return drawn
+        tokens = array("i", bytes(4 * len(records)))
+        self._sample(
+            logits.data_ptr(),
+            logits.stride(0),
+            self.vocab_size,
+            records.ctypes.data,
+            0,
+            len(records),
+            tokens.buffer_info()[0],
+            self._scratch,
+        )
+        sampled = tokens.tolist()
+        if min(sampled) < 0:
+            _raise(sampled)
+        return sampled
 
     def _pack(self, rows: Sequence[SampleRow], drafts: list[array[int]]) -> NDArray[np.uint8]:
         """The rows' records [R, 176]; they point at arrays in `drafts` and in this object."""
@@ -150,9 +167,7 @@ class NativeSampler:
             records.append(params.record)
             if params.penalizes or row.banned or row.mask is not None:
                 histories.append((i, self._history(row, params.penalizes, drafts)))
-        buffer = np.frombuffer(bytearray(b"".join(records)), np.uint8).reshape(len(rows), -1)
-        positions = np.array([row.position for row in rows], np.uint64)
-        buffer[:, _PARAMETERS.size : _PARAMETERS.size + 8] = positions.view(np.uint8).reshape(-1, 8)
+        buffer = _placed(b"".join(records), np.array([row.position for row in rows], np.int64))
         for i, history in histories:
             buffer[i, _PARAMETERS.size + 8 :] = np.frombuffer(history, np.uint8)
         return buffer
@@ -190,6 +205,13 @@ class NativeSampler:
         return self._tokens.put(tokens, array("i", tokens))
 
 
+def _placed(records: bytes, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Records [R, 176] with their positions."""
+    buffer = np.frombuffer(bytearray(records), np.uint8).reshape(len(positions), -1)
+    buffer[:, _PARAMETERS.size : _PARAMETERS.size + 8] = positions.view(np.uint8).reshape(-1, 8)
+    return buffer
+
+
 def _packed(p: SamplingParams, biases: _Biases) -> _Parameters:
     ids, values = biases
     record = _PARAMETERS.pack(
@@ -202,24 +224,24 @@ def _packed(p: SamplingParams, biases: _Biases) -> _Parameters:
         p.seed & _64_BITS,
         p.top_k,
         p.greedy,
-        penalizes(p),
+        p.penalizes,
         ids.buffer_info()[0],
         values.buffer_info()[0],
         len(ids),
     )
-    return _Parameters(record + _REST, penalizes(p), biases)
+    return _Parameters(record + _REST, p.penalizes, biases)
 
 
-def _raise(drawn: Sequence[int]) -> None:
-    """Raise what the negative ones among `drawn` say."""
-    if _NO_SUCH_TOKEN in drawn:
-        row = drawn.index(_NO_SUCH_TOKEN)
+def _raise(sampled: Sequence[int]) -> None:
+    """Raise what the negative ones among `sampled` say."""
+    if _NO_SUCH_TOKEN in sampled:
+        row = sampled.index(_NO_SUCH_TOKEN)
         raise IndexError(f"row {row} bans, biases or has seen a token beyond the vocabulary")
-    reasons = [reason for code, reason in _REASONS.items() if code in drawn]
+    reasons = [reason for code, reason in _REASONS.items() if code in sampled]
     raise UnusableLogits(
-        [i for i, token in enumerate(drawn) if token < 0],
+        [i for i, token in enumerate(sampled) if token < 0],
         "; ".join(reasons),
-        [i for i, token in enumerate(drawn) if token == _BROKEN],
+        [i for i, token in enumerate(sampled) if token == _BROKEN],
     )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from engine.base.types import SamplingParams
 from engine.sampling.filters import edit_logits, edits_logits, filter_logits
 from engine.sampling.native import native_sampler
 from engine.sampling.philox import (
@@ -33,7 +34,7 @@ MAX_ROWS = 256  # sampled at once in torch; rows do not depend on each other
 
 
 class Sampler:
-    """Draws tokens. Holds no state but sizes and work space; safe to share.
+    """Samples tokens. Holds no state but sizes and work space; safe to share.
 
     On a CPU that has the instructions the work is kernels/sampling.c's; what follows here is for
     other devices, and the oracle of the tests (`native=False`).
@@ -52,14 +53,32 @@ class Sampler:
 
         Raises UnusableLogits naming the rows, ValueError for another shape or dtype.
         """
-        if logits.shape != (len(rows), self.vocab_size) or logits.dtype != torch.float32:
-            expected = f"float32 [{len(rows)}, {self.vocab_size}]"
-            raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}, not {expected}")
+        self._check_shape(logits, len(rows))
         if not rows:
             return []
         if self._native is not None:
             return self._native.sample(logits, rows)
         return self._in_slices(logits.detach(), rows)
+
+    def sample_plain(
+        self, logits: torch.Tensor, params: Sequence[SamplingParams], positions: Ints
+    ) -> list[int]:
+        """What `sample` gives for rows that have nothing but parameters and a position.
+
+        Their parameters neither penalize nor bias. Raises as `sample` does.
+        """
+        self._check_shape(logits, len(params))
+        if not params:
+            return []
+        if self._native is not None:
+            return self._native.sample_plain(logits, params, positions)
+        pairs = zip(params, positions.tolist(), strict=True)
+        return self._in_slices(logits.detach(), [SampleRow(p, at, (), 0) for p, at in pairs])
+
+    def _check_shape(self, logits: torch.Tensor, num_rows: int) -> None:
+        if logits.shape != (num_rows, self.vocab_size) or logits.dtype != torch.float32:
+            expected = f"float32 [{num_rows}, {self.vocab_size}]"
+            raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}, not {expected}")
 
     def _in_slices(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
         """A slice after the other: copies, sorts and noise take several times the logits."""
@@ -83,10 +102,10 @@ class Sampler:
         reason = "not a number, infinite, or -inf throughout"
         _check(logits, range(len(rows)), reason, raw=True)
 
-        plain, edited, drawn = [], [], []
+        plain, edited, noisy = [], [], []
         for i, row in enumerate(rows):
             if not row.params.greedy:
-                drawn.append(i)
+                noisy.append(i)
             elif edits_logits(row):
                 edited.append(i)
             else:
@@ -102,11 +121,11 @@ class Sampler:
             put(plain, [best[i] for i in plain])
         if edited:
             put(edited, argmax(self._edited(logits, rows, edited)))
-        if drawn:
-            x = self._edited(logits, rows, drawn)
-            of_drawn = [rows[i] for i in drawn]
-            filter_logits(x, of_drawn)
-            put(drawn, draw(x, of_drawn))
+        if noisy:
+            x = self._edited(logits, rows, noisy)
+            noisy_rows = [rows[i] for i in noisy]
+            filter_logits(x, noisy_rows)
+            put(noisy, noisy_argmax(x, noisy_rows))
         return tokens
 
     def _edited(
@@ -160,19 +179,19 @@ def argmax_torch(x: torch.Tensor) -> list[int]:
     return [int(i) for i in torch.where(x == largest, ids, x.shape[1]).amin(1).tolist()]
 
 
-def draw(x: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
+def noisy_argmax(x: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
     """argmax(x + G) of each row; x float32 [S, vocab], -inf where a token was removed."""
     seeds = [row.params.seed for row in rows]
     positions = [row.position for row in rows]
     if x.device.type == "cpu":
-        return _draw_sparse(x.numpy(), seeds, positions)
+        return _noisy_argmax_sparse(x.numpy(), seeds, positions)
     return argmax(x + gumbel(seeds, positions, x.shape[1], x.device))
 
 
-def _draw_sparse(x: Floats, seeds: Sequence[int], positions: Sequence[int]) -> list[int]:
+def _noisy_argmax_sparse(x: Floats, seeds: Sequence[int], positions: Sequence[int]) -> list[int]:
     """argmax(x + G) of each row of float32 x [S, vocab], with noise only for tokens that can win.
 
-    Rows with few candidates are drawn together, over one flat array; the others each on its own.
+    Rows with few candidates are sampled together, over one flat array; the others each on its own.
     """
     vocab_size = x.shape[1]
     candidates = x >= x.max(axis=1, keepdims=True) - (MAX_GUMBEL - MIN_GUMBEL)

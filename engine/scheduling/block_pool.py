@@ -139,7 +139,7 @@ class BlockPool:
         if taken:
             # Before the first new write. On a GPU the write is a later kernel launch, on the CPU a
             # later call of the same thread; both order this store before it.
-            self.generations[taken] += np.uint64(1)
+            self.generations[taken if count > 1 else block] += np.uint64(1)
         return taken
 
     def pin(self, blocks: Iterable[int]) -> None:

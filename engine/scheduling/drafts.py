@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from engine.constraints import Matcher
 from engine.scheduling.plan import PlannedRow
-from engine.scheduling.request import Request
+from engine.scheduling.request import NO_SLOT, Request
+from engine.scheduling.slots import DecodeSlots
 from engine.scheduling.speculation import FORCED, PENDING, Draft, Speculation
 
 
@@ -23,9 +24,15 @@ class DraftPlanner:
     """
 
     def __init__(
-        self, speculation: Speculation, block_size: int, max_model_len: int, spare: int
+        self,
+        speculation: Speculation,
+        slots: DecodeSlots,
+        block_size: int,
+        max_model_len: int,
+        spare: int,
     ) -> None:
         self._speculation = speculation
+        self._slots = slots
         self._block_size = block_size
         self._max_model_len = max_model_len
         self._spare = spare
@@ -33,7 +40,11 @@ class DraftPlanner:
     def plan(
         self, decoding: Sequence[Request], chunks: Sequence[PlannedRow], max_logits: int
     ) -> list[PlannedRow]:
-        """A row, with a draft where one pays, for each decoding request; then the chunks."""
+        """The rows of requests with a draft, where one pays, or without a slot; then the chunks.
+
+        A request with a draft leaves its slot for this step.
+        """
+        decoding = [*self._slots.requests, *decoding]
         proposals = [(str(r.key), self._propose(r)) for r in decoding]
         num_rows = len(decoding) + sum(row.num_tokens for row in chunks)
         num_answers = len(decoding) + sum(row.num_sampled for row in chunks)
@@ -41,10 +52,13 @@ class DraftPlanner:
         logits_left = max(0, max_logits - num_answers)
         rows = []
         for request, (_, proposal), length in zip(decoding, proposals, lengths, strict=True):
+            if length:
+                length = min(length, self._room_left(request), logits_left)
             if not length:
-                rows.append(PlannedRow.of(request, 1))
+                if request.slot == NO_SLOT:
+                    rows.append(PlannedRow.of(request, 1))
                 continue
-            length = min(length, self._room_left(request), logits_left)
+            self._slots.leave(request)
             logits_left -= length
             num_tokens = len(request.tokens) + length
             self._spare -= request.table.missing(num_tokens)

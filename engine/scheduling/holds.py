@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.request import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +30,19 @@ class EngineHolds:
     num_free: int
     num_cached: int
     num_blocks: int
+
+
+def holds_of(requests: Iterable[Request], pool: BlockPool, now_s: float) -> EngineHolds:
+    """What these requests, all of an engine's, hold now."""
+    held_by = [
+        RequestHold(
+            request_id=request.work.request_id,
+            state=request.state.value,
+            is_answer=request.is_answer,
+            block_ids=tuple(request.table.blocks),
+            age_s=now_s - request.arrival_s,
+            left_s=None if (end := request.work.deadline_s) is None else end - now_s,
+        )
+        for request in requests
+    ]
+    return EngineHolds(tuple(held_by), pool.held, pool.num_free, pool.num_cached, pool.num_blocks)

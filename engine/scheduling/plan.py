@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.scheduling.request import Request
+from engine.scheduling.slots import DecodeSlots
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,30 @@ class PlannedRow(NamedTuple):
             return self.num_sampled
         request = self.request
         return self.num_tokens - max(0, request.num_scored - request.num_computed)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A step: the newest token of each slot, and then the rows.
+
+    The slots are the scheduler's own: they stay as they are until the step is accepted.
+    """
+
+    slots: DecodeSlots
+    rows: list[PlannedRow]
+
+    def __len__(self) -> int:
+        return len(self.slots) + len(self.rows)
+
+    @property
+    def requests(self) -> list[Request]:
+        """Of the slots, and of the rows."""
+        return [*self.slots.requests, *(row.request for row in self.rows)]
+
+    @property
+    def num_tokens(self) -> int:
+        """To compute, drafts included."""
+        return len(self.slots) + sum(row.num_tokens + len(row.draft) for row in self.rows)
 
 
 # Positions whose logits one step computes to score prompts: a vocabulary of floats each; and beside

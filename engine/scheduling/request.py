@@ -43,6 +43,7 @@ from engine.scheduling.block_table import BlockTable
 from engine.scheduling.events import Counts
 from engine.scheduling.rows import SampleRow
 
+NO_SLOT = -1
 _NOT_BANNED: frozenset[int] = frozenset()
 
 
@@ -112,6 +113,7 @@ class Request:
     finish_reason: FinishReason | None = None
     matched_stop: int | None = None
     counts: Counts | None = None  # as last reported
+    slot: int = NO_SLOT  # in DecodeSlots
     num_prompt: int = field(init=False)  # tokens of the prompt, without any of the answer
     is_answer: bool = field(init=False)  # else only the KV of whole blocks is wanted
     wants_tokens: bool = field(init=False)  # not where the prompt's log-probabilities are all

@@ -24,7 +24,7 @@ class SampleRow(NamedTuple):
     draft: Sequence[int] = ()  # counts as answer
     # Stop ids that min_tokens still forbids; they give way where the mask leaves nothing else.
     banned: frozenset[int] = frozenset()
-    mask: NDArray[np.int32] | None = None  # bit t % 32 of word t // 32: token t may be drawn
+    mask: NDArray[np.int32] | None = None  # bit t % 32 of word t // 32: token t is allowed
 
 
 class UnusableLogits(ArithmeticError):

@@ -31,10 +31,12 @@ from engine.scheduling.plan import (
     MAX_SCORED,
     MAX_SCORED_BESIDE,
     Budgets,
+    Plan,
     PlannedRow,
     StepBudget,
 )
-from engine.scheduling.request import Request, State
+from engine.scheduling.request import NO_SLOT, Request, State
+from engine.scheduling.slots import DecodeSlots, is_plain
 from engine.scheduling.speculation import Speculation
 
 
@@ -55,9 +57,11 @@ class Scheduler:
         self.role_budgets = RoleBudgets(budgets.prompt_tokens, budgets.num_seqs)
         self.speculation = speculation
         self.max_model_len = max_model_len
+        self.slots = DecodeSlots(max_model_len)
         self.waiting: list[Request] = []
         self.active: list[Request] = []
         self.num_preemptions = 0
+        self._has_slots = not (speculation and speculation.drafter.has_kv)
         self._num_admitted = self._num_plans = 0  # since the oldest had its turn
         self._producers: dict[bytes, Request] = {}  # hash of a block in production -> its producer
 
@@ -87,8 +91,8 @@ class Scheduler:
     @property
     def waiting_tokens(self) -> int:
         """Known tokens to compute, without those of answers under way."""
-        pending = [len(r.tokens) - r.num_computed for r in chain(self.waiting, self.active)]
-        return sum(num_tokens for num_tokens in pending if num_tokens > 1)
+        pending = (r for r in chain(self.waiting, self.active) if r.slot == NO_SLOT)
+        return sum(r.num_pending for r in pending if r.num_pending > 1)
 
     def add(self, request: Request) -> None:
         """Queue a new request."""
@@ -100,6 +104,7 @@ class Scheduler:
             self.active.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
+        self.slots.leave(request)
         self.abandon_production(request)
         request.table.release()
 
@@ -180,14 +185,17 @@ class Scheduler:
 
     # -- one step ----------------------------------------------------------------------------------
 
-    def plan(self, now_s: float = 0.0, held: Container[int] = ()) -> list[PlannedRow]:
-        """Rows of the next step: decode rows, oldest first, then prompt chunks under the budget.
+    def plan(self, now_s: float = 0.0, held: Container[int] = ()) -> Plan:
+        """The next step: plain answers, then decode rows, then prompt chunks under the budget.
 
         The requests of the keys `held` give no token in it.
         """
         decoding: list[Request] = []
         prompts: list[Request] = []
+        without_room = set(self.slots.without_room())
         for request in list(self.active):  # the oldest first; those preempted for it come later
+            if request.slot != NO_SLOT and request not in without_room:
+                continue
             if request.state is not State.RUNNING:
                 continue
             num_tokens = len(request.tokens)
@@ -196,10 +204,16 @@ class Scheduler:
             elif held and request.key in held:
                 continue
             elif request.table.num_positions >= num_tokens or self._make_room(request, num_tokens):
-                decoding.append(request)
+                if request.slot != NO_SLOT:
+                    self.slots.got_blocks(request)
+                elif self._has_slots and is_plain(request):
+                    self.slots.enter(request)
+                else:
+                    decoding.append(request)
         prompts.sort(key=lambda r: self._turn(r, now_s))
         self._let_the_oldest_go_first(prompts)
-        max_scored = MAX_SCORED_BESIDE if decoding else MAX_SCORED
+        num_decoding = len(self.slots) + len(decoding)
+        max_scored = MAX_SCORED_BESIDE if num_decoding else MAX_SCORED
         for_others = self.role_budgets.prompt_tokens or None
         budget = StepBudget(self.budgets.prompt_tokens, max_scored, for_others)
         chunks: list[PlannedRow] = []
@@ -207,11 +221,15 @@ class Scheduler:
             if count := budget.take(request, self.block_size, request.key in held):
                 chunks.append(PlannedRow.of(request, count))
         if self.speculation is None:
-            return [PlannedRow(r, 1, (), 0, int(r.wants_tokens)) for r in decoding] + chunks
+            rows = [PlannedRow(r, 1, (), 0, int(r.wants_tokens)) for r in decoding]
+            return Plan(self.slots, rows + chunks)
         num_queued = self.room_needed(len(self.waiting[0].tokens)) if self.waiting else 0
-        spare = max(0, self.pool.num_available - len(decoding) - num_queued)
-        planner = DraftPlanner(self.speculation, self.block_size, self.max_model_len, spare)
-        return planner.plan(decoding, chunks, self.budgets.num_logits)
+        spare = max(0, self.pool.num_available - num_decoding - num_queued)
+        planner = DraftPlanner(
+            self.speculation, self.slots, self.block_size, self.max_model_len, spare
+        )
+        rows = planner.plan(decoding, chunks, self.budgets.num_logits)
+        return Plan(self.slots, rows)
 
     def _let_the_oldest_go_first(self, prompts: list[Request]) -> None:
         """Once in FAIR_SHARE of the plans in which priorities decide."""

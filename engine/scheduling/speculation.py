@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from engine.scheduling.plan import PlannedRow
 
@@ -26,10 +26,28 @@ PENDING = -1  # a token that a drafter computes only if it is chosen
 FORCED = -1  # the bucket of a token that a constraint forces
 
 
+class StepResult(Protocol):
+    """What a drafter sees of a step: `engine.runner.base.StepOutput`, without its torch types."""
+
+    @property
+    def logits(self) -> Any:
+        """Fp32 [S, vocab], on the model's device: of the slots, then of the rows."""
+        ...
+
+    @property
+    def hidden(self) -> Any:
+        """[S, hidden] before the output head; None where the runner does not keep it."""
+        ...
+
+
 class Drafter(Protocol):
-    """Proposes tokens that the target model will probably produce."""
+    """Proposes tokens that the target model will probably produce. It owns its model, if any.
+
+    Each step: propose -> materialize -> (the target's forward pass) -> observe -> accepted
+    """
 
     name: str
+    has_kv: bool  # its KV lies in the target's blocks: it then observes every row of every step
 
     @property
     def acceptance(self) -> Sequence[float]:
@@ -45,6 +63,14 @@ class Drafter(Protocol):
 
     def materialize(self, rows: Sequence[PlannedRow]) -> list[PlannedRow]:
         """The same rows with tokens in place of the PENDING ones of their drafts, or fewer."""
+        ...
+
+    def observe(self, output: StepResult, rows: Sequence[PlannedRow]) -> Mapping[int, int]:
+        """See a step's rows and its output before any of it is accepted.
+
+        Returns, by request key, the position that the drafter's own KV reaches if the drafts stand;
+        nothing where `has_kv` is False. `output` is valid until this returns.
+        """
         ...
 
     def finish(self, request_id: str) -> None:

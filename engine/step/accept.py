@@ -13,14 +13,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from engine.base.types import FinishReason, TokenLogprobs
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.slots import DecodeSlots
 from engine.step.constrained import ConstrainedAnswers
 from engine.step.lifecycle import Lifecycle
-from engine.step.step_sampler import SampledRow, StepSampler
+from engine.step.step_sampler import Sampled, SampledRow, StepSampler
 from engine.telemetry.metrics import WorkerMetrics
 
 
@@ -62,13 +64,19 @@ class Acceptor:
         self._counted = dict.fromkeys((name for name, _ in self._counters), 0)
 
     def accept(
-        self, rows: Sequence[SampledRow], logits: torch.Tensor, draft_ends: Mapping[int, int]
+        self,
+        slots: DecodeSlots,
+        sampled: Sampled,
+        logits: torch.Tensor,
+        draft_ends: Mapping[int, int],
     ) -> None:
-        """Advance every row by what it computed, and emit what the verifier accepts.
+        """Advance slots and rows by what they computed, and emit what the verifier accepts.
 
         `draft_ends`: by request key, the position that the draft model's KV reaches.
         """
-        for row in rows:
+        if sampled.tokens:
+            self._accept_slots(slots, sampled.tokens)
+        for row in sampled.rows:
             if row.error is None:
                 self._accept(row, logits, draft_ends)
             else:
@@ -78,6 +86,24 @@ class Acceptor:
             if value > self._counted[name]:
                 counter.inc(value - self._counted[name])
                 self._counted[name] = value
+
+    def _accept_slots(self, slots: DecodeSlots, tokens: Sequence[int]) -> None:
+        """Append each slot's token; there is nothing to verify, mask or score."""
+        num_computed = slots.length[: len(tokens)]
+        full = np.flatnonzero(num_computed % self._scheduler.block_size == 0)
+        filled = [slots.requests[i] for i in full]
+        ended = slots.append(tokens)
+        for request in filled:
+            self._scheduler.advance(request, request.num_computed)
+        self.totals.generation_tokens += len(tokens)
+        self._lifecycle.emit_each(slots.requests, tokens)
+        if (speculation := self._scheduler.speculation) is not None:
+            for request, token in zip(slots.requests, tokens, strict=True):
+                speculation.produced(str(request.key), (token,))
+        for request in ended:
+            reason = self.ending(request, request.tokens[-1])
+            assert reason is not None
+            self._lifecycle.finish(request, reason)
 
     def _accept(self, row: SampledRow, logits: torch.Tensor, draft_ends: Mapping[int, int]) -> None:
         planned = row.planned

@@ -90,7 +90,7 @@ def build_engine(
     drafting: Drafting | None = None,
     device: Device | None = None,
 ) -> Engine:
-    """Load everything; `drafting`: the worker's speculation, if any.
+    """Load everything; `drafting`: the worker's speculation, needed where it has a draft model.
 
     Raises ConfigError, also where a GPU's memory is too small, CheckpointError, SelfTestFailed.
     """
@@ -136,13 +136,15 @@ def _build(
     if draft is not None:
         profile += f" draft=({loader.profile(draft)})"
     identity = _identity(checkpoint, model, layout, profile, size.max_model_len)
-    speculation = drafting.begin(draft_runner, sampler) if drafting else None
+    if draft_runner is not None and drafting is None:
+        raise ValueError("a draft model needs a drafter, which computes its KV")
+    speculation = drafting.begin(draft_runner, sampler, layout.block_size) if drafting else None
     pool = BlockPool(size.num_blocks)
     scheduler = Scheduler(pool, layout.block_size, budgets, speculation, size.max_model_len)
     scheduler.set_role_budgets(default_budgets(role, budgets))
     metrics = WorkerMetrics(registry, identity.name)
     health = EngineHealth(kv_cache, self_tests)
-    core = EngineCore(scheduler, runner, sampler, metrics, time.monotonic, draft_runner, health)
+    core = EngineCore(scheduler, runner, sampler, metrics, time.monotonic, health)
     _log.info(
         "engine built",
         model=identity.name,

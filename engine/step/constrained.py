@@ -46,6 +46,8 @@ class ConstrainedAnswers:
 
     def look(self, active: Iterable[Request]) -> None:
         """Start to compute the next masks that are neither there nor under way."""
+        if not self._has_any:
+            return
         places = {
             request.key: MaskRequest(matcher, ())
             for request, matcher in _running(active)

@@ -6,7 +6,7 @@
     EngineCore   requests in, events out
       Scheduler          queues, block tables, the plan of each step
       Lifecycle          requests by key, their events
-      ModelRunner        the forward pass; DraftKv: the draft model's
+      ModelRunner        the forward pass; a Drafter owns its own
       StepSampler        tokens and log-probabilities from logits
       ConstrainedAnswers masks, and which answers wait for one
       Acceptor           progress, counters
@@ -18,28 +18,27 @@ blocks of an AnnouncedEvent) belongs to its receiver. One thread owns all of thi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from engine.attention.batch import Row
 from engine.base.errors import Unavailable
 from engine.base.types import FinishReason
 from engine.runner.base import ModelRunner, StepOutput
 from engine.sampling import Sampler
 from engine.scheduling.block_table import BlockTable
 from engine.scheduling.events import Event
-from engine.scheduling.holds import EngineHolds, RequestHold
+from engine.scheduling.holds import EngineHolds, holds_of
 from engine.scheduling.load import Limits, LoadReport
-from engine.scheduling.plan import PlannedRow
+from engine.scheduling.plan import Plan, PlannedRow
 from engine.scheduling.request import EngineRequest, Request, State
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import PENDING
 from engine.step.accept import Acceptor
 from engine.step.constrained import ConstrainedAnswers
-from engine.step.draft_kv import DraftKv
 from engine.step.faults import Faults
 from engine.step.health import Health, Unchecked
 from engine.step.lifecycle import Lifecycle, degraded_peer
-from engine.step.step_sampler import SampledRow, StepSampler
+from engine.step.model_rows import model_rows
+from engine.step.step_sampler import Sampled, StepSampler
 from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import WorkerMetrics
 from engine.telemetry.stopwatch import Stopwatch
@@ -57,14 +56,12 @@ class EngineCore:
         sampler: Sampler,
         metrics: WorkerMetrics,
         clock: Callable[[], float],
-        draft_runner: ModelRunner | None = None,
         health: Health | None = None,
     ) -> None:
-        """`draft_runner` computes the draft model, whose KV lies in the same blocks."""
+        """`health` checks the numbers; None: nothing is checked."""
         self.scheduler = scheduler
         self.pool = scheduler.pool
         self._runner = runner
-        self._draft_kv = DraftKv(draft_runner, scheduler.block_size) if draft_runner else None
         self._health = health or Unchecked()
         self._metrics = metrics
         self._clock = clock
@@ -158,22 +155,7 @@ class EngineCore:
 
     def holds(self) -> EngineHolds:
         """Every request with its blocks, and the pool, at this moment."""
-        now_s = self._clock()
-        requests = [
-            RequestHold(
-                request_id=request.work.request_id,
-                state=request.state.value,
-                is_answer=request.is_answer,
-                block_ids=tuple(request.table.blocks),
-                age_s=now_s - request.arrival_s,
-                left_s=None if (end := request.work.deadline_s) is None else end - now_s,
-            )
-            for request in self._requests.values()
-        ]
-        pool = self.pool
-        return EngineHolds(
-            tuple(requests), pool.held, pool.num_free, pool.num_cached, pool.num_blocks
-        )
+        return holds_of(self._requests.values(), self.pool, self._clock())
 
     def load(self) -> LoadReport:
         """The load at this moment, as a value for other threads."""
@@ -212,6 +194,7 @@ class EngineCore:
         held = self._constrained.held(self.scheduler.active)
         plan = self.scheduler.plan(now_s, held)
         watch.lap("schedule")
+        num_tokens, decoding = plan.num_tokens, all(row.num_tokens == 1 for row in plan.rows)
         accepted = bool(plan) and self._compute(plan, watch)
         if plan:
             self._constrained.look(self.scheduler.active)
@@ -220,14 +203,12 @@ class EngineCore:
         self._record_load()
         watch.lap("emit")
         if plan:
-            num_rows = sum(planned.num_tokens + len(planned.draft) for planned in plan)
-            self._metrics.iteration_tokens.observe(num_rows)
+            self._metrics.iteration_tokens.observe(num_tokens)
             self._metrics.step_took(watch.laps)
             # A prompt's tokens want no logits: what they cost tells nothing about drafts.
-            decoding = all(planned.num_tokens == 1 for planned in plan)
             if self.scheduler.speculation is not None and decoding and accepted:
                 verified_s = sum(watch.laps.values()) - watch.laps.get("draft", 0.0)
-                self.scheduler.speculation.stepped(num_rows, verified_s)
+                self.scheduler.speculation.stepped(num_tokens, verified_s)
         return bool(plan or held)
 
     def _admitted(self, request: Request) -> None:
@@ -237,7 +218,7 @@ class EngineCore:
         self.totals.prompt_tokens_cached += cached
         self._lifecycle.admitted(request)
 
-    def _compute(self, plan: Sequence[PlannedRow], watch: Stopwatch) -> bool:
+    def _compute(self, plan: Plan, watch: Stopwatch) -> bool:
         """Run the model and accept its tokens; returns whether the step counts.
 
         A failure ends the requests of this step, not the worker: until `accept` no request has
@@ -246,58 +227,64 @@ class EngineCore:
         shows first that it still computes what it should.
         """
         try:
-            plan, draft_ends = self._draft(plan, watch)
+            plan = self._draft(plan, watch)
             output, sampled = self._forward(plan, watch)
+            draft_ends = self._observe(plan, output, watch)
         except Exception as error:
             self._metrics.engine_step_failures.inc()
             self._num_failures += 1
             if self._num_failures > 1:
                 raise
-            request_ids = [planned.request.work.request_id for planned in plan]
-            _log.exception("step failed", request_ids=request_ids)
-            for planned in plan:
+            requests = plan.requests
+            _log.exception("step failed", request_ids=[r.work.request_id for r in requests])
+            for request in requests:
                 fault = Unavailable(f"step failed: {error}")
-                self._lifecycle.finish(planned.request, FinishReason.ABORTED, fault)
+                self._lifecycle.finish(request, FinishReason.ABORTED, fault)
             self._faults.test()
             return False
         self._num_failures = 0
-        if broken := [row.planned.request for row in sampled if row.broken]:
-            self._faults.discard(broken)
+        if sampled.broken:
+            self._faults.discard(sampled.broken)
             return False
-        self._acceptor.accept(sampled, output.logits, draft_ends)
+        self._acceptor.accept(plan.slots, sampled, output.logits, draft_ends)
         return True
 
-    def _draft(
-        self, plan: Sequence[PlannedRow], watch: Stopwatch
-    ) -> tuple[Sequence[PlannedRow], dict[int, int]]:
-        """The plan with tokens in place of PENDING ones; how far the draft model's KV reaches."""
-        speculation, drafted = self.scheduler.speculation, {}
-        pending = [p for p in plan if p.draft and PENDING in p.draft] if speculation else []
-        if speculation is not None and pending:
-            rows = [_fitting(row) for row in speculation.drafter.materialize(pending)]
-            drafted = {row.request.key: row for row in rows}
-            plan = [drafted.get(row.request.key, row) for row in plan]
-        if self._draft_kv is None:
-            return plan, {}
-        ends = self._draft_kv.compute(plan, drafted)
+    def _draft(self, plan: Plan, watch: Stopwatch) -> Plan:
+        """The plan with tokens in place of PENDING ones."""
+        speculation = self.scheduler.speculation
+        pending = [p for p in plan.rows if p.draft and PENDING in p.draft] if speculation else []
+        if speculation is None or not pending:
+            return plan
+        rows = [_fitting(row) for row in speculation.drafter.materialize(pending)]
+        drafted = {row.request.key: row for row in rows}
         watch.lap("draft")
-        return plan, ends
+        return Plan(plan.slots, [drafted.get(row.request.key, row) for row in plan.rows])
 
-    def _forward(
-        self, plan: Sequence[PlannedRow], watch: Stopwatch
-    ) -> tuple[StepOutput, list[SampledRow]]:
+    def _observe(self, plan: Plan, output: StepOutput, watch: Stopwatch) -> Mapping[int, int]:
+        """By request key, how far the drafter's own KV reaches."""
+        speculation = self.scheduler.speculation
+        if speculation is None:
+            return {}
+        ends = speculation.drafter.observe(output, plan.rows)
+        if ends:
+            watch.lap("draft")
+        return ends
+
+    def _forward(self, plan: Plan, watch: Stopwatch) -> tuple[StepOutput, Sampled]:
         """Launch and collect the model's step; the tokens that its logits give."""
-        self._constrained.begin(plan)
-        rows = [_model_row(planned) for planned in plan]
+        self._constrained.begin(plan.rows)
+        rows = model_rows(plan)
         pending = self._runner.launch(rows)
         output = pending.collect()
         watch.lap("forward")
-        masks, late = self._constrained.wait(plan)
+        masks, late = self._constrained.wait(plan.rows)
         if masks:
             watch.lap("mask")
         sampled = self._sampler.sample(plan, output.logits, masks, late)
-        for index in self._health.unsound_prompts(rows):
-            sampled[index].broken = True
+        unsound = [
+            plan.rows[i - len(plan.slots)].request for i in self._health.unsound_prompts(rows)
+        ]
+        sampled.broken.extend(request for request in unsound if request not in sampled.broken)
         watch.lap("sample")
         return output, sampled
 
@@ -314,11 +301,3 @@ def _fitting(row: PlannedRow) -> PlannedRow:
     """The row with as much of its draft as its constraint allows."""
     matcher = row.request.work.matcher
     return row if matcher is None else row.with_draft(row.draft[: matcher.num_valid(row.draft)])
-
-
-def _model_row(planned: PlannedRow) -> Row:
-    request, start = planned.request, planned.request.num_computed
-    tokens = request.tokens[start : start + planned.num_tokens]
-    if planned.draft:
-        tokens += planned.draft
-    return Row(tokens, start, request.table.ids, planned.num_logits)

@@ -15,4 +15,5 @@ class Drafting:
     """Speculation as configured, before its draft model is loaded."""
 
     max_draft_tokens: int
-    begin: Callable[[ModelRunner | None, Sampler], Speculation]  # of the draft model, if any
+    # (runner of the draft model, if any; sampler; block size) -> speculation
+    begin: Callable[[ModelRunner | None, Sampler, int], Speculation]

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from engine.attention.batch import Row, ranges
+from engine.attention.batch import Row, StepRows, ranges
 from engine.cache.kv_cache import KVCache
 
 
@@ -60,17 +60,18 @@ class EngineHealth:
 
     def unsound_prompts(self, rows: Sequence[Row]) -> list[int]:
         """See Health. Free in a step of answers alone: their logits show it."""
-        some = [i for i, row in enumerate(rows) if row.num_logits < len(row.token_ids)]
-        if not some:
+        step = StepRows.of(rows)
+        some = np.flatnonzero(step.num_logits < step.num_tokens)
+        if not len(some):
             return []
         size = self._kv_cache.layout.block_size
-        starts = np.array([rows[i].start for i in some], np.int64)
-        lengths = np.array([len(rows[i].token_ids) for i in some], np.int64)
+        starts, lengths = step.starts[some], step.num_tokens[some]
+        block_ids = [np.asarray(step.tables[i], np.int64) for i in some.tolist()]
         entry, offsets = np.divmod(ranges(starts, lengths), size)
-        tables = np.concatenate([np.asarray(rows[i].block_ids, np.int64) for i in some])
-        first = np.cumsum([0, *(len(rows[i].block_ids) for i in some)])[:-1]
+        first = np.cumsum([0, *map(len, block_ids)])[:-1]
+        tables = np.concatenate(block_ids)
         finite = self._kv_cache.finite(tables[np.repeat(first, lengths) + entry], offsets)
-        owners = np.repeat(np.array(some), lengths)
+        owners = np.repeat(some, lengths)
         return [int(i) for i in np.unique(owners[~finite])]
 
     def damaged(self, blocks: Sequence[int]) -> list[int]:

@@ -67,6 +67,13 @@ class Lifecycle:
                 counts = self._counts(request)
             self._events.append(TokensEvent(request.key, tokens, counts, logprobs, prompt_logprobs))
 
+    def emit_each(self, requests: Sequence[Request], tokens: Sequence[int]) -> None:
+        """Report one new token of each; their counters are as last reported."""
+        keys = [request.key for request in requests]
+        counts = [request.counts or self._counts(request) for request in requests]
+        token_ids = [[token] for token in tokens]
+        self._events += map(TokensEvent, keys, token_ids, counts)
+
     def announce(self, request: Request) -> None:
         """Pin and report the blocks that have their hash since the last announcement."""
         first, end = request.num_announced, request.num_hashed

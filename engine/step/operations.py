@@ -1,4 +1,4 @@
-"""What the event loop asks of the engine thread: values that it applies between two steps.
+"""Operations of the event loop on an engine: values, applied on its thread between two steps.
 
     Add Abort Abandon             the life of a request
     BlocksArrived FetchEnded      its fetch from a peer

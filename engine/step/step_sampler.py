@@ -21,7 +21,9 @@ from engine.base.types import TokenLogprobs
 from engine.constraints.matcher import Rows
 from engine.sampling import Sampler, SampleRow, UnusableLogits
 from engine.sampling.logprobs import LogprobScorer
-from engine.scheduling.plan import PlannedRow
+from engine.scheduling.plan import Plan, PlannedRow
+from engine.scheduling.request import Request
+from engine.scheduling.slots import DecodeSlots
 
 
 @dataclass(slots=True)
@@ -37,6 +39,15 @@ class SampledRow:
     broken: bool = False  # the model's numbers for it are not finite
 
 
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The results of a step's logits."""
+
+    tokens: Sequence[int]  # one of each slot
+    rows: Sequence[SampledRow]
+    broken: list[Request]  # the model's numbers for them are not finite; nothing is accepted
+
+
 class StepSampler:
     """A sampler for answers, and a scorer for requests with log-probabilities."""
 
@@ -46,16 +57,17 @@ class StepSampler:
 
     def sample(
         self,
-        plan: Sequence[PlannedRow],
+        plan: Plan,
         logits: torch.Tensor,
         masks: Mapping[int, Rows],
         late: Container[int] = (),
-    ) -> list[SampledRow]:
-        """Of each row of the plan, in its order: tokens, and the prompt's log-probabilities.
+    ) -> Sampled:
+        """The tokens of slots and rows, in the plan's order, and the prompt's log-probabilities.
 
         `masks`: by request key, of constrained answers, a row for each position that may give a
         token. The `late` ones give no token.
         """
+        tokens, broken = self._sample_slots(plan.slots, logits)
         rows = _laid_out(plan)
         for row in rows if masks else ():
             request = row.planned.request
@@ -72,11 +84,12 @@ class StepSampler:
             ],
             logits,
             masks,
+            len(plan.slots),
         )
         for row in rows:
             if row.planned.num_scored and row.error is None and not row.broken:
                 self._score(row, logits)
-        return rows
+        return Sampled(tokens, rows, broken + [r.planned.request for r in rows if r.broken])
 
     def logprobs(
         self, row: SampledRow, kept: Sequence[int], logits: torch.Tensor
@@ -85,8 +98,24 @@ class StepSampler:
         first, num_top = row.first_sampled, row.planned.request.work.num_logprobs or 0
         return self._scorer.score(logits[first : first + len(kept)], kept, num_top)
 
+    def _sample_slots(
+        self, slots: DecodeSlots, logits: torch.Tensor
+    ) -> tuple[list[int], list[Request]]:
+        """The token of each slot, and the requests whose logits are unusable as the model gave."""
+        count = len(slots)
+        try:
+            return self._sampler.sample_plain(
+                logits[:count], slots.params, slots.length[:count]
+            ), []
+        except UnusableLogits as error:
+            return [], [slots.requests[i] for i in error.rows]
+
     def _sample(
-        self, rows: Sequence[SampledRow], logits: torch.Tensor, masks: Mapping[int, Rows]
+        self,
+        rows: Sequence[SampledRow],
+        logits: torch.Tensor,
+        masks: Mapping[int, Rows],
+        num_slots: int,
     ) -> None:
         owners: list[SampledRow] = []  # of each row of logits
         sample_rows: list[SampleRow] = []
@@ -98,7 +127,9 @@ class StepSampler:
                 owners.append(row)
                 allowed = None if mask is None else mask[ahead]
                 sample_rows.append(request.sample_row(draft[:ahead], allowed))
-        if len(owners) < len(logits):
+        if len(owners) == len(logits) - num_slots:
+            logits = logits[num_slots:]
+        else:
             ranges = (range(r.first_sampled, r.first_sampled + r.planned.num_sampled) for r in rows)
             logits = logits[list(chain.from_iterable(ranges))]
         while owners:
@@ -147,10 +178,10 @@ def _nothing_left(row: SampledRow) -> InvalidRequest:
     )
 
 
-def _laid_out(plan: Sequence[PlannedRow]) -> list[SampledRow]:
-    """The rows of a plan, each with the place of its logits."""
-    rows, first = [], 0
-    for planned in plan:
+def _laid_out(plan: Plan) -> list[SampledRow]:
+    """The rows of a plan, each with the place of its logits: those of the slots come first."""
+    rows, first = [], len(plan.slots)
+    for planned in plan.rows:
         end = first + planned.num_logits
         rows.append(SampledRow(planned, first, end - planned.num_sampled))
         first = end

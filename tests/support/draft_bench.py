@@ -71,16 +71,12 @@ class PairedWorker:
                 backend = backend_of(view, model.config.num_heads, 0)
             runners.append(Runner(model, view, backend))
         sampler = Sampler(VOCAB, CPU)
-        speculation = None
-        if draft_tokens:
-            drafter = ModelDrafter(runners[1], sampler, StepCost(), lambda: 0.0)
-            speculation = Speculation(drafter, verify, draft_tokens, draft_length)
+        drafter = ModelDrafter(runners[1], sampler, size, StepCost(), lambda: 0.0)
+        speculation = Speculation(drafter, verify, draft_tokens, draft_length)
         self.pool = BlockPool(num_blocks)
         self.scheduler = Scheduler(self.pool, size, Budgets(prompt_tokens, 8), speculation, MAX_LEN)
         metrics = WorkerMetrics(CollectorRegistry(), "draft")
-        self.core = EngineCore(
-            self.scheduler, runners[0], sampler, metrics, lambda: 0.0, runners[1]
-        )
+        self.core = EngineCore(self.scheduler, runners[0], sampler, metrics, lambda: 0.0)
         self.answers: dict[int, list[int]] = {}
         self.reasons: dict[int, FinishReason] = {}
         self.num_steps = 0
@@ -108,16 +104,18 @@ class PairedWorker:
         self.pool.check()
         assert self.pool.num_held == 0
 
-    def check_named_blocks(self, works: list[EngineRequest], draft: TorchModel) -> int:
-        """Every named block of these histories holds the KV that each model gives; how many."""
+    def check_hashed_blocks(self, works: list[EngineRequest], draft: TorchModel) -> int:
+        """Compare the KV of all hashed blocks of these histories with each model's; how many."""
         num_checked = 0
         for work in works:
             probe = PairedWorker(TARGET, draft, draft_tokens=0)
             whole = work.prompt[: len(work.prompt) // SIZE * SIZE]
             key = probe.add(dataclasses.replace(work, prompt=whole, sampling=None, stop=None))
-            names = probe.core._requests[key].whole_hashes(SIZE)
+            hashes = probe.core._requests[key].whole_hashes(SIZE)
             probe.run()
-            for mine, theirs in zip(self.pool.match(names), probe.pool.match(names), strict=False):
+            for mine, theirs in zip(
+                self.pool.match(hashes), probe.pool.match(hashes), strict=False
+            ):
                 assert self.kv_cache.draft and probe.kv_cache.draft
                 for a, b in (
                     (self.kv_cache, probe.kv_cache),

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.attention.batch import Row, TableStaging, build_batch
+from engine.attention.batch import Row, StepRows, TableStaging, build_batch
 
 CPU = torch.device("cpu")
 
@@ -73,3 +73,19 @@ def test_staged_tables_are_those_of_each_step() -> None:
         for table, row in zip(tables, rows, strict=False):
             assert table[: len(row.block_ids)].tolist() == list(row.block_ids)
         before = rows
+
+
+@given(rows_of(), st.integers(0, 5))
+def test_rows_as_arrays_are_the_same_rows(case: tuple[list[Row], int], cut: int) -> None:
+    rows, block_size = case
+    step = StepRows.of(rows)
+    step.check(block_size)
+    assert list(step) == rows == [step[i] for i in range(len(rows))]
+    assert step[:cut] == rows[:cut]
+    assert list(StepRows.of(rows[:cut]).followed_by(rows[cut:])) == rows
+    single = [Row([row.token_ids[0]], row.start, row.block_ids, 1) for row in rows]
+    starts = np.array([row.start for row in rows], np.int64)
+    newest = np.array([row.token_ids[0] for row in rows], np.int64)
+    assert list(StepRows.of_single_tokens(newest, starts, step.tables)) == single
+    with pytest.raises(IndexError):
+        step[len(rows)]

@@ -263,8 +263,8 @@ def test_tokens_beyond_the_vocabulary_are_refused(where: str, token: int) -> Non
 
 
 def test_a_growing_history_is_followed() -> None:
-    """The same sampler over a request's life, with gaps, drafts and neighbours: always what a new
-    one says."""
+    """The same sampler over a request's life, with gaps, drafts and neighbours: always the tokens
+    of a new one."""
     rng = random.Random(7)
     sampler, vocab_size = Sampler(VOCAB), VOCAB
     requests = [
@@ -283,9 +283,9 @@ def test_a_growing_history_is_followed() -> None:
                 position = len(tokens) + ahead
                 rows.append(SampleRow(params, position, tokens, 1, draft[:ahead], banned))
         logits = torch.randn(len(rows), vocab_size, generator=torch.Generator().manual_seed(step))
-        drawn = sampler.sample(logits, rows)
-        assert drawn == Sampler(vocab_size).sample(logits, rows)
-        for row, token in zip(rows, drawn, strict=True):
+        sampled = sampler.sample(logits, rows)
+        assert sampled == Sampler(vocab_size).sample(logits, rows)
+        for row, token in zip(rows, sampled, strict=True):
             if rng.random() < 0.7 and not row.draft:
                 list.append(row.tokens, token)  # type: ignore[arg-type]
 
@@ -337,10 +337,10 @@ def test_only_what_the_mask_allows_is_drawn(native: bool, temperature: float) ->
     allowed = [3, 77, 330]
     params = [SamplingParams(temperature, seed=i, logit_bias=((5, 100.0),)) for i in range(40)]
     rows = [SampleRow(p, 1, [1], 1, mask=mask_of(allowed)) for p in params]
-    drawn = Sampler(VOCAB, native=native).sample(logits, rows)
-    assert set(drawn) <= set(allowed)
+    sampled = Sampler(VOCAB, native=native).sample(logits, rows)
+    assert set(sampled) <= set(allowed)
     if not temperature:
-        assert drawn == [max(allowed, key=lambda t: float(row[t])) for row in logits]
+        assert sampled == [max(allowed, key=lambda t: float(row[t])) for row in logits]
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -353,10 +353,10 @@ def test_bans_give_way_where_a_mask_leaves_nothing_else(native: bool, temperatur
         return SampleRow(params, 1, [2], 1, (), frozenset(banned), mask_of(allowed))
 
     rows = [row([9], {9}), row([9, 10], {9}), row([9, 10], {9, 10}), row([2], {1, 2})]
-    drawn = Sampler(VOCAB, native=native).sample(logits, rows)
-    assert drawn[:2] == [9, 10]
-    assert drawn[2] in (9, 10)
-    assert drawn[3] == 2
+    sampled = Sampler(VOCAB, native=native).sample(logits, rows)
+    assert sampled[:2] == [9, 10]
+    assert sampled[2] in (9, 10)
+    assert sampled[3] == 2
     with pytest.raises(UnusableLogits, match=r"row 1 .* no token is left"):
         Sampler(VOCAB, native=native).sample(logits[:2], [rows[0], row([], {9})])
 
@@ -369,8 +369,34 @@ def test_choices_of_a_request_share_its_biases() -> None:
     rows = [SampleRow(SamplingParams(1.0, seed=i, logit_bias=biases), 1, [3], 1) for i in range(6)]
     logits = torch.zeros(6, VOCAB)
     for size in (2, 3, 6):
-        drawn = sampler.sample(logits[:size], rows[:size])
-        assert drawn == Sampler(VOCAB).sample(logits[:size], rows[:size])
+        sampled = sampler.sample(logits[:size], rows[:size])
+        assert sampled == Sampler(VOCAB).sample(logits[:size], rows[:size])
     kept = [sampler._parameters.get(row.params) for row in rows]
     assert len({id(entry.pointed_at) for entry in kept if entry}) == 1
     assert None not in kept
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_plain_rows_get_the_tokens_of_whole_rows(native: bool) -> None:
+    """Over batches whose requests enter, leave and change places, as those of an engine."""
+    rng, sampler = random.Random(4), Sampler(331, native=native)
+    params: list[SamplingParams] = []
+    for number in range(40):
+        if params and rng.random() < 0.5:
+            params[rng.randrange(len(params))] = params[-1]
+            params.pop()
+        for _ in range(rng.randrange(3)):
+            top_k, top_p = rng.choice([0, 8]), rng.choice([1.0, 0.9])
+            temperature, min_p = rng.choice([0.0, 0.7, 1.0]), rng.choice([0.0, 0.1])
+            seed = rng.getrandbits(64)
+            params.append(SamplingParams(temperature, top_p, top_k, min_p, seed=seed))
+        logits = 3 * torch.randn(len(params), 331, generator=torch.Generator().manual_seed(number))
+        positions = np.array([rng.randrange(1, 9000) for _ in params], np.int64)
+        rows = [SampleRow(p, int(at), [1] * 3, 2) for p, at in zip(params, positions, strict=True)]
+        assert sampler.sample_plain(logits, params, positions) == sampler.sample(logits, rows)
+    logits[1] = torch.nan
+    with pytest.raises(UnusableLogits) as error:
+        sampler.sample_plain(logits, params, positions)
+    assert error.value.rows == error.value.broken == (1,)
+    with pytest.raises(ValueError, match="float32"):
+        sampler.sample_plain(logits[1:], params, positions)

@@ -34,7 +34,7 @@ def queue(made: Scheduler, key: int, num_tokens: int, *, is_answer: bool) -> Req
 def planned(made: Scheduler) -> dict[int, int]:
     """Tokens of the next step, by request."""
     made.admit(0.0)
-    return {row.request.key: row.num_tokens for row in made.plan(0.0)}
+    return {row.request.key: row.num_tokens for row in made.plan(0.0).rows}
 
 
 def test_prompts_for_others_have_a_share_of_a_step() -> None:

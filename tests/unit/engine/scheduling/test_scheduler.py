@@ -29,7 +29,7 @@ def prompts(*sizes: tuple[int, float]) -> tuple[Scheduler, list[Request]]:
 
 
 def order(scheduler: Scheduler, now_s: float) -> list[int]:
-    return [row.request.key for row in scheduler.plan(now_s)]
+    return [request.key for request in scheduler.plan(now_s).requests]
 
 
 def test_a_short_prompt_goes_before_a_long_one_that_has_begun() -> None:
@@ -106,9 +106,9 @@ def test_few_positions_are_scored_beside_answers_that_are_written() -> None:
         )
         scheduler.add(Request(key, work, BlockTable(pool, 16), 0.0))
     scorer, answer = scheduler.admit(0.0)
-    assert {row.request.key: row.num_tokens for row in scheduler.plan()} == {1: 256, 2: 256}
+    assert {row.request.key: row.num_tokens for row in scheduler.plan().rows} == {1: 256, 2: 256}
     answer.num_computed = 799
-    beside = {row.request.key: row.num_scored for row in scheduler.plan()}
+    beside = {row.request.key: row.num_scored for row in scheduler.plan().rows}
     assert beside == {scorer.key: MAX_SCORED_BESIDE, answer.key: 0}
 
 

@@ -48,11 +48,11 @@ def build(
         draft_model=draft,
     )
     cache = CacheOptions(**(cache_options or {"kv_cache_memory": 1 << 20}))
-    drafting = make_drafting(model, DraftOptions(drafter)) if role is Role.DECODE else None
+    drafting = make_drafting(model, DraftOptions(drafter))
     return build_engine(role, model, cache, StepOptions(), CollectorRegistry(), drafting)
 
 
-def test_both_panels_agree_and_nobody_else_does(folder: Path) -> None:
+def test_both_roles_agree_and_no_other_configuration_does(folder: Path) -> None:
     small = str(folder / "small")
     decode, prefill = build(folder, small), build(folder, small, Role.PREFILL)
     assert decode.identity.digest == prefill.identity.digest
@@ -109,7 +109,10 @@ def test_a_pool_is_sized_by_the_share_that_was_dealt(folder: Path) -> None:
 
 def test_first_layers_share_the_targets_weights(folder: Path) -> None:
     core = build(folder, "first:2").core
-    target, draft = core._runner._model, core._draft_kv._runner._model  # type: ignore[attr-defined,union-attr]
+    assert core.scheduler.speculation is not None
+    drafter = core.scheduler.speculation.drafter
+    assert isinstance(drafter, ModelDrafter)
+    target, draft = core._runner._model, drafter._runner._model  # type: ignore[attr-defined]
     assert draft.weights["1.qkv"] is target.weights["1.qkv"]
     assert draft.head is target.head
 
@@ -235,7 +238,7 @@ SELF_TEST = [([24], 1), ([1], 1), ([25], 2)]
 
 
 def steps_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int], int]]:
-    """Of each step: who ran it, the tokens of its rows, its logits."""
+    """Of each step: the runner, the tokens of its rows, its logits."""
     seen: list[tuple[int, list[int], int]] = []
     run = Runner.run
 

@@ -78,7 +78,7 @@ async def test_a_message_that_does_not_end_is_a_hang(
 
 async def test_abort_frees_without_new_work(engine: EngineThread) -> None:
     stream = engine.submit(work("waits", tuple(range(20)), 5, fetch=True))
-    await stream.next()  # the fetch it wants; nobody brings the blocks
+    await stream.next()  # its fetch; no peer sends the blocks
     assert await engine.call(Probe(lambda core: core.pool.num_held)) > 0
     stream.abort()
     (last,) = await stream.drain()

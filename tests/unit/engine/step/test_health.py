@@ -51,7 +51,7 @@ class Checked:
 
 
 class Sick(Bench):
-    """A bench whose model gives NaN where `poison` says so."""
+    """A bench whose model gives NaN in the rows that `poison` selects."""
 
     def __init__(self, native: bool = True, draft_tokens: int = 0) -> None:
         super().__init__(draft_tokens=draft_tokens)

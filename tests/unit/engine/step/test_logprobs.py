@@ -20,7 +20,7 @@ from tests.support.history_model import VOCAB, logits_of
 
 
 class Scored(Bench):
-    """A Bench that keeps what was told."""
+    """A Bench that keeps the log-probabilities of its events."""
 
     def __init__(self, **options: int) -> None:
         super().__init__(**options)
@@ -222,7 +222,7 @@ def test_one_step_scores_a_bounded_number_of_positions() -> None:
     )
     bench.step()
     assert sum(row.num_logits for row in bench.runner.steps[-1]) <= MAX_SCORED + 1
-    assert plain in bench.finished, "who asks for no logits is not held up"
+    assert plain in bench.finished, "a request without logits is not delayed"
     bench.run()
     assert max(sum(row.num_logits for row in step) for step in bench.runner.steps) <= MAX_SCORED + 2
     assert all(len(bench.prompt_logprobs[key]) == 699 for key in works)

@@ -99,12 +99,16 @@ class Eager:
     """Drafts as many tokens as it may."""
 
     name = "eager"
+    has_kv = False
     acceptance = (1.0,)
 
     def propose(self, request_id: str, tokens: object, max_tokens: int) -> Draft:
         return Draft([1] * max_tokens, [0] * max_tokens)
 
     def materialize(self, rows: object) -> None: ...
+
+    def observe(self, output: object, rows: object) -> dict[int, int]:
+        return {}
 
     def finish(self, request_id: str) -> None: ...
 
@@ -123,8 +127,8 @@ def test_no_step_has_more_logits_than_were_warmed_up() -> None:
         request.tokens.append(3)
         scheduler.advance(request, 2)
     plan = scheduler.plan(0.0)
-    assert [len(row.draft) for row in plan] == [6, 6, 0, 0, 0, 0, 0, 0]
-    assert sum(row.num_logits for row in plan) == budgets.num_logits
+    assert [len(row.draft) for row in plan.rows] == [6, 6] and len(plan.slots) == 6
+    assert len(plan.slots) + sum(row.num_logits for row in plan.rows) == budgets.num_logits
 
 
 def test_sampling_in_slices_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,22 @@
+"""From a plan to the rows that the model computes."""
+
+from __future__ import annotations
+
+from engine.attention.batch import Row, StepRows
+from engine.scheduling.plan import Plan, PlannedRow
+
+
+def model_rows(plan: Plan) -> StepRows:
+    """The slots' newest tokens, and then the rows: what the model computes."""
+    slots, count = plan.slots, len(plan.slots)
+    newest, starts = slots.newest[:count].copy(), slots.length[:count] - 1
+    plain = StepRows.of_single_tokens(newest, starts, slots.tables.copy())
+    return plain.followed_by([_row(row) for row in plan.rows])
+
+
+def _row(planned: PlannedRow) -> Row:
+    request, start = planned.request, planned.request.num_computed
+    tokens = request.tokens[start : start + planned.num_tokens]
+    if planned.draft:
+        tokens += planned.draft
+    return Row(tokens, start, request.table.ids, planned.num_logits)
