@@ -33,32 +33,32 @@ class Acceptance:
     def survival(self, request_id: str, buckets: Sequence[int], least: float) -> list[float]:
         """Probability that the first token is accepted, the first two, ...; ends below `least`."""
         factor, odds = math.exp(self._requests.get(request_id, 0.0)), self._odds
-        out, all_stand = [], 1.0
+        out, survival = [], 1.0
         for bucket in buckets:
             if bucket != FORCED:
                 x = odds[bucket] * factor
-                all_stand *= x / (1.0 + x)
-            if all_stand < least:
+                survival *= x / (1.0 + x)
+            if survival < least:
                 break
-            out.append(all_stand)
+            out.append(survival)
         return out
 
     def learn(self, request_id: str, draft: Draft, produced: Sequence[int]) -> None:
         """`produced` followed where `draft` was proposed; PENDING tokens teach nothing."""
         of_request = self._requests.get(request_id, 0.0)
-        for guess, bucket, token in zip(draft.tokens, draft.buckets, produced, strict=False):
-            if guess == PENDING:
+        for draft_token, bucket, token in zip(draft.tokens, draft.buckets, produced, strict=False):
+            if draft_token == PENDING:
                 break
-            if bucket == FORCED:  # a forced token tells nothing of the drafter
-                if guess != token:
+            if bucket == FORCED:  # a forced token is not the drafter's
+                if draft_token != token:
                     break
                 continue
             logit = self._buckets[bucket]
-            surprise = (guess == token) - 1.0 / (1.0 + math.exp(-logit - of_request))
+            surprise = (draft_token == token) - 1.0 / (1.0 + math.exp(-logit - of_request))
             of_request = _clip(of_request + REQUEST_RATE * surprise)
             self._buckets[bucket] = logit = _clip(logit + BUCKET_RATE * surprise)
             self._odds[bucket] = math.exp(logit)
-            if guess != token:
+            if draft_token != token:
                 break
         self._requests[request_id] = of_request
 

@@ -34,8 +34,8 @@ _GROWTH = 2  # times the largest step so far: what is not known is not tried in 
 _FIRST_RUN = 4
 _LONGEST_RUN = 64
 # Steps that drafting did not pay in, before it is tried nevertheless.
-_FIRST_PATIENCE = 8
-_LONGEST_PATIENCE = 256
+_FIRST_PAUSE = 8
+_LONGEST_PAUSE = 256
 
 
 class MeasuredDraftLength:
@@ -52,7 +52,7 @@ class MeasuredDraftLength:
         self._run = 0  # steps with drafts since one without
         self._longest_run = _FIRST_RUN
         self._num_idle = 0  # steps since drafts that cost something were made
-        self._patience = _FIRST_PATIENCE
+        self._pause = _FIRST_PAUSE
 
     def choose(
         self, drafts: Sequence[tuple[str, Draft]], num_rows: int, num_answers: int
@@ -67,7 +67,7 @@ class MeasuredDraftLength:
         lengths = [0] * len(drafts)
         best = self._best(chances, num_rows, num_answers)
         if best:
-            self._num_idle, self._patience = 0, _FIRST_PATIENCE
+            self._num_idle, self._pause = 0, _FIRST_PAUSE
         if best and self._may_draft():
             for _, i in chances[:best]:
                 lengths[i] += 1
@@ -121,11 +121,11 @@ class MeasuredDraftLength:
         return out
 
     def _tries(self) -> bool:
-        """True now and then; see `_FIRST_PATIENCE`."""
+        """True now and then; see `_FIRST_PAUSE`."""
         self._num_idle += 1
-        if self._num_idle < self._patience:
+        if self._num_idle < self._pause:
             return False
-        self._num_idle, self._patience = 0, min(2 * self._patience, _LONGEST_PATIENCE)
+        self._num_idle, self._pause = 0, min(2 * self._pause, _LONGEST_PAUSE)
         return True
 
     def _may_draft(self) -> bool:

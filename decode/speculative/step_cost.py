@@ -2,12 +2,11 @@
 
     log seconds(rows) = level + shape(rows)
 
-A Kalman filter over the level and the shape at some sizes. The level may move at every step: it is
-what slows all steps alike (longer contexts, another process on the cores), so that two sizes seen
-at different times can be compared. The shape falls back, over some thousand steps, to what was
-believed before anything was seen: rows are nearly free, and if not, the whole line is steeper. So a
-longer step is tried early, what it cost tells about all sizes, and once in a long while it is tried
-again. Only the shape matters to a choice.
+A Kalman filter estimates the level, and the shape at some sizes. The level may move at every step:
+it is what slows all steps alike (longer contexts, another process on the cores), so that two sizes
+seen at different times can be compared. The shape returns to its prior over some thousand steps:
+rows are nearly free, and if not, the whole line is steeper. So a longer step is tried early, its
+cost teaches all sizes, and after a long time it is tried again. Only the shape matters to a choice.
 """
 
 from __future__ import annotations
@@ -19,11 +18,13 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-HOPE = 0.03  # prior cost of a row, of a step of one row
-FEAR = 0.2  # the same if rows are expensive; the line's steepness between the two is one unknown
+CHEAP_ROW = 0.03  # prior cost of a row, of a step of one row
+COSTLY_ROW = (
+    0.2  # the same if rows are expensive; the line's steepness between the two is one unknown
+)
 _DENSE = 8  # sizes up to it are all there, above it three an octave
 _OCTAVES = 10
-_STEEPNESS = 1.5  # prior standard deviations: of the line, between hope (0) and fear (1)
+_STEEPNESS = 1.5  # prior standard deviations: of the line, from cheap (0) to costly (1)
 _BEND = 0.15  # of the shape beside the line, in logs
 _REACH = 4.0  # sizes over which a bend extends
 _NOISE = 0.08  # of one step, to begin with; then as measured, within these bounds
@@ -32,7 +33,7 @@ _NOISE_RATE = 0.02
 _DRIFT = 0.06  # of the level, a step
 _MEMORY = 3000.0  # steps until the shape is half forgotten, roughly
 _OUTLIER = 3.0  # standard deviations that one step may surprise by
-_EVERY = 16  # steps between two bouts of forgetting
+_EVERY = 16  # steps from one `_forget` to the next
 
 _SIZES: Floats = np.array(
     [*range(1, _DENSE + 1), *(_DENSE * 2 ** (i / 3) for i in range(1, 3 * _OCTAVES + 1))]
@@ -42,12 +43,12 @@ _NUM = len(_SIZES)
 
 def _prior() -> tuple[Floats, Floats]:
     """Mean [1 + sizes] and covariance of (level, shape), the level unknown."""
-    hope, fear = np.log1p(HOPE * (_SIZES - 1)), np.log1p(FEAR * (_SIZES - 1))
-    line = _STEEPNESS * (fear - hope)
+    cheap, costly = np.log1p(CHEAP_ROW * (_SIZES - 1)), np.log1p(COSTLY_ROW * (_SIZES - 1))
+    line = _STEEPNESS * (costly - cheap)
     apart = np.abs(np.subtract.outer(np.arange(_NUM), np.arange(_NUM)))
     covariance = np.zeros((1 + _NUM, 1 + _NUM))
     covariance[1:, 1:] = np.outer(line, line) + _BEND**2 * np.exp(-apart / _REACH)
-    return np.concatenate([[0.0], hope]), covariance
+    return np.concatenate([[0.0], cheap]), covariance
 
 
 _MEAN, _COVARIANCE = _prior()

@@ -31,8 +31,8 @@ def verify(draft: Sequence[int], sampled: Sequence[int]) -> Verified:
     draft: a caller may stop sampling there. Raises ValueError for any other length.
     """
     num_accepted = 0
-    for guess, token in zip(draft, sampled, strict=False):
-        if guess != token:
+    for draft_token, token in zip(draft, sampled, strict=False):
+        if draft_token != token:
             break
         num_accepted += 1
     if not num_accepted < len(sampled) <= len(draft) + 1:

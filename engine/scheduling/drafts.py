@@ -103,3 +103,9 @@ def fitted(draft: Draft, matcher: Matcher, limit: int) -> Draft:
     num_valid = matcher.num_valid(draft.tokens) if draft.tokens else 0
     buckets = [FORCED] * size + draft.buckets[size:num_valid]
     return Draft(draft.tokens[:num_valid], buckets[:num_valid])
+
+
+def fitted_row(row: PlannedRow) -> PlannedRow:
+    """The row with as much of its draft as its constraint allows."""
+    matcher = row.request.work.matcher
+    return row if matcher is None else row.with_draft(row.draft[: matcher.num_valid(row.draft)])

@@ -25,10 +25,11 @@ from engine.base.types import FinishReason
 from engine.runner.base import ModelRunner, StepOutput
 from engine.sampling import Sampler
 from engine.scheduling.block_table import BlockTable
+from engine.scheduling.drafts import fitted_row
 from engine.scheduling.events import Event
 from engine.scheduling.holds import EngineHolds, holds_of
 from engine.scheduling.load import Limits, LoadReport
-from engine.scheduling.plan import Plan, PlannedRow
+from engine.scheduling.plan import Plan
 from engine.scheduling.request import EngineRequest, Request, State
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import PENDING
@@ -194,22 +195,23 @@ class EngineCore:
         held = self._constrained.held(self.scheduler.active)
         plan = self.scheduler.plan(now_s, held)
         watch.lap("schedule")
+        # Its slots change when the step is accepted.
         num_tokens, decoding = plan.num_tokens, all(row.num_tokens == 1 for row in plan.rows)
-        accepted = bool(plan) and self._compute(plan, watch)
-        if plan:
+        accepted = num_tokens > 0 and self._compute(plan, watch)
+        if num_tokens:
             self._constrained.look(self.scheduler.active)
         elif held:
             self._constrained.wait_for_late()
         self._record_load()
         watch.lap("emit")
-        if plan:
+        if num_tokens:
             self._metrics.iteration_tokens.observe(num_tokens)
             self._metrics.step_took(watch.laps)
-            # A prompt's tokens want no logits: what they cost tells nothing about drafts.
+            # Tokens of prompts have no logits: their cost does not apply to drafts.
             if self.scheduler.speculation is not None and decoding and accepted:
                 verified_s = sum(watch.laps.values()) - watch.laps.get("draft", 0.0)
                 self.scheduler.speculation.stepped(num_tokens, verified_s)
-        return bool(plan or held)
+        return bool(num_tokens or held)
 
     def _admitted(self, request: Request) -> None:
         cached = request.num_hashed * self.scheduler.block_size
@@ -255,7 +257,7 @@ class EngineCore:
         pending = [p for p in plan.rows if p.draft and PENDING in p.draft] if speculation else []
         if speculation is None or not pending:
             return plan
-        rows = [_fitting(row) for row in speculation.drafter.materialize(pending)]
+        rows = [fitted_row(row) for row in speculation.drafter.materialize(pending)]
         drafted = {row.request.key: row for row in rows}
         watch.lap("draft")
         return Plan(plan.slots, [drafted.get(row.request.key, row) for row in plan.rows])
@@ -295,9 +297,3 @@ class EngineCore:
         metrics.set_blocks(free=pool.num_free, cached=pool.num_cached, held=pool.num_held)
         metrics.num_preemptions.inc(scheduler.num_preemptions - self._num_preemptions)
         self._num_preemptions = scheduler.num_preemptions
-
-
-def _fitting(row: PlannedRow) -> PlannedRow:
-    """The row with as much of its draft as its constraint allows."""
-    matcher = row.request.work.matcher
-    return row if matcher is None else row.with_draft(row.draft[: matcher.num_valid(row.draft)])

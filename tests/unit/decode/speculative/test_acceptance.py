@@ -29,7 +29,7 @@ def test_survival_is_the_product_along_the_draft() -> None:
 
 
 @pytest.mark.parametrize("chance", [0.05, 0.3, 0.6, 0.95])
-def test_a_grade_becomes_what_it_turns_out_to_be(chance: float) -> None:
+def test_a_bucket_learns_its_acceptance(chance: float) -> None:
     acceptance = Acceptance([0.5, 0.5])
     for i in range(40):  # forty requests of ten tokens
         follow(acceptance, f"r{i}", 0, chance, 10 + i % 3)
@@ -47,7 +47,7 @@ def test_a_request_may_differ_from_the_others() -> None:
     assert chance_of(acceptance, "new", 1) == pytest.approx(0.6)
 
 
-def test_tokens_count_up_to_the_first_that_differs() -> None:
+def test_tokens_teach_up_to_the_first_that_differs() -> None:
     acceptance = Acceptance([0.5, 0.5, 0.5, 0.5])
     acceptance.learn("a", Draft([1, 2, 3, 4], [0, 1, 2, 3]), [1, 9, 3, 4])
     acceptance.finish("a")  # what remains is what buckets learned
@@ -61,7 +61,7 @@ def test_tokens_count_up_to_the_first_that_differs() -> None:
     assert chance_of(acceptance, "c", 3) == 0.5
 
 
-def test_nothing_is_ever_certain() -> None:
+def test_probabilities_stay_within_their_limits() -> None:
     acceptance = Acceptance([0.5])
     follow(acceptance, "a", 0, 1.0, 5000)
     assert 0.9 < chance_of(acceptance, "a", 0) < 1.0

@@ -90,7 +90,7 @@ def test_recorded_answers_win_or_lose_little(curve: str, num_seqs: int) -> None:
     assert got > 0.9 * best
 
 
-def test_it_comes_back_where_drafting_begins_to_pay() -> None:
+def test_drafting_resumes_where_it_begins_to_pay() -> None:
     """After long text without a hit, a copied text gets drafts within the answer."""
     text = [*misleading_text(48), *repeated_text()]
     speculation = measured()
@@ -121,7 +121,7 @@ def test_lengths_follow_chances_and_costs() -> None:
     assert 2 <= middle <= 4  # the best of (1 - 0.8 ** (k + 1)) / 0.2 / (1 + 0.2 k) is at 3
 
 
-def test_rows_go_where_they_count() -> None:
+def test_rows_go_to_the_likeliest_tokens() -> None:
     hopeless = Draft([7] * 8, [1] * 8)
     lengths = make(0.8, 0.05).choose([("a", sure(8)), ("b", hopeless), ("c", NO_DRAFT)], 3, 3)
     assert lengths[0] > 2
@@ -166,7 +166,7 @@ def test_no_step_is_much_longer_than_one_without_drafts() -> None:
 
 
 @pytest.mark.parametrize("others", [[], [sure(1)], [NO_DRAFT] * 3])
-def test_a_certain_draft_slows_answers_without_one_little(others: list[Draft]) -> None:
+def test_a_certain_draft_slows_other_answers_little(others: list[Draft]) -> None:
     """Forced tokens give more tokens a second, but must not slow the other answers."""
     controller = make(0.99, 0.3)
     forced = Draft([7] * 16, [FORCED] * 16)

@@ -22,7 +22,7 @@ def make_with_passes(chance: float, pass_cost: float) -> MeasuredDraftLength:
     return MeasuredDraftLength(Acceptance([chance]), cost, passes)
 
 
-def test_passes_of_a_draft_model_are_paid_for() -> None:
+def test_passes_of_a_draft_model_count_as_cost() -> None:
     one = [("a", promise(16))]
     assert make_with_passes(0.9, 0.01).choose(one, 1, 1)[0] > 10
     # the best of (1 - 0.8 ** (k + 1)) / 0.2 / (1 + 0.26 k) is at 2 and 3

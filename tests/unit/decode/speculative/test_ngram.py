@@ -92,7 +92,7 @@ def test_what_followed_last_time() -> None:
     assert propose([5, 6, 5, 6, 5], 6) == [6, 5, 6, 5, 6, 5]
 
 
-def test_grades_tell_what_supports_a_token() -> None:
+def test_buckets_follow_the_support_of_a_token() -> None:
     def buckets(tokens: list[int], max_tokens: int) -> list[int]:
         return NgramDrafter().propose("r", tokens, max_tokens).buckets
 
@@ -102,7 +102,7 @@ def test_grades_tell_what_supports_a_token() -> None:
     assert buckets(tokens, 3) == [bucket(AGREE, 2), bucket(DIFFER, 3), bucket(ALONE, 4)]
 
 
-def test_every_grade_has_a_chance() -> None:
+def test_every_bucket_has_a_prior() -> None:
     chances = NgramDrafter.acceptance
     assert len(chances) == 3 * len(ngram._LENGTHS)
     assert all(0 < chance < 1 for chance in chances)

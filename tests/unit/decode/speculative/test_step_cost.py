@@ -45,14 +45,14 @@ def test_learns_a_curve_within_a_hundred_steps(curve: str, base: int) -> None:
 
 
 @pytest.mark.parametrize("curve", ["cpu", "fast cpu", "steep"])
-def test_two_sizes_tell_about_all(curve: str) -> None:
+def test_two_sizes_teach_all_sizes(curve: str) -> None:
     cost = StepCost()
     learn(cost, CURVES[curve], [1, 5], 40)
     expected = CURVES[curve](16) / CURVES[curve](1)
     assert ratio(cost, 1, 16) == pytest.approx(expected, rel=0.35)
 
 
-def test_what_slows_all_steps_alike_changes_nothing() -> None:
+def test_a_common_slowdown_changes_no_shape() -> None:
     """One size is seen while the machine is twice as slow; its estimate stays right."""
     cost = StepCost()
     learn(cost, CURVES["cpu"], [1, 2, 4, 8], 200)
@@ -72,7 +72,7 @@ def test_one_stopped_step_changes_little() -> None:
     assert np.allclose(cost.relative(1, 8), before, rtol=0.12)
 
 
-def test_what_was_not_seen_for_long_is_hoped_for_again() -> None:
+def test_the_shape_returns_to_the_prior() -> None:
     cost = StepCost()
     learn(cost, CURVES["steep"], [1, 2, 4, 8], 200)
     learned = ratio(cost, 1, 4)
@@ -101,7 +101,7 @@ def test_any_size_and_any_time_are_taken() -> None:
     assert np.isfinite(cost.relative(10**6, 4)).all()
 
 
-def test_it_stays_sound_over_a_long_life() -> None:
+def test_the_filter_stays_stable_over_many_steps() -> None:
     cost, rng = StepCost(), random.Random(4)
     for _ in range(30_000):
         rows = int(2 ** rng.uniform(0, 13))

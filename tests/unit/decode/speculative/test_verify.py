@@ -54,15 +54,15 @@ def answer(
     sampler, tokens, num_accepted = Sampler(VOCAB), list(prompt), 0
     while len(tokens) < len(prompt) + NUM_TOKENS:
         room = len(prompt) + NUM_TOKENS - len(tokens) - 1
-        guesses = draft(tokens, min(4, room)) if draft else []
+        proposed = draft(tokens, min(4, room)) if draft else []
         rows = []
-        for i in range(len(guesses) + 1):
+        for i in range(len(proposed) + 1):
             num_answer = len(tokens) + i - len(prompt)
             banned = stops if num_answer < min_tokens else frozenset[int]()
             position = len(tokens) + i
-            rows.append(SampleRow(params, position, tokens, len(prompt), guesses[:i], banned))
+            rows.append(SampleRow(params, position, tokens, len(prompt), proposed[:i], banned))
         logits = torch.stack([fake_logits([*tokens, *row.draft]) for row in rows])
-        verified = verify(guesses, sampler.sample(logits, rows))
+        verified = verify(proposed, sampler.sample(logits, rows))
         num_accepted += verified.num_accepted
         tokens += verified.tokens
     return tokens[len(prompt) :], num_accepted

@@ -174,7 +174,7 @@ def test_an_evicted_block_is_dropped_before_its_generation_grows() -> None:
     assert seen == [generation] and int(pool.generations[block]) == generation + 1
 
 
-def test_least_recently_used_name_goes_first() -> None:
+def test_least_recently_used_hash_is_dropped_first() -> None:
     pool = BlockPool(3)
     blocks = pool.take(3)
     for block in blocks:
@@ -220,7 +220,7 @@ def test_misuse_is_an_error() -> None:
     assert pool.num_free == 2
 
 
-def test_names_depend_on_every_token_the_parent_and_the_salt() -> None:
+def test_hashes_depend_on_every_token_the_parent_and_the_salt() -> None:
     salt = hash_salt(digest="d")
     hashes = block_hashes(list(range(12)), 4, salt)
     assert len(set(hashes)) == 3

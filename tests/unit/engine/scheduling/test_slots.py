@@ -137,6 +137,18 @@ def test_no_token_depends_on_slots(seed: int, draft_tokens: int) -> None:
     bench.at_rest()
 
 
+def test_a_step_that_ends_the_last_answer_has_computed() -> None:
+    """Its slots are empty afterwards."""
+    bench = Bench()
+    works = {}
+    for key in range(2):
+        stop = StopParams(max_tokens=4)
+        work = EngineRequest(f"r{key}", (key, 5), SALT, SamplingParams(), stop)
+        works[bench.add(work)] = work
+    assert [bench.step() for _ in range(5)] == [True] * 4 + [False]
+    check_answers(bench, works)
+
+
 def test_a_number_that_is_not_finite_in_a_slot_ends_its_answer_alone() -> None:
     bench = Bench()
     works = {}

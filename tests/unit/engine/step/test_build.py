@@ -100,7 +100,7 @@ def test_the_pool_holds_both(folder: Path) -> None:
     assert isinstance(engine.core.scheduler.speculation.drafter, ModelDrafter)
 
 
-def test_a_pool_is_sized_by_the_share_that_was_dealt(folder: Path) -> None:
+def test_a_pool_is_sized_by_the_share_of_its_worker(folder: Path) -> None:
     """Not by what the machine has at the moment: a restart would have another context."""
     engine = build(folder, "", drafter="none", memory_share=f"{320 << 20}:the cgroup's 2 GiB")
     assert 0 <= (80 << 20) - engine.kv_cache.num_bytes < engine.layout.block_bytes
@@ -177,7 +177,7 @@ def test_on_a_gpu_the_pool_is_the_last_to_be_sized(
 
 
 @pytest.mark.parametrize("moment", ["random_model", "warm_up", "pool"])
-def test_a_gpu_that_is_full_is_one_sentence(
+def test_a_full_gpu_is_one_clear_error(
     moment: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = FakeGpu(8 * GIB, monkeypatch, fails_at=moment)
@@ -189,7 +189,7 @@ def test_a_gpu_that_is_full_is_one_sentence(
     assert "\n" not in words
 
 
-def test_a_gpu_that_is_full_may_not_even_tell_how_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_gpu_may_have_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> GpuMemory:
         raise RuntimeError("CUDA error: out of memory")
 
@@ -295,7 +295,7 @@ def test_a_model_that_fails_its_self_test_is_not_built(
         build(folder, "first:2")
 
 
-def test_what_cannot_be_is_refused(folder: Path) -> None:
+def test_impossible_options_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="needs --draft-model"):
         build(folder, "")
     config = folder / "small" / "config.json"

@@ -168,7 +168,7 @@ def test_neither_min_tokens_nor_ignore_eos_outlives_the_grammar() -> None:
             assert re.fullmatch("[0-9]{3,4}", text_of(bench.tokens[key]))
 
 
-def test_a_stop_token_that_is_all_the_grammar_allows_is_drawn_in_spite_of_min_tokens() -> None:
+def test_a_stop_token_that_is_all_the_grammar_allows_is_sampled_in_spite_of_min_tokens() -> None:
     comma = encode(",")[0]
     stop = StopParams(max_tokens=9, min_tokens=4, stop_token_ids=frozenset([comma, EOS]))
     bench = Bench(draft_tokens=3)
@@ -233,16 +233,16 @@ def test_forced_tokens_are_drafted_and_the_drafter_goes_on_behind_them() -> None
     assert fitted(Draft(encode("ab"), [1, 2]), matcher, 9) == Draft(forced, sure)
     assert fitted(Draft([], []), matcher, 2) == Draft(forced[:2], sure[:2])
     longer = [*forced, *encode("e0")]
-    graded = Draft(longer, list(range(len(longer))))
+    proposed = Draft(longer, list(range(len(longer))))
     cut = len(longer) - 1
-    assert fitted(graded, matcher, 20) == Draft(
-        longer[:cut], sure + graded.buckets[len(forced) : cut]
+    assert fitted(proposed, matcher, 20) == Draft(
+        longer[:cut], sure + proposed.buckets[len(forced) : cut]
     )
     promised = Draft([PENDING] * 5, [0] * 5)
     assert fitted(promised, matcher, 5) == Draft(forced, sure)
 
 
-def test_what_is_forced_is_certain_and_teaches_nothing() -> None:
+def test_forced_tokens_are_certain_and_teach_nothing() -> None:
     acceptance = Acceptance([0.5, 0.25])
     assert acceptance.survival("r", [FORCED, FORCED, 0], 0.01) == [1.0, 1.0, 0.5]
     before = acceptance.survival("r", [0, 1], 0.01)

@@ -152,28 +152,28 @@ def test_four_equal_prompts_at_once_compute_their_prefix_once() -> None:
     bench.at_rest()
 
 
-def test_a_waiter_takes_over_when_the_maker_is_aborted_or_too_slow() -> None:
+def test_a_waiter_takes_over_when_the_producer_is_aborted_or_too_slow() -> None:
     rng = random.Random(6)
     prompt = (*whole_prompt(rng, 10), 1)
     for aborted in (True, False):
         bench = Bench()
         work = EngineRequest(
-            "maker", prompt, SALT, SamplingParams(), StopParams(max_tokens=3), fetch=True
+            "producer", prompt, SALT, SamplingParams(), StopParams(max_tokens=3), fetch=True
         )
-        maker = bench.add(work)
+        producer = bench.add(work)
         waiter = bench.add(replace(work, request_id="waiter", fetch=False))
         for _ in range(5):
             bench.step()
         assert not bench.tokens[waiter]
         assert len(bench.scheduler.waiting) == 1
         if aborted:
-            bench.core.abort(maker)
+            bench.core.abort(producer)
         else:
             bench.now_s += 6.0
         for _ in range(50):
             bench.step()
         assert bench.tokens[waiter] == oracle(work)[0]
-        bench.core.abort(maker)
+        bench.core.abort(producer)
         bench.step()
         bench.at_rest()
 

@@ -102,12 +102,12 @@ def test_an_ambiguous_grammar_ends_alone() -> None:
 def test_a_slow_grammar_is_not_waited_for_until_it_is_quick_again() -> None:
     bench, kinds = Bench(), [answer("slow", 60), answer("quick", 60)]
     slow, quick = (matcher_of(LETTERS) for _ in kinds)
-    num_dear = 3
+    num_costly = 3
 
     def before() -> None:
-        nonlocal num_dear
-        num_dear -= 1
-        if num_dear >= 0:
+        nonlocal num_costly
+        num_costly -= 1
+        if num_costly >= 0:
             burn(8 * SLOW_S)
 
     slow = with_(slow, before)
@@ -127,12 +127,12 @@ def test_a_slow_grammar_is_not_waited_for_until_it_is_quick_again() -> None:
     bench.at_rest()
 
 
-def test_answers_that_are_dear_to_go_on_with_take_turns() -> None:
+def test_answers_with_costly_constraints_take_turns() -> None:
     bench = Bench(num_seqs=16)
     works = [answer(f"{i}", 12) for i in range(8)]
-    dear = {i: with_(matcher_of(LETTERS), lambda: burn(0.004)) for i in range(4)}
+    costly = {i: with_(matcher_of(LETTERS), lambda: burn(0.004)) for i in range(4)}
     keys = [
-        bench.add(replace(work, matcher=dear.get(i) or matcher_of(PERSON)))
+        bench.add(replace(work, matcher=costly.get(i) or matcher_of(PERSON)))
         for i, work in enumerate(works)
     ]
     most = 0

@@ -98,16 +98,16 @@ def test_a_failed_step_teaches_no_cost() -> None:
     assert draft_length._cost._num_steps == known
 
 
-def test_cheap_rows_are_used_and_dear_ones_are_not() -> None:
+def test_cheap_rows_are_used_and_costly_ones_are_not() -> None:
     steps = []
     for row_s in (0.0, 0.5):
         bench = TimedBench(measured(), row_s, max_model_len=400, num_blocks=128)
         bench.add(repeating_work("r", 250))
         bench.run()
         steps.append(len(bench.runner.steps))
-    cheap, dear = steps
+    cheap, costly = steps
     assert cheap < 100
-    assert dear > 200
+    assert costly > 200
 
 
 def test_after_failover_the_delivered_tokens_are_drafted_from() -> None:
@@ -120,7 +120,7 @@ def test_after_failover_the_delivered_tokens_are_drafted_from() -> None:
     assert bench.core.totals.accepted_tokens > 30
 
 
-def test_a_longer_draft_asks_for_no_more_room_than_a_block() -> None:
+def test_a_longer_draft_reserves_no_more_than_a_block() -> None:
     def scheduler(draft_tokens: int) -> Scheduler:
         speculation = fixed(draft_tokens)
         return Scheduler(BlockPool(8), SIZE, Budgets(16, 8), speculation, 100)
@@ -130,7 +130,7 @@ def test_a_longer_draft_asks_for_no_more_room_than_a_block() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_guesses_preempt_nobody(seed: int) -> None:
+def test_drafts_preempt_no_request(seed: int) -> None:
     """Drafts of 64 in a pool that is too small: not one preemption more for it."""
     preemptions = []
     for speculation in (None, fixed(64)):
@@ -148,7 +148,7 @@ def test_guesses_preempt_nobody(seed: int) -> None:
     assert preemptions[1] <= preemptions[0]
 
 
-def test_guesses_leave_the_room_that_the_first_in_the_queue_needs() -> None:
+def test_drafts_leave_the_room_that_the_first_in_the_queue_needs() -> None:
     """It is admitted as soon as it would be without drafts, and drafts are cut to their blocks."""
     bench = TimedBench(fixed(64), num_blocks=12, num_seqs=2)
     first = bench.add(repeating_work("a", 30))

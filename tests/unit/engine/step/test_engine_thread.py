@@ -113,7 +113,7 @@ async def test_a_pushed_error_reaches_the_reader_and_ends_nothing(engine: Engine
     assert stream.finished
 
 
-async def test_everybody_learns_of_the_thread_s_death(engine: EngineThread) -> None:
+async def test_every_stream_ends_when_the_thread_dies(engine: EngineThread) -> None:
     stream = engine.submit(work("victim", tuple(range(20)), 50, fetch=True))
     await stream.next()
 
@@ -133,10 +133,10 @@ async def test_a_waiter_takes_over_with_no_message_at_all(engine: EngineThread) 
     prompt = tuple(range(21))
     budgets = engine.core.scheduler.budgets
     object.__setattr__(budgets, "owner_wait_s", 0.3)
-    maker = engine.submit(work("maker", prompt, 5, fetch=True))
-    await maker.next()
+    producer = engine.submit(work("producer", prompt, 5, fetch=True))
+    await producer.next()
     waiter = engine.submit(work("waiter", prompt, 5))
     tokens, _ = await asyncio.wait_for(tokens_of(waiter), 5)
     assert tokens == oracle(work("waiter", prompt, 5))[0]
-    maker.abort()
-    await maker.drain()
+    producer.abort()
+    await producer.drain()

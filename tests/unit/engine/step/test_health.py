@@ -290,7 +290,7 @@ def test_a_peer_that_is_reported_sick_takes_its_blocks_from_running_answers() ->
     bench.at_rest()
 
 
-def test_names_and_sources_of_a_pool() -> None:
+def test_hashes_and_sources_of_a_pool() -> None:
     pool = BlockPool(6)
     blocks = pool.take(5)
     pool.set_hash(blocks[0], b"own")

@@ -111,7 +111,7 @@ def test_equal_to_log_softmax_and_no_token_changes(
         assert bench.core.totals.accepted_tokens > 0, "the scenario is meant to accept drafts"
 
 
-def test_resumed_tokens_are_not_told_again() -> None:
+def test_resumed_tokens_are_not_reported_again() -> None:
     rng = random.Random(5)
     for _ in range(10):
         work = replace(random_work(rng), num_logprobs=2)
@@ -142,7 +142,7 @@ def test_a_prompt_alone_is_scored_without_a_token(length: int) -> None:
     bench.at_rest()
 
 
-def test_cached_positions_are_scored_and_what_is_named_is_not_written_again() -> None:
+def test_cached_positions_are_scored_and_hashed_blocks_are_not_written_again() -> None:
     """The second request finds all blocks cached; its own are others, the named ones are left."""
     prompt = prompt_of(random.Random(3), 6 * SIZE + 2)
     plain = EngineRequest("a", prompt, SALT, SamplingParams(), StopParams(max_tokens=2))
@@ -180,14 +180,16 @@ def test_cached_positions_are_scored_and_what_is_named_is_not_written_again() ->
     bench.at_rest()
 
 
-def test_it_is_not_fetched_and_waits_for_nobody() -> None:
+def test_it_is_not_fetched_and_waits_for_no_producer() -> None:
     prompt = prompt_of(random.Random(4), 4 * SIZE + 1)
-    maker = EngineRequest("m", prompt, SALT, SamplingParams(), StopParams(max_tokens=2), fetch=True)
+    producer = EngineRequest(
+        "m", prompt, SALT, SamplingParams(), StopParams(max_tokens=2), fetch=True
+    )
     bench = Scored()
-    first = bench.add(maker)
+    first = bench.add(producer)
     bench.step()
     assert len(bench.fetches) == 1
-    scored = replace(maker, request_id="s", num_prompt_logprobs=0)
+    scored = replace(producer, request_id="s", num_prompt_logprobs=0)
     key = bench.add(scored)
     for _ in range(20):
         bench.step()
@@ -257,7 +259,7 @@ def test_unusable_logits_end_their_own_request_only(where: str) -> None:
     bench.at_rest()
 
 
-def test_sampled_tokens_are_told_by_their_raw_logits() -> None:
+def test_sampled_tokens_have_the_logprobs_of_raw_logits() -> None:
     """Temperature, penalties, bias and bans change the token, not the numbers."""
     sampling = SamplingParams(
         temperature=1.5, top_k=4, repetition_penalty=1.5, seed=3, logit_bias=((2, 50.0),)
