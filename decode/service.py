@@ -21,7 +21,7 @@ from decode.shared_parts import Parts, PartsStore
 from engine.base.errors import DiptychError, InvalidRequest, Unavailable
 from engine.base.types import Constraint
 from engine.constraints import Compiler, Matcher, Vocabulary
-from engine.pb.diptych.internal.v1 import worker_pb2
+from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.rpc.convert import (
     logprobs_to_pb,
     prefill_peer_of,
@@ -40,8 +40,8 @@ from engine.telemetry.timeline import Timeline
 
 _log = get_logger(__name__)
 _NO_DEADLINE_S = 3600.0
-_ALIVE = worker_pb2.DecodeResponse(alive=worker_pb2.Alive())
-_UNKNOWN = worker_pb2.DecodeResponse(unknown=worker_pb2.Unknown())
+_ALIVE = pb.DecodeResponse(alive=pb.Alive())
+_UNKNOWN = pb.DecodeResponse(unknown=pb.Unknown())
 
 
 class DecodeHost(FetchHost, Protocol):
@@ -80,8 +80,8 @@ class DecodeServicer:
             compiler.prepare()
 
     async def Decode(
-        self, request: worker_pb2.DecodeRequest, context: Any
-    ) -> AsyncIterator[worker_pb2.DecodeResponse]:
+        self, request: pb.DecodeRequest, context: Any
+    ) -> AsyncIterator[pb.DecodeResponse]:
         """Serve one answer; see worker.proto."""
         self.host.check_incarnation(request.incarnation)
         parts = self._parts.of(request)
@@ -128,7 +128,7 @@ class DecodeServicer:
         return await compiler.matcher(constraint, output)
 
     def _engine_request(
-        self, request: worker_pb2.DecodeRequest, parts: Parts, time_remaining_s: float | None
+        self, request: pb.DecodeRequest, parts: Parts, time_remaining_s: float | None
     ) -> EngineRequest:
         if not parts.prompt:
             raise InvalidRequest("prompt_token_ids", "empty; expected at least one token")
@@ -160,7 +160,7 @@ class _DecodeCall:
         self,
         service: DecodeServicer,
         stream: Stream,
-        request: worker_pb2.DecodeRequest,
+        request: pb.DecodeRequest,
         time_remaining_s: float | None,
     ) -> None:
         self._host = service.host
@@ -173,7 +173,7 @@ class _DecodeCall:
         self._fetching: asyncio.Task[None] | None = None
         self._stream = stream
 
-    async def responses(self) -> AsyncIterator[worker_pb2.DecodeResponse]:
+    async def responses(self) -> AsyncIterator[pb.DecodeResponse]:
         """Messages to the coordinator; tokens that gathered meanwhile go as one message."""
         next_event: Event | None = None
         while next_event is not None or not self._stream.finished:
@@ -190,11 +190,11 @@ class _DecodeCall:
                     tokens = await asyncio.to_thread(self._tokens, events)
                 else:
                     tokens = self._tokens(events)
-                yield worker_pb2.DecodeResponse(tokens=tokens)
+                yield pb.DecodeResponse(tokens=tokens)
             elif isinstance(event, FetchEvent):
                 self._start_fetch(event)
             elif isinstance(event, FinishedEvent):
-                yield worker_pb2.DecodeResponse(finished=self._finished(event))
+                yield pb.DecodeResponse(finished=self._finished(event))
 
     def close(self) -> None:
         """Log the end; give up what is held where the answer is not finished."""
@@ -241,11 +241,11 @@ class _DecodeCall:
             _log.exception("fetch failed")
             self._stream.push(Unavailable(f"fetch failed: {error}", lost="prefill"))
 
-    def _finished(self, event: FinishedEvent) -> worker_pb2.DecodeFinished:
+    def _finished(self, event: FinishedEvent) -> pb.DecodeFinished:
         self._timeline.mark(Mark.FINISHED)
         if event.error:
             raise event.error
-        return worker_pb2.DecodeFinished(
+        return pb.DecodeFinished(
             finish_reason=reason_to_pb(event.reason),
             matched_stop_token=event.matched_stop,
             cached_tokens=event.counts.num_cached_tokens,
@@ -256,9 +256,9 @@ class _DecodeCall:
             kv_transfer_s=self._fetch.kv_transfer_s if self._fetch else 0.0,
         )
 
-    def _tokens(self, events: Sequence[TokensEvent]) -> worker_pb2.Tokens:
+    def _tokens(self, events: Sequence[TokensEvent]) -> pb.Tokens:
         counts = events[-1].counts
-        return worker_pb2.Tokens(
+        return pb.Tokens(
             token_ids=[token for event in events for token in event.token_ids],
             logprobs=logprobs_to_pb(s for event in events for s in event.logprobs),
             prompt_logprobs=logprobs_to_pb(s for event in events for s in event.prompt_logprobs),

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from engine.base.option_groups import TransferOptions
-from engine.pb.diptych.internal.v1 import worker_pb2
+from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.scheduling.events import AnnouncedEvent
 from engine.step.engine_thread import Stream
 from kvtransfer.checksum import Checksums
@@ -39,14 +39,14 @@ class BlockPublisher:
         self._request_id = request_id
         self._leases: list[bytes] = []
 
-    def publish(self, event: AnnouncedEvent) -> worker_pb2.BlocksReady:
+    def publish(self, event: AnnouncedEvent) -> pb.BlocksReady:
         """Put complete blocks under a new lease; returns the announcement.
 
         No await: between the engine's pin and the lease nothing can be cancelled.
         """
         lease = self._kv.grant(self._owner, event.block_ids, self._request_id)
         self._leases.append(lease.id)
-        return worker_pb2.BlocksReady(
+        return pb.BlocksReady(
             lease=lease.id,
             ttl_s=self._ttl_s,
             first_block=event.first_block,
@@ -55,7 +55,7 @@ class BlockPublisher:
             generations=event.generations,
         )
 
-    async def checksummed(self, ready: worker_pb2.BlocksReady) -> worker_pb2.BlocksReady:
+    async def checksummed(self, ready: pb.BlocksReady) -> pb.BlocksReady:
         """Add a checksum of every block; the lease keeps the blocks until then."""
         ready.checksums.extend(await self._checksums.of(ready.block_ids))
         return ready

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from engine.base.errors import InvalidRequest, Unavailable
 from engine.base.types import FinishReason, ModelIdentity
-from engine.pb.diptych.internal.v1 import worker_pb2
+from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.rpc.liveness import BEAT_S
 from engine.scheduling.events import AnnouncedEvent, FinishedEvent
 from engine.scheduling.request import EngineRequest
@@ -27,7 +27,7 @@ from engine.telemetry.timeline import Timeline
 from prefill.block_publisher import BlockPublisher, LeaseHost
 
 _log = get_logger(__name__)
-_ALIVE = worker_pb2.PrefillResponse(alive=worker_pb2.Alive())
+_ALIVE = pb.PrefillResponse(alive=pb.Alive())
 
 
 class PrefillHost(LeaseHost, Protocol):
@@ -59,8 +59,8 @@ class PrefillServicer:
         self._host = host
 
     async def Prefill(
-        self, request: worker_pb2.PrefillRequest, context: Any
-    ) -> AsyncGenerator[worker_pb2.PrefillResponse]:
+        self, request: pb.PrefillRequest, context: Any
+    ) -> AsyncGenerator[pb.PrefillResponse]:
         """Serve one prompt; see worker.proto."""
         engine_request = self._engine_request(request, context.time_remaining())
         timeline = Timeline()
@@ -78,11 +78,11 @@ class PrefillServicer:
                         ready = publisher.publish(event)
                         if request.checksums:
                             ready = await publisher.checksummed(ready)
-                        yield worker_pb2.PrefillResponse(ready=ready)
+                        yield pb.PrefillResponse(ready=ready)
                     elif isinstance(event, FinishedEvent):
                         timeline.mark(Mark.FINISHED)
                         finished = self._finished(event, engine_request, timeline)
-                        yield worker_pb2.PrefillResponse(finished=finished)
+                        yield pb.PrefillResponse(finished=finished)
                 while not await publisher.ended_within(BEAT_S):
                     stream.next_ready()  # raises where a drain hands this call over
                     yield _ALIVE
@@ -91,7 +91,7 @@ class PrefillServicer:
                 _log.info("prefill ended", done=stream.finished, timeline=timeline.as_dict())
 
     def _engine_request(
-        self, request: worker_pb2.PrefillRequest, time_remaining_s: float | None
+        self, request: pb.PrefillRequest, time_remaining_s: float | None
     ) -> EngineRequest:
         self._host.check_incarnation(request.incarnation)
         tokens = tuple(request.token_ids)
@@ -115,11 +115,11 @@ class PrefillServicer:
     @staticmethod
     def _finished(
         event: FinishedEvent, request: EngineRequest, timeline: Timeline
-    ) -> worker_pb2.PrefillFinished:
+    ) -> pb.PrefillFinished:
         if event.reason is FinishReason.ABORTED:
             raise event.error or Unavailable("the prefill worker aborted the prompt")
         total_s = timeline.between(Mark.ARRIVED, Mark.FINISHED)
-        return worker_pb2.PrefillFinished(
+        return pb.PrefillFinished(
             num_computed_tokens=len(request.prompt) - event.counts.num_cached_tokens,
             num_cached_tokens=event.counts.num_cached_tokens,
             queue_s=event.counts.queue_s,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from engine.base.types import Health
-from engine.pb.diptych.internal.v1 import registry_pb2
+from engine.pb.diptych.internal.v1 import registry_pb2 as pb
 from engine.rpc.convert import budgets_to_pb, health_to_pb, link_to_pb
 from engine.step.engine_thread import EngineThread
 from kvtransfer.data_plane import DataPlane
@@ -21,12 +21,12 @@ def health_of(engine: EngineThread) -> Health:
 
 def load_report(
     engine: EngineThread, plane: DataPlane, peers: PeerTable, *, draining: bool
-) -> registry_pb2.Load | None:
+) -> pb.Load | None:
     """The load now; None while the engine hangs: coordinators take silence for a loss."""
     if not engine.responsive:
         return None
     load, moved = engine.load, plane.counters
-    return registry_pb2.Load(
+    return pb.Load(
         num_running=load.num_running,
         num_waiting=load.num_waiting,
         waiting_tokens=load.waiting_tokens,
@@ -39,7 +39,7 @@ def load_report(
         health=health_to_pb(health_of(engine)),
         links=[link_to_pb(link) for link in peers.links()],
         role_budgets=budgets_to_pb(load.role_budgets),
-        totals=registry_pb2.Totals(
+        totals=pb.Totals(
             prompt_tokens_computed=load.prompt_tokens_computed,
             prompt_tokens_cached=load.prompt_tokens_cached,
             blocks_pulled=moved.num_blocks,

@@ -6,18 +6,18 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from engine.pb.diptych.v1 import inference_pb2
+from engine.pb.diptych.v1 import inference_pb2 as pb
 
 _MODES = {
-    "none": inference_pb2.ToolChoice.MODE_NONE,
-    "auto": inference_pb2.ToolChoice.MODE_AUTO,
-    "required": inference_pb2.ToolChoice.MODE_REQUIRED,
+    "none": pb.ToolChoice.MODE_NONE,
+    "auto": pb.ToolChoice.MODE_AUTO,
+    "required": pb.ToolChoice.MODE_REQUIRED,
 }
 _FIELDS = frozenset(("role", "content", "name", "tool_call_id"))
 _REASONING_PARTS = ("reasoning", "thinking", "redacted_thinking")
 
 
-def message(turn: Mapping[str, Any]) -> inference_pb2.Message:
+def message(turn: Mapping[str, Any]) -> pb.Message:
     """One message: role, content, name, tool_calls, tool_call_id. Raises ValueError for other keys.
 
     A message that an API has returned may have more keys. They are ignored, except for an
@@ -36,7 +36,7 @@ def message(turn: Mapping[str, Any]) -> inference_pb2.Message:
     if isinstance(content := fields.get("content"), list):
         parts = [p for p in content if not (is_output and p.get("type") in _REASONING_PARTS)]
         fields["content"] = "\n".join(map(_text_of, parts))
-    return inference_pb2.Message(tool_calls=calls, **fields)
+    return pb.Message(tool_calls=calls, **fields)
 
 
 def _text_of(part: Mapping[str, Any]) -> str:
@@ -47,25 +47,23 @@ def _text_of(part: Mapping[str, Any]) -> str:
     return text
 
 
-def tool_choice(
-    choice: str | Mapping[str, Any] | None,
-) -> inference_pb2.ToolChoice | None:
+def tool_choice(choice: str | Mapping[str, Any] | None) -> pb.ToolChoice | None:
     """A mode or a tool; None: the server's default. Raises ValueError."""
     if choice is None:
         return None
     if isinstance(choice, str):
         if choice not in _MODES:
             raise ValueError(f"tool_choice: expected {', '.join(_MODES)} or a tool, got {choice!r}")
-        return inference_pb2.ToolChoice(mode=_MODES[choice])
-    return inference_pb2.ToolChoice(name=_function(choice)["name"])
+        return pb.ToolChoice(mode=_MODES[choice])
+    return pb.ToolChoice(name=_function(choice)["name"])
 
 
-def _tool_call(call: Mapping[str, Any]) -> inference_pb2.ToolCall:
+def _tool_call(call: Mapping[str, Any]) -> pb.ToolCall:
     if custom := call.get("custom"):  # the call of a tool with free-form input
         call = {**call, "function": {**custom, "arguments": {"input": custom.get("input") or ""}}}
     function = _function(call)
     arguments = function.get("arguments") or ""
-    return inference_pb2.ToolCall(
+    return pb.ToolCall(
         id=call.get("id") or "",
         name=function["name"],
         arguments=arguments if isinstance(arguments, str) else json.dumps(arguments),

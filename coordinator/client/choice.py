@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 
 from coordinator.client.events import TextDelta
-from engine.pb.diptych.v1 import inference_pb2
+from engine.pb.diptych.v1 import inference_pb2 as pb
 
 
 class Choice:
@@ -35,18 +35,18 @@ class Choice:
         """Begin a new call, which repeats text without a token."""
         self._repeated = self._rest.copy()
 
-    def resume(self) -> inference_pb2.Resume | None:
+    def resume(self) -> pb.Resume | None:
         """The `resume` entry of the new call; None if it needs none."""
         if not self.token_ids and not self.finished:
             return None
-        return inference_pb2.Resume(
+        return pb.Resume(
             index=self.index,
             token_ids=self.token_ids,
             finished=self.finished or None,
             affinity_token=self._affinity_token or None,
         )
 
-    def take(self, delta: inference_pb2.Delta) -> TextDelta | None:
+    def take(self, delta: pb.Delta) -> TextDelta | None:
         """The new part of a message, or None."""
         if self.finished:
             return None
@@ -62,17 +62,13 @@ class Choice:
         calls = tuple(filter(None, map(self._new_piece, delta.tool_calls)))
         return TextDelta(text, (), self.index, (), calls) if text or calls else None
 
-    def _new_piece(self, piece: inference_pb2.ToolCallDelta) -> inference_pb2.ToolCallDelta | None:
+    def _new_piece(self, piece: pb.ToolCallDelta) -> pb.ToolCallDelta | None:
         """The new part of a piece of a tool call, or None."""
         fields = {
             name: self._new(f"{piece.index}.{name}", getattr(piece, name))
             for name in ("id", "name", "arguments")
         }
-        return (
-            inference_pb2.ToolCallDelta(index=piece.index, **fields)
-            if any(fields.values())
-            else None
-        )
+        return pb.ToolCallDelta(index=piece.index, **fields) if any(fields.values()) else None
 
     def _new(self, field: str, text: str) -> str:
         """`text` without the part of this field that is already delivered."""

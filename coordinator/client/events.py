@@ -11,10 +11,10 @@ from typing import Any
 import grpc
 
 from engine.base.errors import DeadlineExceeded, DiptychError
-from engine.pb.diptych.v1 import inference_pb2
+from engine.pb.diptych.v1 import inference_pb2 as pb
 
 # The first event of a request with `echo` or `prompt_logprobs`: text, token_ids, logprobs.
-Prompt = inference_pb2.Prompt
+Prompt = pb.Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class TextDelta:
     text: str
     token_ids: tuple[int, ...]
     index: int = 0  # of the choice
-    logprobs: tuple[inference_pb2.TokenLogprobs, ...] = ()  # one a token, if requested
-    tool_calls: tuple[inference_pb2.ToolCallDelta, ...] = ()  # the next pieces of calls
+    logprobs: tuple[pb.TokenLogprobs, ...] = ()  # one a token, if requested
+    tool_calls: tuple[pb.ToolCallDelta, ...] = ()  # the next pieces of calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,8 @@ class Done:
 
     finish_reason: str  # "stop", "length" or "aborted"
     request_id: str
-    usage: inference_pb2.Usage  # of this choice; all choices share the prompt
-    timing: inference_pb2.Timing
+    usage: pb.Usage  # of this choice; all choices share the prompt
+    timing: pb.Timing
     num_resumed: int = 0  # how many further calls continued the output
     index: int = 0  # of the choice
     matched_stop: int | str | None = None  # the stop token or string that ended it
@@ -44,10 +44,10 @@ class Done:
 OutputEvent = TextDelta | Done | Prompt
 
 
-def done(response: inference_pb2.GenerateResponse, num_resumed: int) -> Done:
+def done(response: pb.GenerateResponse, num_resumed: int) -> Done:
     """The last event of a choice."""
     finished, matched = response.finished, response.finished.matched_stop
-    name = inference_pb2.FinishReason.Name(finished.finish_reason)
+    name = pb.FinishReason.Name(finished.finish_reason)
     kind = matched.WhichOneof("kind")
     return Done(
         name.removeprefix("FINISH_REASON_").lower(),

@@ -14,27 +14,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from coordinator.client import chat_messages
-from engine.pb.diptych.v1 import inference_pb2
+from engine.pb.diptych.v1 import inference_pb2 as pb
 
 _PARTS: dict[str, Any] = {
-    "sampling": inference_pb2.Sampling,
-    "stop": inference_pb2.Stop,
-    "output": inference_pb2.Output,
-    "constraint": inference_pb2.Constraint,
+    "sampling": pb.Sampling,
+    "stop": pb.Stop,
+    "output": pb.Output,
+    "constraint": pb.Constraint,
 }
 _PART_OF = {field.name: part for part, of in _PARTS.items() for field in of.DESCRIPTOR.fields}
 _PLAIN = frozenset(("request_id", "model", "n", "priority", "cache_salt"))
 
-Request = inference_pb2.GenerateRequest | inference_pb2.ChatRequest
+Request = pb.GenerateRequest | pb.ChatRequest
 
 
-def generate_request(prompt: str | Sequence[int], **options: Any) -> inference_pb2.GenerateRequest:
+def generate_request(prompt: str | Sequence[int], **options: Any) -> pb.GenerateRequest:
     """A request with a prompt of text or token ids. Raises TypeError for unknown options."""
     common = _common(options)
     if isinstance(prompt, str):
-        return inference_pb2.GenerateRequest(text=prompt, **common)
-    ids = inference_pb2.TokenIds(ids=prompt)
-    return inference_pb2.GenerateRequest(token_ids=ids, **common)
+        return pb.GenerateRequest(text=prompt, **common)
+    ids = pb.TokenIds(ids=prompt)
+    return pb.GenerateRequest(token_ids=ids, **common)
 
 
 def chat_request(
@@ -44,12 +44,12 @@ def chat_request(
     tool_choice: str | Mapping[str, Any] | None = None,
     parallel_tool_calls: bool | None = None,
     **options: Any,
-) -> inference_pb2.ChatRequest:
+) -> pb.ChatRequest:
     """A request for the next message; messages, tools and choice are in OpenAI's form.
 
     Raises TypeError for unknown options, ValueError for messages of another form.
     """
-    return inference_pb2.ChatRequest(
+    return pb.ChatRequest(
         messages=map(chat_messages.message, messages),
         tools_json=json.dumps(list(tools)) if tools else None,
         tool_choice=chat_messages.tool_choice(tool_choice),
@@ -64,7 +64,7 @@ def ensure_request_id(request: Request) -> None:
         request.request_id = uuid.uuid4().hex
 
 
-def with_resume(request: Request, delivered: Iterable[inference_pb2.Resume | None]) -> Request:
+def with_resume(request: Request, delivered: Iterable[pb.Resume | None]) -> Request:
     """A copy of the request with what is already delivered of its choices."""
     again = copy.deepcopy(request)
     again.resume.extend(resume for resume in delivered if resume)
@@ -94,5 +94,5 @@ def _as_field(key: str, value: Any) -> Any:
     if key == "json_schema":
         return value if isinstance(value, str) else json.dumps(value)
     if key == "choice":
-        return inference_pb2.Choices(choices=[value] if isinstance(value, str) else value)
+        return pb.Choices(choices=[value] if isinstance(value, str) else value)
     return value

@@ -13,7 +13,7 @@ from coordinator.cluster.worker import Worker, WorkerState
 from engine.base.errors import DeadlineExceeded, InvalidRequest, NotFound
 from engine.base.option_values import MAX_REQUEST_S
 from engine.base.types import Health, KVLink
-from engine.pb.diptych.v1 import admin_pb2
+from engine.pb.diptych.v1 import admin_pb2 as pb
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
@@ -35,17 +35,15 @@ class AdminServicer:
         self._registry = registry
         self._clock = clock
 
-    async def ListWorkers(
-        self, request: admin_pb2.ListWorkersRequest, context: Any
-    ) -> admin_pb2.ListWorkersResponse:
+    async def ListWorkers(self, request: Any, context: Any) -> pb.ListWorkersResponse:
         """All workers that are registered or were recently."""
         now = self._clock()
         rows = [_row(worker, now) for worker in self._membership.snapshot()]
-        return admin_pb2.ListWorkersResponse(workers=rows)
+        return pb.ListWorkersResponse(workers=rows)
 
     async def DrainWorker(
-        self, request: admin_pb2.DrainWorkerRequest, context: Any
-    ) -> admin_pb2.DrainWorkerResponse:
+        self, request: pb.DrainWorkerRequest, context: Any
+    ) -> pb.DrainWorkerResponse:
         """Have a worker finish or hand over its requests and end. Returns when it has ended."""
         worker = self._worker(request.worker_id)
         deadline_s = request.deadline_s
@@ -59,7 +57,7 @@ class AdminServicer:
             if (left_s := ends_s - self._clock()) <= 0:
                 raise DeadlineExceeded(f"worker {worker.peer.worker_id} is still draining")
             await self._membership.wait_for_change(min(left_s, 1.0))
-        return admin_pb2.DrainWorkerResponse()
+        return pb.DrainWorkerResponse()
 
     def _worker(self, worker_id: str) -> Worker:
         rows = self._membership.snapshot()
@@ -80,9 +78,9 @@ class AdminServicer:
         )
 
 
-def _row(worker: Worker, now: float) -> admin_pb2.Worker:
+def _row(worker: Worker, now: float) -> pb.Worker:
     load, totals = worker.load, worker.load.totals
-    return admin_pb2.Worker(
+    return pb.Worker(
         worker_id=worker.peer.worker_id,
         incarnation=worker.peer.incarnation,
         role=worker.role.value,
@@ -109,8 +107,8 @@ def _row(worker: Worker, now: float) -> admin_pb2.Worker:
     )
 
 
-def _link(link: KVLink) -> admin_pb2.KVLink:
-    return admin_pb2.KVLink(
+def _link(link: KVLink) -> pb.KVLink:
+    return pb.KVLink(
         worker_id=link.peer,
         lane=link.lane,
         bytes_per_s=link.bytes_per_s,

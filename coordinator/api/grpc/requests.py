@@ -17,20 +17,20 @@ from coordinator.api.values import (
     ToolCall,
     ToolChoice,
 )
-from engine.pb.diptych.v1 import inference_pb2
+from engine.pb.diptych.v1 import inference_pb2 as pb
 
 _MODES = {
-    inference_pb2.ToolChoice.MODE_UNSPECIFIED: "",
-    inference_pb2.ToolChoice.MODE_NONE: "none",
-    inference_pb2.ToolChoice.MODE_AUTO: "auto",
-    inference_pb2.ToolChoice.MODE_REQUIRED: "required",
+    pb.ToolChoice.MODE_UNSPECIFIED: "",
+    pb.ToolChoice.MODE_NONE: "none",
+    pb.ToolChoice.MODE_AUTO: "auto",
+    pb.ToolChoice.MODE_REQUIRED: "required",
 }
 
 
 class _Messages(Collection[Message]):
     """Converted as they are read, so that a refusal of too many of them costs little."""
 
-    def __init__(self, messages: Collection[inference_pb2.Message]) -> None:
+    def __init__(self, messages: Collection[pb.Message]) -> None:
         self._messages = messages
 
     def __len__(self) -> int:
@@ -47,14 +47,14 @@ def _set(message: Any) -> dict[str, Any]:
     return {field.name: value for field, value in message.ListFields()}
 
 
-def _message(message: inference_pb2.Message) -> Message:
+def _message(message: pb.Message) -> Message:
     fields = _set(message)
     if calls := fields.get("tool_calls"):
         fields["tool_calls"] = [ToolCall(call.id, call.name, call.arguments) for call in calls]
     return Message(**fields)
 
 
-def _constraint(constraint: inference_pb2.Constraint) -> Constraint | None:
+def _constraint(constraint: pb.Constraint) -> Constraint | None:
     kind = constraint.WhichOneof("kind")
     if kind is None:
         return None
@@ -62,7 +62,7 @@ def _constraint(constraint: inference_pb2.Constraint) -> Constraint | None:
     return Constraint(kind, value)
 
 
-def _tool_choice(choice: inference_pb2.ToolChoice) -> ToolChoice:
+def _tool_choice(choice: pb.ToolChoice) -> ToolChoice:
     if choice.WhichOneof("kind") == "name":
         return ToolChoice(name=choice.name)
     return ToolChoice(_MODES.get(choice.mode, str(choice.mode)))
@@ -80,19 +80,17 @@ _CONVERT: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def read_request(
-    request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest,
-) -> GenerateRequest:
+def read_request(request: pb.GenerateRequest | pb.ChatRequest) -> GenerateRequest:
     """The request of a call of Generate or Chat."""
     fields = _set(request)
     fields.pop("alive", None)
-    if isinstance(request, inference_pb2.ChatRequest):
+    if isinstance(request, pb.ChatRequest):
         fields.setdefault("messages", ())
     same = lambda value: value  # noqa: E731
     return GenerateRequest(**{k: _CONVERT.get(k, same)(value) for k, value in fields.items()})
 
 
-def read_tokenize(request: inference_pb2.TokenizeRequest) -> TokenizeRequest:
+def read_tokenize(request: pb.TokenizeRequest) -> TokenizeRequest:
     """The request of a call of Tokenize."""
     fields = _set(request)
     if chat := fields.pop("chat", None):

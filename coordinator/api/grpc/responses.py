@@ -8,43 +8,39 @@ from typing import Any
 
 from coordinator.api.values import Delta, Event, Logprob, PromptEvent, ScoredToken
 from coordinator.generation.request import Finished
-from engine.pb.diptych.v1 import inference_pb2
+from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.rpc.convert import reason_to_pb
 
 
-def alive(request: Any) -> inference_pb2.GenerateResponse | None:
+def alive(request: Any) -> pb.GenerateResponse | None:
     """The message for a silent stream, where the request wants one."""
     if not getattr(request, "alive", False):
         return None
-    return inference_pb2.GenerateResponse(
-        request_id=request.request_id, alive=inference_pb2.Alive()
-    )
+    return pb.GenerateResponse(request_id=request.request_id, alive=pb.Alive())
 
 
-def response(request_id: str, event: Event) -> inference_pb2.GenerateResponse:
+def response(request_id: str, event: Event) -> pb.GenerateResponse:
     """One message of the stream."""
     if isinstance(event, PromptEvent):
-        prompt = inference_pb2.Prompt(
+        prompt = pb.Prompt(
             text=event.text, token_ids=event.token_ids, logprobs=_logprobs(event.logprobs)
         )
-        return inference_pb2.GenerateResponse(request_id=request_id, prompt=prompt)
+        return pb.GenerateResponse(request_id=request_id, prompt=prompt)
     if isinstance(event, Delta):
-        delta = inference_pb2.Delta(
+        delta = pb.Delta(
             text=event.text,
             token_ids=event.token_ids,
             logprobs=_logprobs(event.logprobs),
-            tool_calls=[inference_pb2.ToolCallDelta(**asdict(piece)) for piece in event.tool_calls],
+            tool_calls=[pb.ToolCallDelta(**asdict(piece)) for piece in event.tool_calls],
             affinity_token=event.affinity_token,
         )
-        return inference_pb2.GenerateResponse(request_id=request_id, index=event.index, delta=delta)
-    return inference_pb2.GenerateResponse(
-        request_id=request_id, index=event.index, finished=_finished(event)
-    )
+        return pb.GenerateResponse(request_id=request_id, index=event.index, delta=delta)
+    return pb.GenerateResponse(request_id=request_id, index=event.index, finished=_finished(event))
 
 
-def _logprobs(entries: Iterable[ScoredToken]) -> list[inference_pb2.TokenLogprobs]:
+def _logprobs(entries: Iterable[ScoredToken]) -> list[pb.TokenLogprobs]:
     return [
-        inference_pb2.TokenLogprobs(
+        pb.TokenLogprobs(
             chosen=_logprob(entry.chosen),
             top=map(_logprob, entry.top),
             text_offset=entry.text_offset,
@@ -53,24 +49,24 @@ def _logprobs(entries: Iterable[ScoredToken]) -> list[inference_pb2.TokenLogprob
     ]
 
 
-def _logprob(entry: Logprob) -> inference_pb2.Logprob:
-    return inference_pb2.Logprob(
+def _logprob(entry: Logprob) -> pb.Logprob:
+    return pb.Logprob(
         token_id=entry.token_id, logprob=entry.logprob, text=entry.text, raw=entry.raw
     )
 
 
-def _finished(event: Finished) -> inference_pb2.Finished:
+def _finished(event: Finished) -> pb.Finished:
     ending, timing = event.ending, event.timing
     matched = None
     if ending.matched_text is not None:
-        matched = inference_pb2.MatchedStop(text=ending.matched_text)
+        matched = pb.MatchedStop(text=ending.matched_text)
     elif ending.matched_token is not None:
-        matched = inference_pb2.MatchedStop(token_id=ending.matched_token)
-    return inference_pb2.Finished(
+        matched = pb.MatchedStop(token_id=ending.matched_token)
+    return pb.Finished(
         finish_reason=reason_to_pb(ending.reason),
         matched_stop=matched,
-        usage=inference_pb2.Usage(**asdict(event.usage)),
-        timing=inference_pb2.Timing(
+        usage=pb.Usage(**asdict(event.usage)),
+        timing=pb.Timing(
             queue=timing.queue_s,
             prefill=timing.prefill_s,
             kv_transfer=timing.kv_transfer_s,

@@ -12,9 +12,9 @@ from coordinator.api.frontend import Frontend
 from coordinator.api.grpc.requests import read_request, read_tokenize
 from coordinator.api.grpc.responses import response
 from coordinator.api.values import PromptEvent
-from engine.pb.diptych.v1 import inference_pb2
+from engine.pb.diptych.v1 import inference_pb2 as pb
 
-Responses = AsyncGenerator[inference_pb2.GenerateResponse, None]
+Responses = AsyncGenerator[pb.GenerateResponse, None]
 
 
 class InferenceServicer:
@@ -35,17 +35,15 @@ class InferenceServicer:
 
     Chat = Generate  # the same, of a conversation
 
-    async def Tokenize(
-        self, request: inference_pb2.TokenizeRequest, context: Any
-    ) -> inference_pb2.TokenizeResponse:
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         """Token ids of a text or of a rendered conversation."""
         ids = await self._frontend.tokenize(read_tokenize(request), context.time_remaining())
         limit = self._frontend.model().max_model_len
-        return inference_pb2.TokenizeResponse(token_ids=ids, max_model_len=limit)
+        return pb.TokenizeResponse(token_ids=ids, max_model_len=limit)
 
     async def Detokenize(
-        self, request: inference_pb2.DetokenizeRequest, context: Any
-    ) -> inference_pb2.DetokenizeResponse:
+        self, request: pb.DetokenizeRequest, context: Any
+    ) -> pb.DetokenizeResponse:
         """Text of token ids."""
         text = await self._frontend.detokenize(
             request.token_ids,
@@ -53,19 +51,15 @@ class InferenceServicer:
             skip_special_tokens=request.skip_special_tokens,
             left_s=context.time_remaining(),
         )
-        return inference_pb2.DetokenizeResponse(text=text)
+        return pb.DetokenizeResponse(text=text)
 
-    async def ListModels(
-        self, request: inference_pb2.ListModelsRequest, context: Any
-    ) -> inference_pb2.ListModelsResponse:
+    async def ListModels(self, request: Any, context: Any) -> pb.ListModelsResponse:
         """The one model."""
-        return inference_pb2.ListModelsResponse(models=[self._model("")])
+        return pb.ListModelsResponse(models=[self._model("")])
 
-    async def GetModel(
-        self, request: inference_pb2.GetModelRequest, context: Any
-    ) -> inference_pb2.Model:
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.Model:
         """The model of that name, or the only one."""
         return self._model(request.model)
 
-    def _model(self, name: str) -> inference_pb2.Model:
-        return inference_pb2.Model(**asdict(self._frontend.model(name)))
+    def _model(self, name: str) -> pb.Model:
+        return pb.Model(**asdict(self._frontend.model(name)))

@@ -17,7 +17,7 @@ from coordinator.api.oip.request import Form
 from coordinator.api.oip.tensors import BYTES, Tensor, write_tensor
 from coordinator.api.values import Delta, Event, PromptEvent, ScoredToken
 from coordinator.generation.request import Finished
-from engine.pb.inference import grpc_service_pb2
+from engine.pb.inference import grpc_service_pb2 as pb
 
 FINAL = "triton_final_response"
 _PADDING = -1  # after the token ids of a choice that is shorter than another
@@ -80,7 +80,7 @@ class ResponseBuilder:
             row.text or row.reason or (tokens and row.token_ids) for row in self._rows
         )
 
-    def take(self, *, final: bool) -> grpc_service_pb2.ModelInferResponse:
+    def take(self, *, final: bool) -> pb.ModelInferResponse:
         """The response with all that was added since the last one."""
         response = bare_response(self._form.model_name, self._form.id, final=final)
         for name in self._form.outputs:
@@ -127,13 +127,9 @@ class ResponseBuilder:
         return self._make("output_ids", "INT32", values, len(rows), longest)
 
 
-def bare_response(
-    model_name: str, request_id: str, *, final: bool
-) -> grpc_service_pb2.ModelInferResponse:
+def bare_response(model_name: str, request_id: str, *, final: bool) -> pb.ModelInferResponse:
     """A response without tensors; `final`: no other follows."""
-    response = grpc_service_pb2.ModelInferResponse(
-        model_name=model_name, model_version=VERSION, id=request_id
-    )
+    response = pb.ModelInferResponse(model_name=model_name, model_version=VERSION, id=request_id)
     response.parameters[FINAL].bool_param = final
     return response
 

@@ -32,7 +32,7 @@ from engine.base.errors import (
     Overloaded,
     Unavailable,
 )
-from engine.pb.inference import grpc_service_pb2
+from engine.pb.inference import grpc_service_pb2 as pb
 from engine.rpc.status import RpcStatus, internal, to_status
 from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from engine.telemetry.log import get_logger
@@ -44,7 +44,7 @@ _LARGE_BYTES = 64 * 1024  # a larger request is read in a thread
 _STUCK_S = 10.0  # beyond the limit of a request, for a client that does not read
 _ERRORS_END_STREAM = "triton_grpc_error"  # metadata: an error ends the stream
 
-Responses = AsyncGenerator[grpc_service_pb2.ModelStreamInferResponse, None]
+Responses = AsyncGenerator[pb.ModelStreamInferResponse, None]
 
 
 class OipServicer:
@@ -66,51 +66,45 @@ class OipServicer:
         self._max_request_s = max_request_s
 
     # Method names are the wire's.
-    async def ServerLive(
-        self, request: grpc_service_pb2.ServerLiveRequest, context: Any
-    ) -> grpc_service_pb2.ServerLiveResponse:
+    async def ServerLive(self, request: Any, context: Any) -> pb.ServerLiveResponse:
         """Whether this process is live: always."""
-        return grpc_service_pb2.ServerLiveResponse(live=True)
+        return pb.ServerLiveResponse(live=True)
 
-    async def ServerReady(
-        self, request: grpc_service_pb2.ServerReadyRequest, context: Any
-    ) -> grpc_service_pb2.ServerReadyResponse:
+    async def ServerReady(self, request: Any, context: Any) -> pb.ServerReadyResponse:
         """Whether a decode worker is ready."""
-        return grpc_service_pb2.ServerReadyResponse(ready=self._ready())
+        return pb.ServerReadyResponse(ready=self._ready())
 
     async def ModelReady(
-        self, request: grpc_service_pb2.ModelReadyRequest, context: Any
-    ) -> grpc_service_pb2.ModelReadyResponse:
+        self, request: pb.ModelReadyRequest, context: Any
+    ) -> pb.ModelReadyResponse:
         """The same for a model; one that is not served is not ready."""
         served = oip_model.is_served(request.name, request.version, self._served)
-        return grpc_service_pb2.ModelReadyResponse(ready=served and self._ready())
+        return pb.ModelReadyResponse(ready=served and self._ready())
 
-    async def ServerMetadata(
-        self, request: grpc_service_pb2.ServerMetadataRequest, context: Any
-    ) -> grpc_service_pb2.ServerMetadataResponse:
+    async def ServerMetadata(self, request: Any, context: Any) -> pb.ServerMetadataResponse:
         """Name, version, and the protocol's extensions that are served."""
-        return grpc_service_pb2.ServerMetadataResponse(
+        return pb.ServerMetadataResponse(
             name=oip_model.PLATFORM, version=_version(), extensions=oip_model.EXTENSIONS
         )
 
     async def ModelMetadata(
-        self, request: grpc_service_pb2.ModelMetadataRequest, context: Any
-    ) -> grpc_service_pb2.ModelMetadataResponse:
+        self, request: pb.ModelMetadataRequest, context: Any
+    ) -> pb.ModelMetadataResponse:
         """The model's tensors."""
         oip_model.check_served(request.name, request.version, self._served)
         return oip_model.metadata(self._served)
 
     async def ModelConfig(
-        self, request: grpc_service_pb2.ModelConfigRequest, context: Any
-    ) -> grpc_service_pb2.ModelConfigResponse:
+        self, request: pb.ModelConfigRequest, context: Any
+    ) -> pb.ModelConfigResponse:
         """The model's configuration in Triton's form."""
         oip_model.check_served(request.name, request.version, self._served)
         config = oip_model.config(self._served, self._frontend.model().max_model_len)
-        return grpc_service_pb2.ModelConfigResponse(config=config)
+        return pb.ModelConfigResponse(config=config)
 
     async def ModelInfer(
-        self, request: grpc_service_pb2.ModelInferRequest, context: Any
-    ) -> grpc_service_pb2.ModelInferResponse:
+        self, request: pb.ModelInferRequest, context: Any
+    ) -> pb.ModelInferResponse:
         """One whole response."""
         parsed = await self._read(request)
         if parsed.streaming:
@@ -121,15 +115,15 @@ class OipServicer:
         return response
 
     async def ModelStreamInfer(
-        self, requests: AsyncIterator[grpc_service_pb2.ModelInferRequest], context: Any
+        self, requests: AsyncIterator[pb.ModelInferRequest], context: Any
     ) -> Responses:
         """Any number of requests at once."""
         invocation_metadata = dict(context.invocation_metadata() or ())
         end_stream = str(invocation_metadata.get(_ERRORS_END_STREAM, "")).lower() == "true"
         slots, ended = asyncio.Semaphore(_MAX_OPEN), asyncio.Event()
-        merge: Merge[grpc_service_pb2.ModelStreamInferResponse] = Merge()
+        merge: Merge[pb.ModelStreamInferResponse] = Merge()
 
-        async def answer(request: grpc_service_pb2.ModelInferRequest) -> None:
+        async def answer(request: pb.ModelInferRequest) -> None:
             try:
                 await self._answer(request, context, merge, end_stream)
             finally:
@@ -157,13 +151,13 @@ class OipServicer:
 
     async def _answer(
         self,
-        request: grpc_service_pb2.ModelInferRequest,
+        request: pb.ModelInferRequest,
         context: Any,
-        merge: Merge[grpc_service_pb2.ModelStreamInferResponse],
+        merge: Merge[pb.ModelStreamInferResponse],
         end_stream: bool,
     ) -> None:
         """One request of a stream, its error included."""
-        stream_response = grpc_service_pb2.ModelStreamInferResponse
+        stream_response = pb.ModelStreamInferResponse
         try:
             parsed = await self._read(request)
             async with aclosing(self._responses(parsed, context)) as responses:
@@ -183,7 +177,7 @@ class OipServicer:
             status = internal("internal error; the server's log tells more")
             await merge.put(_failure(request, status, error))
 
-    async def _read(self, request: grpc_service_pb2.ModelInferRequest) -> ParsedRequest:
+    async def _read(self, request: pb.ModelInferRequest) -> ParsedRequest:
         """The parsed request. A failure is counted here; the frontend counts later ones."""
         try:
             if request.ByteSize() > _LARGE_BYTES:  # tensors of it are unpacked one by one
@@ -197,7 +191,7 @@ class OipServicer:
 
     async def _responses(
         self, parsed: ParsedRequest, context: Any
-    ) -> AsyncGenerator[grpc_service_pb2.ModelInferResponse, None]:
+    ) -> AsyncGenerator[pb.ModelInferResponse, None]:
         """The responses to a request: one, or with `streaming` any number."""
         builder: ResponseBuilder | None = None
         request = to_values(parsed.generate)
@@ -222,16 +216,14 @@ def _left_s(parsed: ParsedRequest, context: Any) -> float | None:
 
 
 def _failure(
-    request: grpc_service_pb2.ModelInferRequest, status: RpcStatus, error: Exception
-) -> grpc_service_pb2.ModelStreamInferResponse:
+    request: pb.ModelInferRequest, status: RpcStatus, error: Exception
+) -> pb.ModelStreamInferResponse:
     """The error of a request: a message, and the status that a unary call would have."""
     response = bare_response(request.model_name, request.id, final=True)
     response.parameters["error_code"].string_param = status.code.name
     if isinstance(error, Overloaded | Unavailable):
         response.parameters["retry_after_s"].double_param = error.retry_after_s
-    return grpc_service_pb2.ModelStreamInferResponse(
-        error_message=status.message, infer_response=response
-    )
+    return pb.ModelStreamInferResponse(error_message=status.message, infer_response=response)
 
 
 def _version() -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from coordinator.api.values import Constraint, GenerateRequest, Output, Sampling, Stop
 from engine.base.errors import InvalidRequest, NotOffered
-from engine.pb.vllm import vllm_engine_pb2
+from engine.pb.vllm import vllm_engine_pb2 as pb
 
 _NOT_TAKEN = ("kv_transfer_params", "kv_transfer_params_json", "mm_inputs", "media_refs")
 _DEFAULT_TEMPERATURE = 1.0
@@ -24,9 +24,7 @@ _SAMPLING = (
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar")
 
 
-def to_generate(
-    request: vllm_engine_pb2.GenerateRequest, served: str, max_model_len: int
-) -> GenerateRequest:
+def to_generate(request: pb.GenerateRequest, served: str, max_model_len: int) -> GenerateRequest:
     """The request as values. Raises InvalidRequest, NotOffered, naming the caller's field."""
     for field in _NOT_TAKEN:
         if request.HasField(field):
@@ -67,7 +65,7 @@ def to_generate(
     )
 
 
-def _sampling(params: vllm_engine_pb2.SamplingParams) -> Sampling:
+def _sampling(params: pb.SamplingParams) -> Sampling:
     for token in params.logit_bias:
         if token < 0:
             raise InvalidRequest(f"sampling_params.logit_bias[{token}]", "not a token id")
@@ -80,7 +78,7 @@ def _sampling(params: vllm_engine_pb2.SamplingParams) -> Sampling:
     )
 
 
-def _output(params: vllm_engine_pb2.SamplingParams) -> Output:
+def _output(params: pb.SamplingParams) -> Output:
     if params.HasField("truncate_prompt_tokens"):
         raise NotOffered("sampling_params.truncate_prompt_tokens")
     output = Output(skip_special_tokens=params.skip_special_tokens)
@@ -93,7 +91,7 @@ def _output(params: vllm_engine_pb2.SamplingParams) -> Output:
     return output
 
 
-def _constraint(params: vllm_engine_pb2.SamplingParams) -> Constraint | None:
+def _constraint(params: pb.SamplingParams) -> Constraint | None:
     match params.WhichOneof("constraint"):
         case "structural_tag":
             raise NotOffered("sampling_params.structural_tag")

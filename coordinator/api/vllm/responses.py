@@ -12,13 +12,9 @@ from dataclasses import dataclass, field
 from coordinator.api.values import Delta, Event, PromptEvent, ScoredToken
 from coordinator.generation.request import Ending, Finished, Usage
 from engine.base.types import FinishReason
-from engine.pb.vllm import vllm_engine_pb2
+from engine.pb.vllm import vllm_engine_pb2 as pb
 
-_REASONS = {
-    FinishReason.STOP: "stop",
-    FinishReason.LENGTH: "length",
-    FinishReason.ABORTED: "abort",
-}
+_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORTED: "abort"}
 
 
 @dataclass(slots=True)
@@ -33,15 +29,15 @@ class _Choice:
 class ResponseBuilder:
     """The responses to one request."""
 
-    def __init__(self, request: vllm_engine_pb2.GenerateRequest) -> None:
+    def __init__(self, request: pb.GenerateRequest) -> None:
         self._stream = request.stream
         self._top = request.sampling_params.logprobs > 0
         self._num_choices = request.sampling_params.n or 1
         self._num_prompt_tokens = len(request.tokenized.input_ids)  # 0: not known yet
         self._choices: dict[int, _Choice] = {}
-        self._input: vllm_engine_pb2.InputLogProbs | None = None
+        self._input: pb.InputLogProbs | None = None
 
-    def add(self, event: Event) -> Iterator[vllm_engine_pb2.GenerateResponse]:
+    def add(self, event: Event) -> Iterator[pb.GenerateResponse]:
         """The responses to an event."""
         match event:
             case PromptEvent():
@@ -56,7 +52,7 @@ class ResponseBuilder:
             case Finished(ending, usage, _, index):
                 yield self._complete(index, ending, usage)
 
-    def abort(self) -> Iterator[vllm_engine_pb2.GenerateResponse]:
+    def abort(self) -> Iterator[pb.GenerateResponse]:
         """The ends of the choices that are unfinished."""
         ending, usage = Ending(FinishReason.ABORTED), Usage(self._num_prompt_tokens, 0, 0, 0, 0)
         for index in range(self._num_choices):
@@ -64,8 +60,8 @@ class ResponseBuilder:
             if choice is None or not choice.finished:
                 yield self._complete(index, ending, usage)
 
-    def _chunk(self, event: Delta, first: bool) -> vllm_engine_pb2.GenerateResponse:
-        chunk = vllm_engine_pb2.GenerateStreamChunk(
+    def _chunk(self, event: Delta, first: bool) -> pb.GenerateResponse:
+        chunk = pb.GenerateStreamChunk(
             token_ids=event.token_ids,
             prompt_tokens=self._num_prompt_tokens,
             completion_tokens=len(event.token_ids),
@@ -73,14 +69,12 @@ class ResponseBuilder:
             input_logprobs=self._input if first else None,
             index=event.index,
         )
-        return vllm_engine_pb2.GenerateResponse(chunk=chunk)
+        return pb.GenerateResponse(chunk=chunk)
 
-    def _complete(
-        self, index: int, ending: Ending, usage: Usage
-    ) -> vllm_engine_pb2.GenerateResponse:
+    def _complete(self, index: int, ending: Ending, usage: Usage) -> pb.GenerateResponse:
         choice = self._choices.setdefault(index, _Choice())
         choice.finished = True
-        complete = vllm_engine_pb2.GenerateComplete(
+        complete = pb.GenerateComplete(
             output_ids=choice.token_ids,
             finish_reason=_REASONS[ending.reason],
             prompt_tokens=usage.prompt_tokens,
@@ -96,37 +90,34 @@ class ResponseBuilder:
             complete.matched_stop_str = ending.matched_text
         elif ending.matched_token is not None:
             complete.matched_token_id = ending.matched_token
-        return vllm_engine_pb2.GenerateResponse(complete=complete)
+        return pb.GenerateResponse(complete=complete)
 
 
-def _output_logprobs(
-    tokens: Sequence[ScoredToken], top: bool
-) -> vllm_engine_pb2.OutputLogProbs | None:
+def _output_logprobs(tokens: Sequence[ScoredToken], top: bool) -> pb.OutputLogProbs | None:
     if not tokens:
         return None
-    return vllm_engine_pb2.OutputLogProbs(
+    return pb.OutputLogProbs(
         token_logprobs=[token.chosen.logprob for token in tokens],
         token_ids=[token.chosen.token_id for token in tokens],
         top_logprobs=[_top_logprobs(token) for token in tokens] if top else [],
     )
 
 
-def _input_logprobs(prompt: PromptEvent) -> vllm_engine_pb2.InputLogProbs | None:
+def _input_logprobs(prompt: PromptEvent) -> pb.InputLogProbs | None:
     """The first token has no log-probability: its entry is empty."""
     if not prompt.logprobs:
         return None
-    value = vllm_engine_pb2.InputTokenLogProb
+    value = pb.InputTokenLogProb
     top = any(token.top for token in prompt.logprobs)
-    none = [vllm_engine_pb2.TopLogProbs()] if top else []
-    return vllm_engine_pb2.InputLogProbs(
+    none = [pb.TopLogProbs()] if top else []
+    return pb.InputLogProbs(
         token_ids=prompt.token_ids,
         token_logprobs=[value(), *(value(value=t.chosen.logprob) for t in prompt.logprobs)],
         top_logprobs=[*none, *(_top_logprobs(token) for token in prompt.logprobs if top)],
     )
 
 
-def _top_logprobs(token: ScoredToken) -> vllm_engine_pb2.TopLogProbs:
-    return vllm_engine_pb2.TopLogProbs(
-        values=[each.logprob for each in token.top],
-        token_ids=[each.token_id for each in token.top],
+def _top_logprobs(token: ScoredToken) -> pb.TopLogProbs:
+    return pb.TopLogProbs(
+        values=[each.logprob for each in token.top], token_ids=[each.token_id for each in token.top]
     )

@@ -27,7 +27,7 @@ from coordinator.api.vllm.responses import ResponseBuilder
 from coordinator.generation.fan_in import Merge
 from coordinator.generation.pipeline import Pipeline
 from coordinator.text.served_model import ServedModel
-from engine.pb.vllm import vllm_engine_pb2
+from engine.pb.vllm import vllm_engine_pb2 as pb
 from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from engine.telemetry.log import get_logger
 
@@ -36,7 +36,7 @@ _log = get_logger(__name__)
 _MAX_LOGGED = 8  # ids of one refused abort
 _SERVER_TYPE = "vllm-grpc"  # as the protocol names its servers
 
-Responses = AsyncGenerator[vllm_engine_pb2.GenerateResponse, None]
+Responses = AsyncGenerator[pb.GenerateResponse, None]
 
 
 class VllmEngineServicer:
@@ -63,7 +63,7 @@ class VllmEngineServicer:
         self._running: dict[tuple[str, str], set[asyncio.Task[None]]] = {}
 
     # Method names are the wire's.
-    async def Generate(self, request: vllm_engine_pb2.GenerateRequest, context: Any) -> Responses:
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> Responses:
         """Complete a prompt."""
         self._last_request = self._clock()
         generate = to_generate(request, self._model.name, self._pipeline.max_model_len)
@@ -80,17 +80,13 @@ class VllmEngineServicer:
             for response in builder.abort():
                 yield response
 
-    async def HealthCheck(
-        self, request: vllm_engine_pb2.HealthCheckRequest, context: Any
-    ) -> vllm_engine_pb2.HealthCheckResponse:
+    async def HealthCheck(self, request: Any, context: Any) -> pb.HealthCheckResponse:
         """Whether a decode worker is ready."""
         ready = self._ready()
         message = "ready" if ready else "no decode worker is ready, or this coordinator is draining"
-        return vllm_engine_pb2.HealthCheckResponse(healthy=ready, message=message)
+        return pb.HealthCheckResponse(healthy=ready, message=message)
 
-    async def Abort(
-        self, request: vllm_engine_pb2.AbortRequest, context: Any
-    ) -> vllm_engine_pb2.AbortResponse:
+    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
         """End requests of this connection by id; other ids are ignored."""
         requested, peer = set(request.request_ids), context.peer()
         foreign = set()
@@ -104,15 +100,13 @@ class VllmEngineServicer:
             self._metrics.aborts_refused.inc(len(foreign))
             ids = sorted(foreign)[:_MAX_LOGGED]
             _log.warning("abort refused: requests of other connections", peer=peer, request_ids=ids)
-        return vllm_engine_pb2.AbortResponse()
+        return pb.AbortResponse()
 
-    async def GetModelInfo(
-        self, request: vllm_engine_pb2.GetModelInfoRequest, context: Any
-    ) -> vllm_engine_pb2.GetModelInfoResponse:
+    async def GetModelInfo(self, request: Any, context: Any) -> pb.GetModelInfoResponse:
         """The served model."""
         model, limit = self._model, self._pipeline.max_model_len
         folder = str(model.folder) if model.folder else model.name
-        return vllm_engine_pb2.GetModelInfoResponse(
+        return pb.GetModelInfoResponse(
             model_path=folder,
             tokenizer_path=folder,
             is_generation=True,
@@ -125,11 +119,9 @@ class VllmEngineServicer:
             bos_token_id=model.config.bos_token_id,
         )
 
-    async def GetServerInfo(
-        self, request: vllm_engine_pb2.GetServerInfoRequest, context: Any
-    ) -> vllm_engine_pb2.GetServerInfoResponse:
+    async def GetServerInfo(self, request: Any, context: Any) -> pb.GetServerInfoResponse:
         """The state of the cluster as one engine of one rank."""
-        return vllm_engine_pb2.GetServerInfoResponse(
+        return pb.GetServerInfoResponse(
             active_requests=self._pipeline.num_requests,
             is_paused=self._pipeline.draining,
             last_receive_timestamp=self._last_request,
