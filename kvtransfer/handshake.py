@@ -5,11 +5,11 @@ from __future__ import annotations
 from engine.base.errors import Mismatch
 from engine.base.kv_layout import LayerGroup
 from engine.pb.diptych.internal.v1 import worker_pb2 as pb
+from engine.rpc.convert import from_pb, values_of
 from kvtransfer.plan import pieces
 from kvtransfer.transport import (
     GENERATION_BYTES,
     Agent,
-    MemoryKind,
     MemoryRegion,
     Region,
     RegionKind,
@@ -30,7 +30,7 @@ def pool_response(pool: RemotePool, digest: str) -> pb.HandshakeResponse:
         digest=digest,
         num_blocks=pool.num_blocks,
         machine=pool.machine,
-        agents=[pb.NixlAgent(name=agent.name, metadata=agent.metadata) for agent in pool.agents],
+        agents=[pb.NixlAgent(**values_of(agent)) for agent in pool.agents],
         regions=[_region_to_wire(region) for region in pool.regions],
     )
 
@@ -41,7 +41,7 @@ def pool_of(response: pb.HandshakeResponse) -> RemotePool:
         incarnation=response.incarnation,
         num_blocks=response.num_blocks,
         regions=tuple(_region_from_wire(region) for region in response.regions),
-        agents=tuple(Agent(agent.name, agent.metadata) for agent in response.agents),
+        agents=tuple(from_pb(Agent, agent) for agent in response.agents),
         machine=response.machine,
     )
     kinds = [region.kind for region in pool.regions]
@@ -71,27 +71,13 @@ def check_readable(pool: RemotePool, local: RemotePool) -> None:
 
 
 def _region_to_wire(region: Region) -> pb.Region:
-    memory = region.memory
     return pb.Region(
         kind=_TO_WIRE[region.kind],
         rank=region.rank,
         agent=region.agent,
         stride=region.stride,
-        memory=pb.Memory(
-            address=memory.address,
-            num_bytes=memory.num_bytes,
-            device_id=memory.device_id,
-            kind=memory.kind,
-        ),
-        groups=[
-            pb.LayerGroup(
-                first_head=group.first_head,
-                num_heads=group.num_heads,
-                head_bytes=group.head_bytes,
-                offset=group.offset,
-            )
-            for group in region.groups
-        ],
+        memory=pb.Memory(**values_of(region.memory)),
+        groups=[pb.LayerGroup(**values_of(group)) for group in region.groups],
     )
 
 
@@ -101,15 +87,11 @@ def _region_from_wire(region: pb.Region) -> Region:
         raise Mismatch(f"region kind {region.kind}: expected one of {sorted(_FROM_WIRE)}")
     if memory.kind not in ("DRAM", "VRAM"):
         raise Mismatch(f"memory kind {memory.kind!r}: expected DRAM or VRAM")
-    memory_kind: MemoryKind = "VRAM" if memory.kind == "VRAM" else "DRAM"
     return Region(
         kind=kind,
         rank=region.rank,
         agent=region.agent,
         stride=region.stride,
-        memory=MemoryRegion(memory.address, memory.num_bytes, memory_kind, memory.device_id),
-        groups=tuple(
-            LayerGroup(group.first_head, group.num_heads, group.head_bytes, group.offset)
-            for group in region.groups
-        ),
+        memory=from_pb(MemoryRegion, memory),
+        groups=tuple(from_pb(LayerGroup, group) for group in region.groups),
     )

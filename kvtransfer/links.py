@@ -85,7 +85,7 @@ class LinkMeter:
         _log.warning(
             "reads of GPU memory from peer %s are slow: %.1f GB/s over %s, expected %.0f or more;"
             " see docs/gpu.md",
-            link.peer,
+            link.worker_id,
             link.bytes_per_s / 1e9,
             link.lane or "an unknown lane",
             SLOW_BYTES_PER_S / 1e9,

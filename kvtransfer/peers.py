@@ -81,7 +81,7 @@ class PeerTable:
         found = self._data_plane.links()
         known = self._known.copy()
         latest = {known[i].worker_id: found[i] for i in known if i in found}
-        return [replace(link, peer=worker_id) for worker_id, link in latest.items()]
+        return [replace(link, worker_id=worker_id) for worker_id, link in latest.items()]
 
     async def forget(self, pool: RemotePool) -> None:
         """Drop a peer and disconnect it; returns when its last read is over.

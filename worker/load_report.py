@@ -6,7 +6,7 @@ import time
 
 from engine.base.types import Health
 from engine.pb.diptych.internal.v1 import registry_pb2 as pb
-from engine.rpc.convert import budgets_to_pb, health_to_pb, link_to_pb
+from engine.rpc.convert import health_to_pb, values_of
 from engine.step.engine_thread import EngineThread
 from kvtransfer.data_plane import DataPlane
 from kvtransfer.peers import PeerTable
@@ -37,8 +37,8 @@ def load_report(
         quarantined_blocks=moved.num_quarantined_blocks,
         draining=draining,
         health=health_to_pb(health_of(engine)),
-        links=[link_to_pb(link) for link in peers.links()],
-        role_budgets=budgets_to_pb(load.role_budgets),
+        links=[pb.KVLink(**values_of(link)) for link in peers.links()],
+        role_budgets=pb.RoleBudgets(**values_of(load.role_budgets)),
         totals=pb.Totals(
             prompt_tokens_computed=load.prompt_tokens_computed,
             prompt_tokens_cached=load.prompt_tokens_cached,

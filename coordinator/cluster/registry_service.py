@@ -15,16 +15,9 @@ from typing import Any
 from coordinator.cluster.membership import Membership
 from coordinator.cluster.worker import HEARTBEAT_S, Hello, Load, Totals, Worker
 from engine.base.errors import InvalidRequest, Mismatch, Unavailable
-from engine.base.types import KVPool, Peer, RoleBudgets
+from engine.base.types import KVLink, KVPool, ModelIdentity, Peer, RoleBudgets
 from engine.pb.diptych.internal.v1 import registry_pb2
-from engine.rpc.convert import (
-    budgets_from_pb,
-    budgets_to_pb,
-    health_from_pb,
-    identity_from_pb,
-    link_from_pb,
-    role_from_pb,
-)
+from engine.rpc.convert import from_pb, health_from_pb, role_from_pb, values_of
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
@@ -61,8 +54,8 @@ class RegistryServicer:
         """
         if not budgets.prompt_tokens and not budgets.answers:
             raise InvalidRequest("role_budgets", "both 0; expected at least one above 0")
-        message = registry_pb2.CoordinatorMessage(role_budgets=budgets_to_pb(budgets))
-        self._send(worker, message)
+        pb = registry_pb2.RoleBudgets(**values_of(budgets))
+        self._send(worker, registry_pb2.CoordinatorMessage(role_budgets=pb))
 
     def _send(self, worker: Worker, message: registry_pb2.CoordinatorMessage) -> None:
         outbox = self._outboxes.get(worker.peer.incarnation)
@@ -150,38 +143,21 @@ def _hello(pb: registry_pb2.Hello) -> Hello:
     if pb.model.block_size < 1 or pb.model.max_model_len < 1:
         raise InvalidRequest("hello.model", "block_size and max_model_len are at least 1")
     return Hello(
-        peer=Peer(pb.worker_id, pb.incarnation, pb.address),
+        peer=from_pb(Peer, pb),
         role=role,
         http_address=pb.http_address,
-        model=identity_from_pb(pb.model),
+        model=from_pb(ModelIdentity, pb.model),
         protocol_version=pb.protocol_version,
-        kv_pool=KVPool(pb.kv_pool.num_bytes, pb.kv_pool.limit),
+        kv_pool=from_pb(KVPool, pb.kv_pool),
     )
 
 
 def _load(pb: registry_pb2.Load) -> Load:
-    totals = pb.totals
-    return Load(
-        num_running=pb.num_running,
-        num_waiting=pb.num_waiting,
-        waiting_tokens=pb.waiting_tokens,
-        free_blocks=pb.free_blocks,
-        cached_blocks=pb.cached_blocks,
-        held_blocks=pb.held_blocks,
-        total_blocks=pb.total_blocks,
-        quarantined_blocks=pb.quarantined_blocks,
-        draining=pb.draining,
+    return from_pb(
+        Load,
+        pb,
         health=health_from_pb(pb.health),
-        links=tuple(link_from_pb(link) for link in pb.links),
-        role_budgets=budgets_from_pb(pb.role_budgets),
-        totals=Totals(
-            prompt_tokens_computed=totals.prompt_tokens_computed,
-            prompt_tokens_cached=totals.prompt_tokens_cached,
-            blocks_pulled=totals.blocks_pulled,
-            bytes_pulled=totals.bytes_pulled,
-            pull_seconds=totals.pull_seconds,
-            stale_reads=totals.stale_reads,
-            draft_tokens=totals.draft_tokens,
-            accepted_tokens=totals.accepted_tokens,
-        ),
+        links=tuple(from_pb(KVLink, link) for link in pb.links),
+        role_budgets=from_pb(RoleBudgets, pb.role_budgets),
+        totals=from_pb(Totals, pb.totals),
     )

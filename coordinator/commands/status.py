@@ -18,6 +18,7 @@ from engine.base.memory import readable_size
 from engine.base.types import KVLink
 from engine.pb.diptych.v1 import admin_pb2
 from engine.rpc.auth import ClusterToken
+from engine.rpc.convert import from_pb
 from engine.rpc.local_token import local_token
 
 _HOLDS_S = 5.0  # timeout of a worker's /debug/holds
@@ -133,11 +134,11 @@ def links_table(workers: Sequence[admin_pb2.Worker]) -> Table:
         table.add_column(name, justify="right")
     for w in workers:
         for pb in w.links:
-            link = KVLink(pb.worker_id, pb.lane, pb.bytes_per_s, pb.num_bytes, pb.memory)
+            link = from_pb(KVLink, pb)
             speed = f"{link.bytes_per_s / 1e9:.1f} GB/s"
             table.add_row(
                 escape(w.worker_id),
-                escape(link.peer),
+                escape(link.worker_id),
                 "GPU" if link.memory == "VRAM" else "host",
                 escape(link.lane or "unknown"),
                 readable_size(link.num_bytes),

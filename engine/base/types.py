@@ -149,7 +149,7 @@ SLOW_BYTES_PER_S = 5e9  # reads of GPU memory: TCP is slower, all other transpor
 class KVLink:
     """Measurements of the reads from one peer."""
 
-    peer: str  # worker id
+    worker_id: str  # of the peer
     lane: str  # as UCX names it; "": unknown
     bytes_per_s: float  # smoothed
     num_bytes: int  # since the start

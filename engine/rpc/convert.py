@@ -5,7 +5,9 @@ Floats have 32 bits on the wire: a worker computes with the client's value round
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import Any, TypeVar, cast
 
 from engine.base.errors import InvalidRequest
 from engine.base.types import (
@@ -13,11 +15,8 @@ from engine.base.types import (
     ConstraintKind,
     FinishReason,
     Health,
-    KVLink,
-    ModelIdentity,
     Peer,
     Role,
-    RoleBudgets,
     SamplingParams,
     StopParams,
     TokenLogprobs,
@@ -25,16 +24,13 @@ from engine.base.types import (
 from engine.pb.diptych.internal.v1 import registry_pb2, worker_pb2
 from engine.pb.diptych.v1 import inference_pb2
 
-_REASON_TO_PB = {
-    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
-    FinishReason.ABORTED: inference_pb2.FINISH_REASON_ABORTED,
+_T = TypeVar("_T")
+_REASON_TO_PB: dict[FinishReason, inference_pb2.FinishReason] = {
+    reason: getattr(inference_pb2, f"FINISH_REASON_{reason.name}") for reason in FinishReason
 }
 _REASON_FROM_PB = {pb: reason for reason, pb in _REASON_TO_PB.items()}
-_KIND_TO_PB = {
-    ConstraintKind.JSON_SCHEMA: worker_pb2.Constraint.KIND_JSON_SCHEMA,
-    ConstraintKind.REGEX: worker_pb2.Constraint.KIND_REGEX,
-    ConstraintKind.LARK: worker_pb2.Constraint.KIND_LARK,
+_KIND_TO_PB: dict[ConstraintKind, worker_pb2.Constraint.Kind] = {
+    kind: getattr(worker_pb2.Constraint, f"KIND_{kind.name}") for kind in ConstraintKind
 }
 _KIND_FROM_PB = {pb: kind for kind, pb in _KIND_TO_PB.items()}
 _HEALTH_TO_PB = {
@@ -47,36 +43,28 @@ _ROLE_TO_PB = {Role.PREFILL: registry_pb2.ROLE_PREFILL, Role.DECODE: registry_pb
 _ROLE_FROM_PB = {pb: role for role, pb in _ROLE_TO_PB.items()}
 
 
+def values_of(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass by name, for a message with the same fields."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def from_pb(kind: Callable[..., _T], pb: Any, **others: Any) -> _T:
+    """A dataclass of the message's fields of the same names; `others` are not read from it."""
+    names = [field.name for field in fields(cast(Any, kind)) if field.name not in others]
+    return kind(**{name: getattr(pb, name) for name in names}, **others)
+
+
 def sampling_to_pb(params: SamplingParams) -> worker_pb2.SamplingParams:
     """Sampling parameters on the wire. All fields are set: workers apply no defaults."""
-    return worker_pb2.SamplingParams(
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        frequency_penalty=params.frequency_penalty,
-        presence_penalty=params.presence_penalty,
-        repetition_penalty=params.repetition_penalty,
-        seed=params.seed,
-        logit_bias=dict(params.logit_bias),
-    )
+    values = values_of(params) | {"logit_bias": dict(params.logit_bias)}
+    return worker_pb2.SamplingParams(**values)
 
 
 def sampling_from_pb(
     pb: worker_pb2.SamplingParams, logit_bias: tuple[tuple[int, float], ...]
 ) -> SamplingParams:
     """The inverse of sampling_to_pb; `logit_bias` is sorted by token id."""
-    return SamplingParams(
-        temperature=pb.temperature,
-        top_p=pb.top_p,
-        top_k=pb.top_k,
-        min_p=pb.min_p,
-        frequency_penalty=pb.frequency_penalty,
-        presence_penalty=pb.presence_penalty,
-        repetition_penalty=pb.repetition_penalty,
-        seed=pb.seed,
-        logit_bias=logit_bias,
-    )
+    return from_pb(SamplingParams, pb, logit_bias=logit_bias)
 
 
 def stop_to_pb(params: StopParams) -> worker_pb2.StopParams:
@@ -129,43 +117,12 @@ def logprobs_from_pb(scored: Iterable[worker_pb2.Logprobs]) -> list[TokenLogprob
 
 def peer_to_pb(peer: Peer) -> worker_pb2.PrefillPeer:
     """The prefill worker that a decode worker calls, on the wire."""
-    return worker_pb2.PrefillPeer(
-        worker_id=peer.worker_id, incarnation=peer.incarnation, address=peer.address
-    )
+    return worker_pb2.PrefillPeer(**values_of(peer))
 
 
 def prefill_peer_of(request: worker_pb2.DecodeRequest) -> Peer | None:
     """The request's prefill worker; None: the decode worker computes the prompt."""
-    if not request.HasField("prefill"):
-        return None
-    pb = request.prefill
-    return Peer(pb.worker_id, pb.incarnation, pb.address)
-
-
-def identity_to_pb(model: ModelIdentity) -> registry_pb2.ModelIdentity:
-    """A worker's model on the wire."""
-    return registry_pb2.ModelIdentity(
-        name=model.name,
-        digest=model.digest,
-        numeric_profile=model.numeric_profile,
-        max_model_len=model.max_model_len,
-        block_size=model.block_size,
-        vocab_size=model.vocab_size,
-        tokenizer_digest=model.tokenizer_digest,
-    )
-
-
-def identity_from_pb(pb: registry_pb2.ModelIdentity) -> ModelIdentity:
-    """The inverse of identity_to_pb."""
-    return ModelIdentity(
-        name=pb.name,
-        digest=pb.digest,
-        numeric_profile=pb.numeric_profile,
-        max_model_len=pb.max_model_len,
-        block_size=pb.block_size,
-        vocab_size=pb.vocab_size,
-        tokenizer_digest=pb.tokenizer_digest,
-    )
+    return from_pb(Peer, request.prefill) if request.HasField("prefill") else None
 
 
 def reason_to_pb(reason: FinishReason) -> inference_pb2.FinishReason:
@@ -196,29 +153,3 @@ def health_to_pb(health: Health) -> registry_pb2.Health:
 def health_from_pb(pb: registry_pb2.Health) -> Health:
     """The inverse of health_to_pb; an unknown value is DEGRADED."""
     return _HEALTH_FROM_PB.get(pb, Health.DEGRADED)
-
-
-def budgets_to_pb(budgets: RoleBudgets) -> registry_pb2.RoleBudgets:
-    """A worker's role budgets on the wire."""
-    return registry_pb2.RoleBudgets(prompt_tokens=budgets.prompt_tokens, answers=budgets.answers)
-
-
-def budgets_from_pb(pb: registry_pb2.RoleBudgets) -> RoleBudgets:
-    """The inverse of budgets_to_pb."""
-    return RoleBudgets(pb.prompt_tokens, pb.answers)
-
-
-def link_to_pb(link: KVLink) -> registry_pb2.KVLink:
-    """A link to a peer on the wire."""
-    return registry_pb2.KVLink(
-        worker_id=link.peer,
-        lane=link.lane,
-        bytes_per_s=link.bytes_per_s,
-        num_bytes=link.num_bytes,
-        memory=link.memory,
-    )
-
-
-def link_from_pb(pb: registry_pb2.KVLink) -> KVLink:
-    """The inverse of link_to_pb."""
-    return KVLink(pb.worker_id, pb.lane, pb.bytes_per_s, pb.num_bytes, pb.memory)

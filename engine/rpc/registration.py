@@ -25,7 +25,7 @@ from engine.base.types import PROTOCOL_VERSION, KVPool, ModelIdentity, Role, Rol
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc
 from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import open_channel
-from engine.rpc.convert import budgets_from_pb, identity_to_pb, role_to_pb
+from engine.rpc.convert import from_pb, role_to_pb, values_of
 from engine.rpc.stalls import StallReporter
 from engine.telemetry.log import get_logger
 
@@ -81,12 +81,11 @@ class Registration:
             role=role_to_pb(role),
             address=address,
             http_address=http_address,
-            model=identity_to_pb(identity),
+            model=registry_pb2.ModelIdentity(**values_of(identity)),
             protocol_version=PROTOCOL_VERSION,
         )
         if kv_pool is not None:
-            self._hello.kv_pool.num_bytes = kv_pool.num_bytes
-            self._hello.kv_pool.limit = kv_pool.limit
+            self._hello.kv_pool.CopyFrom(registry_pb2.KVPool(**values_of(kv_pool)))
         self._streams: dict[str, asyncio.Task[None]] = {}
         self._changed: dict[str, asyncio.Event] = {}
         self._accepted: set[str] = set()
@@ -221,7 +220,7 @@ class Registration:
                 if response.HasField("forget"):
                     self._on_forget(response.forget.incarnation)
                 if response.HasField("role_budgets"):
-                    self._on_role_budgets(budgets_from_pb(response.role_budgets))
+                    self._on_role_budgets(from_pb(RoleBudgets, response.role_budgets))
                 response = await call.read()
         finally:
             call.cancel()

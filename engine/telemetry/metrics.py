@@ -128,8 +128,7 @@ class WorkerMetrics:
             "kv_transfer_seconds", "One pull, from posted to terminal.", TRANSFER_BUCKETS
         )
         self.kv_stale_reads = make.counter(
-            "kv_stale_reads",
-            "Blocks rejected by the fence: reused before or during the read.",
+            "kv_stale_reads", "Blocks rejected by the fence: reused before or during the read."
         )
         self.kv_checksum_failures = make.counter(
             "kv_checksum_failures", "Blocks that arrived with a wrong checksum."
@@ -228,7 +227,9 @@ class _Links(Collector):
         family = self._family()
         for link in self.links():
             lane = link.lane or "unknown"
-            family.add_metric([self._model_name, link.peer, lane, link.memory], link.bytes_per_s)
+            family.add_metric(
+                [self._model_name, link.worker_id, lane, link.memory], link.bytes_per_s
+            )
         return [family]
 
     @staticmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from coordinator.cluster.membership import Membership
@@ -12,8 +11,9 @@ from coordinator.cluster.registry_service import RegistryServicer
 from coordinator.cluster.worker import Worker, WorkerState
 from engine.base.errors import DeadlineExceeded, InvalidRequest, NotFound
 from engine.base.option_values import MAX_REQUEST_S
-from engine.base.types import Health, KVLink
+from engine.base.types import Health
 from engine.pb.diptych.v1 import admin_pb2 as pb
+from engine.rpc.convert import values_of
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
@@ -96,22 +96,12 @@ def _row(worker: Worker, now: float) -> pb.Worker:
         held_blocks=load.held_blocks,
         total_blocks=load.total_blocks,
         quarantined_blocks=load.quarantined_blocks,
-        links=[_link(link) for link in load.links],
+        links=[pb.KVLink(**values_of(link)) for link in load.links],
         max_model_len=worker.model.max_model_len,
         kv_pool_bytes=worker.kv_pool.num_bytes,
         kv_pool_limit=worker.kv_pool.limit,
         budget_prompt_tokens=load.role_budgets.prompt_tokens,
         budget_answers=load.role_budgets.answers,
         health=(Health.SICK if worker.is_sick else load.health).value,
-        **asdict(totals),
-    )
-
-
-def _link(link: KVLink) -> pb.KVLink:
-    return pb.KVLink(
-        worker_id=link.peer,
-        lane=link.lane,
-        bytes_per_s=link.bytes_per_s,
-        num_bytes=link.num_bytes,
-        memory=link.memory,
+        **values_of(totals),
     )

@@ -19,7 +19,7 @@ from coordinator.cluster.registry_service import _load
 from coordinator.commands.status import links_table
 from engine.base.types import KVLink, KVPool, Peer, Role, machine_id
 from engine.pb.diptych.internal.v1 import registry_pb2
-from engine.rpc.convert import link_to_pb
+from engine.rpc.convert import values_of
 from engine.telemetry.metrics import WorkerMetrics
 from kvtransfer.links import LinkMeter
 from kvtransfer.nixl_transport import DEFAULT_ENV
@@ -153,7 +153,7 @@ def test_a_peer_that_has_started_again_has_one_link() -> None:
     table = PeerTable(links, digest="d", stub_factory=lambda address: None)  # type: ignore[arg-type,return-value]
     peers = (Peer("p0", "old", "a:1"), Peer("p1", "other", "a:3"), Peer("p0", "new", "a:2"))
     table._known = {peer.incarnation: peer for peer in peers}
-    assert {link.peer: link.num_bytes for link in table.links()} == {"p0": 3000, "p1": 10}
+    assert {link.worker_id: link.num_bytes for link in table.links()} == {"p0": 3000, "p1": 10}
     assert len(table.links()) == 2
 
 
@@ -161,7 +161,7 @@ LINK = KVLink("prefill-0", "tcp/eth0", 0.5e9, 64 * MIB, "VRAM")
 
 
 def test_links_reach_status_and_metrics() -> None:
-    load = _load(registry_pb2.Load(links=[link_to_pb(LINK)]))
+    load = _load(registry_pb2.Load(links=[registry_pb2.KVLink(**values_of(LINK))]))
     assert load.links == (LINK,)
     from coordinator.cluster.worker import Worker, WorkerState
 
@@ -181,7 +181,7 @@ def test_links_reach_status_and_metrics() -> None:
     for word in ("decode-0", "prefill-0", "GPU", "tcp/eth0", "64 MiB", "0.5 GB/s: slow"):
         assert word in out.getvalue()
     registry = CollectorRegistry()
-    WorkerMetrics(registry, "m").watch_links(lambda: [LINK, replace(LINK, peer="p1", lane="")])
+    WorkerMetrics(registry, "m").watch_links(lambda: [LINK, replace(LINK, worker_id="p1", lane="")])
     text = generate_latest(registry).decode()
     name = "diptych_kv_transfer_bytes_per_second"
     assert f'{name}{{lane="tcp/eth0",memory="VRAM",model_name="m",peer="prefill-0"}} 5e+08' in text

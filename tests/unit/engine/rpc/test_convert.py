@@ -54,7 +54,8 @@ def test_peer_and_its_absence():
 
 def test_identity_reason_role():
     model = ModelIdentity("m", "00ff", "p", 8192, 16, 49152, "0a")
-    assert convert.identity_from_pb(convert.identity_to_pb(model)) == model
+    pb = registry_pb2.ModelIdentity(**convert.values_of(model))
+    assert convert.from_pb(ModelIdentity, pb) == model
     for reason in FinishReason:
         assert convert.reason_from_pb(convert.reason_to_pb(reason)) is reason
     for role in Role:
