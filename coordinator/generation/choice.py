@@ -218,15 +218,19 @@ class ChoiceRunner:
         now = timeline.mark(Event.TOKENS)
         self._metrics.generation_tokens.inc(num_tokens)
         if before is None:
-            self._metrics.time_to_first_token.observe(timeline.between(Event.ARRIVED, Event.TOKENS))
+            self._metrics.time_to_first_token_seconds.observe(
+                timeline.between(Event.ARRIVED, Event.TOKENS)
+            )
             return
         for _ in range(num_tokens):
-            self._metrics.inter_token_latency.observe((now - before) / num_tokens)
+            self._metrics.inter_token_latency_seconds.observe((now - before) / num_tokens)
 
     def _finished(self, state: GenerationState, timeline: Timeline) -> Finished:
         ending, timing = state.output.ending, state.timing(timeline)
         assert ending is not None, "an output that is reported has ended"
-        self._metrics.e2e_request_latency.observe(timeline.between(Event.ARRIVED, Event.FINISHED))
-        self._metrics.request_queue_time.observe(timing.queue_s)
+        self._metrics.e2e_request_latency_seconds.observe(
+            timeline.between(Event.ARRIVED, Event.FINISHED)
+        )
+        self._metrics.request_queue_time_seconds.observe(timing.queue_s)
         self._metrics.request_succeeded(ending.reason.value)
         return Finished(replace(ending), state.usage(), timing, state.request.index)

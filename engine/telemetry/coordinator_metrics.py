@@ -10,63 +10,38 @@ from engine.telemetry.metrics import (
     INTER_TOKEN_BUCKETS,
     REQUEST_BUCKETS,
     ConstraintMetrics,
-    SeriesFactory,
+    SeriesSet,
+    counter,
+    gauge,
+    histogram,
 )
 
 
-class CoordinatorMetrics:
+class CoordinatorMetrics(SeriesSet):
     """Metrics of a coordinator; at most one instance a registry."""
 
+    time_to_first_token_seconds = histogram("Arrival until the first token.", FIRST_TOKEN_BUCKETS)
+    inter_token_latency_seconds = histogram("From one token to the next.", INTER_TOKEN_BUCKETS)
+    e2e_request_latency_seconds = histogram("Arrival until the last message.", REQUEST_BUCKETS)
+    request_queue_time_seconds = histogram("Admission until a worker starts.", REQUEST_BUCKETS)
+    num_requests_running = gauge("Requests that have a token.")
+    num_requests_waiting = gauge("Admitted requests without a token yet.")
+    prompt_tokens = counter("Prompt tokens of admitted requests.")
+    generation_tokens = counter("Tokens sent to clients.")
+    _request_success = counter("Outputs that ended without error.", "finished_reason")
+    aborts_refused = counter("Aborts of requests of other connections.")
+    _request_failures = counter("Requests that ended with an error.", "code")
+    _admission_rejections = counter("Requests refused with a retry time.", "reason")
+    _migrations = counter("Requests continued elsewhere after a worker was lost.", "outcome")
+    _workers = gauge("Workers by role and state.", "role", "state")
+    _sick_workers = counter("Workers that computed wrong numbers.", "worker")
+    _worker_stalls = counter("Stalls of a worker's event loop of a second or more.", "worker")
+    _worker_hangs = counter("Local workers killed because they were silent.", "worker")
+
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
-        make = SeriesFactory(registry, model_name)
+        super().__init__(registry, model_name)
         CacheMetrics(registry)
-        self._model_name = model_name
-        self.time_to_first_token = make.histogram(
-            "time_to_first_token_seconds", "Arrival until the first token.", FIRST_TOKEN_BUCKETS
-        )
-        self.inter_token_latency = make.histogram(
-            "inter_token_latency_seconds", "From one token to the next.", INTER_TOKEN_BUCKETS
-        )
-        self.e2e_request_latency = make.histogram(
-            "e2e_request_latency_seconds", "Arrival until the last message.", REQUEST_BUCKETS
-        )
-        self.request_queue_time = make.histogram(
-            "request_queue_time_seconds", "Admission until a worker starts.", REQUEST_BUCKETS
-        )
-        self.num_requests_running = make.gauge(
-            "num_requests_running", "Requests that have a token."
-        )
-        self.num_requests_waiting = make.gauge(
-            "num_requests_waiting", "Admitted requests without a token yet."
-        )
-        self.prompt_tokens = make.counter("prompt_tokens", "Prompt tokens of admitted requests.")
-        self.generation_tokens = make.counter("generation_tokens", "Tokens sent to clients.")
-        self._request_success = make.counter(
-            "request_success", "Outputs that ended without error.", "finished_reason"
-        )
-        self.aborts_refused = make.counter(
-            "aborts_refused", "Aborts of requests of other connections."
-        )
-        self._request_failures = make.counter(
-            "request_failures", "Requests that ended with an error.", "code"
-        )
-        self._admission_rejections = make.counter(
-            "admission_rejections", "Requests refused with a retry time.", "reason"
-        )
-        self._migrations = make.counter(
-            "migrations", "Requests continued elsewhere after a worker was lost.", "outcome"
-        )
-        self.constraints = ConstraintMetrics(make, model_name)
-        self._workers = make.gauge("workers", "Workers by role and state.", "role", "state")
-        self._worker_sick = make.counter(
-            "sick_workers", "Workers that computed wrong numbers.", "worker"
-        )
-        self._worker_stalls = make.counter(
-            "worker_stalls", "Stalls of a worker's event loop of a second or more.", "worker"
-        )
-        self._worker_hangs = make.counter(
-            "worker_hangs", "Local workers killed because they were silent.", "worker"
-        )
+        self.constraints = ConstraintMetrics(registry, model_name)
 
     def request_succeeded(self, finished_reason: str) -> None:
         """Count one finished output: stop, length or aborted."""
@@ -90,7 +65,7 @@ class CoordinatorMetrics:
 
     def worker_sick(self, worker_id: str) -> None:
         """Count one worker that computed wrong numbers."""
-        self._worker_sick.labels(self._model_name, worker_id).inc()
+        self._sick_workers.labels(self._model_name, worker_id).inc()
 
     def worker_stalled(self, worker_id: str) -> None:
         """Count one stall of a worker's event loop."""

@@ -9,6 +9,8 @@ gRPC servers write `RpcMetrics`, the coordinator writes `CoordinatorMetrics`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -42,140 +44,105 @@ STEP_BUCKETS = TRANSFER_BUCKETS[:-1]
 TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
-class SeriesFactory:
-    """Creates series in one registry, all with the label `model_name`.
+@dataclass(frozen=True, slots=True)
+class _Series:
+    kind: Callable[..., Any]
+    help: str
+    labels: tuple[str, ...]
+    name: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
-    A series without further labels is already bound to the model.
+
+def counter(help: str, *labels: str) -> Counter:
+    """Declares a counter, whose name gets the suffix `_total`."""
+    return cast(Counter, _Series(Counter, help, labels))
+
+
+def gauge(help: str, *labels: str) -> Gauge:
+    """Declares a gauge."""
+    return cast(Gauge, _Series(Gauge, help, labels))
+
+
+def histogram(help: str, buckets: Sequence[float], *labels: str, name: str = "") -> Histogram:
+    """Declares a histogram; `name`: where it is not the attribute's."""
+    series = _Series(Histogram, help, labels, name, {"buckets": tuple(buckets)})
+    return cast(Histogram, series)
+
+
+class SeriesSet:
+    """Series of one model in one registry, declared as attributes of a class.
+
+    A series has the attribute's name, without a leading underscore, and the label `model_name`. One
+    without further labels is already bound to the model.
     """
 
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
-        self._registry = registry
         self._model_name = model_name
-
-    def counter(self, name: str, help: str, *labels: str) -> Counter:
-        """A counter; `name` has neither prefix nor `_total`."""
-        series = Counter(PREFIX + name, help, ("model_name", *labels), registry=self._registry)
-        return series.labels(self._model_name) if not labels else series
-
-    def gauge(self, name: str, help: str, *labels: str) -> Gauge:
-        """A gauge; `name` has no prefix."""
-        series = Gauge(PREFIX + name, help, ("model_name", *labels), registry=self._registry)
-        return series.labels(self._model_name) if not labels else series
-
-    def histogram(self, name: str, help: str, buckets: Sequence[float], *labels: str) -> Histogram:
-        """A histogram; `name` has no prefix."""
-        series = Histogram(
-            PREFIX + name,
-            help,
-            ("model_name", *labels),
-            registry=self._registry,
-            buckets=tuple(buckets),
-        )
-        return series.labels(self._model_name) if not labels else series
+        for attribute, series in vars(type(self)).items():
+            if isinstance(series, _Series):
+                name = PREFIX + (series.name or attribute.removeprefix("_"))
+                labels = ("model_name", *series.labels)
+                made = series.kind(name, series.help, labels, registry=registry, **series.options)
+                setattr(self, attribute, made if series.labels else made.labels(model_name))
 
 
-class ConstraintMetrics:
+class ConstraintMetrics(SeriesSet):
     """Outcomes of constraint compilations, in coordinators and workers."""
 
-    def __init__(self, make: SeriesFactory, model_name: str) -> None:
-        self._model_name = model_name
-        self._tries = make.counter(
-            "constraint_compilations",
-            "Constraint compilations by outcome: compiled, refused, a limit, abandoned or lost.",
-            "outcome",
-        )
+    _constraint_compilations = counter(
+        "Constraint compilations by outcome: compiled, refused, a limit, abandoned or lost.",
+        "outcome",
+    )
 
     def tried(self, outcome: str) -> None:
         """Count one compilation; `outcome` is one of those of checker.py."""
-        self._tries.labels(self._model_name, outcome).inc()
+        self._constraint_compilations.labels(self._model_name, outcome).inc()
 
 
-class WorkerMetrics:
+class WorkerMetrics(SeriesSet):
     """Metrics of a prefill or decode worker; at most one instance a registry."""
 
+    num_requests_running = gauge("Requests in the batch.")
+    num_requests_waiting = gauge("Requests not yet started.")
+    kv_cache_usage_perc = gauge("Held share of the KV pool; 1 is all of it.")
+    prefix_cache_queries = counter("Prompt tokens looked up in the prefix cache.")
+    prefix_cache_hits = counter("Prompt tokens found in the prefix cache.")
+    prompt_tokens = counter("Prompt tokens computed.")
+    generation_tokens = counter("Tokens of outputs.")
+    num_preemptions = counter("Preempted requests, which lose their blocks.")
+    spec_decode_num_drafts = counter("Drafts proposed.")
+    spec_decode_num_draft_tokens = counter("Draft tokens proposed.")
+    spec_decode_num_accepted_tokens = counter("Draft tokens accepted.")
+    kv_transfer_blocks = counter("KV blocks pulled from peers.")
+    kv_transfer_bytes = counter("Bytes pulled from peers.")
+    kv_transfer_seconds = histogram("One pull, from posted to terminal.", TRANSFER_BUCKETS)
+    kv_stale_reads = counter("Blocks rejected by the fence: reused before or during the read.")
+    kv_checksum_failures = counter("Blocks that arrived with a wrong checksum.")
+    kv_data_plane_restarts = counter("Restarts of the data plane because reads did not end.")
+    _kv_quarantined_blocks = gauge("Held blocks that a failed read may still write.")
+    _engine_step_seconds = histogram("A step of the engine, by phase.", STEP_BUCKETS, "phase")
+    engine_step_failures = counter("Steps whose computation raised; their requests failed.")
+    non_finite_requests = counter("Requests that failed because of numbers that are not finite.")
+    _self_tests = counter("Self-tests after a fault.", "outcome")
+    kv_blocks_forgotten = counter("Cached blocks dropped because they depend on a sick peer.")
+    constraint_masks_late = counter("Steps that an output missed because its mask was late.")
+    constraints_too_costly = counter("Outputs that ended because their constraint took too long.")
+    iteration_tokens = histogram(
+        "Tokens computed in one step.", TOKEN_BUCKETS, name="iteration_tokens_total"
+    )
+    _kv_transfer_failures = counter("Pulls that failed.", "reason")
+    _kv_lease_refusals = counter("Leases that a peer requested and may not use.", "reason")
+    kv_leases_expired = counter("Leases that expired without renewal or release.")
+    prefill_refusals = counter("Prompts that a prefill worker refused, computed here.")
+    _kv_blocks = gauge("KV blocks by state.", "state")
+
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
-        make = SeriesFactory(registry, model_name)
-        self._model_name = model_name
+        super().__init__(registry, model_name)
         CacheMetrics(registry)
         self._links = _Links(model_name)
         registry.register(self._links)
-        self.num_requests_running = make.gauge("num_requests_running", "Requests in the batch.")
-        self.num_requests_waiting = make.gauge("num_requests_waiting", "Requests not yet started.")
-        self.kv_cache_usage_perc = make.gauge(
-            "kv_cache_usage_perc", "Held share of the KV pool; 1 is all of it."
-        )
-        self.prefix_cache_queries = make.counter(
-            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
-        )
-        self.prefix_cache_hits = make.counter(
-            "prefix_cache_hits", "Prompt tokens found in the prefix cache."
-        )
-        self.prompt_tokens = make.counter("prompt_tokens", "Prompt tokens computed.")
-        self.generation_tokens = make.counter("generation_tokens", "Tokens of outputs.")
-        self.num_preemptions = make.counter(
-            "num_preemptions", "Preempted requests, which lose their blocks."
-        )
-        self.spec_decode_num_drafts = make.counter("spec_decode_num_drafts", "Drafts proposed.")
-        self.spec_decode_num_draft_tokens = make.counter(
-            "spec_decode_num_draft_tokens", "Draft tokens proposed."
-        )
-        self.spec_decode_num_accepted_tokens = make.counter(
-            "spec_decode_num_accepted_tokens", "Draft tokens accepted."
-        )
-        self.kv_transfer_blocks = make.counter("kv_transfer_blocks", "KV blocks pulled from peers.")
-        self.kv_transfer_bytes = make.counter("kv_transfer_bytes", "Bytes pulled from peers.")
-        self.kv_transfer_seconds = make.histogram(
-            "kv_transfer_seconds", "One pull, from posted to terminal.", TRANSFER_BUCKETS
-        )
-        self.kv_stale_reads = make.counter(
-            "kv_stale_reads", "Blocks rejected by the fence: reused before or during the read."
-        )
-        self.kv_checksum_failures = make.counter(
-            "kv_checksum_failures", "Blocks that arrived with a wrong checksum."
-        )
-        self.kv_data_plane_restarts = make.counter(
-            "kv_data_plane_restarts", "Restarts of the data plane because reads did not end."
-        )
-        self._kv_quarantined_blocks = make.gauge(
-            "kv_quarantined_blocks", "Held blocks that a failed read may still write."
-        )
-        self._engine_step_seconds = make.histogram(
-            "engine_step_seconds", "A step of the engine, by phase.", STEP_BUCKETS, "phase"
-        )
-        self.engine_step_failures = make.counter(
-            "engine_step_failures", "Steps whose computation raised; their requests failed."
-        )
-        self.non_finite_requests = make.counter(
-            "non_finite_requests", "Requests that failed because of numbers that are not finite."
-        )
-        self._self_tests = make.counter("self_tests", "Self-tests after a fault.", "outcome")
-        self.kv_blocks_forgotten = make.counter(
-            "kv_blocks_forgotten", "Cached blocks dropped because they depend on a sick peer."
-        )
-        self.constraint_masks_late = make.counter(
-            "constraint_masks_late", "Steps that an output missed because its mask was late."
-        )
-        self.constraints_too_costly = make.counter(
-            "constraints_too_costly", "Outputs that ended because their constraint took too long."
-        )
-        self.iteration_tokens = make.histogram(
-            "iteration_tokens_total", "Tokens computed in one step.", TOKEN_BUCKETS
-        )
-        self._kv_transfer_failures = make.counter(
-            "kv_transfer_failures", "Pulls that failed.", "reason"
-        )
-        self._kv_lease_refusals = make.counter(
-            "kv_lease_refusals", "Leases that a peer requested and may not use.", "reason"
-        )
-        self.kv_leases_expired = make.counter(
-            "kv_leases_expired", "Leases that expired without renewal or release."
-        )
-        self.prefill_refusals = make.counter(
-            "prefill_refusals", "Prompts that a prefill worker refused, computed here."
-        )
-        self.constraints = ConstraintMetrics(make, model_name)
+        self.constraints = ConstraintMetrics(registry, model_name)
         self._phases: dict[str, Histogram] = {}
-        self._kv_blocks = make.gauge("kv_blocks", "KV blocks by state.", "state")
 
     def step_took(self, phases: Mapping[str, float]) -> None:
         """Observe the seconds of each phase of one step; "total" is their sum."""

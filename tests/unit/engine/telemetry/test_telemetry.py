@@ -84,7 +84,7 @@ def test_coordinator_series_and_buckets():
     registry = CollectorRegistry()
     metrics = CoordinatorMetrics(registry, "m")
     RpcMetrics(registry).failed("S/M", "internal")
-    metrics.inter_token_latency.observe(0.003)
+    metrics.inter_token_latency_seconds.observe(0.003)
     metrics.request_succeeded("stop")
     metrics.migrated("resumed")
     metrics.set_workers("decode", "ready", 2)
