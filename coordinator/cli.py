@@ -15,34 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from engine.base import options as config
 from engine.base.errors import CheckpointError, ConfigError, DiptychError
-from engine.base.option_groups import (
-    AuthOptions,
-    CacheOptions,
-    DraftOptions,
-    FleetOptions,
-    FrontOptions,
-    LogOptions,
-    ModelOptions,
-    StepOptions,
-    TransferOptions,
-)
+from engine.base.option_groups import START_GROUPS, StartOptions
 from engine.base.option_values import MAX_REQUEST_S, parse_addresses
 
 if TYPE_CHECKING:
     from engine.rpc.auth import ClusterToken
 
 DEFAULT_SERVER = "127.0.0.1:50051"
-START_GROUPS = (
-    ModelOptions,
-    FrontOptions,
-    FleetOptions,
-    CacheOptions,
-    StepOptions,
-    DraftOptions,
-    TransferOptions,
-    LogOptions,
-    AuthOptions,
-)
 _EXAMPLES = """
 examples:
   coordinator start                        default model, one prefill and one decode worker
@@ -193,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _start(args: argparse.Namespace) -> int:
     from coordinator.process import serve
 
-    return serve(*config.resolve(args, *START_GROUPS))
+    return serve(StartOptions(*config.resolve(args, *START_GROUPS)))
 
 
 def _answer_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -32,18 +32,7 @@ from coordinator.text.served_model import ServedModel
 from engine.base.gpus import deal_gpus, find_gpus
 from engine.base.installed import require_worker_packages
 from engine.base.memory import host_memory, readable_size
-from engine.base.option_groups import (
-    AuthOptions,
-    CacheOptions,
-    DraftOptions,
-    FleetOptions,
-    FrontOptions,
-    LogOptions,
-    ModelOptions,
-    StepOptions,
-    TransferOptions,
-    WorkerOptions,
-)
+from engine.base.option_groups import AuthOptions, StartOptions, WorkerOptions
 from engine.base.options import state_dir, to_flags
 from engine.base.types import Role
 from engine.checkpoint.source import resolve
@@ -52,12 +41,7 @@ from engine.process.core_dumps import forbid_core_dumps
 from engine.process.core_share import shared_page
 from engine.process.gc_control import freeze_heap, shorten_switch_interval
 from engine.rpc.address import check_free
-from engine.rpc.auth import (
-    OPERATOR_NAME,
-    SHARED_NAME,
-    ClusterToken,
-    stays_on_this_machine,
-)
+from engine.rpc.auth import OPERATOR_NAME, SHARED_NAME, ClusterToken, stays_on_this_machine
 from engine.telemetry.log import configure_logging, get_logger
 from engine.telemetry.progress import LINE_S, print_line
 
@@ -66,47 +50,24 @@ _log = get_logger(__name__)
 _STOP_S = 5.0  # for local workers, after their requests have ended
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Options:
-    """All options of `coordinator start`."""
-
-    model: ModelOptions
-    front: FrontOptions
-    fleet: FleetOptions
-    cache: CacheOptions
-    step: StepOptions
-    draft: DraftOptions
-    transfer: TransferOptions
-    log: LogOptions
-    gpus: tuple[str, ...] = ()  # for local workers
-
-
-def serve(
-    model: ModelOptions,
-    front: FrontOptions,
-    fleet: FleetOptions,
-    cache: CacheOptions,
-    step: StepOptions,
-    draft: DraftOptions,
-    transfer: TransferOptions,
-    log: LogOptions,
-    trust: AuthOptions,
-) -> int:
+def serve(options: StartOptions) -> int:
     """Run a coordinator until a signal; returns the exit status.
 
     Raises ConfigError, CheckpointError.
     """
+    model, front, log = options.model, options.front, options.log
+    local = options.fleet.workers == "local"
     configure_logging(log, role="coordinator")
     forbid_core_dumps(allowed=log.core_dumps)
     _take_descriptors()
     shorten_switch_interval()
-    trusted = Trust.of(trust, front, local_workers=fleet.workers == "local")
+    trusted = Trust.of(options.auth, front, local_workers=local)
     signal.signal(signal.SIGTERM, _terminated)  # until the loop takes it: compilers end too
     trusted.operator.share(SHARED_NAME if trusted.cluster else OPERATOR_NAME)  # for commands
     check_free(front.listen, front.internal_listen, front.http)
-    if fleet.workers == "local":
+    if local:
         require_worker_packages("local workers", "; workers on other machines: --workers external")
-        draft.check(model)
+        options.draft.check(model)
     # Configuration and tokenizer are checked before weights are fetched or read.
     checkpoint = resolve(model.model, weights=False)
     check_length(checkpoint.config, model.max_model_len)
@@ -115,15 +76,14 @@ def serve(
         checkpoint, name, model.max_model_len, front.tool_format, front.parse_special
     )
     served.prepare()
-    local = fleet.workers == "local"
     gpus = tuple(find_gpus()) if local and model.device != "cpu" else ()
     if local:
         checkpoint = resolve(model.model)
     if local and model.seed_weights < 0:
         # Here, where the user sees the progress.
-        prepare_weights(checkpoint, model, cache, on_gpu=bool(gpus))
+        prepare_weights(checkpoint, model, options.cache, on_gpu=bool(gpus))
     model = dataclasses.replace(model, model_name=name)
-    options = Options(model, front, fleet, cache, step, draft, transfer, log, gpus)
+    options = dataclasses.replace(options, model=model, gpus=gpus)
     try:
         return uvloop.run(_serve(options, served, trusted))
     finally:
@@ -143,7 +103,7 @@ def _take_descriptors() -> None:
         _log.info("the limit of file descriptors stays", soft=soft, reason=str(error))
 
 
-async def _serve(options: Options, served: ServedModel, trust: Trust) -> int:
+async def _serve(options: StartOptions, served: ServedModel, trust: Trust) -> int:
     signals = _Signals()
     stop, hurry = signals.stop, signals.hurry
     coordinator = Coordinator(options.front, served, trust)
@@ -188,7 +148,7 @@ class _Signals:
 
 
 def make_supervisor(
-    options: Options, coordinator_address: str, token: ClusterToken | None = None
+    options: StartOptions, coordinator_address: str, token: ClusterToken | None = None
 ) -> Supervisor:
     """A supervisor for the local workers of `options`; they get `token` in memory."""
     fleet = options.fleet
@@ -226,7 +186,9 @@ def make_supervisor(
     return Supervisor(places, log_dir, command, environment, assigned)
 
 
-def make_watchdog(options: Options, coordinator: Coordinator, supervisor: Supervisor) -> Watchdog:
+def make_watchdog(
+    options: StartOptions, coordinator: Coordinator, supervisor: Supervisor
+) -> Watchdog:
     """A watchdog for the supervisor's workers."""
     return Watchdog(
         supervisor.workers,
@@ -238,7 +200,10 @@ def make_watchdog(options: Options, coordinator: Coordinator, supervisor: Superv
 
 
 async def _until_stop(
-    coordinator: Coordinator, supervisor: Supervisor | None, options: Options, stop: asyncio.Event
+    coordinator: Coordinator,
+    supervisor: Supervisor | None,
+    options: StartOptions,
+    stop: asyncio.Event,
 ) -> None:
     """Announce readiness and serve; raises ConfigError where a worker cannot use its options."""
     announce = asyncio.create_task(_announce(coordinator, supervisor, options))
@@ -256,7 +221,7 @@ async def _until_stop(
 
 
 async def _announce(
-    coordinator: Coordinator, supervisor: Supervisor | None, options: Options
+    coordinator: Coordinator, supervisor: Supervisor | None, options: StartOptions
 ) -> None:
     """One line on stdout when requests can be served."""
     where = f"{coordinator.model.name} on {coordinator.address} (HTTP {coordinator.http_address})"

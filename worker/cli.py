@@ -20,31 +20,13 @@ from typing import Any
 from decode.drafting import make_drafting
 from engine.base.errors import CheckpointError, ConfigError, SelfTestFailed
 from engine.base.installed import require_worker_packages, unusable
-from engine.base.option_groups import (
-    AuthOptions,
-    CacheOptions,
-    DraftOptions,
-    LogOptions,
-    ModelOptions,
-    StepOptions,
-    TransferOptions,
-    WorkerOptions,
-)
+from engine.base.option_groups import WORKER_GROUPS, DraftOptions, ModelOptions
 from engine.base.options import add_flags, parser, resolve, set_default_env
 from engine.base.types import Role
 from engine.process.core_dumps import forbid_core_dumps
 from engine.process.gc_control import disable_collections, shorten_switch_interval
 from worker import exit_status
 
-_GROUPS = (
-    ModelOptions,
-    CacheOptions,
-    StepOptions,
-    TransferOptions,
-    WorkerOptions,
-    AuthOptions,
-    LogOptions,
-)
 # A waiting OpenMP thread must not burn the core that another worker computes on.
 _LIBRARY_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 _DESCRIPTIONS = {
@@ -75,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
 def worker_command(role: Role, argv: Sequence[str] | None) -> int:
     """Run one worker until it ends; returns the exit status: 2 for what a restart cannot cure."""
-    groups = (*_GROUPS, DraftOptions) if role is Role.DECODE else _GROUPS
+    groups = (*WORKER_GROUPS, DraftOptions) if role is Role.DECODE else WORKER_GROUPS
     description = _DESCRIPTIONS[role]
     command = parser(role.value, description)
     start = command.add_subparsers(dest="command", required=True).add_parser(

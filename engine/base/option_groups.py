@@ -302,3 +302,30 @@ class FleetOptions:
         minimum=0,
         maximum=MAX_CLIENT_S,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class StartOptions:
+    """All options of `coordinator start`."""
+
+    model: ModelOptions
+    front: FrontOptions
+    fleet: FleetOptions
+    cache: CacheOptions
+    step: StepOptions
+    draft: DraftOptions
+    transfer: TransferOptions
+    log: LogOptions
+    auth: AuthOptions = AuthOptions()
+    gpus: tuple[str, ...] = ()  # for local workers; found, not given
+
+
+# In the order of --help, and of the fields of StartOptions.
+START_GROUPS = (
+    *(ModelOptions, FrontOptions, FleetOptions, CacheOptions, StepOptions, DraftOptions),
+    *(TransferOptions, LogOptions, AuthOptions),
+)
+WORKER_GROUPS = (  # a decode worker has DraftOptions, too
+    *(ModelOptions, CacheOptions, StepOptions, TransferOptions, WorkerOptions, AuthOptions),
+    LogOptions,
+)

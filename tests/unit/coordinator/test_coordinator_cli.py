@@ -17,7 +17,7 @@ import pytest
 
 from coordinator.client import Client
 from coordinator.cluster.worker import Load, Worker
-from coordinator.process import Options, describe_context, make_supervisor, serve
+from coordinator.process import describe_context, make_supervisor, serve
 from coordinator.server import dialable
 from engine.base.memory import HostMemory
 from engine.base.option_groups import (
@@ -28,6 +28,7 @@ from engine.base.option_groups import (
     FrontOptions,
     LogOptions,
     ModelOptions,
+    StartOptions,
     StepOptions,
     TransferOptions,
 )
@@ -266,7 +267,7 @@ def until(condition, timeout_s=20.0):
 
 
 def options_of(tmp_path, **model):
-    return Options(
+    return StartOptions(
         ModelOptions(model="m.gguf", model_name="mine", dtype="float32", **model),
         FrontOptions(),
         FleetOptions(prefill_workers=2, decode_workers=1, log_dir=str(tmp_path)),
@@ -329,7 +330,7 @@ def test_a_start_looks_for_the_gpus_of_its_own_workers(monkeypatch, device, work
         monkeypatch.setattr(f"coordinator.process.{name}", fake)
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        status = serve(
+        options = StartOptions(
             ModelOptions(device=device),
             FrontOptions(listen="127.0.0.1:0", http="127.0.0.1:0"),
             FleetOptions(workers=workers),
@@ -337,6 +338,7 @@ def test_a_start_looks_for_the_gpus_of_its_own_workers(monkeypatch, device, work
             LogOptions(),
             AuthOptions(),
         )
+        status = serve(options)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

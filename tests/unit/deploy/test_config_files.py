@@ -11,11 +11,10 @@ import pytest
 
 from coordinator.cli import START_GROUPS
 from engine.base.errors import ConfigError
-from engine.base.option_groups import DraftOptions
+from engine.base.option_groups import WORKER_GROUPS, DraftOptions
 from engine.base.options import resolve
 from engine.rpc.auth import stays_on_this_machine
 from tests.support.paths import ROOT
-from worker.cli import _GROUPS as WORKER_GROUPS
 
 FOLDER = ROOT / "deploy" / "config"
 GROUPS = {

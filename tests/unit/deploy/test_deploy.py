@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from coordinator.cli import START_GROUPS
 from coordinator.process import _STOP_S
-from engine.base.option_groups import DraftOptions
+from engine.base.option_groups import WORKER_GROUPS, DraftOptions
 from engine.base.options import add_flags, parser, resolve
 from engine.checkpoint.source import _DEFAULT_INSTALL
 from engine.http.guard import refusals_counter
@@ -26,7 +26,6 @@ from engine.rpc.auth import ClusterToken, stays_on_this_machine
 from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from engine.telemetry.metrics import RpcMetrics, WorkerMetrics
 from tests.support.paths import ROOT
-from worker.cli import _GROUPS as WORKER_GROUPS
 from worker.run import ENGINE
 
 DEPLOY = ROOT / "deploy"
