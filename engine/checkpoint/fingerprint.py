@@ -22,36 +22,15 @@ from engine.models.config import ModelConfig, RopeScaling
 
 _VERSION = "2"  # of the fields below and of their order
 ROPE_FIELDS = (
-    "kind",
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "attention_factor",
+    *("kind", "factor", "low_freq_factor", "high_freq_factor"),
+    *("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
     "truncate",
 )
 CONFIG_FIELDS = (
-    "architecture",
-    "num_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "tie_word_embeddings",
-    "attention_bias",
-    "output_bias",
-    "mlp_bias",
-    "sliding_window",
-    "bos_token_id",
-    "eos_token_ids",
+    *("architecture", "num_layers", "hidden_size", "intermediate_size", "num_heads"),
+    *("num_kv_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps"),
+    *("rope_theta", "rope_scaling", "tie_word_embeddings", "attention_bias", "output_bias"),
+    *("mlp_bias", "sliding_window", "bos_token_id", "eos_token_ids"),
 )
 # Later fields count where they are set, so that the digests of all other models stay.
 OPTIONAL_FIELDS = ("layer_windows", "attention_scale", "attention_softcap")

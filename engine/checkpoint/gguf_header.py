@@ -22,20 +22,8 @@ from engine.models.architecture import architectures
 
 ROPE_TYPES = ("none", "linear", "yarn")
 TOKENIZERS = ("gpt2", "llama")
-# type -> (struct format, bytes); 8 is a string, 9 an array
-_SCALARS = {
-    0: "<B",
-    1: "<b",
-    2: "<H",
-    3: "<h",
-    4: "<I",
-    5: "<i",
-    6: "<f",
-    7: "<?",
-    10: "<Q",
-    11: "<q",
-    12: "<d",
-}
+# type -> struct format; 8 is a string, 9 an array
+_SCALARS = {i: f"<{c}" for i, c in enumerate("BbHhIif?")} | {10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _MAX_PAIRS, _MAX_KEY, _MAX_STRING = 1 << 16, 1 << 16, 1 << 26
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")

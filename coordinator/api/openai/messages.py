@@ -26,13 +26,8 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 _REASONING_PARTS = ("reasoning", "thinking", "redacted_thinking")
 # Notes of clients and frameworks in messages of any role; they are no part of the prompt.
 _NOTES = (
-    "additional_kwargs",
-    "cache_control",
-    "created_at",
-    "id",
-    "metadata",
-    "provider_specific_fields",
-    "response_metadata",
+    *("additional_kwargs", "cache_control", "created_at", "id", "metadata"),
+    *("provider_specific_fields", "response_metadata"),
 )
 _KNOWN = frozenset((*ChatMessage.__struct_fields__, *_NOTES))
 
