@@ -21,6 +21,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import ExitStack, aclosing, suppress
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
@@ -86,6 +87,17 @@ _MAX_RECEIVE = "grpc.max_receive_message_length"
 _REFUSED_READ_S = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """How the calls of a service are served; see `add_service`."""
+
+    budget: ReceiveBudget
+    limit_s: float | None = None
+    token: ClusterToken | None = None
+    guarded: Collection[str] | None = None
+    alive: Callable[[Any], Message | None] = lambda request: None
+
+
 class RpcServer:
     """A gRPC server with health and reflection.
 
@@ -139,8 +151,9 @@ class RpcServer:
         `is_counted`: received bytes count in the budget.
         """
         self._names.append(descriptor.full_name)
-        name, budget = descriptor.full_name, self._budget if is_counted else ReceiveBudget()
-        self._add(name, descriptor, servicer, limit_s, token, guarded, alive, budget)
+        budget = self._budget if is_counted else ReceiveBudget()
+        terms = _Terms(budget, limit_s, token, guarded, alive)
+        self._add(descriptor.full_name, descriptor, servicer, terms)
 
     def listen(self, address: str) -> int:
         """Bind HOST:PORT and return the port. Raises ConfigError."""
@@ -149,10 +162,11 @@ class RpcServer:
     async def start(self, *, serving: bool = True) -> None:
         """Begin to accept calls."""
         service: Any = health_pb2.DESCRIPTOR.services_by_name["Health"]
-        self._add(health.SERVICE_NAME, service, self._health)
+        terms = _Terms(self._budget)
+        self._add(health.SERVICE_NAME, service, self._health, terms)
         reflection = reflection_servicer((*self._names, health.SERVICE_NAME))
         for name in REFLECTION_SERVICES if self._reflection else ():
-            self._add(name, REFLECTION, reflection)
+            self._add(name, REFLECTION, reflection, terms)
         await self.set_serving(serving)
         await self._listener.start()
         self._started = True
@@ -183,42 +197,23 @@ class RpcServer:
             self._metrics.failed("server", "died")
 
     def _add(
-        self,
-        name: str,
-        descriptor: ServiceDescriptor,
-        servicer: object,
-        limit_s: float | None = None,
-        token: ClusterToken | None = None,
-        guarded: Collection[str] | None = None,
-        alive: Callable[[Any], Message | None] = lambda request: None,
-        budget: ReceiveBudget | None = None,
+        self, name: str, descriptor: ServiceDescriptor, servicer: object, terms: _Terms
     ) -> None:
         handlers = {
-            method.name: self._handler(
-                method,
-                getattr(servicer, method.name),
-                limit_s,
-                token if guarded is None or method.name in guarded else None,
-                alive,
-                budget or self._budget,
-            )
+            method.name: self._handler(method, getattr(servicer, method.name), terms)
             for method in descriptor.methods
         }
         self._listener.add(grpc.method_handlers_generic_handler(name, handlers))
 
     def _handler(
-        self,
-        method: MethodDescriptor,
-        behaviour: Callable[..., Any],
-        limit_s: float | None,
-        token: ClusterToken | None,
-        alive: Callable[[Any], Message | None],
-        budget: ReceiveBudget,
+        self, method: MethodDescriptor, behaviour: Callable[..., Any], terms: _Terms
     ) -> grpc.RpcMethodHandler[Any, Any]:
+        is_guarded = terms.guarded is None or method.name in terms.guarded
+        token = terms.token if is_guarded else None
         requests = _Requests(
             method, token, self._client_timeout_s, self._unpacker, self._max_request_bytes
         )
-        new_lease = budget.lease
+        new_lease, limit_s, alive = terms.budget.lease, terms.limit_s, terms.alive
         full_name = f"{method.containing_service.name}/{method.name}"
         writes = inspect.iscoroutinefunction(behaviour)  # like grpcio-health's Watch
         may_idle = method.server_streaming and (writes or method.client_streaming)

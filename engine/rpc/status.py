@@ -17,7 +17,6 @@ Other kinds of `DiptychError` (ConfigError, CheckpointError) are bugs in a call:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,32 +61,28 @@ class RpcStatus:
     trailing_metadata: tuple[tuple[str, str | bytes], ...]
 
 
-def _code(error: DiptychError) -> grpc.StatusCode:
-    match error:
-        case InvalidRequest():
-            return grpc.StatusCode.INVALID_ARGUMENT
-        case NotOffered():
-            return grpc.StatusCode.UNIMPLEMENTED
-        case NotFound():
-            return grpc.StatusCode.NOT_FOUND
-        case Mismatch():
-            return grpc.StatusCode.FAILED_PRECONDITION
-        case Overloaded() | TooLarge():
-            return grpc.StatusCode.RESOURCE_EXHAUSTED
-        case Unavailable():
-            return grpc.StatusCode.UNAVAILABLE
-        case Unauthenticated():
-            return grpc.StatusCode.UNAUTHENTICATED
-        case PermissionDenied():
-            return grpc.StatusCode.PERMISSION_DENIED
-        case DeadlineExceeded():
-            return grpc.StatusCode.DEADLINE_EXCEEDED
-    return grpc.StatusCode.INTERNAL
+_Code = grpc.StatusCode
+# Errors that are their message alone, in both directions.
+_PLAIN: dict[type[DiptychError], grpc.StatusCode] = {
+    NotFound: _Code.NOT_FOUND,
+    Mismatch: _Code.FAILED_PRECONDITION,
+    Unauthenticated: _Code.UNAUTHENTICATED,
+    PermissionDenied: _Code.PERMISSION_DENIED,
+    DeadlineExceeded: _Code.DEADLINE_EXCEEDED,
+}
+_CODES = _PLAIN | {
+    InvalidRequest: _Code.INVALID_ARGUMENT,
+    NotOffered: _Code.UNIMPLEMENTED,
+    Overloaded: _Code.RESOURCE_EXHAUSTED,
+    TooLarge: _Code.RESOURCE_EXHAUSTED,
+    Unavailable: _Code.UNAVAILABLE,
+}
+_FROM_CODE = {code: kind for kind, code in _PLAIN.items()}
 
 
 def to_status(error: DiptychError) -> RpcStatus:
     """The status that reports `error`."""
-    code = _code(error)
+    code = next((c for kind, c in _CODES.items() if isinstance(error, kind)), _Code.INTERNAL)
     message = clip(error.message)
     details: list[Message] = []
     metadata: list[tuple[str, str | bytes]] = []
@@ -130,9 +125,7 @@ def clip(text: str) -> str:
 def internal(message: str) -> RpcStatus:
     """The status of a bug; the cause is in the log only."""
     status = status_pb2.Status(code=code_pb2.INTERNAL, message=message)
-    return RpcStatus(
-        grpc.StatusCode.INTERNAL, message, ((DETAILS_KEY, status.SerializeToString()),)
-    )
+    return RpcStatus(_Code.INTERNAL, message, ((DETAILS_KEY, status.SerializeToString()),))
 
 
 def _bad_request(field: str, description: str) -> Message:
@@ -150,54 +143,36 @@ def from_rpc_error(error: grpc.RpcError) -> DiptychError | None:
     """
     call: Any = error
     code, message = call.code(), call.details() or ""
-    metadata = dict(_pairs(call.trailing_metadata()))
+    metadata = dict(call.trailing_metadata() or ())
     bad, retry, info = _details(metadata.get(DETAILS_KEY))
     retry_after_s = retry.retry_delay.ToMilliseconds() / 1000 if retry else 1.0
     num_emitted = int(info.metadata.get("num_emitted", "0")) if info else 0
     violation = bad.field_violations[0] if bad and bad.field_violations else None
+    if plain := _FROM_CODE.get(code):
+        return plain(message)
     match code:
-        case grpc.StatusCode.INVALID_ARGUMENT:
+        case _Code.INVALID_ARGUMENT:
             if violation:
                 return InvalidRequest(violation.field, violation.description)
             return InvalidRequest("request", message)
-        case grpc.StatusCode.UNIMPLEMENTED:
+        case _Code.UNIMPLEMENTED:
             if not violation:
                 return UnknownMethod(message)
             why = violation.description.removeprefix(violation.field).strip()
             return NotOffered(violation.field, why) if why else NotOffered(violation.field)
-        case grpc.StatusCode.NOT_FOUND:
-            return NotFound(message)
-        case grpc.StatusCode.FAILED_PRECONDITION:
-            return Mismatch(message)
-        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+        case _Code.RESOURCE_EXHAUSTED:
             return Overloaded(message, retry_after_s)
-        case grpc.StatusCode.UNAVAILABLE:
+        case _Code.UNAVAILABLE:
             lost = str(metadata.get(LOST_KEY, ""))
             sick = SICK_KEY in metadata
             return Unavailable(message, retry_after_s, num_emitted, lost, sick=sick)
-        case grpc.StatusCode.UNAUTHENTICATED:
-            return Unauthenticated(message)
-        case grpc.StatusCode.PERMISSION_DENIED:
-            return PermissionDenied(message)
-        case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return DeadlineExceeded(message)
-        case grpc.StatusCode.INTERNAL if info and info.reason == WORKERS_LOST:
+        case _Code.INTERNAL if info and info.reason == WORKERS_LOST:
             return WorkersLost(message, num_emitted)
     return None
 
 
-def _pairs(metadata: Iterable[tuple[str, Any]] | None) -> Iterable[tuple[str, Any]]:
-    return metadata or ()
-
-
-def _details(
-    raw: str | bytes | None,
-) -> tuple[
-    error_details_pb2.BadRequest | None,
-    error_details_pb2.RetryInfo | None,
-    error_details_pb2.ErrorInfo | None,
-]:
-    """The known details of a serialized google.rpc.Status."""
+def _details(raw: str | bytes | None) -> tuple[Any, Any, Any]:
+    """BadRequest, RetryInfo and ErrorInfo of a serialized google.rpc.Status; None where absent."""
     bad, retry, info = None, None, None
     if not isinstance(raw, bytes):
         return bad, retry, info
