@@ -12,6 +12,7 @@ coordinator, or at the same one when it is back. See docs/client.md.
     stream, choice           one output over several calls, without gaps or repetitions
     attempts, coordinators   which coordinator to call next, and when
     silence_monitor          cancels calls that bring no messages
+    base                     what the two clients share
     blocking, asynchronous   the two clients, which only call and wait
 """
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Self
 
 import grpc
 
 from coordinator.client.attempts import RETRY_POLICY, RetryPolicy
-from coordinator.client.coordinators import Coordinators, unreachable
+from coordinator.client.base import BaseClient
+from coordinator.client.coordinators import unreachable
 from coordinator.client.events import OutputEvent
-from coordinator.client.messages import chat_request, generate_request
-from coordinator.client.stream import Call, Stream
+from coordinator.client.stream import Stream
 from engine.base.errors import DeadlineExceeded, DiptychError
-from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from engine.pb.diptych.v1 import admin_pb2, inference_pb2
 
 
-class AsyncClient:
+class AsyncClient(BaseClient[AsyncIterator[OutputEvent]]):
     """A client for asyncio. Its errors are DiptychError, or grpc.RpcError for unknown statuses."""
 
     def __init__(
@@ -31,44 +31,8 @@ class AsyncClient:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._coordinators = Coordinators(address, retry_policy, clock=clock, rng=rng)
+        super().__init__(address, retry_policy, rng, clock, grpc.aio.insecure_channel)
         self._sleep = sleep
-        options = self._coordinators.options
-        self._channels = [
-            grpc.aio.insecure_channel(address, options=options)
-            for address in self._coordinators.addresses
-        ]
-        self._inference: list[Any] = [
-            inference_pb2_grpc.InferenceServiceStub(c) for c in self._channels
-        ]
-        self._admin: list[Any] = [admin_pb2_grpc.AdminServiceStub(c) for c in self._channels]
-
-    @property
-    def num_resumed(self) -> int:
-        """How many calls continued an output that another call had begun."""
-        return self._coordinators.num_resumed
-
-    def generate(
-        self, prompt: str | Sequence[int], *, timeout_s: float | None = None, **options: Any
-    ) -> AsyncIterator[OutputEvent]:
-        """Stream a completion; closing the iterator cancels it.
-
-        `options`: fields of the API by name (`temperature`, `stop`, `json_schema`, `n`, ...).
-        """
-        return self._stream_events(generate_request(prompt, **options), timeout_s)
-
-    def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        timeout_s: float | None = None,
-        **options: Any,
-    ) -> AsyncIterator[OutputEvent]:
-        """Stream the next message of a conversation; closing the iterator cancels it.
-
-        `options`: as for `generate`, and `tools`, `tool_choice`, `parallel_tool_calls`.
-        """
-        return self._stream_events(chat_request(messages, **options), timeout_s)
 
     async def model(self, *, timeout_s: float = 10.0) -> inference_pb2.Model:
         """The served model."""
@@ -92,9 +56,6 @@ class AsyncClient:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-    def _stream_events(self, request: Any, timeout_s: float | None) -> AsyncIterator[OutputEvent]:
-        return self._events(self._coordinators.stream(request, timeout_s))
 
     async def _events(self, stream: Stream) -> AsyncIterator[OutputEvent]:
         clock = self._coordinators.clock
@@ -129,13 +90,6 @@ class AsyncClient:
                     stream.silent(clock())
                 finally:
                     call.cancel()
-
-    def _call(self, stream: Stream, plan: Call) -> Any:
-        if self._coordinators.closed:
-            raise stream.interrupted("the client was closed")
-        self._coordinators.called(plan.coordinator)
-        method = getattr(self._inference[plan.coordinator], stream.method)
-        return method(plan.request, timeout=stream.remaining_s(self._coordinators.clock()))
 
     async def _ask(self, methods: Sequence[Any], request: Any, timeout_s: float) -> Any:
         """The response of the first coordinator that can be reached."""
