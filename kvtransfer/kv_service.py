@@ -66,8 +66,7 @@ class KvServicer(KvServiceServicer):
     async def Handshake(self, request: pb.HandshakeRequest, context: Any) -> pb.HandshakeResponse:
         """This worker's pool and agents, for a caller of the same digest."""
         if request.digest != self._digest:
-            await _refuse(
-                context,
+            await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"compatibility digest {self._digest}, the caller's {request.digest}",
             )
@@ -160,10 +159,7 @@ class KvServicer(KvServiceServicer):
             return pb.HoldResponse()
         lease = self._leases.grant(request.caller_incarnation, block_ids)
         return pb.HoldResponse(
-            lease=lease.id,
-            ttl_s=self._leases.ttl_s,
-            block_ids=block_ids,
-            generations=generations,
+            lease=lease.id, ttl_s=self._leases.ttl_s, block_ids=block_ids, generations=generations
         )
 
     async def _finish(self, work: Coroutine[Any, Any, _T]) -> _T:
@@ -265,8 +261,4 @@ class Renewer:
 
 async def _require_caller(context: Any, incarnation: str) -> None:
     if not incarnation:
-        await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "caller_incarnation: unset")
-
-
-async def _refuse(context: Any, code: grpc.StatusCode, message: str) -> None:
-    await context.abort(code, message)
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "caller_incarnation: unset")

@@ -189,13 +189,3 @@ def block_hash(parent: bytes, token_ids: Sequence[int], salt: bytes) -> bytes:
     """Content hash of a full block: H(parent's hash or b"", its tokens, salt)."""
     tokens = struct.pack(f"<{len(token_ids)}I", *token_ids)
     return _digest(b"diptych-block", parent, tokens, salt)
-
-
-def block_hashes(token_ids: Sequence[int], block_size: int, salt: bytes) -> list[bytes]:
-    """Hashes of the whole blocks of `token_ids`, in order; a last partial block has none."""
-    hashes: list[bytes] = []
-    parent = b""
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
-        parent = block_hash(parent, token_ids[start : start + block_size], salt)
-        hashes.append(parent)
-    return hashes

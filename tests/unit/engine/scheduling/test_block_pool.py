@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from engine.base.kv_layout import KVLayout, block_hashes, hash_salt
+from engine.base.kv_layout import KVLayout, block_hash, hash_salt
 from engine.scheduling.block_pool import BlockPool, NoRoom
 from engine.scheduling.block_table import BlockTable
 
@@ -131,6 +131,16 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=150, stateful_step_count=40)
+
+
+def block_hashes(token_ids, block_size, salt):
+    """Hashes of the whole blocks of `token_ids`, in order; a last partial block has none."""
+    hashes = []
+    parent = b""
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        parent = block_hash(parent, token_ids[start : start + block_size], salt)
+        hashes.append(parent)
+    return hashes
 
 
 def test_the_observer_sees_each_hash_come_and_go_in_order() -> None:
