@@ -172,11 +172,7 @@ class Coordinator:
         """Serve the protocols of Triton and KServe, and of gateways in front of vLLM."""
         limit_s = self._front.max_request_s
         oip = OipServicer(
-            self.model.name,
-            self._frontend,
-            metrics,
-            lambda: self.ready,
-            max_request_s=limit_s,
+            self.model.name, self._frontend, metrics, lambda: self.ready, max_request_s=limit_s
         )
         if self._switches.serves("oip"):
             # No limit on its streams, which clients keep; each request of one has its own.

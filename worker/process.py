@@ -21,14 +21,7 @@ from typing import Any, TypeVar
 from engine.base.errors import InvalidRequest, Mismatch
 from engine.base.kv_layout import hash_salt
 from engine.base.option_groups import TransferOptions, WorkerOptions
-from engine.base.types import (
-    Health,
-    ModelIdentity,
-    Role,
-    RoleBudgets,
-    machine_id,
-    new_incarnation,
-)
+from engine.base.types import Health, ModelIdentity, Role, RoleBudgets, machine_id, new_incarnation
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
 from engine.rpc.auth import ClusterToken

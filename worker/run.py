@@ -41,11 +41,7 @@ _HEALTH_S = 1.0  # between two updates of the health service
 ENGINE = "engine"  # service name in grpc.health.v1 whose status tells whether the engine hangs
 
 
-async def run_worker(
-    settings: WorkerSettings,
-    engine: Engine,
-    registry: CollectorRegistry,
-) -> int:
+async def run_worker(settings: WorkerSettings, engine: Engine, registry: CollectorRegistry) -> int:
     """Serve until an order to stop; returns the exit status. Raises ConfigError for a used port."""
     orders = Orders(settings.worker.drain_s)
     for signum in (signal.SIGTERM, signal.SIGINT):

@@ -33,8 +33,7 @@ async def prompt_of(
         raise InvalidRequest(field, f"no tokens in it, and {why}; expected at least one")
     if len(ids) >= max_model_len:
         raise InvalidRequest(
-            field,
-            f"{len(ids)} tokens leave no room for an answer in a context of {max_model_len}",
+            field, f"{len(ids)} tokens leave no room for an answer in a context of {max_model_len}"
         )
     return ids
 

@@ -33,13 +33,7 @@ from coordinator.cluster.worker import ClusterView, Worker
 from coordinator.routing.affinity import Affinity, model_tag
 from coordinator.routing.harmed_workers import HarmedWorkers, Trial
 from coordinator.routing.policy import Plan, Policy, RequestView
-from engine.base.errors import (
-    DeadlineExceeded,
-    DiptychError,
-    Mismatch,
-    Unavailable,
-    WorkerLost,
-)
+from engine.base.errors import DeadlineExceeded, DiptychError, Mismatch, Unavailable, WorkerLost
 from engine.base.types import Role
 
 MAX_ATTEMPTS = 8  # in a row without a new token

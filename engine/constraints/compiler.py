@@ -21,15 +21,7 @@ from llguidance import LLMatcher
 from engine.base.errors import InvalidRequest
 from engine.base.types import Constraint
 from engine.constraints.big_stack_threads import BigStackThreads
-from engine.constraints.checker import (
-    COMPILE_S,
-    MAX_CPU_S,
-    Checker,
-    Count,
-    busy,
-    digest,
-    refusal,
-)
+from engine.constraints.checker import COMPILE_S, MAX_CPU_S, Checker, Count, busy, digest, refusal
 from engine.constraints.grammar import LIMITS, Grammar, Vocabulary, compile_error, mismatch
 from engine.constraints.matcher import Matcher, SharedCost
 from engine.constraints.numbers import NumberScanner, NumberTokens

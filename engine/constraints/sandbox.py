@@ -200,10 +200,7 @@ class Sandbox:
         command += [",".join(map(str, vocabulary.eos_token_ids)), ",".join(map(str, theirs))]
         try:
             self._fork_server = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=theirs,
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=theirs
             )
             self._sockets = [pair[0] for pair in pairs]
             for sock in self._sockets:  # the fork server may hang in the middle of a transfer

@@ -76,9 +76,7 @@ _DRAFT = re.compile(r"https?://json-schema\.org/(draft-0\d|draft/20\d\d-\d\d)/sc
 
 
 def prepare_schema(
-    source: str,
-    leniency: Leniency = Leniency.FORMATS,
-    style: Mapping[str, object] | None = None,
+    source: str, leniency: Leniency = Leniency.FORMATS, style: Mapping[str, object] | None = None
 ) -> str:
     """The schema, as JSON text, to compile in place of `source`.
 

@@ -85,9 +85,7 @@ def _read(
 
 
 def _typed(
-    field: str,
-    pb: grpc_service_pb2.ModelInferRequest.InferInputTensor,
-    shape: tuple[int, ...],
+    field: str, pb: grpc_service_pb2.ModelInferRequest.InferInputTensor, shape: tuple[int, ...]
 ) -> Sequence[Any]:
     name = "bytes_contents" if pb.datatype == BYTES else _NUMBERS[pb.datatype][1]
     values: Sequence[Any] = getattr(pb.contents, name)
@@ -124,8 +122,7 @@ def _unpack_bytes(field: str, raw: bytes, shape: tuple[int, ...]) -> Sequence[by
         at = end
     if len(values) != math.prod(shape):
         raise InvalidRequest(
-            field,
-            f"{len(values)} BYTES elements; shape {list(shape)} has {math.prod(shape)}",
+            field, f"{len(values)} BYTES elements; shape {list(shape)} has {math.prod(shape)}"
         )
     return values
 

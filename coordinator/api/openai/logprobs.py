@@ -48,19 +48,12 @@ class CompletionLogprobs:
         """More tokens."""
         for entry in entries:
             top: dict[str, float] = {}
-            for one in (
-                *entry.top,
-                entry.chosen,
-            ):  # of tokens with one text, the likelier
+            for one in (*entry.top, entry.chosen):  # of tokens with one text, the likelier
                 top.setdefault(_name(one, self.as_ids), _value(one.logprob))
             self._add(entry.chosen, _value(entry.chosen.logprob), top, entry.text_offset)
 
     def _add(
-        self,
-        token: Logprob,
-        value: float | None,
-        top: dict[str, float] | None,
-        offset: int,
+        self, token: Logprob, value: float | None, top: dict[str, float] | None, offset: int
     ) -> None:
         self.tokens.append(_name(token, self.as_ids))
         self.values.append(value)
@@ -95,9 +88,7 @@ def _token(entry: Logprob, as_ids: bool) -> dict[str, Any]:
     }
 
 
-def prompt_logprobs(
-    entries: Sequence[ScoredToken],
-) -> list[dict[str, Any] | None]:
+def prompt_logprobs(entries: Sequence[ScoredToken]) -> list[dict[str, Any] | None]:
     """vLLM's prompt_logprobs; only the likeliest tokens have a rank."""
     out: list[dict[str, Any] | None] = [None]
     for entry in entries:

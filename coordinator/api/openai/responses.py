@@ -18,11 +18,7 @@ from coordinator.generation import request
 from coordinator.generation.request import Finished
 from engine.base.types import FinishReason
 
-_REASONS = {
-    FinishReason.STOP: "stop",
-    FinishReason.LENGTH: "length",
-    FinishReason.ABORTED: "abort",
-}
+_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORTED: "abort"}
 Choice = dict[str, Any]
 
 

@@ -265,10 +265,7 @@ def _sampling(sampling: Sampling, limits: Limits, request_id: str) -> SamplingPa
 
 
 def _resumes(
-    entries: Sequence[Resume],
-    num_choices: int,
-    limits: Limits,
-    max_tokens: int | None,
+    entries: Sequence[Resume], num_choices: int, limits: Limits, max_tokens: int | None
 ) -> tuple[Resumed, ...]:
     """The part of each choice that the client has; empty where it has nothing."""
     if not entries:
