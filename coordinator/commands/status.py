@@ -88,15 +88,21 @@ def _local_token(server: str) -> ClusterToken | None:
     return tokens.pop() if len(tokens) == 1 else None
 
 
+def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    """An empty table with columns that are aligned left, then right."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
 def _holds_table(workers: Sequence[admin_pb2.Worker], token: ClusterToken | None) -> Table:
     """The holds of all workers, read over HTTP; with a token it shows request ids."""
     from engine.http.holds import HOLDS_PATH  # imports a server's parts
 
-    table = Table(title="holds", title_justify="left", header_style="bold")
-    for name in ("worker", "kind", "owner"):
-        table.add_column(name)
-    for name in ("blocks", "age", "ends in"):
-        table.add_column(name, justify="right")
+    table = _table("holds", ("worker", "kind", "owner"), ("blocks", "age", "ends in"))
     table.add_column("reason")
     direct = build_opener(ProxyHandler({}))  # the token must not go through a proxy
     for w in workers:
@@ -127,11 +133,7 @@ def _holds_table(workers: Sequence[admin_pb2.Worker], token: ClusterToken | None
 
 def links_table(workers: Sequence[admin_pb2.Worker]) -> Table:
     """The speed and lane of each worker's reads from its peers."""
-    table = Table(title="KV reads", title_justify="left", header_style="bold")
-    for name in ("worker", "from", "memory", "lane"):
-        table.add_column(name)
-    for name in ("read", "speed"):
-        table.add_column(name, justify="right")
+    table = _table("KV reads", ("worker", "from", "memory", "lane"), ("read", "speed"))
     for w in workers:
         for pb in w.links:
             link = from_pb(KVLink, pb)
@@ -157,11 +159,11 @@ def _pool_table(
 
     "prompts+answers" are the role budgets: prompt tokens a step, and concurrent outputs.
     """
-    table = Table(title=f"{role} workers", title_justify="left", header_style="bold")
-    for name in ("worker", "state", "address"):
-        table.add_column(name)
-    for name in ("up", "prompts+answers", "run/wait", "KV free+cached+held", *own):
-        table.add_column(name, justify="right")
+    table = _table(
+        f"{role} workers",
+        ("worker", "state", "address"),
+        ("up", "prompts+answers", "run/wait", "KV free+cached+held", *own),
+    )
     for w in workers:
         if w.role != role:
             continue
