@@ -102,8 +102,10 @@ def test_after_a_restart_nothing_of_the_read_lands(
     make_pool: Any, lanes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UCX_TLS", lanes)
+    others = _native_threads()
     local = make_pool(Quarantine(max_s=2.0, share=1.0))
-    num_threads = _os_threads()
+    first = _native_threads() - others
+    assert first, "an agent has a progress thread"
     with kv_worker.workers(2, NUM_BLOCKS, BLOCK_BYTES, {"UCX_TLS": lanes}) as peers:
         stopped, other = ready_peers(local, peers)
         pull = stop_in_mid_read(local, stopped, peers[0])
@@ -113,7 +115,8 @@ def test_after_a_restart_nothing_of_the_read_lands(
         assert local.plane.counters.num_restarts == 1
         until(lambda: local.plane.counters.num_quarantined_blocks == 0, 5, "nothing is kept")
         assert local.plane.agent == f"{local.incarnation}.2"
-        assert _os_threads() == num_threads, "the old agent's progress thread has ended"
+        now = _native_threads() - others
+        assert len(now) == len(first) and now != first, "the old agent's progress thread has ended"
 
         # The blocks are used again while the peer still sleeps, and by reads from another one.
         reused = content(REUSED)
@@ -187,8 +190,10 @@ def test_a_peer_that_began_anew_is_found_by_a_handshake(make_pool: Any) -> None:
     asyncio.run(run())
 
 
-def _os_threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+def _native_threads() -> set[int]:
+    """The threads of this process that libraries started: agents' progress threads among them."""
+    python = {thread.native_id for thread in threading.enumerate()}
+    return {int(name) for name in os.listdir("/proc/self/task")} - python
 
 
 # -- the whole stack -------------------------------------------------------------------------------
