@@ -10,9 +10,9 @@ coordinator, or at the same one when it is back. See docs/client.md.
     messages, chat_messages  options, a conversation -> request
     events                   response -> event, error -> sentence
     stream, choice           one output over several calls, without gaps or repetitions
-    attempts, coordinators   which coordinator to call next, and when
+    attempts                 which coordinator to call next, and when
     silence_monitor          cancels calls that bring no messages
-    base                     what the two clients share
+    base                     connections, and what else the two clients share
     blocking, asynchronous   the two clients, which only call and wait
 """
 

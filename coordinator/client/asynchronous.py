@@ -11,8 +11,7 @@ from typing import Any, Self
 import grpc
 
 from coordinator.client.attempts import RETRY_POLICY, RetryPolicy
-from coordinator.client.base import BaseClient
-from coordinator.client.coordinators import unreachable
+from coordinator.client.base import BaseClient, unreachable
 from coordinator.client.events import OutputEvent
 from coordinator.client.stream import Stream
 from engine.base.errors import DeadlineExceeded, DiptychError
@@ -48,7 +47,7 @@ class AsyncClient(BaseClient[AsyncIterator[OutputEvent]]):
 
     async def close(self) -> None:
         """Close the connections; calls on them are cancelled."""
-        self._coordinators.closed = True
+        self._closed = True
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
     async def __aenter__(self) -> Self:
@@ -58,13 +57,13 @@ class AsyncClient(BaseClient[AsyncIterator[OutputEvent]]):
         await self.close()
 
     async def _events(self, stream: Stream) -> AsyncIterator[OutputEvent]:
-        clock = self._coordinators.clock
+        clock = self._clock
         while True:
             plan = stream.next(clock())
             if plan.wait_s > 0:
                 await self._sleep(plan.wait_s)
             call = self._call(stream, plan)
-            with self._coordinators.monitor.watch_from_loop(call, plan.silence_s) as silence:
+            with self._monitor.watch_from_loop(call, plan.silence_s) as silence:
                 try:
                     async for response in call:
                         silence.reset()
@@ -76,14 +75,14 @@ class AsyncClient(BaseClient[AsyncIterator[OutputEvent]]):
                             return
                     stream.lost(None, clock())
                 except grpc.aio.AioRpcError as error:
-                    if self._coordinators.closed:
+                    if self._closed:
                         raise stream.interrupted("the client was closed") from None
                     stream.lost(error, clock())
                 except asyncio.CancelledError:
                     task = asyncio.current_task()
                     if task and task.cancelling():
                         raise
-                    if self._coordinators.closed:
+                    if self._closed:
                         raise stream.interrupted("the client was closed") from None
                     if not silence.is_over:
                         raise
@@ -94,7 +93,7 @@ class AsyncClient(BaseClient[AsyncIterator[OutputEvent]]):
     async def _ask(self, methods: Sequence[Any], request: Any, timeout_s: float) -> Any:
         """The response of the first coordinator that can be reached."""
         failure: DiptychError | None = None
-        for at, share_s in self._coordinators.each_with_timeout(timeout_s):
+        for at, share_s in self._each_with_timeout(timeout_s):
             try:
                 return await methods[at](request, timeout=share_s)
             except grpc.aio.AioRpcError as error:

@@ -1,17 +1,32 @@
-"""What both clients share: connections to the coordinators, and requests from options."""
+"""What both clients share: connections to the coordinators, the order of calls, and counts.
+
+A client calls the first coordinator until a call to it is lost. A DNS name may have several
+addresses: gRPC then connects to all of them, and calls them in turn.
+
+`Stream` retries lost calls, before the first token too. gRPC's retry policy is not used: it waits
+for the coordinator that refused while others are free, and has no total time limit (five calls that
+each wait for a worker took two minutes).
+"""
 
 from __future__ import annotations
 
+import math
 import random
+import threading
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from coordinator.client.attempts import RetryPolicy
-from coordinator.client.coordinators import Coordinators
-from coordinator.client.messages import chat_request, generate_request
+import grpc
+
+from coordinator.client.attempts import Attempts, RetryPolicy
+from coordinator.client.messages import Request, chat_request, generate_request
+from coordinator.client.silence_monitor import SilenceMonitor
 from coordinator.client.stream import Call, Stream
+from engine.base.errors import DeadlineExceeded, DiptychError, Unavailable
 from engine.pb.diptych.v1 import admin_pb2_grpc, inference_pb2_grpc
+from engine.rpc.channel import CHANNEL_OPTIONS, Option
+from engine.rpc.status import from_rpc_error
 
 Events = TypeVar("Events")  # an iterator of OutputEvent, blocking or not
 
@@ -27,18 +42,21 @@ class BaseClient(Generic[Events]):
         clock: Callable[[], float],
         open_channel: Callable[..., Any],
     ) -> None:
-        self._coordinators = Coordinators(address, retry_policy, clock=clock, rng=rng)
-        options = self._coordinators.options
-        self._channels = [open_channel(a, options=options) for a in self._coordinators.addresses]
+        self.num_resumed = 0  # calls that continued an output that another call had begun
+        self._addresses = addresses_of(address)
+        self._retry_policy = retry_policy
+        self._rng = rng or random.Random()
+        self._clock = clock
+        self._monitor = SilenceMonitor(retry_policy.silence_s)
+        self._closed = False
+        self._at = 0  # the coordinator that the next output calls first
+        self._lock = threading.Lock()
+        self._channel_options = channel_options(retry_policy)
+        self._channels = [open_channel(a, options=self._channel_options) for a in self._addresses]
         self._inference: list[Any] = [
             inference_pb2_grpc.InferenceServiceStub(c) for c in self._channels
         ]
         self._admin: list[Any] = [admin_pb2_grpc.AdminServiceStub(c) for c in self._channels]
-
-    @property
-    def num_resumed(self) -> int:
-        """How many calls continued an output that another call had begun."""
-        return self._coordinators.num_resumed
 
     def generate(
         self, prompt: str | Sequence[int], *, timeout_s: float | None = None, **options: Any
@@ -47,8 +65,7 @@ class BaseClient(Generic[Events]):
 
         `options`: fields of the API by name (`temperature`, `stop`, `json_schema`, `n`, ...).
         """
-        request = generate_request(prompt, **options)
-        return self._events(self._coordinators.stream(request, timeout_s))
+        return self._events(self._stream(generate_request(prompt, **options), timeout_s))
 
     def chat(
         self,
@@ -61,16 +78,67 @@ class BaseClient(Generic[Events]):
 
         `options`: as for `generate`, and `tools`, `tool_choice`, `parallel_tool_calls`.
         """
-        request = chat_request(messages, **options)
-        return self._events(self._coordinators.stream(request, timeout_s))
+        return self._events(self._stream(chat_request(messages, **options), timeout_s))
 
     @abstractmethod
     def _events(self, stream: Stream) -> Events:
         """The events of an output."""
 
+    def _stream(self, request: Request, timeout_s: float | None) -> Stream:
+        """A new output, which must be complete within `timeout_s`."""
+        return Stream(
+            request,
+            Attempts(len(self._addresses), self._at, self._retry_policy, self._rng),
+            self._retry_policy,
+            self._addresses,
+            ends_s=math.inf if timeout_s is None else self._clock() + timeout_s,
+            on_resumed=self._resumed,
+        )
+
+    def _resumed(self) -> None:
+        with self._lock:
+            self.num_resumed += 1
+
     def _call(self, stream: Stream, plan: Call) -> Any:
-        if self._coordinators.closed:
+        if self._closed:
             raise stream.interrupted("the client was closed")
-        self._coordinators.called(plan.coordinator)
+        self._at = plan.coordinator
         method = getattr(self._inference[plan.coordinator], stream.method)
-        return method(plan.request, timeout=stream.remaining_s(self._coordinators.clock()))
+        return method(plan.request, timeout=stream.remaining_s(self._clock()))
+
+    def _each_with_timeout(self, timeout_s: float) -> Iterator[tuple[int, float]]:
+        """(coordinator, timeout) for a unary call to each once, the last called one first."""
+        ends_s, first, num = self._clock() + timeout_s, self._at, len(self._addresses)
+        for i in range(num):
+            if (left_s := ends_s - self._clock()) > 0:
+                yield (first + i) % num, left_s / (num - i)
+
+
+def addresses_of(address: str | Sequence[str]) -> tuple[str, ...]:
+    """The addresses in "HOST:PORT,HOST:PORT" or a sequence of such. Raises ValueError."""
+    texts = (address,) if isinstance(address, str) else address
+    found = [part.strip() for text in texts for part in text.split(",")]
+    if not found or not all(found):
+        raise ValueError(f"address: expected HOST:PORT[,HOST:PORT...], got {address!r}")
+    return tuple(dict.fromkeys(found))
+
+
+def unreachable(error: grpc.RpcError) -> DiptychError:
+    """The error of a unary call that another coordinator may serve. Raises other errors."""
+    meaning = from_rpc_error(error)
+    if isinstance(meaning, Unavailable | DeadlineExceeded):
+        return meaning
+    raise (meaning or error) from None
+
+
+def channel_options(retry_policy: RetryPolicy) -> tuple[Option, ...]:
+    """The options of connections to coordinators."""
+    ping_ms = round(retry_policy.ping_s * 1000)
+    own: dict[str, int | str] = {
+        "grpc.keepalive_time_ms": ping_ms,
+        "grpc.keepalive_timeout_ms": ping_ms,
+        "grpc.http2.ping_timeout_ms": ping_ms,
+        "grpc.dns_min_time_between_resolutions_ms": 2_000,
+        "grpc.service_config": '{"loadBalancingConfig": [{"round_robin": {}}]}',
+    }
+    return tuple({**dict(CHANNEL_OPTIONS), **own}.items())

@@ -15,8 +15,7 @@ from typing import Any, Self
 import grpc
 
 from coordinator.client.attempts import RETRY_POLICY, RetryPolicy
-from coordinator.client.base import BaseClient
-from coordinator.client.coordinators import unreachable
+from coordinator.client.base import BaseClient, unreachable
 from coordinator.client.events import OutputEvent
 from coordinator.client.stream import Stream
 from engine.base.errors import DeadlineExceeded, DiptychError
@@ -67,12 +66,12 @@ class Client(BaseClient[Iterator[OutputEvent]]):
         request = admin_pb2.DrainWorkerRequest(worker_id=worker_id, deadline_s=deadline_s)
         methods = []
         with ExitStack() as opened:
-            for stub, address in zip(self._admin, self._coordinators.addresses, strict=True):
+            for stub, address in zip(self._admin, self._addresses, strict=True):
                 own = token
                 if token is None and (found := local_coordinator(address)):
                     # Call the examined address: the name may have others.
-                    own, options = found[1], self._coordinators.options
-                    channel = grpc.insecure_channel(found[0], options=options)
+                    own = found[1]
+                    channel = grpc.insecure_channel(found[0], options=self._channel_options)
                     stub = admin_pb2_grpc.AdminServiceStub(opened.enter_context(channel))
                 metadata = own.metadata if own else ()
                 methods.append(partial(stub.DrainWorker, metadata=metadata))
@@ -80,7 +79,7 @@ class Client(BaseClient[Iterator[OutputEvent]]):
 
     def close(self) -> None:
         """Close the connections; calls on them are cancelled."""
-        self._coordinators.closed = True
+        self._closed = True
         for channel in self._channels:
             channel.close()
 
@@ -91,13 +90,13 @@ class Client(BaseClient[Iterator[OutputEvent]]):
         self.close()
 
     def _events(self, stream: Stream) -> Iterator[OutputEvent]:
-        clock = self._coordinators.clock
+        clock = self._clock
         while True:
             plan = stream.next(clock())
             if plan.wait_s > 0:
                 self._sleep(plan.wait_s)
             call = self._call(stream, plan)
-            with self._coordinators.monitor.watch_from_thread(call, plan.silence_s) as silence:
+            with self._monitor.watch_from_thread(call, plan.silence_s) as silence:
                 try:
                     for response in call:
                         silence.reset()
@@ -109,7 +108,7 @@ class Client(BaseClient[Iterator[OutputEvent]]):
                             return
                     stream.lost(None, clock())
                 except grpc.RpcError as error:
-                    if self._coordinators.closed:
+                    if self._closed:
                         raise stream.interrupted("the client was closed") from None
                     if silence.is_over:
                         stream.silent(clock())
@@ -121,7 +120,7 @@ class Client(BaseClient[Iterator[OutputEvent]]):
     def _ask(self, methods: Sequence[Any], request: Any, timeout_s: float) -> Any:
         """The response of the first coordinator that can be reached."""
         failure: DiptychError | None = None
-        for at, share_s in self._coordinators.each_with_timeout(timeout_s):
+        for at, share_s in self._each_with_timeout(timeout_s):
             try:
                 return methods[at](request, timeout=share_s)
             except grpc.RpcError as error:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.client.attempts import RETRY_POLICY, Attempts, RetryPolicy
-from coordinator.client.coordinators import Coordinators, addresses_of
+from coordinator.client.base import addresses_of, channel_options
+from coordinator.client.blocking import Client
 from coordinator.client.events import Done, TextDelta
 from coordinator.client.messages import generate_request
 from coordinator.client.stream import Stream
@@ -311,9 +312,8 @@ def test_silence_s_must_be_positive(bad: float) -> None:
 
 
 def test_without_silence_s_no_alive_is_requested() -> None:
-    stream = Coordinators("a:1", RetryPolicy(silence_s=math.inf)).stream(
-        generate_request("x"), None
-    )
+    client = Client("a:1", retry_policy=RetryPolicy(silence_s=math.inf))
+    stream = client._stream(generate_request("x"), None)
     call = stream.next(0.0)
     assert not call.request.alive
     assert math.isinf(call.silence_s)
@@ -431,10 +431,9 @@ def test_addresses() -> None:
 
 
 def test_grpc_does_not_retry() -> None:
-    for addresses in ("a:1", "a:1,b:2"):
-        options = dict(Coordinators(addresses, RetryPolicy()).options)
-        assert "retryPolicy" not in str(options["grpc.service_config"])
-        assert options["grpc.keepalive_time_ms"] == options["grpc.keepalive_timeout_ms"] == 3000
+    options = dict(channel_options(RetryPolicy()))
+    assert "retryPolicy" not in str(options["grpc.service_config"])
+    assert options["grpc.keepalive_time_ms"] == options["grpc.keepalive_timeout_ms"] == 3000
 
 
 @pytest.mark.parametrize(("worker_wait_s", "gives_up_s"), [(20.0, 80.0), (70.0, 70.0)])
@@ -443,9 +442,8 @@ def test_waiting_in_vain_for_a_worker_ends_with_the_minute(
 ) -> None:
     """Each call waits at the coordinator; no call begins after the minute."""
     now_s, num_calls = 100.0, 0
-    stream = Coordinators("a:1", RETRY_POLICY, clock=lambda: now_s, rng=random.Random(3)).stream(
-        generate_request("x"), None
-    )
+    client = Client("a:1", clock=lambda: now_s, rng=random.Random(3))
+    stream = client._stream(generate_request("x"), None)
     with pytest.raises(Unavailable, match="no decode worker is ready"):
         while True:
             now_s += stream.next(now_s).wait_s
