@@ -142,22 +142,6 @@ class UntrustedText(str):
         """As str's."""
         return self.rstrip(chars).lstrip(chars)
 
-    def lstrip(self, chars: str | None = None, /) -> str:
-        """As str's."""
-        return self._cut(len(self) - len(self._plain.lstrip(_plain(chars))), len(self))
-
-    def rstrip(self, chars: str | None = None, /) -> str:
-        """As str's."""
-        return self._cut(0, len(self._plain.rstrip(_plain(chars))))
-
-    def removeprefix(self, prefix: str, /) -> str:
-        """As str's."""
-        return self._cut(len(self) - len(self._plain.removeprefix(_plain(prefix))), len(self))
-
-    def removesuffix(self, suffix: str, /) -> str:
-        """As str's."""
-        return self._cut(0, len(self._plain.removesuffix(_plain(suffix))))
-
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[Any]:
         """As str's."""
         return self._parts(self._plain.split(_plain(sep), maxsplit), sep)
@@ -228,61 +212,11 @@ class UntrustedText(str):
         chars = [mark if is_marked(was) else char for was, mark, char in pairs]
         return UntrustedText("".join(chars), self._marks, text)
 
-    def lower(self) -> str:
-        """As str's."""
-        return self._changed(str.lower)
-
-    def upper(self) -> str:
-        """As str's."""
-        return self._changed(str.upper)
-
-    def title(self) -> str:
-        """As str's."""
-        return self._changed(str.title)
-
-    def capitalize(self) -> str:
-        """As str's."""
-        return self._changed(str.capitalize)
-
-    def swapcase(self) -> str:
-        """As str's."""
-        return self._changed(str.swapcase)
-
-    def casefold(self) -> str:
-        """As str's."""
-        return self._changed(str.casefold)
-
     def __html__(self) -> str:
         """Used by `escape`, and by Jinja for text that is added to safe text."""
         pairs = zip(str.__iter__(self), self._plain, strict=True)
         mark = self._marks.mark
         return "".join(mark(str(escape(p))) if is_marked(c) else str(escape(p)) for c, p in pairs)
-
-    # -- queries -----------------------------------------------------------------------------------
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, str) and self._plain == _plain(other)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        return hash(self._plain)
-
-    def __lt__(self, other: str) -> bool:
-        return self._plain < (_plain(other) or "")
-
-    def __gt__(self, other: str) -> bool:
-        return self._plain > (_plain(other) or "")
-
-    def __le__(self, other: str) -> bool:
-        return not self > other
-
-    def __ge__(self, other: str) -> bool:
-        return not self < other
-
-    def __contains__(self, part: object) -> bool:
-        return _plain(part) in self._plain
 
 
 def _plain(value: Any) -> Any:
@@ -292,19 +226,36 @@ def _plain(value: Any) -> Any:
     return value._plain if isinstance(value, UntrustedText) else value
 
 
-def _query_method(name: str) -> Callable[..., Any]:
-    method = getattr(str, name)
-
-    def ask(self: UntrustedText, *args: Any) -> Any:
-        return method(self._plain, *map(_plain, args))
-
-    ask.__name__ = name
-    return ask
+Method = Callable[..., Any]
 
 
-for _name in (
-    *("startswith", "endswith", "find", "rfind", "index", "rindex", "count"),
-    *("isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower"),
-    *("isnumeric", "isprintable", "isspace", "istitle", "isupper"),
-):
-    setattr(UntrustedText, _name, _query_method(_name))
+def _query(method: Method) -> Method:
+    return lambda self, *args: method(self._plain, *map(_plain, args))
+
+
+def _cut_of_start(method: Method) -> Method:
+    def cut(self: UntrustedText, *args: Any) -> UntrustedText:
+        return self._cut(len(self) - len(method(self._plain, *map(_plain, args))), len(self))
+
+    return cut
+
+
+def _cut_of_end(method: Method) -> Method:
+    return lambda self, *args: self._cut(0, len(method(self._plain, *map(_plain, args))))
+
+
+def _change(method: Method) -> Method:
+    return lambda self: self._changed(method)
+
+
+_KINDS: dict[Callable[[Method], Method], str] = {
+    _query: "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __hash__ __contains__ startswith endswith"
+    " find rfind index rindex count isalnum isalpha isascii isdecimal isdigit isidentifier islower"
+    " isnumeric isprintable isspace istitle isupper",
+    _cut_of_start: "lstrip removeprefix",
+    _cut_of_end: "rstrip removesuffix",
+    _change: "lower upper title capitalize swapcase casefold",
+}
+for _make, _names in _KINDS.items():
+    for _name in _names.split():
+        setattr(UntrustedText, _name, _make(getattr(str, _name)))
