@@ -8,41 +8,25 @@ All protocols call the frontend, and the frontend checks each request here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from operator import attrgetter
 
 from coordinator.api.values import GenerateRequest
 from engine.base.errors import NotOffered
 from engine.base.option_values import parse_disabled
 
-
-def _constraint(request: GenerateRequest) -> str:
-    return f"constraint.{request.constraint.kind}" if request.constraint else ""
-
-
-def _logprobs(request: GenerateRequest) -> str:
-    return _used("output.logprobs", request.output.logprobs is not None) or _prompt(request)
-
-
-def _prompt(request: GenerateRequest) -> str:
-    return _used("output.prompt_logprobs", request.output.prompt_logprobs is not None)
-
-
-def _used(field: str, is_used: bool) -> str:
-    return field if is_used else ""
-
-
-# Switch -> the field of a request that uses the part; "" where none does.
-_PARTS: dict[str, Callable[[GenerateRequest], str]] = {
-    "constraints": _constraint,
-    "echo": lambda request: _used("output.echo", request.output.echo),
-    "logit-bias": lambda request: _used("sampling.logit_bias", bool(request.sampling.logit_bias)),
-    "logprobs": _logprobs,
-    "n": lambda request: _used("n", request.n > 1),
-    "priority": lambda request: _used("priority", request.priority != 0),
-    "prompt-logprobs": _prompt,
-    "resume": lambda request: _used("resume", bool(request.resume)),
-    "tools": lambda request: _used("tools_json", bool(request.tools_json)),
+# Switch -> the fields of a request that use the part, where they are not at their defaults.
+_PARTS = {
+    "constraints": ("constraint",),
+    "echo": ("output.echo",),
+    "logit-bias": ("sampling.logit_bias",),
+    "logprobs": ("output.logprobs", "output.prompt_logprobs"),
+    "n": ("n",),
+    "priority": ("priority",),
+    "prompt-logprobs": ("output.prompt_logprobs",),
+    "resume": ("resume",),
+    "tools": ("tools_json",),
 }
+_UNUSED = GenerateRequest()
 
 
 class Switches:
@@ -54,9 +38,12 @@ class Switches:
 
     def check(self, request: GenerateRequest) -> None:
         """Raise NotOffered where a request uses what is off."""
-        for name, used in self._parts:
-            if field := used(request):
-                raise _refusal(name, field)
+        for name, fields in self._parts:
+            for field in fields:
+                value = attrgetter(field)(request)
+                if value != attrgetter(field)(_UNUSED):
+                    kind = f".{value.kind}" if field == "constraint" else ""
+                    raise _refusal(name, field + kind)
 
     def check_tools(self, field: str, is_given: bool) -> None:
         """The same for tools in another request, of `field`."""
