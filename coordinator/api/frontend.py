@@ -1,7 +1,7 @@
 """The one interface behind all protocols, called in this process and with values.
 
     gRPC ------.
-    OpenAI ----+--> Frontend --check--> Pipeline --parts--> events
+    OpenAI ----+--> Frontend --check--> Pipeline --events-->
     OIP -------+        |
     vLLM ------'        '-- request id in log lines, deadline, counters, admission of texts
 
@@ -27,26 +27,15 @@ from coordinator.api.validation.request import (
     validate,
 )
 from coordinator.api.validation.tools import check_tools
-from coordinator.api.values import (
-    Delta,
-    Event,
-    GenerateRequest,
-    Logprob,
-    ModelCard,
-    PromptEvent,
-    ScoredToken,
-    TokenizeRequest,
-)
+from coordinator.api.values import GenerateRequest, ModelCard, TokenizeRequest
 from coordinator.cluster.membership import Membership
+from coordinator.generation.events import Event, Finished
 from coordinator.generation.pipeline import Pipeline
-from coordinator.generation.request import Chunk, Finished, GenerationRequest, Part, PromptPart
+from coordinator.generation.request import GenerationRequest
 from coordinator.routing.admission import Admission
-from coordinator.text.detokenizer import BROKEN
 from coordinator.text.served_model import ServedModel
-from coordinator.text.tokenizer import Tokenizer
-from coordinator.text.values import Placement
 from engine.base.errors import DiptychError, InvalidRequest
-from engine.base.types import Role, TokenLogprobs
+from engine.base.types import Role
 from engine.rpc.status import to_status
 from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from engine.telemetry.log import bind_request, get_logger
@@ -128,13 +117,13 @@ class LocalFrontend:
         try:
             checked = await self._checked(request)
             bind_request(checked.request_id)
-            async with aclosing(self._pipeline.answer(checked, timeline, deadline_s)) as parts:
+            async with aclosing(self._pipeline.answer(checked, timeline, deadline_s)) as events:
                 num_open = checked.num_choices
-                async for part in parts:
-                    num_open -= isinstance(part, Finished)
+                async for event in events:
+                    num_open -= isinstance(event, Finished)
                     if not num_open:  # many clients read no further
                         code = "ok"
-                    yield await self._event(part)
+                    yield event
         except DiptychError as error:
             code = to_status(error).code.name.lower()
             raise
@@ -214,28 +203,6 @@ class LocalFrontend:
             return await asyncio.to_thread(validate, request, self._model.limits)
         return validate(request, self._model.limits)
 
-    async def _event(self, part: Part) -> Event:
-        tokenizer = self._model.tokenizer
-        match part:
-            case PromptPart(text, ids, scored, placement):
-                entries: list[ScoredToken] = []
-                if scored:  # there may be tens of thousands
-                    entries = await asyncio.to_thread(
-                        _logprobs, ids, scored, placement, tokenizer, 1
-                    )
-                return PromptEvent(text, ids, entries)
-            case Chunk():
-                entries = _logprobs(part.token_ids, part.logprobs, part.placement, tokenizer)
-                return Delta(
-                    part.index,
-                    part.text,
-                    part.token_ids,
-                    entries,
-                    part.tool_calls,
-                    part.affinity_token,
-                )
-        return part
-
 
 def _num_checked(request: GenerateRequest) -> int:
     """Roughly how many characters of JSON and elements of lists the checks look at."""
@@ -247,28 +214,3 @@ def _num_checked(request: GenerateRequest) -> int:
     for message in islice(request.messages or (), _AT_ONCE):
         num += sum(len(call.arguments) for call in message.tool_calls)
     return num
-
-
-def _logprobs(
-    token_ids: Sequence[int],
-    scored: Sequence[TokenLogprobs],
-    placement: Placement,
-    tokenizer: Tokenizer,
-    first: int = 0,  # the token that the first entry is of
-) -> list[ScoredToken]:
-    """One entry a token; none where log-probabilities are not wanted."""
-
-    def entry(index: int, token_id: int, logprob: float) -> Logprob:
-        at_start = index < placement.num_at_start
-        text = tokenizer.text_at_start(token_id) if at_start else tokenizer.text_of(token_id)
-        raw = tokenizer.raw_of(token_id) if BROKEN in text else None
-        return Logprob(token_id, logprob, text, raw)
-
-    return [
-        ScoredToken(
-            entry(i, token_ids[i], s.chosen),
-            [entry(i, *pair) for pair in zip(s.token_ids, s.logprobs, strict=True)],
-            placement.offsets[i],
-        )
-        for i, s in enumerate(scored, start=first)
-    ]

@@ -1,6 +1,6 @@
-"""The values between protocols and the frontend, without a wire format.
+"""Requests of protocols to the frontend, without a wire format.
 
-    GenerateRequest --frontend--> PromptEvent?, Delta*, Finished   (of each choice)
+    GenerateRequest --frontend--> events of `coordinator.generation.events`
 
 Requests are not checked yet. None and empty values stand for unset fields. Field names are those of
 inference.proto, and errors name them (`sampling.top_p`).
@@ -12,8 +12,8 @@ import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from coordinator.generation.request import Finished
-from coordinator.text.values import ToolCallPiece
+from coordinator.generation.request import Resume
+from coordinator.text.values import Message
 
 
 @dataclass(slots=True)
@@ -62,41 +62,11 @@ class Constraint:
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A call that an earlier turn made; `arguments` is JSON, or any text."""
-
-    id: str = ""
-    name: str = ""
-    arguments: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str = ""
-    content: str | None = None
-    name: str = ""
-    tool_calls: Sequence[ToolCall] = ()
-    tool_call_id: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class ToolChoice:
     """`mode` is none, auto or required ("": auto); `name` is that of a tool to call."""
 
     mode: str = ""
     name: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Resume:
-    """The part of a choice that the client has already."""
-
-    index: int = 0
-    token_ids: Sequence[int] = ()
-    finished: bool = False
-    affinity_token: str = ""
 
 
 @dataclass(slots=True)
@@ -134,49 +104,6 @@ class TokenizeRequest:
     messages: Collection[Message] | None = None
     tools_json: str = ""
     add_generation_prompt: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Logprob:
-    """A token and its log-probability; `raw`: its bytes, where they are no whole characters."""
-
-    token_id: int
-    logprob: float = 0.0
-    text: str = ""
-    raw: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredToken:
-    """A token, the likeliest ones at its place, and the characters of the text before it."""
-
-    chosen: Logprob
-    top: Sequence[Logprob] = ()
-    text_offset: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class PromptEvent:
-    """The parts of the prompt that the request wants back; the first event."""
-
-    text: str = ""
-    token_ids: Sequence[int] = ()
-    logprobs: Sequence[ScoredToken] = ()  # of tokens 1, 2, ...
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """New tokens of a choice, with the text and the tool calls that they complete."""
-
-    index: int = 0  # of the choice
-    text: str = ""
-    token_ids: Sequence[int] = ()
-    logprobs: Sequence[ScoredToken] = ()  # one a token, or none
-    tool_calls: Sequence[ToolCallPiece] = ()
-    affinity_token: str = ""
-
-
-Event = PromptEvent | Delta | Finished
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from coordinator.cluster.membership import Membership
 from coordinator.generation.decode_call import DecodeClient
 from coordinator.generation.dispatch import Dispatch
+from coordinator.generation.events import Ending, Event, Finished, PromptEvent
 from coordinator.generation.output import Output
-from coordinator.generation.request import Ending, Finished, GenerationRequest, Part, PromptPart
+from coordinator.generation.request import GenerationRequest
 from coordinator.generation.shared_parts import SharedParts
 from coordinator.generation.state import GenerationState
 from coordinator.routing.admission import Ticket
@@ -27,15 +28,17 @@ from coordinator.routing.affinity import Affinity
 from coordinator.routing.harmed_workers import Trial
 from coordinator.routing.policy import Plan, Policy
 from coordinator.routing.retry import Retry
-from coordinator.text.detokenizer import place_prompt
+from coordinator.text.detokenizer import scored_prompt
 from coordinator.text.served_model import ServedModel
 from coordinator.text.stops import StopSet
+from coordinator.text.values import ScoredToken
 from engine.base.errors import Mismatch, Unavailable, WorkersLost
 from engine.base.types import FinishReason
 from engine.rpc.auth import ClusterToken
 from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from engine.telemetry.log import get_logger
-from engine.telemetry.timeline import Event, Timeline
+from engine.telemetry.timeline import Event as Moment
+from engine.telemetry.timeline import Timeline
 
 _log = get_logger(__name__)
 
@@ -85,7 +88,7 @@ class ChoiceRunner:
 
     async def run(
         self, request: GenerationRequest, shared: Shared, timeline: Timeline
-    ) -> AsyncGenerator[Part, None]:
+    ) -> AsyncGenerator[Event, None]:
         """The prompt's part where the request returns it, chunks, then Finished.
 
         Raises Unavailable, WorkersLost, DeadlineExceeded, Mismatch.
@@ -106,7 +109,7 @@ class ChoiceRunner:
             shared.ticket.activity = "waits for a worker"
             try:
                 plan = await dispatch.next(state.num_tokens, alone=state.scores_prompt)
-                timeline.mark(Event.ROUTED)
+                timeline.mark(Moment.ROUTED)
                 shared.ticket.activity = f"waits for tokens from {plan}"
                 async with aclosing(self._client.attempt(state, plan, dispatch)) as chunks:
                     async for chunk in chunks:
@@ -114,7 +117,7 @@ class ChoiceRunner:
                         shared.ticket.activity = f"is being answered by {plan}"
                         self._observe(timeline, len(chunk.token_ids))
                         if prompt_is_due:
-                            yield await self._prompt_part(state)
+                            yield await self._prompt_event(state)
                             prompt_is_due = False
                         yield chunk
             except Unavailable as error:
@@ -126,11 +129,11 @@ class ChoiceRunner:
                 state.totals.end_attempt()
                 dispatch.close()
         if prompt_is_due:
-            yield await self._prompt_part(state)
+            yield await self._prompt_event(state)
         rest = output.finish()
         if not request.resume_finished and (rest.text or rest.tool_calls):
             yield rest
-        timeline.mark(Event.FINISHED)
+        timeline.mark(Moment.FINISHED)
         yield self._finished(state, timeline)
 
     def _new_output(self, request: GenerationRequest, shared: Shared) -> Output:
@@ -195,31 +198,30 @@ class ChoiceRunner:
             num_tokens=len(output.token_ids),
         )
 
-    async def _prompt_part(self, state: GenerationState) -> PromptPart:
+    async def _prompt_event(self, state: GenerationState) -> PromptEvent:
         request, prompt = state.request, state.prompt
         text = request.text if request.echo else ""
         if text is None:
             text = await self._model.decode(prompt, request.skip_special_tokens)
             text = text.removesuffix(state.output.broken_prompt_end)
-        part = PromptPart(text, tuple(prompt), state.prompt_logprobs)
-        if not part.logprobs:
-            return part
-        return await asyncio.to_thread(self._placed, part, request.skip_special_tokens)
+        scores = state.prompt_logprobs
+        scored = await asyncio.to_thread(self._scored, state, text) if scores else ()
+        return PromptEvent(text, tuple(prompt), scored)
 
-    def _placed(self, part: PromptPart, skip_special_tokens: bool) -> PromptPart:
-        """With the places of its tokens, of which there may be tens of thousands."""
-        tokenizer, ids = self._model.tokenizer, part.token_ids
-        text = part.text or tokenizer.decode(ids, skip_special_tokens)
-        placement = place_prompt(tokenizer, ids, text, skip_special_tokens)
-        return replace(part, placement=placement)
+    def _scored(self, state: GenerationState, text: str) -> list[ScoredToken]:
+        """The prompt's tokens with their places, of which there may be tens of thousands."""
+        tokenizer, prompt, scores = self._model.tokenizer, state.prompt, state.prompt_logprobs
+        skips = state.request.skip_special_tokens
+        text = text or tokenizer.decode(prompt, skips)
+        return list(scored_prompt(tokenizer, prompt, scores, text, skips))
 
     def _observe(self, timeline: Timeline, num_tokens: int) -> None:
-        before = timeline.last(Event.TOKENS)
-        now = timeline.mark(Event.TOKENS)
+        before = timeline.last(Moment.TOKENS)
+        now = timeline.mark(Moment.TOKENS)
         self._metrics.generation_tokens.inc(num_tokens)
         if before is None:
             self._metrics.time_to_first_token_seconds.observe(
-                timeline.between(Event.ARRIVED, Event.TOKENS)
+                timeline.between(Moment.ARRIVED, Moment.TOKENS)
             )
             return
         for _ in range(num_tokens):
@@ -229,7 +231,7 @@ class ChoiceRunner:
         ending, timing = state.output.ending, state.timing(timeline)
         assert ending is not None, "an output that is reported has ended"
         self._metrics.e2e_request_latency_seconds.observe(
-            timeline.between(Event.ARRIVED, Event.FINISHED)
+            timeline.between(Moment.ARRIVED, Moment.FINISHED)
         )
         self._metrics.request_queue_time_seconds.observe(timing.queue_s)
         self._metrics.request_succeeded(ending.reason.value)

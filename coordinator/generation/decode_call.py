@@ -1,6 +1,6 @@
 """One attempt: a call of Decode, from its request to the meaning of its end.
 
-    GenerationState --> DecodeRequest --> D ... tokens --> Output.push --> Chunk ...
+    GenerationState --> DecodeRequest --> D ... tokens --> Output.push --> Delta ...
                                           '--> finished, or lost: Unavailable, and another attempt
                                                may help
 
@@ -19,8 +19,8 @@ import grpc
 
 from coordinator.cluster.membership import Membership
 from coordinator.generation.dispatch import Dispatch
+from coordinator.generation.events import Delta, Ending
 from coordinator.generation.output import Output
-from coordinator.generation.request import Chunk, Ending
 from coordinator.generation.state import GenerationState
 from coordinator.routing.affinity import affinity_token_of
 from coordinator.routing.policy import Plan
@@ -74,7 +74,7 @@ class DecodeClient:
 
     async def attempt(
         self, state: GenerationState, plan: Plan, dispatch: Dispatch
-    ) -> AsyncGenerator[Chunk, None]:
+    ) -> AsyncGenerator[Delta, None]:
         """New tokens, until the output has ended.
 
         Raises Unavailable if another attempt may help, DeadlineExceeded, or the worker's error.
@@ -92,9 +92,9 @@ class DecodeClient:
                     async for response in responses:
                         if response.HasField("tokens"):
                             until_first_token.close()
-                            chunk = await _take_tokens(state, response.tokens)
-                            if chunk.token_ids:
-                                yield replace(chunk, affinity_token=affinity_token)
+                            delta = await _take_tokens(state, response.tokens)
+                            if delta.token_ids:
+                                yield replace(delta, affinity_token=affinity_token)
                                 affinity_token = ""  # once is enough
                             if output.ended_here:
                                 return
@@ -152,7 +152,7 @@ class DecodeClient:
         return worker_pb2_grpc.DecodeServiceStub(self._channels.get(plan.decode.peer.address))
 
 
-async def _take_tokens(state: GenerationState, tokens: worker_pb2.Tokens) -> Chunk:
+async def _take_tokens(state: GenerationState, tokens: worker_pb2.Tokens) -> Delta:
     """Add a message's tokens and numbers to the state."""
     state.totals.report(tokens)
     if scores := tokens.prompt_logprobs:  # of thousands of tokens

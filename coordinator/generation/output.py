@@ -18,12 +18,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from coordinator.generation.request import Chunk, Ending, GenerationRequest
-from coordinator.text.detokenizer import BROKEN, Detokenizer
+from coordinator.generation.events import Delta, Ending
+from coordinator.generation.request import GenerationRequest
+from coordinator.text.detokenizer import BROKEN, Detokenizer, scored_token
 from coordinator.text.stops import StopChecker, StopSet
 from coordinator.text.tokenizer import Tokenizer
 from coordinator.text.tool_parser import ToolCalls, call_id
-from coordinator.text.values import NOWHERE, Placement, ToolCallPiece
+from coordinator.text.values import ScoredToken, ToolCallPiece
 from engine.base.types import FinishReason, TokenLogprobs
 
 _PIECE_TOKENS = 64  # a millisecond of work
@@ -93,32 +94,26 @@ class Output:
         """Tokens that this connection has delivered."""
         return len(self.token_ids) - self.num_resumed
 
-    def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> Chunk:
+    def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> Delta:
         """Take the next tokens, each with its log-probabilities; drops those after the end."""
         texts: list[str] = []
-        offsets: list[int] = []
-        num_at_start = 0
-        for token_id in token_ids:
+        scored: list[ScoredToken] = []
+        for i, token_id in enumerate(token_ids):
             if self.ending is not None:
                 break
             if logprobs:
-                offsets.append(self._detokenizer.position_of(token_id))
-                num_at_start += self._detokenizer.is_at_start
+                stream = self._detokenizer
+                offset, is_at_start = stream.position_of(token_id), stream.is_at_start
+                scored.append(
+                    scored_token(self._tokenizer, token_id, logprobs[i], offset, is_at_start)
+                )
             texts.append(self._push(token_id))
-        taken = len(texts)
-        return Chunk(
-            "".join(texts),
-            tuple(token_ids[:taken]),
-            self._take_calls(),
-            tuple(logprobs[:taken]),
-            self._index,
-            Placement(tuple(offsets), num_at_start) if logprobs else NOWHERE,
-        )
+        ids = tuple(token_ids[: len(texts)])
+        return Delta(self._index, "".join(texts), ids, scored, self._take_calls())
 
-    def finish(self) -> Chunk:
+    def finish(self) -> Delta:
         """What was held back, where something else than the last token ended the output."""
-        text = self._rest()
-        return Chunk(text, (), self._take_calls(), index=self._index)
+        return Delta(self._index, self._rest(), tool_calls=self._take_calls())
 
     def _take_calls(self) -> tuple[ToolCallPiece, ...]:
         """Calls that have ended since the last time."""

@@ -17,9 +17,10 @@ from contextlib import aclosing
 
 from coordinator.cluster.membership import Membership
 from coordinator.generation.choice import ChoiceRunner, Shared
+from coordinator.generation.events import Delta, Event
 from coordinator.generation.fan_in import Merge
 from coordinator.generation.prompt import checked, prompt_of
-from coordinator.generation.request import Chunk, GenerationRequest, Part
+from coordinator.generation.request import GenerationRequest
 from coordinator.generation.shared_parts import SharedParts
 from coordinator.routing.admission import Admission, Ticket
 from coordinator.routing.affinity import affinity_of
@@ -29,7 +30,8 @@ from coordinator.text.stops import StopSet
 from engine.base.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from engine.rpc.auth import ClusterToken
 from engine.telemetry.coordinator_metrics import CoordinatorMetrics
-from engine.telemetry.timeline import Event, Timeline
+from engine.telemetry.timeline import Event as Moment
+from engine.telemetry.timeline import Timeline
 
 _MANY_STOP_CHARS = 2048  # more stop strings are read in a thread
 _SHUTTING_DOWN = "this coordinator is shutting down"
@@ -96,8 +98,8 @@ class Pipeline:
 
     async def answer(
         self, request: GenerationRequest, timeline: Timeline, deadline_s: float
-    ) -> AsyncGenerator[Part, None]:
-        """Of each choice its chunks, then Finished; before all the prompt's part, where asked for.
+    ) -> AsyncGenerator[Event, None]:
+        """Of each choice its chunks, then Finished; before all the prompt's event, where asked for.
 
         `deadline_s` is a moment of the monotonic clock. Raises Overloaded, InvalidRequest (prompt
         too long), Unavailable, DeadlineExceeded.
@@ -106,23 +108,23 @@ class Pipeline:
             raise Unavailable(_SHUTTING_DOWN)
         count = request.num_choices
         ticket = self._admission.admit(request.request_id, deadline_s, count)
-        timeline.mark(Event.ADMITTED)
+        timeline.mark(Moment.ADMITTED)
         gauge = self._metrics.num_requests_waiting
         gauge.inc(count)
         try:
             request, prompt = await self._prepared(request, deadline_s)
-            timeline.mark(Event.TOKENIZED)
+            timeline.mark(Moment.TOKENIZED)
             ticket.set_tokens(len(prompt) + sum(len(r.token_ids) for r in request.resumes))
             self._metrics.prompt_tokens.inc(len(prompt))
             shared = await self._shared(request, prompt, ticket)
             run = self._choices.run if count == 1 else self._run_choices
-            async with aclosing(run(request, shared, timeline)) as parts:
-                async for part in parts:
+            async with aclosing(run(request, shared, timeline)) as events:
+                async for event in events:
                     if gauge is self._metrics.num_requests_waiting:
                         gauge.dec(count)
                         gauge = self._metrics.num_requests_running
                         gauge.inc(count)
-                    yield part
+                    yield event
         except InvalidRequest as error:
             if error.field == "constraint" and request.tools:
                 raise InvalidRequest("tools_json", error.description) from None
@@ -158,10 +160,10 @@ class Pipeline:
 
     async def _run_choices(
         self, request: GenerationRequest, shared: Shared, timeline: Timeline
-    ) -> AsyncGenerator[Part, None]:
+    ) -> AsyncGenerator[Event, None]:
         """All choices as they come. The failure of one, when no retry is left, ends all."""
         num_tokens = 0
-        begun = asyncio.Event()  # the prompt's part, if there is one, is the first of all
+        begun = asyncio.Event()  # the prompt's event, if there is one, is the first of all
         if not request.returns_prompt:
             begun.set()
 
@@ -170,17 +172,17 @@ class Pipeline:
                 await begun.wait()
             of_choice = timeline.fork() if index else timeline
             choice = self._choices.run(request.choice(index), shared, of_choice)
-            async with aclosing(choice) as parts:
-                async for part in parts:
-                    await merge.put(part)
+            async with aclosing(choice) as events:
+                async for event in events:
+                    await merge.put(event)
                     begun.set()
 
         try:
-            async with Merge[Part]() as merge:
+            async with Merge[Event]() as merge:
                 for index in range(request.num_choices):
                     merge.add(run(index))
-                async for part in merge:
-                    num_tokens += len(part.token_ids) if isinstance(part, Chunk) else 0
-                    yield part
+                async for event in merge:
+                    num_tokens += len(event.token_ids) if isinstance(event, Delta) else 0
+                    yield event
         except Unavailable as error:
             raise Unavailable(error.message, error.retry_after_s, num_emitted=num_tokens) from None

@@ -1,22 +1,24 @@
-"""A checked request, with all defaults that need no prompt, and the parts of its outputs."""
+"""A checked request, with all defaults that need no prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.text.tool_format import ToolUse
-from coordinator.text.values import NOWHERE, ChatMessage, Placement, ToolCallPiece
+from coordinator.text.values import Message
 from engine.base.seeds import choice_seed
-from engine.base.types import Constraint, FinishReason, SamplingParams, TokenLogprobs
+from engine.base.types import Constraint, SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Resumed:
-    """What the client already has of a choice."""
+class Resume:
+    """The part of a choice that the client has already."""
 
-    token_ids: tuple[int, ...] = ()
+    index: int = 0
+    token_ids: Sequence[int] = ()
     finished: bool = False
     affinity_token: str = ""  # of the decode worker that it came from; "": not known
 
@@ -31,7 +33,7 @@ class GenerationRequest:
     request_id: str
     text: str | None
     token_ids: tuple[int, ...] | None
-    messages: tuple[ChatMessage, ...] | None
+    messages: tuple[Message, ...] | None
     sampling: SamplingParams
     max_tokens: int | None  # of the client; None: `default_max_tokens`
     default_max_tokens: int | None  # None: the room left
@@ -43,7 +45,7 @@ class GenerationRequest:
     skip_special_tokens: bool
     priority: int
     cache_salt: str
-    resumed: tuple[int, ...]  # first tokens of the output, already delivered
+    resumed: Sequence[int]  # first tokens of the output, already delivered
     resume_finished: bool
     tools: ToolUse | None = None  # None: the output is text
     constraint: Constraint | None = None  # on the output
@@ -52,7 +54,7 @@ class GenerationRequest:
     echo: bool = False
     index: int = 0  # of the choice
     num_choices: int = 1
-    resumes: tuple[Resumed, ...] = ()  # of each choice; of none: nothing is resumed
+    resumes: tuple[Resume, ...] = ()  # of each choice; of none: nothing is resumed
 
     @property
     def returns_prompt(self) -> bool:
@@ -69,7 +71,7 @@ class GenerationRequest:
 
     def choice(self, index: int) -> GenerationRequest:
         """The same request for one of its choices: another seed, and its resumed tokens."""
-        resumed = self.resumes[index] if self.resumes else Resumed()
+        resumed = self.resumes[index] if self.resumes else Resume()
         seed = choice_seed(self.sampling.seed, index)
         return replace(
             self,
@@ -78,70 +80,3 @@ class GenerationRequest:
             resumed=resumed.token_ids,
             resume_finished=resumed.finished,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens of an output, the text that they made final, and their pieces of tool calls."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    tool_calls: tuple[ToolCallPiece, ...] = ()
-    logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where requested
-    index: int = 0  # of the choice
-    placement: Placement = NOWHERE  # of its tokens, where there are logprobs
-    affinity_token: str = ""  # with a decode worker's first tokens: its `affinity_token_of`
-
-
-@dataclass(frozen=True, slots=True)
-class PromptPart:
-    """What the request asks to have of the prompt; comes before all chunks."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...]  # of tokens 1, 2, ...
-    placement: Placement = NOWHERE  # of all tokens, where there are logprobs
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Numbers of tokens of a choice; all choices of a request share the prompt."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    draft_tokens: int
-    accepted_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Where the time of a choice went, in seconds; see inference.proto."""
-
-    queue_s: float
-    prefill_s: float
-    kv_transfer_s: float
-    first_token_s: float
-    decode_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """Why an output ended; at most one of the matches is set."""
-
-    reason: FinishReason
-    matched_token: int | None = None
-    matched_text: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The last part of a choice."""
-
-    ending: Ending
-    usage: Usage
-    timing: Timing
-    index: int = 0  # of the choice
-
-
-Part = PromptPart | Chunk | Finished

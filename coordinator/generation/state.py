@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from coordinator.generation.events import Delta, Timing, Usage
 from coordinator.generation.output import Output
-from coordinator.generation.request import Chunk, GenerationRequest, Timing, Usage
+from coordinator.generation.request import GenerationRequest
 from coordinator.generation.shared_parts import SharedParts
 from engine.base.types import TokenLogprobs
 from engine.pb.diptych.internal.v1 import worker_pb2
@@ -51,7 +52,7 @@ class GenerationState:
     totals: UsageTotals = field(default_factory=UsageTotals)
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
-    def take(self, tokens: worker_pb2.Tokens) -> Chunk:
+    def take(self, tokens: worker_pb2.Tokens) -> Delta:
         """Add tokens of a worker to the output."""
         return self.output.push(tokens.token_ids, logprobs_from_pb(tokens.logprobs))
 

@@ -25,7 +25,7 @@ from coordinator.text.template_budget import TooCostly, rendering
 from coordinator.text.template_environment import template_environment
 from coordinator.text.tool_format import HERMES, ToolFormat
 from coordinator.text.untrusted_text import joined
-from coordinator.text.values import ChatMessage
+from coordinator.text.values import Message
 from engine.base.errors import InvalidRequest
 from engine.checkpoint.added_tokens import ROLES
 from engine.checkpoint.jsonfile import read_json
@@ -144,7 +144,7 @@ class ChatTemplate:
 
 
 def template_messages(
-    messages: Sequence[ChatMessage], tool_format: ToolFormat = HERMES
+    messages: Sequence[Message], tool_format: ToolFormat = HERMES
 ) -> list[dict[str, Any]]:
     """Messages in the form of templates: arguments of calls are objects, not JSON texts.
 

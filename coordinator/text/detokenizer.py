@@ -20,10 +20,11 @@ run's characters), and the output's text begins where decode(prompt + output) di
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from coordinator.text.tokenizer import Piece, Tokenizer
-from coordinator.text.values import Placement
+from coordinator.text.values import Logprob, ScoredToken
+from engine.base.types import TokenLogprobs
 
 BROKEN = "\ufffd"
 _MAX_CHAR_BYTES = 4
@@ -229,15 +230,34 @@ def leading_text_of(tokenizer: Tokenizer, prompt: Sequence[int], skip_special_to
     return Detokenizer(tokenizer, skip_special_tokens, prompt=prompt).stripped_next
 
 
-def place_prompt(
-    tokenizer: Tokenizer, ids: Sequence[int], text: str, skip_special_tokens: bool
-) -> Placement:
-    """The offsets of a prompt's tokens in its text, in which special tokens may be spelled out."""
+def scored_token(
+    tokenizer: Tokenizer, token_id: int, scores: TokenLogprobs, offset: int, is_at_start: bool
+) -> ScoredToken:
+    """A token with the texts of it and of the likeliest ones at its place."""
+
+    def entry(token_id: int, logprob: float) -> Logprob:
+        text = tokenizer.text_at_start(token_id) if is_at_start else tokenizer.text_of(token_id)
+        raw = tokenizer.raw_of(token_id) if BROKEN in text else None
+        return Logprob(token_id, logprob, text, raw)
+
+    top = tuple(map(entry, scores.token_ids, scores.logprobs))
+    return ScoredToken(entry(token_id, scores.chosen), top, offset)
+
+
+def scored_prompt(
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    scores: Sequence[TokenLogprobs],  # of tokens 1, 2, ...
+    text: str,
+    skip_special_tokens: bool,
+) -> Iterator[ScoredToken]:
+    """A prompt's tokens but the first; special tokens may be spelled out in its `text`."""
     stream = Detokenizer(tokenizer, skip_special_tokens)
-    offsets, num_released, at, num_at_start = [], 0, 0, 0
-    for token_id in ids:
-        num_at_start += stream.is_at_start
-        offsets.append(min(at + stream.position_of(token_id) - num_released, len(text)))
+    num_released, at = 0, 0
+    for token_id, of_token in zip(ids, (None, *scores), strict=True):
+        if of_token is not None:
+            offset = min(at + stream.position_of(token_id) - num_released, len(text))
+            yield scored_token(tokenizer, token_id, of_token, offset, stream.is_at_start)
         if skip_special_tokens and token_id in tokenizer.special_ids:
             name = tokenizer.text_of(token_id)
             at += len(name) * text.startswith(name, at)
@@ -247,7 +267,6 @@ def place_prompt(
         if not text.startswith(released, at):  # some tokenizers add a space after special tokens
             released = released.removeprefix(" ")
         at += len(released)
-    return Placement(tuple(offsets), num_at_start)
 
 
 def _utf8_decoder() -> codecs.IncrementalDecoder:

@@ -16,7 +16,7 @@ from coordinator.text.chat_prompt import Messages, chat_prompt
 from coordinator.text.chat_template import ChatTemplate, template_messages
 from coordinator.text.tokenizer import Tokenizer
 from coordinator.text.tool_format import AUTO, HERMES, Tool, ToolFormat, choose_format
-from coordinator.text.values import ChatMessage
+from coordinator.text.values import Message
 from engine.base.errors import InvalidRequest
 from engine.checkpoint.fingerprint import tokenizer_digest
 from engine.checkpoint.source import Checkpoint
@@ -128,7 +128,7 @@ class ServedModel:
 
     async def encode_chat(
         self,
-        messages: Sequence[ChatMessage],
+        messages: Sequence[Message],
         max_model_len: int,
         tools: Sequence[Tool] = (),
         add_generation_prompt: bool = True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +13,20 @@ ASSISTANT = "assistant"  # the role of the model's messages
 class ToolCall:
     """A call in an earlier message of the assistant."""
 
-    id: str
-    name: str
-    arguments: Mapping[str, Any]  # parsed, because templates format them
+    id: str = ""
+    name: str = ""
+    # JSON, or any text; once checked, the object, because templates format it.
+    arguments: str | Mapping[str, Any] = ""
 
 
 @dataclass(frozen=True, slots=True)
-class ChatMessage:
+class Message:
     """One message of a conversation."""
 
-    role: str
-    content: str | None  # None: an assistant's message without text
+    role: str = ""
+    content: str | None = None  # None: an assistant's message without text
     name: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()
+    tool_calls: Sequence[ToolCall] = ()
     tool_call_id: str = ""  # the call of which this message is the result
 
 
@@ -40,11 +41,19 @@ class ToolCallPiece:
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """The positions of tokens in a text."""
+class Logprob:
+    """A token and its log-probability; `raw`: its bytes, where they are no whole characters."""
 
-    offsets: tuple[int, ...] = ()  # of each token, in characters
-    num_at_start: int = 0  # tokens before which the whole text is empty
+    token_id: int
+    logprob: float = 0.0
+    text: str = ""
+    raw: bytes | None = None
 
 
-NOWHERE = Placement()
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token, the likeliest ones at its place, and the characters of the text before it."""
+
+    chosen: Logprob
+    top: Sequence[Logprob] = ()
+    text_offset: int = 0

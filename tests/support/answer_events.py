@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from coordinator.api.values import Logprob, ScoredToken
-from coordinator.generation.request import Ending, Finished, Timing, Usage
+from coordinator.generation.events import Ending, Finished, Timing, Usage
+from coordinator.text.values import Logprob, ScoredToken
 from engine.base.types import FinishReason
 
 NO_TIME = Timing(0.0, 0.0, 0.0, 0.0, 0.0)

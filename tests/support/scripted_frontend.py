@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
 from coordinator.api.openai.api import OpenAiApi
-from coordinator.api.values import Delta, Event, GenerateRequest, ModelCard, TokenizeRequest
+from coordinator.api.values import GenerateRequest, ModelCard, TokenizeRequest
+from coordinator.generation.events import Delta, Event
 from engine.base.errors import InvalidRequest, NotFound
 from tests.support.answer_events import finished
 

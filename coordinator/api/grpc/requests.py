@@ -8,15 +8,14 @@ from typing import Any
 from coordinator.api.values import (
     Constraint,
     GenerateRequest,
-    Message,
     Output,
-    Resume,
     Sampling,
     Stop,
     TokenizeRequest,
-    ToolCall,
     ToolChoice,
 )
+from coordinator.generation.request import Resume
+from coordinator.text.values import Message, ToolCall
 from engine.pb.diptych.v1 import inference_pb2 as pb
 
 _MODES = {

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from coordinator.api.values import Delta, Event, Logprob, PromptEvent, ScoredToken
-from coordinator.generation.request import Finished
+from coordinator.generation.events import Delta, Event, Finished, PromptEvent
+from coordinator.text.values import Logprob, ScoredToken
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.rpc.convert import reason_to_pb
 

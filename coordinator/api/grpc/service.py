@@ -11,7 +11,7 @@ from typing import Any
 from coordinator.api.frontend import Frontend
 from coordinator.api.grpc.requests import read_request, read_tokenize
 from coordinator.api.grpc.responses import response
-from coordinator.api.values import PromptEvent
+from coordinator.generation.events import PromptEvent
 from engine.pb.diptych.v1 import inference_pb2 as pb
 
 Responses = AsyncGenerator[pb.GenerateResponse, None]

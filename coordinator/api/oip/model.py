@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from google.protobuf.descriptor import FieldDescriptor
-
-from coordinator.api.oip.options import FIELDS, takes_list
+from coordinator.api.oip.options import OPTIONS, takes_list
 from engine.base.errors import NotFound
 from engine.pb.inference import grpc_service_pb2, model_config_pb2
 
@@ -37,27 +35,16 @@ class TensorSpec:
     dims: tuple[int, ...] = (1,)
 
 
-def _option(name: str, field: FieldDescriptor) -> TensorSpec:
-    dims = (-1,) if takes_list(name) else (1,)
-    if field.is_repeated and field.type == FieldDescriptor.TYPE_UINT32:
-        return TensorSpec(name, "INT32", dims)
-    datatype = {
-        FieldDescriptor.TYPE_FLOAT: "FP32",
-        FieldDescriptor.TYPE_BOOL: "BOOL",
-        FieldDescriptor.TYPE_UINT32: "INT32",
-        FieldDescriptor.TYPE_INT32: "INT32",
-        FieldDescriptor.TYPE_UINT64: "UINT64",
-    }
-    return TensorSpec(name, datatype.get(field.type, "BYTES"), dims)
-
-
 INPUTS = (
     TensorSpec("text_input", "BYTES"),
     TensorSpec("input_ids", "INT32", (-1,)),
     TensorSpec(INPUT_LENGTHS, "INT32"),
     *(TensorSpec(name, "BOOL") for name in FLAGS),
     TensorSpec(SAMPLING_PARAMETERS, "BYTES"),
-    *(_option(name, field) for name, (_, field) in FIELDS.items()),
+    *(
+        TensorSpec(name, option.datatype, (-1,) if takes_list(name) else (1,))
+        for name, option in OPTIONS.items()
+    ),
 )
 OUTPUTS = (
     TensorSpec("text_output", "BYTES", (-1,)),

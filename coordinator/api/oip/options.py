@@ -1,10 +1,10 @@
-"""Options by name -> fields of a GenerateRequest, by one set of names for all carriers. Pure.
+"""Options by name -> the parts of a GenerateRequest, by one set of names for all carriers. Pure.
 
-    parameters map, tensors, vLLM's JSON of parameters --take(where, name, value)--> request
+    parameters map, tensors, vLLM's JSON of parameters --take(where, name, value)--> parts
 
 Names are those of inference.proto (`temperature`, `max_tokens`, `json_schema`, ...) and the other
 names that Triton's backends have for the same options. Numbers may be text, as they are there. The
-frontend checks ranges.
+frontend checks ranges other than those of the wire's types.
 """
 
 from __future__ import annotations
@@ -12,31 +12,52 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from google.protobuf.descriptor import FieldDescriptor
-from google.protobuf.message import Message
+import msgspec
 
 from coordinator.api.oip.neutral import NEUTRAL, instead, is_neutral
+from coordinator.api.values import Constraint, Output, Sampling, Stop
 from coordinator.text import json_bounds as nesting
 from engine.base.errors import InvalidRequest
-from engine.pb.diptych.v1 import inference_pb2
 
-_PARTS: dict[str, type[Message]] = {
-    "sampling": inference_pb2.Sampling,
-    "stop": inference_pb2.Stop,
-    "output": inference_pb2.Output,
-    "constraint": inference_pb2.Constraint,
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A field of `part` of a GenerateRequest, or of the request itself where that is ""."""
+
+    part: str
+    datatype: str  # of its tensor
+    type: type  # of its value, or of the elements of its list
+    low: float = -math.inf
+    high: float = math.inf
+
+
+def _of(part: str, names: str, *kind: Any) -> dict[str, Option]:
+    return dict.fromkeys(names.split(), Option(part, *kind))
+
+
+_NUMBER, _FLAG, _TEXT = ("FP32", float), ("BOOL", bool), ("BYTES", str)
+_COUNT, _SEED = ("INT32", int, 0, 2**32 - 1), ("UINT64", int, 0, 2**64 - 1)
+_PENALTIES = "frequency_penalty presence_penalty repetition_penalty"
+OPTIONS: dict[str, Option] = {
+    **_of("sampling", f"temperature top_p min_p {_PENALTIES}", *_NUMBER),
+    **_of("sampling", "top_k", *_COUNT),
+    **_of("sampling", "seed", *_SEED),
+    **_of("sampling", "logit_bias", *_TEXT),
+    **_of("stop", "max_tokens min_tokens stop_token_ids", *_COUNT),
+    **_of("stop", "stop", *_TEXT),
+    **_of("stop", "ignore_eos include_stop_str_in_output", *_FLAG),
+    **_of("output", "logprobs prompt_logprobs", *_COUNT),
+    **_of("output", "echo skip_special_tokens", *_FLAG),
+    **_of("constraint", "json_schema regex grammar choice", *_TEXT),
+    **_of("constraint", "json_object", *_FLAG),
+    **_of("", "n", *_COUNT),
+    **_of("", "priority", "INT32", int, -(2**31), 2**31 - 1),
+    **_of("", "cache_salt", *_TEXT),
 }
-_CONSTRAINTS = inference_pb2.Constraint.DESCRIPTOR.fields_by_name
-_TOP = ("n", "priority", "cache_salt")
-_REQUEST = inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name
-# Name -> (the message within the request that has it, or "", and the field's descriptor).
-FIELDS: dict[str, tuple[str, Any]] = {
-    field.name: (part, field)
-    for part, message in _PARTS.items()
-    for field in message.DESCRIPTOR.fields
-} | {name: ("", _REQUEST[name]) for name in _TOP}
+_CONSTRAINTS = sorted(name for name, option in OPTIONS.items() if option.part == "constraint")
 _ALIASES = {
     "random_seed": "seed",
     "stop_words": "stop",
@@ -51,6 +72,7 @@ _STRUCTURED = ("structured_outputs", "guided_decoding")  # of vLLM: a constraint
 _BACKEND = "backend"  # in which it may name one of its own compilers
 _UNSET = ("top_k", "seed")  # for which -1 means unset
 _LISTS = {"choice", "stop", "stop_token_ids", "stop_words"}
+_EXPECTED = {float: "a number", int: "a whole number", str: "text"}
 
 
 def takes_list(name: str) -> bool:
@@ -60,19 +82,20 @@ def takes_list(name: str) -> bool:
 
 def known() -> str:
     """All names, for error messages."""
-    return ", ".join(sorted([*FIELDS, *_ALIASES, _END_ID]))
+    return ", ".join(sorted([*OPTIONS, *_ALIASES, _END_ID]))
 
 
 class Options:
-    """Writes options into `request`, each once.
+    """Collects options, each once.
 
     A repeated option is accepted with the same value: the client of vLLM's backend sends its
     options in sampling_parameters and in the parameters map.
     """
 
-    def __init__(self, request: inference_pb2.GenerateRequest) -> None:
-        self._request = request
+    def __init__(self) -> None:
         self._taken: dict[str, tuple[str, Any]] = {}  # name -> (its place, its value)
+        self._parts: dict[str, dict[str, Any]] = {o.part: {} for o in OPTIONS.values()}
+        self.output = self._parts["output"]
 
     def take(self, where: str, name: str, value: Any) -> None:
         """One option. Raises InvalidRequest naming its place, `where`."""
@@ -81,86 +104,94 @@ class Options:
         if name in _STRUCTURED:
             self._take_structured(where, value)
         elif name == _END_ID:
-            if (token := _whole(where, value)) != -1:
+            if (token := _element(where, OPTIONS["priority"], value)) != -1:
                 self._write(where, "stop_token_ids", [token])
         elif name in NEUTRAL:
             if not is_neutral(name, value):
                 one = value[0] if isinstance(value, list) and len(value) == 1 else value
                 raise InvalidRequest(where, f"{_shown(one)} is not served; {instead(name)}")
-        elif (canonical := _ALIASES.get(name, name)) in FIELDS:
+        elif (canonical := _ALIASES.get(name, name)) in OPTIONS:
             if first := self._taken.get(canonical):
                 if _is_same(value, first[1]):
                     return
                 raise InvalidRequest(where, f"given already, as {first[0]}, with another value")
             self._taken[canonical] = (where, value)
             if canonical == "stop":  # empty ones mean none, and so does TensorRT-LLM's flag
-                value = [text for text in _list(where, value) if text not in ("", False)]
+                value = [text for text in _list(value) if text not in ("", False)]
             if canonical in _UNSET and _is_minus_one(value):
                 return
             self._write(where, canonical, value)
         else:
             raise InvalidRequest(where, f"not known here; known are {known()}")
 
-    def finish(self) -> None:
-        """Apply what depends on several options; call it after the last one.
+    def fields(self) -> dict[str, Any]:
+        """The fields of a GenerateRequest, after the last option.
 
         A top_p of 0 is TensorRT-LLM's default. There it means that top_k alone decides, and without
         one the likeliest token.
         """
-        sampling = self._request.sampling
-        if sampling.HasField("top_p") and sampling.top_p == 0:
-            sampling.ClearField("top_p")
-            if not sampling.top_k:
-                sampling.top_k = 1
+        parts = self._parts
+        sampling = parts["sampling"]
+        if sampling.get("top_p") == 0:
+            del sampling["top_p"]
+            sampling["top_k"] = sampling.get("top_k") or 1
+        constraint = [Constraint(*item) for item in parts["constraint"].items()]
+        return {
+            **parts[""],
+            "sampling": Sampling(**sampling),
+            "stop": Stop(**parts["stop"]),
+            "output": Output(**self.output),
+            "constraint": constraint[0] if constraint else None,
+        }
 
     def _take_structured(self, where: str, value: Any) -> None:
-        if isinstance(value, str):  # Triton's backend of vLLM takes the object's JSON alone
-            value = parse_json(where, value)
-        if not isinstance(value, Mapping):
-            raise InvalidRequest(where, "expected an object such as {'json': schema}")
+        # Triton's backend of vLLM takes the object's JSON alone.
+        value = _object(where, value, "an object such as {'json': schema}")
         for key, item in value.items():
             if key == _BACKEND or item is None or (item is False and key != "json"):
                 continue
             name = "json_schema" if key == "json" else key
             if name not in _CONSTRAINTS:
-                kinds = ", ".join(sorted(_CONSTRAINTS))
+                kinds = ", ".join(_CONSTRAINTS)
                 raise InvalidRequest(f"{where}.{key}", f"not known here; known are json, {kinds}")
             self.take(f"{where}.{key}", name, item)
 
     def _write(self, where: str, name: str, value: Any) -> None:
-        part, field = FIELDS[name]
-        target: Message = getattr(self._request, part) if part else self._request
-        if part == "constraint" and (other := target.WhichOneof("kind")) not in (None, name):
-            first, _ = self._taken[other]
+        option = OPTIONS[name]
+        fields = self._parts[option.part]
+        if option.part == "constraint" and fields:
+            first, _ = self._taken[next(iter(fields))]
             raise InvalidRequest(where, f"{first} is there as well; expected one of them")
-        try:
-            _assign(target, field, where, value)
-        except (TypeError, ValueError) as error:  # out of the field's range, a lone surrogate
-            raise InvalidRequest(where, f"{_shown(value)}; {error}") from None
+        if name == "logit_bias":
+            value = _object(where, value, "an object of token ids and numbers")
+            token, bias = OPTIONS["top_k"], OPTIONS["temperature"]
+            fields[name] = {
+                _element(where, token, k): _element(where, bias, v) for k, v in value.items()
+            }
+        elif name in _LISTS:
+            found = [_element(where, option, item) for item in _list(value)]
+            fields[name] = [*fields.get(name, ()), *found]
+        else:
+            if name == "json_schema" and not isinstance(value, str):
+                value = json.dumps(value)
+            found = _element(where, option, value)
+            if found or name != "json_object":  # a constraint that is off is none
+                fields[name] = found
 
 
-def _assign(target: Any, field: FieldDescriptor, where: str, value: Any) -> None:
-    """Write a value into a field of the request, by the field's type."""
-    if field.name == "logit_bias":
-        for token, bias in _object(where, value).items():
-            target.logit_bias[_whole(where, token)] = _real(where, bias)
-    elif field.name == "choice":
-        target.choice.choices.extend(_list(where, value))
-    elif field.is_repeated:
-        convert = _string if field.type == FieldDescriptor.TYPE_STRING else _whole
-        getattr(target, field.name).extend(convert(where, item) for item in _list(where, value))
-    elif field.type == FieldDescriptor.TYPE_BOOL:
-        flag = flag_of(where, value)
-        if flag or field.name != "json_object":  # a constraint that is off is none
-            setattr(target, field.name, flag)
-    elif field.type == FieldDescriptor.TYPE_FLOAT:
-        setattr(target, field.name, _real(where, value))
-    elif field.type == FieldDescriptor.TYPE_STRING:
-        if field.name == "json_schema" and not isinstance(value, str):
-            value = json.dumps(value)
-        setattr(target, field.name, _string(where, value))
-    else:
-        setattr(target, field.name, _whole(where, value))
+def _element(where: str, option: Option, value: Any) -> Any:
+    """A value, or an element of a list; numbers and flags may be text."""
+    if option.type is bool:
+        return flag_of(where, value)
+    try:
+        found: Any = msgspec.convert(value, option.type, strict=option.type is str)
+        if option.type is str:
+            found.encode()  # no half of a character
+    except (msgspec.ValidationError, UnicodeEncodeError):
+        raise InvalidRequest(where, f"{_shown(value)}; expected {_EXPECTED[option.type]}") from None
+    if option.type is int and not option.low <= found <= option.high:
+        raise InvalidRequest(where, f"{_shown(value)}; expected {option.low} to {option.high}")
+    return found
 
 
 def parse_json(where: str, text: str) -> Any:
@@ -189,36 +220,7 @@ def _is_minus_one(value: Any) -> bool:
     return not isinstance(value, bool) and str(value) in ("-1", "-1.0")
 
 
-def _real(where: str, value: Any) -> float:
-    if not isinstance(value, bool) and isinstance(value, int | float | str):
-        try:
-            return float(value)
-        except (ValueError, OverflowError):
-            pass
-    raise InvalidRequest(where, f"{_shown(value)}; expected a number")
-
-
-def _whole(where: str, value: Any) -> int:
-    if not isinstance(value, bool):
-        if isinstance(value, int):
-            return value
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-        if isinstance(value, str):
-            try:
-                return int(value)
-            except ValueError:
-                pass
-    raise InvalidRequest(where, f"{_shown(value)}; expected a whole number")
-
-
-def _string(where: str, value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    raise InvalidRequest(where, f"{_shown(value)}; expected text")
-
-
-def _list(where: str, value: Any) -> list[Any]:
+def _list(value: Any) -> list[Any]:
     """A list, the JSON of one, or the one element of one."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -228,11 +230,11 @@ def _list(where: str, value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _object(where: str, value: Any) -> Mapping[Any, Any]:
+def _object(where: str, value: Any, expected: str) -> Mapping[Any, Any]:
     if isinstance(value, str):
         value = parse_json(where, value)
     if not isinstance(value, Mapping):
-        raise InvalidRequest(where, f"{_shown(value)}; expected an object of token ids and numbers")
+        raise InvalidRequest(where, f"{_shown(value)}; expected {expected}")
     return value
 
 

@@ -12,7 +12,7 @@ Unknown names are refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,8 @@ from coordinator.api.oip.model import (
 from coordinator.api.oip.neutral import NEUTRAL
 from coordinator.api.oip.options import Options, flag_of, parse_json, takes_list
 from coordinator.api.oip.tensors import BYTES, Tensor, read_tensors, row, scalar, text
+from coordinator.api.values import GenerateRequest
 from engine.base.errors import InvalidRequest
-from engine.pb.diptych.v1 import inference_pb2
 from engine.pb.inference import grpc_service_pb2
 
 _OUTPUT_NAMES = tuple(spec.name for spec in OUTPUTS)
@@ -56,7 +56,7 @@ class Form:
 class ParsedRequest:
     """One parsed request. The frontend checks the values in `generate`."""
 
-    generate: inference_pb2.GenerateRequest
+    generate: GenerateRequest
     form: Form
     streaming: bool
     timeout_s: float | None
@@ -65,38 +65,35 @@ class ParsedRequest:
 def read_request(request: grpc_service_pb2.ModelInferRequest, served: str) -> ParsedRequest:
     """Raises InvalidRequest naming the input or parameter, NotFound for another model."""
     check_served(request.model_name, request.model_version, served)
-    generate = inference_pb2.GenerateRequest(request_id=request.id, model=served)
     flags: dict[str, bool] = {}
-    options = Options(generate)
+    options = Options()
     tensors = read_tensors(request)
-    prompt = _take_prompt(generate, tensors)
+    tensor, prompt = _take_prompt(tensors)
     for where, name, value in _named(request, tensors):
         if (flag := _FLAG_ALIASES.get(name, name)) in FLAGS:
             flags[flag] = flag_of(where, value)
         else:
             options.take(where, name, value)
-    options.finish()
     if not flags.get("exclude_input_in_output", True):
-        generate.output.echo = True
-    outputs = _outputs(request, flags, generate, prompt.name == "input_ids")
-    if {"logprobs", "cumulative_logprob"} & set(outputs) and not generate.output.HasField(
-        "logprobs"
-    ):
-        generate.output.logprobs = 0  # the token's own
+        options.output["echo"] = True
+    outputs = _outputs(request, flags, options.output, tensor.name == "input_ids")
+    if {"logprobs", "cumulative_logprob"} & set(outputs):
+        options.output.setdefault("logprobs", 0)  # the token's own
     form = Form(
         model_name=served,
         id=request.id,
         outputs=outputs,
         raw=_raw(request),
-        batched=len(prompt.shape) == 2,
+        batched=len(tensor.shape) == 2,
         empty_final=_control(request, _EMPTY_FINAL, False),
     )
     streaming = flags.get("streaming", flags.get("stream", False))
+    generate = GenerateRequest(request_id=request.id, model=served, **prompt, **options.fields())
     return ParsedRequest(generate, form, streaming, _timeout_s(request))
 
 
-def _take_prompt(generate: inference_pb2.GenerateRequest, tensors: dict[str, Tensor]) -> Tensor:
-    """Move the prompt's tensor into the request."""
+def _take_prompt(tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    """Take the prompt's tensor out; (it, the request's fields)."""
     both = [tensors.pop(name, None) for name in ("text_input", "input_ids")]
     prompts = [tensor for tensor in both if tensor is not None]
     if len(prompts) != 1:
@@ -109,24 +106,20 @@ def _take_prompt(generate: inference_pb2.GenerateRequest, tensors: dict[str, Ten
     if tensor.name == "text_input":
         if tensor.datatype != BYTES:
             raise InvalidRequest(f"{field}.datatype", f"{tensor.datatype}; expected BYTES")
-        generate.text = text(field, scalar(tensor))
-        return tensor
+        return tensor, {"text": text(field, scalar(tensor))}
     if tensor.datatype not in _TOKEN_TYPES:
         raise InvalidRequest(
             f"{field}.datatype", f"{tensor.datatype}; expected one of {', '.join(_TOKEN_TYPES)}"
         )
     ids = row(tensor)
-    try:
-        generate.token_ids.ids.extend(ids)
-    except ValueError:
-        index = next(i for i, token in enumerate(ids) if not 0 <= token < 1 << 32)
-        raise InvalidRequest(f"{field}[{index}]", f"{ids[index]}; not a token id") from None
-    generate.token_ids.SetInParent()  # an empty list is refused as such
+    for i, token in enumerate(ids):
+        if not 0 <= token < 1 << 32:
+            raise InvalidRequest(f"{field}[{i}]", f"{token}; not a token id")
     if (length := tensors.pop(INPUT_LENGTHS, None)) and scalar(length) != len(ids):
         raise InvalidRequest(
             f"inputs.{INPUT_LENGTHS}", f"{scalar(length)}; input_ids has {len(ids)}"
         )
-    return tensor
+    return tensor, {"token_ids": ids}  # an empty list is refused as such
 
 
 def _named(
@@ -175,7 +168,7 @@ def _element(name: str, tensor: Tensor) -> Any:
 def _outputs(
     request: grpc_service_pb2.ModelInferRequest,
     flags: dict[str, bool],
-    generate: inference_pb2.GenerateRequest,
+    output: Mapping[str, Any],  # options of the request
     token_ids: bool,
 ) -> tuple[str, ...]:
     """Names of the tensors of the response: those requested, or the default and flagged ones."""
@@ -193,7 +186,7 @@ def _outputs(
     if token_ids:
         names.add("output_ids")
     names |= {name for flag, name in RETURN_FLAGS.items() if flags.get(flag)}
-    names |= {n for n in ("logprobs", "prompt_logprobs") if generate.output.HasField(n)}
+    names |= {n for n in ("logprobs", "prompt_logprobs") if n in output}
     return tuple(name for name in _OUTPUT_NAMES if name in names)
 
 

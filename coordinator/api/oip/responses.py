@@ -15,8 +15,8 @@ from typing import Any
 from coordinator.api.oip.model import VERSION
 from coordinator.api.oip.request import Form
 from coordinator.api.oip.tensors import BYTES, Tensor, write_tensor
-from coordinator.api.values import Delta, Event, PromptEvent, ScoredToken
-from coordinator.generation.request import Finished
+from coordinator.generation.events import Delta, Event, Finished, PromptEvent
+from coordinator.text.values import ScoredToken
 from engine.pb.inference import grpc_service_pb2 as pb
 
 FINAL = "triton_final_response"

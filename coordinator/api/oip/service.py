@@ -20,7 +20,6 @@ from importlib import metadata
 from typing import Any
 
 from coordinator.api.frontend import Frontend
-from coordinator.api.grpc.requests import read_request as to_values
 from coordinator.api.oip import model as oip_model
 from coordinator.api.oip.request import ParsedRequest, read_request
 from coordinator.api.oip.responses import FINAL, ResponseBuilder, bare_response
@@ -194,7 +193,7 @@ class OipServicer:
     ) -> AsyncGenerator[pb.ModelInferResponse, None]:
         """The responses to a request: one, or with `streaming` any number."""
         builder: ResponseBuilder | None = None
-        request = to_values(parsed.generate)
+        request = parsed.generate
         call = self._frontend.generate(request, _left_s(parsed, context))
         async with aclosing(call) as events:
             async for event in events:

@@ -41,7 +41,8 @@ from coordinator.api.openai.openapi import description
 from coordinator.api.openai.options import Call
 from coordinator.api.openai.read import check_rest, read
 from coordinator.api.openai.responses import Choice, Writer
-from coordinator.api.values import GenerateRequest, ModelCard, PromptEvent, TokenizeRequest
+from coordinator.api.values import GenerateRequest, ModelCard, TokenizeRequest
+from coordinator.generation.events import PromptEvent
 from engine.base.errors import InvalidRequest
 from engine.rpc.receive_budget import ReceiveBudget
 from engine.telemetry.metrics import PREFIX

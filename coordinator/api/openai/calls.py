@@ -11,7 +11,8 @@ from contextlib import aclosing, contextmanager
 
 from coordinator.api.frontend import Frontend
 from coordinator.api.openai.errors import Refused, failure_of
-from coordinator.api.values import Event, GenerateRequest
+from coordinator.api.values import GenerateRequest
+from coordinator.generation.events import Event
 from coordinator.generation.fan_in import Merge
 from engine.base.errors import DiptychError, Unavailable
 

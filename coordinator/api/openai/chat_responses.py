@@ -7,8 +7,7 @@ from typing import Any
 from coordinator.api.openai.logprobs import chat_logprobs, prompt_logprobs
 from coordinator.api.openai.options import Call
 from coordinator.api.openai.responses import Choice, Writer, joined, reason_of, replaced
-from coordinator.api.values import Delta, Event, PromptEvent
-from coordinator.generation.request import Finished
+from coordinator.generation.events import Delta, Event, Finished, PromptEvent
 from coordinator.text.values import ToolCallPiece
 
 

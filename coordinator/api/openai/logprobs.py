@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from coordinator.api.values import Logprob, ScoredToken
+from coordinator.text.values import Logprob, ScoredToken
 
 LEAST = -9999.0  # for infinities and NaN, which JSON has not
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from coordinator.api.openai.errors import unknown_parameter, unsupported
 from coordinator.api.openai.models import Call, ChatMessage, Function, Part
-from coordinator.api.values import Message, ToolCall
+from coordinator.text.values import Message, ToolCall
 from engine.base.errors import InvalidRequest
 
 _ASSISTANT = "assistant"

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from coordinator.api.openai.options import Call
-from coordinator.api.values import Event
-from coordinator.generation import request
-from coordinator.generation.request import Finished
+from coordinator.generation import events
+from coordinator.generation.events import Event, Finished
 from engine.base.types import FinishReason
 
 _REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORTED: "abort"}
@@ -34,7 +33,7 @@ class Usage:
         """Tokens of a choice came."""
         self._written[choice] = self._written.get(choice, 0) + num_tokens
 
-    def finished(self, prompt: int, choice: int, usage: request.Usage) -> None:
+    def finished(self, prompt: int, choice: int, usage: events.Usage) -> None:
         """The final numbers of a choice."""
         self.prompt[prompt] = usage.prompt_tokens
         # The first of n choices may have computed blocks that the others found cached.

@@ -12,12 +12,12 @@ from dataclasses import replace
 
 from coordinator.api.validation.constraint import constraint_from
 from coordinator.api.validation.tools import check_tool_calls, check_tools, text_schema, tool_use
-from coordinator.api.values import GenerateRequest, Message, Resume, Sampling, Stop
-from coordinator.generation.request import DEFAULT_MAX_TOKENS, GenerationRequest, Resumed
+from coordinator.api.values import GenerateRequest, Sampling, Stop
+from coordinator.generation.request import DEFAULT_MAX_TOKENS, GenerationRequest, Resume
 from coordinator.text import json_bounds as nesting
 from coordinator.text.served_model import Limits
 from coordinator.text.tool_format import tool_grammar
-from coordinator.text.values import ASSISTANT, ChatMessage
+from coordinator.text.values import ASSISTANT, Message
 from engine.base.errors import InvalidRequest, NotFound
 from engine.base.seeds import default_seed
 from engine.base.types import Constraint, SamplingParams
@@ -73,7 +73,7 @@ def validate(request: GenerateRequest, limits: Limits) -> GenerationRequest:
     if len(request.cache_salt) > MAX_SALT_CHARS:
         raise InvalidRequest("cache_salt", f"longer than {MAX_SALT_CHARS} characters")
     resumes = _resumes(request.resume, num_choices, limits, max_tokens)
-    resumed = resumes[0] if resumes else Resumed()
+    resumed = resumes[0] if resumes else Resume()
     return GenerationRequest(
         request_id=request_id,
         text=request.text,
@@ -104,7 +104,7 @@ def validate(request: GenerateRequest, limits: Limits) -> GenerationRequest:
 
 def check_messages(
     field: str, messages: Collection[Message], limits: Limits
-) -> tuple[ChatMessage, ...]:
+) -> tuple[Message, ...]:
     """A conversation of at least one message, each with a role and a content.
 
     An assistant's message may have no content: it made calls, or its text was empty.
@@ -121,15 +121,8 @@ def check_messages(
         silent = message.role == ASSISTANT or message.tool_calls
         if message.content is None and not silent:
             raise InvalidRequest(f"{field}[{i}].content", "unset; expected text")
-        checked.append(
-            ChatMessage(
-                message.role,
-                message.content,
-                message.name,
-                check_tool_calls(f"{field}[{i}].tool_calls", message.tool_calls, items),
-                message.tool_call_id,
-            )
-        )
+        calls = check_tool_calls(f"{field}[{i}].tool_calls", message.tool_calls, items)
+        checked.append(replace(message, tool_calls=calls))
     if not checked:
         raise InvalidRequest(field, "empty; expected at least one message")
     return tuple(checked)
@@ -266,13 +259,13 @@ def _sampling(sampling: Sampling, limits: Limits, request_id: str) -> SamplingPa
 
 def _resumes(
     entries: Sequence[Resume], num_choices: int, limits: Limits, max_tokens: int | None
-) -> tuple[Resumed, ...]:
+) -> tuple[Resume, ...]:
     """The part of each choice that the client has; empty where it has nothing."""
     if not entries:
         return ()
     if len(entries) > num_choices:
         raise InvalidRequest("resume", f"{len(entries)} entries; expected one a choice")
-    found: dict[int, Resumed] = {}
+    found: dict[int, Resume] = {}
     for i, entry in enumerate(entries):
         field = f"resume[{i}]"
         if entry.index >= num_choices:
@@ -287,5 +280,5 @@ def _resumes(
             raise InvalidRequest(
                 f"resume[{i}].affinity_token", f"longer than {MAX_AFFINITY_CHARS} characters"
             )
-        found[entry.index] = Resumed(ids, entry.finished, entry.affinity_token)
-    return tuple(found.get(index, Resumed()) for index in range(num_choices))
+        found[entry.index] = replace(entry, token_ids=ids)
+    return tuple(found.get(index, Resume()) for index in range(num_choices))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from coordinator.api import values
 from coordinator.api.values import Constraint, GenerateRequest
 from coordinator.text import json_bounds as nesting
 from coordinator.text.tool_format import Tool, ToolFormat, ToolUse, argument_schema
@@ -90,7 +89,7 @@ def text_schema(constraint: Constraint | None, use: ToolUse) -> str | None:
 
 
 def check_tool_calls(
-    field: str, calls: Sequence[values.ToolCall], items: nesting.Items | None = None
+    field: str, calls: Sequence[ToolCall], items: nesting.Items | None = None
 ) -> tuple[ToolCall, ...]:
     """Calls of an earlier turn. Templates get their arguments as objects.
 
@@ -101,8 +100,8 @@ def check_tool_calls(
     for i, call in enumerate(calls):
         if not call.name:
             raise InvalidRequest(f"{field}[{i}].name", "empty; expected the name of a tool")
-        fits = items.take(call.arguments)
-        arguments = _arguments(call.arguments) if fits else {UNPARSED: call.arguments}
+        source = str(call.arguments)
+        arguments = _arguments(source) if items.take(source) else {UNPARSED: source}
         checked.append(ToolCall(call.id, call.name, arguments))
     return tuple(checked)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from coordinator.api.values import Delta, Event, PromptEvent, ScoredToken
-from coordinator.generation.request import Ending, Finished, Usage
+from coordinator.generation.events import Delta, Ending, Event, Finished, PromptEvent, Usage
+from coordinator.text.values import ScoredToken
 from engine.base.types import FinishReason
 from engine.pb.vllm import vllm_engine_pb2 as pb
 

@@ -21,9 +21,10 @@ from contextlib import aclosing, contextmanager
 from typing import Any
 
 from coordinator.api.frontend import Frontend
-from coordinator.api.values import Event, GenerateRequest
+from coordinator.api.values import GenerateRequest
 from coordinator.api.vllm.request import to_generate
 from coordinator.api.vllm.responses import ResponseBuilder
+from coordinator.generation.events import Event
 from coordinator.generation.fan_in import Merge
 from coordinator.generation.pipeline import Pipeline
 from coordinator.text.served_model import ServedModel

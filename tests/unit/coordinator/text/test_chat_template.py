@@ -15,7 +15,7 @@ from coordinator.api.validation.tools import check_tool_calls
 from coordinator.text import template_budget
 from coordinator.text.chat_template import ChatTemplate, template_messages
 from coordinator.text.tool_format import HERMES, MISTRAL
-from coordinator.text.values import ChatMessage, ToolCall
+from coordinator.text.values import Message, ToolCall
 from engine.base.errors import InvalidRequest
 from engine.checkpoint.source import resolve
 from engine.pb.diptych.v1 import inference_pb2 as pb
@@ -83,8 +83,8 @@ def test_environment_equals_transformers(
 
 
 CALLING = [
-    ChatMessage("user", "Weather in Paris and Rome?"),
-    ChatMessage(
+    Message("user", "Weather in Paris and Rome?"),
+    Message(
         "assistant",
         None,
         tool_calls=(
@@ -92,8 +92,8 @@ CALLING = [
             ToolCall("call_two_", "f", {"city": "R\u00f6m"}),
         ),
     ),
-    ChatMessage("tool", "rain", tool_call_id="call_one_"),
-    ChatMessage("tool", "sun", tool_call_id="call_two_"),
+    Message("tool", "rain", tool_call_id="call_one_"),
+    Message("tool", "sun", tool_call_id="call_two_"),
 ]
 # Qwen's, shortened: it renders definitions, calls and results.
 KNOWS_TOOLS = (
@@ -134,7 +134,7 @@ WALKS = (
 )
 def test_a_call_that_was_cut_off_is_rendered(tmp_path: Path, template: str, written: str) -> None:
     calls = [pb.ToolCall(name="f", arguments=a) for a in ('{"city": "Paris"}', '{"city')]
-    message = ChatMessage("assistant", None, tool_calls=check_tool_calls("c", calls))
+    message = Message("assistant", None, tool_calls=check_tool_calls("c", calls))
     loaded = ChatTemplate.load(write(tmp_path, "{% if tools %}{% endif %}" + template))
     assert written in loaded.render(template_messages([message]))
 
@@ -150,8 +150,8 @@ NINE = (
 @pytest.mark.parametrize("call_id", ["call_9hHDFg7aKqjQ", "", "aB3dE6gH9"])
 def test_call_ids_of_other_servers_are_converted_for_mistral(tmp_path: Path, call_id: str) -> None:
     messages = [
-        ChatMessage("assistant", None, tool_calls=(ToolCall(call_id, "f", {}),)),
-        ChatMessage("tool", "x", tool_call_id=call_id),
+        Message("assistant", None, tool_calls=(ToolCall(call_id, "f", {}),)),
+        Message("tool", "x", tool_call_id=call_id),
     ]
     loaded = ChatTemplate.load(write(tmp_path, "{% if tools %}{% endif %}" + NINE))
     prompt = loaded.render(template_messages(messages, MISTRAL))
@@ -163,7 +163,7 @@ def test_call_ids_of_other_servers_are_converted_for_mistral(tmp_path: Path, cal
 def test_developer_is_system_in_templates_without_it(tmp_path: Path, knows: bool) -> None:
     template = GENERIC + ("{# system, developer #}" if knows else "")
     loaded = ChatTemplate.load(write(tmp_path, template))
-    prompt = loaded.render(template_messages([ChatMessage("developer", "rules")]))
+    prompt = loaded.render(template_messages([Message("developer", "rules")]))
     assert prompt == ("<developer>rules</developer>" if knows else "<system>rules</system>")
 
 

@@ -17,7 +17,7 @@ from coordinator.text.chat_template import ChatTemplate, template_messages
 from coordinator.text.served_model import ServedModel
 from coordinator.text.special_tokens import SpecialTokens, _longest_of
 from coordinator.text.tool_format import Tool
-from coordinator.text.values import ChatMessage, ToolCall
+from coordinator.text.values import Message, ToolCall
 from engine.base.errors import InvalidRequest
 from engine.checkpoint.source import resolve
 
@@ -201,10 +201,10 @@ def conversation(*said: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
     a, b, c = said
     calls = (ToolCall(a, b, {"city": a, c: [b, {"x": c}]}),)
     messages = [
-        ChatMessage("system", a),
-        ChatMessage("user", b, name=c),
-        ChatMessage("assistant", a + "<think>" + b + "</think>" + c, tool_calls=calls),
-        ChatMessage("tool", c, tool_call_id=b),
+        Message("system", a),
+        Message("user", b, name=c),
+        Message("assistant", a + "<think>" + b + "</think>" + c, tool_calls=calls),
+        Message("tool", c, tool_call_id=b),
     ]
     schema = {"type": "object", "properties": {a: {"description": b}, "end": {"description": c}}}
     tool = {"type": "function", "function": {"name": a, "description": c, "parameters": schema}}
@@ -343,14 +343,14 @@ async def test_the_served_model(option: str, in_prompt: int, in_chat: int) -> No
         ids = await model.encode("text", text, True, 1000)
         assert ids.count(1) == in_prompt
         assert model.tokenizer.decode(ids, skip_special_tokens=False) == text
-        chat = await model.encode_chat([ChatMessage("user", text)], 1000)
-        plain = await model.encode_chat([ChatMessage("user", "ab")], 1000)
+        chat = await model.encode_chat([Message("user", text)], 1000)
+        plain = await model.encode_chat([Message("user", "ab")], 1000)
         assert chat.count(1) - plain.count(1) == in_chat
         assert text in model.tokenizer.decode(chat, skip_special_tokens=False)
         tool = Tool("f", {"type": "function", "function": {"name": text}}, {}, False)
-        told = await model.encode_chat([ChatMessage("user", "ab")], 4000, [tool])
+        told = await model.encode_chat([Message("user", "ab")], 4000, [tool])
         assert told.count(1) - plain.count(1) == in_chat
         with pytest.raises(InvalidRequest, match="characters are at least"):
-            await model.encode_chat([ChatMessage("user", "x" * 100_000)], 1000)
+            await model.encode_chat([Message("user", "x" * 100_000)], 1000)
     finally:
         model.close()

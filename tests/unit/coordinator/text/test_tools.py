@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from coordinator.api.grpc.requests import read_request
 from coordinator.api.validation.tools import check_tool_calls, check_tools, text_schema, tool_use
 from coordinator.api.values import Constraint
+from coordinator.generation.events import Ending
 from coordinator.generation.output import Output
-from coordinator.generation.request import Ending
 from coordinator.text.served_model import Limits
 from coordinator.text.tokenizer import Tokenizer
 from coordinator.text.tool_format import (
@@ -33,7 +33,7 @@ from coordinator.text.tool_format import (
     tool_grammar,
 )
 from coordinator.text.tool_parser import ToolCalls, call_id
-from coordinator.text.values import ChatMessage
+from coordinator.text.values import Message
 from engine.base.errors import InvalidRequest, NotOffered
 from engine.base.option_groups import FrontOptions
 from engine.base.types import FinishReason
@@ -392,7 +392,7 @@ def test_arguments_of_earlier_calls_are_objects():
     first, second = got.messages
     assert first.content is None
     assert first.tool_calls[0].arguments == {"a": [1]}
-    assert second == ChatMessage("tool", "r", tool_call_id="i")
+    assert second == Message("tool", "r", tool_call_id="i")
     assert check_tool_calls("c", [pb.ToolCall(name="f")])[0].arguments == {}
     with pytest.raises(InvalidRequest) as caught:
         check_tool_calls("c", [pb.ToolCall(arguments="{}")])

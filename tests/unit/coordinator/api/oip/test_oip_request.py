@@ -9,11 +9,13 @@ import pytest
 
 from coordinator.api.oip import model as oip_model
 from coordinator.api.oip.neutral import NEUTRAL
-from coordinator.api.oip.options import FIELDS
+from coordinator.api.oip.options import OPTIONS
 from coordinator.api.oip.request import read_request
 from coordinator.api.oip.responses import FINAL, ResponseBuilder
 from coordinator.api.oip.tensors import Tensor, read_tensors, write_tensor
-from coordinator.api.values import Delta, PromptEvent
+from coordinator.api.validation.request import validate
+from coordinator.api.values import Constraint, GenerateRequest, Output, Sampling, Stop
+from coordinator.generation.events import Delta, PromptEvent
 from coordinator.text.served_model import Limits
 from engine.base.errors import DiptychError, InvalidRequest, NotFound
 from engine.base.types import FinishReason
@@ -21,7 +23,6 @@ from engine.pb.diptych.v1 import inference_pb2
 from engine.pb.inference import grpc_service_pb2 as pb
 from engine.pb.inference import model_config_pb2
 from tests.support.answer_events import finished, scored
-from tests.support.validated import validated
 
 MODEL = "smollm2"
 LIMITS = Limits(MODEL, 1000, (2,), 500)
@@ -47,7 +48,7 @@ def packed(*values):
 
 def ask(text="Hello", shape=(1,), raw=False, **parameters):
     """A request for `text`; parameters by their Python type."""
-    request = pb.ModelInferRequest(model_name=MODEL)
+    request = pb.ModelInferRequest(model_name=MODEL, id="r")
     tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=shape)
     if raw:
         request.raw_input_contents.append(packed(text.encode()))
@@ -181,14 +182,14 @@ def test_token_ids():
     request = add(pb.ModelInferRequest(), "input_ids", "INT32", [1, 3], 5, 6, 7)
     add(request, "input_lengths", "INT32", [1, 1], 3)
     asked = read_request(request, MODEL)
-    assert list(asked.generate.token_ids.ids) == [5, 6, 7]
+    assert list(asked.generate.token_ids) == [5, 6, 7]
     assert asked.form.outputs == ("text_output", "finish_reason", "output_ids")
     request.inputs[1].contents.int_contents[0] = 4
     refused(request, "inputs.input_lengths", "4; input_ids has 3")
     refused(add(pb.ModelInferRequest(), "input_ids", "INT32", [2], 5, -1), "inputs.input_ids[1]")
     refused(add(pb.ModelInferRequest(), "input_ids", "FP32", [1], 5), "expected one of INT32")
     empty = read_request(add(pb.ModelInferRequest(), "input_ids", "INT32", [0]), MODEL)
-    assert empty.generate.WhichOneof("prompt") == "token_ids"  # the frontend refuses it as empty
+    assert list(empty.generate.token_ids) == []  # the frontend refuses it as empty
 
 
 def test_every_option_is_served_by_every_carrier():
@@ -202,11 +203,10 @@ def test_every_option_is_served_by_every_carrier():
         "regex": "a",
         "grammar": "g",
     }
-    for name, (part, field) in FIELDS.items():
+    for name, option in OPTIONS.items():
         value = values.get(name)
         if value is None:
-            kind = {field.TYPE_BOOL: True, field.TYPE_FLOAT: 0.5}
-            value = kind.get(field.type, 3)
+            value = {bool: True, float: 0.5}.get(option.type, 3)
         tensor = ask()
         spec = next(spec for spec in oip_model.INPUTS if spec.name == name)
         element = value.encode() if isinstance(value, str) else value
@@ -218,14 +218,26 @@ def test_every_option_is_served_by_every_carrier():
         )
         for request in carriers:
             generate = read_request(request, MODEL).generate
-            message = getattr(generate, part) if part else generate
-            if field.is_repeated:
-                assert len(getattr(message, name)) == 1, name
-            elif name == "choice":
-                assert list(message.choice.choices) == ["x"]
+            if option.part == "constraint":
+                expected = ["x"] if name == "choice" else value
+                assert generate.constraint == Constraint(name, expected)
+                continue
+            found = getattr(getattr(generate, option.part) if option.part else generate, name)
+            if name == "logit_bias":
+                assert found == {5: 1.5}
             else:
-                assert message.HasField(name), name
-                assert getattr(message, name) == value, name
+                assert found == ([value] if spec.dims == (-1,) else value), name
+
+
+def test_options_are_the_fields_of_the_public_request():
+    for option, part in (
+        (inference_pb2.Sampling, "sampling"),
+        (inference_pb2.Stop, "stop"),
+        (inference_pb2.Output, "output"),
+        (inference_pb2.Constraint, "constraint"),
+    ):
+        names = {name for name, found in OPTIONS.items() if found.part == part}
+        assert names == set(option.DESCRIPTOR.fields_by_name)
 
 
 def test_numbers_as_text_and_lists_as_json():
@@ -243,7 +255,7 @@ def test_numbers_as_text_and_lists_as_json():
     ).generate
     assert generate.sampling.temperature == 0.5
     assert generate.stop.max_tokens == 20
-    assert generate.sampling.top_k == 0
+    assert generate.sampling.top_k is None
     assert generate.stop.min_tokens == 2
     assert list(generate.stop.stop) == ["a", "b"]
     assert list(generate.stop.stop_token_ids) == [3, 4]
@@ -290,13 +302,13 @@ def test_a_request_as_tensorrt_llms_backend_of_its_llm_api_has_it(streaming):
     add(request, "return_stop_reason", "BOOL", [1], False)
     asked = read_request(request, MODEL)
     assert asked.streaming == streaming
-    assert asked.generate == inference_pb2.GenerateRequest(
+    assert asked.generate == GenerateRequest(
         model=MODEL,
-        request_id="",
+        request_id="r",
         text="Hello",
-        sampling=inference_pb2.Sampling(temperature=0.5, top_k=7, frequency_penalty=0.0, seed=5),
-        stop=inference_pb2.Stop(max_tokens=9, stop=["x", "y"]),
-        output=inference_pb2.Output(echo=True),
+        sampling=Sampling(temperature=0.5, top_k=7, frequency_penalty=0.0, seed=5),
+        stop=Stop(max_tokens=9, stop=["x", "y"]),
+        output=Output(echo=True),
     )
     again = add(request, "seed", "UINT64", [1], 6)
     refused(again, "inputs.seed", "given already, as inputs.sampling_param_seed")
@@ -365,13 +377,13 @@ def every_default_of_tensorrt_llm():
 
 def test_every_default_of_tensorrt_llms_clients_is_taken():
     asked = read_request(every_default_of_tensorrt_llm(), MODEL)
-    assert asked.generate == inference_pb2.GenerateRequest(
+    assert asked.generate == GenerateRequest(
         model=MODEL,
-        request_id="",
+        request_id="r",
         text="Hello",
         n=1,
         # No top_k and a top_p of 0: the likeliest token, whatever the temperature.
-        sampling=inference_pb2.Sampling(
+        sampling=Sampling(
             temperature=1.0,
             top_k=1,
             repetition_penalty=1.0,
@@ -379,7 +391,7 @@ def test_every_default_of_tensorrt_llms_clients_is_taken():
             frequency_penalty=0.0,
             seed=0,
         ),
-        stop=inference_pb2.Stop(max_tokens=9, min_tokens=1, stop_token_ids=[2]),
+        stop=Stop(max_tokens=9, min_tokens=1, stop=[], stop_token_ids=[2]),
     )
 
 
@@ -405,7 +417,7 @@ def test_filters_as_tensorrt_llm_reads_them(names, top_k, top_p, expected):
         add(tensors, name, "INT32" if name.endswith("k") else "FP32", [1], value)
     vllms = add(ask(), "sampling_parameters", "BYTES", [1], json.dumps(text).encode())
     for request in (ask(**given), ask(**text), tensors, vllms):
-        sampling = validated(read_request(request, MODEL).generate, LIMITS).sampling
+        sampling = validate(read_request(request, MODEL).generate, LIMITS).sampling
         assert (sampling.top_k, sampling.top_p) == expected
 
 
@@ -481,8 +493,8 @@ def test_empty_stops_are_none():
         ask(seed=-1),
     ):
         generate = read_request(request, MODEL).generate
-        assert not generate.stop.ByteSize()
-        assert not generate.sampling.ByteSize()
+        assert not generate.stop.stop
+        assert generate.sampling == Sampling()
     assert list(read_request(ask(stop='["", "x"]'), MODEL).generate.stop.stop) == ["x"]
 
 
@@ -497,10 +509,9 @@ def test_a_request_as_vllms_backend_has_it():
     add(request, "return_logprobs", "BOOL", [1], True)
     add(request, "exclude_input_in_output", "BOOL", [1], False)
     asked = read_request(request, MODEL)
-    assert json.loads(asked.generate.constraint.json_schema) == {"type": "object"}
-    assert not asked.generate.stop.HasField("max_tokens")
+    assert json.loads(asked.generate.constraint.value) == {"type": "object"}
+    assert asked.generate.stop.max_tokens is None
     assert asked.generate.output.echo
-    assert asked.generate.output.HasField("logprobs")
     assert asked.generate.output.logprobs == 0
     expected = ("text_output", "finish_reason", "num_input_tokens", "logprobs")
     assert asked.form.outputs == expected
@@ -515,13 +526,13 @@ def test_a_constraint_as_text_as_vllms_backend_wants_it(name):
         ask(**{name: value}),  # a parameter of the request can be nothing but text
     ):
         asked = read_request(request, MODEL)
-        assert list(asked.generate.constraint.choice.choices) == ["yes", "no"]
+        assert asked.generate.constraint == Constraint("choice", ["yes", "no"])
 
 
 def test_a_schema_that_nothing_fits_is_no_schema_that_is_off():
     options = json.dumps({"structured_outputs": {"json": False}}).encode()
     asked = read_request(add(ask(), "sampling_parameters", "BYTES", [1], options), MODEL)
-    assert asked.generate.constraint.json_schema == "false"
+    assert asked.generate.constraint.value == "false"
 
 
 @pytest.mark.parametrize(
@@ -580,7 +591,7 @@ def test_what_comes_back():
     request.outputs.add(name="cumulative_logprob")
     asked = read_request(request, MODEL)
     assert asked.form.outputs == ("output_ids", "cumulative_logprob")
-    assert asked.generate.output.HasField("logprobs")
+    assert asked.generate.output.logprobs == 0
     request.outputs.add(name="nothing")
     refused(request, "outputs.nothing", "text_output")
     request = ask()
@@ -628,7 +639,7 @@ _values = st.one_of(
 
 @hypothesis.given(
     st.dictionaries(
-        st.sampled_from([*FIELDS, "streaming", "sampling_parameters", "stop_words", "timeout"]),
+        st.sampled_from([*OPTIONS, "streaming", "sampling_parameters", "stop_words", "timeout"]),
         _values,
         max_size=4,
     )

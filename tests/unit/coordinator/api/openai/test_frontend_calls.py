@@ -8,7 +8,8 @@ import pytest
 
 from coordinator.api.openai.calls import merged
 from coordinator.api.openai.errors import Refused, failure_of
-from coordinator.api.values import Delta, GenerateRequest
+from coordinator.api.values import GenerateRequest
+from coordinator.generation.events import Delta
 from engine.base.errors import CheckpointError, DeadlineExceeded, InvalidRequest
 from tests.support.scripted_frontend import ScriptedFrontend, client
 

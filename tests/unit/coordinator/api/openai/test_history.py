@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from coordinator.api.openai.chats import read_chat
 from coordinator.api.openai.errors import failure_of
-from coordinator.api.values import Message, ToolCall
+from coordinator.text.values import Message, ToolCall
 from engine.base.errors import DiptychError
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from tests.support.http_front import http_front

@@ -11,8 +11,8 @@ from coordinator.api.openai.chat_responses import ChatWriter
 from coordinator.api.openai.chats import read_chat
 from coordinator.api.openai.completion_responses import CompletionWriter
 from coordinator.api.openai.completions import read_completion
-from coordinator.api.values import Delta, Logprob, PromptEvent, ScoredToken
-from coordinator.text.values import ToolCallPiece
+from coordinator.generation.events import Delta, PromptEvent
+from coordinator.text.values import Logprob, ScoredToken, ToolCallPiece
 from engine.base.types import FinishReason
 from tests.support.answer_events import finished, scored, usage
 

@@ -7,9 +7,10 @@ import grpc
 import pytest
 
 from coordinator.api import values
-from coordinator.api.values import Constraint, Delta, Output, PromptEvent, Sampling, Stop
+from coordinator.api.values import Constraint, Output, Sampling, Stop
 from coordinator.api.vllm.request import to_generate
 from coordinator.api.vllm.responses import ResponseBuilder
+from coordinator.generation.events import Delta, PromptEvent
 from engine.base.errors import DiptychError, InvalidRequest, NotOffered
 from engine.base.types import FinishReason
 from engine.pb.vllm import vllm_engine_pb2 as pb
