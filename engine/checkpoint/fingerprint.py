@@ -9,6 +9,7 @@ later version adds leaves the digests of today's models as they are.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from engine.checkpoint.added_tokens import TOKENIZER, merged_tokenizer
 from engine.checkpoint.digest import file_digests
 from engine.checkpoint.files import FileState
 from engine.checkpoint.shards import read_entries, read_metadata
-from engine.models.config import ModelConfig, RopeScaling
+from engine.models.config import ModelConfig, RopeScaling, RopeSpec
 
 _VERSION = "2"  # of the fields below and of their order
 ROPE_FIELDS = (
@@ -32,8 +33,13 @@ CONFIG_FIELDS = (
     *("rope_theta", "rope_scaling", "tie_word_embeddings", "attention_bias", "output_bias"),
     *("mlp_bias", "sliding_window", "bos_token_id", "eos_token_ids"),
 )
-# Later fields count where they are set, so that the digests of all other models stay.
-OPTIONAL_FIELDS = ("layer_windows", "attention_scale", "attention_softcap")
+# Later fields count where they differ from their default, so that other models' digests stay.
+_ROPE_OPTIONAL = ("rotary_dim", "other_ropes", "layer_ropes")
+OPTIONAL_FIELDS = (
+    *("layer_windows", "attention_scale", "attention_softcap", "activation", "embedding_scale"),
+    *("residual_scale", "logit_scale", "logit_softcap", *_ROPE_OPTIONAL),
+)
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
 
 def config_digest(config: ModelConfig) -> str:
@@ -43,13 +49,20 @@ def config_digest(config: ModelConfig) -> str:
 
 def config_fields(config: ModelConfig) -> list[str]:
     """`name=value` of the fields that are listed, numbers in full."""
-    chosen = [name for name in OPTIONAL_FIELDS if getattr(config, name)]
-    return [f"{name}={_text(getattr(config, name))}" for name in (*CONFIG_FIELDS, *chosen)]
+    always = [f"{name}={_text(getattr(config, name))}" for name in CONFIG_FIELDS]
+    return always + _set_fields(config, OPTIONAL_FIELDS)
 
 
-def rope_fields(scaling: RopeScaling) -> list[str]:
-    """`name=value` of the fields that are listed, numbers in full."""
-    return [f"{name}={_text(getattr(scaling, name))}" for name in ROPE_FIELDS]
+def rope_text(config: ModelConfig) -> str:
+    """How keys are rotated: equal texts, equal rotations."""
+    first = f"{_text(config.rope_theta)} {_text(config.rope_scaling)}"
+    return " ".join((first, *_set_fields(config, _ROPE_OPTIONAL)))
+
+
+def _set_fields(config: ModelConfig, names: Sequence[str]) -> list[str]:
+    """`name=value` of the fields that differ from their default."""
+    values = {name: getattr(config, name) for name in names}
+    return [f"{name}={_text(v)}" for name, v in values.items() if v != _DEFAULTS[name]]
 
 
 def _text(value: object) -> str:
@@ -59,7 +72,9 @@ def _text(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(map(_text, value))
     if isinstance(value, RopeScaling):
-        return " ".join(rope_fields(value))
+        return " ".join(f"{name}={_text(getattr(value, name))}" for name in ROPE_FIELDS)
+    if isinstance(value, RopeSpec):
+        return f"{_text(value.theta)} {_text(value.scaling)} dim={value.dim}"
     if value is None or isinstance(value, bool | int | str):
         return str(value)
     raise TypeError(f"{type(value).__name__} in a digest")

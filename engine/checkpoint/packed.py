@@ -285,7 +285,7 @@ def _write(path: Path, checkpoint: Checkpoint, choice: str, progress: bool) -> N
                 yield from _packed(source[part.hf_name], kinds[matrix.name])
         for vector in vectors:
             for part in vector.parts:
-                yield source[part.hf_name].values(0, 1)
+                yield source[part.hf_name].values(0, 1) + np.float32(part.offset)
 
     write_shard(path, header, (np.ascontiguousarray(a).data.cast("B") for a in arrays()))
 

@@ -123,7 +123,7 @@ INLINE void stage(const geometry *g, const queries *w, int first, int count, int
 INLINE void score(const geometry *g, const queries *w, int vector, int M, int first, int once, const float *keys,
                   const coming *next, float *scores) {
     const int D = g->head_dim;
-    const __m512 scale = _mm512_set1_ps(LOG2_E / sqrtf((float)D)); /* weights are powers of 2 */
+    const __m512 scale = _mm512_set1_ps(g->scale); /* weights are powers of 2 */
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const float *q[STRIP];
     __m512 sums[STRIP][4];
@@ -169,6 +169,7 @@ INLINE void score(const geometry *g, const queries *w, int vector, int M, int fi
             __mmask16 seen = _mm512_cmple_epi32_mask(key, last) & _mm512_cmpge_epi32_mask(key, from);
             /* An infinite score becomes a NaN: it must not pass for one that is masked. */
             __m512 s = _mm512_fmadd_ps(sums[i][j], _mm512_setzero_ps(), _mm512_mul_ps(sums[i][j], scale));
+            if (g->cap) s = _mm512_mul_ps(cap_ps(s, g->cap), _mm512_set1_ps(LOG2_E));
             s = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, s);
             _mm512_storeu_ps(scores + i * TILE + 16 * j, s);
         }

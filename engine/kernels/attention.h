@@ -13,6 +13,8 @@ typedef struct {
     int64_t head_stride;  /* elements from one K/V head of a block to the next */
     int kv_heads, group, head_dim, block_size; /* head_dim a multiple of 32, block_size of 16 */
     int window;           /* positions that a query sees, itself included; 0: all */
+    float scale;          /* of scores; times log2(e) where there is no cap */
+    float cap;            /* scores become cap * tanh(scaled score / cap); 0: none */
 } geometry;
 
 /* The query vectors of some consecutive tokens of one request for one K/V head: vector i is of token

@@ -1,8 +1,11 @@
 /* A step of a decoder on the CPU: ragged rows in, logits out, one call.
  *
- *     x --norm--> qkv --(q, k norm), rotate, write KV--> attention --> out --(+ x)
- *       --norm--> gate, up --> down --(+ x)
+ *     x --norm--> qkv --(q, k norm), rotate, write KV--> attention --> out --(norm), + x
+ *       --norm--> gate, up --> down --(norm), + x
  *     once a layer, then norm and the vocabulary, for the tokens whose logits are wanted
+ *
+ * What is in brackets, and every scale, cap, window and rotation, follows the model's description, layer
+ * by layer. A feature that a model does not have costs nothing and changes no bit.
  *
  * Between products everything is fp32. A product's input becomes 16-bit fixed point where its weight
  * is packed (matmul.h). K and V are rounded to bfloat16 when they are written. Each arrow is one
@@ -24,17 +27,33 @@ enum { ROWS_PER_ITEM = 128, TOKENS_PER_ITEM = 8, MAX_GROUPS_PER_ITEM = 16 };
 
 /* Filled in by engine/kernels/decoder.py, which also keeps widths to multiples of 32. */
 typedef struct {
-    const float *input_norm, *mlp_norm; /* [hidden] */
-    const float *q_norm, *k_norm;       /* [head_dim], or NULL: none */
+    const float *input_norm, *mlp_norm;       /* [hidden] */
+    const float *q_norm, *k_norm;             /* [head_dim], or NULL: none */
+    const float *out_norm, *down_norm;        /* [hidden], before the sum with x; or NULL: none */
     matrix qkv, out, gate_up, down;
-    int32_t window, unused; /* positions that a query sees, itself included; 0: all */
+    int32_t window; /* positions that a query sees, itself included; 0: all */
+    int32_t rope;   /* which of the model's tables turns q and k; -1: none */
+    float score_scale; /* 0: 1 / sqrt(head_dim) */
+    float score_cap; /* scores become cap * tanh(scaled score / cap); 0: none */
 } layer_weights;
 
+/* Rotary frequencies. The first `dim` numbers of a head turn, a multiple of 32. */
 typedef struct {
-    int32_t num_layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, unused;
-    float eps, rope_scale;
-    const float *inv_freq; /* [head_dim / 2] */
-    const float *norm;     /* [hidden] */
+    const float *inv_freq; /* [dim / 2] */
+    float scale;           /* of cos and sin */
+    int32_t dim;
+} rope_table;
+
+typedef enum { SILU, GELU_TANH } activation;
+
+typedef struct {
+    int32_t num_layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, num_ropes;
+    float eps, embedding_scale;
+    float residual_scale;        /* of what a layer adds to x */
+    float logit_scale, logit_cap; /* logits become cap * tanh(logit * scale / cap); cap 0: none */
+    int32_t activation;
+    const rope_table *ropes;
+    const float *norm; /* [hidden] */
     matrix embedding, head;
     const layer_weights *layers;
 } decoder;
@@ -72,6 +91,7 @@ typedef struct {
     geometry at;                /* ... and its part of the pool */
     operand normed, context, inner; /* context: what attention gives */
     float *x, *qkv, *rope, *logits;
+    float *added; /* [T, hidden], to be normalised and added to x; NULL: no layer has such a norm */
     attention_task *tasks; /* for the layer's window */
     char *parts;
     int num_tasks, split;
@@ -159,18 +179,45 @@ static int position_of(const step *s, int token) {
     return s->b->position[row] + token - s->b->first_token[row];
 }
 
-/* Embedding, and cos and sin [2, head_dim / 2] of each token. */
+/* x += scale * the norm of what was added. */
+static void add_normed_item(void *arg, int index, int thread) {
+    (void)thread;
+    const norm_loop *l = arg;
+    const int width = l->s->model->hidden, end = at_most((index + 1) * TOKENS_PER_ITEM, l->count);
+    const __m512 scale = _mm512_set1_ps(l->s->model->residual_scale);
+    for (int i = index * TOKENS_PER_ITEM; i < end; i++) {
+        float *x = l->s->x + (size_t)i * width, *added = l->s->added + (size_t)i * width;
+        norm_vector(added, l->weight, l->s->model->eps, width, added);
+        for (int c = 0; c < width; c += 16)
+            _mm512_storeu_ps(x + c, _mm512_fmadd_ps(_mm512_loadu_ps(added + c), scale, _mm512_loadu_ps(x + c)));
+    }
+}
+
+/* cos and sin [2, dim / 2] of every table, for one token: [num_ropes, head_dim]. */
+static float *rope_of(const step *s, int token) {
+    return s->rope + (size_t)token * s->model->num_ropes * s->model->head_dim;
+}
+
+/* Embedding, and the rotations of each token. */
 static void begin_item(void *arg, int index, int thread) {
     (void)thread;
     step *s = arg;
     const decoder *m = s->model;
-    const int half = m->head_dim / 2;
+    const __m512 scale = _mm512_set1_ps(m->embedding_scale);
     for (int t = index * TOKENS_PER_ITEM; t < at_most((index + 1) * TOKENS_PER_ITEM, s->b->num_tokens); t++) {
-        unpack_row(&m->embedding, s->b->token_ids[t], s->x + (size_t)t * m->hidden);
-        float *table = s->rope + (size_t)t * m->head_dim, position = (float)position_of(s, t);
-        for (int i = 0; i < half; i++) {
-            table[i] = cosf(position * m->inv_freq[i]) * m->rope_scale;
-            table[half + i] = sinf(position * m->inv_freq[i]) * m->rope_scale;
+        float *x = s->x + (size_t)t * m->hidden;
+        unpack_row(&m->embedding, s->b->token_ids[t], x);
+        for (int c = 0; c < m->hidden; c += 16)
+            _mm512_storeu_ps(x + c, _mm512_mul_ps(_mm512_loadu_ps(x + c), scale));
+        const float position = (float)position_of(s, t);
+        for (int r = 0; r < m->num_ropes; r++) {
+            const rope_table *rope = &m->ropes[r];
+            const int half = rope->dim / 2;
+            float *table = rope_of(s, t) + r * m->head_dim;
+            for (int i = 0; i < half; i++) {
+                table[i] = cosf(position * rope->inv_freq[i]) * rope->scale;
+                table[half + i] = sinf(position * rope->inv_freq[i]) * rope->scale;
+            }
         }
     }
 }
@@ -191,12 +238,13 @@ static void write_item(void *arg, int index, int thread) {
     step *s = arg;
     const decoder *m = s->model;
     const int D = m->head_dim, width = (m->heads + 2 * m->kv_heads) * D, size = s->pool.block_size;
+    const int turns = s->layer->rope;
     for (int t = index * TOKENS_PER_ITEM; t < at_most((index + 1) * TOKENS_PER_ITEM, s->b->num_tokens); t++) {
         float *heads = s->qkv + (size_t)t * width;
         for (int h = 0; h < m->heads + m->kv_heads; h++) {
             const float *weight = h < m->heads ? s->layer->q_norm : s->layer->k_norm;
             if (weight) norm_vector(heads + h * D, weight, m->eps, D, heads + h * D);
-            rotate(heads + h * D, s->rope + (size_t)t * D, D / 2);
+            if (turns >= 0) rotate(heads + h * D, rope_of(s, t) + turns * D, m->ropes[turns].dim / 2);
         }
         const int position = position_of(s, t);
         const int32_t block = s->b->tables[(size_t)s->row_of[t] * s->b->table_stride + position / size];
@@ -216,8 +264,9 @@ static void over_tokens(step *s, work_item run) {
 
 /* ---- products ------------------------------------------------------------------------------------------ */
 
-/* What follows a product. ADD: to a residual; GATED: silu(first half) * second half. */
-typedef enum { STORE, ADD, GATED } epilogue;
+/* What follows a product. ADD: scaled, to a residual; GATED: activation of the first half, times the second
+ * half; CAP: logits scaled and capped. */
+typedef enum { STORE, ADD, GATED, CAP } epilogue;
 
 typedef struct {
     step *s;
@@ -229,8 +278,16 @@ typedef struct {
     int M, stride, groups, groups_per_item, rows_per_item, num_row_parts;
 } product_loop;
 
-static __m512 silu(__m512 x) {
-    __m512 e = exp_ps(_mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_sub_ps(_mm512_setzero_ps(), x)));
+/* x times the logistic function of x, or of 2 sqrt(2 / pi) (x + 0.044715 x^3): 0.5 x (1 + tanh(...)), the usual
+ * approximation of GELU (Hendrycks, Gimpel 2016). */
+static __m512 activate(__m512 x, activation kind) {
+    __m512 z = x;
+    if (kind == GELU_TANH) {
+        const __m512 square = _mm512_mul_ps(x, x), cubic = _mm512_set1_ps(0.044715f);
+        z = _mm512_mul_ps(x, _mm512_fmadd_ps(square, cubic, _mm512_set1_ps(1.0f)));
+        z = _mm512_mul_ps(z, _mm512_set1_ps(1.5957691216f));
+    }
+    __m512 e = exp_ps(_mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_sub_ps(_mm512_setzero_ps(), z)));
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
 }
 
@@ -244,13 +301,17 @@ static void some_outputs(const product_loop *l, int first, int N, int row, int M
     product(l->w, first, N, l->from, row, M, tile, wide, panel);
     float *up = tile + ROWS_PER_ITEM * wide;
     if (l->epilogue == GATED) product(l->w, l->groups + first, N, l->from, row, M, up, wide, panel);
+    const decoder *m = l->s->model;
+    const __m512 residual = _mm512_set1_ps(m->residual_scale), logit = _mm512_set1_ps(m->logit_scale);
     for (int i = 0; i < M; i++, tile += wide, up += wide) {
         const size_t at = (size_t)(row + i) * l->stride + column;
         for (int c = 0; c < N * GROUP; c += GROUP) {
             const __mmask16 mask = lanes(l->stride - column - c);
             __m512 value = _mm512_loadu_ps(tile + c);
-            if (l->epilogue == ADD) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, l->to + at + c));
-            if (l->epilogue == GATED) value = _mm512_mul_ps(silu(value), _mm512_loadu_ps(up + c));
+            if (l->epilogue == ADD)
+                value = _mm512_fmadd_ps(value, residual, _mm512_maskz_loadu_ps(mask, l->to + at + c));
+            if (l->epilogue == GATED) value = _mm512_mul_ps(activate(value, m->activation), _mm512_loadu_ps(up + c));
+            if (l->epilogue == CAP) value = cap_ps(_mm512_mul_ps(value, logit), m->logit_cap);
             _mm512_mask_storeu_ps(l->to + at + c, mask, value);
         }
         if (l->epilogue == GATED) quantise(l->gated, row + i, column, N * GROUP);
@@ -384,6 +445,9 @@ static void count_tasks(step *s, int window) {
 static void enter_layer(step *s, int i) {
     const layer_weights *before = s->layer;
     s->layer = &s->model->layers[i];
+    const float log2 = s->layer->score_cap ? 1.0f : LOG2_E, scale = s->layer->score_scale;
+    s->at.cap = s->layer->score_cap;
+    s->at.scale = scale ? log2 * scale : log2 / sqrtf((float)s->at.head_dim);
     if (before && before->window == s->layer->window) return;
     count_tasks(s, s->layer->window);
     list_tasks(s, s->split, s->tasks);
@@ -397,7 +461,7 @@ static void lay_out(step *s, arena *a) {
     a->used = 0;
     s->x = take(a, sizeof(float) * T * m->hidden);
     s->qkv = take(a, sizeof(float) * T * (m->heads + 2 * m->kv_heads) * m->head_dim);
-    s->rope = take(a, sizeof(float) * T * m->head_dim);
+    s->rope = take(a, sizeof(float) * T * m->num_ropes * m->head_dim);
     s->row_of = take(a, sizeof(int32_t) * T);
     s->normed = take_operand(a, most, m->hidden);
     s->context = take_operand(a, T, m->heads * m->head_dim);
@@ -408,14 +472,29 @@ static void lay_out(step *s, arena *a) {
     s->scratch_bytes = ((product_bytes > attend_bytes ? product_bytes : attend_bytes) + 4095) & ~(size_t)4095;
     s->scratch = take(a, s->scratch_bytes * num_threads());
     size_t num_tasks = 0, num_parts = 0; /* the most of any layer */
+    int normed_sums = 0;
     for (int i = 0; i < m->num_layers; i++) {
+        if (m->layers[i].out_norm || m->layers[i].down_norm) normed_sums = 1;
         if (i && m->layers[i].window == m->layers[i - 1].window) continue;
         count_tasks(s, m->layers[i].window);
         if ((size_t)s->num_tasks > num_tasks) num_tasks = s->num_tasks;
         if (s->split && (size_t)s->num_tasks > num_parts) num_parts = s->num_tasks;
     }
+    s->added = normed_sums ? take(a, sizeof(float) * T * m->hidden) : NULL;
     s->tasks = take(a, sizeof(attention_task) * num_tasks);
     s->parts = take(a, partial_bytes(m->head_dim) * num_parts);
+}
+
+/* x += what w makes of `from`, normalised before where the layer has such a norm. */
+static void add_product(step *s, const matrix *w, const operand *from, const float *weight) {
+    const int T = s->b->num_tokens;
+    if (!weight) {
+        multiply(s, w, from, T, ADD, s->x, NULL);
+        return;
+    }
+    multiply(s, w, from, T, STORE, s->added, NULL);
+    norm_loop l = {s, weight, NULL, T};
+    parallel((T + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM, add_normed_item, &l);
 }
 
 /* logits [S, vocab] fp32 of the batch, whose KV is written on the way. Returns 0, or 1 when there is no
@@ -423,7 +502,7 @@ static void lay_out(step *s, arena *a) {
 int diptych_forward(const decoder *m, const batch *b, const kv_pool *pool, arena *a, float *logits) {
     step s = {.model = m, .b = b, .pool = *pool, .logits = logits};
     s.at = (geometry){pool->first, pool->block_stride, pool->head_stride, m->kv_heads, m->heads / m->kv_heads,
-                      m->head_dim, pool->block_size, 0};
+                      m->head_dim, pool->block_size, 0, 0, 0};
     lay_out(&s, a);
     if (a->used > a->size) {
         free(a->memory);
@@ -443,13 +522,14 @@ int diptych_forward(const decoder *m, const batch *b, const kv_pool *pool, arena
         over_tokens(&s, write_item);
         if (i == m->num_layers - 1 && !b->num_logits) return 0; /* nothing reads what follows */
         attention(&s);
-        multiply(&s, &w->out, &s.context, b->num_tokens, ADD, s.x, NULL);
+        add_product(&s, &w->out, &s.context, w->out_norm);
         norm(&s, w->mlp_norm, NULL, b->num_tokens);
         multiply(&s, &w->gate_up, &s.normed, b->num_tokens, GATED, s.inner.x, &s.inner);
-        multiply(&s, &w->down, &s.inner, b->num_tokens, ADD, s.x, NULL);
+        add_product(&s, &w->down, &s.inner, w->down_norm);
         s.at.layer += 2 * (int64_t)pool->block_size * m->head_dim;
     }
     norm(&s, m->norm, b->logit_index, b->num_logits);
-    multiply(&s, &m->head, &s.normed, b->num_logits, STORE, logits, NULL);
+    const int plain = m->logit_scale == 1.0f && !m->logit_cap;
+    multiply(&s, &m->head, &s.normed, b->num_logits, plain ? STORE : CAP, logits, NULL);
     return 0;
 }

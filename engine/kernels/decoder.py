@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +19,10 @@ from engine.models.architecture import architecture_of
 from engine.models.config import ModelConfig
 
 _KINDS = {"bf16": 0, "q4_0": 1, "q4_1": 2, "q8_0": 3}
-_VECTORS = ("input_norm", "mlp_norm", "q_norm", "k_norm")
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+_VECTORS = ("input_norm", "mlp_norm", "q_norm", "k_norm", "out_norm", "down_norm")
 _MATRICES = ("qkv", "out", "gate_up", "down")
-_OPTIONAL = {"q_norm", "k_norm"}
+_OPTIONAL = {"q_norm", "k_norm", "out_norm", "down_norm"}
 _OUTER = {"norm", "embedding", "head"}
 _MAX_GROUP, _MAX_HEAD_DIM = 96, 256  # query heads of a KV head; see attention.h
 
@@ -54,7 +56,17 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in _VECTORS),
         *((name, MatrixStruct) for name in _MATRICES),
         ("window", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
+        ("rope", ctypes.c_int32),
+        ("score_scale", ctypes.c_float),
+        ("score_cap", ctypes.c_float),
+    )
+
+
+class _Rope(ctypes.Structure):
+    _fields_ = (
+        ("inv_freq", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("dim", ctypes.c_int32),
     )
 
 
@@ -72,12 +84,16 @@ class DecoderStruct(ctypes.Structure):
                 "head_dim",
                 "intermediate",
                 "vocab",
-                "unused",
+                "num_ropes",
             )
         ),
         ("eps", ctypes.c_float),
-        ("rope_scale", ctypes.c_float),
-        ("inv_freq", ctypes.c_void_p),
+        ("embedding_scale", ctypes.c_float),
+        ("residual_scale", ctypes.c_float),
+        ("logit_scale", ctypes.c_float),
+        ("logit_cap", ctypes.c_float),
+        ("activation", ctypes.c_int32),
+        ("ropes", ctypes.c_void_p),
         ("norm", ctypes.c_void_p),
         ("embedding", MatrixStruct),
         ("head", MatrixStruct),
@@ -119,14 +135,19 @@ class Decoder:
         self,
         config: ModelConfig,
         weights: PackedWeights,
-        inv_freq: npt.NDArray[np.float32],
-        rope_scale: float,
+        ropes: Sequence[tuple[npt.NDArray[np.float32], float]],
     ) -> None:
-        """`inv_freq` [head_dim / 2]: rotary frequencies; cos and sin are scaled by `rope_scale`."""
+        """`ropes`: rotary frequencies [dim / 2] of each table, and the scale of cos and sin."""
         self._weights = weights
-        self._inv_freq = np.ascontiguousarray(inv_freq)
+        self._frequencies = [np.ascontiguousarray(inv_freq) for inv_freq, _ in ropes]
+        self._ropes = (_Rope * len(ropes))(
+            *(
+                _Rope(inv_freq.ctypes.data, scale, 2 * len(inv_freq))
+                for inv_freq, (_, scale) in zip(self._frequencies, ropes, strict=True)
+            )
+        )
         self._layers = (_Layer * config.num_layers)(
-            *(self._layer(f"{i}.", config.attention[i].window) for i in range(config.num_layers))
+            *(self._layer(config, i) for i in range(config.num_layers))
         )
         self.struct = DecoderStruct(
             config.num_layers,
@@ -136,19 +157,25 @@ class Decoder:
             config.head_dim,
             config.intermediate_size,
             config.vocab_size,
-            0,
+            len(ropes),
             config.rms_norm_eps,
-            rope_scale,
-            self._inv_freq.ctypes.data,
+            config.embedding_scale,
+            config.residual_scale,
+            config.logit_scale,
+            config.logit_softcap,
+            _ACTIVATIONS[config.activation],
+            ctypes.addressof(self._ropes),
             self._vector("norm"),
             self._matrix("embedding"),
             self._matrix("head" if "head" in weights.matrices else "embedding"),
             ctypes.addressof(self._layers),
         )
 
-    def _layer(self, prefix: str, window: int) -> _Layer:
-        vectors = (self._vector(prefix + name) for name in _VECTORS)
-        return _Layer(*vectors, *(self._matrix(prefix + name) for name in _MATRICES), window)
+    def _layer(self, config: ModelConfig, layer: int) -> _Layer:
+        vectors = (self._vector(f"{layer}.{name}") for name in _VECTORS)
+        matrices = (self._matrix(f"{layer}.{name}") for name in _MATRICES)
+        spec, rope = config.attention[layer], config.rope_of(layer)
+        return _Layer(*vectors, *matrices, spec.window, rope, spec.scale, spec.softcap)
 
     def _vector(self, name: str) -> int | None:
         vector = self._weights.vectors.get(name)
@@ -168,10 +195,9 @@ def why_not_decoder(config: ModelConfig) -> str:
     needed = (known - _OPTIONAL) - {f"{name}.bias" for name in _MATRICES}
     if not architecture.native or not needed <= found or not found <= known | _OUTER:
         return f"the kernels do not compute a {config.architecture}"
-    if config.attention_scale or config.attention_softcap:
-        return "the kernels do not scale or cap scores as this model does"
     inner = config.num_heads * config.head_dim
-    widths = (config.hidden_size, config.intermediate_size, inner, config.head_dim)
+    widths = [config.hidden_size, config.intermediate_size, inner, config.head_dim]
+    widths += [rope.dim for rope in config.ropes]
     group = config.num_heads // config.num_kv_heads
     if group > _MAX_GROUP or config.head_dim > _MAX_HEAD_DIM or any(w % BLOCK for w in widths):
         return "the kernels do not take this model's widths"

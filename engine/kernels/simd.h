@@ -60,6 +60,15 @@ static inline __m512 exp2_ps(__m512 x) {
 /* e^x for x <= 88, to about |x| units in the last place. */
 static inline __m512 exp_ps(__m512 x) { return exp2_ps(_mm512_mul_ps(x, _mm512_set1_ps(LOG2_E))); }
 
+/* cap * tanh(x / cap), and x where cap is 0. tanh(y) = 1 - 2 / (1 + e^2y). */
+static inline __m512 cap_ps(__m512 x, float cap) {
+    if (!cap) return x;
+    const __m512 one = _mm512_set1_ps(1.0f), most = _mm512_set1_ps(40.0f);
+    __m512 y = _mm512_min_ps(most, _mm512_mul_ps(x, _mm512_set1_ps(2.0f / cap))); /* in this order: a NaN stays */
+    __m512 part = _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(one, exp_ps(y)));
+    return _mm512_mul_ps(_mm512_set1_ps(cap), _mm512_sub_ps(one, part));
+}
+
 /* The sixteen lanes of each of four vectors summed, always by the same tree: i + (i + 8), then + 4, + 2,
  * + 1. So a sum does not depend on which other sums were made beside it. */
 static inline __m128 sum4(__m512 a, __m512 b, __m512 c, __m512 d) {

@@ -39,6 +39,7 @@ class TensorSpec:
     joined: str  # "3.qkv": parts of one tensor follow one another, joined along axis 0
     shard_axis: int | None  # split along this axis by tensor parallelism; None: on every rank
     permuted_heads: int = 0  # a GGUF file has its rows in llama.cpp's rotary order, by head
+    offset: float = 0.0  # a file in Hugging Face layout holds the values less this number
 
 
 # A projection or a norm: [T, inputs] -> [T, outputs].
@@ -51,15 +52,16 @@ class Step(Protocol):
     """What a forward pass needs of the step that it computes: T tokens, S logits."""
 
     def embed(self) -> Tensor:
-        """Embeddings of the step's tokens, [T, hidden]."""
+        """Embeddings of the step's tokens, scaled: [T, hidden]."""
         ...
 
     def rotated_heads(
-        self, qkv: Tensor, q_norm: Op | None = None, k_norm: Op | None = None
+        self, layer: int, qkv: Tensor, q_norm: Op | None, k_norm: Op | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, num_heads, head_dim] and k, v [T, num_kv_heads, head_dim] of joined outputs.
 
-        Each head of q and k is normalised where a norm is given, then turned to its position.
+        Each head of q and k is normalised where a norm is given, then turned to its position by
+        the layer's rotary table.
         """
         ...
 
@@ -67,12 +69,19 @@ class Step(Protocol):
         """Write k and v; attention [T, num_heads * head_dim]. None: nothing reads what follows."""
         ...
 
-    def silu_gated(self, gate_up: Tensor) -> Tensor:
-        """silu(first half) * second half, [T, intermediate]."""
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """activation(first half) * second half, [T, intermediate]."""
+        ...
+
+    def add(self, x: Tensor, part: Tensor, norm: Op | None) -> Tensor:
+        """x plus what a part of a layer gives, normalised where a norm is given; scaled."""
         ...
 
     def logits(self, x: Tensor) -> Tensor:
-        """Final norm and output head of the tokens that need logits: fp32 [S, vocab]."""
+        """Final norm and output head of the tokens that need logits: fp32 [S, vocab].
+
+        Scaled and capped as the configuration has it.
+        """
         ...
 
     def no_logits(self) -> Tensor:
@@ -119,9 +128,10 @@ def weight(
     shape: tuple[int, ...],
     shard_axis: int | None,
     permuted_heads: int = 0,
+    offset: float = 0.0,
 ) -> TensorSpec:
     """A weight of a layer; `layer_tensors` completes the names."""
-    return TensorSpec(name, hf_name, gguf_name, shape, joined, shard_axis, permuted_heads)
+    return TensorSpec(name, hf_name, gguf_name, shape, joined, shard_axis, permuted_heads, offset)
 
 
 def layer_tensors(
@@ -144,10 +154,13 @@ def layer_tensors(
             yield from (_named(part, "bias", part.shape[:1]) for part in parts)
 
 
-def outer_tensors(c: ModelConfig) -> Iterator[TensorSpec]:
+def outer_tensors(c: ModelConfig, norm_offset: float = 0.0) -> Iterator[TensorSpec]:
     """Final norm, embedding, and the head where it is not the embedding."""
     norm, vocabulary = (c.hidden_size,), (c.vocab_size, c.hidden_size)
-    yield TensorSpec("norm", "model.norm.weight", "output_norm.weight", norm, "norm", None)
+    yield TensorSpec(
+        *("norm", "model.norm.weight", "output_norm.weight", norm, "norm", None),
+        offset=norm_offset,
+    )
     yield TensorSpec(
         "embedding", "model.embed_tokens.weight", "token_embd.weight", vocabulary, "embedding", 0
     )

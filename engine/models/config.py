@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.base.errors import CheckpointError
 
+_KINDS = ("full_attention", "sliding_attention")
 _ROPE_KINDS = ("default", "linear", "llama3", "yarn", "dynamic")
 
 
@@ -31,6 +32,19 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float = 0.0  # 0: derived
     truncate: bool = True  # yarn: the ramp begins and ends at whole dimensions
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """One rotary table."""
+
+    theta: float
+    scaling: RopeScaling = RopeScaling()
+    dim: int = 0  # the first numbers of a head, which turn; 0: all
+
+
+NO_ROPE = -1  # in `layer_ropes`
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # by `hidden_act`
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +73,7 @@ class ModelConfig:
     vocab_size: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope_theta: float
+    rope_theta: float  # of table 0, which all layers use unless `layer_ropes` has others
     rope_scaling: RopeScaling
     tie_word_embeddings: bool
     attention_bias: bool = False  # bias on q, k and v
@@ -69,6 +83,14 @@ class ModelConfig:
     layer_windows: tuple[int, ...] = ()  # one a layer where they differ; (): `sliding_window`
     attention_scale: float = 0.0  # 0: head_dim ** -0.5
     attention_softcap: float = 0.0
+    activation: str = "silu"  # silu, gelu_tanh
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and feed-forward add
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0  # logits become softcap * tanh(logit / softcap); 0: none
+    rotary_dim: int = 0  # of table 0; 0: head_dim
+    other_ropes: tuple[RopeSpec, ...] = ()  # tables 1, 2, ...
+    layer_ropes: tuple[int, ...] = ()  # one a layer, or NO_ROPE; (): all use table 0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -85,6 +107,16 @@ class ModelConfig:
         if scaling.kind not in ("yarn", "linear"):
             return limit
         return int((scaling.original_max_position_embeddings or limit) * scaling.factor)
+
+    @property
+    def ropes(self) -> tuple[RopeSpec, ...]:
+        """The rotary tables."""
+        first = RopeSpec(self.rope_theta, self.rope_scaling, self.rotary_dim)
+        return (first, *self.other_ropes)
+
+    def rope_of(self, layer: int) -> int:
+        """The number of a layer's rotary table, or NO_ROPE."""
+        return self.layer_ropes[layer] if self.layer_ropes else 0
 
     @property
     def attention(self) -> tuple[AttentionSpec, ...]:
@@ -131,19 +163,20 @@ class ConfigReader:
         return CheckpointError(f"{self.path}: {key} {value!r} is not supported; {right}")
 
 
-def decoder_fields(raw: ConfigReader) -> dict[str, Any]:
+def decoder_fields(raw: ConfigReader, rope: RopeSpec | None = None) -> dict[str, Any]:
     """Fields of ModelConfig that all decoders spell alike. Raises CheckpointError.
 
-    Left to the architecture: `architecture`, biases and windows.
+    Left to the architecture: `architecture`, biases, windows and what else has a default; `rope`
+    where it reads that itself.
     """
     num_heads, hidden_size = raw.integer("num_attention_heads"), raw.integer("hidden_size")
     num_kv_heads = raw.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         right = f"expected a divisor of num_attention_heads, {num_heads}"
         raise raw.refuse("num_key_value_heads", num_kv_heads, right)
-    if (act := raw.get("hidden_act", "silu")) != "silu":
-        raise raw.refuse("hidden_act", act, "expected 'silu'")
-    theta, scaling = _rope(raw)
+    if (act := raw.get("hidden_act", "silu")) not in ACTIVATIONS:
+        raise raw.refuse("hidden_act", act, f"known are {', '.join(ACTIVATIONS)}")
+    rope = rope or read_rope(raw)
     return {
         "num_layers": raw.integer("num_hidden_layers"),
         "hidden_size": hidden_size,
@@ -154,8 +187,9 @@ def decoder_fields(raw: ConfigReader) -> dict[str, Any]:
         "vocab_size": raw.integer("vocab_size"),
         "max_position_embeddings": raw.integer("max_position_embeddings"),
         "rms_norm_eps": raw.number("rms_norm_eps", 1e-6),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
+        "rope_theta": rope.theta,
+        "rope_scaling": rope.scaling,
+        "activation": ACTIVATIONS[act],
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
     }
 
@@ -165,27 +199,38 @@ def qwen_windows(raw: ConfigReader) -> dict[str, Any]:
     if not raw.get("use_sliding_window", False):
         return {}
     num_layers, window = raw.integer("num_hidden_layers"), raw.integer("sliding_window", 4096)
-    kinds = raw.get("layer_types")
-    if kinds is None:
-        first = int(raw.get("max_window_layers", 28))
-        kinds = ["full_attention" if i < first else "sliding_attention" for i in range(num_layers)]
-    known = {"full_attention": 0, "sliding_attention": window}
-    if not isinstance(kinds, list) or len(kinds) != num_layers or not known.keys() >= set(kinds):
-        right = f"expected {num_layers} times {' or '.join(known)}"
-        raise raw.refuse("layer_types", kinds, right)
-    windows = tuple(known[kind] for kind in kinds)
+    first = int(raw.get("max_window_layers", 28))
+    kinds = attention_kinds(raw, [_KINDS[i >= first] for i in range(num_layers)])
+    windows = tuple(window * _KINDS.index(kind) for kind in kinds)
     if len(set(windows)) == 1:
         return {"sliding_window": windows[0]}
     return {"layer_windows": windows}
 
 
-def _rope(raw: ConfigReader) -> tuple[float, RopeScaling]:
-    """(theta, scaling) from either spelling; older keys fill what the newer object leaves out."""
+def attention_kinds(raw: ConfigReader, default: list[str]) -> list[str]:
+    """`layer_types`: full_attention or sliding_attention, one a layer. Raises CheckpointError."""
+    kinds = raw.get("layer_types", default)
+    if not isinstance(kinds, list) or len(kinds) != len(default) or not {*_KINDS} >= {*kinds}:
+        right = f"expected {len(default)} times {' or '.join(_KINDS)}"
+        raise raw.refuse("layer_types", kinds, right)
+    return kinds
+
+
+def read_rope(raw: ConfigReader, kind_of_layer: str = "", theta: float = 10000.0) -> RopeSpec:
+    """A rotary table from either spelling; older keys fill what the newer object leaves out.
+
+    Args:
+        raw: the configuration.
+        kind_of_layer: whose parameters, where the file has a set for each kind.
+        theta: the default.
+    """
     data = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if isinstance(data, dict) and isinstance(data.get(kind_of_layer), dict):
+        data = data[kind_of_layer]
     if not isinstance(data, dict) or any(isinstance(value, dict) for value in data.values()):
         raise raw.refuse("rope_parameters", data, "expected one flat set for all layers")
     keys = ConfigReader(data, raw.path)
-    theta = keys.number("rope_theta", raw.number("rope_theta", 10000.0))
+    theta = keys.number("rope_theta", raw.number("rope_theta", theta))
     partial = keys.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise raw.refuse("partial_rotary_factor", partial, "expected 1.0")
@@ -193,7 +238,7 @@ def _rope(raw: ConfigReader) -> tuple[float, RopeScaling]:
     if kind not in _ROPE_KINDS:
         raise raw.refuse("rope type", kind, f"known are {', '.join(_ROPE_KINDS)}")
     if kind == "default":
-        return theta, RopeScaling()
+        return RopeSpec(theta)
     original = keys.get("original_max_position_embeddings")
     original = original or raw.get("original_max_position_embeddings")
     if original is not None:
@@ -206,7 +251,7 @@ def _rope(raw: ConfigReader) -> tuple[float, RopeScaling]:
         original = original or raw.integer("max_position_embeddings")
     elif kind == "llama3" and not original:
         raise CheckpointError(f"{raw.path}: original_max_position_embeddings is missing")
-    return theta, RopeScaling(
+    scaling = RopeScaling(
         kind=kind,
         factor=keys.number("factor"),
         low_freq_factor=keys.number("low_freq_factor", 1.0),
@@ -217,6 +262,7 @@ def _rope(raw: ConfigReader) -> tuple[float, RopeScaling]:
         attention_factor=_attention_factor(keys) if kind == "yarn" else 0.0,
         truncate=bool(keys.get("truncate", True)) if kind == "yarn" else True,
     )
+    return RopeSpec(theta, scaling)
 
 
 def _attention_factor(keys: ConfigReader) -> float:

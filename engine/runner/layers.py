@@ -41,9 +41,12 @@ class Norm:
 
     weight: torch.Tensor  # [size]
     eps: float
+    offset: float = 0.0  # the factor is weight + offset, added in fp32
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., size] normalised, in x's dtype."""
+        if self.offset:
+            return rms_norm(x.float(), self.weight.float() + self.offset, self.eps).to(x.dtype)
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -55,10 +58,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
-def silu_gated(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(first half) * second half of [T, 2 * intermediate]."""
+def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(first half) * second half of [T, 2 * intermediate]."""
     gate, up = gate_up.chunk(2, dim=-1)
+    if activation == "gelu_tanh":
+        return F.gelu(gate, approximate="tanh") * up
     return F.silu(gate) * up
+
+
+def capped(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap * tanh(x / cap), and x where `cap` is 0."""
+    return cap * torch.tanh(x / cap) if cap else x
 
 
 def logits(x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:

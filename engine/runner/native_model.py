@@ -22,7 +22,7 @@ from engine.kernels import Kernels
 from engine.kernels.decoder import BatchStruct, Decoder, PoolStruct
 from engine.models.config import ModelConfig
 from engine.runner.base import Host
-from engine.runner.rope import make_rope
+from engine.runner.rope import make_ropes
 from engine.runner.runner import NativeRunner
 
 _Ints = npt.NDArray[np.int32]
@@ -45,8 +45,9 @@ class NativeModel:
         self._logits = torch.empty(0, config.vocab_size, dtype=torch.float32)
         self._tables = TableStaging()
         self._arena = ctypes.c_void_p(self._library.diptych_arena_new())
-        rope = make_rope(config, self.device)
-        self._decoder = Decoder(config, weights, rope.inv_freq.numpy(), rope.scale)
+        ropes = make_ropes(config, self.device)
+        tables = [(rope.inv_freq.numpy(), rope.scale) for rope in ropes]
+        self._decoder = Decoder(config, weights, tables)
 
     def __del__(self) -> None:
         if library := getattr(self, "_library", None):

@@ -16,24 +16,27 @@ from dataclasses import dataclass
 import torch
 
 from engine.base.errors import CheckpointError
-from engine.models.config import ModelConfig, RopeScaling
+from engine.models.config import ModelConfig, RopeScaling, RopeSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Frequencies of one model."""
+    """Frequencies of one table."""
 
-    inv_freq: torch.Tensor  # [head_dim / 2] fp32
+    inv_freq: torch.Tensor  # [dim / 2] fp32: the first `dim` numbers of a head turn
     scale: float  # of cos and sin
 
     def tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [T, 1, head_dim / 2] fp32 for positions [T]."""
+        """cos and sin [T, 1, dim / 2] fp32 for positions [T]."""
         angles = positions.to(torch.float32)[:, None, None] * self.inv_freq
         return angles.cos() * self.scale, angles.sin() * self.scale
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate heads x [T, heads, head_dim] by tables [T, 1, head_dim / 2], in fp32; x's dtype."""
+    """Rotate heads x [T, heads, head_dim] by tables [T, 1, dim / 2], in fp32; x's dtype."""
+    dim = 2 * cos.shape[-1]
+    if dim < x.shape[-1]:
+        return torch.cat((rotate(x[..., :dim], cos, sin), x[..., dim:]), dim=-1)
     first, second = x.chunk(2, dim=-1)  # products with fp32 tables are fp32
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x.dtype)
@@ -70,11 +73,15 @@ def _yarn(inv_freq: torch.Tensor, scaling: RopeScaling, theta: float) -> torch.T
     return inv_freq / scaling.factor * stretched + inv_freq * (1 - stretched)
 
 
-def make_rope(config: ModelConfig, device: torch.device) -> Rope:
-    """The model's frequencies. Raises CheckpointError for a scaling that is not known."""
-    scaling, d = config.rope_scaling, config.head_dim
+def make_ropes(config: ModelConfig, device: torch.device) -> tuple[Rope, ...]:
+    """The model's tables. Raises CheckpointError for a scaling that is not known."""
+    return tuple(_make_rope(spec, spec.dim or config.head_dim, device) for spec in config.ropes)
+
+
+def _make_rope(spec: RopeSpec, d: int, device: torch.device) -> Rope:
+    scaling = spec.scaling
     exponent = torch.arange(0, d, 2, dtype=torch.float32) / d
-    inv_freq = 1.0 / config.rope_theta**exponent
+    inv_freq = 1.0 / spec.theta**exponent
     scale = 1.0
     match scaling.kind:
         case "default" | "dynamic":
@@ -84,7 +91,7 @@ def make_rope(config: ModelConfig, device: torch.device) -> Rope:
         case "llama3":
             inv_freq = _llama3(inv_freq, scaling)
         case "yarn":
-            inv_freq = _yarn(inv_freq, scaling, config.rope_theta)
+            inv_freq = _yarn(inv_freq, scaling, spec.theta)
             scale = scaling.attention_factor or 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
         case kind:
             raise CheckpointError(

@@ -17,10 +17,10 @@ from engine.attention.base import AttentionBackend
 from engine.attention.batch import Batch
 from engine.cache.kv_cache import KVCache
 from engine.models.architecture import Layer, Op, architecture_of
-from engine.models.config import ModelConfig
+from engine.models.config import NO_ROPE, ModelConfig
 from engine.runner.base import Host
-from engine.runner.layers import DenseProjection, Norm, logits, silu_gated
-from engine.runner.rope import make_rope, rotate
+from engine.runner.layers import DenseProjection, Norm, capped, gated, logits
+from engine.runner.rope import make_ropes, rotate
 from engine.runner.runner import Runner
 
 
@@ -37,9 +37,10 @@ class TorchModel:
         self.config = config
         self.weights = weights
         self.device, self.dtype = weights["embedding"].device, weights["embedding"].dtype
-        self.rope = make_rope(config, self.device)
+        self.ropes = make_ropes(config, self.device)
+        self._offsets = {s.joined: s.offset for s in architecture_of(config).tensors(config)}
         self.layers = tuple(self._layer(f"{i}.") for i in range(config.num_layers))
-        self.norm = Norm(weights["norm"], config.rms_norm_eps)
+        self.norm = self._norm("norm")
         self.head = weights.get("head", weights["embedding"])
         self._forward = architecture_of(config).forward
 
@@ -52,9 +53,12 @@ class TorchModel:
             if tensor.dim() == 2:
                 op: Op = DenseProjection(tensor, self.weights.get(f"{name}.bias"))
             else:
-                op = Norm(tensor, self.config.rms_norm_eps)
+                op = self._norm(name)
             ops[name.removeprefix(prefix)] = op
         return ops
+
+    def _norm(self, name: str) -> Norm:
+        return Norm(self.weights[name], self.config.rms_norm_eps, self._offsets[name])
 
     @property
     def kv_dtype(self) -> str:
@@ -97,24 +101,25 @@ class _Step:
         self._kv_cache = kv_cache
         self._backend = backend
         self._plan = plan
-        self._cos, self._sin = model.rope.tables(batch.positions)
+        self._tables = [rope.tables(batch.positions) for rope in model.ropes]
 
     def embed(self) -> torch.Tensor:
-        return F.embedding(self._batch.token_ids, self._model.weights["embedding"])
+        x = F.embedding(self._batch.token_ids, self._model.weights["embedding"])
+        scale = self._model.config.embedding_scale
+        return x if scale == 1.0 else x * scale
 
     def rotated_heads(
-        self, qkv: torch.Tensor, q_norm: Op | None = None, k_norm: Op | None = None
+        self, layer: int, qkv: torch.Tensor, q_norm: Op | None, k_norm: Op | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         c = self._model.config
         heads = qkv.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-        if q_norm is None or k_norm is None:
-            turned = rotate(heads[:, : c.num_heads + c.num_kv_heads], self._cos, self._sin)
-            q, k = turned[:, : c.num_heads], turned[:, c.num_heads :]
-        else:
-            q = q_norm(heads[:, : c.num_heads])
-            k = k_norm(heads[:, c.num_heads : c.num_heads + c.num_kv_heads])
-            q, k = rotate(q, self._cos, self._sin), rotate(k, self._cos, self._sin)
-        return q, k, heads[:, c.num_heads + c.num_kv_heads :]
+        q, k, v = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
+        if q_norm is not None and k_norm is not None:
+            q, k = q_norm(q), k_norm(k)
+        if (table := c.rope_of(layer)) != NO_ROPE:
+            cos, sin = self._tables[table]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return q, k, v
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -125,12 +130,18 @@ class _Step:
             return None
         return self._backend.run(self._plan, layer, q, self._kv_cache).flatten(1)
 
-    def silu_gated(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return silu_gated(gate_up)
+    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return gated(gate_up, self._model.config.activation)
+
+    def add(self, x: torch.Tensor, part: torch.Tensor, norm: Op | None) -> torch.Tensor:
+        part = norm(part) if norm else part
+        scale = self._model.config.residual_scale
+        return x + (part if scale == 1.0 else part * scale)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        model = self._model
-        return logits(model.norm(x.index_select(0, self._batch.logit_index)), model.head)
+        model, c = self._model, self._model.config
+        out = logits(model.norm(x.index_select(0, self._batch.logit_index)), model.head)
+        return capped(out if c.logit_scale == 1.0 else out * c.logit_scale, c.logit_softcap)
 
     def no_logits(self) -> torch.Tensor:
         size = (0, self._model.config.vocab_size)

@@ -25,7 +25,7 @@ from engine.base.option_groups import CacheOptions, ModelOptions, StepOptions
 from engine.base.types import NO_KV_POOL, KVPool, ModelIdentity, Role, RoleBudgets
 from engine.cache.kv_cache import KVCache
 from engine.cache.sizing import GpuMemory, PoolBudget, PoolSize, fit_pool, gpu_budget, host_budget
-from engine.checkpoint.fingerprint import rope_fields, tokenizer_digest
+from engine.checkpoint.fingerprint import rope_text, tokenizer_digest
 from engine.checkpoint.source import Checkpoint, resolve
 from engine.constraints import Vocabulary
 from engine.kernels.backend_selection import check_length, resolve_draft
@@ -282,7 +282,7 @@ def _identity(
         numeric_profile=profile,
         tokenizer_digest=tokens,
         layout=layout,
-        rope=" ".join((config.rope_theta.hex(), *rope_fields(config.rope_scaling))),
+        rope=rope_text(config),
     )
     return ModelIdentity(
         name=options.model_name or checkpoint.name,

@@ -26,7 +26,7 @@ from engine.checkpoint.gguf_weights import cast
 from engine.checkpoint.packed import Matrix, PackedWeights, pack_bf16, pack_rows, quantise
 from engine.kernels import Kernels, kernels
 from engine.kernels.threads import Threads
-from engine.models.config import ModelConfig
+from engine.models.config import NO_ROPE, ModelConfig, RopeScaling, RopeSpec
 from engine.runner.native_model import NativeModel
 from tests.support.paged import CPU, tiny_config
 
@@ -66,11 +66,6 @@ class Decoder:
         """What the model computes of a text, in doubles; K and V rounded as they are in a pool."""
         c, num_tokens = self.config, len(token_ids)
         positions = np.arange(num_tokens)
-        angles = positions[:, None] * c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
-        cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
-        hidden = positions[None] > positions[:, None]
-        if c.sliding_window:
-            hidden |= positions[None] <= positions[:, None] - c.sliding_window
 
         def norm(name: str, x: Floats) -> Floats:
             scale = np.sqrt((x * x).mean(-1, keepdims=True) + c.rms_norm_eps)
@@ -83,34 +78,89 @@ class Decoder:
                 out = out + self.vectors[f"{name}.bias"]
             return out
 
-        def rotated(x: Floats) -> Floats:
-            a, b = np.split(x, 2, -1)
-            return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+        def rotated(layer: int, x: Floats) -> Floats:
+            if (table := c.rope_of(layer)) == NO_ROPE:
+                return x
+            dim = c.ropes[table].dim or c.head_dim
+            angles = positions[:, None] * c.ropes[table].theta ** (-np.arange(0, dim, 2) / dim)
+            cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+            a, b, rest = np.split(x, [dim // 2, dim], -1)
+            return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
-        x = self.values["embedding"][token_ids].astype(np.float64)
+        def capped(x: Floats, cap: float) -> Floats:
+            out: Floats = cap * np.tanh(x / cap) if cap else x
+            return out
+
+        def add(name: str, x: Floats, part: Floats) -> Floats:
+            part = norm(name, part) if name in self.vectors else part
+            return x + c.residual_scale * part
+
+        x: Floats = self.values["embedding"][token_ids].astype(np.float64) * c.embedding_scale
         for i in range(c.num_layers):
+            spec = c.attention[i]
+            hidden = positions[None] > positions[:, None]
+            if spec.window:
+                hidden |= positions[None] <= positions[:, None] - spec.window
             qkv = product(f"{i}.qkv", norm(f"{i}.input_norm", x))
             qkv = qkv.reshape(num_tokens, -1, c.head_dim)
             q, k, v = np.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], 1)
+            if f"{i}.q_norm" in self.vectors:
+                q, k = norm(f"{i}.q_norm", q), norm(f"{i}.k_norm", k)
             group = c.num_heads // c.num_kv_heads
-            k, v = (np.repeat(rounded(part), group, 1) for part in (rotated(k), v))
-            scores = np.einsum("qhd,khd->hqk", rotated(q), k) / np.sqrt(c.head_dim)
+            k, v = (np.repeat(rounded(part), group, 1) for part in (rotated(i, k), v))
+            scores = np.einsum("qhd,khd->hqk", rotated(i, q), k)
+            scores = capped(scores * (spec.scale or c.head_dim**-0.5), spec.softcap)
             scores = np.where(hidden, -np.inf, scores)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
             out = np.einsum("hqk,khd->qhd", weights, v).reshape(num_tokens, -1)
-            x = x + product(f"{i}.out", out)
+            x = add(f"{i}.out_norm", x, product(f"{i}.out", out))
             gate, up = np.split(product(f"{i}.gate_up", norm(f"{i}.mlp_norm", x)), 2, -1)
-            x = x + product(f"{i}.down", gate / (1 + np.exp(-gate)) * up)
-        return product("embedding" if c.tie_word_embeddings else "head", norm("norm", x))
+            gate = gelu_tanh(gate) if c.activation == "gelu_tanh" else gate / (1 + np.exp(-gate))
+            x = add(f"{i}.down_norm", x, product(f"{i}.down", gate * up))
+        out = product("embedding" if c.tie_word_embeddings else "head", norm("norm", x))
+        return capped(out * c.logit_scale, c.logit_softcap)
+
+
+def gelu_tanh(x: Floats) -> Floats:
+    """The approximation of GELU by tanh."""
+    out: Floats = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return out
+
+
+def _features(rng: random.Random, num_layers: int, head_dim: int) -> dict[str, Any]:
+    """What only some models have, each now and then; most decoders have none of it."""
+    if rng.random() < 0.4:
+        return {}
+    windows = [rng.choice(WINDOWS) for _ in range(num_layers)]
+    dims = [32 * rng.randint(1, head_dim // 32) for _ in range(2)]
+    found: dict[str, Any] = {
+        "layer_windows": tuple(windows),
+        "attention_scale": rng.choice((0.02, 0.1, 0.3)),
+        "attention_softcap": rng.choice((0.5, 2.0, 50.0)),
+        "activation": "gelu_tanh",
+        "embedding_scale": rng.choice((0.1, 3.0, 30.0)),
+        "residual_scale": rng.choice((0.2, 2.0)),
+        "logit_scale": rng.choice((0.06, 4.0)),
+        "logit_softcap": rng.choice((0.3, 5.0, 30.0)),
+        "rotary_dim": dims[0],
+        "other_ropes": (RopeSpec(500.0, RopeScaling(), dims[1]),),
+    }
+    chosen = {name: value for name, value in found.items() if rng.random() < 0.5}
+    tables = range(NO_ROPE, 1 + len(chosen.get("other_ropes", ())))
+    if rng.random() < 0.5:
+        chosen["layer_ropes"] = tuple(rng.choice(tables) for _ in range(num_layers))
+    return chosen
 
 
 def make(rng: random.Random, library: Kernels) -> Decoder:
     """A decoder of a random shape, every matrix in a kind of its own."""
     heads, kv_heads = rng.choice(HEADS)
     head_dim = 32 if heads == 96 else rng.choice((32, 64, 96, 128, 256))
+    num_layers = rng.randint(1, 3)
+    features = _features(rng, num_layers, head_dim)
     c = tiny_config(
-        num_layers=rng.randint(1, 2),
+        num_layers=num_layers,
         hidden_size=32 * rng.randint(1, 5),
         intermediate_size=32 * rng.randint(1, 6),
         num_heads=heads,
@@ -119,7 +169,9 @@ def make(rng: random.Random, library: Kernels) -> Decoder:
         vocab_size=rng.choice((1, 5, 15, 16, 17, 33, 63, 64, 65, 131)),
         sliding_window=rng.choice(WINDOWS),
         tie_word_embeddings=rng.random() < 0.5,
+        **features,
     )
+    more_norms = [name for name in ("q_norm", "out_norm", "down_norm") if rng.random() < 0.3]
     noise = np.random.default_rng(rng.randrange(1 << 30))
     matrices: dict[str, Matrix] = {}
     values: dict[str, Floats] = {}
@@ -146,8 +198,10 @@ def make(rng: random.Random, library: Kernels) -> Decoder:
         add(f"{i}.out", c.hidden_size, inner)
         add(f"{i}.gate_up", 2 * c.intermediate_size, c.hidden_size)
         add(f"{i}.down", c.hidden_size, c.intermediate_size)
-        for name in ("input_norm", "mlp_norm"):
-            norm = 1 + 0.1 * noise.standard_normal(c.hidden_size)
+        norms = ["input_norm", "mlp_norm", *more_norms]
+        for name in norms + ["k_norm"] * ("q_norm" in more_norms):
+            size = c.head_dim if name in ("q_norm", "k_norm") else c.hidden_size
+            norm = 1 + 0.1 * noise.standard_normal(size)
             vectors[f"{i}.{name}"] = norm.astype(np.float32)
     add("embedding", c.vocab_size, c.hidden_size)
     if not c.tie_word_embeddings:

@@ -26,7 +26,7 @@ from engine.checkpoint.fingerprint import (
     gguf_fingerprint,
 )
 from engine.checkpoint.source import resolve
-from engine.models.config import ModelConfig, RopeScaling
+from engine.models.config import ModelConfig, RopeScaling, RopeSpec
 from tests.support import tiny_gguf
 from tests.support.hf_folder import SHARDS, folder
 from tests.support.paged import tiny_config
@@ -202,8 +202,14 @@ def test_every_field_of_the_configuration_counts() -> None:
                 "bos_token_id": 77,
                 "eos_token_ids": (1, 2, 3),
                 "layer_windows": (0, 5),
+                "activation": "gelu_tanh",
+                "other_ropes": (RopeSpec(5.0),),
+                "layer_ropes": (0, 1),
             }[name]
             changed.append({name: new})
+    specs = (RopeSpec(6.0), RopeSpec(5.0, RopeScaling("linear", 2.0)), RopeSpec(5.0, dim=4))
+    changed += [{"other_ropes": (spec,)} for spec in specs]
+    assert {f.name for f in dataclasses.fields(RopeSpec)} == {"theta", "scaling", "dim"}
     for change in changed:
         found = config_digest(dataclasses.replace(config, **change))
         assert found not in seen, change

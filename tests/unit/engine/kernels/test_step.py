@@ -51,7 +51,8 @@ def test_a_broken_key_or_value_ruins_its_own_request_only(value: float, seed: in
     decoder.model.forward([Row(x[:-1], 0, t, 0) for x, t in zip(texts, tables, strict=True)], pool)
     last = [Row(x[-1:], len(x) - 1, t, 1) for x, t in zip(texts, tables, strict=True)]
     good = decoder.model.forward(last, pool).clone()
-    oldest = 65 - c.sliding_window if c.sliding_window else 0
+    window = c.attention[-1].window
+    oldest = 65 - window if window else 0
     for plane in (0, 1):
         position = rng.randrange(max(0, oldest), 65)
         layer = pool.pool[tables[1][position // 16], :, c.num_layers - 1, plane]

@@ -40,11 +40,13 @@ COMMON = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
-Llama, Mistral, Qwen2, Qwen3 = (
+Llama, Mistral, Qwen2, Qwen3, Gemma2, Gemma3 = (
     transformers.LlamaConfig,
     transformers.MistralConfig,
     transformers.Qwen2Config,
     transformers.Qwen3Config,
+    transformers.Gemma2Config,
+    transformers.Gemma3TextConfig,
 )
 QWEN2 = {k: v for k, v in COMMON.items() if k != "head_dim"} | {"hidden_size": 192}
 MODELS: dict[str, transformers.PretrainedConfig] = {
@@ -68,6 +70,8 @@ MODELS: dict[str, transformers.PretrainedConfig] = {
         sliding_window=13,
         max_window_layers=1,
     ),
+    "gemma 2": Gemma2(**COMMON, sliding_window=13, query_pre_attn_scalar=20),
+    "gemma 3": Gemma3(**COMMON, sliding_window=13, query_pre_attn_scalar=20),
 }
 
 

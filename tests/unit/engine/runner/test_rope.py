@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import (
 
 from engine.base.errors import CheckpointError
 from engine.models.config import RopeScaling
-from engine.runner.rope import make_rope, rotate
+from engine.runner.rope import make_ropes, rotate
 from tests.support.paged import CPU, tiny_config
 
 SCALINGS = {
@@ -66,13 +66,13 @@ def test_rotation_equals_transformers(scaling: RopeScaling, theta: float) -> Non
     cos, sin = theirs(x, positions[None])
     expected, _ = apply_rotary_pos_emb(x, x, cos, sin)
 
-    rope = make_rope(tiny_config(head_dim=d, rope_theta=theta, rope_scaling=scaling), CPU)
+    (rope,) = make_ropes(tiny_config(head_dim=d, rope_theta=theta, rope_scaling=scaling), CPU)
     got = rotate(x[0].transpose(0, 1), *rope.tables(positions))
     torch.testing.assert_close(got.transpose(0, 1), expected[0], rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_is_rotated_in_fp32() -> None:
-    rope = make_rope(tiny_config(head_dim=64), CPU)
+    (rope,) = make_ropes(tiny_config(head_dim=64), CPU)
     torch.manual_seed(0)
     x = torch.randn(5, 2, 64).bfloat16()
     tables = rope.tables(torch.tensor([0, 1, 100, 4000, 8000]))
@@ -91,4 +91,4 @@ def test_half_precision_is_rotated_in_fp32() -> None:
 )
 def test_a_scaling_that_cannot_be_computed_is_refused(scaling: RopeScaling, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        make_rope(tiny_config(rope_scaling=scaling), CPU)
+        make_ropes(tiny_config(rope_scaling=scaling), CPU)

@@ -47,11 +47,13 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-Llama, Mistral, Qwen2, Qwen3 = (
+Llama, Mistral, Qwen2, Qwen3, Gemma2, Gemma3 = (
     transformers.LlamaConfig,
     transformers.MistralConfig,
     transformers.Qwen2Config,
     transformers.Qwen3Config,
+    transformers.Gemma2Config,
+    transformers.Gemma3TextConfig,
 )
 MODELS: dict[str, transformers.PretrainedConfig] = {
     "llama, tied": Llama(**COMMON, tie_word_embeddings=True),
@@ -78,6 +80,10 @@ MODELS: dict[str, transformers.PretrainedConfig] = {
         use_sliding_window=True,
         sliding_window=13,
         max_window_layers=1,
+    ),
+    "gemma 2": Gemma2(**COMMON, head_dim=16, sliding_window=13, query_pre_attn_scalar=20),
+    "gemma 3": Gemma3(
+        **COMMON | {"num_hidden_layers": 7}, head_dim=12, sliding_window=13, use_cache=False
     ),
 }
 

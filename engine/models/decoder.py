@@ -1,0 +1,85 @@
+"""What the decoders here have in common: one list of tensors, and one forward pass.
+
+    x = embedding
+      + out(attention(norm(x)))      a norm before the sum where the layer has an `out_norm`
+      + down(gated(norm(x)))         and a `down_norm`
+    logits = head(norm(x))           of the tokens that need them
+
+decoder.c computes the same operations in the same order. Scales, caps, windows, rotations and the
+activation are values of ModelConfig; the `Step` applies them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from engine.models.architecture import Layer, Step, TensorSpec, layer_tensors, outer_tensors, weight
+from engine.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Norms of a layer: name -> (Hugging Face name, GGUF name).
+Norms = Mapping[str, tuple[str, str]]
+PRE_NORMS: Norms = {
+    "input_norm": ("input_layernorm", "attn_norm"),
+    "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
+}
+HEAD_NORMS: Norms = {
+    "q_norm": ("self_attn.q_norm", "attn_q_norm"),
+    "k_norm": ("self_attn.k_norm", "attn_k_norm"),
+}
+
+
+def decoder_tensors(
+    c: ModelConfig,
+    norms: Norms = PRE_NORMS,
+    *,
+    norm_offset: float = 0.0,
+    permuted_heads: bool = False,
+) -> Iterator[TensorSpec]:
+    """The tensors of a checkpoint, layer by layer.
+
+    norm_offset: files in Hugging Face layout hold the weights of norms less this number.
+    permuted_heads: GGUF files have the rows of q and k in llama.cpp's rotary order.
+    """
+    q, kv, hidden = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size
+    heads, kv_heads = (c.num_heads, c.num_kv_heads) if permuted_heads else (0, 0)
+    weights = [
+        weight("q", "qkv", "self_attn.q_proj", "attn_q", (q, hidden), 0, heads),
+        weight("k", "qkv", "self_attn.k_proj", "attn_k", (kv, hidden), 0, kv_heads),
+        weight("v", "qkv", "self_attn.v_proj", "attn_v", (kv, hidden), 0),
+        weight("out", "out", "self_attn.o_proj", "attn_output", (hidden, q), 1),
+        weight("gate", "gate_up", "mlp.gate_proj", "ffn_gate", (c.intermediate_size, hidden), 0),
+        weight("up", "gate_up", "mlp.up_proj", "ffn_up", (c.intermediate_size, hidden), 0),
+        weight("down", "down", "mlp.down_proj", "ffn_down", (hidden, c.intermediate_size), 1),
+    ]
+    for name, names in norms.items():
+        size = c.head_dim if name in HEAD_NORMS else hidden
+        weights.append(weight(name, name, *names, (size,), None, offset=norm_offset))
+    has_bias = {
+        "qkv": c.attention_bias,
+        "out": c.output_bias,
+        "gate_up": c.mlp_bias,
+        "down": c.mlp_bias,
+    }
+    biased = frozenset(name for name, present in has_bias.items() if present)
+    for layer in range(c.num_layers):
+        yield from layer_tensors(layer, weights, biased)
+    yield from outer_tensors(c, norm_offset)
+
+
+def forward(step: Step, layers: Sequence[Layer]) -> Tensor:
+    """Logits fp32 [S, vocab]; each layer adds attention and a gated feed-forward to x."""
+    x = step.embed()
+    for i, layer in enumerate(layers):
+        qkv = layer["qkv"](layer["input_norm"](x))
+        q, k, v = step.rotated_heads(i, qkv, layer.get("q_norm"), layer.get("k_norm"))
+        attention = step.attend(i, q, k, v)
+        if attention is None:
+            return step.no_logits()
+        x = step.add(x, layer["out"](attention), layer.get("out_norm"))
+        inner = step.gated(layer["gate_up"](layer["mlp_norm"](x)))
+        x = step.add(x, layer["down"](inner), layer.get("down_norm"))
+    return step.logits(x)

@@ -1,0 +1,86 @@
+"""Gemma 2 and the text models of Gemma 3.
+
+Norms stand before and after attention and feed-forward, embeddings are scaled by sqrt(hidden), and
+layers with a window alternate with layers that see everything. Gemma 2 caps scores and logits;
+Gemma 3 normalises the heads of q and k, and its layers with a window rotate by a shorter wave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from engine.models.architecture import Architecture, TensorSpec
+from engine.models.config import (
+    ConfigReader,
+    ModelConfig,
+    RopeSpec,
+    attention_kinds,
+    decoder_fields,
+    read_rope,
+)
+from engine.models.decoder import HEAD_NORMS, Norms, decoder_tensors, forward
+
+GEMMA2, GEMMA3 = "Gemma2ForCausalLM", "Gemma3ForCausalLM"
+_FULL, _WINDOW = "full_attention", "sliding_attention"
+_NORMS: Norms = {
+    "input_norm": ("input_layernorm", "attn_norm"),
+    "out_norm": ("post_attention_layernorm", "post_attention_norm"),
+    "mlp_norm": ("pre_feedforward_layernorm", "ffn_norm"),
+    "down_norm": ("post_feedforward_layernorm", "post_ffw_norm"),
+}
+
+
+def _fields(raw: ConfigReader, period: int, rope: RopeSpec) -> dict[str, Any]:
+    """What both have. Unless the file lists the kinds, every layer of number `period` is full."""
+    activation = raw.get("hidden_activation", "gelu_pytorch_tanh")
+    data = {"head_dim": 256, "tie_word_embeddings": True, **raw.data, "hidden_act": activation}
+    fields = decoder_fields(ConfigReader(data, raw.path), rope)
+    kinds = attention_kinds(raw, [_FULL if i % period == 0 else _WINDOW for i in _layers(raw)])
+    window = raw.integer("sliding_window", 4096)
+    return fields | {
+        "layer_windows": tuple(0 if kind == _FULL else window for kind in kinds),
+        "attention_bias": bool(raw.get("attention_bias", False)),
+        "output_bias": bool(raw.get("attention_bias", False)),
+        "attention_scale": raw.number("query_pre_attn_scalar", 256) ** -0.5,
+        "embedding_scale": fields["hidden_size"] ** 0.5,
+        "attention_softcap": _cap(raw, "attn_logit_softcapping"),
+        "logit_softcap": _cap(raw, "final_logit_softcapping"),
+    }
+
+
+def _layers(raw: ConfigReader) -> range:
+    """Layers counted from 1."""
+    return range(1, raw.integer("num_hidden_layers") + 1)
+
+
+def _cap(raw: ConfigReader, key: str) -> float:
+    return 0.0 if raw.get(key) is None else raw.number(key)
+
+
+def _read_gemma2(raw: ConfigReader) -> ModelConfig:
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    raw = ConfigReader(caps | dict(raw.data), raw.path)
+    return ModelConfig(GEMMA2, **_fields(raw, 2, read_rope(raw)))
+
+
+def _read_gemma3(raw: ConfigReader) -> ModelConfig:
+    full = read_rope(raw, _FULL, theta=1e6)
+    local = ConfigReader({"rope_theta": raw.number("rope_local_base_freq", 1e4)}, raw.path)
+    if _WINDOW in (raw.get("rope_parameters") or {}):
+        local = ConfigReader({"rope_parameters": raw.get("rope_parameters")}, raw.path)
+    fields = _fields(raw, raw.integer("sliding_window_pattern", 6), full)
+    ropes = tuple(min(window, 1) for window in fields["layer_windows"])
+    others = (read_rope(local, _WINDOW),)
+    return ModelConfig(GEMMA3, **fields, other_ropes=others, layer_ropes=ropes)
+
+
+def _tensors(c: ModelConfig) -> Iterator[TensorSpec]:
+    norms = _NORMS if c.architecture == GEMMA2 else {**_NORMS, **HEAD_NORMS}
+    return decoder_tensors(c, norms, norm_offset=1.0)
+
+
+ARCHITECTURES = (
+    Architecture(GEMMA2, "gemma2", _read_gemma2, _tensors, forward),
+    Architecture(GEMMA3, "gemma3_text", _read_gemma3, _tensors, forward),
+)
