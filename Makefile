@@ -7,10 +7,6 @@ VENV        := .venv
 BIN         := $(VENV)/bin
 # Test processes side by side; only tests that start no stack run so.
 JOBS        ?= $(shell nproc)
-# Compilers of constraints have a low priority: beside two busy processes they would starve.
-NICED       := tests/unit/engine/constraints
-PURE        := tests/unit tests/gpu tests/ecosystem/test_conformance.py --ignore=$(NICED)
-STACKS      := $(NICED) tests/ecosystem/test_examples.py tests/system tests/faults
 PYTEST       = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --durations=30
 
 # The first Python that runs does the setup, and finds the one for .venv.
@@ -33,18 +29,13 @@ demo: setup-run
 serve: setup-run
 	$(BIN)/coordinator start
 
-# Every test, the pure ones in parallel; or TESTS=folder alone. Prints the slowest 30 of each part and
-# writes build/junit/*.xml. Both parts run, also where the first fails.
+# Every test, in three parts (tests/support/parts.py); or TESTS=folder alone. Prints the slowest 30 of
+# each part and writes build/junit/*.xml. All parts run, also where the first fails.
 test: setup-dev
 ifdef TESTS
 	$(PYTEST) --junitxml=build/junit/tests.xml $(TESTS) $(PYTEST_ARGS)
 else
-	@status=0; \
-	$(BIN)/python -c "from engine.kernels import kernels; kernels()"; \
-	OMP_NUM_THREADS=1 $(PYTEST) --junitxml=build/junit/pure.xml -n $(JOBS) --dist loadfile $(PURE) $(PYTEST_ARGS) \
-	  || status=$$?; \
-	$(PYTEST) --junitxml=build/junit/stacks.xml $(STACKS) $(PYTEST_ARGS) || status=$$?; \
-	exit $$status
+	@JOBS=$(JOBS) $(BIN)/python -m tests.support.parts $(PYTEST_ARGS)
 endif
 
 # The fault suite at its full length. FULL= gives the shortened form.

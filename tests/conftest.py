@@ -1,4 +1,5 @@
-"""What holds for every run of tests: hypothesis profiles, and the count of law 1's exceptions.
+"""What holds for every run of tests: hypothesis profiles, log lines, and the count of law 1's
+exceptions.
 
 ci      the default: the same examples each time
 full    other examples each time, ten times as many where a test sets no number of its own
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import structlog
 from hypothesis import settings
 
 from tests.support.near_tie import TALLY
@@ -19,6 +21,9 @@ from tests.support.stack import SharedStacks
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.register_profile("full", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("ci")
+
+# structlog's default prints all locals with a traceback: seconds, in which an event loop stalls.
+structlog.dev.ConsoleRenderer.get_active().exception_formatter = structlog.dev.plain_traceback
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

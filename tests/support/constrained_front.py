@@ -32,7 +32,4 @@ async def front(checkpoint: Any) -> AsyncIterator[Front]:
         yield it
         assert coordinator.pipeline.num_requests == 0
     finally:
-        await it.channel.close()
-        await coordinator.stop()
-        for worker in it.workers:
-            await worker.stop()
+        await it.close()

@@ -42,13 +42,14 @@ class FakeDecode:
     shared: dict[bytes, worker_pb2.DecodeRequest] = field(default_factory=dict)
     num_carried: int = 0  # calls that brought what the choices share
     num_unknown: int = 0  # calls that brought a key which is not in `shared`
+    sends_alive: bool = True  # while it waits, as an engine that computes
     ends_by_itself: bool = False  # after all of the answer, as one of a grammar does
 
     def __post_init__(self) -> None:
         self.cancelled = asyncio.Event()
         self._server = RpcServer()
         descriptor = worker_pb2.DESCRIPTOR.services_by_name["DecodeService"]
-        self._server.add_service(descriptor, self)
+        self._server.add_service(descriptor, self, alive=self._alive)
         self._vanished: asyncio.Task[None] | None = None
 
     async def start(self, incarnation: str = "i0") -> None:
@@ -58,6 +59,9 @@ class FakeDecode:
 
     async def stop(self) -> None:
         await self._server.stop()
+
+    def _alive(self, request: Any) -> worker_pb2.DecodeResponse | None:
+        return worker_pb2.DecodeResponse(alive=worker_pb2.Alive()) if self.sends_alive else None
 
     async def Decode(self, request: Any, context: Any) -> Any:
         if request.shared_key and not request.prompt_token_ids:

@@ -19,6 +19,7 @@ from engine.pb.diptych.v1 import inference_pb2, inference_pb2_grpc
 from engine.rpc.channel import open_channel
 from engine.rpc.status import DETAILS_KEY
 from tests.support.fake_decode import FakeDecode, identity
+from tests.support.heartbeats import Heartbeats
 
 TEXT = "The river was wide and slow, and nobody knew where it began. " * 4
 PROMPT = list(range(1000, 1040))  # two whole blocks and a tail
@@ -31,29 +32,37 @@ class Front:
         self.coordinator = coordinator
         self.answer = answer
         self.workers: list[FakeDecode] = []
+        self.hearts = Heartbeats(coordinator.membership)
         self.channel = open_channel(coordinator.address)
         self.stub: Any = inference_pb2_grpc.InferenceServiceStub(self.channel)
 
     async def worker(
         self, name: str = "d0", incarnation: str = "", max_model_len: int = 8192, **script: Any
     ) -> FakeDecode:
-        """A decode worker that follows `script`, registered."""
+        """A decode worker that follows `script`, registered and with heartbeats."""
         worker = FakeDecode(self.answer, name=name, **script)
         await worker.start(incarnation or f"of-{name}")
         self.workers.append(worker)
         assert worker.peer is not None
         model = identity(max_model_len=max_model_len)
-        self.coordinator.membership.register(
-            Hello(worker.peer, Role.DECODE, "", model, PROTOCOL_VERSION)
-        )
+        self._register(Hello(worker.peer, Role.DECODE, "", model, PROTOCOL_VERSION))
         return worker
 
     def prefill(self, name: str = "p0") -> None:
         """Register a prefill worker that does not exist."""
         peer = Peer(name, f"of-{name}", "127.0.0.1:1")
-        self.coordinator.membership.register(
-            Hello(peer, Role.PREFILL, "", identity(), PROTOCOL_VERSION)
-        )
+        self._register(Hello(peer, Role.PREFILL, "", identity(), PROTOCOL_VERSION))
+
+    def _register(self, hello: Hello) -> None:
+        self.hearts.send(self.coordinator.membership.register(hello))
+
+    async def close(self) -> None:
+        """End the coordinator and the workers."""
+        await self.hearts.close()
+        await self.channel.close()
+        await self.coordinator.stop()
+        for worker in self.workers:
+            await worker.stop()
 
     def call(
         self, *, timeout: float = 10, prompt: str | Sequence[int] = PROMPT, **fields: Any
@@ -120,10 +129,7 @@ async def front(checkpoint: Any, max_model_len: int = 0, **options: Any) -> Asyn
         assert it.sample("num_requests_waiting") == 0
         assert it.sample("num_requests_running") == 0
     finally:
-        await it.channel.close()
-        await coordinator.stop()
-        for worker in it.workers:
-            await worker.stop()
+        await it.close()
 
 
 def stop(**fields: Any) -> inference_pb2.Stop:

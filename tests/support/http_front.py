@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from coordinator.cluster.worker import HEARTBEAT_S, Hello, Load, Worker
+from coordinator.cluster.worker import Hello
 from coordinator.server import Coordinator
 from coordinator.text.chat_template import ChatTemplate
 from coordinator.text.served_model import ServedModel
@@ -23,6 +23,7 @@ from engine.checkpoint.source import resolve
 from engine.pb.diptych.v1 import inference_pb2, inference_pb2_grpc
 from engine.rpc.channel import open_channel
 from tests.support.fake_decode import FakeDecode, identity
+from tests.support.heartbeats import Heartbeats
 
 TEXT = "The river was wide and slow, and nobody knew where it began. " * 4
 
@@ -42,7 +43,7 @@ class HttpFront:
         self.stub = stub
         self.tokenizer = coordinator.model.tokenizer
         self.workers: list[FakeDecode] = []
-        self._hearts: list[asyncio.Task[None]] = []
+        self._hearts = Heartbeats(coordinator.membership)
 
     async def worker(
         self,
@@ -59,19 +60,11 @@ class HttpFront:
         row = self.coordinator.membership.register(
             Hello(worker.peer, Role.DECODE, "", identity(), PROTOCOL_VERSION)
         )
-        self._hearts.append(asyncio.create_task(self._beat(row)))
+        self._hearts.send(row)
         return worker
 
-    async def _beat(self, row: Worker) -> None:
-        while True:
-            if not self.coordinator.membership.heartbeat(row, Load()):
-                return
-            await asyncio.sleep(HEARTBEAT_S)
-
     async def close(self) -> None:
-        for heart in self._hearts:
-            heart.cancel()
-        await asyncio.gather(*self._hearts, return_exceptions=True)
+        await self._hearts.close()
         for worker in self.workers:
             await worker.stop()
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -38,7 +39,9 @@ from tests.support.fake_coordinator import (
 )
 
 KINDS = ("blocking", "asyncio")
-QUICK = RetryPolicy(give_up_s=1.0, backoff_s=0.01, max_backoff_s=0.05)
+# A slow machine loses no call of a test that is not about time.
+PATIENT = RetryPolicy(give_up_s=20.0, backoff_s=0.01, max_backoff_s=0.05, silence_s=20.0)
+QUICK = replace(PATIENT, give_up_s=1.0)  # where the last coordinator does not answer either
 TEXT = whole(ANSWER)
 
 
@@ -70,7 +73,7 @@ async def ask(
     kind: str,
     addresses: str,
     *,
-    retry_policy: RetryPolicy = QUICK,
+    retry_policy: RetryPolicy = PATIENT,
     seed: int = 1,
     **options: Any,
 ) -> Got:
@@ -163,12 +166,12 @@ async def test_a_resumed_output_has_no_gap_in_any_choice(kind: str, after: int) 
         got = [Got() for _ in range(3)]
 
         def blocking() -> None:
-            with Client(both(fakes), retry_policy=QUICK) as client:
+            with Client(both(fakes), retry_policy=PATIENT) as client:
                 for event in client.generate("x", n=3, timeout_s=30):
                     got[event.index].take(event)
 
         async def for_asyncio() -> None:
-            async with AsyncClient(both(fakes), retry_policy=QUICK) as client:
+            async with AsyncClient(both(fakes), retry_policy=PATIENT) as client:
                 async for event in client.generate("x", n=3, timeout_s=30):
                     got[event.index].take(event)
 
@@ -225,7 +228,7 @@ async def test_a_final_error_is_raised_at_once(kind: str, after: int, how: str) 
 async def test_the_last_error_has_the_number_of_delivered_tokens(kind: str) -> None:
     cues = [Cue(4, "cut"), *[Cue(0, "unavailable")] * 100]
     async with coordinators({"cues": list(cues)}, {"cues": cues[1:]}) as fakes:
-        got = await ask(kind, both(fakes))
+        got = await ask(kind, both(fakes), retry_policy=QUICK)
         assert isinstance(got.error, Unavailable)
         assert got.error.num_emitted == 8
         assert "shutting down" in got.error.message
@@ -239,7 +242,7 @@ async def test_a_full_coordinator_is_skipped_and_all_full_is_overloaded(kind: st
         (await ask(kind, both(fakes))).check()
         assert len(fakes[0].requests) == 1
         fakes[1].cues = [Cue(0, "overloaded")] * 50
-        got = await ask(kind, both(fakes))
+        got = await ask(kind, both(fakes), retry_policy=QUICK)
         assert isinstance(got.error, Overloaded)
 
 
@@ -411,7 +414,7 @@ async def test_one_blocking_client_serves_many_threads() -> None:
         {"cues": [Cue(i % 5, "unavailable") for i in range(12)], "pace_s": 0.005},
     ]
     async with coordinators(*scripts) as fakes:
-        with Client(both(fakes), retry_policy=QUICK) as client:
+        with Client(both(fakes), retry_policy=PATIENT) as client:
 
             def read(_: int) -> Got:
                 got = Got()
@@ -444,7 +447,7 @@ async def test_random_scripts_on_real_connections(kind: str) -> None:
             for _ in range(rng.choice((1, 2, 3)))
         ]
         async with coordinators(*scripts) as fakes:
-            got = await ask(kind, both(fakes), seed=seed)
+            got = await ask(kind, both(fakes), retry_policy=QUICK, seed=seed)
         assert tuple(got.tokens) == ANSWER[: len(got.tokens)], seed
         assert TEXT.startswith(got.text), seed
         if got.error is None:
@@ -504,7 +507,7 @@ async def test_a_coordinator_with_a_hanging_event_loop_is_detected_by_silence(
     with process_at(port, first_s) as process:
         async with coordinators({}) as fakes:
             addresses = f"127.0.0.1:{port},{fakes[0].address}"
-            asking = asyncio.create_task(ask(kind, addresses))
+            asking = asyncio.create_task(ask(kind, addresses, retry_policy=RetryPolicy()))
             await asyncio.sleep(1.5)
             assert not fakes[0].requests
             process.send_signal(signal.SIGUSR1)

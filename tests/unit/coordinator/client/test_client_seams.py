@@ -121,9 +121,7 @@ async def test_no_seam_wherever_it_is_cut(
     texts: tuple[str, ...],
     by_itself: bool,
     group: int,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("coordinator.cluster.worker.SILENCE_S", 60.0)  # a script has no heartbeat
     async with front(checkpoint) as f:
         encode = f.coordinator.model.tokenizer.encode
         eos = [] if by_itself else [checkpoint[0].config.eos_token_ids[0]]

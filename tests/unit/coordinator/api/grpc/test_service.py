@@ -208,6 +208,7 @@ async def test_a_prefill_worker_is_not_kept_at_any_price(checkpoint, why):
         await begun.wait()
         heartbeat(f, "p0", Load(num_running=9, num_waiting=5 if why == "behind" else 4))
         if why == "silent":
+            f.hearts.silence("p0")
             first.pace_s = 1.2  # it is lost more than a second later
         await asking
         assert read(responses)[1] == f.answer[:20]
@@ -220,8 +221,9 @@ async def test_a_silent_worker_that_reports_a_stall_keeps_its_streams(
     checkpoint, lag_s, num_attempts
 ):
     async with front(checkpoint) as f:
-        first = await f.worker("d0", pace_s=4.0)
+        first = await f.worker("d0", pace_s=4.0, sends_alive=False)
         second = await f.worker("d1")
+        f.hearts.silence("d0")
         asking = asyncio.create_task(f.ask(stop=stop(max_tokens=3)))
         await until(lambda: first.requests or second.requests)
         assert not second.requests
@@ -284,7 +286,7 @@ async def test_a_shorter_worker_gets_what_fits_it_and_shortens_nothing(checkpoin
         assert (await f.ask(stop=stop(max_tokens=21)))[1] == f.answer[:21]
         assert (len(short.requests), len(long.requests)) == (1, 2), "again where it fits"
         rows = {row.peer.worker_id: row for row in f.coordinator.membership.snapshot()}
-        f.coordinator.membership.lost(rows["d1"], "killed")
+        f.hearts.lose(rows["d1"], "killed")
         assert (await f.stub.GetModel(inference_pb2.GetModelRequest())).max_model_len == 8192
         assert "for 61 tokens" in (await error_of(f.call(stop=stop(max_tokens=21)))).details()
         assert (await f.ask(stop=stop(max_tokens=20)))[1] == f.answer[:20]
@@ -307,7 +309,7 @@ async def test_a_request_survives_the_only_worker_until_its_successor(checkpoint
         await until(lambda: worker.requests)
         await asyncio.sleep(0.1)
         row = f.coordinator.membership.snapshot()[0]
-        f.coordinator.membership.lost(row, "killed")
+        f.hearts.lose(row, "killed")
         await asyncio.sleep(0.3)
         await f.worker("d0", "i1")
         assert (await asking)[1] == f.answer[:20]
@@ -496,7 +498,7 @@ async def test_resume_sends_only_what_is_missing(checkpoint):
 def heartbeat(f, name, load):
     """A heartbeat of a worker."""
     (worker,) = [w for w in f.coordinator.membership.snapshot() if w.peer.worker_id == name]
-    assert f.coordinator.membership.heartbeat(worker, load)
+    f.hearts.send(worker, load)
 
 
 async def test_resume_goes_home(checkpoint):
@@ -839,7 +841,7 @@ async def test_who_waits_for_a_worker_is_told_that_we_end(checkpoint, num_tokens
         while len(ids) < num_tokens:
             ids += (await anext(responses)).delta.token_ids
             for row in membership.snapshot():
-                membership.lost(row, "gone")
+                f.hearts.lose(row, "gone")
         await asyncio.sleep(0.3)
         assert f.coordinator._admission.holds()[0].reason.endswith("waits for a worker")
         assert not await f.coordinator.drain(0.1)
