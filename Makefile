@@ -7,6 +7,8 @@ VENV        := .venv
 BIN         := $(VENV)/bin
 # Test processes side by side; only tests that start no stack run so.
 JOBS        ?= $(shell nproc)
+# Compiled before: else each process compiles what it imports, where Python may not write bytecode.
+SOURCES     := engine kvtransfer worker prefill decode coordinator tests
 PYTEST       = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --durations=30
 
 # The first Python that runs does the setup, and finds the one for .venv.
@@ -35,6 +37,7 @@ test: setup-dev
 ifdef TESTS
 	$(PYTEST) --junitxml=build/junit/tests.xml $(TESTS) $(PYTEST_ARGS)
 else
+	@$(BIN)/python -m compileall -q $(SOURCES)
 	@JOBS=$(JOBS) $(BIN)/python -m tests.support.parts $(PYTEST_ARGS)
 endif
 
