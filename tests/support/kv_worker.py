@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import multiprocessing as mp
 import os
 import secrets
@@ -29,7 +30,10 @@ from kvtransfer.nixl_transport import NixlTransport
 from kvtransfer.quarantine import Quarantine
 from kvtransfer.transport import MemoryRegion, RemotePool
 
-SPAWN = mp.get_context("spawn")
+# Workers are forked from a process that has one thread and has imported most of what they need:
+# nixl imports torch, which takes seconds.
+FORKS = mp.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.support.kv_worker", "torch"])
 
 
 class Pool:
@@ -65,8 +69,12 @@ class Pool:
         self.blocks[:] = pattern(seed, self.blocks.shape)
 
 
+@functools.lru_cache(maxsize=4)
 def pattern(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    """Random bytes, read-only: they are kept, for tests want the same ones several times."""
+    out = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    out.flags.writeable = False
+    return out
 
 
 def region(array: np.ndarray) -> MemoryRegion:
@@ -105,9 +113,11 @@ def workers(
     started = []
     try:
         for _ in range(num):
-            ours, theirs = SPAWN.Pipe()
-            process = SPAWN.Process(
-                target=serve, args=(theirs, num_blocks, block_bytes, env or {}), daemon=True
+            ours, theirs = FORKS.Pipe()
+            process = FORKS.Process(
+                target=serve,
+                args=(theirs, num_blocks, block_bytes, {**os.environ, **(env or {})}),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -122,7 +132,8 @@ def workers(
 
 
 def serve(pipe: Connection, num_blocks: int, block_bytes: int, env: dict[str, str]) -> None:
-    """Obey until the pipe closes."""
+    """Obey until the pipe closes. `env`: all variables, for the server has those of its start."""
+    os.environ.clear()
     os.environ.update(env)
     pool = Pool(num_blocks, block_bytes)
     with contextlib.suppress(EOFError):
