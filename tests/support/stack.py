@@ -83,20 +83,24 @@ class Stack:
         return self if self._started else self.start()
 
     def start(self) -> Self:
-        """Start the coordinator, and wait until the workers are ready."""
+        """Start the coordinator, and wait until the workers are ready where `wait` is set."""
         self._started = True
         self._log = (self.folder / "coordinator.log").open("wb")
         self.process = subprocess.Popen(
             self.command, stdout=self._log, stderr=self._log, cwd=ROOT, start_new_session=True
         )
         self.client = Client(self.address)
-        try:
-            if self._wait:
-                until(self.ready, CLUSTER.start_s, "the stack is ready", 0.1)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+        if self._wait:
+            try:
+                self.until_ready()
+            except BaseException:
+                self.__exit__(None, None, None)
+                raise
         return self
+
+    def until_ready(self) -> None:
+        """Wait until all workers are ready."""
+        until(self.ready, CLUSTER.start_s, "the stack is ready", 0.1)
 
     def __exit__(
         self,

@@ -20,10 +20,10 @@ def stack(stacks: SharedStacks) -> Stack:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """A failed or timed out test shows the logs of its stack."""
+    """A failed or timed out test shows the logs of its stacks."""
     outcome = yield
     report = outcome.get_result()  # type: ignore[attr-defined]
-    running = getattr(item, "funcargs", {}).get("stack")
-    if report.failed and isinstance(running, Stack):
+    used = [x for x in getattr(item, "funcargs", {}).values() if isinstance(x, Stack)]
+    for running in used if report.failed else ():
         for name, text in running.logs().items():
             report.sections.append((f"log of {name}", "\n".join(text.splitlines()[-40:])))

@@ -5,8 +5,6 @@ left behind.
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from google.rpc import error_details_pb2, status_pb2
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc.channel import open_channel
 from engine.rpc.status import DETAILS_KEY
-from tests.support.paths import ROOT
-from tests.support.stack import EXACT, Stack, free_port, until
+from tests.support.commands import Commands
+from tests.support.stack import EXACT, SHARED, SharedStacks, Stack, free_port, until
 from tests.support.stderr import sentences
 
 pytestmark = pytest.mark.timeout(180)
@@ -126,25 +124,20 @@ def test_nothing_leaked_and_no_traceback(stack: Stack) -> None:
     assert "Traceback" not in "".join(stack.logs().values())
 
 
-def test_a_second_coordinator_on_a_used_port(stack: Stack) -> None:
-    for flags in (
-        ("--listen", stack.address, "--http", f"127.0.0.1:{free_port()}"),
-        ("--listen", f"127.0.0.1:{free_port()}", "--http", stack.http_address),
-    ):
-        out = command("coordinator.cli", "start", *flags)
+def used_ports(stack: Stack) -> dict[str, tuple[str, ...]]:
+    """By the address in use: flags of a coordinator."""
+    return {
+        stack.address: ("--listen", stack.address, "--http", f"127.0.0.1:{free_port()}"),
+        stack.http_address: ("--listen", f"127.0.0.1:{free_port()}", "--http", stack.http_address),
+    }
+
+
+def test_a_second_coordinator_on_a_used_port(stack: Stack, ends: Commands) -> None:
+    for address in (stack.address, stack.http_address):
+        out = ends.result(address)
         assert out.returncode == 2
-        assert flags[1] in out.stderr or flags[3] in out.stderr
+        assert address in out.stderr
         one_sentence(out.stderr)
-
-
-def command(module: str, *args: str, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", module, *args],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
 
 
 def one_sentence(stderr: str) -> None:
@@ -161,15 +154,19 @@ MISMATCHES = {
 }
 
 
-@pytest.mark.parametrize("name", MISMATCHES)
-def test_a_worker_that_does_not_match_is_refused(stack: Stack, name: str) -> None:
-    flags, word = MISMATCHES[name]
+def mismatch(name: str, stack: Stack) -> tuple[str, ...]:
+    """Flags of a decode worker that does not fit to `stack`."""
+    flags, _ = MISMATCHES[name]
     default = ("--dtype", "float32") if name != "another dtype" else ()
     args = (*default, *flags, "--kv-cache-memory", "256MiB", "--max-model-len", "1024")
-    args += ("--coordinator", stack.address, "--log-format", "json", stack.token_flag())
-    out = command("worker.cli", "decode", "start", *args)
+    return (*args, "--coordinator", stack.address, "--log-format", "json", stack.token_flag())
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_a_worker_that_does_not_match_is_refused(stack: Stack, ends: Commands, name: str) -> None:
+    out = ends.result(name)
     assert out.returncode == 2
-    assert word in out.stderr.splitlines()[-1]
+    assert MISMATCHES[name][1] in out.stderr.splitlines()[-1]
     one_sentence(out.stderr)
     assert len(stack.workers()) == 2
 
@@ -203,36 +200,45 @@ def folder_without_weights(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "make", [truncated_gguf, missing_file, not_a_model, folder_without_weights]
-)
-@pytest.mark.parametrize("module", ["coordinator.cli", "worker.cli"])
+MAKERS = (truncated_gguf, missing_file, not_a_model, folder_without_weights)
+MODULES = ("coordinator.cli", "worker.cli")
+
+
+def start_without_model(module: str, path: Path, folder: Path) -> tuple[str, ...]:
+    """Arguments of a coordinator or a prefill worker whose model is `path`."""
+    flags = ("start", "--model", str(path), "--listen", "127.0.0.1:0")
+    if module == "worker.cli":
+        return ("prefill", *flags)
+    return (*flags, "--http", "127.0.0.1:0", "--log-dir", str(folder / "logs"))
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("module", MODULES)
 def test_a_missing_or_truncated_model_file(
-    tmp_path: Path, make: Callable[[Path], Path], module: str
+    ends: Commands, make: Callable[[Path], Path], module: str
 ) -> None:
-    path = make(tmp_path)
-    flags = ["--model", str(path), "--listen", "127.0.0.1:0"]
-    if module == "coordinator.cli":
-        flags += ["--http", "127.0.0.1:0", "--log-dir", str(tmp_path / "logs")]
-    role = ["prefill"] if module == "worker.cli" else []
-    out = command(module, *role, "start", *flags)
+    out = ends.result((module, make))
     assert out.returncode == 2, out.stderr
     one_sentence(out.stderr)
-    assert str(path) in out.stderr
+    assert str(out.args[out.args.index("--model") + 1]) in out.stderr
 
 
-def test_bad_options_name_the_flag() -> None:
-    for flags, word in (
-        (("--dtype", "int3"), "--dtype"),
-        (("--listen", "nowhere"), "--listen"),
-        (("--prefill-workers", "-1"), "--prefill-workers"),
-        (("--kv-cache-memory", "lots"), "--kv-cache-memory"),
-        (("--config", "/absent.toml"), "/absent.toml"),
-        (("--nonsense", "1"), "--nonsense"),
-    ):
-        out = command("coordinator.cli", "start", *flags)
+SMALL_POOL = ("--max-model-len", "8192", "--kv-cache-memory", "16MiB", *EXACT[:2])
+BAD_OPTIONS = {
+    "--dtype": "int3",
+    "--listen": "nowhere",
+    "--prefill-workers": "-1",
+    "--kv-cache-memory": "lots",
+    "--config": "/absent.toml",
+    "--nonsense": "1",
+}
+
+
+def test_bad_options_name_the_flag(ends: Commands) -> None:
+    for flag, value in BAD_OPTIONS.items():
+        out = ends.result(flag)
         assert out.returncode == 2
-        assert word in out.stderr
+        assert (value if flag == "--config" else flag) in out.stderr
         one_sentence(out.stderr)
 
 
@@ -241,8 +247,29 @@ def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("lonely")
     flags = ("--workers", "external", "--worker-wait-s", "1")
     with Stack(folder, *flags, prefill=0, decode=0, wait=False) as stack:
-        until(lambda: _model_answers(stack), 30, "the coordinator answers")
         yield stack
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ends(
+    stacks: SharedStacks, lonely: Stack, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Commands]:
+    """The commands of this module, by what is wrong with each; they run beside its requests."""
+    stack = stacks.get(*SHARED)
+    with Commands() as commands:
+        for address, flags in used_ports(stack).items():
+            commands.start(address, "coordinator.cli", "start", *flags)
+        for name in MISMATCHES:
+            commands.start(name, "worker.cli", "decode", "start", *mismatch(name, stack))
+        for module in MODULES:
+            for make in MAKERS:
+                folder = tmp_path_factory.mktemp("model")
+                args = start_without_model(module, make(folder), folder)
+                commands.start((module, make), module, *args)
+        for flag, value in BAD_OPTIONS.items():
+            commands.start(flag, "coordinator.cli", "start", flag, value)
+        commands.start("small pool", "worker.cli", "decode", "start", *SMALL_POOL)
+        yield commands
 
 
 def _model_answers(stack: Stack) -> bool:
@@ -253,6 +280,7 @@ def _model_answers(stack: Stack) -> bool:
 
 
 async def test_a_coordinator_with_no_workers(lonely: Stack) -> None:
+    until(lambda: _model_answers(lonely), 30, "the coordinator answers")
     async with open_channel(lonely.address) as channel:
         from engine.pb.diptych.v1 import inference_pb2_grpc
 
@@ -270,9 +298,8 @@ async def test_a_coordinator_with_no_workers(lonely: Stack) -> None:
     assert any(d.Unpack(retry) for d in status_pb2.Status.FromString(raw).details)
 
 
-def test_a_pool_too_small_for_the_length_asked_is_refused(tmp_path: Path) -> None:
-    flags = ("--max-model-len", "8192", "--kv-cache-memory", "16MiB", *EXACT[:2])
-    out = command("worker.cli", "decode", "start", *flags)
+def test_a_pool_too_small_for_the_length_asked_is_refused(ends: Commands) -> None:
+    out = ends.result("small pool")
     assert out.returncode == 2
     assert "--kv-cache-memory" in out.stderr
     one_sentence(out.stderr)
