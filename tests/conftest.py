@@ -38,7 +38,7 @@ def record_answers(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--record-answers"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def checkpoint() -> Any:
     """(checkpoint, tokenizer, chat template) of the default model, without its weights."""
     from coordinator.text.chat_template import ChatTemplate

@@ -481,7 +481,8 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(resolve("smollm2", progress=False).folder)
 
 
-def with_markers(tokenizer: Tokenizer) -> Tokenizer:
+@pytest.fixture(scope="module")
+def marked(tokenizer: Tokenizer) -> Tokenizer:
     """The same with every family's markers as special tokens."""
     spec = json.loads(tokenizer.library.to_str())
     first = tokenizer.library.get_vocab_size()
@@ -505,9 +506,9 @@ def answer_of(tokenizer: Tokenizer, form: ToolFormat, **fields) -> Output:
 
 @pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
 @pytest.mark.parametrize("markers", [False, True], ids=["plain", "tokens"])
-def test_calls_are_read_from_tokens_and_after_a_resume(tokenizer, form, markers):
+def test_calls_are_read_from_tokens_and_after_a_resume(tokenizer, marked, form, markers):
     if markers:
-        tokenizer = with_markers(tokenizer)
+        tokenizer = marked
         form = form.bound(tokenizer)
         assert form.tokens
     text = form.write([("get_weather", '{"city": "Zürich \U0001f600"}')])
@@ -531,9 +532,9 @@ def test_calls_are_read_from_tokens_and_after_a_resume(tokenizer, form, markers)
 @pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
 @pytest.mark.parametrize("markers", [False, True], ids=["plain", "tokens"])
 @pytest.mark.parametrize("choice", ["auto", "required", "named"])
-def test_stops_do_not_act_inside_calls(tokenizer, form, markers, choice):
+def test_stops_do_not_act_inside_calls(tokenizer, marked, form, markers, choice):
     if markers:
-        tokenizer = with_markers(tokenizer)
+        tokenizer = marked
         form = form.bound(tokenizer)
     chosen = {
         "auto": pb.ToolChoice(mode=AUTO),
@@ -599,13 +600,14 @@ def test_max_tokens_within_a_call(tokenizer, form, size):
 
 
 @cache
-def library_of(spec: str):
-    return pytest.importorskip("llguidance").LLTokenizer(spec)
+def library_of(library: tokenizers.Tokenizer):
+    """llguidance's form of it; seconds of computing for each test otherwise."""
+    return pytest.importorskip("llguidance").LLTokenizer(library.to_str())
 
 
 def accepts(tokenizer: Tokenizer, source: str, text: str) -> bool:
     llguidance = pytest.importorskip("llguidance")
-    library = library_of(tokenizer.library.to_str())
+    library = library_of(tokenizer.library)
     grammar = llguidance.LLMatcher.grammar_from_lark(source)
     is_bad, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, library)
     assert not is_bad, messages
@@ -616,9 +618,9 @@ def accepts(tokenizer: Tokenizer, source: str, text: str) -> bool:
 
 @pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
 @pytest.mark.parametrize("markers", [False, True], ids=["plain", "tokens"])
-def test_grammars_constrain_the_output(tokenizer, form, markers):
+def test_grammars_constrain_the_output(tokenizer, marked, form, markers):
     if markers:
-        tokenizer = with_markers(tokenizer)
+        tokenizer = marked
         form = form.bound(tokenizer)
     one, bad = form.write([("add", "{}")]), form.write([("get_weather", '{"town": "a"}')])
     two = form.write([("get_weather", '{"city": "a"}'), ("add", "{}")])
