@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from coordinator.client import AsyncClient, Client, Done, TextDelta
-from tests.support.cluster import Cluster, Shape
+from tests.support.cluster import Cluster, Shape, until
 from tests.support.greedy import greedy
+from tests.support.process_slots import ProcessSlot
 
 CASE = greedy(300)
 FLAGS = ("--dtype", "float32", "--kv-cache-memory", "384MiB")
@@ -38,6 +39,8 @@ SCHEMA = {
 NOTICED_S = 3.0  # the client's limit of silence, and half a tick
 SLACK_S = 3.0  # for the next coordinator's first token on a busy machine
 KINDS = ("blocking", "asyncio")
+SURVIVOR = "coordinator-2"
+VICTIMS = itertools.cycle(("coordinator-0", "coordinator-1"))
 # At SIGUSR1 a coordinator's event loop hangs, and gRPC's threads go on.
 HANG = "import signal, time; signal.signal(signal.SIGUSR1, lambda *_: time.sleep(600))"
 pytestmark = pytest.mark.timeout(300)
@@ -79,7 +82,7 @@ class Choices:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    shape = Shape(prefill=1, decode=1, coordinators=2, worker_flags=FLAGS, env=SLOW)
+    shape = Shape(prefill=1, decode=1, coordinators=3, worker_flags=FLAGS, env=SLOW)
     folder = tmp_path_factory.mktemp("failover")
     (folder / "sitecustomize.py").write_text(HANG)
     made = Cluster(folder, shape)
@@ -87,6 +90,37 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         made[name].env = {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
     with made as running:
         yield running
+
+
+@pytest.fixture
+def victim(cluster: Cluster) -> Iterator[ProcessSlot]:
+    """A coordinator to lose. It starts again beside the next test, which gets the other one."""
+    slot = cluster[next(VICTIMS)]
+    until(lambda: knows_all(cluster, slot.name), 60, f"{slot.name} knows all workers")
+    yield slot
+    slot.thaw()
+    slot.held = False
+
+
+def knows_all(cluster: Cluster, coordinator: str) -> bool:
+    rows = cluster.rows(coordinator)
+    return all(name in rows and rows[name].state == "ready" for name in cluster.workers)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster) -> Callable[[dict[str, Any]], list[Got]]:
+    """The choices of an answer by a coordinator that is not lost; each request is sent once."""
+    known: dict[str, list[Got]] = {}
+
+    def answer(options: dict[str, Any]) -> list[Got]:
+        if (request_id := options["request_id"]) not in known:
+            got = Choices([Got() for _ in range(options.get("n", 1))])
+            ask("blocking", cluster.address(SURVIVOR), got, **options)
+            assert got.num_resumed == 0
+            known[request_id] = got.of
+        return known[request_id]
+
+    return answer
 
 
 def ask(kind: str, addresses: str, got: Any, **options: Any) -> Any:
@@ -112,32 +146,21 @@ def ask(kind: str, addresses: str, got: Any, **options: Any) -> Any:
     return got
 
 
-def all_of(cluster: Cluster) -> str:
-    return ",".join(cluster.address(name) for name in cluster.coordinators)
+def both(cluster: Cluster, victim: ProcessSlot) -> str:
+    """The addresses of a client that dials `victim` first."""
+    return f"{cluster.address(victim.name)},{cluster.address(SURVIVOR)}"
 
 
-def kill_first(cluster: Cluster) -> None:
+def kill(victim: ProcessSlot) -> None:
     """kill -9, and it stays away."""
-    place = cluster["coordinator-0"]
-    place.held = True
-    place.kill()
-
-
-def hang_first(cluster: Cluster) -> None:
-    os.kill(cluster["coordinator-0"].pid, signal.SIGUSR1)
-
-
-def bring_back(cluster: Cluster) -> None:
-    place = cluster["coordinator-0"]
-    place.thaw()
-    place.held = False
-    cluster.until_whole()
+    victim.held = True
+    victim.kill()
 
 
 def assert_at_rest(cluster: Cluster) -> None:
     """The workers hold nothing for the coordinator that was lost."""
     deadline = time.monotonic() + 10
-    while held := [r for r in cluster.rows("coordinator-1").values() if r.held_blocks]:
+    while held := [r for r in cluster.rows(SURVIVOR).values() if r.held_blocks]:
         assert time.monotonic() < deadline, f"still held: {held}"
         time.sleep(0.2)
 
@@ -145,95 +168,104 @@ def assert_at_rest(cluster: Cluster) -> None:
 @pytest.mark.parametrize("options", [PLAIN, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kill_9_of_the_coordinator_leaves_no_seam(
-    cluster: Cluster, kind: str, options: dict[str, Any]
+    cluster: Cluster,
+    victim: ProcessSlot,
+    undisturbed: Callable[[dict[str, Any]], list[Got]],
+    kind: str,
+    options: dict[str, Any],
 ) -> None:
     """A sampled request brings no seed: it is a hash of the id that all its calls carry."""
-    options = {**options, "request_id": f"{kind}-{options['max_tokens']}"}
-    undisturbed = ask(kind, cluster.address("coordinator-1"), Got(), **options)
-    assert undisturbed.num_resumed == 0
-    got = ask(kind, all_of(cluster), Got(lambda: kill_first(cluster)), **options)
-    try:
-        assert got.num_resumed == 1, "it was in the middle of the answer"
-        assert (got.tokens, got.text) == (undisturbed.tokens, undisturbed.text)
-        if "temperature" not in options:
-            assert got.tokens == CASE["tokens"]
-        assert got.done
-        assert got.done.usage.completion_tokens == len(got.tokens) == options["max_tokens"]
-        assert got.done.request_id == options["request_id"]
-        longest_s = max(b - a for a, b in itertools.pairwise(got.moments))
-        print(f"{kind}: the longest wait was {longest_s:.2f} s")
-        assert longest_s < 2.0
-        assert_at_rest(cluster)
-    finally:
-        bring_back(cluster)
+    options = {**options, "request_id": f"one-{options['max_tokens']}"}
+    (expected,) = undisturbed(options)
+    got = ask(kind, both(cluster, victim), Got(lambda: kill(victim)), **options)
+    assert got.num_resumed == 1, "it was in the middle of the answer"
+    assert (got.tokens, got.text) == (expected.tokens, expected.text)
+    if "temperature" not in options:
+        assert got.tokens == CASE["tokens"]
+    assert got.done
+    assert got.done.usage.completion_tokens == len(got.tokens) == options["max_tokens"]
+    assert got.done.request_id == options["request_id"]
+    longest_s = max(b - a for a, b in itertools.pairwise(got.moments))
+    print(f"{kind}: the longest wait was {longest_s:.2f} s")
+    assert longest_s < 2.0
+    assert_at_rest(cluster)
 
 
 @pytest.mark.parametrize("held", [{}, {"json_schema": SCHEMA}], ids=["free", "held"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_leaves_no_seam_in_any_choice(cluster: Cluster, kind: str, held: dict[str, Any]) -> None:
+def test_it_leaves_no_seam_in_any_choice(
+    cluster: Cluster,
+    victim: ProcessSlot,
+    undisturbed: Callable[[dict[str, Any]], list[Got]],
+    kind: str,
+    held: dict[str, Any],
+) -> None:
     options = {**SAMPLED, "max_tokens": 48, "n": 3, "logprobs": 1, **held}
-    options |= {"request_id": f"{kind}-{len(held)}", "ignore_eos": not held}
-    undisturbed = ask(
-        kind, cluster.address("coordinator-1"), Choices([Got(), Got(), Got()]), **options
-    )
-    got = Choices([Got(), Got(lambda: kill_first(cluster)), Got()])
-    try:
-        ask(kind, all_of(cluster), got, **options)
-        assert got.num_resumed == 1, "it was in the middle of the answer"
-        for index, (mine, wanted) in enumerate(zip(got.of, undisturbed.of, strict=True)):
-            assert (mine.tokens, mine.text) == (wanted.tokens, wanted.text)
-            assert mine.done
-            assert wanted.done
-            assert mine.done.index == index
-            assert mine.done.finish_reason == wanted.done.finish_reason
-            assert mine.done.usage.completion_tokens == len(mine.tokens)
-            if held and mine.done.finish_reason == "stop":
-                assert set(json.loads(mine.text)) == {"a", "b", "c"}
-        assert len({tuple(choice.tokens) for choice in got.of}) == 3
-        assert_at_rest(cluster)
-    finally:
-        bring_back(cluster)
+    options |= {"request_id": f"three-{len(held)}", "ignore_eos": not held}
+    got = Choices([Got(), Got(lambda: kill(victim)), Got()])
+    expected = undisturbed(options)
+    ask(kind, both(cluster, victim), got, **options)
+    assert got.num_resumed == 1, "it was in the middle of the answer"
+    for index, (mine, whole) in enumerate(zip(got.of, expected, strict=True)):
+        assert (mine.tokens, mine.text) == (whole.tokens, whole.text)
+        assert mine.done
+        assert whole.done
+        assert mine.done.index == index
+        assert mine.done.finish_reason == whole.done.finish_reason
+        assert mine.done.usage.completion_tokens == len(mine.tokens)
+        if held and mine.done.finish_reason == "stop":
+            assert set(json.loads(mine.text)) == {"a", "b", "c"}
+    assert len({tuple(choice.tokens) for choice in got.of}) == 3
+    assert_at_rest(cluster)
 
 
 @pytest.mark.parametrize("options", [PLAIN, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_coordinator_whose_event_loop_hangs_is_left_within_seconds(
-    cluster: Cluster, kind: str, options: dict[str, Any]
+    cluster: Cluster,
+    victim: ProcessSlot,
+    undisturbed: Callable[[dict[str, Any]], list[Got]],
+    kind: str,
+    options: dict[str, Any],
 ) -> None:
     """Its connection answers pings. In mid-answer, and then before the first token."""
-    options = {**options, "request_id": f"hang-{kind}-{options['max_tokens']}"}
-    undisturbed = ask(kind, cluster.address("coordinator-1"), Got(), **options)
+    options = {**options, "request_id": f"one-{options['max_tokens']}"}
+    (expected,) = undisturbed(options)
+
+    def hang() -> None:
+        os.kill(victim.pid, signal.SIGUSR1)
+
     try:
-        got = ask(kind, all_of(cluster), Got(lambda: hang_first(cluster)), **options)
+        got = ask(kind, both(cluster, victim), Got(hang), **options)
         assert got.num_resumed == 1, "it was in the middle of the answer"
-        assert (got.tokens, got.text) == (undisturbed.tokens, undisturbed.text)
+        assert (got.tokens, got.text) == (expected.tokens, expected.text)
         longest_s = max(b - a for a, b in itertools.pairwise(got.moments))
         began_s = time.monotonic()
-        got = ask(kind, all_of(cluster), Got(), **options)
+        got = ask(kind, both(cluster, victim), Got(), **options)
         assert got.num_resumed == 0
-        assert (got.tokens, got.text) == (undisturbed.tokens, undisturbed.text)
+        assert (got.tokens, got.text) == (expected.tokens, expected.text)
         first_s = got.moments[0] - began_s
         print(f"{kind}: the longest wait was {longest_s:.2f} s, of the first token {first_s:.2f} s")
         assert max(longest_s, first_s) < NOTICED_S + SLACK_S
     finally:
-        kill_first(cluster)
-        bring_back(cluster)
+        kill(victim)
     assert_at_rest(cluster)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stopped_coordinator_is_noticed_within_seconds(cluster: Cluster, kind: str) -> None:
+def test_a_stopped_coordinator_is_noticed_within_seconds(
+    cluster: Cluster, victim: ProcessSlot, kind: str
+) -> None:
     """Its connection stays open and silent: the client's ping gets no answer."""
-    freeze = cluster["coordinator-0"].freeze
     try:
-        got = ask(kind, all_of(cluster), Got(freeze), **PLAIN)
+        got = ask(kind, both(cluster, victim), Got(victim.freeze), **PLAIN)
         assert got.tokens == CASE["tokens"]
         assert got.num_resumed == 1
         longest_s = max(b - a for a, b in itertools.pairwise(got.moments))
         print(f"{kind}: the longest wait was {longest_s:.2f} s")
         assert longest_s < NOTICED_S + SLACK_S
     finally:
-        bring_back(cluster)
+        victim.thaw()
     assert_at_rest(cluster)
     for name in cluster.coordinators:
         assert "too_many_pings" not in cluster.tail(name, 10_000)
