@@ -15,7 +15,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from starlette.routing import BaseRoute
 
-from coordinator.api.frontend import LocalFrontend
+from coordinator.api.frontend import Frontend
 from coordinator.api.grpc.admin import AdminServicer
 from coordinator.api.grpc.responses import alive
 from coordinator.api.grpc.service import InferenceServicer
@@ -80,7 +80,7 @@ class Coordinator:
         self._tokenizing = Admission(
             front.max_queued_requests, front.max_queued_tokens, metrics, what="tokenize"
         )
-        self._frontend = LocalFrontend(
+        self._frontend = Frontend(
             model,
             self.pipeline,
             self.membership,

@@ -15,7 +15,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from itertools import islice
-from typing import Protocol
 
 from coordinator.api.switches import Switches
 from coordinator.api.validation.request import (
@@ -51,41 +50,12 @@ _CHARS_A_TOKEN = 4  # about: what a text counts as before it is tokenized
 Events = AsyncGenerator[Event, None]
 
 
-class Frontend(Protocol):
-    """What protocols call. `left_s` is the caller's deadline in seconds; None: no deadline.
+class Frontend:
+    """What protocols call; owned by the event loop.
 
-    Errors are DiptychErrors; those that name a field name it as inference.proto does.
+    `left_s` is the caller's deadline in seconds; None: no deadline. Errors are DiptychErrors; those
+    that name a field name it as inference.proto does.
     """
-
-    def generate(self, request: GenerateRequest, left_s: float | None = None) -> Events:
-        """Generate: the prompt's event, then those of each choice, with Finished as the last one.
-
-        Raises InvalidRequest, NotFound, NotOffered, Overloaded, Unavailable, WorkersLost,
-        Mismatch, DeadlineExceeded.
-        """
-
-    async def tokenize(self, request: TokenizeRequest, left_s: float | None = None) -> list[int]:
-        """Token ids of a text or of a rendered conversation.
-
-        Raises InvalidRequest, NotFound, NotOffered, Overloaded.
-        """
-
-    async def detokenize(
-        self,
-        token_ids: Sequence[int],
-        model: str = "",
-        *,
-        skip_special_tokens: bool = False,
-        left_s: float | None = None,
-    ) -> str:
-        """Text of token ids. Raises InvalidRequest, NotFound, Overloaded."""
-
-    def model(self, name: str = "") -> ModelCard:
-        """The model of that name, or the only one. Raises NotFound."""
-
-
-class LocalFrontend:
-    """The Frontend of a coordinator's own pipeline. Owned by the event loop."""
 
     def __init__(
         self,
@@ -109,7 +79,11 @@ class LocalFrontend:
         self._slots = asyncio.Semaphore(_TOKENIZING_AT_ONCE)
 
     async def generate(self, request: GenerateRequest, left_s: float | None = None) -> Events:
-        """See Frontend. Logs how the request ended, and counts it where it failed."""
+        """Generate: the prompt's event, then those of each choice, with Finished as the last one.
+
+        Logs how the request ended, and counts it where it failed. Raises InvalidRequest, NotFound,
+        NotOffered, Overloaded, Unavailable, WorkersLost, Mismatch, DeadlineExceeded.
+        """
         timeline = Timeline()
         arrived_s = timeline.mark(Moment.ARRIVED)
         deadline_s = arrived_s + self._limit_s(left_s)
@@ -136,7 +110,10 @@ class LocalFrontend:
             _log.info("request ended", code=code, timeline=timeline.as_dict())
 
     async def tokenize(self, request: TokenizeRequest, left_s: float | None = None) -> list[int]:
-        """See Frontend."""
+        """Token ids of a text or of a rendered conversation.
+
+        Raises InvalidRequest, NotFound, NotOffered, Overloaded.
+        """
         limits, longest = self._model.limits, self._pipeline.max_model_len
         check_model(request.model, limits)
         if request.text is not None:
@@ -162,14 +139,14 @@ class LocalFrontend:
         skip_special_tokens: bool = False,
         left_s: float | None = None,
     ) -> str:
-        """See Frontend."""
+        """Text of token ids. Raises InvalidRequest, NotFound, Overloaded."""
         check_model(model, self._model.limits)
         async with self._admitted(len(token_ids), left_s):
             ids = check_token_ids("token_ids", token_ids, self._model.limits, MAX_DETOKENIZED)
             return await self._model.decode(ids, skip_special_tokens)
 
     def model(self, name: str = "") -> ModelCard:
-        """See Frontend."""
+        """The model of that name, or the only one. Raises NotFound."""
         check_model(name, self._model.limits)
         identity = self._membership.identity
         return ModelCard(

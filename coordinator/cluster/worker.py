@@ -11,8 +11,9 @@ and what depends on time is computed from them and from the moment of the view.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from engine.base.types import (
     NO_BUDGETS,
@@ -31,6 +32,8 @@ SILENCE_S = 3.0  # without a heartbeat: suspect
 FORGET_S = 60.0  # a suspect stays in the table, for operators to see
 PENALTY_S = 5.0  # how long a worker that failed a request is avoided
 _RECENT_S = 2 * HEARTBEAT_S
+# What a row keeps where the same process registers again.
+_KEPT = ("since_s", "load", "assigned_requests", "assigned_tokens", "penalized_s", "is_sick")
 
 
 class WorkerState(Enum):
@@ -111,29 +114,20 @@ class Worker:
     @classmethod
     def of(cls, hello: Hello, session: int, now_s: float, old: Worker | None) -> Worker:
         """The row of a worker that registers where `old` was, which may be the same process."""
-        worker = cls(
-            hello.peer,
-            hello.role,
-            hello.http_address,
-            hello.model,
-            WorkerState.READY,
-            Load(),
-            session,
-            since_s=now_s,
+        kept: dict[str, Any] = {"since_s": now_s, "load": Load()}
+        if old is not None and old.peer.incarnation == hello.peer.incarnation:
+            kept = {name: getattr(old, name) for name in _KEPT}
+        return cls(
+            peer=hello.peer,
+            role=hello.role,
+            http_address=hello.http_address,
+            model=hello.model,
+            kv_pool=hello.kv_pool,
+            state=WorkerState.READY,
+            session=session,
             heard_s=now_s,
             beat_s=now_s,
-            kv_pool=hello.kv_pool,
-        )
-        if old is None or old.peer.incarnation != hello.peer.incarnation:
-            return worker
-        return replace(
-            worker,
-            since_s=old.since_s,
-            load=old.load,
-            assigned_requests=old.assigned_requests,
-            assigned_tokens=old.assigned_tokens,
-            penalized_s=old.penalized_s,
-            is_sick=old.is_sick,
+            **kept,
         )
 
     @property

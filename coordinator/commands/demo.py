@@ -39,9 +39,9 @@ _SETTLE_S = 5.0
 _QUESTION = (
     "A diptych is a pair of painted panels joined by a hinge. Travellers folded it shut to protect "
     "the pictures, and opened it on a table to look at them side by side. The left panel often "
-    "showed a saint and the right panel the person who had ordered the work, so that the two "
-    "seemed to look at each other across the hinge. Explain in a few sentences what a diptych is "
-    "and why the hinge matters."
+    "showed a saint and the right panel the patron of the work, so that the two "
+    "seemed to look at each other. Explain in a few sentences what a diptych is "
+    "and why its hinge matters."
 )
 
 
@@ -82,13 +82,9 @@ def _demo(console: Console) -> int:
             done = _generate(client)
             workers = _at_rest(client)
         _summary(console, done, workers, log_dir)
-    except DiptychError as error:
-        console.print(f"demo: {error.message}; logs in {log_dir}", highlight=False, soft_wrap=True)
-        return 1
-    except grpc.RpcError as error:
-        console.print(
-            f"demo: {describe(error)}; logs in {log_dir}", highlight=False, soft_wrap=True
-        )
+    except (DiptychError, grpc.RpcError) as error:
+        why = f"demo: {describe(error)}; logs in {log_dir}"
+        console.print(why, highlight=False, soft_wrap=True)
         return 1
     finally:
         _end(stack)

@@ -25,12 +25,8 @@ def generate(
 ) -> int:
     """Stream one completion, or print several; returns the exit status."""
     with connect(server) as client:
-        events = _with_reports(
-            client, client.generate(prompt, timeout_s=timeout_s, **options), quiet
-        )
-        if (options.get("n") or 1) > 1:
-            return _run_choices(server, events, quiet)
-        return _run(server, events, quiet)[1]
+        events = client.generate(prompt, timeout_s=timeout_s, **options)
+        return _run(client, server, events, quiet, options.get("n") or 1)[1]
 
 
 def chat(
@@ -47,13 +43,13 @@ def chat(
         if question is not None:
             messages.append({"role": "user", "content": question})
             events = client.chat(messages, timeout_s=timeout_s, **options)
-            return _run(server, _with_reports(client, events, quiet), quiet)[1]
+            return _run(client, server, events, quiet)[1]
         if sys.stdin.isatty():
             print("Type a message; an empty line or Ctrl-D ends.", file=sys.stderr)
         while question := _read_line():
             messages.append({"role": "user", "content": question})
             events = client.chat(messages, timeout_s=timeout_s, **options)
-            text, failed = _run(server, _with_reports(client, events, quiet), quiet)
+            text, failed = _run(client, server, events, quiet)
             if failed:
                 messages.pop()
                 if not sys.stdin.isatty():
@@ -109,39 +105,31 @@ def _missing(client: Client) -> str:
     return "" if ready else "waiting for a decode worker"
 
 
-def _run(server: str, events: Iterator[OutputEvent], quiet: bool) -> tuple[str, int]:
-    """Stream an output to stdout; returns (its text, exit status)."""
-    texts = []
-    try:
-        for event in events:
-            if isinstance(event, TextDelta):
-                texts.append(event.text)
-                print(event.text, end="", flush=True)
-            elif isinstance(event, Done):
-                print(flush=True)
-                if not quiet:
-                    print(_usage(event), file=sys.stderr)
-    except (DiptychError, grpc.RpcError) as error:
-        if texts:
-            print(flush=True)
-        return "".join(texts), print_error(server, error)
-    return "".join(texts), 0
+def _run(
+    client: Client, server: str, events: Iterator[OutputEvent], quiet: bool, num_choices: int = 1
+) -> tuple[str, int]:
+    """Stream an output to stdout, or print each of several when it is complete.
 
-
-def _run_choices(server: str, events: Iterator[OutputEvent], quiet: bool) -> int:
-    """Print each of several outputs when it is complete; returns the exit status."""
+    Returns (the text of the first one, exit status).
+    """
     texts: defaultdict[int, str] = defaultdict(str)
+    streams = num_choices == 1
     try:
-        for event in events:
+        for event in _with_reports(client, events, quiet):
             if isinstance(event, TextDelta):
                 texts[event.index] += event.text
+                if streams:
+                    print(event.text, end="", flush=True)
             elif isinstance(event, Done):
-                print(f"--- choice {event.index}\n{texts[event.index]}", flush=True)
+                whole = "" if streams else f"--- choice {event.index}\n{texts[event.index]}"
+                print(whole, flush=True)
                 if not quiet:
                     print(_usage(event), file=sys.stderr)
     except (DiptychError, grpc.RpcError) as error:
-        return print_error(server, error)
-    return 0
+        if texts and streams:
+            print(flush=True)
+        return texts[0], print_error(server, error)
+    return texts[0], 0
 
 
 def _usage(done: Done) -> str:

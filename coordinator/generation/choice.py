@@ -126,7 +126,7 @@ class ChoiceRunner:
                 self._metrics.migrated("other_model")
                 raise
             finally:
-                state.totals.end_attempt()
+                state.num_attempts += 1
                 dispatch.close()
         if prompt_is_due:
             yield await self._prompt_event(state)

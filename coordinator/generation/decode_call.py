@@ -99,7 +99,7 @@ class DecodeClient:
                             if output.ended_here:
                                 return
                         elif response.HasField("finished"):
-                            state.totals.report(response.finished)
+                            state.report(response.finished)
                             _take_ending(output, response.finished)
                             return
                 if output.ending is None:
@@ -154,7 +154,7 @@ class DecodeClient:
 
 async def _take_tokens(state: GenerationState, tokens: worker_pb2.Tokens) -> Delta:
     """Add a message's tokens and numbers to the state."""
-    state.totals.report(tokens)
+    state.report(tokens)
     if scores := tokens.prompt_logprobs:  # of thousands of tokens
         state.prompt_logprobs = tuple(await asyncio.to_thread(logprobs_from_pb, scores))
     return state.take(tokens)

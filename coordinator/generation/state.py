@@ -17,31 +17,6 @@ Report = worker_pb2.Tokens | worker_pb2.DecodeFinished
 
 
 @dataclass(slots=True)
-class UsageTotals:
-    """Numbers that workers reported of one output, summed over attempts."""
-
-    draft_tokens: int = 0  # of the attempts that ended
-    accepted_tokens: int = 0
-    first: Report | None = None  # of the first attempt that reported
-    last: Report | None = None  # of this attempt
-    first_is_open: bool = True
-
-    def report(self, numbers: Report) -> None:
-        """Take the running totals of the attempt in progress."""
-        self.last = numbers
-        if self.first_is_open:
-            self.first = numbers
-
-    def end_attempt(self) -> None:
-        """The attempt is over; the next one counts from zero."""
-        if self.last is not None:
-            self.draft_tokens += self.last.draft_tokens
-            self.accepted_tokens += self.last.accepted_tokens
-            self.first_is_open = False
-            self.last = None
-
-
-@dataclass(slots=True)
 class GenerationState:
     """One choice of a request while it is generated."""
 
@@ -49,8 +24,18 @@ class GenerationState:
     prompt: list[int]  # token ids
     output: Output
     shared_parts: SharedParts = field(default_factory=SharedParts)
-    totals: UsageTotals = field(default_factory=UsageTotals)
+    reports: dict[int, Report] = field(default_factory=dict)  # the last one of each attempt
+    num_attempts: int = 0  # that are over; each counts from zero
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+    def report(self, numbers: Report) -> None:
+        """Take the running totals of the attempt in progress."""
+        self.reports[self.num_attempts] = numbers
+
+    @property
+    def _first(self) -> Report:
+        """The report of the first attempt that sent one."""
+        return next(iter(self.reports.values()), worker_pb2.Tokens())
 
     def take(self, tokens: worker_pb2.Tokens) -> Delta:
         """Add tokens of a worker to the output."""
@@ -70,18 +55,17 @@ class GenerationState:
 
     def usage(self) -> Usage:
         """The numbers of tokens, after the last attempt."""
-        first = self.totals.first or worker_pb2.Tokens()
         return Usage(
             prompt_tokens=len(self.prompt),
             completion_tokens=len(self.output.token_ids),
-            cached_tokens=min(first.cached_tokens, len(self.prompt)),
-            draft_tokens=self.totals.draft_tokens,
-            accepted_tokens=self.totals.accepted_tokens,
+            cached_tokens=min(self._first.cached_tokens, len(self.prompt)),
+            draft_tokens=sum(r.draft_tokens for r in self.reports.values()),
+            accepted_tokens=sum(r.accepted_tokens for r in self.reports.values()),
         )
 
     def timing(self, timeline: Timeline) -> Timing:
         """Where the time went; the worker's parts are those of the first attempt."""
-        first = self.totals.first or worker_pb2.Tokens()
+        first = self._first
         return Timing(
             queue_s=timeline.between(Event.ADMITTED, Event.ROUTED) + first.queue_s,
             prefill_s=first.prefill_s,

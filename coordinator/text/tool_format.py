@@ -42,14 +42,14 @@ class ToolFormat:
     """
 
     name: str
-    trigger: str
-    begin: str
-    middle: str
-    end: str
-    separator: str  # between calls
+    trigger: str = ""
+    begin: str = '{"name": "'
+    middle: str = '", "arguments": '
+    end: str = "}"
+    separator: str = ""  # between calls
     as_list: bool = False  # after the trigger: "[" calls "]"
     single: bool = False  # at most one call in an output
-    prefix: str = ""  # may stand before a call and says nothing
+    prefix: str = ""  # may stand before a call, without a meaning
     id_chars: int = 24  # length of a call's id
     short_ids: bool = False  # templates refuse ids of another length
     # The markers that are single tokens in the model's vocabulary.
@@ -88,40 +88,20 @@ HERMES = ToolFormat(
     name="hermes",
     trigger="<tool_call>",
     begin='\n{"name": "',
-    middle='", "arguments": ',
     end="}\n</tool_call>",
     separator="\n",
 )
-LLAMA3 = ToolFormat(
-    name="llama3",
-    trigger="",
-    begin='{"name": "',
-    middle='", "parameters": ',
-    end="}",
-    separator="",
-    single=True,
-    prefix="<|python_tag|>",
-)
+LLAMA3 = ToolFormat(name="llama3", middle='", "parameters": ', single=True, prefix="<|python_tag|>")
 MISTRAL = ToolFormat(
     name="mistral",
     trigger="[TOOL_CALLS]",
-    begin='{"name": "',
-    middle='", "arguments": ',
-    end="}",
     separator=", ",
     as_list=True,
     id_chars=9,
     short_ids=True,
 )
-MISTRAL_ARGS = ToolFormat(
-    name="mistral_args",
-    trigger="[TOOL_CALLS]",
-    begin="",
-    middle="[ARGS]",
-    end="",
-    separator="",
-    id_chars=9,
-    short_ids=True,
+MISTRAL_ARGS = replace(
+    MISTRAL, name="mistral_args", begin="", middle="[ARGS]", end="", separator="", as_list=False
 )
 FORMATS = {f.name: f for f in (HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS)}
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from typing import Any, cast
 
 import httpx
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
+from coordinator.api.frontend import Frontend
 from coordinator.api.openai.api import OpenAiApi
 from coordinator.api.values import GenerateRequest, ModelCard, TokenizeRequest
 from coordinator.generation.events import Delta, Event
@@ -51,6 +52,6 @@ class ScriptedFrontend:
 
 
 def client(frontend: ScriptedFrontend, limit_s: float = 5.0) -> httpx.AsyncClient:
-    api = OpenAiApi(frontend, CollectorRegistry(), limit_s=limit_s)
+    api = OpenAiApi(cast(Frontend, frontend), CollectorRegistry(), limit_s=limit_s)
     transport = httpx.ASGITransport(Starlette(routes=api.routes()))
     return httpx.AsyncClient(transport=transport, base_url="http://h")

@@ -12,6 +12,7 @@ from coordinator.api.openai.decisions import COMPLETION_NEUTRAL, IGNORED, NEUTRA
 from coordinator.api.openai.models import CompletionBody, Tokens
 from coordinator.api.openai.options import Call, common_fields, format_of
 from coordinator.api.openai.read import check_rest, read
+from coordinator.api.validation.bounds import check_count
 from coordinator.api.validation.request import MAX_REQUEST_ID_CHARS
 from coordinator.api.values import Constraint, GenerateRequest
 from engine.base.errors import InvalidRequest
@@ -89,8 +90,7 @@ def _prompts(value: str | list[Any]) -> list[Prompt]:
         raise InvalidRequest("prompt", expected)
     if isinstance(value[0], int) and not isinstance(value[0], bool):
         return [read(_OnePrompt, {"prompt": value}).prompt]
-    if len(value) > MAX_PROMPTS:
-        raise InvalidRequest("prompt", f"{len(value)} prompts; expected at most {MAX_PROMPTS}")
+    check_count("prompt", len(value), MAX_PROMPTS, "prompts")
     for i, item in enumerate(value):
         if not isinstance(item, str | list):
             raise InvalidRequest(f"prompt[{i}]", expected)

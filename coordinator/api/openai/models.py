@@ -169,9 +169,7 @@ class ChatMessage(Struct):
         Literal["system", "developer", "user", "assistant", "tool", "function"],
         Meta(description=f"one of {', '.join(ROLES)}"),
     ]
-    content: Annotated[str | list[Part], Meta(description="text or an array of parts")] | None = (
-        None
-    )
+    content: Content | None = None
     name: str | None = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None

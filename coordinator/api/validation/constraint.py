@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 
 from coordinator.api import values
+from coordinator.api.validation.bounds import check_count
 from engine.base.errors import InvalidRequest
 from engine.base.types import Constraint, ConstraintKind
 from engine.constraints.grammar import MAX_SOURCE_CHARS
@@ -42,10 +43,7 @@ def constraint_from(constraint: values.Constraint | None) -> Constraint | None:
 def _checked(kind: str, source: str, most: int) -> str:
     if not source.strip():
         raise InvalidRequest(f"constraint.{kind}", "empty")
-    if len(source) > most:
-        raise InvalidRequest(
-            f"constraint.{kind}", f"{len(source)} characters; expected at most {most}"
-        )
+    check_count(f"constraint.{kind}", len(source), most, "characters")
     return source
 
 
@@ -57,6 +55,5 @@ def _one_of(texts: Sequence[str]) -> str:
     for i, text in enumerate(texts):
         if not text:
             raise InvalidRequest(f"{field}[{i}]", "empty; expected text")
-    if (num_chars := sum(map(len, texts))) > MAX_GRAMMAR_CHARS:
-        raise InvalidRequest(field, f"{num_chars} characters; expected at most {MAX_GRAMMAR_CHARS}")
+    check_count(field, sum(map(len, texts)), MAX_GRAMMAR_CHARS, "characters")
     return "start: " + " | ".join(map(json.dumps, texts))

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
+from coordinator.api.validation.bounds import check_count
 from coordinator.api.validation.constraint import constraint_from
 from coordinator.api.validation.tools import check_tool_calls, check_tools, text_schema, tool_use
 from coordinator.api.values import GenerateRequest, Sampling, Stop
@@ -135,8 +136,7 @@ def check_token_ids(
 
     The length is checked first: checks of millions of ids would block the event loop for seconds.
     """
-    if len(ids) > max_len:
-        raise InvalidRequest(field, f"{len(ids)} tokens; expected at most {max_len}")
+    check_count(field, len(ids), max_len, "tokens")
     found = tuple(ids[:])  # twice as fast as iterating the field twice
     if found and max(found) >= limits.vocab_size:
         index = next(i for i, token in enumerate(found) if token >= limits.vocab_size)
@@ -160,10 +160,7 @@ def _num_logprobs(name: str, count: int | None) -> int | None:
 
 
 def _request_id(request_id: str) -> str:
-    if len(request_id) > MAX_REQUEST_ID_CHARS:
-        raise InvalidRequest(
-            "request_id", f"{len(request_id)} characters; expected at most {MAX_REQUEST_ID_CHARS}"
-        )
+    check_count("request_id", len(request_id), MAX_REQUEST_ID_CHARS, "characters")
     if not request_id.isprintable():
         raise InvalidRequest("request_id", "expected printable characters")
     return request_id
@@ -197,10 +194,7 @@ def _stop_token_ids(stop: Stop, limits: Limits) -> frozenset[int]:
 
 
 def _stop_strings(strings: Sequence[str]) -> tuple[str, ...]:
-    if len(strings) > MAX_STOP_STRINGS:
-        raise InvalidRequest(
-            "stop.stop", f"{len(strings)} strings; expected at most {MAX_STOP_STRINGS}"
-        )
+    check_count("stop.stop", len(strings), MAX_STOP_STRINGS, "strings")
     for i, text in enumerate(strings):
         if not text:
             raise InvalidRequest(f"stop.stop[{i}]", "empty; expected text")
@@ -215,11 +209,7 @@ def _rounded(numbers: Iterable[float]) -> list[float]:
 
 
 def _sampling(sampling: Sampling, limits: Limits, request_id: str) -> SamplingParams:
-    if len(sampling.logit_bias) > limits.vocab_size:
-        raise InvalidRequest(
-            "sampling.logit_bias",
-            f"{len(sampling.logit_bias)} tokens; expected at most {limits.vocab_size}",
-        )
+    check_count("sampling.logit_bias", len(sampling.logit_bias), limits.vocab_size, "tokens")
     tokens = sorted(sampling.logit_bias)
     bias = tuple(zip(tokens, _rounded(map(sampling.logit_bias.__getitem__, tokens)), strict=True))
     for token, value in bias:

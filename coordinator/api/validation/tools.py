@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from coordinator.api.validation.bounds import check_count
 from coordinator.api.values import Constraint, GenerateRequest
 from coordinator.text import json_bounds as nesting
 from coordinator.text.tool_format import Tool, ToolFormat, ToolUse, argument_schema
@@ -39,8 +40,7 @@ def check_tools(field: str, source: str) -> tuple[Tool, ...]:
         return ()
     if not isinstance(listed, list):
         raise InvalidRequest(field, "expected a JSON array of tool definitions")
-    if len(listed) > MAX_TOOLS:
-        raise InvalidRequest(field, f"{len(listed)} tools; expected at most {MAX_TOOLS}")
+    check_count(field, len(listed), MAX_TOOLS, "tools")
     tools: list[Tool] = []
     for i, item in enumerate(listed):
         tool = _tool(f"{field}[{i}]", item)
@@ -173,9 +173,6 @@ def _fitting(field: str, make: Callable[[], str]) -> str:
         if len(source) > MAX_SOURCE_CHARS:
             raise UnsupportedSchema(f"longer than {MAX_SOURCE_CHARS} characters")
         return source
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # 1e999 is read as infinity, which JSON cannot write
+    except (ValueError, RecursionError) as error:  # JSON cannot write 1e999, read as infinity
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InvalidRequest(field, what) from None

@@ -119,7 +119,7 @@ def both(fakes: list[FakeCoordinator]) -> str:
     return ",".join(fake.address for fake in fakes)
 
 
-def nobody() -> str:
+def unserved() -> str:
     """An address without a listener."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -137,7 +137,7 @@ async def until(condition: Any, timeout_s: float = 5.0) -> None:
 async def test_an_unreachable_coordinator_is_skipped(kind: str) -> None:
     async with coordinators({}) as fakes:
         began = time.monotonic()
-        got = await ask(kind, f"{nobody()},{fakes[0].address}")
+        got = await ask(kind, f"{unserved()},{fakes[0].address}")
         got.check()
         assert got.num_resumed == 0
         assert time.monotonic() - began < 3
@@ -393,7 +393,7 @@ async def test_cancelling_a_task_cancels_only_its_call() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 async def test_unary_calls_go_to_a_reachable_coordinator(kind: str) -> None:
     async with coordinators({}) as fakes:
-        addresses, port = f"{nobody()},{fakes[0].address}", str(fakes[0].port)
+        addresses, port = f"{unserved()},{fakes[0].address}", str(fakes[0].port)
 
         def blocking() -> tuple[str, str]:
             with Client(addresses) as client:
@@ -478,7 +478,7 @@ def process_at(port: int, first_s: float = 0.0) -> Iterator[subprocess.Popen[byt
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_stopped_coordinator_is_detected_by_silence(kind: str) -> None:
     """One ping interval, and one more until the connection counts as lost."""
-    port = int(nobody().rpartition(":")[2])
+    port = int(unserved().rpartition(":")[2])
     with process_at(port) as process:
         async with coordinators({}) as fakes:
             retry_policy, addresses = (
@@ -503,7 +503,7 @@ async def test_a_coordinator_with_a_hanging_event_loop_is_detected_by_silence(
     kind: str, first_s: float
 ) -> None:
     """Its connection answers pings. Within an output, and before the first token."""
-    port = int(nobody().rpartition(":")[2])
+    port = int(unserved().rpartition(":")[2])
     with process_at(port, first_s) as process:
         async with coordinators({}) as fakes:
             addresses = f"127.0.0.1:{port},{fakes[0].address}"
@@ -581,11 +581,11 @@ async def test_a_lost_call_is_logged_with_its_request() -> None:
         structlog.configure()
         try:
             with structlog.testing.capture_logs() as lines:
-                (await ask("blocking", both(fakes), request_id="who")).check()
+                (await ask("blocking", both(fakes), request_id="r-7")).check()
         finally:
             structlog.reset_defaults()
     (line,) = [line for line in lines if line["event"] == "call lost"]
-    assert line["request_id"] == "who"
+    assert line["request_id"] == "r-7"
     assert line["coordinator"] == fakes[0].address
     assert line["num_tokens"] == 6
     assert "as scripted" in line["reason"]
@@ -597,10 +597,10 @@ async def test_without_structlog_the_line_goes_to_logging(
     structlog.reset_defaults()
     async with coordinators({"cues": [Cue(3, "cut")]}, {}) as fakes:
         with caplog.at_level(logging.WARNING, "coordinator.client"):
-            (await ask("asyncio", both(fakes), request_id="who")).check()
+            (await ask("asyncio", both(fakes), request_id="r-7")).check()
     (record,) = [r for r in caplog.records if r.name == "coordinator.client"]
     assert "call lost" in record.getMessage()
-    assert "request_id='who'" in record.getMessage()
+    assert "request_id='r-7'" in record.getMessage()
     assert capsys.readouterr().out == ""
 
 

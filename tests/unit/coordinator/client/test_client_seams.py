@@ -23,9 +23,9 @@ from tests.support.grpc_front import PROMPT
 
 SEED = 7
 STORIES = (
-    "The river was wide and slow, and nobody knew where it began.",
+    "The river was wide and slow, and few knew where it began.",
     "“Wait” — 雪が降る。 🙂 It snows on, and on.",
-    "Nobody had ever asked him such a thing before, and he said so at once.",
+    "No one had ever asked him such a thing before, and he said so at once.",
 )
 OBJECTS = (TEXT, '{"name": "雪 🙂", "age": 12}', '{"name": "", "age": 1}')
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "%s"}}\n</tool_call>'

@@ -92,7 +92,7 @@ class Caller:
                 return self.stream.lost(error, self.now_s)
             self.now_s += STEP_S
             if self.now_s >= ends_s:
-                raise DeadlineExceeded("as gRPC says")
+                raise DeadlineExceeded("as gRPC has it")
             event = self.stream.take(message)
             if isinstance(event, TextDelta):
                 self.tokens += event.token_ids
@@ -376,7 +376,7 @@ def test_no_wait_exceeds_a_minute_or_timeout_s() -> None:
         with pytest.raises(Unavailable, match="draining") as caught:
             plan(it)
         assert caught.value.retry_after_s == retry_s
-        assert it.now_s == 100.0, "it is told at once"
+        assert it.now_s == 100.0, "the error comes at once"
 
 
 def test_overloaded_everywhere_is_overloaded_and_after_a_token_unavailable() -> None:

@@ -109,9 +109,9 @@ def test_text_before_and_after_calls(form):
         "Just text, {braces} and <tags>.",
         "<tool_cal",
         "[TOOL_",
-        '{"name": "nobody", "parameters": {}}',
-        '<tool_call>\n{"name": "nobody", "arguments": {}}\n</tool_call>',
-        "[TOOL_CALLS]nobody[ARGS]{}",
+        '{"name": "absent", "parameters": {}}',
+        '<tool_call>\n{"name": "absent", "arguments": {}}\n</tool_call>',
+        "[TOOL_CALLS]absent[ARGS]{}",
         '[TOOL_CALLS][{"nome": "add"}]',
         "<tool_call>\nfor example",
         "",
@@ -370,7 +370,7 @@ def test_parts_of_definitions_are_checked(part):
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
-        ({"tool_choice": pb.ToolChoice(name="nobody")}, "tool_choice.name"),
+        ({"tool_choice": pb.ToolChoice(name="absent")}, "tool_choice.name"),
         ({"tool_choice": pb.ToolChoice(mode=9)}, "tool_choice.mode"),
         ({"tool_choice": pb.ToolChoice(name="add"), "tools_json": ""}, "tool_choice"),
     ],
@@ -626,22 +626,22 @@ def test_grammars_constrain_the_output(tokenizer, marked, form, markers):
     two = form.write([("get_weather", '{"city": "a"}'), ("add", "{}")])
     several = not form.single
 
-    def says(found: ToolUse | None, schema: str | None = None) -> list[bool]:
+    def allowed(found: ToolUse | None, schema: str | None = None) -> list[bool]:
         assert found
         source = tool_grammar(found, schema).source
         texts = (one, two, bad, "Hello <tool there", "Hello\n" + one, '{"a": 1}', one + " and")
         return [accepts(tokenizer, source, text) for text in texts]
 
     free = form.trigger != ""  # otherwise calls are whole outputs
-    assert says(use(form)) == [True, several, False, True, True, True, False]
+    assert allowed(use(form)) == [True, several, False, True, True, True, False]
     assert free or read(form, ["Hello\n" + one])[1] == []
-    assert says(use(form, REQUIRED)) == [True, several, *[False] * 5]
-    assert says(use(form, REQUIRED, parallel_tool_calls=False)) == [True, *[False] * 6]
+    assert allowed(use(form, REQUIRED)) == [True, several, *[False] * 5]
+    assert allowed(use(form, REQUIRED, parallel_tool_calls=False)) == [True, *[False] * 6]
     named = tool_use(read_request(chat(tool_choice=pb.ToolChoice(name="add"))), TOOLS, form)
-    assert says(named) == [True, *[False] * 6]
+    assert allowed(named) == [True, *[False] * 6]
     if free:
         schema = '{"type": "object", "properties": {"a": {"type": "integer"}}}'
-        assert says(use(form), schema) == [True, several, False, False, False, True, False]
+        assert allowed(use(form), schema) == [True, several, False, False, False, True, False]
 
 
 def test_lenient_schemas_compile_where_strict_ones_do_not(tokenizer):

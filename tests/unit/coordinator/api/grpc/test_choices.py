@@ -14,7 +14,7 @@ from tests.support.grpc_front import PROMPT, TEXT, collect, error_of, front, rea
 
 SEED = 7
 OTHERS = (
-    "Nobody had ever asked him such a thing before, and he said so at once.",
+    "No one had ever asked him such a thing before, and he said so at once.",
     "Snow fell on the roofs of the town for the whole of that long night.",
     "“Wait” — 雪が降る。 🙂 It snows on.",
 )
@@ -75,7 +75,7 @@ async def test_stops_end_their_own_choice_only(checkpoint):
         first, second, third = by_index(await collect(call), 3)
         assert first[0] == "The river was"
         assert first[2].matched_stop.text == " wide"
-        assert second[0] == "Nobody had ever asked him "
+        assert second[0] == "No one had ever asked him "
         assert second[2].matched_stop.text == "such a thing"
         assert len(third[1]) == 16
         assert third[2].finish_reason == inference_pb2.FINISH_REASON_LENGTH

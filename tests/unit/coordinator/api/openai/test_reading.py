@@ -26,14 +26,13 @@ from coordinator.api.openai.openapi import description
 from coordinator.api.values import (
     Constraint,
     GenerateRequest,
-    Message,
     Output,
     Sampling,
     Stop,
-    ToolCall,
     ToolChoice,
 )
 from coordinator.text.json_bounds import MAX_DEPTH
+from coordinator.text.values import Message, ToolCall
 from engine.base.errors import (
     CheckpointError,
     DeadlineExceeded,
