@@ -21,6 +21,7 @@ from engine.base.option_values import MAX_REQUEST_S, parse_addresses
 if TYPE_CHECKING:
     from engine.rpc.auth import ClusterToken
 
+_Run = Callable[[argparse.Namespace], int]
 DEFAULT_SERVER = "127.0.0.1:50051"
 _EXAMPLES = """
 examples:
@@ -44,59 +45,47 @@ def make_parser() -> argparse.ArgumentParser:
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    start = commands.add_parser(
-        "start",
-        help="serve a model",
-        description="Serve a model: listen for clients and workers, start local workers.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    config.add_flags(start, *START_GROUPS)
-    start.set_defaults(run=_start)
 
-    generate = commands.add_parser(
-        "generate",
-        help="complete a text",
-        description="Complete a text; the output streams to stdout.",
-    )
+    def command(name: str, summary: str, run: _Run, text: str, **more: Any) -> Any:
+        added = commands.add_parser(name, help=summary, description=text, **more)
+        added.set_defaults(run=run)
+        return added
+
+    what = "Serve a model: listen for clients and workers, start local workers."
+    raw = argparse.RawDescriptionHelpFormatter
+    start = command("start", "serve a model", _start, what, epilog=_EXAMPLES, formatter_class=raw)
+    config.add_flags(start, *START_GROUPS)
+
+    what = "Complete a text; the output streams to stdout."
+    generate = command("generate", "complete a text", _generate, what)
     generate.add_argument("prompt", help="text to complete; - reads standard input")
     generate.add_argument("--n", type=int, metavar="N", help="number of outputs [1]")
     _add_answer_flags(generate)
-    generate.set_defaults(run=_generate)
 
-    chat = commands.add_parser(
-        "chat",
-        help="talk to the model",
-        description="Talk to the model: one question, or without one a conversation.",
-    )
+    what = "Talk to the model: one question, or without one a conversation."
+    chat = command("chat", "talk to the model", _chat, what)
     chat.add_argument("prompt", nargs="?", help="a question; default: a conversation")
     chat.add_argument("--system", help="system message")
     _add_answer_flags(chat)
-    chat.set_defaults(run=_chat)
 
-    status = commands.add_parser(
-        "status", help="show the workers", description="Show the pools of workers as a table."
-    )
+    what = "Show the pools of workers as a table."
+    status = command("status", "show the workers", _status, what)
     _add_server_flag(status)
     status.add_argument(
         "--holds", action="store_true", help="also show what each worker holds, with owners"
     )
     _add_token_flag(status)
-    status.set_defaults(run=_status)
 
-    drain = commands.add_parser(
-        "drain",
-        help="end a worker in order",
-        description="Have a worker finish or hand over its requests and end. Its supervisor starts"
-        " another one.",
+    what = (
+        "Have a worker finish or hand over its requests and end. Its supervisor starts another one."
     )
+    drain = command("drain", "end a worker in order", _drain, what)
     drain.add_argument("worker", metavar="WORKER", help="worker id, as in `status`")
     _add_server_flag(drain)
     drain.add_argument(
         "--deadline", type=float, metavar="S", help="time for its requests [the worker's --drain-s]"
     )
     _add_token_flag(drain)
-    drain.set_defaults(run=_drain)
     return parser
 
 
@@ -151,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         args = make_parser().parse_args(argv)
-        run: Callable[[argparse.Namespace], int] = args.run
+        run: _Run = args.run
         return run(args)
     except (ConfigError, CheckpointError) as error:
         print(f"coordinator: {error.message}", file=sys.stderr)

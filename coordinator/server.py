@@ -27,6 +27,7 @@ from coordinator.api.vllm.service import VllmEngineServicer
 from coordinator.cluster.auth import Trust
 from coordinator.cluster.membership import Membership
 from coordinator.cluster.registry_service import RegistryServicer
+from coordinator.generation.choice import ChoiceRunner
 from coordinator.generation.pipeline import Pipeline
 from coordinator.routing.admission import Admission
 from coordinator.routing.policy import POLICIES
@@ -66,17 +67,18 @@ class Coordinator:
         self.membership = Membership(
             model.name, model.limits.vocab_size, metrics, tokenizer_digest=model.tokenizer_digest
         )
-        model.count_constraints(metrics.constraints.tried)
+        if model.checker:
+            model.checker.count = metrics.constraints.tried
         self._admission = Admission(front.max_queued_requests, front.max_queued_tokens, metrics)
-        self.pipeline = Pipeline(
+        choices = ChoiceRunner(
             model,
             self.membership,
-            self._admission,
             metrics,
             worker_wait_s=front.worker_wait_s,
             policy=POLICIES[front.routing],
             token=trust.cluster,
         )
+        self.pipeline = Pipeline(model, self.membership, self._admission, metrics, choices)
         self._tokenizing = Admission(
             front.max_queued_requests, front.max_queued_tokens, metrics, what="tokenize"
         )

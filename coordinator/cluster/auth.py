@@ -27,11 +27,9 @@ class Trust:
     @classmethod
     def of(cls, options: AuthOptions, front: FrontOptions, *, local_workers: bool) -> Trust:
         """Read the file, or make a token. Raises ConfigError."""
-        if options.cluster_token_file:
-            token = ClusterToken.load(options.cluster_token_file)
-            return cls(token, token)
-        if local_workers:
-            token = ClusterToken.random()
+        if options.cluster_token_file or local_workers:
+            file = options.cluster_token_file
+            token = ClusterToken.load(file) if file else ClusterToken.random()
             return cls(token, token)
         if front.internal_listen:
             return cls(token_for(options, "--internal-listen", front.internal_listen))

@@ -11,6 +11,7 @@ earlier ones, and the sampler is a function of seed and position.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -42,6 +43,8 @@ from engine.telemetry.timeline import Timeline
 
 _log = get_logger(__name__)
 
+SHUTTING_DOWN = "this coordinator is shutting down"
+
 
 @dataclass(frozen=True, slots=True)
 class Shared:
@@ -65,17 +68,15 @@ class ChoiceRunner:
         metrics: CoordinatorMetrics,
         *,
         worker_wait_s: float,
-        check_open: Callable[[], None],
         policy: Policy,
-        token: ClusterToken | None,
-        clock: Callable[[], float],
+        token: ClusterToken | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`check_open` raises Unavailable when there are to be no more attempts."""
         self._model = model
         self._membership = membership
         self._metrics = metrics
         self._worker_wait_s = worker_wait_s
-        self._check_open = check_open
+        self._closed = False
         self._policy = policy
         self._clock = clock
         self._client = DecodeClient(membership, token)
@@ -83,8 +84,15 @@ class ChoiceRunner:
         self._trial = Trial()
 
     async def close(self) -> None:
-        """Close the channels to workers; attempts on them are lost."""
+        """Begin no more attempts, and close the channels to workers: attempts on them are lost."""
+        self._closed = True
+        self._membership.wake()  # choices that wait for a worker
         await self._client.close()
+
+    def check_open(self) -> None:
+        """Raise Unavailable where there are to be no more attempts."""
+        if self._closed:
+            raise Unavailable(SHUTTING_DOWN)
 
     async def run(
         self, request: GenerationRequest, shared: Shared, timeline: Timeline
@@ -94,9 +102,9 @@ class ChoiceRunner:
         Raises Unavailable, WorkersLost, DeadlineExceeded, Mismatch.
         """
         output = self._new_output(request, shared)
-        if request.resumed:
+        if request.resume.token_ids:
             await self._catch_up(output)
-        if request.resume_finished and output.ending is None:
+        if request.resume.finished and output.ending is None:
             output.ending = Ending(FinishReason.LENGTH)
         state = GenerationState(request, shared.prompt, output, shared.parts)
         dispatch = self._dispatch(shared, output)
@@ -131,7 +139,7 @@ class ChoiceRunner:
         if prompt_is_due:
             yield await self._prompt_event(state)
         rest = output.finish()
-        if not request.resume_finished and (rest.text or rest.tool_calls):
+        if not request.resume.finished and (rest.text or rest.tool_calls):
             yield rest
         timeline.mark(Moment.FINISHED)
         yield self._finished(state, timeline)
@@ -160,7 +168,7 @@ class ChoiceRunner:
             affinity=shared.affinity,
             trial=self._trial,
         )
-        return Dispatch(retry, self._membership, clock=self._clock, check_open=self._check_open)
+        return Dispatch(retry, self._membership, clock=self._clock, check_open=self.check_open)
 
     async def _catch_up(self, output: Output) -> None:
         """Take the resumed tokens, in pieces between which other requests go on."""
@@ -177,7 +185,7 @@ class ChoiceRunner:
         try:
             if plan is None:  # there was no worker for it
                 raise error
-            self._check_open()
+            self.check_open()
             await dispatch.failed(plan, error)
         except Unavailable as last:
             if plan is not None or output.num_new:

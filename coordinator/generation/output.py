@@ -76,7 +76,7 @@ class Output:
         names = tokenizer.special_names if request.stop_strings else ()
         stops = stops or StopSet(request.stop_strings, names)
         self._stops = StopChecker(stops, request.include_stop, min_tokens)
-        self._resumed = request.resumed
+        self._resumed = request.resume.token_ids
         self.num_resumed = 0
 
     def catch_up(self) -> Iterator[bool]:

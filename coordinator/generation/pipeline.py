@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from coordinator.cluster.membership import Membership
-from coordinator.generation.choice import ChoiceRunner, Shared
+from coordinator.generation.choice import SHUTTING_DOWN, ChoiceRunner, Shared
 from coordinator.generation.events import Delta, Event
 from coordinator.generation.fan_in import Merge
 from coordinator.generation.prompt import checked, prompt_of
@@ -24,17 +24,14 @@ from coordinator.generation.request import GenerationRequest
 from coordinator.generation.shared_parts import SharedParts
 from coordinator.routing.admission import Admission, Ticket
 from coordinator.routing.affinity import affinity_of
-from coordinator.routing.policy import Policy
 from coordinator.text.served_model import ServedModel
 from coordinator.text.stops import StopSet
 from engine.base.errors import DeadlineExceeded, InvalidRequest, Unavailable
-from engine.rpc.auth import ClusterToken
 from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 from engine.telemetry.timeline import Event as Moment
 from engine.telemetry.timeline import Timeline
 
 _MANY_STOP_CHARS = 2048  # more stop strings are read in a thread
-_SHUTTING_DOWN = "this coordinator is shutting down"
 
 
 class Pipeline:
@@ -46,29 +43,16 @@ class Pipeline:
         membership: Membership,
         admission: Admission,
         metrics: CoordinatorMetrics,
-        *,
-        worker_wait_s: float,
-        policy: Policy,
-        token: ClusterToken | None = None,
+        choices: ChoiceRunner,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
         self._membership = membership
         self._admission = admission
         self._metrics = metrics
+        self._choices = choices
         self._clock = clock
-        self._choices = ChoiceRunner(
-            model,
-            membership,
-            metrics,
-            worker_wait_s=worker_wait_s,
-            check_open=self._check_open,
-            policy=policy,
-            token=token,
-            clock=clock,
-        )
         self.draining = False
-        self._closed = False
 
     @property
     def max_model_len(self) -> int:
@@ -88,13 +72,8 @@ class Pipeline:
 
     async def close(self) -> None:
         """End the requests inside as Unavailable, and close the channels to workers."""
-        self.draining = self._closed = True
-        self._membership.wake()  # requests that wait for a worker
+        self.draining = True
         await self._choices.close()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise Unavailable(_SHUTTING_DOWN)
 
     async def answer(
         self, request: GenerationRequest, timeline: Timeline, deadline_s: float
@@ -105,7 +84,7 @@ class Pipeline:
         too long), Unavailable, DeadlineExceeded.
         """
         if self.draining:
-            raise Unavailable(_SHUTTING_DOWN)
+            raise Unavailable(SHUTTING_DOWN)
         count = request.num_choices
         ticket = self._admission.admit(request.request_id, deadline_s, count)
         timeline.mark(Moment.ADMITTED)

@@ -45,8 +45,6 @@ class GenerationRequest:
     skip_special_tokens: bool
     priority: int
     cache_salt: str
-    resumed: Sequence[int]  # first tokens of the output, already delivered
-    resume_finished: bool
     tools: ToolUse | None = None  # None: the output is text
     constraint: Constraint | None = None  # on the output
     num_logprobs: int | None = None  # alternatives sent with each token; None: no logprobs
@@ -55,6 +53,11 @@ class GenerationRequest:
     index: int = 0  # of the choice
     num_choices: int = 1
     resumes: tuple[Resume, ...] = ()  # of each choice; of none: nothing is resumed
+
+    @property
+    def resume(self) -> Resume:
+        """What is already delivered of this choice."""
+        return self.resumes[self.index] if self.resumes else Resume()
 
     @property
     def returns_prompt(self) -> bool:
@@ -71,12 +74,9 @@ class GenerationRequest:
 
     def choice(self, index: int) -> GenerationRequest:
         """The same request for one of its choices: another seed, and its resumed tokens."""
-        resumed = self.resumes[index] if self.resumes else Resume()
         seed = choice_seed(self.sampling.seed, index)
         return replace(
             self,
             sampling=replace(self.sampling, seed=seed),
             index=index,
-            resumed=resumed.token_ids,
-            resume_finished=resumed.finished,
         )

@@ -33,20 +33,6 @@ _MAX_CHAR_BYTES = 4
 class Detokenizer:
     """The text of one output. Owned by the request."""
 
-    __slots__ = (
-        "_due",
-        "_is_byte_level",
-        "_is_first",
-        "_num_released",
-        "_num_run_chars",
-        "_num_to_strip",
-        "_run",
-        "_run_utf8",
-        "_skipped",
-        "_tokenizer",
-        "_utf8",
-    )
-
     def __init__(
         self,
         tokenizer: Tokenizer,

@@ -6,7 +6,7 @@ Tokenizing runs on threads, because a prompt of megabytes takes seconds.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -66,7 +66,7 @@ class ServedModel:
             choose_format(tool_format, template.text).bound(tokenizer),
         )
         vocabulary = Vocabulary(folder, config.vocab_size, config.eos_token_ids) if folder else None
-        self._checker = Checker(vocabulary) if vocabulary else None
+        self.checker = Checker(vocabulary) if vocabulary else None  # of constraints
         self._template = template
         self._parse_special = parse_special
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
@@ -93,21 +93,11 @@ class ServedModel:
             tokenizer_digest(checkpoint.folder),
         )
 
-    def count_constraints(self, count: Callable[[str], None]) -> None:
-        """Call `count` with the outcome of each constraint compilation."""
-        if self._checker is not None:
-            self._checker.count = count
-
     def prepare(self) -> None:
         """Start slow initializations on threads, so that the first requests need not wait."""
         self._threads.submit(self.tokenizer.special.prepare)
-        if self._checker is not None:
-            self._checker.prepare()
-
-    @property
-    def checker(self) -> Checker | None:
-        """The checker of constraints; None without a checkpoint folder."""
-        return self._checker
+        if self.checker is not None:
+            self.checker.prepare()
 
     async def encode(
         self, field: str, text: str, add_special_tokens: bool, max_model_len: int
@@ -169,5 +159,5 @@ class ServedModel:
     def close(self) -> None:
         """End the threads; pending work is dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        if self._checker is not None:
-            self._checker.close()
+        if self.checker is not None:
+            self.checker.close()

@@ -43,8 +43,6 @@ class _Automaton:
     Nodes are prefixes of the stop strings, ordered by length.
     """
 
-    __slots__ = ("_next", "_suffix", "depth", "found", "rest")
-
     def __init__(self, stops: Sequence[tuple[str, Sequence[str]]]) -> None:
         self._next: list[dict[str, int]] = [{}]  # by node: symbol -> node
         self.depth = [0]  # symbols of a node's prefix
@@ -93,8 +91,6 @@ class _Automaton:
 class StopSet:
     """The stop strings of a request, prepared once for all of its choices. Immutable."""
 
-    __slots__ = ("named", "names", "plain", "starts", "tape_size")
-
     def __init__(self, stops: Sequence[str], special_names: Collection[str] = ()) -> None:
         """`special_names`: the texts of all special tokens."""
         if not all(stops):
@@ -119,18 +115,6 @@ class StopChecker:
     A stop string counts only if its last character belongs to a token after the first
     `min_tokens`; its first character may belong to an earlier one, as in vLLM.
     """
-
-    __slots__ = (
-        "_held",
-        "_include",
-        "_min_tokens",
-        "_named",
-        "_num_tokens",
-        "_plain",
-        "_stops",
-        "_tape",
-        "match",
-    )
 
     def __init__(
         self, stops: StopSet = NO_STOPS, include_stop: bool = False, min_tokens: int = 0

@@ -19,6 +19,11 @@ from engine.telemetry.log import get_logger
 _log = get_logger(__name__)
 
 _DEFAULT_WAIT_S = 120.0  # for a drain without a deadline in the request
+# Fields that a row has of the worker's load.
+_LOAD = (
+    *("num_running", "num_waiting", "free_blocks", "cached_blocks", "held_blocks"),
+    *("total_blocks", "quarantined_blocks"),
+)
 _END_S = 15.0  # from the end of a worker's requests to the end of its process
 
 
@@ -89,13 +94,6 @@ def _row(worker: Worker, now: float) -> pb.Worker:
         http_address=worker.http_address,
         model=worker.model.name,
         uptime_s=now - worker.since_s,
-        num_running=load.num_running,
-        num_waiting=load.num_waiting,
-        free_blocks=load.free_blocks,
-        cached_blocks=load.cached_blocks,
-        held_blocks=load.held_blocks,
-        total_blocks=load.total_blocks,
-        quarantined_blocks=load.quarantined_blocks,
         links=[pb.KVLink(**values_of(link)) for link in load.links],
         max_model_len=worker.model.max_model_len,
         kv_pool_bytes=worker.kv_pool.num_bytes,
@@ -104,4 +102,5 @@ def _row(worker: Worker, now: float) -> pb.Worker:
         budget_answers=load.role_budgets.answers,
         health=(Health.SICK if worker.is_sick else load.health).value,
         **values_of(totals),
+        **{name: getattr(load, name) for name in _LOAD},
     )

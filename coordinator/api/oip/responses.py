@@ -15,6 +15,7 @@ from typing import Any
 from coordinator.api.oip.model import VERSION
 from coordinator.api.oip.request import Form
 from coordinator.api.oip.tensors import BYTES, Tensor, write_tensor
+from coordinator.api.ranked import ranked
 from coordinator.generation.events import Delta, Event, Finished, PromptEvent
 from coordinator.text.values import ScoredToken
 from engine.pb.inference import grpc_service_pb2 as pb
@@ -135,18 +136,4 @@ def bare_response(model_name: str, request_id: str, *, final: bool) -> pb.ModelI
 
 
 def _as_json(tokens: Sequence[ScoredToken], before: tuple[None, ...] = ()) -> bytes:
-    """A list with an object a token, {token id: logprob, rank, decoded_token}, as vLLM has it."""
-    return json.dumps([*before, *map(_entries, tokens)]).encode()
-
-
-def _entries(token: ScoredToken) -> dict[int, dict[str, Any]]:
-    """The chosen token first; its rank is known where it is among the best ones."""
-    ranks = {each.token_id: rank for rank, each in enumerate(token.top, 1)}
-    return {
-        each.token_id: {
-            "logprob": each.logprob,
-            "rank": ranks.get(each.token_id),
-            "decoded_token": each.text,
-        }
-        for each in (token.chosen, *token.top)
-    }
+    return json.dumps([*before, *map(ranked, tokens)]).encode()

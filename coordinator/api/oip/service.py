@@ -16,13 +16,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from importlib import metadata
 from typing import Any
 
 from coordinator.api.frontend import Frontend
 from coordinator.api.oip import model as oip_model
 from coordinator.api.oip.request import ParsedRequest, read_request
 from coordinator.api.oip.responses import FINAL, ResponseBuilder, bare_response
+from coordinator.api.version import installed_version
 from coordinator.generation.fan_in import Merge
 from engine.base.errors import (
     DeadlineExceeded,
@@ -83,7 +83,7 @@ class OipServicer:
     async def ServerMetadata(self, request: Any, context: Any) -> pb.ServerMetadataResponse:
         """Name, version, and the protocol's extensions that are served."""
         return pb.ServerMetadataResponse(
-            name=oip_model.PLATFORM, version=_version(), extensions=oip_model.EXTENSIONS
+            name=oip_model.PLATFORM, version=installed_version(), extensions=oip_model.EXTENSIONS
         )
 
     async def ModelMetadata(
@@ -223,10 +223,3 @@ def _failure(
     if isinstance(error, Overloaded | Unavailable):
         response.parameters["retry_after_s"].double_param = error.retry_after_s
     return pb.ModelStreamInferResponse(error_message=status.message, infer_response=response)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("diptych")
-    except metadata.PackageNotFoundError:  # run out of a folder that was not installed
-        return "unknown"

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter
@@ -42,6 +41,7 @@ from coordinator.api.openai.options import Call
 from coordinator.api.openai.read import check_rest, read
 from coordinator.api.openai.responses import Choice, Writer
 from coordinator.api.values import GenerateRequest, ModelCard, TokenizeRequest
+from coordinator.api.version import installed_version
 from coordinator.generation.events import PromptEvent
 from engine.base.errors import InvalidRequest
 from engine.rpc.receive_budget import ReceiveBudget
@@ -111,23 +111,20 @@ class OpenAiApi:
         self,
         request: ParsedRequest,
         read_call: Callable[[dict[str, Any], str], Call],
-        writer: type[Writer],
+        make_writer: type[Writer],
     ) -> Response:
         call = await request.read_by(read_call)
         prompt_ids = None
-        if call.format.token_ids or call.format.continuous_usage:
+        if call.body.return_token_ids or call.continuous_usage:
             prompt_ids = [
                 await self._prompt_ids(one, {**call.names_of(i), **_CHAT_NAMES})
                 for i, one in enumerate(call.requests)
             ]
         model = request.body.get("model") or self._frontend.model().name
         created = int(self._clock())
-        made = writer(call, model=model, created=created, prompt_ids=prompt_ids)
-        return await self._answer(made, call)
-
-    async def _answer(self, writer: Writer, call: Call) -> Response:
+        writer = make_writer(call, model=model, created=created, prompt_ids=prompt_ids)
         parts = self._parts(writer, call)
-        if writer.format.stream:
+        if call.body.stream:
             return _events(writer, parts)
         choices: dict[int, Choice] = {}
         async with aclosing(parts):
@@ -217,13 +214,13 @@ class OpenAiApi:
             return {"prompt": await self._frontend.detokenize(body.tokens, body.model or "")}
 
     async def _version(self, request: ParsedRequest) -> Response:
-        return {"version": _version()}
+        return {"version": installed_version()}
 
     async def _openapi(self, request: ParsedRequest) -> Response:
-        return description(_version())
+        return description(installed_version())
 
     async def _docs(self, request: ParsedRequest) -> Response:
-        return page(description(_version()))
+        return page(description(installed_version()))
 
     async def _nowhere(self, request: ParsedRequest) -> Response:
         raise Refused(Failure(404, "nothing is served here; see /openapi.json"))
@@ -236,13 +233,6 @@ async def _events(writer: Writer, parts: AsyncGenerator[list[Choice], None]) -> 
             # One write for an event: a client that has its tokens has all of them.
             if some:
                 yield "".join(event(writer.chunk([choice])) for choice in some)
-    if writer.format.include_usage:
+    if writer.call.include_usage:
         yield event(writer.chunk([], last=True))
     yield DONE
-
-
-def _version() -> str:
-    try:
-        return version("diptych")
-    except PackageNotFoundError:  # run from a folder, not installed
-        return "0"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from coordinator.api.openai.logprobs import chat_logprobs, prompt_logprobs
+from coordinator.api.openai.logprobs import chat_logprobs
 from coordinator.api.openai.options import Call
 from coordinator.api.openai.responses import Choice, Writer, joined, reason_of, replaced
+from coordinator.api.ranked import ranked
 from coordinator.generation.events import Delta, Event, Finished, PromptEvent
 from coordinator.text.values import ToolCallPiece
 
@@ -33,8 +34,8 @@ class ChatWriter(Writer):
         """See Writer; the first chunk of a choice brings its role."""
         match event:
             case PromptEvent():
-                if self.format.prompt_logprobs is not None:
-                    self._prompt_logprobs = prompt_logprobs(event.logprobs)
+                if self.call.body.prompt_logprobs is not None:
+                    self._prompt_logprobs = [None, *map(ranked, event.logprobs)]
                 return []
             case Delta():
                 return self._delta(event)
@@ -52,10 +53,10 @@ class ChatWriter(Writer):
             self._calling.add(index)
             content["tool_calls"] = [_tool_call(piece) for piece in delta.tool_calls]
         choice = _choice(index, content)
-        if self.format.logprobs is not None:
-            tokens = chat_logprobs(delta.logprobs, self.format.tokens_as_ids)
+        if self.call.logprobs is not None:
+            tokens = chat_logprobs(delta.logprobs, self.names_by_id)
             choice["logprobs"] = {"content": tokens, "refusal": None}
-        if self.format.token_ids:
+        if self.shows_ids:
             choice["token_ids"] = list(delta.token_ids)
         if content or choice["logprobs"] or "token_ids" in choice:
             out.append(choice)
@@ -81,7 +82,7 @@ class ChatWriter(Writer):
     def chunk(self, choices: list[Choice], *, last: bool = False) -> dict[str, Any]:
         """See Writer; the first one brings the prompt's tokens."""
         out = super().chunk(choices, last=last)
-        if self.format.token_ids and self.prompt_ids is not None:
+        if self.shows_ids and self.prompt_ids is not None:
             out["prompt_token_ids"] = list(self.prompt_ids[0])
             self.prompt_ids = None
         return out
@@ -95,7 +96,7 @@ class ChatWriter(Writer):
         out = super().whole(choices)
         if self._prompt_logprobs is not None:
             out["prompt_logprobs"] = self._prompt_logprobs
-        if self.format.token_ids and self.prompt_ids is not None:
+        if self.shows_ids and self.prompt_ids is not None:
             out["prompt_token_ids"] = list(self.prompt_ids[0])
         return out
 

@@ -11,7 +11,7 @@ from coordinator.api.openai.decisions import CHAT_NEUTRAL, IGNORED, NEUTRAL
 from coordinator.api.openai.errors import unsupported
 from coordinator.api.openai.messages import read_messages
 from coordinator.api.openai.models import ChatBody, NamedChoice
-from coordinator.api.openai.options import Call, common_fields, format_of
+from coordinator.api.openai.options import Call, check_stream, common_fields
 from coordinator.api.openai.read import check_rest, read
 from coordinator.api.values import GenerateRequest, ToolChoice
 from engine.base.errors import InvalidRequest
@@ -21,8 +21,8 @@ def read_chat(values: Mapping[str, Any], request_id: str) -> Call:
     """Raises InvalidRequest, Refused."""
     body = read(ChatBody, values)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    form = format_of(body, request_id, logprobs)
-    neutral = {**NEUTRAL, **CHAT_NEUTRAL, "best_of": (1, form.n)}
+    check_stream(body)
+    neutral = {**NEUTRAL, **CHAT_NEUTRAL, "best_of": (1, body.n or 1)}
     check_rest(ChatBody, values, neutral, IGNORED)
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs", "only for requests with logprobs: true")
@@ -48,7 +48,7 @@ def read_chat(values: Mapping[str, Any], request_id: str) -> Call:
         "output.prompt_logprobs": "prompt_logprobs",
         "tool_choice.name": "tool_choice.function.name",
     }
-    return Call((request,), form, names)
+    return Call(body, request_id, (request,), logprobs, names)
 
 
 def tools_json(tools: Sequence[Any] | None) -> str:

@@ -10,7 +10,7 @@ import msgspec
 from coordinator.api.openai.constraints import names_of, read_constraint
 from coordinator.api.openai.decisions import COMPLETION_NEUTRAL, IGNORED, NEUTRAL
 from coordinator.api.openai.models import CompletionBody, Tokens
-from coordinator.api.openai.options import Call, common_fields, format_of
+from coordinator.api.openai.options import Call, check_stream, common_fields
 from coordinator.api.openai.read import check_rest, read
 from coordinator.api.validation.bounds import check_count
 from coordinator.api.validation.request import MAX_REQUEST_ID_CHARS
@@ -29,8 +29,8 @@ def read_completion(values: Mapping[str, Any], request_id: str) -> Call:
     if values.get("prompt") is None:
         raise InvalidRequest("prompt", "unset; expected text or token ids")
     body = read(CompletionBody, values)
-    form = format_of(body, request_id, body.logprobs)
-    neutral = {**NEUTRAL, **COMPLETION_NEUTRAL, "best_of": (1, form.n)}
+    check_stream(body)
+    neutral = {**NEUTRAL, **COMPLETION_NEUTRAL, "best_of": (1, body.n or 1)}
     check_rest(CompletionBody, values, neutral, IGNORED)
     prompts = _prompts(body.prompt)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
@@ -53,7 +53,7 @@ def read_completion(values: Mapping[str, Any], request_id: str) -> Call:
     names = {"output.prompt_logprobs": "prompt_logprobs", **(names_of(option) if option else {})}
     if echo and body.prompt_logprobs is None:
         names["output.prompt_logprobs"] = "logprobs"
-    return Call(tuple(requests), form, names)
+    return Call(body, request_id, tuple(requests), body.logprobs, names)
 
 
 def _check_repeated(

@@ -1,6 +1,6 @@
 """How each option of OpenAI's and vLLM's clients is treated.
 
-    SERVED          declared in models.py, read and obeyed; a wrong type or value is refused by name
+    served          declared in models.py, read and obeyed; a wrong type or value is refused by name
     NEUTRAL         accepted at values at which it does nothing here, else refused by name
     IGNORED         of any value: it changes no output of such a model, at OpenAI or vLLM
     anything else   refused as unknown, as OpenAI does
@@ -11,14 +11,6 @@ A test compares it with the signatures of the installed `openai` client and with
 from __future__ import annotations
 
 from typing import Any
-
-from coordinator.api.openai.models import ChatBody, CompletionBody
-
-CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-SERVED = {
-    CHAT: frozenset(ChatBody.__struct_fields__),
-    COMPLETION: frozenset(CompletionBody.__struct_fields__),
-}
 
 Values = tuple[Any, ...]  # at which an option does nothing; null is always one
 

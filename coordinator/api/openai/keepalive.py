@@ -9,6 +9,8 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from coordinator.generation.fan_in import Merge
+
 COMMENT = ": keep-alive\n\n"
 
 
@@ -19,32 +21,20 @@ async def kept_alive(
 
     One task reads the events. It is cancelled when this generator is closed.
     """
-    queue: asyncio.Queue[str | Exception | None] = asyncio.Queue(1)
 
     async def read() -> None:
-        try:
-            async with aclosing(events):
-                async for item in events:
-                    await queue.put(item)
-        except Exception as error:
-            await queue.put(error)
-        else:
-            await queue.put(None)
+        async with aclosing(events):
+            async for item in events:
+                await merge.put(item)
 
-    reader = asyncio.create_task(read())
-    try:
+    async with Merge[str](room=1) as merge:
+        merge.add(read())
         while True:
             try:
                 async with asyncio.timeout(every_s):
-                    item = await queue.get()
+                    item = await anext(merge)
             except TimeoutError:
-                yield COMMENT
-                continue
-            if item is None:
+                item = COMMENT
+            except StopAsyncIteration:
                 return
-            if isinstance(item, Exception):
-                raise item
             yield item
-    finally:
-        reader.cancel()
-        await asyncio.gather(reader, return_exceptions=True)

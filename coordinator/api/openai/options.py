@@ -18,28 +18,25 @@ DEFAULT_TEMPERATURE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerFormat:
-    """How a response is written; the frontend needs none of it."""
-
-    request_id: str
-    n: int
-    stream: bool
-    include_usage: bool
-    continuous_usage: bool
-    logprobs: int | None  # alternatives shown with each token; None: no log-probabilities
-    prompt_logprobs: int | None
-    stop_token_ids: frozenset[int]  # that the client named: shown as `stop_reason`
-    token_ids: bool  # show ids of prompt and answer
-    tokens_as_ids: bool  # name tokens by id where log-probabilities are shown
-
-
-@dataclass(frozen=True, slots=True)
 class Call:
     """A parsed body: a request for each prompt, or for the conversation."""
 
+    body: CommonBody
+    request_id: str
     requests: tuple[GenerateRequest, ...]
-    format: AnswerFormat
+    logprobs: int | None  # alternatives shown with each token; None: no log-probabilities
     names: Mapping[str, str]  # of fields of a request, in the client's words
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with usage."""
+        return bool(self.body.stream_options and self.body.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each chunk has it too."""
+        options = self.body.stream_options
+        return bool(self.include_usage and options and options.continuous_usage_stats)
 
     def names_of(self, index: int) -> dict[str, str]:
         """The names for the request of prompt `index`."""
@@ -48,27 +45,12 @@ class Call:
         return {**own, **self.names}
 
 
-def format_of(body: CommonBody, request_id: str, logprobs: int | None) -> AnswerFormat:
-    """How the response is written. Raises InvalidRequest."""
-    stream = bool(body.stream)
-    options = body.stream_options
-    if options and not stream:
+def check_stream(body: CommonBody) -> None:
+    """Check options that depend on `stream`. Raises InvalidRequest."""
+    if body.stream_options and not body.stream:
         raise InvalidRequest("stream_options", "only for requests with stream: true")
-    if stream and body.prompt_logprobs is not None:
+    if body.stream and body.prompt_logprobs is not None:
         raise InvalidRequest("prompt_logprobs", "not available when streaming")
-    include_usage = bool(options and options.include_usage)
-    return AnswerFormat(
-        request_id=request_id,
-        n=body.n or 1,
-        stream=stream,
-        include_usage=include_usage,
-        continuous_usage=bool(include_usage and options and options.continuous_usage_stats),
-        logprobs=logprobs,
-        prompt_logprobs=body.prompt_logprobs,
-        stop_token_ids=frozenset(body.stop_token_ids or ()),
-        token_ids=bool(body.return_token_ids),
-        tokens_as_ids=bool(body.return_tokens_as_token_ids),
-    )
 
 
 def common_fields(

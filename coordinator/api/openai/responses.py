@@ -68,13 +68,15 @@ class Writer(ABC):
         created: int,
         prompt_ids: Sequence[Sequence[int]] | None = None,  # where they are shown
     ) -> None:
-        self.format = call.format
+        self.call = call
+        self.shows_ids = bool(call.body.return_token_ids)  # of prompt and output
+        self.names_by_id = bool(call.body.return_tokens_as_token_ids)  # tokens in logprobs
         self.usage = Usage()
         self.prompt_ids = prompt_ids
         for index, ids in enumerate(prompt_ids or ()):
             self.usage.prompt[index] = len(ids)
         self._head = {
-            "id": f"{self.prefix}-{call.format.request_id}",
+            "id": f"{self.prefix}-{call.request_id}",
             "created": created,
             "model": model,
         }
@@ -93,8 +95,8 @@ class Writer(ABC):
     def chunk(self, choices: list[Choice], *, last: bool = False) -> dict[str, Any]:
         """One chunk of a stream; the last one may bring usage in place of choices."""
         out = {**self._head, "object": self.chunk_object, "choices": choices}
-        if self.format.include_usage:
-            out["usage"] = self.usage.as_dict() if last or self.format.continuous_usage else None
+        if self.call.include_usage:
+            out["usage"] = self.usage.as_dict() if last or self.call.continuous_usage else None
         return out
 
     def whole(self, choices: dict[int, Choice]) -> dict[str, Any]:
@@ -112,7 +114,7 @@ class Writer(ABC):
         if ending.matched_text is not None:
             return ending.matched_text
         token = ending.matched_token
-        return token if token in self.format.stop_token_ids else None
+        return token if token in (self.call.body.stop_token_ids or ()) else None
 
 
 def reason_of(finished: Finished) -> str:

@@ -73,8 +73,6 @@ def validate(request: GenerateRequest, limits: Limits) -> GenerationRequest:
     stop_ids = _stop_token_ids(stop, limits)
     if len(request.cache_salt) > MAX_SALT_CHARS:
         raise InvalidRequest("cache_salt", f"longer than {MAX_SALT_CHARS} characters")
-    resumes = _resumes(request.resume, num_choices, limits, max_tokens)
-    resumed = resumes[0] if resumes else Resume()
     return GenerationRequest(
         request_id=request_id,
         text=request.text,
@@ -91,15 +89,13 @@ def validate(request: GenerateRequest, limits: Limits) -> GenerationRequest:
         skip_special_tokens=output.skip_special_tokens,
         priority=request.priority,
         cache_salt=request.cache_salt,
-        resumed=resumed.token_ids,
-        resume_finished=resumed.finished,
         tools=tools,
         constraint=constraint,
         num_logprobs=_num_logprobs("logprobs", output.logprobs),
         num_prompt_logprobs=num_prompt_logprobs,
         echo=output.echo,
         num_choices=num_choices,
-        resumes=resumes,
+        resumes=_resumes(request.resume, num_choices, limits, max_tokens),
     )
 
 

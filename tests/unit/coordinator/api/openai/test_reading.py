@@ -13,15 +13,13 @@ from coordinator.api.openai.body import parse_body
 from coordinator.api.openai.chats import read_chat
 from coordinator.api.openai.completions import MAX_PROMPTS, read_completion
 from coordinator.api.openai.decisions import (
-    CHAT,
     CHAT_NEUTRAL,
-    COMPLETION,
     COMPLETION_NEUTRAL,
     IGNORED,
     NEUTRAL,
-    SERVED,
 )
 from coordinator.api.openai.errors import Failure, Refused, failure_of, param_of
+from coordinator.api.openai.models import ChatBody, CompletionBody
 from coordinator.api.openai.openapi import description
 from coordinator.api.values import (
     Constraint,
@@ -401,6 +399,11 @@ def test_codes_of_unknown_and_of_unsupported_options():
     assert failure(completion, max_tokens=-1).code is None
 
 
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+SERVED = {
+    CHAT: frozenset(ChatBody.__struct_fields__),
+    COMPLETION: frozenset(CompletionBody.__struct_fields__),
+}
 READERS = {CHAT: chat, COMPLETION: completion}
 NEUTRALS = {CHAT: {**NEUTRAL, **CHAT_NEUTRAL}, COMPLETION: {**NEUTRAL, **COMPLETION_NEUTRAL}}
 CONTENT = ("prompt", "messages")  # which may not be null

@@ -58,7 +58,7 @@ def test_values_are_carried():
     assert got.sampling.seed == 0
     assert got.sampling.logit_bias == ((3, 2.0), (7, -100.0))
     assert got.stop_token_ids == {5}
-    assert got.resumed == (1, 2)
+    assert got.resume.token_ids == (1, 2)
     assert not got.skip_special_tokens
     assert got.priority == -3
 
@@ -171,8 +171,8 @@ def test_choices_have_seeds_and_tokens_of_their_own():
     assert (got.num_choices, got.num_logprobs, got.num_prompt_logprobs) == (3, 0, None)
     choices = [got.choice(i) for i in range(3)]
     assert [c.index for c in choices] == [0, 1, 2]
-    assert [c.resumed for c in choices] == [(9,), (), (7, 8)]
-    assert [c.resume_finished for c in choices] == [False, False, True]
+    assert [c.resume.token_ids for c in choices] == [(9,), (), (7, 8)]
+    assert [c.resume.finished for c in choices] == [False, False, True]
     assert [c.sampling.seed for c in choices] == [choice_seed(5, i) for i in range(3)]
     assert choices[0].sampling.seed == 5
     assert got.choice(0).request_id == got.request_id
