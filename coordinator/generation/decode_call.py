@@ -37,16 +37,9 @@ from engine.base.errors import (
 )
 from engine.base.types import FinishReason, StopParams
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
+from engine.rpc import convert
 from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import ChannelPool
-from engine.rpc.convert import (
-    constraint_to_pb,
-    logprobs_from_pb,
-    peer_to_pb,
-    reason_from_pb,
-    sampling_to_pb,
-    stop_to_pb,
-)
 from engine.rpc.liveness import next_message
 from engine.rpc.status import DETAILS_KEY, from_rpc_error
 
@@ -156,7 +149,7 @@ async def _take_tokens(state: GenerationState, tokens: worker_pb2.Tokens) -> Del
     """Add a message's tokens and numbers to the state."""
     state.report(tokens)
     if scores := tokens.prompt_logprobs:  # of thousands of tokens
-        state.prompt_logprobs = tuple(await asyncio.to_thread(logprobs_from_pb, scores))
+        state.prompt_logprobs = tuple(await asyncio.to_thread(convert.logprobs_from_pb, scores))
     return state.take(tokens)
 
 
@@ -176,15 +169,15 @@ def _decode_request(
         shared_key=state.shared_parts.key,
         prompt_token_ids=state.prompt if carries else (),
         output_token_ids=output.token_ids,
-        sampling=sampling_to_pb(sampling),
-        stop=stop_to_pb(stop),
-        prefill=peer_to_pb(plan.prefill.peer) if plan.prefill else None,
+        sampling=convert.sampling_to_pb(sampling),
+        stop=convert.stop_to_pb(stop),
+        prefill=convert.peer_to_pb(plan.prefill.peer) if plan.prefill else None,
         cache_salt=request.cache_salt,
         priority=request.priority,
         incarnation=plan.decode.peer.incarnation,
         num_logprobs=request.num_logprobs,
         num_prompt_logprobs=request.num_prompt_logprobs if state.scores_prompt else None,
-        constraint=constraint_to_pb(request.constraint) if carries else None,
+        constraint=convert.constraint_to_pb(request.constraint) if carries else None,
     )
 
 
@@ -192,7 +185,7 @@ def _take_ending(output: Output, finished: worker_pb2.DecodeFinished) -> None:
     """Why the output ended, where its tokens alone do not show it."""
     if output.ending is not None:
         return
-    reason = reason_from_pb(finished.finish_reason)
+    reason = convert.reason_from_pb(finished.finish_reason)
     if reason is FinishReason.ABORTED:
         raise Unavailable("the decode worker gave the answer up")
     matched = finished.HasField("matched_stop_token")

@@ -103,7 +103,8 @@ class Admission:
         what: str = "",
     ) -> None:
         """`what` stands before the reasons of the counter, and names the requests in messages."""
-        self._what = what
+        self._adjective = f"{what} " if what else ""
+        self._prefix = f"{what}_" if what else ""  # of reasons
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._metrics = metrics
@@ -125,9 +126,9 @@ class Admission:
         """
         excess = self.num_requests + num_requests - self._max_requests
         if self.num_requests and excess > 0:
-            self._metrics.admission_rejected(self._reason("requests"))
+            self._metrics.admission_rejected(self._prefix + "requests")
             raise Overloaded(
-                f"{self.num_requests} {self._named('requests')} are admitted and {num_requests}"
+                f"{self.num_requests} {self._adjective}requests are admitted and {num_requests}"
                 f" more are above the limit of {self._max_requests}",
                 self._retry_after_s(num_requests=min(excess, self.num_requests), num_tokens=0),
             )
@@ -155,10 +156,10 @@ class Admission:
 
     def _claim(self, ticket: Ticket, num_tokens: int) -> None:
         if self.num_tokens and self.num_tokens + num_tokens > self._max_tokens:
-            self._metrics.admission_rejected(self._reason("tokens"))
+            self._metrics.admission_rejected(self._prefix + "tokens")
             excess = self.num_tokens + num_tokens - self._max_tokens
             raise Overloaded(
-                f"{self.num_tokens} {self._named('prompt tokens')} are admitted and {num_tokens}"
+                f"{self.num_tokens} {self._adjective}prompt tokens are admitted and {num_tokens}"
                 f" more are above the limit of {self._max_tokens}",
                 self._retry_after_s(num_requests=0, num_tokens=min(excess, self.num_tokens)),
             )
@@ -176,12 +177,6 @@ class Admission:
                 self._clock(), ticket.admitted_s, ticket.num_requests, ticket.num_tokens
             )
         self._completed.forget(self._clock() - _WINDOW_S)
-
-    def _named(self, noun: str) -> str:
-        return f"{self._what} {noun}" if self._what else noun
-
-    def _reason(self, bound: str) -> str:
-        return f"{self._what}_{bound}" if self._what else bound
 
     def _retry_after_s(self, *, num_requests: int, num_tokens: int) -> float:
         """Time in which, at the recent rate, as much leaves as is in the way.

@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from coordinator.api.values import (
-    Constraint,
-    GenerateRequest,
-    Output,
-    Sampling,
-    Stop,
-    TokenizeRequest,
-    ToolChoice,
-)
+from coordinator.api import values
 from coordinator.generation.request import Resume
 from coordinator.text.values import Message, ToolCall
 from engine.pb.diptych.v1 import inference_pb2 as pb
@@ -53,46 +45,48 @@ def _message(message: pb.Message) -> Message:
     return Message(**fields)
 
 
-def _constraint(constraint: pb.Constraint) -> Constraint | None:
+def _constraint(constraint: pb.Constraint) -> values.Constraint | None:
     kind = constraint.WhichOneof("kind")
     if kind is None:
         return None
     value = constraint.choice.choices if kind == "choice" else getattr(constraint, kind)
-    return Constraint(kind, value)
+    return values.Constraint(kind, value)
 
 
-def _tool_choice(choice: pb.ToolChoice) -> ToolChoice:
+def _tool_choice(choice: pb.ToolChoice) -> values.ToolChoice:
     if choice.WhichOneof("kind") == "name":
-        return ToolChoice(name=choice.name)
-    return ToolChoice(_MODES.get(choice.mode, str(choice.mode)))
+        return values.ToolChoice(name=choice.name)
+    return values.ToolChoice(_MODES.get(choice.mode, str(choice.mode)))
 
 
 _CONVERT: dict[str, Callable[[Any], Any]] = {
     "token_ids": lambda message: message.ids,
     "messages": _Messages,
     "tool_choice": _tool_choice,
-    "sampling": lambda message: Sampling(**_set(message)),
-    "stop": lambda message: Stop(**_set(message)),
-    "output": lambda message: Output(**_set(message)),
+    "sampling": lambda message: values.Sampling(**_set(message)),
+    "stop": lambda message: values.Stop(**_set(message)),
+    "output": lambda message: values.Output(**_set(message)),
     "constraint": _constraint,
     "resume": lambda entries: [Resume(**_set(entry)) for entry in entries],
 }
 
 
-def read_request(request: pb.GenerateRequest | pb.ChatRequest) -> GenerateRequest:
+def read_request(request: pb.GenerateRequest | pb.ChatRequest) -> values.GenerateRequest:
     """The request of a call of Generate or Chat."""
     fields = _set(request)
     fields.pop("alive", None)
     if isinstance(request, pb.ChatRequest):
         fields.setdefault("messages", ())
     same = lambda value: value  # noqa: E731
-    return GenerateRequest(**{k: _CONVERT.get(k, same)(value) for k, value in fields.items()})
+    return values.GenerateRequest(
+        **{k: _CONVERT.get(k, same)(value) for k, value in fields.items()}
+    )
 
 
-def read_tokenize(request: pb.TokenizeRequest) -> TokenizeRequest:
+def read_tokenize(request: pb.TokenizeRequest) -> values.TokenizeRequest:
     """The request of a call of Tokenize."""
     fields = _set(request)
     if chat := fields.pop("chat", None):
         fields |= {"messages": (), **_set(chat)}
         fields["messages"] = _Messages(chat.messages)
-    return TokenizeRequest(**fields)
+    return values.TokenizeRequest(**fields)
