@@ -122,7 +122,7 @@ def test_every_option_arrives():
     messages = [Message(role="user", content="x")]
     output = Output(skip_special_tokens=False, logprobs=3)
     assert got.requests[0] == GenerateRequest(**expected, messages=messages, output=output)
-    assert got.format.stop_token_ids == {1, 2}
+    assert got.body.stop_token_ids == [1, 2]
 
 
 def test_defaults_are_openais():
@@ -134,7 +134,7 @@ def test_defaults_are_openais():
     got = chat(max_tokens=None, stop=None, temperature=None, tools=None, user=None)
     assert got.requests[0].sampling == Sampling(temperature=1.0)
     assert got.requests[0].stop.max_tokens is None  # the room left
-    assert not got.format.stream
+    assert not got.body.stream
 
 
 def test_small_agreements():
@@ -244,10 +244,10 @@ def test_tools():
 
 
 def test_stream_options():
-    form = completion(stream=True, stream_options={"include_usage": True}).format
-    assert (form.stream, form.include_usage, form.continuous_usage) == (True, True, False)
+    form = completion(stream=True, stream_options={"include_usage": True})
+    assert (form.body.stream, form.include_usage, form.continuous_usage) == (True, True, False)
     options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}
-    assert chat(stream=True, stream_options=options).format.continuous_usage
+    assert chat(stream=True, stream_options=options).continuous_usage
 
 
 # Refusals
