@@ -19,7 +19,6 @@ import time
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvloop
 
@@ -207,17 +206,13 @@ async def _until_stop(
 ) -> None:
     """Announce readiness and serve; raises ConfigError where a worker cannot use its options."""
     announce = asyncio.create_task(_announce(coordinator, supervisor, options))
-    waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(stop.wait())]
-    if supervisor:
-        waits.append(asyncio.ensure_future(supervisor.fatal))
     try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        if supervisor and supervisor.fatal.done():
+        await _first(stop.wait(), *([supervisor.fatal] if supervisor else []))
+        if supervisor and not supervisor.fatal.cancelled():
             raise supervisor.fatal.result()
     finally:
-        for task in (announce, *waits):
-            task.cancel()
-        await asyncio.gather(announce, *waits, return_exceptions=True)
+        announce.cancel()
+        await asyncio.gather(announce, return_exceptions=True)
 
 
 async def _announce(
@@ -267,7 +262,9 @@ def _tell(line: str) -> None:
 async def _first(*awaitables: object) -> None:
     """Until one of them is done; the others are cancelled."""
     tasks = [asyncio.ensure_future(a) for a in awaitables]  # type: ignore[call-overload]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

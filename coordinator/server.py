@@ -108,6 +108,7 @@ class Coordinator:
         self._internal = self._public
         if front.internal_listen:
             self._internal = RpcServer(rpc_metrics, budget=self._budget, reflection=reflection)
+        self._servers = dict.fromkeys((self._public, self._internal))  # one, or two
         public = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
         limit_s = front.max_request_s + _STUCK_S
         self._public.add_service(
@@ -161,9 +162,8 @@ class Coordinator:
             refused=refused,
         )
         self.http_address = self._http.address
-        await self._public.start()
-        if self._internal is not self._public:
-            await self._internal.start()
+        for server in self._servers:
+            await server.start()
 
     async def _holds(self) -> dict[str, Any]:
         """The response of /debug/holds."""
@@ -210,9 +210,8 @@ class Coordinator:
     async def stop(self) -> None:
         """End everything; calls that still run are cancelled."""
         await self.end_requests()
-        await self._public.stop()
-        if self._internal is not self._public:
-            await self._internal.stop()
+        for server in self._servers:
+            await server.stop()
         if self._http:
             await self._http.stop()
         self.model.close()
