@@ -1,7 +1,7 @@
 """Runs every test, in three parts: `python -m tests.support.parts [pytest argument ...]`.
 
     limits     |====|                        tests with limits of time, several at once
-    stacks          |==================|     tests of real processes, one at a time
+    stacks          |==================|     tests of real processes, one at a time, compilers first
     computing       |- - - - - - - - - - -|  all others, at the lowest priority
 
 A test of a real stack waits for most of its time, and leaves half of two cores idle. The tests that
@@ -30,7 +30,6 @@ from tests.support.paths import ROOT
 # Files and folders of tests that only compute. In them, LIMITS are the files that measure or limit
 # a time.
 COMPUTING = (
-    "tests/ecosystem/test_conformance.py",
     "tests/gpu",
     "tests/unit/coordinator/text",
     "tests/unit/decode/speculative",
@@ -50,16 +49,29 @@ LIMITS = (
     "tests/unit/coordinator/text/test_tokenizer.py",
     "tests/unit/engine/checkpoint/test_kept.py",
     "tests/unit/engine/checkpoint/test_source.py",
-    "tests/unit/engine/constraints/test_limits.py",
     "tests/unit/engine/kernels/test_build.py",
     "tests/unit/engine/kernels/test_threads.py",
+    "tests/unit/engine/step/test_constrained.py",
+    "tests/unit/engine/step/test_costly_constraints.py",
     "tests/unit/engine/step/test_engine_thread.py",
 )
-STACKS = ("tests/ecosystem/test_examples.py", "tests/system", "tests/faults")
+# One at a time too: compilers of constraints have a low priority, and would be late beside others.
+STACKS = (
+    "tests/unit/engine/constraints/test_constraints.py",
+    "tests/unit/engine/constraints/test_limits.py",
+    "tests/unit/engine/constraints/test_numbers.py",
+    "tests/unit/engine/constraints/test_schemas.py",
+    "tests/ecosystem/test_conformance.py",
+    "tests/ecosystem/test_examples.py",
+    "tests/system",
+    "tests/faults",
+)
 # The longest files begin first: no process waits for another one's last file.
 LONGEST = (
     "tests/unit/engine/step/test_speculation_law.py",
+    "tests/unit/engine/checkpoint/test_packed.py",
     "tests/unit/engine/sampling/test_native.py",
+    "tests/unit/engine/runner/test_greedy_oracle.py",
     "tests/unit/coordinator/client/test_client.py",
     "tests/unit/coordinator/client/test_client_seams.py",
     "tests/unit/coordinator/api/grpc/test_service.py",
