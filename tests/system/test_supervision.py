@@ -8,16 +8,19 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.support.greedy import greedy
+from tests.support.paths import ROOT
 from tests.support.stack import EXACT, SHARED, SharedStacks, Stack, metrics_of, until
 from tests.support.timeouts import Timeouts
 
 LONG = greedy(1500)
 SHORT = greedy(128)
+SEAM = """import signal, time
+signal.signal(signal.SIGUSR2, lambda *_: time.sleep(3600))
+"""
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -66,31 +69,57 @@ def test_requests_between_death_and_return_wait_and_finish(stack: Stack) -> None
     stack.assert_at_rest()
 
 
-def test_a_stopped_worker_is_replaced(tmp_path: Path) -> None:
-    """SIGSTOP of the only decode worker in mid-answer: it is killed, and the answer goes on."""
+@pytest.fixture(scope="module")
+def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A stack whose workers may hang: at SIGUSR2 their event loop does. Its last test ends it."""
+    folder = tmp_path_factory.mktemp("hanging")
+    (folder / "sitecustomize.py").write_text(SEAM)
     flags = (*EXACT, *Timeouts(worker_hang_s=4, worker_wait_s=60).stack_flags)
-    with Stack(tmp_path, *flags) as stack:
-        first = stop = stack.pid_of("decode-0")
-        tokens: list[int] = []
-        for event in stack.client.generate(SHORT["prompt"], timeout_s=120, max_tokens=64):
-            tokens += getattr(event, "token_ids", ())
-            if len(tokens) > 10 and stop:
-                os.kill(stop, signal.SIGSTOP)
-                stop = 0
-        assert tokens == SHORT["tokens"]
-        assert stack.pid_of("decode-0") != first
-        assert metrics_of(stack.http_address)["diptych_worker_hangs_total"] == 1
-        assert "local worker hangs; killing it" in stack.logs()["coordinator"]
-        stack.assert_at_rest()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", f"{folder}:{ROOT}")
+        stack = Stack(folder, *flags).start()
+    yield stack
+    stack.stop()
 
 
-def test_sigterm_ends_everything_with_status_0(stacks: SharedStacks) -> None:
-    with stacks.take(*SHARED) as stack:
-        stack.generate(SHORT["prompt"], max_tokens=4)
-        stack.process.send_signal(signal.SIGTERM)
-        assert stack.process.wait(20) == 0
-        assert not stack.pids()
-        assert "Traceback" not in "".join(stack.logs().values())
+def hang_in_mid_answer(stack: Stack, number: signal.Signals) -> None:
+    """Send a signal to the only decode worker; another one finishes the answer."""
+    before = metrics_of(stack.http_address)
+    first = stuck = stack.pid_of("decode-0")
+    tokens: list[int] = []
+    for event in stack.client.generate(SHORT["prompt"], timeout_s=120, max_tokens=64):
+        tokens += getattr(event, "token_ids", ())
+        if len(tokens) > 10 and stuck:
+            os.kill(stuck, number)
+            stuck = 0
+    assert tokens == SHORT["tokens"]
+    assert stack.pid_of("decode-0") != first
+    hangs = "diptych_worker_hangs_total"
+    assert metrics_of(stack.http_address)[hangs] - before.get(hangs, 0) == 1
+    assert "local worker hangs; killing it" in stack.logs()["coordinator"]
+    stack.assert_at_rest()
+
+
+def test_a_worker_whose_event_loop_is_stuck_is_replaced(hanging: Stack) -> None:
+    """Though a thread of it reports the stall."""
+    hang_in_mid_answer(hanging, signal.SIGUSR2)
+    assert metrics_of(hanging.http_address)["diptych_worker_stalls_total"] == 1
+    log = hanging.logs()["coordinator"]
+    assert log.index("a worker's event loop stalls") < log.index("local worker hangs")
+    assert "has sent nothing" not in log, "its stream was kept until it was killed"
+
+
+def test_a_stopped_worker_is_replaced(hanging: Stack) -> None:
+    """SIGSTOP of the only decode worker in mid-answer: it is killed, and the answer goes on."""
+    hang_in_mid_answer(hanging, signal.SIGSTOP)
+
+
+def test_sigterm_ends_everything_with_status_0(hanging: Stack) -> None:
+    hanging.generate(SHORT["prompt"], max_tokens=4)
+    hanging.process.send_signal(signal.SIGTERM)
+    assert hanging.process.wait(20) == 0
+    assert not hanging.pids()
+    assert "Traceback" not in "".join(hanging.logs().values())
 
 
 def test_kill_9_of_the_coordinator_takes_its_workers(stack: Stack) -> None:
