@@ -21,7 +21,7 @@ from engine.rpc.status import DETAILS_KEY
 from tests.support.fake_decode import FakeDecode, identity
 from tests.support.heartbeats import Heartbeats
 
-TEXT = "The river was wide and slow, and few knew where it began. " * 4
+TEXT = "The river was wide and slow, and nobody knew where it began. " * 4
 PROMPT = list(range(1000, 1040))  # two whole blocks and a tail
 
 

@@ -25,7 +25,7 @@ from engine.rpc.channel import open_channel
 from tests.support.fake_decode import FakeDecode, identity
 from tests.support.heartbeats import Heartbeats
 
-TEXT = "The river was wide and slow, and few knew where it began. " * 4
+TEXT = "The river was wide and slow, and nobody knew where it began. " * 4
 
 
 @cache

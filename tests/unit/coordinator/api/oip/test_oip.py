@@ -158,7 +158,7 @@ async def test_options_reach_the_worker_and_the_stops():
         await stub.ModelInfer(request(seed=5, temperature="0.5", max_tokens=3, top_k=4))
         sampling = worker.requests[0].sampling
         assert (sampling.seed, sampling.temperature, sampling.top_k) == (5, 0.5, 4)
-        response = await stub.ModelInfer(request(stop="ew knew wh"))
+        response = await stub.ModelInfer(request(stop="body knew wh"))
         found = outputs(response)
         assert found["text_output"] == [b"The river was wide and slow, and no"]
         assert found["finish_reason"] == [b"stop"]
