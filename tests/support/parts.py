@@ -57,6 +57,8 @@ LIMITS = (
 )
 # One at a time too: compilers of constraints have a low priority, and would be late beside others.
 STACKS = (
+    "tests/unit/coordinator/generation/test_constrained_text.py",
+    "tests/unit/coordinator/generation/test_constraints.py",
     "tests/unit/engine/constraints/test_constraints.py",
     "tests/unit/engine/constraints/test_limits.py",
     "tests/unit/engine/constraints/test_numbers.py",
