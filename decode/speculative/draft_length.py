@@ -14,12 +14,14 @@ where that does not pay, a token is drafted for all requests now and then.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
+from numpy.typing import NDArray
 
 from decode.speculative.acceptance import Acceptance
 from decode.speculative.step_cost import StepCost
-from engine.scheduling.speculation import Draft
+from engine.scheduling.speculation import Drafts, Ints, Tokens, grown
 
+Floats = NDArray[np.float64]
 MARGIN = 1.02  # least expected gain of drafting: costs and chances are estimates
 # A step may take so many times as long as without drafts. More would give a few more tokens a
 # second, in bursts: all answers wait for the longest step.
@@ -48,77 +50,61 @@ class MeasuredDraftLength:
         self._acceptance = acceptance
         self._cost = cost
         self._drafting = drafting
-        self._drafts: dict[str, Draft] = {}  # proposed in the step under way
+        self._drafts = Drafts.empty(0, 0)  # proposed in the step under way
+        self._row_of = np.zeros(16, np.int64)  # 1 + the row of these, by draft id; 0: none
         self._run = 0  # steps with drafts since one without
         self._longest_run = _FIRST_RUN
         self._num_idle = 0  # steps since drafts that cost something were made
         self._pause = _FIRST_PAUSE
 
-    def choose(
-        self, drafts: Sequence[tuple[str, Draft]], num_rows: int, num_answers: int
-    ) -> list[int]:
+    def choose(self, ids: Ints, drafts: Drafts, num_rows: int, num_answers: int) -> Ints:
         """Tokens to verify of each draft; see `DraftLengthController`."""
-        chances = []
-        for i, (request_id, draft) in enumerate(drafts):
-            if draft.tokens:
-                self._drafts[request_id] = draft
-                survival = self._acceptance.survival(request_id, draft.buckets, _LEAST)
-                chances += [(chance, i) for chance in survival]
-        lengths = [0] * len(drafts)
-        best = self._best(chances, num_rows, num_answers)
+        self._drafts = drafts
+        self._row_of = grown(self._row_of, int(ids.max(initial=-1)) + 1)
+        self._row_of[:] = 0
+        self._row_of[ids] = np.arange(1, len(ids) + 1)
+        survival = self._acceptance.survival(ids, drafts, _LEAST)
+        owners, _ = survival.nonzero()
+        chances = survival[survival > 0.0]
+        most = _GROWTH * max(self._cost.most_rows, num_rows) - num_rows
+        likeliest = np.argsort(-chances)[:most]
+        owners, chances = owners[likeliest], chances[likeliest]
+        best = self._best(chances, owners, num_rows, num_answers)
         if best:
             self._num_idle, self._pause = 0, _FIRST_PAUSE
         if best and self._may_draft():
-            for _, i in chances[:best]:
-                lengths[i] += 1
-        else:
-            self._run = 0
-            shortest = [min(1, len(draft.tokens)) for _, draft in drafts]
-            if self._drafting is not None and any(shortest) and not best and self._tries():
-                lengths = shortest
-        return lengths
+            return np.bincount(owners[:best], minlength=len(ids))
+        self._run = 0
+        shortest = np.minimum(1, drafts.lengths)
+        if self._drafting is not None and shortest.any() and not best and self._tries():
+            return shortest
+        return np.zeros_like(shortest)
 
-    def _best(self, chances: list[tuple[float, int]], num_rows: int, num_answers: int) -> int:
-        """How many of the (chance, draft) pairs pay; sorts them, the likeliest first."""
-        if not chances:
+    def _best(self, chances: Floats, owners: Ints, num_rows: int, num_answers: int) -> int:
+        """How many of the tokens pay; the likeliest come first, each with its draft."""
+        if not len(chances):
             return 0
-        chances.sort(key=lambda c: -c[0])
-        del chances[_GROWTH * max(self._cost.most_rows, num_rows) - num_rows :]
         seconds = self._cost.relative(num_rows, len(chances))
         if self._drafting is not None:
-            passes = self._passes(self._drafting, [i for _, i in chances])
-            seconds = [a + b for a, b in zip(seconds, passes, strict=True)]
-        expected = float(num_answers)
-        of_each: dict[int, float] = {}  # tokens to expect beside the one without drafts
-        best, best_rate = 0, MARGIN * expected / seconds[0]
-        for k, (chance, i) in enumerate(chances, 1):
-            of_each[i] = of_each.get(i, 0.0) + chance
-            longer = seconds[k] / seconds[0]
-            if longer > LONGEST_STEP:
-                break
-            expected += chance
-            if expected <= best_rate * seconds[k]:
-                continue
-            least = min(of_each.values()) if len(of_each) == num_answers else 0.0
-            if longer <= SHARED_STEP * (1.0 + least) or num_answers == 1:
-                best, best_rate = k, expected / seconds[k]
-        return best
+            seconds += self._passes(self._drafting, owners)
+        longer = seconds[1:] / seconds[0]
+        rate = (num_answers + np.cumsum(chances)) / seconds[1:]
+        pays = (longer <= LONGEST_STEP) & (rate > MARGIN * num_answers / seconds[0])
+        if num_answers > 1 and longer[-1] > SHARED_STEP:
+            pays &= longer <= SHARED_STEP * (1.0 + _least(chances, owners, num_answers))
+        return 1 + int(np.where(pays, rate, 0.0).argmax()) if pays.any() else 0
 
-    def _passes(self, drafting: StepCost, owners: Sequence[int]) -> list[float]:
+    def _passes(self, drafting: StepCost, owners: Ints) -> Floats:
         """Cost of drafting the first 0, 1, 2, ... of these tokens, in the units of a step's."""
+        out = np.zeros(len(owners) + 1)
         if not (drafting.unit_s and self._cost.unit_s):
-            return [0.0] * (len(owners) + 1)  # unknown: find out
-        unit = drafting.unit_s / self._cost.unit_s
-        of_rows = [0.0, *drafting.relative(1, max(owners))]
-        lengths = [0] * (max(owners) + 1)
-        num_rows = [0] * (len(owners) + 1)  # of each pass
-        out = [0.0]
-        for i in owners:
-            now = num_rows[lengths[i]]
-            out.append(out[-1] + unit * (of_rows[now + 1] - of_rows[now]))
-            num_rows[lengths[i]] += 1
-            lengths[i] += 1
-        return out
+            return out  # unknown: find out
+        num_drafts = int(owners.max()) + 1
+        of_rows = np.concatenate([[0.0], drafting.relative(1, num_drafts)])
+        # The i-th pass has a row for each draft of at least i tokens.
+        row = _occurrence(_occurrence(owners))
+        out[1:] = np.cumsum(of_rows[row + 1] - of_rows[row])
+        return out * (drafting.unit_s / self._cost.unit_s)
 
     def _tries(self) -> bool:
         """True now and then; see `_FIRST_PAUSE`."""
@@ -136,17 +122,40 @@ class MeasuredDraftLength:
         self._longest_run = min(2 * self._longest_run, _LONGEST_RUN)
         return False
 
-    def produced(self, request_id: str, tokens: Sequence[int]) -> None:
+    def produced(self, ids: Ints, tokens: Tokens, counts: Ints) -> None:
         """Learn from what came where a draft was proposed."""
-        draft = self._drafts.pop(request_id, None)
-        if draft is not None:
-            self._acceptance.learn(request_id, draft, tokens)
+        self._row_of = grown(self._row_of, int(ids.max(initial=-1)) + 1)
+        rows = self._row_of[ids] - 1
+        self._row_of[ids] = 0
+        known = rows >= 0
+        self._acceptance.learn(ids[known], self._drafts, rows[known], tokens[known], counts[known])
 
     def stepped(self, num_rows: int, seconds: float) -> None:
         """Learn what a step of so many rows costs."""
         self._cost.observe(num_rows, seconds)
 
-    def finish(self, request_id: str) -> None:
+    def finish(self, draft_id: int) -> None:
         """Forget the request."""
-        self._drafts.pop(request_id, None)
-        self._acceptance.finish(request_id)
+        self._row_of[draft_id : draft_id + 1] = 0
+        self._acceptance.finish(draft_id)
+
+
+def _least(chances: Floats, owners: Ints, num_answers: int) -> Floats | float:
+    """Of the answer that gets least from the first 1, 2, ... tokens: beside one token, the most
+    to expect.
+    """
+    if len(np.unique(owners)) < num_answers:
+        return 0.0
+    of_each = np.zeros((num_answers, len(owners)))
+    of_each[owners, np.arange(len(owners))] = chances
+    least: Floats = np.cumsum(of_each, axis=1).min(axis=0)
+    return least
+
+
+def _occurrence(values: Ints) -> Ints:
+    """Of each value, how many equal ones come before it."""
+    order = np.argsort(values, kind="stable")
+    begins = np.flatnonzero(np.append(True, np.diff(values[order]) != 0))
+    out = np.empty_like(order)
+    out[order] = np.arange(len(order)) - np.repeat(begins, np.diff(np.append(begins, len(order))))
+    return out

@@ -26,7 +26,14 @@ from engine.runner.base import ModelRunner
 from engine.sampling import Sampler, UnusableLogits
 from engine.scheduling.plan import PlannedRow
 from engine.scheduling.request import Request
-from engine.scheduling.speculation import PENDING, Draft, StepResult
+from engine.scheduling.speculation import (
+    PENDING,
+    DraftInputs,
+    Drafts,
+    Ints,
+    StepResult,
+    Tokens,
+)
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
@@ -53,14 +60,18 @@ class ModelDrafter:
         self._block_size = block_size
         self._cost = cost
         self._clock = clock
-        self._pending: dict[str, Draft] = {}
+        self._drafts = Drafts.empty(0, 0)  # proposed in the step under way
+        self._row_of: dict[int, int] = {}  # of these, by draft id
         self._drafted: set[int] = set()  # keys of the requests drafted for in the step under way
 
-    def propose(self, request_id: str, tokens: Sequence[int], max_tokens: int) -> Draft:
-        """PENDING tokens; `materialize` writes them into this draft, too."""
-        count = max(0, max_tokens)
-        draft = self._pending[request_id] = Draft([PENDING] * count, [0] * count)
-        return draft
+    def propose(self, inputs: DraftInputs) -> Drafts:
+        """PENDING tokens; `materialize` writes them into these drafts, too."""
+        width = int(inputs.limits.max(initial=0))
+        self._drafts = Drafts.empty(len(inputs.ids), width)
+        self._drafts.buckets[:] = 0
+        self._drafts.lengths[:] = inputs.limits
+        self._row_of = {draft_id: row for row, draft_id in enumerate(inputs.ids.tolist())}
+        return self._drafts
 
     def materialize(self, rows: Sequence[PlannedRow]) -> list[PlannedRow]:
         """Draft for all rows at once. A draft ends early where it ends the answer."""
@@ -78,7 +89,7 @@ class ModelDrafter:
                 if token != PENDING and self._continues(rows[i], drafts[i])
             ]
         for row, draft in zip(rows, drafts, strict=True):
-            self._pending[str(row.request.key)].tokens[: len(draft)] = draft
+            self._drafts.tokens[self._row_of[row.request.draft_id], : len(draft)] = draft
         return [row.with_draft(tuple(d)) for row, d in zip(rows, drafts, strict=True)]
 
     def observe(self, output: StepResult, rows: Sequence[PlannedRow]) -> Mapping[int, int]:
@@ -105,9 +116,11 @@ class ModelDrafter:
             self._runner.launch(missing).collect()
         return ends
 
-    def finish(self, request_id: str) -> None:
-        """Forget the request's draft."""
-        self._pending.pop(request_id, None)
+    def produced(self, ids: Ints, tokens: Tokens, counts: Ints) -> None:
+        """Nothing: requests hold the tokens."""
+
+    def finish(self, draft_id: int) -> None:
+        """Nothing is kept of a request."""
 
     @staticmethod
     def _continues(row: PlannedRow, draft: Sequence[int]) -> bool:

@@ -10,7 +10,7 @@ its own tokens that grows with them; a step costs the new tokens and the draft, 
 
 As in LZ77's hash chains, every pair of tokens links to the pair's previous end, and a search walks
 one chain. The chain of single tokens serves where no pair occurred before. docs/decisions.md has
-what this was chosen against.
+what this was chosen against. kernels/speculation.c is the same in C, for all rows of a step.
 
 A draft token's confidence bucket is given by its support: how many tokens match before it, draft
 tokens included (a bucket counts only if they are accepted), and whether the two most recent of the
@@ -23,8 +23,19 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from decode.speculative.native import native_lookup
 from engine.scheduling.plan import PlannedRow
-from engine.scheduling.speculation import NO_DRAFT, Draft, StepResult
+from engine.scheduling.speculation import (
+    Draft,
+    DraftInputs,
+    Drafts,
+    Ints,
+    StepResult,
+    Tokens,
+    grown,
+)
 
 MAX_MATCH = 32  # a longer match is no better founded
 # Occurrences looked at, most recent first. On 8,000 tokens of text, a passage given a second time
@@ -51,6 +62,59 @@ def _buckets(kind: int) -> list[int]:
 _BUCKET_ALONE, _BUCKET_DIFFER, _BUCKET_AGREE = _buckets(0), _buckets(1), _buckets(2)
 
 
+class NgramDrafter:
+    """Proposes what followed the most recent of the longest matches of the last tokens."""
+
+    name = "ngram"
+    has_kv = False
+    acceptance = (*_ALONE, *_DIFFER, *_AGREE)
+
+    def __init__(self, *, native: bool = True) -> None:
+        """`native`: in C, where there are kernels for this CPU."""
+        buckets = np.array([_BUCKET_ALONE, _BUCKET_DIFFER, _BUCKET_AGREE], np.int32)
+        lookup = native_lookup(buckets) if native else None
+        self._lookup = PythonLookup() if lookup is None else lookup
+        self._sizes = np.zeros(16, np.int64)  # tokens of each index
+
+    def propose(self, inputs: DraftInputs) -> Drafts:
+        """See Drafter; a draft that outruns the history repeats its period."""
+        ids = inputs.ids
+        self._sizes = grown(self._sizes, int(ids.max(initial=-1)) + 1)
+        for i in np.flatnonzero(self._sizes[ids] != inputs.lengths).tolist():
+            self._catch_up(ids[i : i + 1], inputs.histories[i])
+        return self._lookup.propose(ids, np.clip(inputs.limits, 0, MAX_DRAFT))
+
+    def materialize(self, rows: Sequence[PlannedRow]) -> list[PlannedRow]:
+        """The rows as they are: its drafts cost nothing and are whole."""
+        return list(rows)
+
+    def observe(self, output: StepResult, rows: Sequence[PlannedRow]) -> Mapping[int, int]:
+        """Nothing: it has no KV."""
+        return {}
+
+    def produced(self, ids: Ints, tokens: Tokens, counts: Ints) -> None:
+        """Append the tokens to the indices that exist."""
+        self._sizes = grown(self._sizes, int(ids.max(initial=-1)) + 1)
+        counts = np.where(self._sizes[ids] > 0, counts, 0)
+        self._lookup.append(ids, tokens, counts)
+        self._sizes[ids] += counts
+
+    def finish(self, draft_id: int) -> None:
+        """Forget the request's index."""
+        self._lookup.drop(draft_id)
+        self._sizes[draft_id : draft_id + 1] = 0
+
+    def _catch_up(self, ids: Ints, history: list[int]) -> None:
+        """Append what an index lacks of the history: all of it for a new request."""
+        size = int(self._sizes[ids[0]])
+        if size > len(history):  # of another request
+            self.finish(int(ids[0]))
+            size = 0
+        missing = np.array([history[size:]], np.int64).astype(np.int32)
+        self._lookup.append(ids, missing, np.array([missing.shape[1]]))
+        self._sizes[ids] = len(history)
+
+
 @dataclass(slots=True)
 class _Chain:
     """Ends (exclusive) of every n-gram of one request, most recent first."""
@@ -61,77 +125,74 @@ class _Chain:
 
 @dataclass(slots=True)
 class _Index:
-    """One request's tokens but the last: what ends there has no continuation yet."""
+    """One request's tokens. The chains lack the last one: what ends there has no continuation."""
 
+    tokens: list[int] = field(default_factory=list)
     singles: _Chain = field(default_factory=_Chain)
     pairs: _Chain = field(default_factory=lambda: _Chain(before=array("i", [0, 0])))
-    num_tokens: int = 0
-    token: int = -1  # tokens[num_tokens - 1], to notice another history under the same id
+    num_linked: int = 0
 
 
-class NgramDrafter:
-    """Proposes what followed the most recent of the longest matches of the last tokens."""
-
-    name = "ngram"
-    has_kv = False
-    acceptance = (*_ALONE, *_DIFFER, *_AGREE)
+class PythonLookup:
+    """`NativeLookup` without kernels: the indices of requests, by draft id."""
 
     def __init__(self) -> None:
-        self._indices: dict[str, _Index] = {}
+        self._indices: dict[int, _Index] = {}
 
-    def propose(self, request_id: str, tokens: Sequence[int], max_tokens: int) -> Draft:
-        """Up to `max_tokens` tokens; a draft that outruns the history repeats its period."""
-        index = self._extend(request_id, tokens)
-        if max_tokens <= 0 or not tokens:
-            return NO_DRAFT
-        length, end, other = _longest(index, tokens)
-        if not length:
-            return NO_DRAFT
-        draft = _continue(tokens, end, min(max_tokens, MAX_DRAFT))
-        stop = length + len(draft)
-        if not other:
-            return Draft(draft, _BUCKET_ALONE[length:stop])
-        agreed = length + _num_equal(draft, _continue(tokens, other, len(draft)))
-        buckets = _BUCKET_AGREE[length:agreed]
-        buckets += _BUCKET_DIFFER[agreed : min(agreed + 1, stop)]
-        return Draft(draft, buckets + _BUCKET_ALONE[agreed + 1 : stop])
-
-    def materialize(self, rows: Sequence[PlannedRow]) -> list[PlannedRow]:
-        """The rows as they are: its drafts cost nothing and are whole."""
-        return list(rows)
-
-    def observe(self, output: StepResult, rows: Sequence[PlannedRow]) -> Mapping[int, int]:
-        """Nothing: it has no KV."""
-        return {}
-
-    def finish(self, request_id: str) -> None:
-        """Forget the request's index."""
-        self._indices.pop(request_id, None)
-
-    def _extend(self, request_id: str, tokens: Sequence[int]) -> _Index:
-        """The request's index, brought up to all of `tokens` but the last."""
-        index = self._indices.get(request_id)
-        if index is None or (
-            index.num_tokens
-            and (index.num_tokens > len(tokens) or tokens[index.num_tokens - 1] != index.token)
+    def append(self, ids: Ints, tokens: Tokens, counts: Ints) -> None:
+        """See NativeLookup."""
+        for draft_id, row, count in zip(
+            ids.tolist(), tokens.tolist(), counts.tolist(), strict=True
         ):
-            index = self._indices[request_id] = _Index()
-        stop = len(tokens) - 1
-        if stop <= index.num_tokens:
-            return index
-        last, before = index.singles.last, index.singles.before
-        last_pair, before_pair = index.pairs.last, index.pairs.before
-        token = index.token
-        for end in range(index.num_tokens + 1, stop + 1):
-            left, token = token, tokens[end - 1]
-            before.append(last.get(token, 0))
-            last[token] = end
-            if end > 1:
-                pair = left << 32 | token
-                before_pair.append(last_pair.get(pair, 0))
-                last_pair[pair] = end
-        index.num_tokens, index.token = stop, token
-        return index
+            if count:
+                self._indices.setdefault(draft_id, _Index()).tokens.extend(row[:count])
+
+    def propose(self, ids: Ints, limits: Ints) -> Drafts:
+        """See NativeLookup."""
+        drafts = Drafts.empty(len(ids), int(limits.max(initial=0)))
+        for row, (draft_id, limit) in enumerate(zip(ids.tolist(), limits.tolist(), strict=True)):
+            if index := self._indices.get(draft_id):
+                _link_all(index)
+                if limit and (draft := _draft(index, limit)):
+                    drafts[row] = draft
+        return drafts
+
+    def drop(self, draft_id: int) -> None:
+        """See NativeLookup."""
+        self._indices.pop(draft_id, None)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+
+def _link_all(index: _Index) -> None:
+    """Bring the chains up to all tokens but the last."""
+    tokens = index.tokens
+    last, before = index.singles.last, index.singles.before
+    last_pair, before_pair = index.pairs.last, index.pairs.before
+    for end in range(index.num_linked + 1, len(tokens)):
+        token = tokens[end - 1]
+        before.append(last.get(token, 0))
+        last[token] = end
+        if end > 1:
+            pair = tokens[end - 2] << 32 | token
+            before_pair.append(last_pair.get(pair, 0))
+            last_pair[pair] = end
+        index.num_linked = end
+
+
+def _draft(index: _Index, limit: int) -> Draft | None:
+    tokens = index.tokens
+    length, end, other = _longest(index, tokens)
+    if not length:
+        return None
+    draft, stop = _continue(tokens, end, limit), length + limit
+    if not other:
+        return Draft(draft, _BUCKET_ALONE[length:stop])
+    agreed = length + _num_equal(draft, _continue(tokens, other, limit))
+    buckets = _BUCKET_AGREE[length:agreed]
+    buckets += _BUCKET_DIFFER[agreed : min(agreed + 1, stop)]
+    return Draft(draft, buckets + _BUCKET_ALONE[agreed + 1 : stop])
 
 
 def _longest(index: _Index, tokens: Sequence[int]) -> tuple[int, int, int]:

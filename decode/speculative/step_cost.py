@@ -94,14 +94,14 @@ class StepCost:
         """Seconds that one unit of `relative` stands for now; 0 before anything was seen."""
         return math.exp(self._mean[0]) if self._num_steps else 0.0
 
-    def relative(self, num_rows: int, num_more: int) -> list[float]:
+    def relative(self, num_rows: int, num_more: int) -> Floats:
         """Cost of `num_rows`, `num_rows` + 1, ... `num_rows` + `num_more` rows, in any unit."""
         cost = np.exp(self._mean[1:])
         # More rows never cost less: the mean of the two tightest monotone bounds.
         above = np.maximum.accumulate(cost)
         below = np.minimum.accumulate(cost[::-1])[::-1]
         rows = np.arange(num_rows, num_rows + num_more + 1)
-        out: list[float] = np.interp(rows, _SIZES, (above + below) / 2).tolist()
+        out: Floats = np.interp(rows, _SIZES, (above + below) / 2)
         return out
 
     def _forget(self) -> None:

@@ -19,22 +19,22 @@ sampler's token, given that it is not x, has the residual's distribution.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
 
-from engine.scheduling.speculation import Verified
+from engine.scheduling.speculation import Ints, Tokens
 
 
-def verify(draft: Sequence[int], sampled: Sequence[int]) -> Verified:
-    """Compare `draft` with `sampled`, where the i-th token was sampled after draft[:i].
+def verify(drafts: Tokens, sampled: Tokens) -> Ints:
+    """How many tokens of each draft are accepted, int64 [R]; the next sampled one follows them.
 
-    `sampled` has len(draft) + 1 tokens, or fewer if it ends with the first that differs from the
-    draft: a caller may stop sampling there. Raises ValueError for any other length.
+    `drafts` [R, width] are padded with negative numbers, which no sampled token equals. The i-th of
+    `sampled` [R, width + 1] was sampled after draft[:i]. Raises ValueError for other shapes.
     """
-    num_accepted = 0
-    for draft_token, token in zip(draft, sampled, strict=False):
-        if draft_token != token:
-            break
-        num_accepted += 1
-    if not num_accepted < len(sampled) <= len(draft) + 1:
-        raise ValueError(f"{len(sampled)} sampled tokens do not decide a draft of {len(draft)}")
-    return Verified(num_accepted, tuple(sampled[: num_accepted + 1]))
+    num_rows, width = drafts.shape
+    if sampled.shape != (num_rows, width + 1):
+        raise ValueError(
+            f"sampled tokens {list(sampled.shape)} do not decide drafts {[num_rows, width]}"
+        )
+    stands = np.logical_and.accumulate(drafts == sampled[:, :-1], axis=1)
+    num_accepted: Ints = stands.sum(axis=1, dtype=np.int64)
+    return num_accepted

@@ -70,12 +70,6 @@ class StepRows(Sequence[Row]):
             [row.block_ids for row in rows],
         )
 
-    @classmethod
-    def of_single_tokens(cls, token_ids: Ints, starts: Ints, tables: Tables) -> StepRows:
-        """Rows of one token each, all with logits."""
-        ones = np.ones(len(starts), np.int64)
-        return cls(token_ids, starts, ones, ones, tables)
-
     def followed_by(self, rows: Sequence[Row]) -> StepRows:
         """These rows and then others."""
         if not rows:
@@ -237,8 +231,9 @@ class BatchBuilder:
     @staticmethod
     def _blocks(step: StepRows, entry: Ints) -> Ints:
         """The block of each token; `entry`: its index in the table of its row."""
-        if len(entry) == len(step):  # one token a row: no table need be copied
-            ids = [table[i] for table, i in zip(step.tables, entry.tolist(), strict=True)]
+        if len(entry) <= 4 * len(step):  # few tokens a row: no table need be copied
+            owners = np.repeat(np.arange(len(step)), step.num_tokens).tolist()
+            ids = [step.tables[row][i] for row, i in zip(owners, entry.tolist(), strict=True)]
             return np.array(ids, np.int64)
         tables = [np.asarray(table, np.int32) for table in step.tables]
         first_entry = np.cumsum([0, *map(len, tables)])[:-1]

@@ -8,6 +8,7 @@ entry of the cache under a digest of sources, compiler and CPU flags.
     matmul.c       packed and dense products      attention.c   paged attention
     threads.c      loops over cores that local workers share
     sampling.c     tokens from logits             logprobs.c    their log-probabilities
+    speculation.c  drafts from a request's own tokens; what the tokens that came teach
 """
 
 from __future__ import annotations

@@ -108,6 +108,7 @@ class NativeSampler:
         self._banned: _PerBatch[frozenset[int], array[int]] = _PerBatch()
         self._plain_params: list[SamplingParams] = []  # of the last plain batch
         self._plain_records: list[_Parameters] = []
+        self._plain = np.empty((0, 0), np.uint8)  # the same as one array
         self._lock = threading.Lock()
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
@@ -118,24 +119,30 @@ class NativeSampler:
         """
         drafts: list[array[int]] = []
         with self._lock:
-            return self._run(logits, self._pack(rows, drafts))
+            tokens: list[int] = self._run(logits, self._pack(rows, drafts)).tolist()
+            return tokens
 
     def sample_plain(
-        self, logits: torch.Tensor, params: Sequence[SamplingParams], positions: NDArray[np.int64]
-    ) -> list[int]:
-        """The token of each row, which depends on nothing else; see `sample`."""
+        self,
+        logits: torch.Tensor,
+        params: Sequence[SamplingParams],
+        positions: NDArray[np.int64],
+        counts: NDArray[np.int64],
+    ) -> NDArray[np.int32]:
+        """The token of each row, which depends on nothing else; see `Sampler.sample_plain`."""
         with self._lock:
             if params != self._plain_params:  # equal ones are packed alike
                 before = dict(zip(map(id, self._plain_params), self._plain_records, strict=True))
                 self._plain_records = [before.get(id(p)) or _packed(p, _NO_BIAS) for p in params]
                 self._plain_params = list(params)
-            joined = b"".join([packed.record for packed in self._plain_records])
-            return self._run(logits, _placed(joined, positions))
+                joined = b"".join([packed.record for packed in self._plain_records])
+                self._plain = np.frombuffer(joined, np.uint8).reshape(len(params), -1)
+            return self._run(logits, _placed(np.repeat(self._plain, counts, axis=0), positions))
 
-    def _run(self, logits: torch.Tensor, records: NDArray[np.uint8]) -> list[int]:
+    def _run(self, logits: torch.Tensor, records: NDArray[np.uint8]) -> NDArray[np.int32]:
         if logits.stride(1) != 1:
             logits = logits.contiguous()
-        tokens = array("i", bytes(4 * len(records)))
+        tokens = np.empty(len(records), np.int32)
         self._sample(
             logits.data_ptr(),
             logits.stride(0),
@@ -143,13 +150,12 @@ class NativeSampler:
             records.ctypes.data,
             0,
             len(records),
-            tokens.buffer_info()[0],
+            tokens.ctypes.data,
             self._scratch,
         )
-        sampled = tokens.tolist()
-        if min(sampled) < 0:
-            _raise(sampled)
-        return sampled
+        if tokens.min() < 0:
+            _raise(tokens.tolist())
+        return tokens
 
     def _pack(self, rows: Sequence[SampleRow], drafts: list[array[int]]) -> NDArray[np.uint8]:
         """The rows' records [R, 176]; they point at arrays in `drafts` and in this object."""
@@ -167,7 +173,8 @@ class NativeSampler:
             records.append(params.record)
             if params.penalizes or row.banned or row.mask is not None:
                 histories.append((i, self._history(row, params.penalizes, drafts)))
-        buffer = _placed(b"".join(records), np.array([row.position for row in rows], np.int64))
+        joined = np.frombuffer(bytearray(b"".join(records)), np.uint8).reshape(len(rows), -1)
+        buffer = _placed(joined, np.array([row.position for row in rows], np.int64))
         for i, history in histories:
             buffer[i, _PARAMETERS.size + 8 :] = np.frombuffer(history, np.uint8)
         return buffer
@@ -205,11 +212,11 @@ class NativeSampler:
         return self._tokens.put(tokens, array("i", tokens))
 
 
-def _placed(records: bytes, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Records [R, 176] with their positions."""
-    buffer = np.frombuffer(bytearray(records), np.uint8).reshape(len(positions), -1)
-    buffer[:, _PARAMETERS.size : _PARAMETERS.size + 8] = positions.view(np.uint8).reshape(-1, 8)
-    return buffer
+def _placed(records: NDArray[np.uint8], positions: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """The records [R, 176] with their positions, in place."""
+    at = slice(_PARAMETERS.size, _PARAMETERS.size + 8)
+    records[:, at] = positions.view(np.uint8).reshape(-1, 8)
+    return records
 
 
 def _packed(p: SamplingParams, biases: _Biases) -> _Parameters:

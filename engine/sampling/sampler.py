@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from engine.base.types import SamplingParams
 from engine.sampling.filters import edit_logits, edits_logits, filter_logits
@@ -61,19 +62,22 @@ class Sampler:
         return self._in_slices(logits.detach(), rows)
 
     def sample_plain(
-        self, logits: torch.Tensor, params: Sequence[SamplingParams], positions: Ints
-    ) -> list[int]:
+        self, logits: torch.Tensor, params: Sequence[SamplingParams], positions: Ints, counts: Ints
+    ) -> NDArray[np.int32]:
         """What `sample` gives for rows that have nothing but parameters and a position.
 
-        Their parameters neither penalize nor bias. Raises as `sample` does.
+        params[i] are those of the next counts[i] rows; they neither penalize nor bias. Raises as
+        `sample` does.
         """
-        self._check_shape(logits, len(params))
+        self._check_shape(logits, len(positions))
         if not params:
-            return []
+            return np.empty(0, np.int32)
         if self._native is not None:
-            return self._native.sample_plain(logits, params, positions)
-        pairs = zip(params, positions.tolist(), strict=True)
-        return self._in_slices(logits.detach(), [SampleRow(p, at, (), 0) for p, at in pairs])
+            return self._native.sample_plain(logits, params, positions, counts)
+        owners = np.repeat(np.arange(len(params)), counts)
+        pairs = zip(owners.tolist(), positions.tolist(), strict=True)
+        rows = [SampleRow(params[i], at, (), 0) for i, at in pairs]
+        return np.array(self._in_slices(logits.detach(), rows), np.int32)
 
     def _check_shape(self, logits: torch.Tensor, num_rows: int) -> None:
         if logits.shape != (num_rows, self.vocab_size) or logits.dtype != torch.float32:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from engine.constraints import Matcher
 from engine.scheduling.plan import PlannedRow
-from engine.scheduling.request import NO_SLOT, Request
+from engine.scheduling.request import Request
 from engine.scheduling.slots import DecodeSlots
-from engine.scheduling.speculation import FORCED, PENDING, Draft, Speculation
+from engine.scheduling.speculation import FORCED, PENDING, Draft, DraftInputs, Ints, Speculation
 
 
 class DraftPlanner:
@@ -40,53 +42,56 @@ class DraftPlanner:
     def plan(
         self, decoding: Sequence[Request], chunks: Sequence[PlannedRow], max_logits: int
     ) -> list[PlannedRow]:
-        """The rows of requests with a draft, where one pays, or without a slot; then the chunks.
-
-        A request with a draft leaves its slot for this step.
-        """
-        decoding = [*self._slots.requests, *decoding]
-        proposals = [(str(r.key), self._propose(r)) for r in decoding]
-        num_rows = len(decoding) + sum(row.num_tokens for row in chunks)
-        num_answers = len(decoding) + sum(row.num_sampled for row in chunks)
-        lengths = self._speculation.choose(proposals, num_rows, num_answers)
-        logits_left = max(0, max_logits - num_answers)
+        """Give the slots their drafts; the rows of the others, with theirs, and then the chunks."""
+        slots, num_slots = self._slots, len(self._slots)
+        ids, known, room, end = (
+            np.concatenate([of_slots[:num_slots], np.array(of_others, np.int64)])
+            for of_slots, of_others in (
+                (slots.draft_id, [self._speculation.id_of(r) for r in decoding]),
+                (slots.length, [len(r.tokens) for r in decoding]),
+                (slots.room, [r.table.num_positions for r in decoding]),
+                (slots.end, [r.end(self._max_model_len) for r in decoding]),
+            )
+        )
+        # Every token of a draft can still be part of the answer; one more follows it.
+        limits = np.minimum(end - known - 1, room + self._spare * self._block_size - known)
+        limits = np.clip(limits, 0, self._speculation.max_draft_tokens)
+        histories = [*slots.histories, *(r.tokens for r in decoding)]
+        drafts = self._speculation.drafter.propose(DraftInputs(ids, histories, known, limits))
+        for i, request in enumerate(decoding, num_slots):
+            if request.work.matcher is not None:
+                drafts[i] = fitted(drafts[i], request.work.matcher, int(limits[i]))
+        num_rows = len(ids) + sum(row.num_tokens for row in chunks)
+        num_answers = len(ids) + sum(row.num_sampled for row in chunks)
+        lengths = self._speculation.choose(ids, drafts, num_rows, num_answers)
+        lengths = _shared(lengths, max(0, max_logits - num_answers))
+        lengths = self._with_room(known, room, lengths, [*slots.requests, *decoding])
+        slots.set_drafts(drafts.tokens, lengths)
         rows = []
-        for request, (_, proposal), length in zip(decoding, proposals, lengths, strict=True):
-            if length:
-                length = min(length, self._room_left(request), logits_left)
-            if not length:
-                if request.slot == NO_SLOT:
-                    rows.append(PlannedRow.of(request, 1))
-                continue
-            self._slots.leave(request)
-            logits_left -= length
-            num_tokens = len(request.tokens) + length
-            self._spare -= request.table.missing(num_tokens)
-            request.table.reserve(num_tokens)
-            rows.append(PlannedRow.of(request, 1, tuple(proposal.tokens[:length])))
+        for i, request in enumerate(decoding, num_slots):
+            tokens = drafts.tokens[i, : lengths[i]].tolist() if lengths[i] else ()
+            rows.append(PlannedRow.of(request, 1, tuple(tokens)))
         return [*rows, *chunks]
 
-    def _propose(self, request: Request) -> Draft:
-        """The longest draft of which every token could still be part of the answer."""
-        stop, num_tokens = request.work.stop, len(request.tokens)
-        assert stop is not None
-        limit = max(
-            0,
-            min(
-                self._speculation.max_draft_tokens,
-                stop.max_tokens - (num_tokens - request.num_prompt) - 1,
-                self._max_model_len - num_tokens - 1,
-            ),
-        )
-        limit = min(limit, self._room_left(request))
-        draft = self._speculation.drafter.propose(str(request.key), request.tokens, limit)
-        matcher = request.work.matcher
-        return draft if matcher is None else fitted(draft, matcher, limit)
+    def _with_room(
+        self, known: Ints, room: Ints, lengths: Ints, requests: Sequence[Request]
+    ) -> Ints:
+        """The lengths that fit in the requests' blocks and the spare ones, which are taken."""
+        missing = np.maximum(0, -(-(known + lengths - room) // self._block_size))
+        taken = _shared(missing, self._spare)
+        for i in np.flatnonzero(taken).tolist():
+            table = requests[i].table
+            table.reserve(table.num_positions + int(taken[i]) * self._block_size)
+            self._slots.got_blocks(requests[i])
+        out: Ints = np.minimum(lengths, room + taken * self._block_size - known)
+        return out
 
-    def _room_left(self, request: Request) -> int:
-        """Positions beyond the known tokens in the request's blocks and the spare ones."""
-        room = request.table.num_positions + self._spare * self._block_size
-        return room - len(request.tokens)
+
+def _shared(requested: Ints, available: int) -> Ints:
+    """So much of each request as is available, the first ones first."""
+    before = np.cumsum(requested) - requested
+    out: Ints = np.clip(available - before, 0, requested)
+    return out
 
 
 def fitted(draft: Draft, matcher: Matcher, limit: int) -> Draft:

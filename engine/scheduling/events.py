@@ -13,8 +13,7 @@ from engine.base.errors import DiptychError
 from engine.base.types import FinishReason, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
+class Counts(NamedTuple):
     """What a request has used so far."""
 
     num_cached_tokens: int

@@ -60,7 +60,7 @@ class PlannedRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A step: the newest token of each slot, and then the rows.
+    """A step: the newest token of each slot and its draft, and then the rows.
 
     The slots are the scheduler's own: they stay as they are until the step is accepted.
     """
@@ -77,9 +77,15 @@ class Plan:
         return [*self.slots.requests, *(row.request for row in self.rows)]
 
     @property
+    def num_slot_logits(self) -> int:
+        """Logits of the slots, which come before those of the rows; they compute as many tokens."""
+        return len(self.slots) + int(self.slots.num_draft.sum())
+
+    @property
     def num_tokens(self) -> int:
         """To compute, drafts included."""
-        return len(self.slots) + sum(row.num_tokens + len(row.draft) for row in self.rows)
+        of_rows = sum(row.num_tokens + len(row.draft) for row in self.rows)
+        return self.num_slot_logits + of_rows
 
 
 # Positions whose logits one step computes to score prompts: a vocabulary of floats each; and beside

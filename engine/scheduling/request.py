@@ -44,6 +44,7 @@ from engine.scheduling.events import Counts
 from engine.scheduling.rows import SampleRow
 
 NO_SLOT = -1
+NO_DRAFT_ID = -1
 _NOT_BANNED: frozenset[int] = frozenset()
 
 
@@ -112,8 +113,9 @@ class Request:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # not yet reported
     finish_reason: FinishReason | None = None
     matched_stop: int | None = None
-    counts: Counts | None = None  # as last reported
+    counts: Counts | None = None  # as last reported; None: they have changed
     slot: int = NO_SLOT  # in DecodeSlots
+    draft_id: int = NO_DRAFT_ID  # see `speculation`
     num_prompt: int = field(init=False)  # tokens of the prompt, without any of the answer
     is_answer: bool = field(init=False)  # else only the KV of whole blocks is wanted
     wants_tokens: bool = field(init=False)  # not where the prompt's log-probabilities are all
@@ -155,6 +157,11 @@ class Request:
     def sort_key(self) -> tuple[int, float, int]:
         """Rank, then age."""
         return (self.rank, self.arrival_s, self.key)
+
+    def end(self, max_model_len: int) -> int:
+        """Number of known tokens that ends the answer, if nothing else does."""
+        assert self.work.stop is not None
+        return min(self.num_prompt + self.work.stop.max_tokens, max_model_len)
 
     def sample_row(
         self, draft: Sequence[int] = (), mask: NDArray[np.int32] | None = None

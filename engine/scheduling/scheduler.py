@@ -207,6 +207,8 @@ class Scheduler:
                 if request.slot != NO_SLOT:
                     self.slots.got_blocks(request)
                 elif self._has_slots and is_plain(request):
+                    if self.speculation is not None:
+                        self.speculation.id_of(request)
                     self.slots.enter(request)
                 else:
                     decoding.append(request)
@@ -221,6 +223,7 @@ class Scheduler:
             if count := budget.take(request, self.block_size, request.key in held):
                 chunks.append(PlannedRow.of(request, count))
         if self.speculation is None:
+            self.slots.set_no_drafts()
             rows = [PlannedRow(r, 1, (), 0, int(r.wants_tokens)) for r in decoding]
             return Plan(self.slots, rows + chunks)
         num_queued = self.room_needed(len(self.waiting[0].tokens)) if self.waiting else 0

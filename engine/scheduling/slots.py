@@ -4,9 +4,10 @@
     requests   r7   r9   r8   r11       -->     r7   r11  r8
     length     ...
 
-An answer is plain if each step gives it one token that depends on its logits, parameters and
-position alone: no constraint, no penalty, no log-probabilities. A step computes all slots as a
-whole. Uncommon answers, prompts and drafts are rows of their own (`PlannedRow`).
+An answer is plain if its tokens depend on their logits, parameters and positions alone: no
+constraint, no penalty, no log-probabilities. A step computes all slots as a whole, each with the
+draft that the step verifies for it. Uncommon answers and prompts are rows of their own
+(`PlannedRow`).
 
 A Request stays true: its tokens and progress are advanced with its slot, so any request can leave
 its slot between two steps and go on as a row. Owned by the engine thread.
@@ -14,7 +15,6 @@ its slot between two steps and go on as a row. Owned by the engine thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -25,6 +25,7 @@ from engine.scheduling.request import NO_SLOT, Request
 
 MAX_STOPS = 16  # stop ids of a plain answer
 _NO_TOKEN = -1
+_ARRAYS = ("length", "newest", "room", "end", "draft_id", "_stops")
 T = TypeVar("T")
 
 
@@ -35,6 +36,11 @@ class DecodeSlots:
         requests: of each slot; `histories`, `tables` and `params` are parts of these.
         length: int64 [>= slots]; known tokens. The last of them is computed next.
         newest: int64 [>= slots]; that token.
+        room: int64 [>= slots]; positions that fit in the blocks.
+        end: int64 [>= slots]; length that ends the answer.
+        draft_id: int64 [>= slots]; see `speculation`.
+        drafts: int32 [slots, width]; of the step under way, padded with -1.
+        num_draft: int64 [slots]; tokens of each.
     """
 
     def __init__(self, max_model_len: int) -> None:
@@ -44,10 +50,12 @@ class DecodeSlots:
         self.params: list[SamplingParams] = []
         self.length = np.zeros(16, np.int64)
         self.newest = np.zeros(16, np.int64)
-        self._room = np.zeros(16, np.int64)  # positions that fit in the blocks
-        self._end = np.zeros(16, np.int64)  # length that ends the answer
+        self.room = np.zeros(16, np.int64)
+        self.end = np.zeros(16, np.int64)
+        self.draft_id = np.zeros(16, np.int64)
         self._stops = np.full((16, MAX_STOPS), _NO_TOKEN, np.int64)
         self._max_model_len = max_model_len
+        self.set_no_drafts()
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -65,8 +73,9 @@ class DecodeSlots:
         self.params.append(sampling)
         self.length[slot] = len(request.tokens)
         self.newest[slot] = request.tokens[-1]
-        self._room[slot] = request.table.num_positions
-        self._end[slot] = min(request.num_prompt + stop.max_tokens, self._max_model_len)
+        self.room[slot] = request.table.num_positions
+        self.end[slot] = request.end(self._max_model_len)
+        self.draft_id[slot] = request.draft_id
         self._stops[slot] = _NO_TOKEN
         self._stops[slot, : len(stop.stop_token_ids)] = list(stop.stop_token_ids)
 
@@ -83,35 +92,62 @@ class DecodeSlots:
         _replace_by_last(self.params, slot)
         if slot != last:
             self.requests[slot].slot = slot
-            for array in (self.length, self.newest, self._room, self._end, self._stops):
+            for name in _ARRAYS:
+                array = getattr(self, name)
                 array[slot] = array[last]
 
     def without_room(self) -> list[Request]:
         """Requests whose blocks have no room for their newest token."""
         count = len(self.requests)
-        return [self.requests[i] for i in np.flatnonzero(self.length[:count] > self._room[:count])]
+        return [self.requests[i] for i in np.flatnonzero(self.length[:count] > self.room[:count])]
 
     def got_blocks(self, request: Request) -> None:
-        """The request's table has changed."""
-        self.tables[request.slot] = request.table.ids
-        self._room[request.slot] = request.table.num_positions
+        """The table of a request has changed; it need not have a slot."""
+        if request.slot != NO_SLOT:
+            self.tables[request.slot] = request.table.ids
+            self.room[request.slot] = request.table.num_positions
 
-    def append(self, tokens: Sequence[int]) -> list[Request]:
-        """Advance each slot by its new token; returns the requests whose answer ends with it."""
-        count = len(tokens)
-        for history, token in zip(self.histories, tokens, strict=True):
-            history.append(token)
+    def set_no_drafts(self) -> None:
+        """The step has no drafts for the slots."""
+        count = len(self.requests)
+        self.drafts, self.num_draft = np.zeros((count, 0), np.int32), np.zeros(count, np.int64)
+
+    def set_drafts(self, tokens: NDArray[np.int32], lengths: NDArray[np.int64]) -> None:
+        """The step verifies the first lengths[i] of tokens [>= slots, width] for slot i."""
+        count = len(self.requests)
+        width = int(lengths[:count].max(initial=0))
+        is_token = np.arange(width) < lengths[:count, None]
+        self.drafts = np.where(is_token, tokens[:count, :width], np.int32(_NO_TOKEN))
+        self.num_draft = lengths[:count]
+
+    def append(
+        self, tokens: NDArray[np.int32], counts: NDArray[np.int64]
+    ) -> tuple[list[list[int]], list[int]]:
+        """Advance slot i by the first counts[i] of tokens [slots, width], or to the answer's end.
+
+        Returns each slot's new tokens, and the slots whose answer ends with them.
+        """
+        count, width = tokens.shape
         length, newest = self.length[:count], self.newest[:count]
-        for request, num_computed in zip(self.requests, length.tolist(), strict=True):
-            request.num_computed = num_computed
-        length += 1
-        newest[:] = tokens
-        ended = (self._stops[:count] == newest[:, None]).any(1)
-        ended |= length >= self._end[:count]
-        return [self.requests[i] for i in np.flatnonzero(ended)]
+        number = np.arange(1, width + 1)
+        ends = (tokens[:, :, None] == self._stops[:count, None, :]).any(2)
+        ends |= length[:, None] + number >= self.end[:count, None]
+        ends &= number <= counts[:, None]
+        ended = ends.any(1)
+        kept = np.where(ended, ends.argmax(1) + 1, counts)
+        length += kept
+        newest[:] = tokens[np.arange(count), kept - 1]
+        new: list[list[int]] = tokens.tolist()
+        if width > 1:
+            new = [row[:end] for row, end in zip(new, kept.tolist(), strict=True)]
+        for history, more in zip(self.histories, new, strict=True):
+            history += more
+        for request, known in zip(self.requests, length.tolist(), strict=True):
+            request.num_computed = known - 1
+        return new, np.flatnonzero(ended).tolist()
 
     def _grow(self) -> None:
-        for name in ("length", "newest", "_room", "_end", "_stops"):
+        for name in _ARRAYS:
             array = getattr(self, name)
             setattr(self, name, np.concatenate([array, array]))
 

@@ -10,16 +10,19 @@ Owned by the engine thread.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from engine.base.types import FinishReason, TokenLogprobs
-from engine.scheduling.request import Request
+from engine.scheduling.request import NO_DRAFT_ID, Request
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.slots import DecodeSlots
+from engine.scheduling.speculation import PENDING
 from engine.step.constrained import ConstrainedAnswers
 from engine.step.lifecycle import Lifecycle
 from engine.step.step_sampler import Sampled, SampledRow, StepSampler
@@ -74,8 +77,8 @@ class Acceptor:
 
         `draft_ends`: by request key, the position that the draft model's KV reaches.
         """
-        if sampled.tokens:
-            self._accept_slots(slots, sampled.tokens)
+        tokens, counts = self._verify(slots, sampled)
+        self._accept_slots(slots, tokens, counts)
         for row in sampled.rows:
             if row.error is None:
                 self._accept(row, logits, draft_ends)
@@ -87,20 +90,64 @@ class Acceptor:
                 counter.inc(value - self._counted[name])
                 self._counted[name] = value
 
-    def _accept_slots(self, slots: DecodeSlots, tokens: Sequence[int]) -> None:
-        """Append each slot's token; there is nothing to verify, mask or score."""
-        num_computed = slots.length[: len(tokens)]
-        full = np.flatnonzero(num_computed % self._scheduler.block_size == 0)
-        filled = [slots.requests[i] for i in full]
-        ended = slots.append(tokens)
-        for request in filled:
-            self._scheduler.advance(request, request.num_computed)
-        self.totals.generation_tokens += len(tokens)
-        self._lifecycle.emit_each(slots.requests, tokens)
-        if (speculation := self._scheduler.speculation) is not None:
-            for request, token in zip(slots.requests, tokens, strict=True):
-                speculation.produced(str(request.key), (token,))
-        for request in ended:
+    def _verify(
+        self, slots: DecodeSlots, sampled: Sampled
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """The slots' tokens [slots, width], and how many of each are part of its answer: the
+        accepted ones of its draft, and the one after them. Cuts those of rows to that.
+        """
+        speculation, num_slots = self._scheduler.speculation, len(slots)
+        if speculation is None:  # one of each
+            return sampled.tokens[:, None], np.ones(num_slots, np.int64)
+        rows = [row for row in sampled.rows if row.tokens]
+        requests = [*slots.requests, *(row.planned.request for row in rows)]
+        of_rows = np.array([len(row.planned.draft) for row in rows], np.int64)
+        lengths = np.concatenate([slots.num_draft, of_rows])
+        is_token = np.arange(lengths.max(initial=0) + 1) <= lengths[:, None]
+        tokens = np.zeros(is_token.shape, np.int32)
+        tokens[is_token] = _joined(sampled.tokens, (row.tokens for row in rows))
+        drafts = np.full_like(tokens[:, 1:], PENDING)
+        of_slots = slots.drafts[slots.drafts != PENDING]
+        drafts[is_token[:, 1:]] = _joined(of_slots, (row.planned.draft for row in rows))
+        counts = speculation.verify(drafts, tokens) + 1
+        self._count_drafts(requests, lengths, counts - 1)
+        ids = np.array([request.draft_id for request in requests], np.int64)
+        drafting = ids != NO_DRAFT_ID  # not where a prompt gave its first token
+        speculation.produced(ids[drafting], tokens[drafting], counts[drafting])
+        for row, count in zip(rows, counts[num_slots:].tolist(), strict=True):
+            row.tokens = row.tokens[:count]
+        return tokens[:num_slots], counts[:num_slots]
+
+    def _count_drafts(
+        self, requests: Sequence[Request], lengths: NDArray[np.int64], accepted: NDArray[np.int64]
+    ) -> None:
+        drafted = lengths.nonzero()[0].tolist()
+        for i, num_draft, num_accepted in zip(
+            drafted, lengths[drafted].tolist(), accepted[drafted].tolist(), strict=True
+        ):
+            request = requests[i]
+            request.num_draft_tokens += num_draft
+            request.num_accepted_tokens += num_accepted
+            request.counts = None
+        self.totals.drafts += len(drafted)
+        self.totals.draft_tokens += int(lengths.sum())
+        self.totals.accepted_tokens += int(accepted.sum())
+
+    def _accept_slots(
+        self, slots: DecodeSlots, tokens: NDArray[np.int32], counts: NDArray[np.int64]
+    ) -> None:
+        """Append each slot's tokens; there is nothing to mask or score."""
+        if not len(slots):
+            return
+        size = self._scheduler.block_size
+        before = (slots.length[: len(slots)] - 1) // size
+        kept, ended = slots.append(tokens, counts)
+        after = (slots.length[: len(slots)] - 1) // size
+        for slot in np.flatnonzero(after > before).tolist():
+            self._scheduler.advance(slots.requests[slot], slots.requests[slot].num_computed)
+        self.totals.generation_tokens += sum(map(len, kept))
+        self._lifecycle.emit_each(slots.requests, kept)
+        for request in [slots.requests[slot] for slot in ended]:
             reason = self.ending(request, request.tokens[-1])
             assert reason is not None
             self._lifecycle.finish(request, reason)
@@ -117,7 +164,7 @@ class Acceptor:
         kept: list[int] = []
         reason: FinishReason | None = None
         if row.tokens:
-            kept, reason = self._keep(request, self._verify(row))
+            kept, reason = self._keep(request, row.tokens)
             num_computed += len(kept) - 1
         elif planned.num_sampled:
             num_computed -= 1
@@ -140,27 +187,6 @@ class Acceptor:
             self._lifecycle.finish(request, reason)
         if request.work.matcher is not None:
             self._constrained.end_if_failed(request)
-
-    def _verify(self, row: SampledRow) -> Sequence[int]:
-        """The accepted tokens of the row's draft, and the one after them."""
-        speculation, request, draft = (
-            self._scheduler.speculation,
-            row.planned.request,
-            row.planned.draft,
-        )
-        sampled: Sequence[int] = row.tokens
-        if speculation is None:
-            return sampled
-        if draft:
-            verified = speculation.verify(draft, sampled)
-            sampled = verified.tokens
-            request.num_draft_tokens += len(draft)
-            request.num_accepted_tokens += verified.num_accepted
-            self.totals.drafts += 1
-            self.totals.draft_tokens += len(draft)
-            self.totals.accepted_tokens += verified.num_accepted
-        speculation.produced(str(request.key), sampled)
-        return sampled
 
     def _keep(
         self, request: Request, tokens: Sequence[int]
@@ -193,3 +219,8 @@ class Acceptor:
         if num_output >= stop.max_tokens or num_tokens >= self._scheduler.max_model_len:
             return FinishReason.LENGTH
         return None
+
+
+def _joined(first: NDArray[np.int32], others: Iterable[Sequence[int]]) -> NDArray[np.int32]:
+    more = np.array([*chain.from_iterable(others)], np.int32)
+    return np.concatenate([first, more])

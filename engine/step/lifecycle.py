@@ -62,17 +62,14 @@ class Lifecycle:
         if request.prompt_logprobs and request.num_scored >= request.num_to_score:
             prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, []
         if tokens or prompt_logprobs:
-            counts = request.counts
-            if counts is None or counts.num_draft_tokens != request.num_draft_tokens:
-                counts = self._counts(request)
+            counts = request.counts or self._counts(request)
             self._events.append(TokensEvent(request.key, tokens, counts, logprobs, prompt_logprobs))
 
-    def emit_each(self, requests: Sequence[Request], tokens: Sequence[int]) -> None:
-        """Report one new token of each; their counters are as last reported."""
+    def emit_each(self, requests: Sequence[Request], tokens: Sequence[list[int]]) -> None:
+        """Report new tokens of each."""
         keys = [request.key for request in requests]
         counts = [request.counts or self._counts(request) for request in requests]
-        token_ids = [[token] for token in tokens]
-        self._events += map(TokensEvent, keys, token_ids, counts)
+        self._events += map(TokensEvent, keys, tokens, counts)
 
     def announce(self, request: Request) -> None:
         """Pin and report the blocks that have their hash since the last announcement."""
@@ -102,7 +99,7 @@ class Lifecycle:
         request.move(State.FINISHED)
         del self.requests[request.key]
         if self._scheduler.speculation is not None:
-            self._scheduler.speculation.finish(str(request.key))
+            self._scheduler.speculation.finish(request)
         self._events.append(
             FinishedEvent(
                 key=request.key,
@@ -114,7 +111,7 @@ class Lifecycle:
         )
 
     def _counts(self, request: Request) -> Counts:
-        """The request's counters; kept, as most events have those of the event before."""
+        """The request's counters; kept until they change, as most events have the same."""
         counts = request.counts = Counts(
             num_cached_tokens=request.num_cached_tokens,
             num_draft_tokens=request.num_draft_tokens,

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from engine.attention.batch import Row, StepRows
 from engine.scheduling.plan import Plan, PlannedRow
 
 
 def model_rows(plan: Plan) -> StepRows:
-    """The slots' newest tokens, and then the rows: what the model computes."""
+    """The slots' newest tokens with their drafts, and then the rows: what the model computes."""
     slots, count = plan.slots, len(plan.slots)
-    newest, starts = slots.newest[:count].copy(), slots.length[:count] - 1
-    plain = StepRows.of_single_tokens(newest, starts, slots.tables.copy())
+    token_ids = np.column_stack([slots.newest[:count], slots.drafts])
+    plain = StepRows(
+        token_ids[token_ids >= 0],
+        slots.length[:count] - 1,
+        slots.num_draft + 1,
+        slots.num_draft + 1,
+        slots.tables.copy(),
+    )
     return plain.followed_by([_row(row) for row in plan.rows])
 
 

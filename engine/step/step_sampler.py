@@ -14,8 +14,11 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from engine.attention.batch import ranges
 from engine.base.errors import DiptychError, InvalidRequest
 from engine.base.types import TokenLogprobs
 from engine.constraints.matcher import Rows
@@ -24,6 +27,8 @@ from engine.sampling.logprobs import LogprobScorer
 from engine.scheduling.plan import Plan, PlannedRow
 from engine.scheduling.request import Request
 from engine.scheduling.slots import DecodeSlots
+
+NO_TOKENS: NDArray[np.int32] = np.empty(0, np.int32)
 
 
 @dataclass(slots=True)
@@ -43,7 +48,7 @@ class SampledRow:
 class Sampled:
     """The results of a step's logits."""
 
-    tokens: Sequence[int]  # one of each slot
+    tokens: NDArray[np.int32]  # of each slot, after each prefix of its draft: [its logits]
     rows: Sequence[SampledRow]
     broken: list[Request]  # the model's numbers for them are not finite; nothing is accepted
 
@@ -84,7 +89,7 @@ class StepSampler:
             ],
             logits,
             masks,
-            len(plan.slots),
+            plan.num_slot_logits,
         )
         for row in rows:
             if row.planned.num_scored and row.error is None and not row.broken:
@@ -100,22 +105,25 @@ class StepSampler:
 
     def _sample_slots(
         self, slots: DecodeSlots, logits: torch.Tensor
-    ) -> tuple[list[int], list[Request]]:
-        """The token of each slot, and the requests whose logits are unusable as the model gave."""
+    ) -> tuple[NDArray[np.int32], list[Request]]:
+        """The slots' tokens, and the requests whose logits are unusable as the model gave."""
         count = len(slots)
+        num_logits = slots.num_draft + 1
+        positions = ranges(slots.length[:count], num_logits)
         try:
             return self._sampler.sample_plain(
-                logits[:count], slots.params, slots.length[:count]
+                logits[: len(positions)], slots.params, positions, num_logits
             ), []
         except UnusableLogits as error:
-            return [], [slots.requests[i] for i in error.rows]
+            owners = np.repeat(np.arange(count), num_logits)
+            return NO_TOKENS, [slots.requests[i] for i in np.unique(owners[list(error.rows)])]
 
     def _sample(
         self,
         rows: Sequence[SampledRow],
         logits: torch.Tensor,
         masks: Mapping[int, Rows],
-        num_slots: int,
+        first: int,
     ) -> None:
         owners: list[SampledRow] = []  # of each row of logits
         sample_rows: list[SampleRow] = []
@@ -127,8 +135,8 @@ class StepSampler:
                 owners.append(row)
                 allowed = None if mask is None else mask[ahead]
                 sample_rows.append(request.sample_row(draft[:ahead], allowed))
-        if len(owners) == len(logits) - num_slots:
-            logits = logits[num_slots:]
+        if len(owners) == len(logits) - first:
+            logits = logits[first:]
         else:
             ranges = (range(r.first_sampled, r.first_sampled + r.planned.num_sampled) for r in rows)
             logits = logits[list(chain.from_iterable(ranges))]
@@ -180,7 +188,7 @@ def _nothing_left(row: SampledRow) -> InvalidRequest:
 
 def _laid_out(plan: Plan) -> list[SampledRow]:
     """The rows of a plan, each with the place of its logits: those of the slots come first."""
-    rows, first = [], len(plan.slots)
+    rows, first = [], plan.num_slot_logits
     for planned in plan.rows:
         end = first + planned.num_logits
         rows.append(SampledRow(planned, first, end - planned.num_sampled))

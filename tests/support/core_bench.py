@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from decode.speculative.ngram import NgramDrafter
 from decode.speculative.verify import verify
 from engine.base.kv_layout import hash_salt
-from engine.base.types import FinishReason, SamplingParams, StopParams
+from engine.base.types import FinishReason, SamplingParams, StopParams, TokenLogprobs
 from engine.sampling import Sampler, SampleRow
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.events import AnnouncedEvent, FetchEvent, FinishedEvent, TokensEvent
@@ -50,6 +50,7 @@ class Bench:
         metrics = WorkerMetrics(CollectorRegistry(), "test")
         self.core = EngineCore(self.scheduler, self.runner, sampler, metrics, lambda: self.clock())
         self.tokens: dict[int, list[int]] = {}
+        self.logprobs: dict[int, list[TokenLogprobs]] = {}
         self.finished: dict[int, FinishedEvent] = {}
         self.fetches: list[FetchEvent] = []
         self.announced: dict[int, list[AnnouncedEvent]] = {}
@@ -68,6 +69,7 @@ class Bench:
             assert event.key not in self.finished, "an event after the last one"
             if isinstance(event, TokensEvent):
                 self.tokens[event.key] += event.token_ids
+                self.logprobs.setdefault(event.key, []).extend(event.logprobs)
             elif isinstance(event, FinishedEvent):
                 self.finished[event.key] = event
             elif isinstance(event, FetchEvent):

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from decode.speculative.ngram import NgramDrafter
-from decode.speculative.verify import Verified, verify
+from decode.speculative.verify import verify
 from engine.base.types import SamplingParams
 from engine.sampling import Sampler, SampleRow
+from tests.support.drafting import padded, propose, verified
 from tests.support.random_rows import random_params
 
 VOCAB = 23
@@ -21,11 +22,13 @@ Draft = Callable[[list[int], int], list[int]]
 
 
 def test_accepted_then_recovered_or_bonus() -> None:
-    assert verify([], [7]) == Verified(0, (7,))
-    assert verify([1, 2, 3], [1, 2, 3, 4]) == Verified(3, (1, 2, 3, 4))
-    assert verify([1, 2, 3], [1, 9, 3, 4]) == Verified(1, (1, 9))
-    assert verify([1, 2, 3], [9, 2, 3, 4]) == Verified(0, (9,))
-    assert verify([1, 2, 3], [1, 9]) == Verified(1, (1, 9))  # sampling stopped at the difference
+    assert verified(verify, [], [7]) == [7]
+    assert verified(verify, [1, 2, 3], [1, 2, 3, 4]) == [1, 2, 3, 4]
+    assert verified(verify, [1, 2, 3], [1, 9, 3, 4]) == [1, 9]
+    assert verified(verify, [1, 2, 3], [9, 2, 3, 4]) == [9]
+    drafts = padded([[1, 2, 3], [1], [], [1, 2]], 3)
+    sampled = padded([[1, 2, 3, 4], [1, 2, 0, 0], [5, 0, 0, 0], [9, 2, 3, 4]], 4)
+    assert verify(drafts, sampled).tolist() == [3, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -33,7 +36,7 @@ def test_accepted_then_recovered_or_bonus() -> None:
 )
 def test_lengths_that_decide_nothing_are_refused(draft: list[int], sampled: list[int]) -> None:
     with pytest.raises(ValueError, match="do not decide"):
-        verify(draft, sampled)
+        verified(verify, draft, sampled)
 
 
 def fake_logits(history: Sequence[int]) -> torch.Tensor:
@@ -62,9 +65,9 @@ def answer(
             position = len(tokens) + i
             rows.append(SampleRow(params, position, tokens, len(prompt), proposed[:i], banned))
         logits = torch.stack([fake_logits([*tokens, *row.draft]) for row in rows])
-        verified = verify(proposed, sampler.sample(logits, rows))
-        num_accepted += verified.num_accepted
-        tokens += verified.tokens
+        accepted = verified(verify, proposed, sampler.sample(logits, rows))
+        num_accepted += len(accepted) - 1
+        tokens += accepted
     return tokens[len(prompt) :], num_accepted
 
 
@@ -85,7 +88,7 @@ def test_drafts_change_no_token() -> None:
 
         ngram = NgramDrafter()
         drafts: dict[str, Draft] = {
-            "ngram": lambda tokens, size, ngram=ngram: ngram.propose("r", tokens, size).tokens,
+            "ngram": lambda tokens, size, ngram=ngram: propose(ngram, 0, tokens, size).tokens,
             "noise": lambda _, size: [rng.randrange(VOCAB) for _ in range(rng.randrange(size + 1))],
             "mostly right": mostly_right,
         }

@@ -83,9 +83,5 @@ def test_rows_as_arrays_are_the_same_rows(case: tuple[list[Row], int], cut: int)
     assert list(step) == rows == [step[i] for i in range(len(rows))]
     assert step[:cut] == rows[:cut]
     assert list(StepRows.of(rows[:cut]).followed_by(rows[cut:])) == rows
-    single = [Row([row.token_ids[0]], row.start, row.block_ids, 1) for row in rows]
-    starts = np.array([row.start for row in rows], np.int64)
-    newest = np.array([row.token_ids[0] for row in rows], np.int64)
-    assert list(StepRows.of_single_tokens(newest, starts, step.tables)) == single
     with pytest.raises(IndexError):
         step[len(rows)]

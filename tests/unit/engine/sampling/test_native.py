@@ -390,13 +390,16 @@ def test_plain_rows_get_the_tokens_of_whole_rows(native: bool) -> None:
             temperature, min_p = rng.choice([0.0, 0.7, 1.0]), rng.choice([0.0, 0.1])
             seed = rng.getrandbits(64)
             params.append(SamplingParams(temperature, top_p, top_k, min_p, seed=seed))
-        logits = 3 * torch.randn(len(params), 331, generator=torch.Generator().manual_seed(number))
-        positions = np.array([rng.randrange(1, 9000) for _ in params], np.int64)
-        rows = [SampleRow(p, int(at), [1] * 3, 2) for p, at in zip(params, positions, strict=True)]
-        assert sampler.sample_plain(logits, params, positions) == sampler.sample(logits, rows)
+        counts = np.array([rng.choice([1, 1, 3]) for _ in params], np.int64)
+        owners = [p for p, count in zip(params, counts, strict=True) for _ in range(count)]
+        logits = 3 * torch.randn(len(owners), 331, generator=torch.Generator().manual_seed(number))
+        positions = np.array([rng.randrange(1, 9000) for _ in owners], np.int64)
+        rows = [SampleRow(p, int(at), [1] * 3, 2) for p, at in zip(owners, positions, strict=True)]
+        tokens = sampler.sample_plain(logits, params, positions, counts)
+        assert tokens.tolist() == sampler.sample(logits, rows)
     logits[1] = torch.nan
     with pytest.raises(UnusableLogits) as error:
-        sampler.sample_plain(logits, params, positions)
+        sampler.sample_plain(logits, params, positions, counts)
     assert error.value.rows == error.value.broken == (1,)
     with pytest.raises(ValueError, match="float32"):
-        sampler.sample_plain(logits[1:], params, positions)
+        sampler.sample_plain(logits[1:], params, positions, counts)

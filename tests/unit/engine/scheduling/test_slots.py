@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.base.types import SamplingParams, StopParams
 from engine.scheduling.block_pool import BlockPool
@@ -15,7 +17,9 @@ from engine.scheduling.block_table import BlockTable
 from engine.scheduling.request import NO_SLOT, EngineRequest, Request
 from engine.scheduling.slots import MAX_STOPS, DecodeSlots, is_plain
 from tests.support.core_bench import SALT, Bench, check_answers, random_work
+from tests.support.drafting import ints, padded
 from tests.support.history_model import VOCAB
+from tests.support.tiny_grammar import matcher_of, regex
 
 STOP = StopParams(max_tokens=9, stop_token_ids=frozenset({3, 4}))
 POOL = BlockPool(4000)
@@ -28,6 +32,16 @@ def answer(key: int, num_tokens: int = 6, **changes: Any) -> Request:
     request = Request(key, dataclasses.replace(work, **changes), BlockTable(POOL, 4), 0.0)
     request.table.reserve(len(request.tokens))
     return request
+
+
+def append(slots: DecodeSlots, tokens: list[list[int]]) -> list[Request]:
+    """Advance the slots by so many tokens each; returns the requests whose answer ends."""
+    counts = ints([len(row) for row in tokens])
+    before = [len(history) for history in slots.histories]
+    new, ended = slots.append(padded(tokens, max(map(len, tokens), default=1)), counts)
+    for history, known, more in zip(slots.histories, before, new, strict=True):
+        assert history[known:] == more
+    return [slots.requests[slot] for slot in ended]
 
 
 def agree(slots: DecodeSlots) -> None:
@@ -52,7 +66,7 @@ def test_slots_agree_with_their_requests_whatever_enters_and_leaves() -> None:
             slots.leave(request)  # without a slot: no error
             assert request.slot == NO_SLOT
         if rng.random() < 0.2:
-            slots.append([rng.randrange(50) for _ in slots.requests])
+            append(slots, [[rng.randrange(50)] for _ in slots.requests])
             for request in slots.without_room():
                 assert len(request.tokens) > request.table.num_positions
                 request.table.reserve(len(request.tokens))
@@ -69,12 +83,24 @@ def test_an_answer_ends_at_a_stop_token_at_its_length_and_at_the_models() -> Non
     short.work = dataclasses.replace(short.work, stop=StopParams(max_tokens=2))
     for request in (stopped, short, goes_on):
         slots.enter(request)
-    assert slots.append([4, 5, 5]) == [stopped, short]
+    assert append(slots, [[4], [5], [5]]) == [stopped, short]
     assert [r.num_computed for r in slots.requests] == [6, 6, 6]
     slots.leave(stopped)
     slots.leave(short)
     slots.enter(long)
-    assert slots.append([5, 3]) == [goes_on, long]  # 8 tokens; a stop token
+    assert append(slots, [[5], [3]]) == [goes_on, long]  # 8 tokens; a stop token
+
+
+def test_an_answer_takes_no_token_after_the_one_that_ends_it() -> None:
+    slots = DecodeSlots(max_model_len=50)
+    stopped, short, goes_on = (answer(k) for k in range(3))
+    short.work = dataclasses.replace(short.work, stop=StopParams(max_tokens=3))
+    for request in (stopped, short, goes_on):
+        slots.enter(request)
+    assert append(slots, [[7, 4, 7, 4], [7, 7], [7, 7, 7]]) == [stopped, short]
+    assert [request.tokens[6:] for request in slots.requests] == [[7, 4], [7, 7], [7, 7, 7]]
+    assert [request.num_computed for request in slots.requests] == [7, 7, 8]
+    agree(slots)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +161,52 @@ def test_no_token_depends_on_slots(seed: int, draft_tokens: int) -> None:
     assert num_slots > 50 and aborted and bench.scheduler.num_preemptions
     assert not bench.scheduler.slots.requests
     bench.at_rest()
+
+
+def mixed(rng: random.Random, kinds: list[str]) -> list[EngineRequest]:
+    """Answers of these kinds; their matchers serve one run."""
+    works = []
+    for kind in kinds:
+        work = random_work(rng, longest=12, shared=range(12))
+        assert work.sampling
+        plain = SamplingParams(work.sampling.temperature, seed=work.sampling.seed)
+        if kind != "penalized":
+            work = dataclasses.replace(work, sampling=plain)
+        if kind == "logprobs":
+            work = dataclasses.replace(work, num_logprobs=2)
+        if kind == "constrained":
+            work = dataclasses.replace(work, matcher=matcher_of(regex("[a-f]{4,30}")))
+        works.append(work)
+    return works
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    kinds=st.lists(
+        st.sampled_from(["plain", "plain", "penalized", "logprobs", "constrained"]),
+        min_size=1,
+        max_size=9,
+    ),
+    seed=st.integers(0, 1000),
+    draft_tokens=st.integers(1, 6),
+    max_logits=st.sampled_from([9, 14, 1 << 30]),
+)
+def test_drafts_of_mixed_answers_change_no_token(
+    kinds: list[str], seed: int, draft_tokens: int, max_logits: int
+) -> None:
+    """Few blocks, so that answers are preempted, against one token a step with room for all."""
+    runs = []
+    for drafts, num_blocks in ((draft_tokens, 20), (0, 200)):
+        bench = Bench(num_blocks=num_blocks, draft_tokens=drafts)
+        budgets = bench.scheduler.budgets
+        bench.scheduler.budgets = dataclasses.replace(budgets, num_logits=max_logits)
+        for work in mixed(random.Random(seed), kinds):
+            bench.add(work)
+        bench.run()
+        bench.at_rest()
+        reasons = {key: event.reason for key, event in bench.finished.items()}
+        runs.append((bench.tokens, reasons, bench.logprobs))
+    assert runs[0] == runs[1]
 
 
 def test_a_step_that_ends_the_last_answer_has_computed() -> None:

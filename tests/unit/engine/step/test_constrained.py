@@ -21,6 +21,7 @@ from engine.scheduling.request import EngineRequest, State
 from engine.scheduling.speculation import FORCED, PENDING, Draft
 from tests.support.constrained_loop import PERSON, plain_loop
 from tests.support.core_bench import SALT, Bench, random_work
+from tests.support.drafting import learn, survival
 from tests.support.history_model import VOCAB
 from tests.support.tiny_grammar import (
     EOS,
@@ -244,13 +245,13 @@ def test_forced_tokens_are_drafted_and_the_drafter_goes_on_behind_them() -> None
 
 def test_forced_tokens_are_certain_and_teach_nothing() -> None:
     acceptance = Acceptance([0.5, 0.25])
-    assert acceptance.survival("r", [FORCED, FORCED, 0], 0.01) == [1.0, 1.0, 0.5]
-    before = acceptance.survival("r", [0, 1], 0.01)
-    acceptance.learn("r", Draft([7, 8], [FORCED, FORCED]), [7, 8, 9])
-    acceptance.learn("r", Draft([7, 8], [FORCED, 0]), [3])
-    assert acceptance.survival("r", [0, 1], 0.01) == before
-    acceptance.learn("r", Draft([7, 8], [FORCED, 0]), [7, 8])
-    assert acceptance.survival("r", [0, 1], 0.01)[0] > before[0]
+    assert survival(acceptance, 0, [FORCED, FORCED, 0], 0.01) == [1.0, 1.0, 0.5]
+    before = survival(acceptance, 0, [0, 1], 0.01)
+    learn(acceptance, 0, Draft([7, 8], [FORCED, FORCED]), [7, 8, 9])
+    learn(acceptance, 0, Draft([7, 8], [FORCED, 0]), [3])
+    assert survival(acceptance, 0, [0, 1], 0.01) == before
+    learn(acceptance, 0, Draft([7, 8], [FORCED, 0]), [7, 8])
+    assert survival(acceptance, 0, [0, 1], 0.01)[0] > before[0]
 
 
 def test_masks_are_one_buffer_that_grows() -> None:

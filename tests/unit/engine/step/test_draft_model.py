@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import random
 
+import numpy as np
 import pytest
 
 from engine.base.types import SamplingParams, StopParams
 from engine.runner.loader import random_model
 from engine.runner.torch_model import TorchModel
 from engine.scheduling.request import EngineRequest, State
-from engine.scheduling.speculation import Draft
+from engine.scheduling.speculation import Drafts, Ints, Tokens
 from tests.support.draft_bench import (
     DEEPER,
     MAX_LEN,
@@ -37,14 +38,15 @@ class RandomLength:
     def __init__(self, seed: int) -> None:
         self._rng = random.Random(seed)
 
-    def choose(self, drafts: list[tuple[str, Draft]], num_rows: int, num_answers: int) -> list[int]:
+    def choose(self, ids: Ints, drafts: Drafts, num_rows: int, num_answers: int) -> Ints:
         if self._rng.random() < 0.5:
-            return [0] * len(drafts)
-        return [self._rng.randint(0, len(draft.tokens)) for _, draft in drafts]
+            return np.zeros_like(drafts.lengths)
+        lengths = [self._rng.randint(0, length) for length in drafts.lengths.tolist()]
+        return np.array(lengths, np.int64)
 
-    def produced(self, request_id: str, tokens: list[int]) -> None: ...
+    def produced(self, ids: Ints, tokens: Tokens, counts: Ints) -> None: ...
     def stepped(self, num_rows: int, seconds: float) -> None: ...
-    def finish(self, request_id: str) -> None: ...
+    def finish(self, draft_id: int) -> None: ...
 
 
 def judge(works: list[EngineRequest], keys: list[int], worker: PairedWorker) -> None:

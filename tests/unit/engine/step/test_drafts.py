@@ -42,9 +42,9 @@ class TimedBench(Bench):
         draft_length = speculation.draft_length
         assert isinstance(draft_length, MeasuredDraftLength)
         return not (
-            speculation.drafter._indices
-            or draft_length._drafts
-            or draft_length._acceptance._requests
+            len(speculation.drafter._lookup)
+            or draft_length._row_of.any()
+            or draft_length._acceptance._requests.any()
         )
 
 

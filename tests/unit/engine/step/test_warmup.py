@@ -19,8 +19,9 @@ from engine.scheduling.plan import Budgets
 from engine.scheduling.request import EngineRequest, Request
 from engine.scheduling.rows import SampleRow
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.speculation import Draft, Speculation
+from engine.scheduling.speculation import Draft, DraftInputs, Drafts, Speculation
 from engine.step.warmup import step_shapes, warm_up
+from tests.support.drafting import as_drafts
 
 GPU = Budgets(8192, 256, num_logits=1024)
 
@@ -102,15 +103,17 @@ class Eager:
     has_kv = False
     acceptance = (1.0,)
 
-    def propose(self, request_id: str, tokens: object, max_tokens: int) -> Draft:
-        return Draft([1] * max_tokens, [0] * max_tokens)
+    def propose(self, inputs: DraftInputs) -> Drafts:
+        return as_drafts([Draft([1] * limit, [0] * limit) for limit in inputs.limits.tolist()])
 
     def materialize(self, rows: object) -> None: ...
 
     def observe(self, output: object, rows: object) -> dict[int, int]:
         return {}
 
-    def finish(self, request_id: str) -> None: ...
+    def produced(self, ids: object, tokens: object, counts: object) -> None: ...
+
+    def finish(self, draft_id: int) -> None: ...
 
 
 def test_no_step_has_more_logits_than_were_warmed_up() -> None:
@@ -127,8 +130,8 @@ def test_no_step_has_more_logits_than_were_warmed_up() -> None:
         request.tokens.append(3)
         scheduler.advance(request, 2)
     plan = scheduler.plan(0.0)
-    assert [len(row.draft) for row in plan.rows] == [6, 6] and len(plan.slots) == 6
-    assert len(plan.slots) + sum(row.num_logits for row in plan.rows) == budgets.num_logits
+    assert not plan.rows and plan.slots.num_draft.tolist() == [6, 6] + [0] * 6
+    assert plan.num_slot_logits == budgets.num_logits
 
 
 def test_sampling_in_slices_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
