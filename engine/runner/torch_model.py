@@ -113,13 +113,12 @@ class _Step:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         c = self._model.config
         heads = qkv.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-        q, k, v = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
+        qk, v = heads[:, : -c.num_kv_heads], heads[:, -c.num_kv_heads :]
         if q_norm is not None and k_norm is not None:
-            q, k = q_norm(q), k_norm(k)
+            qk = torch.cat((q_norm(qk[:, : c.num_heads]), k_norm(qk[:, c.num_heads :])), dim=1)
         if (table := c.rope_of(layer)) != NO_ROPE:
-            cos, sin = self._tables[table]
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return q, k, v
+            qk = rotate(qk, *self._tables[table])  # together: a kernel less for each operation
+        return qk[:, : c.num_heads], qk[:, c.num_heads :], v
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
