@@ -112,7 +112,9 @@ class Stream:
         for i, tokens in enumerate(self.choices):
             wanted, usage = len(oracle.answer(self.case, i)), self.ends[i].usage
             num = self._first(i) + len(tokens)
-            assert num == wanted, f"{self}: choice {i} has {num} tokens, expected {wanted}"
+            if num != wanted:
+                what = f"{self}: choice {i} has {num} tokens, expected {wanted}"
+                raise oracle.failure(self.case, what)
             assert usage.completion_tokens == wanted, f"{self}: {usage}"
             if not self.given and tokens == oracle.answer(self.case, i):
                 assert self.texts[i] == oracle.text(self.case, i), f"{self}: choice {i}"
@@ -121,7 +123,7 @@ class Stream:
         """What has come is right; for requests that a scenario may cut short."""
         for i, tokens in enumerate(self.choices):
             if wrong := oracle.difference(self.case, i, tokens, self._first(i)):
-                raise AssertionError(f"{self}: {wrong}")
+                raise oracle.failure(self.case, f"{self}: {wrong}")
 
     def _first(self, choice: int) -> int:
         """Index in the answer of the first token that came."""

@@ -28,6 +28,7 @@ from tests.faults.oracle import Oracle
 from tests.faults.tcp_proxy import TcpProxy
 from tests.support.cluster import Cluster, Shape
 from tests.support.network import Namespaces
+from tests.support.vitals import vitals
 
 _ROUND_S = 90.0
 _NUM_CALLERS = 5
@@ -80,7 +81,7 @@ async def _run(cluster: Cluster, oracle: Oracle, seed: int, minutes: float) -> R
             await faults.go_on(min(_ROUND_S, left_s))
             await _calm(cluster, callers, findings)
             for place in cluster.places:
-                most[place.name] = max(most[place.name], place.usage()["resident_bytes"])
+                most[place.name] = max(most[place.name], vitals(place.pid).resident_bytes)
             _say(begun, faults, callers, findings)
     finally:
         await callers.stop()
@@ -113,7 +114,7 @@ def _look_at_logs(cluster: Cluster, findings: Findings) -> None:
         bad = [end.status for end in place.ends if not end.wanted]
         if bad:
             findings.ended.append(f"{place.name}: exit statuses {bad}")
-        for text in checks.tracebacks(place, 0):
+        for text in checks.tracebacks(cluster.log_text(place.name)):
             if not any(pattern in text for pattern in EXPLAINED):
                 findings.tracebacks.append(f"{place.name}: {text}")
 

@@ -17,15 +17,12 @@ import httpx
 
 from tests.support.cluster import BLOCK_BYTES, NUM_BLOCKS, Cluster
 from tests.support.http_get import http_get
-from tests.support.process_slots import ProcessSlot
+from tests.support.stack import metrics_of
+from tests.support.vitals import Vitals, vitals
 
 REST_S = 10.0
-# gRPC keeps a thread and a few descriptors a connection or two for a while after it closed.
-_MORE_THREADS, _MORE_DESCRIPTORS = 8, 24
 # Pools become resident as they are used, and allocators keep what they had.
 _MORE_BYTES = NUM_BLOCKS * BLOCK_BYTES + (160 << 20)
-_SAMPLE = re.compile(r"^(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +30,7 @@ class Before:
     """One place at the beginning of a scenario."""
 
     pid: int
-    usage: Mapping[str, int]
+    vitals: Vitals | None
     log_bytes: int
     num_ends: int
 
@@ -43,7 +40,7 @@ def before(cluster: Cluster) -> dict[str, Before]:
     return {
         place.name: Before(
             place.pid if place.alive else 0,
-            place.usage() if place.alive else {},
+            vitals(place.pid) if place.alive else None,
             place.log.stat().st_size if place.log.exists() else 0,
             len(place.ends),
         )
@@ -52,17 +49,8 @@ def before(cluster: Cluster) -> dict[str, Before]:
 
 
 def samples(http_address: str) -> dict[str, float]:
-    """/metrics: `name` (labels summed) and `name{label=value}` for each label but the model's."""
-    found: dict[str, float] = {}
-    for line in http_get(f"http://{http_address}/metrics").text.splitlines():
-        if match := _SAMPLE.match(line):
-            name, value = match["name"].removeprefix("diptych_"), float(match["value"])
-            found[name] = found.get(name, 0.0) + value
-            for label, text in _LABEL.findall(match["labels"] or ""):
-                if label != "model_name":
-                    key = f"{name}{{{label}={text}}}"
-                    found[key] = found.get(key, 0.0) + value
-    return found
+    """`metrics_of` without our prefix."""
+    return {k.removeprefix("diptych_"): value for k, value in metrics_of(http_address).items()}
 
 
 def holds(http_address: str, token: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
@@ -137,20 +125,11 @@ def steady(cluster: Cluster, then: Mapping[str, Before]) -> None:
     """Processes that are the same as before have grown by no more than what comes and goes."""
     for place in cluster.places:
         was = then.get(place.name)
-        if was is None or not place.alive or place.pid != was.pid:
+        if was is None or was.vitals is None or not place.alive or place.pid != was.pid:
             continue
-        bounds = (
-            ("threads", _MORE_THREADS),
-            ("descriptors", _MORE_DESCRIPTORS),
-            ("resident_bytes", _MORE_BYTES),
-        )
         deadline = time.monotonic() + 10
-        while True:
-            now = place.usage()
-            grown = [k for k, more in bounds if now[k] > was.usage[k] + more]
-            if not grown:
-                break
-            assert time.monotonic() < deadline, f"{place.name} grew: {dict(was.usage)} -> {now}"
+        while (now := vitals(place.pid)).grew(was.vitals, _MORE_BYTES):
+            assert time.monotonic() < deadline, f"{place.name} grew: {was.vitals} -> {now}"
             time.sleep(0.2)
 
 
@@ -161,21 +140,17 @@ def quiet(cluster: Cluster, then: Mapping[str, Before], explained: Sequence[str]
         ends = place.ends[was.num_ends if was else 0 :]
         unwanted = [end.status for end in ends if not end.wanted]
         assert not unwanted, f"{place.name} ended by itself: {unwanted}\n{cluster.tail(place.name)}"
-        for text in tracebacks(place, was.log_bytes if was else 0):
+        for text in tracebacks(cluster.log_text(place.name, was.log_bytes if was else 0)):
             assert any(re.search(pattern, text) for pattern in explained), (
                 f"{place.name} logged a traceback:\n{text}"
             )
 
 
-def tracebacks(place: ProcessSlot, since: int) -> list[str]:
-    """Log lines with a traceback, or plain ones from it on."""
-    if not place.log.exists():
-        return []
-    with place.log.open("rb") as log:
-        log.seek(since)
-        lines = log.read().decode(errors="replace").splitlines()
-    found = []
-    for i, line in enumerate(lines):
-        if "Traceback (most recent call last)" in line:
-            found.append(line if line.startswith("{") else "\n".join(lines[i : i + 40]))
-    return found
+def tracebacks(text: str) -> list[str]:
+    """Those in a log: whole JSON lines, or plain lines from shortly before on."""
+    lines = text.splitlines()
+    return [
+        line if line.startswith("{") else "\n".join(lines[max(0, i - 2) : i + 40])
+        for i, line in enumerate(lines)
+        if "Traceback (most recent call last)" in line
+    ]

@@ -17,7 +17,7 @@ import pytest_asyncio
 
 from tests.faults.bench import Bench
 from tests.faults.clock_skew import ClockSkew
-from tests.faults.oracle import Oracle
+from tests.faults.oracle import Differs, Oracle
 from tests.faults.scenario import NOTES, Missed, Scenario, TooLate
 from tests.faults.tcp_proxy import TcpProxy
 from tests.support.cluster import Cluster, Shape
@@ -41,8 +41,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A scenario that missed its moment is tried again; in the short form one that was late too."""
-    again = [Missed] if config.getoption("--full", default=False) else [Missed, TooLate]
+    """A scenario that missed its moment is tried again, and one whose answers may be recorded on
+    another machine; in the short form one that was late too.
+    """
+    again = [Missed, Differs, *([] if config.getoption("--full", default=False) else [TooLate])]
     for item in items:
         if item.path.is_relative_to(_HERE):
             item.add_marker(pytest.mark.flaky(reruns=2, only_rerun=again))
@@ -54,7 +56,7 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="package")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(tmp_path_factory: pytest.TempPathFactory, record_answers: bool) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("bench")
     skew = ClockSkew(folder) if ClockSkew.usable() else None
     shape = Shape(
@@ -64,7 +66,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         spare_flags=SPARE_FLAGS,
     )
     with Cluster(folder, shape) as cluster:
-        yield Bench(cluster, _oracle(cluster), skew)
+        yield Bench(cluster, _oracle(cluster, record=record_answers), skew)
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +80,13 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         yield Bench(cluster, _oracle(cluster))
 
 
-def _oracle(cluster: Cluster) -> Oracle:
-    """Asked once a session."""
+def _oracle(cluster: Cluster, *, record: bool = False) -> Oracle:
+    """One for the session."""
     if not _oracles:
-        _oracles.append(Oracle.ask(cluster.address("coordinator-0")))
+        address = cluster.address(cluster.coordinators[0])
+        _oracles.append(Oracle.ask(address) if record else Oracle.load(address))
+        if record:
+            _oracles[0].record()
     return _oracles[0]
 
 
@@ -141,7 +146,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """A failed scenario shows its lines in the cluster's logs; the reason of a new try is noted."""
     outcome = yield
-    if call.excinfo and isinstance(call.excinfo.value, Missed | TooLate):
+    if call.excinfo and isinstance(call.excinfo.value, Missed | TooLate | Differs):
         why = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
         NOTES.setdefault(item.name, []).append(why)
     report = outcome.get_result()  # type: ignore[attr-defined]

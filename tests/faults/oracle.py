@@ -1,8 +1,14 @@
 """What is asked, and what the undisturbed answer is.
 
-The answers come once from the cluster itself, before anything is broken: scenarios ask whether a
-fault changes them, other tests whether they are right. With our kernels a comparison is of bits. In
-float32 on torch a difference is held against law 1's near-ties, by a plain loop in this process.
+    got == record ----> equal
+    got != record ----> Differs; before the next try a whole cluster answers all requests
+                          its answer == record: the failure stands
+                          another one:          records are of another machine, and are replaced
+
+Scenarios ask whether a fault changes answers, other tests whether they are right. So records are
+the answers of a cluster in which nothing was broken, in tests/data/answers (`--record-answers`). A
+request without a record is asked at the start. With our kernels a comparison is of bits. In float32
+on torch a difference is held against law 1's near-ties, by a plain loop in this process.
 """
 
 from __future__ import annotations
@@ -10,8 +16,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,8 +25,10 @@ from typing import Any
 from coordinator.client import AsyncClient, Done, TextDelta
 from tests.support.cluster import NATIVE
 from tests.support.greedy import GREEDY
+from tests.support.recorded import FOLDER, digest, read_records, write_records
 
 _TEXTS = [case["prompt"] for case in GREEDY]
+_RECORDS = FOLDER / "faults.json"
 _ASKED_AT_ONCE = 6
 _SCHEMA = {
     "type": "object",
@@ -65,6 +73,11 @@ class Case:
         choices = {"n": self.num_choices} if self.num_choices > 1 else {}
         given = {**self.sampling, **choices, **self.constraint}
         return {"max_tokens": self.max_tokens, **ends, **given}
+
+    @property
+    def key(self) -> str:
+        """Of all that decides the answer."""
+        return digest([self.prompt, sorted(self.options.items()), NATIVE])
 
 
 def _text(length: int, start: int = 0) -> tuple[int, ...]:
@@ -127,19 +140,66 @@ class Pace:
         return cluster == self.cluster and time.monotonic() - self.measured_s < 240.0
 
 
+class Differs(AssertionError):
+    """Tokens differ from a recorded answer."""
+
+
 class Oracle:
     """The undisturbed answers, by case."""
 
-    def __init__(self, answers: Mapping[str, Sequence[Choice]]) -> None:
+    def __init__(
+        self, answers: Mapping[str, Sequence[Choice]], recorded: Iterable[str] = ()
+    ) -> None:
+        """`recorded` are the names of those that are of an earlier run."""
         self._answers = dict(answers)
+        self._recorded = set(recorded)
+        self._doubt: tuple[str, str] | None = None  # a case whose record differs, and how
         self.pace: Pace | None = None  # measured by the first scenario, in full anew now and then
         self.num_compared = 0
         self.num_tokens = 0
 
     @classmethod
-    def ask(cls, address: str, cases: Sequence[Case] = tuple(CASES.values())) -> Oracle:
+    def ask(cls, address: str) -> Oracle:
         """Have a healthy cluster answer all of them."""
-        return cls(asyncio.run(_ask_all(address, cases)))
+        return cls(asyncio.run(_ask_all(address, list(CASES.values()))))
+
+    @classmethod
+    def load(cls, address: str) -> Oracle:
+        """Recorded answers; a healthy cluster answers what has no record."""
+        records = read_records(_RECORDS)
+        known = {
+            name: [Choice(**fields) for fields in records[case.key]]
+            for name, case in CASES.items()
+            if case.key in records
+        }
+        unknown = [case for name, case in CASES.items() if name not in known]
+        return cls({**known, **asyncio.run(_ask_all(address, unknown))}, known)
+
+    def record(self) -> None:
+        """Write the answers as records."""
+        write_records(
+            _RECORDS, {CASES[n].key: [asdict(c) for c in a] for n, a in self._answers.items()}
+        )
+
+    def failure(self, case: Case, message: str) -> AssertionError:
+        """What to raise where an answer is another one: Differs where a record may be the cause."""
+        if case.name not in self._recorded:
+            return AssertionError(message)
+        self._doubt = (case.name, message)
+        return Differs(message)
+
+    def confirm(self, address: str) -> str:
+        """After a difference from a record have a healthy cluster answer all. Raises AssertionError
+        where that record was right; else returns what changed ("" without a difference).
+        """
+        if self._doubt is None:
+            return ""
+        (name, message), self._doubt = self._doubt, None
+        live = Oracle.ask(address)._answers
+        other = [name for name, answer in live.items() if answer != self._answers[name]]
+        assert name in other, f"{message}; a cluster without a fault gives the recorded answer"
+        self._answers, self._recorded = live, set()
+        return f"recorded answers are of another machine: {', '.join(other)}"
 
     def answer(self, case: Case, choice: int = 0) -> list[int]:
         """All its tokens."""
@@ -155,7 +215,7 @@ class Oracle:
         wanted = whole[first : first + len(got)]
         self.num_compared += 1
         self.num_tokens += len(got)
-        if list(wanted) == list(got):
+        if wanted == list(got):
             return ""
         at = next((i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), -1)
         if not NATIVE and self._excused(case, [*whole[:first], *got]):

@@ -19,6 +19,7 @@ import grpc
 
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.rpc.channel import CHANNEL_OPTIONS
+from tests.faults.checks import tracebacks
 from tests.support.http2 import RawConnection, connect
 from tests.support.http_get import http_get
 from tests.support.stack import Stack, metrics_of, until
@@ -28,8 +29,6 @@ GENERATE = b"/diptych.v1.InferenceService/Generate"
 PROMPT = list(range(1000, 1040))  # two whole blocks, which travel, and a tail
 _NUM_TOKENS = 4
 _FEW_BLOCKS = 8
-# gRPC keeps a few threads and descriptors for a while after they were needed.
-MORE_FILES, MORE_THREADS = 24, 8
 SETTLE_S = 15.0
 MAX_MODEL_LEN = 1600
 _ids = itertools.count(1)
@@ -169,9 +168,8 @@ class Port:
 
     def failures(self, code: str) -> float:
         """Calls of the public port that ended with `code`, so far."""
-        text = http_get(f"http://{self.stack.http_address}/metrics").text
-        found = re.findall(rf'^diptych_rpc_failures_total{{code="{code}".*}} (\S+)$', text, re.M)
-        return sum(map(float, found))
+        seen = metrics_of(self.stack.http_address)
+        return seen.get(f"diptych_rpc_failures_total{{code={code}}}", 0.0)
 
     def _fill_pools(self) -> None:
         """Until every block of every pool has been used once."""
@@ -200,7 +198,7 @@ class Port:
         until(self._idle, SETTLE_S, "no request is inside")
         for name, was in before.items():
             until(
-                lambda name=name, was=was: not grown(was, self.vitals(name), growth_bytes),  # type: ignore[misc]
+                lambda name=name, was=was: not self.vitals(name).grew(was, growth_bytes),  # type: ignore[misc]
                 SETTLE_S,
                 f"{name} is as it was ({was}, now {self.vitals(name)})",
             )
@@ -208,25 +206,6 @@ class Port:
     def _idle(self) -> bool:
         seen = metrics_of(self.stack.http_address)
         return not seen["diptych_num_requests_running"] + seen["diptych_num_requests_waiting"]
-
-
-def grown(was: Vitals, now: Vitals, growth_bytes: int) -> bool:
-    """Whether a process kept more than comes and goes."""
-    return (
-        now.num_files > was.num_files + MORE_FILES
-        or now.num_threads > was.num_threads + MORE_THREADS
-        or now.resident_bytes > was.resident_bytes + growth_bytes
-    )
-
-
-def tracebacks(text: str) -> list[str]:
-    """Those in a log of JSON lines, or in plain ones."""
-    lines = text.splitlines()
-    return [
-        line if line.startswith("{") else "\n".join(lines[max(0, i - 2) : i + 30])
-        for i, line in enumerate(lines)
-        if "Traceback (most recent call last)" in line
-    ]
 
 
 @contextmanager

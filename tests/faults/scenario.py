@@ -24,7 +24,8 @@ from tests.faults import checks
 from tests.faults.asks import Asker, Stream
 from tests.faults.load import Load
 from tests.faults.oracle import CASES, Case, Oracle, Pace
-from tests.support.cluster import SPARE, Cluster, until
+from tests.support.cluster import SPARE, Cluster
+from tests.support.stack import until
 
 KILL_S = 2.0  # with a spare the next token comes within this after a kill
 SILENT_S = 5.0  # and within this after a SIGSTOP or a partition
@@ -81,6 +82,10 @@ class Scenario:
             self.note(f"four prompts after the loss of a prefill worker: {slowest_s:.2f} s")
         await self.all_trusted()
         await asyncio.to_thread(checks.at_rest, self.cluster)
+        if changed := await asyncio.to_thread(
+            self.oracle.confirm, self.cluster.address(self.front)
+        ):
+            self.note(changed)
         self._then = checks.before(self.cluster)
         for place in self.cluster.places:
             if place.alive:
@@ -293,8 +298,6 @@ class Scenario:
     def telling_lines(self, name: str) -> str:
         """A process's log lines on this scenario's requests, and its warnings since the start."""
         ids = {stream.request_id for stream in self._streams}
-        if not self.cluster[name].log.exists():
-            return ""  # it has never been started
         since = self._then[name].log_bytes if name in self._then else 0
         told = [
             line

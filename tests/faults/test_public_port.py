@@ -21,14 +21,14 @@ from engine.pb.diptych.v1 import inference_pb2 as pb
 from engine.rpc.channel import MAX_REQUEST_BYTES
 from engine.rpc.status import DETAILS_KEY
 from tests.faults.garbage import garbage, gzip_of_zeros, http_garbage
-from tests.faults.port import FULL, GENERATE, MORE_FILES, SHORT, Port, file_limit, request
+from tests.faults.port import FULL, GENERATE, SHORT, Port, file_limit, request
 from tests.faults.waiters import NUM_HTTP_CONNECTIONS, WAITERS
 from tests.support import http2
 from tests.support.fuzz_checks import DOCUMENTED, GUARDED
 from tests.support.fuzz_messages import METHODS, Input, Writer, mutate
 from tests.support.http2 import closed_by_peer, connect, frame, grpc_message
 from tests.support.stack import Stack, until
-from tests.support.vitals import MIB, Watch
+from tests.support.vitals import MIB, MORE_FILES, Watch
 
 pytestmark = pytest.mark.timeout(300)
 SEED = 11

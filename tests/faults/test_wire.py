@@ -111,5 +111,5 @@ async def test_release_doubled(scenario: Scenario) -> None:
     """Sent twice it releases once: no block is freed that another request holds by now."""
     await _whole_under(scenario, scenario.cluster.prefill, "double_release")
     for name in scenario.cluster.prefill:
-        assert not checks.tracebacks(scenario.cluster[name], scenario.log_mark(name))
+        assert not checks.tracebacks(scenario.cluster.log_text(name, scenario.log_mark(name)))
     await scenario.finish()

@@ -17,6 +17,7 @@ from tests.faults.asks import Stream
 from tests.faults.bench import Bench
 from tests.faults.scenario import Scenario
 from tests.support.stack import Stack
+from tests.support.vitals import vitals
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -57,15 +58,15 @@ async def test_idle_then_a_burst(alone: Scenario) -> None:
     await asyncio.sleep(1.0)
     await asyncio.to_thread(checks.at_rest, scenario.cluster, 1.0)
     idle_s = 600 if scenario.full else 3
-    before = {name: scenario.cluster[name].usage() for name in scenario.cluster.workers}
+    before = {name: vitals(scenario.cluster[name].pid) for name in scenario.cluster.workers}
     used = _cpu_s(scenario)
     await asyncio.sleep(idle_s)
     share = (_cpu_s(scenario) - used) / idle_s
     scenario.note(
         f"idle for {idle_s} s: {share:.1%} of a core for {len(scenario.cluster.places)} processes"
     )
-    for name, usage in before.items():
-        grown = scenario.cluster[name].usage()["resident_bytes"] - usage["resident_bytes"]
+    for name, was in before.items():
+        grown = vitals(scenario.cluster[name].pid).resident_bytes - was.resident_bytes
         assert grown < 16 << 20, f"{name} grew by {grown} bytes while idle"
     begun = time.monotonic()
     many = (*SHORT, *SHORT, *SHORT, "long-0", "long-1-sampled")

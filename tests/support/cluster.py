@@ -13,7 +13,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -166,9 +166,7 @@ class Cluster:
 
     def forget(self, name: str) -> None:
         """Take a place that was added, and has ended, out again."""
-        place = self._places.pop(name)
-        place.held = True
-        self._keeper.places = [p for p in self._keeper.places if p is not place]
+        self._keeper.remove(self._places.pop(name))
 
     def http(self, name: str) -> str:
         """HOST:PORT of its HTTP, from the tests."""
@@ -181,7 +179,7 @@ class Cluster:
             name, module, [], self.folder / f"{name}.log", prefix=self.network.prefix(name)
         )
         self._places[name] = place
-        self._keeper.places = [*self._keeper.places, place]
+        self._keeper.add(place)
         return place
 
     def _doors(self, name: str) -> list[str]:
@@ -230,15 +228,19 @@ class Cluster:
 
     def tail(self, name: str, num_lines: int = 40) -> str:
         """The end of a log."""
-        log = self[name].log
-        text = log.read_text(errors="replace") if log.exists() else ""
-        return "\n".join(text.splitlines()[-num_lines:])
+        return "\n".join(self.log_text(name).splitlines()[-num_lines:])
 
-    def log_lines(self, name: str, since: int = 0) -> list[dict[str, Any]]:
-        """JSON lines of a log from a byte offset on."""
+    def log_text(self, name: str, since: int = 0) -> str:
+        """A log from a byte offset on; "" before its process has started."""
+        if not self[name].log.exists():
+            return ""
         with self[name].log.open("rb") as log:
             log.seek(since)
-            lines = log.read().decode(errors="replace").splitlines()
+            return log.read().decode(errors="replace")
+
+    def log_lines(self, name: str, since: int = 0) -> list[dict[str, Any]]:
+        """The JSON lines of the same."""
+        lines = self.log_text(name, since).splitlines()
         return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
     def _missing(self) -> str:
@@ -265,11 +267,3 @@ def fixed_port() -> int:
                 continue
             return port
     raise AssertionError("no free port between 20000 and 32000")
-
-
-def until(check: Callable[[], bool], timeout_s: float, what: str, interval_s: float = 0.02) -> None:
-    """Poll; fails the test when the time is over."""
-    deadline = time.monotonic() + timeout_s
-    while not check():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s:g} s"
-        time.sleep(interval_s)

@@ -3,8 +3,8 @@
     spawn --> running --end--> noted (wanted by a test, or not) --> spawn again, unless held
 
 A supervisor thread starts all of them, for `engine.process.parent_death` ties each to the thread
-that forked it. An end that no test asked for is kept with its status: `unwanted_ends` must stay
-empty.
+that forked it; a fork server stands between (fork_server.py), but for a process in a network
+namespace. The status of each end is kept, and whether a test asked for it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.support.fork_server import ForkedProcess, ForkServer
 from tests.support.paths import ROOT
 
 _TICK_S = 0.01
 _BACKOFF_S = 0.25
 _STOP_S = 15.0
+_KEPT = ("DIPTYCH_CACHE_DIR", "DIPTYCH_STATE_DIR")
+# What `start` imports when it has read its options, and the variables that it sets before.
+_COORDINATOR = ("coordinator.process", "coordinator.server", "uvloop")
+_WORKER = ("engine.step.build", "kvtransfer.connections", "worker.run", "uvloop")
+_ENV = {_COORDINATOR: {"GRPC_VERBOSITY": "ERROR"}, _WORKER: {"TOKENIZERS_PARALLELISM": "false"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +51,7 @@ class ProcessSlot:
     env: Mapping[str, str] = field(default_factory=dict)
     prefix: Sequence[str] = ()
     held: bool = True  # nothing is started here for now
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | ForkedProcess | None = None
     started_s: float = 0.0
     ends: list[End] = field(default_factory=list)
     wanted: bool = False  # the next end is a test's doing
@@ -82,16 +88,6 @@ class ProcessSlot:
             os.kill(self.pid, signal.SIGCONT)
         self.stopped = False
 
-    def usage(self) -> dict[str, int]:
-        """Threads, descriptors and resident bytes of the process."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-        return {
-            "threads": int(fields["Threads"]),
-            "descriptors": len(os.listdir(f"/proc/{self.pid}/fd")),
-            "resident_bytes": int(fields["VmRSS"].split()[0]) << 10,
-        }
-
     def _state(self) -> str:
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
@@ -105,12 +101,18 @@ class Keeper:
         self._on_start = on_start
         self._closing = False
         self._not_before: dict[str, float] = {}
+        self._servers: dict[tuple[object, ...], ForkServer] = {}
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
         self._thread.start()
 
     def add(self, place: ProcessSlot) -> None:
         """Look after one more."""
         self.places = [*self.places, place]
+
+    def remove(self, place: ProcessSlot) -> None:
+        """Start nothing there any more."""
+        place.held = True
+        self.places = [p for p in self.places if p is not place]
 
     def close(self) -> None:
         """End everything: SIGTERM, a while, SIGKILL."""
@@ -130,42 +132,50 @@ class Keeper:
         assert not left, f"still running: {left}"
 
     def _run(self) -> None:
+        try:
+            self._supervise()
+        finally:
+            for server in self._servers.values():
+                server.close()
+
+    def _supervise(self) -> None:
         while not self._closing:
             for place in self.places:
-                if place.process is not None and place.process.poll() is not None:
-                    self._note_end(place)
+                if place.process is not None and (status := place.process.poll()) is not None:
+                    self._note_end(place, status)
                 if place.process is None and not place.held and self._may_start(place):
-                    _spawn(place)
+                    process = self._spawn(place)
+                    place.started_s = time.monotonic()
+                    place.process = process
                     self._on_start(place.name, place.pid)
             time.sleep(_TICK_S)
 
     def _may_start(self, place: ProcessSlot) -> bool:
         return time.monotonic() >= self._not_before.get(place.name, 0.0)
 
-    def _note_end(self, place: ProcessSlot) -> None:
-        assert place.process is not None
-        place.ends.append(End(place.process.returncode, place.wanted))
+    def _note_end(self, place: ProcessSlot, status: int) -> None:
+        place.ends.append(End(status, place.wanted))
         place.wanted = place.stopped = False
         place.process = None
         self._not_before[place.name] = time.monotonic() + _BACKOFF_S
 
-
-def _spawn(place: ProcessSlot) -> None:
-    lifeline = ["-m", "engine.process.parent_death", "--parent", str(os.getpid())]
-    command = [*place.prefix, sys.executable, *lifeline, place.module, *place.args]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("DIPTYCH_")}
-    for name in ("DIPTYCH_CACHE_DIR", "DIPTYCH_STATE_DIR"):
-        if name in os.environ:
-            environment[name] = os.environ[name]
-    with place.log.open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=ROOT,
-            env={**environment, "OMP_WAIT_POLICY": "PASSIVE", **place.env},
-            process_group=0,  # one session, as under a coordinator
-        )
-    place.started_s = time.monotonic()
-    place.process = process
+    def _spawn(self, place: ProcessSlot) -> subprocess.Popen[bytes] | ForkedProcess:
+        env = {k: v for k, v in os.environ.items() if k in _KEPT or not k.startswith("DIPTYCH_")}
+        env |= {"OMP_WAIT_POLICY": "PASSIVE", **place.env}
+        if not place.prefix:
+            modules = _COORDINATOR if place.module.startswith("coordinator") else _WORKER
+            key = (modules, *sorted(place.env.items()))
+            if key not in self._servers:
+                self._servers[key] = ForkServer(modules, {**_ENV[modules], **env})
+            return self._servers[key].start(place.module, place.args, place.log)
+        lifeline = ["-m", "engine.process.parent_death", "--parent", str(os.getpid())]
+        with place.log.open("ab") as log:
+            return subprocess.Popen(
+                [*place.prefix, sys.executable, *lifeline, place.module, *place.args],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+                env=env,
+                process_group=0,  # one session, as under a coordinator
+            )

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from engine.base.types import FinishReason
 from engine.scheduling.request import EngineRequest
@@ -76,9 +77,7 @@ class RecordedAnswers:
             _key(work): {"tokens": tokens, "reason": reason.value}
             for work, (tokens, reason) in zip(works, answers, strict=True)
         }
-        lines = ",\n".join(f'"{key}": {json.dumps(value)}' for key, value in records.items())
-        self._path.parent.mkdir(exist_ok=True)
-        self._path.write_text(f"{{\n{lines}\n}}\n")
+        write_records(self._path, records)
         self.__dict__.pop("_records", None)
 
     @cached_property
@@ -87,11 +86,9 @@ class RecordedAnswers:
 
     @cached_property
     def _records(self) -> dict[str, Answer]:
-        if not self._path.exists():
-            return {}
         return {
             key: Answer(tuple(fields["tokens"]), FinishReason(fields["reason"]))
-            for key, fields in json.loads(self._path.read_text()).items()
+            for key, fields in read_records(self._path).items()
         }
 
 
@@ -111,4 +108,22 @@ def _key(work: EngineRequest) -> str:
         *(s.frequency_penalty, s.presence_penalty, s.repetition_penalty, s.seed, s.logit_bias),
         *(stop.max_tokens, stop.min_tokens, sorted(stop.stop_token_ids)),
     ]
+    return digest(fields)
+
+
+def read_records(path: Path) -> dict[str, Any]:
+    """All records of a file by their digests; none where there is no file."""
+    records: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return records
+
+
+def write_records(path: Path, records: Mapping[str, Any]) -> None:
+    """Write a file, one line for each record."""
+    lines = ",\n".join(f'"{key}": {json.dumps(value)}' for key, value in records.items())
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"{{\n{lines}\n}}\n")
+
+
+def digest(fields: Any) -> str:
+    """Of a JSON value."""
     return hashlib.blake2b(json.dumps(fields).encode(), digest_size=12).hexdigest()

@@ -34,6 +34,8 @@ EXACT = ("--dtype", "float32", "--kv-cache-memory", "512MiB", "--max-model-len",
 SHARED = (*EXACT, *Timeouts(worker_wait_s=60.0).stack_flags)
 DEFAULT = ("--max-model-len", "2048")  # what `coordinator start` does, with our kernels on a CPU
 _MAX_SHARED = 3
+_SAMPLE = re.compile(r"(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 def free_port() -> int:
@@ -51,12 +53,15 @@ def until(check: Callable[[], bool], timeout_s: float, what: str, interval_s: fl
 
 
 def metrics_of(http_address: str) -> dict[str, float]:
-    """Every sample of /metrics by name, labels summed up."""
-    out: dict[str, float] = {}
+    """Samples of /metrics: `name` (labels summed) and, for each label, `name{label=value}`."""
+    found: dict[str, float] = {}
     for line in http_get(f"http://{http_address}/metrics").text.splitlines():
-        if match := re.match(r"(\w+)(?:\{.*\})? ([-+.\deEinfNa]+)$", line):
-            out[match[1]] = out.get(match[1], 0.0) + float(match[2])
-    return out
+        if match := _SAMPLE.match(line):
+            name, value = match["name"], float(match["value"])
+            labels = _LABEL.findall(match["labels"] or "")
+            for key in (name, *(f"{name}{{{label}={text}}}" for label, text in labels)):
+                found[key] = found.get(key, 0.0) + value
+    return found
 
 
 class Stack:

@@ -14,6 +14,8 @@ from types import TracebackType
 from typing import Self
 
 MIB = 1024 * 1024
+# gRPC keeps a few threads and descriptors for a while after they were needed.
+MORE_FILES, MORE_THREADS = 24, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,14 @@ class Vitals:
     num_files: int
     num_threads: int
     resident_bytes: int
+
+    def grew(self, since: Vitals, growth_bytes: int) -> bool:
+        """Whether the process kept more than comes and goes."""
+        return (
+            self.num_files > since.num_files + MORE_FILES
+            or self.num_threads > since.num_threads + MORE_THREADS
+            or self.resident_bytes > since.resident_bytes + growth_bytes
+        )
 
 
 def vitals(pid: int) -> Vitals:

@@ -41,11 +41,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.faults.checks import holds
+from tests.faults.checks import holds, tracebacks
 from tests.faults.greed.attack import End, Send, Target
 from tests.faults.greed.bystander import Bystander
 from tests.faults.greed.scenarios import Scenario, constrained_by
-from tests.faults.port import tracebacks
 from tests.support.stack import Stack, metrics_of, until
 from tests.support.vitals import MIB
 

@@ -32,6 +32,7 @@ from tests.faults.greed.attack import (
     together,
     unfinished_message,
 )
+from tests.support.stack import metrics_of, until
 
 MIB = 1024 * 1024
 _TEMPLATE_KEY, _ALIGNMENT = b"tokenizer.chat_template", 32  # of GGUF files
@@ -298,14 +299,17 @@ def refused(target: Target, num_places: int, num: int) -> list[End]:
             asked.stop.ignore_eos = True
             keepers.append(generate(asked.SerializeToString(), timeout=DEADLINE_S))
         try:
-            next(keepers[0])
-            until_s = time.monotonic() + DEADLINE_S
-            while call(target, "Generate", _asked()).code == OK and time.monotonic() < until_s:
-                pass  # the last keepers are still on their way
+            until(lambda: _num_inside(target) >= num_places, DEADLINE_S, "all places are taken")
             return [call(target, "Generate", _asked()) for _ in range(num)]
         finally:
             for keeper in keepers:
                 keeper.cancel()
+
+
+def _num_inside(target: Target) -> float:
+    """How many answers the coordinator has admitted and not finished."""
+    seen = metrics_of(target.http_address)
+    return seen["diptych_num_requests_running"] + seen["diptych_num_requests_waiting"]
 
 
 def _loops(target: Target) -> list[End]:
