@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 from coordinator.client import AsyncClient
 from engine.base.errors import Unavailable
-from tests.faults.asks import Stream, follow
 from tests.faults.oracle import CASES, Oracle
+from tests.faults.streams import Stream, send_by_client
 from tests.support.cluster import Cluster
 
 # The only errors that a caller may see: what they are, and why.
@@ -96,7 +96,7 @@ class Callers:
         cancels = rng.random() < 0.2
         tally.asked += 1
         tally.ways["cancel" if cancels else "whole"] += 1
-        stream = follow(client, case, salt=salt)
+        stream = send_by_client(client, case, salt=salt)
         if cancels:
             await asyncio.wait([_task(stream)], timeout=rng.uniform(0.0, 1.5))
             await stream.cancel()
@@ -104,7 +104,7 @@ class Callers:
                 tally.cancelled += 1
                 self._compare(stream, whole=False)
                 return
-        await stream.end(180)
+        await stream.wait_for_end(180)
         if stream.error is not None:
             self._explain(stream)
             self._compare(stream, whole=False)
@@ -124,7 +124,7 @@ class Callers:
             self.tally.wrong.append(str(error))
 
     def _explain(self, stream: Stream) -> None:
-        error = stream.meaning
+        error = stream.api_error
         if isinstance(error, Unavailable) and "no decode worker is ready" in error.message:
             self.tally.allowed["no worker"] += 1
         else:

@@ -97,7 +97,7 @@ async def _scenario(name: str, bench: Bench, full: bool, *, load: bool) -> Async
         yield scenario
     finally:
         await scenario.give_up()
-        await scenario.asker.close()
+        await scenario.sender.close()
 
 
 @pytest_asyncio.fixture

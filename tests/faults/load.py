@@ -1,6 +1,6 @@
 """Requests apart from a scenario's fault: cheap, steady, and checked like all others.
 
-begin() -> askers, each: ask, read to the end, pause, ask again -> end(): all whole, none late
+begin() -> senders, each: send, read to the end, pause, send again -> end(): all whole, none late
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 
-from tests.faults.asks import Asker, Stream
 from tests.faults.oracle import CASES, Case, Oracle
+from tests.faults.streams import Sender, Stream
 
 CHEAP = tuple(case for name, case in CASES.items() if name.startswith("load-"))
 
@@ -21,37 +21,37 @@ class Load:
 
     def __init__(
         self,
-        asker: Asker,
+        sender: Sender,
         addresses: Callable[[], Sequence[str]],
         oracle: Oracle,
         *,
-        num_askers: int = 2,
+        num_senders: int = 2,
         pause_s: float = 0.15,
         cases: Sequence[Case] = CHEAP,
         seed: int = 0,
     ) -> None:
-        self._asker = asker
+        self._sender = sender
         self._addresses = addresses
         self._oracle = oracle
         self._cases = cases
         self._seed = seed
-        self._num_askers = num_askers
+        self._num_senders = num_senders
         self._pause_s = pause_s
         self._ending = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.streams: list[Stream] = []
 
     def begin(self) -> None:
-        """Start asking."""
+        """Start to send."""
         self._tasks = [
             asyncio.create_task(self._go_on(random.Random(self._seed * 1000 + i)))
-            for i in range(self._num_askers)
+            for i in range(self._num_senders)
         ]
 
     async def moved(self) -> None:
         """Until nothing is under way any more that was asked before."""
         for stream in list(self.streams):
-            await stream.end(120)
+            await stream.wait_for_end(120)
 
     async def end(self, longest_wait_s: float) -> None:
         """Let those under way finish; every one is whole, and none waited longer for a token."""
@@ -67,9 +67,9 @@ class Load:
             addresses = self._addresses()
             case = rng.choice(list(self._cases))
             salt = "" if rng.random() < 0.5 else f"load{rng.getrandbits(40)}"
-            stream = self._asker.ask(addresses[i % len(addresses)], case, salt=salt)
+            stream = self._sender.send(addresses[i % len(addresses)], case, salt=salt)
             self.streams.append(stream)
-            await stream.end(120)
+            await stream.wait_for_end(120)
             if self._ending.is_set():
                 return
             await asyncio.sleep(self._pause_s * rng.uniform(0.5, 1.5))

@@ -166,6 +166,10 @@ class Port:
         """Of one of the stack's processes."""
         return vitals(self.pids[name])
 
+    def memory(self) -> dict[str, int]:
+        """Resident bytes of each of the stack's processes."""
+        return {name: self.vitals(name).resident_bytes for name in self.pids}
+
     def failures(self, code: str) -> float:
         """Calls of the public port that ended with `code`, so far."""
         seen = metrics_of(self.stack.http_address)

@@ -21,9 +21,9 @@ import httpx
 
 from coordinator.cluster.worker import PENALTY_S
 from tests.faults import checks
-from tests.faults.asks import Asker, Stream
 from tests.faults.load import Load
 from tests.faults.oracle import CASES, Case, Oracle, Pace
+from tests.faults.streams import Sender, Stream
 from tests.support.cluster import SPARE, Cluster
 from tests.support.stack import until
 
@@ -62,7 +62,7 @@ class Scenario:
         self.explained: list[str] = []  # tracebacks that this scenario's fault explains
         self.longest_wait_s = _LONGEST_WAIT_S
         self.front = cluster.coordinators[0]
-        self.asker = Asker()
+        self.sender = Sender()
         self._load: Load | None = None
         self._then: dict[str, checks.Before] = {}
         self._counters: dict[str, tuple[int, dict[str, float]]] = {}
@@ -95,8 +95,8 @@ class Scenario:
             self._load.begin()
 
     def _new_load(self) -> Load:
-        pace: dict[str, Any] = {} if self.full else {"num_askers": 1, "pause_s": 0.4}
-        return Load(self.asker, self.fronts, self.oracle, **pace)
+        pace: dict[str, Any] = {} if self.full else {"num_senders": 1, "pause_s": 0.4}
+        return Load(self.sender, self.fronts, self.oracle, **pace)
 
     async def _pace(self) -> float:
         """Lose a prefill worker, ask when that is known: seconds to the last first token."""
@@ -114,21 +114,21 @@ class Scenario:
         await self.until(known, 10, "the loss is known")
         streams = [self.ask(case) for case in LONG]
         for stream in streams:
-            await stream.come(1)
+            await stream.wait_for_tokens(1)
         for stream in streams:
             await stream.cancel()
         await self._load.end(math.inf)
         self._load = None
         self._note_doubts()
         await self.whole()
-        return max(stream.moments[0] - stream.began_s for stream in streams)
+        return max(stream.token_times_s[0] - stream.sent_s for stream in streams)
 
     async def finish(self, rest_s: float = checks.REST_S) -> None:
         """Everything that must hold whatever was broken."""
         if self._load:
             await self._load.end(self.longest_wait_s)
         for stream in self._streams:
-            if not stream.over:
+            if not stream.is_over:
                 await stream.cancel()
         self._note_doubts()
         await self.whole()
@@ -201,14 +201,14 @@ class Scenario:
         case = CASES[case] if isinstance(case, str) else case
         front = options.pop("front", self.front)
         salt = fresh_salt() if salt is None else salt
-        stream = self.asker.ask(self.cluster.address(front), case, salt=salt, **options)
+        stream = self.sender.send(self.cluster.address(front), case, salt=salt, **options)
         self._streams.append(stream)
         return stream
 
     async def all_whole(self, streams: Sequence[Stream], timeout_s: float = 90.0) -> None:
         """All end well, with the undisturbed answer."""
         for stream in streams:
-            await stream.end(timeout_s)
+            await stream.wait_for_end(timeout_s)
         for stream in streams:
             stream.check(self.oracle)
 
@@ -267,7 +267,7 @@ class Scenario:
         for stream, name in zip(streams, await self.servers(streams, pool), strict=True):
             by_name[name].append(stream)
         for stream in streams:
-            await stream.come(tokens)
+            await stream.wait_for_tokens(tokens)
 
         def worth(name: str) -> tuple[int, int]:
             mine = by_name[name]

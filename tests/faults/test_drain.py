@@ -61,7 +61,7 @@ async def test_readiness_goes_before_the_last_answer(scenario: Scenario) -> None
     incarnation = scenario.cluster.rows()[victim].incarnation
     scenario.cluster[victim].kill(signal.SIGTERM)
     await scenario.until(lambda: _ready(scenario, victim) == 503, 2, "it is not ready")
-    struck(any(not stream.over for stream in hit), "it still writes")
+    struck(any(not stream.is_over for stream in hit), "it still writes")
 
     def is_known() -> bool:
         seen = scenario.cluster.rows()[victim]
@@ -98,12 +98,12 @@ async def test_drain_of_a_coordinator(scenario: Scenario) -> None:
     num_ends = len(scenario.cluster[leaving].ends)
     streams = [scenario.ask(case, front=leaving) for case in SHORT]
     for stream in streams:
-        await stream.come(5)
+        await stream.wait_for_tokens(5)
     scenario.cluster[leaving].kill(signal.SIGTERM)
     await scenario.until(lambda: _ready(scenario, leaving) == 503, 2, "it is not ready")
     refused = scenario.ask("short-0", front=leaving)
     await scenario.all_whole(streams)
-    await refused.end(10)
+    await refused.wait_for_end(10)
     assert isinstance(refused.error, grpc.RpcError)
     assert refused.error.code() is grpc.StatusCode.UNAVAILABLE
     await scenario.until(lambda: len(scenario.cluster[leaving].ends) > num_ends, 30, "it ends")

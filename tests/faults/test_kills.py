@@ -117,7 +117,7 @@ async def test_kill_9_of_d_in_mid_decode(scenario: Scenario) -> None:
     for _ in _rounds(scenario, 10):
         victim, hit, streams = await scenario.spread(SHORT, scenario.cluster.decode, tokens=10)
         killed = scenario.kill(victim)
-        struck(any(not stream.over for stream in hit), "they were in mid-answer")
+        struck(any(not stream.is_over for stream in hit), "they were in mid-answer")
         await scenario.all_whole(streams)
         scenario.in_time([s.wait_after(killed) for s in hit if s.ended_s > killed], KILL_S)
         scenario.moved(scenario.front, "migrations_total{outcome=resumed}")
@@ -132,7 +132,7 @@ async def test_kill_9_of_d_in_mid_form_and_with_choices(scenario: Scenario) -> N
     for _ in _rounds(scenario, 10):
         victim, hit, streams = await scenario.spread(FORMS, scenario.cluster.decode, tokens=8)
         killed = scenario.kill(victim)
-        struck(any(not stream.over for stream in hit), "they were in mid-answer")
+        struck(any(not stream.is_over for stream in hit), "they were in mid-answer")
         await scenario.all_whole(streams)
         scenario.in_time([s.wait_after(killed) for s in hit if s.ended_s > killed], KILL_S)
         scenario.moved(scenario.front, "migrations_total{outcome=resumed}")

@@ -9,9 +9,9 @@ import pytest
 
 from coordinator.client import AsyncClient
 from engine.base.errors import Unavailable
-from tests.faults.asks import Stream, follow
 from tests.faults.oracle import CASES
 from tests.faults.scenario import KILL_S, Scenario, fresh_salt, struck
+from tests.faults.streams import Stream, send_by_client
 
 pytestmark = pytest.mark.timeout(600)
 MIXED = ("short-0", "short-1-sampled", "json-0", "two-json-sampled", "four-0-sampled")
@@ -48,16 +48,16 @@ async def test_all_d_dead(alone: Scenario) -> None:
     async with scenario.spare_front() as front:
         streams = [scenario.ask(case, front=front) for case in SHORT]
         for stream in streams:
-            await stream.come(10)
+            await stream.wait_for_tokens(10)
         await scenario.take_down(scenario.cluster.decode)
         down = time.monotonic()
         late = scenario.ask("short-2", front=front)
         await asyncio.sleep(0.2)  # what was written to its end arrives
-        hit = [stream for stream in streams if not stream.over or stream.error]
+        hit = [stream for stream in streams if not stream.is_over or stream.error]
         struck(bool(hit), "not all were over before")
         for stream in [*hit, late]:
-            await stream.end(20)
-            error = stream.meaning
+            await stream.wait_for_end(20)
+            error = stream.api_error
             assert isinstance(error, Unavailable), f"{stream}: {stream.error!r}"
             assert error.num_emitted == len(stream.tokens)
             assert error.retry_after_s > 0
@@ -81,10 +81,10 @@ async def test_kill_9_of_the_coordinator_in_mid_stream(scenario: Scenario) -> No
         await scenario.move_load(alive)
         addresses = ",".join(scenario.cluster.address(name) for name in (dead, alive))
         async with AsyncClient(addresses) as client:
-            streams = [follow(client, CASES[name], salt=fresh_salt()) for name in MIXED]
+            streams = [send_by_client(client, CASES[name], salt=fresh_salt()) for name in MIXED]
             for stream in streams:
-                await stream.come(10)
-            written = [stream for stream in streams if not stream.over]
+                await stream.wait_for_tokens(10)
+            written = [stream for stream in streams if not stream.is_over]
             running = scenario.samples(dead).get("num_requests_running", 0)
             struck(running >= 1, "the dying coordinator has them")
             killed = scenario.kill(dead)

@@ -12,10 +12,10 @@ from contextlib import AsyncExitStack
 import pytest
 
 from tests.faults import checks
-from tests.faults.asks import Stream
 from tests.faults.bench import Bench
 from tests.faults.leases import calls, leased
 from tests.faults.scenario import Scenario, TooLate, fresh_salt, struck
+from tests.faults.streams import Stream
 from tests.support.cluster import NUM_BLOCKS, Cluster
 from tests.support.timeouts import LEASE_TTL_S
 
@@ -119,7 +119,7 @@ async def test_cancel_while_decoding(alone: Scenario) -> None:
     for _ in range(20 if scenario.full else 1):
         streams = [scenario.ask(case) for case in ("short-0", "json-0-sampled", "four-0-sampled")]
         for stream in streams:
-            await stream.come(5)
+            await stream.wait_for_tokens(5)
         await _cancel(scenario, streams)
     await scenario.finish()
 

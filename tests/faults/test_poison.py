@@ -44,19 +44,19 @@ async def test_a_request_that_harms_every_worker_ends_and_the_others_do_not(
         scenario.order(name, "poison", times=FOR_EVER, token=POISON)
     innocent = [scenario.ask(case) for case in INNOCENT]
     for stream in innocent[:2]:
-        await stream.come(3)
+        await stream.wait_for_tokens(3)
     guilty = [scenario.ask(poisoned(where)) for _ in range(number)]
     innocent += [scenario.ask(case) for case in INNOCENT]
     for stream in guilty:
-        await stream.end(240)
-    ends_s = max(stream.ended_s - stream.began_s for stream in guilty)
+        await stream.wait_for_end(240)
+    ends_s = max(stream.ended_s - stream.sent_s for stream in guilty)
     for name in scenario.cluster.workers:
         scenario.lift(name)
     harmed = sum(scenario.done(name, "poison") - was for name, was in before.items())
     scenario.note(f"{where}, {number}: {harmed} workers in {ends_s:.1f} s")
     await scenario.all_whole(innocent, 240)
     for stream in guilty:
-        assert isinstance(stream.meaning, WorkersLost), f"{stream}: {stream.error!r}"
+        assert isinstance(stream.api_error, WorkersLost), f"{stream}: {stream.error!r}"
         assert not stream.tokens
     _harmed_s.extend([time.time()] * harmed)
     assert harmed <= most

@@ -28,7 +28,7 @@ from tests.support.fuzz_checks import DOCUMENTED, GUARDED
 from tests.support.fuzz_messages import METHODS, Input, Writer, mutate
 from tests.support.http2 import closed_by_peer, connect, frame, grpc_message
 from tests.support.stack import Stack, until
-from tests.support.vitals import MIB, MORE_FILES, Watch
+from tests.support.vitals import MIB, MORE_FILES, PeakMemory
 
 pytestmark = pytest.mark.timeout(300)
 SEED = 11
@@ -134,8 +134,7 @@ def test_oversized_messages(port: Port, full: bool) -> None:
             "cache_salt",
         ),
     ]
-    with port.scenario(growth_bytes=256 * MIB), Watch(port.pids["coordinator"]) as watch:
-        was = port.vitals().resident_bytes
+    with port.scenario(growth_bytes=256 * MIB), PeakMemory(port.memory) as memory:
         for _ in range(3 if full else 1):
             for asked, expected, field in cases:
                 with port.channel() as channel:
@@ -143,7 +142,7 @@ def test_oversized_messages(port: Port, full: bool) -> None:
                     code, details = end_of(channel, TEXT, raw, stream=True)
                 assert (code, field_of(details) if field else "") == (expected, field)
     # One message at a time: what came in pieces, the whole of it, and what protobuf makes of it.
-    assert watch.peak_bytes - was < 6 * MAX_REQUEST_BYTES
+    assert memory.growth()["coordinator"] < 6 * MAX_REQUEST_BYTES
 
 
 def test_detokenizing_a_million_tokens_hinders_nobody(port: Port, full: bool) -> None:
@@ -157,8 +156,7 @@ def test_detokenizing_a_million_tokens_hinders_nobody(port: Port, full: bool) ->
 
 def test_a_compressed_bomb(port: Port) -> None:
     """1 MiB that would be 1 GiB: the limit of a message holds for what is unpacked."""
-    with port.scenario(), Watch(port.pids["coordinator"]) as watch:
-        was = port.vitals().resident_bytes
+    with port.scenario(), PeakMemory(port.memory) as memory:
         for size in (2**20, 2**26, 2**30):
             raw = gzip_of_zeros(size)
             with port.raw() as bomb:
@@ -171,7 +169,7 @@ def test_a_compressed_bomb(port: Port) -> None:
                 with suppress(OSError):
                     bomb.send(frame(http2.DATA, http2.END_STREAM, stream))
                 assert bomb.wait_for_end(stream, 10)
-    assert watch.peak_bytes - was < 128 * MIB
+    assert memory.growth()["coordinator"] < 128 * MIB
     raw = request(2, salt="a" * 900).SerializeToString()
     with port.channel() as channel:
         assert list(channel.unary_stream(TEXT)(raw, timeout=10, compression=grpc.Compression.Gzip))

@@ -35,7 +35,7 @@ async def test_a_decode_worker_whose_logits_become_nan(alone: Scenario) -> None:
     await scenario.all_trusted()
     streams = [scenario.ask(case) for case in SHORT * (10 if scenario.full else 4)]
     for stream in streams[:4]:
-        await stream.come(5)
+        await stream.wait_for_tokens(5)
     ends = scenario.cluster[victim].ends
     num_before = len(ends)  # earlier scenarios ended processes here
     scenario.cluster[victim].wanted = True
@@ -57,7 +57,7 @@ async def test_a_decode_worker_whose_logits_are_nan_once(alone: Scenario) -> Non
     await scenario.all_trusted()
     streams = [scenario.ask(case) for case in SHORT]
     for stream in streams:
-        await stream.come(5)
+        await stream.wait_for_tokens(5)
     before = scenario.done(victim, "nan_logits")
     scenario.order(victim, "nan_logits", times=1)
     await scenario.all_whole(streams)

@@ -29,7 +29,7 @@ async def test_a_decode_worker_whose_event_loop_stalls_keeps_its_streams(
     os.kill(scenario.cluster[victim].pid, signal.SIGUSR1)
     stalled = time.monotonic()
     await scenario.until(lambda: scenario.done(victim, "stall") > before, 10, "the loop is held up")
-    struck(any(not stream.over for stream in hit), "they were in mid-answer")
+    struck(any(not stream.is_over for stream in hit), "they were in mid-answer")
     states = set()
     while time.monotonic() < stalled + STALL_S - 0.5:
         states.add((await asyncio.to_thread(scenario.cluster.rows, scenario.front))[victim].state)
@@ -59,7 +59,7 @@ async def test_a_worker_that_stops_in_a_stall_is_lost(alone: Scenario) -> None:
     )
     scenario.cluster[victim].freeze()
     frozen = time.monotonic()
-    struck(any(not stream.over for stream in hit), "they were in mid-answer")
+    struck(any(not stream.is_over for stream in hit), "they were in mid-answer")
     await scenario.all_whole(streams)
     scenario.in_time([s.wait_after(frozen) for s in hit if s.ended_s > frozen], SILENT_S + 1.0)
     scenario.moved(scenario.front, "migrations_total{outcome=resumed}")

@@ -51,7 +51,7 @@ async def test_sigstop_of_d_past_the_lease(scenario: Scenario) -> None:
         victim, hit, streams = await scenario.spread(MIXED, scenario.cluster.decode, tokens=10)
         scenario.cluster[victim].freeze()
         frozen = time.monotonic()
-        struck(any(not stream.over for stream in hit), "they were in mid-answer")
+        struck(any(not stream.is_over for stream in hit), "they were in mid-answer")
         await scenario.all_whole(streams)
         scenario.in_time([s.wait_after(frozen) for s in hit if s.ended_s > frozen], SILENT_S)
         await _past_the_lease(scenario, frozen)

@@ -13,9 +13,9 @@ import pytest
 
 from engine.base.errors import Overloaded
 from tests.faults import checks
-from tests.faults.asks import Stream
 from tests.faults.bench import Bench
 from tests.faults.scenario import Scenario
+from tests.faults.streams import Stream
 from tests.support.stack import Stack
 from tests.support.vitals import vitals
 
@@ -140,11 +140,11 @@ async def test_overload(scenario: Scenario) -> None:
             promised: float | None = None
             for _ in range(20):
                 stream = scenario.ask(case, front=front)
-                await stream.end()
+                await stream.wait_for_end()
                 tries.append((stream, promised))
                 if stream.error is None:
                     return stream
-                meaning = stream.meaning
+                meaning = stream.api_error
                 assert isinstance(meaning, Overloaded), f"{stream}: {stream.error!r}"
                 assert not stream.tokens, "shed before anything was said"
                 assert 0 < meaning.retry_after_s <= 60
@@ -164,9 +164,9 @@ async def test_overload(scenario: Scenario) -> None:
         assert share > 0.5, "RetryInfo is truthful"
         by_tokens = [scenario.ask(case, front=front) for case in ("long-0", "long-1-sampled")]
         for stream in by_tokens:
-            await stream.end()
+            await stream.wait_for_end()
         shed = [stream for stream in by_tokens if stream.error is not None]
-        assert len(shed) == 1 and isinstance(shed[0].meaning, Overloaded)
+        assert len(shed) == 1 and isinstance(shed[0].api_error, Overloaded)
         scenario.moved(front, "admission_rejections_total{reason=requests}")
         scenario.moved(front, "admission_rejections_total{reason=tokens}")
     scenario.longest_wait_s = 5.0  # unrelated requests at the other coordinator

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -46,15 +46,16 @@ def vitals(pid: int) -> Vitals:
     )
 
 
-class Watch:
-    """The largest memory of a process while a block runs."""
+class PeakMemory:
+    """The largest memory of processes while a block runs; `sizes` measures them, bytes by name."""
 
-    def __init__(self, pid: int, interval_s: float = 0.05) -> None:
-        self._pid = pid
+    def __init__(self, sizes: Callable[[], Mapping[str, int]], interval_s: float = 0.05) -> None:
+        self._sizes = sizes
         self._interval_s = interval_s
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self.peak_bytes = 0
+        self._first = dict(sizes())
+        self._peak = dict(self._first)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -69,9 +70,14 @@ class Watch:
         self._over.set()
         self._thread.join()
 
+    def growth(self) -> dict[str, int]:
+        """Bytes above the first measurement."""
+        return {name: peak - self._first.get(name, 0) for name, peak in self._peak.items()}
+
     def _run(self) -> None:
         while not self._over.wait(self._interval_s):
-            self.peak_bytes = max(self.peak_bytes, vitals(self._pid).resident_bytes)
+            for name, size in self._sizes().items():
+                self._peak[name] = max(self._peak.get(name, 0), size)
 
 
 @dataclass

@@ -1,9 +1,9 @@
-"""A caller of ordinary answers in a process of its own, and what its lines tell.
+"""Sends ordinary requests from a process of its own, which prints a line for each event.
 
-    python -m tests.faults.greed.bystander GRPC HTTP NUM_STREAMS      until stdin closes
+    python -m tests.faults.isolation.latency_probe GRPC HTTP NUM_STREAMS      until stdin closes
 
     ["begin", stream, moment]              a request is sent
-    ["tokens", stream, moment, [ids]]      a message is here
+    ["tokens", stream, moment, [ids]]      a message has come
     ["end", stream, moment, error or ""]   the answer is whole, or failed
     ["health", moment, seconds, status]    GET /health of the coordinator, on a new connection
 
@@ -45,7 +45,7 @@ HEALTH_S, HEALTH_TIMEOUT_S = 0.2, 10.0
 
 
 async def _main(address: str, http_address: str, num_streams: int) -> None:
-    _go_first()
+    _raise_priority()
     over = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -60,14 +60,14 @@ async def _main(address: str, http_address: str, num_streams: int) -> None:
         await asyncio.gather(*work, _poll(http_address, over))
 
 
-def _go_first() -> None:
+def _raise_priority() -> None:
     """Measure as a caller on another machine does: without a wait for this one's cores."""
     with suppress(OSError):  # not root
         os.nice(-10)
         Path("/proc/self/autogroup").write_text("-10")  # where cores are shared by session
 
 
-def _tell(*line: object) -> None:
+def _report(*line: object) -> None:
     print(json.dumps(line), flush=True)
 
 
@@ -75,22 +75,22 @@ async def _ask(stub: Any, over: asyncio.Event, stream: int) -> None:
     for number in itertools.count():
         request = generate_request(
             PROMPT,
-            request_id=f"bystander-{stream}-{number}-{time.monotonic_ns()}",
+            request_id=f"probe-{stream}-{number}-{time.monotonic_ns()}",
             cache_salt=f"{time.monotonic_ns()}-{stream}",
             max_tokens=NUM_TOKENS,
             ignore_eos=True,
             temperature=0.8,
             seed=stream,
         )
-        _tell("begin", stream, time.monotonic())
+        _report("begin", stream, time.monotonic())
         error = ""
         try:
             async for response in stub.Generate(request, timeout=120):
                 if ids := list(response.delta.token_ids):
-                    _tell("tokens", stream, time.monotonic(), ids)
+                    _report("tokens", stream, time.monotonic(), ids)
         except grpc.RpcError as failed:
             error = f"{failed.code().name}: {failed.details()}"  # type: ignore[attr-defined]
-        _tell("end", stream, time.monotonic(), error)
+        _report("end", stream, time.monotonic(), error)
         if over.is_set():
             return
         if error:
@@ -106,7 +106,7 @@ async def _poll(http_address: str, over: asyncio.Event) -> None:
                 status = await _health(host, int(port))
         except (OSError, TimeoutError) as error:
             status = type(error).__name__
-        _tell("health", begun_s, time.monotonic() - begun_s, status)
+        _report("health", begun_s, time.monotonic() - begun_s, status)
         await asyncio.sleep(HEALTH_S)
 
 
@@ -122,7 +122,7 @@ async def _health(host: str, port: int) -> str:
         writer.close()
 
 
-# -- as its test sees it ---------------------------------------------------------------------------
+# -- in the test ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +146,8 @@ class _Answer:
     error: str = ""
 
 
-class Bystander:
-    """The process, and all that it told. Use as a context manager."""
+class LatencyProbe:
+    """The process and its events. A context manager."""
 
     def __init__(self, address: str, http_address: str, num_streams: int) -> None:
         self._command = [sys.executable, "-m", __name__, address, http_address, str(num_streams)]
@@ -177,7 +177,7 @@ class Bystander:
         self._process.stdin.close()
         try:
             self._process.wait(30 if error is None else 1)
-        except subprocess.TimeoutExpired:  # what its answers lack is seen in `wrong` and `gaps`
+        except subprocess.TimeoutExpired:  # `wrong` and `gaps` show what is missing
             self._process.kill()
             self._process.wait()
         finally:
@@ -196,12 +196,6 @@ class Bystander:
                 Gap(a.begun_s, a.moments[0] if a.moments else a.ended_s or math.inf)
                 for a in answers
             ]
-
-    def num_tokens(self, begin_s: float, end_s: float) -> int:
-        """How many messages came within."""
-        with self._lock:
-            moments = [m for stream in self._answers for a in stream for m in a.moments]
-        return sum(begin_s <= moment < end_s for moment in moments)
 
     def num_answers(self) -> int:
         """How many are whole, of the stream that has fewest."""

@@ -1,10 +1,11 @@
 """One request cannot harm another: attacks of one request, or the few that make one, against
-ordinary answers of other callers on 2 + 2 workers (tests/faults/greed).
+ordinary answers of other callers on 2 + 2 workers (tests/faults/isolation).
 
 While each runs, the others' p99 between tokens stays within twice the undisturbed one, measured
 side by side; their tokens are the undisturbed ones; memory is bounded; /health answers within a
-second; the attacker gets a documented end. Afterwards nothing is held, nothing computes, all
-processes are the same, and no log has a traceback. At the end SIGTERM ends the stack amid attacks.
+second; each request of an attack has a documented end. Afterwards nothing is held, nothing
+computes, all processes are the same, and no log has a traceback. At the end SIGTERM ends the stack
+amid attacks.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from functools import partial
 
 import pytest
 
-from tests.faults.greed import attack
-from tests.faults.greed.arena import DRAIN_S, FULL, SHORT, Arena
-from tests.faults.greed.scenarios import SIGTERM_AMID, Scenario, looping_model, refused, rows_of
+from tests.faults.isolation import attack
+from tests.faults.isolation.attacked_stack import DRAIN_S, AttackedStack
+from tests.faults.isolation.scenarios import SIGTERM_AMID, Scenario, looping_model, refused, rows_of
+from tests.faults.isolation.windows import FULL, SHORT
 from tests.faults.scenario import NOTES
 
 REFUSAL_S = 1.0
@@ -26,10 +28,10 @@ pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")
-def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
-    folder = tmp_path_factory.mktemp("greed")
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AttackedStack]:
+    folder = tmp_path_factory.mktemp("isolation")
     model = looping_model(folder / "smollm2.gguf")
-    with Arena(folder, "--model", str(model), "--model-name", "smollm2") as ready:
+    with AttackedStack(folder, "--model", str(model), "--model-name", "smollm2") as ready:
         yield ready
 
 
@@ -42,23 +44,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_one_request_harms_no_other(
-    arena: Arena, scenarios: list[Scenario], full: bool, request: pytest.FixtureRequest
+    attacked: AttackedStack, scenarios: list[Scenario], full: bool, request: pytest.FixtureRequest
 ) -> None:
-    NOTES[request.node.name] = arena.check(scenarios, FULL if full else SHORT)
+    NOTES[request.node.name] = attacked.check(scenarios, FULL if full else SHORT)
 
 
-def test_refusals_are_quick_while_all_places_are_taken(arena: Arena) -> None:
+def test_refusals_are_quick_while_all_places_are_taken(attacked: AttackedStack) -> None:
     """Each names a time to come back; it takes what a new connection takes."""
-    ends = arena.send(partial(refused, num_places=256, num=100))
+    ends = attacked.send(partial(refused, num_places=256, num=100))
     assert {end.code for end in ends} == {"RESOURCE_EXHAUSTED"}, str(ends[0])
     seconds = sorted(end.seconds for end in ends)
     NOTES["refusals"] = [f"p50 {1000 * seconds[50]:.0f} ms, the slowest {1000 * seconds[-1]:.0f}"]
     assert seconds[-1] < REFUSAL_S
-    arena.stack.assert_at_rest(20)
+    attacked.stack.assert_at_rest(20)
 
 
-def test_sigterm_ends_the_stack_amid_attacks(arena: Arena) -> None:
-    stack = arena.stack
+def test_sigterm_ends_the_stack_amid_attacks(attacked: AttackedStack) -> None:
+    stack = attacked.stack
     target = attack.Target(stack.address, stack.http_address)
     callers = [threading.Thread(target=send, args=(target,), daemon=True) for send in SIGTERM_AMID]
     for caller in callers:

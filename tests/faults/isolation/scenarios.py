@@ -18,7 +18,7 @@ import grpc
 
 from engine.checkpoint.source import default_file
 from engine.pb.diptych.v1 import inference_pb2 as pb
-from tests.faults.greed.attack import (
+from tests.faults.isolation.attack import (
     DEADLINE_S,
     OPTIONS,
     SERVICE,
@@ -70,11 +70,11 @@ class Scenario:
 # -- requests --------------------------------------------------------------------------------------
 
 
-def _asked(max_tokens: int = 64, **fields: Any) -> pb.GenerateRequest:
+def _request(max_tokens: int = 64, **fields: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(
-        request_id=f"greed-{time.monotonic_ns()}",
+        request_id=f"attack-{time.monotonic_ns()}",
         token_ids=pb.TokenIds(ids=PROMPT),
-        cache_salt=f"greed-{time.monotonic_ns()}",
+        cache_salt=f"attack-{time.monotonic_ns()}",
         stop=pb.Stop(max_tokens=max_tokens),
         **fields,
     )
@@ -82,8 +82,8 @@ def _asked(max_tokens: int = 64, **fields: Any) -> pb.GenerateRequest:
 
 def constrained_by(target: Target, kind: str, source: str) -> list[End]:
     """An answer held to `source`."""
-    asked = _asked(max_tokens=200, constraint=pb.Constraint(**{kind: source}))
-    return [call(target, "Generate", asked)]
+    request = _request(max_tokens=200, constraint=pb.Constraint(**{kind: source}))
+    return [call(target, "Generate", request)]
 
 
 def _constrained(target: Target, kind: str, source: Callable[[str], str]) -> list[End]:
@@ -179,31 +179,31 @@ def _tools_by_http(target: Target, source: Callable[[str], str]) -> list[End]:
 
 
 def _tools_by_grpc(target: Target, source: Callable[[str], str]) -> list[End]:
-    asked = pb.ChatRequest(
-        request_id=f"greed-{time.monotonic_ns()}",
+    request = pb.ChatRequest(
+        request_id=f"attack-{time.monotonic_ns()}",
         messages=[pb.Message(role="user", content="call it")],
         tools_json=json.dumps(_tools(source)),
         tool_choice=pb.ToolChoice(mode=pb.ToolChoice.MODE_REQUIRED),
         stop=pb.Stop(max_tokens=64),
     )
-    return [call(target, "Chat", asked)]
+    return [call(target, "Chat", request)]
 
 
 def _resume(target: Target, num_choices: int, num_tokens: int) -> list[End]:
-    asked = _asked(n=num_choices)
-    asked.stop.max_tokens = num_tokens + 4
-    asked.stop.stop.extend("ab" * 500 + chr(ord("a") + i) for i in range(16))
+    request = _request(n=num_choices)
+    request.stop.max_tokens = num_tokens + 4
+    request.stop.stop.extend("ab" * 500 + chr(ord("a") + i) for i in range(16))
     ids = [1000 + i % 40_000 for i in range(num_tokens)]
     for i in range(num_choices):
-        asked.resume.add(index=i, token_ids=ids)
-    return [call(target, "Generate", asked)]
+        request.resume.add(index=i, token_ids=ids)
+    return [call(target, "Generate", request)]
 
 
 def _choices(target: Target, num_biases: int) -> list[End]:
-    asked = _asked(max_tokens=4, n=64)
+    request = _request(max_tokens=4, n=64)
     for token in range(num_biases):
-        asked.sampling.logit_bias[token] = 0.5
-    return [call(target, "Generate", asked)]
+        request.sampling.logit_bias[token] = 0.5
+    return [call(target, "Generate", request)]
 
 
 @cache
@@ -257,68 +257,70 @@ def _unfinished(target: Target, num: int, num_bytes: int) -> list[End]:
 
 
 def _tokenize(target: Target, num_callers: int, num_calls: int, num_words: int) -> list[End]:
-    asked = pb.TokenizeRequest(text="unbelievable words " * (num_words // 2))
+    request = pb.TokenizeRequest(text="unbelievable words " * (num_words // 2))
     return together(
-        num_callers, lambda _: [call(target, "Tokenize", asked) for _ in range(num_calls)]
+        num_callers, lambda _: [call(target, "Tokenize", request) for _ in range(num_calls)]
     )
 
 
-def _scored(target: Target, num: int, num_tokens: int, num_alternatives: int | None) -> list[End]:
+def _prompt_logprobs(
+    target: Target, num: int, num_tokens: int, num_alternatives: int | None
+) -> list[End]:
     def one(i: int) -> End:
-        asked = _asked(max_tokens=1)
-        asked.token_ids.ids[:] = [1000 + (7 * i + j) % 40_000 for j in range(num_tokens)]
+        request = _request(max_tokens=1)
+        request.token_ids.ids[:] = [1000 + (7 * i + j) % 40_000 for j in range(num_tokens)]
         if num_alternatives is not None:
-            asked.output.prompt_logprobs = num_alternatives
-        return call(target, "Generate", asked, timeout_s=180)
+            request.output.prompt_logprobs = num_alternatives
+        return call(target, "Generate", request, timeout_s=180)
 
     return together(num, one)
 
 
 def _urgent(target: Target, num_callers: int, num_calls: int) -> list[End]:
-    """As urgent as it can be said (the least number is served first, and the greatest)."""
+    """The lowest priority value, which is served first, and the highest, in turn."""
 
     def one(i: int) -> list[End]:
         found = []
         for _ in range(num_calls):
-            asked = _asked(max_tokens=8)
-            asked.priority = -(2**31) if i % 2 else 2**31 - 1
-            found.append(call(target, "Generate", asked))
+            request = _request(max_tokens=8)
+            request.priority = -(2**31) if i % 2 else 2**31 - 1
+            found.append(call(target, "Generate", request))
         return found
 
     return together(num_callers, one)
 
 
 def refused(target: Target, num_places: int, num: int) -> list[End]:
-    """The answers to `num` requests in turn while others keep all places."""
+    """The ends of `num` requests in turn while others have all places."""
     options = (*OPTIONS, ("grpc.enable_retries", 0))
     with grpc.insecure_channel(target.address, options=options) as channel:
         generate = channel.unary_stream(SERVICE + "Generate")
-        keepers = []
+        blockers = []
         for _ in range(num_places // 64):
-            asked = _asked(max_tokens=256, n=64)
-            asked.stop.ignore_eos = True
-            keepers.append(generate(asked.SerializeToString(), timeout=DEADLINE_S))
+            request = _request(max_tokens=256, n=64)
+            request.stop.ignore_eos = True
+            blockers.append(generate(request.SerializeToString(), timeout=DEADLINE_S))
         try:
-            until(lambda: _num_inside(target) >= num_places, DEADLINE_S, "all places are taken")
-            return [call(target, "Generate", _asked()) for _ in range(num)]
+            until(lambda: _num_admitted(target) >= num_places, DEADLINE_S, "all places are taken")
+            return [call(target, "Generate", _request()) for _ in range(num)]
         finally:
-            for keeper in keepers:
-                keeper.cancel()
+            for blocker in blockers:
+                blocker.cancel()
 
 
-def _num_inside(target: Target) -> float:
+def _num_admitted(target: Target) -> float:
     """How many answers the coordinator has admitted and not finished."""
     seen = metrics_of(target.http_address)
     return seen["diptych_num_requests_running"] + seen["diptych_num_requests_waiting"]
 
 
-def _loops(target: Target) -> list[End]:
-    asked = pb.ChatRequest(
-        request_id=f"greed-{time.monotonic_ns()}",
+def _looping_template(target: Target) -> list[End]:
+    request = pb.ChatRequest(
+        request_id=f"attack-{time.monotonic_ns()}",
         messages=[pb.Message(role="user", content=LOOPING)],
         stop=pb.Stop(max_tokens=4),
     )
-    return [call(target, "Chat", asked)]
+    return [call(target, "Chat", request)]
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -450,9 +452,9 @@ SCENARIOS = (
     ),
     Scenario(
         "log-probabilities of prompts of 8,000 tokens",
-        partial(_scored, num=2, num_tokens=8000, num_alternatives=20),
+        partial(_prompt_logprobs, num=2, num_tokens=8000, num_alternatives=20),
         ends((OK, ""), (EXHAUSTED, "")),
-        control=partial(_scored, num=2, num_tokens=8000, num_alternatives=None),
+        control=partial(_prompt_logprobs, num=2, num_tokens=8000, num_alternatives=None),
     ),
     Scenario(
         "a flood of urgent requests",
@@ -463,7 +465,7 @@ SCENARIOS = (
     ),
     Scenario(
         "a chat template that loops",
-        _loops,
+        _looping_template,
         ends((INVALID, "messages"), ("DEADLINE_EXCEEDED", "")),
         group="calls",
     ),

@@ -18,7 +18,7 @@ from engine.rpc.channel import open_channel
 from engine.rpc.status import from_rpc_error
 from tests.faults.oracle import Case, Oracle
 
-PATIENCE_S = 60.0
+_TIMEOUT_S = 60.0
 _numbers = itertools.count(1)
 
 
@@ -28,11 +28,11 @@ class Stream:
 
     case: Case
     request_id: str
-    given: Sequence[Sequence[int]] = ()  # of each choice, what was handed in by `resume`
+    resumed: Sequence[Sequence[int]] = ()  # of each choice, what was handed in by `resume`
     choices: list[list[int]] = field(default_factory=list)  # tokens that came, of each choice
     texts: list[str] = field(default_factory=list)
-    moments: list[float] = field(default_factory=list)  # of each token, whatever its choice
-    began_s: float = field(default_factory=time.monotonic)
+    token_times_s: list[float] = field(default_factory=list)  # of each token, whatever its choice
+    sent_s: float = field(default_factory=time.monotonic)
     ended_s: float = 0.0
     error: Exception | None = None
     ends: dict[int, Any] = field(default_factory=dict)  # of each choice, its last message
@@ -53,22 +53,22 @@ class Stream:
         """Whether each choice has come to its end."""
         return len(self.ends) == self.case.num_choices
 
-    def take(self, choice: int, text: str, token_ids: Sequence[int]) -> None:
+    def add(self, choice: int, text: str, token_ids: Sequence[int]) -> None:
         """What has come just now."""
         self.texts[choice] += text
         self.choices[choice] += token_ids
-        self.moments += [time.monotonic()] * len(token_ids)
+        self.token_times_s += [time.monotonic()] * len(token_ids)
         self.changed.set()
 
-    async def come(self, count: int, timeout_s: float = PATIENCE_S) -> None:
+    async def wait_for_tokens(self, count: int, timeout_s: float = _TIMEOUT_S) -> None:
         """Until so many tokens of each choice are here."""
         async with asyncio.timeout(timeout_s):
             while min(map(len, self.choices)) < count:
-                assert not self.over, f"{self} ended early: {self.error!r}"
+                assert not self.is_over, f"{self} ended early: {self.error!r}"
                 self.changed.clear()
                 await self.changed.wait()
 
-    async def end(self, timeout_s: float = PATIENCE_S) -> None:
+    async def wait_for_end(self, timeout_s: float = _TIMEOUT_S) -> None:
         """Until it has ended, well or not."""
         assert self.task is not None
         await asyncio.wait_for(asyncio.shield(self.task), timeout_s)
@@ -80,12 +80,12 @@ class Stream:
         await asyncio.gather(self.task, return_exceptions=True)
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         """Whether nothing more will come."""
         return self.task is not None and self.task.done()
 
     @property
-    def meaning(self) -> DiptychError | None:
+    def api_error(self) -> DiptychError | None:
         """The error as the API means it."""
         if isinstance(self.error, grpc.RpcError):
             return from_rpc_error(self.error)
@@ -94,12 +94,12 @@ class Stream:
     def wait_after(self, moment: float) -> float:
         """The longest wait for a next token (or the end) from `moment` on; 0 if it was over."""
         end_s = self.ended_s or time.monotonic()
-        points = [moment, *(m for m in [*self.moments, end_s] if m > moment)]
+        points = [moment, *(m for m in [*self.token_times_s, end_s] if m > moment)]
         return max((b - a for a, b in itertools.pairwise(points)), default=0.0)
 
     def longest_wait_s(self) -> float:
         """Between any two tokens, the first one's included."""
-        moments = [self.began_s, *self.moments]
+        moments = [self.sent_s, *self.token_times_s]
         return max((b - a for a, b in itertools.pairwise(moments)), default=0.0)
 
     def check(self, oracle: Oracle) -> None:
@@ -116,7 +116,7 @@ class Stream:
                 what = f"{self}: choice {i} has {num} tokens, expected {wanted}"
                 raise oracle.failure(self.case, what)
             assert usage.completion_tokens == wanted, f"{self}: {usage}"
-            if not self.given and tokens == oracle.answer(self.case, i):
+            if not self.resumed and tokens == oracle.answer(self.case, i):
                 assert self.texts[i] == oracle.text(self.case, i), f"{self}: choice {i}"
 
     def check_so_far(self, oracle: Oracle) -> None:
@@ -127,19 +127,19 @@ class Stream:
 
     def _first(self, choice: int) -> int:
         """Index in the answer of the first token that came."""
-        return len(self.given[choice]) if self.given else 0
+        return len(self.resumed[choice]) if self.resumed else 0
 
     def __str__(self) -> str:
         return f"request {self.request_id} ({self.case.name}, {len(self.tokens)} tokens)"
 
 
-class Asker:
+class Sender:
     """Sends requests to coordinators without any retry of ours or of gRPC's."""
 
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
 
-    def ask(
+    def send(
         self,
         address: str,
         case: Case,
@@ -173,7 +173,9 @@ class Asker:
         self._channels.clear()
 
 
-def follow(client: AsyncClient, case: Case, *, salt: str = "", timeout_s: float = 120.0) -> Stream:
+def send_by_client(
+    client: AsyncClient, case: Case, *, salt: str = "", timeout_s: float = 120.0
+) -> Stream:
     """The same by the client library, which goes on elsewhere when a coordinator is lost."""
     stream = Stream(case, _new_id(case))
     events = client.generate(
@@ -187,7 +189,7 @@ def follow(client: AsyncClient, case: Case, *, salt: str = "", timeout_s: float 
     async def read() -> None:
         async for event in events:
             if isinstance(event, TextDelta):
-                stream.take(event.index, event.text, event.token_ids)
+                stream.add(event.index, event.text, event.token_ids)
             elif isinstance(event, Done):
                 stream.ends[event.index] = event
 
@@ -202,7 +204,7 @@ async def _read(stream: Stream, call: Any) -> None:
                 stream.ends[response.index] = response.finished
             else:
                 delta = response.delta
-                stream.take(response.index, delta.text, delta.token_ids)
+                stream.add(response.index, delta.text, delta.token_ids)
 
     try:
         await _guarded(stream, read())
