@@ -67,6 +67,7 @@ class Coordinator:
         self.membership = Membership(
             model.name, model.limits.vocab_size, metrics, tokenizer_digest=model.tokenizer_digest
         )
+        self.membership.penalty_s = front.worker_penalty_s
         if model.checker:
             model.checker.count = metrics.constraints.tried
         self._admission = Admission(front.max_queued_requests, front.max_queued_tokens, metrics)

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Container, Iterable
 
-from coordinator.cluster.worker import PENALTY_S
 from engine.base.types import Peer
 
+PENALTY_S = 5.0  # default of --worker-penalty-s; proofs within it are one incident
 LOST_S = 60.0  # how long a loss is remembered
 STRIKES = 3  # proofs within STRIKES_S make a worker sick, although its self-test passes
 STRIKES_S = 600.0

@@ -32,7 +32,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from coordinator.cluster.compatibility import ServedIdentity, check_others
-from coordinator.cluster.incidents import STRIKES, Losses, Strikes
+from coordinator.cluster.incidents import PENALTY_S, STRIKES, Losses, Strikes
 from coordinator.cluster.table import WorkerTable
 from coordinator.cluster.worker import HEARTBEAT_S, ClusterView, Hello, Load, Worker, WorkerState
 from engine.base.errors import Mismatch
@@ -67,6 +67,7 @@ class Membership:
         self._strikes = Strikes()
         self._changed = asyncio.Event()
         self._sessions = itertools.count(1)
+        self.penalty_s = PENALTY_S
         self.on_sick: Callable[[Worker], None] = lambda worker: None
 
     @property
@@ -227,7 +228,7 @@ class Membership:
     def penalize(self, worker: Worker) -> None:
         """The worker failed a request: others are preferred for a while."""
         if current := self._of_process(worker.peer):
-            self._table.put(replace(current, penalized_s=self._clock()))
+            self._table.put(replace(current, penalized_until_s=self._clock() + self.penalty_s))
 
     def accuse(self, worker: Worker, witness: Worker) -> None:
         """What the worker could not compute was computed elsewhere: the request is not the reason.
@@ -277,13 +278,9 @@ class Membership:
 
     def _assign(self, peer: Peer, num_requests: int, num_tokens: int) -> None:
         if worker := self._of_process(peer):
-            self._table.put(
-                replace(
-                    worker,
-                    assigned_requests=worker.assigned_requests + num_requests,
-                    assigned_tokens=worker.assigned_tokens + num_tokens,
-                )
-            )
+            requests = worker.assigned_requests + num_requests
+            tokens = worker.assigned_tokens + num_tokens
+            self._table.put(replace(worker, assigned_requests=requests, assigned_tokens=tokens))
 
     def last_beat_s(self, worker_id: str, since_s: float) -> float | None:
         """When a process of this place that registered after `since_s` last reported, monotonic.

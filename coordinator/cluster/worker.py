@@ -30,10 +30,8 @@ from engine.base.types import (
 HEARTBEAT_S = 0.5
 SILENCE_S = 3.0  # without a heartbeat: suspect
 FORGET_S = 60.0  # a suspect stays in the table, for operators to see
-PENALTY_S = 5.0  # how long a worker that failed a request is avoided
-_RECENT_S = 2 * HEARTBEAT_S
 # What a row keeps where the same process registers again.
-_KEPT = ("since_s", "load", "assigned_requests", "assigned_tokens", "penalized_s", "is_sick")
+_KEPT = ("since_s", "load", "assigned_requests", "assigned_tokens", "penalized_until_s", "is_sick")
 
 
 class WorkerState(Enum):
@@ -105,7 +103,7 @@ class Worker:
     # Sent by this coordinator and not finished: newer than any heartbeat.
     assigned_requests: int = 0
     assigned_tokens: int = 0
-    penalized_s: float = -math.inf  # last failure of a request
+    penalized_until_s: float = -math.inf  # set when a request failed
     kv_pool: KVPool = NO_KV_POOL
     is_sick: bool = False
     beat_s: float = 0.0  # registration or last heartbeat
@@ -140,7 +138,7 @@ class Worker:
     def is_degraded(self, now_s: float) -> bool:
         """Whether other workers are preferred at this moment."""
         return (
-            now_s - self.penalized_s < PENALTY_S
+            now_s < self.penalized_until_s
             or now_s - self.heard_s > SILENCE_S  # its event loop stalls
             or self.load.health is not Health.OK
             or self.is_sick
@@ -148,7 +146,7 @@ class Worker:
 
     def is_heard(self, now_s: float) -> bool:
         """Whether it is not suspect, and sent a heartbeat very recently."""
-        return self.state is not WorkerState.SUSPECT and now_s - self.heard_s < _RECENT_S
+        return self.state is not WorkerState.SUSPECT and now_s - self.heard_s < 2 * HEARTBEAT_S
 
 
 @dataclass(frozen=True, slots=True)

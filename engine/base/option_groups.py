@@ -260,6 +260,9 @@ class FrontOptions:
     worker_wait_s: float = option(
         20.0, "how long a request waits for a worker to appear", minimum=0
     )
+    worker_penalty_s: float = option(
+        5.0, "how long other workers are preferred to one that failed a request", minimum=0
+    )
     max_queued_requests: int = option(
         256, "concurrent admitted requests; further ones are refused with a retry time", minimum=1
     )

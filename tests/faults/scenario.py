@@ -19,13 +19,13 @@ from typing import Any
 
 import httpx
 
-from coordinator.cluster.worker import PENALTY_S
 from tests.faults import checks
 from tests.faults.load import Load
 from tests.faults.oracle import CASES, Case, Oracle, Pace
 from tests.faults.streams import Sender, Stream
 from tests.support.cluster import SPARE, Cluster
 from tests.support.stack import until
+from tests.support.timeouts import PENALTY_S
 
 KILL_S = 2.0  # with a spare the next token comes within this after a kill
 SILENT_S = 5.0  # and within this after a SIGSTOP or a partition

@@ -18,6 +18,7 @@ class Timeouts:
     pull_timeout_s: float | None = None
     quarantine_s: float | None = None
     worker_wait_s: float | None = None
+    worker_penalty_s: float | None = None
     worker_hang_s: float | None = None
 
     @property
@@ -34,17 +35,23 @@ class Timeouts:
     @property
     def coordinator_flags(self) -> tuple[str, ...]:
         """What a coordinator of workers elsewhere takes."""
-        return _flags({"--worker-wait-s": self.worker_wait_s})
+        return _flags(
+            {
+                "--worker-wait-s": self.worker_wait_s,
+                "--worker-penalty-s": self.worker_penalty_s,
+            }
+        )
 
     @property
     def stack_flags(self) -> tuple[str, ...]:
         """What a coordinator with local workers takes; it hands the workers' on."""
-        own = {"--worker-wait-s": self.worker_wait_s, "--worker-hang-s": self.worker_hang_s}
-        return (*_flags(own), *self.worker_flags)
+        own = _flags({"--worker-hang-s": self.worker_hang_s})
+        return (*self.coordinator_flags, *own, *self.worker_flags)
 
 
-CLUSTER = Timeouts(lease_ttl_s=3.0, worker_wait_s=20.0)
+CLUSTER = Timeouts(lease_ttl_s=3.0, worker_wait_s=20.0, worker_penalty_s=2.0)
 LEASE_TTL_S = CLUSTER.lease_ttl_s or 0.0
+PENALTY_S = CLUSTER.worker_penalty_s or 0.0
 
 
 def _flags(limits: dict[str, float | None]) -> tuple[str, ...]:

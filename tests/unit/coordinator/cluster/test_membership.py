@@ -4,8 +4,9 @@ import math
 import pytest
 from prometheus_client import CollectorRegistry
 
+from coordinator.cluster.incidents import PENALTY_S
 from coordinator.cluster.membership import Membership
-from coordinator.cluster.worker import FORGET_S, PENALTY_S, SILENCE_S, Hello, Load
+from coordinator.cluster.worker import FORGET_S, SILENCE_S, Hello, Load
 from coordinator.generation.dispatch import Dispatch
 from coordinator.routing.policy import LeastLoaded, RequestView
 from coordinator.routing.retry import Retry

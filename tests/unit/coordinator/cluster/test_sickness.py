@@ -11,10 +11,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from coordinator.api.grpc.admin import _row
-from coordinator.cluster.incidents import STRIKES, STRIKES_S
+from coordinator.cluster.incidents import PENALTY_S, STRIKES, STRIKES_S
 from coordinator.cluster.membership import Membership
 from coordinator.cluster.registry_service import RegistryServicer
-from coordinator.cluster.worker import PENALTY_S, Hello, Load, Worker
+from coordinator.cluster.worker import Hello, Load, Worker
 from coordinator.commands.status import state_cell
 from coordinator.generation.dispatch import Dispatch
 from coordinator.routing.policy import LeastLoaded

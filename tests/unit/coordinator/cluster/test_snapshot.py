@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 from prometheus_client import CollectorRegistry
 
+from coordinator.cluster.incidents import PENALTY_S
 from coordinator.cluster.membership import Membership
 from coordinator.cluster.table import WorkerTable
 from coordinator.cluster.worker import (
     FORGET_S,
-    PENALTY_S,
     SILENCE_S,
     Hello,
     Load,
@@ -180,7 +180,15 @@ def test_a_penalty_ends_without_an_event():
     table.now += PENALTY_S / 2
     view = table.members.view()
     assert not view.workers[0].is_degraded(view.now_s)
-    assert row.is_degraded(row.penalized_s + PENALTY_S / 2), "the row itself holds no result"
+    assert row.is_degraded(row.penalized_until_s - PENALTY_S / 2), "the row itself holds no result"
+
+
+def test_a_penalty_is_as_long_as_the_option():
+    table = Table()
+    table.members.penalty_s = 1.5
+    table.members.penalize(table.register("d0"))
+    assert table.row("d0").is_degraded(table.now + 1.4)
+    assert not table.row("d0").is_degraded(table.now + 1.5)
 
 
 def test_a_stall_that_is_not_reported_again_ends_as_silence():

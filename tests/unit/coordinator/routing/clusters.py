@@ -41,6 +41,6 @@ def random_worker(rng: random.Random, name: str) -> Worker:
         heard_s=NOW_S - rng.choice((0.0, 0.4, 0.999, 1.0, 2.9, 3.0, 3.1)),
         assigned_requests=rng.choice((0, 0, 1, 8)),
         assigned_tokens=rng.choice((0, 0, 16, 1000)),
-        penalized_s=rng.choice((-float("inf"),) * 4 + (NOW_S - 4.9, NOW_S - 5.0, NOW_S - 1)),
+        penalized_until_s=rng.choice((-float("inf"),) * 4 + (NOW_S + 0.1, NOW_S, NOW_S + 4)),
         is_sick=rng.random() < 0.05,
     )

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
+from coordinator.cluster.incidents import PENALTY_S
 from coordinator.cluster.worker import (
     HEARTBEAT_S,
-    PENALTY_S,
     SILENCE_S,
     ClusterView,
     Load,
@@ -67,7 +67,10 @@ def test_a_prompt_without_a_whole_block_before_its_last_token_needs_no_prefill(n
 
 def test_time_alone_ends_a_penalty_and_degrades_a_stalled_worker():
     """The rows are the same objects: only the moment of the view differs."""
-    workers = [worker("d0", penalized_s=NOW_S), worker("d1", load=Load(num_running=1))]
+    workers = [
+        worker("d0", penalized_until_s=NOW_S + PENALTY_S),
+        worker("d1", load=Load(num_running=1)),
+    ]
     assert chosen(view(*workers)) == "d1"
     heard = [replace(w, heard_s=NOW_S + PENALTY_S) for w in workers]
     assert chosen(view(*heard, now_s=NOW_S + PENALTY_S - 0.01)) == "d1"
@@ -168,7 +171,7 @@ def old_snapshot(cluster: ClusterView):
     return [
         (
             w,
-            now - w.penalized_s < PENALTY_S
+            now < w.penalized_until_s
             or now - w.heard_s > SILENCE_S
             or w.load.health is not Health.OK
             or w.is_sick,

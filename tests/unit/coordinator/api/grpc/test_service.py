@@ -264,7 +264,8 @@ async def test_when_all_attempts_fail_the_client_learns_how_far_it_came(checkpoi
 
 
 async def test_no_worker_is_unavailable_after_the_wait(checkpoint):
-    async with front(checkpoint, worker_wait_s=0.3) as f:
+    async with front(checkpoint, worker_wait_s=0.3, worker_penalty_s=0.2) as f:
+        assert f.coordinator.membership.penalty_s == 0.2
         started = time.monotonic()
         error = await error_of(f.call())
         assert 0.3 <= time.monotonic() - started < 3
