@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -23,10 +24,13 @@ class Windows:
     num_rounds: int
     quiet_s: float
     attack_s: float
+    # No further round after so much time under attack: one pass of a group of long attacks has more
+    # gaps than all rounds of a short one.
+    enough_s: float = math.inf
 
 
 FULL = Windows(num_rounds=3, quiet_s=2.5, attack_s=4.0)
-SHORT = Windows(num_rounds=2, quiet_s=1.5, attack_s=2.0)
+SHORT = Windows(num_rounds=2, quiet_s=1.5, attack_s=2.0, enough_s=8.0)
 
 
 class Window:
@@ -38,6 +42,7 @@ class Window:
         self._until_s = self._begun_s + seconds
         self._foreign_s = foreign_cpu_s()
         self.gaps: list[float] = []
+        self.seconds = 0.0
         self.foreign = 0.0  # cores that other programs took
 
     def __enter__(self) -> Self:
@@ -47,7 +52,8 @@ class Window:
         if kind is None:
             time.sleep(max(0.0, self._until_s - time.monotonic()))
             now_s = time.monotonic()
-            self.foreign = (foreign_cpu_s() - self._foreign_s) / (now_s - self._begun_s)
+            self.seconds = now_s - self._begun_s
+            self.foreign = (foreign_cpu_s() - self._foreign_s) / self.seconds
             self.gaps = [
                 min(gap.end_s, now_s) - gap.begin_s
                 for gap in self._probe.gaps()
