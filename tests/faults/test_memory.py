@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from tests.faults import checks
-from tests.faults.bench import Bench
+from tests.faults.bench import Bench, SharedBench
 from tests.faults.leases import calls, leased
 from tests.faults.scenario import Scenario, TooLate, fresh_salt, struck
 from tests.faults.streams import Stream
@@ -22,23 +22,29 @@ from tests.support.timeouts import LEASE_TTL_S
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("one_pair")]
 
 P, D = "prefill-0", "decode-0"
+SPARES = ("prefill-1", "decode-1")
 FREE_S = 1.0  # for everything that a cancelled request held
 BLOCK = 16
 LATE_S = LEASE_TTL_S + 1.5  # before the bench's --pull-timeout-s is over
 
 
 @pytest.fixture(scope="module")
-def one_pair(bench: Bench) -> Iterator[None]:
-    """The spares are away."""
-    cluster, spares = bench.cluster, ("prefill-1", "decode-1")
-    _hold(cluster, spares)
+def spares_return(benches: SharedBench) -> Iterator[None]:
+    """At the end of the module."""
     yield
-    for name in spares:
+    cluster = benches.get().cluster
+    for name in SPARES:
         cluster[name].held = False
     cluster.until_whole()
 
 
-def _hold(cluster: Cluster, names: tuple[str, ...]) -> None:
+@pytest.fixture
+def one_pair(bench: Bench, spares_return: None) -> None:
+    """The spares are away."""
+    _hold(bench.cluster, [name for name in SPARES if not bench.cluster[name].held])
+
+
+def _hold(cluster: Cluster, names: list[str]) -> None:
     for name in names:
         cluster[name].held = True
         cluster[name].kill()
