@@ -159,7 +159,7 @@ class Scenario:
             for line in self.cluster.log_lines(front, since):
                 if line.get("event") != "attempt lost":
                     continue
-                happened = time.monotonic() - (time.time() - _seconds(str(line["timestamp"])))
+                happened = time.monotonic() - (time.time() - seconds_of(str(line["timestamp"])))
                 name = line["prefill"] if line["lost"] == "prefill" else line["worker"]
                 place = self.cluster[str(name)]
                 if place.alive and place.started_s < happened:
@@ -373,7 +373,8 @@ class Scenario:
         return path.read_text().split().count(fault) if path.exists() else 0
 
 
-def _seconds(timestamp: str) -> float:
+def seconds_of(timestamp: str) -> float:
+    """The moment of a log line, of the wall clock."""
     return datetime.fromisoformat(timestamp).timestamp()
 
 

@@ -14,7 +14,7 @@ import pytest
 from engine.base.errors import Overloaded
 from tests.faults import checks
 from tests.faults.bench import Bench
-from tests.faults.scenario import Scenario
+from tests.faults.scenario import Scenario, seconds_of
 from tests.faults.streams import Stream
 from tests.support.stack import Stack
 from tests.support.vitals import vitals
@@ -41,8 +41,9 @@ async def test_wall_clock_jumps(scenario: Scenario, bench: Bench) -> None:
         bench.skew.jump(0.0)
     for name in scenario.cluster.workers:
         lines = scenario.cluster.log_lines(name, scenario.log_mark(name))
-        days = {str(line.get("timestamp", ""))[:10] for line in lines}
-        assert len(days) > 1, f"{name} saw no other day: the clock was not bent"
+        seen_s = [seconds_of(line["timestamp"]) for line in lines]
+        # One of the jumps; a worker without a request meanwhile logs nothing.
+        assert max(seen_s) - min(seen_s) > 3000, f"{name}: its clock did not jump"
         assert not [x for x in lines if "ran out" in str(x.get("event"))], f"{name} lost leases"
     await scenario.finish()
 
