@@ -115,6 +115,7 @@ def _serve(orders: socket.socket) -> dict[str, Any] | None:
                 for other in running:
                     os.close(other)
                 return order
+            os.setpgid(pid, pid)  # one session, as under a coordinator
             running[fd := os.pidfd_open(pid)] = pid
             poll.register(fd, select.POLLIN)
             orders.send(json.dumps({"pid": pid}).encode())
@@ -128,7 +129,6 @@ def main() -> None:
         importlib.import_module(module)
     if (order := _serve(socket.socket(fileno=int(fd)))) is None:
         return
-    os.setpgid(0, 0)  # one session, as under a coordinator
     log = os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
