@@ -23,9 +23,9 @@ from engine.base.types import Constraint
 from engine.constraints import Compiler, Matcher, Vocabulary
 from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.rpc.convert import (
+    enum_to_pb,
     logprobs_to_pb,
     prefill_peer_of,
-    reason_to_pb,
     sampling_from_pb,
     stop_from_pb,
 )
@@ -246,7 +246,7 @@ class _DecodeCall:
         if event.error:
             raise event.error
         return pb.DecodeFinished(
-            finish_reason=reason_to_pb(event.reason),
+            finish_reason=enum_to_pb(event.reason),
             matched_stop_token=event.matched_stop,
             cached_tokens=event.counts.num_cached_tokens,
             draft_tokens=event.counts.num_draft_tokens,

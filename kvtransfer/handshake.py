@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 from engine.base.errors import Mismatch
-from engine.base.kv_layout import LayerGroup
 from engine.pb.diptych.internal.v1 import worker_pb2 as pb
-from engine.rpc.convert import from_pb, values_of
+from engine.rpc.convert import from_pb, to_pb
 from kvtransfer.plan import pieces
-from kvtransfer.transport import (
-    GENERATION_BYTES,
-    Agent,
-    MemoryRegion,
-    Region,
-    RegionKind,
-    RemotePool,
-)
+from kvtransfer.transport import GENERATION_BYTES, Region, RegionKind, RemotePool
 
 _TO_WIRE: dict[RegionKind, pb.Region.Kind] = {
     "blocks": pb.Region.KIND_BLOCKS,
@@ -25,25 +17,13 @@ _FROM_WIRE = {value: kind for kind, value in _TO_WIRE.items()}
 
 def pool_response(pool: RemotePool, digest: str) -> pb.HandshakeResponse:
     """The handshake's response for this pool."""
-    return pb.HandshakeResponse(
-        incarnation=pool.incarnation,
-        digest=digest,
-        num_blocks=pool.num_blocks,
-        machine=pool.machine,
-        agents=[pb.NixlAgent(**values_of(agent)) for agent in pool.agents],
-        regions=[_region_to_wire(region) for region in pool.regions],
-    )
+    regions = [to_pb(pb.Region, region, kind=_TO_WIRE[region.kind]) for region in pool.regions]
+    return to_pb(pb.HandshakeResponse, pool, digest=digest, regions=regions)
 
 
 def pool_of(response: pb.HandshakeResponse) -> RemotePool:
     """The pool of a response. Mismatch: it describes none that could be read."""
-    pool = RemotePool(
-        incarnation=response.incarnation,
-        num_blocks=response.num_blocks,
-        regions=tuple(_region_from_wire(region) for region in response.regions),
-        agents=tuple(from_pb(Agent, agent) for agent in response.agents),
-        machine=response.machine,
-    )
+    pool = from_pb(RemotePool, response, regions=tuple(map(_region, response.regions)))
     kinds = [region.kind for region in pool.regions]
     if "blocks" not in kinds or kinds.count("generations") != 1:
         raise Mismatch(f"regions {kinds}: expected blocks of each rank, and generations once")
@@ -70,28 +50,10 @@ def check_readable(pool: RemotePool, local: RemotePool) -> None:
             raise Mismatch(f"blocks cannot be read: {error}") from None
 
 
-def _region_to_wire(region: Region) -> pb.Region:
-    return pb.Region(
-        kind=_TO_WIRE[region.kind],
-        rank=region.rank,
-        agent=region.agent,
-        stride=region.stride,
-        memory=pb.Memory(**values_of(region.memory)),
-        groups=[pb.LayerGroup(**values_of(group)) for group in region.groups],
-    )
-
-
-def _region_from_wire(region: pb.Region) -> Region:
+def _region(region: pb.Region) -> Region:
     kind, memory = _FROM_WIRE.get(region.kind), region.memory
     if kind is None:
         raise Mismatch(f"region kind {region.kind}: expected one of {sorted(_FROM_WIRE)}")
     if memory.kind not in ("DRAM", "VRAM"):
         raise Mismatch(f"memory kind {memory.kind!r}: expected DRAM or VRAM")
-    return Region(
-        kind=kind,
-        rank=region.rank,
-        agent=region.agent,
-        stride=region.stride,
-        memory=from_pb(MemoryRegion, memory),
-        groups=tuple(from_pb(LayerGroup, group) for group in region.groups),
-    )
+    return from_pb(Region, region, kind=kind)

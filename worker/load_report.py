@@ -6,7 +6,7 @@ import time
 
 from engine.base.types import Health
 from engine.pb.diptych.internal.v1 import registry_pb2 as pb
-from engine.rpc.convert import health_to_pb, values_of
+from engine.rpc.convert import enum_to_pb, to_pb
 from engine.step.engine_thread import EngineThread
 from kvtransfer.data_plane import DataPlane
 from kvtransfer.peers import PeerTable
@@ -26,27 +26,20 @@ def load_report(
     if not engine.responsive:
         return None
     load, moved = engine.load, plane.counters
-    return pb.Load(
-        num_running=load.num_running,
-        num_waiting=load.num_waiting,
-        waiting_tokens=load.waiting_tokens,
-        free_blocks=load.free_blocks,
-        cached_blocks=load.cached_blocks,
-        held_blocks=load.held_blocks,
-        total_blocks=load.total_blocks,
+    totals = to_pb(
+        pb.Totals,
+        load,
+        blocks_pulled=moved.num_blocks,
+        bytes_pulled=moved.num_bytes,
+        pull_seconds=moved.seconds,
+        stale_reads=moved.num_stale_blocks,
+    )
+    return to_pb(
+        pb.Load,
+        load,
         quarantined_blocks=moved.num_quarantined_blocks,
         draining=draining,
-        health=health_to_pb(health_of(engine)),
-        links=[pb.KVLink(**values_of(link)) for link in peers.links()],
-        role_budgets=pb.RoleBudgets(**values_of(load.role_budgets)),
-        totals=pb.Totals(
-            prompt_tokens_computed=load.prompt_tokens_computed,
-            prompt_tokens_cached=load.prompt_tokens_cached,
-            blocks_pulled=moved.num_blocks,
-            bytes_pulled=moved.num_bytes,
-            pull_seconds=moved.seconds,
-            stale_reads=moved.num_stale_blocks,
-            draft_tokens=load.draft_tokens,
-            accepted_tokens=load.accepted_tokens,
-        ),
+        health=enum_to_pb(health_of(engine)),
+        links=[to_pb(pb.KVLink, link) for link in peers.links()],
+        totals=totals,
     )

@@ -13,11 +13,11 @@ from contextlib import suppress
 from typing import Any
 
 from coordinator.cluster.membership import Membership
-from coordinator.cluster.worker import HEARTBEAT_S, Hello, Load, Totals, Worker
+from coordinator.cluster.worker import HEARTBEAT_S, Hello, Load, Worker
 from engine.base.errors import InvalidRequest, Mismatch, Unavailable
-from engine.base.types import KVLink, KVPool, ModelIdentity, Peer, RoleBudgets
+from engine.base.types import Health, Peer, Role, RoleBudgets
 from engine.pb.diptych.internal.v1 import registry_pb2
-from engine.rpc.convert import from_pb, health_from_pb, role_from_pb, values_of
+from engine.rpc.convert import enum_from_pb, from_pb, to_pb
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
@@ -54,7 +54,7 @@ class RegistryServicer:
         """
         if not budgets.prompt_tokens and not budgets.answers:
             raise InvalidRequest("role_budgets", "both 0; expected at least one above 0")
-        pb = registry_pb2.RoleBudgets(**values_of(budgets))
+        pb = to_pb(registry_pb2.RoleBudgets, budgets)
         self._send(worker, registry_pb2.CoordinatorMessage(role_budgets=pb))
 
     def _send(self, worker: Worker, message: registry_pb2.CoordinatorMessage) -> None:
@@ -134,7 +134,7 @@ def _forget(incarnation: str) -> registry_pb2.CoordinatorMessage:
 
 
 def _hello(pb: registry_pb2.Hello) -> Hello:
-    role = role_from_pb(pb.role)
+    role = enum_from_pb(Role, pb.role, None)
     if role is None:
         raise InvalidRequest("hello.role", "unset; expected prefill or decode")
     for field in ("worker_id", "incarnation", "address"):
@@ -142,22 +142,8 @@ def _hello(pb: registry_pb2.Hello) -> Hello:
             raise InvalidRequest(f"hello.{field}", "empty")
     if pb.model.block_size < 1 or pb.model.max_model_len < 1:
         raise InvalidRequest("hello.model", "block_size and max_model_len are at least 1")
-    return Hello(
-        peer=from_pb(Peer, pb),
-        role=role,
-        http_address=pb.http_address,
-        model=from_pb(ModelIdentity, pb.model),
-        protocol_version=pb.protocol_version,
-        kv_pool=from_pb(KVPool, pb.kv_pool),
-    )
+    return from_pb(Hello, pb, peer=from_pb(Peer, pb), role=role)
 
 
 def _load(pb: registry_pb2.Load) -> Load:
-    return from_pb(
-        Load,
-        pb,
-        health=health_from_pb(pb.health),
-        links=tuple(from_pb(KVLink, link) for link in pb.links),
-        role_budgets=from_pb(RoleBudgets, pb.role_budgets),
-        totals=from_pb(Totals, pb.totals),
-    )
+    return from_pb(Load, pb, health=enum_from_pb(Health, pb.health, Health.DEGRADED))

@@ -159,6 +159,7 @@ def _decode_request(
     """One call's message; `carries`: with the shared parts, else the worker has them."""
     request, output = state.request, state.output
     sampling = request.sampling if carries else replace(request.sampling, logit_bias=())
+    constraint = request.constraint if carries else None
     stop = StopParams(
         max_tokens=output.max_tokens,
         min_tokens=min(request.min_tokens, output.max_tokens),
@@ -171,13 +172,13 @@ def _decode_request(
         output_token_ids=output.token_ids,
         sampling=convert.sampling_to_pb(sampling),
         stop=convert.stop_to_pb(stop),
-        prefill=convert.peer_to_pb(plan.prefill.peer) if plan.prefill else None,
+        prefill=convert.to_pb(worker_pb2.PrefillPeer, plan.prefill.peer) if plan.prefill else None,
         cache_salt=request.cache_salt,
         priority=request.priority,
         incarnation=plan.decode.peer.incarnation,
         num_logprobs=request.num_logprobs,
         num_prompt_logprobs=request.num_prompt_logprobs if state.scores_prompt else None,
-        constraint=convert.constraint_to_pb(request.constraint) if carries else None,
+        constraint=convert.to_pb(worker_pb2.Constraint, constraint) if constraint else None,
     )
 
 
@@ -185,7 +186,7 @@ def _take_ending(output: Output, finished: worker_pb2.DecodeFinished) -> None:
     """Why the output ended, where its tokens alone do not show it."""
     if output.ending is not None:
         return
-    reason = convert.reason_from_pb(finished.finish_reason)
+    reason = convert.enum_from_pb(FinishReason, finished.finish_reason, FinishReason.ABORTED)
     if reason is FinishReason.ABORTED:
         raise Unavailable("the decode worker gave the answer up")
     matched = finished.HasField("matched_stop_token")

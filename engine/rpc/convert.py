@@ -6,8 +6,10 @@ Floats have 32 bits on the wire: a worker computes with the client's value round
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
-from typing import Any, TypeVar, cast
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from engine.base.errors import InvalidRequest
 from engine.base.types import (
@@ -25,39 +27,71 @@ from engine.pb.diptych.internal.v1 import registry_pb2, worker_pb2
 from engine.pb.diptych.v1 import inference_pb2
 
 _T = TypeVar("_T")
-_REASON_TO_PB: dict[FinishReason, inference_pb2.FinishReason] = {
-    reason: getattr(inference_pb2, f"FINISH_REASON_{reason.name}") for reason in FinishReason
-}
-_REASON_FROM_PB = {pb: reason for reason, pb in _REASON_TO_PB.items()}
-_KIND_TO_PB: dict[ConstraintKind, worker_pb2.Constraint.Kind] = {
-    kind: getattr(worker_pb2.Constraint, f"KIND_{kind.name}") for kind in ConstraintKind
-}
-_KIND_FROM_PB = {pb: kind for kind, pb in _KIND_TO_PB.items()}
-_HEALTH_TO_PB = {
+_D = TypeVar("_D")
+_E = TypeVar("_E", bound=Enum)
+_NUMBERS: dict[Enum, int] = {
     Health.OK: registry_pb2.HEALTH_UNSPECIFIED,
     Health.DEGRADED: registry_pb2.HEALTH_DEGRADED,
     Health.SICK: registry_pb2.HEALTH_SICK,
+    Role.PREFILL: registry_pb2.ROLE_PREFILL,
+    Role.DECODE: registry_pb2.ROLE_DECODE,
+    **{r: getattr(inference_pb2, f"FINISH_REASON_{r.name}") for r in FinishReason},
+    **{k: getattr(worker_pb2.Constraint, f"KIND_{k.name}") for k in ConstraintKind},
 }
-_HEALTH_FROM_PB = {pb: health for health, pb in _HEALTH_TO_PB.items()}
-_ROLE_TO_PB = {Role.PREFILL: registry_pb2.ROLE_PREFILL, Role.DECODE: registry_pb2.ROLE_DECODE}
-_ROLE_FROM_PB = {pb: role for role, pb in _ROLE_TO_PB.items()}
 
 
-def values_of(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass by name, for a message with the same fields."""
-    return {field.name: getattr(value, field.name) for field in fields(value)}
+def to_pb(kind: Callable[..., _T], value: Any, /, **others: Any) -> _T:
+    """A message of the fields that it shares with a dataclass, by name; `others` are not read.
+
+    Nested dataclasses, and tuples of them, become messages too.
+    """
+    names = cast(Any, kind).DESCRIPTOR.fields_by_name.keys() - others.keys()
+    shared = [name for name in _types_of(cast(Any, type(value))) if name in names]
+    return kind(**{name: _plain(getattr(value, name)) for name in shared}, **others)
 
 
-def from_pb(kind: Callable[..., _T], pb: Any, **others: Any) -> _T:
-    """A dataclass of the message's fields of the same names; `others` are not read from it."""
-    names = [field.name for field in fields(cast(Any, kind)) if field.name not in others]
-    return kind(**{name: getattr(pb, name) for name in names}, **others)
+def from_pb(kind: Callable[..., _T], pb: Any, /, **others: Any) -> _T:
+    """The inverse of to_pb, but for enums; `others` are not read from the message."""
+    inner = {name: of for name, of in _types_of(kind).items() if name not in others}
+    return kind(**{name: _value_of(of, getattr(pb, name)) for name, of in inner.items()}, **others)
+
+
+def enum_to_pb(member: Enum) -> Any:
+    """The number of an enum's member on the wire."""
+    return _NUMBERS[member]
+
+
+def enum_from_pb(kind: type[_E], number: int, unknown: _D) -> _E | _D:
+    """The inverse of enum_to_pb; `unknown` for any other number."""
+    return next((member for member in kind if _NUMBERS[member] == number), unknown)
+
+
+def _plain(value: Any) -> Any:
+    """A dataclass as a dictionary, which protobuf takes for a nested message."""
+    if is_dataclass(value):
+        return {name: _plain(getattr(value, name)) for name in _types_of(cast(Any, type(value)))}
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return enum_to_pb(value) if isinstance(value, Enum) else value
+
+
+def _value_of(kind: Any, pb: Any) -> Any:
+    if get_origin(kind) is tuple:
+        return tuple(_value_of(get_args(kind)[0], each) for each in pb)
+    nested: Any = kind if is_dataclass(kind) else None
+    return from_pb(nested, pb) if nested else pb
+
+
+@cache
+def _types_of(kind: Callable[..., object]) -> dict[str, Any]:
+    """Types by name of a dataclass's fields."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(cast(Any, kind))}
 
 
 def sampling_to_pb(params: SamplingParams) -> worker_pb2.SamplingParams:
     """Sampling parameters on the wire. All fields are set: workers apply no defaults."""
-    values = values_of(params) | {"logit_bias": dict(params.logit_bias)}
-    return worker_pb2.SamplingParams(**values)
+    return to_pb(worker_pb2.SamplingParams, params, logit_bias=dict(params.logit_bias))
 
 
 def sampling_from_pb(
@@ -69,11 +103,7 @@ def sampling_from_pb(
 
 def stop_to_pb(params: StopParams) -> worker_pb2.StopParams:
     """Stop parameters on the wire. Token ids are sorted, so equal parameters are equal bytes."""
-    return worker_pb2.StopParams(
-        max_tokens=params.max_tokens,
-        min_tokens=params.min_tokens,
-        stop_token_ids=sorted(params.stop_token_ids),
-    )
+    return to_pb(worker_pb2.StopParams, params, stop_token_ids=sorted(params.stop_token_ids))
 
 
 def stop_from_pb(pb: worker_pb2.StopParams, stop_token_ids: frozenset[int]) -> StopParams:
@@ -81,25 +111,14 @@ def stop_from_pb(pb: worker_pb2.StopParams, stop_token_ids: frozenset[int]) -> S
     return StopParams(pb.max_tokens, pb.min_tokens, stop_token_ids)
 
 
-def constraint_to_pb(constraint: Constraint | None) -> worker_pb2.Constraint | None:
-    """A constraint on the wire; None leaves the field unset."""
-    if constraint is None:
-        return None
-    return worker_pb2.Constraint(
-        kind=_KIND_TO_PB[constraint.kind],
-        source=constraint.source,
-        leading_text=constraint.leading_text,
-    )
-
-
 def constraint_of(request: worker_pb2.DecodeRequest) -> Constraint | None:
     """The request's constraint, or None. Raises InvalidRequest for an unknown kind."""
     if not request.HasField("constraint"):
         return None
-    kind = _KIND_FROM_PB.get(request.constraint.kind)
+    kind = enum_from_pb(ConstraintKind, request.constraint.kind, None)
     if kind is None:
         raise InvalidRequest("constraint.kind", f"{request.constraint.kind} is not known")
-    return Constraint(kind, request.constraint.source, request.constraint.leading_text)
+    return from_pb(Constraint, request.constraint, kind=kind)
 
 
 def logprobs_to_pb(scored: Iterable[TokenLogprobs]) -> list[worker_pb2.Logprobs]:
@@ -115,41 +134,6 @@ def logprobs_from_pb(scored: Iterable[worker_pb2.Logprobs]) -> list[TokenLogprob
     return [TokenLogprobs(s.chosen, tuple(s.token_ids), tuple(s.logprobs)) for s in scored]
 
 
-def peer_to_pb(peer: Peer) -> worker_pb2.PrefillPeer:
-    """The prefill worker that a decode worker calls, on the wire."""
-    return worker_pb2.PrefillPeer(**values_of(peer))
-
-
 def prefill_peer_of(request: worker_pb2.DecodeRequest) -> Peer | None:
     """The request's prefill worker; None: the decode worker computes the prompt."""
     return from_pb(Peer, request.prefill) if request.HasField("prefill") else None
-
-
-def reason_to_pb(reason: FinishReason) -> inference_pb2.FinishReason:
-    """A finish reason on the wire."""
-    return _REASON_TO_PB[reason]
-
-
-def reason_from_pb(pb: inference_pb2.FinishReason) -> FinishReason:
-    """The inverse of reason_to_pb; an unknown reason is ABORTED."""
-    return _REASON_FROM_PB.get(pb, FinishReason.ABORTED)
-
-
-def role_to_pb(role: Role) -> registry_pb2.Role:
-    """A worker's role on the wire."""
-    return _ROLE_TO_PB[role]
-
-
-def role_from_pb(pb: registry_pb2.Role) -> Role | None:
-    """The inverse of role_to_pb; None if unset or unknown."""
-    return _ROLE_FROM_PB.get(pb)
-
-
-def health_to_pb(health: Health) -> registry_pb2.Health:
-    """A worker's health on the wire."""
-    return _HEALTH_TO_PB[health]
-
-
-def health_from_pb(pb: registry_pb2.Health) -> Health:
-    """The inverse of health_to_pb; an unknown value is DEGRADED."""
-    return _HEALTH_FROM_PB.get(pb, Health.DEGRADED)

@@ -25,7 +25,7 @@ from engine.base.types import PROTOCOL_VERSION, KVPool, ModelIdentity, Role, Rol
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc
 from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import open_channel
-from engine.rpc.convert import from_pb, role_to_pb, values_of
+from engine.rpc.convert import enum_to_pb, from_pb, to_pb
 from engine.rpc.stalls import StallReporter
 from engine.telemetry.log import get_logger
 
@@ -78,14 +78,14 @@ class Registration:
         self._hello = registry_pb2.Hello(
             worker_id=worker_id,
             incarnation=incarnation,
-            role=role_to_pb(role),
+            role=enum_to_pb(role),
             address=address,
             http_address=http_address,
-            model=registry_pb2.ModelIdentity(**values_of(identity)),
+            model=to_pb(registry_pb2.ModelIdentity, identity),
             protocol_version=PROTOCOL_VERSION,
         )
         if kv_pool is not None:
-            self._hello.kv_pool.CopyFrom(registry_pb2.KVPool(**values_of(kv_pool)))
+            self._hello.kv_pool.CopyFrom(to_pb(registry_pb2.KVPool, kv_pool))
         self._streams: dict[str, asyncio.Task[None]] = {}
         self._changed: dict[str, asyncio.Event] = {}
         self._accepted: set[str] = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from coordinator.cluster.membership import Membership
@@ -13,17 +14,13 @@ from engine.base.errors import DeadlineExceeded, InvalidRequest, NotFound
 from engine.base.option_values import MAX_REQUEST_S
 from engine.base.types import Health
 from engine.pb.diptych.v1 import admin_pb2 as pb
-from engine.rpc.convert import values_of
+from engine.rpc.convert import to_pb
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
 
 _DEFAULT_WAIT_S = 120.0  # for a drain without a deadline in the request
 # Fields that a row has of the worker's load.
-_LOAD = (
-    *("num_running", "num_waiting", "free_blocks", "cached_blocks", "held_blocks"),
-    *("total_blocks", "quarantined_blocks"),
-)
 _END_S = 15.0  # from the end of a worker's requests to the end of its process
 
 
@@ -84,8 +81,10 @@ class AdminServicer:
 
 
 def _row(worker: Worker, now: float) -> pb.Worker:
-    load, totals = worker.load, worker.load.totals
-    return pb.Worker(
+    load = worker.load
+    return to_pb(
+        pb.Worker,
+        load,
         worker_id=worker.peer.worker_id,
         incarnation=worker.peer.incarnation,
         role=worker.role.value,
@@ -94,13 +93,11 @@ def _row(worker: Worker, now: float) -> pb.Worker:
         http_address=worker.http_address,
         model=worker.model.name,
         uptime_s=now - worker.since_s,
-        links=[pb.KVLink(**values_of(link)) for link in load.links],
         max_model_len=worker.model.max_model_len,
         kv_pool_bytes=worker.kv_pool.num_bytes,
         kv_pool_limit=worker.kv_pool.limit,
         budget_prompt_tokens=load.role_budgets.prompt_tokens,
         budget_answers=load.role_budgets.answers,
         health=(Health.SICK if worker.is_sick else load.health).value,
-        **values_of(totals),
-        **{name: getattr(load, name) for name in _LOAD},
+        **asdict(load.totals),
     )

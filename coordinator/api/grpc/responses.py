@@ -9,7 +9,7 @@ from typing import Any
 from coordinator.generation.events import Delta, Event, Finished, PromptEvent
 from coordinator.text.values import Logprob, ScoredToken
 from engine.pb.diptych.v1 import inference_pb2 as pb
-from engine.rpc.convert import reason_to_pb
+from engine.rpc.convert import enum_to_pb
 
 
 def alive(request: Any) -> pb.GenerateResponse | None:
@@ -63,7 +63,7 @@ def _finished(event: Finished) -> pb.Finished:
     elif ending.matched_token is not None:
         matched = pb.MatchedStop(token_id=ending.matched_token)
     return pb.Finished(
-        finish_reason=reason_to_pb(ending.reason),
+        finish_reason=enum_to_pb(ending.reason),
         matched_stop=matched,
         usage=pb.Usage(**asdict(event.usage)),
         timing=pb.Timing(

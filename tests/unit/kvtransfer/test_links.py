@@ -19,7 +19,7 @@ from coordinator.cluster.registry_service import _load
 from coordinator.commands.status import links_table
 from engine.base.types import KVLink, KVPool, Peer, Role, machine_id
 from engine.pb.diptych.internal.v1 import registry_pb2
-from engine.rpc.convert import values_of
+from engine.rpc.convert import to_pb
 from engine.telemetry.metrics import WorkerMetrics
 from kvtransfer.links import LinkMeter
 from kvtransfer.nixl_transport import DEFAULT_ENV
@@ -161,7 +161,7 @@ LINK = KVLink("prefill-0", "tcp/eth0", 0.5e9, 64 * MIB, "VRAM")
 
 
 def test_links_reach_status_and_metrics() -> None:
-    load = _load(registry_pb2.Load(links=[registry_pb2.KVLink(**values_of(LINK))]))
+    load = _load(registry_pb2.Load(links=[to_pb(registry_pb2.KVLink, LINK)]))
     assert load.links == (LINK,)
     from coordinator.cluster.worker import Worker, WorkerState
 

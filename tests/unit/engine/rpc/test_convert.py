@@ -6,6 +6,7 @@ from engine.base.types import (
     Constraint,
     ConstraintKind,
     FinishReason,
+    Health,
     ModelIdentity,
     Peer,
     Role,
@@ -47,20 +48,20 @@ def test_stop_round_trip():
 
 def test_peer_and_its_absence():
     peer = Peer("p0", "abc", "127.0.0.1:1")
-    request = worker_pb2.DecodeRequest(prefill=convert.peer_to_pb(peer))
+    request = worker_pb2.DecodeRequest(prefill=convert.to_pb(worker_pb2.PrefillPeer, peer))
     assert convert.prefill_peer_of(request) == peer
     assert convert.prefill_peer_of(worker_pb2.DecodeRequest()) is None
 
 
 def test_identity_reason_role():
     model = ModelIdentity("m", "00ff", "p", 8192, 16, 49152, "0a")
-    pb = registry_pb2.ModelIdentity(**convert.values_of(model))
+    pb = convert.to_pb(registry_pb2.ModelIdentity, model)
     assert convert.from_pb(ModelIdentity, pb) == model
-    for reason in FinishReason:
-        assert convert.reason_from_pb(convert.reason_to_pb(reason)) is reason
-    for role in Role:
-        assert convert.role_from_pb(convert.role_to_pb(role)) is role
-    assert convert.role_from_pb(registry_pb2.ROLE_UNSPECIFIED) is None
+    for member in (*FinishReason, *Role, *Health):
+        number = convert.enum_to_pb(member)
+        assert convert.enum_from_pb(type(member), number, None) is member
+    assert convert.enum_from_pb(Role, registry_pb2.ROLE_UNSPECIFIED, None) is None
+    assert convert.enum_from_pb(FinishReason, 99, FinishReason.ABORTED) is FinishReason.ABORTED
 
 
 def test_logprobs_round_trip():
@@ -71,10 +72,9 @@ def test_logprobs_round_trip():
 
 def test_constraint_and_its_absence():
     assert convert.constraint_of(worker_pb2.DecodeRequest()) is None
-    assert convert.constraint_to_pb(None) is None
     for kind in ConstraintKind:
         wanted = Constraint(kind, "source é", leading_text=" ")
-        request = worker_pb2.DecodeRequest(constraint=convert.constraint_to_pb(wanted))
+        request = worker_pb2.DecodeRequest(constraint=convert.to_pb(worker_pb2.Constraint, wanted))
         assert convert.constraint_of(request) == wanted
     with pytest.raises(InvalidRequest, match=r"constraint\.kind"):
         convert.constraint_of(worker_pb2.DecodeRequest(constraint=worker_pb2.Constraint(kind=99)))

@@ -25,7 +25,7 @@ from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import open_channel
-from engine.rpc.convert import values_of
+from engine.rpc.convert import to_pb
 from engine.rpc.status import PUSHBACK_KEY
 from tests.support.fake_decode import Cue, identity, lost
 from tests.support.grpc_front import PROMPT, TEXT, collect, details_of, error_of, front, read, stop
@@ -697,7 +697,7 @@ def hello(worker_id="d9", **changes):
         incarnation="i0",
         role=registry_pb2.ROLE_DECODE,
         address="127.0.0.1:1",
-        model=registry_pb2.ModelIdentity(**values_of(identity(**changes))),
+        model=to_pb(registry_pb2.ModelIdentity, identity(**changes)),
         protocol_version=PROTOCOL_VERSION,
     )
 
