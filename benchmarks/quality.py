@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.corpus import DEFAULT_TEXT
 from coordinator.text.tokenizer import Tokenizer
-from engine.attention import select_backend
+from engine.attention import BackendChoice, make_backend
 from engine.attention.batch import Row
 from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
@@ -58,7 +58,7 @@ def by_torch(checkpoint: Checkpoint, dtype: str) -> Forward:
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     model = load_model(checkpoint.config, weights(checkpoint, dtype), kind, CPU)
     cache, c = _cache(checkpoint, dtype), checkpoint.config
-    runner = Runner(model, cache, select_backend(cache, c))
+    runner = Runner(model, cache, make_backend(BackendChoice("torch", "", ""), cache, c))
     return lambda ids: runner.run([Row(ids, 0, list(range(WINDOW // BLOCK)), len(ids))])
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvtransfer.transport import (
     Agent,
@@ -28,6 +28,7 @@ from kvtransfer.transport import (
     Transport,
 )
 
+_NO_AGENT = Agent("", b"")
 _NEVER_FREED: list[object] = []  # freeing a stuck agent could hang the thread that drops it
 
 
@@ -44,6 +45,7 @@ class _Peer:
     closing: bool = False
 
 
+@dataclass(slots=True, eq=False)
 class Connections:
     """Owner of the transport. `factory` makes one for an agent's name.
 
@@ -51,29 +53,22 @@ class Connections:
     old agent. `owner` of the regions' memory is kept with a transport that is given up.
     """
 
-    def __init__(
-        self,
-        factory: Callable[[str], Transport],
-        incarnation: str,
-        regions: Sequence[MemoryRegion],
-        owner: object = None,
-    ) -> None:
-        self.transport: Transport | None = None
-        self.agent = Agent("", b"")  # replaced as a whole; read it from any thread
-        self._factory = factory
-        self._incarnation = incarnation
-        self._regions = regions
-        self._owner = owner
-        self._num_agents = 0
-        self._peers: dict[str, _Peer] = {}  # by incarnation
-        self._disconnected: dict[str, list[Future[None]]] = {}
+    factory: Callable[[str], Transport]
+    incarnation: str
+    regions: Sequence[MemoryRegion]
+    owner: object
+    transport: Transport | None = None
+    agent: Agent = _NO_AGENT  # replaced as a whole; read it from any thread
+    _num_agents: int = 0
+    _peers: dict[str, _Peer] = field(default_factory=dict)  # by incarnation
+    _disconnected: dict[str, list[Future[None]]] = field(default_factory=dict)
 
     def open(self) -> None:
         """A transport of a new name with all memory registered; raises what it raises."""
         self._num_agents += 1
-        name = f"{self._incarnation}.{self._num_agents}"
-        transport = self._factory(name)
-        transport.register(self._regions)
+        name = f"{self.incarnation}.{self._num_agents}"
+        transport = self.factory(name)
+        transport.register(self.regions)
         self.agent = Agent(name, transport.metadata())
         self.transport = transport
 
@@ -101,7 +96,7 @@ class Connections:
     def give_up(self) -> None:
         """Never free the transport: it may write until the process ends, or hang the thread."""
         if self.transport is not None:
-            _NEVER_FREED.append((self.transport, self._owner))
+            _NEVER_FREED.append((self.transport, self.owner))
 
     def reconnect(self) -> None:
         """Connect the peers of the transport before this one; those that were closing are gone."""

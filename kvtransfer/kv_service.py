@@ -13,6 +13,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
@@ -38,40 +39,32 @@ class BlockHost(Protocol):
         """Take one pin from each id; an id that is listed twice loses two."""
 
 
+@dataclass(eq=False)
 class KvServicer(KvServiceServicer):
-    """Serves one worker's pool; other services of the worker lease blocks by `grant`."""
+    """Serves one worker's pool; other services of the worker lease blocks by `grant`.
 
-    def __init__(
-        self,
-        pool: Callable[[], RemotePool],
-        digest: str,
-        host: BlockHost,
-        leases: LeaseTable,
-        on_refused: Callable[[str, int], None] = lambda reason, count: None,
-        on_expired: Callable[[], None] = lambda: None,
-    ) -> None:
-        """`pool` returns this worker's pool as peers reach it now.
+    `pool` returns this worker's pool as peers reach it now. `on_refused` counts leases refused to
+    callers, by reason, `on_expired` those that ran out.
+    """
 
-        `on_refused` counts leases refused to callers, by reason, `on_expired` those that ran out.
-        """
-        self._on_refused = on_refused
-        self._on_expired = on_expired
-        self._pool = pool
-        self._digest = digest
-        self._host = host
-        self._leases = leases
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._ended = asyncio.Event()  # set, and replaced, when leases end
+    pool: Callable[[], RemotePool]
+    digest: str
+    host: BlockHost
+    table: LeaseTable
+    on_refused: Callable[[str, int], None] = lambda reason, count: None
+    on_expired: Callable[[], None] = lambda: None
+    _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    _ended: asyncio.Event = field(default_factory=asyncio.Event)  # set, and replaced, at each end
 
     async def Handshake(self, request: pb.HandshakeRequest, context: Any) -> pb.HandshakeResponse:
         """This worker's pool and agents, for a caller of the same digest."""
-        if request.digest != self._digest:
+        if request.digest != self.digest:
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
-                f"compatibility digest {self._digest}, the caller's {request.digest}",
+                f"compatibility digest {self.digest}, the caller's {request.digest}",
             )
         await _require_caller(context, request.caller_incarnation)
-        return pool_response(self._pool(), self._digest)
+        return pool_response(self.pool(), self.digest)
 
     async def Hold(self, request: pb.HoldRequest, context: Any) -> pb.HoldResponse:
         """Pin a prefix under a new lease."""
@@ -82,7 +75,7 @@ class KvServicer(KvServiceServicer):
         """Give leases a whole TTL again."""
         await _require_caller(context, request.caller_incarnation)
         self._note_refusals("Renew", request, context)
-        unknown = self._leases.renew(request.caller_incarnation, request.leases)
+        unknown = self.table.renew(request.caller_incarnation, request.leases)
         return pb.RenewResponse(unknown=unknown)
 
     async def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseResponse:
@@ -96,9 +89,9 @@ class KvServicer(KvServiceServicer):
         self, call: str, request: pb.RenewRequest | pb.ReleaseRequest, context: Any
     ) -> None:
         """Count and log leases that the caller may not use, never their ids."""
-        refused = self._leases.refusals(request.caller_incarnation, request.leases)
+        refused = self.table.refusals(request.caller_incarnation, request.leases)
         for reason, count in refused.items():
-            self._on_refused(reason.value, count)
+            self.on_refused(reason.value, count)
         if refused:
             # Both sides may end a lease at once, which makes it unknown; foreign is never right.
             level = logging.WARNING if Refusal.FOREIGN in refused else logging.INFO
@@ -109,26 +102,26 @@ class KvServicer(KvServiceServicer):
     @property
     def leases(self) -> tuple[Lease, ...]:
         """All leases that have not ended. Their ids are secrets."""
-        return self._leases.all
+        return self.table.all
 
     def grant(self, owner: str, block_ids: Sequence[int], request_id: str = "") -> Lease:
         """A lease for `owner` on blocks that the caller has pinned, once each."""
-        return self._leases.grant(owner, block_ids, request_id)
+        return self.table.grant(owner, block_ids, request_id)
 
     async def release(self, owner: str, lease_ids: Sequence[bytes]) -> None:
         """End leases and unpin their blocks; unknown leases are no error."""
-        block_ids = self._leases.release(owner, lease_ids)
+        block_ids = self.table.release(owner, lease_ids)
         if block_ids:
             self._note_end()
-            await self._finish(self._host.unpin(block_ids))
+            await self._finish(self.host.unpin(block_ids))
 
     async def ended_within(self, lease_ids: Sequence[bytes], timeout_s: float) -> bool:
         """Wait until all of these leases have ended; False: some have not after `timeout_s`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while self._leases.any_held(lease_ids):
+                while self.table.any_held(lease_ids):
                     await self._ended.wait()
-        return not self._leases.any_held(lease_ids)
+        return not self.table.any_held(lease_ids)
 
     def _note_end(self) -> None:
         self._ended.set()
@@ -136,12 +129,12 @@ class KvServicer(KvServiceServicer):
 
     async def reap(self, interval_s: float | None = None) -> NoReturn:
         """Run for ever: unpin what has run out."""
-        interval_s = interval_s or min(1.0, self._leases.ttl_s / 4)
+        interval_s = interval_s or min(1.0, self.table.ttl_s / 4)
         while True:
             await asyncio.sleep(interval_s)
-            for lease in self._leases.expire():
+            for lease in self.table.expire():
                 self._note_end()
-                self._on_expired()
+                self.on_expired()
                 _log.warning(
                     "lease of %s ran out: %d blocks of request %s",
                     lease.owner,
@@ -149,17 +142,17 @@ class KvServicer(KvServiceServicer):
                     lease.request_id or "unknown",
                 )
                 try:
-                    await self._host.unpin(lease.block_ids)
+                    await self.host.unpin(lease.block_ids)
                 except Exception:
                     _log.exception("unpin of %d blocks failed", len(lease.block_ids))
 
     async def _hold(self, request: pb.HoldRequest) -> pb.HoldResponse:
-        block_ids, generations = await self._host.hold(list(request.hashes))
+        block_ids, generations = await self.host.hold(list(request.hashes))
         if not block_ids:
             return pb.HoldResponse()
-        lease = self._leases.grant(request.caller_incarnation, block_ids)
+        lease = self.table.grant(request.caller_incarnation, block_ids)
         return pb.HoldResponse(
-            lease=lease.id, ttl_s=self._leases.ttl_s, block_ids=block_ids, generations=generations
+            lease=lease.id, ttl_s=self.table.ttl_s, block_ids=block_ids, generations=generations
         )
 
     async def _finish(self, work: Coroutine[Any, Any, _T]) -> _T:
@@ -173,18 +166,14 @@ class KvServicer(KvServiceServicer):
 class Renewer:
     """Renews leases at one peer every TTL/3, all in one call, until they are released.
 
-    `on_lost` is called with each lease that the peer does not know, or that could not be renewed
-    for a whole TTL. The fence alone decides about blocks that were read under it. Every call has a
-    deadline.
+    A lease that the peer does not know is dropped: the fence alone decides about blocks that were
+    read under it. Every call has a deadline.
     """
 
-    def __init__(
-        self, stub: Any, owner: str, on_lost: Callable[[bytes], None] | None = None
-    ) -> None:
+    def __init__(self, stub: Any, owner: str) -> None:
         self._stub = stub
         self._owner = owner
-        self._on_lost = on_lost
-        self._lives: dict[bytes, tuple[float, float]] = {}  # lease -> (ttl_s, runs out at)
+        self._ttls: dict[bytes, float] = {}  # by lease, in seconds
         self._task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._renew_at = math.inf
@@ -192,22 +181,21 @@ class Renewer:
     @property
     def leases(self) -> tuple[bytes, ...]:
         """The leases that are renewed."""
-        return tuple(self._lives)
+        return tuple(self._ttls)
 
     def hold(self, lease_id: bytes, ttl_s: float) -> None:
         """Renew this lease from now on."""
-        now = asyncio.get_running_loop().time()
-        self._lives[lease_id] = (ttl_s, now + ttl_s)
-        self._renew_at = min(self._renew_at, now + ttl_s / 3)
+        self._ttls[lease_id] = ttl_s
+        self._renew_at = min(self._renew_at, asyncio.get_running_loop().time() + ttl_s / 3)
         self._changed.set()
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="kv-renew")
 
     async def release(self, *lease_ids: bytes, timeout_s: float = 5.0) -> bool:
         """End these leases, by default all; False: peer unreachable, so their TTL ends them."""
-        ending = list(lease_ids or self._lives)
+        ending = list(lease_ids or self._ttls)
         for lease_id in ending:
-            self._lives.pop(lease_id, None)
+            self._ttls.pop(lease_id, None)
         if not ending:
             return True
         request = pb.ReleaseRequest(caller_incarnation=self._owner, leases=ending)
@@ -230,33 +218,22 @@ class Renewer:
         while True:
             self._changed.clear()
             try:
-                async with asyncio.timeout_at(self._renew_at if self._lives else None):
+                async with asyncio.timeout_at(self._renew_at if self._ttls else None):
                     await self._changed.wait()  # another lease, perhaps a shorter one
             except TimeoutError:
-                if not self._lives:  # all were released while it slept
+                if not self._ttls:  # all were released while it slept
                     self._renew_at = math.inf
                     continue
-                interval_s = min(ttl_s for ttl_s, _ in self._lives.values()) / 3
+                interval_s = min(self._ttls.values()) / 3
                 self._renew_at = loop.time() + interval_s
-                await self._renew(list(self._lives), timeout_s=interval_s)
+                await self._renew(timeout_s=interval_s)
 
-    async def _renew(self, leases: list[bytes], timeout_s: float) -> None:
-        loop = asyncio.get_running_loop()
-        now = loop.time()  # the peer counts from later on, so these run out first
-        request = pb.RenewRequest(caller_incarnation=self._owner, leases=leases)
-        try:
+    async def _renew(self, timeout_s: float) -> None:
+        request = pb.RenewRequest(caller_incarnation=self._owner, leases=list(self._ttls))
+        with contextlib.suppress(*_UNREACHABLE):  # the next call tries again
             response = await self._stub.Renew(request, timeout=timeout_s)
-        except _UNREACHABLE:
-            lost = [lease for lease in self._lives if self._lives[lease][1] <= loop.time()]
-        else:
-            lost = [lease for lease in response.unknown if lease in self._lives]
-            for lease in leases:
-                if lease in self._lives:  # not released meanwhile
-                    ttl_s = self._lives[lease][0]
-                    self._lives[lease] = (ttl_s, now + ttl_s)
-        for lease in lost:
-            if self._lives.pop(lease, None) and self._on_lost is not None:
-                self._on_lost(lease)
+            for lease_id in response.unknown:
+                self._ttls.pop(lease_id, None)
 
 
 async def _require_caller(context: Any, incarnation: str) -> None:

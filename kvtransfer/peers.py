@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import grpc
 
@@ -25,34 +25,25 @@ from kvtransfer.handshake import check_readable, pool_of
 from kvtransfer.transport import PeerLost, RemotePool
 
 
+@dataclass(slots=True, eq=False)
 class PeerTable:
-    """Connects to peers once, remembers a bounded number of them."""
+    """Connects to peers once, remembers a bounded number of them.
 
-    def __init__(
-        self,
-        data_plane: DataPlane,
-        *,
-        digest: str,
-        stub_factory: Callable[[str], KvServiceStub],
-        max_peers: int = 64,
-        timeout_s: float = 10.0,
-    ) -> None:
-        """`stub_factory` gives the KvService stub of an address (HOST:PORT).
+    `stub_factory` gives the KvService stub of an address (HOST:PORT).
+    """
 
-        `digest` is this worker's compatibility digest.
-        """
-        self._data_plane = data_plane
-        self._digest = digest
-        self._stub_factory = stub_factory
-        self._max_peers = max_peers
-        self._timeout_s = timeout_s
-        self._pools: OrderedDict[str, RemotePool] = OrderedDict()  # least recently used first
-        self._known: dict[str, Peer] = {}  # by incarnation
-        self._connecting: dict[str, asyncio.Task[RemotePool]] = {}
-        self._dropping: set[asyncio.Future[None]] = set()
+    data_plane: DataPlane
+    digest: str  # this worker's compatibility digest
+    stub_factory: Callable[[str], KvServiceStub]
+    max_peers: int = 64
+    timeout_s: float = 10.0
+    # By incarnation, least recently used first.
+    _peers: OrderedDict[str, tuple[Peer, RemotePool]] = field(default_factory=OrderedDict)
+    _connecting: dict[str, asyncio.Task[RemotePool]] = field(default_factory=dict)
+    _dropping: set[asyncio.Future[None]] = field(default_factory=set)
 
     def __len__(self) -> int:
-        return len(self._pools)
+        return len(self._peers)
 
     async def connect(self, peer: Peer) -> RemotePool:
         """The peer's pool, ready for `DataPlane.pull`; concurrent calls share one handshake.
@@ -60,27 +51,26 @@ class PeerTable:
         Mismatch: another digest. PeerLost: unreachable, or the address belongs to another
         incarnation.
         """
-        pool = self._pools.get(peer.incarnation)
-        if pool is not None:
-            self._pools.move_to_end(peer.incarnation)
-            return pool
+        if peer.incarnation in self._peers:
+            self._peers.move_to_end(peer.incarnation)
+            return self._peers[peer.incarnation][1]
         task = self._connecting.get(peer.incarnation)
         if task is None:
             task = asyncio.create_task(self._connect(peer), name=f"kv-handshake {peer.address}")
             self._connecting[peer.incarnation] = task
-            task.add_done_callback(lambda done: self._connected(peer.incarnation, done))
+            task.add_done_callback(lambda done: self._connected(peer, done))
         return await asyncio.shield(task)  # one caller's cancellation is not the others'
 
     @property
     def addresses(self) -> set[str]:
         """Addresses of the remembered peers."""
-        return {peer.address for peer in self._known.values()}
+        return {peer.address for peer, _ in self._peers.values()}
 
     def links(self) -> list[KVLink]:
         """What reads have shown of each remembered peer, of its latest process."""
-        found = self._data_plane.links()
-        known = self._known.copy()
-        latest = {known[i].worker_id: found[i] for i in known if i in found}
+        found = self.data_plane.links()
+        known = self._peers.copy()
+        latest = {known[i][0].worker_id: found[i] for i in known if i in found}
         return [replace(link, worker_id=worker_id) for worker_id, link in latest.items()]
 
     async def forget(self, pool: RemotePool) -> None:
@@ -88,49 +78,45 @@ class PeerTable:
 
         `pool` is what `connect` gave: a connection made since then is left alone.
         """
-        if self._pools.get(pool.incarnation) is pool:
-            del self._pools[pool.incarnation]
-            self._known.pop(pool.incarnation, None)
-            await asyncio.wrap_future(self._data_plane.disconnect(pool.incarnation))
+        if self._peers.get(pool.incarnation, (None, None))[1] is pool:
+            del self._peers[pool.incarnation]
+            await asyncio.wrap_future(self.data_plane.disconnect(pool.incarnation))
 
-    def _connected(self, incarnation: str, task: asyncio.Task[RemotePool]) -> None:
-        self._connecting.pop(incarnation, None)
+    def _connected(self, peer: Peer, task: asyncio.Task[RemotePool]) -> None:
+        self._connecting.pop(peer.incarnation, None)
         if task.cancelled() or task.exception() is not None:
-            self._known.pop(incarnation, None)
             return
-        self._pools[incarnation] = task.result()
-        while len(self._pools) > self._max_peers:
-            _, oldest = self._pools.popitem(last=False)
-            self._known.pop(oldest.incarnation, None)
-            drop = asyncio.wrap_future(self._data_plane.disconnect(oldest.incarnation))
+        self._peers[peer.incarnation] = peer, task.result()
+        while len(self._peers) > self.max_peers:
+            oldest, _ = self._peers.popitem(last=False)
+            drop = asyncio.wrap_future(self.data_plane.disconnect(oldest))
             self._dropping.add(drop)
             drop.add_done_callback(self._dropping.discard)
 
     async def _connect(self, peer: Peer) -> RemotePool:
         request = pb.HandshakeRequest(
-            digest=self._digest, caller_incarnation=self._data_plane.incarnation
+            digest=self.digest, caller_incarnation=self.data_plane.incarnation
         )
-        stub = self._stub_factory(peer.address)
+        stub = self.stub_factory(peer.address)
         try:
-            response = await stub.Handshake(request, timeout=self._timeout_s)
+            response = await stub.Handshake(request, timeout=self.timeout_s)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                 raise Mismatch(f"peer {peer.address}: {error.details()}") from error
             raise PeerLost(f"peer {peer.address}: {error.code().name} {error.details()}") from error
         pool = self._checked(peer, response)
-        self._known[peer.incarnation] = peer
-        connected = asyncio.wrap_future(self._data_plane.connect(pool))
+        connected = asyncio.wrap_future(self.data_plane.connect(pool))
         try:
-            await asyncio.wait_for(connected, self._timeout_s)
+            await asyncio.wait_for(connected, self.timeout_s)
         except TimeoutError:
             raise PeerLost(f"peer {peer.address}: the data plane is busy") from None
         return pool
 
     def _checked(self, peer: Peer, response: pb.HandshakeResponse) -> RemotePool:
         """The pool that a handshake describes; the digest is compared before anything else."""
-        if response.digest != self._digest:
+        if response.digest != self.digest:
             raise Mismatch(
-                f"peer {peer.address}: compatibility digest {response.digest}, ours {self._digest}"
+                f"peer {peer.address}: compatibility digest {response.digest}, ours {self.digest}"
             )
         if response.incarnation != peer.incarnation:
             raise PeerLost(
@@ -138,7 +124,7 @@ class PeerTable:
             )
         try:
             pool = pool_of(response)
-            check_readable(pool, self._data_plane.local_pool)
+            check_readable(pool, self.data_plane.local_pool)
         except Mismatch as error:
             raise Mismatch(f"peer {peer.address}: {error}") from None
         return pool

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from kvtransfer.connections import Connections
 from kvtransfer.fence import Fence
@@ -29,34 +29,21 @@ _POLL_MAX_S = 1e-3
 _POLL_FAILED_S = 50e-3  # when only failed pulls remain to be settled
 
 
+@dataclass(slots=True, eq=False)
 class PullLoop:
-    """All pulls of a data plane.
+    """All pulls of a data plane. Any thread may read `counters`."""
 
-    Attributes:
-        counters: replaced as a whole; any thread may read it.
-    """
-
-    def __init__(
-        self,
-        connections: Connections,
-        memory: LocalMemory,
-        fence: Fence,
-        quarantine: Quarantine,
-        meter: LinkMeter,
-        on_restart: Callable[[], None],
-        clock: Callable[[], float],
-    ) -> None:
-        self.counters = TransferCounters()
-        self._connections = connections
-        self._memory = memory
-        self._fence = fence
-        self._quarantine = quarantine
-        self._meter = meter
-        self._on_restart = on_restart
-        self._clock = clock
-        self._readings: list[Reading] = []
-        self._stop_at: float | None = None  # set: no new pulls
-        self._ended = False
+    connections: Connections
+    memory: LocalMemory
+    fence: Fence
+    quarantine: Quarantine
+    meter: LinkMeter
+    on_restart: Callable[[], None]
+    clock: Callable[[], float]
+    counters: TransferCounters = field(default_factory=TransferCounters)  # replaced as a whole
+    _readings: list[Reading] = field(default_factory=list)
+    _stop_at: float | None = None  # set: no new pulls
+    _ended: bool = False
 
     def serve(self, take_commands: Callable[[float | None], None]) -> None:
         """Run until `begin_stop`. Raises what only the end of the process helps against.
@@ -66,12 +53,12 @@ class PullLoop:
         delay: float | None = None
         while True:
             take_commands(delay)
-            now = self._clock()
+            now = self.clock()
             if self._stop_at is not None and (not self._readings or now >= self._stop_at):
                 return
             moved = self._round(now)
-            num_blocks = len(self._memory.landed)
-            if reason := self._quarantine.exceeded(self._readings, num_blocks, now):
+            num_blocks = len(self.memory.landed)
+            if reason := self.quarantine.exceeded(self._readings, num_blocks, now):
                 self.restart(reason)
             delay = self._next_delay(delay, moved)
 
@@ -81,12 +68,12 @@ class PullLoop:
             pull.refuse(PullFailed("the data plane has stopped"))
             return
         try:
-            peers = self._connections.handles_of(request.pool)
+            peers = self.connections.handles_of(request.pool)
         except PeerLost as error:
             pull.refuse(error)
             return
         if request.local_ids:
-            self._readings.append(Reading(pull, request, peers, self._memory, self._fence))
+            self._readings.append(Reading(pull, request, peers, self.memory, self.fence))
         else:
             pull.done.set_result(PullResult((), 0, 0, 0, 0.0))
             pull.settled.set_result(None)
@@ -102,7 +89,7 @@ class PullLoop:
         try:
             if self._stop_at is not None:
                 raise PullFailed("the data plane has stopped")
-            self._connections.connect(pool)
+            self.connections.connect(pool)
         except Exception as error:
             future.set_exception(error)
         else:
@@ -113,17 +100,17 @@ class PullLoop:
         if self._ended:
             future.set_result(None)
         else:
-            self._connections.disconnect(incarnation, future)
+            self.connections.disconnect(incarnation, future)
 
     def holds(self) -> list[PullHold]:
         """What every pull keeps at the moment."""
-        now = self._clock()
-        return [reading.hold(now, self._quarantine.max_s) for reading in self._readings]
+        now = self.clock()
+        return [reading.hold(now, self.quarantine.max_s) for reading in self._readings]
 
     def begin_stop(self, timeout_s: float) -> None:
         """Fail all pulls; `serve` returns when they have settled, or after `timeout_s`."""
         if self._stop_at is None:
-            self._stop_at = self._clock() + timeout_s
+            self._stop_at = self.clock() + timeout_s
             self.fail_all(PullFailed("the data plane is stopping"))
 
     def fail_all(self, error: TransferError) -> None:
@@ -135,13 +122,13 @@ class PullLoop:
         """Close the transport, unless that is forbidden or a read still holds memory."""
         self._ended = True
         if self._stop_at is None:
-            self._stop_at = self._clock()
+            self._stop_at = self.clock()
         if self._readings or keep_transport:
-            self._connections.give_up()
+            self.connections.give_up()
         else:
-            self._connections.lose_all()
-            self._connections.disconnect_idle(set())
-            self._connections.end(_END_S)
+            self.connections.lose_all()
+            self.connections.disconnect_idle(set())
+            self.connections.end(_END_S)
 
     def restart(self, reason: str) -> None:
         """End the transport, after which nothing can land, and continue with another.
@@ -150,22 +137,22 @@ class PullLoop:
         """
         failed = [reading.request.request_id for reading in self._readings if reading.error]
         _log.error("data plane restarts: %s; failed pulls of requests %s", reason, failed)
-        self._connections.end(_END_S)
-        now = self._clock()
+        self.connections.end(_END_S)
+        now = self.clock()
         for reading in self._readings:
             reading.abandon(now)
-        self._connections.open()
-        self._connections.reconnect()
+        self.connections.open()
+        self.connections.reconnect()
         for reading in self._readings:
             if reading.is_open:
                 try:
-                    reading.restart(self._connections.handles_of(reading.request.pool))
+                    reading.restart(self.connections.handles_of(reading.request.pool))
                 except TransferError as error:
                     reading.fail(error)
                     self._count_failure(reading)
         self.counters = replace(self.counters, num_restarts=self.counters.num_restarts + 1)
-        self._on_restart()
-        _log.warning("data plane restarted: agent %s", self._connections.agent.name)
+        self.on_restart()
+        _log.warning("data plane restarted: agent %s", self.connections.agent.name)
 
     def _next_delay(self, delay: float | None, moved: bool) -> float | None:
         if not self._readings and self._stop_at is None:
@@ -178,7 +165,7 @@ class PullLoop:
 
     def _round(self, now: float) -> bool:
         """Step every pull once, drop settled ones, disconnect idle peers; whether a pull moved."""
-        transport, moved = self._connections.transport, False
+        transport, moved = self.connections.transport, False
         assert transport is not None, "it is open while this thread serves"
         for reading in self._readings:
             was_open = reading.error is None
@@ -192,12 +179,12 @@ class PullLoop:
                 reading.crash(error, now)
             if reading.result:
                 result = reading.result
-                self._meter.note(reading.request.pool, result.num_bytes, result.seconds, now)
+                self.meter.note(reading.request.pool, result.num_bytes, result.seconds, now)
                 self.counters = self.counters.with_result(result)
             elif was_open and reading.error:
                 self._count_failure(reading)
         self._readings = [reading for reading in self._readings if not reading.settle(now)]
-        self._connections.disconnect_idle(self._busy())
+        self.connections.disconnect_idle(self._busy())
         self._publish()
         return moved
 
@@ -213,7 +200,7 @@ class PullLoop:
         """A lost peer is closed with its first failure; its other pulls fail by their own step."""
         self.counters = replace(self.counters, num_failures=self.counters.num_failures + 1)
         if isinstance(reading.error, PeerLost):
-            self._connections.lose(reading.request.pool.incarnation)
+            self.connections.lose(reading.request.pool.incarnation)
 
     def _publish(self) -> None:
         num_in_flight = sum(reading.error is None for reading in self._readings)

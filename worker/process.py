@@ -21,11 +21,20 @@ from typing import Any, TypeVar
 from engine.base.errors import InvalidRequest, Mismatch
 from engine.base.kv_layout import hash_salt
 from engine.base.option_groups import TransferOptions, WorkerOptions
-from engine.base.types import Health, ModelIdentity, Role, RoleBudgets, machine_id, new_incarnation
+from engine.base.types import (
+    PROTOCOL_VERSION,
+    Health,
+    ModelIdentity,
+    Role,
+    RoleBudgets,
+    machine_id,
+    new_incarnation,
+)
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
 from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import ChannelPool
+from engine.rpc.convert import enum_to_pb, to_pb
 from engine.scheduling.block_pool import GENERATION_BYTES
 from engine.scheduling.request import EngineRequest
 from engine.step.build import Engine
@@ -172,6 +181,19 @@ class WorkerProcess:
     def forget(self, incarnation: str) -> None:
         """Use no block that a sick peer had a part in."""
         self.engine.post(Forget(incarnation))
+
+    def hello(self, worker_id: str, address: str, http_address: str) -> registry_pb2.Hello:
+        """The worker's introduction to a coordinator; the addresses are those for peers."""
+        return registry_pb2.Hello(
+            worker_id=worker_id,
+            incarnation=self.incarnation,
+            role=enum_to_pb(self.role),
+            address=address,
+            http_address=http_address,
+            model=to_pb(registry_pb2.ModelIdentity, self.identity),
+            protocol_version=PROTOCOL_VERSION,
+            kv_pool=to_pb(registry_pb2.KVPool, self.kv_pool),
+        )
 
     def load(self) -> registry_pb2.Load | None:
         """The heartbeat; None while the engine hangs."""

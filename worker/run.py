@@ -73,21 +73,19 @@ async def run_worker(settings: WorkerSettings, engine: Engine, registry: Collect
         await server.start()
         registration = Registration(
             coordinators=settings.worker.coordinator,
-            worker_id=settings.worker.worker_id or f"{host.role.value}-{secrets.token_hex(4)}",
-            incarnation=host.incarnation,
-            role=host.role,
-            address=address,
-            http_address=advertised(
-                settings.worker, settings.worker.http, int(http.address.rpartition(":")[2])
+            hello=host.hello(
+                settings.worker.worker_id or f"{host.role.value}-{secrets.token_hex(4)}",
+                address,
+                advertised(
+                    settings.worker, settings.worker.http, int(http.address.rpartition(":")[2])
+                ),
             ),
-            identity=host.identity,
             load=host.load,
             on_drain=orders.drain,
             on_forget=host.forget,
             on_role_budgets=host.set_role_budgets,
             responsive=lambda: host.engine.responsive,
             token=settings.token,
-            kv_pool=host.kv_pool,
         )
         registration.start()
         freeze_heap()

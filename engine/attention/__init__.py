@@ -86,14 +86,3 @@ def make_backend(
 
     specs = config.attention
     return make(specs[0]) if len(set(specs)) == 1 else GroupedBackend(specs, make)
-
-
-def select_backend(kv_cache: KVCache, config: ModelConfig) -> AttentionBackend[Any]:
-    """The backend that suits the cache's device."""
-    arch = ""
-    if kv_cache.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(kv_cache.device)
-        arch = f"sm{major}{minor}"
-    found = flashinfer_version()
-    choice = choose_backend(kv_cache.layout, config.num_heads, arch=arch, flashinfer=found)
-    return make_backend(choice, kv_cache, config)

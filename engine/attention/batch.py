@@ -37,25 +37,15 @@ class Row(NamedTuple):
         return self.start + len(self.token_ids)
 
 
+@dataclass(frozen=True, eq=False)
 class StepRows(Sequence[Row]):
-    """The rows of a step as arrays; each is a Row on demand.
+    """The rows of a step as arrays; each is a Row on demand."""
 
-    Attributes:
-        token_ids: int64 [T]; of all rows, one after the other.
-        starts: int64 [R].
-        num_tokens: int64 [R].
-        num_logits: int64 [R].
-        tables: R block tables.
-    """
-
-    def __init__(
-        self, token_ids: Ints, starts: Ints, num_tokens: Ints, num_logits: Ints, tables: Tables
-    ) -> None:
-        self.token_ids = token_ids
-        self.starts = starts
-        self.num_tokens = num_tokens
-        self.num_logits = num_logits
-        self.tables = tables
+    token_ids: Ints  # [T] of all rows, one after the other
+    starts: Ints  # [R]
+    num_tokens: Ints  # [R]
+    num_logits: Ints  # [R]
+    tables: Tables  # R block tables
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> StepRows:
@@ -239,8 +229,3 @@ class BatchBuilder:
         first_entry = np.cumsum([0, *map(len, tables)])[:-1]
         joined = np.concatenate(tables)[np.repeat(first_entry, step.num_tokens) + entry]
         return joined.astype(np.int64)
-
-
-def build_batch(rows: Sequence[Row], block_size: int, device: torch.device) -> Batch:
-    """Lay `rows` out on `device` once. Raises ValueError on a row that contradicts itself."""
-    return BatchBuilder(block_size, device).build(rows)

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import os
 import tomllib
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,13 +19,6 @@ from engine.base.errors import ConfigError
 from engine.base.option_values import parse_bool
 
 ENV_PREFIX = "DIPTYCH_"
-
-
-def _base_type(annotation: Any) -> type:
-    """The type of a field's annotation without None: `int | None` gives int."""
-    if isinstance(annotation, types.UnionType):
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    return typing.cast(type, annotation)
 
 
 def _parse(field: dataclasses.Field[Any], base: type, raw: Any, where: str) -> Any:
@@ -116,7 +108,7 @@ def resolve(
         values = {}
         for field in dataclasses.fields(cls):
             flag, env = "--" + field.name.replace("_", "-"), ENV_PREFIX + field.name.upper()
-            base = _base_type(hints[field.name])
+            base = hints[field.name]
             if getattr(args, field.name, None) is not None:
                 values[field.name] = _parse(field, base, getattr(args, field.name), flag)
             elif env in environ:
@@ -146,27 +138,22 @@ def to_flags(*options: Any) -> list[str]:
 
 def cache_dir() -> Path:
     """Folder of converted models: $DIPTYCH_CACHE_DIR, else in the user's cache folder."""
-    if base := os.environ.get(ENV_PREFIX + "CACHE_DIR"):
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME") or _home("CACHE_DIR") / ".cache") / "diptych"
+    return _user_folder("CACHE_DIR", "XDG_CACHE_HOME", ".cache")
 
 
 def state_dir() -> Path:
     """Folder of logs: $DIPTYCH_STATE_DIR, else in the user's state folder."""
-    if base := os.environ.get(ENV_PREFIX + "STATE_DIR"):
+    return _user_folder("STATE_DIR", "XDG_STATE_HOME", ".local/state")
+
+
+def _user_folder(own: str, xdg: str, in_home: str) -> Path:
+    """ConfigError if there is no home folder, as for a container's user."""
+    if base := os.environ.get(ENV_PREFIX + own):
         return Path(base)
-    folder = os.environ.get("XDG_STATE_HOME") or _home("STATE_DIR") / ".local" / "state"
-    return Path(folder) / "diptych"
-
-
-def _home(alternative: str) -> Path:
-    """The user's home folder; ConfigError if there is none, as for a container's user."""
     try:
-        return Path.home()
+        return Path(os.environ.get(xdg) or Path.home() / in_home) / "diptych"
     except RuntimeError:
-        raise ConfigError(
-            f"this user has no home folder: set HOME or {ENV_PREFIX}{alternative}"
-        ) from None
+        raise ConfigError(f"this user has no home folder: set HOME or {ENV_PREFIX}{own}") from None
 
 
 def set_default_env(defaults: Mapping[str, str]) -> dict[str, str]:

@@ -19,7 +19,6 @@ import torch
 
 from engine.base.kv_layout import KVLayout
 
-PAGE_BYTES = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The exponent's bits: all are set in numbers that are not finite, and in no others.
 _EXPONENTS = {

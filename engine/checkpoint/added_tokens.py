@@ -19,6 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from engine.base.errors import CheckpointError
 from engine.checkpoint.jsonfile import read_json
 from engine.telemetry.log import get_logger
@@ -52,6 +54,12 @@ _NOT_WITH = {
     frozenset({"<|flush|>", "<|calls|>"}): "<|end|>",
     frozenset({"<|tool_response>"}): "</s>",
 }
+
+
+class _TokenizerJson(msgspec.Struct):
+    """The part of tokenizer.json that is parsed; the rest is skipped."""
+
+    added_tokens: Any = ()
 
 
 def end_of_turn(names: Iterable[str]) -> list[str]:
@@ -188,27 +196,11 @@ def _vocabulary(spec: Mapping[str, Any]) -> dict[str, int]:
 def _in_tokenizer_json(path: Path) -> list[Mapping[str, Any]]:
     """`added_tokens` of a tokenizer.json, without parsing its megabytes of vocabulary."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        found = msgspec.json.decode(path.read_bytes(), type=_TokenizerJson).added_tokens
+    except (OSError, msgspec.MsgspecError):
         return []  # the reader of the file reports the error
-    decoder, key = json.JSONDecoder(), '"added_tokens"'
-    begin = text.find(key)
-    while begin >= 0:
-        at = begin + len(key)
-        rest = text[at : at + 64].lstrip()
-        if rest.startswith(":"):
-            at = text.index(":", at) + 1
-            while text[at : at + 1].isspace():
-                at += 1
-            if text[at : at + 1] == "[":  # an entry of the vocabulary has a number here
-                try:
-                    value, _ = decoder.raw_decode(text, at)
-                except ValueError:
-                    return []
-                tokens = [t for t in value if isinstance(t, dict)]
-                return [t for t in tokens if isinstance(t.get("id"), int) and _content(t)]
-        begin = text.find(key, begin + 1)
-    return []
+    tokens = [t for t in found if isinstance(t, dict)] if isinstance(found, list) else []
+    return [t for t in tokens if isinstance(t.get("id"), int) and _content(t)]
 
 
 def _optional(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import logging
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fcntl import ioctl
 from termios import TIOCOUTQ
 from typing import Any, cast
@@ -255,13 +256,13 @@ async def _gone(_request: Request, _error: Exception) -> Response:
     return Response(status_code=400)
 
 
+@dataclass(frozen=True, slots=True)
 class HttpServer:
     """A running HTTP server; `address` is its real HOST:PORT."""
 
-    def __init__(self, address: str, server: _Server, task: asyncio.Task[None]) -> None:
-        self.address = address
-        self._server = server
-        self._task = task
+    address: str
+    _server: _Server
+    _task: asyncio.Task[None]
 
     async def stop(self) -> None:
         """Stop accepting, give open connections a second, and end."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection
-from typing import Any, Self
+from typing import Any, cast
 
 import grpc
 
@@ -20,6 +20,7 @@ from engine.rpc.auth import ClusterToken
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_REQUEST_BYTES = 16 * 1024 * 1024  # of a message to a coordinator, and of an HTTP body
 KEEPALIVE_S = 30.0
+_CALLS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 Option = tuple[str, int | str]
 
@@ -59,51 +60,30 @@ def open_channel(
 ) -> grpc.aio.Channel:
     """A channel to HOST:PORT whose calls carry `token`; it connects on the first call."""
     channel = grpc.aio.insecure_channel(address, options=(*CHANNEL_OPTIONS, *options))
-    return channel if token is None else _TokenChannel(channel, token)
+    return channel if token is None else cast(grpc.aio.Channel, _TokenChannel(channel, token))
 
 
-class _TokenChannel(grpc.aio.Channel):
+class _TokenChannel:
     """A channel that adds the token to the metadata of each call, and returns gRPC's call."""
 
     def __init__(self, channel: grpc.aio.Channel, token: ClusterToken) -> None:
         self._channel = channel
         self._metadata = token.metadata
 
-    def _with_token(self, make_call: Callable[..., Any]) -> Any:
-        def call(*request: Any, metadata: Any = None, **options: Any) -> Any:
-            return make_call(*request, metadata=(*self._metadata, *(metadata or ())), **options)
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._channel, name)
+        if name not in _CALLS:
+            return attribute
 
-        return call
+        def stub(*method: Any, **how: Any) -> Callable[..., Any]:
+            make_call = attribute(*method, **how)
 
-    def unary_unary(self, *method: Any, **options: Any) -> Any:
-        return self._with_token(self._channel.unary_unary(*method, **options))
+            def call(*request: Any, metadata: Any = None, **options: Any) -> Any:
+                return make_call(*request, metadata=(*self._metadata, *(metadata or ())), **options)
 
-    def unary_stream(self, *method: Any, **options: Any) -> Any:
-        return self._with_token(self._channel.unary_stream(*method, **options))
+            return call
 
-    def stream_unary(self, *method: Any, **options: Any) -> Any:
-        return self._with_token(self._channel.stream_unary(*method, **options))
-
-    def stream_stream(self, *method: Any, **options: Any) -> Any:
-        return self._with_token(self._channel.stream_stream(*method, **options))
-
-    async def close(self, grace: float | None = None) -> None:
-        await self._channel.close(grace)
-
-    def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
-        return self._channel.get_state(try_to_connect)
-
-    async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
-        await self._channel.wait_for_state_change(last_observed_state)
-
-    async def channel_ready(self) -> None:
-        await self._channel.channel_ready()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._channel.close(None)
+        return stub
 
 
 class ChannelPool:

@@ -16,16 +16,16 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 
 from engine.base.errors import UnknownMethod
-from engine.base.types import PROTOCOL_VERSION, KVPool, ModelIdentity, Role, RoleBudgets
+from engine.base.types import RoleBudgets
 from engine.pb.diptych.internal.v1 import registry_pb2, registry_pb2_grpc
 from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import open_channel
-from engine.rpc.convert import enum_to_pb, from_pb, to_pb
+from engine.rpc.convert import from_pb
 from engine.rpc.stalls import StallReporter
 from engine.telemetry.log import get_logger
 
@@ -46,52 +46,25 @@ class _Outage:
     warn_s: float  # when the next log line is due
 
 
+@dataclass(kw_only=True, eq=False)
 class Registration:
     """Keeps this worker registered with all coordinators until `stop`."""
 
-    def __init__(
-        self,
-        *,
-        coordinators: str,
-        worker_id: str,
-        incarnation: str,
-        role: Role,
-        address: str,
-        http_address: str,
-        identity: ModelIdentity,
-        load: Callable[[], registry_pb2.Load | None],
-        on_drain: Callable[[float], None],
-        on_forget: Callable[[str], None] = lambda incarnation: None,
-        on_role_budgets: Callable[[RoleBudgets], None] = lambda budgets: None,
-        responsive: Callable[[], bool] = lambda: True,
-        token: ClusterToken | None = None,
-        kv_pool: KVPool | None = None,
-    ) -> None:
-        self._targets = [t.strip() for t in coordinators.split(",") if t.strip()]
-        self._load = load
-        self._token = token
-        self._on_drain = on_drain
-        self._on_forget = on_forget
-        self._on_role_budgets = on_role_budgets
-        self._responsive = responsive
-        self._stopping = False
-        self._hello = registry_pb2.Hello(
-            worker_id=worker_id,
-            incarnation=incarnation,
-            role=enum_to_pb(role),
-            address=address,
-            http_address=http_address,
-            model=to_pb(registry_pb2.ModelIdentity, identity),
-            protocol_version=PROTOCOL_VERSION,
-        )
-        if kv_pool is not None:
-            self._hello.kv_pool.CopyFrom(to_pb(registry_pb2.KVPool, kv_pool))
-        self._streams: dict[str, asyncio.Task[None]] = {}
-        self._changed: dict[str, asyncio.Event] = {}
-        self._accepted: set[str] = set()
-        self._outages: dict[str, _Outage] = {}
-        self._resolver: asyncio.Task[None] | None = None
-        self.refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    coordinators: str  # HOST:PORT[,HOST:PORT...]
+    hello: registry_pb2.Hello
+    load: Callable[[], registry_pb2.Load | None]
+    on_drain: Callable[[float], None]
+    on_forget: Callable[[str], None] = lambda incarnation: None
+    on_role_budgets: Callable[[RoleBudgets], None] = lambda budgets: None
+    responsive: Callable[[], bool] = lambda: True
+    token: ClusterToken | None = None
+    refused: asyncio.Future[str] = field(default_factory=asyncio.Future)
+    _stopping: bool = False
+    _streams: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    _changed: dict[str, asyncio.Event] = field(default_factory=dict)
+    _accepted: set[str] = field(default_factory=set)
+    _outages: dict[str, _Outage] = field(default_factory=dict)
+    _resolver: asyncio.Task[None] | None = None
 
     @property
     def registered(self) -> bool:
@@ -119,9 +92,10 @@ class Registration:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _follow_targets(self) -> None:
+        targets = [t.strip() for t in self.coordinators.split(",") if t.strip()]
         while True:
             found = set()
-            for target in self._targets:
+            for target in targets:
                 found |= await _resolve(target)
             for address in found - self._streams.keys():
                 self._streams[address] = asyncio.create_task(self._keep(address))
@@ -132,7 +106,7 @@ class Registration:
 
     async def _keep(self, address: str) -> None:
         """Stay registered with one coordinator."""
-        channel = open_channel(address, token=self._token)
+        channel = open_channel(address, token=self.token)
         try:
             while not self.refused.done() and not self._stopping:
                 try:
@@ -181,12 +155,12 @@ class Registration:
         welcomed: asyncio.Future[float] = asyncio.get_running_loop().create_future()
 
         async def messages() -> AsyncIterator[registry_pb2.WorkerMessage]:
-            yield registry_pb2.WorkerMessage(hello=self._hello)
+            yield registry_pb2.WorkerMessage(hello=self.hello)
             heartbeat_s = await welcomed
             while True:
                 changed.clear()
                 try:
-                    load = self._load()
+                    load = self.load()
                 except Exception:  # gRPC ends the call without logging the reason
                     _log.exception("no load to report", coordinator=address)
                     raise
@@ -211,31 +185,25 @@ class Registration:
                     self._accepted.add(address)
                     self._outages.pop(address, None)
                     welcomed.set_result(response.welcome.heartbeat_s)
-                    stalls = self._stall_reporter(address)
+                    stall = registry_pb2.Stall(
+                        worker_id=self.hello.worker_id, incarnation=self.hello.incarnation
+                    )
+                    stalls = StallReporter(address, stall, self.responsive, self.token)
                     stalls.start()
                     _log.info("registered", coordinator=address)
                 if response.HasField("drain"):
                     _log.info("drain requested", coordinator=address)
-                    self._on_drain(response.drain.deadline_s)
+                    self.on_drain(response.drain.deadline_s)
                 if response.HasField("forget"):
-                    self._on_forget(response.forget.incarnation)
+                    self.on_forget(response.forget.incarnation)
                 if response.HasField("role_budgets"):
-                    self._on_role_budgets(from_pb(RoleBudgets, response.role_budgets))
+                    self.on_role_budgets(from_pb(RoleBudgets, response.role_budgets))
                 response = await call.read()
         finally:
             call.cancel()
             welcomed.cancel()
             if stalls is not None:
                 await stalls.stop()
-
-    def _stall_reporter(self, address: str) -> StallReporter:
-        return StallReporter(
-            address,
-            worker_id=self._hello.worker_id,
-            incarnation=self._hello.incarnation,
-            responsive=self._responsive,
-            token=self._token,
-        )
 
 
 async def _resolve(target: str) -> set[str]:

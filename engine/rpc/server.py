@@ -321,27 +321,19 @@ class RpcServer:
             raise asyncio.CancelledError from None
 
 
+@dataclass(frozen=True, slots=True)
 class _Requests:
     """Reads, authenticates and parses the requests of one method, with time limits."""
 
-    def __init__(
-        self,
-        method: MethodDescriptor,
-        token: ClusterToken | None,
-        timeout_s: float,
-        unpacker: Unpacker,
-        max_bytes: int,
-    ) -> None:
-        self._max_bytes = max_bytes
-        self._class = message_factory.GetMessageClass(method.input_type)
-        self._are_many = method.client_streaming
-        self._token = token
-        self._timeout_s = timeout_s
-        self._unpacker = unpacker
+    method: MethodDescriptor
+    token: ClusterToken | None
+    timeout_s: float
+    unpacker: Unpacker
+    max_bytes: int
 
     async def of(self, raw: AsyncIterator[bytes], context: Context, lease: Lease) -> Any:
         """The message of a call, or an async iterator of them. Raises DiptychError."""
-        if not self._are_many:
+        if not self.method.client_streaming:
             return await self._only(context, lease)
         try:
             self._check(context)
@@ -349,22 +341,22 @@ class _Requests:
             await self._read_refused(raw, lease)
             raise
         messages = aiter(raw)
-        return Incoming(lambda: self._next(messages, lease), self._timeout_s)
+        return Incoming(lambda: self._next(messages, lease), self.timeout_s)
 
     async def _only(self, context: Context, lease: Lease) -> Message:
         """The single message of a call."""
         try:
-            async with asyncio.timeout(self._timeout_s) as limit:
-                await lease.take(self._max_bytes, limit)
+            async with asyncio.timeout(self.timeout_s) as limit:
+                await lease.take(self.max_bytes, limit)
                 raw = await context.read()
                 lease.received()
         except TimeoutError:
             if lease.is_cut_off:
                 raise lease.refusal() from None
-            raise DeadlineExceeded(f"no complete request within {self._timeout_s:g} s") from None
+            raise DeadlineExceeded(f"no complete request within {self.timeout_s:g} s") from None
         self._check(context)
         if raw is grpc.aio.EOF:
-            raise InvalidRequest("request", f"none; expected a {self._class.DESCRIPTOR.full_name}")
+            raise InvalidRequest("request", f"none; expected a {self.method.input_type.full_name}")
         request = await self._parse(raw)
         lease.keep(len(raw))
         if request_id := getattr(request, "request_id", ""):
@@ -375,7 +367,7 @@ class _Requests:
         """The next message, None at the end; an idle stream is cut off if others need the room."""
         try:
             async with asyncio.timeout(None) as limit:
-                await lease.take(self._max_bytes, limit)
+                await lease.take(self.max_bytes, limit)
                 item = await anext(messages)
                 lease.received()
         except StopAsyncIteration:
@@ -388,20 +380,20 @@ class _Requests:
 
     async def _parse(self, raw: bytes) -> Message:
         """Parse one message. Raises InvalidRequest for malformed bytes and invalid UTF-8."""
+        kind = self.method.input_type
         try:
-            raw = await self._unpacker.plain(raw)
-            if len(raw) > SMALL_BYTES:
-                kind = self._class.DESCRIPTOR
-                if await asyncio.to_thread(has_too_many_fields, raw, kind):
-                    raise InvalidRequest(
-                        "request", f"more than {MAX_FIELDS} fields in all messages of it"
-                    )
-            return self._class.FromString(raw)
+            raw = await self.unpacker.plain(raw)
+            big = len(raw) > SMALL_BYTES
+            if big and await asyncio.to_thread(has_too_many_fields, raw, kind):
+                raise InvalidRequest(
+                    "request", f"more than {MAX_FIELDS} fields in all messages of it"
+                )
+            return message_factory.GetMessageClass(kind).FromString(raw)
         except (DecodeError, ValueError) as error:
             is_text = "UTF-8" in str(error)
             what = "a string that is not valid UTF-8" if is_text else "malformed bytes"
             raise InvalidRequest(
-                "request", f"{what} where a {self._class.DESCRIPTOR.full_name} was expected"
+                "request", f"{what} where a {kind.full_name} was expected"
             ) from None
 
     async def _read_refused(self, raw: AsyncIterator[bytes], lease: Lease) -> None:
@@ -411,13 +403,13 @@ class _Requests:
         """
         with suppress(TimeoutError, StopAsyncIteration):
             async with asyncio.timeout(_REFUSED_READ_S) as limit:
-                await lease.take(self._max_bytes, limit)
+                await lease.take(self.max_bytes, limit)
                 await anext(aiter(raw))
                 lease.received()
 
     def _check(self, context: Context) -> None:
-        if self._token is not None:
-            self._token.check(context.invocation_metadata())
+        if self.token is not None:
+            self.token.check(context.invocation_metadata())
 
 
 def _peer(context: Context) -> str:

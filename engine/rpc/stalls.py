@@ -36,15 +36,13 @@ class StallReporter:
     def __init__(
         self,
         address: str,
-        *,
-        worker_id: str,
-        incarnation: str,
+        stall: registry_pb2.Stall,
         responsive: Callable[[], bool],
-        token: ClusterToken | None = None,
+        token: ClusterToken | None,
     ) -> None:
         """`responsive`: whether the engine makes progress; called on the thread."""
         self._address = address
-        self._stall = registry_pb2.Stall(worker_id=worker_id, incarnation=incarnation)
+        self._stall = stall
         self._responsive = responsive
         self._metadata = token.metadata if token else ()
         self._loop = asyncio.get_running_loop()

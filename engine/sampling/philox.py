@@ -18,7 +18,7 @@ The arithmetic is written once, over 64-bit integers of numpy (CPU: half of torc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -75,9 +75,8 @@ def gumbel_row(seed: int, position: int, vocab_size: int) -> Floats:
     """Noise of all tokens at one position, float32 [vocab_size], on the CPU."""
     blocks = np.arange(-(-vocab_size // 4), dtype=np.int64)
     # Arrays of one element, not scalars: those warn of overflow. The first rounds stay that small.
-    low, high, domain = (
-        np.array([word], np.int64) for word in (position & _MASK, position >> 32, DOMAIN)
-    )
+    low, high = _halves([position])
+    domain = np.array([DOMAIN], np.int64)
     words = np.stack(philox4x32((blocks, low, high, domain), (seed & _MASK, seed >> 32)))
     return np.ascontiguousarray(_noise(words, words[[1, 2, 3, 0]]).T).reshape(-1)[:vocab_size]
 
@@ -88,52 +87,37 @@ def gumbel_at(seeds: Sequence[int], positions: Sequence[int], rows: Ints, tokens
 
     Some of the values that `gumbel_row` gives, for one counter each instead of a quarter.
     """
-    key = (_column(seeds, _low)[rows], _column(seeds, _high)[rows])
-    low, high = _column(positions, _low)[rows], _column(positions, _high)[rows]
-    words = np.stack(philox4x32((tokens >> 2, low, high, np.array([DOMAIN])), key))
+    key_low, key_high = (half[rows] for half in _halves(seeds))
+    low, high = (half[rows] for half in _halves(positions))
+    counter = (tokens >> 2, low, high, np.array([DOMAIN]))
+    words = np.stack(philox4x32(counter, (key_low, key_high)))
     lane, column = tokens & 3, np.arange(len(tokens))
     return _noise(words[lane, column], words[(lane + 1) & 3, column])
 
 
-def _low(value: int) -> int:
-    return value & _MASK
-
-
-def _high(value: int) -> int:
-    return value >> 32
-
-
-def _column(values: Sequence[int], half: Callable[[int], int]) -> Ints:
-    """One half of unsigned 64-bit integers, int64 [n]."""
-    return np.array([half(value) for value in values], np.int64)
+def _halves(values: Sequence[int]) -> tuple[Ints, Ints]:
+    """The low and the high halves of unsigned 64-bit integers, int64 [n] each."""
+    whole = np.array(values, np.uint64)
+    return (whole & _MASK).astype(np.int64), (whole >> 32).astype(np.int64)
 
 
 def gumbel(
-    seeds: Sequence[int],
-    positions: Sequence[int],
-    vocab_size: int,
-    device: torch.device | str = "cpu",
-) -> torch.Tensor:
-    """Noise float32 [S, vocab_size]: row i is of (seeds[i], positions[i]), unsigned 64 bits."""
-    if torch.device(device).type == "cpu":
-        rows = [gumbel_row(s, p, vocab_size) for s, p in zip(seeds, positions, strict=True)]
-        return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, vocab_size)
-    return gumbel_torch(seeds, positions, vocab_size, device)
-
-
-def gumbel_torch(
     seeds: Sequence[int], positions: Sequence[int], vocab_size: int, device: torch.device | str
 ) -> torch.Tensor:
-    """What `gumbel` gives, computed by torch on any device."""
+    """Noise float32 [S, vocab_size]: row i is of (seeds[i], positions[i]), unsigned 64 bits.
 
-    def column(values: Sequence[int], half: Callable[[int], int]) -> torch.Tensor:
-        return torch.from_numpy(_column(values, half)).to(device).view(-1, 1)
-
+    Computed by torch on any device.
+    """
+    columns = [
+        torch.from_numpy(half).to(device).view(-1, 1)
+        for values in (positions, seeds)
+        for half in _halves(values)
+    ]
     blocks = torch.arange(-(-vocab_size // 4), device=device).view(1, -1)
     domain = torch.full((1, 1), DOMAIN, device=device)
-    counter = (blocks, column(positions, _low), column(positions, _high), domain)
+    low, high, *key = columns
     words = torch.stack(
-        philox4x32(counter, (column(seeds, _low), column(seeds, _high))), dim=-1
+        philox4x32((blocks, low, high, domain), (key[0], key[1])), dim=-1
     )  # [S, blocks, 4]
     u = (((words << 20) | (words.roll(-1, dims=-1) >> 12)).double() + 0.5) * _SCALE
     return (-(-u.log()).log()).float().flatten(1)[:, :vocab_size]

@@ -12,15 +12,15 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from engine.attention import select_backend
 from engine.attention.base import AttentionBackend
-from engine.attention.batch import Row, build_batch
+from engine.attention.batch import Row
 from engine.attention.torch_backend import TorchBackend
 from engine.base.errors import ConfigError
 from engine.cache.kv_cache import KVCache
 from engine.models.config import AttentionSpec
 from engine.runner.loader import random_model
 from engine.runner.runner import Runner
+from tests.support.backends import build_batch, select_backend
 from tests.support.paged import CPU, layout_of, tiny_config
 from tests.unit.engine.attention.reference import (
     CASES,

@@ -10,11 +10,12 @@ from unittest import mock
 import pytest
 import torch
 
-from engine.attention.batch import Row, build_batch
+from engine.attention.batch import Row
 from engine.attention.flashinfer_backend import WORKSPACE_BYTES, FlashInferBackend
 from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
 from engine.models.config import AttentionSpec
+from tests.support.backends import build_batch
 from tests.support.flashinfer_memory import KernelError
 from tests.unit.engine.attention.reference import (
     CASES,

@@ -13,7 +13,6 @@ from prometheus_client import CollectorRegistry
 from decode.speculative.draft_model import ModelDrafter
 from decode.speculative.step_cost import StepCost
 from decode.speculative.verify import verify
-from engine.attention import select_backend
 from engine.attention.base import AttentionBackend
 from engine.base.kv_layout import hash_salt
 from engine.base.types import FinishReason, SamplingParams, StopParams
@@ -30,6 +29,7 @@ from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import DraftLengthController, Speculation
 from engine.step.core import EngineCore
 from engine.telemetry.metrics import WorkerMetrics
+from tests.support.backends import select_backend
 from tests.support.paged import CPU, layout_of, tiny_config
 
 SIZE, VOCAB, MAX_LEN = 4, 101, 200

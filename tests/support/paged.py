@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from engine.attention import select_backend
 from engine.attention.batch import Row
 from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
@@ -22,6 +21,7 @@ from engine.runner.base import ModelRunner, StepOutput
 from engine.runner.native_model import NativeModel
 from engine.runner.runner import Runner
 from engine.runner.torch_model import TorchModel
+from tests.support.backends import select_backend
 
 CPU = torch.device("cpu")
 

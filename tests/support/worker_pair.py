@@ -178,7 +178,7 @@ class PairedWorker:
             "waiting": len(core.scheduler.waiting),
             "producers": len(core.scheduler._producers),
             "streams": len(self.host.engine._streams),
-            "leases": len(self.host.kv._leases),
+            "leases": len(self.host.kv.table),
             "background": len(self.host.background),
             "reads": len(self.transport.pending),
             "pulls": self.host.plane.counters.num_in_flight,

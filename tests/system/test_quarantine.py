@@ -146,7 +146,7 @@ def test_after_a_restart_nothing_of_the_read_lands(
 def test_without_a_restart_the_same_read_lands_when_its_peer_goes_on(make_pool: Any) -> None:
     """So the test above can fail: this is what quarantine keeps blocks from."""
     local = make_pool(Quarantine(max_s=600, share=1.0))
-    local.plane._loop._quarantine = Quarantine(
+    local.plane._loop.quarantine = Quarantine(
         max_s=600, share=2.0
     )  # no bound that could be reached
     with kv_worker.workers(2, NUM_BLOCKS, BLOCK_BYTES, TCP) as peers:

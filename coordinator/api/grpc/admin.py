@@ -20,7 +20,6 @@ from engine.telemetry.log import get_logger
 _log = get_logger(__name__)
 
 _DEFAULT_WAIT_S = 120.0  # for a drain without a deadline in the request
-# Fields that a row has of the worker's load.
 _END_S = 15.0  # from the end of a worker's requests to the end of its process
 
 

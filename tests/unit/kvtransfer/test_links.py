@@ -152,7 +152,7 @@ def test_a_peer_that_has_started_again_has_one_link() -> None:
     links.note(pool("other"), 10, 1.0, 3.0)
     table = PeerTable(links, digest="d", stub_factory=lambda address: None)  # type: ignore[arg-type,return-value]
     peers = (Peer("p0", "old", "a:1"), Peer("p1", "other", "a:3"), Peer("p0", "new", "a:2"))
-    table._known = {peer.incarnation: peer for peer in peers}
+    table._peers.update({peer.incarnation: (peer, pool(peer.incarnation)) for peer in peers})
     assert {link.worker_id: link.num_bytes for link in table.links()} == {"p0": 3000, "p1": 10}
     assert len(table.links()) == 2
 

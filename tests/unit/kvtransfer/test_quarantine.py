@@ -223,6 +223,6 @@ def test_no_new_agent_ends_the_process(never_freed: list[Any]) -> None:
     def refuse(agent: str) -> Any:
         raise OSError(f"no memory for {agent}")
 
-    rig.plane._connections._factory = refuse
+    rig.plane._connections.factory = refuse
     assert "no memory for me.2" in rig.plane.died.result(5)
     assert rig.transport.closed and not unfreed()

@@ -145,12 +145,7 @@ async def registered(worker: PairedWorker) -> AsyncIterator[tuple[RegistryServic
     host = worker.host
     registration = Registration(
         coordinators=address,
-        worker_id="w",
-        incarnation=host.incarnation,
-        role=host.role,
-        address=worker.address,
-        http_address="",
-        identity=host.identity,
+        hello=host.hello("w", worker.address, ""),
         load=host.load,
         on_drain=lambda deadline_s: None,
         on_role_budgets=host.set_role_budgets,

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.attention.batch import Row, StepRows, TableStaging, build_batch
+from engine.attention.batch import Row, StepRows, TableStaging
+from tests.support.backends import build_batch
 
 CPU = torch.device("cpu")
 

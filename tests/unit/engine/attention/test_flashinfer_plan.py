@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.attention.batch import Row, build_batch
+from engine.attention.batch import Row
 from engine.attention.flashinfer_plan import PagedIndices, paged_indices, step_indices
 from engine.attention.torch_backend import TorchBackend
+from tests.support.backends import build_batch
 from tests.unit.engine.attention.reference import CASES, HEADS, poisoned, queries
 
 

@@ -3,11 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.attention import select_backend
-from engine.attention.batch import build_batch
 from engine.attention.grouped import GroupedBackend
 from engine.attention.torch_backend import TorchBackend
 from engine.models.config import AttentionSpec
+from tests.support.backends import build_batch, select_backend
 from tests.support.paged import tiny_config
 from tests.unit.engine.attention.reference import (
     CASES,

@@ -5,10 +5,11 @@ import random
 import pytest
 import torch
 
-from engine.attention.batch import Row, build_batch
+from engine.attention.batch import Row
 from engine.attention.torch_backend import CHUNK_QUERIES, TorchBackend, group_rows
 from engine.cache.kv_cache import KVCache
 from engine.models.config import AttentionSpec
+from tests.support.backends import build_batch
 from tests.unit.engine.attention.reference import (
     CASES,
     HEADS,

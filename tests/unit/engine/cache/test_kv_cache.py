@@ -3,13 +3,14 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import itertools
+import mmap
 from collections import Counter
 
 import pytest
 import torch
 
 from engine.base.kv_layout import KVLayout
-from engine.cache.kv_cache import PAGE_BYTES, KVCache
+from engine.cache.kv_cache import KVCache
 
 CPU = torch.device("cpu")
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, block_size=4, dtype="float32")
@@ -19,7 +20,7 @@ def test_the_pool_is_zero_aligned_and_as_large_as_its_blocks() -> None:
     cache = KVCache(LAYOUT, 7, CPU)
     assert cache.pool.shape == (7, 2, 3, 2, 4, 4)
     assert cache.pool.is_contiguous() and not cache.pool.any()
-    assert cache.address % PAGE_BYTES == 0 and cache.address == cache.pool.data_ptr()
+    assert cache.address % mmap.PAGESIZE == 0 and cache.address == cache.pool.data_ptr()
     assert cache.num_bytes == 7 * LAYOUT.block_bytes == cache.pool.nbytes
     assert (cache.kind, cache.device_id) == ("DRAM", 0)
 

@@ -13,10 +13,11 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
-from engine.base.types import Role
+from engine.base.types import PROTOCOL_VERSION, Role
 from engine.http.server import make_app, serve_http
 from engine.pb.diptych.internal.v1 import registry_pb2
 from engine.rpc import registration as registration_module
+from engine.rpc.convert import enum_to_pb, to_pb
 from engine.rpc.liveness import STALL_S
 from engine.rpc.registration import Registration
 from engine.rpc.server import RpcServer
@@ -76,12 +77,14 @@ def _registration(
 ) -> Registration:
     return Registration(
         coordinators=address,
-        worker_id="d0",
-        incarnation="i0",
-        role=Role.DECODE,
-        address="127.0.0.1:1",
-        http_address="",
-        identity=identity(),
+        hello=registry_pb2.Hello(
+            worker_id="d0",
+            incarnation="i0",
+            role=enum_to_pb(Role.DECODE),
+            address="127.0.0.1:1",
+            model=to_pb(registry_pb2.ModelIdentity, identity()),
+            protocol_version=PROTOCOL_VERSION,
+        ),
         load=load,
         on_drain=lambda deadline_s: None,
         responsive=responsive,

@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from engine.attention import select_backend
 from engine.attention.batch import Row
 from engine.attention.torch_backend import TorchBackend
 from engine.cache.kv_cache import KVCache
 from engine.runner.layers import logits
 from engine.runner.loader import random_model
 from engine.runner.runner import Runner
+from tests.support.backends import select_backend
 from tests.support.paged import CPU, Bench, layout_of, tiny_config
 
 TOKENS = [int(t) for t in torch.randint(0, 101, (60,), generator=torch.Generator().manual_seed(1))]

@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry
 
 from decode.speculative.ngram import NgramDrafter
 from decode.speculative.verify import verify
-from engine.attention import select_backend
 from engine.base.kv_layout import KVLayout, hash_salt
 from engine.base.types import FinishReason, SamplingParams, StopParams
 from engine.cache.kv_cache import KVCache
@@ -31,6 +30,7 @@ from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import Speculation
 from engine.step.core import EngineCore
 from engine.telemetry.metrics import WorkerMetrics
+from tests.support.backends import select_backend
 from tests.support.drafting import measured
 from tests.support.near_tie import TALLY
 from tests.support.paged import CPU
