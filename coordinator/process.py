@@ -57,7 +57,8 @@ def serve(options: StartOptions) -> int:
     model, front, log = options.model, options.front, options.log
     local = options.fleet.workers == "local"
     configure_logging(log, role="coordinator")
-    forbid_core_dumps(allowed=log.core_dumps)
+    if not log.core_dumps:
+        forbid_core_dumps()
     _take_descriptors()
     shorten_switch_interval()
     trusted = Trust.of(options.auth, front, local_workers=local)

@@ -40,9 +40,10 @@ def _speculation(
     from decode.speculative.verify import verify
     from engine.scheduling.speculation import Drafter, Speculation
 
-    passes = None if draft_model is None else StepCost()
+    passes: StepCost | None = None
     drafter: Drafter = NgramDrafter()
-    if draft_model is not None and passes is not None:
+    if draft_model is not None:
+        passes = StepCost()
         drafter = ModelDrafter(draft_model, sampler, block_size, passes, time.monotonic)
     draft_length = MeasuredDraftLength(Acceptance(drafter.acceptance), StepCost(), passes)
     return Speculation(drafter, verify, num_tokens, draft_length)

@@ -45,7 +45,7 @@ def checkpoint() -> Any:
     from coordinator.text.tokenizer import Tokenizer
     from engine.checkpoint.source import resolve
 
-    found = resolve("smollm2", progress=False)
+    found = resolve("smollm2")
     return found, Tokenizer.load(found.folder), ChatTemplate.load(found.folder)
 
 

@@ -91,7 +91,8 @@ def _start(role: Role, options: tuple[Any, ...]) -> int:
     from engine.telemetry.log import configure_logging
 
     configure_logging(log, role=role.value, worker_id=worker.worker_id)
-    forbid_core_dumps(allowed=log.core_dumps)
+    if not log.core_dumps:
+        forbid_core_dumps()
     # Before the model: a mistake shows at once.
     token = token_for(trust, "--listen", worker.listen)
     check_free(worker.listen, worker.http)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from engine.attention.batch import Batch
@@ -40,8 +39,10 @@ class FlashInferPlan:
     order: torch.Tensor | None  # [T]: index of a token's output among those
 
 
-def _int32(array: npt.NDArray[np.int32]) -> torch.Tensor:
-    return torch.from_numpy(array)
+def _arguments(part: PagedIndices) -> list[torch.Tensor]:
+    """qo_indptr, kv_indptr, kv_indices, kv_last_page_len."""
+    arrays = (part.qo_indptr, part.kv_indptr, part.kv_indices, part.kv_last_page_len)
+    return [torch.from_numpy(array) for array in arrays]
 
 
 def _package() -> Any:
@@ -96,12 +97,15 @@ class FlashInferBackend:
                 "--dtype float32: FlashInfer has no fp32 kernels; use the torch backend"
             )
         flashinfer = _package()
-        self._layout = layout
-        self._num_heads = num_heads
-        self._dtype = DTYPES[layout.dtype]
-        self._window_left = spec.window - 1  # keys before the query's own; -1: all
-        self._scale = spec.scale or None  # None: head_dim ** -0.5
-        self._softcap = spec.softcap or None
+        self._block_size = layout.block_size
+        self._shape = (num_heads, layout.num_kv_heads, layout.head_dim, layout.block_size)
+        self._options = {
+            "window_left": spec.window - 1,  # keys before the query's own; -1: all
+            "sm_scale": spec.scale or None,  # None: head_dim ** -0.5
+            "logits_soft_cap": spec.softcap or None,
+            "q_data_type": DTYPES[layout.dtype],
+            "kv_data_type": DTYPES[layout.dtype],
+        }
         self._device = device
         self._serial = 0
         # The float workspace is scratch of a single run, and runs follow one another on one stream.
@@ -119,52 +123,20 @@ class FlashInferBackend:
 
         The first plan of a kind loads or compiles its module. Raises ConfigError where that fails.
         """
-        step = step_indices(batch.rows, self._layout.block_size)
+        step = step_indices(batch.rows, self._block_size)
         self._serial += 1
         with _compiling():
             if step.decode is not None:
-                self._plan_decode(step.decode)
+                _, *pages = _arguments(step.decode)
+                self._decode.plan(*pages, *self._shape, **self._options)
             if step.prefill is not None:
-                self._plan_prefill(step.prefill)
+                pages = _arguments(step.prefill)
+                self._prefill.plan(*pages, *self._shape, causal=True, **self._options)
         num_decode = 0 if step.decode is None else len(step.decode.tokens)
         if step.in_order:
             return FlashInferPlan(self._serial, num_decode, None, None)
         tokens, order = torch.from_numpy(np.stack([step.tokens, step.order])).to(self._device)
         return FlashInferPlan(self._serial, num_decode, tokens, order)
-
-    def _plan_decode(self, part: PagedIndices) -> None:
-        self._decode.plan(
-            _int32(part.kv_indptr),
-            _int32(part.kv_indices),
-            _int32(part.kv_last_page_len),
-            self._num_heads,
-            self._layout.num_kv_heads,
-            self._layout.head_dim,
-            self._layout.block_size,
-            window_left=self._window_left,
-            sm_scale=self._scale,
-            logits_soft_cap=self._softcap,
-            q_data_type=self._dtype,
-            kv_data_type=self._dtype,
-        )
-
-    def _plan_prefill(self, part: PagedIndices) -> None:
-        self._prefill.plan(
-            _int32(part.qo_indptr),
-            _int32(part.kv_indptr),
-            _int32(part.kv_indices),
-            _int32(part.kv_last_page_len),
-            self._num_heads,
-            self._layout.num_kv_heads,
-            self._layout.head_dim,
-            self._layout.block_size,
-            causal=True,
-            window_left=self._window_left,
-            sm_scale=self._scale,
-            logits_soft_cap=self._softcap,
-            q_data_type=self._dtype,
-            kv_data_type=self._dtype,
-        )
 
     def run(
         self, plan: FlashInferPlan, layer: int, q: torch.Tensor, kv_cache: KVCache

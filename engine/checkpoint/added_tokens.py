@@ -36,7 +36,7 @@ _MORE_SPECIAL = (
     "extra_special_tokens",
     "model_specific_special_tokens",
 )
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # Tokens that end a turn or a text in the families that use them.
 END_OF_TURN = frozenset(
     {
@@ -81,7 +81,7 @@ def added_tokens(folder: Path) -> list[dict[str, Any]]:
 
     def add(token_id: int, content: str, flags: Mapping[str, Any]) -> None:
         if token_id not in found and content not in named:
-            set_flags = {flag: bool(flags.get(flag)) for flag in _FLAGS}
+            set_flags = {flag: bool(flags.get(flag)) for flag in FLAGS}
             found[token_id] = {"id": token_id, "content": content, **set_flags}
             named.add(content)
 

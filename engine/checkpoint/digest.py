@@ -47,7 +47,7 @@ class Digested:
     digests: tuple[str, ...]  # hex, one a range
 
 
-def file_digests(path: Path, ranges: Sequence[Range] = (), *, progress: bool = True) -> Digested:
+def file_digests(path: Path, ranges: Sequence[Range] = ()) -> Digested:
     """Digests of `ranges`, by default of the whole file; an unchanged file is not read again.
 
     One process reads a file at a time, the others wait for its note. Raises CheckpointError, also
@@ -77,7 +77,7 @@ def file_digests(path: Path, ranges: Sequence[Range] = (), *, progress: bool = T
                 count_damaged("digests")
                 _log.warning("a remembered digest is damaged: hashing again", path=str(note))
             if not hashed:
-                hashed.append(_hash(state, ranges, path.name, progress))
+                hashed.append(_hash(state, ranges, path.name))
             content = {"version": _VERSION, "file": state.fields()}
             write_sealed(note, content | {"digests": hashed[0].digests})
         return hashed[0]
@@ -86,16 +86,15 @@ def file_digests(path: Path, ranges: Sequence[Range] = (), *, progress: bool = T
         return in_a_place(find, make)
     except CacheError as error:
         _log.warning("digests are not remembered", reason=error.message)
-        return hashed[0] if hashed else _hash(state, ranges, path.name, progress)
+        return hashed[0] if hashed else _hash(state, ranges, path.name)
 
 
-def _hash(state: FileState, ranges: Sequence[Range], name: str, progress: bool) -> Digested:
+def _hash(state: FileState, ranges: Sequence[Range], name: str) -> Digested:
     if abs(time.time_ns() - state.ctime_ns) < _TICK_NS:
         time.sleep(_TICK_NS / 1e9)
     shown = bar(
         desc=f"Hashing {name}",
         total=sum(end - begin for begin, end in ranges),
-        show=progress,
         unit="B",
         unit_scale=True,
         delay=0.5,

@@ -86,7 +86,7 @@ def gguf_fingerprint(config: ModelConfig, digest: str) -> str:
 
 
 def shards_fingerprint(
-    config: ModelConfig, shards: Sequence[Path], *, progress: bool
+    config: ModelConfig, shards: Sequence[Path]
 ) -> tuple[str, tuple[FileState, ...]]:
     """Hex fingerprint of safetensors files, and the states of the files that it is of.
 
@@ -96,7 +96,7 @@ def shards_fingerprint(
     for path in shards:
         entries = list(read_entries([path]))
         ranges = [(e.offset, e.offset + e.num_bytes) for e in entries]
-        digested = file_digests(path, ranges, progress=progress)
+        digested = file_digests(path, ranges)
         states.append(digested.state)
         metadata |= {f"{key}={value}" for key, value in read_metadata(path).items()}
         for entry, digest in zip(entries, digested.digests, strict=True):

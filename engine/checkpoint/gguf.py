@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from engine.base.errors import CheckpointError
 from engine.checkpoint.config import read_config
-from engine.checkpoint.gguf_header import gguf_architectures
+from engine.checkpoint.gguf_header import gguf_architectures, read_header
 from engine.checkpoint.gguf_tokenizer import tokenizer_files
 from engine.checkpoint.gguf_weights import ROPE_FREQS, PackedTensor, packed_tensors
 from engine.models.config import ModelConfig
@@ -47,31 +47,17 @@ class GGUFFile:
         return packed_tensors(self.tensors, config, self.path)
 
 
-def open_gguf(path: Path, *, progress: bool = False) -> GGUFFile:
+def open_gguf(path: Path) -> GGUFFile:
     """Read a file's metadata, which takes seconds, and map its tensors. Raises CheckpointError in
     one sentence naming the file.
     """
-    with bar(total=1, desc=f"Reading {path.name}", show=progress):
-        return _read(path)
-
-
-def _read(path: Path) -> GGUFFile:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    if magic != b"GGUF":
-        raise CheckpointError(f"{path}: not a GGUF file (it starts with {magic!r})")
+    read_header(path)  # refuses other files and byte orders
     import gguf
 
     try:
-        reader = gguf.GGUFReader(path)
-        if reader.byte_order != "I":
-            raise CheckpointError(f"{path}: written in the other byte order; convert it first")
-        meta = {key: field.contents() for key, field in reader.fields.items()}
-    except CheckpointError:
-        raise
+        with bar(total=1, desc=f"Reading {path.name}"):
+            reader = gguf.GGUFReader(path)
+            meta = {key: field.contents() for key, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError, UnicodeDecodeError):
         # The reader runs past the end of the map; which exception that is depends on where.
         size = path.stat().st_size
@@ -81,24 +67,19 @@ def _read(path: Path) -> GGUFFile:
     return GGUFFile(path, meta, list(reader.tensors))
 
 
-def convert(path: Path, folder: Path, *, progress: bool) -> None:
+def convert(path: Path, folder: Path) -> None:
     """Write all but the weights into the empty folder `folder`."""
-    with bar(total=4, desc=f"Reading {path.name}", show=progress) as shown:
-        file = open_gguf(path)
-        shown.update()
-        files = {"config.json": config_json(file), "generation_config.json": _generation(file)}
-        shown.update()
-        files |= tokenizer_files(file.meta, path)
-        for name, content in files.items():
-            _write_json(folder / name, content)
-        shown.update()
-        try:
-            config = read_config(folder)
-        except CheckpointError as error:  # name the file: the folder is removed
-            message = error.message.replace(str(folder / "config.json"), str(path))
-            raise CheckpointError(message) from None
-        file.packed(config)  # all tensors are there, and have the shapes of the configuration
-        shown.update()
+    file = open_gguf(path)
+    files = {"config.json": config_json(file), "generation_config.json": _generation(file)}
+    files |= tokenizer_files(file.meta, path)
+    for name, content in files.items():
+        _write_json(folder / name, content)
+    try:
+        config = read_config(folder)
+    except CheckpointError as error:  # name the file: the folder is removed
+        message = error.message.replace(str(folder / "config.json"), str(path))
+        raise CheckpointError(message) from None
+    file.packed(config)  # all tensors are there, and have the shapes of the configuration
 
 
 def config_json(file: GGUFFile) -> dict[str, Any]:

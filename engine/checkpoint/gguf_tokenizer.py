@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.base.errors import CheckpointError
-from engine.checkpoint.added_tokens import END_OF_TURN
+from engine.checkpoint.added_tokens import END_OF_TURN, FLAGS
 
 _Json = dict[str, Any]
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token types of the format
@@ -30,15 +30,9 @@ _ROLES = (*_ENDS, "unknown", "padding")
 # The form of control tokens, which no word has: <|name|>, also with DeepSeek's wide bars.
 _CONTROL_SHAPE = re.compile(r"<\|[^\s<>|]+\|>|<\uff5c[^\s<>\uff5c]+\uff5c>")
 _TURNS = END_OF_TURN | {
-    *(
-        "<|im_start|>",
-        "<start_of_turn>",
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        "<s>",
-        "<bos>",
-    ),
-    *("<|begin_of_text|>", "<|user|>", "<|assistant|>", "<|system|>", "<pad>", "<unk>"),
+    *("<|im_start|>", "<start_of_turn>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<s>", "<bos>", "<|begin_of_text|>", "<|user|>", "<|assistant|>", "<|system|>"),
+    *("<pad>", "<unk>"),
 }
 _SPACE = "\u2581"  # how SentencePiece writes a space
 
@@ -257,15 +251,8 @@ def _bpe(
 
 
 def _added(token_id: int, content: str, *, special: bool) -> _Json:
-    return {
-        "id": token_id,
-        "content": content,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": special,
-    }
+    flags = dict.fromkeys(FLAGS, False) | {"special": special}
+    return {"id": token_id, "content": content, **flags}
 
 
 def _template(meta: Mapping[str, Any], tokens: list[str], *, add_bos: bool) -> _Json | None:

@@ -85,9 +85,7 @@ def packed_tensors(tensors: list[Any], config: ModelConfig, path: Path) -> list[
     return out
 
 
-def write_weights(
-    out: Path, tensors: list[PackedTensor], dtype: str, *, source: Path, progress: bool
-) -> None:
+def write_weights(out: Path, tensors: list[PackedTensor], dtype: str, *, source: Path) -> None:
     """Dequantise into one safetensors file of `dtype` (float32, bfloat16, float16; round to nearest
     even).
     """
@@ -97,7 +95,6 @@ def write_weights(
         desc=f"Converting {source.name} to {dtype}",
         unit=" weights",
         unit_scale=True,
-        show=progress,
     )
     with shown:
         pieces = (piece for t in tensors for piece in _pieces(t, dtype, source, shown))

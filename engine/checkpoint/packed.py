@@ -126,12 +126,12 @@ class _Tensor:
     values: Callable[[int, int], _Floats]  # of rows first .. end - 1; a vector is one row
 
 
-def _tensors(checkpoint: Checkpoint, progress: bool) -> Mapping[str, _Tensor]:
+def _tensors(checkpoint: Checkpoint) -> Mapping[str, _Tensor]:
     if checkpoint.gguf is not None:
         from engine.checkpoint.gguf import open_gguf
 
         path = checkpoint.gguf
-        packed = open_gguf(path, progress=progress).packed(checkpoint.config)
+        packed = open_gguf(path).packed(checkpoint.config)
         return {t.name: _of_gguf(path, t) for t in packed}
     from engine.checkpoint.source import weights
 
@@ -225,16 +225,14 @@ def _check(source: Mapping[str, _Tensor], checkpoint: Checkpoint) -> None:
 # -- the file --------------------------------------------------------------------------------------
 
 
-def packed_file(
-    checkpoint: Checkpoint, choice: str, *, progress: bool = True, read: bool = True
-) -> Path:
+def packed_file(checkpoint: Checkpoint, choice: str, *, read: bool = True) -> Path:
     """The file for `choice` (auto, bf16, int8 or int4), made on the first call.
 
     `read` as `kept` has it. Raises CheckpointError.
     """
 
     def make(folder: Path) -> None:
-        _write(folder / _FILE, checkpoint, choice, progress)
+        _write(folder / _FILE, checkpoint, choice)
         checkpoint.check_unchanged()
 
     name = f"{checkpoint.fingerprint}-{choice}-{_VERSION}"
@@ -267,8 +265,8 @@ def _packed(tensor: _Tensor, kind: str) -> Iterator[_Bytes]:
             yield pack_rows(kind, quantise(kind, tensor.values(first, end)))
 
 
-def _write(path: Path, checkpoint: Checkpoint, choice: str, progress: bool) -> None:
-    source = _tensors(checkpoint, progress)
+def _write(path: Path, checkpoint: Checkpoint, choice: str) -> None:
+    source = _tensors(checkpoint)
     _check(source, checkpoint)
     matrices, vectors = _joined(checkpoint.config)
     kinds = {m.name: _kind(m, source, choice) for m in matrices}
@@ -280,7 +278,7 @@ def _write(path: Path, checkpoint: Checkpoint, choice: str, progress: bool) -> N
 
     def arrays() -> Iterator[npt.NDArray[Any]]:
         title = f"Packing {checkpoint.name} ({choice})"
-        for matrix in bar(matrices, desc=title, show=progress):
+        for matrix in bar(matrices, desc=title):
             for part in matrix.parts:  # each has whole groups: see kernels/decoder.py
                 yield from _packed(source[part.hf_name], kinds[matrix.name])
         for vector in vectors:

@@ -56,14 +56,14 @@ class Checkpoint:
             source.check()
 
 
-def resolve(model: str, *, progress: bool = True, weights: bool = True) -> Checkpoint:
+def resolve(model: str, *, weights: bool = True) -> Checkpoint:
     """Find, fetch or convert `model`; progress goes to standard error.
 
     `weights=False` is for a process that never computes: a folder need not hold weights, the hub's
     are not fetched. Raises CheckpointError in one sentence that names the model or file.
     """
     if model == DEFAULT_MODEL:
-        return _from_gguf(default_file(), DEFAULT_MODEL, progress)
+        return _from_gguf(default_file(), DEFAULT_MODEL)
     if not model:
         raise CheckpointError(
             "the model's name is empty; expected a hub id, a folder or a .gguf file"
@@ -72,20 +72,18 @@ def resolve(model: str, *, progress: bool = True, weights: bool = True) -> Check
     if model.endswith(".gguf"):
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file")
-        return _from_gguf(path, path.stem, progress)
+        return _from_gguf(path, path.stem)
     if path.is_dir():
-        return _from_folder(path, path.resolve().name, weights, progress)
+        return _from_folder(path, path.resolve().name, weights)
     if path.exists():
         raise CheckpointError(f"{path}: neither a folder in Hugging Face layout nor a .gguf file")
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model}: no such folder, and no hub id (owner/name) either")
-    folder = _fetch(model, progress, weights)
-    return _from_folder(folder, model.rsplit("/", 1)[-1], weights, progress)
+    folder = _fetch(model, weights)
+    return _from_folder(folder, model.rsplit("/", 1)[-1], weights)
 
 
-def weights(
-    checkpoint: Checkpoint, dtype: str, *, progress: bool = True, read: bool = True
-) -> list[Path]:
+def weights(checkpoint: Checkpoint, dtype: str, *, read: bool = True) -> list[Path]:
     """The safetensors files to load for `dtype`, each checked to be whole.
 
     A converted GGUF gives one file of exactly that dtype, written on the first call; a Hugging Face
@@ -102,8 +100,8 @@ def weights(
         from engine.checkpoint.gguf import open_gguf
         from engine.checkpoint.gguf_weights import write_weights
 
-        packed = open_gguf(gguf, progress=progress).packed(checkpoint.config)
-        write_weights(folder / SINGLE, packed, dtype, source=gguf, progress=progress)
+        packed = open_gguf(gguf).packed(checkpoint.config)
+        write_weights(folder / SINGLE, packed, dtype, source=gguf)
         checkpoint.check_unchanged()
 
     name = f"{checkpoint.fingerprint}-{dtype}-{_CONVERTER}"
@@ -122,12 +120,12 @@ def default_file() -> Path:
     return files[0]
 
 
-def _from_folder(folder: Path, name: str, with_weights: bool, progress: bool) -> Checkpoint:
+def _from_folder(folder: Path, name: str, with_weights: bool) -> Checkpoint:
     config = read_config(folder)
     _require_tokenizer(folder)
     if not with_weights:
         return Checkpoint(folder, name, config, "")
-    fingerprint, states = shards_fingerprint(config, find_shards(folder), progress=progress)
+    fingerprint, states = shards_fingerprint(config, find_shards(folder))
     return Checkpoint(folder, name, config, fingerprint, sources=states)
 
 
@@ -136,15 +134,15 @@ def _require_tokenizer(folder: Path) -> None:
         raise CheckpointError(f"{path}: this file is missing (tokenizer.model is not read)")
 
 
-def _from_gguf(path: Path, name: str, progress: bool) -> Checkpoint:
+def _from_gguf(path: Path, name: str) -> Checkpoint:
     check_gguf(path)  # refuse what can be refused before all of it is hashed
-    digested = file_digests(path, progress=progress)
+    digested = file_digests(path)
     (digest,) = digested.digests
 
     def make(folder: Path) -> None:
         from engine.checkpoint.gguf import convert
 
-        convert(path, folder, progress=progress)
+        convert(path, folder)
         digested.state.check()
 
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:80]
@@ -154,7 +152,7 @@ def _from_gguf(path: Path, name: str, progress: bool) -> Checkpoint:
     return Checkpoint(folder, name, config, fingerprint, path, (digested.state,))
 
 
-def _fetch(model: str, progress: bool, with_weights: bool) -> Path:
+def _fetch(model: str, with_weights: bool) -> Path:
     """Download a model from the hub, or find it in the hub's own cache.
 
     config.json comes first, then the tokenizer, then the weights: a model that cannot be served is
@@ -166,7 +164,7 @@ def _fetch(model: str, progress: bool, with_weights: bool) -> Path:
 
     class Bar(hub_tqdm):
         def __init__(self, *args: object, **kwargs: object) -> None:
-            if not (progress and sys.stderr.isatty()):
+            if not sys.stderr.isatty():
                 kwargs["disable"] = True
             super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
 

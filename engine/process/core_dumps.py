@@ -17,10 +17,8 @@ from pathlib import Path
 _FILTER = Path("/proc/self/coredump_filter")
 
 
-def forbid_core_dumps(*, allowed: bool = False) -> None:
-    """Set both limits to 0, unless dumps are `allowed`."""
-    if allowed:
-        return
+def forbid_core_dumps() -> None:
+    """Set both limits to 0."""
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
     with suppress(OSError):  # not Linux, or no /proc

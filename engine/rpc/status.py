@@ -25,21 +25,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
-from engine.base.errors import (
-    DeadlineExceeded,
-    DiptychError,
-    InvalidRequest,
-    Mismatch,
-    NotFound,
-    NotOffered,
-    Overloaded,
-    PermissionDenied,
-    TooLarge,
-    Unauthenticated,
-    Unavailable,
-    UnknownMethod,
-    WorkersLost,
-)
+from engine.base import errors
 
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
@@ -63,46 +49,46 @@ class RpcStatus:
 
 _Code = grpc.StatusCode
 # Errors that are their message alone, in both directions.
-_PLAIN: dict[type[DiptychError], grpc.StatusCode] = {
-    NotFound: _Code.NOT_FOUND,
-    Mismatch: _Code.FAILED_PRECONDITION,
-    Unauthenticated: _Code.UNAUTHENTICATED,
-    PermissionDenied: _Code.PERMISSION_DENIED,
-    DeadlineExceeded: _Code.DEADLINE_EXCEEDED,
+_PLAIN: dict[type[errors.DiptychError], grpc.StatusCode] = {
+    errors.NotFound: _Code.NOT_FOUND,
+    errors.Mismatch: _Code.FAILED_PRECONDITION,
+    errors.Unauthenticated: _Code.UNAUTHENTICATED,
+    errors.PermissionDenied: _Code.PERMISSION_DENIED,
+    errors.DeadlineExceeded: _Code.DEADLINE_EXCEEDED,
 }
 _CODES = _PLAIN | {
-    InvalidRequest: _Code.INVALID_ARGUMENT,
-    NotOffered: _Code.UNIMPLEMENTED,
-    Overloaded: _Code.RESOURCE_EXHAUSTED,
-    TooLarge: _Code.RESOURCE_EXHAUSTED,
-    Unavailable: _Code.UNAVAILABLE,
+    errors.InvalidRequest: _Code.INVALID_ARGUMENT,
+    errors.NotOffered: _Code.UNIMPLEMENTED,
+    errors.Overloaded: _Code.RESOURCE_EXHAUSTED,
+    errors.TooLarge: _Code.RESOURCE_EXHAUSTED,
+    errors.Unavailable: _Code.UNAVAILABLE,
 }
 _FROM_CODE = {code: kind for kind, code in _PLAIN.items()}
 
 
-def to_status(error: DiptychError) -> RpcStatus:
+def to_status(error: errors.DiptychError) -> RpcStatus:
     """The status that reports `error`."""
     code = next((c for kind, c in _CODES.items() if isinstance(error, kind)), _Code.INTERNAL)
     message = clip(error.message)
     details: list[Message] = []
     metadata: list[tuple[str, str | bytes]] = []
-    if isinstance(error, InvalidRequest):
+    if isinstance(error, errors.InvalidRequest):
         details.append(_bad_request(error.field, error.description))
-    elif isinstance(error, NotOffered):
+    elif isinstance(error, errors.NotOffered):
         details.append(_bad_request(error.field, message))
-    elif isinstance(error, Overloaded | Unavailable):
+    elif isinstance(error, errors.Overloaded | errors.Unavailable):
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromMilliseconds(round(error.retry_after_s * 1000))
         details.append(retry)
         metadata.append((PUSHBACK_KEY, str(round(error.retry_after_s * 1000))))
-    if isinstance(error, Unavailable | WorkersLost):
-        reason = WORKERS_LOST if isinstance(error, WorkersLost) else "UNAVAILABLE"
+    if isinstance(error, errors.Unavailable | errors.WorkersLost):
+        reason = WORKERS_LOST if isinstance(error, errors.WorkersLost) else "UNAVAILABLE"
         info = error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN)
         info.metadata["num_emitted"] = str(error.num_emitted)
         details.append(info)
-    if isinstance(error, Unavailable) and error.lost:
+    if isinstance(error, errors.Unavailable) and error.lost:
         metadata.append((LOST_KEY, error.lost))
-    if isinstance(error, Unavailable) and error.sick:
+    if isinstance(error, errors.Unavailable) and error.sick:
         metadata.append((SICK_KEY, "1"))
     status = status_pb2.Status(code=code.value[0], message=message)
     for detail in details:
@@ -136,7 +122,7 @@ def _bad_request(field: str, description: str) -> Message:
     return details
 
 
-def from_rpc_error(error: grpc.RpcError) -> DiptychError | None:
+def from_rpc_error(error: grpc.RpcError) -> errors.DiptychError | None:
     """The inverse of `to_status`, for errors of grpc and grpc.aio; None: a bug or a cancellation.
 
     A lost connection is `Unavailable` too.
@@ -153,21 +139,22 @@ def from_rpc_error(error: grpc.RpcError) -> DiptychError | None:
     match code:
         case _Code.INVALID_ARGUMENT:
             if violation:
-                return InvalidRequest(violation.field, violation.description)
-            return InvalidRequest("request", message)
+                return errors.InvalidRequest(violation.field, violation.description)
+            return errors.InvalidRequest("request", message)
         case _Code.UNIMPLEMENTED:
             if not violation:
-                return UnknownMethod(message)
-            why = violation.description.removeprefix(violation.field).strip()
-            return NotOffered(violation.field, why) if why else NotOffered(violation.field)
+                return errors.UnknownMethod(message)
+            field = violation.field
+            why = violation.description.removeprefix(field).strip()
+            return errors.NotOffered(field, why) if why else errors.NotOffered(field)
         case _Code.RESOURCE_EXHAUSTED:
-            return Overloaded(message, retry_after_s)
+            return errors.Overloaded(message, retry_after_s)
         case _Code.UNAVAILABLE:
             lost = str(metadata.get(LOST_KEY, ""))
             sick = SICK_KEY in metadata
-            return Unavailable(message, retry_after_s, num_emitted, lost, sick=sick)
+            return errors.Unavailable(message, retry_after_s, num_emitted, lost, sick=sick)
         case _Code.INTERNAL if info and info.reason == WORKERS_LOST:
-            return WorkersLost(message, num_emitted)
+            return errors.WorkersLost(message, num_emitted)
     return None
 
 

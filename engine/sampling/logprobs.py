@@ -32,15 +32,11 @@ class LogprobScorer:
         self._native = found.library["diptych_logprobs"] if found else None
         if self._native is not None:
             self._native.restype = None
-            self._native.argtypes = [
-                ctypes.c_void_p,  # logits
-                ctypes.c_int64,  # elements from one row to the next
-                ctypes.c_int,  # vocab_size
-                ctypes.c_void_p,  # tokens, int32
-                ctypes.c_int,  # rows
-                ctypes.c_int,  # k
-                *(ctypes.c_void_p for _ in range(3)),  # chosen fp32, ids int32, values fp32
-            ]
+            # Logits, elements from one row to the next, vocab_size, tokens (int32), rows, k, chosen
+            # (fp32), ids (int32), values (fp32).
+            pointer, number = ctypes.c_void_p, ctypes.c_int
+            rows = (pointer, ctypes.c_int64, number, pointer, number)
+            self._native.argtypes = (*rows, number, pointer, pointer, pointer)
 
     def score(
         self, logits: torch.Tensor, tokens: Sequence[int], num_top: int

@@ -87,16 +87,11 @@ class NativeSampler:
         self.vocab_size = vocab_size
         self._sample = library["diptych_sample"]
         self._sample.restype = None
-        self._sample.argtypes = [
-            ctypes.c_void_p,  # logits
-            ctypes.c_int64,  # elements from one row to the next
-            ctypes.c_int,  # vocab_size
-            ctypes.c_void_p,  # records
-            ctypes.c_int,  # first row
-            ctypes.c_int,  # one after the last
-            ctypes.c_void_p,  # tokens, int32
-            ctypes.c_void_p,  # scratch
-        ]
+        # Logits, elements from one row to the next, vocab_size, records, first row, one after the
+        # last, tokens (int32), scratch.
+        pointer, number = ctypes.c_void_p, ctypes.c_int
+        rows = (pointer, ctypes.c_int64, number, pointer, number, number)
+        self._sample.argtypes = (*rows, pointer, pointer)
         num_bytes = library["diptych_sample_scratch"]
         num_bytes.restype = ctypes.c_size_t
         self._memory = ctypes.create_string_buffer(num_bytes(vocab_size) + _ALIGNMENT)  # zeros

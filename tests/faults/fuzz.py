@@ -226,7 +226,7 @@ def errors_logged() -> Iterator[list[str]]:
 @asynccontextmanager
 async def front() -> AsyncIterator[tuple[Coordinator, FuzzDecode, Model]]:
     """A coordinator whose one decode worker answers anything."""
-    checkpoint = resolve(MODEL, progress=False)
+    checkpoint = resolve(MODEL)
     config: ModelConfig = checkpoint.config
     served = ServedModel(
         MODEL,
@@ -332,7 +332,7 @@ def fuzz_over_the_wire(seed: int, indexes: range, stack: Stack, concurrency: int
     report = Report("Over the wire", seed)
     pids = {name: stack.pid_of(name) for name in ("prefill-0", "decode-0")}
     served = stack.client.model()
-    config: ModelConfig = resolve(MODEL, progress=False).config
+    config: ModelConfig = resolve(MODEL).config
     model = Model(served.max_model_len, frozenset(config.eos_token_ids), holds_constraints=True)
     asyncio.run(run(report, stack.address, stack.process.pid, indexes, model, concurrency))
     stack.assert_at_rest()

@@ -243,9 +243,9 @@ class Oracle:
         from tests.support.paged import CPU
         from tests.support.plain_loop import PlainLoop
 
-        checkpoint = resolve("smollm2", progress=False)
-        shards = weights(checkpoint, "float32", progress=False)
-        return PlainLoop(load_model(checkpoint.config, shards, torch.float32, CPU, progress=False))
+        checkpoint = resolve("smollm2")
+        shards = weights(checkpoint, "float32")
+        return PlainLoop(load_model(checkpoint.config, shards, torch.float32, CPU))
 
 
 def _work(case: Case) -> Any:

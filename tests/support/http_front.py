@@ -30,7 +30,7 @@ TEXT = "The river was wide and slow, and nobody knew where it began. " * 4
 
 @cache
 def _loaded() -> tuple[Any, Tokenizer, ChatTemplate]:
-    found = resolve("smollm2", progress=False)
+    found = resolve("smollm2")
     return found, Tokenizer.load(found.folder), ChatTemplate.load(found.folder)
 
 

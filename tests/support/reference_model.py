@@ -14,7 +14,7 @@ from engine.checkpoint.source import resolve
 
 def default_model() -> torch.nn.Module:
     """What from_pretrained(gguf_file=...) does, less its demand for accelerate."""
-    checkpoint = resolve("smollm2", progress=False)
+    checkpoint = resolve("smollm2")
     assert checkpoint.gguf is not None
     folder, name = checkpoint.gguf.parent, checkpoint.gguf.name
     config = transformers.AutoConfig.from_pretrained(folder, gguf_file=name)

@@ -23,9 +23,9 @@ pytestmark = pytest.mark.timeout(900)
 
 
 def _oracle() -> PlainLoop:
-    checkpoint = resolve("smollm2", progress=False)
-    shards = weights(checkpoint, "float32", progress=False)
-    return PlainLoop(load_model(checkpoint.config, shards, torch.float32, CPU, progress=False))
+    checkpoint = resolve("smollm2")
+    shards = weights(checkpoint, "float32")
+    return PlainLoop(load_model(checkpoint.config, shards, torch.float32, CPU))
 
 
 @pytest.fixture(scope="module")

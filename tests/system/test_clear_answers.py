@@ -174,7 +174,7 @@ def test_a_worker_that_does_not_match_is_refused(stack: Stack, ends: Commands, n
 def truncated_gguf(folder: Path) -> Path:
     from engine.checkpoint.source import resolve
 
-    source = resolve("smollm2", progress=False).gguf
+    source = resolve("smollm2").gguf
     assert source is not None
     path = folder / "cut.gguf"
     path.write_bytes(source.read_bytes()[:5_000_000])
@@ -194,7 +194,7 @@ def not_a_model(folder: Path) -> Path:
 def folder_without_weights(folder: Path) -> Path:
     from engine.checkpoint.source import resolve
 
-    source = resolve("smollm2", progress=False).folder
+    source = resolve("smollm2").folder
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((source / name).read_bytes())
     return folder

@@ -30,8 +30,8 @@ pytestmark = [
 
 def _oracle(choice: str) -> PlainLoop:
     assert LIBRARY
-    checkpoint = resolve("smollm2", progress=False)
-    weights = read_packed(packed_file(checkpoint, choice, progress=False), checkpoint.config)
+    checkpoint = resolve("smollm2")
+    weights = read_packed(packed_file(checkpoint, choice), checkpoint.config)
     return PlainLoop(NativeModel(checkpoint.config, weights, LIBRARY))
 
 

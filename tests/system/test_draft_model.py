@@ -65,9 +65,9 @@ def ask(stack: Stack, work: EngineRequest) -> Answer:
 
 
 def _oracle() -> PlainLoop:
-    checkpoint = resolve("smollm2", progress=False)
-    shards = weights(checkpoint, "float32", progress=False)
-    return PlainLoop(load_model(checkpoint.config, shards, torch.float32, CPU, progress=False))
+    checkpoint = resolve("smollm2")
+    shards = weights(checkpoint, "float32")
+    return PlainLoop(load_model(checkpoint.config, shards, torch.float32, CPU))
 
 
 def test_the_first_layers_draft_and_no_token_changes(tmp_path: Path, record_answers: bool) -> None:

@@ -55,7 +55,7 @@ class Texts:
 
 def study(cases: Sequence[Case], num_walks: int, seed: int) -> list[Grammar]:
     """All of them, one after the other."""
-    vocabulary = Vocabulary(resolve("smollm2", progress=False).folder, VOCAB, ENDS)
+    vocabulary = Vocabulary(resolve("smollm2").folder, VOCAB, ENDS)
     return asyncio.run(_study(cases, vocabulary, num_walks, seed))
 
 

@@ -49,7 +49,7 @@ def theirs(template: str, messages: list[dict], **kwargs: Any) -> str:
 def test_default_model_equals_transformers(messages: list[dict], generate: bool) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    folder = resolve("smollm2", progress=False).folder
+    folder = resolve("smollm2").folder
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     expected = tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=generate

@@ -24,7 +24,7 @@ SMOLLM2 = "smollm2"
 @cache
 def tokenizer_of(kind: str) -> Tokenizer:
     if kind == SMOLLM2:
-        return Tokenizer.load(resolve("smollm2", progress=False).folder)
+        return Tokenizer.load(resolve("smollm2").folder)
     return tiny_tokenizer(kind)
 
 

@@ -26,7 +26,7 @@ LIMITS = Limits("m", 49152, (2,), 1000)
 
 @cache
 def smollm2() -> Tokenizer:
-    return Tokenizer.load(resolve("smollm2", progress=False).folder)
+    return Tokenizer.load(resolve("smollm2").folder)
 
 
 def run(text: str, tokenizer: Tokenizer | None = None, skip: bool = True, **stop):

@@ -21,7 +21,7 @@ from tests.support.paths import DATA
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return resolve("smollm2", progress=False).folder
+    return resolve("smollm2").folder
 
 
 @pytest.fixture(scope="module")

@@ -478,7 +478,7 @@ def test_a_schema_for_text_beside_tools():
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.load(resolve("smollm2", progress=False).folder)
+    return Tokenizer.load(resolve("smollm2").folder)
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def fingerprint(model: Path) -> str:
     """The model's fingerprint, or the refusal."""
     try:
-        return resolve(str(model), progress=False).fingerprint
+        return resolve(str(model)).fingerprint
     except CheckpointError as error:
         return error.message
 
@@ -121,10 +121,7 @@ def test_several_that_ask_at_once_read_once(tmp_path: Path, hashed: list[str]) -
     path = tmp_path / "x"
     path.write_bytes(os.urandom(20 << 20))
     found: list[digest.Digested] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(file_digests(path, progress=False)))
-        for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: found.append(file_digests(path))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -149,9 +146,9 @@ def test_a_file_that_changes_while_it_is_hashed_is_refused(
 
     monkeypatch.setattr(digest, "hash_ranges", changing)
     with pytest.raises(CheckpointError, match="x: the file changed while it was read"):
-        file_digests(path, progress=False)
+        file_digests(path)
     monkeypatch.setattr(digest, "hash_ranges", real)
-    assert file_digests(path, progress=False).digests == tuple(hash_ranges(path, [(0, 1000)]))
+    assert file_digests(path).digests == tuple(hash_ranges(path, [(0, 1000)]))
     with pytest.raises(CheckpointError, match="truncated"):
         hash_ranges(path, [(0, 1001)])
     with pytest.raises(CheckpointError, match="nothing: No such file"):

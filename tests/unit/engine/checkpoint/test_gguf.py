@@ -34,7 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def load(checkpoint: Checkpoint, dtype: str) -> dict[str, torch.Tensor]:
-    (path,) = weights(checkpoint, dtype, progress=False)
+    (path,) = weights(checkpoint, dtype)
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
@@ -47,7 +47,7 @@ def test_tensors_come_back_in_hugging_face_order(
     tmp_path: Path, arch: str, bias: bool, untied: bool
 ) -> None:
     expected = tiny_gguf.tiny(tmp_path / "m.gguf", arch=arch, bias=bias, untied=untied)
-    checkpoint = resolve(str(tmp_path / "m.gguf"), progress=False)
+    checkpoint = resolve(str(tmp_path / "m.gguf"))
     for dtype in ("float32", "bfloat16", "float16"):
         found = load(checkpoint, dtype)
         assert found.keys() == expected.keys()
@@ -66,7 +66,7 @@ def test_tensors_come_back_in_hugging_face_order(
 def test_quantised_rows_are_unpermuted_before_they_are_dequantised(tmp_path: Path) -> None:
     names = frozenset({"token_embd.weight", "blk.0.attn_q.weight", "blk.1.attn_k.weight"})
     expected = tiny_gguf.tiny(tmp_path / "m.gguf", quantized=names)
-    found = load(resolve(str(tmp_path / "m.gguf"), progress=False), "float32")
+    found = load(resolve(str(tmp_path / "m.gguf")), "float32")
     for name, values in expected.items():
         error = np.abs(found[name].numpy() - values).max()
         assert error < 0.02, name
@@ -85,7 +85,7 @@ def test_default_model_equals_transformers(tmp_path: Path) -> None:
     assert (config.num_layers, config.vocab_size, config.head_dim) == (30, 49152, 64)
     assert config.tie_word_embeddings
     assert config.eos_token_ids == (2,)  # no tokenizer beside it
-    assert source.resolve("smollm2", progress=False).config.eos_token_ids == (2, 0)
+    assert source.resolve("smollm2").config.eos_token_ids == (2, 0)
     packed = file.packed(config)
     assert len(packed) == 272
     chosen = [t for t in packed if re.search(r"layers\.(0|29)\.|embed_tokens|model\.norm", t.name)]
@@ -102,7 +102,7 @@ def test_default_model_equals_transformers(tmp_path: Path) -> None:
     }
     for dtype in ("float32", "bfloat16"):
         out = tmp_path / f"{dtype}.safetensors"
-        write_weights(out, chosen, dtype, source=path, progress=False)
+        write_weights(out, chosen, dtype, source=path)
         with safe_open(out, "pt") as found:
             for name, tensor in theirs.items():
                 expected = tensor.to(getattr(torch, dtype))
@@ -143,7 +143,7 @@ def test_rope_scaling_keys(
     tmp_path: Path, numbers: dict, meta: dict, expected: tuple[str, float, int]
 ) -> None:
     tiny_gguf.tiny(tmp_path / "m.gguf", numbers=numbers, meta=meta)
-    scaling = resolve(str(tmp_path / "m.gguf"), progress=False).config.rope_scaling
+    scaling = resolve(str(tmp_path / "m.gguf")).config.rope_scaling
     found = (scaling.kind, scaling.factor, scaling.original_max_position_embeddings)
     assert found == expected
 
@@ -163,7 +163,7 @@ def test_the_context_of_a_yarn_file(
 ) -> None:
     meta = {"llama.rope.scaling.type": "yarn"}
     tiny_gguf.tiny(tmp_path / "m.gguf", numbers=numbers, meta=meta)
-    config = resolve(str(tmp_path / "m.gguf"), progress=False).config
+    config = resolve(str(tmp_path / "m.gguf")).config
     assert config.context == context
     assert config.rope_scaling.factor == 4.0
     assert config.rope_scaling.attention_factor == pytest.approx(attention, abs=1e-4)
@@ -177,7 +177,7 @@ def test_llama3_scaling_is_recognised_by_its_divisors(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     numbers = {"rope.freq_base": 500000.0}
     tiny_gguf.tiny(path, numbers=numbers, extra={"rope_freqs.weight": divisors})
-    checkpoint = resolve(str(path), progress=False)
+    checkpoint = resolve(str(path))
     scaling = checkpoint.config.rope_scaling
     assert (scaling.kind, scaling.factor) == ("llama3", 8.0)
     assert scaling.original_max_position_embeddings == 8192
@@ -188,20 +188,20 @@ def test_llama3_scaling_is_recognised_by_its_divisors(tmp_path: Path) -> None:
     assert all("rope_freqs" not in name for name in load(checkpoint, "float32"))
     tiny_gguf.tiny(path, numbers=numbers, extra={"rope_freqs.weight": divisors * 1.1})
     with pytest.raises(CheckpointError, match=r"rope_freqs\.weight"):
-        resolve(str(path), progress=False)
+        resolve(str(path))
 
 
 def test_every_end_token_of_the_metadata_ends_an_answer(tmp_path: Path) -> None:
     meta = {"tokenizer.ggml.eot_token_id": 2, "tokenizer.ggml.eom_token_id": 0}
     tiny_gguf.tiny(tmp_path / "m.gguf", meta=meta)
-    assert resolve(str(tmp_path / "m.gguf"), progress=False).config.eos_token_ids == (0, 2)
+    assert resolve(str(tmp_path / "m.gguf")).config.eos_token_ids == (0, 2)
 
 
 def test_control_tokens_end_an_answer_by_name_and_words_do_not(tmp_path: Path) -> None:
     more = [("<|im_end|>", 3), ("<|eot_id|>", 4), ("</s>", 1), ("<|im_start|>", 1)]
     tiny_gguf.tiny(tmp_path / "m.gguf", tokens_more=more)
     with structlog.testing.capture_logs() as lines:
-        checkpoint = resolve(str(tmp_path / "m.gguf"), progress=False)
+        checkpoint = resolve(str(tmp_path / "m.gguf"))
         Served.load(checkpoint.folder)
     first = checkpoint.config.vocab_size - len(more)
     assert checkpoint.config.eos_token_ids == (0, first + 2, first + 1, first)
@@ -245,7 +245,7 @@ def test_what_is_not_supported_is_named(
         pytest.raises(CheckpointError, match=named) as error,
         mock.patch.object(source, "file_digests", hashed),
     ):
-        resolve(str(tmp_path / "m.gguf"), progress=False)
+        resolve(str(tmp_path / "m.gguf"))
     early = ("falcon", "klingon", "longrope", "split GGUF", "split.count")
     assert hashed.called is not any(name in named for name in early), "refused before it is hashed"
     assert "m.gguf" in error.value.message
@@ -262,7 +262,7 @@ def test_truncated_files_are_one_sentence(tmp_path: Path, cache: Path) -> None:
         path = tmp_path / "cut.gguf"
         path.write_bytes(data[:cut])
         with pytest.raises(CheckpointError, match=r"cut\.gguf.*(truncated|not a GGUF file)"):
-            resolve(str(path), progress=False)
+            resolve(str(path))
     assert not list((cache / "models").glob("cut-*/"))
 
 
@@ -272,7 +272,7 @@ def test_generation_and_tokenizer_files_are_read_by_transformers(tmp_path: Path)
     template = "{{ bos_token }}{{ messages[0]['content'] }}"
     meta = {"tokenizer.ggml.add_bos_token": True, "tokenizer.chat_template": template}
     tiny_gguf.tiny(tmp_path / "m.gguf", meta=meta)
-    folder = resolve(str(tmp_path / "m.gguf"), progress=False).folder
+    folder = resolve(str(tmp_path / "m.gguf")).folder
     assert GenerationConfig.from_pretrained(folder).eos_token_id == [0]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("the<|im|>the")["input_ids"]

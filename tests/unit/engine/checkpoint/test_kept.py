@@ -42,8 +42,8 @@ def model(tmp_path: Path) -> str:
 
 def everything(model: str) -> tuple[Checkpoint, dict[str, bytes]]:
     """Use all kinds of entries; the bytes of every file that was used."""
-    found = resolve(model, progress=False)
-    used = [*found.folder.iterdir(), *weights(found, "float32", progress=False)]
+    found = resolve(model)
+    used = [*found.folder.iterdir(), *weights(found, "float32")]
     return found, {path.name: path.read_bytes() for path in used}
 
 
@@ -152,7 +152,7 @@ def test_the_packed_file_of_another_model_is_not_served(tmp_path: Path) -> None:
 USE = """
 import sys, hashlib
 from engine.checkpoint.source import resolve, weights
-c = resolve(sys.argv[1], progress=False)
+c = resolve(sys.argv[1])
 print(c.fingerprint, hashlib.sha256(weights(c, "float32")[0].read_bytes()).hexdigest())
 """
 
@@ -274,7 +274,7 @@ def test_a_temporary_folder_of_another_user_is_refused(
     temporary.mkdir()
     temporary.chmod(0o777)
     with pytest.raises(CheckpointError, match=r"not a folder of this user alone.*DIPTYCH_CACHE"):
-        resolve(model, progress=False)
+        resolve(model)
 
 
 def test_a_disk_that_fills_up_leaves_nothing_behind(
@@ -299,7 +299,7 @@ def test_a_source_that_changes_while_it_is_converted_is_refused(
 ) -> None:
     from engine.checkpoint import gguf_weights
 
-    found = resolve(model, progress=False)
+    found = resolve(model)
 
     def changing(write: Callable[..., None]) -> Callable[..., None]:
         def changed(*args: object, **how: object) -> None:
@@ -310,11 +310,11 @@ def test_a_source_that_changes_while_it_is_converted_is_refused(
 
     monkeypatch.setattr(gguf_weights, "write_weights", changing(gguf_weights.write_weights))
     with pytest.raises(CheckpointError, match=r"m\.gguf: the file changed while it was read"):
-        weights(found, "float32", progress=False)
-    found = resolve(model, progress=False)
+        weights(found, "float32")
+    found = resolve(model)
     monkeypatch.setattr(packed, "_write", changing(lambda path, *_: path.write_bytes(b"x")))
     with pytest.raises(CheckpointError, match=r"m\.gguf: the file changed while it was read"):
-        packed_file(found, "auto", progress=False)
+        packed_file(found, "auto")
     assert [path.suffix for path in (cache / "packed").iterdir()] == [".lock"]
 
 
@@ -334,7 +334,7 @@ def test_what_earlier_versions_kept_is_removed(
         path.write_bytes(b"big")
     found, _ = everything(model)
     monkeypatch.setattr(packed, "_write", lambda path, *_: path.write_bytes(b"x"))
-    packed_file(found, "auto", progress=False)
+    packed_file(found, "auto")
     assert not old.exists()
     assert not (cache / "models" / ".digests").exists()
     assert not single.exists()
@@ -407,11 +407,11 @@ def test_a_link_that_is_turned_while_the_model_is_loaded(model: str, tmp_path: P
     (tmp_path / "file.gguf").symlink_to("a/m.gguf")
     (tmp_path / "now").symlink_to("a")
     for name, link, to in (("file.gguf",) * 2 + ("b/m.gguf",), ("now/m.gguf", "now", "b")):
-        found = resolve(str(tmp_path / name), progress=False)
+        found = resolve(str(tmp_path / name))
         (tmp_path / link).unlink()
         (tmp_path / link).symlink_to(to)
         with pytest.raises(CheckpointError, match=r"m.*\.gguf|file\.gguf: the file changed"):
-            weights(found, "float32", progress=False)
+            weights(found, "float32")
 
 
 def test_a_sealed_file_is_read_as_written(tmp_path: Path) -> None:

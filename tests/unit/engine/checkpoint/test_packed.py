@@ -29,11 +29,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def checkpoint(cache: Path) -> Checkpoint:
-    return resolve("smollm2", progress=False)
+    return resolve("smollm2")
 
 
 def test_the_default_model_keeps_its_own_types(checkpoint: Checkpoint) -> None:
-    weights = read_packed(packed_file(checkpoint, "auto", progress=False), checkpoint.config)
+    weights = read_packed(packed_file(checkpoint, "auto"), checkpoint.config)
     kinds = {name.rsplit(".", 1)[-1]: matrix.kind for name, matrix in weights.matrices.items()}
     assert kinds == {"qkv": "q4_1", "out": "q4_1", "gate_up": "q4_1", "down": "q4_1"} | {
         "embedding": "q8_0"
@@ -68,16 +68,16 @@ def test_it_is_made_once_however_many_ask(
 
 
 def test_a_damaged_file_is_made_again(checkpoint: Checkpoint) -> None:
-    path = packed_file(checkpoint, "auto", progress=False)
+    path = packed_file(checkpoint, "auto")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    assert packed_file(checkpoint, "auto", progress=False).read_bytes() == whole
+    assert packed_file(checkpoint, "auto").read_bytes() == whole
 
 
 def test_a_cache_that_cannot_be_written_is_named(checkpoint: Checkpoint, cache: Path) -> None:
     (cache / "packed").write_text("in the way")
     with pytest.raises(CheckpointError, match="packed"):
-        packed_file(checkpoint, "auto", progress=False)
+        packed_file(checkpoint, "auto")
 
 
 def test_rows_are_padded_with_zeros_to_a_group() -> None:
@@ -200,10 +200,10 @@ def test_a_wrong_tensor_is_named_with_its_file(
 ) -> None:
     content = tensors()
     change(content)
-    checkpoint = resolve(str(folder(cache / "model", content, **config)), progress=False)
+    checkpoint = resolve(str(folder(cache / "model", content, **config)))
     for choice in ("bf16", "int8"):
         with pytest.raises(CheckpointError, match=message):
-            packed_file(checkpoint, choice, progress=False)
+            packed_file(checkpoint, choice)
     assert not list((cache / "packed").glob("*.safetensors"))
     assert not list((cache / "packed").glob(".*.part")), "nothing half-written is left"
 
@@ -212,8 +212,8 @@ def test_a_tied_models_own_head_is_not_used(cache: Path) -> None:
     content = tensors()
     content["lm_head.weight"] = np.ones((37, 64), np.float16)
     content[f"{FIRST}.self_attn.rotary_emb.inv_freq"] = np.ones(16, np.float32)
-    checkpoint = resolve(str(folder(cache / "model", content)), progress=False)
-    weights = read_packed(packed_file(checkpoint, "bf16", progress=False), checkpoint.config)
+    checkpoint = resolve(str(folder(cache / "model", content)))
+    weights = read_packed(packed_file(checkpoint, "bf16"), checkpoint.config)
     assert set(weights.matrices) == {"embedding"} | {
         f"{i}.{name}" for i in range(2) for name in ("qkv", "out", "gate_up", "down")
     }
@@ -230,20 +230,20 @@ def test_pieces_of_any_size_make_the_same_file(
             name = f"model.layers.{layer}.self_attn.{part}_proj.bias"
             content[name] = np.full(size, ord(part), np.float16)
     place = folder(cache / "model", content, attention_bias=True)
-    checkpoint = resolve(str(place), progress=False)
-    path = packed_file(checkpoint, choice, progress=False)
+    checkpoint = resolve(str(place))
+    path = packed_file(checkpoint, choice)
     whole = path.read_bytes()
     bias = read_packed(path, checkpoint.config).vectors["1.qkv.bias"]
     assert bias.tolist() == [113.0] * 64 + [107.0] * 32 + [118.0] * 32
     path.unlink()
     monkeypatch.setattr(packed, "_PIECE_BYTES", 1)
-    assert packed_file(checkpoint, choice, progress=False).read_bytes() == whole
+    assert packed_file(checkpoint, choice).read_bytes() == whole
 
 
 def test_a_file_of_another_model_is_refused(cache: Path) -> None:
     """The kernels trust what is mapped."""
-    checkpoint = resolve(str(folder(cache / "model", tensors())), progress=False)
-    path = packed_file(checkpoint, "bf16", progress=False)
+    checkpoint = resolve(str(folder(cache / "model", tensors())))
+    path = packed_file(checkpoint, "bf16")
     changes: list[dict[str, Any]] = [
         {"hidden_size": 128},
         {"tie_word_embeddings": False},
@@ -258,12 +258,12 @@ def test_a_file_of_another_model_is_refused(cache: Path) -> None:
 
 
 def test_a_full_disk_leaves_nothing_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = resolve(str(folder(cache / "model", tensors())), progress=False)
+    checkpoint = resolve(str(folder(cache / "model", tensors())))
 
     def full(kind: str, rows: np.ndarray) -> np.ndarray:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(packed, "pack_rows", full)
     with pytest.raises(CheckpointError, match="No space left on device; DIPTYCH_CACHE_DIR"):
-        packed_file(checkpoint, "int8", progress=False)
+        packed_file(checkpoint, "int8")
     assert [p.suffix for p in (cache / "packed").iterdir()] == [".lock"]

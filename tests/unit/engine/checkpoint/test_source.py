@@ -256,7 +256,7 @@ def test_what_configuration_tells_goes_before_the_weights(
         fetched.clear()
         for model in (str(place), "owner/model"):
             with pytest.raises(CheckpointError, match=named):
-                resolve(model, progress=False)
+                resolve(model)
         assert fetched == upto
 
     for changes, named in (

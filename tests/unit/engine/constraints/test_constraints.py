@@ -48,7 +48,7 @@ def lark(source: str) -> Constraint:
 
 @pytest.fixture(scope="module")
 def vocabulary() -> Vocabulary:
-    return Vocabulary(resolve("smollm2", progress=False).folder, VOCAB, (2, 0))
+    return Vocabulary(resolve("smollm2").folder, VOCAB, (2, 0))
 
 
 @pytest.fixture(scope="module")

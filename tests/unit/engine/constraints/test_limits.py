@@ -37,7 +37,7 @@ def endless(mark: str) -> Constraint:
 
 @pytest.fixture(scope="module")
 def vocabulary() -> Vocabulary:
-    return Vocabulary(resolve("smollm2", progress=False).folder, 49152, (2, 0))
+    return Vocabulary(resolve("smollm2").folder, 49152, (2, 0))
 
 
 @pytest.fixture(scope="module")

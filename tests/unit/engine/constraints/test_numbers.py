@@ -28,7 +28,7 @@ NUMBER = re.compile(r"-?([0-9]+)(?:\.([0-9]+))?(?:[eE][+-]?([0-9]+))?")
 
 @pytest.fixture(scope="module")
 def vocabulary() -> Vocabulary:
-    return Vocabulary(resolve("smollm2", progress=False).folder, VOCAB, (END, 0))
+    return Vocabulary(resolve("smollm2").folder, VOCAB, (END, 0))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ EXACT = 1 << 53
 
 @pytest.fixture(scope="module")
 def vocabulary() -> Vocabulary:
-    return Vocabulary(resolve("smollm2", progress=False).folder, VOCAB, (2, 0))
+    return Vocabulary(resolve("smollm2").folder, VOCAB, (2, 0))
 
 
 @pytest.fixture(scope="module")

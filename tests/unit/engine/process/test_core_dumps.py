@@ -18,7 +18,8 @@ from engine.process.core_dumps import forbid_core_dumps
 open("/proc/self/coredump_filter", "w").write("0x33")
 hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
 resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
-forbid_core_dumps(allowed="allowed" in sys.argv)
+if "allowed" not in sys.argv:
+    forbid_core_dumps()
 if "piped" in sys.argv:  # as if a handler behind a pipe ignored the limit
     resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
 pool = zeroed_pages(1 << 20)

@@ -42,7 +42,7 @@ def write(folder: Path, tensors: Tensors, num_shards: int = 1) -> list[Path]:
 
 
 def load(paths: list[Path], dtype: torch.dtype = torch.float32) -> TorchModel:
-    return load_model(UNTIED, paths, dtype, CPU, progress=False)
+    return load_model(UNTIED, paths, dtype, CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -132,7 +132,7 @@ def test_a_tied_head_is_the_embedding_even_where_the_file_repeats_it(tmp_path: P
     assert "lm_head.weight" not in tensors
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    model = load_model(config, write(tmp_path, tensors), torch.float32, CPU, progress=False)
+    model = load_model(config, write(tmp_path, tensors), torch.float32, CPU)
     assert model.head is model.weights["embedding"]
 
 

@@ -84,8 +84,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def native(folder: Path | str, choice: str) -> NativeModel:
     assert LIBRARY
-    checkpoint = resolve(str(folder), progress=False)
-    path = packed_file(checkpoint, choice, progress=False)
+    checkpoint = resolve(str(folder))
+    path = packed_file(checkpoint, choice)
     return NativeModel(checkpoint.config, read_packed(path, checkpoint.config), LIBRARY)
 
 
@@ -102,9 +102,9 @@ def pair(
     folder = tmp_path_factory.mktemp("model")
     source.to(torch.bfloat16).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")  # a folder without one is refused
-    checkpoint = resolve(str(folder), progress=False)
+    checkpoint = resolve(str(folder))
     paths = weights(checkpoint, "float32")
-    exact = load_model(checkpoint.config, paths, torch.float32, CPU, progress=False)
+    exact = load_model(checkpoint.config, paths, torch.float32, CPU)
     return exact, native(folder, "bf16")
 
 
@@ -183,9 +183,9 @@ def test_first_layers_beside_the_target_in_the_same_blocks(
 @pytest.fixture(scope="module")
 def text() -> tuple[list[int], torch.Tensor]:
     """A prompt for the default model, and its logits in fp32."""
-    checkpoint = resolve("smollm2", progress=False)
-    paths = weights(checkpoint, "float32", progress=False)
-    exact = load_model(checkpoint.config, paths, torch.float32, CPU, progress=False)
+    checkpoint = resolve("smollm2")
+    paths = weights(checkpoint, "float32")
+    exact = load_model(checkpoint.config, paths, torch.float32, CPU)
     words = "A frame joins two panels, and so the left one can show what the right one hides. "
     prompt = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json")).encode(words * 6).ids
     return prompt, whole(exact, prompt)

@@ -30,8 +30,8 @@ LIBRARY = kernels()
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[torch.nn.Module, Checkpoint]:
     path = tmp_path / "m.gguf"
     tiny_gguf.tiny(path, arch="qwen3", untied=request.param, head_dim=HEAD_DIM, pre="qwen2")
-    checkpoint = resolve(str(path), progress=False)
-    (shard,) = weights(checkpoint, "float32", progress=False)
+    checkpoint = resolve(str(path))
+    (shard,) = weights(checkpoint, "float32")
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
     reference = transformers.Qwen3ForCausalLM(config).eval()
     missing, unexpected = reference.load_state_dict(load_file(shard), strict=False)
@@ -55,11 +55,11 @@ def test_a_gguf_file_equals_transformers(pair: tuple[torch.nn.Module, Checkpoint
     assert (config.architecture, config.head_dim) == ("Qwen3ForCausalLM", HEAD_DIM)
     rng = random.Random(1)
     prompt = [rng.randrange(config.vocab_size) for _ in range(60)]
-    shards = weights(checkpoint, "float32", progress=False)
-    exact = load_model(config, shards, torch.float32, CPU, progress=False)
+    shards = weights(checkpoint, "float32")
+    exact = load_model(config, shards, torch.float32, CPU)
     assert error(logits(exact, prompt), logits_of(reference, prompt)) < 1e-4
     if LIBRARY is not None:
-        packed = read_packed(packed_file(checkpoint, "auto", progress=False), config)
+        packed = read_packed(packed_file(checkpoint, "auto"), config)
         for tensor in exact.weights.values():
             if tensor.dim() == 2:  # packed as bfloat16; vectors stay as they are
                 tensor.copy_(tensor.bfloat16())

@@ -111,7 +111,7 @@ def pair(
     shards = find_shards(folder)
     assert len(shards) > 1
     config = read_config(folder)
-    return reference, load_model(config, shards, torch.float32, CPU, progress=False)
+    return reference, load_model(config, shards, torch.float32, CPU)
 
 
 @pytest.fixture
@@ -197,10 +197,10 @@ def test_rejected_drafts_leave_no_trace(
 @pytest.fixture(scope="module")
 def smollm2() -> Iterator[tuple[torch.nn.Module, TorchModel]]:
     """The default model, and transformers' own reading of the same file."""
-    checkpoint = resolve("smollm2", progress=False)
+    checkpoint = resolve("smollm2")
     reference = default_model()
-    shards = weights(checkpoint, "float32", progress=False)
-    yield reference, load_model(checkpoint.config, shards, torch.float32, CPU, progress=False)
+    shards = weights(checkpoint, "float32")
+    yield reference, load_model(checkpoint.config, shards, torch.float32, CPU)
 
 
 def test_the_default_model(smollm2: tuple[torch.nn.Module, TorchModel]) -> None:

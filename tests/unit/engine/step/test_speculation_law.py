@@ -47,9 +47,9 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def model() -> TorchModel:
-    checkpoint = resolve("smollm2", progress=False)
-    shards = weights(checkpoint, "float32", progress=False)
-    return load_model(checkpoint.config, shards, torch.float32, CPU, progress=False)
+    checkpoint = resolve("smollm2")
+    shards = weights(checkpoint, "float32")
+    return load_model(checkpoint.config, shards, torch.float32, CPU)
 
 
 def random_works(rng: random.Random) -> list[EngineRequest]:
