@@ -25,6 +25,7 @@ from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.rpc.convert import (
     enum_to_pb,
     logprobs_to_pb,
+    optional,
     prefill_peer_of,
     sampling_from_pb,
     stop_from_pb,
@@ -146,10 +147,8 @@ class DecodeServicer:
             source=request.prefill.incarnation,
             priority=request.priority,
             deadline_s=None if time_remaining_s is None else time.monotonic() + time_remaining_s,
-            num_logprobs=request.num_logprobs if request.HasField("num_logprobs") else None,
-            num_prompt_logprobs=(
-                request.num_prompt_logprobs if request.HasField("num_prompt_logprobs") else None
-            ),
+            num_logprobs=optional(request, "num_logprobs"),
+            num_prompt_logprobs=optional(request, "num_prompt_logprobs"),
         )
 
 

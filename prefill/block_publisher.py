@@ -8,6 +8,7 @@ is gone. The leases end with the call.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.base.option_groups import TransferOptions
@@ -27,28 +28,25 @@ class LeaseHost(Protocol):
     transfer: TransferOptions
 
 
+@dataclass(slots=True, eq=False)
 class BlockPublisher:
     """Leases of one Prefill call; `owner` is the incarnation that may read and release them."""
 
-    def __init__(self, host: LeaseHost, owner: str, request_id: str) -> None:
-        self._kv = host.kv
-        self._blocks = host.blocks
-        self._checksums = host.checksums
-        self._ttl_s = host.transfer.lease_ttl_s
-        self._owner = owner
-        self._request_id = request_id
-        self._leases: list[bytes] = []
+    host: LeaseHost
+    owner: str
+    request_id: str
+    _leases: list[bytes] = field(default_factory=list)
 
     def publish(self, event: AnnouncedEvent) -> pb.BlocksReady:
         """Put complete blocks under a new lease; returns the announcement.
 
         No await: between the engine's pin and the lease nothing can be cancelled.
         """
-        lease = self._kv.grant(self._owner, event.block_ids, self._request_id)
+        lease = self.host.kv.grant(self.owner, event.block_ids, self.request_id)
         self._leases.append(lease.id)
         return pb.BlocksReady(
             lease=lease.id,
-            ttl_s=self._ttl_s,
+            ttl_s=self.host.transfer.lease_ttl_s,
             first_block=event.first_block,
             block_ids=event.block_ids,
             hashes=event.hashes,
@@ -57,12 +55,12 @@ class BlockPublisher:
 
     async def checksummed(self, ready: pb.BlocksReady) -> pb.BlocksReady:
         """Add a checksum of every block; the lease keeps the blocks until then."""
-        ready.checksums.extend(await self._checksums.of(ready.block_ids))
+        ready.checksums.extend(await self.host.checksums.of(ready.block_ids))
         return ready
 
     async def ended_within(self, timeout_s: float) -> bool:
         """Wait until every lease was released or ran out; False: some are left."""
-        return await self._kv.ended_within(self._leases, timeout_s)
+        return await self.host.kv.ended_within(self._leases, timeout_s)
 
     async def revoke(self, stream: Stream) -> None:
         """End the request, and release what was announced and what still comes."""
@@ -70,5 +68,5 @@ class BlockPublisher:
             stream.abort()
             for event in await stream.drain():
                 if isinstance(event, AnnouncedEvent):
-                    await self._blocks.unpin(event.block_ids)
-        await self._kv.release(self._owner, self._leases)
+                    await self.host.blocks.unpin(event.block_ids)
+        await self.host.kv.release(self.owner, self._leases)

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from decode.drafting import make_drafting
@@ -36,16 +37,6 @@ _DESCRIPTIONS = {
 }
 
 
-def prefill(argv: Sequence[str] | None = None) -> int:
-    """Run `prefill`; returns the exit status."""
-    return worker_command(Role.PREFILL, argv)
-
-
-def decode(argv: Sequence[str] | None = None) -> int:
-    """Run `decode`; returns the exit status."""
-    return worker_command(Role.DECODE, argv)
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the command that the first argument names; returns the exit status."""
     role, *rest = argv or [""]
@@ -55,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     return worker_command(Role(role), rest)
 
 
-def worker_command(role: Role, argv: Sequence[str] | None) -> int:
+def worker_command(role: Role, argv: Sequence[str] | None = None) -> int:
     """Run one worker until it ends; returns the exit status: 2 for what a restart cannot cure."""
     groups = (*WORKER_GROUPS, DraftOptions) if role is Role.DECODE else WORKER_GROUPS
     description = _DESCRIPTIONS[role]
@@ -76,6 +67,10 @@ def worker_command(role: Role, argv: Sequence[str] | None) -> int:
         return exit_status.SICK
     except KeyboardInterrupt:  # while it loads; later the loop handles the signal
         return 130
+
+
+prefill = partial(worker_command, Role.PREFILL)
+decode = partial(worker_command, Role.DECODE)
 
 
 def _start(role: Role, options: tuple[Any, ...]) -> int:

@@ -130,18 +130,15 @@ def hash_ranges(
             raise CheckpointError(f"{path}: truncated while it was read")
         return hashlib.sha256(data).digest()
 
-    num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(pieces))
-    pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
+    pool = ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0))))
     try:
-        done = pool.map(hashed, pieces) if pool else map(hashed, pieces)
-        for (i, begin, end), digest in zip(pieces, done, strict=True):
+        for (i, begin, end), digest in zip(pieces, pool.map(hashed, pieces), strict=True):
             whole[i].update(digest)
             update(end - begin)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
         os.close(fd)
     return [h.hexdigest() for h in whole]
 

@@ -15,14 +15,13 @@ A request without `Host` (HTTP/1.0) or `Origin` is not from a browser, and passe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from prometheus_client import CollectorRegistry, Counter
 from starlette.datastructures import Headers
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.telemetry.log import get_logger
@@ -147,6 +146,4 @@ class Guard:
             "param": None,
             "code": f"{reason}_not_allowed",
         }
-        return Response(
-            json.dumps({"error": error}), status_code=403, media_type="application/json"
-        )
+        return JSONResponse({"error": error}, 403)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from engine.base.errors import PermissionDenied
@@ -77,8 +77,7 @@ def holds_route(
         except PermissionDenied as error:
             refused("token")
             _log.warning("caller refused", path=HOLDS_PATH, peer=request.client, reason=str(error))
-            body = {"error": {"message": error.message}}
-            return Response(json.dumps(body), 403, media_type=_JSON)
+            return JSONResponse({"error": {"message": error.message}}, 403)
         found = await report()
         for hold in () if authorization else found["holds"]:
             for key in ("owner", "request_id"):

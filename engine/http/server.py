@@ -234,8 +234,7 @@ def _encoded(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
         encode, content_type = choose_encoder(accept)
         return encode(registry), content_type
     except (TypeError, ValueError):  # from versions that are not numbers
-        encode, content_type = choose_encoder("")
-        return encode(registry), content_type
+        return _encoded(registry, "")
 
 
 class _WithoutSlash:

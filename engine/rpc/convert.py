@@ -56,6 +56,11 @@ def from_pb(kind: Callable[..., _T], pb: Any, /, **others: Any) -> _T:
     return kind(**{name: _value_of(of, getattr(pb, name)) for name, of in inner.items()}, **others)
 
 
+def optional(pb: Any, name: str) -> Any:
+    """A field of a message, None where it is unset."""
+    return getattr(pb, name) if pb.HasField(name) else None
+
+
 def enum_to_pb(member: Enum) -> Any:
     """The number of an enum's member on the wire."""
     return _NUMBERS[member]

@@ -22,6 +22,7 @@ import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Any
 from urllib.parse import unquote
 
@@ -83,7 +84,6 @@ _SERVER_OPTIONS: tuple[Option, ...] = (
     *UNPACK_OPTIONS,
 )
 
-_MAX_RECEIVE = "grpc.max_receive_message_length"
 _REFUSED_READ_S = 1.0
 
 
@@ -119,15 +119,11 @@ class RpcServer:
         self._client_timeout_s = client_timeout_s
         self._max_request_bytes = max_request_bytes
         self._budget = budget or ReceiveBudget()
-        options = (
-            *(option for option in _SERVER_OPTIONS if option[0] != _MAX_RECEIVE),
-            (_MAX_RECEIVE, max_request_bytes),
-            *keepalive_options(client_timeout_s),
-        )
-        self._listener = Listener(options, self._died)
+        options = dict((*_SERVER_OPTIONS, *keepalive_options(client_timeout_s)))
+        options["grpc.max_receive_message_length"] = max_request_bytes
+        self._listener = Listener(tuple(options.items()), self._died)
         self._health = health.aio.HealthServicer()
         self._names: list[str] = []
-        self._stopped = asyncio.Event()
         self._started = False
         self._unpacker = Unpacker(max_request_bytes)
 
@@ -173,11 +169,8 @@ class RpcServer:
 
     async def set_serving(self, serving: bool, *names: str) -> None:
         """Set the health status of `names`; without names, of the server and all services."""
-        status = (
-            health_pb2.HealthCheckResponse.SERVING
-            if serving
-            else health_pb2.HealthCheckResponse.NOT_SERVING
-        )
+        statuses = health_pb2.HealthCheckResponse
+        status = statuses.SERVING if serving else statuses.NOT_SERVING
         for name in names or ("", *self._names):
             await self._health.set(name, status)
 
@@ -186,11 +179,6 @@ class RpcServer:
         if self._started:
             await self._health.enter_graceful_shutdown()
         await self._listener.stop(grace_s)
-        self._stopped.set()
-
-    async def wait(self) -> None:
-        """Wait until the server has stopped."""
-        await self._stopped.wait()
 
     def _died(self) -> None:
         if self._metrics:
@@ -257,7 +245,7 @@ class RpcServer:
         handler: grpc.RpcMethodHandler[Any, Any] = make(
             stream if method.server_streaming else unary,
             request_deserializer=None,
-            response_serializer=_serialize,
+            response_serializer=methodcaller("SerializeToString"),
         )
         return handler
 
@@ -415,7 +403,3 @@ class _Requests:
 def _peer(context: Context) -> str:
     """ADDRESS:PORT of the client, in the form that the HTTP server uses."""
     return unquote(context.peer()).partition(":")[2]
-
-
-def _serialize(message: Any) -> bytes:
-    return bytes(message.SerializeToString())

@@ -55,12 +55,9 @@ class _PerBatch(Generic[_Source, _Value]):
     def get(self, source: _Source) -> _Value | None:
         """The value kept for `source`, if this batch or the last one had it."""
         key = id(source)
-        entry = self._now.get(key)
-        if entry is None:
-            entry = self._last.get(key)
-            if entry is None:
-                return None
-            self._now[key] = entry
+        if (entry := self._now.get(key) or self._last.get(key)) is None:
+            return None
+        self._now[key] = entry
         return entry[1]
 
     def put(self, source: _Source, value: _Value) -> _Value:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
-from engine.telemetry.cache import CacheMetrics
+from engine.telemetry.cache import show_damaged
 from engine.telemetry.metrics import (
     FIRST_TOKEN_BUCKETS,
     INTER_TOKEN_BUCKETS,
@@ -40,7 +40,7 @@ class CoordinatorMetrics(SeriesSet):
 
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
         super().__init__(registry, model_name)
-        CacheMetrics(registry)
+        show_damaged(registry)
         self.constraints = ConstraintMetrics(registry, model_name)
 
     def request_succeeded(self, finished_reason: str) -> None:

@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from engine.base.types import KVLink
-from engine.telemetry.cache import CacheMetrics
+from engine.telemetry.cache import show_damaged
 
 PREFIX = "diptych_"
 
@@ -138,7 +138,7 @@ class WorkerMetrics(SeriesSet):
 
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
         super().__init__(registry, model_name)
-        CacheMetrics(registry)
+        show_damaged(registry)
         self._links = _Links(model_name)
         registry.register(self._links)
         self.constraints = ConstraintMetrics(registry, model_name)

@@ -64,11 +64,6 @@ class Timeline:
         mark = self._marks.get(event)
         return mark[1] if mark else None
 
-    def count(self, event: Event) -> int:
-        """The number of `event`s."""
-        mark = self._marks.get(event)
-        return mark[2] if mark else 0
-
     def between(self, start: Event, end: Event) -> float:
         """Seconds from the first `start` to the first `end`; 0.0 if one is missing or later."""
         a, b = self.first(start), self.first(end)
