@@ -162,4 +162,4 @@ def write_shard(
         file.write(len(text).to_bytes(8, "little") + text)
         written = sum(file.write(piece) for piece in pieces)
     if written != end:
-        raise AssertionError(f"{path}: {written} bytes written where the header says {end}")
+        raise AssertionError(f"{path}: {written} bytes written where the header has {end}")

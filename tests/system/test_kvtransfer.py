@@ -197,7 +197,7 @@ async def test_handshakes(local: kv_worker.Pool) -> None:
         with pytest.raises(PeerLost, match=known[0].incarnation):
             await table.connect(Peer("w9", "someone-else", known[0].address))
         with pytest.raises(PeerLost):
-            await table.connect(Peer("w9", "nobody", "127.0.0.1:9"))
+            await table.connect(Peer("w9", "absent", "127.0.0.1:9"))
 
         for peer in known:
             await table.connect(peer)

@@ -48,7 +48,7 @@ def sandbox(vocabulary: Vocabulary) -> Iterator[Sandbox]:
 
 
 @pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine needs longer for a second of CPU time."""
     monkeypatch.setattr(checker_module, "COMPILE_S", 60.0)
 

@@ -79,7 +79,7 @@ async def talk(address, first, more=b"", every_s=0.1):
         (b"POST /length HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n", b"z" * 98),
         (b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n", b"z" * 98),
     ],
-    ids=["nothing", "half a line", "a slow head", "a slow body", "a body that nobody wants"],
+    ids=["nothing", "half a line", "a slow head", "a slow body", "a body for no route"],
 )
 async def test_incomplete_requests_are_cut_off(address, first, more):
     _, seconds = await talk(address, first, more)

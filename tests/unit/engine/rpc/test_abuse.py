@@ -109,7 +109,7 @@ async def test_a_client_that_does_not_read():
             assert failures(registry, "InferenceService/Generate", "deadline_exceeded") == 1
             for stream in (0, 1):
                 raw.send(frame(http2.WINDOW_UPDATE, 0, stream, (2**20).to_bytes(4, "big")))
-            assert await ends(raw, 1), "who reads again is told why"
+            assert await ends(raw, 1), "a client that reads again gets the reason"
 
 
 async def test_a_connection_that_does_not_answer_pings():

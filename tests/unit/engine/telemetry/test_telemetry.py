@@ -35,7 +35,7 @@ async def test_json_lines_have_request_process_and_libraries(restore_logging):
         get_logger("engine.x").info("token", num_tokens=3)
 
     await asyncio.gather(call("r1"), call("r2"))
-    logging.getLogger("uvicorn.error").warning("library %s", "says")
+    logging.getLogger("uvicorn.error").warning("library %s", "line")
     try:
         raise ValueError("inside")
     except ValueError:
@@ -46,7 +46,7 @@ async def test_json_lines_have_request_process_and_libraries(restore_logging):
     assert {line["role"] for line in lines} == {"decode"}
     assert lines[0]["event"] == "token"
     assert lines[0]["num_tokens"] == 3
-    assert lines[2]["event"] == "library says"
+    assert lines[2]["event"] == "library line"
     assert "ValueError: inside" in lines[3]["exception"]
 
 
