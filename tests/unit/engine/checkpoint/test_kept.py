@@ -15,15 +15,22 @@ from pathlib import Path
 
 import pytest
 import structlog
+from prometheus_client import CollectorRegistry
 
 from engine.base.errors import CheckpointError
 from engine.checkpoint import digest, files, kept, lock, packed
 from engine.checkpoint.packed import packed_file
 from engine.checkpoint.source import Checkpoint, resolve, weights
-from engine.telemetry.cache import _damaged
+from engine.telemetry.cache import show_damaged
 from tests.support import tiny_gguf
 
 Damage = Callable[[Path, random.Random], None]
+
+
+def num_damaged(kind: str) -> float | None:
+    registry = CollectorRegistry()
+    show_damaged(registry)
+    return registry.get_sample_value("diptych_cache_damaged_total", {"kind": kind})
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +116,7 @@ def test_damage_of_any_file_is_made_good(model: str, cache: Path) -> None:
 
 def test_damage_is_logged_and_counted(model: str, cache: Path) -> None:
     found, _ = everything(model)
-    before = _damaged["models"]
+    before = num_damaged("models")
     config = found.folder / "config.json"
     config.write_text(config.read_text().replace("silu", "gelu"))
     with structlog.testing.capture_logs() as lines:
@@ -117,12 +124,12 @@ def test_damage_is_logged_and_counted(model: str, cache: Path) -> None:
         everything(model)
     reasons = [line["reason"] for line in lines if "damaged" in line["event"]]
     assert reasons == ["config.json has other bytes"]
-    assert _damaged["models"] == before + 1
+    assert num_damaged("models") == before + 1
     (note,) = (cache / "digests").glob("*.json")
     note.write_text("{}")
-    before = _damaged["digests"]
+    before = num_damaged("digests")
     everything(model)
-    assert _damaged["digests"] == before + 1
+    assert num_damaged("digests") == before + 1
 
 
 def test_the_packed_file_of_another_model_is_not_served(tmp_path: Path) -> None:
@@ -370,7 +377,7 @@ def test_an_entry_of_another_version_is_made_again_and_is_no_damage(cache: Path)
     def make(folder: Path) -> None:
         (folder / "a").write_bytes(b"new")
 
-    folder, before = kept.kept("packed", "x-1", make), _damaged["packed"]
+    folder, before = kept.kept("packed", "x-1", make), num_damaged("packed")
     (folder / "a").write_bytes(b"old")
     manifest = json.loads((folder / kept.MANIFEST).read_bytes()) | {"version": 0}
     del manifest["sha256"]
@@ -378,7 +385,7 @@ def test_an_entry_of_another_version_is_made_again_and_is_no_damage(cache: Path)
     with structlog.testing.capture_logs() as lines:
         assert (kept.kept("packed", "x-1", make) / "a").read_bytes() == b"new"
     assert [(line["log_level"], line["version"]) for line in lines] == [("info", 0)]
-    assert _damaged["packed"] == before
+    assert num_damaged("packed") == before
 
 
 def test_a_process_that_uses_no_bytes_reads_none(
