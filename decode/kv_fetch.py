@@ -180,7 +180,8 @@ class KvFetcher:
                 _check_expected(ready, wanted, num_committed)
                 num_fresh = await self._pull(fetch, wanted, pool, ready, call)
                 num_committed += num_fresh
-                self._commit(fetch, num_committed)
+                self._host.engine.post(BlocksArrived(fetch.key, num_committed))
+                fetch.timeline.mark(Mark.COMMITTED)
                 call.release(self._host.in_background(renewer.release(ready.lease)))
                 if num_fresh < len(ready.block_ids):
                     return num_committed
@@ -251,10 +252,6 @@ class KvFetcher:
         peer = fetch.peer.worker_id
         _log.error("checksums differ, blocks refused", peer=peer, num_blocks=len(bad))
         return bad[0]
-
-    def _commit(self, fetch: FetchJob, num_committed: int) -> None:
-        self._host.engine.post(BlocksArrived(fetch.key, num_committed))
-        fetch.timeline.mark(Mark.COMMITTED)
 
     def _request(
         self, fetch: FetchJob, wanted: FetchEvent, num_committed: int

@@ -55,11 +55,6 @@ class LeaseTable:
         return len(self._leases)
 
     @property
-    def num_held_blocks(self) -> int:
-        """Pins in the table; a block under two leases counts twice."""
-        return sum(len(lease.block_ids) for lease in self._leases.values())
-
-    @property
     def all(self) -> tuple[Lease, ...]:
         """All leases in the table."""
         return tuple(self._leases.values())

@@ -19,6 +19,7 @@ block on both sides, as it is between workers that split alike.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -57,7 +58,8 @@ def coalesce(
         raise ValueError(f"{len(remote_ids)} remote ids for {len(local_ids)} local ids")
     _check_bounds("remote", remote_ids, num_remote_blocks)
     _check_bounds("local", local_ids, num_local_blocks)
-    _check_distinct(local_ids)
+    if repeated := [block_id for block_id, count in Counter(local_ids).items() if count > 1]:
+        raise ValueError(f"local block id {repeated[0]} is the destination of two blocks")
     runs: list[Run] = []
     end_remote = end_local = -1
     for _, remote, local in sorted(
@@ -143,11 +145,3 @@ def _check_bounds(side: str, ids: Sequence[int], num_blocks: int) -> None:
             raise ValueError(
                 f"{side} block id {block_id} is outside its pool of {num_blocks} blocks"
             )
-
-
-def _check_distinct(local_ids: Sequence[int]) -> None:
-    seen: set[int] = set()
-    for block_id in local_ids:
-        if block_id in seen:
-            raise ValueError(f"local block id {block_id} is the destination of two blocks")
-        seen.add(block_id)

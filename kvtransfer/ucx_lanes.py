@@ -23,6 +23,7 @@ import os
 import re
 import sys
 import threading
+from contextlib import suppress
 from functools import cache
 
 from engine.base.options import set_default_env, unset_env
@@ -74,12 +75,9 @@ class LaneLog:
     def __init__(self) -> None:
         self._tables = LaneTables()
         self._reader, writer = os.pipe()
-        with_room = getattr(fcntl, "F_SETPIPE_SZ", None)
-        try:
-            if with_room is not None:
-                fcntl.fcntl(writer, with_room, _PIPE_BYTES)
-        except OSError:
-            pass  # above this user's limit; the default suffices, as tables of reads are small
+        # Above this user's limit the default suffices, as tables of reads are small.
+        with suppress(OSError, AttributeError):
+            fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         path = f"/proc/self/fd/{writer}"
         forced = set_default_env({"UCX_LOG_FILE": path})
         self._is_ours = forced["UCX_LOG_FILE"] == path

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from engine.base.errors import DiptychError
 from engine.base.types import Role
@@ -29,6 +29,7 @@ from kvtransfer.data_plane import DataPlane
 from kvtransfer.kv_service import KvServicer
 from kvtransfer.pull import PullHold
 
+_T = TypeVar("_T")
 _ANSWER_S = 1.0  # for a thread to list what it holds
 _LOOKS = 5
 _PAUSE_S = 0.02  # between two looks: longer than a block is in flight between two owners
@@ -102,30 +103,16 @@ class Holds:
 
         None where a thread does not answer: then the blocks without an owner are not known.
         """
-        before = await self._pulls()
+        before = await _answer(asyncio.wrap_future(self._host.plane.holds()))
         owned = self._owned_by_loop()
-        engine = await self._engine()
+        engine = await _answer(self._host.engine.call(ListHolds()))
         owned |= self._owned_by_loop()
-        after = await self._pulls()
+        after = await _answer(asyncio.wrap_future(self._host.plane.holds()))
         if engine is None or before is None or after is None:
             return engine, after, None
         owned.update(block for hold in engine.requests for block in hold.block_ids)
         owned.update(block for hold in (*before, *after) for block in hold.block_ids)
         return engine, after, set(engine.held - owned)
-
-    async def _engine(self) -> EngineHolds | None:
-        try:
-            async with asyncio.timeout(_ANSWER_S):
-                return await self._host.engine.call(ListHolds())
-        except (TimeoutError, DiptychError):  # it hangs in a step, or died
-            return None
-
-    async def _pulls(self) -> list[PullHold] | None:
-        try:
-            async with asyncio.timeout(_ANSWER_S):
-                return await asyncio.wrap_future(self._host.plane.holds())
-        except TimeoutError:  # it restarts, or hangs in the transport
-            return None
 
     def _owned_by_loop(self) -> set[int]:
         owned = {block for lease in self._host.kv.leases for block in lease.block_ids}
@@ -197,6 +184,15 @@ class Holds:
             "restarts": counters.num_restarts,
             "quarantined_blocks": counters.num_quarantined_blocks,
         }
+
+
+async def _answer(holds: Awaitable[_T]) -> _T | None:
+    """None: the thread died, or hangs in a step, the transport or a restart."""
+    try:
+        async with asyncio.timeout(_ANSWER_S):
+            return await holds
+    except (TimeoutError, DiptychError):
+        return None
 
 
 def _of_request(request: RequestHold) -> Hold:

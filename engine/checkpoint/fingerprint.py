@@ -18,7 +18,7 @@ from engine.base.errors import CheckpointError
 from engine.checkpoint.added_tokens import TOKENIZER, merged_tokenizer
 from engine.checkpoint.digest import file_digests
 from engine.checkpoint.files import FileState
-from engine.checkpoint.shards import read_entries, read_metadata
+from engine.checkpoint.shards import read_header, read_metadata
 from engine.models.config import ModelConfig, RopeScaling, RopeSpec
 
 _VERSION = "2"  # of the fields below and of their order
@@ -94,7 +94,7 @@ def shards_fingerprint(
     """
     states, tensors, metadata = [], [], set[str]()
     for path in shards:
-        entries = list(read_entries([path]))
+        entries = read_header(path)
         ranges = [(e.offset, e.offset + e.num_bytes) for e in entries]
         digested = file_digests(path, ranges)
         states.append(digested.state)

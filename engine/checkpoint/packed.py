@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import numpy.typing as npt
 from engine.base.errors import CheckpointError
 from engine.checkpoint.gguf_weights import PackedTensor, cast, dequantize
 from engine.checkpoint.kept import kept
-from engine.checkpoint.shards import TensorEntry, read_entries, read_header, write_shard
+from engine.checkpoint.shards import TensorEntry, read_header, write_shard
 from engine.checkpoint.source import Checkpoint
 from engine.models.architecture import TensorSpec, architecture_of
 from engine.models.config import ModelConfig
@@ -136,7 +136,7 @@ def _tensors(checkpoint: Checkpoint) -> Mapping[str, _Tensor]:
     from engine.checkpoint.source import weights
 
     found: dict[str, _Tensor] = {}
-    for entry in read_entries(weights(checkpoint, "bfloat16")):
+    for entry in chain.from_iterable(map(read_header, weights(checkpoint, "bfloat16"))):
         if entry.name in found:
             other = found[entry.name].path
             raise CheckpointError(f"{entry.path}: tensor {entry.name} is in {other} already")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,12 +133,6 @@ def find_shards(folder: Path) -> list[Path]:
             )
         shards.append(path)
     return shards
-
-
-def read_entries(shards: Iterable[Path]) -> Iterator[TensorEntry]:
-    """All tensors of several files."""
-    for path in shards:
-        yield from read_header(path)
 
 
 def write_shard(

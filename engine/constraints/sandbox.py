@@ -106,8 +106,8 @@ class Sandbox:
         self._count = itertools.count()
         self._quick: _Queue = queue.PriorityQueue()
         self._slow: _Queue = queue.PriorityQueue()
-        queues = [self._quick] * _NUM_QUICK + [self._slow] * _NUM_SLOW
-        for slot, jobs in enumerate(queues):
+        self._queues = [self._quick] * _NUM_QUICK + [self._slow] * _NUM_SLOW  # by slot
+        for slot, jobs in enumerate(self._queues):
             threading.Thread(
                 target=self._serve, args=(slot, jobs), name="constraints", daemon=True
             ).start()
@@ -125,8 +125,7 @@ class Sandbox:
     def close(self) -> None:
         """End all processes and threads; running jobs are lost."""
         self._closed = True
-        for slot in range(_NUM_QUICK + _NUM_SLOW):
-            jobs = self._quick if slot < _NUM_QUICK else self._slow
+        for jobs in self._queues:
             jobs.put((-1.0, next(self._count), None))
         with self._lock:
             self._end()
@@ -191,7 +190,7 @@ class Sandbox:
     def _start(self) -> None:
         """Start a fork server; it dies with this thread, which lives as long as the sandbox."""
         self._started_s = time.monotonic()
-        pairs = [socket.socketpair() for _ in range(_NUM_QUICK + _NUM_SLOW)]
+        pairs = [socket.socketpair() for _ in self._queues]
         theirs = [pair[1].fileno() for pair in pairs]
         vocabulary = self._vocabulary
         command = [sys.executable, "-m", "engine.process.parent_death", f"--parent={os.getpid()}"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from google.protobuf import descriptor_pb2, descriptor_pool
+from google.protobuf import descriptor_pb2, descriptor_pool, text_format
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 _ALPHA, _STABLE = "grpc.reflection.v1alpha", "grpc.reflection.v1"
@@ -61,16 +61,6 @@ def _register_descriptors() -> None:
     file = descriptor_pb2.FileDescriptorProto()
     reflection_pb2.DESCRIPTOR.CopyToProto(file)
     file.name = "grpc/reflection/v1/reflection.proto"
-    file.package = _STABLE
-    for message in file.message_type:
-        for field in message.field:
-            if field.type_name:
-                field.type_name = _stable(field.type_name)
-    for method in file.service[0].method:
-        method.input_type = _stable(method.input_type)
-        method.output_type = _stable(method.output_type)
-    pool.AddSerializedFile(file.SerializeToString())
-
-
-def _stable(name: str) -> str:
-    return name.replace(f".{_ALPHA}.", f".{_STABLE}.")
+    text = text_format.MessageToString(file).replace(_ALPHA, _STABLE)
+    stable = text_format.Parse(text, descriptor_pb2.FileDescriptorProto())
+    pool.AddSerializedFile(stable.SerializeToString())

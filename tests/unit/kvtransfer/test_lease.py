@@ -82,7 +82,7 @@ class Leases(RuleBasedStateMachine):
 
     @invariant()
     def conserved(self) -> None:
-        assert self.table.num_held_blocks == self.pins.total()
+        assert sum(len(lease.block_ids) for lease in self.table.all) == self.pins.total()
         assert len(self.table) == len(self.live)
 
 
