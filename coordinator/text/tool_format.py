@@ -28,7 +28,8 @@ from coordinator.text.tokenizer import Tokenizer
 from engine.base.types import Constraint, ConstraintKind
 from engine.constraints.grammar import MAX_SOURCE_CHARS
 from engine.constraints.numbers import json_after
-from engine.constraints.schemas import Leniency, prepare_schema
+from engine.constraints.schema_context import Leniency
+from engine.constraints.schemas import prepare_schema
 
 AUTO = "auto"
 

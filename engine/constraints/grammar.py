@@ -21,7 +21,8 @@ from engine.checkpoint.added_tokens import merged_tokenizer
 from engine.constraints.leniency import compilable_part
 from engine.constraints.matcher import short_message
 from engine.constraints.numbers import NumberScanner, step_of
-from engine.constraints.schemas import UnsupportedSchema, prepare_schema
+from engine.constraints.schema_context import UnsupportedSchema
+from engine.constraints.schemas import prepare_schema
 from engine.constraints.special_tokens import MARK, with_token_ids, with_unspellable_names
 
 MAX_SOURCE_CHARS = 1 << 20

@@ -16,6 +16,7 @@ The state of a scanner is a function of the tokens that it has read.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -92,10 +93,7 @@ class NumberScanner:
 
     def copy(self) -> NumberScanner:
         """Another scanner in the same state."""
-        other = NumberScanner.__new__(NumberScanner)
-        for name in self.__slots__:
-            setattr(other, name, getattr(self, name))
-        return other
+        return copy.copy(self)
 
     @property
     def next_digit_to_multiple(self) -> int:

@@ -30,7 +30,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-from engine.constraints.bounds import MAX_OPTIONAL, bound_lengths, check_counts, move_bounds
+from engine.constraints.bounds import bound_lengths, check_counts, move_bounds
 from engine.constraints.oneof import Branches
 from engine.constraints.representable import (
     MAY_NEED_ESCAPES,
@@ -45,25 +45,24 @@ from engine.constraints.representable import (
 )
 from engine.constraints.schema_context import Leniency, SchemaContext, UnsupportedSchema
 
-__all__ = [
-    "ESCAPES",
-    "FORMATS",
-    "MAX_OPTIONAL",
-    "WHITE_SPACE",
-    "Leniency",
-    "UnsupportedSchema",
-    "prepare_schema",
-]
-
 ESCAPES = 'nrbtf\\"'  # characters that may follow a backslash in strings of outputs
 # One or two blanks, or a line break with the indentation of the next line.
 WHITE_SPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,40}"
 # The formats that llguidance enforces.
 FORMATS = frozenset(
-    (
-        *("date-time", "date", "time", "duration", "email", "hostname"),
-        *("ipv4", "ipv6", "uuid", "uri", "unknown"),
-    )
+    [
+        "date-time",
+        "date",
+        "time",
+        "duration",
+        "email",
+        "hostname",
+        "ipv4",
+        "ipv6",
+        "uuid",
+        "uri",
+        "unknown",
+    ]
 )
 _MAPS = frozenset(
     ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")

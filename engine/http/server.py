@@ -255,7 +255,7 @@ async def _gone(_request: Request, _error: Exception) -> Response:
     return Response(status_code=400)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False)
 class HttpServer:
     """A running HTTP server; `address` is its real HOST:PORT."""
 

@@ -259,38 +259,35 @@ class RpcServer:
     ) -> Any:
         """Run one call: failures become statuses, cancellation passes through."""
         limit = asyncio.timeout(limit_s if context.time_remaining() is None else None)
+        of_call = log.bind(method=method)
         try:
             async with limit:
                 return await body()
         except DiptychError as error:
             failure = to_status(error)
             if failure.code is grpc.StatusCode.INTERNAL and not isinstance(error, WorkersLost):
-                log.exception("call failed", method=method)
+                of_call.exception("call failed")
             elif isinstance(error, Unauthenticated | PermissionDenied):
-                log.warning(
-                    "caller refused", method=method, peer=context.peer(), reason=error.message
-                )
+                of_call.warning("caller refused", peer=context.peer(), reason=error.message)
             else:
-                log.info(
-                    "call refused", method=method, code=failure.code.name, reason=error.message
-                )
+                of_call.info("call refused", code=failure.code.name, reason=error.message)
         except grpc.aio.AbortError:
             raise
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if context.cancelled() or (task and task.cancelling()):
                 raise
-            log.exception("call failed: something it waited for was cancelled", method=method)
+            of_call.exception("call failed: something it waited for was cancelled")
             failure = internal("internal error; see the server's log")
         except Exception as error:
             failure = internal("internal error; see the server's log")
             if isinstance(error, TimeoutError) and limit.expired():
                 failure = to_status(DeadlineExceeded(f"the call took longer than {limit_s:g} s"))
             elif isinstance(error, CallerGone) or context.cancelled():
-                log.debug("call ended after its caller had gone", method=method, exc_info=True)
+                of_call.debug("call ended after its caller had gone", exc_info=True)
                 failure = RpcStatus(grpc.StatusCode.CANCELLED, "the caller has gone", ())
             else:
-                log.exception("call failed", method=method)
+                of_call.exception("call failed")
         if self._metrics and failure.code is not grpc.StatusCode.CANCELLED:
             self._metrics.failed(method, failure.code.name.lower())
         if writer:

@@ -17,6 +17,7 @@ from coordinator.api.openai.models import CommonBody, ObjectFormat, SchemaFormat
 from coordinator.api.values import Constraint
 from engine.base.errors import InvalidRequest
 from engine.constraints import schemas
+from engine.constraints.schema_context import UnsupportedSchema
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -68,6 +69,6 @@ def _of_schema(schema: Any) -> Constraint:
 def _check_formats(schema: Any) -> None:
     try:
         schemas.check_formats(schema)
-    except (schemas.UnsupportedSchema, RecursionError) as error:
+    except (UnsupportedSchema, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InvalidRequest("response_format.json_schema.schema", what) from None

@@ -18,7 +18,8 @@ from coordinator.text.tool_format import Tool, ToolFormat, ToolUse, argument_sch
 from coordinator.text.values import ToolCall
 from engine.base.errors import InvalidRequest, NotOffered
 from engine.constraints.grammar import MAX_SOURCE_CHARS
-from engine.constraints.schemas import UnsupportedSchema, prepare_schema
+from engine.constraints.schema_context import UnsupportedSchema
+from engine.constraints.schemas import prepare_schema
 
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 1024 * 1024

@@ -44,9 +44,9 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     real = digest._hash
 
-    def noted(state: Any, ranges: Any, name: str, progress: bool) -> Any:
+    def noted(state: Any, ranges: Any, name: str) -> Any:
         names.append(name)
-        return real(state, ranges, name, progress)
+        return real(state, ranges, name)
 
     monkeypatch.setattr(digest, "_hash", noted)
     return names

@@ -56,10 +56,7 @@ def test_it_is_made_once_however_many_ask(
         write(*args)
 
     monkeypatch.setattr(packed, "_write", counted)
-    threads = [
-        threading.Thread(target=packed_file, args=(checkpoint, "auto"), kwargs={"progress": False})
-        for _ in range(3)
-    ]
+    threads = [threading.Thread(target=packed_file, args=(checkpoint, "auto")) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

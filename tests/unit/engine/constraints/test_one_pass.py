@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from engine.constraints import grammar, numbers, representable, special_tokens
-from engine.constraints.schemas import Leniency, UnsupportedSchema, prepare_schema
+from engine.constraints.schema_context import Leniency, UnsupportedSchema
+from engine.constraints.schemas import prepare_schema
 
 
 class _Tokenizer:

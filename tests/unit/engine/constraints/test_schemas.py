@@ -10,14 +10,9 @@ import pytest
 from engine.base.types import Constraint, ConstraintKind
 from engine.checkpoint.source import resolve
 from engine.constraints import Compiler, Vocabulary
-from engine.constraints.schemas import (
-    FORMATS,
-    MAX_OPTIONAL,
-    WHITE_SPACE,
-    Leniency,
-    UnsupportedSchema,
-    prepare_schema,
-)
+from engine.constraints.bounds import MAX_OPTIONAL
+from engine.constraints.schema_context import Leniency, UnsupportedSchema
+from engine.constraints.schemas import FORMATS, WHITE_SPACE, prepare_schema
 
 VOCAB = 49152
 EXACT = 1 << 53
