@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import grpc
 
@@ -69,6 +69,12 @@ class _TokenChannel:
     def __init__(self, channel: grpc.aio.Channel, token: ClusterToken) -> None:
         self._channel = channel
         self._metadata = token.metadata
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._channel.close()
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._channel, name)
