@@ -28,9 +28,10 @@ from engine.pb.diptych.internal.v1 import worker_pb2_grpc as stubs
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc
 from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import open_channel
+from tests.support.commands import Commands
 from tests.support.http_get import http_get
 from tests.support.paths import ROOT
-from tests.support.stack import EXACT, Stack, free_port, until
+from tests.support.stack import DEFAULT, Stack, free_port, until
 from tests.support.stderr import sentences
 from tests.support.timeouts import CLUSTER, Timeouts
 
@@ -39,14 +40,15 @@ pytestmark = pytest.mark.timeout(300)
 FIRST, SECOND, WRONG = (f"{name}-{secrets.token_hex(16)}" for name in ("one", "two", "wrong"))
 PROMPT = "Saxifrage 4711 grows where the quiet heron nests; " * 12
 SALT = "salt-of-the-tenant-4711"
-LEASE_TTL_S = 5.0
+LEASE_TTL_S = 3.0
 TIMEOUTS = Timeouts(lease_ttl_s=LEASE_TTL_S)
 BLOCK_SIZE = 16
+SHAPE = (*DEFAULT, "--kv-cache-memory", "128MiB")
 CODES = {None: grpc.StatusCode.UNAUTHENTICATED, WRONG: grpc.StatusCode.PERMISSION_DENIED}
 
 
-def _command(name: str) -> list[str]:
-    return ["-m", "coordinator.cli"] if name == "coordinator" else ["-m", "worker.cli", name]
+def _command(name: str) -> tuple[str, ...]:
+    return ("coordinator.cli",) if name == "coordinator" else ("worker.cli", name)
 
 
 class Cluster:
@@ -66,7 +68,7 @@ class Cluster:
     def start(self, name: str, command: str, *flags: str) -> None:
         with (self.folder / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, *_command(command), "start", *flags],
+                [sys.executable, "-m", *_command(command), "start", *flags],
                 stdout=log,
                 stderr=log,
                 cwd=ROOT,
@@ -74,19 +76,8 @@ class Cluster:
             )
 
     def worker_flags(self, *token: str) -> tuple[str, ...]:
-        shape = (*EXACT, *TIMEOUTS.worker_flags, "--log-format", "json")
+        shape = (*SHAPE, *TIMEOUTS.worker_flags, "--log-format", "json")
         return (*shape, "--coordinator", self.address, "--log-level", "debug", *token)
-
-    def run(self, command: str, *flags: str) -> subprocess.CompletedProcess[str]:
-        """A process that is expected to end."""
-        return subprocess.run(
-            [sys.executable, *_command(command), "start", *flags],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=ROOT,
-            timeout=120,
-        )
 
     def workers(self) -> dict[str, admin_pb2.Worker]:
         with contextlib.suppress(DiptychError, grpc.RpcError), Client(self.address) as client:
@@ -362,14 +353,36 @@ async def test_a_lease_cannot_be_renewed_under_another_incarnation(cluster: Clus
 
 # --- refusals at the start
 
+REFUSED = [(role, sent) for role in ("prefill", "decode") for sent in (None, WRONG)]
+WITHOUT_TOKEN = [
+    ("coordinator", ("--workers", "external", "--listen", "0.0.0.0:0"), "--listen 0.0.0.0:0"),
+    ("prefill", ("--listen", "0.0.0.0:0", "--advertise", "x"), "--listen 0.0.0.0:0"),
+    ("decode", ("--listen", "[::]:0", "--advertise", "x"), "--listen [::]:0"),
+    ("decode", ("--cluster-token-file", "/nowhere/token"), "/nowhere/token: No such file"),
+]
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-@pytest.mark.parametrize("sent", [None, WRONG], ids=["none", "wrong"])
+
+@pytest.fixture(scope="module")
+def ends(cluster: Cluster) -> Iterator[Commands]:
+    """Processes without the right token, all at once."""
+    with Commands() as commands:
+        for role, sent in REFUSED:
+            own = () if sent is None else ("--cluster-token-file", cluster.file("wrong", sent))
+            flags = (*cluster.worker_flags(*own), "--worker-id", "intruder")
+            commands.start((role, sent), *_command(role), "start", *flags)
+        for command, flags, _ in WITHOUT_TOKEN:
+            words = (*_command(command), "start", *flags, "--http", "127.0.0.1:0")
+            commands.start((command, flags), *words)
+        yield commands
+
+
+@pytest.mark.parametrize(
+    ("role", "sent"), REFUSED, ids=lambda x: {None: "none", WRONG: "wrong"}.get(x, x)
+)
 def test_a_worker_with_another_token_ends_with_2(
-    cluster: Cluster, role: str, sent: str | None
+    cluster: Cluster, ends: Commands, role: str, sent: str | None
 ) -> None:
-    own = () if sent is None else ("--cluster-token-file", cluster.file("wrong", WRONG))
-    done = cluster.run(role, *cluster.worker_flags(*own), "--worker-id", "intruder")
+    done = ends.result((role, sent))
     assert done.returncode == 2, done.stderr
     (sentence,) = sentences(done.stderr)
     assert sentence.startswith(f"{role}: refused by coordinator {cluster.address}: ")
@@ -377,19 +390,11 @@ def test_a_worker_with_another_token_ends_with_2(
     assert WRONG not in done.stderr and "intruder" not in cluster.workers()
 
 
-@pytest.mark.parametrize(
-    ("command", "flags", "words"),
-    [
-        ("coordinator", ("--workers", "external", "--listen", "0.0.0.0:0"), "--listen 0.0.0.0:0"),
-        ("prefill", ("--listen", "0.0.0.0:0", "--advertise", "x"), "--listen 0.0.0.0:0"),
-        ("decode", ("--listen", "[::]:0", "--advertise", "x"), "--listen [::]:0"),
-        ("decode", ("--cluster-token-file", "/nowhere/token"), "/nowhere/token: No such file"),
-    ],
-)
+@pytest.mark.parametrize(("command", "flags", "words"), WITHOUT_TOKEN)
 def test_what_other_machines_reach_does_not_start_without_a_token(
-    cluster: Cluster, command: str, flags: tuple[str, ...], words: str
+    ends: Commands, command: str, flags: tuple[str, ...], words: str
 ) -> None:
-    done = cluster.run(command, *flags, "--http", "127.0.0.1:0")
+    done = ends.result((command, flags))
     assert done.returncode == 2, done.stderr
     (sentence,) = sentences(done.stderr)
     assert words in sentence and "--cluster-token-file" in sentence
@@ -438,7 +443,7 @@ def test_logs_hold_no_prompt_answer_or_salt(cluster: Cluster) -> None:
 
 
 def test_local_workers_are_authenticated_by_default(tmp_path: Path) -> None:
-    with Stack(tmp_path, *EXACT, "--log-level", "debug") as stack:
+    with Stack(tmp_path, *DEFAULT, "--log-level", "debug") as stack:
         flags = {
             word
             for pid in stack.pids()

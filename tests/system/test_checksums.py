@@ -15,7 +15,7 @@ import pytest
 from engine.base.errors import DiptychError
 from tests.support.greedy import greedy
 from tests.support.paths import ROOT
-from tests.support.stack import EXACT, Stack, until
+from tests.support.stack import EXACT, Stack
 
 LONG, OTHER = (greedy(300), greedy(512))
 NUM_BLOCKS = 299 // 16  # that travel
@@ -39,36 +39,43 @@ class Flips:
         self.path.write_text(str(number))
 
 
-@contextmanager
-def flipping(folder: Path, *flags: str) -> Iterator[tuple[Stack, Flips]]:
-    """A prefill worker, and a decode worker that reads with flipped bits; `flags` are its own."""
-    flips = Flips(folder / "flips")
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A coordinator with a prefill worker; it is not yet ready."""
+    folder = tmp_path_factory.mktemp("checksums")
     secret = folder / "token"
-    secret.write_text("a token that both sides know\n".replace(" ", "-"))
+    secret.write_text("a-token-that-both-sides-know\n")
     secret.chmod(0o600)
-    common = (*EXACT, "--cluster-token-file", str(secret))
-    with Stack(folder, *common, prefill=1, decode=0, wait=False) as stack:
-        command = [sys.executable, "-m", "tests.support.flip_worker", str(flips.path), "start"]
-        command += [*common, "--coordinator", stack.address, "--worker-id", "flipping"]
-        command += ["--log-format", "json"]
-        with (folder / "flipping.log").open("wb") as log:
-            worker = subprocess.Popen([*command, *flags], stdout=log, stderr=log, cwd=ROOT)
+    flags = (*EXACT, "--cluster-token-file", str(secret))
+    with Stack(folder, *flags, prefill=1, decode=0, wait=False) as stack:
+        stack.num_workers = 2
+        yield stack
+
+
+@contextmanager
+def flipping(front: Stack, *flags: str) -> Iterator[tuple[Stack, Flips]]:
+    """With a decode worker that reads with flipped bits; `flags` are its own."""
+    flips = Flips(front.folder / "flips")
+    command = [sys.executable, "-m", "tests.support.flip_worker", str(flips.path), "start", *EXACT]
+    command += ["--cluster-token-file", str(front.folder / "token"), "--log-format", "json"]
+    command += ["--coordinator", front.address, "--worker-id", "flipping", *flags]
+    with (front.folder / "flipping.log").open("wb") as log:
+        worker = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+    try:
+        front.until_ready()
+        yield front, flips
+        front.assert_at_rest()
+    finally:
+        worker.terminate()
         try:
-            stack.num_workers = 2
-            until(stack.ready, 180, "the stack is ready", 0.1)
-            yield stack, flips
-            stack.assert_at_rest()
-        finally:
-            worker.terminate()
-            try:
-                worker.wait(20)
-            except subprocess.TimeoutExpired:
-                worker.kill()
-                worker.wait()
+            worker.wait(20)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
 
 
-def test_a_flipped_bit_is_found_and_the_answer_is_right(tmp_path: Path) -> None:
-    with flipping(tmp_path, "--kv-checksums") as (stack, flips):
+def test_a_flipped_bit_is_found_and_the_answer_is_right(front: Stack) -> None:
+    with flipping(front, "--kv-checksums") as (stack, flips):
         flips.left = 1
         tokens, _, _ = stack.generate(LONG["prompt"], max_tokens=NUM_TOKENS, request_id="flipped")
         assert tokens == LONG["tokens"][:NUM_TOKENS]
@@ -90,9 +97,9 @@ def test_a_flipped_bit_is_found_and_the_answer_is_right(tmp_path: Path) -> None:
         assert after[computed] - decode[computed] >= 512 - 16 * 31 + 16
 
 
-def test_without_checksums_the_same_flip_is_computed_with(tmp_path: Path) -> None:
+def test_without_checksums_the_same_flip_is_computed_with(front: Stack) -> None:
     """So the test above can fail: nothing else notices."""
-    with flipping(tmp_path) as (stack, flips):
+    with flipping(front) as (stack, flips):
         flips.left = 1
         try:
             tokens, _, _ = stack.generate(LONG["prompt"], max_tokens=NUM_TOKENS)

@@ -8,6 +8,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from engine.pb.diptych.v1 import inference_pb2
 from tests.support.greedy import GREEDY
 from tests.support.reference_model import default_model, logits_of
 from tests.support.scored import Whole, ask
-from tests.support.stack import Stack, stub
+from tests.support.stack import DEFAULT, SharedStacks, Stack, stub
 
 TEXTS = [case["prompt"] for case in GREEDY]
 LONG = next(text for text in TEXTS if len(text) >= 1000)
@@ -139,34 +140,41 @@ def test_equal_to_transformers_and_cached_prefixes_too(
 
 
 @needs_kernels
-def test_the_same_bits_with_and_without_drafts_after_preemption_and_a_death(tmp_path: Path) -> None:
+def test_the_same_bits_with_and_without_drafts_after_preemption_and_a_death(
+    tmp_path: Path, stacks: SharedStacks
+) -> None:
     requests = mixed() + [
         request(LONG[i : i + 120], 150, i, output=output(logprobs=3)) for i in range(12)
     ]
-    answers = []
-    flags = ("--max-model-len", "704")
-    for name, more in (
-        ("plain", ("--drafter", "none")),
-        ("drafts", ()),
-        ("crowded", ("--kv-cache-memory", "20MiB")),
-    ):
-        folder = tmp_path / name
-        folder.mkdir()
-        with Stack(folder, *flags, *more) as stack:
-            answers.append([scores_of(whole) for whole in run(stack.address, requests)])
+    with ExitStack() as running:
+
+        def start(name: str, *flags: str, decode: int = 1) -> Stack:
+            (folder := tmp_path / name).mkdir()
+            stack = Stack(folder, "--max-model-len", "704", *flags, decode=decode, wait=False)
+            return running.enter_context(stack)
+
+        def answers_of(stack: Stack) -> list[Any]:
+            stack.until_ready()
+            whole = [scores_of(each) for each in run(stack.address, requests)]
             stack.assert_at_rest()
-            seen = stack.metrics("decode")
-            if name == "drafts":
-                assert seen["diptych_spec_decode_num_accepted_tokens_total"] > 0
-            if name == "crowded":
-                assert seen["diptych_num_preemptions_total"] > 0
-    folder = tmp_path / "deaths"
-    folder.mkdir()
-    with Stack(folder, *flags, prefill=1, decode=2) as stack:
-        answers.append(asyncio.run(with_a_death(stack, requests)))
-    for number, plain in enumerate(answers[0]):
+            return whole
+
+        # They start side by side, while the shared stack answers.
+        plain = start("plain", "--drafter", "none")
+        crowded = start("crowded", "--kv-cache-memory", "20MiB")
+        deaths = start("deaths", decode=2)
+        drafts = stacks.get(*DEFAULT)
+        accepted = "diptych_spec_decode_num_accepted_tokens_total"
+        before = drafts.metrics("decode").get(accepted, 0)
+        answers = [answers_of(drafts), answers_of(plain), answers_of(crowded)]
+        assert drafts.metrics("decode")[accepted] > before
+        assert plain.metrics("decode").get(accepted, 0) == 0
+        assert crowded.metrics("decode")["diptych_num_preemptions_total"] > 0
+        deaths.until_ready()
+        answers.append(asyncio.run(with_a_death(deaths, requests)))
+    for number, first in enumerate(answers[0]):
         for other in answers[1:]:
-            assert other[number] == plain, f"request {number}"
+            assert other[number] == first, f"request {number}"
 
 
 async def with_a_death(stack: Stack, requests: Sequence[dict[str, Any]]) -> list[Any]:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -22,7 +23,7 @@ from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import open_channel
 from tests.support.http_get import http_get
 from tests.support.paths import ROOT
-from tests.support.stack import EXACT, Stack, until
+from tests.support.stack import DEFAULT, Stack, until
 
 pytestmark = pytest.mark.timeout(300)
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -32,7 +33,7 @@ OFF = ("priority", "reflection")
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("guarded")
-    with Stack(folder, *EXACT, "--max-model-len", "2048", "--disable", ",".join(OFF)) as it:
+    with Stack(folder, *DEFAULT, "--disable", ",".join(OFF)) as it:
         yield it
 
 
@@ -98,7 +99,7 @@ def test_a_wrong_file_is_named_and_the_own_user_needs_none(guarded: Stack, tmp_p
 
 
 def test_requests_have_pseudonyms_for_strangers(guarded: Stack) -> None:
-    request = generate_request("One", max_tokens=400, ignore_eos=True, request_id="private-4711")
+    request = generate_request("One", max_tokens=2000, ignore_eos=True, request_id="private-4711")
     call = guarded.client._inference[0].Generate(request, timeout=120)
     try:
         next(iter(call))
@@ -140,7 +141,7 @@ async def test_an_abort_of_a_stranger_ends_nothing(guarded: Stack) -> None:
         request = engine_pb.GenerateRequest(
             request_id="shared",
             text="One, two,",
-            sampling_params=engine_pb.SamplingParams(max_tokens=60, ignore_eos=True),
+            sampling_params=engine_pb.SamplingParams(max_tokens=200, ignore_eos=True),
             stream=True,
         )
         call = vllm_engine_pb2_grpc.VllmEngineStub(first).Generate(request, timeout=60)
@@ -169,8 +170,10 @@ def test_a_browser_gets_nothing_of_a_grpc_port(guarded: Stack) -> None:
     """HTTP/1.1 is all that it sends without TLS, whatever the body holds."""
     body = PREFACE + bytes(9)
     post = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
-    for address in (guarded.address, *(w.address for w in guarded.workers())):
-        got = raw(address, post + body)
+    addresses = (guarded.address, *(w.address for w in guarded.workers()))
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda address: raw(address, post + body), addresses))
+    for got in answers:
         # A frame of settings and the reason of the end are all that gRPC sends.
         assert len(got) < 500 and b"HTTP/1.1" not in got.replace(b"HTTP/1.x", b"")
     until(lambda: guarded.ready(), 10, "all goes on")
