@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from coordinator.client import AsyncClient, Client, Done, TextDelta
-from tests.support.cluster import Cluster, Shape, until
+from tests.support.cluster import Cluster, Shape
 from tests.support.greedy import greedy
 from tests.support.process_slots import ProcessSlot
+from tests.support.stack import until
 
 CASE = greedy(300)
 FLAGS = ("--dtype", "float32", "--kv-cache-memory", "384MiB")
