@@ -20,23 +20,20 @@ from tests.support.history_model import VOCAB, logits_of
 
 
 class Scored(Bench):
-    """A Bench that keeps the log-probabilities of its events."""
+    """A Bench that keeps the log-probabilities of prompts."""
 
     def __init__(self, **options: int) -> None:
         super().__init__(**options)
-        self.logprobs: dict[int, list[TokenLogprobs]] = {}
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         take = self.core.take_events
 
         def watched() -> list[object]:
             events = take()
             for event in events:
-                if isinstance(event, TokensEvent):
-                    self.logprobs.setdefault(event.key, []).extend(event.logprobs)
-                    if event.prompt_logprobs:
-                        assert event.key not in self.prompt_logprobs, "told once"
-                        assert not self.tokens[event.key], "with the first tokens"
-                        self.prompt_logprobs[event.key] = event.prompt_logprobs
+                if isinstance(event, TokensEvent) and event.prompt_logprobs:
+                    assert event.key not in self.prompt_logprobs, "sent once"
+                    assert not self.tokens[event.key], "with the first tokens"
+                    self.prompt_logprobs[event.key] = event.prompt_logprobs
             return list(events)
 
         self.core.take_events = watched  # type: ignore[assignment, method-assign]
