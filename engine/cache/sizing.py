@@ -88,15 +88,15 @@ def gpu_budget(memory: GpuMemory, utilization: float) -> PoolBudget:
 
 
 def fit_pool(
-    budget: PoolBudget, layout: KVLayout, *, longest: int, asked: int, draft_window: int
+    budget: PoolBudget, layout: KVLayout, *, longest: int, requested: int, draft_window: int
 ) -> PoolSize:
     """The pool of a budget for requests of `longest` tokens, or of fewer if it holds no more.
 
-    `asked` is --max-model-len, which is not shortened; 0: unset. Raises ConfigError.
+    `requested` is --max-model-len, which is not shortened; 0: unset. Raises ConfigError.
     """
     num_blocks = budget.num_bytes // layout.block_bytes
     fits = num_blocks * layout.block_size - draft_window
-    least = asked or 2 * layout.block_size
+    least = requested or 2 * layout.block_size
     if fits < least:
         needed = layout.num_blocks(least + draft_window) * layout.block_bytes
         cause = f", limited by {budget.limit}" if budget.limit else ""

@@ -125,7 +125,7 @@ def _build(
     models = loader.load_all(checkpoint, draft, layout)
     sampler = Sampler(checkpoint.config.vocab_size, device.place)
     budgets = pick_budgets(step, device)
-    _warm_up(models, sampler, budgets, layout, pool_of.wanted, window, device)
+    _warm_up(models, sampler, budgets, layout, pool_of.length, window, device)
     self_tests = models.self_tests(layout.block_size, checkpoint.config.vocab_size)
     _test(self_tests)
     size = size or pool_of(device)
@@ -234,7 +234,7 @@ class _PoolSizer:
     ) -> None:
         """Raises ConfigError for a length that the model does not have."""
         check_length(config, model.max_model_len)
-        self.wanted = model.max_model_len or config.context
+        self.length = model.max_model_len or config.context
         self._requested = model.max_model_len
         self._cache = cache
         self._layout = layout
@@ -246,11 +246,11 @@ class _PoolSizer:
         size = fit_pool(
             self._budget(device),
             layout,
-            longest=self.wanted,
-            asked=self._requested,
+            longest=self.length,
+            requested=self._requested,
             draft_window=window,
         )
-        if size.max_model_len < self.wanted:
+        if size.max_model_len < self.length:
             _log.warning(
                 "max_model_len reduced to what the KV pool holds",
                 max_model_len=size.max_model_len,
@@ -265,7 +265,7 @@ class _PoolSizer:
             return PoolBudget(cache.kv_cache_memory, "--kv-cache-memory")
         if device.memory is not None:
             return gpu_budget(device.memory(), cache.gpu_memory_utilization)
-        longest_bytes = layout.num_blocks(self.wanted + self._draft_window) * layout.block_bytes
+        longest_bytes = layout.num_blocks(self.length + self._draft_window) * layout.block_bytes
         memory = HostMemory.parse(cache.memory_share) or host_memory()
         return host_budget(longest_bytes, memory)
 

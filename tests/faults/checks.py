@@ -95,7 +95,7 @@ def _pool_wrong(pool: Mapping[str, Any]) -> list[str]:
     if pool["free"] + pool["cached"] + pool["held"] != NUM_BLOCKS or pool["total"] != NUM_BLOCKS:
         found.append(f"{pool}: expected {NUM_BLOCKS} in all")
     if pool["held"] or pool["unexplained"]:
-        found.append(f"{pool['held']} blocks held, {pool['unexplained']} of them by nobody")
+        found.append(f"{pool['held']} blocks held, {pool['unexplained']} of them unexplained")
     return found
 
 
@@ -139,7 +139,7 @@ def quiet(cluster: Cluster, then: Mapping[str, Before], explained: Sequence[str]
         was = then.get(place.name)
         ends = place.ends[was.num_ends if was else 0 :]
         unwanted = [end.status for end in ends if not end.wanted]
-        assert not unwanted, f"{place.name} ended by itself: {unwanted}\n{cluster.tail(place.name)}"
+        assert not unwanted, f"{place.name} ended unasked: {unwanted}\n{cluster.tail(place.name)}"
         for text in tracebacks(cluster.log_text(place.name, was.log_bytes if was else 0)):
             assert any(re.search(pattern, text) for pattern in explained), (
                 f"{place.name} logged a traceback:\n{text}"

@@ -93,7 +93,7 @@ class LabTransport(NixlTransport):
         seam = "fence" if local == self._landing else "data"
         if order := ORDERS.take("post_raises"):
             kind = PeerLost if order.get("lost") else PullFailed
-            raise kind(f"peer {peer}: the lab was told to raise")
+            raise kind(f"peer {peer}: the test injects this error")
         if order := ORDERS.take(f"{seam}_posted_late"):
             time.sleep(order["after_s"])
         if pid := _victim(seam, str(peer), sum(extent.num_bytes for extent in extents)):

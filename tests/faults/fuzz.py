@@ -286,7 +286,7 @@ def _fuzz_and_tell(answer_to: Connection, seed: int, indexes: range, beside: boo
     sys.unraisablehook = lambda told: raised.append(f"{told.exc_value!r} in {told.object!r}")
     threading.excepthook = lambda told: raised.append(f"{told.exc_value!r} in {told.thread!r}")
     report = asyncio.run(_fuzz_front(seed, indexes, beside))
-    report.leaks += [f"raised and noticed by nobody: {what}" for what in raised]
+    report.leaks += [f"raised and not handled: {what}" for what in raised]
     answer_to.send(report)
 
 

@@ -115,7 +115,8 @@ def garbage() -> dict[str, bytes]:
         + _CALL
         + frame(http2.DATA, 1, 1, b"\x00\x00\x00\x00\x09abc"),
         "headers twice": _BEGIN + _CALL + _CALL,
-        "a priority of itself": _BEGIN + frame(http2.PRIORITY, 0, 1, b"\x00\x00\x00\x01\x10"),
+        "a stream that depends on its own number": _BEGIN
+        + frame(http2.PRIORITY, 0, 1, b"\x00\x00\x00\x01\x10"),
         "goodbye": _BEGIN + frame(http2.GOAWAY, 0, 0, bytes(8)),
     }
 

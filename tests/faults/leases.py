@@ -46,6 +46,6 @@ async def leased(
             if sum(len(ready.block_ids) for ready in announced) == num_blocks:
                 yield announced
                 return
-        raise AssertionError(f"{owner} was told of {announced}, not of {num_blocks} blocks")
+        raise AssertionError(f"{announced} blocks were announced to {owner}, expected {num_blocks}")
     finally:
         call.cancel()

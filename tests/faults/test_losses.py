@@ -19,8 +19,8 @@ SHORT = ("short-0", "short-1", "short-0-sampled", "short-1-sampled")
 
 
 async def test_all_p_dead(scenario: Scenario) -> None:
-    """Decode workers compute prompts themselves, slower; the coming and going of the pool is seen
-    by nobody.
+    """Decode workers compute prompts themselves, slower; clients do not see the pool
+    come and go.
     """
     cases = ("long-0", "long-1-sampled") if scenario.full else ("long-2", "long-2-sampled")
     for name in scenario.cluster.prefill:

@@ -107,7 +107,7 @@ def test_methods_and_messages_that_are_not_there(port: Port) -> None:
             code, _ = end_of(channel, path, b"", stream=False)
             assert code is grpc.StatusCode.UNIMPLEMENTED
         failed = port.failures("invalid_argument")
-        with port.raw() as raw:  # the call ends without a message: gRPC itself says nothing to that
+        with port.raw() as raw:  # the call ends without a message: gRPC gives no answer to that
             raw.begin()
             for path in (GENERATE, b"/diptych.v1.InferenceService/Tokenize"):
                 assert raw.wait_for_end(raw.open_stream(path, end=True), 5)
@@ -216,21 +216,21 @@ def test_a_connection_reset_in_mid_stream(port: Port) -> None:
             raw.sock.close()
 
 
-@pytest.mark.parametrize("who", WAITERS)
-def test_who_lets_the_port_wait(port: Port, who: str, full: bool) -> None:
+@pytest.mark.parametrize("waiter", WAITERS)
+def test_a_waiter_leaves_the_port_open(port: Port, waiter: str, full: bool) -> None:
     """Each alone (tests/faults/waiters.py)."""
     if not full:
         pytest.skip("each alone; the next scenario has them all at once")
     with file_limit(2 * NUM_HTTP_CONNECTIONS), port.scenario(growth_bytes=128 * MIB):
-        WAITERS[who](port)
+        WAITERS[waiter](port)
 
 
 def test_all_who_let_the_port_wait_at_once(port: Port) -> None:
     with file_limit(2 * NUM_HTTP_CONNECTIONS), port.scenario(growth_bytes=128 * MIB):
         with ThreadPoolExecutor(len(WAITERS)) as pool:
-            running = {who: pool.submit(wait, port) for who, wait in WAITERS.items()}
-        for who, done in running.items():
-            assert done.exception() is None, f"{who}: {done.exception()!r}"
+            running = {name: pool.submit(wait, port) for name, wait in WAITERS.items()}
+        for name, done in running.items():
+            assert done.exception() is None, f"{name}: {done.exception()!r}"
 
 
 # -- crowds ----------------------------------------------------------------------------------------
@@ -295,9 +295,9 @@ def test_ten_thousand_calls_on_one_connection_that_say_nothing(port: Port) -> No
 def test_garbage_on_the_port(port: Port, full: bool) -> None:
     """Bytes that are no HTTP/2, or HTTP/2 that no client speaks (tests/faults/garbage.py).
 
-    One of them ends gRPC's server, and ours is another one some milliseconds later: who calls in
-    between has to call again, and is answered then. Twice, for what thousands of calls at once took
-    is kept by the allocator: memory must not grow again.
+    One of them ends gRPC's server. Another one takes its place some milliseconds later; a call in
+    between is sent again, and is answered then. All is sent twice: the allocator keeps what
+    thousands of calls at once took, and memory must not grow again.
     """
     resident = []
     with port.scenario(growth_bytes=1920 * MIB, num_told_to_ask_again=20):

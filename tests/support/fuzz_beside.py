@@ -139,5 +139,5 @@ BESIDE_TAME: dict[str, Any] = {
     "extra_mm_inputs": None,
     "media_refs": None,
     "data_parallel_rank": lambda r: 0,
-    "request_ids": lambda r: [b"nobody"],
+    "request_ids": lambda r: [b"unknown"],
 }

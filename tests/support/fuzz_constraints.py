@@ -1,4 +1,4 @@
-"""Constraints for the fuzz: those that people write, and those of people who mean harm.
+"""Constraints for the fuzz: those that people write, and those meant to do harm.
 
 A compiler of grammars is the largest parser behind the public door. What is hostile here is small
 on the wire and large behind it: nested, wide, endless, ambiguous, or at a limit and one beyond it.

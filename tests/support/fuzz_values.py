@@ -113,7 +113,7 @@ TAME: dict[str, Tame | None] = {
     "stop_token_ids": _few_tokens,
     "priority": lambda r: r.randrange(-3, 4),
     "cache_salt": lambda r: b"salt",
-    "worker_id": lambda r: b"nobody-7",  # never one that is there: it would be drained
+    "worker_id": lambda r: b"unknown-7",  # never one that is there: it would be drained
     "deadline_s": lambda r: r.choice((0.0, 1.0, 30.0)),
     "n": lambda r: r.choice((1, 1, 1, 2, 3)),
     "logprobs": lambda r: r.randrange(6),

@@ -98,8 +98,8 @@ def test_the_cluster_fits_together():
         assert worker["advertise"] or not worker["listen"].startswith("0.0.0.0")
 
 
-def test_who_listens_for_other_machines_has_a_token():
-    """One for the whole cluster; who serves one machine listens to nobody else."""
+def test_a_process_that_other_machines_reach_has_a_token():
+    """One for the whole cluster; the one for a single machine listens on loopback only."""
     files = {name: resolved(FOLDER / name, GROUPS[name]) for name in GROUPS}
     alone = files.pop("one-machine.toml")
     assert stays_on_this_machine(alone["listen"]) and not alone["cluster_token_file"]

@@ -166,7 +166,7 @@ def test_the_workers_image_can_compile_flashinfers_kernels():
 
 
 def interpolate(text):
-    """${NAME:-default} -> default, as where nobody set NAME."""
+    """${NAME:-default} -> default, as where NAME is unset."""
     return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(text))
 
 
@@ -329,7 +329,7 @@ def test_kubernetes_pods(command):
     key = options["cluster_token_file"].removeprefix(f"{trust}/")
     made = re.search(r"create secret generic (\S+) --from-literal=(\w+)=", manifest())
     assert (secret["secretName"], key) == made.groups()
-    assert secret["defaultMode"] == 0o440, "the pod's group reads it, nobody else"
+    assert secret["defaultMode"] == 0o440, "the pod's group alone reads it"
 
 
 def test_kubernetes_coordinator_has_time_to_drain():

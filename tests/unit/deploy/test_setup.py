@@ -511,7 +511,7 @@ def test_make_under_a_python_that_is_too_old_says_so_in_one_sentence(tmp_path: P
             f"/usr/bin/{tool}" if Path(f"/usr/bin/{tool}").exists() else f"/bin/{tool}"
         )
     old = tmp_path / "python3"
-    # An old Python runs the setup; asked what it is, it says 3.10.
+    # An old Python runs the setup; asked for its version, it prints 3.10.
     said = '{"version": [3, 10, 4], "executable": "x", "kind": "CPython", "bits": 64, '
     said += '"no_gil": false, "missing": []}'
     old.write_text(

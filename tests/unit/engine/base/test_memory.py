@@ -53,7 +53,7 @@ class Machine:
 
 
 def context(memory: HostMemory) -> tuple[int, str]:
-    size = fit_pool(host_budget(LONGEST, memory), LAYOUT, longest=8192, asked=0, draft_window=16)
+    size = fit_pool(host_budget(LONGEST, memory), LAYOUT, longest=8192, requested=0, draft_window=16)
     return size.max_model_len, size.limit
 
 
@@ -129,12 +129,12 @@ def test_a_shorter_context_names_its_cause() -> None:
 def test_a_requested_length_that_does_not_fit_is_refused() -> None:
     budget = PoolBudget(32 * MIB, "the cgroup's 2 GiB")
     with pytest.raises(ConfigError, match="limited by the cgroup's 2 GiB: one request of 4096"):
-        fit_pool(budget, LAYOUT, longest=4096, asked=4096, draft_window=0)
-    size = fit_pool(budget, LAYOUT, longest=8192, asked=0, draft_window=0)
+        fit_pool(budget, LAYOUT, longest=4096, requested=4096, draft_window=0)
+    size = fit_pool(budget, LAYOUT, longest=8192, requested=0, draft_window=0)
     assert (size.num_blocks, size.max_model_len) == (91, 91 * 16)
     assert size.num_bytes == 91 * LAYOUT.block_bytes <= budget.num_bytes
     with pytest.raises(ConfigError, match="needs"):
-        fit_pool(PoolBudget(0), LAYOUT, longest=8192, asked=0, draft_window=0)
+        fit_pool(PoolBudget(0), LAYOUT, longest=8192, requested=0, draft_window=0)
 
 
 # Llama 3.1 8B in bfloat16: 2 MiB a block of 16 tokens, 16 GB of weights.
@@ -148,7 +148,7 @@ def test_an_8b_model_fits_cards_of_24_to_80_gb(card_gib: int, tokens: int) -> No
     free = total - EIGHT_B_TAKES - CONTEXT_BYTES
     budget = gpu_budget(GpuMemory(total, free, EIGHT_B_TAKES), 0.9)
     assert budget.num_bytes == int(0.9 * total) - EIGHT_B_TAKES - CONTEXT_BYTES
-    size = fit_pool(budget, EIGHT_B, longest=131_072, asked=0, draft_window=16)
+    size = fit_pool(budget, EIGHT_B, longest=131_072, requested=0, draft_window=16)
     assert size.max_model_len >= tokens
     assert size.num_bytes + EIGHT_B_TAKES + CONTEXT_BYTES <= 0.9 * total
     assert bool(size.limit) == (tokens < 131_072)
@@ -173,7 +173,7 @@ def test_gpu_memory_of_other_programs_is_not_used() -> None:
 def test_a_too_small_gpu_is_refused_with_figures() -> None:
     budget = gpu_budget(GpuMemory(16 * GIB, GIB // 4, 15 * GIB), 0.9)
     with pytest.raises(ConfigError, match=r"16 GiB.*needs \d+ bytes; expected .*--max-model-len"):
-        fit_pool(budget, EIGHT_B, longest=8192, asked=0, draft_window=0)
+        fit_pool(budget, EIGHT_B, longest=8192, requested=0, draft_window=0)
 
 
 def test_readable_sizes() -> None:
