@@ -53,7 +53,9 @@ class Machine:
 
 
 def context(memory: HostMemory) -> tuple[int, str]:
-    size = fit_pool(host_budget(LONGEST, memory), LAYOUT, longest=8192, requested=0, draft_window=16)
+    size = fit_pool(
+        host_budget(LONGEST, memory), LAYOUT, longest=8192, requested=0, draft_window=16
+    )
     return size.max_model_len, size.limit
 
 
