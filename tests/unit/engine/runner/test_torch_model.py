@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
+import numpy as np
 import pytest
 import torch
 
 from engine.attention.batch import Row
 from engine.attention.torch_backend import TorchBackend
 from engine.cache.kv_cache import KVCache
+from engine.kernels import kernels
 from engine.runner.layers import logits
 from engine.runner.loader import random_model
 from engine.runner.runner import Runner
+from engine.runner.torch_model import TorchModel
 from tests.support.backends import select_backend
-from tests.support.paged import CPU, Bench, layout_of, tiny_config
+from tests.support.paged import CPU, Bench, bfloat16_kv, layout_of, tiny_config
+from tests.support.random_decoder import make
 
+LIBRARY = kernels()
 TOKENS = [int(t) for t in torch.randint(0, 101, (60,), generator=torch.Generator().manual_seed(1))]
 
 
@@ -97,3 +103,24 @@ def test_the_head_is_exact_however_it_is_cut(dtype: torch.dtype, vocab: int) -> 
     got = logits(x, head)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, x.float() @ head.float().t(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(LIBRARY is None, reason="the random decoders are made for the kernels")
+@pytest.mark.parametrize("seed", range(16))
+def test_features_of_some_models_equal_doubles(seed: int) -> None:
+    """Scales, caps, windows, activations, and rotations by layer, of a part of a head, or none."""
+    assert LIBRARY
+    rng = random.Random(seed)
+    decoder = make(rng, LIBRARY)
+    # What a Llama does not have; "bias" is the head's.
+    absent = ("q_norm", "k_norm", "out_norm", "down_norm", "bias")
+    for name in [name for name in decoder.vectors if name.partition(".")[2] in absent]:
+        del decoder.vectors[name]
+    weights = {**decoder.values, **decoder.vectors}
+    tensors = {name: torch.tensor(value, dtype=torch.float32) for name, value in weights.items()}
+    text = [rng.randrange(decoder.config.vocab_size) for _ in range(70)]
+    bench = Bench(TorchModel(decoder.config, tensors), block_size=16)
+    with bfloat16_kv():
+        got = bench.step((bench.sequence(text), len(text), len(text))).numpy()
+    expected = decoder.logits(text)
+    assert np.abs(got - expected).max() / np.abs(expected).max() < 5e-3
