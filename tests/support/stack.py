@@ -21,6 +21,7 @@ import grpc
 
 from coordinator.client import Client, Done, TextDelta
 from engine.base.errors import DiptychError
+from engine.kernels import kernels
 from engine.pb.diptych.v1 import admin_pb2, inference_pb2_grpc
 from engine.rpc.channel import open_channel
 from engine.rpc.local_token import local_token
@@ -33,6 +34,8 @@ EXACT = ("--dtype", "float32", "--kv-cache-memory", "512MiB", "--max-model-len",
 # The same for shared stacks: a request waits as long as a worker's restart takes on a busy machine.
 SHARED = (*EXACT, *Timeouts(worker_wait_s=60.0).stack_flags)
 DEFAULT = ("--max-model-len", "2048")  # what `coordinator start` does, with our kernels on a CPU
+# The fastest in which an answer has the same tokens in any batch. fp32 takes five times as long.
+QUICK = EXACT if kernels() is None else DEFAULT
 _MAX_SHARED = 3
 _SAMPLE = re.compile(r"(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -225,11 +228,8 @@ class Stack:
 class SharedStacks:
     """Running stacks for tests that only send requests, one for each set of flags and pools.
 
-        get: start, or the one that runs --- every user leaves it ready and at rest
-        take: out of the pool, for a test that ends or harms it
-
-    At most `_MAX_SHARED` run at a time, for a worker in fp32 has about 1 GB: the one that was used
-    longest ago is ended first.
+    Every user leaves its stack ready and at rest. At most `_MAX_SHARED` run at a time, for a worker
+    in fp32 has about 1 GB: the one that was used longest ago is ended first.
     """
 
     def __init__(self, new_folder: Callable[[], Path]) -> None:
@@ -248,12 +248,6 @@ class SharedStacks:
             until(stack.ready, 60, "the shared stack is ready")
             stack.assert_at_rest()
         self._running[key] = stack
-        return stack
-
-    def take(self, *flags: str, prefill: int = 1, decode: int = 1) -> Stack:
-        """The same, but the caller ends it, and no other test gets it."""
-        stack = self.get(*flags, prefill=prefill, decode=decode)
-        del self._running[(flags, prefill, decode)]
         return stack
 
     def close(self) -> None:

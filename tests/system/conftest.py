@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.stack import SHARED, SharedStacks, Stack
+from tests.support.stack import QUICK, SHARED, SharedStacks, Stack
 
 
 @pytest.fixture
@@ -16,6 +16,12 @@ def stack(stacks: SharedStacks) -> Stack:
     A test that needs a prompt which is not cached sends a `cache_salt` of its own.
     """
     return stacks.get(*SHARED)
+
+
+@pytest.fixture
+def quick_stack(stacks: SharedStacks) -> Stack:
+    """The same for tests that compare answers with each other, not with a record in fp32."""
+    return stacks.get(*QUICK)
 
 
 @pytest.hookimpl(hookwrapper=True)

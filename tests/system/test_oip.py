@@ -44,6 +44,11 @@ def token_ids(response: oip.ModelInferResponse) -> list[int]:
     return list(struct.unpack(f"<{len(raw) // 4}i", raw))
 
 
+@pytest.fixture
+def stack(quick_stack: Stack) -> Stack:
+    return quick_stack
+
+
 async def test_streams_and_whole_answers_are_those_of_generate(stack: Stack) -> None:
     options: list[dict[str, Any]] = [
         {},

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from coordinator.client import AsyncClient, TextDelta
+from tests.support.cluster import BLOCK_BYTES, exact
 from tests.support.greedy import GREEDY, greedy
-from tests.support.stack import EXACT, Stack
+from tests.support.stack import QUICK, SharedStacks, Stack
 
 LONG = [case for case in GREEDY if len(case["prompt"]) >= 1000]
 pytestmark = pytest.mark.timeout(300)
@@ -30,11 +31,9 @@ async def ask_all(address: str, prompts: list[list[int]], max_tokens: int) -> li
 
 def test_eight_long_prompts_in_pools_for_two_all_finish(tmp_path: Path) -> None:
     """400 tokens are 25 blocks and a tail of 16; each pool holds two such requests and no third."""
-    block_bytes = 30 * 2 * 3 * 16 * 64 * 4
     prompts = [case["prompt"][start : start + 416] for case in LONG for start in (0, 200, 400)][:8]
     assert len(prompts) == 8
-    flags = ("--dtype", "float32", "--max-model-len", "430")
-    flags += ("--kv-cache-memory", str(56 * block_bytes))
+    flags = (*exact(), "--max-model-len", "430", "--kv-cache-memory", str(56 * BLOCK_BYTES))
     with Stack(tmp_path, *flags) as stack:
         alone = asyncio.run(ask_all(stack.address, prompts[:1], 8))
         together = asyncio.run(ask_all(stack.address, prompts, 8))
@@ -44,11 +43,14 @@ def test_eight_long_prompts_in_pools_for_two_all_finish(tmp_path: Path) -> None:
         stack.assert_at_rest()
 
 
-def test_without_a_prefill_worker_the_decode_worker_computes_the_prompt(tmp_path: Path) -> None:
-    case = greedy(300)
-    with Stack(tmp_path, *EXACT, prefill=0) as stack:
-        tokens, _, done = stack.generate(case["prompt"], max_tokens=24)
-        assert tokens == case["tokens"][:24]
+def test_without_a_prefill_worker_the_decode_worker_computes_the_prompt(
+    tmp_path: Path, stacks: SharedStacks
+) -> None:
+    prompt = greedy(300)["prompt"]
+    expected = stacks.get(*QUICK).generate(prompt, max_tokens=24)[0]
+    with Stack(tmp_path, *QUICK, prefill=0) as stack:
+        tokens, _, done = stack.generate(prompt, max_tokens=24)
+        assert tokens == expected
         assert done.timing.kv_transfer == 0
         assert stack.metrics("decode")["diptych_prompt_tokens_total"] == 300
         stack.assert_at_rest()
