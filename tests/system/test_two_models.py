@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine.base.errors import DiptychError
+from engine.base.options import cache_dir
 from tests.support import tiny_gguf
 from tests.support.paths import ROOT
 from tests.support.stack import Stack, until
@@ -40,6 +41,9 @@ def worker(role: str, model: Path, stack: Stack) -> Iterator[subprocess.Popen[st
 def test_prefill_and_decode_of_two_models_refuse_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    kernels = cache_dir() / "native"
+    if kernels.exists():  # else they are compiled anew, which takes longer than all else here
+        shutil.copytree(kernels, tmp_path / "cache" / "native")
     monkeypatch.setenv("DIPTYCH_CACHE_DIR", str(tmp_path / "cache"))
     ours, theirs = tmp_path / "a" / "m.gguf", tmp_path / "b" / "m.gguf"
     for path in (ours, theirs):
