@@ -220,7 +220,7 @@ class Scenario:
         """
         await asyncio.sleep(max(0.0, self.cluster.trusted_at - time.monotonic()))
 
-    async def whole(self, timeout_s: float = 60.0) -> None:
+    async def whole(self, timeout_s: float = 120.0) -> None:
         """Until every place is filled and known."""
         await asyncio.to_thread(self.cluster.until_whole, timeout_s)
 
