@@ -13,7 +13,6 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,22 +27,20 @@ from engine.pb.diptych.internal.v1 import worker_pb2_grpc as stubs
 from engine.pb.diptych.v1 import admin_pb2, admin_pb2_grpc
 from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import open_channel
+from tests.support.cluster import Cluster, Shape
 from tests.support.commands import Commands
 from tests.support.http_get import http_get
-from tests.support.paths import ROOT
-from tests.support.stack import DEFAULT, Stack, free_port, until
+from tests.support.stack import DEFAULT, Stack, until
 from tests.support.stderr import sentences
-from tests.support.timeouts import CLUSTER, Timeouts
+from tests.support.timeouts import LEASE_TTL_S
 
 pytestmark = pytest.mark.timeout(300)
 
 FIRST, SECOND, WRONG = (f"{name}-{secrets.token_hex(16)}" for name in ("one", "two", "wrong"))
 PROMPT = "Saxifrage 4711 grows where the quiet heron nests; " * 12
 SALT = "salt-of-the-tenant-4711"
-LEASE_TTL_S = 3.0
-TIMEOUTS = Timeouts(lease_ttl_s=LEASE_TTL_S)
 BLOCK_SIZE = 16
-SHAPE = (*DEFAULT, "--kv-cache-memory", "128MiB")
+FRONT = "coordinator-0"
 CODES = {None: grpc.StatusCode.UNAUTHENTICATED, WRONG: grpc.StatusCode.PERMISSION_DENIED}
 
 
@@ -51,74 +48,26 @@ def _command(name: str) -> tuple[str, ...]:
     return ("coordinator.cli",) if name == "coordinator" else ("worker.cli", name)
 
 
-class Cluster:
-    """Processes started one by one, as on several machines."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.address = f"127.0.0.1:{free_port()}"
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-
-    def file(self, name: str, *lines: str) -> str:
-        path = self.folder / f"{name}.token"
-        path.write_text("\n".join(lines))
-        path.chmod(0o600)
-        return str(path)
-
-    def start(self, name: str, command: str, *flags: str) -> None:
-        with (self.folder / f"{name}.log").open("wb") as log:
-            self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", *_command(command), "start", *flags],
-                stdout=log,
-                stderr=log,
-                cwd=ROOT,
-                start_new_session=True,
-            )
-
-    def worker_flags(self, *token: str) -> tuple[str, ...]:
-        shape = (*SHAPE, *TIMEOUTS.worker_flags, "--log-format", "json")
-        return (*shape, "--coordinator", self.address, "--log-level", "debug", *token)
-
-    def workers(self) -> dict[str, admin_pb2.Worker]:
-        with contextlib.suppress(DiptychError, grpc.RpcError), Client(self.address) as client:
-            return {w.worker_id: w for w in client.workers(timeout_s=5) if w.state == "ready"}
-        return {}
-
-    def up(self) -> bool:
-        for name, process in self.processes.items():
-            assert process.poll() is None, (self.folder / f"{name}.log").read_text()[-3000:]
-        return len(self.workers()) == len(self.processes) - 1
-
-    def logs(self) -> str:
-        return "".join(p.read_text(errors="replace") for p in self.folder.rglob("*.log"))
-
-    def stop(self) -> None:
-        for process in self.processes.values():
-            process.send_signal(signal.SIGTERM)
-        for process in self.processes.values():
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+def token_file(folder: Path, name: str, *lines: str) -> str:
+    path = folder / f"{name}.token"
+    path.write_text("\n".join(lines))
+    path.chmod(0o600)
+    return str(path)
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    it = Cluster(tmp_path_factory.mktemp("cluster"))
-    file = it.file("front", FIRST, SECOND)
-    front = ("--workers", "external", "--listen", it.address, "--http", "127.0.0.1:0")
-    front += ("--max-model-len", "2048", "--log-format", "json", "--log-level", "debug")
-    try:
-        it.start("front", "coordinator", *front, "--cluster-token-file", file)
-        file = it.file("workers", SECOND, FIRST)
-        for role in ("prefill", "decode"):
-            flags = it.worker_flags("--cluster-token-file", file)
-            it.start(role, role, *flags, "--worker-id", f"{role}-0")
-        until(it.up, CLUSTER.start_s, "the cluster is up", 0.2)
-        yield it
-    finally:
-        it.stop()
+    folder = tmp_path_factory.mktemp("cluster")
+    flags = ("--log-level", "debug", "--cluster-token-file")
+    shape = Shape(
+        prefill=1,
+        decode=1,
+        coordinators=1,
+        coordinator_flags=(*flags, token_file(folder, "front", FIRST, SECOND)),
+        worker_flags=(*flags, token_file(folder, "workers", SECOND, FIRST)),
+    )
+    with Cluster(folder, shape) as running:
+        yield running
 
 
 def token(secret: str | None) -> ClusterToken | None:
@@ -190,17 +139,13 @@ async def messages(call: Any) -> list[Any]:
 
 
 GUARDED: list[tuple[str, Callable[..., Any]]] = [
-    ("coordinator", registering),
-    ("coordinator", draining),
+    (FRONT, registering),
+    (FRONT, draining),
     *((role, ask) for role in ("prefill-0", "decode-0") for ask in (handshaking, holding)),
     *((role, ask) for role in ("prefill-0", "decode-0") for ask in (renewing, releasing)),
     ("prefill-0", prefilling),
     ("decode-0", decoding),
 ]
-
-
-def address_of(cluster: Cluster, place: str) -> str:
-    return cluster.address if place == "coordinator" else cluster.workers()[place].address
 
 
 def counted(http_address: str, series: str, **labels: str) -> float:
@@ -219,17 +164,17 @@ async def test_without_the_token_nothing_is_said(
     cluster: Cluster, place: str, ask: Callable[..., Any], sent: str | None
 ) -> None:
     """No message is sent before the refusal."""
-    async with open_channel(address_of(cluster, place), token=token(sent)) as channel:
+    async with open_channel(cluster.address(place), token=token(sent)) as channel:
         call = ask(channel)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await messages(call)
         assert caught.value.code() is CODES[sent]
         assert "digest" not in (caught.value.details() or "")
-    assert "intruder" not in cluster.workers()
+    assert "intruder" not in cluster.rows()
 
 
 async def test_refusals_are_counted_and_logged_with_the_callers_address(cluster: Cluster) -> None:
-    worker = cluster.workers()["prefill-0"]
+    worker = cluster.rows()["prefill-0"]
     labels = {"method": "KvService/Handshake", "code": "permission_denied"}
     before = counted(worker.http_address, "diptych_rpc_failures_total", **labels)
     async with open_channel(worker.address, token=token(WRONG)) as channel:
@@ -237,14 +182,14 @@ async def test_refusals_are_counted_and_logged_with_the_callers_address(cluster:
             await handshaking(channel)
     after = counted(worker.http_address, "diptych_rpc_failures_total", **labels)
     assert after == before + 1
-    log = (cluster.folder / "prefill.log").read_text()
+    log = cluster.log_text("prefill-0")
     lines = [line for line in log.splitlines() if "caller refused" in line]
     assert any("KvService/Handshake" in x and "ipv4:127.0.0.1:" in x for x in lines)
 
 
 @pytest.mark.parametrize("secret", [FIRST, SECOND], ids=["first", "second"])
 async def test_with_a_token_of_the_file_workers_talk(cluster: Cluster, secret: str) -> None:
-    places = {place: address_of(cluster, place) for place, _ in GUARDED}
+    places = {place: cluster.address(place) for place, _ in GUARDED}
     async with contextlib.AsyncExitStack() as stack:
         channel = {
             place: await stack.enter_async_context(open_channel(address, token=token(secret)))
@@ -258,10 +203,10 @@ async def test_with_a_token_of_the_file_workers_talk(cluster: Cluster, secret: s
         assert answer.agents[0].metadata and answer.num_blocks
         assert (await holding(channel["decode-0"], b"nothing")).lease == b""
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await messages(registering(channel["coordinator"]))
+            await messages(registering(channel[FRONT]))
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, "its hello names no model"
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await draining(channel["coordinator"])
+            await draining(channel[FRONT])
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND, "there is no such worker"
         said = await messages(decoding(channel["decode-0"]))
         assert sum(len(m.tokens.token_ids) for m in said) == 4
@@ -269,10 +214,10 @@ async def test_with_a_token_of_the_file_workers_talk(cluster: Cluster, secret: s
 
 def test_an_answer_goes_through_all_three(cluster: Cluster) -> None:
     """The coordinator sends the first secret, the workers the second; all accept both."""
-    with Client(cluster.address) as client:
+    with Client(cluster.address(FRONT)) as client:
         events = list(client.generate(PROMPT, max_tokens=8, cache_salt=SALT, timeout_s=120))
     assert events[-1].usage.completion_tokens == 8  # type: ignore[union-attr]
-    worker = cluster.workers()["decode-0"]
+    worker = cluster.rows()["decode-0"]
     assert counted(worker.http_address, "diptych_kv_transfer_blocks_total") > 0
 
 
@@ -283,7 +228,7 @@ def test_an_answer_goes_through_all_three(cluster: Cluster) -> None:
 async def leased(cluster: Cluster) -> AsyncIterator[tuple[grpc.aio.Channel, bytes, list[bytes]]]:
     """A lease of "tester" on four blocks of the prefill worker, and nothing else held there."""
     until(lambda: held(cluster) == 0, 20, "nothing is held")
-    worker = cluster.workers()["prefill-0"]
+    worker = cluster.rows()["prefill-0"]
     async with open_channel(worker.address, token=token(FIRST)) as channel:
         call = prefilling(channel)
         names: list[bytes] = []
@@ -300,19 +245,18 @@ async def leased(cluster: Cluster) -> AsyncIterator[tuple[grpc.aio.Channel, byte
 
 
 def held(cluster: Cluster) -> int:
-    """Blocks of the prefill worker in its last heartbeat."""
-    return cluster.workers()["prefill-0"].held_blocks
+    """Blocks that the prefill worker holds now."""
+    return int(counted(cluster.http("prefill-0"), "diptych_kv_blocks", state="held"))
 
 
 async def still_held(cluster: Cluster) -> int:
-    """The same, from a later heartbeat."""
-    await asyncio.sleep(1.5)
+    """The same a while later, when what should free none would have."""
+    await asyncio.sleep(0.5)
     return held(cluster)
 
 
 def refused(cluster: Cluster, reason: str) -> float:
-    http = cluster.workers()["prefill-0"].http_address
-    return counted(http, "diptych_kv_lease_refusals_total", reason=reason)
+    return counted(cluster.http("prefill-0"), "diptych_kv_lease_refusals_total", reason=reason)
 
 
 async def test_forged_and_foreign_leases_free_nothing(cluster: Cluster) -> None:
@@ -327,7 +271,7 @@ async def test_forged_and_foreign_leases_free_nothing(cluster: Cluster) -> None:
         assert await still_held(cluster) == 4
         assert refused(cluster, "unknown") == before["unknown"] + 2 * len(forged)
         assert refused(cluster, "foreign") == before["foreign"] + 2
-        log = (cluster.folder / "prefill.log").read_text()
+        log = cluster.log_text("prefill-0")
         assert "'thief'" in log and lease.hex() not in log
 
 
@@ -367,8 +311,10 @@ def ends(cluster: Cluster) -> Iterator[Commands]:
     """Processes without the right token, all at once."""
     with Commands() as commands:
         for role, sent in REFUSED:
-            own = () if sent is None else ("--cluster-token-file", cluster.file("wrong", sent))
-            flags = (*cluster.worker_flags(*own), "--worker-id", "intruder")
+            flags = (*DEFAULT, "--kv-cache-memory", "128MiB", "--worker-id", "intruder")
+            flags += ("--coordinator", cluster.address(FRONT), "--log-format", "json")
+            if sent is not None:
+                flags += ("--cluster-token-file", token_file(cluster.folder, "wrong", sent))
             commands.start((role, sent), *_command(role), "start", *flags)
         for command, flags, _ in WITHOUT_TOKEN:
             words = (*_command(command), "start", *flags, "--http", "127.0.0.1:0")
@@ -385,9 +331,9 @@ def test_a_worker_with_another_token_ends_with_2(
     done = ends.result((role, sent))
     assert done.returncode == 2, done.stderr
     (sentence,) = sentences(done.stderr)
-    assert sentence.startswith(f"{role}: refused by coordinator {cluster.address}: ")
+    assert sentence.startswith(f"{role}: refused by coordinator {cluster.address(FRONT)}: ")
     assert "--cluster-token-file" in sentence
-    assert WRONG not in done.stderr and "intruder" not in cluster.workers()
+    assert WRONG not in done.stderr and "intruder" not in cluster.rows()
 
 
 @pytest.mark.parametrize(("command", "flags", "words"), WITHOUT_TOKEN)
@@ -414,25 +360,29 @@ def everywhere(entry: str) -> dict[int, bytes]:
 
 
 def test_the_secret_is_in_no_command_line_variable_or_log(cluster: Cluster) -> None:
-    processes = {process.pid for process in cluster.processes.values()}
+    processes = {place.pid for place in cluster.places}
     for entry in ("cmdline", "environ"):
         found = everywhere(entry)
         assert processes <= found.keys()
         for secret in (FIRST, SECOND):
             assert not [pid for pid, text in found.items() if secret.encode() in text]
-    logs = cluster.logs()
+    logs = logs_of(cluster)
     assert "caller refused" in logs, "the tests above were here"
     assert not [s for s in (FIRST, SECOND, WRONG) if s in logs]
 
 
+def logs_of(cluster: Cluster) -> str:
+    return "".join(cluster.log_text(place.name) for place in cluster.places)
+
+
 def test_logs_hold_no_prompt_answer_or_salt(cluster: Cluster) -> None:
-    with Client(cluster.address) as client:
+    with Client(cluster.address(FRONT)) as client:
         events = list(client.generate(PROMPT, max_tokens=32, cache_salt=SALT, timeout_s=120))
         text = "".join(getattr(event, "text", "") for event in events)
         ids = [i for event in events for i in getattr(event, "token_ids", ())]
         with pytest.raises(DiptychError):  # a refusal is logged, too
             list(client.generate(PROMPT, max_tokens=0, timeout_s=20))
-    logs = cluster.logs()
+    logs = logs_of(cluster)
     assert "decode ended" in logs and "prefill ended" in logs
     assert len(text) > 20 and len(ids) == 32
     for secret in ("Saxifrage", "quiet heron", text[:20], SALT, ", ".join(map(str, ids[:4]))):
@@ -497,7 +447,7 @@ def listeners(pid: int) -> list[tuple[str, int]]:
 async def local_services(stack: Stack, secret: str) -> None:
     """Workers and the coordinator's internal port check the token; others do not."""
     places = {worker.worker_id: worker.address for worker in stack.workers()}
-    places["coordinator"] = stack.address
+    places[FRONT] = stack.address
     for place, ask in GUARDED:
         for sent, code in ((None, CODES[None]), (WRONG, CODES[WRONG])):
             async with open_channel(places[place], token=token(sent)) as channel:
