@@ -63,6 +63,9 @@ class MeasuredDraftLength:
         self._row_of = grown(self._row_of, int(ids.max(initial=-1)) + 1)
         self._row_of[:] = 0
         self._row_of[ids] = np.arange(1, len(ids) + 1)
+        if not drafts.lengths.any():
+            self._run = 0
+            return drafts.lengths
         survival = self._acceptance.survival(ids, drafts, _LEAST)
         owners, _ = survival.nonzero()
         chances = survival[survival > 0.0]

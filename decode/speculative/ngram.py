@@ -82,7 +82,7 @@ class NgramDrafter:
         self._sizes = grown(self._sizes, int(ids.max(initial=-1)) + 1)
         for i in np.flatnonzero(self._sizes[ids] != inputs.lengths).tolist():
             self._catch_up(ids[i : i + 1], inputs.histories[i])
-        return self._lookup.propose(ids, np.clip(inputs.limits, 0, MAX_DRAFT))
+        return self._lookup.propose(ids, np.minimum(inputs.limits, MAX_DRAFT))
 
     def materialize(self, rows: Sequence[PlannedRow]) -> list[PlannedRow]:
         """The rows as they are: its drafts cost nothing and are whole."""

@@ -108,7 +108,7 @@ class NativeModel:
 
     def _logits_buffer(self, num_logits: int) -> torch.Tensor:
         """Memory for logits [num_logits, vocab], reused: new pages cost as much as a row."""
-        if num_logits > len(self._logits):
+        if num_logits > self._logits.shape[0]:
             size = (num_logits + num_logits // 2, self.config.vocab_size)
             self._logits = torch.empty(size, dtype=torch.float32)
         return self._logits[:num_logits]

@@ -129,16 +129,20 @@ class DecodeSlots:
         """
         count, width = tokens.shape
         length, newest = self.length[:count], self.newest[:count]
-        number = np.arange(1, width + 1)
-        ends = (tokens[:, :, None] == self._stops[:count, None, :]).any(2)
-        ends |= length[:, None] + number >= self.end[:count, None]
-        ends &= number <= counts[:, None]
-        ended = ends.any(1)
-        kept = np.where(ended, ends.argmax(1) + 1, counts)
-        length += kept
-        newest[:] = tokens[np.arange(count), kept - 1]
         new: list[list[int]] = tokens.tolist()
-        if width > 1:
+        if width == 1:  # a step without drafts, the shortest: few calls count
+            length += 1
+            newest[:] = tokens[:, 0]
+            ended = (tokens == self._stops[:count]).any(1) | (length >= self.end[:count])
+        else:
+            number = np.arange(1, width + 1)
+            ends = (tokens[:, :, None] == self._stops[:count, None, :]).any(2)
+            ends |= length[:, None] + number >= self.end[:count, None]
+            ends &= number <= counts[:, None]
+            ended = ends.any(1)
+            kept = np.where(ended, ends.argmax(1) + 1, counts)
+            length += kept
+            newest[:] = tokens[np.arange(count), kept - 1]
             new = [row[:end] for row, end in zip(new, kept.tolist(), strict=True)]
         for history, more in zip(self.histories, new, strict=True):
             history += more

@@ -103,14 +103,17 @@ class Acceptor:
         requests = [*slots.requests, *(row.planned.request for row in rows)]
         of_rows = np.array([len(row.planned.draft) for row in rows], np.int64)
         lengths = np.concatenate([slots.num_draft, of_rows])
-        is_token = np.arange(lengths.max(initial=0) + 1) <= lengths[:, None]
-        tokens = np.zeros(is_token.shape, np.int32)
-        tokens[is_token] = _joined(sampled.tokens, (row.tokens for row in rows))
-        drafts = np.full_like(tokens[:, 1:], PENDING)
-        of_slots = slots.drafts[slots.drafts != PENDING]
-        drafts[is_token[:, 1:]] = _joined(of_slots, (row.planned.draft for row in rows))
-        counts = speculation.verify(drafts, tokens) + 1
-        self._count_drafts(requests, lengths, counts - 1)
+        sampled_tokens = _joined(sampled.tokens, (row.tokens for row in rows))
+        tokens, counts = sampled_tokens[:, None], np.ones(len(lengths), np.int64)
+        if lengths.any():
+            is_token = np.arange(lengths.max() + 1) <= lengths[:, None]
+            tokens = np.zeros(is_token.shape, np.int32)
+            tokens[is_token] = sampled_tokens
+            drafts = np.full_like(tokens[:, 1:], PENDING)
+            of_slots = slots.drafts[slots.drafts != PENDING]
+            drafts[is_token[:, 1:]] = _joined(of_slots, (row.planned.draft for row in rows))
+            counts += speculation.verify(drafts, tokens)
+            self._count_drafts(requests, lengths, counts - 1)
         ids = np.array([request.draft_id for request in requests], np.int64)
         drafting = ids != NO_DRAFT_ID  # not where a prompt gave its first token
         speculation.produced(ids[drafting], tokens[drafting], counts[drafting])

@@ -11,14 +11,12 @@ from engine.scheduling.plan import Plan, PlannedRow
 def model_rows(plan: Plan) -> StepRows:
     """The slots' newest tokens with their drafts, and then the rows: what the model computes."""
     slots, count = plan.slots, len(plan.slots)
-    token_ids = np.column_stack([slots.newest[:count], slots.drafts])
-    plain = StepRows(
-        token_ids[token_ids >= 0],
-        slots.length[:count] - 1,
-        slots.num_draft + 1,
-        slots.num_draft + 1,
-        slots.tables.copy(),
-    )
+    token_ids, num_tokens = slots.newest[:count].copy(), slots.num_draft + 1
+    if slots.drafts.shape[1]:
+        with_drafts = np.column_stack([token_ids, slots.drafts])
+        token_ids = with_drafts[with_drafts >= 0]
+    tables = slots.tables.copy()
+    plain = StepRows(token_ids, slots.length[:count] - 1, num_tokens, num_tokens, tables)
     return plain.followed_by([_row(row) for row in plan.rows])
 
 

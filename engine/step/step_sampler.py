@@ -110,10 +110,10 @@ class StepSampler:
         count = len(slots)
         num_logits = slots.num_draft + 1
         positions = ranges(slots.length[:count], num_logits)
+        if len(positions) < logits.shape[0]:
+            logits = logits[: len(positions)]
         try:
-            return self._sampler.sample_plain(
-                logits[: len(positions)], slots.params, positions, num_logits
-            ), []
+            return self._sampler.sample_plain(logits, slots.params, positions, num_logits), []
         except UnusableLogits as error:
             owners = np.repeat(np.arange(count), num_logits)
             return NO_TOKENS, [slots.requests[i] for i in np.unique(owners[list(error.rows)])]

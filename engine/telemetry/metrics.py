@@ -143,6 +143,9 @@ class WorkerMetrics(SeriesSet):
         registry.register(self._links)
         self.constraints = ConstraintMetrics(registry, model_name)
         self._phases: dict[str, Histogram] = {}
+        self._block_states = {
+            state: self._kv_blocks.labels(model_name, state) for state in ("free", "cached", "held")
+        }
 
     def step_took(self, phases: Mapping[str, float]) -> None:
         """Observe the seconds of each phase of one step; "total" is their sum."""
@@ -174,7 +177,7 @@ class WorkerMetrics(SeriesSet):
     def set_blocks(self, *, free: int, cached: int, held: int) -> None:
         """Set the number of blocks in each state: free + cached + held = total."""
         for state, count in (("free", free), ("cached", cached), ("held", held)):
-            self._kv_blocks.labels(self._model_name, state).set(count)
+            self._block_states[state].set(count)
         self.kv_cache_usage_perc.set(held / max(1, free + cached + held))
 
 
