@@ -84,10 +84,10 @@ class Coordinator:
             front.max_queued_requests, front.max_queued_tokens, metrics, what="tokenize"
         )
         self._frontend = Frontend(
-            model,
-            self.pipeline,
-            self.membership,
-            metrics,
+            served=model,
+            pipeline=self.pipeline,
+            membership=self.membership,
+            metrics=metrics,
             max_request_s=front.max_request_s,
             tokenizing=self._tokenizing,
             switches=self._switches,

@@ -14,6 +14,8 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 from coordinator.api.switches import Switches
@@ -50,6 +52,7 @@ _CHARS_A_TOKEN = 4  # about: what a text counts as before it is tokenized
 Events = AsyncGenerator[Event, None]
 
 
+@dataclass(kw_only=True, eq=False)
 class Frontend:
     """What protocols call; owned by the event loop.
 
@@ -57,26 +60,16 @@ class Frontend:
     that name a field name it as inference.proto does.
     """
 
-    def __init__(
-        self,
-        model: ServedModel,
-        pipeline: Pipeline,
-        membership: Membership,
-        metrics: CoordinatorMetrics,
-        *,
-        max_request_s: float,
-        tokenizing: Admission,
-        switches: Switches,
-    ) -> None:
-        """`tokenizing` bounds calls of tokenize and detokenize, apart from requests."""
-        self._model = model
-        self._pipeline = pipeline
-        self._membership = membership
-        self._metrics = metrics
-        self._max_request_s = max_request_s
-        self._tokenizing = tokenizing
-        self._switches = switches
-        self._slots = asyncio.Semaphore(_TOKENIZING_AT_ONCE)
+    served: ServedModel
+    pipeline: Pipeline
+    membership: Membership
+    metrics: CoordinatorMetrics
+    max_request_s: float
+    tokenizing: Admission  # of calls of tokenize and detokenize, apart from requests
+    switches: Switches
+    _slots: asyncio.Semaphore = field(
+        default_factory=partial(asyncio.Semaphore, _TOKENIZING_AT_ONCE)
+    )
 
     async def generate(self, request: GenerateRequest, left_s: float | None = None) -> Events:
         """Generate: the prompt's event, then those of each choice, with Finished as the last one.
@@ -91,7 +84,7 @@ class Frontend:
         try:
             checked = await self._checked(request)
             bind_request(checked.request_id)
-            async with aclosing(self._pipeline.answer(checked, timeline, deadline_s)) as events:
+            async with aclosing(self.pipeline.answer(checked, timeline, deadline_s)) as events:
                 num_open = checked.num_choices
                 async for event in events:
                     num_open -= isinstance(event, Finished)
@@ -106,7 +99,7 @@ class Frontend:
             raise
         finally:
             if code != "ok":
-                self._metrics.request_failed(code)
+                self.metrics.request_failed(code)
             _log.info("request ended", code=code, timeline=timeline.as_dict())
 
     async def tokenize(self, request: TokenizeRequest, left_s: float | None = None) -> list[int]:
@@ -114,22 +107,22 @@ class Frontend:
 
         Raises InvalidRequest, NotFound, NotOffered, Overloaded.
         """
-        limits, longest = self._model.limits, self._pipeline.max_model_len
+        limits, longest = self.served.limits, self.pipeline.max_model_len
         check_model(request.model, limits)
         if request.text is not None:
             special = request.add_special_tokens
             async with self._admitted(len(request.text) // _CHARS_A_TOKEN, left_s):
-                return await self._model.encode("text", request.text, special, longest)
+                return await self.served.encode("text", request.text, special, longest)
         if request.messages is None:
             raise InvalidRequest("input", "unset; expected text or chat")
         field, source = "chat.tools_json", request.tools_json
-        self._switches.check_tools(field, bool(source))
+        self.switches.check_tools(field, bool(source))
         size = len(source) + sum(len(message.content or "") for message in request.messages)
         async with self._admitted(size // _CHARS_A_TOKEN, left_s):
             messages = check_messages("chat.messages", request.messages, limits)
             tools = await asyncio.to_thread(check_tools, field, source)
             ask = request.add_generation_prompt
-            return await self._model.encode_chat(messages, longest, tools, ask, "chat.messages")
+            return await self.served.encode_chat(messages, longest, tools, ask, "chat.messages")
 
     async def detokenize(
         self,
@@ -140,32 +133,32 @@ class Frontend:
         left_s: float | None = None,
     ) -> str:
         """Text of token ids. Raises InvalidRequest, NotFound, Overloaded."""
-        check_model(model, self._model.limits)
+        check_model(model, self.served.limits)
         async with self._admitted(len(token_ids), left_s):
-            ids = check_token_ids("token_ids", token_ids, self._model.limits, MAX_DETOKENIZED)
-            return await self._model.decode(ids, skip_special_tokens)
+            ids = check_token_ids("token_ids", token_ids, self.served.limits, MAX_DETOKENIZED)
+            return await self.served.decode(ids, skip_special_tokens)
 
     def model(self, name: str = "") -> ModelCard:
         """The model of that name, or the only one. Raises NotFound."""
-        check_model(name, self._model.limits)
-        identity = self._membership.identity
+        check_model(name, self.served.limits)
+        identity = self.membership.identity
         return ModelCard(
-            name=self._model.name,
-            max_model_len=self._pipeline.max_model_len,
-            vocab_size=self._model.limits.vocab_size,
+            name=self.served.name,
+            max_model_len=self.pipeline.max_model_len,
+            vocab_size=self.served.limits.vocab_size,
             block_size=identity.block_size if identity else 0,
             numeric_profile=identity.numeric_profile if identity else "",
-            ready=self._membership.ready(Role.DECODE),
-            disabled=self._switches.off,
+            ready=self.membership.ready(Role.DECODE),
+            disabled=self.switches.off,
         )
 
     def _limit_s(self, left_s: float | None) -> float:
-        return self._max_request_s if left_s is None else left_s
+        return self.max_request_s if left_s is None else left_s
 
     @asynccontextmanager
     async def _admitted(self, num_tokens: int, left_s: float | None) -> AsyncIterator[None]:
         """Hold admission while a text of about `num_tokens` is converted. Raises Overloaded."""
-        ticket = self._tokenizing.admit(deadline_s=time.monotonic() + self._limit_s(left_s))
+        ticket = self.tokenizing.admit(deadline_s=time.monotonic() + self._limit_s(left_s))
         try:
             ticket.set_tokens(max(1, num_tokens))
             async with self._slots:
@@ -175,10 +168,10 @@ class Frontend:
 
     async def _checked(self, request: GenerateRequest) -> GenerationRequest:
         """The checked request. Raises what `validate` raises, and NotOffered."""
-        self._switches.check(request)
+        self.switches.check(request)
         if request.tools_json or _num_checked(request) > _AT_ONCE:  # schemas take long
-            return await asyncio.to_thread(validate, request, self._model.limits)
-        return validate(request, self._model.limits)
+            return await asyncio.to_thread(validate, request, self.served.limits)
+        return validate(request, self.served.limits)
 
 
 def _num_checked(request: GenerateRequest) -> int:

@@ -41,24 +41,25 @@ class RetryPolicy:
 RETRY_POLICY = RetryPolicy()
 
 
+@dataclass(eq=False)
 class Attempts:
     """The calls of one output. Owned by its stream."""
 
-    def __init__(
-        self, num_coordinators: int, first: int, retry_policy: RetryPolicy, rng: random.Random
-    ) -> None:
-        self.at = first  # the coordinator that was called last
-        self._retry_policy = retry_policy
-        self._rng = rng
-        self._num_lost = [0] * num_coordinators
-        self._num_silent = [0] * num_coordinators  # of those, lost by silence
-        self._asked_s = [-math.inf] * num_coordinators  # end of the retry time it asked for
-        self._ready_s = [-math.inf] * num_coordinators
+    num_coordinators: int
+    at: int  # the coordinator that was called last, or is called first
+    retry_policy: RetryPolicy
+    rng: random.Random
+
+    def __post_init__(self) -> None:
+        self._num_lost = [0] * self.num_coordinators
+        self._num_silent = [0] * self.num_coordinators  # of those, lost by silence
+        self._asked_s = [-math.inf] * self.num_coordinators  # end of the retry time it asked for
+        self._ready_s = [-math.inf] * self.num_coordinators
 
     @property
     def silence_s(self) -> float:
         """The silence limit of the current call; it grows for a slow coordinator."""
-        first_s = self._retry_policy.silence_s
+        first_s = self.retry_policy.silence_s
         return max(first_s, min(first_s * 2.0 ** self._num_silent[self.at], _MAX_SILENCE_S))
 
     def progressed(self) -> None:
@@ -71,15 +72,15 @@ class Attempts:
         """Record that the current call is lost, with the coordinator's retry time."""
         self._num_lost[self.at] += 1
         self._num_silent[self.at] += silent
-        doubled = self._retry_policy.backoff_s * 2.0 ** min(self._num_lost[self.at] - 1, 30)
-        backoff_s = min(doubled, self._retry_policy.max_backoff_s)
+        doubled = self.retry_policy.backoff_s * 2.0 ** min(self._num_lost[self.at] - 1, 30)
+        backoff_s = min(doubled, self.retry_policy.max_backoff_s)
         self._asked_s[self.at] = now_s + retry_after_s
-        wait_s = retry_after_s + self._rng.uniform(backoff_s / 2, backoff_s)
+        wait_s = retry_after_s + self.rng.uniform(backoff_s / 2, backoff_s)
         self._ready_s[self.at] = now_s + wait_s
 
     def next(self, now_s: float, ends_s: float = math.inf) -> tuple[int, float] | None:
         """(coordinator, seconds to wait before the call); None: `ends_s` comes first."""
-        latest_s = now_s + max((ends_s - now_s) / 2, self._retry_policy.backoff_s)
+        latest_s = now_s + max((ends_s - now_s) / 2, self.retry_policy.backoff_s)
 
         def ready_s(at: int) -> float:
             return max(self._asked_s[at], min(self._ready_s[at], latest_s), now_s)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -48,58 +48,51 @@ class Call:
     silence_s: float  # without a message for so long it is lost
 
 
+@dataclass(eq=False)
 class Stream:
     """The state of one output. Owned by the iterator that yields its events."""
 
-    def __init__(
-        self,
-        request: Request,
-        attempts: Attempts,
-        retry_policy: RetryPolicy,
-        addresses: Sequence[str],
-        *,
-        ends_s: float = math.inf,  # time of the client's clock
-        on_resumed: Callable[[], None] = lambda: None,
-    ) -> None:
-        ensure_request_id(request)
-        if not math.isinf(retry_policy.silence_s):
-            request.alive = True
-        self._request = request
-        self._attempts = attempts
-        self._retry_policy = retry_policy
-        self._addresses = addresses
-        self._ends_s = ends_s
-        self._on_resumed = on_resumed
-        self._num_open = request.n if request.HasField("n") else 1  # unfinished choices
-        self._choices: dict[int, Choice] = {}
-        self._has_prompt = False
-        self._num_resumed = 0
-        self._resuming = False  # the current call resumes, and has sent nothing yet
-        self._silence_s = math.inf  # of the current call
-        self._loss: Unavailable | Overloaded | None = None  # since the last progress
-        self._first_call_s = math.inf
-        self._gives_up_s = math.inf
-        self.done = False
+    request: Request
+    attempts: Attempts
+    retry_policy: RetryPolicy
+    addresses: Sequence[str]
+    ends_s: float = math.inf  # time of the client's clock
+    on_resumed: Callable[[], None] = lambda: None
+    _choices: dict[int, Choice] = field(default_factory=dict)
+    _has_prompt: bool = False
+    _num_resumed: int = 0
+    _resuming: bool = False  # the current call resumes, and has sent nothing yet
+    _silence_s: float = math.inf  # of the current call
+    _loss: Unavailable | Overloaded | None = None  # since the last progress
+    _first_call_s: float = math.inf
+    _gives_up_s: float = math.inf
+    done: bool = False
+
+    def __post_init__(self) -> None:
+        ensure_request_id(self.request)
+        if not math.isinf(self.retry_policy.silence_s):
+            self.request.alive = True
+        self._num_open = self.request.n if self.request.HasField("n") else 1  # unfinished choices
 
     @property
     def method(self) -> str:
         """The method of InferenceService to call."""
-        chat = isinstance(self._request, inference_pb2.ChatRequest)
+        chat = isinstance(self.request, inference_pb2.ChatRequest)
         return "Chat" if chat else "Generate"
 
     def remaining_s(self, now_s: float) -> float | None:
         """The remaining seconds, None if unlimited. Raises DeadlineExceeded."""
-        if math.isinf(self._ends_s):
+        if math.isinf(self.ends_s):
             return None
-        if now_s >= self._ends_s:
+        if now_s >= self.ends_s:
             raise DeadlineExceeded("the call's time ran out")
-        return self._ends_s - now_s
+        return self.ends_s - now_s
 
     def next(self, now_s: float) -> Call:
         """The next call. Raises Unavailable or Overloaded if no coordinator may be called."""
         begun = self._has_prompt or any(choice.begun for choice in self._choices.values())
-        ends_s = min(self._gives_up_s, self._ends_s) if self._loss else math.inf
-        found = self._attempts.next(now_s, ends_s)
+        ends_s = min(self._gives_up_s, self.ends_s) if self._loss else math.inf
+        found = self.attempts.next(now_s, ends_s)
         if found is None:
             raise self._spent()
         coordinator, wait_s = found
@@ -109,8 +102,8 @@ class Stream:
         for _, choice in sorted(self._choices.items()):
             choice.call_again()
             delivered.append(choice.resume())
-        request = with_resume(self._request, delivered)
-        self._silence_s = self._attempts.silence_s
+        request = with_resume(self.request, delivered)
+        self._silence_s = self.attempts.silence_s
         return Call(coordinator, request, wait_s, self._silence_s)
 
     def take(self, response: inference_pb2.GenerateResponse) -> OutputEvent | None:
@@ -120,10 +113,10 @@ class Stream:
         if self._resuming:
             self._resuming = False
             self._num_resumed += 1
-            self._on_resumed()
+            self.on_resumed()
         event = self._new(response)
         if event is not None:
-            self._attempts.progressed()
+            self.attempts.progressed()
             self._loss = None
         return event
 
@@ -157,18 +150,18 @@ class Stream:
     def _lost(
         self, loss: Unavailable | Overloaded, waits: bool, now_s: float, *, silent: bool = False
     ) -> None:
-        self._attempts.lost(loss.retry_after_s if waits else 0.0, now_s, silent=silent)
+        self.attempts.lost(loss.retry_after_s if waits else 0.0, now_s, silent=silent)
         library_logger("coordinator.client").warning(
             "call lost",
-            request_id=self._request.request_id,
-            coordinator=self._addresses[self._attempts.at],
+            request_id=self.request.request_id,
+            coordinator=self.addresses[self.attempts.at],
             reason=loss.message,
             num_tokens=self._num_tokens,
         )
         if self._loss is None:
             # The time in which a coordinator waited for a worker in vain counts too.
             since_s = self._first_call_s if waits and not self._num_tokens else now_s
-            self._gives_up_s = since_s + self._retry_policy.give_up_s
+            self._gives_up_s = since_s + self.retry_policy.give_up_s
         if waits or self._loss is None:  # a coordinator's error tells more than a dead connection
             self._loss = loss
 

@@ -85,35 +85,33 @@ class LocalWorker:
     last_end: str = ""  # exit status and last line of the previous process; "": there was none
 
 
+@dataclass(eq=False)
 class Supervisor:
     """Keeps one process a place running. `command` gives module and arguments of a worker."""
 
-    def __init__(
-        self,
-        places: Sequence[tuple[str, Role]],
-        log_dir: Path,
-        command: Callable[[str, Role], Sequence[str]],
-        environment: Callable[[Role, int, int], WorkerEnvironment] = worker_environment,
-        assigned: Mapping[str, Mapping[str, str]] | None = None,
-    ) -> None:
-        """`assigned`: by worker, variables that override the user's (its GPU)."""
-        self.workers = [LocalWorker(name, role, log_dir / f"{name}.log") for name, role in places]
-        self.fatal: asyncio.Future[ConfigError] = asyncio.get_running_loop().create_future()
-        self._log_dir = log_dir
-        self._command = command
-        self._environment = environment
-        self._assigned = assigned or {}
-        self._tasks: list[asyncio.Task[None]] = []
-        self._stop = asyncio.Event()
+    places: Sequence[tuple[str, Role]]
+    log_dir: Path
+    command: Callable[[str, Role], Sequence[str]]
+    environment: Callable[[Role, int, int], WorkerEnvironment] = worker_environment
+    # By worker: variables that override the user's (its GPU).
+    assigned: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    fatal: asyncio.Future[ConfigError] = field(default_factory=asyncio.Future)
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    _stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.workers = [
+            LocalWorker(name, role, self.log_dir / f"{name}.log") for name, role in self.places
+        ]
 
     def start(self) -> None:
         """Start all workers. Raises ConfigError where the folder for logs cannot be made."""
         try:
-            self._log_dir.mkdir(parents=True, exist_ok=True)
+            self.log_dir.mkdir(parents=True, exist_ok=True)
             for worker in self.workers:
                 worker.log_path.write_bytes(b"")
         except OSError as error:
-            raise ConfigError(f"--log-dir {self._log_dir}: {error.strerror}") from None
+            raise ConfigError(f"--log-dir {self.log_dir}: {error.strerror}") from None
         self._tasks = [asyncio.create_task(self._keep(worker)) for worker in self.workers]
 
     async def stop(self, grace_s: float = 10.0) -> None:
@@ -196,17 +194,17 @@ class Supervisor:
 
     def _spawn(self, worker: LocalWorker, log: IO[bytes]) -> subprocess.Popen[bytes]:
         """Fork on this thread. Popen does it by vfork, which gRPC's fork handlers do not see."""
-        how = self._environment(worker.role, usable_cores(), len(self.workers))
+        how = self.environment(worker.role, usable_cores(), len(self.workers))
         arguments = ["--parent", str(os.getpid()), "--nice", str(how.nice)]
         for name, value in how.variables.items():
             arguments += ["--env", f"{name}={value}"]
-        command = self._command(worker.worker_id, worker.role)
+        command = self.command(worker.worker_id, worker.role)
         return subprocess.Popen(
             [sys.executable, "-m", "engine.process.parent_death", *arguments, *command],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={**child_environment(), **self._assigned.get(worker.worker_id, {})},
+            env={**child_environment(), **self.assigned.get(worker.worker_id, {})},
             # Ctrl-C in a terminal ends the coordinator, which ends its workers. The session stays:
             # where the kernel shares cores by session (sched_autogroup), niceness has no effect
             # between two sessions.

@@ -29,7 +29,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from coordinator.cluster.compatibility import ServedIdentity, check_others
 from coordinator.cluster.incidents import PENALTY_S, STRIKES, Losses, Strikes
@@ -47,27 +47,26 @@ _log = get_logger(__name__)
 _MAX_SUPERSEDED = 1024
 
 
+@dataclass(eq=False)
 class Membership:
     """Changes the table as workers come, report and go, and lets requests wait for changes."""
 
-    def __init__(
-        self,
-        model_name: str,
-        vocab_size: int,
-        metrics: CoordinatorMetrics,
-        clock: Callable[[], float] = time.monotonic,
-        tokenizer_digest: str = "",
-    ) -> None:
-        self._served = ServedIdentity(model_name, vocab_size, tokenizer_digest)
-        self._metrics = metrics
-        self._clock = clock
-        self._table = WorkerTable()
-        self._superseded: OrderedDict[str, None] = OrderedDict()  # incarnations, oldest first
-        self._losses = Losses()
-        self._strikes = Strikes()
-        self._changed = asyncio.Event()
+    model_name: str
+    vocab_size: int
+    metrics: CoordinatorMetrics
+    clock: Callable[[], float] = time.monotonic
+    tokenizer_digest: str = ""
+    _table: WorkerTable = field(default_factory=WorkerTable)
+    # Incarnations, oldest first.
+    _superseded: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    _losses: Losses = field(default_factory=Losses)
+    _strikes: Strikes = field(default_factory=Strikes)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    penalty_s: float = PENALTY_S
+
+    def __post_init__(self) -> None:
+        self._served = ServedIdentity(self.model_name, self.vocab_size, self.tokenizer_digest)
         self._sessions = itertools.count(1)
-        self.penalty_s = PENALTY_S
         self.on_sick: Callable[[Worker], None] = lambda worker: None
 
     @property
@@ -97,7 +96,7 @@ class Membership:
 
     def view(self) -> ClusterView:
         """All rows as of this moment: silent workers are suspect, old suspects forgotten."""
-        now = self._clock()
+        now = self.clock()
         for worker in self._table.expired(now):
             if worker.state is WorkerState.SUSPECT:
                 self._remove(worker)
@@ -120,7 +119,7 @@ class Membership:
         check_others(hello.model, hello.peer.worker_id, self.snapshot())
         before = self.max_model_len
         old = self._table.get(hello.peer.worker_id)
-        worker = Worker.of(hello, next(self._sessions), self._clock(), old)
+        worker = Worker.of(hello, next(self._sessions), self.clock(), old)
         if old and old.peer.incarnation != worker.peer.incarnation:
             self._supersede(old)
         self._table.put(worker)
@@ -138,7 +137,7 @@ class Membership:
     def _supersede(self, old: Worker) -> None:
         """Another process has taken the place of `old`."""
         if old.state is WorkerState.READY:
-            self._losses.add(old.peer.incarnation, self._clock())
+            self._losses.add(old.peer.incarnation, self.clock())
         self._strikes.forget(old.peer)
         self._superseded[old.peer.incarnation] = None
         if len(self._superseded) > _MAX_SUPERSEDED:
@@ -183,7 +182,7 @@ class Membership:
         state = WorkerState.DRAINING if load.draining else WorkerState.READY
         if state is not current.state:
             _log.info("worker changed", worker=worker.peer.worker_id, state=state.value)
-        now = self._clock()
+        now = self.clock()
         self._put(replace(current, load=load, state=state, heard_s=now, beat_s=now))
         if load.health is Health.SICK:
             self._found_sick(worker.peer, "its self-test failed")
@@ -196,15 +195,15 @@ class Membership:
             return
         if not STALL_S <= lag_s < STUCK_LOOP_S:
             return
-        if self._clock() - lag_s > current.stalled_s:  # it has turned since the last report
+        if self.clock() - lag_s > current.stalled_s:  # it has turned since the last report
             _log.warning("a worker's event loop stalls", worker=worker_id, lag_s=round(lag_s, 1))
-            self._metrics.worker_stalled(worker_id)
-        self._table.put(replace(current, stalled_s=self._clock()))
+            self.metrics.worker_stalled(worker_id)
+        self._table.put(replace(current, stalled_s=self.clock()))
 
     def since_stall_s(self, peer: Peer) -> float:
         """Seconds since the process last reported a stall; infinite where it has not."""
         worker = self._of_process(peer)
-        return self._clock() - worker.stalled_s if worker else math.inf
+        return self.clock() - worker.stalled_s if worker else math.inf
 
     def left(self, worker: Worker) -> None:
         """The worker's stream ended: a draining worker has ended, any other one is lost."""
@@ -222,20 +221,20 @@ class Membership:
         current = self._of_session(worker)
         if current is not None and current.state is not WorkerState.SUSPECT:
             _log.warning("worker lost", worker=worker.peer.worker_id, reason=reason)
-            self._losses.add(current.peer.incarnation, self._clock())
-            self._put(replace(current, state=WorkerState.SUSPECT, heard_s=self._clock()))
+            self._losses.add(current.peer.incarnation, self.clock())
+            self._put(replace(current, state=WorkerState.SUSPECT, heard_s=self.clock()))
 
     def penalize(self, worker: Worker) -> None:
         """The worker failed a request: others are preferred for a while."""
         if current := self._of_process(worker.peer):
-            self._table.put(replace(current, penalized_until_s=self._clock() + self.penalty_s))
+            self._table.put(replace(current, penalized_until_s=self.clock() + self.penalty_s))
 
     def accuse(self, worker: Worker, witness: Worker) -> None:
         """What the worker could not compute was computed elsewhere: the request is not the reason.
 
         `witness`: the decode worker that found the numbers.
         """
-        now = self._clock()
+        now = self.clock()
         if self._of_process(worker.peer) is None or not self._strikes.is_new(worker.peer, now):
             return
         num_strikes = self._strikes.add(worker.peer, now)
@@ -255,13 +254,13 @@ class Membership:
         current = self._table.get(peer.worker_id)
         if current is not None and not current.is_sick:
             _log.error("worker is sick", worker=peer.worker_id, reason=reason)
-            self._metrics.worker_sick(peer.worker_id)
+            self.metrics.worker_sick(peer.worker_id)
             self._table.put(replace(current, is_sick=True))
             self.on_sick(current)
 
     def num_lost_beside(self, incarnations: Container[str]) -> int:
         """Number of workers lost in the last minute that are not among `incarnations`."""
-        return self._losses.num_beside(incarnations, self._clock())
+        return self._losses.num_beside(incarnations, self.clock())
 
     def explain_losses(self, incarnations: Iterable[str]) -> None:
         """One request was the reason for these losses: they count no more."""
@@ -304,9 +303,9 @@ class Membership:
 
     async def wait_for(self, role: Role, timeout_s: float, count: int = 1) -> bool:
         """Until `count` workers of `role` are ready; False where `timeout_s` was too short."""
-        deadline_s = self._clock() + timeout_s
+        deadline_s = self.clock() + timeout_s
         while len(self.view().ready(role)) < count:
-            if (remaining_s := deadline_s - self._clock()) <= 0:
+            if (remaining_s := deadline_s - self.clock()) <= 0:
                 return False
             await self.wait_for_change(min(remaining_s, HEARTBEAT_S))
         return True
@@ -337,4 +336,4 @@ class Membership:
         self.wake()
         counts = Counter((w.role, w.state) for w in self._table.snapshot())
         for role, state in itertools.product(Role, WorkerState):
-            self._metrics.set_workers(role.value, state.value, counts[role, state])
+            self.metrics.set_workers(role.value, state.value, counts[role, state])

@@ -15,7 +15,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator.cluster.local_workers import LocalWorker
@@ -37,31 +37,23 @@ class _Process:
     traced: bool = False
 
 
+@dataclass(eq=False)
 class Watchdog:
     """Looks at the places of a supervisor. Lives on the event loop."""
 
-    def __init__(
-        self,
-        workers: Sequence[LocalWorker],
-        last_beat_s: Callable[[str, float], float | None],
-        *,
-        hang_s: float,
-        start_s: float,
-        on_hang: Callable[[str], None] = lambda worker_id: None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """`last_beat_s(worker_id, since_s)`: the last heartbeat (monotonic) of a process of that
-        place that registered after `since_s`; None: there is none. `hang_s`, `start_s` 0: no limit.
-        """
-        self._workers = workers
-        self._last_beat_s = last_beat_s
-        self._hang_s = hang_s
-        self._start_s = start_s
-        self._on_hang = on_hang
-        self._clock = clock
-        self._known: dict[str, _Process] = {}
-        self._looked_s = clock()
-        self._replacing: tuple[str, int, float] | None = None  # place, pid killed, when
+    workers: Sequence[LocalWorker]
+    # `last_beat_s(worker_id, since_s)`: the last heartbeat (monotonic) of a process of that place
+    # that registered after `since_s`; None: there is none.
+    last_beat_s: Callable[[str, float], float | None]
+    hang_s: float  # 0: no limit
+    start_s: float  # 0: no limit
+    on_hang: Callable[[str], None] = lambda worker_id: None
+    clock: Callable[[], float] = time.monotonic
+    _known: dict[str, _Process] = field(default_factory=dict)
+    _replacing: tuple[str, int, float] | None = None  # place, pid killed, when
+
+    def __post_init__(self) -> None:
+        self._looked_s = self.clock()
 
     async def run(self) -> None:
         """Look once a second until cancelled."""
@@ -71,10 +63,10 @@ class Watchdog:
 
     def look(self) -> None:
         """Kill a process that has been silent for too long; one place at most."""
-        now = self._clock()
+        now = self.clock()
         late_s = now - self._looked_s - _LOOK_S
         self._looked_s = now
-        seen = [(worker, self._process(worker)) for worker in self._workers]
+        seen = [(worker, self._process(worker)) for worker in self.workers]
         if late_s > _LATE_S:
             _log.warning("this process was paused; silence is measured anew", for_s=round(late_s))
             for _, process in seen:
@@ -93,14 +85,14 @@ class Watchdog:
         known = self._known.get(worker.worker_id)
         if known is None or known.pid != popen.pid:
             known = self._known[worker.worker_id] = _Process(popen.pid, worker.started_s)
-        beat_s = self._last_beat_s(worker.worker_id, worker.started_s)
+        beat_s = self.last_beat_s(worker.worker_id, worker.started_s)
         if beat_s is not None:
             known.registered = True
             known.heard_s = max(known.heard_s, beat_s)
         return known
 
     def _judge(self, worker: LocalWorker, process: _Process, now: float) -> None:
-        bound_s = self._hang_s if process.registered else self._start_s
+        bound_s = self.hang_s if process.registered else self.start_s
         silent_s = now - process.heard_s
         if not bound_s or silent_s < bound_s:
             return
@@ -117,7 +109,7 @@ class Watchdog:
             registered=process.registered,
             flag="--worker-hang-s" if process.registered else "--worker-start-s",
         )
-        self._on_hang(worker.worker_id)
+        self.on_hang(worker.worker_id)
         self._replacing = worker.worker_id, process.pid, now
         assert worker.process is not None, "a place without a process is not judged"
         worker.process.kill()

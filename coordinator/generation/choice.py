@@ -14,7 +14,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from coordinator.cluster.membership import Membership
 from coordinator.generation.decode_call import DecodeClient
@@ -58,35 +58,28 @@ class Shared:
     max_model_len: int
 
 
+@dataclass(eq=False)
 class ChoiceRunner:
     """Generates choices. Owns the calls of decode workers; lives on the event loop."""
 
-    def __init__(
-        self,
-        model: ServedModel,
-        membership: Membership,
-        metrics: CoordinatorMetrics,
-        *,
-        worker_wait_s: float,
-        policy: Policy,
-        token: ClusterToken | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._model = model
-        self._membership = membership
-        self._metrics = metrics
-        self._worker_wait_s = worker_wait_s
-        self._closed = False
-        self._policy = policy
-        self._clock = clock
-        self._client = DecodeClient(membership, token)
+    model: ServedModel
+    membership: Membership
+    metrics: CoordinatorMetrics
+    worker_wait_s: float
+    policy: Policy
+    token: ClusterToken | None = None
+    clock: Callable[[], float] = time.monotonic
+    _closed: bool = False
+    _trial: Trial = field(default_factory=Trial)
+
+    def __post_init__(self) -> None:
+        self._client = DecodeClient(self.membership, self.token)
         self._catching_up = asyncio.Semaphore(1)  # one piece of it at a time, between others' work
-        self._trial = Trial()
 
     async def close(self) -> None:
         """Begin no more attempts, and close the channels to workers: attempts on them are lost."""
         self._closed = True
-        self._membership.wake()  # choices that wait for a worker
+        self.membership.wake()  # choices that wait for a worker
         await self._client.close()
 
     def check_open(self) -> None:
@@ -121,7 +114,7 @@ class ChoiceRunner:
                 shared.ticket.activity = f"waits for tokens from {plan}"
                 async with aclosing(self._client.attempt(state, plan, dispatch)) as chunks:
                     async for chunk in chunks:
-                        dispatch.progressed()
+                        dispatch.retry.progressed()
                         shared.ticket.activity = f"is being answered by {plan}"
                         self._observe(timeline, len(chunk.token_ids))
                         if prompt_is_due:
@@ -131,11 +124,11 @@ class ChoiceRunner:
             except Unavailable as error:
                 await self._after_loss(dispatch, plan, error, output)
             except Mismatch:
-                self._metrics.migrated("other_model")
+                self.metrics.migrated("other_model")
                 raise
             finally:
                 state.num_attempts += 1
-                dispatch.close()
+                dispatch.retry.close()
         if prompt_is_due:
             yield await self._prompt_event(state)
         rest = output.finish()
@@ -150,7 +143,7 @@ class ChoiceRunner:
         limit = request.default_max_tokens if request.max_tokens is None else request.max_tokens
         max_tokens = room if limit is None else min(limit, room)
         return Output(
-            self._model.tokenizer,
+            self.model.tokenizer,
             request,
             shared.prompt,
             max_tokens=max_tokens,
@@ -160,15 +153,15 @@ class ChoiceRunner:
 
     def _dispatch(self, shared: Shared, output: Output) -> Dispatch:
         retry = Retry(
-            self._policy,
-            self._membership,
-            worker_wait_s=self._worker_wait_s,
+            self.policy,
+            self.membership,
+            worker_wait_s=self.worker_wait_s,
             deadline_s=shared.ticket.deadline_s,
             max_tokens=len(shared.prompt) + output.max_tokens,
             affinity=shared.affinity,
             trial=self._trial,
         )
-        return Dispatch(retry, self._membership, clock=self._clock, check_open=self.check_open)
+        return Dispatch(retry, self.membership, clock=self.clock, check_open=self.check_open)
 
     async def _catch_up(self, output: Output) -> None:
         """Take the resumed tokens, in pieces between which other requests go on."""
@@ -189,14 +182,14 @@ class ChoiceRunner:
             await dispatch.failed(plan, error)
         except Unavailable as last:
             if plan is not None or output.num_new:
-                self._metrics.migrated("exhausted")
+                self.metrics.migrated("exhausted")
             raise Unavailable(
                 last.message, last.retry_after_s, num_emitted=output.num_new
             ) from None
         except WorkersLost as last:
-            self._metrics.migrated("given_up")
+            self.metrics.migrated("given_up")
             raise WorkersLost(last.message, output.num_new) from None
-        self._metrics.migrated("resumed" if output.num_new else "retried")
+        self.metrics.migrated("resumed" if output.num_new else "retried")
         _log.warning(
             "attempt lost",
             worker=plan.decode.peer.worker_id,
@@ -210,7 +203,7 @@ class ChoiceRunner:
         request, prompt = state.request, state.prompt
         text = request.text if request.echo else ""
         if text is None:
-            text = await self._model.decode(prompt, request.skip_special_tokens)
+            text = await self.model.decode(prompt, request.skip_special_tokens)
             text = text.removesuffix(state.output.broken_prompt_end)
         scores = state.prompt_logprobs
         scored = await asyncio.to_thread(self._scored, state, text) if scores else ()
@@ -218,7 +211,7 @@ class ChoiceRunner:
 
     def _scored(self, state: GenerationState, text: str) -> list[ScoredToken]:
         """The prompt's tokens with their places, of which there may be tens of thousands."""
-        tokenizer, prompt, scores = self._model.tokenizer, state.prompt, state.prompt_logprobs
+        tokenizer, prompt, scores = self.model.tokenizer, state.prompt, state.prompt_logprobs
         skips = state.request.skip_special_tokens
         text = text or tokenizer.decode(prompt, skips)
         return list(scored_prompt(tokenizer, prompt, scores, text, skips))
@@ -226,21 +219,21 @@ class ChoiceRunner:
     def _observe(self, timeline: Timeline, num_tokens: int) -> None:
         before = timeline.last(Moment.TOKENS)
         now = timeline.mark(Moment.TOKENS)
-        self._metrics.generation_tokens.inc(num_tokens)
+        self.metrics.generation_tokens.inc(num_tokens)
         if before is None:
-            self._metrics.time_to_first_token_seconds.observe(
+            self.metrics.time_to_first_token_seconds.observe(
                 timeline.between(Moment.ARRIVED, Moment.TOKENS)
             )
             return
         for _ in range(num_tokens):
-            self._metrics.inter_token_latency_seconds.observe((now - before) / num_tokens)
+            self.metrics.inter_token_latency_seconds.observe((now - before) / num_tokens)
 
     def _finished(self, state: GenerationState, timeline: Timeline) -> Finished:
         ending, timing = state.output.ending, state.timing(timeline)
         assert ending is not None, "an output that is reported has ended"
-        self._metrics.e2e_request_latency_seconds.observe(
+        self.metrics.e2e_request_latency_seconds.observe(
             timeline.between(Moment.ARRIVED, Moment.FINISHED)
         )
-        self._metrics.request_queue_time_seconds.observe(timing.queue_s)
-        self._metrics.request_succeeded(ending.reason.value)
+        self.metrics.request_queue_time_seconds.observe(timing.queue_s)
+        self.metrics.request_succeeded(ending.reason.value)
         return Finished(replace(ending), state.usage(), timing, state.request.index)

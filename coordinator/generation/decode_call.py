@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import grpc
@@ -52,13 +52,16 @@ _LOST_CODES = (
 )
 
 
+@dataclass(eq=False)
 class DecodeClient:
     """Calls decode workers. Owns the channels to them; lives on the event loop."""
 
-    def __init__(self, membership: Membership, token: ClusterToken | None = None) -> None:
-        self._membership = membership
-        self._channels = ChannelPool(token)
-        self._closed = False
+    membership: Membership
+    token: ClusterToken | None = None
+    _closed: bool = False
+
+    def __post_init__(self) -> None:
+        self._channels = ChannelPool(self.token)
 
     async def close(self) -> None:
         """Close the channels to workers; attempts on them are lost."""
@@ -74,11 +77,11 @@ class DecodeClient:
         """
         output = state.output
         with ExitStack() as assigned, ExitStack() as until_first_token:
-            assigned.enter_context(self._membership.assigned(plan.decode, 0))
+            assigned.enter_context(self.membership.assigned(plan.decode, 0))
             computes = plan.prefill or plan.decode
             # The other choices find the prompt's blocks with choice 0.
             num_tokens = 0 if state.request.index else state.num_tokens
-            until_first_token.enter_context(self._membership.assigned(computes, num_tokens))
+            until_first_token.enter_context(self.membership.assigned(computes, num_tokens))
             affinity_token = affinity_token_of(plan.decode)
             try:
                 async with aclosing(self._responses(state, plan, dispatch)) as responses:
@@ -112,7 +115,7 @@ class DecodeClient:
         """Messages of a call of Decode, or of a second one where D lacks the shared parts."""
         parts, incarnation = state.shared_parts, plan.decode.peer.incarnation
         name = f"decode worker {plan.decode.peer.worker_id}"
-        since_stall_s = partial(self._membership.since_stall_s, plan.decode.peer)
+        since_stall_s = partial(self.membership.since_stall_s, plan.decode.peer)
         while True:
             carries = await parts.turn(incarnation, dispatch.remaining_s())
             is_unknown = False
@@ -141,7 +144,7 @@ class DecodeClient:
 
     def _stub(self, plan: Plan) -> worker_pb2_grpc.DecodeServiceStub:
         """Of the plan's decode worker; closes the channels to workers that have gone."""
-        self._channels.keep_only({w.peer.address for w in self._membership.snapshot()})
+        self._channels.keep_only({w.peer.address for w in self.membership.snapshot()})
         return worker_pb2_grpc.DecodeServiceStub(self._channels.get(plan.decode.peer.address))
 
 

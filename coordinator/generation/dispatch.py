@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from coordinator.cluster.membership import Membership
 from coordinator.cluster.worker import ClusterView
@@ -18,28 +19,19 @@ from engine.telemetry.log import get_logger
 _log = get_logger(__name__)
 
 
+@dataclass(eq=False)
 class Dispatch:
     """The attempts of one choice of a request."""
 
-    def __init__(
-        self,
-        retry: Retry,
-        membership: Membership,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        check_open: Callable[[], None] = lambda: None,
-    ) -> None:
-        """`check_open` raises Unavailable when there are to be no more attempts."""
-        self._retry = retry
-        self._membership = membership
-        self._clock = clock
-        self._check_open = check_open
-        self.progressed = retry.progressed
-        self.close = retry.close
+    retry: Retry
+    membership: Membership
+    clock: Callable[[], float] = time.monotonic
+    # Raises Unavailable when there are to be no more attempts.
+    check_open: Callable[[], None] = lambda: None
 
     def remaining_s(self) -> float:
         """Time until the request's deadline; raises DeadlineExceeded where there is none."""
-        remaining_s = self._retry.deadline_s - self._clock()
+        remaining_s = self.retry.deadline_s - self.clock()
         if remaining_s <= 0:
             raise DeadlineExceeded("the request's time ran out")
         return remaining_s
@@ -52,8 +44,8 @@ class Dispatch:
         """
 
         def decide(cluster: ClusterView) -> Call | Wait | GiveUp:
-            self._check_open()
-            return self._retry.next(cluster, num_tokens, computes_alone=alone)
+            self.check_open()
+            return self.retry.next(cluster, num_tokens, computes_alone=alone)
 
         decision = await self._settled(decide)
         assert decision is not None, "`Retry.next` decides"
@@ -64,15 +56,15 @@ class Dispatch:
 
         Raises Unavailable, WorkersLost, DeadlineExceeded.
         """
-        self._retry.failed(plan, error, self._clock())
-        await self._settled(self._retry.after_failure)
+        self.retry.failed(plan, error, self.clock())
+        await self._settled(self.retry.after_failure)
 
     async def _settled(
         self, decide: Callable[[ClusterView], Call | Wait | GiveUp | None]
     ) -> Call | None:
         """The decision, after the waits that it asks for. Raises the error of GiveUp."""
-        while isinstance(decision := decide(self._membership.view()), Wait):
-            await self._membership.wait_for_change(decision.timeout_s)
+        while isinstance(decision := decide(self.membership.view()), Wait):
+            await self.membership.wait_for_change(decision.timeout_s)
         if not isinstance(decision, GiveUp):
             return decision
         if decision.harmed:

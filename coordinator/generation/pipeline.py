@@ -14,6 +14,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from coordinator.cluster.membership import Membership
 from coordinator.generation.choice import SHUTTING_DOWN, ChoiceRunner, Shared
@@ -34,46 +35,38 @@ from engine.telemetry.timeline import Timeline
 _MANY_STOP_CHARS = 2048  # more stop strings are read in a thread
 
 
+@dataclass(eq=False)
 class Pipeline:
     """Answers requests. Owned by the event loop."""
 
-    def __init__(
-        self,
-        model: ServedModel,
-        membership: Membership,
-        admission: Admission,
-        metrics: CoordinatorMetrics,
-        choices: ChoiceRunner,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._model = model
-        self._membership = membership
-        self._admission = admission
-        self._metrics = metrics
-        self._choices = choices
-        self._clock = clock
-        self.draining = False
+    model: ServedModel
+    membership: Membership
+    admission: Admission
+    metrics: CoordinatorMetrics
+    choices: ChoiceRunner
+    clock: Callable[[], float] = time.monotonic
+    draining: bool = False
 
     @property
     def max_model_len(self) -> int:
         """Longest prompt plus output: the model's, or the workers' where theirs is shorter."""
-        length = self._model.max_model_len
-        return min(length, self._membership.max_model_len or length)
+        length = self.model.max_model_len
+        return min(length, self.membership.max_model_len or length)
 
     @property
     def idle(self) -> asyncio.Event:
         """Set while no request is inside."""
-        return self._admission.idle
+        return self.admission.idle
 
     @property
     def num_requests(self) -> int:
         """Requests inside."""
-        return self._admission.num_requests
+        return self.admission.num_requests
 
     async def close(self) -> None:
         """End the requests inside as Unavailable, and close the channels to workers."""
         self.draining = True
-        await self._choices.close()
+        await self.choices.close()
 
     async def answer(
         self, request: GenerationRequest, timeline: Timeline, deadline_s: float
@@ -86,22 +79,22 @@ class Pipeline:
         if self.draining:
             raise Unavailable(SHUTTING_DOWN)
         count = request.num_choices
-        ticket = self._admission.admit(request.request_id, deadline_s, count)
+        ticket = self.admission.admit(request.request_id, deadline_s, count)
         timeline.mark(Moment.ADMITTED)
-        gauge = self._metrics.num_requests_waiting
+        gauge = self.metrics.num_requests_waiting
         gauge.inc(count)
         try:
             request, prompt = await self._prepared(request, deadline_s)
             timeline.mark(Moment.TOKENIZED)
             ticket.set_tokens(len(prompt) + sum(len(r.token_ids) for r in request.resumes))
-            self._metrics.prompt_tokens.inc(len(prompt))
+            self.metrics.prompt_tokens.inc(len(prompt))
             shared = await self._shared(request, prompt, ticket)
-            run = self._choices.run if count == 1 else self._run_choices
+            run = self.choices.run if count == 1 else self._run_choices
             async with aclosing(run(request, shared, timeline)) as events:
                 async for event in events:
-                    if gauge is self._metrics.num_requests_waiting:
+                    if gauge is self.metrics.num_requests_waiting:
                         gauge.dec(count)
-                        gauge = self._metrics.num_requests_running
+                        gauge = self.metrics.num_requests_running
                         gauge.inc(count)
                     yield event
         except InvalidRequest as error:
@@ -117,9 +110,9 @@ class Pipeline:
     ) -> tuple[GenerationRequest, list[int]]:
         """The request as it can be served, and its prompt."""
         try:
-            async with asyncio.timeout(max(0.0, deadline_s - self._clock())):
-                prompt = await prompt_of(self._model, request, self.max_model_len)
-                return await checked(self._model, request, prompt), prompt
+            async with asyncio.timeout(max(0.0, deadline_s - self.clock())):
+                prompt = await prompt_of(self.model, request, self.max_model_len)
+                return await checked(self.model, request, prompt), prompt
         except TimeoutError:
             raise DeadlineExceeded("the request's time ran out while it was tokenized") from None
 
@@ -127,9 +120,9 @@ class Pipeline:
         self, request: GenerationRequest, prompt: list[int], ticket: Ticket
     ) -> Shared:
         """What all choices need; long stop strings are read in a thread."""
-        affinity = affinity_of(self._membership.view(), request.affinity_token)
+        affinity = affinity_of(self.membership.view(), request.affinity_token)
         strings = request.stop_strings
-        names = self._model.tokenizer.special_names if strings else ()
+        names = self.model.tokenizer.special_names if strings else ()
         if sum(map(len, strings)) > _MANY_STOP_CHARS:
             stops = await asyncio.to_thread(StopSet, strings, names)
         else:
@@ -150,7 +143,7 @@ class Pipeline:
             if index:
                 await begun.wait()
             of_choice = timeline.fork() if index else timeline
-            choice = self._choices.run(request.choice(index), shared, of_choice)
+            choice = self.choices.run(request.choice(index), shared, of_choice)
             async with aclosing(choice) as events:
                 async for event in events:
                     await merge.put(event)

@@ -14,6 +14,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from engine.base.errors import Overloaded
 from engine.http.holds import Hold
@@ -25,35 +26,28 @@ _MAX_RETRY_S = 60.0
 _UNKNOWN_RETRY_S = 1.0  # nothing has completed lately: the rate is unknown
 
 
+@dataclass(eq=False)
 class Ticket:
     """One admitted request."""
 
-    def __init__(
-        self,
-        admission: Admission,
-        admitted_s: float,
-        request_id: str,
-        deadline_s: float,
-        num_requests: int,
-    ) -> None:
-        self._admission = admission
-        self.num_requests = num_requests  # its choices
-        self.admitted_s = admitted_s
-        self.request_id = request_id
-        self.deadline_s = deadline_s
-        self.activity = "is being tokenized"  # for /debug/holds; set by the owner
-        self.num_tokens = 0  # 0: refused before it had a worker
-        self.released = False
+    admission: Admission
+    admitted_s: float
+    request_id: str
+    deadline_s: float
+    num_requests: int
+    activity: str = "is being tokenized"  # for /debug/holds; set by the owner
+    num_tokens: int = 0  # 0: refused before it had a worker
+    released: bool = False
 
     def set_tokens(self, num_tokens: int) -> None:
         """Claim room for the prompt; raises Overloaded where there is none."""
-        self._admission._claim(self, num_tokens)
+        self.admission._claim(self, num_tokens)
 
     def release(self) -> None:
         """Give the room back. Further calls do nothing."""
         if not self.released:
             self.released = True
-            self._admission._release(self)
+            self.admission._release(self)
 
 
 class _Endings:
@@ -91,30 +85,25 @@ class _Endings:
             self._earliest.popleft()
 
 
+@dataclass(eq=False)
 class Admission:
     """Counts what is inside. A prompt larger than the bound is admitted when nothing else is."""
 
-    def __init__(
-        self,
-        max_requests: int,
-        max_tokens: int,
-        metrics: CoordinatorMetrics,
-        clock: Callable[[], float] = time.monotonic,
-        what: str = "",
-    ) -> None:
-        """`what` stands before the reasons of the counter, and names the requests in messages."""
-        self._adjective = f"{what} " if what else ""
-        self._prefix = f"{what}_" if what else ""  # of reasons
-        self._max_requests = max_requests
-        self._max_tokens = max_tokens
-        self._metrics = metrics
-        self._clock = clock
-        self._completed = _Endings()
-        self._tickets: set[Ticket] = set()
-        self._promised_s = 0.0  # end of the last `retry_after_s`; monotonic
-        self.num_requests = 0
-        self.num_tokens = 0
-        self.idle = asyncio.Event()  # set while nothing is inside
+    max_requests: int
+    max_tokens: int
+    metrics: CoordinatorMetrics
+    clock: Callable[[], float] = time.monotonic
+    what: str = ""  # before the reasons of the counter; names the requests in messages
+    _completed: _Endings = field(default_factory=_Endings)
+    _tickets: set[Ticket] = field(default_factory=set)
+    _promised_s: float = 0.0  # end of the last `retry_after_s`; monotonic
+    num_requests: int = 0
+    num_tokens: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)  # set while nothing is inside
+
+    def __post_init__(self) -> None:
+        self._adjective = f"{self.what} " if self.what else ""
+        self._prefix = f"{self.what}_" if self.what else ""  # of reasons
         self.idle.set()
 
     def admit(
@@ -124,23 +113,23 @@ class Admission:
 
         It counts as `num_requests`; one of more than the limit is admitted when nothing else is.
         """
-        excess = self.num_requests + num_requests - self._max_requests
+        excess = self.num_requests + num_requests - self.max_requests
         if self.num_requests and excess > 0:
-            self._metrics.admission_rejected(self._prefix + "requests")
+            self.metrics.admission_rejected(self._prefix + "requests")
             raise Overloaded(
                 f"{self.num_requests} {self._adjective}requests are admitted and {num_requests}"
-                f" more are above the limit of {self._max_requests}",
+                f" more are above the limit of {self.max_requests}",
                 self._retry_after_s(num_requests=min(excess, self.num_requests), num_tokens=0),
             )
         self.num_requests += num_requests
         self.idle.clear()
-        ticket = Ticket(self, self._clock(), request_id, deadline_s, num_requests)
+        ticket = Ticket(self, self.clock(), request_id, deadline_s, num_requests)
         self._tickets.add(ticket)
         return ticket
 
     def holds(self) -> list[Hold]:
         """Every request inside, for /debug/holds."""
-        now = self._clock()
+        now = self.clock()
         return [
             Hold(
                 kind="request",
@@ -155,12 +144,12 @@ class Admission:
         ]
 
     def _claim(self, ticket: Ticket, num_tokens: int) -> None:
-        if self.num_tokens and self.num_tokens + num_tokens > self._max_tokens:
-            self._metrics.admission_rejected(self._prefix + "tokens")
-            excess = self.num_tokens + num_tokens - self._max_tokens
+        if self.num_tokens and self.num_tokens + num_tokens > self.max_tokens:
+            self.metrics.admission_rejected(self._prefix + "tokens")
+            excess = self.num_tokens + num_tokens - self.max_tokens
             raise Overloaded(
                 f"{self.num_tokens} {self._adjective}prompt tokens are admitted and {num_tokens}"
-                f" more are above the limit of {self._max_tokens}",
+                f" more are above the limit of {self.max_tokens}",
                 self._retry_after_s(num_requests=0, num_tokens=min(excess, self.num_tokens)),
             )
         ticket.num_tokens = num_tokens
@@ -174,9 +163,9 @@ class Admission:
             self.idle.set()
         if ticket.num_tokens:  # one that was refused at once shows nothing of the rate
             self._completed.add(
-                self._clock(), ticket.admitted_s, ticket.num_requests, ticket.num_tokens
+                self.clock(), ticket.admitted_s, ticket.num_requests, ticket.num_tokens
             )
-        self._completed.forget(self._clock() - _WINDOW_S)
+        self._completed.forget(self.clock() - _WINDOW_S)
 
     def _retry_after_s(self, *, num_requests: int, num_tokens: int) -> float:
         """Time in which, at the recent rate, as much leaves as is in the way.
@@ -184,11 +173,11 @@ class Admission:
         It begins where the last promise ends, so that clients that are refused together do not
         come back together.
         """
-        now = self._clock()
+        now = self.clock()
         self._completed.forget(now - _WINDOW_S)
         if not self._completed.num_requests:
             # The rate is unknown: as if all that may be inside took this long.
-            share = max(num_requests / self._max_requests, num_tokens / self._max_tokens)
+            share = max(num_requests / self.max_requests, num_tokens / self.max_tokens)
             promise_s = min(max(self._promised_s, now + _UNKNOWN_RETRY_S), now + _MAX_RETRY_S)
             self._promised_s = promise_s + share * _UNKNOWN_RETRY_S
             return promise_s - now

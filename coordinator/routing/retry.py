@@ -26,7 +26,7 @@ longer or shorter than a `Wait` asks changes no decision, only the moment when i
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from coordinator.cluster.membership import Membership
 from coordinator.cluster.worker import ClusterView, Worker
@@ -74,38 +74,32 @@ class _Failure:
     judged_s: float  # when they are decided; monotonic
 
 
+@dataclass(eq=False)
 class Retry:
-    """The attempts of one choice of a request. Moments are those of the views' clock."""
+    """The attempts of one choice of a request. Moments are those of the views' clock.
 
-    def __init__(
-        self,
-        policy: Policy,
-        membership: Membership,
-        *,
-        worker_wait_s: float,
-        deadline_s: float,
-        max_tokens: int = 0,
-        affinity: Affinity | None = None,
-        trial: Trial | None = None,
-    ) -> None:
-        """`max_tokens`: the longest that prompt and output may become; a decode worker holds it.
+    Attempts report what they reveal about workers to `membership`, which has that clock.
+    """
 
-        `worker_wait_s`: how long an attempt waits for a decode worker. Attempts report what they
-        reveal about workers to `membership`, which has the clock of the views.
-        """
-        self._policy = policy
-        self._membership = membership
-        self._worker_wait_s = worker_wait_s
-        self.deadline_s = deadline_s
-        self._max_tokens = max_tokens
-        self._affinity = affinity or Affinity()
-        self._failures: Counter[str] = Counter()  # by incarnation
-        self._num_failed = 0  # since the last new token
-        self._plan: Plan | None = None  # of the last attempt
-        self._waits_until_s: float | None = None  # for a decode worker; None: it does not wait
-        self._failure: _Failure | None = None  # not judged yet
-        self._suspects: list[tuple[Worker, Worker]] = []  # not finite numbers: of, found by
-        self._harm = HarmedWorkers(trial or Trial())
+    policy: Policy
+    membership: Membership
+    worker_wait_s: float  # how long an attempt waits for a decode worker
+    deadline_s: float
+    # The longest that prompt and output may become; a decode worker holds it.
+    max_tokens: int = 0
+    affinity: Affinity = field(default_factory=Affinity)
+    trial: Trial = field(default_factory=Trial)
+    _failures: Counter[str] = field(default_factory=Counter)  # by incarnation
+    _num_failed: int = 0  # since the last new token
+    _plan: Plan | None = None  # of the last attempt
+    _waits_until_s: float | None = None  # for a decode worker; None: it does not wait
+    _failure: _Failure | None = None  # not judged yet
+    _suspects: list[tuple[Worker, Worker]] = field(
+        default_factory=list
+    )  # not finite numbers: of, found by
+
+    def __post_init__(self) -> None:
+        self._harm = HarmedWorkers(self.trial)
 
     def next(
         self, cluster: ClusterView, num_tokens: int, *, computes_alone: bool = False
@@ -116,7 +110,7 @@ class Retry:
         DeadlineExceeded, or Mismatch where only workers of another model are ready.
         """
         if self._waits_until_s is None:
-            self._waits_until_s = cluster.now_s + self._worker_wait_s
+            self._waits_until_s = cluster.now_s + self.worker_wait_s
         decision = self._next(cluster, num_tokens, computes_alone, self._waits_until_s)
         if not isinstance(decision, Wait):
             self._waits_until_s = None
@@ -125,7 +119,7 @@ class Retry:
     def _next(
         self, cluster: ClusterView, num_tokens: int, computes_alone: bool, waits_until_s: float
     ) -> Call | Wait | GiveUp:
-        affinity, now_s = self._affinity, cluster.now_s
+        affinity, now_s = self.affinity, cluster.now_s
         if affinity.model and _is_replaced(affinity.model, cluster):
             return GiveUp(
                 Mismatch(
@@ -135,14 +129,14 @@ class Retry:
             )
         request = RequestView(
             num_tokens,
-            max_tokens=self._max_tokens,
+            max_tokens=self.max_tokens,
             computes_alone=computes_alone,
             model=affinity.model,
             sticky_decode=affinity.decode,
             sticky_prefill=affinity.prefill,
             failures=dict(self._failures),
         )
-        plan = self._policy.plan(cluster, request)
+        plan = self.policy.plan(cluster, request)
         if plan and self._harm.may_begin(now_s):
             affinity.decode = plan.decode.peer.incarnation
             if plan.prefill and (self._failures or not affinity.prefill):
@@ -155,11 +149,11 @@ class Retry:
             return GiveUp(
                 Unavailable("workers were lost under this request, and others are tried first")
             )
-        fitting = f" for {self._max_tokens} tokens" if cluster.ready(Role.DECODE) else ""
+        fitting = f" for {self.max_tokens} tokens" if cluster.ready(Role.DECODE) else ""
         return GiveUp(
             Unavailable(
-                f"no decode worker{fitting} is ready (waited {self._worker_wait_s:g} s)",
-                retry_after_s=min(max(self._worker_wait_s, 1.0), 5.0),
+                f"no decode worker{fitting} is ready (waited {self.worker_wait_s:g} s)",
+                retry_after_s=min(max(self.worker_wait_s, 1.0), 5.0),
             )
         )
 
@@ -174,35 +168,35 @@ class Retry:
         self._num_failed = 0
         if self._plan is None:
             return
-        if not self._affinity.model:
-            self._affinity.model = model_tag(self._plan.decode)
+        if not self.affinity.model:
+            self.affinity.model = model_tag(self._plan.decode)
         used = {w.peer.incarnation for w in (self._plan.decode, self._plan.prefill) if w}
         for suspect, witness in self._suspects:
             if suspect.peer.incarnation not in used:
-                self._membership.accuse(suspect, witness)
+                self.membership.accuse(suspect, witness)
         self._suspects = []
         if self._harm.clear():
-            self._membership.wake()
+            self.membership.wake()
 
     def close(self) -> None:
         """The attempt is over, however it ended."""
         if self._harm.end_trial():
-            self._membership.wake()
+            self.membership.wake()
 
     def failed(self, plan: Plan, error: Unavailable, now_s: float) -> None:
         """An attempt was lost. `after_failure` decides what follows."""
         lost = plan.decode
         if error.lost == Role.PREFILL.value and plan.prefill is not None:
             lost = plan.prefill
-        elif self._affinity.decode == lost.peer.incarnation:
-            self._affinity.decode = ""
+        elif self.affinity.decode == lost.peer.incarnation:
+            self.affinity.decode = ""
         self._failures[lost.peer.incarnation] += 1
-        self._membership.penalize(lost)
+        self.membership.penalize(lost)
         if error.sick:
             witnesses = [witness.peer for _, witness in self._suspects]
             if lost is not plan.decode and plan.decode.peer in witnesses:
                 self._failures[plan.decode.peer.incarnation] += 1  # it may be the damaged one
-                self._affinity.decode = ""
+                self.affinity.decode = ""
             self._suspects.append((lost, plan.decode))
         backoff_s = min(FIRST_BACKOFF_S * 2**self._num_failed, MAX_BACKOFF_S)
         self._num_failed += 1
@@ -223,9 +217,9 @@ class Retry:
         error, lost = failure.error, failure.lost
         is_gone = failure.is_prefill and not cluster.is_heard(lost.peer.incarnation)
         if isinstance(error, WorkerLost) or error.sick or is_gone:
-            found = self._harm.add(lost, self._membership.num_lost_beside)
+            found = self._harm.add(lost, self.membership.num_lost_beside)
             if found is not None:
-                self._membership.explain_losses(self._harm.workers)
+                self.membership.explain_losses(self._harm.workers)
                 return GiveUp(found, tuple(self._harm.workers.values()))
         if self._num_failed >= MAX_ATTEMPTS:
             message = f"{self._num_failed} attempts failed, the last with: {error.message}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from coordinator.cluster.membership import Membership
@@ -23,23 +23,18 @@ _DEFAULT_WAIT_S = 120.0  # for a drain without a deadline in the request
 _END_S = 15.0  # from the end of a worker's requests to the end of its process
 
 
+@dataclass(eq=False)
 class AdminServicer:
     """Serves operators; see admin.proto."""
 
-    def __init__(
-        self,
-        membership: Membership,
-        registry: RegistryServicer,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._membership = membership
-        self._registry = registry
-        self._clock = clock
+    membership: Membership
+    registry: RegistryServicer
+    clock: Callable[[], float] = time.monotonic
 
     async def ListWorkers(self, request: Any, context: Any) -> pb.ListWorkersResponse:
         """All workers that are registered or were recently."""
-        now = self._clock()
-        rows = [_row(worker, now) for worker in self._membership.snapshot()]
+        now = self.clock()
+        rows = [_row(worker, now) for worker in self.membership.snapshot()]
         return pb.ListWorkersResponse(workers=rows)
 
     async def DrainWorker(
@@ -50,18 +45,18 @@ class AdminServicer:
         deadline_s = request.deadline_s
         if not 0 <= deadline_s <= MAX_REQUEST_S:
             raise InvalidRequest("deadline_s", f"{deadline_s:g}; expected seconds, 0 or more")
-        self._registry.drain(worker, deadline_s)
+        self.registry.drain(worker, deadline_s)
         _log.info("worker is to drain", worker=worker.peer.worker_id)
         wait_s = (deadline_s or _DEFAULT_WAIT_S) + _END_S
-        ends_s = self._clock() + min(wait_s, context.time_remaining() or wait_s)
+        ends_s = self.clock() + min(wait_s, context.time_remaining() or wait_s)
         while self._is_here(worker):
-            if (left_s := ends_s - self._clock()) <= 0:
+            if (left_s := ends_s - self.clock()) <= 0:
                 raise DeadlineExceeded(f"worker {worker.peer.worker_id} is still draining")
-            await self._membership.wait_for_change(min(left_s, 1.0))
+            await self.membership.wait_for_change(min(left_s, 1.0))
         return pb.DrainWorkerResponse()
 
     def _worker(self, worker_id: str) -> Worker:
-        rows = self._membership.snapshot()
+        rows = self.membership.snapshot()
         for row in rows:
             if row.peer.worker_id == worker_id:
                 return row
@@ -74,8 +69,8 @@ class AdminServicer:
         """Whether the worker still runs. A silent worker may."""
         return any(
             row.peer.incarnation == worker.peer.incarnation
-            and (row.state is not WorkerState.SUSPECT or self._registry.hears(row))
-            for row in self._membership.snapshot()
+            and (row.state is not WorkerState.SUSPECT or self.registry.hears(row))
+            for row in self.membership.snapshot()
         )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from coordinator.api.frontend import Frontend
@@ -46,23 +47,15 @@ _ERRORS_END_STREAM = "triton_grpc_error"  # metadata: an error ends the stream
 Responses = AsyncGenerator[pb.ModelStreamInferResponse, None]
 
 
+@dataclass(eq=False)
 class OipServicer:
     """See grpc_service.proto. `served` is the model; `ready`: whether a decode worker is ready."""
 
-    def __init__(
-        self,
-        served: str,
-        frontend: Frontend,
-        metrics: CoordinatorMetrics,
-        ready: Callable[[], bool],
-        *,
-        max_request_s: float,
-    ) -> None:
-        self._served = served
-        self._frontend = frontend
-        self._metrics = metrics
-        self._ready = ready
-        self._max_request_s = max_request_s
+    served: str
+    frontend: Frontend
+    metrics: CoordinatorMetrics
+    ready: Callable[[], bool]
+    max_request_s: float
 
     # Method names are the wire's.
     async def ServerLive(self, request: Any, context: Any) -> pb.ServerLiveResponse:
@@ -71,14 +64,14 @@ class OipServicer:
 
     async def ServerReady(self, request: Any, context: Any) -> pb.ServerReadyResponse:
         """Whether a decode worker is ready."""
-        return pb.ServerReadyResponse(ready=self._ready())
+        return pb.ServerReadyResponse(ready=self.ready())
 
     async def ModelReady(
         self, request: pb.ModelReadyRequest, context: Any
     ) -> pb.ModelReadyResponse:
         """The same for a model; one that is not served is not ready."""
-        served = oip_model.is_served(request.name, request.version, self._served)
-        return pb.ModelReadyResponse(ready=served and self._ready())
+        served = oip_model.is_served(request.name, request.version, self.served)
+        return pb.ModelReadyResponse(ready=served and self.ready())
 
     async def ServerMetadata(self, request: Any, context: Any) -> pb.ServerMetadataResponse:
         """Name, version, and the protocol's extensions that are served."""
@@ -90,15 +83,15 @@ class OipServicer:
         self, request: pb.ModelMetadataRequest, context: Any
     ) -> pb.ModelMetadataResponse:
         """The model's tensors."""
-        oip_model.check_served(request.name, request.version, self._served)
-        return oip_model.metadata(self._served)
+        oip_model.check_served(request.name, request.version, self.served)
+        return oip_model.metadata(self.served)
 
     async def ModelConfig(
         self, request: pb.ModelConfigRequest, context: Any
     ) -> pb.ModelConfigResponse:
         """The model's configuration in Triton's form."""
-        oip_model.check_served(request.name, request.version, self._served)
-        config = oip_model.config(self._served, self._frontend.model().max_model_len)
+        oip_model.check_served(request.name, request.version, self.served)
+        config = oip_model.config(self.served, self.frontend.model().max_model_len)
         return pb.ModelConfigResponse(config=config)
 
     async def ModelInfer(
@@ -141,7 +134,7 @@ class OipServicer:
                 if request is None:
                     return
                 await slots.acquire()
-                merge.add(answer(request), self._max_request_s + _STUCK_S)
+                merge.add(answer(request), self.max_request_s + _STUCK_S)
 
         async with merge:
             merge.add(read())
@@ -163,7 +156,7 @@ class OipServicer:
                 async for response in responses:
                     await merge.put(stream_response(infer_response=response))
             if parsed.form.empty_final:
-                last = bare_response(self._served, request.id, final=True)
+                last = bare_response(self.served, request.id, final=True)
                 await merge.put(stream_response(infer_response=last))
         except DiptychError as error:
             if end_stream:
@@ -180,11 +173,11 @@ class OipServicer:
         """The parsed request. A failure is counted here; the frontend counts later ones."""
         try:
             if request.ByteSize() > _LARGE_BYTES:  # tensors of it are unpacked one by one
-                return await asyncio.to_thread(read_request, request, self._served)
-            return read_request(request, self._served)
+                return await asyncio.to_thread(read_request, request, self.served)
+            return read_request(request, self.served)
         except DiptychError as error:
             code = to_status(error).code.name.lower()
-            self._metrics.request_failed(code)
+            self.metrics.request_failed(code)
             _log.info("request refused", request_id=request.id, code=code, reason=error.message)
             raise
 
@@ -194,7 +187,7 @@ class OipServicer:
         """The responses to a request: one, or with `streaming` any number."""
         builder: ResponseBuilder | None = None
         request = parsed.generate
-        call = self._frontend.generate(request, _left_s(parsed, context))
+        call = self.frontend.generate(request, _left_s(parsed, context))
         async with aclosing(call) as events:
             async for event in events:
                 # With the first event the number of choices has been checked.

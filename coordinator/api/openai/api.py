@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter
@@ -52,30 +53,24 @@ _MANY_LOGPROBS = 256  # of a prompt; more of them are written in a thread
 _CHAT_NAMES = {"chat.messages": "messages", "chat.tools_json": "tools"}
 
 
+@dataclass(eq=False)
 class OpenAiApi:
     """Serves HTTP from the frontend; lives on the event loop."""
 
-    def __init__(
-        self,
-        frontend: Frontend,
-        registry: CollectorRegistry,
-        clock: Callable[[], float] = time.time,
-        *,
-        limit_s: float,  # of a request, also while its client does not read
-        sse_keepalive_s: float = 0.0,
-        budget: ReceiveBudget | None = None,
-    ) -> None:
-        self._frontend = frontend
-        self._budget = budget
-        self._clock = clock
-        self._limit_s = limit_s
-        self._sse_keepalive_s = sse_keepalive_s
-        self._born = int(clock())
+    frontend: Frontend
+    registry: CollectorRegistry
+    limit_s: float  # of a request, also while its client does not read
+    clock: Callable[[], float] = time.time
+    sse_keepalive_s: float = 0.0
+    budget: ReceiveBudget = field(default_factory=ReceiveBudget)
+
+    def __post_init__(self) -> None:
+        self._born = int(self.clock())
         self._counter = Counter(
             PREFIX + "http_requests",
             "HTTP requests by endpoint and status; 499: the client went away.",
             ("handler", "code"),
-            registry=registry,
+            registry=self.registry,
         )
 
     def routes(self) -> list[BaseRoute]:
@@ -83,7 +78,7 @@ class OpenAiApi:
 
         def route(path: str, method: str, handler: Handler) -> Route:
             endpoint = Endpoint(
-                path, method, handler, self._counter, self._sse_keepalive_s, self._budget
+                path, method, handler, self._counter, self.sse_keepalive_s, self.budget
             )
             return Route(path, endpoint)
 
@@ -120,8 +115,8 @@ class OpenAiApi:
                 await self._prompt_ids(one, {**call.names_of(i), **_CHAT_NAMES})
                 for i, one in enumerate(call.requests)
             ]
-        model = request.body.get("model") or self._frontend.model().name
-        created = int(self._clock())
+        model = request.body.get("model") or self.frontend.model().name
+        created = int(self.clock())
         writer = make_writer(call, model=model, created=created, prompt_ids=prompt_ids)
         parts = self._parts(writer, call)
         if call.body.stream:
@@ -138,14 +133,14 @@ class OpenAiApi:
         """The choices that each event adds."""
         output = call.requests[0].output
         needs_first = output.echo and output.logprobs is not None
-        answers = merged(self._frontend, call.requests, call.names_of, self._limit_s)
+        answers = merged(self.frontend, call.requests, call.names_of, self.limit_s)
         async with aclosing(answers) as events:
             async for prompt, event in events:
                 first_text = ""
                 scored = event.logprobs if isinstance(event, PromptEvent) else ()
                 if needs_first and isinstance(event, PromptEvent):
                     with in_words_of({}):
-                        first_text = await self._frontend.detokenize(event.token_ids[:1])
+                        first_text = await self.frontend.detokenize(event.token_ids[:1])
                 if len(scored) > _MANY_LOGPROBS:  # a quarter of a second's work
                     writer.is_large = True
                     yield await asyncio.to_thread(writer.choices, prompt, event, first_text)
@@ -165,13 +160,13 @@ class OpenAiApi:
             tools_json="" if no_tools else request.tools_json,
         )
         with in_words_of(names):
-            return await self._frontend.tokenize(tokenize)
+            return await self.frontend.tokenize(tokenize)
 
     async def _models(self, request: ParsedRequest) -> Response:
-        return {"object": "list", "data": [self._card(self._frontend.model())]}
+        return {"object": "list", "data": [self._card(self.frontend.model())]}
 
     async def _model(self, request: ParsedRequest) -> Response:
-        return self._card(self._frontend.model(request.path["model"]))
+        return self._card(self.frontend.model(request.path["model"]))
 
     def _card(self, model: ModelCard) -> dict[str, Any]:
         return {
@@ -203,15 +198,15 @@ class OpenAiApi:
             special = text.add_special_tokens is not False
             tokenize = TokenizeRequest(text.model or "", text.prompt, special)
         with in_words_of({**_CHAT_NAMES, "text": "prompt"}):
-            ids = await self._frontend.tokenize(tokenize)
-        limit = self._frontend.model().max_model_len
+            ids = await self.frontend.tokenize(tokenize)
+        limit = self.frontend.model().max_model_len
         return {"count": len(ids), "max_model_len": limit, "tokens": ids}
 
     async def _detokenize(self, request: ParsedRequest) -> Response:
         body = read(DetokenizeBody, request.body)
         check_rest(DetokenizeBody, request.body, {}, ())
         with in_words_of({"token_ids": "tokens"}):
-            return {"prompt": await self._frontend.detokenize(body.tokens, body.model or "")}
+            return {"prompt": await self.frontend.detokenize(body.tokens, body.model or "")}
 
     async def _version(self, request: ParsedRequest) -> Response:
         return {"version": installed_version()}

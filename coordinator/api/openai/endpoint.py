@@ -16,7 +16,7 @@ import json
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from prometheus_client import Counter
@@ -88,24 +88,16 @@ def large_json(value: Any, depth: int = 5) -> str:
     return to_json(value)
 
 
+@dataclass(eq=False)
 class Endpoint:
     """The ASGI application of one path and one `method`."""
 
-    def __init__(
-        self,
-        name: str,
-        method: str,
-        handler: Handler,
-        counter: Counter,
-        sse_keepalive_s: float = 0.0,  # 0: silent streams stay silent
-        budget: ReceiveBudget | None = None,  # of bodies that are received; None: no bound
-    ) -> None:
-        self._budget = budget or ReceiveBudget()
-        self._name = name
-        self._method = method
-        self._handler = handler
-        self._counter = counter
-        self._sse_keepalive_s = sse_keepalive_s
+    name: str
+    method: str
+    handler: Handler
+    counter: Counter
+    sse_keepalive_s: float = 0.0  # 0: silent streams stay silent
+    budget: ReceiveBudget = field(default_factory=ReceiveBudget)  # of bodies that are received
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; ends early where the client goes away."""
@@ -119,14 +111,14 @@ class Endpoint:
                 task.cancel()
             await asyncio.gather(work, watch, return_exceptions=True)
         status = _GONE if work.cancelled() else _status_of(work)
-        self._counter.labels(self._name, str(status)).inc()
+        self.counter.labels(self.name, str(status)).inc()
 
     async def _serve(self, exchange: _Exchange) -> int:
         """Write the response; returns its status, or _GONE."""
         bind_request(exchange.request_id)
         try:
             request = await self._read(exchange)
-            response = await self._handler(request)
+            response = await self.handler(request)
             if isinstance(response, Page):
                 await exchange.respond(200, response.html, response.headers)
                 return 200
@@ -142,14 +134,14 @@ class Endpoint:
             return failure.status
 
     async def _read(self, exchange: _Exchange) -> ParsedRequest:
-        if self._method not in (_ANY, exchange.method) and (self._method, exchange.method) != _HEAD:
-            message = f"{exchange.method} is not served here; {self._method} is"
-            raise Refused(Failure(405, message, headers={"allow": self._method}))
+        if self.method not in (_ANY, exchange.method) and (self.method, exchange.method) != _HEAD:
+            message = f"{exchange.method} is not served here; {self.method} is"
+            raise Refused(Failure(405, message, headers={"allow": self.method}))
         exchange.check_id()
         body: dict[str, Any] = {}
         is_large = False
-        if self._method == "POST":
-            with self._budget.lease(exchange.peer) as lease:
+        if self.method == "POST":
+            with self.budget.lease(exchange.peer) as lease:
                 raw = await read_body(exchange.headers, exchange.receive, lease)
                 exchange.listen()
                 body = await parse(raw)
@@ -160,8 +152,8 @@ class Endpoint:
 
     async def _stream(self, exchange: _Exchange, events: Events) -> int:
         status = 200
-        if self._sse_keepalive_s:
-            events = kept_alive(events, self._sse_keepalive_s)
+        if self.sse_keepalive_s:
+            events = kept_alive(events, self.sse_keepalive_s)
         async with aclosing(events):
             try:
                 first = await anext(events)  # until then a failure can set the status
@@ -186,15 +178,15 @@ class Endpoint:
             if failure.status < 500:
                 _log.info(
                     "http request refused",
-                    path=self._name,
+                    path=self.name,
                     status=failure.status,
                     code=failure.code,
                     param=failure.param,
                 )
                 return failure
-            _log.warning("http request failed", path=self._name, status=failure.status)
+            _log.warning("http request failed", path=self.name, status=failure.status)
             return failure
-        _log.exception("http request failed", path=self._name, status=500)
+        _log.exception("http request failed", path=self.name, status=500)
         return INTERNAL
 
 

@@ -18,6 +18,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from coordinator.api.frontend import Frontend
@@ -40,34 +41,28 @@ _SERVER_TYPE = "vllm-grpc"  # as the protocol names its servers
 Responses = AsyncGenerator[pb.GenerateResponse, None]
 
 
+@dataclass(eq=False)
 class VllmEngineServicer:
     """See vllm_engine.proto. `ready`: whether a decode worker is ready."""
 
-    def __init__(
-        self,
-        model: ServedModel,
-        frontend: Frontend,
-        pipeline: Pipeline,
-        metrics: CoordinatorMetrics,
-        ready: Callable[[], bool],
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._model = model
-        self._frontend = frontend
-        self._pipeline = pipeline
-        self._metrics = metrics
-        self._ready = ready
-        self._clock = clock
-        self._started = clock()
-        self._last_request = 0.0
-        # By connection and id; several requests of one connection may have one id.
-        self._running: dict[tuple[str, str], set[asyncio.Task[None]]] = {}
+    model: ServedModel
+    frontend: Frontend
+    pipeline: Pipeline
+    metrics: CoordinatorMetrics
+    ready: Callable[[], bool]
+    clock: Callable[[], float] = time.time
+    _last_request: float = 0.0
+    # By connection and id; several requests of one connection may have one id.
+    _running: dict[tuple[str, str], set[asyncio.Task[None]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._started = self.clock()
 
     # Method names are the wire's.
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> Responses:
         """Complete a prompt."""
-        self._last_request = self._clock()
-        generate = to_generate(request, self._model.name, self._pipeline.max_model_len)
+        self._last_request = self.clock()
+        generate = to_generate(request, self.model.name, self.pipeline.max_model_len)
         builder = ResponseBuilder(request)
         events: Merge[Event] = Merge()
         async with events:
@@ -83,7 +78,7 @@ class VllmEngineServicer:
 
     async def HealthCheck(self, request: Any, context: Any) -> pb.HealthCheckResponse:
         """Whether a decode worker is ready."""
-        ready = self._ready()
+        ready = self.ready()
         message = "ready" if ready else "no decode worker is ready, or this coordinator is draining"
         return pb.HealthCheckResponse(healthy=ready, message=message)
 
@@ -98,14 +93,14 @@ class VllmEngineServicer:
                 for task in tasks:
                     task.cancel()
         if foreign:
-            self._metrics.aborts_refused.inc(len(foreign))
+            self.metrics.aborts_refused.inc(len(foreign))
             ids = sorted(foreign)[:_MAX_LOGGED]
             _log.warning("abort refused: requests of other connections", peer=peer, request_ids=ids)
         return pb.AbortResponse()
 
     async def GetModelInfo(self, request: Any, context: Any) -> pb.GetModelInfoResponse:
         """The served model."""
-        model, limit = self._model, self._pipeline.max_model_len
+        model, limit = self.model, self.pipeline.max_model_len
         folder = str(model.folder) if model.folder else model.name
         return pb.GetModelInfoResponse(
             model_path=folder,
@@ -123,17 +118,17 @@ class VllmEngineServicer:
     async def GetServerInfo(self, request: Any, context: Any) -> pb.GetServerInfoResponse:
         """The state of the cluster as one engine of one rank."""
         return pb.GetServerInfoResponse(
-            active_requests=self._pipeline.num_requests,
-            is_paused=self._pipeline.draining,
+            active_requests=self.pipeline.num_requests,
+            is_paused=self.pipeline.draining,
             last_receive_timestamp=self._last_request,
-            uptime_seconds=self._clock() - self._started,
+            uptime_seconds=self.clock() - self._started,
             server_type=_SERVER_TYPE,
             data_parallel_size=1,
-            block_size=self._frontend.model().block_size,
+            block_size=self.frontend.model().block_size,
         )
 
     async def _run(self, request: GenerateRequest, context: Any, events: Merge[Event]) -> None:
-        async with aclosing(self._frontend.generate(request, context.time_remaining())) as answers:
+        async with aclosing(self.frontend.generate(request, context.time_remaining())) as answers:
             async for event in answers:
                 await events.put(event)
 

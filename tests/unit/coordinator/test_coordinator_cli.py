@@ -286,21 +286,21 @@ async def test_a_local_worker_keeps_its_share_of_the_memory(tmp_path, monkeypatc
     supervisor = make_supervisor(options_of(tmp_path), "0.0.0.0:700")
     for name in ("prefill-0", "prefill-1", "decode-0", "decode-0"):  # the last starts again
         role = Role(name.partition("-")[0])
-        command = supervisor._command(name, role)
+        command = supervisor.command(name, role)
         assert f"--memory-share={3 << 30}:the cgroup's 10 GiB" in command
 
 
 async def test_local_workers_are_dealt_gpus_and_parts_of_them(tmp_path):
     options = replace(options_of(tmp_path), gpus=("GPU-a", "GPU-b"))
     supervisor = make_supervisor(options, "0.0.0.0:700")
-    assert supervisor._assigned == {
+    assert supervisor.assigned == {
         "prefill-0": {"CUDA_VISIBLE_DEVICES": "GPU-a"},
         "prefill-1": {"CUDA_VISIBLE_DEVICES": "GPU-b"},
         "decode-0": {"CUDA_VISIBLE_DEVICES": "GPU-a"},
     }
-    shared = supervisor._command("decode-0", Role.DECODE)
+    shared = supervisor.command("decode-0", Role.DECODE)
     assert "--gpu-memory-utilization=0.45" in shared
-    alone = supervisor._command("prefill-1", Role.PREFILL)
+    alone = supervisor.command("prefill-1", Role.PREFILL)
     assert not any("utilization" in word for word in alone), "the default, 0.9"
     assert make_supervisor(options_of(tmp_path), "0.0.0.0:700")._assigned == {}
 
@@ -366,7 +366,7 @@ async def test_local_workers_get_their_options_as_flags(tmp_path):
         ("prefill-1", Role.PREFILL),
         ("decode-0", Role.DECODE),
     ]
-    prefill, decode = (supervisor._command(f"{r.value}-0", r) for r in (Role.PREFILL, Role.DECODE))
+    prefill, decode = (supervisor.command(f"{r.value}-0", r) for r in (Role.PREFILL, Role.DECODE))
     assert prefill[:3] == ["worker.cli", "prefill", "start"]
     assert prefill[-2:] == ["--worker-id", "prefill-0"]
     for flag, value in (

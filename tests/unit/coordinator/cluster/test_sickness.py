@@ -137,8 +137,8 @@ async def attempts(table: Table, *, elsewhere: bool) -> None:
     if elsewhere:
         again = await dispatch.next(10)
         assert again.decode.peer != route.decode.peer
-        dispatch.progressed()
-        dispatch.progressed()
+        dispatch.retry.progressed()
+        dispatch.retry.progressed()
 
 
 async def test_a_worker_that_could_not_compute_what_another_could_is_accused() -> None:
@@ -169,7 +169,7 @@ async def damaged_blocks(table: Table, *, of: str = "", found_by: str = "") -> N
         if not route.decode.peer.worker_id.startswith(found_by):
             break
         await dispatch.failed(route, Unavailable("damaged", lost="prefill", sick=True))
-    dispatch.progressed()
+    dispatch.retry.progressed()
     table.pass_time(PENALTY_S + 1)
 
 

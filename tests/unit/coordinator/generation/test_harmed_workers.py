@@ -70,7 +70,7 @@ class Table:
         try:
             await dispatch.failed(route, error)
         finally:
-            dispatch.close()
+            dispatch.retry.close()
             self.begin(worker.peer.worker_id, worker.role)
         return worker.peer.worker_id
 

@@ -617,7 +617,7 @@ async def test_channels_to_workers_that_are_gone_are_closed(checkpoint):
             worker = await f.worker("d0", f"i{i}")
             await f.ask(stop=stop(max_tokens=2))
             await worker.stop()
-        assert len(f.coordinator.pipeline._choices._client._channels._channels) == 1
+        assert len(f.coordinator.pipeline.choices._client._channels._channels) == 1
 
 
 async def test_a_long_name_comes_back_as_not_found_to_any_client(checkpoint):
