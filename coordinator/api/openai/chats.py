@@ -7,23 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coordinator.api.openai.constraints import names_of, read_constraint
-from coordinator.api.openai.decisions import CHAT_NEUTRAL, IGNORED, NEUTRAL
+from coordinator.api.openai.decisions import CHAT_NEUTRAL
 from coordinator.api.openai.errors import unsupported
 from coordinator.api.openai.messages import read_messages
 from coordinator.api.openai.models import ChatBody, NamedChoice
-from coordinator.api.openai.options import Call, check_stream, common_fields
-from coordinator.api.openai.read import check_rest, read
+from coordinator.api.openai.options import Call, common_fields, read_body
 from coordinator.api.values import GenerateRequest, ToolChoice
 from engine.base.errors import InvalidRequest
 
 
 def read_chat(values: Mapping[str, Any], request_id: str) -> Call:
     """Raises InvalidRequest, Refused."""
-    body = read(ChatBody, values)
+    body = read_body(ChatBody, values, CHAT_NEUTRAL)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    check_stream(body)
-    neutral = {**NEUTRAL, **CHAT_NEUTRAL, "best_of": (1, body.n or 1)}
-    check_rest(ChatBody, values, neutral, IGNORED)
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs", "only for requests with logprobs: true")
     limit, max_tokens = "max_completion_tokens", body.max_completion_tokens

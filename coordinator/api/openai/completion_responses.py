@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from coordinator.api.openai.logprobs import ARRAYS, completion_logprobs
-from coordinator.api.openai.options import Call
-from coordinator.api.openai.responses import Choice, Writer, joined, reason_of, replaced
-from coordinator.api.ranked import ranked
-from coordinator.generation.events import Delta, Event, Finished, PromptEvent
-from coordinator.text.values import Logprob
+from coordinator.api.openai.responses import Choice, Writer
+from coordinator.api.ranked import finite, ranked
+from coordinator.generation.events import Delta, PromptEvent
+from coordinator.text.values import Logprob, ScoredToken
+
+_ARRAYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
 class CompletionWriter(Writer):
@@ -18,66 +19,66 @@ class CompletionWriter(Writer):
     prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, call: Call, **head: Any) -> None:
-        super().__init__(call, **head)
-        self._num_choices = call.body.n or 1
-        self._echo = call.requests[0].output.echo
+    def __init__(self, *call: Any, **head: Any) -> None:
+        super().__init__(*call, **head)
         self._num_echoed: dict[int, int] = {}  # characters of the prompt, by choice
         self._begun: set[int] = set()
 
-    def choices(self, prompt: int, event: Event, first_text: str = "") -> list[Choice]:
-        """See Writer; a prompt that is echoed begins each of its choices."""
-        first = prompt * self._num_choices
-        match event:
-            case PromptEvent():
-                return [
-                    self._echoed(prompt, i, event, first_text)
-                    for i in range(first, first + self._num_choices)
-                ]
-            case Delta():
-                index = first + event.index
-                self.usage.wrote(index, len(event.token_ids))
-                choice = self._choice(prompt, index, event.text)
-                if self.call.logprobs is not None:
-                    choice["logprobs"] = completion_logprobs(
-                        event.logprobs, self.names_by_id, self._num_echoed.get(index, 0)
-                    )
-                if self.shows_ids:
-                    choice["token_ids"] = list(event.token_ids)
-                return [choice]
-            case Finished():
-                index = first + event.index
-                self.usage.finished(prompt, index, event.usage)
-                choice = self._choice(prompt, index, "")
-                choice["finish_reason"] = reason_of(event)
-                choice["stop_reason"] = self.stop_reason(event)
-                return [choice]
+    def _whole(self, index: int) -> Choice:
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": None}
 
-    def _choice(self, prompt: int, index: int, text: str) -> Choice:
-        choice: Choice = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+    def _bare(self, index: int) -> Choice:
+        """The first one of a choice has the prompt's tokens."""
+        choice = self._whole(index)
         if self.shows_ids and self.prompt_ids is not None and index not in self._begun:
-            choice["prompt_token_ids"] = list(self.prompt_ids[prompt])
+            choice["prompt_token_ids"] = list(self.prompt_ids[index // self.num_choices])
         self._begun.add(index)
         return choice
 
-    def _echoed(self, prompt: int, index: int, event: PromptEvent, first_text: str) -> Choice:
-        choice = self._choice(prompt, index, event.text if self._echo else "")
-        if self._echo and self.call.logprobs is not None:
-            first = Logprob(event.token_ids[0], text=first_text)
-            choice["logprobs"] = completion_logprobs(event.logprobs, self.names_by_id, first=first)
-            self._num_echoed[index] = len(event.text)
-        if self.call.body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = [None, *map(ranked, event.logprobs)]
+    def _of_prompt(self, prompt: int, event: PromptEvent, first_text: str) -> list[Choice]:
+        """A prompt that is echoed begins each of its choices."""
+        output, first = self.call.requests[0].output, prompt * self.num_choices
+        choices = [self._bare(index) for index in range(first, first + self.num_choices)]
+        for choice in choices:
+            if output.echo:
+                choice["text"] = event.text
+            if output.echo and self.call.logprobs is not None:
+                token = Logprob(event.token_ids[0], text=first_text)
+                choice["logprobs"] = self._logprobs(event.logprobs, first=token)
+                self._num_echoed[choice["index"]] = len(event.text)
+            if self.call.body.prompt_logprobs is not None:
+                choice["prompt_logprobs"] = [None, *map(ranked, event.logprobs)]
+        return choices
+
+    def _of_delta(self, index: int, delta: Delta) -> Choice:
+        choice = self._bare(index)
+        choice["text"] = delta.text
+        if self.call.logprobs is not None:
+            num_echoed = self._num_echoed.get(index, 0)
+            choice["logprobs"] = self._logprobs(delta.logprobs, num_echoed)
         return choice
 
-    def fold(self, whole: Choice | None, part: Choice) -> Choice:
-        """See Writer."""
-        if whole is None:
-            return dict(part)
+    def _logprobs(
+        self, entries: Iterable[ScoredToken], num_echoed: int = 0, first: Logprob | None = None
+    ) -> dict[str, list[Any]]:
+        """Log-probabilities as parallel arrays.
+
+        `num_echoed` characters of the prompt stand before the text of the entries. `first`: the
+        first token of a prompt, which has no log-probability and stands before them.
+        """
+        rows: list[tuple[Any, ...]] = []
+        if first is not None:
+            rows.append((self.name_of(first), None, None, 0))
+        for entry in entries:
+            top: dict[str, float] = {}
+            for one in (*entry.top, entry.chosen):  # of tokens with one text, the likelier
+                top.setdefault(self.name_of(one), finite(one.logprob))
+            chosen, offset = entry.chosen, num_echoed + entry.text_offset
+            rows.append((self.name_of(chosen), finite(chosen.logprob), top, offset))
+        return {name: [row[i] for row in rows] for i, name in enumerate(_ARRAYS)}
+
+    def _add(self, whole: Choice, part: Choice) -> None:
         whole["text"] += part["text"]
         if part["logprobs"] is not None:
-            arrays = whole["logprobs"] or {key: [] for key in ARRAYS}
-            whole["logprobs"] = {key: arrays[key] + part["logprobs"][key] for key in ARRAYS}
-        joined(whole, part, "token_ids")
-        replaced(whole, part, "finish_reason", "stop_reason", "prompt_logprobs")
-        return whole
+            arrays = whole["logprobs"] or {key: [] for key in _ARRAYS}
+            whole["logprobs"] = {key: arrays[key] + part["logprobs"][key] for key in _ARRAYS}

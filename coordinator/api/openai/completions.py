@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 
 from coordinator.api.openai.constraints import names_of, read_constraint
-from coordinator.api.openai.decisions import COMPLETION_NEUTRAL, IGNORED, NEUTRAL
+from coordinator.api.openai.decisions import COMPLETION_NEUTRAL
 from coordinator.api.openai.models import CompletionBody, Tokens
-from coordinator.api.openai.options import Call, check_stream, common_fields
-from coordinator.api.openai.read import check_rest, read
+from coordinator.api.openai.options import Call, common_fields, read_body
+from coordinator.api.openai.read import read
 from coordinator.api.validation.bounds import check_count
 from coordinator.api.validation.request import MAX_REQUEST_ID_CHARS
 from coordinator.api.values import Constraint, GenerateRequest
@@ -28,10 +28,7 @@ def read_completion(values: Mapping[str, Any], request_id: str) -> Call:
     """Raises InvalidRequest, Refused."""
     if values.get("prompt") is None:
         raise InvalidRequest("prompt", "unset; expected text or token ids")
-    body = read(CompletionBody, values)
-    check_stream(body)
-    neutral = {**NEUTRAL, **COMPLETION_NEUTRAL, "best_of": (1, body.n or 1)}
-    check_rest(CompletionBody, values, neutral, IGNORED)
+    body = read_body(CompletionBody, values, COMPLETION_NEUTRAL)
     prompts = _prompts(body.prompt)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     echo = bool(body.echo)

@@ -5,16 +5,19 @@ Types are checked by models.py; ranges by the frontend, whose errors name the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from coordinator.api.openai.decisions import IGNORED, NEUTRAL, Values
 from coordinator.api.openai.models import UINT32, UINT64, CommonBody
-from coordinator.api.openai.read import out_of_range
+from coordinator.api.openai.read import check_rest, out_of_range, read
 from coordinator.api.values import GenerateRequest, Output, Sampling, Stop
 from engine.base.errors import InvalidRequest
 
 DEFAULT_TEMPERATURE = 1.0
+Body = TypeVar("Body", bound=CommonBody)
+Part = TypeVar("Part", Sampling, Stop, Output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +48,15 @@ class Call:
         return {**own, **self.names}
 
 
-def check_stream(body: CommonBody) -> None:
-    """Check options that depend on `stream`. Raises InvalidRequest."""
+def read_body(model: type[Body], values: Mapping[str, Any], neutral: Mapping[str, Values]) -> Body:
+    """The body of a completion or a chat; `neutral`: see decisions.py. Raises InvalidRequest."""
+    body = read(model, values)
     if body.stream_options and not body.stream:
         raise InvalidRequest("stream_options", "only for requests with stream: true")
     if body.stream and body.prompt_logprobs is not None:
         raise InvalidRequest("prompt_logprobs", "not available when streaming")
+    check_rest(model, values, {**NEUTRAL, **neutral, "best_of": (1, body.n or 1)}, IGNORED)
+    return body
 
 
 def common_fields(
@@ -59,28 +65,28 @@ def common_fields(
     """Fields of a request that both APIs have. Raises InvalidRequest."""
     if body.cache_salt == "":
         raise InvalidRequest("cache_salt", "empty; expected text, or nothing at all")
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop
     prompt_logprobs = body.prompt_logprobs
+    if prompt_logprobs is None and echo:
+        prompt_logprobs = logprobs
     return {
         "model": body.model or "",
         "sampling": _sampling(body),
-        "stop": Stop(
-            max_tokens=max_tokens,
-            min_tokens=body.min_tokens or 0,
-            stop=[body.stop] if isinstance(body.stop, str) else body.stop or [],
-            stop_token_ids=body.stop_token_ids or [],
-            ignore_eos=bool(body.ignore_eos),
-            include_stop_str_in_output=bool(body.include_stop_str_in_output),
-        ),
-        "output": Output(
-            logprobs=logprobs,
-            prompt_logprobs=logprobs if prompt_logprobs is None and echo else prompt_logprobs,
-            echo=echo,
-            skip_special_tokens=body.skip_special_tokens is not False,
+        "stop": _part(Stop, body, max_tokens=max_tokens, stop=stop or []),
+        "output": _part(
+            Output, body, logprobs=logprobs, prompt_logprobs=prompt_logprobs, echo=echo
         ),
         "n": body.n or 1,
         "priority": body.priority or 0,
         "cache_salt": body.cache_salt or "",
     }
+
+
+def _part(kind: Callable[..., Part], body: CommonBody, **own: Any) -> Part:
+    """A part of a request: its `own` fields, and the options that have the names of others."""
+    names = kind.__annotations__.keys() - own.keys()
+    found = {name: value for name in names if (value := getattr(body, name)) is not None}
+    return kind(**found, **own)
 
 
 def _sampling(body: CommonBody) -> Sampling:
@@ -89,14 +95,12 @@ def _sampling(body: CommonBody) -> Sampling:
         raise InvalidRequest("seed", out_of_range(seed, -(2**63), UINT64))
     if top_p == 0:  # OpenAI takes it: the likeliest token is always in
         top_p, top_k = None, 1
-    return Sampling(
+    return _part(
+        Sampling,
+        body,
         temperature=DEFAULT_TEMPERATURE if body.temperature is None else body.temperature,
         top_p=top_p,
         top_k=0 if top_k == -1 else top_k,  # vLLM's other value for off
-        min_p=body.min_p,
-        frequency_penalty=body.frequency_penalty,
-        presence_penalty=body.presence_penalty,
-        repetition_penalty=body.repetition_penalty,
         seed=None if seed is None or seed == -1 else seed % (UINT64 + 1),
         logit_bias=dict(_biases((body.logit_bias or {}).items())),
     )

@@ -1,7 +1,7 @@
 """What responses of both APIs share: the envelope, usage, and the fold of a stream into one object.
 
     event --Writer.choices--> choices of a chunk --.-- streamed: chunk after chunk
-                                                           '-- else: folded into one object
+                                                   '-- else: folded into one object
 
 A choice is numbered prompt * n + choice, as OpenAI numbers them. A writer is for one response.
 """
@@ -14,7 +14,8 @@ from typing import Any
 
 from coordinator.api.openai.options import Call
 from coordinator.generation import events
-from coordinator.generation.events import Event, Finished
+from coordinator.generation.events import Delta, Event, Finished, PromptEvent
+from coordinator.text.values import Logprob
 from engine.base.types import FinishReason
 
 _REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORTED: "abort"}
@@ -53,7 +54,7 @@ class Usage:
 
 
 class Writer(ABC):
-    """Writes the response of one HTTP request."""
+    """Writes the response of one HTTP request; a subclass has the shapes of one API."""
 
     prefix: str  # of the response's id
     whole_object: str
@@ -69,8 +70,8 @@ class Writer(ABC):
         prompt_ids: Sequence[Sequence[int]] | None = None,  # where they are shown
     ) -> None:
         self.call = call
+        self.num_choices = call.body.n or 1  # of each prompt
         self.shows_ids = bool(call.body.return_token_ids)  # of prompt and output
-        self.names_by_id = bool(call.body.return_tokens_as_token_ids)  # tokens in logprobs
         self.usage = Usage()
         self.prompt_ids = prompt_ids
         for index, ids in enumerate(prompt_ids or ()):
@@ -82,15 +83,72 @@ class Writer(ABC):
         }
 
     @abstractmethod
+    def _bare(self, index: int) -> Choice:
+        """A choice of a chunk that adds nothing."""
+
+    @abstractmethod
+    def _of_prompt(self, prompt: int, event: PromptEvent, first_text: str) -> list[Choice]:
+        """What the prompt adds."""
+
+    @abstractmethod
+    def _of_delta(self, index: int, delta: Delta) -> Choice:
+        """What new tokens of a choice add."""
+
+    @abstractmethod
+    def _add(self, whole: Choice, part: Choice) -> None:
+        """Add the text and the log-probabilities of a chunk's choice to those of a whole one."""
+
+    @abstractmethod
+    def _whole(self, index: int) -> Choice:
+        """A choice of a whole response, to which chunks add."""
+
     def choices(self, prompt: int, event: Event, first_text: str = "") -> list[Choice]:
         """What an event of the call for `prompt` adds, as choices of a chunk.
 
         `first_text` is the text of the prompt's first token, where its log-probabilities are shown.
         """
+        if isinstance(event, PromptEvent):
+            return self._of_prompt(prompt, event, first_text)
+        index = prompt * self.num_choices + event.index
+        if isinstance(event, Delta):
+            self.usage.wrote(index, len(event.token_ids))
+            choice = self._of_delta(index, event)
+            if self.shows_ids:
+                choice["token_ids"] = list(event.token_ids)
+        else:
+            self.usage.finished(prompt, index, event.usage)
+            choice = self._bare(index)
+            choice["finish_reason"] = self._reason(index, event)
+            choice["stop_reason"] = self._stop_reason(event)
+        return [choice]
 
-    @abstractmethod
     def fold(self, whole: Choice | None, part: Choice) -> Choice:
         """A choice of a whole response, with what a chunk adds."""
+        whole = whole or self._whole(part["index"])
+        self._add(whole, part)
+        if "token_ids" in part:
+            whole["token_ids"] = [*whole.get("token_ids", ()), *part["token_ids"]]
+        for key in ("finish_reason", "stop_reason", "prompt_logprobs", "prompt_token_ids"):
+            if part.get(key) is not None or key in part.keys() - whole.keys():
+                whole[key] = part[key]
+        return whole
+
+    def _reason(self, index: int, finished: Finished) -> str:
+        """Why a choice ended, as OpenAI names it."""
+        return _REASONS[finished.ending.reason]
+
+    def _stop_reason(self, finished: Finished) -> int | str | None:
+        """vLLM's: the stop string, or the stop token that the client named."""
+        ending = finished.ending
+        if ending.matched_text is not None:
+            return ending.matched_text
+        token = ending.matched_token
+        return token if token in (self.call.body.stop_token_ids or ()) else None
+
+    def name_of(self, entry: Logprob) -> str:
+        """A token in log-probabilities: its text, or its id where the client asks so."""
+        by_id = self.call.body.return_tokens_as_token_ids
+        return f"token_id:{entry.token_id}" if by_id else entry.text
 
     def chunk(self, choices: list[Choice], *, last: bool = False) -> dict[str, Any]:
         """One chunk of a stream; the last one may bring usage in place of choices."""
@@ -107,29 +165,3 @@ class Writer(ABC):
             "choices": [choices[index] for index in sorted(choices)],
             "usage": self.usage.as_dict(),
         }
-
-    def stop_reason(self, finished: Finished) -> int | str | None:
-        """vLLM's: the stop string, or the stop token that the client named."""
-        ending = finished.ending
-        if ending.matched_text is not None:
-            return ending.matched_text
-        token = ending.matched_token
-        return token if token in (self.call.body.stop_token_ids or ()) else None
-
-
-def reason_of(finished: Finished) -> str:
-    """Why a choice ended, as OpenAI names it."""
-    return _REASONS[finished.ending.reason]
-
-
-def joined(whole: Choice, part: Choice, key: str) -> None:
-    """Append a list of the part, where there is one."""
-    if part.get(key) is not None:
-        whole[key] = [*(whole.get(key) or []), *part[key]]
-
-
-def replaced(whole: Choice, part: Choice, *keys: str) -> None:
-    """Take over the keys that the part has a value for."""
-    for key in keys:
-        if key in part and (part[key] is not None or key not in whole):
-            whole[key] = part[key]

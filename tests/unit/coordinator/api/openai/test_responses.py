@@ -296,45 +296,24 @@ def test_tool_calls():
     parts, whole = feed(
         chat_writer(tools=TOOLS),
         delta(token_ids=[1]),  # held back: it adds nothing
-        delta(token_ids=[2], tool_calls=[call(0, "{", id="c0", name="f")]),
-        delta(token_ids=[3], tool_calls=[call(0, "}"), call(1, '{"a":', id="c1", name="g")]),
-        delta(token_ids=[4], tool_calls=[call(1, "1}")]),
+        delta(token_ids=[2], tool_calls=[call(0, "{}", id="c0", name="f")]),
+        delta(token_ids=[3], tool_calls=[call(1, '{"a":1}', id="c1", name="g")]),
         finished(),
     )
-    said = [part["delta"] for part in parts]
-    assert said == [
+    calls = [
+        {"id": "c0", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+        {"id": "c1", "type": "function", "function": {"name": "g", "arguments": '{"a":1}'}},
+    ]
+    assert [part["delta"] for part in parts] == [
         {"role": "assistant", "content": ""},
-        {
-            "tool_calls": [
-                {
-                    "index": 0,
-                    "id": "c0",
-                    "type": "function",
-                    "function": {"name": "f", "arguments": "{"},
-                }
-            ]
-        },
-        {
-            "tool_calls": [
-                {"index": 0, "function": {"arguments": "}"}},
-                {
-                    "index": 1,
-                    "id": "c1",
-                    "type": "function",
-                    "function": {"name": "g", "arguments": '{"a":'},
-                },
-            ]
-        },
-        {"tool_calls": [{"index": 1, "function": {"arguments": "1}"}}]},
+        {"tool_calls": [{"index": 0, **calls[0]}]},
+        {"tool_calls": [{"index": 1, **calls[1]}]},
         {},
     ]
     (choice,) = whole["choices"]
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["content"] is None
-    assert choice["message"]["tool_calls"] == [
-        {"id": "c0", "type": "function", "function": {"name": "f", "arguments": "{}"}},
-        {"id": "c1", "type": "function", "function": {"name": "g", "arguments": '{"a":1}'}},
-    ]
+    assert choice["message"]["tool_calls"] == calls
 
 
 def test_why_an_answer_of_calls_ends():
