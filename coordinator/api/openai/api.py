@@ -30,7 +30,7 @@ from coordinator.api.openai.endpoint import (
     Events,
     Handler,
     ParsedRequest,
-    Response,
+    Result,
     event,
     large_json,
 )
@@ -96,10 +96,10 @@ class OpenAiApi:
             *(Route(path, nowhere) for path in ("/v1", "/v1/{path:path}")),
         ]
 
-    async def _completions(self, request: ParsedRequest) -> Response:
+    async def _completions(self, request: ParsedRequest) -> Result:
         return await self._complete(request, read_completion, CompletionWriter)
 
-    async def _chat(self, request: ParsedRequest) -> Response:
+    async def _chat(self, request: ParsedRequest) -> Result:
         return await self._complete(request, read_chat, ChatWriter)
 
     async def _complete(
@@ -107,7 +107,7 @@ class OpenAiApi:
         request: ParsedRequest,
         read_call: Callable[[dict[str, Any], str], Call],
         make_writer: type[Writer],
-    ) -> Response:
+    ) -> Result:
         call = await request.read_by(read_call)
         prompt_ids = None
         if call.body.return_token_ids or call.continuous_usage:
@@ -162,10 +162,10 @@ class OpenAiApi:
         with in_words_of(names):
             return await self.frontend.tokenize(tokenize)
 
-    async def _models(self, request: ParsedRequest) -> Response:
+    async def _models(self, request: ParsedRequest) -> Result:
         return {"object": "list", "data": [self._card(self.frontend.model())]}
 
-    async def _model(self, request: ParsedRequest) -> Response:
+    async def _model(self, request: ParsedRequest) -> Result:
         return self._card(self.frontend.model(request.path["model"]))
 
     def _card(self, model: ModelCard) -> dict[str, Any]:
@@ -179,7 +179,7 @@ class OpenAiApi:
             "max_model_len": model.max_model_len,
         }
 
-    async def _tokenize(self, request: ParsedRequest) -> Response:
+    async def _tokenize(self, request: ParsedRequest) -> Result:
         values = request.body
         if values.get("messages") is not None:
             chat = read(TokenizeChat, values)
@@ -202,22 +202,22 @@ class OpenAiApi:
         limit = self.frontend.model().max_model_len
         return {"count": len(ids), "max_model_len": limit, "tokens": ids}
 
-    async def _detokenize(self, request: ParsedRequest) -> Response:
+    async def _detokenize(self, request: ParsedRequest) -> Result:
         body = read(DetokenizeBody, request.body)
         check_rest(DetokenizeBody, request.body, {}, ())
         with in_words_of({"token_ids": "tokens"}):
             return {"prompt": await self.frontend.detokenize(body.tokens, body.model or "")}
 
-    async def _version(self, request: ParsedRequest) -> Response:
+    async def _version(self, request: ParsedRequest) -> Result:
         return {"version": installed_version()}
 
-    async def _openapi(self, request: ParsedRequest) -> Response:
+    async def _openapi(self, request: ParsedRequest) -> Result:
         return description(installed_version())
 
-    async def _docs(self, request: ParsedRequest) -> Response:
+    async def _docs(self, request: ParsedRequest) -> Result:
         return page(description(installed_version()))
 
-    async def _nowhere(self, request: ParsedRequest) -> Response:
+    async def _nowhere(self, request: ParsedRequest) -> Result:
         raise Refused(Failure(404, "nothing is served here; see /openapi.json"))
 
 

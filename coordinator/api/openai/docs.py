@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 from base64 import b64encode
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment
 from markupsafe import Markup
+from starlette.responses import Response
 
 _STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
@@ -35,20 +35,13 @@ _HEADERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """An answer that is HTML."""
-
-    html: str
-    headers: Mapping[str, str]
-
-
 @cache
 def _template() -> Any:
     source = files(__package__ or "").joinpath("docs.html").read_text(encoding="utf-8")
     return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
 
 
-def page(description: Mapping[str, Any]) -> Page:
+def page(description: Mapping[str, Any]) -> Response:
     """The page of an OpenAPI `description`."""
-    return Page(_template().render(**description, style=Markup(_STYLE)), _HEADERS)
+    html = _template().render(**description, style=Markup(_STYLE))
+    return Response(html, headers=_HEADERS)

@@ -21,10 +21,10 @@ from typing import Any, TypeVar
 
 from prometheus_client import Counter
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from coordinator.api.openai.body import LARGE_BYTES, Gone, parse, read_body
-from coordinator.api.openai.docs import Page
 from coordinator.api.openai.errors import INTERNAL, Failure, Refused, failure_of
 from coordinator.api.openai.keepalive import kept_alive
 from coordinator.api.validation.request import MAX_REQUEST_ID_CHARS
@@ -45,7 +45,7 @@ _ANY = ""  # method
 _HEAD = ("GET", "HEAD")  # the served method, and that of the request
 
 Events = AsyncGenerator[str, None]
-Response = dict[str, Any] | str | Page | Events  # a text is JSON
+Result = dict[str, Any] | str | Response | Events  # a text is JSON
 Read = TypeVar("Read")
 
 
@@ -65,7 +65,7 @@ class ParsedRequest:
         return read(self.body, self.request_id)
 
 
-Handler = Callable[[ParsedRequest], Awaitable[Response]]
+Handler = Callable[[ParsedRequest], Awaitable[Result]]
 
 
 def event(value: dict[str, Any]) -> str:
@@ -76,6 +76,15 @@ def event(value: dict[str, Any]) -> str:
 def to_json(value: Any) -> str:
     """Compact JSON."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def json_response(
+    value: dict[str, Any] | str, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """A whole response; a text is JSON already."""
+    text = value if isinstance(value, str) else to_json(value)
+    body = text.encode(errors="replace")
+    return Response(body, status, headers, media_type="application/json")
 
 
 def large_json(value: Any, depth: int = 5) -> str:
@@ -119,18 +128,17 @@ class Endpoint:
         try:
             request = await self._read(exchange)
             response = await self.handler(request)
-            if isinstance(response, Page):
-                await exchange.respond(200, response.html, response.headers)
-                return 200
-            if isinstance(response, dict | str):
-                await exchange.respond(200, response)
-                return 200
-            return await self._stream(exchange, response)
+            if isinstance(response, AsyncGenerator):
+                return await self._stream(exchange, response)
+            if not isinstance(response, Response):
+                response = json_response(response)
+            await exchange.respond(response)
+            return 200
         except Gone:
             return _GONE
         except Exception as error:
             failure = self._failure(error)
-            await exchange.respond(failure.status, failure.body, failure.headers)
+            await exchange.respond(json_response(failure.body, failure.status, failure.headers))
             return failure.status
 
     async def _read(self, exchange: _Exchange) -> ParsedRequest:
@@ -173,21 +181,16 @@ class Endpoint:
 
     def _failure(self, error: Exception) -> Failure:
         """The response to an error; writes a line in the log."""
-        if isinstance(error, DiptychError):
-            failure = failure_of(error)
-            if failure.status < 500:
-                _log.info(
-                    "http request refused",
-                    path=self.name,
-                    status=failure.status,
-                    code=failure.code,
-                    param=failure.param,
-                )
-                return failure
-            _log.warning("http request failed", path=self.name, status=failure.status)
-            return failure
-        _log.exception("http request failed", path=self.name, status=500)
-        return INTERNAL
+        if not isinstance(error, DiptychError):
+            _log.exception("http request failed", path=self.name, status=500)
+            return INTERNAL
+        failure = failure_of(error)
+        refused = {"path": self.name, "status": failure.status}
+        if failure.status < 500:
+            _log.info("http request refused", **refused, code=failure.code, param=failure.param)
+        else:
+            _log.warning("http request failed", **refused)
+        return failure
 
 
 def _status_of(work: asyncio.Task[int]) -> int:
@@ -208,7 +211,7 @@ class _Exchange:
         self.receive = receive
         host, port = scope.get("client") or ("", 0)
         self.peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self._send = send
+        self._scope, self._send = scope, send
         self._listening = asyncio.Event()
         self._header_id = self.headers.get("x-request-id", "")
         good = self._header_id and _plain(self._header_id)
@@ -250,17 +253,10 @@ class _Exchange:
         body = text.encode(errors="replace")
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
-    async def respond(
-        self, status: int, value: dict[str, Any] | str, headers: Mapping[str, str] | None = None
-    ) -> None:
-        """A whole JSON response; a text is JSON already."""
-        text = value if isinstance(value, str) else to_json(value)
-        body = text.encode(errors="replace")
-        kind = {"content-type": "application/json", "content-length": str(len(body))}
-        await self.start(status, {**kind, **(headers or {})})
-        if self.method == "HEAD":
-            body = b""
-        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+    async def respond(self, response: Response) -> None:
+        """A whole response."""
+        response.headers["x-request-id"] = self.request_id
+        await response(self._scope, self.receive, self._send)
 
 
 _EXPECTED_ID = f"expected at most {MAX_REQUEST_ID_CHARS} printable ASCII characters"
