@@ -66,11 +66,5 @@ def _finished(event: Finished) -> pb.Finished:
         finish_reason=enum_to_pb(ending.reason),
         matched_stop=matched,
         usage=pb.Usage(**asdict(event.usage)),
-        timing=pb.Timing(
-            queue=timing.queue_s,
-            prefill=timing.prefill_s,
-            kv_transfer=timing.kv_transfer_s,
-            first_token=timing.first_token_s,
-            decode=timing.decode_s,
-        ),
+        timing=pb.Timing(**{name.removesuffix("_s"): s for name, s in asdict(timing).items()}),
     )

@@ -41,23 +41,15 @@ _FLAG_ALIASES = {"exclude_input_from_output": "exclude_input_in_output"}  # ther
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """The form of the response."""
+class ParsedRequest:
+    """One parsed request, and the form of its response. The frontend checks `generate`."""
 
-    model_name: str
+    generate: GenerateRequest
     id: str
     outputs: tuple[str, ...]
     raw: bool  # elements as raw bytes, else as typed contents
     batched: bool  # a leading dimension of 1, as the prompt had
     empty_final: bool  # the last response of a stream has no tensors
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedRequest:
-    """One parsed request. The frontend checks the values in `generate`."""
-
-    generate: GenerateRequest
-    form: Form
     streaming: bool
     timeout_s: float | None
 
@@ -79,17 +71,16 @@ def read_request(request: grpc_service_pb2.ModelInferRequest, served: str) -> Pa
     outputs = _outputs(request, flags, options.output, tensor.name == "input_ids")
     if {"logprobs", "cumulative_logprob"} & set(outputs):
         options.output.setdefault("logprobs", 0)  # the token's own
-    form = Form(
-        model_name=served,
+    return ParsedRequest(
+        GenerateRequest(request_id=request.id, model=served, **prompt, **options.fields()),
         id=request.id,
         outputs=outputs,
         raw=_raw(request),
         batched=len(tensor.shape) == 2,
         empty_final=_control(request, _EMPTY_FINAL, False),
+        streaming=flags.get("streaming", flags.get("stream", False)),
+        timeout_s=_timeout_s(request),
     )
-    streaming = flags.get("streaming", flags.get("stream", False))
-    generate = GenerateRequest(request_id=request.id, model=served, **prompt, **options.fields())
-    return ParsedRequest(generate, form, streaming, _timeout_s(request))
 
 
 def _take_prompt(tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:

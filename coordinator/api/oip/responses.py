@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coordinator.api.oip.model import VERSION
-from coordinator.api.oip.request import Form
+from coordinator.api.oip.request import ParsedRequest
 from coordinator.api.oip.tensors import BYTES, Tensor, write_tensor
 from coordinator.api.ranked import ranked
 from coordinator.generation.events import Delta, Event, Finished, PromptEvent
@@ -40,8 +40,9 @@ class _Row:
 class ResponseBuilder:
     """The responses to one request."""
 
-    def __init__(self, form: Form, num_choices: int) -> None:
-        self._form = form
+    def __init__(self, request: ParsedRequest) -> None:
+        num_choices = request.generate.n
+        self._request = request
         self._rows = [_Row() for _ in range(num_choices)]
         self._sums = [0.0] * num_choices  # of log-probabilities, over the whole output
         self._num_unfinished = num_choices
@@ -76,17 +77,17 @@ class ResponseBuilder:
     @property
     def worth_sending(self) -> bool:
         """Whether a response would have something new."""
-        tokens = bool(_OF_TOKENS.intersection(self._form.outputs))
+        tokens = bool(_OF_TOKENS.intersection(self._request.outputs))
         return self._prompt_logprobs is not None or any(
             row.text or row.reason or (tokens and row.token_ids) for row in self._rows
         )
 
     def take(self, *, final: bool) -> pb.ModelInferResponse:
         """The response with all that was added since the last one."""
-        response = bare_response(self._form.model_name, self._form.id, final=final)
-        for name in self._form.outputs:
+        response = bare_response(self._request.generate.model, self._request.id, final=final)
+        for name in self._request.outputs:
             if (tensor := self._tensor(name)) is not None:
-                write_tensor(response, tensor, raw=self._form.raw)
+                write_tensor(response, tensor, raw=self._request.raw)
         self._rows = [_Row() for _ in self._rows]
         self._prompt_logprobs = None
         return response
@@ -116,7 +117,7 @@ class ResponseBuilder:
 
     def _make(self, name: str, datatype: str, values: Sequence[Any], *inner: int) -> Tensor:
         shape = (*inner,) if inner else (len(values),)
-        return Tensor(name, datatype, (1, *shape) if self._form.batched else shape, values)
+        return Tensor(name, datatype, (1, *shape) if self._request.batched else shape, values)
 
     def _token_ids(self) -> Tensor:
         """One choice: [length]; several: [choices, longest]."""

@@ -155,7 +155,7 @@ class OipServicer:
             async with aclosing(self._responses(parsed, context)) as responses:
                 async for response in responses:
                     await merge.put(stream_response(infer_response=response))
-            if parsed.form.empty_final:
+            if parsed.empty_final:
                 last = bare_response(self.served, request.id, final=True)
                 await merge.put(stream_response(infer_response=last))
         except DiptychError as error:
@@ -186,18 +186,17 @@ class OipServicer:
     ) -> AsyncGenerator[pb.ModelInferResponse, None]:
         """The responses to a request: one, or with `streaming` any number."""
         builder: ResponseBuilder | None = None
-        request = parsed.generate
-        call = self.frontend.generate(request, _left_s(parsed, context))
+        call = self.frontend.generate(parsed.generate, _left_s(parsed, context))
         async with aclosing(call) as events:
             async for event in events:
                 # With the first event the number of choices has been checked.
-                builder = builder or ResponseBuilder(parsed.form, request.n)
+                builder = builder or ResponseBuilder(parsed)
                 builder.add(event)
                 if parsed.streaming and builder.worth_sending:
-                    final = builder.finished and not parsed.form.empty_final
+                    final = builder.finished and not parsed.empty_final
                     yield builder.take(final=final)
         if not parsed.streaming and builder:
-            yield builder.take(final=not parsed.form.empty_final)
+            yield builder.take(final=not parsed.empty_final)
 
 
 def _left_s(parsed: ParsedRequest, context: Any) -> float | None:

@@ -9,17 +9,14 @@ from __future__ import annotations
 from coordinator.api.values import Constraint, GenerateRequest, Output, Sampling, Stop
 from engine.base.errors import InvalidRequest, NotOffered
 from engine.pb.vllm import vllm_engine_pb2 as pb
+from engine.rpc.convert import from_pb
 
 _NOT_TAKEN = ("kv_transfer_params", "kv_transfer_params_json", "mm_inputs", "media_refs")
 _DEFAULT_TEMPERATURE = 1.0
 # Zero in these means unset, or is the default.
 _SAMPLING = (
-    "top_p",
-    "top_k",
-    "min_p",
-    "frequency_penalty",
-    "presence_penalty",
-    "repetition_penalty",
+    *("top_p", "top_k", "min_p"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty"),
 )
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar")
 
@@ -50,14 +47,11 @@ def to_generate(request: pb.GenerateRequest, served: str, max_model_len: int) ->
         text=text,
         token_ids=token_ids,
         sampling=_sampling(params),
-        stop=Stop(
+        stop=from_pb(
+            Stop,
+            params,
             # The room left is shorter, and ends the output.
             max_tokens=params.max_tokens if params.HasField("max_tokens") else max_model_len,
-            min_tokens=params.min_tokens,
-            stop=params.stop,
-            stop_token_ids=params.stop_token_ids,
-            ignore_eos=params.ignore_eos,
-            include_stop_str_in_output=params.include_stop_str_in_output,
         ),
         output=_output(params),
         constraint=_constraint(params),

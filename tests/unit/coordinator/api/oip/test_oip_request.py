@@ -145,9 +145,9 @@ def test_a_request_keeps_to_one_way_of_carrying_elements():
 def test_a_prompt_with_and_without_a_batch_dimension(shape, raw):
     asked = read_request(ask("Grüße", shape, raw), MODEL)
     assert asked.generate.text == "Grüße"
-    assert asked.form.batched == (len(shape) == 2)
-    assert asked.form.raw == raw
-    assert asked.form.outputs == ("text_output", "finish_reason")
+    assert asked.batched == (len(shape) == 2)
+    assert asked.raw == raw
+    assert asked.outputs == ("text_output", "finish_reason")
     assert not asked.streaming
     assert asked.timeout_s is None
 
@@ -183,7 +183,7 @@ def test_token_ids():
     add(request, "input_lengths", "INT32", [1, 1], 3)
     asked = read_request(request, MODEL)
     assert list(asked.generate.token_ids) == [5, 6, 7]
-    assert asked.form.outputs == ("text_output", "finish_reason", "output_ids")
+    assert asked.outputs == ("text_output", "finish_reason", "output_ids")
     request.inputs[1].contents.int_contents[0] = 4
     refused(request, "inputs.input_lengths", "4; input_ids has 3")
     refused(add(pb.ModelInferRequest(), "input_ids", "INT32", [2], 5, -1), "inputs.input_ids[1]")
@@ -514,7 +514,7 @@ def test_a_request_as_vllms_backend_has_it():
     assert asked.generate.output.echo
     assert asked.generate.output.logprobs == 0
     expected = ("text_output", "finish_reason", "num_input_tokens", "logprobs")
-    assert asked.form.outputs == expected
+    assert asked.outputs == expected
 
 
 @pytest.mark.parametrize("name", ["structured_outputs", "guided_decoding"])
@@ -590,7 +590,7 @@ def test_what_comes_back():
     request.outputs.add(name="output_ids")
     request.outputs.add(name="cumulative_logprob")
     asked = read_request(request, MODEL)
-    assert asked.form.outputs == ("output_ids", "cumulative_logprob")
+    assert asked.outputs == ("output_ids", "cumulative_logprob")
     assert asked.generate.output.logprobs == 0
     request.outputs.add(name="nothing")
     refused(request, "outputs.nothing", "text_output")
@@ -600,12 +600,12 @@ def test_what_comes_back():
 
 
 def test_the_client_may_say_how_elements_come_back():
-    assert read_request(ask(binary_data_output=True), MODEL).form.raw
-    assert not read_request(ask(raw=True, binary_data_output=False), MODEL).form.raw
+    assert read_request(ask(binary_data_output=True), MODEL).raw
+    assert not read_request(ask(raw=True, binary_data_output=False), MODEL).raw
     request = ask()
     for name in ("text_output", "finish_reason"):
         request.outputs.add(name=name).parameters["binary_data"].bool_param = True
-    assert read_request(request, MODEL).form.raw
+    assert read_request(request, MODEL).raw
     request.outputs[1].parameters["binary_data"].bool_param = False
     refused(request, "outputs", "all of one kind")
 
@@ -625,7 +625,7 @@ def test_the_model_and_its_one_version():
 def test_timeout_and_final_are_the_requests_own():
     asked = read_request(ask(timeout=2_500_000, triton_enable_empty_final_response=True), MODEL)
     assert asked.timeout_s == 2.5
-    assert asked.form.empty_final
+    assert asked.empty_final
     assert read_request(ask(timeout=0), MODEL).timeout_s is None
 
 
@@ -660,11 +660,11 @@ def token(token_id, logprob, *top):
     return scored(token_id, f"t{token_id}", logprob, *named)
 
 
-def form(*outputs, **parameters):
+def asked_for(*outputs, **parameters):
     request = ask(shape=(1, 1) if parameters.pop("batched", False) else (1,), **parameters)
     for name in outputs:
         request.outputs.add(name=name)
-    return read_request(request, MODEL).form
+    return read_request(request, MODEL)
 
 
 def contents(response):
@@ -678,7 +678,7 @@ def contents(response):
 
 def test_a_whole_answer_of_several_choices():
     builder = ResponseBuilder(
-        form("text_output", "finish_reason", "output_ids", "num_output_tokens"), 2
+        asked_for("text_output", "finish_reason", "output_ids", "num_output_tokens", n=2)
     )
     for each in (
         delta("a", [1, 2]),
@@ -700,7 +700,7 @@ def test_a_whole_answer_of_several_choices():
 
 def test_a_stream_tells_each_thing_once():
     builder = ResponseBuilder(
-        form("text_output", "output_ids", "cumulative_logprob", batched=True), 1
+        asked_for("text_output", "output_ids", "cumulative_logprob", batched=True)
     )
     assert not builder.worth_sending
     builder.add(delta("a", [1], logprobs=[token(1, -0.5)]))
@@ -717,7 +717,7 @@ def test_a_stream_tells_each_thing_once():
 
 
 def test_texts_of_a_batched_request_are_a_row_of_choices():
-    builder = ResponseBuilder(form("text_output", "finish_reason", batched=True), 2)
+    builder = ResponseBuilder(asked_for("text_output", "finish_reason", batched=True, n=2))
     for each in (delta("a", [1]), delta("x", [7], index=1), finished(1), finished()):
         builder.add(each)
     assert contents(builder.take(final=True)) == {
@@ -727,7 +727,7 @@ def test_texts_of_a_batched_request_are_a_row_of_choices():
 
 
 def test_held_text_is_no_response_where_only_text_was_asked_for():
-    builder = ResponseBuilder(form("text_output", "finish_reason"), 1)
+    builder = ResponseBuilder(asked_for("text_output", "finish_reason"))
     builder.add(delta("", [1]))
     assert not builder.worth_sending
     builder.add(delta("é", [2]))
@@ -740,7 +740,7 @@ def test_held_text_is_no_response_where_only_text_was_asked_for():
 
 
 def test_log_probabilities_as_vllm_has_them():
-    builder = ResponseBuilder(form("logprobs", "prompt_logprobs"), 1)
+    builder = ResponseBuilder(asked_for("logprobs", "prompt_logprobs"))
     prompt = PromptEvent("ab", [5, 6], [token(6, -1.0)])
     builder.add(prompt)
     builder.add(delta("c", [7], logprobs=[token(7, -2.0, (8, -0.5), (7, -2.0))]))
@@ -758,7 +758,7 @@ def test_log_probabilities_as_vllm_has_them():
 
 
 def test_an_echoed_prompt_stands_before_each_choice():
-    builder = ResponseBuilder(form("text_output", "output_ids", "num_output_tokens"), 2)
+    builder = ResponseBuilder(asked_for("text_output", "output_ids", "num_output_tokens", n=2))
     builder.add(PromptEvent("ab", [5, 6]))
     builder.add(delta("c", [7], index=1))
     assert contents(builder.take(final=False)) == {
