@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Self
 
 import grpc
 
-from coordinator.client.attempts import RETRY_POLICY, RetryPolicy
 from coordinator.client.base import BaseClient, unreachable
 from coordinator.client.events import OutputEvent
 from coordinator.client.stream import Stream
@@ -21,17 +18,7 @@ from engine.pb.diptych.v1 import admin_pb2, inference_pb2
 class AsyncClient(BaseClient[AsyncIterator[OutputEvent]]):
     """A client for asyncio. Its errors are DiptychError, or grpc.RpcError for unknown statuses."""
 
-    def __init__(
-        self,
-        address: str | Sequence[str],
-        *,
-        retry_policy: RetryPolicy = RETRY_POLICY,
-        rng: random.Random | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    ) -> None:
-        super().__init__(address, retry_policy, rng, clock, grpc.aio.insecure_channel)
-        self._sleep = sleep
+    _open_channel = staticmethod(grpc.aio.insecure_channel)
 
     async def model(self, *, timeout_s: float = 10.0) -> inference_pb2.Model:
         """The served model."""
@@ -61,7 +48,7 @@ class AsyncClient(BaseClient[AsyncIterator[OutputEvent]]):
         while True:
             plan = stream.next(clock())
             if plan.wait_s > 0:
-                await self._sleep(plan.wait_s)
+                await asyncio.sleep(plan.wait_s)
             call = self._call(stream, plan)
             with self._monitor.watch_from_loop(call, plan.silence_s) as silence:
                 try:

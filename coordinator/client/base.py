@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 import random
 import threading
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import grpc
 
-from coordinator.client.attempts import Attempts, RetryPolicy
+from coordinator.client.attempts import RETRY_POLICY, Attempts, RetryPolicy
 from coordinator.client.messages import Request, chat_request, generate_request
 from coordinator.client.silence_monitor import SilenceMonitor
 from coordinator.client.stream import Call, Stream
@@ -34,13 +35,15 @@ Events = TypeVar("Events")  # an iterator of OutputEvent, blocking or not
 class BaseClient(Generic[Events]):
     """A client over gRPC's channels of one kind; a subclass makes the calls and waits."""
 
+    _open_channel: Callable[..., Any]
+
     def __init__(
         self,
         address: str | Sequence[str],
-        retry_policy: RetryPolicy,
-        rng: random.Random | None,
-        clock: Callable[[], float],
-        open_channel: Callable[..., Any],
+        *,
+        retry_policy: RetryPolicy = RETRY_POLICY,
+        rng: random.Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_resumed = 0  # calls that continued an output that another call had begun
         self._addresses = addresses_of(address)
@@ -51,8 +54,8 @@ class BaseClient(Generic[Events]):
         self._closed = False
         self._at = 0  # the coordinator that the next output calls first
         self._lock = threading.Lock()
-        self._channel_options = channel_options(retry_policy)
-        self._channels = [open_channel(a, options=self._channel_options) for a in self._addresses]
+        options = channel_options(retry_policy)
+        self._channels = [self._open_channel(a, options=options) for a in self._addresses]
         self._inference: list[Any] = [
             inference_pb2_grpc.InferenceServiceStub(c) for c in self._channels
         ]

@@ -5,17 +5,15 @@ A call is open from the first event until the iterator ends, is closed or is gar
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Self
 
 import grpc
 
-from coordinator.client.attempts import RETRY_POLICY, RetryPolicy
-from coordinator.client.base import BaseClient, unreachable
+from coordinator.client.base import BaseClient, channel_options, unreachable
 from coordinator.client.events import OutputEvent
 from coordinator.client.stream import Stream
 from engine.base.errors import DeadlineExceeded, DiptychError
@@ -27,17 +25,7 @@ from engine.rpc.local_token import local_coordinator
 class Client(BaseClient[Iterator[OutputEvent]]):
     """A blocking client. Its errors are DiptychError, or grpc.RpcError for unknown statuses."""
 
-    def __init__(
-        self,
-        address: str | Sequence[str],
-        *,
-        retry_policy: RetryPolicy = RETRY_POLICY,
-        rng: random.Random | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        super().__init__(address, retry_policy, rng, clock, grpc.insecure_channel)
-        self._sleep = sleep
+    _open_channel = staticmethod(grpc.insecure_channel)
 
     def model(self, *, timeout_s: float = 10.0) -> inference_pb2.Model:
         """The served model."""
@@ -71,7 +59,8 @@ class Client(BaseClient[Iterator[OutputEvent]]):
                 if token is None and (found := local_coordinator(address)):
                     # Call the examined address: the name may have others.
                     own = found[1]
-                    channel = grpc.insecure_channel(found[0], options=self._channel_options)
+                    options = channel_options(self._retry_policy)
+                    channel = grpc.insecure_channel(found[0], options=options)
                     stub = admin_pb2_grpc.AdminServiceStub(opened.enter_context(channel))
                 metadata = own.metadata if own else ()
                 methods.append(partial(stub.DrainWorker, metadata=metadata))
@@ -94,7 +83,7 @@ class Client(BaseClient[Iterator[OutputEvent]]):
         while True:
             plan = stream.next(clock())
             if plan.wait_s > 0:
-                self._sleep(plan.wait_s)
+                time.sleep(plan.wait_s)
             call = self._call(stream, plan)
             with self._monitor.watch_from_thread(call, plan.silence_s) as silence:
                 try:
