@@ -15,15 +15,12 @@ from starlette.routing import BaseRoute, Route
 from coordinator.api.frontend import Frontend
 from coordinator.api.openai.calls import in_words_of, merged
 from coordinator.api.openai.chat_responses import ChatWriter
-from coordinator.api.openai.chats import read_chat, tools_json
 from coordinator.api.openai.completion_responses import CompletionWriter
-from coordinator.api.openai.completions import read_completion
 from coordinator.api.openai.decisions import (
     TOKENIZE_CHAT_NEUTRAL,
     TOKENIZE_IGNORED,
     TOKENIZE_NEUTRAL,
 )
-from coordinator.api.openai.docs import page
 from coordinator.api.openai.endpoint import (
     DONE,
     Endpoint,
@@ -37,9 +34,9 @@ from coordinator.api.openai.endpoint import (
 from coordinator.api.openai.errors import Failure, Refused
 from coordinator.api.openai.messages import read_messages
 from coordinator.api.openai.models import DetokenizeBody, TokenizeChat, TokenizeText
-from coordinator.api.openai.openapi import description
-from coordinator.api.openai.options import Call
+from coordinator.api.openai.openapi import description, page
 from coordinator.api.openai.read import check_rest, read
+from coordinator.api.openai.requests import Call, read_chat, read_completion, tools_json
 from coordinator.api.openai.responses import Choice, Writer
 from coordinator.api.values import GenerateRequest, ModelCard, TokenizeRequest
 from coordinator.api.version import installed_version

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from coordinator.api.openai.options import Call
+from coordinator.api.openai.requests import Call
 from coordinator.generation import events
 from coordinator.generation.events import Delta, Event, Finished, PromptEvent
 from coordinator.text.values import Logprob

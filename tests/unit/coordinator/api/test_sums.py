@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.api.openai.body import parse_body
-from coordinator.api.openai.completions import read_completion
 from coordinator.api.openai.errors import Refused
+from coordinator.api.openai.requests import read_completion
 from coordinator.api.validation.tools import UNPARSED, check_tool_calls
 from coordinator.generation.output import Output
 from coordinator.generation.shared_parts import SharedParts

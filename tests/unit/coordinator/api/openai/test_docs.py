@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
-from coordinator.api.openai.docs import page
-from coordinator.api.openai.openapi import description
+from coordinator.api.openai.openapi import description, page
 from tests.support.scripted_frontend import ScriptedFrontend, client
 
 # Elements and attributes by which a browser fetches or runs something.

@@ -8,8 +8,8 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from coordinator.api.openai.chats import read_chat
 from coordinator.api.openai.errors import failure_of
+from coordinator.api.openai.requests import read_chat
 from coordinator.text.values import Message, ToolCall
 from engine.base.errors import DiptychError
 from engine.pb.diptych.v1 import inference_pb2 as pb

@@ -10,8 +10,6 @@ import openai
 import pytest
 
 from coordinator.api.openai.body import parse_body
-from coordinator.api.openai.chats import read_chat
-from coordinator.api.openai.completions import MAX_PROMPTS, read_completion
 from coordinator.api.openai.decisions import (
     CHAT_NEUTRAL,
     COMPLETION_NEUTRAL,
@@ -21,6 +19,7 @@ from coordinator.api.openai.decisions import (
 from coordinator.api.openai.errors import Failure, Refused, failure_of, param_of
 from coordinator.api.openai.models import ChatBody, CompletionBody
 from coordinator.api.openai.openapi import description
+from coordinator.api.openai.requests import MAX_PROMPTS, read_chat, read_completion
 from coordinator.api.values import (
     Constraint,
     GenerateRequest,

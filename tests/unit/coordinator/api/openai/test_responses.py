@@ -8,9 +8,8 @@ import math
 import pytest
 
 from coordinator.api.openai.chat_responses import ChatWriter
-from coordinator.api.openai.chats import read_chat
 from coordinator.api.openai.completion_responses import CompletionWriter
-from coordinator.api.openai.completions import read_completion
+from coordinator.api.openai.requests import read_chat, read_completion
 from coordinator.generation.events import Delta, PromptEvent
 from coordinator.text.values import Logprob, ScoredToken, ToolCallPiece
 from engine.base.types import FinishReason
