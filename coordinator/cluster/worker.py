@@ -30,6 +30,8 @@ from engine.base.types import (
 HEARTBEAT_S = 0.5
 SILENCE_S = 3.0  # without a heartbeat: suspect
 FORGET_S = 60.0  # a suspect stays in the table, for operators to see
+# What a row has of the worker's Hello.
+_SHOWN = ("peer", "role", "http_address", "model", "kv_pool")
 # What a row keeps where the same process registers again.
 _KEPT = ("since_s", "load", "assigned_requests", "assigned_tokens", "penalized_until_s", "is_sick")
 
@@ -112,21 +114,12 @@ class Worker:
     @classmethod
     def of(cls, hello: Hello, session: int, now_s: float, old: Worker | None) -> Worker:
         """The row of a worker that registers where `old` was, which may be the same process."""
-        kept: dict[str, Any] = {"since_s": now_s, "load": Load()}
+        row: dict[str, Any] = {name: getattr(hello, name) for name in _SHOWN}
+        row |= {"state": WorkerState.READY, "load": Load(), "session": session}
+        row |= {"since_s": now_s, "heard_s": now_s, "beat_s": now_s}
         if old is not None and old.peer.incarnation == hello.peer.incarnation:
-            kept = {name: getattr(old, name) for name in _KEPT}
-        return cls(
-            peer=hello.peer,
-            role=hello.role,
-            http_address=hello.http_address,
-            model=hello.model,
-            kv_pool=hello.kv_pool,
-            state=WorkerState.READY,
-            session=session,
-            heard_s=now_s,
-            beat_s=now_s,
-            **kept,
-        )
+            row |= {name: getattr(old, name) for name in _KEPT}
+        return cls(**row)
 
     @property
     def expires_s(self) -> float:

@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from types import FrameType
@@ -23,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 
 from coordinator.client import Client, Done, TextDelta, describe
-from coordinator.commands.demo_progress import StackOutput, Stillness
 from engine.base.errors import ConfigError, DiptychError
 from engine.base.options import child_environment, state_dir
 from engine.pb.diptych.v1 import admin_pb2
@@ -36,6 +36,8 @@ _START_S = 3600.0
 _OUTPUT_S = 600.0
 _STOP_S = 20.0
 _SETTLE_S = 5.0
+_SILENT_S = 4.0  # after which a line with the elapsed time is shown
+_MOVED_S = 0.1  # CPU time of progress: a process that only polls uses less
 _QUESTION = (
     "A diptych is a pair of painted panels joined by a hinge. Travellers folded it shut to protect "
     "the pictures, and opened it on a table to look at them side by side. The left panel often "
@@ -190,6 +192,72 @@ def _summary(
     for name, value in rows:
         table.add_row(f"[bold]{name}[/bold]", value)
     console.print(table, soft_wrap=True)
+
+
+class StackOutput:
+    """Prints the lines of a coordinator's output that are no log lines.
+
+    During silence it prints a line with the elapsed time.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
+        self.last = ""
+        self._clock = clock
+        self._began_s = self._shown_s = clock()
+        self._path = path
+        self._num_read = 0
+        self._rest = b""
+
+    def show(self) -> None:
+        """Print new lines."""
+        new = self._path.read_bytes()[self._num_read :]
+        self._num_read += len(new)
+        *lines, self._rest = (self._rest + new).split(b"\n")
+        for raw in lines:
+            line = raw.decode(errors="replace").strip()
+            if line and not line.startswith("{"):
+                self.last = line
+                self._print(line)
+        if self._clock() - self._shown_s >= _SILENT_S:
+            self._print(f"starting, {self._clock() - self._began_s:.0f} s")
+
+    def _print(self, line: str) -> None:
+        self._shown_s = self._clock()
+        print(f"  {line}", flush=True)
+
+
+class Stillness:
+    """Measures for how long no log has grown and no process of the stack has computed."""
+
+    def __init__(self, pid: int, log_dir: Path, clock: Callable[[], float]) -> None:
+        self._pid = pid
+        self._log_dir = log_dir
+        self._clock = clock
+        self._moved_s = clock()
+        self._seen = self._look()
+
+    def seconds(self) -> float:
+        """Seconds since the last progress."""
+        size, cpu_s = self._look()
+        if size != self._seen[0] or abs(cpu_s - self._seen[1]) > _MOVED_S:
+            self._seen = size, cpu_s
+            self._moved_s = self._clock()
+        return self._clock() - self._moved_s
+
+    def _look(self) -> tuple[int, float]:
+        sizes = sum(p.stat().st_size for p in self._log_dir.glob("*.log") if p.exists())
+        return sizes, cpu_seconds(self._pid)
+
+
+def cpu_seconds(session: int) -> float:
+    """CPU time of all running processes of a session, which has the id of its first process."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = path.read_text(errors="replace").rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

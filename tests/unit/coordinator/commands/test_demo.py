@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.commands.demo_progress import StackOutput, Stillness, cpu_seconds
+from coordinator.commands.demo import StackOutput, Stillness, cpu_seconds
 from tests.support.paths import ROOT
 
 # The demo with a fake stack that is never ready; {stack} is its command.
