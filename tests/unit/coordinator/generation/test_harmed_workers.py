@@ -128,7 +128,7 @@ async def test_a_token_in_between_clears_it():
     for _ in range(6):
         await table.lose(request)
         await table.lose(request)
-        request.progressed()
+        request.retry.progressed()
 
 
 async def test_a_status_of_a_worker_is_no_loss():
@@ -185,7 +185,7 @@ async def test_a_worker_that_stays_counts_once():
     request = table.request()
     for _ in range(7):
         await request.failed(await request.next(100), Silent("nothing for 2.5 s"))
-        request.close()
+        request.retry.close()
 
 
 async def test_a_cluster_that_loses_workers_without_it_is_to_blame_itself():
@@ -216,7 +216,7 @@ async def test_suspects_are_tried_one_after_the_other_so_that_the_innocent_are_s
         table.membership.lost(route.decode, "its stream broke")
         for request in (cause, beside):
             await request.failed(Plan(None, route.decode), LOST)
-            request.close()
+            request.retry.close()
         table.begin(route.decode.peer.worker_id)
     route = await cause.next(100)
     waiting = asyncio.create_task(beside.next(100))
@@ -225,7 +225,7 @@ async def test_suspects_are_tried_one_after_the_other_so_that_the_innocent_are_s
     with pytest.raises(WorkersLost):
         await cause.failed(route, LOST)
     await asyncio.wait_for(waiting, 1)
-    beside.progressed()
+    beside.retry.progressed()
 
 
 async def test_a_trial_has_an_end():

@@ -57,7 +57,7 @@ async def test_the_only_worker_comes_back_with_another_model(name: str) -> None:
         table.come("decode-0")
         begun, fresh = table.dispatch(), table.dispatch()
         route = await begun.next(40)
-        begun.progressed()
+        begun.retry.progressed()
         await fresh.next(40)
         for worker in table.members.snapshot():
             table.members.lost(worker, "killed")
