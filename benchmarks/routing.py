@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry
 
 from coordinator.cluster.membership import Membership
 from coordinator.cluster.worker import ClusterView, Hello, Load, Worker
-from coordinator.routing.policy import LeastLoaded, RequestView, least_loaded
+from coordinator.routing.policy import RequestView, least_loaded, least_loaded_of
 from engine.base.option_groups import LogOptions
 from engine.base.types import PROTOCOL_VERSION, ModelIdentity, Peer, Role
 from engine.telemetry.coordinator_metrics import CoordinatorMetrics
@@ -57,11 +57,11 @@ def _attempt_rebuilt(members: Membership) -> None:
     _rebuilt(members)
     for role in (Role.DECODE, Role.PREFILL):
         view = _rebuilt(members)
-        least_loaded(view.ready(role), view.now_s)
+        least_loaded_of(view.ready(role), view.now_s)
 
 
 def _attempt_cached(members: Membership) -> None:
-    LeastLoaded().plan(members.view(), _REQUEST)
+    least_loaded(members.view(), _REQUEST)
 
 
 def _times(do: Callable[[], object], change: Callable[[], None], num: int) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from coordinator.cluster.membership import Membership
 from coordinator.cluster.worker import ClusterView
 from coordinator.routing.policy import Plan
-from coordinator.routing.retry import Call, GiveUp, Retry, Wait
+from coordinator.routing.retry import GiveUp, Retry, Wait
 from engine.base.errors import DeadlineExceeded, Unavailable
 from engine.telemetry.log import get_logger
 
@@ -43,13 +43,13 @@ class Dispatch:
         Mismatch where only workers of another model are there.
         """
 
-        def decide(cluster: ClusterView) -> Call | Wait | GiveUp:
+        def decide(cluster: ClusterView) -> Plan | Wait | GiveUp:
             self.check_open()
             return self.retry.next(cluster, num_tokens, computes_alone=alone)
 
-        decision = await self._settled(decide)
-        assert decision is not None, "`Retry.next` decides"
-        return decision.plan
+        plan = await self._settled(decide)
+        assert plan is not None, "`Retry.next` decides"
+        return plan
 
     async def failed(self, plan: Plan, error: Unavailable) -> None:
         """An attempt was lost: returns after a moment if there may be another.
@@ -60,8 +60,8 @@ class Dispatch:
         await self._settled(self.retry.after_failure)
 
     async def _settled(
-        self, decide: Callable[[ClusterView], Call | Wait | GiveUp | None]
-    ) -> Call | None:
+        self, decide: Callable[[ClusterView], Plan | Wait | GiveUp | None]
+    ) -> Plan | None:
         """The decision, after the waits that it asks for. Raises the error of GiveUp."""
         while isinstance(decision := decide(self.membership.view()), Wait):
             await self.membership.wait_for_change(decision.timeout_s)

@@ -1,6 +1,6 @@
 """Routing policies: where one attempt of a request goes, as a pure function of two values.
 
-    ClusterView, RequestView --> Policy.plan --> Plan: a prefill worker or none, a decode worker
+    ClusterView, RequestView --> Policy --> Plan: a prefill worker or none, a decode worker
                                              '-> None: no decode worker takes the request now
 
 A policy has no clock, no I/O and no state: equal views give equal plans. A cluster may have
@@ -9,9 +9,8 @@ hundreds of workers, and a plan is made for each attempt, so a policy reads the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from coordinator.cluster.worker import ClusterView, Worker
 from coordinator.routing.affinity import model_tag, sticky
@@ -44,14 +43,11 @@ class Plan:
         return f"{decode} with {self.prefill.peer.worker_id}" if self.prefill else decode
 
 
-class Policy(Protocol):
-    """A way to choose workers."""
-
-    def plan(self, cluster: ClusterView, request: RequestView) -> Plan | None:
-        """The workers of the next attempt; None where no decode worker takes the request."""
+# The workers of the next attempt; None where no decode worker takes the request.
+Policy = Callable[[ClusterView, RequestView], Plan | None]
 
 
-class LeastLoaded:
+def least_loaded(cluster: ClusterView, request: RequestView) -> Plan | None:
     """The worker with the fewest waiting tokens, or the one that has the request's blocks.
 
     Decode: the sticky worker, else the least loaded one of those with the fewest failures of this
@@ -59,59 +55,56 @@ class LeastLoaded:
     loaded one that has not failed. A degraded worker comes last for decode and never for prefill,
     for a decode worker can compute the prompt itself.
     """
-
-    def plan(self, cluster: ClusterView, request: RequestView) -> Plan | None:
-        """See Policy."""
-        decode = self._decode(cluster, request)
-        if decode is None:
-            return None
-        return Plan(self._prefill(cluster, request, decode.model.block_size), decode)
-
-    def _decode(self, cluster: ClusterView, request: RequestView) -> Worker | None:
-        fitting = [
-            worker
-            for worker in cluster.ready(Role.DECODE)
-            if worker.model.max_model_len >= request.max_tokens
-            and (not request.model or model_tag(worker) == request.model)
-        ]
-        failures = request.failures
-        for worker in fitting:
-            if worker.peer.incarnation == request.sticky_decode:
-                return worker
-        if failures:
-            counts = [failures.get(w.peer.incarnation, 0) for w in fitting]
-            fewest = min(counts, default=0)
-            fitting = [w for w, count in zip(fitting, counts, strict=True) if count == fewest]
-        return least_loaded(fitting, cluster.now_s)
-
-    def _prefill(
-        self, cluster: ClusterView, request: RequestView, block_size: int
-    ) -> Worker | None:
-        # The decode worker computes the last token itself, and only whole blocks travel.
-        num_whole = (request.num_tokens - 1) // block_size * block_size
-        if request.computes_alone or num_whole <= 0:
-            return None
-        # The choices of a request go by load at first: they wait for the same prompt, and one
-        # stalled worker would stop all of them.
-        if request.failures:
-            kept = sticky(cluster, Role.PREFILL, request.sticky_prefill, request.failures)
-            # It may have been lost with the decode worker, on the same machine.
-            if kept and kept.is_heard(cluster.now_s):
-                return kept
-        candidates = [
-            worker
-            for worker in cluster.ready(Role.PREFILL)
-            if worker.model.max_model_len >= num_whole
-            and worker.peer.incarnation not in request.failures
-            and not worker.is_degraded(cluster.now_s)
-        ]
-        return least_loaded(candidates, cluster.now_s)
+    decode = _decode(cluster, request)
+    if decode is None:
+        return None
+    return Plan(_prefill(cluster, request, decode.model.block_size), decode)
 
 
-POLICIES: Mapping[str, Policy] = {"least_loaded": LeastLoaded()}  # by the value of --routing
+POLICIES: Mapping[str, Policy] = {"least_loaded": least_loaded}  # by the value of --routing
 
 
-def least_loaded(workers: Collection[Worker], now_s: float) -> Worker | None:
+def _decode(cluster: ClusterView, request: RequestView) -> Worker | None:
+    fitting = [
+        worker
+        for worker in cluster.ready(Role.DECODE)
+        if worker.model.max_model_len >= request.max_tokens
+        and (not request.model or model_tag(worker) == request.model)
+    ]
+    failures = request.failures
+    for worker in fitting:
+        if worker.peer.incarnation == request.sticky_decode:
+            return worker
+    if failures:
+        counts = [failures.get(w.peer.incarnation, 0) for w in fitting]
+        fewest = min(counts, default=0)
+        fitting = [w for w, count in zip(fitting, counts, strict=True) if count == fewest]
+    return least_loaded_of(fitting, cluster.now_s)
+
+
+def _prefill(cluster: ClusterView, request: RequestView, block_size: int) -> Worker | None:
+    # The decode worker computes the last token itand only whole blocks travel.
+    num_whole = (request.num_tokens - 1) // block_size * block_size
+    if request.computes_alone or num_whole <= 0:
+        return None
+    # The choices of a request go by load at first: they wait for the same prompt, and one
+    # stalled worker would stop all of them.
+    if request.failures:
+        kept = sticky(cluster, Role.PREFILL, request.sticky_prefill, request.failures)
+        # It may have been lost with the decode worker, on the same machine.
+        if kept and kept.is_heard(cluster.now_s):
+            return kept
+    candidates = [
+        worker
+        for worker in cluster.ready(Role.PREFILL)
+        if worker.model.max_model_len >= num_whole
+        and worker.peer.incarnation not in request.failures
+        and not worker.is_degraded(cluster.now_s)
+    ]
+    return least_loaded_of(candidates, cluster.now_s)
+
+
+def least_loaded_of(workers: Collection[Worker], now_s: float) -> Worker | None:
     """Fewest prompt tokens waiting, then fewest requests, then the lowest id; degraded last.
 
     A heartbeat counts the requests of all coordinators, but late; the assigned ones are exact.

@@ -1,6 +1,6 @@
 """Whether and when a request is tried again. Decisions only: another module calls and waits.
 
-    next() --Call(plan)--> the attempt --tokens--> progressed()
+    next() --Plan--------> the attempt --tokens--> progressed()
       ^ '--Wait----> next() again            |
       |                                      | lost: D, or its prefill worker
       |                                   failed()
@@ -40,13 +40,6 @@ MAX_ATTEMPTS = 8  # in a row without a new token
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 1.0
 _LOOK_S = 1.0  # silence and penalties end without an event
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """Send the request to these workers."""
-
-    plan: Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +96,7 @@ class Retry:
 
     def next(
         self, cluster: ClusterView, num_tokens: int, *, computes_alone: bool = False
-    ) -> Call | Wait | GiveUp:
+    ) -> Plan | Wait | GiveUp:
         """The next attempt, for `num_tokens` of prompt and output so far.
 
         `computes_alone`: the decode worker computes the prompt itself. Gives up with Unavailable,
@@ -118,7 +111,7 @@ class Retry:
 
     def _next(
         self, cluster: ClusterView, num_tokens: int, computes_alone: bool, waits_until_s: float
-    ) -> Call | Wait | GiveUp:
+    ) -> Plan | Wait | GiveUp:
         affinity, now_s = self.affinity, cluster.now_s
         if affinity.model and _is_replaced(affinity.model, cluster):
             return GiveUp(
@@ -136,13 +129,13 @@ class Retry:
             sticky_prefill=affinity.prefill,
             failures=dict(self._failures),
         )
-        plan = self.policy.plan(cluster, request)
+        plan = self.policy(cluster, request)
         if plan and self._harm.may_begin(now_s):
             affinity.decode = plan.decode.peer.incarnation
             if plan.prefill and (self._failures or not affinity.prefill):
                 affinity.prefill = plan.prefill.peer.incarnation
             self._plan = plan
-            return Call(plan)
+            return plan
         if now_s < waits_until_s:
             return self._wait(cluster, min(waits_until_s, now_s + _LOOK_S))
         if plan:

@@ -8,7 +8,7 @@ from coordinator.cluster.incidents import PENALTY_S
 from coordinator.cluster.membership import Membership
 from coordinator.cluster.worker import FORGET_S, SILENCE_S, Hello, Load
 from coordinator.generation.dispatch import Dispatch
-from coordinator.routing.policy import LeastLoaded, RequestView
+from coordinator.routing.policy import RequestView, least_loaded
 from coordinator.routing.retry import Retry
 from engine.base.errors import Mismatch
 from engine.base.types import PROTOCOL_VERSION, Peer, Role
@@ -42,7 +42,7 @@ def hello(worker_id="d0", role=Role.DECODE, incarnation="i0", version=None, **ch
 def chosen(table, num_tokens=0, failures=(), prompt=0):
     """The worker_ids of decode and prefill; None where there is none."""
     request = RequestView(prompt + 1, num_tokens, failures=dict.fromkeys(failures, 1))
-    plan = LeastLoaded().plan(table.view(), request)
+    plan = least_loaded(table.view(), request)
     if plan is None:
         return None, None
     return plan.decode.peer.worker_id, plan.prefill.peer.worker_id if plan.prefill else None
@@ -157,7 +157,7 @@ async def test_a_prompt_goes_to_a_prefill_worker_that_holds_it(num_tokens, prefi
     table, _ = make()
     table.register(hello("d0", max_model_len=8192))
     table.register(hello("p0", Role.PREFILL, max_model_len=1024))
-    retry = Retry(LeastLoaded(), table, worker_wait_s=0, deadline_s=1e9, max_tokens=num_tokens)
+    retry = Retry(least_loaded, table, worker_wait_s=0, deadline_s=1e9, max_tokens=num_tokens)
     dispatch = Dispatch(retry, table)
     if prefill == "p1":
         assert (await dispatch.next(num_tokens)).prefill is None

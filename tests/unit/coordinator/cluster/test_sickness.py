@@ -17,7 +17,7 @@ from coordinator.cluster.registry_service import RegistryServicer
 from coordinator.cluster.worker import Hello, Load, Worker
 from coordinator.commands.status import state_cell
 from coordinator.generation.dispatch import Dispatch
-from coordinator.routing.policy import LeastLoaded
+from coordinator.routing.policy import least_loaded
 from coordinator.routing.retry import Retry
 from engine.base.errors import Unavailable
 from engine.base.types import PROTOCOL_VERSION, Health, ModelIdentity, Peer, Role
@@ -64,7 +64,7 @@ class Table:
 
     def dispatch(self) -> Dispatch:
         deadline_s = self.now + 60
-        retry = Retry(LeastLoaded(), self.members, worker_wait_s=1.0, deadline_s=deadline_s)
+        retry = Retry(least_loaded, self.members, worker_wait_s=1.0, deadline_s=deadline_s)
         return Dispatch(retry, self.members, clock=lambda: self.now)
 
 

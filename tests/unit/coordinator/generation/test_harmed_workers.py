@@ -14,7 +14,7 @@ from coordinator.cluster.membership import Membership
 from coordinator.cluster.worker import Hello, Load
 from coordinator.generation.dispatch import Dispatch
 from coordinator.routing.harmed_workers import Trial
-from coordinator.routing.policy import LeastLoaded, Plan
+from coordinator.routing.policy import Plan, least_loaded
 from coordinator.routing.retry import Retry
 from engine.base.errors import Silent, Unavailable, WorkerLost, WorkersLost
 from engine.base.types import PROTOCOL_VERSION, Peer, Role
@@ -54,7 +54,7 @@ class Table:
 
     def request(self, worker_wait_s=0.0):
         retry = Retry(
-            LeastLoaded(),
+            least_loaded,
             self.membership,
             worker_wait_s=worker_wait_s,
             deadline_s=1e9,

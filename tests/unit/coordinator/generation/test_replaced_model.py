@@ -11,7 +11,7 @@ from coordinator.cluster.membership import Membership
 from coordinator.cluster.worker import FORGET_S, SILENCE_S, Hello
 from coordinator.generation.dispatch import Dispatch
 from coordinator.routing.affinity import Affinity, affinity_of, affinity_token_of
-from coordinator.routing.policy import LeastLoaded
+from coordinator.routing.policy import least_loaded
 from coordinator.routing.retry import Retry
 from engine.base.errors import Mismatch, Unavailable
 from engine.base.types import PROTOCOL_VERSION, ModelIdentity, Peer, Role
@@ -36,11 +36,11 @@ class Table:
     def dispatch(self, affinity: Affinity | None = None) -> Dispatch:
         deadline_s = self.now + 1000
         retry = Retry(
-            LeastLoaded(),
+            least_loaded,
             self.members,
             worker_wait_s=0.0,
             deadline_s=deadline_s,
-            affinity=affinity,
+            affinity=affinity or Affinity(),
         )
         return Dispatch(retry, self.members, clock=lambda: self.now)
 

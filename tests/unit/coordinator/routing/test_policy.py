@@ -19,20 +19,19 @@ from coordinator.cluster.worker import (
     WorkerState,
 )
 from coordinator.routing.affinity import affinity_of, affinity_token_of, model_tag
-from coordinator.routing.policy import POLICIES, LeastLoaded, Plan, RequestView
+from coordinator.routing.policy import POLICIES, Plan, RequestView, least_loaded
 from engine.base import options
 from engine.base.errors import ConfigError
 from engine.base.option_groups import FrontOptions
 from engine.base.types import Health, Role
 from tests.unit.coordinator.routing.clusters import MODEL, NOW_S, random_worker, view, worker
 
-POLICY = LeastLoaded()
 BLOCK = MODEL.block_size
 
 
 def chosen(cluster: ClusterView, **request) -> str:
     """The plan in words; "": there is none."""
-    return str(POLICY.plan(cluster, RequestView(**{"num_tokens": 100, **request})) or "")
+    return str(least_loaded(cluster, RequestView(**{"num_tokens": 100, **request})) or "")
 
 
 def test_fewest_tokens_then_requests_then_the_lowest_id():
@@ -83,8 +82,8 @@ def test_equal_views_give_equal_plans_and_values_cannot_be_changed():
     rng = random.Random(1)
     cluster = view(*(random_worker(rng, f"w{i}") for i in range(20)))
     request = RequestView(100, failures={})
-    plan = POLICY.plan(cluster, request)
-    assert plan == POLICY.plan(view(*cluster.workers), replace(request))
+    plan = least_loaded(cluster, request)
+    assert plan == least_loaded(view(*cluster.workers), replace(request))
     for value in (plan, cluster, request):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(value, dataclasses.fields(value)[0].name, None)
@@ -241,7 +240,7 @@ def test_least_loaded_is_what_was_there_before():
     kinds: Counter[str] = Counter()
     for _ in range(6_000):
         cluster, request = random_case(rng)
-        plan, expected = POLICY.plan(cluster, request), old_plan(cluster, request)
+        plan, expected = least_loaded(cluster, request), old_plan(cluster, request)
         assert plan == expected, (cluster, request)
         if plan is None:
             kinds["none"] += 1

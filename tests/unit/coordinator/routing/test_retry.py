@@ -10,12 +10,11 @@ import pytest
 from coordinator.cluster.worker import HEARTBEAT_S, ClusterView, Worker, WorkerState
 from coordinator.routing.affinity import Affinity, model_tag
 from coordinator.routing.harmed_workers import Trial
-from coordinator.routing.policy import LeastLoaded, Plan
+from coordinator.routing.policy import Plan, least_loaded
 from coordinator.routing.retry import (
     FIRST_BACKOFF_S,
     MAX_ATTEMPTS,
     MAX_BACKOFF_S,
-    Call,
     GiveUp,
     Retry,
     Wait,
@@ -68,7 +67,7 @@ class Cluster:
 
     def request(self, **options) -> Retry:
         values = {"worker_wait_s": 20.0, "deadline_s": self.now_s + 600.0, **options}
-        return Retry(LeastLoaded(), self, **values)
+        return Retry(least_loaded, self, **values)
 
     def settle(self, decide):
         """The decision after all waits that it asks for, and how long they were."""
@@ -85,15 +84,15 @@ class Cluster:
     def lose(self, retry: Retry, error: Unavailable = FULL):
         """One attempt that is lost: what follows, and the backoff."""
         decision, _ = self.next(retry)
-        assert isinstance(decision, Call), decision
-        retry.failed(decision.plan, error, self.now_s)
+        assert isinstance(decision, Plan), decision
+        retry.failed(decision, error, self.now_s)
         return self.settle(retry.after_failure)
 
 
 def test_an_attempt_follows_the_policy_at_once():
     cluster = Cluster()
     decision, waited_s = cluster.next(cluster.request())
-    assert decision == Call(Plan(None, cluster.view().workers[0]))
+    assert decision == Plan(None, cluster.view().workers[0])
     assert waited_s == 0.0
 
 
@@ -131,8 +130,8 @@ def test_asking_too_early_or_too_often_changes_no_decision():
         seen = []
         for _ in range(MAX_ATTEMPTS):
             decision, _ = cluster.next(retry)
-            seen.append(decision.plan.decode.peer.worker_id)
-            retry.failed(decision.plan, FULL, cluster.now_s)
+            seen.append(decision.decode.peer.worker_id)
+            retry.failed(decision, FULL, cluster.now_s)
             if is_hasty:
                 wait = retry.after_failure(cluster.view())
                 ends_s = cluster.now_s + wait.timeout_s
@@ -159,7 +158,7 @@ def test_a_request_waits_for_a_decode_worker_and_no_longer_than_it_may():
     wait = retry.next(cluster.view(), 100)
     assert isinstance(wait, Wait)
     cluster.workers["d0"] = worker("d0")
-    assert isinstance(retry.next(cluster.view(), 100), Call), "asked when the cluster has changed"
+    assert isinstance(retry.next(cluster.view(), 100), Plan), "asked when the cluster has changed"
 
 
 def test_the_error_names_the_length_that_fits_no_worker():
@@ -190,9 +189,9 @@ def test_the_prefill_worker_is_kept_unless_it_failed_or_is_not_heard():
         cluster = Cluster(worker("d0"), worker("d1"), *prefill)
         retry = cluster.request()
         decision, _ = cluster.next(retry)
-        assert decision.plan.prefill.peer.worker_id == "p0"
+        assert decision.prefill.peer.worker_id == "p0"
         cluster.workers["p0"] = replace(prefill[0], assigned_tokens=500)  # p1 is the less loaded
-        retry.failed(decision.plan, error, cluster.now_s)
+        retry.failed(decision, error, cluster.now_s)
         cluster.settle(retry.after_failure)
         view = cluster.view()
         if is_silent:
@@ -202,11 +201,11 @@ def test_the_prefill_worker_is_kept_unless_it_failed_or_is_not_heard():
             )
             view = ClusterView(tuple(rows), view.now_s)
         decision = retry.next(view, 100)
-        assert decision.plan.prefill.peer.worker_id == expected
+        assert decision.prefill.peer.worker_id == expected
         failed = "p0" if error.lost else "d0"
         assert cluster.penalized == [failed]
         if not error.lost:
-            assert decision.plan.decode.peer.worker_id == "d1"
+            assert decision.decode.peer.worker_id == "d1"
 
 
 @pytest.mark.parametrize("error", [LOST, Silent("d0 has sent nothing for 2.5 s")])
@@ -227,16 +226,16 @@ def test_a_suspect_waits_while_another_one_is_tried():
     for request in (first, second):
         cluster.lose(request, LOST)
         cluster.lose(request, LOST)
-    assert isinstance(first.next(cluster.view(), 100), Call)
+    assert isinstance(first.next(cluster.view(), 100), Plan)
     assert isinstance(second.next(cluster.view(), 100), Wait)
     decision, waited_s = cluster.next(second)
-    assert isinstance(decision, Call)
+    assert isinstance(decision, Plan)
     assert waited_s == pytest.approx(10.0), "a trial has an end"
     assert isinstance(first.next(cluster.view(), 100), Wait)
     wakes = cluster.num_wakes
     second.progressed()
     assert cluster.num_wakes == wakes + 1
-    assert isinstance(first.next(cluster.view(), 100), Call)
+    assert isinstance(first.next(cluster.view(), 100), Plan)
     first.close()
     assert cluster.num_wakes == wakes + 2
 
@@ -262,16 +261,16 @@ def test_an_output_is_not_continued_by_another_model():
     cluster.workers["d1"] = worker("d1")
     cluster.workers["d0"] = worker("d0", model=OTHER)
     decision = cluster.request(affinity=affinity).next(cluster.view(), 100)
-    assert decision.plan.decode.peer.worker_id == "d1"
+    assert decision.decode.peer.worker_id == "d1"
 
 
 def test_the_choices_of_a_request_share_their_workers():
     cluster = Cluster(worker("d0"), worker("d1"))
     affinity = Affinity()
     first, second = (cluster.request(affinity=affinity) for _ in range(2))
-    assert cluster.next(first)[0].plan.decode.peer.worker_id == "d0"
+    assert cluster.next(first)[0].decode.peer.worker_id == "d0"
     cluster.workers["d0"] = worker("d0", assigned_tokens=1000)
-    assert cluster.next(second)[0].plan.decode.peer.worker_id == "d0"
+    assert cluster.next(second)[0].decode.peer.worker_id == "d0"
     cluster.lose(first)
     assert affinity.decode == ""
-    assert cluster.next(second)[0].plan.decode.peer.worker_id == "d1"
+    assert cluster.next(second)[0].decode.peer.worker_id == "d1"
