@@ -8,11 +8,7 @@ from typing import Any
 
 from engine.pb.diptych.v1 import inference_pb2 as pb
 
-_MODES = {
-    "none": pb.ToolChoice.MODE_NONE,
-    "auto": pb.ToolChoice.MODE_AUTO,
-    "required": pb.ToolChoice.MODE_REQUIRED,
-}
+_MODES = ("none", "auto", "required")
 _FIELDS = frozenset(("role", "content", "name", "tool_call_id"))
 _REASONING_PARTS = ("reasoning", "thinking", "redacted_thinking")
 
@@ -54,7 +50,7 @@ def tool_choice(choice: str | Mapping[str, Any] | None) -> pb.ToolChoice | None:
     if isinstance(choice, str):
         if choice not in _MODES:
             raise ValueError(f"tool_choice: expected {', '.join(_MODES)} or a tool, got {choice!r}")
-        return pb.ToolChoice(mode=_MODES[choice])
+        return pb.ToolChoice(mode=f"MODE_{choice.upper()}")
     return pb.ToolChoice(name=_function(choice)["name"])
 
 

@@ -150,8 +150,10 @@ class Supervisor:
             if self._stop.is_set():
                 return
             if status == BAD_CONFIGURATION and not worker.has_lived:
+                line = _last_line(worker)
+                what = f": {line}" if line else f" cannot use its options; see {worker.log_path}"
                 if not self.fatal.done():
-                    self.fatal.set_result(ConfigError(_refusal_of(worker)))
+                    self.fatal.set_result(ConfigError(worker.worker_id + what))
                 return
             if time.monotonic() - started_s > _STABLE_S:
                 worker.has_lived = True
@@ -242,10 +244,6 @@ def doing(worker: LocalWorker) -> str:
     """
     if worker.last_end:
         return f"restart {worker.num_restarts} after {worker.last_end}"
-    return _last_event(worker)
-
-
-def _last_event(worker: LocalWorker) -> str:
     try:
         with worker.log_path.open("rb") as log:
             log.seek(max(0, worker.log_path.stat().st_size - _LAST_BYTES))
@@ -258,13 +256,6 @@ def _last_event(worker: LocalWorker) -> str:
             step = entry.get("step")
             return f"{entry['event']}: {step}" if step else str(entry["event"])
     return ""
-
-
-def _refusal_of(worker: LocalWorker) -> str:
-    """The error with which a worker refused its options."""
-    if line := _last_line(worker):
-        return f"{worker.worker_id}: {line}"
-    return f"{worker.worker_id} cannot use its options; see {worker.log_path}"
 
 
 def _last_line(worker: LocalWorker) -> str:

@@ -11,17 +11,17 @@ the plain one is used if no client text looks like a special token, otherwise th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from coordinator.text.chat_template import Messages
 from coordinator.text.special_tokens import SpecialTokens
 from coordinator.text.untrusted_text import Marks, without_surrogates
 from engine.base.errors import InvalidRequest
 
 # Templates build special tokens from these roles: '<|' + role + '|>'.
 _ROLES = frozenset({"system", "user", "assistant", "tool", "developer"})
-Messages = Sequence[Mapping[str, Any]]
 Render = Callable[[Messages, Messages], str]
 
 

@@ -32,6 +32,7 @@ from engine.checkpoint.jsonfile import read_json
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
+Messages = Sequence[Mapping[str, Any]]
 _TOOL_USE = "tool_use"  # the name of a second template of some models
 
 
@@ -84,8 +85,8 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        messages: Messages,
+        tools: Messages | None = None,
         add_generation_prompt: bool = True,
         tool_format: ToolFormat = HERMES,
     ) -> str:
@@ -108,11 +109,7 @@ class ChatTemplate:
             return self._render(name, _without_system(plain_messages), None, add_generation_prompt)
 
     def _render(
-        self,
-        name: str,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool,
+        self, name: str, messages: Messages, tools: Messages | None, add_generation_prompt: bool
     ) -> str:
         render = partial(
             self.templates[name].render,
@@ -192,11 +189,7 @@ def _is_of_tools(message: Mapping[str, Any]) -> bool:
     return bool(message.get("tool_calls")) or message.get("role") == "tool"
 
 
-def _without_tools(
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]] | None,
-    form: ToolFormat,
-) -> list[Mapping[str, Any]]:
+def _without_tools(messages: Messages, tools: Messages | None, form: ToolFormat) -> Messages:
     """The conversation with roles and contents only."""
     out: list[dict[str, Any]] = []
     previous = ""
@@ -222,17 +215,17 @@ def _without_tools(
             out[0]["content"] = joined((out[0]["content"], f"\n\n{prompt}"))
         else:
             out.insert(0, {"role": "system", "content": prompt})
-    return list(out)
+    return out
 
 
-def _without_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _without_system(messages: Messages) -> Messages:
     """The messages with the system message's content put before the next message's."""
     system, first, *rest = messages
     content = joined((system["content"], "\n\n", first["content"]))
     return [{**first, "content": content}, *rest]
 
 
-def _tools_prompt(tools: Sequence[Mapping[str, Any]], form: ToolFormat) -> str:
+def _tools_prompt(tools: Messages, form: ToolFormat) -> str:
     """The description of tools for a template without tools."""
     definitions = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     example = form.write([("<name>", "<arguments as a JSON object>")])

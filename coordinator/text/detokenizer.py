@@ -49,16 +49,11 @@ class Detokenizer:
         self._run_utf8 = _utf8_decoder()  # counts the characters of the run
         self._is_first = True  # SentencePiece: no token so far
         self._num_to_strip = tokenizer.decoding.num_stripped
-        self._due = ""
+        self.due = ""  # the end of decode(prompt) that the output's first tokens may change
         self._num_released = self._num_run_chars = 0
         self._read_prompt(prompt)
         self._num_released = self._num_run_chars = 0
         self._skipped = skipped.difference(shown)
-
-    @property
-    def due(self) -> str:
-        """The end of decode(prompt) that the output's first tokens may change."""
-        return self._due
 
     def position_of(self, token_id: int) -> int:
         """The offset of this token in the output's text, if it came next, in characters.
@@ -73,7 +68,7 @@ class Detokenizer:
         else:
             begun = self._utf8.getstate()[0]
             before = (begun + piece.raw[:1]).decode("utf-8", "replace")[:-1] if begun else ""
-        return self._num_released + len(before) - _num_common(self._due, before)
+        return self._num_released + len(before) - _num_common(self.due, before)
 
     @property
     def is_at_start(self) -> bool:
@@ -95,14 +90,14 @@ class Detokenizer:
 
     def release_due(self) -> str:
         """Return `due` as text of the output, for a prompt that is shown without it."""
-        due, self._due = self._due, ""
+        due, self.due = self.due, ""
         self._num_run_chars = len(_utf8_decoder().decode(bytes(self._run)))
         return due
 
     def peek(self) -> str:
         """The result of `flush` if the output ended here; does not change the state."""
         text = self._incomplete()
-        return text[_num_common(self._due, text) :]
+        return text[_num_common(self.due, text) :]
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that these tokens complete; may be empty while a character is incomplete."""
@@ -176,9 +171,9 @@ class Detokenizer:
 
     def _released(self, text: str) -> str:
         """`text` without what decode(prompt) ends with already."""
-        if self._due and text:
-            common = _num_common(self._due, text)
-            self._due = self._due[common:] if common == len(text) else ""
+        if self.due and text:
+            common = _num_common(self.due, text)
+            self.due = self.due[common:] if common == len(text) else ""
             text = text[common:]
         self._num_released += len(text)
         return text
@@ -190,7 +185,7 @@ class Detokenizer:
             self.push(prompt[begin : begin + 1])
             begin += 1
         self.push(reversed(self._tail(prompt, begin)))
-        self._due = self._incomplete()
+        self.due = self._incomplete()
 
     def _tail(self, prompt: Sequence[int], begin: int) -> list[int]:
         """The last tokens, in reverse, that may belong to an incomplete character or run."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from coordinator.text.chat_prompt import Messages, chat_prompt
-from coordinator.text.chat_template import ChatTemplate, template_messages
+from coordinator.text.chat_prompt import chat_prompt
+from coordinator.text.chat_template import ChatTemplate, Messages, template_messages
 from coordinator.text.tokenizer import Tokenizer
 from coordinator.text.tool_format import AUTO, HERMES, Tool, ToolFormat, choose_format
 from coordinator.text.values import Message
@@ -37,38 +37,32 @@ class Limits:
     tool_format: ToolFormat = HERMES  # how the model writes calls
 
 
+@dataclass(eq=False)
 class ServedModel:
     """One model. `max_model_len` 0: the checkpoint's context length."""
 
-    def __init__(
-        self,
-        name: str,
-        config: ModelConfig,
-        tokenizer: Tokenizer,
-        template: ChatTemplate,
-        max_model_len: int = 0,
-        tool_format: str = AUTO,
-        folder: Path | None = None,
-        parse_special: str = "prompts",
-        tokenizer_digest: str = "",
-    ) -> None:
-        self.name = name
-        self.config = config
-        self.folder = folder  # of the checkpoint
-        self.tokenizer = tokenizer
-        self.tokenizer_digest = tokenizer_digest
-        self.max_model_len = max_model_len or config.context
+    name: str
+    config: ModelConfig
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    max_model_len: int = 0
+    tool_format: str = AUTO
+    folder: Path | None = None  # of the checkpoint
+    parse_special: str = "prompts"
+    tokenizer_digest: str = ""
+
+    def __post_init__(self) -> None:
+        config, folder = self.config, self.folder
+        self.max_model_len = self.max_model_len or config.context
         self.limits = Limits(
-            name,
+            self.name,
             config.vocab_size,
             config.eos_token_ids,
             self.max_model_len,
-            choose_format(tool_format, template.text).bound(tokenizer),
+            choose_format(self.tool_format, self.template.text).bound(self.tokenizer),
         )
         vocabulary = Vocabulary(folder, config.vocab_size, config.eos_token_ids) if folder else None
         self.checker = Checker(vocabulary) if vocabulary else None  # of constraints
-        self._template = template
-        self._parse_special = parse_special
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
 
     @classmethod
@@ -104,7 +98,7 @@ class ServedModel:
     ) -> list[int]:
         """Token ids of `text`. Raises InvalidRequest before tokenizing if it can never fit."""
         self._check_length(field, max_model_len, text)
-        special_spans: list[tuple[int, int]] | None = [] if self._parse_special == "none" else None
+        special_spans: list[tuple[int, int]] | None = [] if self.parse_special == "none" else None
         encode = partial(self.tokenizer.encode, text, add_special_tokens, special_spans)
         return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
 
@@ -132,7 +126,7 @@ class ServedModel:
         form = self.limits.tool_format
 
         def render(messages: Messages, tools: Messages) -> str:
-            return self._template.render(messages, tools, add_generation_prompt, form)
+            return self.template.render(messages, tools, add_generation_prompt, form)
 
         def encode() -> list[int]:
             prompt = chat_prompt(
@@ -141,7 +135,7 @@ class ServedModel:
                 template_messages(messages, form),
                 [tool.definition for tool in tools],
                 partial(self._check_length, field, max_model_len),
-                parse_all=self._parse_special == "all",
+                parse_all=self.parse_special == "all",
             )
             return self.tokenizer.encode(prompt.text, False, prompt.special_spans)
 

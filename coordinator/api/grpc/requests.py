@@ -10,12 +10,8 @@ from coordinator.generation.request import Resume
 from coordinator.text.values import Message, ToolCall
 from engine.pb.diptych.v1 import inference_pb2 as pb
 
-_MODES = {
-    pb.ToolChoice.MODE_UNSPECIFIED: "",
-    pb.ToolChoice.MODE_NONE: "none",
-    pb.ToolChoice.MODE_AUTO: "auto",
-    pb.ToolChoice.MODE_REQUIRED: "required",
-}
+_MODES = {n: name.removeprefix("MODE_").lower() for name, n in pb.ToolChoice.Mode.items()}
+_MODES[pb.ToolChoice.MODE_UNSPECIFIED] = ""
 
 
 class _Messages(Collection[Message]):
