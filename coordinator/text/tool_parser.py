@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from coordinator.text.tool_format import ToolUse
 from coordinator.text.values import ToolCallPiece
@@ -27,6 +28,8 @@ _NAME = frozenset(string.ascii_letters + string.digits + "_-.")
 _MAX_NAME_CHARS = 64  # of a tool
 # Each character scans the held text, so its length is bounded; longer text is no call.
 _MAX_HELD = 1024
+Result = TypeVar("Result")
+Reading = Generator[None, str, Result]  # gets characters, until it has a result
 
 
 def call_id(output_id: str, num_chars: int, call: int) -> str:
@@ -44,7 +47,10 @@ class Parsed:
 
 
 class ToolCalls:
-    """The parser of one output; `num_calls` calls have been released."""
+    """The parser of one output; `num_calls` calls have been released.
+
+    It reads on as a generator, which gets one character after the other.
+    """
 
     def __init__(self, use: ToolUse, make_id: Callable[[int], str]) -> None:
         self.num_calls = 0
@@ -52,24 +58,20 @@ class ToolCalls:
         self._names = use.names
         self._make_id = make_id
         self._held = ""  # text that may be part of a call
-        self._name = ""
-        self._depth, self._in_string, self._escaped = 0, False, False
+        self._again = ""  # a character that is read once more
+        self._name, self._arguments = "", ""  # of the call that is read
+        self._in_text = False
+        self._is_call = False  # within or after arguments
+        self._is_ending = False  # after arguments
         self._text: list[str] = []
         self._pieces: list[ToolCallPiece] = []
-        self._is_call = False  # within or after arguments
-        self._arguments: list[str] = []
-        self._expected, self._seen = "", 0
-        self._holds = True  # whether the expected literal is held, and is text if it is incomplete
-        self._then: Callable[[], None] = self._to_text
-        self._broken: Callable[[str], None] = self._no_call
-        self._read: Callable[[str], None] = self._read_text  # the state
-        if not self._format.trigger:
-            self._to_begin()
+        self._reader = self._read_output()
+        next(self._reader)
 
     def push(self, text: str) -> Parsed:
         """Read the next text of the output."""
         for char in text:
-            self._read(char)
+            self._reader.send(char)
         return self._parsed()
 
     def flush(self, is_cut: bool) -> Parsed:
@@ -79,7 +81,7 @@ class ToolCalls:
         text may be the beginning of a call, and is dropped.
         """
         held, self._held = self._held, ""
-        if not is_cut and self._read == self._read_expected and self._is_call:
+        if not is_cut and self._is_ending:
             self._release_call()
         elif not is_cut and not self.num_calls:
             self._text.append(held)
@@ -89,7 +91,7 @@ class ToolCalls:
     @property
     def is_in_call(self) -> bool:
         """Whether the next text continues a call, or may."""
-        if self._is_call or self._read == self._read_text:
+        if self._is_call or self._in_text:
             return self._is_call
         return bool(self._held) or self.num_calls > 0
 
@@ -100,7 +102,7 @@ class ToolCalls:
             return False
         if not trigger:
             begins = (self._format.begin[:1], self._format.prefix[:1])
-            return self._read == self._read_text or text.strip()[:1] not in ("", *begins)
+            return self._in_text or text.strip()[:1] not in ("", *begins)
         return trigger not in seen and not _overlap(seen, trigger)
 
     @property
@@ -113,144 +115,130 @@ class ToolCalls:
         self._text, self._pieces = [], []
         return parsed
 
+    def _next(self) -> Reading[str]:
+        """The next character."""
+        again, self._again = self._again, ""
+        return again or (yield)
+
+    def _read_output(self) -> Reading[None]:
+        """Text and calls in turn; without a trigger only the start of an output may be a call."""
+        if not self._format.trigger:
+            yield from self._read_call("")
+        while True:
+            yield from self._read_text()
+            opening = "[" if self._format.as_list else ""
+            while (yield from self._read_call(opening)) and self._format.as_list:
+                if not (yield from self._read_separator()):
+                    break
+                opening = ""
+
+    def _read_text(self) -> Reading[None]:
+        """Up to a trigger: releases what cannot begin one; white space after a call is held."""
+        trigger, self._in_text = self._format.trigger, True
+        while True:
+            self._held += yield from self._next()
+            if trigger and self._held.endswith(trigger):
+                before = self._held.removesuffix(trigger)
+                if not self._is_between_calls(before):
+                    self._text.append(before)
+                self._held, self._in_text = trigger, False
+                return
+            released = self._held[: len(self._held) - _overlap(self._held, trigger)]
+            if len(released) > _MAX_HELD or not self._is_between_calls(released):
+                self._text.append(released)
+                self._held = self._held[len(released) :]
+
     def _is_between_calls(self, text: str) -> bool:
         return self.num_calls > 0 and not text.strip()
 
-    # Text, and how a call begins
+    def _read_call(self, opening: str) -> Reading[bool]:
+        """A call after `opening`, whether another one may follow at once.
 
-    def _to_text(self) -> None:
-        self._held, self._read = "", self._read_text
+        Held text that is no call becomes text. Where only the end marker is missing, the arguments
+        are complete, so it is a call.
+        """
+        form = self._format
+        begins = (yield from self._read_literal(opening + form.begin)) and (
+            (yield from self._read_name()) and (yield from self._read_literal(form.middle))
+        )
+        if not begins:
+            self._text.append(self._held)
+            self._held = ""
+            return False
+        self._held, self._is_call = "", True
+        yield from self._read_arguments()
+        self._is_ending = True
+        has_end = yield from self._read_literal(form.end, holds=False)
+        self._release_call()
+        return has_end
 
-    def _read_text(self, char: str) -> None:
-        """Release text that cannot begin a trigger; white space after a call is held."""
-        self._held += char
-        trigger = self._format.trigger
-        if trigger and self._held.endswith(trigger):
-            before = self._held.removesuffix(trigger)
-            if not self._is_between_calls(before):
-                self._text.append(before)
-            self._held = trigger
-            self._to_begin("[" if self._format.as_list else "")
-            return
-        released = self._held[: len(self._held) - _overlap(self._held, trigger)]
-        if len(released) > _MAX_HELD or not self._is_between_calls(released):
-            self._text.append(released)
-            self._held = self._held[len(released) :]
-
-    def _to_begin(self, opening: str = "") -> None:
-        self._expect(opening + self._format.begin, self._to_name, self._no_call)
-
-    def _to_name(self) -> None:
-        self._name, self._read = "", self._read_name
-
-    def _read_name(self, char: str) -> None:
-        if len(self._held) > _MAX_HELD:
-            self._no_call(char)
-        elif (char in _NAME and len(self._name) < _MAX_NAME_CHARS) or (
-            char.isspace() and not self._name
-        ):
+    def _read_name(self) -> Reading[bool]:
+        """Whether it is the name of a tool."""
+        self._name = ""
+        while True:
+            char = yield from self._next()
+            is_of_name = char in _NAME and len(self._name) < _MAX_NAME_CHARS
+            is_too_long = len(self._held) > _MAX_HELD
+            if is_too_long or not (is_of_name or (char.isspace() and not self._name)):
+                self._again = char
+                return self._name in self._names and not is_too_long
             self._held += char
             self._name += char.strip()
-        elif self._name in self._names:
-            self._expect(self._format.middle, self._to_arguments, self._no_call)
-            self._read(char)
-        else:
-            self._no_call(char)
 
-    def _no_call(self, char: str) -> None:
-        """The held text is no call: release it as text."""
-        held = self._held
-        self._to_text()
-        self._text.append(held)
-        self._read(char)
-
-    # Arguments, and how a call ends
-
-    def _to_arguments(self) -> None:
-        self._held, self._read = "", self._read_arguments
-        self._depth, self._in_string, self._escaped = 0, False, False
-        self._arguments, self._is_call = [], True
-
-    def _read_arguments(self, char: str) -> None:
-        """Read one character of a JSON object, which ends with its first bracket."""
-        if not self._depth and char.isspace():
-            return
-        self._arguments.append(char)
-        if self._in_string:
-            if self._escaped:
-                self._escaped = False
-            elif char == "\\":
-                self._escaped = True
+    def _read_arguments(self) -> Reading[None]:
+        """A JSON object, which ends with its last bracket; white space before it is skipped."""
+        read: list[str] = []
+        depth, in_string, is_escaped = 0, False, False
+        while not read or depth > 0 or in_string:
+            char = yield from self._next()
+            if not depth and char.isspace():
+                continue
+            read.append(char)
+            if in_string:
+                in_string = is_escaped or char != '"'
+                is_escaped = char == "\\" and not is_escaped
             elif char == '"':
-                self._in_string = False
-        elif char == '"':
-            self._in_string = True
-        elif char in "{[":
-            self._depth += 1
-        elif char in "}]":
-            self._depth -= 1
-        if self._depth <= 0 and not self._in_string:
-            self._expect(self._format.end, self._to_next, self._no_end, holds=False)
+                in_string = True
+            elif char in "{[":
+                depth += 1
+            elif char in "}]":
+                depth -= 1
+        self._arguments = "".join(read)
 
     def _release_call(self) -> None:
-        call, arguments = self.num_calls, "".join(self._arguments)
-        self._pieces.append(ToolCallPiece(call, self._make_id(call), self._name, arguments))
+        call = self.num_calls
+        self._pieces.append(ToolCallPiece(call, self._make_id(call), self._name, self._arguments))
         self.num_calls += 1
-        self._is_call = False
+        self._is_call = self._is_ending = False
 
-    def _to_next(self) -> None:
-        self._release_call()
-        self._to_text()
-        if self._format.as_list:
-            self._read = self._read_list
+    def _read_separator(self) -> Reading[bool]:
+        """Whether another call of the list follows."""
+        while (char := (yield from self._next())).isspace():
+            pass
+        if char != self._format.separator.strip() and char != "]":
+            self._again = char
+        return char == self._format.separator.strip()
 
-    def _read_list(self, char: str) -> None:
-        """Read one character between the calls of a list."""
-        if char == self._format.separator.strip():
-            self._held = ""
-            self._to_begin()
-        elif char == "]":
-            self._to_text()
-        elif not char.isspace():
-            self._to_text()
-            self._read(char)
-
-    def _no_end(self, char: str) -> None:
-        """The end marker is missing, but the arguments are complete, so it is a call."""
-        self._release_call()
-        self._to_text()
-        self._read(char)
-
-    # Fixed parts
-
-    def _expect(
-        self,
-        literal: str,
-        then: Callable[[], None],
-        broken: Callable[[str], None],
-        holds: bool = True,
-    ) -> None:
-        """Expect `literal` next, with any white space between its characters."""
-        self._expected, self._seen, self._holds = "".join(literal.split()), 0, holds
-        self._then, self._broken, self._read = then, broken, self._read_expected
-        if not self._expected:
-            then()
-
-    def _read_expected(self, char: str) -> None:
-        if self._seen < len(self._expected) and char == self._expected[self._seen]:
-            self._seen += 1
-        elif len(self._held) > _MAX_HELD or not (char.isspace() or self._reads_prefix(char)):
-            self._broken(char)
-            return
-        if self._holds:
-            self._held += char
-        if self._seen == len(self._expected):
-            self._then()
+    def _read_literal(self, literal: str, *, holds: bool = True) -> Reading[bool]:
+        """Whether `literal` comes next, with any white space between its characters."""
+        expected, seen = "".join(literal.split()), 0
+        while seen < len(expected):
+            char = yield from self._next()
+            if char == expected[seen]:
+                seen += 1
+            elif len(self._held) > _MAX_HELD or not (
+                char.isspace() or (not seen and self._reads_prefix(char))
+            ):
+                self._again = char
+                return False
+            if holds:
+                self._held += char
+        return True
 
     def _reads_prefix(self, char: str) -> bool:
         """Whether the held text is the optional prefix of a call, or a part of it."""
         prefix, held = self._format.prefix, self._held.strip() + char
-        return bool(prefix) and not self.num_calls and not self._seen and prefix.startswith(held)
+        return bool(prefix) and not self.num_calls and prefix.startswith(held)
 
 
 def _overlap(text: str, trigger: str) -> int:
