@@ -12,6 +12,7 @@ import secrets
 from contextlib import suppress
 from typing import Any
 
+from google.protobuf import descriptor_pool
 from prometheus_client import CollectorRegistry
 from starlette.routing import BaseRoute
 
@@ -38,10 +39,6 @@ from engine.base.types import Role
 from engine.http.guard import refusals_counter
 from engine.http.holds import holds_as_json, holds_route
 from engine.http.server import HttpServer, make_app, serve_http
-from engine.pb.diptych.internal.v1 import registry_pb2
-from engine.pb.diptych.v1 import admin_pb2, inference_pb2
-from engine.pb.inference import grpc_service_pb2
-from engine.pb.vllm import vllm_engine_pb2
 from engine.rpc.channel import MAX_REQUEST_BYTES
 from engine.rpc.receive_budget import ReceiveBudget
 from engine.rpc.server import RpcServer
@@ -51,6 +48,7 @@ from engine.telemetry.metrics import RpcMetrics
 # The pipeline ends a call without a deadline; this is for a client that stopped reading.
 _STUCK_S = 10.0
 _LEAST_IN_FLIGHT, _MOST_IN_FLIGHT = 128 << 20, 2 << 30  # bytes of requests
+_service = descriptor_pool.Default().FindServiceByName
 _STATUS_S = 1.0  # for the statuses of requests that are cut off
 
 
@@ -110,16 +108,16 @@ class Coordinator:
         if front.internal_listen:
             self._internal = RpcServer(rpc_metrics, budget=self._budget, reflection=reflection)
         self._servers = dict.fromkeys((self._public, self._internal))  # one, or two
-        public = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
         limit_s = front.max_request_s + _STUCK_S
+        inference = InferenceServicer(self._frontend)
         self._public.add_service(
-            public, InferenceServicer(self._frontend), limit_s=limit_s, alive=alive
+            _service("diptych.v1.InferenceService"), inference, limit_s=limit_s, alive=alive
         )
-        admin = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
         workers = RegistryServicer(self.membership, f"coordinator-{secrets.token_hex(4)}")
         operator = AdminServicer(self.membership, workers)
+        admin = _service("diptych.v1.AdminService")
         self._public.add_service(admin, operator, token=trust.operator, guarded={"DrainWorker"})
-        registry = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"]
+        registry = _service("diptych.internal.v1.RegistryService")
         # Streams of workers stay open, and must not end for lack of room.
         self._internal.add_service(registry, workers, token=trust.cluster, is_counted=False)
         self._speak_other_protocols(metrics)
@@ -174,23 +172,15 @@ class Coordinator:
     def _speak_other_protocols(self, metrics: CoordinatorMetrics) -> None:
         """Serve the protocols of Triton and KServe, and of gateways in front of vLLM."""
         limit_s = self._front.max_request_s
-        oip = OipServicer(
-            self.model.name, self._frontend, metrics, lambda: self.ready, max_request_s=limit_s
-        )
+        frontend, ready = self._frontend, lambda: self.ready
         if self._switches.serves("oip"):
+            oip = OipServicer(self.model.name, frontend, metrics, ready, limit_s)
             # No limit on its streams, which clients keep; each request of one has its own.
-            self._public.add_service(
-                grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"], oip
-            )
-        engine = VllmEngineServicer(
-            self.model, self._frontend, self.pipeline, metrics, lambda: self.ready
-        )
+            self._public.add_service(_service("inference.GRPCInferenceService"), oip)
         if self._switches.serves("engine-protocol"):
-            self._public.add_service(
-                vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"],
-                engine,
-                limit_s=limit_s + _STUCK_S,
-            )
+            engine = VllmEngineServicer(self.model, frontend, self.pipeline, metrics, ready)
+            name = "vllm.grpc.engine.VllmEngine"
+            self._public.add_service(_service(name), engine, limit_s=limit_s + _STUCK_S)
 
     async def drain(self, deadline_s: float) -> bool:
         """Refuse new requests and wait for those inside; False: some are left at the deadline."""

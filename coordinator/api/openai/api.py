@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter
@@ -79,10 +80,15 @@ class OpenAiApi:
             )
             return Route(path, endpoint)
 
+        complete = self._complete
         nowhere = Endpoint("other", "", self._nowhere, self._counter)
         return [
-            route("/v1/completions", "POST", self._completions),
-            route("/v1/chat/completions", "POST", self._chat),
+            route(
+                "/v1/completions",
+                "POST",
+                partial(complete, read_completion, CompletionWriter),
+            ),
+            route("/v1/chat/completions", "POST", partial(complete, read_chat, ChatWriter)),
             route("/v1/models", "GET", self._models),
             route("/v1/models/{model:path}", "GET", self._model),
             route("/tokenize", "POST", self._tokenize),
@@ -93,17 +99,11 @@ class OpenAiApi:
             *(Route(path, nowhere) for path in ("/v1", "/v1/{path:path}")),
         ]
 
-    async def _completions(self, request: ParsedRequest) -> Result:
-        return await self._complete(request, read_completion, CompletionWriter)
-
-    async def _chat(self, request: ParsedRequest) -> Result:
-        return await self._complete(request, read_chat, ChatWriter)
-
     async def _complete(
         self,
-        request: ParsedRequest,
         read_call: Callable[[dict[str, Any], str], Call],
         make_writer: type[Writer],
+        request: ParsedRequest,
     ) -> Result:
         call = await request.read_by(read_call)
         prompt_ids = None

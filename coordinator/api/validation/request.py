@@ -54,9 +54,8 @@ def validate(request: GenerateRequest, limits: Limits) -> GenerationRequest:
         field, longest = "token_ids.ids", limits.max_model_len
         token_ids = check_token_ids(field, request.token_ids, limits, longest)
         if not token_ids:
-            raise InvalidRequest(
-                field, "empty; expected at least one token, such as the model's first"
-            )
+            what = "empty; expected at least one token, such as the model's first"
+            raise InvalidRequest(field, what)
     elif request.text is None:  # an empty one is a prompt where the tokenizer adds a token
         raise InvalidRequest("prompt", "unset; expected text or token_ids")
     if tools:
@@ -65,8 +64,12 @@ def validate(request: GenerateRequest, limits: Limits) -> GenerationRequest:
     else:
         constraint = constraint_from(request.constraint)
     stop, output = request.stop, request.output
-    request_id = _request_id(request.request_id)
-    num_choices = _num_choices(request.n)
+    request_id, num_choices = request.request_id, request.n
+    check_count("request_id", len(request_id), MAX_REQUEST_ID_CHARS, "characters")
+    if not request_id.isprintable():
+        raise InvalidRequest("request_id", "expected printable characters")
+    if not 1 <= num_choices <= MAX_CHOICES:
+        raise InvalidRequest("n", f"{num_choices}; expected 1 to {MAX_CHOICES}")
     num_prompt_logprobs = _num_logprobs("prompt_logprobs", output.prompt_logprobs)
     shows_prompt = output.echo or num_prompt_logprobs is not None
     max_tokens = _max_tokens(stop, at_least=0 if shows_prompt else 1)
@@ -143,23 +146,10 @@ def check_token_ids(
     return found
 
 
-def _num_choices(count: int) -> int:
-    if not 1 <= count <= MAX_CHOICES:
-        raise InvalidRequest("n", f"{count}; expected 1 to {MAX_CHOICES}")
-    return count
-
-
 def _num_logprobs(name: str, count: int | None) -> int | None:
     if count is not None and count > MAX_LOGPROBS:
         raise InvalidRequest(f"output.{name}", f"{count}; expected at most {MAX_LOGPROBS}")
     return count
-
-
-def _request_id(request_id: str) -> str:
-    check_count("request_id", len(request_id), MAX_REQUEST_ID_CHARS, "characters")
-    if not request_id.isprintable():
-        raise InvalidRequest("request_id", "expected printable characters")
-    return request_id
 
 
 def _max_tokens(stop: Stop, at_least: int) -> int | None:
