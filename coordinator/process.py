@@ -23,7 +23,7 @@ from types import FrameType
 import uvloop
 
 from coordinator.cluster.auth import Trust
-from coordinator.cluster.local_workers import Supervisor, doing, worker_command, worker_environment
+from coordinator.cluster.local_workers import Supervisor, doing, process_options
 from coordinator.cluster.watchdog import Watchdog
 from coordinator.cluster.worker import Worker
 from coordinator.server import Coordinator, dialable
@@ -176,14 +176,15 @@ def make_supervisor(
             share = cache.gpu_memory_utilization / part.num_sharing
             own = dataclasses.replace(cache, gpu_memory_utilization=share)
         flags = [*flags, *to_flags(own)]
-        return worker_command(worker_id, role, [*flags, f"--cores={seats[worker_id]}"])
+        flags += [f"--cores={seats[worker_id]}", "--worker-id", worker_id]
+        return ["worker.cli", role.value, "start", *flags]
 
     alone = stays_on_this_machine(coordinator_address)
-    environment = partial(worker_environment, alone=alone)
+    options_of = partial(process_options, alone=alone)
     assigned = {name: {"CUDA_VISIBLE_DEVICES": part.device} for name, part in dealt.items()}
     for name, part in dealt.items():
         _log.info("GPU dealt", worker=name, gpu=part.device, num_sharing=part.num_sharing)
-    return Supervisor(places, log_dir, command, environment, assigned)
+    return Supervisor(places, log_dir, command, options_of, assigned)
 
 
 def make_watchdog(

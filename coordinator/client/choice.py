@@ -31,12 +31,12 @@ class Choice:
         """Whether anything of it has been delivered."""
         return bool(self.token_ids or self._rest or self.finished)
 
-    def call_again(self) -> None:
-        """Begin a new call, which repeats text without a token."""
-        self._repeated = self._rest.copy()
+    def call_again(self) -> pb.Resume | None:
+        """Begin a new call, which repeats text without a token.
 
-    def resume(self) -> pb.Resume | None:
-        """The `resume` entry of the new call; None if it needs none."""
+        Returns its `resume` entry; None if it needs none.
+        """
+        self._repeated = self._rest.copy()
         if not self.token_ids and not self.finished:
             return None
         return pb.Resume(

@@ -7,10 +7,8 @@ coordinator checks values and names the field.
 
 from __future__ import annotations
 
-import copy
 import json
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coordinator.client import chat_messages
@@ -56,19 +54,6 @@ def chat_request(
         parallel_tool_calls=parallel_tool_calls,
         **_common(options),
     )
-
-
-def ensure_request_id(request: Request) -> None:
-    """Set a request id if it is unset; an unset seed is a hash of it, equal in all calls."""
-    if not request.request_id:
-        request.request_id = uuid.uuid4().hex
-
-
-def with_resume(request: Request, delivered: Iterable[pb.Resume | None]) -> Request:
-    """A copy of the request with what is already delivered of its choices."""
-    again = copy.deepcopy(request)
-    again.resume.extend(resume for resume in delivered if resume)
-    return again
 
 
 def _common(options: Mapping[str, Any]) -> dict[str, Any]:

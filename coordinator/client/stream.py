@@ -18,7 +18,9 @@ choice.py).
 
 from __future__ import annotations
 
+import copy
 import math
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +30,7 @@ import grpc
 from coordinator.client.attempts import Attempts, RetryPolicy
 from coordinator.client.choice import Choice
 from coordinator.client.events import OutputEvent, done
-from coordinator.client.messages import Request, ensure_request_id, with_resume
+from coordinator.client.messages import Request
 from engine.base.errors import DeadlineExceeded, DiptychError, Overloaded, Unavailable
 from engine.pb.diptych.v1 import inference_pb2
 from engine.rpc.status import DETAILS_KEY, from_rpc_error
@@ -69,7 +71,8 @@ class Stream:
     done: bool = False
 
     def __post_init__(self) -> None:
-        ensure_request_id(self.request)
+        # An unset seed is a hash of the request id, which is equal in all calls.
+        self.request.request_id = self.request.request_id or uuid.uuid4().hex
         if not math.isinf(self.retry_policy.silence_s):
             self.request.alive = True
         self._num_open = self.request.n if self.request.HasField("n") else 1  # unfinished choices
@@ -98,11 +101,10 @@ class Stream:
         coordinator, wait_s = found
         self._first_call_s = min(self._first_call_s, now_s)
         self._resuming = begun
-        delivered = []
+        request = copy.deepcopy(self.request)
         for _, choice in sorted(self._choices.items()):
-            choice.call_again()
-            delivered.append(choice.resume())
-        request = with_resume(self.request, delivered)
+            if resume := choice.call_again():
+                request.resume.append(resume)
         self._silence_s = self.attempts.silence_s
         return Call(coordinator, request, wait_s, self._silence_s)
 

@@ -42,33 +42,19 @@ _LAST_BYTES = 4096  # of a log, for its last line
 _STABLE_S = 30.0  # a worker that lived this long starts over with the shortest backoff
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerEnvironment:
-    """How a local worker runs: defaults of environment variables, and its niceness."""
-
-    variables: Mapping[str, str] = field(default_factory=dict)
-    nice: int = 0
-
-
-def worker_environment(
-    role: Role, cores: int, num_workers: int, *, alone: bool = False
-) -> WorkerEnvironment:
-    """For a local worker of `role` on a machine of `cores` with `num_workers` of them.
+def process_options(role: Role, cores: int, num_workers: int, *, alone: bool = False) -> list[str]:
+    """Options of parent_death for a worker of `role`, one of `num_workers` on `cores`.
 
     Threads that wait for work must not spin on cores that another worker needs. Decode has priority
     over prefill: a slow prompt delays one answer, a slow step delays all of them. `alone`: all
     peers are on this machine, so UCX, which has no authentication, listens on loopback only.
     """
     threads = max(1, cores // max(1, num_workers))
-    variables = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    variables = [f"OMP_NUM_THREADS={threads}", "OMP_WAIT_POLICY=PASSIVE"]
     if alone:
-        variables["UCX_NET_DEVICES"] = "lo"
-    return WorkerEnvironment(variables, nice=5 if role is Role.PREFILL else 0)
-
-
-def worker_command(worker_id: str, role: Role, flags: Sequence[str]) -> list[str]:
-    """The command line of `prefill start` or `decode start`, without the interpreter."""
-    return ["worker.cli", role.value, "start", *flags, "--worker-id", worker_id]
+        variables.append("UCX_NET_DEVICES=lo")
+    nice = 5 if role is Role.PREFILL else 0
+    return [f"--nice={nice}", *(f"--env={variable}" for variable in variables)]
 
 
 @dataclass(slots=True, eq=False)
@@ -92,7 +78,7 @@ class Supervisor:
     places: Sequence[tuple[str, Role]]
     log_dir: Path
     command: Callable[[str, Role], Sequence[str]]
-    environment: Callable[[Role, int, int], WorkerEnvironment] = worker_environment
+    process_options: Callable[[Role, int, int], Sequence[str]] = process_options
     # By worker: variables that override the user's (its GPU).
     assigned: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     fatal: asyncio.Future[ConfigError] = field(default_factory=asyncio.Future)
@@ -196,10 +182,8 @@ class Supervisor:
 
     def _spawn(self, worker: LocalWorker, log: IO[bytes]) -> subprocess.Popen[bytes]:
         """Fork on this thread. Popen does it by vfork, which gRPC's fork handlers do not see."""
-        how = self.environment(worker.role, usable_cores(), len(self.workers))
-        arguments = ["--parent", str(os.getpid()), "--nice", str(how.nice)]
-        for name, value in how.variables.items():
-            arguments += ["--env", f"{name}={value}"]
+        options = self.process_options(worker.role, usable_cores(), len(self.workers))
+        arguments = ["--parent", str(os.getpid()), *options]
         command = self.command(worker.worker_id, worker.role)
         return subprocess.Popen(
             [sys.executable, "-m", "engine.process.parent_death", *arguments, *command],

@@ -88,7 +88,7 @@ class DecodeClient:
                     async for response in responses:
                         if response.HasField("tokens"):
                             until_first_token.close()
-                            delta = await _take_tokens(state, response.tokens)
+                            delta = await state.take(response.tokens)
                             if delta.token_ids:
                                 yield replace(delta, affinity_token=affinity_token)
                                 affinity_token = ""  # once is enough
@@ -146,14 +146,6 @@ class DecodeClient:
         """Of the plan's decode worker; closes the channels to workers that have gone."""
         self._channels.keep_only({w.peer.address for w in self.membership.snapshot()})
         return worker_pb2_grpc.DecodeServiceStub(self._channels.get(plan.decode.peer.address))
-
-
-async def _take_tokens(state: GenerationState, tokens: worker_pb2.Tokens) -> Delta:
-    """Add a message's tokens and numbers to the state."""
-    state.report(tokens)
-    if scores := tokens.prompt_logprobs:  # of thousands of tokens
-        state.prompt_logprobs = tuple(await asyncio.to_thread(convert.logprobs_from_pb, scores))
-    return state.take(tokens)
 
 
 def _decode_request(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 
 from coordinator.generation.events import Delta, Timing, Usage
@@ -37,8 +38,11 @@ class GenerationState:
         """The report of the first attempt that sent one."""
         return next(iter(self.reports.values()), worker_pb2.Tokens())
 
-    def take(self, tokens: worker_pb2.Tokens) -> Delta:
-        """Add tokens of a worker to the output."""
+    async def take(self, tokens: worker_pb2.Tokens) -> Delta:
+        """Add a worker's tokens and numbers."""
+        self.report(tokens)
+        if scores := tokens.prompt_logprobs:  # of thousands of tokens
+            self.prompt_logprobs = tuple(await asyncio.to_thread(logprobs_from_pb, scores))
         return self.output.push(tokens.token_ids, logprobs_from_pb(tokens.logprobs))
 
     @property

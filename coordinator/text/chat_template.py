@@ -96,7 +96,9 @@ class ChatTemplate:
         """
         name = self._named(bool(tools))
         if "developer" not in self.text:  # OpenAI's newer name for the system role
-            messages = [_without_developer(message) for message in messages]
+            messages = [
+                {**m, "role": "system"} if m["role"] == "developer" else m for m in messages
+            ]
         if name in self.knowing_tools or not (tools or any(map(_is_of_tools, messages))):
             return self._render(name, messages, tools, add_generation_prompt)
         plain_messages = _without_tools(messages, tools, tool_format)
@@ -166,10 +168,6 @@ def template_messages(
             ]
         out.append(turn)
     return out
-
-
-def _without_developer(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {**message, "role": "system"} if message["role"] == "developer" else message
 
 
 def _with_written_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:

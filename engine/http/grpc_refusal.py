@@ -8,6 +8,10 @@ in, bytes out.
 
 from __future__ import annotations
 
+import string
+from urllib.parse import quote
+
+_UNQUOTED = string.punctuation.replace("%", " ")  # in a status message of gRPC
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _SETTINGS, _PING = 0, 1, 4, 6
 _ACK, _END_STREAM, _END_HEADERS = 1, 1, 4
@@ -24,7 +28,7 @@ class GrpcRefusal:
     def __init__(self, message: str) -> None:
         fields = (
             (b"grpc-status", _FAILED_PRECONDITION),
-            (b"grpc-message", _percent_encoded(message)),
+            (b"grpc-message", quote(message, safe=_UNQUOTED).encode()),
         )
         self._trailers = _STATUS_200 + _CONTENT_TYPE + _text(b"application/grpc")
         self._trailers += b"".join(b"\0" + _text(name) + _text(value) for name, value in fields)
@@ -85,11 +89,3 @@ def _text(value: bytes) -> bytes:
         length += bytes((rest % 128 + 128,))
         rest //= 128
     return length + bytes((rest,)) + value
-
-
-def _percent_encoded(message: str) -> bytes:
-    """The form of a status message in gRPC."""
-    return b"".join(
-        bytes((byte,)) if 0x20 <= byte <= 0x7E and byte != 0x25 else b"%%%02X" % byte
-        for byte in message.encode()
-    )

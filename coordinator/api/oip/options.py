@@ -112,13 +112,13 @@ class Options:
                 raise InvalidRequest(where, f"{_shown(one)} is not served; {instead(name)}")
         elif (canonical := _ALIASES.get(name, name)) in OPTIONS:
             if first := self._taken.get(canonical):
-                if _is_same(value, first[1]):
+                if value == first[1] or str(value) == str(first[1]):  # a number may be text
                     return
                 raise InvalidRequest(where, f"given already, as {first[0]}, with another value")
             self._taken[canonical] = (where, value)
             if canonical == "stop":  # empty ones mean none, and so does TensorRT-LLM's flag
                 value = [text for text in _list(value) if text not in ("", False)]
-            if canonical in _UNSET and _is_minus_one(value):
+            if canonical in _UNSET and str(value) in ("-1", "-1.0"):
                 return
             self._write(where, canonical, value)
         else:
@@ -209,15 +209,6 @@ def flag_of(where: str, value: Any) -> bool:
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     raise InvalidRequest(where, f"{_shown(value)}; expected true or false")
-
-
-def _is_same(value: Any, other: Any) -> bool:
-    """Equal; a number may be text."""
-    return bool(value == other) or str(value) == str(other)
-
-
-def _is_minus_one(value: Any) -> bool:
-    return not isinstance(value, bool) and str(value) in ("-1", "-1.0")
 
 
 def _list(value: Any) -> list[Any]:

@@ -186,7 +186,9 @@ class OipServicer:
     ) -> AsyncGenerator[pb.ModelInferResponse, None]:
         """The responses to a request: one, or with `streaming` any number."""
         builder: ResponseBuilder | None = None
-        call = self.frontend.generate(parsed.generate, _left_s(parsed, context))
+        limits_s = (context.time_remaining(), parsed.timeout_s)
+        left_s = min((s for s in limits_s if s is not None), default=None)
+        call = self.frontend.generate(parsed.generate, left_s)
         async with aclosing(call) as events:
             async for event in events:
                 # With the first event the number of choices has been checked.
@@ -197,13 +199,6 @@ class OipServicer:
                     yield builder.take(final=final)
         if not parsed.streaming and builder:
             yield builder.take(final=not parsed.empty_final)
-
-
-def _left_s(parsed: ParsedRequest, context: Any) -> float | None:
-    """The call's deadline or the request's own, whichever is sooner."""
-    return min(
-        (s for s in (context.time_remaining(), parsed.timeout_s) if s is not None), default=None
-    )
 
 
 def _failure(

@@ -16,9 +16,8 @@ import structlog.testing
 from coordinator.cluster.local_workers import (
     LocalWorker,
     Supervisor,
-    WorkerEnvironment,
     doing,
-    worker_environment,
+    process_options,
 )
 from engine.base.errors import ConfigError
 from engine.base.types import Role
@@ -55,7 +54,7 @@ def make(tmp_path, kind, places=1):
         [(f"w{i}", Role.DECODE) for i in range(places)],
         tmp_path / "logs",
         lambda worker_id, role: [f"{kind}_worker", worker_id],
-        lambda role, cores, count: WorkerEnvironment({"OMP_PROBE": "7"}, nice=1),
+        lambda role, cores, count: ["--nice=1", "--env=OMP_PROBE=7"],
     )
 
 
@@ -276,11 +275,10 @@ def test_an_orphan_ends_before_it_begins(modules):
 
 
 def test_ucx_of_workers_that_are_alone_stays_on_the_machine():
-    alone = worker_environment(Role.DECODE, 2, 2, alone=True)
-    assert alone.variables["UCX_NET_DEVICES"] == "lo"
-    assert "UCX_NET_DEVICES" not in worker_environment(Role.DECODE, 2, 2).variables
+    assert "--env=UCX_NET_DEVICES=lo" in process_options(Role.DECODE, 2, 2, alone=True)
+    assert "UCX_NET_DEVICES" not in "".join(process_options(Role.DECODE, 2, 2))
 
 
 def test_environment_shares_the_cores():
-    assert worker_environment(Role.DECODE, 16, 4).variables["OMP_NUM_THREADS"] == "4"
-    assert worker_environment(Role.PREFILL, 2, 4).variables["OMP_NUM_THREADS"] == "1"
+    assert "--env=OMP_NUM_THREADS=4" in process_options(Role.DECODE, 16, 4)
+    assert "--env=OMP_NUM_THREADS=1" in process_options(Role.PREFILL, 2, 4)
