@@ -16,6 +16,7 @@ its end: only the worker knows whether that is STOP or LENGTH. Owned by one requ
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 
 from coordinator.generation.events import Delta, Ending
@@ -30,62 +31,53 @@ from engine.base.types import FinishReason, TokenLogprobs
 _PIECE_TOKENS = 64  # a millisecond of work
 
 
+@dataclass(eq=False)
 class Output:
-    """Tokens and text of one output; `token_ids` ends with the token that ends the output."""
+    """Tokens and text of one output; `token_ids` ends with the token that ends the output.
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        request: GenerationRequest,
-        prompt: Sequence[int] = (),
-        *,
-        max_tokens: int,
-        min_tokens: int,
-        stops: StopSet | None = None,
-    ) -> None:
-        """`stops`: those of the request; None: they are made here.
+    `catch_up` takes what the request resumes.
+    """
 
-        `catch_up` takes what the request resumes.
-        """
-        self.token_ids: list[int] = []
-        self.ending: Ending | None = None
-        self.max_tokens = max_tokens
-        self._index = request.index
-        self._is_constrained = request.constraint is not None
-        self._stop_token_ids = request.stop_token_ids
-        self._content_stop_ids = request.content_stop_ids
-        self._include_stop = request.include_stop
-        self._min_tokens = min_tokens
-        self._calls: ToolCalls | None = None
-        self._ended_calls: list[ToolCallPiece] = []
+    tokenizer: Tokenizer
+    request: GenerationRequest
+    prompt: Sequence[int] = ()
+    _: KW_ONLY
+    max_tokens: int
+    min_tokens: int
+    stops: StopSet | None = None  # those of the request; None: they are made here
+    token_ids: list[int] = field(default_factory=list)
+    ending: Ending | None = None
+    num_resumed: int = 0
+    # An echoed prompt and the output make one text: decode(prompt + output). Where the prompt ends
+    # within a character, that character belongs to the output. A prompt given as text is whole.
+    broken_prompt_end: str = ""
+    _calls: ToolCalls | None = None
+    _ended_calls: list[ToolCallPiece] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        request, tokenizer = self.request, self.tokenizer
         markers: tuple[int, ...] = ()
         if request.tools:
             form = request.tools.format
             markers = tuple(form.tokens.values())
             make_id = partial(call_id, f"{request.request_id}/{request.index}", form.id_chars)
             self._calls = ToolCalls(request.tools, make_id)
-        self._detokenizer = Detokenizer(tokenizer, request.skip_special_tokens, markers, prompt)
-        # An echoed prompt and the output make one text: decode(prompt + output). Where the prompt
-        # ends within a character, that character belongs to the output. A prompt given as text is
-        # whole.
-        self.broken_prompt_end = ""
+        skips = request.skip_special_tokens
+        self._detokenizer = Detokenizer(tokenizer, skips, markers, self.prompt)
         if request.echo and request.text is None and BROKEN in self._detokenizer.due:
             self.broken_prompt_end = self._detokenizer.release_due()
-        self._tokenizer = tokenizer
-        self._special_ids = tokenizer.special_ids
         names = tokenizer.special_names if request.stop_strings else ()
-        stops = stops or StopSet(request.stop_strings, names)
-        self._stops = StopChecker(stops, request.include_stop, min_tokens)
-        self._resumed = request.resume.token_ids
-        self.num_resumed = 0
+        stops = self.stops or StopSet(request.stop_strings, names)
+        self._checker = StopChecker(stops, request.include_stop, self.min_tokens)
 
     def catch_up(self) -> Iterator[bool]:
         """Take the tokens of an earlier connection, one piece a step, before all others.
 
         They count in everything; their text was delivered then.
         """
-        for start in range(0, len(self._resumed), _PIECE_TOKENS):
-            self.push(self._resumed[start : start + _PIECE_TOKENS])
+        resumed = self.request.resume.token_ids
+        for start in range(0, len(resumed), _PIECE_TOKENS):
+            self.push(resumed[start : start + _PIECE_TOKENS])
             self.num_resumed = len(self.token_ids)
             yield True
 
@@ -105,15 +97,15 @@ class Output:
                 stream = self._detokenizer
                 offset, is_at_start = stream.position_of(token_id), stream.is_at_start
                 scored.append(
-                    scored_token(self._tokenizer, token_id, logprobs[i], offset, is_at_start)
+                    scored_token(self.tokenizer, token_id, logprobs[i], offset, is_at_start)
                 )
             texts.append(self._push(token_id))
         ids = tuple(token_ids[: len(texts)])
-        return Delta(self._index, "".join(texts), ids, scored, self._take_calls())
+        return Delta(self.request.index, "".join(texts), ids, scored, self._take_calls())
 
     def finish(self) -> Delta:
         """What was held back, where something else than the last token ended the output."""
-        return Delta(self._index, self._rest(), tool_calls=self._take_calls())
+        return Delta(self.request.index, self._rest(), tool_calls=self._take_calls())
 
     def _take_calls(self) -> tuple[ToolCallPiece, ...]:
         """Calls that have ended since the last time."""
@@ -125,7 +117,7 @@ class Output:
         """Whether it has ended by something that the worker does not know."""
         ending = self.ending
         return ending is not None and (
-            ending.matched_text is not None or ending.matched_token in self._content_stop_ids
+            ending.matched_text is not None or ending.matched_token in self.request.content_stop_ids
         )
 
     def _push(self, token_id: int) -> str:
@@ -134,19 +126,21 @@ class Output:
         if self._is_stop_token(token_id):
             self.ending = Ending(FinishReason.STOP, matched_token=token_id)
             return self._end_at(token_id)
-        name, shown = self._special(token_id) if token_id in self._special_ids else ("", "")
+        name, shown = (
+            self._special(token_id) if token_id in self.tokenizer.special_ids else ("", "")
+        )
         if name and not shown:
             text = self._push_hidden(name)
         elif self._calls is not None:  # a special token that is shown is a marker of calls
-            text = self._stops.push(self._content(self._detokenizer.push((token_id,))))
+            text = self._checker.push(self._content(self._detokenizer.push((token_id,))))
         else:
             text = self._detokenizer.push((token_id,)).removesuffix(shown)
-            text = self._stops.push(text, name, shown)
+            text = self._checker.push(text, name, shown)
         self._stop_if_matched()
         if (
             len(self.token_ids) >= self.max_tokens
             and self.ending is None
-            and not self._is_constrained
+            and self.request.constraint is None
         ):
             self.ending = Ending(FinishReason.LENGTH)
             text += self._rest()
@@ -161,57 +155,57 @@ class Output:
         return parsed.text
 
     def _is_stop_token(self, token_id: int) -> bool:
-        if len(self.token_ids) <= self._min_tokens:
+        if len(self.token_ids) <= self.min_tokens:
             return False
-        if token_id in self._stop_token_ids:
+        if token_id in self.request.stop_token_ids:
             return True
-        is_named = token_id in self._content_stop_ids
+        is_named = token_id in self.request.content_stop_ids
         return is_named and (
-            self._calls is None or self._calls.is_content(self._tokenizer.text_of(token_id))
+            self._calls is None or self._calls.is_content(self.tokenizer.text_of(token_id))
         )
 
     def _special(self, token_id: int) -> tuple[str, str]:
         """A special token's name, and the text that is shown of it."""
-        name = self._tokenizer.special_name(token_id)
+        name = self.tokenizer.special_name(token_id)
         hidden = not name or self._detokenizer.hides(token_id)
-        return name, "" if hidden else self._tokenizer.text_of(token_id)
+        return name, "" if hidden else self.tokenizer.text_of(token_id)
 
     def _push_hidden(self, name: str) -> str:
         """Text that may be released after a special token that no text shows.
 
         Only a stop string acts on it; all text that is still held stands before it then.
         """
-        if not self._stops.names(name) or (self._calls and self._calls.is_in_call):
-            return self._stops.push("")
+        if not self._checker.names(name) or (self._calls and self._calls.is_in_call):
+            return self._checker.push("")
         before = self._calls.held_text if self._calls else ""
         before += self._detokenizer.peek()
         if not before:
-            return self._stops.push("", name)
-        trial = self._stops.fork()
+            return self._checker.push("", name)
+        trial = self._checker.fork()
         text = trial.push(before, name)
         if trial.match is None:  # the output goes on, and the text stays held
-            return self._stops.push("", name)
-        self._stops = trial
+            return self._checker.push("", name)
+        self._checker = trial
         return text
 
     def _end_at(self, token_id: int) -> str:
         """The rest of an output that a stop token ends; its own text is seldom asked for."""
-        text = self._detokenizer.push((token_id,)) if self._include_stop else ""
+        text = self._detokenizer.push((token_id,)) if self.request.include_stop else ""
         text += self._detokenizer.flush()
         name, shown = self._special(token_id)
-        shown = shown if self._include_stop else ""
+        shown = shown if self.request.include_stop else ""
         content = self._last_content(text.removesuffix(shown), is_cut=False)
-        text = self._stops.push(content, name, shown) + self._stops.flush()
+        text = self._checker.push(content, name, shown) + self._checker.flush()
         self._stop_if_matched()
         return text
 
     def _rest(self) -> str:
         """What was held back of an output that ends behind its last token."""
-        if self._stops.match is not None:
+        if self._checker.match is not None:
             return ""
         is_cut = self.ending is not None and self.ending.reason is FinishReason.LENGTH
         content = self._last_content(self._detokenizer.flush(), is_cut=is_cut)
-        text = self._stops.flush(content)
+        text = self._checker.flush(content)
         self._stop_if_matched()
         return text
 
@@ -225,5 +219,5 @@ class Output:
         return content
 
     def _stop_if_matched(self) -> None:
-        if self._stops.match is not None:
-            self.ending = Ending(FinishReason.STOP, matched_text=self._stops.match.text)
+        if self._checker.match is not None:
+            self.ending = Ending(FinishReason.STOP, matched_text=self._checker.match.text)

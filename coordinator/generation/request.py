@@ -75,8 +75,4 @@ class GenerationRequest:
     def choice(self, index: int) -> GenerationRequest:
         """The same request for one of its choices: another seed, and its resumed tokens."""
         seed = choice_seed(self.sampling.seed, index)
-        return replace(
-            self,
-            sampling=replace(self.sampling, seed=seed),
-            index=index,
-        )
+        return replace(self, sampling=replace(self.sampling, seed=seed), index=index)

@@ -83,11 +83,7 @@ class OpenAiApi:
         complete = self._complete
         nowhere = Endpoint("other", "", self._nowhere, self._counter)
         return [
-            route(
-                "/v1/completions",
-                "POST",
-                partial(complete, read_completion, CompletionWriter),
-            ),
+            route("/v1/completions", "POST", partial(complete, read_completion, CompletionWriter)),
             route("/v1/chat/completions", "POST", partial(complete, read_chat, ChatWriter)),
             route("/v1/models", "GET", self._models),
             route("/v1/models/{model:path}", "GET", self._model),
@@ -114,7 +110,7 @@ class OpenAiApi:
             ]
         model = request.body.get("model") or self.frontend.model().name
         created = int(self.clock())
-        writer = make_writer(call, model=model, created=created, prompt_ids=prompt_ids)
+        writer = make_writer(call=call, model=model, created=created, prompt_ids=prompt_ids)
         parts = self._parts(writer, call)
         if call.body.stream:
             return _events(writer, parts)

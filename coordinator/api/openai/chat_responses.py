@@ -19,8 +19,8 @@ class ChatWriter(Writer):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, *call: Any, **head: Any) -> None:
-        super().__init__(*call, **head)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         (self._request,) = self.call.requests
         self._begun: set[int] = set()
         self._calling: set[int] = set()  # choices that call a tool

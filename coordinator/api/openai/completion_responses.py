@@ -19,8 +19,8 @@ class CompletionWriter(Writer):
     prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, *call: Any, **head: Any) -> None:
-        super().__init__(*call, **head)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._num_echoed: dict[int, int] = {}  # characters of the prompt, by choice
         self._begun: set[int] = set()
 

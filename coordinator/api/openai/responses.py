@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from coordinator.api.openai.requests import Call
 from coordinator.generation import events
@@ -53,34 +54,27 @@ class Usage:
         }
 
 
+@dataclass(kw_only=True, eq=False)
 class Writer(ABC):
     """Writes the response of one HTTP request; a subclass has the shapes of one API."""
 
-    prefix: str  # of the response's id
-    whole_object: str
-    chunk_object: str
-    is_large = False  # then the whole response is written in a thread
+    prefix: ClassVar[str]  # of the response's id
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+    call: Call
+    model: str
+    created: int
+    prompt_ids: Sequence[Sequence[int]] | None = None  # where they are shown
+    usage: Usage = field(default_factory=Usage)
+    is_large: bool = False  # then the whole response is written in a thread
 
-    def __init__(
-        self,
-        call: Call,
-        *,
-        model: str,
-        created: int,
-        prompt_ids: Sequence[Sequence[int]] | None = None,  # where they are shown
-    ) -> None:
-        self.call = call
-        self.num_choices = call.body.n or 1  # of each prompt
-        self.shows_ids = bool(call.body.return_token_ids)  # of prompt and output
-        self.usage = Usage()
-        self.prompt_ids = prompt_ids
-        for index, ids in enumerate(prompt_ids or ()):
+    def __post_init__(self) -> None:
+        self.num_choices = self.call.body.n or 1  # of each prompt
+        self.shows_ids = bool(self.call.body.return_token_ids)  # of prompt and output
+        for index, ids in enumerate(self.prompt_ids or ()):
             self.usage.prompt[index] = len(ids)
-        self._head = {
-            "id": f"{self.prefix}-{call.request_id}",
-            "created": created,
-            "model": model,
-        }
+        response_id = f"{self.prefix}-{self.call.request_id}"
+        self._head = {"id": response_id, "created": self.created, "model": self.model}
 
     @abstractmethod
     def _bare(self, index: int) -> Choice:

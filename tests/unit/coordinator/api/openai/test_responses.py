@@ -25,12 +25,12 @@ def delta(index=0, **fields):
 
 def completion_writer(prompt_ids=None, **body):
     call = read_completion({"prompt": "x", **body}, "id")
-    return CompletionWriter(call, prompt_ids=prompt_ids, **HEAD)
+    return CompletionWriter(call=call, prompt_ids=prompt_ids, **HEAD)
 
 
 def chat_writer(prompt_ids=None, **body):
     call = read_chat({"messages": [{"role": "user", "content": "x"}], **body}, "id")
-    return ChatWriter(call, prompt_ids=prompt_ids, **HEAD)
+    return ChatWriter(call=call, prompt_ids=prompt_ids, **HEAD)
 
 
 def feed(writer, *responses, first_text=""):
