@@ -302,7 +302,7 @@ async def test_local_workers_are_dealt_gpus_and_parts_of_them(tmp_path):
     assert "--gpu-memory-utilization=0.45" in shared
     alone = supervisor.command("prefill-1", Role.PREFILL)
     assert not any("utilization" in word for word in alone), "the default, 0.9"
-    assert make_supervisor(options_of(tmp_path), "0.0.0.0:700")._assigned == {}
+    assert make_supervisor(options_of(tmp_path), "0.0.0.0:700").assigned == {}
 
 
 @pytest.mark.parametrize(
