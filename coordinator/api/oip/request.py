@@ -16,14 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from coordinator.api.oip.model import (
-    FLAGS,
-    INPUT_LENGTHS,
-    OUTPUTS,
-    RETURN_FLAGS,
-    SAMPLING_PARAMETERS,
-    check_served,
-)
+from coordinator.api.oip import model as oip_model
 from coordinator.api.oip.neutral import NEUTRAL
 from coordinator.api.oip.options import Options, flag_of, parse_json, takes_list
 from coordinator.api.oip.tensors import BYTES, Tensor, read_tensors, row, scalar, text
@@ -31,7 +24,7 @@ from coordinator.api.values import GenerateRequest
 from engine.base.errors import InvalidRequest
 from engine.pb.inference import grpc_service_pb2
 
-_OUTPUT_NAMES = tuple(spec.name for spec in OUTPUTS)
+_OUTPUT_NAMES = tuple(spec.name for spec in oip_model.OUTPUTS)
 _TOKEN_TYPES = ("INT32", "INT64", "UINT32", "UINT64")
 _EMPTY_FINAL = "triton_enable_empty_final_response"
 _TIMEOUT = "timeout"  # microseconds
@@ -56,13 +49,13 @@ class ParsedRequest:
 
 def read_request(request: grpc_service_pb2.ModelInferRequest, served: str) -> ParsedRequest:
     """Raises InvalidRequest naming the input or parameter, NotFound for another model."""
-    check_served(request.model_name, request.model_version, served)
+    oip_model.check_served(request.model_name, request.model_version, served)
     flags: dict[str, bool] = {}
     options = Options()
     tensors = read_tensors(request)
     tensor, prompt = _take_prompt(tensors)
     for where, name, value in _named(request, tensors):
-        if (flag := _FLAG_ALIASES.get(name, name)) in FLAGS:
+        if (flag := _FLAG_ALIASES.get(name, name)) in oip_model.FLAGS:
             flags[flag] = flag_of(where, value)
         else:
             options.take(where, name, value)
@@ -106,9 +99,9 @@ def _take_prompt(tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
     for i, token in enumerate(ids):
         if not 0 <= token < 1 << 32:
             raise InvalidRequest(f"{field}[{i}]", f"{token}; not a token id")
-    if (length := tensors.pop(INPUT_LENGTHS, None)) and scalar(length) != len(ids):
+    if (length := tensors.pop(oip_model.INPUT_LENGTHS, None)) and scalar(length) != len(ids):
         raise InvalidRequest(
-            f"inputs.{INPUT_LENGTHS}", f"{scalar(length)}; input_ids has {len(ids)}"
+            f"inputs.{oip_model.INPUT_LENGTHS}", f"{scalar(length)}; input_ids has {len(ids)}"
         )
     return tensor, {"token_ids": ids}  # an empty list is refused as such
 
@@ -128,7 +121,7 @@ def _named(
         name = tensor.name.removeprefix(_PREFIX)
         named.append((f"inputs.{tensor.name}", name, _element(name, tensor)))
     for where, name, value in named:
-        if name != SAMPLING_PARAMETERS:
+        if name != oip_model.SAMPLING_PARAMETERS:
             yield where, name, value
             continue
         parsed = parse_json(where, value) if isinstance(value, str) else value
@@ -176,7 +169,7 @@ def _outputs(
     names = {"text_output", "finish_reason"}
     if token_ids:
         names.add("output_ids")
-    names |= {name for flag, name in RETURN_FLAGS.items() if flags.get(flag)}
+    names |= {name for flag, name in oip_model.RETURN_FLAGS.items() if flags.get(flag)}
     names |= {n for n in ("logprobs", "prompt_logprobs") if n in output}
     return tuple(name for name in _OUTPUT_NAMES if name in names)
 
