@@ -83,7 +83,7 @@ def _decode(cluster: ClusterView, request: RequestView) -> Worker | None:
 
 
 def _prefill(cluster: ClusterView, request: RequestView, block_size: int) -> Worker | None:
-    # The decode worker computes the last token itand only whole blocks travel.
+    # The decode worker computes the last token itself, and only whole blocks travel.
     num_whole = (request.num_tokens - 1) // block_size * block_size
     if request.computes_alone or num_whole <= 0:
         return None
