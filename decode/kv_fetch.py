@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 from decode.prefill_call import PrefillCall
 from engine.base.errors import (
@@ -28,45 +27,24 @@ from engine.base.errors import (
     Overloaded,
     Unavailable,
 )
-from engine.base.option_groups import TransferOptions
 from engine.base.types import Peer
 from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
-from engine.rpc.channel import ChannelPool
 from engine.scheduling.events import FetchEvent
-from engine.step.engine_thread import EngineDied, EngineThread
+from engine.step.engine_thread import EngineDied
 from engine.step.operations import BlocksArrived, FetchEnded, Pin
 from engine.telemetry.log import get_logger
-from engine.telemetry.metrics import WorkerMetrics
 from engine.telemetry.timeline import Event as Mark
 from engine.telemetry.timeline import Timeline
-from kvtransfer.checksum import Checksums
-from kvtransfer.data_plane import DataPlane
-from kvtransfer.kv_service import BlockHost, Renewer
-from kvtransfer.peers import PeerTable
+from kvtransfer.kv_service import Renewer
 from kvtransfer.pull import Pull
 from kvtransfer.transport import RemotePool, TransferError
 
+if TYPE_CHECKING:
+    from worker.process import WorkerProcess
+
 _log = get_logger(__name__)
-_T = TypeVar("_T")
 _SETTLE_S = 0.2  # a read that was stopped usually ends in milliseconds
 _MAX_ROUNDS = 3  # calls for the same blocks before the rest is computed here
-
-
-class FetchHost(Protocol):
-    """What fetches use of the worker process."""
-
-    incarnation: str
-    engine: EngineThread
-    metrics: WorkerMetrics
-    transfer: TransferOptions
-    channels: ChannelPool
-    peers: PeerTable
-    plane: DataPlane
-    blocks: BlockHost
-    checksums: Checksums
-
-    def in_background(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
-        """Run a task that outlives the call."""
 
 
 @dataclass(slots=True)
@@ -104,7 +82,7 @@ class FetchJob:
 class KvFetcher:
     """All fetches of one worker."""
 
-    def __init__(self, host: FetchHost) -> None:
+    def __init__(self, host: WorkerProcess) -> None:
         self._host = host
 
     async def run(self, fetch: FetchJob, wanted: FetchEvent) -> None:

@@ -12,15 +12,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from decode.kv_fetch import FetchHost, FetchJob, KvFetcher
+from decode.kv_fetch import FetchJob, KvFetcher
 from decode.shared_parts import Parts, PartsStore
 from engine.base.errors import DiptychError, InvalidRequest, Unavailable
 from engine.base.types import Constraint
-from engine.constraints import Compiler, Matcher, Vocabulary
+from engine.constraints import Compiler, Matcher
 from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.rpc.convert import (
     enum_to_pb,
@@ -39,37 +38,19 @@ from engine.telemetry.log import get_logger
 from engine.telemetry.timeline import Event as Mark
 from engine.telemetry.timeline import Timeline
 
+if TYPE_CHECKING:
+    from worker.process import WorkerProcess
+
 _log = get_logger(__name__)
 _NO_DEADLINE_S = 3600.0
 _ALIVE = pb.DecodeResponse(alive=pb.Alive())
 _UNKNOWN = pb.DecodeResponse(unknown=pb.Unknown())
 
 
-class DecodeHost(FetchHost, Protocol):
-    """What the service uses of the worker process around it."""
-
-    vocabulary: Vocabulary | None
-
-    def check_takes(self, request: EngineRequest) -> None:
-        """Raise Unavailable where this worker takes no such request now."""
-
-    def serving(self, request: EngineRequest) -> AbstractContextManager[Stream]:
-        """Submit a call's request; the call counts as inside until the block is left."""
-
-    def salt(self, cache_salt: str) -> bytes:
-        """Return the root of the block hashes of requests with this salt."""
-
-    def check_incarnation(self, incarnation: str) -> None:
-        """Raise Mismatch where a caller addresses another process."""
-
-    def check_token_ids(self, token_ids: Sequence[int]) -> None:
-        """Raise InvalidRequest for ids that the model has no embedding for."""
-
-
 class DecodeServicer:
     """Serves answers; holds nothing that another worker could not make again."""
 
-    def __init__(self, host: DecodeHost) -> None:
+    def __init__(self, host: WorkerProcess) -> None:
         self.host = host
         self.fetcher = KvFetcher(host)
         self._parts = PartsStore(host.check_token_ids)
@@ -90,7 +71,7 @@ class DecodeServicer:
             yield _UNKNOWN
             return
         engine_request = self._engine_request(request, parts, context.time_remaining())
-        self.host.check_takes(engine_request)
+        self.host.calls.check_takes(engine_request)
         if request.shared_key and request.prompt_token_ids:
             yield _ALIVE  # the other choices wait for it
         constraint = parts.constraint
@@ -102,7 +83,7 @@ class DecodeServicer:
                 engine_request = replace(engine_request, matcher=compiling.result())
             finally:
                 compiling.cancel()
-        with self.host.serving(engine_request) as stream:
+        with self.host.calls.serving(engine_request) as stream:
             call = _DecodeCall(self, stream, request, context.time_remaining())
             try:
                 async for response in call.responses():

@@ -9,30 +9,21 @@ is gone. The leases end with the call.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from engine.base.option_groups import TransferOptions
 from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.scheduling.events import AnnouncedEvent
 from engine.step.engine_thread import Stream
-from kvtransfer.checksum import Checksums
-from kvtransfer.kv_service import BlockHost, KvServicer
 
-
-class LeaseHost(Protocol):
-    """What leases need of the worker process."""
-
-    kv: KvServicer
-    blocks: BlockHost
-    checksums: Checksums
-    transfer: TransferOptions
+if TYPE_CHECKING:
+    from worker.process import WorkerProcess
 
 
 @dataclass(slots=True, eq=False)
 class BlockPublisher:
     """Leases of one Prefill call; `owner` is the incarnation that may read and release them."""
 
-    host: LeaseHost
+    host: WorkerProcess
     owner: str
     request_id: str
     _leases: list[bytes] = field(default_factory=list)

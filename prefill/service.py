@@ -10,52 +10,31 @@ silence, and while the engine runs, the service sends `Alive` every BEAT_S.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Coroutine, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
 
 from engine.base.errors import InvalidRequest, Unavailable
-from engine.base.types import FinishReason, ModelIdentity
+from engine.base.types import FinishReason
 from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.rpc.liveness import BEAT_S
 from engine.scheduling.events import AnnouncedEvent, FinishedEvent
 from engine.scheduling.request import EngineRequest
-from engine.step.engine_thread import EngineThread, Stream
 from engine.telemetry.log import get_logger
 from engine.telemetry.timeline import Event as Mark
 from engine.telemetry.timeline import Timeline
-from prefill.block_publisher import BlockPublisher, LeaseHost
+from prefill.block_publisher import BlockPublisher
+
+if TYPE_CHECKING:
+    from worker.process import WorkerProcess
 
 _log = get_logger(__name__)
 _ALIVE = pb.PrefillResponse(alive=pb.Alive())
 
 
-class PrefillHost(LeaseHost, Protocol):
-    """What the service uses of the worker process around it."""
-
-    engine: EngineThread
-    identity: ModelIdentity
-
-    def serving(self, request: EngineRequest) -> AbstractContextManager[Stream]:
-        """Submit a call's request; the call counts as inside until the block is left."""
-
-    def in_background(self, work: Coroutine[Any, Any, None]) -> object:
-        """Run a task that outlives the call."""
-
-    def salt(self, cache_salt: str) -> bytes:
-        """Return the root of the block hashes of requests with this salt."""
-
-    def check_incarnation(self, incarnation: str) -> None:
-        """Raise Mismatch where a caller addresses another process."""
-
-    def check_token_ids(self, token_ids: Sequence[int]) -> None:
-        """Raise InvalidRequest for ids that the model has no embedding for."""
-
-
 class PrefillServicer:
     """Computes what is not cached, chunk by chunk, and announces each chunk as it completes."""
 
-    def __init__(self, host: PrefillHost) -> None:
+    def __init__(self, host: WorkerProcess) -> None:
         self._host = host
 
     async def Prefill(
@@ -65,7 +44,7 @@ class PrefillServicer:
         engine_request = self._engine_request(request, context.time_remaining())
         timeline = Timeline()
         timeline.mark(Mark.ARRIVED)
-        with self._host.serving(engine_request) as stream:
+        with self._host.calls.serving(engine_request) as stream:
             publisher = BlockPublisher(self._host, request.caller_incarnation, request.request_id)
             try:
                 while not stream.finished:

@@ -16,18 +16,17 @@ import asyncio
 import time
 from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.base.errors import DiptychError
-from engine.base.types import Role
 from engine.http.holds import Hold, holds_as_json
 from engine.scheduling.holds import EngineHolds, RequestHold
-from engine.step.engine_thread import EngineThread
 from engine.step.operations import ListHolds
 from engine.telemetry.log import current_request
-from kvtransfer.data_plane import DataPlane
-from kvtransfer.kv_service import KvServicer
 from kvtransfer.pull import PullHold
+
+if TYPE_CHECKING:
+    from worker.process import WorkerProcess
 
 _T = TypeVar("_T")
 _ANSWER_S = 1.0  # for a thread to list what it holds
@@ -58,21 +57,10 @@ class BackgroundTask:
         return cls(what, current_request(), time.monotonic())
 
 
-class Owners(Protocol):
-    """The parts of a worker that hold something."""
-
-    role: Role
-    incarnation: str
-    engine: EngineThread
-    plane: DataPlane
-    kv: KvServicer
-    background: dict[asyncio.Task[Any], BackgroundTask]
-
-
 class Holds:
     """Collects what the owners of one worker hold. Lives on the asyncio loop."""
 
-    def __init__(self, host: Owners) -> None:
+    def __init__(self, host: WorkerProcess) -> None:
         self._host = host
 
     async def report(self) -> dict[str, Any]:

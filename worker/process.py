@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Coroutine, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,7 +22,6 @@ from engine.base.kv_layout import hash_salt
 from engine.base.option_groups import TransferOptions, WorkerOptions
 from engine.base.types import (
     PROTOCOL_VERSION,
-    Health,
     ModelIdentity,
     Role,
     RoleBudgets,
@@ -36,9 +34,8 @@ from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import ChannelPool
 from engine.rpc.convert import enum_to_pb, to_pb
 from engine.scheduling.block_pool import GENERATION_BYTES
-from engine.scheduling.request import EngineRequest
 from engine.step.build import Engine
-from engine.step.engine_thread import EngineDied, EngineThread, Stream
+from engine.step.engine_thread import EngineDied, EngineThread
 from engine.step.operations import Forget, Hold, SetRoleBudgets, Unpin
 from engine.telemetry.log import get_logger
 from kvtransfer.checksum import Checksums
@@ -50,7 +47,7 @@ from kvtransfer.peers import PeerTable
 from kvtransfer.quarantine import Quarantine
 from kvtransfer.transport import MemoryRegion
 from worker.debug import BackgroundTask, Holds
-from worker.load_report import health_of, load_report
+from worker.load_report import load_report
 from worker.shutdown import Calls
 
 _log = get_logger(__name__)
@@ -138,14 +135,6 @@ class WorkerProcess:
         """Return the root of the block hashes of requests with this salt."""
         return hash_salt(digest=self.identity.digest, cache_salt=cache_salt)
 
-    def serving(self, request: EngineRequest) -> AbstractContextManager[Stream]:
-        """Submit a call's request; see `Calls.serving`."""
-        return self.calls.serving(request)
-
-    def check_takes(self, request: EngineRequest) -> None:
-        """Raise Unavailable where this worker takes no such request now."""
-        self.calls.check_takes(request)
-
     def check_incarnation(self, incarnation: str) -> None:
         """Raise Mismatch where a caller addresses another process; "" addresses any."""
         if incarnation and incarnation != self.incarnation:
@@ -158,11 +147,6 @@ class WorkerProcess:
                 "token_ids",
                 f"{max(token_ids)} is out of range; expected less than {self.identity.vocab_size}",
             )
-
-    @property
-    def health(self) -> Health:
-        """Whether this worker computes what it should, as far as it knows."""
-        return health_of(self.engine)
 
     @property
     def role_budgets(self) -> RoleBudgets:

@@ -15,7 +15,8 @@ from collections.abc import Container, Iterable
 
 from engine.base.types import Peer
 
-PENALTY_S = 5.0  # default of --worker-penalty-s; proofs within it are one incident
+PENALTY_S = 5.0  # default of --worker-penalty-s
+INCIDENT_S = 5.0  # proofs against a worker that are closer together are one incident
 LOST_S = 60.0  # how long a loss is remembered
 STRIKES = 3  # proofs within STRIKES_S make a worker sick, although its self-test passes
 STRIKES_S = 600.0
@@ -58,7 +59,7 @@ class Strikes:
     def is_new(self, peer: Peer, now_s: float) -> bool:
         """Whether a proof at this moment belongs to no earlier incident."""
         strikes = self._strikes.get(peer.incarnation)
-        return not strikes or now_s - strikes[-1] >= PENALTY_S
+        return not strikes or now_s - strikes[-1] >= INCIDENT_S
 
     def add(self, peer: Peer, now_s: float) -> int:
         """Note a proof; returns the number within `STRIKES_S`."""

@@ -31,7 +31,6 @@ from engine.scheduling.speculation import (
     DraftInputs,
     Drafts,
     Ints,
-    StepResult,
     Tokens,
 )
 from engine.telemetry.log import get_logger
@@ -92,7 +91,7 @@ class ModelDrafter:
             self._drafts.tokens[self._row_of[row.request.draft_id], : len(draft)] = draft
         return [row.with_draft(tuple(d)) for row, d in zip(rows, drafts, strict=True)]
 
-    def observe(self, output: StepResult, rows: Sequence[PlannedRow]) -> Mapping[int, int]:
+    def observe(self, rows: Sequence[PlannedRow]) -> Mapping[int, int]:
         """Compute the draft model's KV of a step's tokens that no draft has computed.
 
         Each block needs both models' KV before it gets its hash. A request without a draft is

@@ -32,7 +32,6 @@ from engine.scheduling.speculation import (
     DraftInputs,
     Drafts,
     Ints,
-    StepResult,
     Tokens,
     grown,
 )
@@ -88,7 +87,7 @@ class NgramDrafter:
         """The rows as they are: its drafts cost nothing and are whole."""
         return list(rows)
 
-    def observe(self, output: StepResult, rows: Sequence[PlannedRow]) -> Mapping[int, int]:
+    def observe(self, rows: Sequence[PlannedRow]) -> Mapping[int, int]:
         """Nothing: it has no KV."""
         return {}
 

@@ -21,7 +21,6 @@ class AttentionBackend(Protocol[P]):
 
     def plan(self, batch: Batch) -> P:
         """Compute what depends on the batch and not on the layer."""
-        ...
 
     def run(self, plan: P, layer: int, q: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
         """Attention of q [T, num_heads, head_dim], scaled by head_dim ** -0.5; same shape, dtype.
@@ -29,4 +28,3 @@ class AttentionBackend(Protocol[P]):
         The K and V of the step's tokens are in the cache already. Query head h reads K/V head
         h // (num_heads // num_kv_heads). Unused positions of a block never affect the result.
         """
-        ...

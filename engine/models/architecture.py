@@ -53,7 +53,6 @@ class Step(Protocol):
 
     def embed(self) -> Tensor:
         """Embeddings of the step's tokens, scaled: [T, hidden]."""
-        ...
 
     def rotated_heads(
         self, layer: int, qkv: Tensor, q_norm: Op | None, k_norm: Op | None
@@ -63,30 +62,24 @@ class Step(Protocol):
         Each head of q and k is normalised where a norm is given, then turned to its position by
         the layer's rotary table.
         """
-        ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         """Write k and v; attention [T, num_heads * head_dim]. None: nothing reads what follows."""
-        ...
 
     def gated(self, gate_up: Tensor) -> Tensor:
         """activation(first half) * second half, [T, intermediate]."""
-        ...
 
     def add(self, x: Tensor, part: Tensor, norm: Op | None) -> Tensor:
         """x plus what a part of a layer gives, normalised where a norm is given; scaled."""
-        ...
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and output head of the tokens that need logits: fp32 [S, vocab].
 
         Scaled and capped as the configuration has it.
         """
-        ...
 
     def no_logits(self) -> Tensor:
         """fp32 [0, vocab]."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,6 @@ class StepOutput:
     """The result of a step, row by row, valid until the runner's next launch."""
 
     logits: torch.Tensor  # fp32 [S, vocab], on the model's device
-    hidden: torch.Tensor | None = None  # [S, hidden] before the output head; None: not kept
 
     def collect(self) -> StepOutput:
         """The output itself."""
@@ -38,7 +37,6 @@ class Pending(Protocol):
 
     def collect(self) -> StepOutput:
         """Wait for the step. Its blocks may be hashed and sent from then on."""
-        ...
 
 
 class ModelRunner(Protocol):
@@ -49,7 +47,6 @@ class ModelRunner(Protocol):
 
         Raises ValueError on a row that contradicts itself; nothing has been written then.
         """
-        ...
 
     def run(self, rows: Sequence[Row]) -> torch.Tensor:
         """Launch and collect: the logits, fp32 [S, vocab]."""
@@ -61,7 +58,6 @@ class PooledRunner(ModelRunner, Protocol):
 
     def over(self, kv_cache: KVCache) -> PooledRunner:
         """The same model and workspaces over another pool of the same layout."""
-        ...
 
 
 class Host(Protocol):
@@ -69,11 +65,9 @@ class Host(Protocol):
 
     def attention(self, config: ModelConfig, kv_cache: KVCache) -> AttentionBackend[Any]:
         """Attention of a model over its cache."""
-        ...
 
     def threads(self) -> Threads:
         """The threads of our own kernels."""
-        ...
 
 
 class Model(Protocol):
@@ -84,17 +78,13 @@ class Model(Protocol):
     @property
     def exact(self) -> bool:
         """Whether a token's logits are the same bits whatever else is in a step."""
-        ...
 
     @property
     def kv_dtype(self) -> str:
         """The dtype of its KV cache."""
-        ...
 
     def first_layers(self, num_layers: int) -> Model:
         """This model without its later layers. Raises ValueError."""
-        ...
 
     def make_runner(self, kv_cache: KVCache, host: Host) -> PooledRunner:
         """What computes the model over `kv_cache`."""
-        ...

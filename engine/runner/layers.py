@@ -7,20 +7,11 @@ fp32.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 HEAD_CHUNK_BYTES = 2 << 20  # fp32 rows of the output head that fit in a core's cache
-
-
-class Projection(Protocol):
-    """A linear map, however its weights are stored, adapted or split."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, inputs] -> [T, outputs], in x's dtype."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

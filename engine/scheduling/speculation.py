@@ -70,20 +70,6 @@ class DraftInputs:
     limits: Ints  # [R]: at most so many tokens
 
 
-class StepResult(Protocol):
-    """What a drafter sees of a step: `engine.runner.base.StepOutput`, without its torch types."""
-
-    @property
-    def logits(self) -> Any:
-        """Fp32 [S, vocab], on the model's device: of the slots, then of the rows."""
-        ...
-
-    @property
-    def hidden(self) -> Any:
-        """[S, hidden] before the output head; None where the runner does not keep it."""
-        ...
-
-
 class Drafter(Protocol):
     """Proposes tokens that the target model will probably produce. It owns its model, if any."""
 
@@ -93,34 +79,28 @@ class Drafter(Protocol):
     @property
     def acceptance(self) -> Sequence[float]:
         """The prior acceptance probability of each bucket."""
-        ...
 
     def propose(self, inputs: DraftInputs) -> Drafts:
         """Tokens to follow each history; none is possible.
 
         They may be PENDING: computing them costs time, and only chosen ones are computed.
         """
-        ...
 
     def materialize(self, rows: Sequence[PlannedRow]) -> list[PlannedRow]:
         """The same rows with tokens in place of the PENDING ones of their drafts, or fewer."""
-        ...
 
-    def observe(self, output: StepResult, rows: Sequence[PlannedRow]) -> Mapping[int, int]:
-        """See a step's rows and its output before any of it is accepted.
+    def observe(self, rows: Sequence[PlannedRow]) -> Mapping[int, int]:
+        """See the rows of a computed step before any of it is accepted.
 
         Returns, by request key, the position that the drafter's own KV reaches if the drafts stand;
-        nothing where `has_kv` is False. `output` is valid until this returns.
+        nothing where `has_kv` is False.
         """
-        ...
 
     def produced(self, ids: Ints, tokens: Tokens, counts: Ints) -> None:
         """The first counts[r] of tokens [R, width] were appended to the histories of `ids`."""
-        ...
 
     def finish(self, draft_id: int) -> None:
         """Drop the state of a request; unknown ids are no error."""
-        ...
 
 
 class DraftLengthController(Protocol):
@@ -131,19 +111,15 @@ class DraftLengthController(Protocol):
 
         Without drafts the step has `num_rows` tokens to compute and gives `num_answers` tokens.
         """
-        ...
 
     def produced(self, ids: Ints, tokens: Tokens, counts: Ints) -> None:
         """The tokens of that step, as for a drafter; they show the quality of the whole drafts."""
-        ...
 
     def stepped(self, num_rows: int, seconds: float) -> None:
         """A step of answers and their drafts, no prompt in it, computed `num_rows` tokens."""
-        ...
 
     def finish(self, draft_id: int) -> None:
         """Drop the state of a request; unknown ids are no error."""
-        ...
 
 
 # (drafts [R, width], padded with PENDING; the sampler's tokens [R, width + 1] after each prefix of

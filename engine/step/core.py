@@ -36,7 +36,7 @@ from engine.scheduling.speculation import PENDING
 from engine.step.accept import Acceptor
 from engine.step.constrained import ConstrainedAnswers
 from engine.step.faults import Faults
-from engine.step.health import Health, Unchecked
+from engine.step.health import Health
 from engine.step.lifecycle import Lifecycle, degraded_peer
 from engine.step.model_rows import model_rows
 from engine.step.step_sampler import Sampled, StepSampler
@@ -63,7 +63,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.pool = scheduler.pool
         self._runner = runner
-        self._health = health or Unchecked()
+        self._health = health or Health()
         self._metrics = metrics
         self._clock = clock
         self._lifecycle = Lifecycle(scheduler, clock)
@@ -231,7 +231,7 @@ class EngineCore:
         try:
             plan = self._draft(plan, watch)
             output, sampled = self._forward(plan, watch)
-            draft_ends = self._observe(plan, output, watch)
+            draft_ends = self._observe(plan, watch)
         except Exception as error:
             self._metrics.engine_step_failures.inc()
             self._num_failures += 1
@@ -262,12 +262,12 @@ class EngineCore:
         watch.lap("draft")
         return Plan(plan.slots, [drafted.get(row.request.key, row) for row in plan.rows])
 
-    def _observe(self, plan: Plan, output: StepOutput, watch: Stopwatch) -> Mapping[int, int]:
+    def _observe(self, plan: Plan, watch: Stopwatch) -> Mapping[int, int]:
         """By request key, how far the drafter's own KV reaches."""
         speculation = self.scheduler.speculation
         if speculation is None:
             return {}
-        ends = speculation.drafter.observe(output, plan.rows)
+        ends = speculation.drafter.observe(plan.rows)
         if ends:
             watch.lap("draft")
         return ends

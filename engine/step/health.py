@@ -9,7 +9,6 @@ Only the self-test finds numbers that are finite and wrong.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -17,41 +16,25 @@ from engine.attention.batch import Row, StepRows, ranges
 from engine.cache.kv_cache import KVCache
 
 
-class Health(Protocol):
-    """The checks, on the engine thread."""
+class Health:
+    """The checks, on the engine thread. These find nothing: for engines without a KV pool."""
 
     def unsound_prompts(self, rows: Sequence[Row]) -> list[int]:
         """Indices of the rows with keys and values that are not finite.
 
         Only rows that a step just computed without all their logits are checked.
         """
-        ...
+        return []
 
     def damaged(self, blocks: Sequence[int]) -> list[int]:
         """The complete blocks among these that hold numbers which are not finite."""
-        ...
+        return []
 
     def self_test(self) -> None:
         """Raise SelfTestFailed unless a fixed prompt gives the logits of the start."""
-        ...
 
 
-class Unchecked:
-    """Finds nothing: for engines without a KV pool."""
-
-    def unsound_prompts(self, rows: Sequence[Row]) -> list[int]:
-        """None."""
-        return []
-
-    def damaged(self, blocks: Sequence[int]) -> list[int]:
-        """None."""
-        return []
-
-    def self_test(self) -> None:
-        """Passes."""
-
-
-class EngineHealth:
+class EngineHealth(Health):
     """Reads the KV pool, on the engine thread."""
 
     def __init__(self, kv_cache: KVCache, self_tests: Sequence[Callable[[], None]]) -> None:

@@ -11,25 +11,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from operator import length_hint
-from typing import Any, Protocol, Self
+from typing import Any, Self, TypeAlias
 
 from tqdm import tqdm
 
 LINE_S = 5.0
 _FIRST_LINE_S = 2.0  # of a bar: shorter work prints nothing
-
-
-class Bar(Protocol):
-    """The result of `bar`: the part of tqdm that is used here."""
-
-    def update(self, n: int = 1) -> Any:
-        """Record that `n` more units are done."""
-
-    def __iter__(self) -> Iterator[Any]: ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any, /) -> None: ...
 
 
 class Progress:
@@ -89,6 +76,9 @@ class _LineBar(Progress):
             for item in self._iterable or ():
                 yield item
                 self.update()
+
+
+Bar: TypeAlias = "tqdm[Any] | _LineBar"  # of which `update`, iteration and the context are used
 
 
 def bar(

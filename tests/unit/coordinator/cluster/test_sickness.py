@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from coordinator.api.grpc.admin import _row
-from coordinator.cluster.incidents import PENALTY_S, STRIKES, STRIKES_S
+from coordinator.cluster.incidents import INCIDENT_S, PENALTY_S, STRIKES, STRIKES_S
 from coordinator.cluster.membership import Membership
 from coordinator.cluster.registry_service import RegistryServicer
 from coordinator.cluster.worker import Hello, Load, Worker
@@ -93,7 +93,7 @@ def test_operators_see_health() -> None:
     table.beat(Health.DEGRADED, "decode-0")
     assert shown() == ("degraded", "[yellow]ready, degraded[/]")
     for _ in range(STRIKES):
-        table.pass_time(PENALTY_S + 1)
+        table.pass_time(INCIDENT_S + 1)
         table.accuse("decode-0")
     assert shown() == ("sick", "[red]ready, sick[/]")
 
@@ -114,12 +114,12 @@ def test_proofs_of_one_moment_are_one_and_old_ones_do_not_count() -> None:
     for _ in range(40):
         table.members.accuse(worker, worker)
     assert not table.sick
-    table.pass_time(PENALTY_S + 1)
+    table.pass_time(INCIDENT_S + 1)
     table.members.accuse(worker, worker)
     table.pass_time(STRIKES_S + 1)
     for _ in range(STRIKES - 1):
         table.members.accuse(worker, worker)
-        table.pass_time(PENALTY_S + 1)
+        table.pass_time(INCIDENT_S + 1)
     assert not table.sick
     old = replace(worker, peer=replace(worker.peer, incarnation="older"))
     table.members.accuse(old, old)
