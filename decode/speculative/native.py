@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -11,29 +10,16 @@ import numpy as np
 from engine.kernels import kernels
 from engine.scheduling.speculation import Drafts, Ints, Tokens, grown
 
-_TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {
-    "p": ctypes.c_void_p,
-    "i": ctypes.c_int,
-    "q": ctypes.c_int64,
-    "d": ctypes.c_double,
-}
 _WORDS = 7  # of an index, for each token that it has room for
 _CAPACITY, _SIZE = 1, 2  # columns of an index's state, beside its address and what C keeps there
 
 
 def native_function(name: str, signature: str) -> Callable[..., None] | None:
-    """A function of the kernels; None where there are none.
-
-    `signature` has a letter an argument: p an array, in C order; i int; q int64_t; d double.
-
-    A call keeps the interpreter's lock: it takes microseconds, and another thread that got the lock
-    might keep it for milliseconds.
-    """
+    """A function of the kernels, which takes arrays for pointers; None where there are none."""
     found = kernels()
     if found is None:
         return None
-    function = ctypes.PyDLL(None, handle=found.library._handle)[name]
-    function.restype, function.argtypes = None, [_TYPES[letter] for letter in signature]
+    function = found.function(name, signature, keeps_lock=True)
 
     def call(*arguments: Any) -> None:
         function(*[a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments])

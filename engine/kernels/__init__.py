@@ -14,8 +14,10 @@ entry of the cache under a digest of sources, compiler and CPU flags.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from engine.base.cpu_features import KERNEL_FLAGS, compiler, cpu_flags
 from engine.kernels.build import BuildError, built_library
@@ -24,6 +26,12 @@ from engine.telemetry.log import get_logger
 _log = get_logger(__name__)
 # How much slower torch decodes with the default model: measured, see docs/operations.md.
 TIMES_SLOWER = 8
+_TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {
+    "p": ctypes.c_void_p,
+    "i": ctypes.c_int,
+    "q": ctypes.c_int64,
+    "d": ctypes.c_double,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +39,19 @@ class Kernels:
     """The loaded library."""
 
     library: ctypes.CDLL
+
+    def function(
+        self, name: str, signature: str, *, keeps_lock: bool = False
+    ) -> Callable[..., None]:
+        """A function without result; its `signature` has a letter an argument.
+
+        p a pointer; i int; q int64_t; d double. `keeps_lock`: the interpreter's, for a call of
+        microseconds: another thread that got the lock might keep it for milliseconds.
+        """
+        library = ctypes.PyDLL(None, handle=self.library._handle) if keeps_lock else self.library
+        function = library[name]
+        function.restype, function.argtypes = None, [_TYPES[letter] for letter in signature]
+        return function
 
 
 def kernels() -> Kernels | None:

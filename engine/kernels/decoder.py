@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,21 +22,27 @@ _KINDS = {"bf16": 0, "q4_0": 1, "q4_1": 2, "q8_0": 3}
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _VECTORS = ("input_norm", "mlp_norm", "q_norm", "k_norm", "out_norm", "down_norm")
 _MATRICES = ("qkv", "out", "gate_up", "down")
+# Fields of `decoder` that a ModelConfig has: ints, then floats.
+_SIZES = (
+    *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"),
+    "vocab_size",
+)
+_NUMBERS = ("rms_norm_eps", "embedding_scale", "residual_scale", "logit_scale", "logit_softcap")
 _OPTIONAL = {"q_norm", "k_norm", "out_norm", "down_norm"}
 _OUTER = {"norm", "embedding", "head"}
 _MAX_GROUP, _MAX_HEAD_DIM = 96, 256  # query heads of a KV head; see attention.h
+
+
+def _fields(kind: type, *names: str) -> Iterator[tuple[str, type]]:
+    return ((name, kind) for name in names)
 
 
 class MatrixStruct(ctypes.Structure):
     """`matrix` of matmul.h; it does not own the arrays."""
 
     _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("kind", ctypes.c_int32),
-        ("rows", ctypes.c_int32),
-        ("columns", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
+        *_fields(ctypes.c_void_p, "data", "bias"),
+        *_fields(ctypes.c_int32, "kind", "rows", "columns", "unused"),
     )
 
     @classmethod
@@ -53,12 +59,10 @@ class MatrixStruct(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in _VECTORS),
-        *((name, MatrixStruct) for name in _MATRICES),
-        ("window", ctypes.c_int32),
-        ("rope", ctypes.c_int32),
-        ("score_scale", ctypes.c_float),
-        ("score_cap", ctypes.c_float),
+        *_fields(ctypes.c_void_p, *_VECTORS),
+        *_fields(MatrixStruct, *_MATRICES),
+        *_fields(ctypes.c_int32, "window", "rope"),
+        *_fields(ctypes.c_float, "score_scale", "score_cap"),
     )
 
 
@@ -74,29 +78,11 @@ class DecoderStruct(ctypes.Structure):
     """`decoder` of decoder.c."""
 
     _fields_ = (
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                "num_layers",
-                "hidden",
-                "heads",
-                "kv_heads",
-                "head_dim",
-                "intermediate",
-                "vocab",
-                "num_ropes",
-            )
-        ),
-        ("eps", ctypes.c_float),
-        ("embedding_scale", ctypes.c_float),
-        ("residual_scale", ctypes.c_float),
-        ("logit_scale", ctypes.c_float),
-        ("logit_cap", ctypes.c_float),
+        *_fields(ctypes.c_int32, *_SIZES, "num_ropes"),
+        *_fields(ctypes.c_float, *_NUMBERS),
         ("activation", ctypes.c_int32),
-        ("ropes", ctypes.c_void_p),
-        ("norm", ctypes.c_void_p),
-        ("embedding", MatrixStruct),
-        ("head", MatrixStruct),
+        *_fields(ctypes.c_void_p, "ropes", "norm"),
+        *_fields(MatrixStruct, "embedding", "head"),
         ("layers", ctypes.c_void_p),
     )
 
@@ -105,14 +91,8 @@ class BatchStruct(ctypes.Structure):
     """`batch` of decoder.c."""
 
     _fields_ = (
-        *(
-            (name, ctypes.c_int32)
-            for name in ("num_tokens", "num_rows", "num_logits", "table_stride")
-        ),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("token_ids", "first_token", "position", "tables", "logit_index")
-        ),
+        *_fields(ctypes.c_int32, "num_tokens", "num_rows", "num_logits", "table_stride"),
+        *_fields(ctypes.c_void_p, "token_ids", "first_token", "position", "tables", "logit_index"),
     )
 
 
@@ -121,10 +101,8 @@ class PoolStruct(ctypes.Structure):
 
     _fields_ = (
         ("first", ctypes.c_void_p),
-        ("block_stride", ctypes.c_int64),
-        ("head_stride", ctypes.c_int64),
-        ("block_size", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
+        *_fields(ctypes.c_int64, "block_stride", "head_stride"),
+        *_fields(ctypes.c_int32, "block_size", "unused"),
     )
 
 
@@ -150,19 +128,9 @@ class Decoder:
             *(self._layer(config, i) for i in range(config.num_layers))
         )
         self.struct = DecoderStruct(
-            config.num_layers,
-            config.hidden_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            config.intermediate_size,
-            config.vocab_size,
+            *(getattr(config, name) for name in _SIZES),
             len(ropes),
-            config.rms_norm_eps,
-            config.embedding_scale,
-            config.residual_scale,
-            config.logit_scale,
-            config.logit_softcap,
+            *(getattr(config, name) for name in _NUMBERS),
             _ACTIVATIONS[config.activation],
             ctypes.addressof(self._ropes),
             self._vector("norm"),

@@ -5,7 +5,6 @@ fp32 log-softmax, in nats. Of equally likely tokens the lowest id comes first.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from array import array
 from collections.abc import Sequence
@@ -29,14 +28,9 @@ class LogprobScorer:
         on_cpu = torch.device(device).type == "cpu"
         found = kernels() if native and on_cpu else None
         self._vocab_size = vocab_size
-        self._native = found.library["diptych_logprobs"] if found else None
-        if self._native is not None:
-            self._native.restype = None
-            # Logits, elements from one row to the next, vocab_size, tokens (int32), rows, k, chosen
-            # (fp32), ids (int32), values (fp32).
-            pointer, number = ctypes.c_void_p, ctypes.c_int
-            rows = (pointer, ctypes.c_int64, number, pointer, number)
-            self._native.argtypes = (*rows, number, pointer, pointer, pointer)
+        # Logits, elements from one row to the next, vocab_size, tokens (int32), rows, k, chosen
+        # (fp32), ids (int32), values (fp32).
+        self._native = found.function("diptych_logprobs", "pqipiippp") if found else None
 
     def score(
         self, logits: torch.Tensor, tokens: Sequence[int], num_top: int

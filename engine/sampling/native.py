@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.base.types import SamplingParams
-from engine.kernels import kernels
+from engine.kernels import Kernels, kernels
 from engine.sampling.filters import MAX_TEMPERATURE
 from engine.scheduling.rows import SampleRow, UnusableLogits
 
@@ -80,16 +80,12 @@ class _Parameters:
 class NativeSampler:
     """Samples a batch's tokens on the CPU. Safe to share: one call at a time."""
 
-    def __init__(self, library: ctypes.CDLL, vocab_size: int) -> None:
+    def __init__(self, library: Kernels, vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        self._sample = library["diptych_sample"]
-        self._sample.restype = None
         # Logits, elements from one row to the next, vocab_size, records, first row, one after the
         # last, tokens (int32), scratch.
-        pointer, number = ctypes.c_void_p, ctypes.c_int
-        rows = (pointer, ctypes.c_int64, number, pointer, number, number)
-        self._sample.argtypes = (*rows, pointer, pointer)
-        num_bytes = library["diptych_sample_scratch"]
+        self._sample = library.function("diptych_sample", "pqipiipp")
+        num_bytes = library.library["diptych_sample_scratch"]
         num_bytes.restype = ctypes.c_size_t
         self._memory = ctypes.create_string_buffer(num_bytes(vocab_size) + _ALIGNMENT)  # zeros
         start = ctypes.addressof(self._memory)
@@ -247,4 +243,4 @@ def _raise(sampled: Sequence[int]) -> None:
 def native_sampler(vocab_size: int) -> NativeSampler | None:
     """One for this CPU; None where there are no native kernels."""
     found = kernels()
-    return NativeSampler(found.library, vocab_size) if found else None
+    return NativeSampler(found, vocab_size) if found else None
