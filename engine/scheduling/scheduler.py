@@ -25,6 +25,7 @@ from itertools import chain
 from engine.base.types import RoleBudgets
 from engine.scheduling.block_pool import BlockPool, NoRoom
 from engine.scheduling.drafts import DraftPlanner
+from engine.scheduling.load import Limits
 from engine.scheduling.plan import (
     FAIR_SHARE,
     FIRST_RANK,
@@ -77,16 +78,14 @@ class Scheduler:
         )
 
     @property
-    def draft_window(self) -> int:
-        """Positions beyond the known tokens that are reserved with a request.
+    def limits(self) -> Limits:
+        """What one request may need; its draft window is at most a block.
 
-        At most a block: a longer draft uses spare blocks.
+        A longer draft uses spare blocks.
         """
-        return min(self.speculation.max_draft_tokens, self.block_size) if self.speculation else 0
-
-    def room_needed(self, num_tokens: int) -> int:
-        """Blocks for so many known tokens and one draft window."""
-        return -(-(num_tokens + self.draft_window) // self.block_size)
+        speculation, size = self.speculation, self.block_size
+        window = min(speculation.max_draft_tokens, size) if speculation else 0
+        return Limits(self.pool.num_blocks, size, self.max_model_len, window)
 
     @property
     def waiting_tokens(self) -> int:
@@ -146,7 +145,7 @@ class Scheduler:
     def _reserve(self, request: Request) -> bool:
         """Pin its hits and take the rest of its room, or leave everything as it was."""
         hits = self.pool.match(request.hittable_hashes(self.block_size))
-        needed = self.room_needed(len(request.tokens)) - len(hits)
+        needed = self.limits.room_needed(len(request.tokens)) - len(hits)
         if not request.is_answer:
             needed = len(request.tokens) // self.block_size - len(hits)
         if needed + self.pool.num_cached_of(hits) > self.pool.num_available:
@@ -226,7 +225,7 @@ class Scheduler:
             self.slots.set_no_drafts()
             rows = [PlannedRow(r, 1, (), 0, int(r.wants_tokens)) for r in decoding]
             return Plan(self.slots, rows + chunks)
-        num_queued = self.room_needed(len(self.waiting[0].tokens)) if self.waiting else 0
+        num_queued = self.limits.room_needed(len(self.waiting[0].tokens)) if self.waiting else 0
         spare = max(0, self.pool.num_available - num_decoding - num_queued)
         planner = DraftPlanner(
             self.speculation, self.slots, self.block_size, self.max_model_len, spare

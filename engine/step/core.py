@@ -21,14 +21,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from engine.base.errors import Unavailable
-from engine.base.types import FinishReason
+from engine.base.types import FinishReason, RoleBudgets
 from engine.runner.base import ModelRunner, StepOutput
 from engine.sampling import Sampler
 from engine.scheduling.block_table import BlockTable
 from engine.scheduling.drafts import fitted_row
 from engine.scheduling.events import Event
 from engine.scheduling.holds import EngineHolds, holds_of
-from engine.scheduling.load import Limits, LoadReport
+from engine.scheduling.load import LoadReport
 from engine.scheduling.plan import Plan
 from engine.scheduling.request import EngineRequest, Request, State
 from engine.scheduling.scheduler import Scheduler
@@ -80,17 +80,6 @@ class EngineCore:
 
     # -- operations --------------------------------------------------------------------------------
 
-    @property
-    def limits(self) -> Limits:
-        """What one request may need; fixed from the first step on."""
-        scheduler = self.scheduler
-        return Limits(
-            self.pool.num_blocks,
-            scheduler.block_size,
-            scheduler.max_model_len,
-            scheduler.draft_window,
-        )
-
     def add(self, key: int, work: EngineRequest) -> None:
         """Queue a request under a fresh key. A retry may bring an answer that is complete."""
         table = BlockTable(self.pool, self.scheduler.block_size)
@@ -140,13 +129,18 @@ class EngineCore:
         self.pool.pin(blocks)
         return blocks, self._lifecycle.generations(blocks)
 
-    def pin(self, blocks: Sequence[int]) -> None:
-        """Add one reference to each block."""
+    def pin(self, blocks: Sequence[int]) -> Sequence[int]:
+        """Add one reference to each block; returns the blocks."""
         self.pool.pin(blocks)
+        return blocks
 
     def unpin(self, blocks: Sequence[int]) -> None:
         """Drop one reference of each block."""
         self.pool.release(blocks)
+
+    def set_role_budgets(self, role_budgets: RoleBudgets) -> None:
+        """Take so much from others from the next step on."""
+        self.scheduler.set_role_budgets(role_budgets)
 
     # -- reports -----------------------------------------------------------------------------------
 

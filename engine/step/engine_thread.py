@@ -113,7 +113,7 @@ class EngineThread:
         self._loop = loop
         self._keys = count(1)
         self.load = core.load()  # replaced by the engine thread after each step
-        self._limits = core.limits
+        self._limits = core.scheduler.limits
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._streams: dict[int, Stream] = {}
         self.streams: weakref.WeakSet[Stream] = weakref.WeakSet()  # also of requests that ended

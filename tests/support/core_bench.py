@@ -57,7 +57,7 @@ class Bench:
 
     def add(self, work: EngineRequest) -> int:
         key = len(self.tokens) + 1
-        self.core.limits.check_fits(work)
+        self.scheduler.limits.check_fits(work)
         self.core.add(key, work)
         self.tokens[key] = []
         return key

@@ -125,8 +125,9 @@ def test_a_longer_draft_reserves_no_more_than_a_block() -> None:
         speculation = fixed(draft_tokens)
         return Scheduler(BlockPool(8), SIZE, Budgets(16, 8), speculation, 100)
 
-    assert scheduler(2).room_needed(7) == 3
-    assert scheduler(SIZE).room_needed(8) == scheduler(64).room_needed(8) == 3
+    assert scheduler(2).limits.room_needed(7) == 3
+    assert scheduler(SIZE).limits.room_needed(8) == 3
+    assert scheduler(64).limits.room_needed(8) == 3
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -160,7 +161,7 @@ def test_drafts_leave_the_room_that_the_first_in_the_queue_needs() -> None:
     bench.scheduler.budgets = replace(bench.scheduler.budgets, num_seqs=1)  # holds it back
     for _ in range(3):
         bench.step()
-        assert bench.pool.num_available >= bench.scheduler.room_needed(20)
+        assert bench.pool.num_available >= bench.scheduler.limits.room_needed(20)
     bench.scheduler.budgets = replace(bench.scheduler.budgets, num_seqs=2)
     bench.step()
     assert not bench.scheduler.waiting
