@@ -161,8 +161,8 @@ def _round_up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
 
 
-def _digest(person: bytes, *fields: bytes) -> bytes:
-    """BLAKE2b-128 over length-prefixed fields."""
+def digest_of(person: bytes, *fields: bytes) -> bytes:
+    """BLAKE2b-128 over length-prefixed fields: they cannot run into each other."""
     data = b"".join(
         [part for field in fields for part in (len(field).to_bytes(8, "little"), field)]
     )
@@ -177,15 +177,15 @@ def compatibility_digest(
     Compared at registration and at every handshake, before anything else is decoded.
     """
     fields = (str(PROTOCOL_VERSION), numeric_profile, tokenizer_digest, layout.text, rope)
-    return _digest(b"diptych-compat", *(f.encode() for f in fields)).hex()
+    return digest_of(b"diptych-compat", *(f.encode() for f in fields)).hex()
 
 
 def hash_salt(*, digest: str, adapter: str = "", cache_salt: str = "") -> bytes:
     """The root of a chain of block hashes: hashes of different salts never meet."""
-    return _digest(b"diptych-salt", digest.encode(), adapter.encode(), cache_salt.encode())
+    return digest_of(b"diptych-salt", digest.encode(), adapter.encode(), cache_salt.encode())
 
 
 def block_hash(parent: bytes, token_ids: Sequence[int], salt: bytes) -> bytes:
     """Content hash of a full block: H(parent's hash or b"", its tokens, salt)."""
     tokens = struct.pack(f"<{len(token_ids)}I", *token_ids)
-    return _digest(b"diptych-block", parent, tokens, salt)
+    return digest_of(b"diptych-block", parent, tokens, salt)

@@ -10,11 +10,11 @@ later version adds leaves the digests of today's models as they are.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from engine.base.errors import CheckpointError
+from engine.base.kv_layout import digest_of
 from engine.checkpoint.added_tokens import TOKENIZER, merged_tokenizer
 from engine.checkpoint.digest import file_digests
 from engine.checkpoint.files import FileState
@@ -118,10 +118,4 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def _digest(person: bytes, fields: Iterable[str]) -> str:
-    """BLAKE2b-128 over length-prefixed fields: they cannot run into each other."""
-    h = hashlib.blake2b(digest_size=16, person=person)
-    for field in fields:
-        data = field.encode()
-        h.update(len(data).to_bytes(8, "little"))
-        h.update(data)
-    return h.hexdigest()
+    return digest_of(person, *(field.encode() for field in fields)).hex()

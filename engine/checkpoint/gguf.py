@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from engine.base.errors import CheckpointError
 from engine.checkpoint.config import read_config
-from engine.checkpoint.gguf_header import gguf_architectures, read_header
+from engine.checkpoint.gguf_header import damaged, gguf_architectures, read_header
 from engine.checkpoint.gguf_tokenizer import tokenizer_files
 from engine.checkpoint.gguf_weights import ROPE_FREQS, PackedTensor, packed_tensors
 from engine.models.config import ModelConfig
@@ -60,10 +60,7 @@ def open_gguf(path: Path) -> GGUFFile:
             meta = {key: field.contents() for key, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError, UnicodeDecodeError):
         # The reader runs past the end of the map; which exception that is depends on where.
-        size = path.stat().st_size
-        raise CheckpointError(
-            f"{path}: truncated or damaged GGUF file ({size} bytes); fetch it again"
-        ) from None
+        raise damaged(path) from None
     return GGUFFile(path, meta, list(reader.tensors))
 
 

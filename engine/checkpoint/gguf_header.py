@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from engine.base.errors import CheckpointError
-from engine.checkpoint.gguf_tokenizer import check_pre
+from engine.checkpoint.gguf_tokenizer import check_tokenizer
 from engine.models.architecture import architectures
 
 ROPE_TYPES = ("none", "linear", "yarn")
-TOKENIZERS = ("gpt2", "llama")
 # type -> struct format; 8 is a string, 9 an array
 _SCALARS = {i: f"<{c}" for i, c in enumerate("BbHhIif?")} | {10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -62,15 +61,7 @@ def check_gguf(path: Path) -> None:
         raise CheckpointError(
             f"{path}: {key} {kind!r} is not supported; known are {', '.join(ROPE_TYPES)}"
         )
-    model = header.scalars.get("tokenizer.ggml.model")
-    if not header.lengths.get("tokenizer.ggml.tokens"):
-        raise CheckpointError(f"{path}: tokenizer.ggml.tokens is missing")
-    if model not in TOKENIZERS:
-        raise CheckpointError(
-            f"{path}: tokenizer.ggml.model {model!r} is not supported; known are 'gpt2' and 'llama'"
-        )
-    if model == "gpt2":
-        check_pre(header.scalars, path)
+    check_tokenizer(header.scalars, header.lengths.get("tokenizer.ggml.tokens", 0), path)
 
 
 def _refuse_split(header: Header) -> None:
@@ -101,9 +92,13 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     except (struct.error, ValueError, EOFError):
-        raise CheckpointError(
-            f"{path}: truncated or damaged GGUF file ({path.stat().st_size} bytes); fetch it again"
-        ) from None
+        raise damaged(path) from None
+
+
+def damaged(path: Path) -> CheckpointError:
+    """The error for a file that ends too early, or whose metadata make no sense."""
+    size = path.stat().st_size
+    return CheckpointError(f"{path}: truncated or damaged GGUF file ({size} bytes); fetch it again")
 
 
 def _pairs(path: Path, file: BinaryIO) -> Header:

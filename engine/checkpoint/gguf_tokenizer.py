@@ -86,10 +86,8 @@ def tokenizer_files(meta: Mapping[str, Any], path: Path) -> dict[str, _Json]:
 
     Raises CheckpointError naming what the file lacks or what is not supported.
     """
-    kind = meta.get("tokenizer.ggml.model")
     tokens: list[str] = meta.get("tokenizer.ggml.tokens") or []
-    if not tokens:
-        raise CheckpointError(f"{path}: tokenizer.ggml.tokens is missing")
+    check_tokenizer(meta, len(tokens), path)
     types: list[int] = meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens) or len(types) != len(tokens):
@@ -100,14 +98,10 @@ def tokenizer_files(meta: Mapping[str, Any], path: Path) -> dict[str, _Json]:
             raise CheckpointError(f"{path}: tokenizer.ggml.{role}_token_id names no token")
     typed, types = types, _typed(meta, tokens, types)
     by_name = [token for token, old, new in zip(tokens, typed, types, strict=True) if old != new]
-    if kind == "gpt2":
+    if meta.get("tokenizer.ggml.model") == "gpt2":
         body, bos = _byte_level_bpe(meta, vocab, path)
-    elif kind == "llama":
-        body, bos = _sentencepiece(meta, vocab, types, path)
     else:
-        raise CheckpointError(
-            f"{path}: tokenizer.ggml.model {kind!r} is not supported; known are 'gpt2' and 'llama'"
-        )
+        body, bos = _sentencepiece(meta, vocab, types, path)
     tokenizer = {
         "version": "1.0",
         "truncation": None,
@@ -126,14 +120,23 @@ def tokenizer_files(meta: Mapping[str, Any], path: Path) -> dict[str, _Json]:
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
 
 
-def check_pre(meta: Mapping[str, Any], path: Path) -> str:
-    """The name of the pre-tokenizer; CheckpointError for one that is not known."""
-    pre = meta.get("tokenizer.ggml.pre", "default")
-    if pre not in _PRE:
+def check_tokenizer(meta: Mapping[str, Any], num_tokens: int, path: Path) -> None:
+    """Raise CheckpointError for a tokenizer that is not known, or has no tokens."""
+    if not num_tokens:
+        raise CheckpointError(f"{path}: tokenizer.ggml.tokens is missing")
+    if (model := meta.get("tokenizer.ggml.model")) not in ("gpt2", "llama"):
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.model {model!r} is not supported; known are 'gpt2' and 'llama'"
+        )
+    if model == "gpt2" and (pre := _pre(meta)) not in _PRE:
         raise CheckpointError(
             f"{path}: tokenizer.ggml.pre {pre!r} is not known; known are {', '.join(sorted(_PRE))}"
         )
-    return str(pre)
+
+
+def _pre(meta: Mapping[str, Any]) -> Any:
+    """The name of the pre-tokenizer."""
+    return meta.get("tokenizer.ggml.pre", "default")
 
 
 def _typed(meta: Mapping[str, Any], tokens: list[str], types: list[int]) -> list[int]:
@@ -172,11 +175,10 @@ def _looks_control(token: str) -> bool:
 def _byte_level_bpe(
     meta: Mapping[str, Any], vocab: dict[str, int], path: Path
 ) -> tuple[_Json, bool]:
-    pre = check_pre(meta, path)
     merges: list[str] = meta.get("tokenizer.ggml.merges") or []
     if not merges:
         raise CheckpointError(f"{path}: tokenizer.ggml.merges is missing")
-    steps, normalizer, ignore_merges, add_bos = _PRE[pre]
+    steps, normalizer, ignore_merges, add_bos = _PRE[_pre(meta)]
     body = {
         "normalizer": {"type": normalizer} if normalizer else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
@@ -203,7 +205,7 @@ def _sentencepiece(
         from_space,
         {"type": "ByteFallback"},
         {"type": "Fuse"},
-        *([strip] if prefix else []),
+        *([strip] if prefix else ()),
     ]
     names = list(vocab)
     body = {

@@ -12,10 +12,8 @@ starts the processes.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from engine.base.errors import CheckpointError
@@ -32,8 +30,6 @@ MANIFEST = "diptych.json"
 _VERSION = 1  # of the manifest
 _WAIT_S = 1800.0
 _QUIET_S = 0.5  # without a bar
-# By kind, the single files that versions before the manifest kept.
-_OLD = {"native": "kernels-*.so", "packed": f"{'[0-9a-f]' * 32}*-[0-9].safetensors"}
 
 
 def kept(
@@ -70,7 +66,6 @@ def kept(
 
 def _build(folder: Path, kind: str, make: Callable[[Path], None]) -> None:
     """Make the entry anew. The caller holds the lock."""
-    _remove_old_format(folder.parent)
     if folder.exists():
         version = (read_sealed(folder / MANIFEST) or {}).get("version", _VERSION)
         if version != _VERSION:
@@ -133,16 +128,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _remove_old_format(parent: Path) -> None:
-    """Remove files of versions before the manifest. Processes that have mapped one keep it."""
-    old = [*parent.glob(_OLD.get(parent.name, ".digests"))]
-    for manifest in parent.glob(f"*/{MANIFEST}"):
-        with suppress(OSError, ValueError):
-            if set(json.loads(manifest.read_bytes())) == {"source", "fingerprint"}:
-                old.append(manifest.parent)
-    for path in old:
-        with suppress(OSError):
-            _remove(path)
-            _log.info("removed what an earlier version kept", path=str(path))

@@ -10,7 +10,6 @@ The cache checks the file at each start (checkpoint/kept.py): a damaged one is m
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from engine.base.errors import CheckpointError
+from engine.base.kv_layout import digest_of
 from engine.base.options import environment_with
 from engine.checkpoint.kept import kept
 from engine.telemetry.log import get_logger
@@ -71,12 +71,9 @@ def _key(compiler: str, flags: frozenset[str]) -> str:
             ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"{compiler} --version: {error}") from None
-    key = hashlib.blake2b(digest_size=16)
     texts = [path.read_bytes() for path in [*_sources(), *sorted(FOLDER.glob("*.h"))]]
     options = "\n".join(("1", *_FLAGS, *_LINK, *sorted(flags)))
-    for part in (*texts, version, options.encode()):
-        key.update(len(part).to_bytes(8, "little") + part)
-    return key.hexdigest()
+    return digest_of(b"", *texts, version, options.encode()).hex()
 
 
 def _sources() -> list[Path]:

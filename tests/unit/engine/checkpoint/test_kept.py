@@ -325,29 +325,6 @@ def test_a_source_that_changes_while_it_is_converted_is_refused(
     assert [path.suffix for path in (cache / "packed").iterdir()] == [".lock"]
 
 
-def test_what_earlier_versions_kept_is_removed(
-    model: str, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old = cache / "models" / "m-0123456789abcdef"
-    old.mkdir(parents=True)
-    (old / "diptych.json").write_text(json.dumps({"source": "m.gguf", "fingerprint": "ab"}))
-    (old / "model-float32.safetensors").write_bytes(b"big")
-    (cache / "models" / ".digests").mkdir()
-    single = cache / "packed" / f"{'01' * 16}-auto-1.safetensors"
-    # The cache may be named where a user's own files lie.
-    own = ["models/mine/x", "models/m.safetensors", "models/m.so", "packed/m.safetensors"]
-    for path in (single, *(cache / name for name in own)):
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"big")
-    found, _ = everything(model)
-    monkeypatch.setattr(packed, "_write", lambda path, *_: path.write_bytes(b"x"))
-    packed_file(found, "auto")
-    assert not old.exists()
-    assert not (cache / "models" / ".digests").exists()
-    assert not single.exists()
-    assert [name for name in own if not (cache / name).exists()] == []
-
-
 # As the first version with manifests wrote it, byte for byte.
 FIRST_MANIFEST = """{
  "version": 1,
