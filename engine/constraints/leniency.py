@@ -16,9 +16,10 @@ continue an output of the first.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, cast
-from urllib.parse import unquote
+from collections.abc import Callable
+from typing import Any
+
+from engine.constraints.json_walk import at_pointer, objects_in
 
 _MAX_TRIES = 400
 _MAX_CPU_S = 1.0  # well below the limit of a job: see checker.py
@@ -161,40 +162,23 @@ def _flatten(schema: Schema) -> tuple[Schema, dict[str, Any]]:
 
     def definition(reference: str) -> str:
         if reference not in names:
-            found = list(_target(schema, reference))
-            names[reference] = f"part{len(parts)}" if found else ""
-            if found:
+            found = _target(schema, reference)
+            names[reference] = "" if found is None else f"part{len(parts)}"
+            if found is not None:
                 parts[names[reference]] = {}  # it may refer to itself
-                parts[names[reference]] = copy_of(found[0])
+                parts[names[reference]] = copy_of(found)
         return names[reference]
 
     main = copy_of(schema)
     return main, parts
 
 
-def _target(root: Schema, reference: str) -> Iterator[Any]:
+def _target(root: Schema, reference: str) -> Schema | bool | None:
     """The schema that a reference within the document leads to, if any."""
-    path, found = reference.removeprefix("#"), cast(Any, root)
-    if not reference.startswith("#") or (path and not path.startswith("/")):
-        anchored = [s for s in _schemas(root) if path and s.get("$anchor") == path]
-        yield from anchored[:1] if reference.startswith("#") else ()
-        return
-    for step in unquote(path).split("/")[1:]:
-        name: Any = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, list) and name.isdecimal():
-            name = int(name)
-        try:
-            found = found[name]
-        except (KeyError, IndexError, TypeError):
-            return
-    if isinstance(found, dict | bool):
-        yield found
-
-
-def _schemas(value: Any) -> Iterator[Schema]:
-    if isinstance(value, dict):
-        yield value
-        value = list(value.values())
-    if isinstance(value, list):
-        for each in value:
-            yield from _schemas(each)
+    path = reference.removeprefix("#")
+    if not reference.startswith("#"):
+        return None
+    if path and not path.startswith("/"):
+        return next((found for found in objects_in(root) if found.get("$anchor") == path), None)
+    found = at_pointer(root, path)
+    return found if isinstance(found, dict | bool) else None

@@ -12,7 +12,8 @@ Branches count as disjoint only by types, by constants, or by required members t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from urllib.parse import unquote
+
+from engine.constraints.json_walk import at_pointer, objects_in
 
 _MAX_VISITS = 10_000  # in one document; beyond, no branches count as disjoint
 _ITEMS = 16  # list items that count as one visit
@@ -130,16 +131,7 @@ class Branches:
         if reference != "#" and not reference.startswith("#/"):
             return None
         self._visits_left -= len(reference) // _ITEMS
-        found: object = self._root
-        for step in unquote(reference).split("/")[1:]:
-            name = step.replace("~1", "/").replace("~0", "~")
-            if isinstance(found, dict):
-                found = found.get(name)
-            elif isinstance(found, list) and name.isdecimal() and int(name) < len(found):
-                found = found[int(name)]
-            else:
-                return None
-        return found
+        return at_pointer(self._root, reference)
 
 
 def _types(parts: list[Schema], values: frozenset[_Value] | None) -> frozenset[str]:
@@ -191,10 +183,7 @@ def _listed(schema: Schema, key: str) -> list[object]:
     return listed if isinstance(listed, list) else []
 
 
-def _names_inside(value: object, depth: int = 0) -> bool:
+def _names_inside(root: Schema) -> bool:
     """Whether a nested schema may have its own base URI, which changes its references."""
-    if isinstance(value, dict):
-        if depth and any(isinstance(value.get(key), str) for key in ("$id", "id")):
-            return True
-        value = list(value.values())
-    return isinstance(value, list) and any(_names_inside(each, depth + 1) for each in value)
+    nested = (inner for inner in objects_in(root) if inner is not root)
+    return any(isinstance(inner.get(key), str) for inner in nested for key in ("$id", "id"))

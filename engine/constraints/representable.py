@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any, NoReturn
 
+from engine.constraints.json_walk import objects_in
 from engine.constraints.schema_context import SchemaContext, UnsupportedSchema
 
 EXACT = 1 << 53  # all integers up to here are doubles
@@ -135,16 +136,15 @@ def names_have_variants(value: object) -> bool:
     """Whether \\u could give a second spelling of a name: of one with a control character, or of
     any given name where additional names are allowed.
     """
-    if isinstance(value, dict):
-        if any(_ANY_CONTROL.search(name) for name in value):
+    for schema in objects_in(value):
+        if any(_ANY_CONTROL.search(name) for name in schema):
             return True
-        if value.get("additionalProperties") is not False and any(map(value.get, _NAMING)):
+        if schema.get("additionalProperties") is not False and any(map(schema.get, _NAMING)):
             return True
-        required = value.get("required")
+        required = schema.get("required")
         if isinstance(required, list) and any(_ANY_CONTROL.search(str(n)) for n in required):
             return True
-        value = list(value.values())
-    return isinstance(value, list) and any(map(names_have_variants, value))
+    return False
 
 
 def needs_unicode_escapes(value: object) -> bool:

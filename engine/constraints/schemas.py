@@ -50,19 +50,10 @@ ESCAPES = 'nrbtf\\"'  # characters that may follow a backslash in strings of out
 WHITE_SPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,40}"
 # The formats that llguidance enforces.
 FORMATS = frozenset(
-    [
-        "date-time",
-        "date",
-        "time",
-        "duration",
-        "email",
-        "hostname",
-        "ipv4",
-        "ipv6",
-        "uuid",
-        "uri",
-        "unknown",
-    ]
+    (
+        *("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"),
+        *("uri", "unknown"),
+    )
 )
 _MAPS = frozenset(
     ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
@@ -170,10 +161,9 @@ def _object(schema: dict[str, object], context: SchemaContext) -> dict[str, obje
     for key, value in schema.items():
         if _has_no_effect(key, value, schema, context):
             continue
+        name = sanitized(key) if context.may_be_unwritable else key
         try:
-            kept[sanitized(key) if context.may_be_unwritable else key] = _keyword(
-                key, value, context
-            )
+            kept[name] = _keyword(key, value, context)
         except UnsupportedSchema as error:
             context.drop_or_raise(error)
     for closed, opened, inwards in (

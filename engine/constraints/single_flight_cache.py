@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from operator import gt
+from typing import Any, Generic, TypeVar
 
 _T = TypeVar("_T")
 
@@ -33,14 +34,14 @@ class SingleFlightCache(Generic[_T]):
     def __len__(self) -> int:
         return len(self._values)
 
-    async def get(self, key: bytes, make: Callable[[], Awaitable[_T]]) -> _T:
+    async def get(self, key: bytes, make: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         """The value of `key`; `make` is cancelled when no caller waits for it any more."""
         if key in self._values:
             self._values.move_to_end(key)
             return self._values[key]
         in_flight = self._in_flight.get(key)
         if in_flight is None:
-            task = asyncio.ensure_future(_call(make))
+            task = asyncio.create_task(make())
             in_flight = self._in_flight[key] = _InFlight(task)
             task.add_done_callback(partial(self._keep, key, in_flight))
         in_flight.num_waiting += 1
@@ -64,18 +65,12 @@ class SingleFlightCache(Generic[_T]):
         self.num_computed += 1
         value = self._values[key] = task.result()
         self.costs = [a + b for a, b in zip(self.costs, self._cost(value), strict=True)]
-        while len(self._values) > self._max_values or (
-            len(self._values) > 1
-            and any(
-                cost > maximum for cost, maximum in zip(self.costs, self._max_costs, strict=True)
-            )
-        ):
+        while len(self._values) > (1 if self._is_costly() else self._max_values):
             self.drop(next(iter(self._values)))
+
+    def _is_costly(self) -> bool:
+        return any(map(gt, self.costs, self._max_costs))
 
     def _remove_in_flight(self, key: bytes, in_flight: _InFlight[_T]) -> None:
         if self._in_flight.get(key) is in_flight:
             del self._in_flight[key]
-
-
-async def _call(make: Callable[[], Awaitable[_T]]) -> _T:
-    return await make()
