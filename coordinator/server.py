@@ -33,11 +33,12 @@ from coordinator.generation.pipeline import Pipeline
 from coordinator.routing.admission import Admission
 from coordinator.routing.policy import POLICIES
 from coordinator.text.served_model import ServedModel
+from engine.base.holds import holds_as_json
 from engine.base.memory import host_memory
 from engine.base.option_groups import FrontOptions
 from engine.base.types import Role
 from engine.http.guard import refusals_counter
-from engine.http.holds import holds_as_json, holds_route
+from engine.http.holds import holds_route
 from engine.http.server import HttpServer, make_app, serve_http
 from engine.rpc.channel import MAX_REQUEST_BYTES
 from engine.rpc.receive_budget import ReceiveBudget

@@ -27,13 +27,14 @@ from typing import TypeVar
 
 import numpy as np
 
+from engine.base.holds import Hold
 from engine.base.kv_layout import LayerGroup
 from engine.base.types import KVLink
 from kvtransfer.connections import Connections
 from kvtransfer.fence import Fence
 from kvtransfer.links import LinkMeter
 from kvtransfer.plan import coalesce, pieces
-from kvtransfer.pull import LocalMemory, Pull, PullHold, PullRequest, PullResult
+from kvtransfer.pull import LocalMemory, Pull, PullRequest, PullResult
 from kvtransfer.pull_loop import PullLoop
 from kvtransfer.quarantine import Quarantine
 from kvtransfer.transfer_counters import TransferCounters
@@ -174,7 +175,7 @@ class DataPlane:
         """Take no more pulls from a peer; completes when its last read is over."""
         return self._command(lambda future: self._loop.disconnect(incarnation, future))
 
-    def holds(self) -> Future[list[PullHold]]:
+    def holds(self) -> Future[list[Hold]]:
         """What every pull keeps at the moment, failed ones included."""
         return self._command(lambda future: future.set_result(self._loop.holds()))
 

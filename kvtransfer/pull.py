@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.base.holds import Hold
 from kvtransfer.fence import Fence
 from kvtransfer.plan import Piece, Run, extents, slices
 from kvtransfer.transport import (
@@ -110,18 +111,6 @@ class PullRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class PullHold:
-    """What one pull keeps from being reused, at one moment."""
-
-    request_id: str
-    peer: str  # incarnation
-    block_ids: tuple[int, ...]
-    age_s: float  # since it was asked for
-    left_s: float  # until it fails, or a failed one ends the transport; below 0: any moment now
-    error: str  # why it failed; "" while it is under way
-
-
-@dataclass(frozen=True, slots=True)
 class LocalMemory:
     """Where reads land."""
 
@@ -199,17 +188,22 @@ class Reading:
             self._handles = []
             self._quiet_at = now + QUIET_S
 
-    def hold(self, now: float, quarantine_s: float) -> PullHold:
+    def hold(self, now: float, quarantine_s: float) -> Hold:
         """What it keeps from being reused; a failed one ends the transport after `quarantine_s`."""
-        failed_at = min(self.failed_at, now)
-        ends_at = failed_at + quarantine_s if self.error else self.request.deadline
-        return PullHold(
-            request_id=self.request.request_id,
-            peer=self.request.pool.incarnation,
-            block_ids=self.request.local_ids,
-            age_s=now - self.request.asked_at,
-            left_s=ends_at - now,
-            error=str(self.error or ""),
+        request, ends_at = self.request, self.request.deadline
+        reason = "blocks are being read from a peer"
+        if self.error:
+            end = "it ends, or the data plane starts anew"
+            reason = f"a read of a failed pull goes on until {end}: {self.error}"
+            ends_at = min(self.failed_at, now) + quarantine_s
+        return Hold(
+            kind="quarantine" if self.error else "pull",
+            owner=request.request_id,
+            reason=reason,
+            age_s=now - request.asked_at,
+            deadline_s=ends_at - now,
+            block_ids=request.local_ids,
+            peer=request.pool.incarnation,
         )
 
     def fail(self, error: TransferError) -> None:

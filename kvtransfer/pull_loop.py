@@ -14,10 +14,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
+from engine.base.holds import Hold
 from kvtransfer.connections import Connections
 from kvtransfer.fence import Fence
 from kvtransfer.links import LinkMeter
-from kvtransfer.pull import LocalMemory, Pull, PullHold, PullRequest, PullResult, Reading
+from kvtransfer.pull import LocalMemory, Pull, PullRequest, PullResult, Reading
 from kvtransfer.quarantine import Quarantine
 from kvtransfer.transfer_counters import TransferCounters
 from kvtransfer.transport import PeerLost, PullFailed, RemotePool, TransferError
@@ -102,7 +103,7 @@ class PullLoop:
         else:
             self.connections.disconnect(incarnation, future)
 
-    def holds(self) -> list[PullHold]:
+    def holds(self) -> list[Hold]:
         """What every pull keeps at the moment."""
         now = self.clock()
         return [reading.hold(now, self.quarantine.max_s) for reading in self._readings]

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.base.errors import DiptychError
-from engine.http.holds import Hold, holds_as_json
-from engine.scheduling.holds import EngineHolds, RequestHold
+from engine.base.holds import NO_DEADLINE, Hold, holds_as_json
+from engine.scheduling.holds import EngineHolds
 from engine.step.operations import ListHolds
 from engine.telemetry.log import current_request
-from kvtransfer.pull import PullHold
 
 if TYPE_CHECKING:
     from worker.process import WorkerProcess
@@ -34,12 +33,6 @@ _LOOKS = 5
 _PAUSE_S = 0.02  # between two looks: longer than a block is in flight between two owners
 _MAX_SHOWN = 32  # of unexplained blocks, by id
 
-_STATES = {
-    "waiting": "waits for memory or for blocks of another request: holds none",
-    "fetching": "its prompt's blocks are being pulled from a prefill worker",
-    "running": "is being computed",
-}
-_NO_DEADLINE = "its caller set none; it ends with its call"
 _TASK_ENDS = "ends with what it waits for: a pull, a step of the engine, a call of at most 5 s"
 
 
@@ -73,10 +66,10 @@ class Holds:
             engine, pulls, again = await self._look()
             unexplained = None if again is None else unexplained & again
         holds = [
-            *(_of_request(request) for request in (engine.requests if engine else ())),
+            *(engine.requests if engine else ()),
             *self._of_leases(),
             *self._of_announcements(),
-            *(self._of_pull(pull) for pull in pulls or ()),
+            *(pulls or ()),
             *self._of_background(),
         ]
         return {
@@ -86,28 +79,20 @@ class Holds:
             "holds": holds_as_json(holds),
         }
 
-    async def _look(self) -> tuple[EngineHolds | None, list[PullHold] | None, set[int] | None]:
+    async def _look(self) -> tuple[EngineHolds | None, list[Hold] | None, set[int] | None]:
         """Return the engine's holds, the data plane's pulls, and the held blocks without an owner.
 
         None where a thread does not answer: then the blocks without an owner are not known.
         """
         before = await _answer(asyncio.wrap_future(self._host.plane.holds()))
-        owned = self._owned_by_loop()
+        of_loop = [*self._of_leases(), *self._of_announcements()]
         engine = await _answer(self._host.engine.call(ListHolds()))
-        owned |= self._owned_by_loop()
+        of_loop += [*self._of_leases(), *self._of_announcements()]
         after = await _answer(asyncio.wrap_future(self._host.plane.holds()))
         if engine is None or before is None or after is None:
             return engine, after, None
-        owned.update(block for hold in engine.requests for block in hold.block_ids)
-        owned.update(block for hold in (*before, *after) for block in hold.block_ids)
-        return engine, after, set(engine.held - owned)
-
-    def _owned_by_loop(self) -> set[int]:
-        owned = {block for lease in self._host.kv.leases for block in lease.block_ids}
-        for stream in self._host.engine.streams:
-            for event, _ in stream.undelivered.values():
-                owned.update(event.block_ids)
-        return owned
+        holds = (*of_loop, *engine.requests, *before, *after)
+        return engine, after, set(engine.held.difference(*(hold.block_ids for hold in holds)))
 
     def _of_leases(self) -> Iterable[Hold]:
         now = time.monotonic()
@@ -118,7 +103,7 @@ class Holds:
                 reason="a peer may read these blocks; only that peer renews or releases it",
                 age_s=now - lease.granted_at,
                 deadline_s=lease.expires_at - now,
-                num_blocks=len(lease.block_ids),
+                block_ids=lease.block_ids,
                 request_id=lease.request_id,
             )
 
@@ -133,24 +118,9 @@ class Holds:
                     reason="complete blocks that were not sent to the caller yet",
                     age_s=now - since,
                     deadline_s=None if end is None else end - now,
-                    note=_NO_DEADLINE if end is None else "",
-                    num_blocks=len(event.block_ids),
+                    note=NO_DEADLINE if end is None else "",
+                    block_ids=tuple(event.block_ids),
                 )
-
-    def _of_pull(self, pull: PullHold) -> Hold:
-        reason = "blocks are being read from a peer"
-        if pull.error:
-            end = "it ends, or the data plane starts anew"
-            reason = f"a read of a failed pull goes on until {end}: {pull.error}"
-        return Hold(
-            kind="quarantine" if pull.error else "pull",
-            owner=pull.request_id,
-            reason=reason,
-            age_s=pull.age_s,
-            deadline_s=pull.left_s,
-            num_blocks=len(pull.block_ids),
-            peer=pull.peer,
-        )
 
     def _of_background(self) -> Iterable[Hold]:
         now = time.monotonic()
@@ -181,19 +151,6 @@ async def _answer(holds: Awaitable[_T]) -> _T | None:
             return await holds
     except (TimeoutError, DiptychError):
         return None
-
-
-def _of_request(request: RequestHold) -> Hold:
-    what = "answer" if request.is_answer else "prompt"
-    return Hold(
-        kind="request",
-        owner=request.request_id,
-        reason=f"{request.state}: this {what} {_STATES[request.state]}",
-        age_s=request.age_s,
-        deadline_s=request.left_s,
-        note=_NO_DEADLINE if request.left_s is None else "",
-        num_blocks=len(request.block_ids),
-    )
 
 
 def _pool(engine: EngineHolds | None, unexplained: set[int] | None) -> dict[str, Any]:

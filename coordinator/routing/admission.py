@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine.base.errors import Overloaded
-from engine.http.holds import Hold
+from engine.base.holds import Hold
 from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 
 _WINDOW_S = 60.0

@@ -11,8 +11,7 @@ all processes of a cluster, because clients choose their ids. With the cluster t
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -29,36 +28,6 @@ _log = get_logger(__name__)
 HOLDS_PATH = "/debug/holds"
 _JSON = "application/json"
 _OWNED_BY_PROCESSES = ("lease",)  # kinds whose owner is a process, not a request
-_ALWAYS = {"kind", "owner", "reason", "age_s", "deadline_s"}
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """One hold. Fields at their defaults are omitted from the JSON."""
-
-    kind: str
-    owner: str
-    reason: str
-    age_s: float
-    deadline_s: float | None  # seconds left; below 0: it ends soon; None: see `note`
-    note: str = ""
-    num_blocks: int = 0
-    num_tokens: int = 0
-    peer: str = ""
-    request_id: str = ""
-
-    def as_json(self) -> dict[str, Any]:
-        """The JSON object, with times in seconds to the millisecond."""
-        return {
-            key: round(value, 3) if isinstance(value, float) else value
-            for key, value in asdict(self).items()
-            if key in _ALWAYS or value
-        }
-
-
-def holds_as_json(holds: Iterable[Hold]) -> list[dict[str, Any]]:
-    """The JSON objects of all holds, the oldest first."""
-    return [hold.as_json() for hold in sorted(holds, key=lambda hold: -hold.age_s)]
 
 
 def holds_route(

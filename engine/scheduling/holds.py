@@ -5,27 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from engine.base.holds import NO_DEADLINE, Hold
 from engine.scheduling.block_pool import BlockPool
-from engine.scheduling.request import Request
+from engine.scheduling.request import Request, State
 
-
-@dataclass(frozen=True, slots=True)
-class RequestHold:
-    """One request that has not ended. While it waits it holds no block."""
-
-    request_id: str
-    state: str
-    is_answer: bool  # else it computes only the KV of whole blocks
-    block_ids: tuple[int, ...]
-    age_s: float
-    left_s: float | None  # until its caller stops waiting; None: the caller gave no deadline
+_STATES = {
+    State.WAITING: "waits for memory or for blocks of another request: holds none",
+    State.FETCHING: "its prompt's blocks are being pulled from a prefill worker",
+    State.RUNNING: "is being computed",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class EngineHolds:
     """All requests, and the pool: `held` are the blocks with a reference."""
 
-    requests: tuple[RequestHold, ...]
+    requests: tuple[Hold, ...]
     held: frozenset[int]
     num_free: int
     num_cached: int
@@ -34,15 +29,18 @@ class EngineHolds:
 
 def holds_of(requests: Iterable[Request], pool: BlockPool, now_s: float) -> EngineHolds:
     """What these requests, all of an engine's, hold now."""
-    held_by = [
-        RequestHold(
-            request_id=request.work.request_id,
-            state=request.state.value,
-            is_answer=request.is_answer,
-            block_ids=tuple(request.table.blocks),
-            age_s=now_s - request.arrival_s,
-            left_s=None if (end := request.work.deadline_s) is None else end - now_s,
-        )
-        for request in requests
-    ]
-    return EngineHolds(tuple(held_by), pool.held, pool.num_free, pool.num_cached, pool.num_blocks)
+    holds = tuple(_hold_of(request, now_s) for request in requests)
+    return EngineHolds(holds, pool.held, pool.num_free, pool.num_cached, pool.num_blocks)
+
+
+def _hold_of(request: Request, now_s: float) -> Hold:
+    what, end_s = "answer" if request.is_answer else "prompt", request.work.deadline_s
+    return Hold(
+        kind="request",
+        owner=request.work.request_id,
+        reason=f"{request.state.value}: this {what} {_STATES[request.state]}",
+        age_s=now_s - request.arrival_s,
+        deadline_s=None if end_s is None else end_s - now_s,
+        note=NO_DEADLINE if end_s is None else "",
+        block_ids=tuple(request.table.blocks),
+    )

@@ -180,10 +180,12 @@ def test_holds_say_for_whom_and_until_when(rigs: list[Rig]) -> None:
     rig.transport.gate = lambda read: ReadState.PENDING
     under_way = rig.plane.pull(rig.peer("q"), [5], [5], rig.expected([5]), 30, "request-2")
     failed, reading = rig.plane.holds().result(5)
-    assert (failed.request_id, failed.peer, failed.block_ids) == ("request-1", "p", (0, 1))
-    assert "no end after" in failed.error and 59 < failed.left_s <= 60 and failed.age_s >= 0.05
-    assert (reading.request_id, reading.peer, reading.block_ids) == ("request-2", "q", (5,))
-    assert not reading.error and 29 < reading.left_s <= 30
+    assert (failed.owner, failed.peer, failed.block_ids) == ("request-1", "p", (0, 1))
+    assert failed.kind == "quarantine" and "no end after" in failed.reason
+    assert failed.deadline_s and 59 < failed.deadline_s <= 60 and failed.age_s >= 0.05
+    assert (reading.owner, reading.peer, reading.block_ids) == ("request-2", "q", (5,))
+    assert reading.kind == "pull"
+    assert reading.deadline_s and 29 < reading.deadline_s <= 30
     rig.transport.gate = lambda read: ReadState.DONE
     under_way.done.result(5)
     pull.settled.result(5)

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from coordinator.routing.admission import Admission
 from engine.base.errors import Overloaded
-from engine.http.holds import holds_as_json
+from engine.base.holds import holds_as_json
 from engine.telemetry.coordinator_metrics import CoordinatorMetrics
 
 

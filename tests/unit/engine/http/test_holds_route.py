@@ -4,8 +4,9 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
+from engine.base.holds import Hold, holds_as_json
 from engine.http.guard import refusals_counter
-from engine.http.holds import Hold, holds_as_json, holds_route
+from engine.http.holds import holds_route
 from engine.http.server import make_app
 from engine.rpc.auth import ClusterToken
 
