@@ -23,9 +23,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TypeVar
-
-import numpy as np
 
 from engine.base.holds import Hold
 from engine.base.kv_layout import LayerGroup
@@ -86,28 +85,17 @@ class DataPlane:
             on_restart: called on the data-plane thread.
             machine: equal for all workers of one machine.
         """
-        if blocks.num_bytes < num_blocks * block_bytes:
-            raise ValueError(
-                f"{blocks.num_bytes} bytes do not hold {num_blocks} blocks of {block_bytes}"
-            )
-        if (
-            generations.num_bytes < num_blocks * GENERATION_BYTES
-            or generations.address % GENERATION_BYTES
-        ):
-            raise ValueError(f"generations: expected {num_blocks} aligned 64-bit integers")
+        _check_memory(blocks, generations, num_blocks, block_bytes)
+        groups = groups or (LayerGroup(0, 1, block_bytes, 0),)
         self.incarnation = incarnation
-        self._blocks = blocks
-        self._generations = generations
+        self._blocks = Region("blocks", 0, "", block_bytes, blocks, groups)
+        self._generations = Region("generations", 0, "", GENERATION_BYTES, generations)
         self._num_blocks = num_blocks
-        self._block_bytes = block_bytes
-        self._groups = groups or (LayerGroup(0, 1, block_bytes, 0),)
         self._machine = machine
         self._meter = LinkMeter(machine, self._lane)
         self._clock = clock
-        landed = np.zeros(num_blocks, dtype=np.uint64)
-        landing = MemoryRegion(landed.ctypes.data, landed.nbytes)
-        memory = LocalMemory(blocks, block_bytes, landing, landed)
-        regions = [blocks, generations, landing]
+        memory = LocalMemory.of(blocks, num_blocks, block_bytes)
+        regions = [blocks, generations, memory.landing]
         self._connections = Connections(transport_factory, incarnation, regions, memory)
         self._loop = PullLoop(
             self._connections,
@@ -145,17 +133,9 @@ class DataPlane:
     def local_pool(self) -> RemotePool:
         """This worker's pool as peers reach it now; after `start`."""
         agent = self._connections.agent
-        generations = Region("generations", 0, agent.name, GENERATION_BYTES, self._generations)
-        return RemotePool(
-            incarnation=self.incarnation,
-            num_blocks=self._num_blocks,
-            regions=(self._local_region(), generations),
-            agents=(agent,),
-            machine=self._machine,
-        )
-
-    def _local_region(self) -> Region:
-        return Region("blocks", 0, self.agent, self._block_bytes, self._blocks, self._groups)
+        local = (self._blocks, self._generations)
+        regions = tuple(replace(region, agent=agent.name) for region in local)
+        return RemotePool(self.incarnation, self._num_blocks, regions, (agent,), self._machine)
 
     def links(self) -> dict[str, KVLink]:
         """What reads from each peer have shown, by incarnation."""
@@ -209,7 +189,7 @@ class DataPlane:
             local_ids=tuple(local_ids),
             expected=tuple(expected_generations),
             runs=runs,
-            pieces=tuple(pieces(pool.blocks, self._local_region())),
+            pieces=tuple(pieces(pool.blocks, self._blocks)),
             asked_at=now,
             deadline=now + timeout_s,
             request_id=request_id,
@@ -280,3 +260,15 @@ class DataPlane:
             with self._lock:
                 self._ended = True
             self._take_commands(0.0)
+
+
+def _check_memory(
+    blocks: MemoryRegion, generations: MemoryRegion, num_blocks: int, block_bytes: int
+) -> None:
+    if blocks.num_bytes < num_blocks * block_bytes:
+        raise ValueError(
+            f"{blocks.num_bytes} bytes do not hold {num_blocks} blocks of {block_bytes}"
+        )
+    size = num_blocks * GENERATION_BYTES
+    if generations.num_bytes < size or generations.address % GENERATION_BYTES:
+        raise ValueError(f"generations: expected {num_blocks} aligned 64-bit integers")

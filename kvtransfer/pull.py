@@ -65,6 +65,11 @@ class PullResult:
     num_extents: int  # contiguous reads after coalescing
     seconds: float  # from the first post to the comparison
 
+    @property
+    def num_stale_blocks(self) -> int:
+        """How many must be dropped."""
+        return len(self.stale)
+
 
 class Pull:
     """A pull as its caller sees it. Neither future can be cancelled.
@@ -118,6 +123,13 @@ class LocalMemory:
     block_bytes: int
     landing: MemoryRegion
     landed: npt.NDArray[np.uint64]  # [num_blocks], the landing region as numbers
+
+    @classmethod
+    def of(cls, blocks: MemoryRegion, num_blocks: int, block_bytes: int) -> LocalMemory:
+        """These blocks, and memory for the generations of so many."""
+        landed = np.zeros(num_blocks, dtype=np.uint64)
+        landing = MemoryRegion(landed.ctypes.data, landed.nbytes)
+        return cls(blocks, block_bytes, landing, landed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,12 +24,6 @@ class TransferCounters:
 
     def with_result(self, result: PullResult) -> TransferCounters:
         """These and one pull that ended well."""
-        return replace(
-            self,
-            num_pulls=self.num_pulls + 1,
-            num_blocks=self.num_blocks + result.num_blocks,
-            num_bytes=self.num_bytes + result.num_bytes,
-            num_extents=self.num_extents + result.num_extents,
-            seconds=self.seconds + result.seconds,
-            num_stale_blocks=self.num_stale_blocks + len(result.stale),
-        )
+        names = ("num_blocks", "num_bytes", "num_extents", "seconds", "num_stale_blocks")
+        sums = {name: getattr(self, name) + getattr(result, name) for name in names}
+        return replace(self, num_pulls=self.num_pulls + 1, **sums)

@@ -71,35 +71,19 @@ async def run_worker(settings: WorkerSettings, engine: Engine, registry: Collect
     host.engine.start()
     try:
         await server.start()
-        registration = Registration(
-            coordinators=settings.worker.coordinator,
-            hello=host.hello(
-                settings.worker.worker_id or f"{host.role.value}-{secrets.token_hex(4)}",
-                address,
-                advertised(
-                    settings.worker, settings.worker.http, int(http.address.rpartition(":")[2])
-                ),
-            ),
-            load=host.load,
-            on_drain=orders.drain,
-            on_forget=host.forget,
-            on_role_budgets=host.set_role_budgets,
-            responsive=lambda: host.engine.responsive,
-            token=settings.token,
-        )
+        registration = _registration(host, settings, orders, address, http.address)
         registration.start()
         freeze_heap()
         _log.info("worker serves", address=address, http=http.address, incarnation=host.incarnation)
-        status = await _until_the_end(host, registration, orders.stop)
-        if status == 0:
-            if orders.interrupted:
-                print_line(f"{host.role.value}: stopping; Ctrl-C again to stop now")
-            host.calls.draining = True
-            registration.report_now()
-            await server.set_serving(False)
-            await host.calls.drain(orders.drain_s, orders.hurry)
-            return orders.exit_status
-        return status
+        if status := await _until_the_end(host, registration, orders.stop):
+            return status
+        if orders.interrupted:
+            print_line(f"{host.role.value}: stopping; Ctrl-C again to stop now")
+        host.calls.draining = True
+        registration.report_now()
+        await server.set_serving(False)
+        await host.calls.drain(orders.drain_s, orders.hurry)
+        return orders.exit_status
     finally:
         if registration is not None:
             await registration.stop()
@@ -111,6 +95,27 @@ async def run_worker(settings: WorkerSettings, engine: Engine, registry: Collect
         await asyncio.to_thread(host.plane.stop)
         await host.channels.close()
         await http.stop()
+
+
+def _registration(
+    host: WorkerProcess, settings: WorkerSettings, orders: Orders, address: str, http_address: str
+) -> Registration:
+    options = settings.worker
+    http_port = int(http_address.rpartition(":")[2])
+    return Registration(
+        coordinators=options.coordinator,
+        hello=host.hello(
+            options.worker_id or f"{host.role.value}-{secrets.token_hex(4)}",
+            address,
+            advertised(options, options.http, http_port),
+        ),
+        load=host.load,
+        on_drain=orders.drain,
+        on_forget=host.forget,
+        on_role_budgets=host.set_role_budgets,
+        responsive=lambda: host.engine.responsive,
+        token=settings.token,
+    )
 
 
 async def _report_engine_health(server: RpcServer, engine: EngineThread) -> None:

@@ -20,22 +20,20 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import ExitStack, aclosing, suppress
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from operator import methodcaller
 from typing import Any
 from urllib.parse import unquote
 
 import grpc
-from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2
 
 from engine.base.errors import (
     DeadlineExceeded,
     DiptychError,
-    InvalidRequest,
     PermissionDenied,
     Unauthenticated,
     WorkersLost,
@@ -49,16 +47,16 @@ from engine.rpc.channel import (
     keepalive_options,
 )
 from engine.rpc.listener import Listener
-from engine.rpc.receive_budget import Lease, ReceiveBudget
+from engine.rpc.receive_budget import ReceiveBudget
 from engine.rpc.reflection import DESCRIPTOR as REFLECTION
 from engine.rpc.reflection import SERVICES as REFLECTION_SERVICES
 from engine.rpc.reflection import reflection_servicer
+from engine.rpc.requests import RequestReader
 from engine.rpc.status import RpcStatus, internal, to_status
 from engine.rpc.streams import CallerGone, Context, IdleStreams, Incoming, Writer
 from engine.rpc.unpack import SERVER_OPTIONS as UNPACK_OPTIONS
 from engine.rpc.unpack import Unpacker
-from engine.rpc.wire import MAX_FIELDS, SMALL_BYTES, has_too_many_fields
-from engine.telemetry.log import bind_request, get_logger
+from engine.telemetry.log import get_logger
 from engine.telemetry.metrics import RpcMetrics
 
 log = get_logger(__name__)
@@ -83,8 +81,6 @@ _SERVER_OPTIONS: tuple[Option, ...] = (
     ("grpc.http2.bdp_probe", 0),
     *UNPACK_OPTIONS,
 )
-
-_REFUSED_READ_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +194,7 @@ class RpcServer:
     ) -> grpc.RpcMethodHandler[Any, Any]:
         is_guarded = terms.guarded is None or method.name in terms.guarded
         token = terms.token if is_guarded else None
-        requests = _Requests(
+        requests = RequestReader(
             method, token, self._client_timeout_s, self._unpacker, self._max_request_bytes
         )
         new_lease, limit_s, alive = terms.budget.lease, terms.limit_s, terms.alive
@@ -304,97 +300,6 @@ class RpcServer:
         except Exception:  # the caller has gone, or gRPC has refused its message
             log.debug("call ended before its status", method=method, exc_info=True)
             raise asyncio.CancelledError from None
-
-
-@dataclass(frozen=True, slots=True)
-class _Requests:
-    """Reads, authenticates and parses the requests of one method, with time limits."""
-
-    method: MethodDescriptor
-    token: ClusterToken | None
-    timeout_s: float
-    unpacker: Unpacker
-    max_bytes: int
-
-    async def of(self, raw: AsyncIterator[bytes], context: Context, lease: Lease) -> Any:
-        """The message of a call, or an async iterator of them. Raises DiptychError."""
-        if not self.method.client_streaming:
-            return await self._only(context, lease)
-        try:
-            self._check(context)
-        except DiptychError:
-            await self._read_refused(raw, lease)
-            raise
-        messages = aiter(raw)
-        return Incoming(lambda: self._next(messages, lease), self.timeout_s)
-
-    async def _only(self, context: Context, lease: Lease) -> Message:
-        """The single message of a call."""
-        try:
-            async with asyncio.timeout(self.timeout_s) as limit:
-                await lease.take(self.max_bytes, limit)
-                raw = await context.read()
-                lease.received()
-        except TimeoutError:
-            if lease.is_cut_off:
-                raise lease.refusal() from None
-            raise DeadlineExceeded(f"no complete request within {self.timeout_s:g} s") from None
-        self._check(context)
-        if raw is grpc.aio.EOF:
-            raise InvalidRequest("request", f"none; expected a {self.method.input_type.full_name}")
-        request = await self._parse(raw)
-        lease.keep(len(raw))
-        if request_id := getattr(request, "request_id", ""):
-            bind_request(request_id[:128])
-        return request
-
-    async def _next(self, messages: AsyncIterator[bytes], lease: Lease) -> Message | None:
-        """The next message, None at the end; an idle stream is cut off if others need the room."""
-        try:
-            async with asyncio.timeout(None) as limit:
-                await lease.take(self.max_bytes, limit)
-                item = await anext(messages)
-                lease.received()
-        except StopAsyncIteration:
-            return None
-        except TimeoutError:
-            raise lease.refusal() from None
-        request = await self._parse(item)
-        lease.keep(0)
-        return request
-
-    async def _parse(self, raw: bytes) -> Message:
-        """Parse one message. Raises InvalidRequest for malformed bytes and invalid UTF-8."""
-        kind = self.method.input_type
-        try:
-            raw = await self.unpacker.plain(raw)
-            big = len(raw) > SMALL_BYTES
-            if big and await asyncio.to_thread(has_too_many_fields, raw, kind):
-                raise InvalidRequest(
-                    "request", f"more than {MAX_FIELDS} fields in all messages of it"
-                )
-            return message_factory.GetMessageClass(kind).FromString(raw)
-        except (DecodeError, ValueError) as error:
-            is_text = "UTF-8" in str(error)
-            what = "a string that is not valid UTF-8" if is_text else "malformed bytes"
-            raise InvalidRequest(
-                "request", f"{what} where a {kind.full_name} was expected"
-            ) from None
-
-    async def _read_refused(self, raw: AsyncIterator[bytes], lease: Lease) -> None:
-        """Read and drop one message of a stream that is refused.
-
-        A client whose first write follows the refusal would see its gRPC's INTERNAL instead.
-        """
-        with suppress(TimeoutError, StopAsyncIteration):
-            async with asyncio.timeout(_REFUSED_READ_S) as limit:
-                await lease.take(self.max_bytes, limit)
-                await anext(aiter(raw))
-                lease.received()
-
-    def _check(self, context: Context) -> None:
-        if self.token is not None:
-            self.token.check(context.invocation_metadata())
 
 
 def _peer(context: Context) -> str:

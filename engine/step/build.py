@@ -112,11 +112,10 @@ def _build(
 ) -> Engine:
     dtype = pick_dtype(model, device)
     checkpoint = resolve(model.model, weights=model.seed_weights < 0)
+    layout = layout_of(checkpoint.config, cache, dtype)
     draft: Checkpoint | None = None
     if model.draft_model:
         draft = resolve_draft(checkpoint, model.draft_model, weights=model.seed_weights < 0)
-    layout = layout_of(checkpoint.config, cache, dtype)
-    if draft is not None:
         layout = dataclasses.replace(layout, draft=layout_of(draft.config, cache, dtype))
     window = min(drafting.max_draft_tokens, cache.block_size) if drafting else 0
     pool_of = _PoolSizer(checkpoint.config, model, cache, layout, window)
@@ -201,14 +200,12 @@ def _warm_up(
     device: Device,
 ) -> None:
     block_size = layout.block_size
+    shapes = [smallest_shape(draft_window=window, block_size=block_size)]
     if device.on_gpu:
+        _log.info("loading or compiling GPU kernels: minutes at the first start on a machine")
         shapes = step_shapes(
             budgets, draft_window=window, block_size=block_size, max_model_len=max_model_len
         )
-    else:
-        shapes = [smallest_shape(draft_window=window, block_size=block_size)]
-    if device.on_gpu:
-        _log.info("loading or compiling GPU kernels: minutes at the first start on a machine")
     seconds = warm_up(shapes, models.runners, sampler, show=device.on_gpu)
     _log.info("warmed up", seconds=round(seconds, 2))
 
@@ -243,13 +240,8 @@ class _PoolSizer:
     def __call__(self, device: Device) -> PoolSize:
         """The size that fits now. Raises ConfigError."""
         layout, window = self._layout, self._draft_window
-        size = fit_pool(
-            self._budget(device),
-            layout,
-            longest=self.length,
-            requested=self._requested,
-            draft_window=window,
-        )
+        lengths = {"longest": self.length, "requested": self._requested, "draft_window": window}
+        size = fit_pool(self._budget(device), layout, **lengths)
         if size.max_model_len < self.length:
             _log.warning(
                 "max_model_len reduced to what the KV pool holds",
@@ -279,10 +271,7 @@ def _identity(
 ) -> ModelIdentity:
     config, tokens = checkpoint.config, tokenizer_digest(checkpoint.folder)
     digest = compatibility_digest(
-        numeric_profile=profile,
-        tokenizer_digest=tokens,
-        layout=layout,
-        rope=rope_text(config),
+        numeric_profile=profile, tokenizer_digest=tokens, layout=layout, rope=rope_text(config)
     )
     return ModelIdentity(
         name=options.model_name or checkpoint.name,

@@ -8,12 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from engine.attention import (
-    BackendChoice,
-    choose_backend,
-    flashinfer_version,
-    make_backend,
-)
+from engine.attention import BackendChoice, choose_backend, flashinfer_version, make_backend
 from engine.attention.base import AttentionBackend
 from engine.base.errors import ConfigError
 from engine.base.kv_layout import KVLayout
@@ -70,13 +65,8 @@ def numeric_profile(
 
 def layout_of(config: ModelConfig, cache: CacheOptions, dtype: str) -> KVLayout:
     """The KV blocks of one model."""
-    return KVLayout(
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        block_size=cache.block_size,
-        dtype=dtype,
-    )
+    sizes = (config.num_layers, config.num_kv_heads, config.head_dim)
+    return KVLayout(*sizes, cache.block_size, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +97,9 @@ class Models:
     def self_tests(self, block_size: int, vocab_size: int) -> list[SelfTest]:
         """Of both, on the scratch pool."""
         found = (("the model", self.target), ("the draft model", self.draft))
+        sizes = {"block_size": block_size, "vocab_size": vocab_size}
         return [
-            SelfTest(
-                name,
-                each.runner,
-                block_size=block_size,
-                vocab_size=vocab_size,
-                exact=each.model.exact,
-            )
+            SelfTest(name, each.runner, exact=each.model.exact, **sizes)
             for name, each in found
             if each is not None
         ]
@@ -161,11 +146,9 @@ class Loader:
     def profile(self, checkpoint: Checkpoint) -> str:
         """The numeric profile of a model as it is loaded here."""
         native = self._kernels(checkpoint.config) is not None
-        on = ""
-        if self._device.on_gpu:
-            on = (
-                f"device=cuda arch={self._device.arch} attention={self._backend(checkpoint.config)}"
-            )
+        on, device = "", self._device
+        if device.on_gpu:
+            on = f"device=cuda arch={device.arch} attention={self._backend(checkpoint.config)}"
         return numeric_profile(checkpoint, self._model, self._dtype, native=native, on=on)
 
     def _load(self, checkpoint: Checkpoint) -> Model:
