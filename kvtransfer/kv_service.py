@@ -21,7 +21,7 @@ import grpc
 from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceServicer
 from kvtransfer.handshake import pool_response
-from kvtransfer.lease import Lease, LeaseTable, Refusal
+from kvtransfer.lease import LeaseTable, Refusal
 from kvtransfer.transport import RemotePool
 
 _log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class BlockHost(Protocol):
 
 @dataclass(eq=False)
 class KvServicer(KvServiceServicer):
-    """Serves one worker's pool; other services of the worker lease blocks by `grant`.
+    """Serves one worker's pool; other services of the worker lease blocks by `table`.
 
     `pool` returns this worker's pool as peers reach it now. `on_refused` counts leases refused to
     callers, by reason, `on_expired` those that ran out.
@@ -98,15 +98,6 @@ class KvServicer(KvServiceServicer):
             words = ", ".join(f"{count} {reason.value}" for reason, count in refused.items())
             owner, peer = request.caller_incarnation[:64], context.peer()
             _log.log(level, "%s by %r (%s): leases refused: %s", call, owner, peer, words)
-
-    @property
-    def leases(self) -> tuple[Lease, ...]:
-        """All leases that have not ended. Their ids are secrets."""
-        return self.table.all
-
-    def grant(self, owner: str, block_ids: Sequence[int], request_id: str = "") -> Lease:
-        """A lease for `owner` on blocks that the caller has pinned, once each."""
-        return self.table.grant(owner, block_ids, request_id)
 
     async def release(self, owner: str, lease_ids: Sequence[bytes]) -> None:
         """End leases and unpin their blocks; unknown leases are no error."""

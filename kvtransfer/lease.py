@@ -56,7 +56,7 @@ class LeaseTable:
 
     @property
     def all(self) -> tuple[Lease, ...]:
-        """All leases in the table."""
+        """All leases in the table. Their ids are secrets."""
         return tuple(self._leases.values())
 
     def grant(self, owner: str, block_ids: Sequence[int], request_id: str = "") -> Lease:

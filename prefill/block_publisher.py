@@ -33,7 +33,7 @@ class BlockPublisher:
 
         No await: between the engine's pin and the lease nothing can be cancelled.
         """
-        lease = self.host.kv.grant(self.owner, event.block_ids, self.request_id)
+        lease = self.host.kv.table.grant(self.owner, event.block_ids, self.request_id)
         self._leases.append(lease.id)
         return pb.BlocksReady(
             lease=lease.id,

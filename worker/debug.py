@@ -96,7 +96,7 @@ class Holds:
 
     def _of_leases(self) -> Iterable[Hold]:
         now = time.monotonic()
-        for lease in self._host.kv.leases:
+        for lease in self._host.kv.table.all:
             yield Hold(
                 kind="lease",
                 owner=lease.owner,

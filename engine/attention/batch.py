@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StepRows(Sequence[Row]):
-    """The rows of a step as arrays; each is a Row on demand."""
+    """The rows of a step as arrays; Rows on demand, of all of them at once."""
 
     token_ids: Ints  # [T] of all rows, one after the other
     starts: Ints  # [R]
@@ -96,15 +96,7 @@ class StepRows(Sequence[Row]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Row]: ...
     def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        first = int(self.num_tokens[:index].sum())
-        token_ids = self.token_ids[first : first + int(self.num_tokens[index])].tolist()
-        start, num_logits = int(self.starts[index]), int(self.num_logits[index])
-        return Row(token_ids, start, self.tables[index], num_logits)
+        return list(self)[index]
 
     def __iter__(self) -> Iterator[Row]:
         first, token_ids = 0, self.token_ids.tolist()

@@ -67,12 +67,12 @@ def paged_indices(
 
 def step_indices(rows: Sequence[Row], block_size: int) -> StepIndices:
     """Index arrays of a whole step, rows of one token apart from the others."""
-    step = StepRows.of(rows)
+    step, listed = StepRows.of(rows), list(rows)
     lengths = step.num_tokens
     first_token = np.cumsum(lengths) - lengths
     parts: list[PagedIndices | None] = []
     for chosen in (np.flatnonzero(lengths == 1), np.flatnonzero(lengths > 1)):
-        some = [rows[i] for i in chosen.tolist()]
+        some = [listed[i] for i in chosen.tolist()]
         parts.append(paged_indices(some, first_token[chosen], block_size) if some else None)
     joined = np.concatenate([part.tokens for part in parts if part is not None] or [lengths])
     order = np.empty_like(joined)

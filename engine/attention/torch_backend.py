@@ -48,14 +48,8 @@ class _Rows:
     def take(self, index: Sequence[int]) -> _Rows:
         """The rows of these indices, in this order."""
         i = np.array(index, dtype=np.int64)
-        return _Rows(
-            tables=[self.tables[j] for j in index],
-            first_token=self.first_token[i],
-            starts=self.starts[i],
-            lengths=self.lengths[i],
-            first_block=self.first_block[i],
-            num_blocks=self.num_blocks[i],
-        )
+        columns = (self.first_token, self.starts, self.lengths, self.first_block, self.num_blocks)
+        return _Rows([self.tables[j] for j in index], *(column[i] for column in columns))
 
     def query_offsets(self) -> _Ints:
         """[n, m] query numbers within the row; padding repeats the last one."""

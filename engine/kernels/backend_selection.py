@@ -27,14 +27,11 @@ def pick_kernels(
     fits = not why_not_decoder(config) and cache.block_size % 16 == 0
     library = kernels() if is_candidate and fits else None
     if library is None and model.weights in ("int8", "int4"):
+        reason = why_torch(config, model, cache) if is_candidate else ""
         raise ConfigError(
             f"--weights {model.weights}: needs our CPU kernels (a C compiler, AVX512 with VNNI, "
             "a --block-size that is a multiple of 16); expected auto or bf16"
-            + (
-                f" ({reason})"
-                if is_candidate and (reason := why_torch(config, model, cache))
-                else ""
-            )
+            + (reason and f" ({reason})")
         )
     return library
 

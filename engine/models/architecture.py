@@ -113,24 +113,13 @@ def architecture_of(config: ModelConfig) -> Architecture:
 # -- writing a list --------------------------------------------------------------------------------
 
 
-def weight(
-    name: str,
-    joined: str,
-    hf_name: str,
-    gguf_name: str,
-    shape: tuple[int, ...],
-    shard_axis: int | None,
-    permuted_heads: int = 0,
-    offset: float = 0.0,
-) -> TensorSpec:
-    """A weight of a layer; `layer_tensors` completes the names."""
-    return TensorSpec(name, hf_name, gguf_name, shape, joined, shard_axis, permuted_heads, offset)
-
-
 def layer_tensors(
     layer: int, weights: Sequence[TensorSpec], biased: frozenset[str] = frozenset()
 ) -> Iterator[TensorSpec]:
-    """The tensors of layer `layer`: its weights, and biases of the joined ones in `biased`."""
+    """The tensors of layer `layer`: its weights, and biases of the joined ones in `biased`.
+
+    The names in `weights` lack the layer and the suffix.
+    """
     for joined, group in groupby(weights, key=lambda w: w.joined):
         parts = [
             replace(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from engine.models.architecture import Layer, Step, TensorSpec, layer_tensors, outer_tensors, weight
+from engine.models.architecture import Layer, Step, TensorSpec, layer_tensors, outer_tensors
 from engine.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -46,18 +46,19 @@ def decoder_tensors(
     """
     q, kv, hidden = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size
     heads, kv_heads = (c.num_heads, c.num_kv_heads) if permuted_heads else (0, 0)
+    inner = c.intermediate_size
     weights = [
-        weight("q", "qkv", "self_attn.q_proj", "attn_q", (q, hidden), 0, heads),
-        weight("k", "qkv", "self_attn.k_proj", "attn_k", (kv, hidden), 0, kv_heads),
-        weight("v", "qkv", "self_attn.v_proj", "attn_v", (kv, hidden), 0),
-        weight("out", "out", "self_attn.o_proj", "attn_output", (hidden, q), 1),
-        weight("gate", "gate_up", "mlp.gate_proj", "ffn_gate", (c.intermediate_size, hidden), 0),
-        weight("up", "gate_up", "mlp.up_proj", "ffn_up", (c.intermediate_size, hidden), 0),
-        weight("down", "down", "mlp.down_proj", "ffn_down", (hidden, c.intermediate_size), 1),
+        TensorSpec("q", "self_attn.q_proj", "attn_q", (q, hidden), "qkv", 0, heads),
+        TensorSpec("k", "self_attn.k_proj", "attn_k", (kv, hidden), "qkv", 0, kv_heads),
+        TensorSpec("v", "self_attn.v_proj", "attn_v", (kv, hidden), "qkv", 0),
+        TensorSpec("out", "self_attn.o_proj", "attn_output", (hidden, q), "out", 1),
+        TensorSpec("gate", "mlp.gate_proj", "ffn_gate", (inner, hidden), "gate_up", 0),
+        TensorSpec("up", "mlp.up_proj", "ffn_up", (inner, hidden), "gate_up", 0),
+        TensorSpec("down", "mlp.down_proj", "ffn_down", (hidden, inner), "down", 1),
     ]
     for name, names in norms.items():
         size = c.head_dim if name in HEAD_NORMS else hidden
-        weights.append(weight(name, name, *names, (size,), None, offset=norm_offset))
+        weights.append(TensorSpec(name, *names, (size,), name, None, offset=norm_offset))
     has_bias = {
         "qkv": c.attention_bias,
         "out": c.output_bias,

@@ -79,10 +79,6 @@ class Model(Protocol):
     def exact(self) -> bool:
         """Whether a token's logits are the same bits whatever else is in a step."""
 
-    @property
-    def kv_dtype(self) -> str:
-        """The dtype of its KV cache."""
-
     def first_layers(self, num_layers: int) -> Model:
         """This model without its later layers. Raises ValueError."""
 

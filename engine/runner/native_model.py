@@ -32,7 +32,6 @@ class NativeModel:
     """A decoder; immutable but for its arena, so one thread at a time may call it."""
 
     device = torch.device("cpu")
-    kv_dtype = "bfloat16"
     exact = True  # the bits of a token depend on its context alone
 
     def __init__(self, config: ModelConfig, weights: PackedWeights, library: Kernels) -> None:

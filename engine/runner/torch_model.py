@@ -60,11 +60,6 @@ class TorchModel:
     def _norm(self, name: str) -> Norm:
         return Norm(self.weights[name], self.config.rms_norm_eps, self._offsets[name])
 
-    @property
-    def kv_dtype(self) -> str:
-        """The dtype of its KV cache."""
-        return str(self.dtype).removeprefix("torch.")
-
     def first_layers(self, num_layers: int) -> TorchModel:
         """This model without its later layers: shares the weights, norm and head included."""
         if not 1 <= num_layers <= self.config.num_layers:

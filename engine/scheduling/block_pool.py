@@ -225,18 +225,6 @@ class BlockPool:
         """How many of these blocks have no holder: pinning them lowers `num_available` by that."""
         return sum(1 for block in blocks if self._refs[block] == 0)
 
-    def check(self) -> None:
-        """Assert conservation, and that hashes, references and lists agree; for tests."""
-        held = sum(1 for refs in self._refs if refs > 0)
-        assert held == self.num_held, (held, self.num_free, self.num_cached, self.num_blocks)
-        assert all(refs >= 0 for refs in self._refs)
-        assert all(self._refs[b] == 0 and self._hashes[b] is None for b in self._free)
-        assert all(self._refs[b] == 0 and self._hashes[b] is not None for b in self._cached)
-        assert all(self._hashes[block] is not None for block in self._sources)
-        assert {
-            self._hashes[b]: b for b in range(self.num_blocks) if self._hashes[b]
-        } == self._by_hash
-
     def _drop_hash(self, block: int, *, evicted: bool) -> None:
         block_hash = self._hashes[block]
         assert block_hash is not None

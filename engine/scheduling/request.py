@@ -1,4 +1,4 @@
-"""One request inside a worker: a few integers, a transition table and an asserted invariant.
+"""One request inside a worker: a few integers and a transition table.
 
       submit                                room reserved, blocks wanted from a peer
     ----------> WAITING ------------------------------------------------> FETCHING
@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.base.kv_layout import block_hash
-from engine.base.types import FinishReason, SamplingParams, StopParams, TokenLogprobs
+from engine.base.types import SamplingParams, StopParams, TokenLogprobs
 from engine.constraints import Matcher
 from engine.scheduling.block_pool import NO_SOURCES
 from engine.scheduling.block_table import BlockTable
@@ -111,7 +111,6 @@ class Request:
     admitted_s: float = 0.0  # first time; 0: not yet
     num_scored: int = 0  # leading positions whose logits have scored the prompt's next token
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # not yet reported
-    finish_reason: FinishReason | None = None
     matched_stop: int | None = None
     counts: Counts | None = None  # as last reported; None: they have changed
     slot: int = NO_SLOT  # in DecodeSlots
@@ -129,19 +128,9 @@ class Request:
         self.num_announced = max(0, self.work.announce_from)
 
     @property
-    def num_output(self) -> int:
-        """Tokens of the answer so far, those of earlier attempts included."""
-        return len(self.tokens) - self.num_prompt
-
-    @property
     def num_pending(self) -> int:
         """Known tokens whose KV is not computed yet."""
         return len(self.tokens) - self.num_computed
-
-    @property
-    def finished(self) -> bool:
-        """Whether it has had its last event."""
-        return self.state is State.FINISHED
 
     @property
     def num_to_score(self) -> int:
@@ -198,12 +187,3 @@ class Request:
         """Change state along the table."""
         assert state in _TRANSITIONS[self.state], f"{self.state} -> {state}"
         self.state = state
-
-    def check(self, block_size: int) -> None:
-        """Assert the invariant; for tests."""
-        assert 0 <= self.num_computed <= len(self.tokens)
-        assert self.num_computed <= len(self.table.blocks) * block_size
-        assert 0 <= self.draft_lag <= self.num_computed
-        assert self.num_hashed * block_size <= self.num_computed - self.draft_lag
-        holds = self.state in (State.FETCHING, State.RUNNING)
-        assert holds or not self.table.blocks

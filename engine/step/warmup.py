@@ -59,11 +59,6 @@ class Shape:
         """Of all rows."""
         return sum(len(row.token_ids) for row in self.rows)
 
-    @property
-    def num_logits(self) -> int:
-        """Of all rows."""
-        return sum(row.num_logits for row in self.rows)
-
 
 def step_shapes(
     budgets: Budgets, *, draft_window: int, block_size: int, max_model_len: int

@@ -22,6 +22,7 @@ from engine.scheduling.speculation import Speculation
 from engine.step.core import EngineCore
 from engine.telemetry.metrics import WorkerMetrics
 from tests.support.history_model import VOCAB, HistoryRunner, logits_of
+from tests.support.invariants import check_pool, check_request
 
 SIZE = 4
 SALT = hash_salt(digest="test")
@@ -76,9 +77,9 @@ class Bench:
                 self.fetches.append(event)
             else:
                 self.announced.setdefault(event.key, []).append(event)
-        self.pool.check()
+        check_pool(self.pool)
         for request in [*self.scheduler.active, *self.scheduler.waiting]:
-            request.check(SIZE)
+            check_request(request, SIZE)
         return busy
 
     def write(self, block_ids: Sequence[int], values: Sequence[object]) -> None:

@@ -30,6 +30,7 @@ from engine.scheduling.speculation import DraftLengthController, Speculation
 from engine.step.core import EngineCore
 from engine.telemetry.metrics import WorkerMetrics
 from tests.support.backends import select_backend
+from tests.support.invariants import check_pool, check_request
 from tests.support.paged import CPU, layout_of, tiny_config
 
 SIZE, VOCAB, MAX_LEN = 4, 101, 200
@@ -91,7 +92,7 @@ class PairedWorker:
         self.core.step()
         self.num_steps += 1
         for request in self.scheduler.active:
-            request.check(self.size)
+            check_request(request, self.size)
         for event in self.core.take_events():
             if isinstance(event, TokensEvent):
                 self.answers[event.key] += event.token_ids
@@ -101,7 +102,7 @@ class PairedWorker:
     def run(self) -> None:
         while len(self.reasons) < len(self.answers):
             self.step()
-        self.pool.check()
+        check_pool(self.pool)
         assert self.pool.num_held == 0
 
     def check_hashed_blocks(self, works: list[EngineRequest], draft: TorchModel) -> int:

@@ -104,7 +104,8 @@ class Bench:
         seed: int = 0,
     ) -> None:
         config = model.config
-        layout = layout_of(config, block_size, model.kv_dtype)
+        dtype = "bfloat16" if isinstance(model, NativeModel) else str(model.dtype)
+        layout = layout_of(config, block_size, dtype.removeprefix("torch."))
         self.kv_cache = KVCache(layout, num_blocks, CPU)
         self.kv_cache.pool.fill_(float("nan"))
         self.runner: ModelRunner

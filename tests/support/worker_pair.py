@@ -46,6 +46,7 @@ from kvtransfer.transport import Extent, MemoryRegion, ReadState
 from tests.support.core_bench import oracle
 from tests.support.engine_probe import Probe
 from tests.support.history_model import VOCAB, logits_of
+from tests.support.invariants import check_pool
 from worker.process import WorkerProcess, WorkerSettings
 from worker.services import make_services
 
@@ -187,7 +188,7 @@ class PairedWorker:
 
     async def lose_leases(self, owner: str) -> None:
         """As if its leases had run out: what they pinned may be taken at any moment."""
-        leases = [lease.id for lease in self.host.kv.leases if lease.owner == owner]
+        leases = [lease.id for lease in self.host.kv.table.all if lease.owner == owner]
         await self.host.kv.release(owner, leases)
 
     async def stop(self) -> None:
@@ -333,7 +334,7 @@ async def assert_at_rest(*panels: PairedWorker, timeout_s: float = 10.0) -> None
     except TimeoutError:
         raise AssertionError([p.busy() for p in panels]) from None
     for panel in panels:
-        await panel.host.engine.call(Probe(lambda core: core.pool.check()))
+        await panel.host.engine.call(Probe(lambda core: check_pool(core.pool)))
         pool = panel.pool()
         assert pool.num_free + pool.num_cached == pool.num_blocks
 

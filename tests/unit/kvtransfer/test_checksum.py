@@ -169,7 +169,7 @@ async def test_a_call_cancelled_while_checksums_are_computed_holds_nothing(
         call = decode_stub(d).Decode(Ask(LONG, 3).pb(p))
         reading = asyncio.create_task(collect(call, []))
         await asyncio.wait_for(computing.wait(), 5)
-        assert p.host.kv.leases
+        assert p.host.kv.table.all
         call.cancel()
         await asyncio.gather(reading, return_exceptions=True)
         await assert_at_rest(p, d, timeout_s=5)

@@ -145,7 +145,7 @@ async def test_leases_run_out_without_anybody_asking() -> None:
     async with serving(ttl_s=0.3) as (stub, servicer, host):
         held = await stub.Hold(pb.HoldRequest(caller_incarnation="you", hashes=[b"1"]))
         await host.hold([b"2"])
-        announced = servicer.grant("you", [2])
+        announced = servicer.table.grant("you", [2])
         await at_rest(host)
         request = pb.RenewRequest(caller_incarnation="you", leases=[held.lease, announced.id])
         assert list((await stub.Renew(request)).unknown) == [held.lease, announced.id]

@@ -62,7 +62,7 @@ async def test_while_a_chunk_is_being_read() -> None:
         d.transport.gate = lambda read: ReadState.PENDING
         call = decode_stub(d).Decode(Ask(LONG, 3).pb(p), timeout=20)
         reading = asyncio.create_task(collect(call, []))
-        await until(lambda: len(p.host.kv.leases) == 5 and bool(d.transport.pending))
+        await until(lambda: len(p.host.kv.table.all) == 5 and bool(d.transport.pending))
         at_d, at_p = await report(d), await report(p)
 
         (request,) = of_kind(at_d, "request")
@@ -81,7 +81,7 @@ async def test_while_a_chunk_is_being_read() -> None:
         assert all(0 < lease["deadline_s"] <= 20 for lease in leases)
         assert at_p["pool"]["held"] == 10 and at_p["pool"]["unexplained"] == 0
         text = json.dumps(at_p)
-        assert not any(lease.id.hex() in text for lease in p.host.kv.leases), "a secret"
+        assert not any(lease.id.hex() in text for lease in p.host.kv.table.all), "a secret"
 
         d.transport.gate = lambda read: ReadState.DONE
         await reading
@@ -163,7 +163,7 @@ async def test_an_engine_that_does_not_answer_is_reported() -> None:
         stub = worker_pb2_grpc.PrefillServiceStub(p.host.channels.get(p.address))
         request = worker_pb2.PrefillRequest(caller_incarnation="me", token_ids=LONG[:40])
         call = stub.Prefill(request)
-        await until(lambda: len(p.host.kv.leases) == 5)
+        await until(lambda: len(p.host.kv.table.all) == 5)
         gate = threading.Event()
         p.host.engine.post(Probe(lambda core: _wait_for(gate)))
         begun = time.monotonic()

@@ -11,6 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from engine.base.kv_layout import KVLayout, block_hash, hash_salt
 from engine.scheduling.block_pool import BlockPool, NoRoom
 from engine.scheduling.block_table import BlockTable
+from tests.support.invariants import check_pool
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 12
@@ -116,7 +117,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def whole(self) -> None:
         pool = self.pool
-        pool.check()
+        check_pool(pool)
         assert pool.num_free + pool.num_cached + pool.num_held == NUM_BLOCKS
         held = {block for table in self.live for block in table.blocks}
         assert len(held) == pool.num_held
@@ -126,7 +127,7 @@ class PoolMachine(RuleBasedStateMachine):
         for table in self.live:
             table.release()
         assert self.pool.num_held == 0
-        self.pool.check()
+        check_pool(self.pool)
 
 
 TestPool = PoolMachine.TestCase

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from engine.base.types import SamplingParams, StopParams
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.block_table import BlockTable
-from engine.scheduling.request import NO_SLOT, EngineRequest, Request
+from engine.scheduling.request import NO_SLOT, EngineRequest, Request, State
 from engine.scheduling.slots import MAX_STOPS, DecodeSlots, is_plain
 from tests.support.core_bench import SALT, Bench, check_answers, random_work
 from tests.support.drafting import ints, padded
@@ -241,7 +241,7 @@ def test_a_number_that_is_not_finite_in_a_slot_ends_its_answer_alone() -> None:
     bench.runner.compute = poisoned  # type: ignore[method-assign]
     bench.step()
     bench.runner.compute = compute  # type: ignore[method-assign]
-    assert sick.finished and bench.core.load().num_running == 2
+    assert sick.state is State.FINISHED and bench.core.load().num_running == 2
     bench.run()
     check_answers(bench, {key: work for key, work in works.items() if key != sick.key})
     bench.at_rest()

@@ -25,6 +25,7 @@ from engine.step.self_test import NUM_PROMPT, SelfTest, num_scratch_blocks
 from engine.telemetry.metrics import WorkerMetrics
 from tests.support.core_bench import SALT, SIZE, Bench, oracle
 from tests.support.history_model import VOCAB
+from tests.support.invariants import check_pool
 
 GREEDY = SamplingParams()
 
@@ -300,17 +301,17 @@ def test_hashes_and_sources_of_a_pool() -> None:
     assert pool.sources(blocks) == {"P1", "P2"}
     pool.release(blocks[:2])
     assert pool.forget("P1", for_good=True) == 2
-    pool.check()
+    check_pool(pool)
     assert (pool.num_cached, pool.num_held) == (1, 3)
     assert pool.match([b"p1"]) == pool.match([b"both"]) == []
     assert pool.match([b"p2"]) == [blocks[3]]
     pool.set_hash(blocks[4], b"late", frozenset({"P1"}))
     assert pool.match([b"late"]) == []
     pool.release(blocks[2:])
-    pool.check()
+    check_pool(pool)
     assert pool.num_cached == 2
     assert pool.hide([blocks[0], blocks[1]]) == 1
-    pool.check()
+    check_pool(pool)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

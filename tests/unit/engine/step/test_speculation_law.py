@@ -32,6 +32,7 @@ from engine.step.core import EngineCore
 from engine.telemetry.metrics import WorkerMetrics
 from tests.support.backends import select_backend
 from tests.support.drafting import measured
+from tests.support.invariants import check_pool
 from tests.support.near_tie import TALLY
 from tests.support.paged import CPU
 from tests.support.paths import DATA
@@ -107,7 +108,7 @@ def answers_of(
                 tokens[event.key] += event.token_ids
             elif isinstance(event, FinishedEvent):
                 reasons[event.key] = event.reason
-    core.pool.check()
+    check_pool(core.pool)
     assert core.pool.num_held == 0
     return [(tokens[key], reasons[key]) for key in keys]
 
