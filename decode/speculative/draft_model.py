@@ -112,7 +112,7 @@ class ModelDrafter:
             ends[request.key] = end
         self._drafted = set()
         if missing:
-            self._runner.launch(missing).collect()
+            self._runner.run(missing)
         return ends
 
     def produced(self, ids: Ints, tokens: Tokens, counts: Ints) -> None:
