@@ -51,11 +51,9 @@ _MAX_ROUNDS = 3  # calls for the same blocks before the rest is computed here
 class FetchJob:
     """The fetch of one request; lives until its last read is terminal."""
 
-    request_id: str
+    request: worker_pb2.DecodeRequest
     key: int
     peer: Peer
-    cache_salt: str
-    priority: int
     deadline_s: float  # monotonic
     timeline: Timeline
     pulls: list[Pull] = field(default_factory=list)
@@ -172,7 +170,7 @@ class KvFetcher:
             _log.warning(
                 "blocks were not announced",
                 num_blocks=num_missing,
-                request_id=fetch.request_id,
+                request_id=fetch.request.request_id,
                 peer=fetch.peer.worker_id,
             )
         return num_committed
@@ -194,7 +192,7 @@ class KvFetcher:
             local,
             list(ready.generations),
             min(self._host.transfer.pull_timeout_s, fetch.left_s),
-            fetch.request_id,
+            fetch.request.request_id,
         )
         fetch.pulls.append(pull)
         try:
@@ -235,13 +233,13 @@ class KvFetcher:
         self, fetch: FetchJob, wanted: FetchEvent, num_committed: int
     ) -> worker_pb2.PrefillRequest:
         return worker_pb2.PrefillRequest(
-            request_id=fetch.request_id,
+            request_id=fetch.request.request_id,
             incarnation=fetch.peer.incarnation,
             caller_incarnation=self._host.incarnation,
             token_ids=wanted.token_ids,
             num_held_blocks=num_committed,
-            cache_salt=fetch.cache_salt,
-            priority=fetch.priority,
+            cache_salt=fetch.request.cache_salt,
+            priority=fetch.request.priority,
             checksums=self._host.transfer.kv_checksums,
         )
 

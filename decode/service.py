@@ -201,15 +201,7 @@ class _DecodeCall:
         assert peer is not None, "only requests with a peer fetch"
         self._timeline.mark(Mark.SCHEDULED)
         if self._fetch is None:
-            self._fetch = FetchJob(
-                request_id=self._request.request_id,
-                key=event.key,
-                peer=peer,
-                cache_salt=self._request.cache_salt,
-                priority=self._request.priority,
-                deadline_s=self._deadline_s,
-                timeline=self._timeline,
-            )
+            self._fetch = FetchJob(self._request, event.key, peer, self._deadline_s, self._timeline)
         self._fetching = self._host.in_background(self._run_fetch(self._fetch, event))
 
     async def _run_fetch(self, fetch: FetchJob, event: FetchEvent) -> None:

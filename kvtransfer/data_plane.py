@@ -27,7 +27,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from engine.base.holds import Hold
-from engine.base.kv_layout import LayerGroup
+from engine.base.kv_layout import GENERATION_BYTES, LayerGroup
 from engine.base.types import KVLink
 from kvtransfer.connections import Connections
 from kvtransfer.fence import Fence
@@ -38,7 +38,6 @@ from kvtransfer.pull_loop import PullLoop
 from kvtransfer.quarantine import Quarantine
 from kvtransfer.transfer_counters import TransferCounters
 from kvtransfer.transport import (
-    GENERATION_BYTES,
     MemoryRegion,
     PullFailed,
     Region,

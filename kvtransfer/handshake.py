@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from engine.base.errors import Mismatch
+from engine.base.kv_layout import GENERATION_BYTES
 from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.rpc.convert import from_pb, to_pb
 from kvtransfer.plan import pieces
-from kvtransfer.transport import GENERATION_BYTES, Region, RegionKind, RemotePool
+from kvtransfer.transport import Region, RegionKind, RemotePool
 
 _TO_WIRE: dict[RegionKind, pb.Region.Kind] = {
     "blocks": pb.Region.KIND_BLOCKS,

@@ -30,10 +30,10 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.base.holds import Hold
+from engine.base.kv_layout import GENERATION_BYTES
 from kvtransfer.fence import Fence
 from kvtransfer.plan import Piece, Run, extents, slices
 from kvtransfer.transport import (
-    GENERATION_BYTES,
     Extent,
     MemoryRegion,
     PeerHandle,

@@ -17,7 +17,6 @@ from engine.base.kv_layout import LayerGroup
 
 MemoryKind = Literal["DRAM", "VRAM"]
 RegionKind = Literal["blocks", "generations"]
-GENERATION_BYTES = 8
 
 
 class TransferError(DiptychError):

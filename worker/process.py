@@ -33,7 +33,6 @@ from engine.pb.diptych.internal.v1.worker_pb2_grpc import KvServiceStub
 from engine.rpc.auth import ClusterToken
 from engine.rpc.channel import ChannelPool
 from engine.rpc.convert import enum_to_pb, to_pb
-from engine.scheduling.block_pool import GENERATION_BYTES
 from engine.step.build import Engine
 from engine.step.engine_thread import EngineDied, EngineThread
 from engine.step.operations import Forget, Hold, SetRoleBudgets, Unpin
@@ -195,7 +194,7 @@ def _data_plane(engine: Engine, incarnation: str, options: TransferOptions) -> D
             "VRAM" if cache.kind == "VRAM" else "DRAM",
             cache.device_id,
         ),
-        generations=MemoryRegion(generations.ctypes.data, len(generations) * GENERATION_BYTES),
+        generations=MemoryRegion(generations.ctypes.data, generations.nbytes),
         num_blocks=engine.core.pool.num_blocks,
         block_bytes=engine.layout.block_bytes,
         groups=engine.layout.groups,

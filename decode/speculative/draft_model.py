@@ -26,13 +26,7 @@ from engine.runner.base import ModelRunner
 from engine.sampling import Sampler, UnusableLogits
 from engine.scheduling.plan import PlannedRow
 from engine.scheduling.request import Request
-from engine.scheduling.speculation import (
-    PENDING,
-    DraftInputs,
-    Drafts,
-    Ints,
-    Tokens,
-)
+from engine.scheduling.speculation import PENDING, DraftInputs, Drafts, Ints, Tokens
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)

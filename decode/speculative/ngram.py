@@ -27,14 +27,7 @@ import numpy as np
 
 from decode.speculative.native import native_lookup
 from engine.scheduling.plan import PlannedRow
-from engine.scheduling.speculation import (
-    Draft,
-    DraftInputs,
-    Drafts,
-    Ints,
-    Tokens,
-    grown,
-)
+from engine.scheduling.speculation import Draft, DraftInputs, Drafts, Ints, Tokens, grown
 
 MAX_MATCH = 32  # a longer match is no better founded
 # Occurrences looked at, most recent first. On 8,000 tokens of text, a passage given a second time

@@ -17,9 +17,7 @@ class GroupedBackend:
     """AttentionBackend over those of the groups."""
 
     def __init__(
-        self,
-        specs: Sequence[AttentionSpec],
-        make: Callable[[AttentionSpec], AttentionBackend[Any]],
+        self, specs: Sequence[AttentionSpec], make: Callable[[AttentionSpec], AttentionBackend[Any]]
     ) -> None:
         """`specs`: one a layer; `make` gives the backend of a group."""
         groups = list(dict.fromkeys(specs))

@@ -27,6 +27,7 @@ from engine.base.types import PROTOCOL_VERSION
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HASH_BYTES = 16
+GENERATION_BYTES = 8  # of a block's generation: see kvtransfer/fence.py
 _LAYOUT_VERSION = 2  # of the order of a block's axes, and of the fields below
 _DIGEST_FIELDS = ("num_kv_heads", "num_layers", "block_size", "head_dim", "dtype")
 
@@ -75,10 +76,8 @@ class KVLayout:
     first_kv_head: int = 0  # of a rank's part of the heads, see `shard`
 
     def __post_init__(self) -> None:
-        if self.draft and (self.draft.block_size, self.draft.dtype) != (
-            self.block_size,
-            self.dtype,
-        ):
+        ours = (self.block_size, self.dtype)
+        if self.draft and (self.draft.block_size, self.draft.dtype) != ours:
             raise ValueError("a draft model's layers have the target's block_size and dtype")
 
     @property

@@ -52,10 +52,7 @@ def parse_addresses(text: str) -> str:
 
 def parse_origins(text: str) -> str:
     """SCHEME://HOST[:PORT][,...] as browsers send them, "*" for all, or "". Raises ValueError."""
-    origins = [origin.strip() for origin in text.split(",")]
-    if text and origins != ["*"] and not all(_ORIGIN.match(origin) for origin in origins):
-        raise ValueError("expected SCHEME://HOST[:PORT][,...] without a path, or *")
-    return text
+    return _listed(text, _ORIGIN, "SCHEME://HOST[:PORT][,...] without a path, or *")
 
 
 def parse_hosts(text: str) -> str:
@@ -63,9 +60,13 @@ def parse_hosts(text: str) -> str:
 
     Raises ValueError.
     """
+    return _listed(text, _HOST, "NAME[,NAME...] without ports, *.DOMAIN, or *")
+
+
+def _listed(text: str, pattern: re.Pattern[str], right: str) -> str:
     names = [name.strip() for name in text.split(",")]
-    if text and names != ["*"] and not all(_HOST.match(name) for name in names):
-        raise ValueError("expected NAME[,NAME...] without ports, *.DOMAIN, or *")
+    if text and names != ["*"] and not all(map(pattern.match, names)):
+        raise ValueError(f"expected {right}")
     return text
 
 

@@ -67,11 +67,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Rope(ctypes.Structure):
-    _fields_ = (
-        ("inv_freq", ctypes.c_void_p),
-        ("scale", ctypes.c_float),
-        ("dim", ctypes.c_int32),
-    )
+    _fields_ = (("inv_freq", ctypes.c_void_p), ("scale", ctypes.c_float), ("dim", ctypes.c_int32))
 
 
 class DecoderStruct(ctypes.Structure):

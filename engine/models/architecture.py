@@ -140,8 +140,7 @@ def outer_tensors(c: ModelConfig, norm_offset: float = 0.0) -> Iterator[TensorSp
     """Final norm, embedding, and the head where it is not the embedding."""
     norm, vocabulary = (c.hidden_size,), (c.vocab_size, c.hidden_size)
     yield TensorSpec(
-        *("norm", "model.norm.weight", "output_norm.weight", norm, "norm", None),
-        offset=norm_offset,
+        *("norm", "model.norm.weight", "output_norm.weight", norm, "norm", None), offset=norm_offset
     )
     yield TensorSpec(
         "embedding", "model.embed_tokens.weight", "token_embd.weight", vocabulary, "embedding", 0
@@ -151,16 +150,9 @@ def outer_tensors(c: ModelConfig, norm_offset: float = 0.0) -> Iterator[TensorSp
 
 
 def _named(w: TensorSpec, kind: str, shape: tuple[int, ...]) -> TensorSpec:
-    hf_name, gguf_name = f"{w.hf_name}.{kind}", f"{w.gguf_name}.{kind}"
+    w = replace(w, hf_name=f"{w.hf_name}.{kind}", gguf_name=f"{w.gguf_name}.{kind}")
     if kind == "weight":
-        return replace(w, hf_name=hf_name, gguf_name=gguf_name)
-    return replace(
-        w,
-        name=f"{w.name}.bias",
-        hf_name=hf_name,
-        gguf_name=gguf_name,
-        shape=shape,
-        joined=f"{w.joined}.bias",
-        # Outputs that every rank adds up have one bias.
-        shard_axis=0 if w.shard_axis == 0 else None,
-    )
+        return w
+    axis = 0 if w.shard_axis == 0 else None  # outputs that every rank adds up have one bias
+    name, joined = f"{w.name}.bias", f"{w.joined}.bias"
+    return replace(w, name=name, joined=joined, shape=shape, shard_axis=axis)

@@ -243,14 +243,18 @@ class Lease:
 
     def received(self) -> None:
         """Record that the request is complete; it is not cut off any more."""
-        self._leave()
+        self._budget._incoming.pop(self, None)
+        self._limit = None
+        if self.is_cut_off:
+            self._budget._ending -= self.size
+            self.is_cut_off = False
 
     def keep(self, size: int) -> None:
         """Reduce the lease to `size` bytes; a small request holds none. 0: it has ended."""
         if size and self.peer:
             self._budget._peers.received(self.peer)
         size = min(size, self.size) if size > SMALL_BYTES else 0
-        self._leave()
+        self.received()
         returned, self.size = self.size - size, size
         self._budget._give(returned)
 
@@ -259,13 +263,6 @@ class Lease:
         self.is_cut_off = True
         assert self._limit is not None, "only a request that is being received is cut off"
         self._limit.reschedule(asyncio.get_running_loop().time())
-
-    def _leave(self) -> None:
-        self._budget._incoming.pop(self, None)
-        self._limit = None
-        if self.is_cut_off:
-            self._budget._ending -= self.size
-            self.is_cut_off = False
 
     def refusal(self) -> Overloaded:
         """The error for a request that `is_cut_off`."""

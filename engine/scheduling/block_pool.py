@@ -34,7 +34,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-GENERATION_BYTES = 8
+from engine.base.kv_layout import GENERATION_BYTES
+
 NO_SOURCES: frozenset[str] = frozenset()
 _MAX_FORGOTTEN = 1024
 

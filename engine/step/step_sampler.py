@@ -61,11 +61,7 @@ class StepSampler:
         self._scorer = LogprobScorer(sampler.vocab_size, sampler.device)
 
     def sample(
-        self,
-        plan: Plan,
-        logits: torch.Tensor,
-        masks: Mapping[int, Rows],
-        late: Container[int] = (),
+        self, plan: Plan, logits: torch.Tensor, masks: Mapping[int, Rows], late: Container[int] = ()
     ) -> Sampled:
         """The tokens of slots and rows, in the plan's order, and the prompt's log-probabilities.
 
