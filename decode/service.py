@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from decode.kv_fetch import FetchJob, KvFetcher
@@ -54,12 +55,11 @@ class DecodeServicer:
         self.host = host
         self.fetcher = KvFetcher(host)
         self._parts = PartsStore(host.check_token_ids)
-        self._compiler: Compiler | None = None  # made for the first constraint, or by `prepare`
 
     def prepare(self) -> None:
         """Start now what the first constrained answer would wait for: threads and processes."""
-        if compiler := self._get_compiler():
-            compiler.prepare()
+        if self._compiler:
+            self._compiler.prepare()
 
     async def Decode(
         self, request: pb.DecodeRequest, context: Any
@@ -95,19 +95,18 @@ class DecodeServicer:
             finally:
                 call.close()
 
-    def _get_compiler(self) -> Compiler | None:
-        """Return the compiler, which has threads and a tokenizer; None: no constraints here."""
-        if self._compiler is None and self.host.vocabulary is not None:
-            count = self.host.metrics.constraints.tried
-            self._compiler = Compiler(self.host.vocabulary, count)
-        return self._compiler
+    @cached_property
+    def _compiler(self) -> Compiler | None:
+        """The compiler, which has threads and a tokenizer; None: no constraints here."""
+        if self.host.vocabulary is None:
+            return None
+        return Compiler(self.host.vocabulary, self.host.metrics.constraints.tried)
 
     async def _matcher(self, constraint: Constraint, output: Sequence[int]) -> Matcher:
         """Return the state of the constraint after `output`. Raises InvalidRequest, Unavailable."""
-        compiler = self._get_compiler()
-        if compiler is None:
+        if self._compiler is None:
             raise InvalidRequest("constraint", "none is possible with this model")
-        return await compiler.matcher(constraint, output)
+        return await self._compiler.matcher(constraint, output)
 
     def _engine_request(
         self, request: pb.DecodeRequest, parts: Parts, time_remaining_s: float | None

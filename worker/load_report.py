@@ -28,7 +28,7 @@ def load_report(
     load, moved = engine.load, plane.counters
     totals = to_pb(
         pb.Totals,
-        load,
+        load.totals,
         blocks_pulled=moved.num_blocks,
         bytes_pulled=moved.num_bytes,
         pull_seconds=moved.seconds,

@@ -202,15 +202,7 @@ class BatchBuilder:
         host[4 * total : size] = ranges(np.cumsum(num_tokens) - num_logits, num_logits)
         moved = self._host[:size].to(self._device, non_blocking=True)
         views = moved.split_with_sizes([total] * 4 + [num_wanted])
-        return Batch(
-            token_ids=views[0],
-            positions=views[1],
-            blocks=views[2],
-            offsets=views[3],
-            logit_index=views[4],
-            block_size=self._block_size,
-            rows=step,
-        )
+        return Batch(views[0], views[1], views[2], views[3], views[4], self._block_size, step)
 
     @staticmethod
     def _blocks(step: StepRows, entry: Ints) -> Ints:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from engine.base.memory import text_of
+
 CPUINFO = Path("/proc/cpuinfo")
 # The kernels (engine/kernels) need all of these flags; without them torch computes.
 KERNEL_FLAGS = frozenset(("avx512_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c"))
@@ -17,10 +19,6 @@ def compiler() -> str | None:
 
 def cpu_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
     """The CPU's flags as /proc/cpuinfo lists them; empty if it lists none."""
-    try:
-        text = cpuinfo.read_text()
-    except OSError:
-        return frozenset()
-    lines = (line.partition(":") for line in text.splitlines())
+    lines = (line.partition(":") for line in text_of(cpuinfo).splitlines())
     flags = next((v for key, _, v in lines if key.strip().lower() in ("flags", "features")), "")
     return frozenset(flags.split())

@@ -13,6 +13,7 @@ import re
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from engine.base.options import visible_devices
@@ -44,12 +45,9 @@ def find_gpus(
     chosen = visible() if callable(visible) else visible
     if chosen is None or not present:
         return present
-    names = []
-    for name in (part.strip() for part in chosen.split(",")):
-        if not _exists(name, present):  # CUDA ignores this and all that follow
-            break
-        names.append(name)
-    return names
+    names = (part.strip() for part in chosen.split(","))
+    # CUDA ignores an unknown name and all that follow.
+    return list(takewhile(lambda name: _exists(name, present), names))
 
 
 def _exists(name: str, present: Sequence[str]) -> bool:

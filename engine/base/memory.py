@@ -74,7 +74,7 @@ def host_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> HostMemory:
 
 def _available(meminfo: Path) -> int:
     """MemAvailable, which includes reclaimable pages; kernels before 3.14 do not have it."""
-    lines = (line.split() for line in _text(meminfo).splitlines())
+    lines = (line.split() for line in text_of(meminfo).splitlines())
     kib = {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdecimal()}
     fallback = kib.get("MemFree:", 0) + kib.get("Cached:", 0)
     return kib.get("MemAvailable:", fallback) * 1024
@@ -87,7 +87,7 @@ def _cgroup_limits(own: Path, root: Path) -> list[tuple[int, int]]:
     root, so paths that do not exist are skipped.
     """
     found = []
-    for line in _text(own).splitlines():
+    for line in text_of(own).splitlines():
         _, controllers, name = [*line.split(":", 2), "", ""][:3]
         if controllers == "":
             base, limits, usage = root, _V2_LIMITS, "memory.current"
@@ -109,17 +109,18 @@ def _cgroup_limits(own: Path, root: Path) -> list[tuple[int, int]]:
 
 
 def _field(path: Path, name: str) -> int:
-    lines = (line.split() for line in _text(path).splitlines())
+    lines = (line.split() for line in text_of(path).splitlines())
     return next((int(words[1]) for words in lines if words[:1] == [name]), 0)
 
 
 def _number(path: Path) -> int | None:
     """The number in a file; None for `max`, or if the file does not exist."""
-    text = _text(path).strip()
+    text = text_of(path).strip()
     return int(text) if text.isdecimal() else None
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """The text of a file of the kernel; "" where it cannot be read."""
     try:
         return path.read_text()
     except OSError:

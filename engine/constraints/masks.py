@@ -64,11 +64,7 @@ class _Job:
     done: threading.Event = field(default_factory=threading.Event)
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Masks that are being computed."""
-
-    jobs: list[_Job]
+Batch = list[_Job]  # masks that are being computed
 
 
 class Masks:
@@ -92,7 +88,7 @@ class Masks:
             else:
                 quick.append(_Task(key, request))
         threads = [thread for thread in self._threads if thread.late is None]
-        jobs: list[_Job] = []
+        jobs: Batch = []
         while quick and threads:
             thread, share = threads.pop(), -(-len(quick) // (len(threads) + 1))
             jobs.append(_Job(thread, quick[:share]))
@@ -100,13 +96,13 @@ class Masks:
             for task in jobs[-1].tasks:
                 task.request.matcher.busy = True
             thread.jobs.put(jobs[-1])
-        return Batch(jobs)
+        return jobs
 
     def wait(self, batch: Batch, at_most_s: float = _WAIT_S) -> dict[int, Rows]:
         """Masks by key, [1 + len(draft), words] each, of those done in time. Others stay busy."""
         end_s = time.monotonic() + at_most_s
         rows: dict[int, Rows] = {}
-        for job in batch.jobs:
+        for job in batch:
             if not job.done.wait(max(0.0, end_s - time.monotonic())):
                 self._mark_late(job)
             rows |= {task.key: task.rows for task in job.tasks if task.rows is not None}

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.base.errors import ConfigError
+from engine.base.memory import text_of
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP = Path("/proc/self/cgroup")
+_V1_FILES = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,28 +58,14 @@ def usable_cores(root: Path = _CGROUPS, own: Path = _CGROUP) -> int:
 
 def _quotas(root: Path, own: Path) -> list[int]:
     """The quota of each cgroup of this process (v2 and v1), in cores, rounded up."""
-    try:
-        names = [
-            line.split(":", 2)[2] for line in own.read_text().splitlines() if line[:3] == "0::"
-        ]
-    except OSError:
-        names = []
-    folder = root / (names[0] if names else "").lstrip("/")
-    texts = [
-        _words(group / "cpu.max")
-        for group in (folder, *folder.parents)
-        if group.is_relative_to(root)
-    ]
-    texts.append(_words(root / "cpu/cpu.cfs_quota_us") + _words(root / "cpu/cpu.cfs_period_us"))
-    limits = [text for text in texts if len(text) == 2 and all(word.isdecimal() for word in text)]
+    names = (line.split(":", 2)[2] for line in text_of(own).splitlines() if line[:3] == "0::")
+    folder = root / next(names, "").lstrip("/")
+    groups = (group for group in (folder, *folder.parents) if group.is_relative_to(root))
+    texts = [text_of(group / "cpu.max") for group in groups]
+    texts.append(" ".join(text_of(root / "cpu" / name) for name in _V1_FILES))
+    limits = [words for words in map(str.split, texts) if len(words) == 2]
+    limits = [words for words in limits if all(word.isdecimal() for word in words)]
     return [-(-int(quota) // int(period)) for quota, period in limits if int(period)]
-
-
-def _words(path: Path) -> list[str]:
-    try:
-        return path.read_text().split()
-    except OSError:
-        return []
 
 
 def shared_page() -> str:

@@ -8,7 +8,6 @@ the right shape.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -26,25 +25,24 @@ _IGNORED = ("rotary_emb.inv_freq",)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True, slots=True)
-class _Places:
-    """An empty model, and the place in it of every tensor of the files."""
-
-    weights: dict[str, torch.Tensor]  # joined
-    by_name: dict[str, torch.Tensor]  # views of them, by Hugging Face name
+_Tensors = dict[str, torch.Tensor]
 
 
-def _allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> _Places:
-    places = _Places({}, {})
+def _allocate(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[_Tensors, _Tensors]:
+    """An empty model's joined weights, and the place in them of every tensor of the files."""
+    weights: _Tensors = {}
+    places: _Tensors = {}
     specs = architecture_of(config).tensors(config)
     for joined, group in groupby(specs, key=lambda spec: spec.joined):
         parts = list(group)
         sizes = [spec.shape[0] for spec in parts]
         whole = torch.empty(sum(sizes), *parts[0].shape[1:], dtype=dtype, device=device)
-        places.weights[joined] = whole
+        weights[joined] = whole
         for spec, place in zip(parts, whole.split_with_sizes(sizes), strict=True):
-            places.by_name[spec.hf_name] = place
-    return places
+            places[spec.hf_name] = place
+    return weights, places
 
 
 def _fill(place: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
@@ -59,7 +57,7 @@ def _fill(place: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
 
 
 def _load_shard(
-    path: Path, config: ModelConfig, places: _Places, filled: dict[str, Path], shown: Bar
+    path: Path, config: ModelConfig, places: _Tensors, filled: dict[str, Path], shown: Bar
 ) -> None:
     """Copy a shard's tensors to their places and note in `filled` where they came from."""
     with safe_open(path, framework="pt") as shard:
@@ -67,11 +65,11 @@ def _load_shard(
             tied = config.tie_word_embeddings and name == "lm_head.weight"
             if tied or name.endswith(_IGNORED):
                 continue
-            if name not in places.by_name:
+            if name not in places:
                 raise CheckpointError(f"unexpected tensor {name} in a {config.architecture}")
             if name in filled:
                 raise CheckpointError(f"tensor {name} is in {filled[name]} already")
-            _fill(places.by_name[name], name, shard.get_tensor(name))
+            _fill(places[name], name, shard.get_tensor(name))
             filled[name] = path
             shown.update()
 
@@ -87,10 +85,9 @@ def load_model(
 
     `progress` shows how far it is on standard error.
     """
-    places = _allocate(config, dtype, device)
+    joined, places = _allocate(config, dtype, device)
     filled: dict[str, Path] = {}
-    num_tensors = len(places.by_name)
-    with bar(total=num_tensors, desc="Loading weights", unit="tensor", show=progress) as shown:
+    with bar(total=len(places), desc="Loading weights", unit="tensor", show=progress) as shown:
         for path in shard_paths:
             try:
                 _load_shard(path, config, places, filled, shown)
@@ -102,11 +99,11 @@ def load_model(
                 raise CheckpointError(
                     f"{path}: not a readable safetensors file ({error})"
                 ) from None
-    missing = [name for name in places.by_name if name not in filled]
+    missing = [name for name in places if name not in filled]
     if missing:
         files = ", ".join(str(path) for path in shard_paths) or "no files"
         raise CheckpointError(f"{files}: tensor {missing[0]} is missing ({len(missing)} in all)")
-    return TorchModel(config, places.weights)
+    return TorchModel(config, joined)
 
 
 def random_model(
@@ -116,9 +113,9 @@ def random_model(
     device: torch.device | None = None,
 ) -> TorchModel:
     """For tests: fp32 weights that follow from `seed`, the same (rounded) in every dtype."""
-    places = _allocate(config, dtype, device or torch.device("cpu"))
+    joined, places = _allocate(config, dtype, device or torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
-    for name, place in places.by_name.items():
+    for name, place in places.items():
         noise = torch.randn(place.shape, generator=generator)
         if "norm" in name:
             noise = 1 + 0.1 * noise
@@ -127,4 +124,4 @@ def random_model(
         elif "embed_tokens" not in name:
             noise = noise * place.shape[-1] ** -0.5
         place.copy_(noise)
-    return TorchModel(config, places.weights)
+    return TorchModel(config, joined)

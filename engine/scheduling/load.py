@@ -7,16 +7,28 @@ engine thread --- LoadReport, replaced after each step ---> loop: heartbeats, he
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.base.errors import InvalidRequest
 from engine.base.types import NO_BUDGETS, RoleBudgets
 from engine.scheduling.request import EngineRequest
 
 
+@dataclass(slots=True)
+class Totals:
+    """Counted since an engine's start."""
+
+    prompt_tokens_computed: int = 0
+    prompt_tokens_cached: int = 0
+    generation_tokens: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """The load of an engine between two steps. Counters run from its start."""
+    """The load of an engine between two steps."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -25,10 +37,7 @@ class LoadReport:
     cached_blocks: int = 0
     held_blocks: int = 0
     total_blocks: int = 0
-    prompt_tokens_computed: int = 0
-    prompt_tokens_cached: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
+    totals: Totals = field(default_factory=Totals)
     degraded_until_s: float = -math.inf  # monotonic
     role_budgets: RoleBudgets = NO_BUDGETS
 

@@ -11,7 +11,6 @@ Owned by the engine thread.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.base.types import FinishReason, TokenLogprobs
+from engine.scheduling.load import Totals
 from engine.scheduling.request import NO_DRAFT_ID, Request
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.slots import DecodeSlots
@@ -27,18 +27,6 @@ from engine.step.constrained import ConstrainedAnswers
 from engine.step.lifecycle import Lifecycle
 from engine.step.step_sampler import Sampled, SampledRow, StepSampler
 from engine.telemetry.metrics import WorkerMetrics
-
-
-@dataclass(slots=True)
-class Totals:
-    """Counted since the start."""
-
-    prompt_tokens_computed: int = 0
-    prompt_tokens_cached: int = 0
-    generation_tokens: int = 0
-    drafts: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
 
 
 class Acceptor:

@@ -41,7 +41,7 @@ class ConstrainedAnswers:
         self._lifecycle = lifecycle
         self._masks: Masks | None = None  # made for the first of them
         self._looks: list[Batch] = []
-        self._drafts = Batch([])
+        self._drafts: Batch = []
         self._has_any = False  # in the step under way
 
     def look(self, active: Iterable[Request]) -> None:
@@ -112,7 +112,7 @@ class ConstrainedAnswers:
 
     def begin(self, plan: Sequence[PlannedRow]) -> None:
         """Have the masks of drafts computed while the model computes."""
-        self._drafts = Batch([])
+        self._drafts = []
         if self._masks is None or not self._has_any:
             return
         places = {

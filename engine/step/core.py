@@ -19,6 +19,7 @@ blocks of an AnnouncedEvent) belongs to its receiver. One thread owns all of thi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -156,7 +157,7 @@ class EngineCore:
 
     def load(self) -> LoadReport:
         """The load at this moment, as a value for other threads."""
-        pool, scheduler, totals = self.pool, self.scheduler, self.totals
+        pool, scheduler = self.pool, self.scheduler
         return LoadReport(
             num_running=len(scheduler.active),
             num_waiting=len(scheduler.waiting),
@@ -165,10 +166,7 @@ class EngineCore:
             cached_blocks=pool.num_cached,
             held_blocks=pool.num_held,
             total_blocks=pool.num_blocks,
-            prompt_tokens_computed=totals.prompt_tokens_computed,
-            prompt_tokens_cached=totals.prompt_tokens_cached,
-            draft_tokens=totals.draft_tokens,
-            accepted_tokens=totals.accepted_tokens,
+            totals=replace(self.totals),
             degraded_until_s=self._faults.degraded_until_s,
             role_budgets=scheduler.role_budgets,
         )

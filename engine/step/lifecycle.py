@@ -100,15 +100,8 @@ class Lifecycle:
         del self.requests[request.key]
         if self._scheduler.speculation is not None:
             self._scheduler.speculation.finish(request)
-        self._events.append(
-            FinishedEvent(
-                key=request.key,
-                reason=reason,
-                matched_stop=request.matched_stop,
-                counts=self._counts(request),
-                error=error,
-            )
-        )
+        counts = self._counts(request)
+        self._events.append(FinishedEvent(request.key, reason, request.matched_stop, counts, error))
 
     def _counts(self, request: Request) -> Counts:
         """The request's counters; kept until they change, as most events have the same."""

@@ -1,7 +1,7 @@
 """The life of one request as named events; every latency is a subtraction of two of them.
 
     coordinator  ARRIVED - ADMITTED - TOKENIZED - ROUTED - TOKENS ... TOKENS - FINISHED
-    worker       ARRIVED - SCHEDULED - COMPUTED ... COMPUTED - TOKENS ... TOKENS - FINISHED
+    worker       ARRIVED - SCHEDULED - TOKENS ... TOKENS - FINISHED
                                '- ANNOUNCED ... ANNOUNCED, PULLED ... PULLED, COMMITTED
 
 Of an event that happens many times the first time, the last time and the count are kept, so the
@@ -24,7 +24,6 @@ class Event(Enum):
     TOKENIZED = "tokenized"
     ROUTED = "routed"  # a worker was picked; again after each migration
     SCHEDULED = "scheduled"  # its first row in a step, or the first call for its blocks
-    COMPUTED = "computed"  # a chunk of its prompt
     ANNOUNCED = "announced"  # blocks became readable for peers
     PULLED = "pulled"  # a read of blocks ended
     COMMITTED = "committed"  # blocks passed the fence and have their hashes
