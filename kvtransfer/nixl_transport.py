@@ -42,7 +42,8 @@ import numpy as np
 
 from engine.base.errors import ConfigError
 from engine.base.options import set_default_env
-from kvtransfer.transport import Extent, MemoryKind, MemoryRegion, PeerLost, PullFailed, ReadState
+from engine.base.types import MemoryKind
+from kvtransfer.transport import Extent, MemoryRegion, PeerLost, PullFailed, ReadState
 from kvtransfer.ucx_lanes import lane_log
 
 # The progress thread wakes for events; this is only its fallback, for events that UCX misses.

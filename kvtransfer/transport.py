@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from engine.base.errors import DiptychError
 from engine.base.kv_layout import LayerGroup
+from engine.base.types import MemoryKind
 
-MemoryKind = Literal["DRAM", "VRAM"]
 RegionKind = Literal["blocks", "generations"]
 
 

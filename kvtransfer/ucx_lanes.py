@@ -27,7 +27,7 @@ from contextlib import suppress
 from functools import cache
 
 from engine.base.options import set_default_env, unset_env
-from kvtransfer.transport import MemoryKind
+from engine.base.types import MemoryKind
 
 _READS_ONLY = "*get*"  # of UCX_PROTO_INFO: a pattern of operations
 _PIPE_BYTES = 1 << 20  # a write to a full pipe would stop UCX

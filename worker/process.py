@@ -188,12 +188,7 @@ def _data_plane(engine: Engine, incarnation: str, options: TransferOptions) -> D
     plane = DataPlane(
         NixlTransport,
         incarnation=incarnation,
-        blocks=MemoryRegion(
-            cache.address,
-            cache.num_bytes,
-            "VRAM" if cache.kind == "VRAM" else "DRAM",
-            cache.device_id,
-        ),
+        blocks=MemoryRegion(cache.address, cache.num_bytes, cache.kind, cache.device_id),
         generations=MemoryRegion(generations.ctypes.data, generations.nbytes),
         num_blocks=engine.core.pool.num_blocks,
         block_bytes=engine.layout.block_bytes,

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from enum import Enum
 from hashlib import blake2b
 from pathlib import Path
+from typing import Literal
 
 PROTOCOL_VERSION = 4
+MemoryKind = Literal["DRAM", "VRAM"]  # as NIXL names them
 
 
 class Role(Enum):

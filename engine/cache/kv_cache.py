@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from engine.base.kv_layout import KVLayout
+from engine.base.types import MemoryKind
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The exponent's bits: all are set in numbers that are not finite, and in no others.
@@ -112,8 +113,8 @@ class KVCache:
         return self._memory.view(-1)[self._offset :].view(-1, self.layout.run_elements)
 
     @property
-    def kind(self) -> str:
-        """Where the pool lies, in NIXL's terms: DRAM or VRAM."""
+    def kind(self) -> MemoryKind:
+        """Where the pool lies."""
         return "DRAM" if self.device.type == "cpu" else "VRAM"
 
     @property

@@ -27,7 +27,7 @@ from engine.checkpoint.lock import exclusive
 from engine.checkpoint.places import CacheError, in_a_place
 from engine.telemetry.cache import count_damaged
 from engine.telemetry.log import get_logger
-from engine.telemetry.progress import bar
+from engine.telemetry.progress import byte_bar
 
 _log = get_logger(__name__)
 _VERSION = 1  # of a digest's definition: part of every note
@@ -92,14 +92,7 @@ def file_digests(path: Path, ranges: Sequence[Range] = ()) -> Digested:
 def _hash(state: FileState, ranges: Sequence[Range], name: str) -> Digested:
     if abs(time.time_ns() - state.ctime_ns) < _TICK_NS:
         time.sleep(_TICK_NS / 1e9)
-    shown = bar(
-        desc=f"Hashing {name}",
-        total=sum(end - begin for begin, end in ranges),
-        unit="B",
-        unit_scale=True,
-        delay=0.5,
-    )
-    with shown:
+    with byte_bar(f"Hashing {name}", sum(end - begin for begin, end in ranges)) as shown:
         digests = hash_ranges(state.path, ranges, shown.update)
     state.check()
     return Digested(state, tuple(digests))

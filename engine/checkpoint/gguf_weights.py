@@ -104,13 +104,11 @@ def write_weights(out: Path, tensors: list[PackedTensor], dtype: str, *, source:
 def _pieces(tensor: PackedTensor, dtype: str, source: Path, shown: Bar) -> Iterator[memoryview]:
     """The tensor's bytes in `dtype`, a bounded number of rows at a time."""
     rows = tensor.rows()
-    num_columns = tensor.shape[-1]
-    step = max(1, _PIECE_BYTES // (4 * num_columns))
+    step = max(1, _PIECE_BYTES // (4 * tensor.shape[-1]))
+    where = f"{source}: {tensor.gguf_name}"
     for start in range(0, rows.shape[0], step):
-        values = dequantize(
-            rows[start : start + step], tensor.kind, f"{source}: {tensor.gguf_name}"
-        )
-        yield cast(values, dtype, f"{source}: {tensor.gguf_name}").data.cast("B")
+        values = dequantize(rows[start : start + step], tensor.kind, where)
+        yield cast(values, dtype, where).data.cast("B")
         shown.update(values.size)
 
 

@@ -23,13 +23,12 @@ from engine.checkpoint.lock import exclusive
 from engine.checkpoint.places import in_a_place
 from engine.telemetry.cache import count_damaged
 from engine.telemetry.log import get_logger
-from engine.telemetry.progress import bar
+from engine.telemetry.progress import byte_bar
 
 _log = get_logger(__name__)
 MANIFEST = "diptych.json"
 _VERSION = 1  # of the manifest
 _WAIT_S = 1800.0
-_QUIET_S = 0.5  # without a bar
 
 
 def kept(
@@ -108,10 +107,7 @@ def _damage(folder: Path, entry: str, read: bool = True) -> str:
             name = min(differing)
             return f"{name} is {'unexpected' if name in present else 'missing'}"
         total = sum(size for size, _ in files.values())
-        shown = bar(
-            desc=f"Checking {entry}", total=total, unit="B", unit_scale=True, delay=_QUIET_S
-        )
-        with shown:
+        with byte_bar(f"Checking {entry}", total) as shown:
             for name, (size, digest) in files.items():
                 if (folder / name).stat().st_size != size:
                     return f"{name} has another size"

@@ -9,6 +9,7 @@ row       t d0 d1            what fits in spare blocks and logits
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,31 +20,24 @@ from engine.scheduling.slots import DecodeSlots
 from engine.scheduling.speculation import FORCED, PENDING, Draft, DraftInputs, Ints, Speculation
 
 
+@dataclass(slots=True, eq=False)
 class DraftPlanner:
     """Made for one scheduling pass and thrown away.
 
     `spare`: blocks that drafts may take; no request is preempted or kept waiting for a draft.
     """
 
-    def __init__(
-        self,
-        speculation: Speculation,
-        slots: DecodeSlots,
-        block_size: int,
-        max_model_len: int,
-        spare: int,
-    ) -> None:
-        self._speculation = speculation
-        self._slots = slots
-        self._block_size = block_size
-        self._max_model_len = max_model_len
-        self._spare = spare
+    speculation: Speculation
+    slots: DecodeSlots
+    block_size: int
+    max_model_len: int
+    spare: int
 
     def plan(
         self, decoding: Sequence[Request], chunks: Sequence[PlannedRow], max_logits: int
     ) -> list[PlannedRow]:
         """Give the slots their drafts; the rows of the others, with theirs, and then the chunks."""
-        slots, num_slots = self._slots, len(self._slots)
+        slots, num_slots = self.slots, len(self.slots)
         arrays = (slots.draft_id, slots.length, slots.room, slots.end)
         columns = [array[:num_slots] for array in arrays]
         if decoding:
@@ -53,16 +47,16 @@ class DraftPlanner:
             ]
         ids, known, room, end = columns
         # Every token of a draft can still be part of the answer; one more follows it.
-        limits = np.minimum(end - 1, room + self._spare * self._block_size) - known
-        limits = _within(limits, self._speculation.max_draft_tokens)
+        limits = np.minimum(end - 1, room + self.spare * self.block_size) - known
+        limits = _within(limits, self.speculation.max_draft_tokens)
         histories = [*slots.histories, *(r.tokens for r in decoding)]
-        drafts = self._speculation.drafter.propose(DraftInputs(ids, histories, known, limits))
+        drafts = self.speculation.drafter.propose(DraftInputs(ids, histories, known, limits))
         for i, request in enumerate(decoding, num_slots):
             if request.work.matcher is not None:
                 drafts[i] = fitted(drafts[i], request.work.matcher, int(limits[i]))
         num_rows = len(ids) + sum(row.num_tokens for row in chunks)
         num_answers = len(ids) + sum(row.num_sampled for row in chunks)
-        lengths = self._speculation.choose(ids, drafts, num_rows, num_answers)
+        lengths = self.speculation.choose(ids, drafts, num_rows, num_answers)
         if lengths.any():
             lengths = _shared(lengths, max(0, max_logits - num_answers))
             lengths = self._with_room(known, room, lengths, [*slots.requests, *decoding])
@@ -77,20 +71,20 @@ class DraftPlanner:
 
     def _numbers(self, request: Request) -> tuple[int, int, int, int]:
         """What slots have as `draft_id`, `length`, `room` and `end`."""
-        draft_id, end = self._speculation.id_of(request), request.end(self._max_model_len)
+        draft_id, end = self.speculation.id_of(request), request.end(self.max_model_len)
         return draft_id, len(request.tokens), request.table.num_positions, end
 
     def _with_room(
         self, known: Ints, room: Ints, lengths: Ints, requests: Sequence[Request]
     ) -> Ints:
         """The lengths that fit in the requests' blocks and the spare ones, which are taken."""
-        missing = np.maximum(0, -(-(known + lengths - room) // self._block_size))
-        taken = _shared(missing, self._spare)
+        missing = np.maximum(0, -(-(known + lengths - room) // self.block_size))
+        taken = _shared(missing, self.spare)
         for i in np.flatnonzero(taken).tolist():
             table = requests[i].table
-            table.reserve(table.num_positions + int(taken[i]) * self._block_size)
-            self._slots.got_blocks(requests[i])
-        out: Ints = np.minimum(lengths, room + taken * self._block_size - known)
+            table.reserve(table.num_positions + int(taken[i]) * self.block_size)
+            self.slots.got_blocks(requests[i])
+        out: Ints = np.minimum(lengths, room + taken * self.block_size - known)
         return out
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 from engine.base.errors import SelfTestFailed, Unavailable
 from engine.base.types import FinishReason
@@ -24,24 +25,16 @@ _log = get_logger(__name__)
 DEGRADED_S = 60.0  # how long a worker reports that its numbers were not finite
 
 
+@dataclass(slots=True, eq=False)
 class Faults:
     """Owned by the engine thread."""
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        lifecycle: Lifecycle,
-        health: Health,
-        metrics: WorkerMetrics,
-        clock: Callable[[], float],
-    ) -> None:
-        self.degraded_until_s = -math.inf
-        self._scheduler = scheduler
-        self._pool = scheduler.pool
-        self._lifecycle = lifecycle
-        self._health = health
-        self._metrics = metrics
-        self._clock = clock
+    scheduler: Scheduler
+    lifecycle: Lifecycle
+    health: Health
+    metrics: WorkerMetrics
+    clock: Callable[[], float]
+    degraded_until_s: float = -math.inf
 
     def discard(self, broken: Sequence[Request]) -> None:
         """End the requests with numbers that are not finite in a step, and test this worker.
@@ -52,11 +45,11 @@ class Faults:
         is damaged, the fault is that block's. If a peer sent it, all blocks that this peer had a
         part in are forgotten.
         """
-        self._metrics.non_finite_requests.inc(len(broken))
-        damaged = [self._health.damaged(r.table.blocks[: r.num_hashed]) for r in broken]
+        self.metrics.non_finite_requests.inc(len(broken))
+        damaged = [self.health.damaged(r.table.blocks[: r.num_hashed]) for r in broken]
         # A second copy of a block has no hash, and its sources are not kept: any may be it.
         causes = [
-            (self._pool.sources(blocks) or request.sources) if blocks else NO_SOURCES
+            (self.scheduler.pool.sources(blocks) or request.sources) if blocks else NO_SOURCES
             for request, blocks in zip(broken, damaged, strict=True)
         ]
         for request, blocks, peers in zip(broken, damaged, causes, strict=True):
@@ -66,12 +59,12 @@ class Faults:
                 num_damaged_blocks=len(blocks),
                 peers=sorted(peers),
             )
-            self._pool.hide(blocks)
-            self._lifecycle.finish(request, FinishReason.ABORTED, _error(request, peers))
+            self.scheduler.pool.hide(blocks)
+            self.lifecycle.finish(request, FinishReason.ABORTED, _error(request, peers))
         for peer in NO_SOURCES.union(*causes):
             self.forget(peer, for_good=False)
         if not all(causes):
-            self.degraded_until_s = self._clock() + DEGRADED_S
+            self.degraded_until_s = self.clock() + DEGRADED_S
         self.test()
 
     def forget(self, source: str, *, for_good: bool) -> None:
@@ -81,22 +74,22 @@ class Faults:
         decides that, which knows whether other workers can compute them. Requests that read such
         blocks begin anew, after the tokens that they have.
         """
-        num_blocks = self._pool.forget(source, for_good=for_good)
-        self._metrics.kv_blocks_forgotten.inc(num_blocks)
-        for request in list(self._scheduler.active):
+        num_blocks = self.scheduler.pool.forget(source, for_good=for_good)
+        self.metrics.kv_blocks_forgotten.inc(num_blocks)
+        for request in list(self.scheduler.active):
             if source in request.sources and request.state is State.RUNNING:
-                self._scheduler.preempt(request)
+                self.scheduler.preempt(request)
         if num_blocks:
             _log.warning("blocks of a sick peer forgotten", peer=source, num_blocks=num_blocks)
 
     def test(self) -> None:
         """Raise SelfTestFailed unless this worker computes what it did at its start."""
         try:
-            self._health.self_test()
+            self.health.self_test()
         except SelfTestFailed:
-            self._metrics.self_tested("failed")
+            self.metrics.self_tested("failed")
             raise
-        self._metrics.self_tested("passed")
+        self.metrics.self_tested("passed")
 
 
 def _error(request: Request, peers: Collection[str]) -> Unavailable:

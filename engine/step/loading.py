@@ -112,33 +112,26 @@ class Models:
         return self.target.runner.over(kv_cache), draft
 
 
+@dataclass(slots=True, eq=False)
 class Loader:
     """Loads models, for the C kernels where these can compute them; the Host of their runners."""
 
-    def __init__(
-        self,
-        model: ModelOptions,
-        cache: CacheOptions,
-        step: StepOptions,
-        dtype: str,
-        device: Device,
-    ) -> None:
-        self._model = model
-        self._cache = cache
-        self._step = step
-        self._dtype = dtype
-        self._device = device
-        self._threads: Threads | None = None
+    model: ModelOptions
+    cache: CacheOptions
+    step: StepOptions
+    dtype: str
+    device: Device
+    _threads: Threads | None = None
 
     def load_all(
         self, checkpoint: Checkpoint, draft: Checkpoint | None, layout: KVLayout
     ) -> Models:
         """Both models over a scratch pool of a few blocks. Raises CheckpointError, ConfigError."""
-        scratch = KVCache(layout, num_scratch_blocks(layout.block_size), self._device.place)
+        scratch = KVCache(layout, num_scratch_blocks(layout.block_size), self.device.place)
         target = self._load(checkpoint)
         loaded_draft = None
         if draft is not None and scratch.draft is not None:
-            num_first = first_layers(self._model.draft_model)
+            num_first = first_layers(self.model.draft_model)
             drafter = target.first_layers(num_first) if num_first else self._load(draft)
             loaded_draft = Loaded(drafter, drafter.make_runner(scratch.draft, self))
         return Models(Loaded(target, target.make_runner(scratch, self)), loaded_draft)
@@ -146,21 +139,21 @@ class Loader:
     def profile(self, checkpoint: Checkpoint) -> str:
         """The numeric profile of a model as it is loaded here."""
         native = self._kernels(checkpoint.config) is not None
-        on, device = "", self._device
+        on, device = "", self.device
         if device.on_gpu:
             on = f"device=cuda arch={device.arch} attention={self._backend(checkpoint.config)}"
-        return numeric_profile(checkpoint, self._model, self._dtype, native=native, on=on)
+        return numeric_profile(checkpoint, self.model, self.dtype, native=native, on=on)
 
     def _load(self, checkpoint: Checkpoint) -> Model:
         """Map or read the weights. Raises CheckpointError."""
-        config, dtype, place = checkpoint.config, DTYPES[self._dtype], self._device.place
+        config, dtype, place = checkpoint.config, DTYPES[self.dtype], self.device.place
         library = self._kernels(config)
         if library is not None:
-            path = packed_file(checkpoint, packing(checkpoint, self._model))
+            path = packed_file(checkpoint, packing(checkpoint, self.model))
             return NativeModel(config, read_packed(path, config), library)
-        if self._model.seed_weights >= 0:
-            return random_model(config, self._model.seed_weights, dtype, place)
-        model = load_model(config, weights(checkpoint, self._dtype), dtype, place)
+        if self.model.seed_weights >= 0:
+            return random_model(config, self.model.seed_weights, dtype, place)
+        model = load_model(config, weights(checkpoint, self.dtype), dtype, place)
         checkpoint.check_unchanged()
         return model
 
@@ -175,16 +168,16 @@ class Loader:
         if self._threads is None:
             library = kernels()
             assert library is not None, "a model was loaded by them"
-            num_threads = self._step.num_threads or usable_cores()
-            self._threads = Threads(library, num_threads, CoreShare.parse(self._step.cores))
+            num_threads = self.step.num_threads or usable_cores()
+            self._threads = Threads(library, num_threads, CoreShare.parse(self.step.cores))
         return self._threads
 
     def _backend(self, config: ModelConfig) -> BackendChoice:
-        layout = layout_of(config, self._cache, self._dtype)
-        arch = self._device.arch
+        layout = layout_of(config, self.cache, self.dtype)
+        arch = self.device.arch
         found = flashinfer_version() if arch else None
         return choose_backend(layout, config.num_heads, arch=arch, flashinfer=found)
 
     def _kernels(self, config: ModelConfig) -> Kernels | None:
-        on_gpu = self._device.on_gpu
-        return pick_kernels(config, self._model, self._cache, self._dtype, on_gpu=on_gpu)
+        on_gpu = self.device.on_gpu
+        return pick_kernels(config, self.model, self.cache, self.dtype, on_gpu=on_gpu)

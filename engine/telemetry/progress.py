@@ -16,6 +16,7 @@ from typing import Any, Self, TypeAlias
 from tqdm import tqdm
 
 LINE_S = 5.0
+_QUIET_S = 0.5  # of a bar of bytes
 _FIRST_LINE_S = 2.0  # of a bar: shorter work prints nothing
 
 
@@ -95,6 +96,11 @@ def bar(
     if total is None:
         total = length_hint(iterable) or None
     return _LineBar(iterable, total, desc)
+
+
+def byte_bar(desc: str, total: int) -> Bar:
+    """A bar of bytes; quick work shows nothing."""
+    return bar(desc=desc, total=total, unit="B", unit_scale=True, delay=_QUIET_S)
 
 
 def print_line(text: str) -> None:
