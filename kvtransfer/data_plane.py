@@ -33,7 +33,7 @@ from kvtransfer.connections import Connections
 from kvtransfer.fence import Fence
 from kvtransfer.links import LinkMeter
 from kvtransfer.plan import coalesce, pieces
-from kvtransfer.pull import LocalMemory, Pull, PullRequest, PullResult
+from kvtransfer.pull import LocalMemory, Pull, PullRequest
 from kvtransfer.pull_loop import PullLoop
 from kvtransfer.quarantine import Quarantine
 from kvtransfer.transfer_counters import TransferCounters
@@ -44,8 +44,6 @@ from kvtransfer.transport import (
     RemotePool,
     Transport,
 )
-
-__all__ = ["DataPlane", "Pull", "PullResult", "TransferCounters"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
