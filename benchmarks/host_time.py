@@ -34,7 +34,7 @@ from decode.speculative.verify import verify
 from engine.attention.batch import BatchBuilder, Row, TableStaging
 from engine.base.kv_layout import hash_salt
 from engine.base.types import SamplingParams, StopParams
-from engine.runner.base import ModelRunner
+from engine.runner.base import ModelRunner, StepOutput
 from engine.sampling import Sampler
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.plan import Budgets
@@ -56,7 +56,7 @@ class IdleRunner(ModelRunner):
         self._tables = TableStaging()
         self._logits = torch.randn(64, VOCAB)
 
-    def run(self, rows: Sequence[Row]) -> torch.Tensor:
+    def launch(self, rows: Sequence[Row]) -> StepOutput:
         """Fixed logits, one row for each that is wanted."""
         if self.rebuild:
             self._rebuild(rows)
@@ -65,7 +65,7 @@ class IdleRunner(ModelRunner):
         batch = self._batches.build(rows)
         if batch.num_logits > len(self._logits):
             self._logits = torch.randn(2 * batch.num_logits, VOCAB)
-        return self._logits[: batch.num_logits]
+        return StepOutput(self._logits[: batch.num_logits])
 
     @staticmethod
     def _rebuild(rows: Sequence[Row]) -> None:

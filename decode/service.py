@@ -31,7 +31,7 @@ from engine.rpc.convert import (
     stop_from_pb,
 )
 from engine.rpc.liveness import BEAT_S
-from engine.scheduling.events import Counts, Event, FetchEvent, FinishedEvent, TokensEvent
+from engine.scheduling.events import Event, FetchEvent, FinishedEvent, TokensEvent
 from engine.scheduling.request import EngineRequest
 from engine.step.engine_thread import Stream
 from engine.step.operations import Abandon
@@ -219,24 +219,24 @@ class _DecodeCall:
         return pb.DecodeFinished(
             finish_reason=enum_to_pb(event.reason),
             matched_stop_token=event.matched_stop,
-            **self._used(event.counts),
+            cached_tokens=event.counts.num_cached_tokens,
+            draft_tokens=event.counts.num_draft_tokens,
+            accepted_tokens=event.counts.num_accepted_tokens,
+            queue_s=event.counts.queue_s,
+            prefill_s=self._fetch.prefill_s if self._fetch else 0.0,
+            kv_transfer_s=self._fetch.kv_transfer_s if self._fetch else 0.0,
         )
 
     def _tokens(self, events: Sequence[TokensEvent]) -> pb.Tokens:
+        counts = events[-1].counts
         return pb.Tokens(
             token_ids=[token for event in events for token in event.token_ids],
             logprobs=logprobs_to_pb(s for event in events for s in event.logprobs),
             prompt_logprobs=logprobs_to_pb(s for event in events for s in event.prompt_logprobs),
-            **self._used(events[-1].counts),
+            cached_tokens=counts.num_cached_tokens,
+            draft_tokens=counts.num_draft_tokens,
+            accepted_tokens=counts.num_accepted_tokens,
+            queue_s=counts.queue_s,
+            prefill_s=self._fetch.prefill_s if self._fetch else 0.0,
+            kv_transfer_s=self._fetch.kv_transfer_s if self._fetch else 0.0,
         )
-
-    def _used(self, counts: Counts) -> dict[str, Any]:
-        """What the answer has used so far, in the fields of both messages."""
-        return {
-            "cached_tokens": counts.num_cached_tokens,
-            "draft_tokens": counts.num_draft_tokens,
-            "accepted_tokens": counts.num_accepted_tokens,
-            "queue_s": counts.queue_s,
-            "prefill_s": self._fetch.prefill_s if self._fetch else 0.0,
-            "kv_transfer_s": self._fetch.kv_transfer_s if self._fetch else 0.0,
-        }

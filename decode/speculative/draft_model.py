@@ -106,7 +106,7 @@ class ModelDrafter:
             ends[request.key] = end
         self._drafted = set()
         if missing:
-            self._runner.run(missing)
+            self._runner.launch(missing).collect()
         return ends
 
     def produced(self, ids: Ints, tokens: Tokens, counts: Ints) -> None:

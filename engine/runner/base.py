@@ -1,8 +1,15 @@
-"""The seam between the step loop, or a drafter, and a model on its device."""
+"""The seam between the step loop, or a drafter, and a model on its device.
+
+    launch(rows) -> Pending       the work is queued on the device; the host goes on
+    collect() -> StepOutput       the logits are there, and every KV write of the step is complete
+
+A CPU computes in `launch`; its StepOutput is its own Pending.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,15 +21,36 @@ from engine.kernels.threads import Threads
 from engine.models.config import ModelConfig
 
 
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """The result of a step, row by row, valid until the runner's next launch."""
+
+    logits: torch.Tensor  # fp32 [S, vocab], on the model's device
+
+    def collect(self) -> StepOutput:
+        """The output itself."""
+        return self
+
+
+class Pending(Protocol):
+    """A step that was launched."""
+
+    def collect(self) -> StepOutput:
+        """Wait for the step. Its blocks may be hashed and sent from then on."""
+
+
 class ModelRunner(Protocol):
     """Computes rows over the paged cache. Called from one thread, one step at a time."""
 
-    def run(self, rows: Sequence[Row]) -> torch.Tensor:
-        """The logits of a step, row by row: fp32 [S, vocab], on the device, valid until the next.
+    def launch(self, rows: Sequence[Row]) -> Pending:
+        """Start a step.
 
-        All KV of the step is written then: its blocks may be hashed and sent. Raises ValueError on
-        a row that contradicts itself; nothing has been written then.
+        Raises ValueError on a row that contradicts itself; nothing has been written then.
         """
+
+    def run(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Launch and collect: the logits, fp32 [S, vocab]."""
+        return self.launch(rows).collect().logits
 
 
 class PooledRunner(ModelRunner, Protocol):

@@ -1,7 +1,7 @@
 """The engine: one short step() over ragged rows, for both roles. It knows no thread and no wire.
 
-    admit -> plan -> draft -> forward -> sample -> accept
-                                           '--> not finite: faults.discard
+    admit -> plan -> draft -> launch ... collect -> sample -> accept
+                                                       '--> not finite: faults.discard
 
     EngineCore   requests in, events out
       Scheduler          queues, block tables, the plan of each step
@@ -21,11 +21,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-import torch
-
 from engine.base.errors import Unavailable
 from engine.base.types import FinishReason, RoleBudgets
-from engine.runner.base import ModelRunner
+from engine.runner.base import ModelRunner, StepOutput
 from engine.sampling import Sampler
 from engine.scheduling.block_table import BlockTable
 from engine.scheduling.drafts import fitted_row
@@ -224,7 +222,7 @@ class EngineCore:
         """
         try:
             plan = self._draft(plan, watch)
-            logits, sampled = self._forward(plan, watch)
+            output, sampled = self._forward(plan, watch)
             draft_ends = self._observe(plan, watch)
         except Exception as error:
             self._metrics.engine_step_failures.inc()
@@ -242,7 +240,7 @@ class EngineCore:
         if sampled.broken:
             self._faults.discard(sampled.broken)
             return False
-        self._acceptor.accept(plan.slots, sampled, logits, draft_ends)
+        self._acceptor.accept(plan.slots, sampled, output.logits, draft_ends)
         return True
 
     def _draft(self, plan: Plan, watch: Stopwatch) -> Plan:
@@ -266,22 +264,23 @@ class EngineCore:
             watch.lap("draft")
         return ends
 
-    def _forward(self, plan: Plan, watch: Stopwatch) -> tuple[torch.Tensor, Sampled]:
-        """The logits of the model's step, and the tokens that they give."""
+    def _forward(self, plan: Plan, watch: Stopwatch) -> tuple[StepOutput, Sampled]:
+        """Launch and collect the model's step; the tokens that its logits give."""
         self._constrained.begin(plan.rows)
         rows = model_rows(plan)
-        logits = self._runner.run(rows)
+        pending = self._runner.launch(rows)
+        output = pending.collect()
         watch.lap("forward")
         masks, late = self._constrained.wait(plan.rows)
         if masks:
             watch.lap("mask")
-        sampled = self._sampler.sample(plan, logits, masks, late)
+        sampled = self._sampler.sample(plan, output.logits, masks, late)
         unsound = [
             plan.rows[i - len(plan.slots)].request for i in self._health.unsound_prompts(rows)
         ]
         sampled.broken.extend(request for request in unsound if request not in sampled.broken)
         watch.lap("sample")
-        return logits, sampled
+        return output, sampled
 
     def _record_load(self) -> None:
         pool, scheduler, metrics = self.pool, self.scheduler, self._metrics

@@ -159,14 +159,16 @@ class LabKv(KvServicer):
 
 def _sick_runner(kind: Any) -> None:
     """Have a runner's numbers go wrong. The self-test has a pool of its own, of two blocks."""
-    run = kind.run
+    from engine.runner.base import StepOutput
 
-    def sick_run(self: Any, rows: Any) -> Any:
+    launch = kind.launch
+
+    def sick_launch(self: Any, rows: Any) -> Any:
         poison = ORDERS.standing("poison")
         if poison and any(poison["token"] in row.token_ids for row in rows):
             ORDERS.take("poison")
             os.kill(os.getpid(), signal.SIGKILL)
-        logits = run(self, rows)
+        logits = launch(self, rows).collect().logits
         of_test = self._kv_cache.num_blocks <= 2
         if ORDERS.standing("nan_logits") and len(logits) and ORDERS.take("nan_logits"):
             logits = logits.new_full(logits.shape, float("nan"))
@@ -175,9 +177,9 @@ def _sick_runner(kind: Any) -> None:
             for row in rows:
                 block = row.block_ids[row.start // self._kv_cache.layout.block_size]
                 self._kv_cache.pool[block, :, order["layer"]] = float("nan")
-        return logits
+        return StepOutput(logits)
 
-    kind.run = sick_run
+    kind.launch = sick_launch
 
 
 def _stall(*_: Any) -> None:

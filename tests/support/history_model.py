@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from engine.attention.batch import Row
-from engine.runner.base import ModelRunner
+from engine.runner.base import ModelRunner, StepOutput
 
 VOCAB = 50
 
@@ -47,8 +47,8 @@ class HistoryRunner(ModelRunner):
         self.steps: list[list[Row]] = []
         self.fail_next = 0
 
-    def run(self, rows: Sequence[Row]) -> torch.Tensor:
-        return self.compute(rows)
+    def launch(self, rows: Sequence[Row]) -> StepOutput:
+        return StepOutput(self.compute(rows))
 
     def compute(self, rows: Sequence[Row]) -> torch.Tensor:
         """The logits; what a test replaces to change them."""

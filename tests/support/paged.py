@@ -17,7 +17,7 @@ from engine.attention.batch import Row
 from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
 from engine.models.config import ModelConfig, RopeScaling
-from engine.runner.base import ModelRunner
+from engine.runner.base import ModelRunner, StepOutput
 from engine.runner.native_model import NativeModel
 from engine.runner.runner import Runner
 from engine.runner.torch_model import TorchModel
@@ -73,8 +73,8 @@ class _Native(ModelRunner):
     model: NativeModel
     kv_cache: KVCache
 
-    def run(self, rows: Sequence[Row]) -> torch.Tensor:
-        return self.model.forward(rows, self.kv_cache).clone()
+    def launch(self, rows: Sequence[Row]) -> StepOutput:
+        return StepOutput(self.model.forward(rows, self.kv_cache).clone())
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from engine.pb.diptych.internal.v1 import worker_pb2, worker_pb2_grpc
 from engine.rpc.convert import sampling_to_pb, stop_to_pb
 from engine.rpc.server import RpcServer
 from engine.rpc.status import from_rpc_error
-from engine.runner.base import ModelRunner
+from engine.runner.base import ModelRunner, StepOutput
 from engine.sampling import Sampler
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.plan import Budgets
@@ -64,7 +64,7 @@ class ArrayRunner(ModelRunner):
         self.before_step: Callable[[], None] = lambda: None
         self.num_tokens = 0
 
-    def run(self, rows: Sequence[Row]) -> torch.Tensor:
+    def launch(self, rows: Sequence[Row]) -> StepOutput:
         self.before_step()
         flat = self.memory.reshape(-1)
         slots = [self._slots(row) for row in rows]
@@ -76,7 +76,7 @@ class ArrayRunner(ModelRunner):
             history = flat[where].tolist()
             for end in range(len(history) - row.num_logits, len(history)):
                 out.append(logits_of(history[: end + 1]))
-        return torch.stack(out) if out else torch.empty(0, VOCAB)
+        return StepOutput(torch.stack(out) if out else torch.empty(0, VOCAB))
 
     @staticmethod
     def _slots(row: Row) -> np.ndarray:

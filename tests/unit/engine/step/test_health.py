@@ -15,7 +15,7 @@ from engine.base.errors import InvalidRequest, SelfTestFailed, Unavailable
 from engine.base.kv_layout import KVLayout
 from engine.base.types import SamplingParams, StopParams
 from engine.cache.kv_cache import KVCache
-from engine.runner.base import ModelRunner
+from engine.runner.base import ModelRunner, StepOutput
 from engine.sampling import Sampler
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.request import EngineRequest, State
@@ -347,7 +347,7 @@ class Model(ModelRunner):
     def __init__(self) -> None:
         self.fault: Callable[[torch.Tensor, Row], None] = lambda logits, row: None
 
-    def run(self, rows: Sequence[Row]) -> torch.Tensor:
+    def launch(self, rows: Sequence[Row]) -> StepOutput:
         (row,) = rows
         assert (row.start + len(row.token_ids)) <= 4 * len(row.block_ids)
         out = np.stack(
@@ -358,7 +358,7 @@ class Model(ModelRunner):
         )[len(row.token_ids) - row.num_logits :]
         logits = torch.from_numpy(out.astype(np.float32))
         self.fault(logits, row)
-        return logits
+        return StepOutput(logits)
 
 
 def self_test(model: Model, exact: bool = True) -> SelfTest:

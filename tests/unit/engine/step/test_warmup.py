@@ -10,7 +10,7 @@ import torch
 
 from engine.attention.batch import Row
 from engine.base.types import SamplingParams, StopParams
-from engine.runner.base import ModelRunner
+from engine.runner.base import ModelRunner, StepOutput
 from engine.sampling import Sampler, UnusableLogits
 from engine.sampling import sampler as sampler_module
 from engine.scheduling.block_pool import BlockPool
@@ -75,9 +75,9 @@ def test_short_contexts_fill_the_largest_step_together(
 class Model(ModelRunner):
     """Logits that are no numbers, as over a scratch cache they may be."""
 
-    def run(self, rows: Sequence[Row]) -> torch.Tensor:
+    def launch(self, rows: Sequence[Row]) -> StepOutput:
         self.logits = torch.full((sum(row.num_logits for row in rows), 97), torch.nan)
-        return self.logits
+        return StepOutput(self.logits)
 
 
 class Watched(Sampler):
