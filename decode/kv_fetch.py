@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from decode.prefill_call import PrefillCall
 from engine.base.errors import (
@@ -37,10 +36,8 @@ from engine.telemetry.timeline import Event as Mark
 from engine.telemetry.timeline import Timeline
 from kvtransfer.kv_service import Renewer
 from kvtransfer.pull import Pull
+from kvtransfer.service_host import ServiceHost
 from kvtransfer.transport import RemotePool, TransferError
-
-if TYPE_CHECKING:
-    from worker.process import WorkerProcess
 
 _log = get_logger(__name__)
 _SETTLE_S = 0.2  # a read that was stopped usually ends in milliseconds
@@ -80,7 +77,7 @@ class FetchJob:
 class KvFetcher:
     """All fetches of one worker."""
 
-    def __init__(self, host: WorkerProcess) -> None:
+    def __init__(self, host: ServiceHost) -> None:
         self._host = host
 
     async def run(self, fetch: FetchJob, wanted: FetchEvent) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from decode.kv_fetch import FetchJob, KvFetcher
 from decode.shared_parts import Parts, PartsStore
@@ -38,9 +38,7 @@ from engine.step.operations import Abandon
 from engine.telemetry.log import get_logger
 from engine.telemetry.timeline import Event as Mark
 from engine.telemetry.timeline import Timeline
-
-if TYPE_CHECKING:
-    from worker.process import WorkerProcess
+from kvtransfer.service_host import ServiceHost
 
 _log = get_logger(__name__)
 _NO_DEADLINE_S = 3600.0
@@ -51,7 +49,7 @@ _UNKNOWN = pb.DecodeResponse(unknown=pb.Unknown())
 class DecodeServicer:
     """Serves answers; holds nothing that another worker could not make again."""
 
-    def __init__(self, host: WorkerProcess) -> None:
+    def __init__(self, host: ServiceHost) -> None:
         self.host = host
         self.fetcher = KvFetcher(host)
         self._parts = PartsStore(host.check_token_ids)

@@ -9,21 +9,18 @@ is gone. The leases end with the call.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from engine.pb.diptych.internal.v1 import worker_pb2 as pb
 from engine.scheduling.events import AnnouncedEvent
 from engine.step.engine_thread import Stream
-
-if TYPE_CHECKING:
-    from worker.process import WorkerProcess
+from kvtransfer.service_host import ServiceHost
 
 
 @dataclass(slots=True, eq=False)
 class BlockPublisher:
     """Leases of one Prefill call; `owner` is the incarnation that may read and release them."""
 
-    host: WorkerProcess
+    host: ServiceHost
     owner: str
     request_id: str
     _leases: list[bytes] = field(default_factory=list)

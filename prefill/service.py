@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.base.errors import InvalidRequest, Unavailable
 from engine.base.types import FinishReason
@@ -22,10 +22,8 @@ from engine.scheduling.request import EngineRequest
 from engine.telemetry.log import get_logger
 from engine.telemetry.timeline import Event as Mark
 from engine.telemetry.timeline import Timeline
+from kvtransfer.service_host import ServiceHost
 from prefill.block_publisher import BlockPublisher
-
-if TYPE_CHECKING:
-    from worker.process import WorkerProcess
 
 _log = get_logger(__name__)
 _ALIVE = pb.PrefillResponse(alive=pb.Alive())
@@ -34,7 +32,7 @@ _ALIVE = pb.PrefillResponse(alive=pb.Alive())
 class PrefillServicer:
     """Computes what is not cached, chunk by chunk, and announces each chunk as it completes."""
 
-    def __init__(self, host: WorkerProcess) -> None:
+    def __init__(self, host: ServiceHost) -> None:
         self._host = host
 
     async def Prefill(

@@ -14,18 +14,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from engine.base.errors import DiptychError
 from engine.base.holds import NO_DEADLINE, Hold, holds_as_json
+from engine.base.types import Role
 from engine.scheduling.holds import EngineHolds
 from engine.step.operations import ListHolds
 from engine.telemetry.log import current_request
-
-if TYPE_CHECKING:
-    from worker.process import WorkerProcess
+from kvtransfer.service_host import ServiceHost
 
 _T = TypeVar("_T")
 _ANSWER_S = 1.0  # for a thread to list what it holds
@@ -53,8 +52,12 @@ class BackgroundTask:
 class Holds:
     """Collects what the owners of one worker hold. Lives on the asyncio loop."""
 
-    def __init__(self, host: WorkerProcess) -> None:
+    def __init__(
+        self, host: ServiceHost, role: Role, background: Mapping[asyncio.Task[Any], BackgroundTask]
+    ) -> None:
         self._host = host
+        self._role = role
+        self._background = background
 
     async def report(self) -> dict[str, Any]:
         """Return the body of /debug/holds."""
@@ -73,7 +76,7 @@ class Holds:
             *self._of_background(),
         ]
         return {
-            "process": {"role": self._host.role.value, "incarnation": self._host.incarnation},
+            "process": {"role": self._role.value, "incarnation": self._host.incarnation},
             "pool": _pool(engine, unexplained),
             "data_plane": self._data_plane(answers=pulls is not None),
             "holds": holds_as_json(holds),
@@ -124,7 +127,7 @@ class Holds:
 
     def _of_background(self) -> Iterable[Hold]:
         now = time.monotonic()
-        for task in self._host.background.values():
+        for task in self._background.values():
             yield Hold(
                 kind="task",
                 owner=task.request_id or self._host.incarnation,

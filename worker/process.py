@@ -116,7 +116,7 @@ class WorkerProcess:
         )
         self.calls = Calls(self.engine)
         self.background: dict[asyncio.Task[Any], BackgroundTask] = {}
-        self.holds = Holds(self)
+        self.holds = Holds(self, self.role, self.background)
 
     def in_background(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         """Run a task that outlives the call that started it."""

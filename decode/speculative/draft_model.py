@@ -26,7 +26,14 @@ from engine.runner.base import ModelRunner
 from engine.sampling import Sampler, UnusableLogits
 from engine.scheduling.plan import PlannedRow
 from engine.scheduling.request import Request
-from engine.scheduling.speculation import PENDING, DraftInputs, Drafts, Ints, Tokens
+from engine.scheduling.speculation import (
+    PENDING,
+    DraftInputs,
+    Drafts,
+    Ints,
+    StepResult,
+    Tokens,
+)
 from engine.telemetry.log import get_logger
 
 _log = get_logger(__name__)
@@ -85,7 +92,7 @@ class ModelDrafter:
             self._drafts.tokens[self._row_of[row.request.draft_id], : len(draft)] = draft
         return [row.with_draft(tuple(d)) for row, d in zip(rows, drafts, strict=True)]
 
-    def observe(self, rows: Sequence[PlannedRow]) -> Mapping[int, int]:
+    def observe(self, output: StepResult, rows: Sequence[PlannedRow]) -> Mapping[int, int]:
         """Compute the draft model's KV of a step's tokens that no draft has computed.
 
         Each block needs both models' KV before it gets its hash. A request without a draft is

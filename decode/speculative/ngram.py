@@ -27,7 +27,15 @@ import numpy as np
 
 from decode.speculative.native import native_lookup
 from engine.scheduling.plan import PlannedRow
-from engine.scheduling.speculation import Draft, DraftInputs, Drafts, Ints, Tokens, grown
+from engine.scheduling.speculation import (
+    Draft,
+    DraftInputs,
+    Drafts,
+    Ints,
+    StepResult,
+    Tokens,
+    grown,
+)
 
 MAX_MATCH = 32  # a longer match is no better founded
 # Occurrences looked at, most recent first. On 8,000 tokens of text, a passage given a second time
@@ -80,7 +88,7 @@ class NgramDrafter:
         """The rows as they are: its drafts cost nothing and are whole."""
         return list(rows)
 
-    def observe(self, rows: Sequence[PlannedRow]) -> Mapping[int, int]:
+    def observe(self, output: StepResult, rows: Sequence[PlannedRow]) -> Mapping[int, int]:
         """Nothing: it has no KV."""
         return {}
 

@@ -26,6 +26,7 @@ class StepOutput:
     """The result of a step, row by row, valid until the runner's next launch."""
 
     logits: torch.Tensor  # fp32 [S, vocab], on the model's device
+    hidden: torch.Tensor | None = None  # [S, hidden] before the output head; None: not kept
 
     def collect(self) -> StepOutput:
         """The output itself."""

@@ -70,6 +70,18 @@ class DraftInputs:
     limits: Ints  # [R]: at most so many tokens
 
 
+class StepResult(Protocol):
+    """What a drafter sees of a step: `engine.runner.base.StepOutput`, without its torch types."""
+
+    @property
+    def logits(self) -> Any:
+        """Fp32 [S, vocab], on the model's device: of the slots, then of the rows."""
+
+    @property
+    def hidden(self) -> Any:
+        """[S, hidden] before the output head; None where the runner does not keep it."""
+
+
 class Drafter(Protocol):
     """Proposes tokens that the target model will probably produce. It owns its model, if any."""
 
@@ -89,11 +101,11 @@ class Drafter(Protocol):
     def materialize(self, rows: Sequence[PlannedRow]) -> list[PlannedRow]:
         """The same rows with tokens in place of the PENDING ones of their drafts, or fewer."""
 
-    def observe(self, rows: Sequence[PlannedRow]) -> Mapping[int, int]:
-        """See the rows of a computed step before any of it is accepted.
+    def observe(self, output: StepResult, rows: Sequence[PlannedRow]) -> Mapping[int, int]:
+        """See a step's rows and its output before any of it is accepted.
 
         Returns, by request key, the position that the drafter's own KV reaches if the drafts stand;
-        nothing where `has_kv` is False.
+        nothing where `has_kv` is False. `output` is valid until this returns.
         """
 
     def produced(self, ids: Ints, tokens: Tokens, counts: Ints) -> None:

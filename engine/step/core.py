@@ -223,7 +223,7 @@ class EngineCore:
         try:
             plan = self._draft(plan, watch)
             output, sampled = self._forward(plan, watch)
-            draft_ends = self._observe(plan, watch)
+            draft_ends = self._observe(plan, output, watch)
         except Exception as error:
             self._metrics.engine_step_failures.inc()
             self._num_failures += 1
@@ -254,12 +254,12 @@ class EngineCore:
         watch.lap("draft")
         return Plan(plan.slots, [drafted.get(row.request.key, row) for row in plan.rows])
 
-    def _observe(self, plan: Plan, watch: Stopwatch) -> Mapping[int, int]:
+    def _observe(self, plan: Plan, output: StepOutput, watch: Stopwatch) -> Mapping[int, int]:
         """By request key, how far the drafter's own KV reaches."""
         speculation = self.scheduler.speculation
         if speculation is None:
             return {}
-        ends = speculation.drafter.observe(plan.rows)
+        ends = speculation.drafter.observe(output, plan.rows)
         if ends:
             watch.lap("draft")
         return ends

@@ -112,7 +112,7 @@ class Eager:
 
     def materialize(self, rows: object) -> None: ...
 
-    def observe(self, rows: object) -> dict[int, int]:
+    def observe(self, output: object, rows: object) -> dict[int, int]:
         return {}
 
     def produced(self, ids: object, tokens: object, counts: object) -> None: ...
