@@ -123,9 +123,12 @@ class NativeSampler:
                 before = dict(zip(map(id, self._plain_params), self._plain_records, strict=True))
                 self._plain_records = [before.get(id(p)) or _packed(p, _NO_BIAS) for p in params]
                 self._plain_params = list(params)
-                joined = b"".join([packed.record for packed in self._plain_records])
+                joined = bytearray().join([packed.record for packed in self._plain_records])
                 self._plain = np.frombuffer(joined, np.uint8).reshape(len(params), -1)
-            return self._run(logits, _placed(np.repeat(self._plain, counts, axis=0), positions))
+            records = self._plain
+            if len(positions) != len(params):
+                records = np.repeat(records, counts, axis=0)
+            return self._run(logits, _placed(records, positions))
 
     def _run(self, logits: torch.Tensor, records: NDArray[np.uint8]) -> NDArray[np.int32]:
         if logits.stride(1) != 1:

@@ -275,10 +275,11 @@ class EngineCore:
         if masks:
             watch.lap("mask")
         sampled = self._sampler.sample(plan, output.logits, masks, late)
-        unsound = [
-            plan.rows[i - len(plan.slots)].request for i in self._health.unsound_prompts(rows)
-        ]
-        sampled.broken.extend(request for request in unsound if request not in sampled.broken)
+        if plan.rows:
+            unsound = [
+                plan.rows[i - len(plan.slots)].request for i in self._health.unsound_prompts(rows)
+            ]
+            sampled.broken.extend(request for request in unsound if request not in sampled.broken)
         watch.lap("sample")
         return output, sampled
 

@@ -69,6 +69,8 @@ class StepSampler:
         token. The `late` ones give no token.
         """
         tokens, broken = self._sample_slots(plan.slots, logits)
+        if not plan.rows:
+            return Sampled(tokens, (), broken)
         rows = _laid_out(plan)
         for row in rows if masks else ():
             request = row.planned.request
