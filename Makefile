@@ -31,7 +31,7 @@ demo: setup-run
 serve: setup-run
 	$(BIN)/coordinator start
 
-# Every test, in three parts (tests/support/parts.py); or TESTS=folder alone. Prints the slowest 30 of
+# Every test, in four parts (tests/support/parts.py); or TESTS=folder alone. Prints the slowest 30 of
 # each part and writes build/junit/*.xml. All parts run, also where the first fails.
 test: setup-dev
 ifdef TESTS

@@ -1,8 +1,9 @@
-"""Runs every test, in three parts: `python -m tests.support.parts [pytest argument ...]`.
+"""Runs every test, in four parts: `python -m tests.support.parts [pytest argument ...]`.
 
-    limits     |====|                        tests with limits of time, several at once
-    stacks          |==================|     tests of real processes, one at a time, compilers first
-    computing       |- - - - - - - - - - -|  all others, at the lowest priority
+    limits     |====|                            tests with limits of time, several at once
+    compilers       |==|                         compilers of constraints, one at a time
+    stacks             |==================|      tests of real processes, one at a time
+    computing          |- - - - - - - - - - -|   all others, at the lowest priority
 
 A test of a real stack waits for most of its time, and leaves half of two cores idle. The tests that
 only compute run there, and get what the stack does not use. Their output goes to a file, and is
@@ -55,14 +56,16 @@ LIMITS = (
     "tests/unit/engine/step/test_costly_constraints.py",
     "tests/unit/engine/step/test_engine_thread.py",
 )
-# One at a time too: compilers of constraints have a low priority, and would be late beside others.
-STACKS = (
+# Compilers of constraints have a low priority, and would be late beside others.
+COMPILERS = (
     "tests/unit/coordinator/generation/test_constrained_text.py",
     "tests/unit/coordinator/generation/test_constraints.py",
     "tests/unit/engine/constraints/test_constraints.py",
     "tests/unit/engine/constraints/test_limits.py",
     "tests/unit/engine/constraints/test_numbers.py",
     "tests/unit/engine/constraints/test_schemas.py",
+)
+STACKS = (
     "tests/ecosystem/test_conformance.py",
     "tests/ecosystem/test_examples.py",
     "tests/system",
@@ -114,6 +117,7 @@ class Parts:
     """What is run; each file of tests is in one part."""
 
     limits: Part
+    compilers: Part
     stacks: Part
     computing: Part
 
@@ -122,11 +126,12 @@ def parts_of(jobs: int) -> Parts:
     """All tests of the repository."""
     paths = [str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py")]
     paths.sort(key=lambda path: (LONGEST.index(path) if path in LONGEST else len(LONGEST), path))
-    files: dict[str, list[str]] = {"limits": [], "stacks": [], "computing": []}
+    files: dict[str, list[str]] = {"limits": [], "compilers": [], "stacks": [], "computing": []}
     for path in paths:
         files[_part_of(path)].append(path)
     return Parts(
         Part("limits", tuple(files["limits"]), 2 * jobs),
+        Part("compilers", tuple(files["compilers"])),
         Part("stacks", tuple(sorted(files["stacks"], key=_place))),
         Part("computing", tuple(files["computing"]), jobs, niceness=19),
     )
@@ -135,6 +140,8 @@ def parts_of(jobs: int) -> Parts:
 def _part_of(path: str) -> str:
     if path.startswith(STACKS):
         return "stacks"
+    if path in COMPILERS:
+        return "compilers"
     return "computing" if path.startswith(COMPUTING) and path not in LIMITS else "limits"
 
 
@@ -212,8 +219,9 @@ def _run(parts: Parts, junit: Path, args: Sequence[str]) -> int:
     junit.mkdir(parents=True, exist_ok=True)
     log = junit / "computing.log"
     statuses = []
-    with _running(parts.limits, junit, args) as process:
-        statuses.append(process.wait())
+    for part in (parts.limits, parts.compilers):
+        with _running(part, junit, args) as process:
+            statuses.append(process.wait())
     with log.open("wb") as output, _running(parts.computing, junit, args, output) as background:
         with _running(parts.stacks, junit, args) as process:
             statuses.append(process.wait())

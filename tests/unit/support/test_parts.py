@@ -17,6 +17,7 @@ from tests.support.paths import ROOT
 
 PASSES = "def test_it(): print('in {name}')\n"
 FAILS = "def test_it(): assert '{name}' == ''\n"
+NAMES = ("limits", "compilers", "stacks", "computing")
 SLEEPS = """
 import os, pathlib, time
 def test_it():
@@ -27,10 +28,10 @@ RUN = """
 import pathlib, sys
 from tests.support.parts import Part, Parts, run
 folder = pathlib.Path(sys.argv[1])
-names = [(name, (str(folder / f"test_{name}.py"),)) for name in ("limits", "stacks", "computing")]
-limits, stacks, computing = names
-all_parts = Parts(Part(*limits), Part(*stacks), Part(*computing, 1, niceness=1))
-sys.exit(run(all_parts, folder / "junit", sys.argv[2:]))
+names = [(name, (str(folder / f"test_{name}.py"),)) for name in sys.argv[2].split()]
+*others, computing = names
+all_parts = Parts(*(Part(*each) for each in others), Part(*computing, 1, niceness=1))
+sys.exit(run(all_parts, folder / "junit", sys.argv[3:]))
 """
 
 
@@ -38,13 +39,13 @@ def begin(folder: Path, *args: str, **tests: str) -> subprocess.Popen[str]:
     """All parts with one test each: `tests` by the name of a part."""
     for name, code in tests.items():
         (folder / f"test_{name}.py").write_text(code.replace("{name}", name))
-    command = [sys.executable, "-c", RUN, str(folder), *args]
+    command = [sys.executable, "-c", RUN, str(folder), " ".join(NAMES), *args]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 def test_each_file_is_in_one_part() -> None:
     all_parts = parts.parts_of(2)
-    counts = Counter([*all_parts.limits.files, *all_parts.stacks.files, *all_parts.computing.files])
+    counts = Counter(path for name in NAMES for path in getattr(all_parts, name).files)
     found = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
     assert set(counts) == found
     assert set(counts.values()) == {1}
@@ -53,7 +54,7 @@ def test_each_file_is_in_one_part() -> None:
 
 
 @pytest.mark.parametrize(
-    "paths", [parts.COMPUTING, parts.LIMITS, parts.STACKS, parts.LONGEST], ids=str
+    "paths", [parts.COMPUTING, parts.LIMITS, parts.COMPILERS, parts.STACKS, parts.LONGEST], ids=str
 )
 def test_lists_name_what_exists(paths: tuple[str, ...]) -> None:
     for path in paths:
@@ -61,25 +62,23 @@ def test_lists_name_what_exists(paths: tuple[str, ...]) -> None:
 
 
 def test_the_background_is_shown_whole_after_the_stacks(tmp_path: Path) -> None:
-    tests = {"limits": PASSES, "stacks": PASSES, "computing": PASSES}
+    tests = dict.fromkeys(NAMES, PASSES)
     with begin(tmp_path, "-rP", "-q", **tests) as process:
         output, _ = process.communicate(timeout=100)
     assert process.returncode == 0
     places = [output.index(f"in {name}") for name in tests]
     assert places == sorted(places)
-    assert output.count("1 passed") == output.count("slowest 30 durations") == 3
-    assert sorted(path.name for path in (tmp_path / "junit").glob("*.xml")) == [
-        "computing.xml",
-        "limits.xml",
-        "stacks.xml",
-    ]
+    assert output.count("1 passed") == output.count("slowest 30 durations") == 4
+    written = {path.stem for path in (tmp_path / "junit").glob("*.xml")}
+    assert written == set(NAMES)
 
 
 def test_a_failure_fails_all(tmp_path: Path) -> None:
-    with begin(tmp_path, "-q", limits=FAILS, stacks=PASSES, computing=FAILS) as process:
+    tests = {"limits": FAILS, "compilers": PASSES, "stacks": PASSES, "computing": FAILS}
+    with begin(tmp_path, "-q", **tests) as process:
         output, _ = process.communicate(timeout=100)
     assert process.returncode == 1
-    assert (output.count("1 passed"), output.count("1 failed")) == (1, 2)
+    assert (output.count("1 passed"), output.count("1 failed")) == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +91,8 @@ def test_no_selected_test_in_a_part_is_no_failure(statuses: tuple[int, ...], sta
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_parts(tmp_path: Path, signum: signal.Signals) -> None:
-    with begin(tmp_path, limits=PASSES, stacks=SLEEPS, computing=SLEEPS) as process:
+    tests = {"limits": PASSES, "compilers": PASSES, "stacks": SLEEPS, "computing": SLEEPS}
+    with begin(tmp_path, **tests) as process:
         files = [tmp_path / "test_stacks.pid", tmp_path / "test_computing.pid"]
         deadline_s = time.monotonic() + 60
         while not all(file.exists() and file.read_text() for file in files):
