@@ -59,7 +59,7 @@ def json_after(trigger: str) -> str:
 def step_of(source: str) -> int:
     """An integer whose multiples are multiples of each `multipleOf` in a schema; 1 if none has."""
     step = 1
-    for text in set(_STEP.findall(source)):
+    for text in dict.fromkeys(_STEP.findall(source)):  # in one order in all processes
         try:
             value = float(text)  # as llguidance reads it
         except ValueError:

@@ -35,6 +35,7 @@ from engine.telemetry.log import bind_request, get_logger
 _log = get_logger(__name__)
 
 _GONE = 499  # in the counter, as nginx counts it: the client went first
+_MAX_REASON = 1000  # characters of a message in a line of the log
 _SSE_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -185,7 +186,7 @@ class Endpoint:
             _log.exception("http request failed", path=self.name, status=500)
             return INTERNAL
         failure = failure_of(error)
-        refused = {"path": self.name, "status": failure.status}
+        refused = {"path": self.name, "status": failure.status, "reason": str(error)[:_MAX_REASON]}
         if failure.status < 500:
             _log.info("http request refused", **refused, code=failure.code, param=failure.param)
         else:

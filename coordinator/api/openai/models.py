@@ -11,11 +11,17 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from coordinator.api.validation.request import MAX_CHOICES, MAX_LOGPROBS, MAX_SALT_CHARS
-from coordinator.api.validation.tools import MAX_TOOLS
+from coordinator.api.validation.request import (
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    MAX_REQUEST_ID_CHARS,
+    MAX_SALT_CHARS,
+)
+from coordinator.api.validation.tools import MAX_TOOLS, NAME
 
 UINT32 = 2**32 - 1
 UINT64 = 2**64 - 1
+MAX_PROMPTS = 1024
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -115,15 +121,24 @@ class CommonBody(Struct, kw_only=True):
     guided_grammar: str | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     cache_salt: Annotated[str, _shown(minLength=1, maxLength=MAX_SALT_CHARS)] | None = None
-    request_id: str | None = None
+    request_id: Annotated[str, _shown(maxLength=MAX_REQUEST_ID_CHARS)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+
+
+_TEXTS: dict[str, Any] = {"items": {"type": "string"}, "maxItems": MAX_PROMPTS}
+_IDS: dict[str, Any] = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "maximum": UINT32},
+}
+# Token ids, or several prompts; requests.py tells which.
+Prompts = Annotated[list[Any], _shown(minItems=1, anyOf=[_TEXTS, _IDS, {**_TEXTS, "items": _IDS}])]
 
 
 class CompletionBody(CommonBody, kw_only=True):
     """The body of /v1/completions."""
 
-    prompt: Annotated[str | list[Any], Meta(description="text, token ids, or an array of either")]
+    prompt: Annotated[str | Prompts, Meta(description="text, token ids, or an array of either")]
     echo: bool | None = None
     logprobs: Alternatives | None = None
 
@@ -183,17 +198,36 @@ Messages = Annotated[
     list[ChatMessage], Meta(min_length=1, description="an array of at least one message")
 ]
 # What a definition holds, the frontend checks for all protocols: validation/tools.py.
-Tools = Annotated[
-    list[Any],
-    _shown(maxItems=MAX_TOOLS, items={"type": "object", "required": ["type", "function"]}),
-]
+_KIND = {"enum": ["function"]}
+_FUNCTION = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {
+        "name": {"type": "string", "pattern": f"^{NAME.pattern}$"},
+        "description": {"type": "string"},
+        "parameters": {"type": "object"},
+        "strict": {"type": "boolean"},
+    },
+}
+_TOOL = {
+    "type": "object",
+    "required": ["type", "function"],
+    "properties": {"type": _KIND, "function": _FUNCTION},
+}
+Tools = Annotated[list[Any], _shown(maxItems=MAX_TOOLS, items=_TOOL)]
+
+
+class ToolName(Struct):
+    """The function that a tool is."""
+
+    name: str | None = None
 
 
 class NamedChoice(Struct):
     """A call of this tool."""
 
-    function: Function | None = None
-    type: str | None = None
+    function: ToolName | None = None
+    type: Annotated[str, _shown(**_KIND)] | None = None
 
 
 Choice = Annotated[

@@ -66,8 +66,9 @@ def check_rest(
 
     With `nulls` an option that is null is as good as unset. Raises Refused.
     """
-    for key in values.keys() - set(model.__struct_fields__) - set(ignored):
-        value = values[key]
+    for key, value in values.items():
+        if key in model.__struct_fields__ or key in ignored:
+            continue
         if key in neutral:
             if value is not None and not any(_same(value, one) for one in neutral[key]):
                 raise unsupported(key, "this option")

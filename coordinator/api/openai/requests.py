@@ -25,6 +25,7 @@ from coordinator.api.openai.decisions import (
 from coordinator.api.openai.errors import unsupported
 from coordinator.api.openai.messages import read_messages
 from coordinator.api.openai.models import (
+    MAX_PROMPTS,
     UINT32,
     UINT64,
     ChatBody,
@@ -39,7 +40,6 @@ from coordinator.api.validation.request import MAX_REQUEST_ID_CHARS
 from coordinator.api.values import Constraint, GenerateRequest, Output, Sampling, Stop, ToolChoice
 from engine.base.errors import InvalidRequest
 
-MAX_PROMPTS = 1024
 MAX_REPEATED_BYTES = 16 * 1024 * 1024  # what all prompts' requests have in common, once a prompt
 _ENTRY_BYTES = 8  # of a bias or a stop token
 DEFAULT_MAX_TOKENS = 16

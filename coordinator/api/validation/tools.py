@@ -25,7 +25,7 @@ MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 1024 * 1024
 TOOL_MODES = ("", "none", "auto", "required")
 UNPARSED = "unparsed"  # the name under which arguments stand that are no object
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")  # of a tool
 _OTHER_TYPES = ("null", "boolean", "integer", "number", "string", "array")
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -145,7 +145,7 @@ def _tool(field: str, item: Any) -> Tool:
     if not isinstance(function, dict):
         raise InvalidRequest(f"{field}.function", "expected an object")
     name = function.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name):
         raise InvalidRequest(
             f"{field}.function.name", "expected 1 to 64 letters, digits, underscores, dots, dashes"
         )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from decimal import Decimal
 
@@ -21,6 +24,7 @@ from engine.constraints import Compiler, Masks, Matcher, Vocabulary
 from engine.constraints.masks import MaskRequest
 from engine.constraints.numbers import MAX_DIGITS, NumberScanner, Part, json_after, step_of
 from engine.pb.diptych.v1 import inference_pb2 as pb
+from tests.support.paths import ROOT
 
 VOCAB, END = 49152, 2
 NUMBER = re.compile(r"-?([0-9]+)(?:\.([0-9]+))?(?:[eE][+-]?([0-9]+))?")
@@ -178,6 +182,28 @@ def test_a_number_becomes_a_multiple(step: int, digits: str) -> None:
         if int(digits) % step == 0:
             return
     pytest.fail(digits)
+
+
+STEPS = f"""
+from engine.constraints.numbers import step_of
+print(step_of("".join(f'"multipleOf": {{step}},' for step in (3e60, {7**18}, {11**15}))))
+"""
+
+
+def test_a_step_that_is_too_large_is_the_same_in_all_processes() -> None:
+    """Each process orders texts in sets in another way; the masks of an answer must not depend."""
+    steps = {
+        subprocess.run(
+            [sys.executable, "-c", STEPS],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in range(6)
+    }
+    assert len(steps) == 1
 
 
 def test_the_step_of_a_schema_is_one_for_all_of_its_multiples() -> None:

@@ -10,6 +10,7 @@ import time
 
 import httpx
 import pytest
+import structlog.testing
 
 from coordinator.api.openai import api, endpoint
 from coordinator.api.openai import body as body_module
@@ -225,8 +226,8 @@ async def test_a_client_that_goes_away_before_the_first_token():
         worker = await f.worker(pace_s=10)
         body = {"prompt": "Hello", "stream": True}
         with pytest.raises(httpx.ReadTimeout):
-            await f.http.post("/v1/completions", json=body, timeout=0.3)
-        await asyncio.wait_for(worker.cancelled.wait(), 1)
+            await f.http.post("/v1/completions", json=body, timeout=1.5)
+        await asyncio.wait_for(worker.cancelled.wait(), 5)
 
 
 # Errors
@@ -344,6 +345,15 @@ async def test_models_and_the_rest():
         description = (await f.http.get("/openapi.json")).json()
         assert "/v1/chat/completions" in description["paths"]
         assert (await f.http.get("/metrics")).status_code == 200
+
+
+async def test_the_log_has_the_reason_of_a_refusal():
+    async with http_front() as f:
+        with structlog.testing.capture_logs() as lines:
+            body = {"prompt": "a", "n": -1, "request_id": "r-1"}
+            assert (await f.http.post("/v1/completions", json=body)).status_code == 400
+    (line,) = [line for line in lines if line["event"] == "http request refused"]
+    assert (line["param"], line["reason"]) == ("n", "n: -1; expected 1 to 64")
 
 
 async def test_tokenize_and_back():

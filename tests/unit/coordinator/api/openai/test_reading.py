@@ -8,6 +8,7 @@ import math
 
 import openai
 import pytest
+from jsonschema import Draft202012Validator
 
 from coordinator.api.openai.body import parse_body
 from coordinator.api.openai.decisions import (
@@ -17,9 +18,9 @@ from coordinator.api.openai.decisions import (
     NEUTRAL,
 )
 from coordinator.api.openai.errors import Failure, Refused, failure_of, param_of
-from coordinator.api.openai.models import ChatBody, CompletionBody
+from coordinator.api.openai.models import MAX_PROMPTS, ChatBody, CompletionBody
 from coordinator.api.openai.openapi import description
-from coordinator.api.openai.requests import MAX_PROMPTS, read_chat, read_completion
+from coordinator.api.openai.requests import read_chat, read_completion
 from coordinator.api.values import (
     Constraint,
     GenerateRequest,
@@ -463,6 +464,35 @@ def test_every_described_option_is_known():
         for name in properties(path):
             if name not in CONTENT:
                 read(**{name: None})
+
+
+def test_the_first_option_that_is_not_known_is_named():
+    names = [f"other{i}" for i in range(8)]
+    for first in range(8):
+        body = dict.fromkeys(names[first:] + names[:first], 1)
+        with pytest.raises(Refused) as caught:
+            completion(**body)
+        assert failure_of(caught.value).param == names[first]
+
+
+def test_descriptions_are_as_narrow_as_what_is_accepted():
+    post = description("0")["paths"]
+
+    def accepts(path, name, value):
+        body = post[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        return Draft202012Validator(body["properties"][name]).is_valid(value)
+
+    prompts = ["a", ["a", "b"], [1, 2], [[1], [2, 3]]]
+    assert all(accepts("/v1/completions", "prompt", prompt) for prompt in prompts)
+    for prompt in (5, [], [-1], ["a", 1], [1 << 32], [[1], ["a"]], ["a"] * (MAX_PROMPTS + 1)):
+        assert not accepts("/v1/completions", "prompt", prompt), prompt
+    function = {"name": "f.g-1", "description": "d", "parameters": {}, "strict": True}
+    assert accepts("/v1/chat/completions", "tools", [{"type": "function", "function": function}])
+    for wrong in ({"name": "a b"}, {"name": "a" * 65}, {}, {"name": "f", "parameters": 1}):
+        tools = [{"type": "function", "function": wrong}]
+        assert not accepts("/v1/chat/completions", "tools", tools), wrong
+    assert not accepts("/v1/chat/completions", "tools", [{"type": "code", "function": function}])
+    assert not accepts("/v1/completions", "request_id", "a" * 129)
 
 
 # Bodies
