@@ -114,6 +114,8 @@ class DecodeServicer:
         self.host.check_token_ids(request.output_token_ids)
         if request.stop.max_tokens < 1 and not request.HasField("num_prompt_logprobs"):
             raise InvalidRequest("stop.max_tokens", "0; expected at least 1")
+        # A worker that is its own prefill worker computes the prompt as part of the answer.
+        is_apart = request.prefill.incarnation != self.host.incarnation
         return EngineRequest(
             request_id=request.request_id,
             prompt=parts.prompt,
@@ -121,7 +123,7 @@ class DecodeServicer:
             salt=self.host.salt(request.cache_salt),
             sampling=sampling_from_pb(request.sampling, parts.logit_bias),
             stop=stop_from_pb(request.stop, parts.stop_token_ids),
-            fetch=request.HasField("prefill"),
+            fetch=request.HasField("prefill") and is_apart,
             source=request.prefill.incarnation,
             priority=request.priority,
             deadline_s=None if time_remaining_s is None else time.monotonic() + time_remaining_s,

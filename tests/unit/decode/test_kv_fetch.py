@@ -86,6 +86,16 @@ async def test_blocks_count_before_their_lease_is_given_back(
         await assert_at_rest(p, d)
 
 
+async def test_a_worker_that_is_its_own_peer_computes_the_prompt() -> None:
+    async with pair() as (_, d):
+        ask = Ask(LONG, 3)
+        tokens: list[int] = []
+        await asyncio.wait_for(collect(decode_stub(d).Decode(ask.pb(d)), tokens), 5)
+        assert tokens == ask.answer()
+        assert d.host.plane.counters.num_pulls == 0
+        await assert_at_rest(d)
+
+
 @pytest.mark.parametrize(
     "change",
     [
