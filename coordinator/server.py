@@ -109,23 +109,27 @@ class Coordinator:
         if front.internal_listen:
             self._internal = RpcServer(rpc_metrics, budget=self._budget, reflection=reflection)
         self._servers = dict.fromkeys((self._public, self._internal))  # one, or two
-        limit_s = front.max_request_s + _STUCK_S
-        inference = InferenceServicer(self._frontend)
-        self._public.add_service(
-            _service("diptych.v1.InferenceService"), inference, limit_s=limit_s, alive=alive
-        )
-        workers = RegistryServicer(self.membership, f"coordinator-{secrets.token_hex(4)}")
-        operator = AdminServicer(self.membership, workers)
-        admin = _service("diptych.v1.AdminService")
-        self._public.add_service(admin, operator, token=trust.operator, guarded={"DrainWorker"})
-        registry = _service("diptych.internal.v1.RegistryService")
-        # Streams of workers stay open, and must not end for lack of room.
-        self._internal.add_service(registry, workers, token=trust.cluster, is_counted=False)
+        self._add_services()
         self._speak_other_protocols(metrics)
         self._http: HttpServer | None = None
         self.address = front.listen
         self.internal_address = front.internal_listen or front.listen
         self.http_address = front.http
+
+    def _add_services(self) -> None:
+        """Diptych's own: inference and administration in public, the registry for workers."""
+        limit_s = self._front.max_request_s + _STUCK_S
+        inference = InferenceServicer(self._frontend)
+        self._public.add_service(
+            _service("diptych.v1.InferenceService"), inference, limit_s=limit_s, alive=alive
+        )
+        workers = RegistryServicer(self.membership, f"coordinator-{secrets.token_hex(4)}")
+        operator, token = AdminServicer(self.membership, workers), self.trust.operator
+        admin = _service("diptych.v1.AdminService")
+        self._public.add_service(admin, operator, token=token, guarded={"DrainWorker"})
+        registry = _service("diptych.internal.v1.RegistryService")
+        # Streams of workers stay open, and must not end for lack of room.
+        self._internal.add_service(registry, workers, token=self.trust.cluster, is_counted=False)
 
     @property
     def ready(self) -> bool:
