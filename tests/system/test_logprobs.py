@@ -145,8 +145,9 @@ def test_equal_to_transformers_and_cached_prefixes_too(stack: Stack, reference: 
 def test_the_same_bits_with_and_without_drafts_after_preemption_and_a_death(
     tmp_path: Path, stacks: SharedStacks
 ) -> None:
+    # Two of the last three do not fit into the crowded pool of 56 blocks beside one another.
     requests = mixed() + [
-        request(LONG[i : i + 120], 150, i, output=output(logprobs=3)) for i in range(6)
+        request(LONG[i : i + 24], 440, i, output=output(logprobs=3)) for i in range(3)
     ]
     with ExitStack() as running:
 
@@ -155,23 +156,27 @@ def test_the_same_bits_with_and_without_drafts_after_preemption_and_a_death(
             stack = Stack(folder, "--max-model-len", "704", *flags, decode=decode, wait=False)
             return running.enter_context(stack)
 
-        def answers_of(stack: Stack) -> list[Any]:
+        def add_answers(stack: Stack, must_grow: str = "") -> None:
+            """Answers again, a few times, until what depends on timing has happened as well."""
             stack.until_ready()
-            whole = [scores_of(each) for each in run(stack.address, requests)]
-            stack.assert_at_rest()
-            return whole
+            before = stack.metrics("decode").get(must_grow, 0)
+            for _ in range(5):
+                answers.append([scores_of(each) for each in run(stack.address, requests)])
+                stack.assert_at_rest()
+                if not must_grow or stack.metrics("decode").get(must_grow, 0) > before:
+                    return
+            raise AssertionError(f"{must_grow} did not grow")
 
         # They start side by side, while the shared stack answers.
         plain = start("plain", "--drafter", "none")
         crowded = start("crowded", "--kv-cache-memory", "20MiB")
         deaths = start("deaths", decode=2)
-        drafts = stacks.get(*DEFAULT)
+        answers: list[list[Any]] = []
         accepted = "diptych_spec_decode_num_accepted_tokens_total"
-        before = drafts.metrics("decode").get(accepted, 0)
-        answers = [answers_of(drafts), answers_of(plain), answers_of(crowded)]
-        assert drafts.metrics("decode")[accepted] > before
+        add_answers(stacks.get(*DEFAULT), accepted)
+        add_answers(plain)
+        add_answers(crowded, "diptych_num_preemptions_total")
         assert plain.metrics("decode").get(accepted, 0) == 0
-        assert crowded.metrics("decode")["diptych_num_preemptions_total"] > 0
         deaths.until_ready()
         answers.append(asyncio.run(with_a_death(deaths, requests)))
     for number, first in enumerate(answers[0]):
