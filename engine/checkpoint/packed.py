@@ -1,20 +1,16 @@
 """Weights in the layout of the CPU kernels (engine/kernels/matmul.h), made once and kept.
 
-A weight [N, K] is stored by groups of sixteen rows, a group by records of 32 columns: their scales,
-then their values, two neighbouring columns of each row beside each other:
-
-    record   | d of 16 rows | (m of 16 rows) | columns 0 1 of rows 0..15 | columns 2 3 of ... |
-
-GGUF's Q4_0, Q4_1 and Q8_0 keep their integers and scales: only the order changes. Weights of other
-types, and all weights under `--weights bf16`, are rounded to bfloat16. `--weights int8` and `int4`
-quantise again, which is a numeric profile of its own.
+The types that packing.py lists keep their integers and scales: only the order changes. Weights of
+other types, and all weights under `--weights bf16`, are rounded to bfloat16. `--weights int8` and
+`int4` quantise again, which is a numeric profile of its own.
 
 Each (checkpoint, choice) is one entry of the cache (kept.py). Torch is not needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -26,90 +22,28 @@ import numpy.typing as npt
 from engine.base.errors import CheckpointError
 from engine.checkpoint.gguf_weights import PackedTensor, cast, dequantize
 from engine.checkpoint.kept import kept
+from engine.checkpoint.packing import (
+    GROUP,
+    Bytes,
+    Floats,
+    Matrix,
+    Run,
+    entry_name,
+    entry_shape,
+    pack_bf16,
+    pack_rows,
+    quantise,
+    runs_of,
+)
 from engine.checkpoint.shards import TensorEntry, read_header, write_shard
 from engine.checkpoint.source import Checkpoint
 from engine.models.architecture import TensorSpec, architecture_of
 from engine.models.config import ModelConfig
 from engine.telemetry.progress import bar
 
-GROUP, BLOCK = 16, 32
 _VERSION = 1  # part of the entry's name: raise it with the layout
 _FILE = "weights.safetensors"
 _PIECE_BYTES = 64 << 20  # of fp32 at a time
-_RECORD_BYTES = {"bf16": 1024, "q4_0": 288, "q4_1": 320, "q8_0": 544}  # 16 rows x 32 columns
-_Bytes = npt.NDArray[np.uint8]
-_Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """One weight, or several joined along their outputs, in the layout of the file."""
-
-    kind: str  # bf16, q4_0, q4_1 or q8_0
-    rows: int
-    columns: int
-    data: _Bytes  # [groups, bytes of a group]
-
-
-# -- the layout ------------------------------------------------------------------------------------
-
-
-def _in_groups(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """[N, ...] -> [groups, 16, ...], zeros below the last row."""
-    padding = -rows.shape[0] % GROUP
-    if padding:
-        rows = np.concatenate([rows, np.zeros((padding, *rows.shape[1:]), rows.dtype)])
-    return rows.reshape(-1, GROUP, *rows.shape[1:])
-
-
-def _records(scales: Sequence[_Bytes], values: npt.NDArray[Any]) -> _Bytes:
-    """Scales [groups, 16, blocks, 2] bytes each and values [groups, 16, blocks, n] -> data."""
-    groups, _, blocks = values.shape[:3]
-    heads = [s.transpose(0, 2, 1, 3).reshape(groups, blocks, -1) for s in scales]
-    # [groups, 16, blocks, pairs, bytes of a pair] -> [groups, blocks, pairs, 16, bytes]
-    body = values.transpose(0, 2, 3, 1, 4).reshape(groups, blocks, -1)
-    return np.concatenate([*heads, body], axis=2).reshape(groups, -1)
-
-
-def _four_bits(blocks: _Bytes, num_scales: int) -> _Bytes:
-    """GGUF rows [N, blocks, 2 * num_scales + 16] -> data."""
-    grouped = _in_groups(blocks)
-    scales = [grouped[..., 2 * i : 2 * i + 2] for i in range(num_scales)]
-    q = grouped[..., 2 * num_scales :]
-    columns = np.concatenate([q & 15, q >> 4], axis=-1)  # [groups, 16, blocks, 32], in order
-    fours = columns.reshape(*columns.shape[:-1], BLOCK // 4, 4)
-    return _records(scales, fours[..., :2] | (fours[..., 2:] << 4))
-
-
-def _eight_bits(blocks: _Bytes) -> _Bytes:
-    """GGUF rows [N, blocks, 2 + 32] -> data."""
-    grouped = _in_groups(blocks)
-    q = grouped[..., 2:]
-    return _records([grouped[..., :2]], q.reshape(*q.shape[:-1], BLOCK // 2, 2))
-
-
-def pack_bf16(values: npt.NDArray[np.uint16]) -> _Bytes:
-    """Bits of bfloat16 [N, K] -> data."""
-    grouped = _in_groups(values.reshape(values.shape[0], -1, BLOCK // 2, 2))
-    return _records([], grouped).view(np.uint8)
-
-
-def pack_rows(kind: str, rows: _Bytes) -> _Bytes:
-    """Rows of a GGUF tensor of type `kind`, [N, bytes], -> data."""
-    block_bytes = {"q4_0": 18, "q4_1": 20, "q8_0": 34}[kind]
-    blocks = rows.reshape(rows.shape[0], -1, block_bytes)
-    if kind == "q8_0":
-        return _eight_bits(blocks)
-    return _four_bits(blocks, 2 if kind == "q4_1" else 1)
-
-
-def quantise(kind: str, values: _Floats) -> _Bytes:
-    """fp32 [N, K] -> rows of a GGUF tensor of type `kind` (by the `gguf` package)."""
-    import gguf
-
-    ggml = gguf.GGMLQuantizationType[kind.upper()]
-    rows: _Bytes = gguf.quants.quantize(np.ascontiguousarray(values), ggml)
-    return rows
 
 
 # -- where weights come from -----------------------------------------------------------------------
@@ -122,8 +56,8 @@ class _Tensor:
     path: Path
     shape: tuple[int, ...]
     kind: str  # q4_0, q4_1, q8_0; "" for any other
-    rows: Callable[[], _Bytes]  # packed
-    values: Callable[[int, int], _Floats]  # of rows first .. end - 1; a vector is one row
+    rows: Callable[[], Bytes]  # packed
+    values: Callable[[int, int], Floats]  # of rows first .. end - 1; a vector is one row
 
 
 def _tensors(checkpoint: Checkpoint) -> Mapping[str, _Tensor]:
@@ -158,7 +92,7 @@ def _of_gguf(path: Path, t: PackedTensor) -> _Tensor:
 def _of_entry(entry: TensorEntry) -> _Tensor:
     kinds = {"BF16": np.uint16, "F32": np.float32, "F16": np.float16}
 
-    def values(first: int, end: int) -> _Floats:
+    def values(first: int, end: int) -> Floats:
         if entry.dtype not in kinds:
             raise CheckpointError(
                 f"{entry.path}: tensor {entry.name} has type {entry.dtype}, expected plain floats"
@@ -239,18 +173,30 @@ def packed_file(checkpoint: Checkpoint, choice: str, *, read: bool = True) -> Pa
     return kept("packed", name, make, read=read) / _FILE
 
 
-def _kind(matrix: _Joined, source: Mapping[str, _Tensor], choice: str) -> str:
-    """How the matrix is packed: as it was, if its parts were alike."""
-    kinds = {source[part.hf_name].kind for part in matrix.parts}
-    if choice == "auto" and len(kinds) == 1 and (kind := min(kinds)):
-        return kind
+def _kind(matrix: _Joined, tensor: _Tensor, choice: str) -> str:
+    """How a part of the matrix is packed: as it was, if a kernel takes that."""
+    if choice == "auto" and tensor.kind:
+        return tensor.kind
     # A second rounding to 4 bits would cost most in the vocabulary.
     if choice == "int8" or (choice == "int4" and "." not in matrix.name):
         return "q8_0"
     return "q4_1" if choice == "int4" else "bf16"
 
 
-def _packed(tensor: _Tensor, kind: str) -> Iterator[_Bytes]:
+def _kinds(matrix: _Joined, source: Mapping[str, _Tensor], choice: str) -> list[str]:
+    """The kind of each part of the matrix."""
+    return [_kind(matrix, source[part.hf_name], choice) for part in matrix.parts]
+
+
+def _runs(matrix: _Joined, kinds: Sequence[str]) -> list[Run]:
+    """Parts of one kind that follow one another are one matrix: a product takes them at once."""
+    runs = []
+    for kind, group in groupby(zip(kinds, matrix.parts, strict=True), lambda pair: pair[0]):
+        runs.append(Run(kind, sum(part.shape[0] for _, part in group)))
+    return runs
+
+
+def _packed(tensor: _Tensor, kind: str) -> Iterator[Bytes]:
     """A weight's data, a bounded number of whole groups at a time."""
     num_rows, num_columns = tensor.shape
     rows = tensor.rows() if kind == tensor.kind else None
@@ -269,18 +215,18 @@ def _write(path: Path, checkpoint: Checkpoint, choice: str) -> None:
     source = _tensors(checkpoint)
     _check(source, checkpoint)
     matrices, vectors = _joined(checkpoint.config)
-    kinds = {m.name: _kind(m, source, choice) for m in matrices}
-    header = [
-        (_entry_name(m, kinds[m.name]), "U8", _data_shape(kinds[m.name], m.rows, m.columns))
-        for m in matrices
-    ]
+    kinds = {m.name: _kinds(m, source, choice) for m in matrices}
+    header: list[tuple[str, str, tuple[int, ...]]] = []
+    for m in matrices:
+        runs = _runs(m, kinds[m.name])
+        header.append((entry_name(m.name, runs), "U8", entry_shape(runs, m.columns)))
     header += [(v.name, "F32", (v.rows,)) for v in vectors]
 
     def arrays() -> Iterator[npt.NDArray[Any]]:
         title = f"Packing {checkpoint.name} ({choice})"
         for matrix in bar(matrices, desc=title):
-            for part in matrix.parts:  # each has whole groups: see kernels/decoder.py
-                yield from _packed(source[part.hf_name], kinds[matrix.name])
+            for kind, part in zip(kinds[matrix.name], matrix.parts, strict=True):
+                yield from _packed(source[part.hf_name], kind)  # whole groups: kernels/decoder.py
         for vector in vectors:
             for part in vector.parts:
                 yield source[part.hf_name].values(0, 1) + np.float32(part.offset)
@@ -288,20 +234,13 @@ def _write(path: Path, checkpoint: Checkpoint, choice: str) -> None:
     write_shard(path, header, (np.ascontiguousarray(a).data.cast("B") for a in arrays()))
 
 
-def _entry_name(matrix: _Joined, kind: str) -> str:
-    return f"{matrix.name}.{kind}.{matrix.rows}"
-
-
-def _data_shape(kind: str, rows: int, columns: int) -> tuple[int, ...]:
-    return -(-rows // GROUP), columns // BLOCK * _RECORD_BYTES[kind]
-
-
 @dataclass(frozen=True, slots=True)
 class PackedWeights:
     """The tensors of a file, memory-mapped and shared by all processes that map it."""
 
-    matrices: Mapping[str, Matrix]  # "3.qkv", ..., "embedding", "head"
-    vectors: Mapping[str, _Floats]  # "3.input_norm", ..., "norm"; "3.qkv.bias" where there is one
+    # "3.qkv", ..., "embedding", "head"; several where the kind changes
+    matrices: Mapping[str, tuple[Matrix, ...]]
+    vectors: Mapping[str, Floats]  # "3.input_norm", ..., "norm"; "3.qkv.bias" where there is one
 
 
 def read_packed(path: Path, config: ModelConfig) -> PackedWeights:
@@ -309,21 +248,43 @@ def read_packed(path: Path, config: ModelConfig) -> PackedWeights:
     mapped = np.memmap(path, np.uint8, "r")
     entries = {entry.name: entry for entry in read_header(path)}
 
-    def raw(name: str, dtype: str, shape: tuple[int, ...]) -> _Bytes:
+    def wrong(name: str) -> CheckpointError:
+        return CheckpointError(f"{path}: has no {name} of this model's shape; remove the file")
+
+    def raw(name: str, dtype: str, shape: tuple[int, ...]) -> Bytes:
         entry = entries.get(name)
         if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
-            raise CheckpointError(f"{path}: has no {name} of this model's shape; remove the file")
+            raise wrong(name)
         return mapped[entry.offset : entry.offset + entry.num_bytes]
 
+    runs = _runs_by_name(entries)
     matrices, vectors = _joined(config)
     found = {}
     for m in matrices:
-        names = {kind: _entry_name(m, kind) for kind in _RECORD_BYTES}
-        kind = next((kind for kind, name in names.items() if name in entries), "bf16")
-        shape = _data_shape(kind, m.rows, m.columns)
-        found[m.name] = Matrix(
-            kind, m.rows, m.columns, raw(names[kind], "U8", shape).reshape(shape)
-        )
+        parts = runs.get(m.name, [])
+        if sum(part.rows for part in parts) != m.rows:
+            raise wrong(m.name)
+        data = raw(entry_name(m.name, parts), "U8", entry_shape(parts, m.columns))
+        found[m.name] = tuple(_cut(data, parts, m.columns))
     return PackedWeights(
         found, {v.name: raw(v.name, "F32", (v.rows,)).view(np.float32) for v in vectors}
     )
+
+
+def _runs_by_name(entries: Iterable[str]) -> dict[str, list[Run]]:
+    """Runs of each matrix of a file."""
+    found = {}
+    for entry in entries:
+        with suppress(ValueError):  # of a vector
+            name, runs = runs_of(entry)
+            found[name] = runs
+    return found
+
+
+def _cut(data: Bytes, runs: Sequence[Run], columns: int) -> Iterator[Matrix]:
+    first = 0
+    for run in runs:
+        groups, size = run.shape(columns)
+        end = first + groups * size
+        yield Matrix(run.kind, run.rows, columns, data[first:end].reshape(groups, size))
+        first = end

@@ -30,7 +30,7 @@ typedef struct {
     const float *input_norm, *mlp_norm;       /* [hidden] */
     const float *q_norm, *k_norm;             /* [head_dim], or NULL: none */
     const float *out_norm, *down_norm;        /* [hidden], before the sum with x; or NULL: none */
-    matrix qkv, out, gate_up, down;
+    joined qkv, out, gate_up, down;
     int32_t window; /* positions that a query sees, itself included; 0: all */
     int32_t rope;   /* which of the model's tables turns q and k; -1: none */
     float score_scale; /* 0: 1 / sqrt(head_dim) */
@@ -54,7 +54,7 @@ typedef struct {
     int32_t activation;
     const rope_table *ropes;
     const float *norm; /* [hidden] */
-    matrix embedding, head;
+    joined embedding, head; /* of one part each */
     const layer_weights *layers;
 } decoder;
 
@@ -206,7 +206,7 @@ static void begin_item(void *arg, int index, int thread) {
     const __m512 scale = _mm512_set1_ps(m->embedding_scale);
     for (int t = index * TOKENS_PER_ITEM; t < at_most((index + 1) * TOKENS_PER_ITEM, s->b->num_tokens); t++) {
         float *x = s->x + (size_t)t * m->hidden;
-        unpack_row(&m->embedding, s->b->token_ids[t], x);
+        unpack_row(m->embedding.parts, s->b->token_ids[t], x);
         for (int c = 0; c < m->hidden; c += 16)
             _mm512_storeu_ps(x + c, _mm512_mul_ps(_mm512_loadu_ps(x + c), scale));
         const float position = (float)position_of(s, t);
@@ -270,7 +270,7 @@ typedef enum { STORE, ADD, GATED, CAP } epilogue;
 
 typedef struct {
     step *s;
-    const matrix *w;
+    const joined *w;
     const operand *from;
     epilogue epilogue;
     float *to;
@@ -295,12 +295,13 @@ static __m512 activate(__m512 x, activation kind) {
 static void some_outputs(const product_loop *l, int first, int N, int row, int M, float *tile, int16_t *panel) {
     const int wide = MAX_GROUPS * GROUP, column = first * GROUP;
     if (l->epilogue == STORE && column + N * GROUP <= l->stride) {
-        product(l->w, first, N, l->from, row, M, l->to + (size_t)row * l->stride + column, l->stride, panel);
+        float *to = l->to + (size_t)row * l->stride + column;
+        joined_product(l->w, first, N, l->from, row, M, to, l->stride, panel);
         return;
     }
-    product(l->w, first, N, l->from, row, M, tile, wide, panel);
+    joined_product(l->w, first, N, l->from, row, M, tile, wide, panel);
     float *up = tile + ROWS_PER_ITEM * wide;
-    if (l->epilogue == GATED) product(l->w, l->groups + first, N, l->from, row, M, up, wide, panel);
+    if (l->epilogue == GATED) joined_product(l->w, l->groups + first, N, l->from, row, M, up, wide, panel);
     const decoder *m = l->s->model;
     const __m512 residual = _mm512_set1_ps(m->residual_scale), logit = _mm512_set1_ps(m->logit_scale);
     for (int i = 0; i < M; i++, tile += wide, up += wide) {
@@ -331,7 +332,7 @@ static void product_item(void *arg, int index, int thread) {
 }
 
 /* to [M, outputs] = from [M, columns] times w, then the epilogue. `gated`: what GATED quantises. */
-static void multiply(step *s, const matrix *w, const operand *from, int M, epilogue epilogue, float *to,
+static void multiply(step *s, const joined *w, const operand *from, int M, epilogue epilogue, float *to,
                      const operand *gated) {
     product_loop l = {s, w, from, epilogue, to, gated, M, .stride = w->rows};
     if (epilogue == GATED) l.stride = w->rows / 2;
@@ -486,7 +487,7 @@ static void lay_out(step *s, arena *a) {
 }
 
 /* x += what w makes of `from`, normalised before where the layer has such a norm. */
-static void add_product(step *s, const matrix *w, const operand *from, const float *weight) {
+static void add_product(step *s, const joined *w, const operand *from, const float *weight) {
     const int T = s->b->num_tokens;
     if (!weight) {
         multiply(s, w, from, T, ADD, s->x, NULL);

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from engine.checkpoint.packed import BLOCK, Matrix, PackedWeights
+from engine.checkpoint.packed import PackedWeights
+from engine.checkpoint.packing import BLOCK, Matrix
 from engine.models.architecture import architecture_of
 from engine.models.config import ModelConfig
 
@@ -28,6 +29,7 @@ _SIZES = (
     "vocab_size",
 )
 _NUMBERS = ("rms_norm_eps", "embedding_scale", "residual_scale", "logit_scale", "logit_softcap")
+_MAX_PARTS = 3  # as in matmul.h
 _OPTIONAL = {"q_norm", "k_norm", "out_norm", "down_norm"}
 _OUTER = {"norm", "embedding", "head"}
 _MAX_GROUP, _MAX_HEAD_DIM = 96, 256  # query heads of a KV head; see attention.h
@@ -57,10 +59,28 @@ class MatrixStruct(ctypes.Structure):
         )
 
 
+class JoinedStruct(ctypes.Structure):
+    """`joined` of matmul.h; it does not own the arrays."""
+
+    _fields_ = (
+        *_fields(ctypes.c_int32, "num_parts", "rows"),
+        ("parts", MatrixStruct * _MAX_PARTS),
+    )
+
+    @classmethod
+    def of(cls, parts: Sequence[Matrix], bias: npt.NDArray[np.float32] | None) -> JoinedStruct:
+        """`bias` is of all parts together. The caller keeps the arrays alive."""
+        structs, first = (MatrixStruct * _MAX_PARTS)(), 0
+        for i, part in enumerate(parts):
+            structs[i] = MatrixStruct.of(part, None if bias is None else bias[first:])
+            first += part.rows
+        return cls(len(parts), first, structs)
+
+
 class _Layer(ctypes.Structure):
     _fields_ = (
         *_fields(ctypes.c_void_p, *_VECTORS),
-        *_fields(MatrixStruct, *_MATRICES),
+        *_fields(JoinedStruct, *_MATRICES),
         *_fields(ctypes.c_int32, "window", "rope"),
         *_fields(ctypes.c_float, "score_scale", "score_cap"),
     )
@@ -78,7 +98,7 @@ class DecoderStruct(ctypes.Structure):
         *_fields(ctypes.c_float, *_NUMBERS),
         ("activation", ctypes.c_int32),
         *_fields(ctypes.c_void_p, "ropes", "norm"),
-        *_fields(MatrixStruct, "embedding", "head"),
+        *_fields(JoinedStruct, "embedding", "head"),
         ("layers", ctypes.c_void_p),
     )
 
@@ -145,9 +165,9 @@ class Decoder:
         vector = self._weights.vectors.get(name)
         return None if vector is None else vector.ctypes.data
 
-    def _matrix(self, name: str) -> MatrixStruct:
+    def _matrix(self, name: str) -> JoinedStruct:
         bias = self._weights.vectors.get(f"{name}.bias")
-        return MatrixStruct.of(self._weights.matrices[name], bias)
+        return JoinedStruct.of(self._weights.matrices[name], bias)
 
 
 def why_not_decoder(config: ModelConfig) -> str:

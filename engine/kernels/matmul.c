@@ -221,6 +221,20 @@ void product(const matrix *w, int group, int groups, const operand *x, int row, 
     }
 }
 
+void joined_product(const joined *w, int group, int groups, const operand *x, int row, int M, float *out, int stride,
+                    int16_t *panel) {
+    for (const matrix *part = w->parts; groups > 0; part++) {
+        const int end = (part->rows + GROUP - 1) / GROUP, left = end - group;
+        if (left <= 0) {
+            group -= end;
+            continue;
+        }
+        const int count = groups < left ? groups : left;
+        product(part, group, count, x, row, M, out, stride, panel);
+        group = 0, groups -= count, out += count * GROUP;
+    }
+}
+
 void quantise(const operand *x, int row, int first, int count) {
     const int K = x->columns;
     for (int k = first; k < first + count; k += BLOCK) {

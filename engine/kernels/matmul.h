@@ -5,7 +5,7 @@
 #include "simd.h"
 
 enum kind { BF16 = 0, Q4_0 = 1, Q4_1 = 2, Q8_0 = 3 };
-enum { BLOCK = 32, GROUP = 16, MAX_ROWS = 6, MAX_GROUPS = 4 };
+enum { BLOCK = 32, GROUP = 16, MAX_ROWS = 6, MAX_GROUPS = 4, MAX_PARTS = 3 };
 
 /* A weight [rows, columns], rows padded with zeros to a multiple of 16, columns a multiple of 32. Sixteen
  * rows are a group, stored as one record after the other, each of 32 columns:
@@ -22,6 +22,13 @@ typedef struct {
     const float *bias; /* [rows], or NULL */
     int32_t kind, rows, columns, unused;
 } matrix;
+
+/* A tensor of the model [rows, columns]: matrices of one width whose rows follow one another, a matrix for each
+ * change of kind. All but the last consist of whole groups. */
+typedef struct {
+    int32_t num_parts, rows;
+    matrix parts[MAX_PARTS];
+} joined;
 
 /* Rows [M, columns] fp32 and their 16-bit fixed-point form: block b of row m is q * scale[m, b] to within
  * half of scale, the largest of the block being 32,767 of them. */
@@ -45,6 +52,10 @@ static inline size_t panel_bytes(int columns) { return (size_t)2 * GROUP * 2 * c
  * groups <= MAX_GROUPS. */
 void product(const matrix *w, int group, int groups, const operand *x, int first_row, int M, float *out, int stride,
              int16_t *panel);
+
+/* The same of a joined tensor. */
+void joined_product(const joined *w, int group, int groups, const operand *x, int first_row, int M, float *out,
+                    int stride, int16_t *panel);
 
 /* Row `row` of w as fp32 [columns]. */
 void unpack_row(const matrix *w, int row, float *out);

@@ -23,7 +23,8 @@ from engine.attention.batch import Row
 from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
 from engine.checkpoint.gguf_weights import cast
-from engine.checkpoint.packed import Matrix, PackedWeights, pack_bf16, pack_rows, quantise
+from engine.checkpoint.packed import PackedWeights
+from engine.checkpoint.packing import Matrix, pack_bf16, pack_rows, quantise
 from engine.kernels import Kernels, kernels
 from engine.kernels.threads import Threads
 from engine.models.config import NO_ROPE, ModelConfig, RopeScaling, RopeSpec
@@ -154,7 +155,7 @@ def _features(rng: random.Random, num_layers: int, head_dim: int) -> dict[str, A
 
 
 def make(rng: random.Random, library: Kernels) -> Decoder:
-    """A decoder of a random shape, every matrix in a kind of its own."""
+    """A decoder of a random shape, every matrix or part of one in a kind of its own."""
     heads, kv_heads = rng.choice(HEADS)
     head_dim = 32 if heads == 96 else rng.choice((32, 64, 96, 128, 256))
     num_layers = rng.randint(1, 3)
@@ -173,39 +174,43 @@ def make(rng: random.Random, library: Kernels) -> Decoder:
     )
     more_norms = [name for name in ("q_norm", "out_norm", "down_norm") if rng.random() < 0.3]
     noise = np.random.default_rng(rng.randrange(1 << 30))
-    matrices: dict[str, Matrix] = {}
+    matrices: dict[str, tuple[Matrix, ...]] = {}
     values: dict[str, Floats] = {}
     vectors: dict[str, npt.NDArray[np.float32]] = {"norm": np.ones(c.hidden_size, np.float32)}
 
-    def add(name: str, rows: int, columns: int) -> None:
-        kind = rng.choice(KINDS)
+    def matrix(kind: str, rows: int, columns: int) -> tuple[Matrix, Floats]:
         wanted = (noise.standard_normal((rows, columns)) * columns**-0.5).astype(np.float32)
         if kind == "bf16":
-            values[name] = rounded(wanted)
             data = pack_bf16(cast(wanted, "bfloat16", ""))
-        else:
-            packed = quantise(kind, wanted)
-            data = pack_rows(kind, packed)
-            ggml = gguf.GGMLQuantizationType[kind.upper()]
-            values[name] = gguf.quants.dequantize(packed, ggml).reshape(rows, columns)
-        matrices[name] = Matrix(kind, rows, columns, data)
+            return Matrix(kind, rows, columns, data), rounded(wanted)
+        packed = quantise(kind, wanted)
+        ggml = gguf.GGMLQuantizationType[kind.upper()]
+        exact = gguf.quants.dequantize(packed, ggml).reshape(rows, columns)
+        return Matrix(kind, rows, columns, pack_rows(kind, packed)), exact
+
+    def add(name: str, columns: int, *sizes: int) -> None:
+        joined = [sum(sizes)] if rng.random() < 0.5 else sizes
+        parts = [matrix(rng.choice(KINDS), size, columns) for size in joined]
+        matrices[name] = tuple(part for part, _ in parts)
+        values[name] = np.concatenate([exact for _, exact in parts])
         if name != "embedding" and rng.random() < 0.4:
-            vectors[f"{name}.bias"] = (noise.standard_normal(rows) * 0.1).astype(np.float32)
+            bias = noise.standard_normal(sum(sizes)) * 0.1
+            vectors[f"{name}.bias"] = bias.astype(np.float32)
 
     inner = heads * head_dim
     for i in range(c.num_layers):
-        add(f"{i}.qkv", inner + 2 * kv_heads * head_dim, c.hidden_size)
-        add(f"{i}.out", c.hidden_size, inner)
-        add(f"{i}.gate_up", 2 * c.intermediate_size, c.hidden_size)
-        add(f"{i}.down", c.hidden_size, c.intermediate_size)
+        add(f"{i}.qkv", c.hidden_size, inner, *[kv_heads * head_dim] * 2)
+        add(f"{i}.out", inner, c.hidden_size)
+        add(f"{i}.gate_up", c.hidden_size, *[c.intermediate_size] * 2)
+        add(f"{i}.down", c.intermediate_size, c.hidden_size)
         norms = ["input_norm", "mlp_norm", *more_norms]
         for name in norms + ["k_norm"] * ("q_norm" in more_norms):
             size = c.head_dim if name in ("q_norm", "k_norm") else c.hidden_size
             norm = 1 + 0.1 * noise.standard_normal(size)
             vectors[f"{i}.{name}"] = norm.astype(np.float32)
-    add("embedding", c.vocab_size, c.hidden_size)
+    add("embedding", c.hidden_size, c.vocab_size)
     if not c.tie_word_embeddings:
-        add("head", c.vocab_size, c.hidden_size)
+        add("head", c.hidden_size, c.vocab_size)
     model = NativeModel(c, PackedWeights(matrices, vectors), library)
     return Decoder(model, values, dict(vectors))
 

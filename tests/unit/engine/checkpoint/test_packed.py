@@ -17,7 +17,15 @@ from safetensors.numpy import save_file
 
 from engine.base.errors import CheckpointError
 from engine.checkpoint import packed
-from engine.checkpoint.packed import pack_rows, packed_file, quantise, read_packed
+from engine.checkpoint.packed import packed_file, read_packed
+from engine.checkpoint.packing import (
+    Run,
+    entry_name,
+    entry_shape,
+    pack_rows,
+    quantise,
+    runs_of,
+)
 from engine.checkpoint.source import Checkpoint, resolve
 
 
@@ -34,13 +42,14 @@ def checkpoint(cache: Path) -> Checkpoint:
 
 def test_the_default_model_keeps_its_own_types(checkpoint: Checkpoint) -> None:
     weights = read_packed(packed_file(checkpoint, "auto"), checkpoint.config)
-    kinds = {name.rsplit(".", 1)[-1]: matrix.kind for name, matrix in weights.matrices.items()}
+    matrices = {name: matrix for name, (matrix,) in weights.matrices.items()}
+    kinds = {name.rsplit(".", 1)[-1]: matrix.kind for name, matrix in matrices.items()}
     assert kinds == {"qkv": "q4_1", "out": "q4_1", "gate_up": "q4_1", "down": "q4_1"} | {
         "embedding": "q8_0"
     }
     assert len(weights.matrices) == 4 * 30 + 1, "the tied head is the embedding"
     assert len(weights.vectors) == 2 * 30 + 1
-    qkv = weights.matrices["7.qkv"]
+    qkv = matrices["7.qkv"]
     assert (qkv.rows, qkv.columns) == (960, 576)
     assert qkv.data.shape == (60, 576 // 32 * 320)
 
@@ -264,3 +273,14 @@ def test_a_full_disk_leaves_nothing_behind(cache: Path, monkeypatch: pytest.Monk
     with pytest.raises(CheckpointError, match="No space left on device; DIPTYCH_CACHE_DIR"):
         packed_file(checkpoint, "int8")
     assert [p.suffix for p in (cache / "packed").iterdir()] == [".lock"]
+
+
+def test_an_entrys_name_holds_the_kind_of_each_part() -> None:
+    runs = [Run("q4_1", 768), Run("q8_0", 192)]
+    name = entry_name("3.qkv", runs)
+    assert runs_of(name) == ("3.qkv", runs)
+    assert entry_shape(runs, 64) == (768 * 2 * 20 + 192 * 2 * 34,)
+    assert runs_of(entry_name("head", runs[:1])) == ("head", runs[:1])
+    for vector in ("norm", "3.input_norm", "3.qkv.bias", "3.qkv.q4_1.0"):
+        with pytest.raises(ValueError, match=r"unpack|literal|q4_1"):
+            runs_of(vector)

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
-from engine.checkpoint.packed import Matrix, pack_bf16, pack_rows
+from engine.checkpoint.packing import Matrix, pack_bf16, pack_rows
 from engine.kernels import kernels
 from engine.kernels.decoder import MatrixStruct
 
