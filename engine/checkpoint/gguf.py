@@ -21,8 +21,9 @@ from engine.base.errors import CheckpointError
 from engine.checkpoint.config import read_config
 from engine.checkpoint.gguf_header import damaged, gguf_architectures, read_header
 from engine.checkpoint.gguf_tokenizer import tokenizer_files
-from engine.checkpoint.gguf_weights import ROPE_FREQS, PackedTensor, packed_tensors
+from engine.checkpoint.gguf_weights import ROPE_FREQS, ROPE_TENSORS, PackedTensor, packed_tensors
 from engine.models.config import ModelConfig
+from engine.models.gguf_metadata import GGUFMetadata
 from engine.telemetry.progress import bar
 
 # Files of Llama 3.1 and 3.2 store the divisors that follow from these numbers, not the numbers.
@@ -80,39 +81,59 @@ def convert(path: Path, folder: Path) -> None:
 
 
 def config_json(file: GGUFFile) -> dict[str, Any]:
-    """Content of `config.json`. Raises CheckpointError naming the key that is missing or not
-    supported.
+    """Content of `config.json`: the keys that decoders share, then the architecture's own.
+
+    Raises CheckpointError naming the key that is missing or not supported.
     """
-    arch = file.architecture
-    shapes = {t.name: tuple(map(int, reversed(t.shape))) for t in file.tensors}
+    meta, architecture = _metadata(file), gguf_architectures()[file.architecture]
+    shapes = meta.shapes
     if "token_embd.weight" not in shapes:
         raise CheckpointError(f"{file.path}: tensor 'token_embd.weight' is missing")
-    num_heads = _integer(file, "attention.head_count")
-    hidden_size = _integer(file, "embedding_length")
-    head_dim = _integer(file, "attention.key_length", hidden_size // num_heads)
-    if _integer(file, "rope.dimension_count", head_dim) != head_dim:
-        raise CheckpointError(f"{file.path}: {arch}.rope.dimension_count must be {head_dim}")
-    return {
-        "architectures": [gguf_architectures()[arch]],
-        "model_type": arch,
+    num_heads, head_dim = meta.integer("attention.head_count"), meta.head_dim()
+    keys: dict[str, Any] = {
+        "architectures": [architecture.name],
+        "model_type": architecture.model_type,
         "hidden_act": "silu",
-        "num_hidden_layers": _integer(file, "block_count"),
-        "hidden_size": hidden_size,
-        "intermediate_size": _integer(file, "feed_forward_length"),
+        "num_hidden_layers": meta.integer("block_count"),
+        "hidden_size": meta.integer("embedding_length"),
+        "intermediate_size": meta.integer("feed_forward_length"),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": _integer(file, "attention.head_count_kv", num_heads),
+        "num_key_value_heads": meta.integer("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
         "vocab_size": shapes["token_embd.weight"][0],
-        "max_position_embeddings": _integer(file, "context_length"),
-        "rms_norm_eps": _float(file, "attention.layer_norm_rms_epsilon", 1e-5),
-        "rope_theta": _float(file, "rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(file, head_dim),
+        "max_position_embeddings": meta.integer("context_length"),
+        "rms_norm_eps": meta.number("attention.layer_norm_rms_epsilon", 1e-5),
+        "rope_theta": meta.number("rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(meta, head_dim),
         "tie_word_embeddings": "output.weight" not in shapes,
         "attention_bias": "blk.0.attn_q.bias" in shapes,
         "mlp_bias": "blk.0.ffn_gate.bias" in shapes,
         "bos_token_id": file.meta.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": file.meta.get("tokenizer.ggml.eos_token_id"),
     }
+    keys |= architecture.gguf_keys(meta)
+    rotary_dim = round(head_dim * keys.get("partial_rotary_factor", 1.0))
+    if meta.integer("rope.dimension_count", rotary_dim) != rotary_dim:
+        name = f"{file.architecture}.rope.dimension_count"
+        raise CheckpointError(f"{file.path}: {name} must be {rotary_dim}")
+    return keys
+
+
+def _metadata(file: GGUFFile) -> GGUFMetadata:
+    """A float32 of the file becomes the shortest decimal that rounds to it (1e-05, not
+    9.999999747378752e-06).
+    """
+    values = {
+        key: float(str(np.float32(value))) if isinstance(value, float) else value
+        for key, value in file.meta.items()
+    }
+    shapes = {t.name: tuple(map(int, reversed(t.shape))) for t in file.tensors}
+    factors = {
+        t.name: tuple(map(float, np.asarray(t.data).reshape(-1)))
+        for t in file.tensors
+        if t.name.startswith(ROPE_TENSORS)
+    }
+    return GGUFMetadata(file.path, file.architecture, values, shapes, factors)
 
 
 def _generation(file: GGUFFile) -> dict[str, Any]:
@@ -125,16 +146,14 @@ def _generation(file: GGUFFile) -> dict[str, Any]:
     }
 
 
-def _rope_scaling(file: GGUFFile, head_dim: int) -> dict[str, Any] | None:
-    divisors = next((t.data for t in file.tensors if t.name == ROPE_FREQS), None)
-    if divisors is not None:
-        return _llama3_scaling(file, np.asarray(divisors, np.float64).reshape(-1), head_dim)
-    prefix = f"{file.architecture}.rope.scaling."
-    factor = _float(file, "rope.scaling.factor", _float(file, "rope.scale_linear", 1.0))
-    kind = file.meta.get(prefix + "type", "linear")  # the format's default
-    original = file.meta.get(prefix + "original_context_length")
+def _rope_scaling(meta: GGUFMetadata, head_dim: int) -> dict[str, Any] | None:
+    if divisors := meta.rope_factors.get(ROPE_FREQS):
+        return _llama3_scaling(meta, np.asarray(divisors), head_dim)
+    factor = meta.number("rope.scaling.factor", meta.number("rope.scale_linear", 1.0))
+    kind = meta.get("rope.scaling.type", "linear")  # the format's default
+    original = meta.get("rope.scaling.original_context_length")
     if kind == "yarn" and factor in (0.0, 1.0) and original:
-        factor = _integer(file, "context_length") / original
+        factor = meta.integer("context_length") / original
     if kind == "none" or factor in (0.0, 1.0):
         return None
     out: dict[str, Any] = {"rope_type": kind, "factor": factor}
@@ -142,13 +161,14 @@ def _rope_scaling(file: GGUFFile, head_dim: int) -> dict[str, Any] | None:
         out["original_max_position_embeddings"] = original
     if kind == "yarn":
         for name in ("beta_fast", "beta_slow"):
-            if f"{prefix}yarn_{name}" in file.meta:
-                out[name] = _float(file, f"rope.scaling.yarn_{name}", 0.0)
-        if (attention := _float(file, "rope.scaling.attn_factor", 1.0)) != 1.0:
+            if value := meta.get(f"rope.scaling.yarn_{name}"):
+                out[name] = value
+        if (attention := meta.number("rope.scaling.attn_factor", 1.0)) != 1.0:
             # The format's factor multiplies the one that follows from `factor`.
             out["attention_factor"] = attention * (0.1 * math.log(max(factor, 1.0)) + 1.0)
     elif kind != "linear":
-        raise CheckpointError(f"{file.path}: {prefix}type {kind!r} is not supported")
+        key = f"{meta.architecture}.rope.scaling.type"
+        raise CheckpointError(f"{meta.path}: {key} {kind!r} is not supported")
     return out
 
 
@@ -166,14 +186,14 @@ def llama3_divisors(
 
 
 def _llama3_scaling(
-    file: GGUFFile, divisors: npt.NDArray[np.float64], head_dim: int
+    meta: GGUFMetadata, divisors: npt.NDArray[np.float64], head_dim: int
 ) -> dict[str, Any]:
     """The named scaling that gives exactly these divisors; anything else is refused."""
-    factor, theta = float(divisors.max()), _float(file, "rope.freq_base", 10000.0)
+    factor, theta = float(divisors.max()), meta.number("rope.freq_base", 10000.0)
     shape = (_LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT)
     expected = llama3_divisors(theta, head_dim, factor, *shape)
     if expected.shape != divisors.shape or not np.allclose(expected, divisors, rtol=1e-4):
-        raise CheckpointError(f"{file.path}: {ROPE_FREQS} is not Llama 3's scaling; not supported")
+        raise CheckpointError(f"{meta.path}: {ROPE_FREQS} is not Llama 3's scaling; not supported")
     return {
         "rope_type": "llama3",
         "factor": factor,
@@ -181,24 +201,6 @@ def _llama3_scaling(
         "high_freq_factor": _LLAMA3_HIGH,
         "original_max_position_embeddings": _LLAMA3_CONTEXT,
     }
-
-
-def _integer(file: GGUFFile, key: str, default: int | None = None) -> int:
-    value = file.meta.get(f"{file.architecture}.{key}", default)
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise CheckpointError(
-            f"{file.path}: {file.architecture}.{key} must be a whole number above zero, "
-            f"not {value!r}"
-        )
-    return value
-
-
-def _float(file: GGUFFile, key: str, default: float) -> float:
-    """A float32 of the file as the shortest decimal that rounds to it (1e-05, not
-    9.999999747378752e-06).
-    """
-    value = file.meta.get(f"{file.architecture}.{key}")
-    return default if value is None else float(str(np.float32(value)))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from engine.base.errors import CheckpointError
 from engine.checkpoint.gguf_tokenizer import check_tokenizer
-from engine.models.architecture import architectures
+from engine.models.architecture import Architecture, architectures
 
 ROPE_TYPES = ("none", "linear", "yarn")
 # type -> struct format; 8 is a string, 9 an array
@@ -42,9 +42,9 @@ class Header:
         return str(self.scalars.get("general.architecture"))
 
 
-def gguf_architectures() -> dict[str, str]:
-    """The format's name of each architecture that is read -> the name in config.json."""
-    return {a.gguf: a.name for a in architectures() if a.gguf}
+def gguf_architectures() -> dict[str, Architecture]:
+    """Each architecture that is read, by the format's name."""
+    return {a.gguf: a for a in architectures() if a.gguf}
 
 
 def check_gguf(path: Path) -> None:

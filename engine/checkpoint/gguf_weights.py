@@ -31,7 +31,8 @@ from engine.telemetry.progress import Bar, bar
 SAFETENSORS_DTYPE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _PIECE_BYTES = 64 << 20  # of dequantised fp32 at a time
 
-ROPE_FREQS = "rope_freqs.weight"  # becomes a key of config.json, not a weight
+ROPE_FREQS = "rope_freqs.weight"
+ROPE_TENSORS = ("rope_freqs.", "rope_factors_")  # become keys of config.json, not weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class PackedTensor:
     shape: tuple[int, ...]  # of the dequantised tensor
     data: npt.NDArray[Any]  # rows of values (F32, F16) or of packed bytes; memory-mapped
     num_permuted_heads: int  # 0: the rows are as they were
+    offset: float = 0.0  # a file in Hugging Face layout holds the values less this number
 
     def rows(self) -> npt.NDArray[Any]:
         """[num_rows, ...]: packed rows in Hugging Face order; a vector is one row."""
@@ -51,6 +53,14 @@ class PackedTensor:
         if self.num_permuted_heads:
             data = unpermute(data, self.num_permuted_heads)
         return data if len(self.shape) > 1 else data.reshape(1, -1)
+
+    def values(self, first: int, end: int, where: str) -> npt.NDArray[np.float32]:
+        """fp32 of rows first .. end - 1, as a file in Hugging Face layout holds them.
+
+        `where` names the tensor in an error.
+        """
+        values = dequantize(self.rows()[first:end], self.kind, where)
+        return values - np.float32(self.offset) if self.offset else values
 
 
 def unpermute(rows: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
@@ -67,7 +77,7 @@ def packed_tensors(tensors: list[Any], config: ModelConfig, path: Path) -> list[
     specs = {spec.gguf_name: spec for spec in architecture_of(config).tensors(config)}
     out = []
     for t in tensors:
-        if t.name == ROPE_FREQS:
+        if t.name.startswith(ROPE_TENSORS):
             continue
         if (spec := specs.pop(t.name, None)) is None:
             raise CheckpointError(f"{path}: unexpected tensor {t.name} in a {config.architecture}")
@@ -77,8 +87,8 @@ def packed_tensors(tensors: list[Any], config: ModelConfig, path: Path) -> list[
                 f"{path}: tensor {spec.hf_name} has shape {list(shape)}, "
                 f"expected {list(spec.shape)}"
             )
-        heads = spec.permuted_heads
-        out.append(PackedTensor(spec.hf_name, t.name, t.tensor_type, shape, t.data, heads))
+        order = (spec.permuted_heads, spec.offset)
+        out.append(PackedTensor(spec.hf_name, t.name, t.tensor_type, shape, t.data, *order))
     missing = [spec.hf_name for spec in specs.values() if len(spec.shape) > 1]
     if missing:  # vectors are looked for where they are loaded
         raise CheckpointError(f"{path}: tensor {missing[0]} is missing ({len(missing)} in all)")
@@ -103,11 +113,11 @@ def write_weights(out: Path, tensors: list[PackedTensor], dtype: str, *, source:
 
 def _pieces(tensor: PackedTensor, dtype: str, source: Path, shown: Bar) -> Iterator[memoryview]:
     """The tensor's bytes in `dtype`, a bounded number of rows at a time."""
-    rows = tensor.rows()
+    num_rows = tensor.rows().shape[0]
     step = max(1, _PIECE_BYTES // (4 * tensor.shape[-1]))
     where = f"{source}: {tensor.gguf_name}"
-    for start in range(0, rows.shape[0], step):
-        values = dequantize(rows[start : start + step], tensor.kind, where)
+    for start in range(0, num_rows, step):
+        values = tensor.values(start, start + step, where)
         yield cast(values, dtype, where).data.cast("B")
         shown.update(values.size)
 

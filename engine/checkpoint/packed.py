@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.base.errors import CheckpointError
-from engine.checkpoint.gguf_weights import PackedTensor, cast, dequantize
+from engine.checkpoint.gguf_weights import PackedTensor, cast
 from engine.checkpoint.kept import kept
 from engine.checkpoint.packing import (
     GROUP,
@@ -85,7 +85,7 @@ def _of_gguf(path: Path, t: PackedTensor) -> _Tensor:
         t.shape,
         kind if kind in ("q4_0", "q4_1", "q8_0") else "",
         t.rows,
-        lambda first, end: dequantize(t.rows()[first:end], t.kind, f"{path}: {t.gguf_name}"),
+        lambda first, end: t.values(first, end, f"{path}: {t.gguf_name}"),
     )
 
 

@@ -1,7 +1,8 @@
 """What an architecture is: one file of this folder, which is found by its place.
 
     engine/models/<arch>.py   ARCHITECTURES = (Architecture(...), ...)
-        read_config   config.json (a GGUF file is converted to one) -> ModelConfig
+        gguf_keys     metadata of a GGUF file -> the architecture's own keys of config.json
+        read_config   config.json -> ModelConfig
         tensors       the one list of the tensors of a checkpoint
         forward       the forward pass, of layers that are handed in
 
@@ -20,9 +21,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.models.config import ConfigReader, ModelConfig
+from engine.models.gguf_metadata import GGUFMetadata, no_keys
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +41,8 @@ class TensorSpec:
     joined: str  # "3.qkv": parts of one tensor follow one another, joined along axis 0
     shard_axis: int | None  # split along this axis by tensor parallelism; None: on every rank
     permuted_heads: int = 0  # a GGUF file has its rows in llama.cpp's rotary order, by head
-    offset: float = 0.0  # a file in Hugging Face layout holds the values less this number
+    # A file in Hugging Face layout holds the values less this number; a GGUF file holds the values.
+    offset: float = 0.0
 
 
 # A projection or a norm: [T, inputs] -> [T, outputs].
@@ -92,6 +95,7 @@ class Architecture:
     tensors: Callable[[ModelConfig], Iterator[TensorSpec]]
     forward: Callable[[Step, Sequence[Layer]], Tensor]
     gguf: str = ""  # a GGUF file's general.architecture; "": such files are not read
+    gguf_keys: Callable[[GGUFMetadata], dict[str, Any]] = no_keys  # beside the shared ones
     native: bool = True  # decoder.c computes this forward pass, where it knows all tensors
 
 

@@ -20,8 +20,11 @@ from engine.models.config import (
     read_rope,
 )
 from engine.models.decoder import HEAD_NORMS, Norms, decoder_tensors, forward
+from engine.models.gguf_metadata import GGUFMetadata
 
 GEMMA2, GEMMA3 = "Gemma2ForCausalLM", "Gemma3ForCausalLM"
+_LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the models of 27B, by the name in GGUF
+_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # Gemma 2's defaults
 _FULL, _WINDOW = "full_attention", "sliding_attention"
 _NORMS: Norms = {
     "input_norm": ("input_layernorm", "attn_norm"),
@@ -59,8 +62,7 @@ def _cap(raw: ConfigReader, key: str) -> float:
 
 
 def _read_gemma2(raw: ConfigReader) -> ModelConfig:
-    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-    raw = ConfigReader(caps | dict(raw.data), raw.path)
+    raw = ConfigReader(_CAPS | dict(raw.data), raw.path)
     return ModelConfig(GEMMA2, **_fields(raw, 2, read_rope(raw)))
 
 
@@ -75,12 +77,34 @@ def _read_gemma3(raw: ConfigReader) -> ModelConfig:
     return ModelConfig(GEMMA3, **fields, other_ropes=others, layer_ropes=ropes)
 
 
+def _gguf_keys(file: GGUFMetadata) -> dict[str, Any]:
+    """What both have; the largest models scale scores by another size than that of a head."""
+    width = file.integer("embedding_length") // file.integer("attention.head_count")
+    is_largest = file.integer("block_count") == _LARGEST[file.architecture]
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": width if is_largest else file.head_dim(),
+        "attn_logit_softcapping": file.get("attn_logit_softcapping"),
+        "final_logit_softcapping": file.get("final_logit_softcapping"),
+    }
+
+
+def _gguf_gemma2(file: GGUFMetadata) -> dict[str, Any]:
+    caps = {key: file.get(key, cap) for key, cap in _CAPS.items()}
+    return _gguf_keys(file) | file.windows(2, 4096) | caps
+
+
+def _gguf_gemma3(file: GGUFMetadata) -> dict[str, Any]:
+    local = {"rope_local_base_freq": file.number("rope.freq_base_swa", 10000.0)}
+    return _gguf_keys(file) | file.windows(6) | local
+
+
 def _tensors(c: ModelConfig) -> Iterator[TensorSpec]:
     norms = _NORMS if c.architecture == GEMMA2 else {**_NORMS, **HEAD_NORMS}
     return decoder_tensors(c, norms, norm_offset=1.0)
 
 
 ARCHITECTURES = (
-    Architecture(GEMMA2, "gemma2", _read_gemma2, _tensors, forward),
-    Architecture(GEMMA3, "gemma3_text", _read_gemma3, _tensors, forward),
+    Architecture(GEMMA2, "gemma2", _read_gemma2, _tensors, forward, "gemma2", _gguf_gemma2),
+    Architecture(GEMMA3, "gemma3_text", _read_gemma3, _tensors, forward, "gemma3", _gguf_gemma3),
 )

@@ -72,6 +72,7 @@ def write(
         adders: dict[type, Any] = {
             bool: writer.add_bool,
             int: writer.add_uint32,
+            list: writer.add_array,
             str: writer.add_string,
         }
         adders[type(value)](key, value)

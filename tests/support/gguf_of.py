@@ -1,0 +1,83 @@
+"""A transformers model as the GGUF file that llama.cpp's converter makes of it.
+
+The `gguf` package's own table gives the names, so a wrong name in an architecture's list shows.
+What the converter does with metadata and values, a test states by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from tests.support import tiny_gguf
+
+VOCAB = len(tiny_gguf.byte_level_vocab()[0])
+Values = np.ndarray
+
+
+def write(
+    path: Path,
+    model: torch.nn.Module,
+    arch: str,
+    numbers: dict[str, Any],
+    *,
+    lists: dict[str, list[Any]] | None = None,
+    stored: Callable[[str, Values], Values] = lambda name, values: values,
+    extra: dict[str, Values] | None = None,
+) -> None:
+    """Write `model`, of VOCAB tokens.
+
+    Args:
+        path: of the file.
+        model: a transformers model with fp32 weights.
+        arch: the format's name of the architecture.
+        numbers: metadata under the name, beside those that every decoder has.
+        lists: arrays under the name.
+        stored: what the file holds of a tensor, by its Hugging Face name.
+        extra: tensors of the file alone, by their names there.
+    """
+    config: Any = model.config
+    kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    tensors = {}
+    for name, parameter in model.named_parameters():  # a tied head is listed once
+        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert known, f"the gguf package does not know {name}"
+        tensors[known] = np.ascontiguousarray(stored(name, parameter.detach().numpy()))
+    shared: dict[str, Any] = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+    }
+    tiny_gguf.write(
+        path,
+        arch=arch,
+        numbers=shared | numbers,
+        tensors=tensors | (extra or {}),
+        meta={f"{arch}.{key}": value for key, value in (lists or {}).items()},
+    )
+
+
+def permuted(num_heads: int, num_kv_heads: int) -> Callable[[str, Values], Values]:
+    """The converter's order of the rows of q and k."""
+    heads = {"q_proj": num_heads, "k_proj": num_kv_heads}
+
+    def stored(name: str, values: Values) -> Values:
+        found = next((n for part, n in heads.items() if part in name), 0)
+        return tiny_gguf.permute(values, found) if found else values
+
+    return stored
+
+
+def norms_plus_one(name: str, values: Values) -> Values:
+    """The converter adds Gemma's 1."""
+    return values + np.float32(1) if name.endswith("norm.weight") else values
