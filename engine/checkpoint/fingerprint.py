@@ -19,7 +19,7 @@ from engine.checkpoint.added_tokens import TOKENIZER, merged_tokenizer
 from engine.checkpoint.digest import file_digests
 from engine.checkpoint.files import FileState
 from engine.checkpoint.shards import read_header, read_metadata
-from engine.models.config import ModelConfig, RopeScaling, RopeSpec
+from engine.models.config import ExpertSpec, ModelConfig, RopeScaling, RopeSpec
 
 _VERSION = "2"  # of the fields below and of their order
 ROPE_FIELDS = (
@@ -38,6 +38,11 @@ _ROPE_OPTIONAL = ("rotary_dim", "other_ropes", "layer_ropes")
 OPTIONAL_FIELDS = (
     *("layer_windows", "attention_scale", "attention_softcap", "activation", "embedding_scale"),
     *("residual_scale", "logit_scale", "logit_softcap", *_ROPE_OPTIONAL),
+    *("experts", "attention_sinks"),
+)
+EXPERT_FIELDS = (
+    *("number", "per_token", "width", "layers", "scoring", "normalise", "scale", "corrected"),
+    *("groups", "chosen_groups", "biased", "shared_width", "shared_gated", "limit", "alpha"),
 )
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
@@ -73,6 +78,8 @@ def _text(value: object) -> str:
         return ",".join(map(_text, value))
     if isinstance(value, RopeScaling):
         return " ".join(f"{name}={_text(getattr(value, name))}" for name in ROPE_FIELDS)
+    if isinstance(value, ExpertSpec):
+        return " ".join(f"{name}={_text(getattr(value, name))}" for name in EXPERT_FIELDS)
     if isinstance(value, RopeSpec):
         return f"{_text(value.theta)} {_text(value.scaling)} dim={value.dim}"
     if value is None or isinstance(value, bool | int | str):

@@ -31,6 +31,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class FusedPart:
+    """Where a file in Hugging Face layout may hold a tensor: in one of all experts."""
+
+    hf_name: str
+    expert: int  # along axis 0
+    outputs: tuple[int, int, int]  # start, stop and step of this tensor's outputs
+    transposed: bool = False  # [inputs, outputs] of an expert
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor of a checkpoint."""
 
@@ -43,6 +53,9 @@ class TensorSpec:
     permuted_heads: int = 0  # a GGUF file has its rows in llama.cpp's rotary order, by head
     # A file in Hugging Face layout holds the values less this number; a GGUF file holds the values.
     offset: float = 0.0
+    expert: int = -1  # along axis 0 of a GGUF file's tensor, which is of all experts; -1: none
+    fused: FusedPart | None = None
+    exact: bool = False  # a matrix that the kernels hold in fp32
 
 
 # A projection or a norm: [T, inputs] -> [T, outputs].
@@ -118,26 +131,33 @@ def architecture_of(config: ModelConfig) -> Architecture:
 
 
 def layer_tensors(
-    layer: int, weights: Sequence[TensorSpec], biased: frozenset[str] = frozenset()
+    layer: int,
+    weights: Sequence[TensorSpec],
+    biased: frozenset[str] = frozenset(),
+    others: Sequence[TensorSpec] = (),
 ) -> Iterator[TensorSpec]:
     """The tensors of layer `layer`: its weights, and biases of the joined ones in `biased`.
 
-    The names in `weights` lack the layer and the suffix.
+    The names in `weights` lack the layer and the suffix, those in `others` the layer alone.
     """
     for joined, group in groupby(weights, key=lambda w: w.joined):
-        parts = [
-            replace(
-                w,
-                name=f"{layer}.{w.name}",
-                hf_name=f"model.layers.{layer}.{w.hf_name}",
-                gguf_name=f"blk.{layer}.{w.gguf_name}",
-                joined=f"{layer}.{joined}",
-            )
-            for w in group
-        ]
+        parts = [_in_layer(layer, w) for w in group]
         yield from (_named(part, "weight", part.shape) for part in parts)
         if joined in biased:
             yield from (_named(part, "bias", part.shape[:1]) for part in parts)
+    yield from (_in_layer(layer, w) for w in others)
+
+
+def _in_layer(layer: int, w: TensorSpec) -> TensorSpec:
+    prefix = f"model.layers.{layer}."
+    return replace(
+        w,
+        name=f"{layer}.{w.name}",
+        hf_name=prefix + w.hf_name,
+        gguf_name=f"blk.{layer}.{w.gguf_name}",
+        joined=f"{layer}.{w.joined}",
+        fused=w.fused and replace(w.fused, hf_name=prefix + w.fused.hf_name),
+    )
 
 
 def outer_tensors(c: ModelConfig, norm_offset: float = 0.0) -> Iterator[TensorSpec]:
@@ -157,6 +177,9 @@ def _named(w: TensorSpec, kind: str, shape: tuple[int, ...]) -> TensorSpec:
     w = replace(w, hf_name=f"{w.hf_name}.{kind}", gguf_name=f"{w.gguf_name}.{kind}")
     if kind == "weight":
         return w
+    if w.fused:
+        fused = replace(w.fused, hf_name=f"{w.fused.hf_name}_{kind}", transposed=False)
+        w = replace(w, fused=fused, exact=False)
     axis = 0 if w.shard_axis == 0 else None  # outputs that every rank adds up have one bias
     name, joined = f"{w.name}.bias", f"{w.joined}.bias"
     return replace(w, name=name, joined=joined, shape=shape, shard_axis=axis)

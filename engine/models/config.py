@@ -60,6 +60,30 @@ FULL_ATTENTION = AttentionSpec()
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertSpec:
+    """The experts of a layer: which of them a token takes, and how their outputs are weighted.
+
+    A field that changes numbers goes into engine/checkpoint/fingerprint.py.
+    """
+
+    number: int
+    per_token: int  # experts that a token takes; of equal scores the lowest ids
+    width: int  # intermediate size of an expert
+    layers: tuple[int, ...]  # that have experts; all others have a plain feed-forward
+    scoring: str = "softmax"  # of the router's outputs: softmax, sigmoid
+    normalise: bool = False  # the weights of the taken experts are divided by their sum
+    scale: float = 1.0  # of the weights
+    corrected: bool = False  # a number for each expert is added to its score, in the choice alone
+    groups: int = 1  # of neighbouring experts: the choice is within the best `chosen_groups`
+    chosen_groups: int = 1
+    biased: bool = False  # biases of the router and of the experts
+    shared_width: int = 0  # intermediate size of what every token takes; 0: nothing
+    shared_gated: bool = False  # the shared part is weighted by the sigmoid of a product
+    limit: float = 0.0  # gate and up are clamped, and (up + 1) * gate * sigmoid(alpha * gate)
+    alpha: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A decoder with rotary positions. A new field goes into engine/checkpoint/fingerprint.py."""
 
@@ -91,6 +115,8 @@ class ModelConfig:
     rotary_dim: int = 0  # of table 0; 0: head_dim
     other_ropes: tuple[RopeSpec, ...] = ()  # tables 1, 2, ...
     layer_ropes: tuple[int, ...] = ()  # one a layer, or NO_ROPE; (): all use table 0
+    experts: ExpertSpec | None = None
+    attention_sinks: bool = False  # each head has one more score, of no position
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 

@@ -5,6 +5,8 @@
       + down(gated(norm(x)))         and a `down_norm`
     logits = head(norm(x))           of the tokens that need them
 
+In a layer with experts, each token takes some of many feed-forwards instead of the one.
+
 decoder.c computes the same operations in the same order. Scales, caps, windows, rotations and the
 activation are values of ModelConfig; the `Step` applies them.
 """
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from engine.models.architecture import Layer, Step, TensorSpec, layer_tensors, outer_tensors
 from engine.models.config import ModelConfig
+from engine.models.experts import EXPERT_BIASES, ExpertNames, expert_vectors, expert_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,33 +35,50 @@ HEAD_NORMS: Norms = {
 }
 
 
+def _sinks(num_heads: int) -> TensorSpec:
+    names = ("self_attn.sinks", "attn_sinks.weight")
+    return TensorSpec("sinks", *names, (num_heads,), "sinks", 0)
+
+
 def decoder_tensors(
     c: ModelConfig,
     norms: Norms = PRE_NORMS,
     *,
     norm_offset: float = 0.0,
     permuted_heads: bool = False,
+    expert_names: ExpertNames | None = None,
 ) -> Iterator[TensorSpec]:
     """The tensors of a checkpoint, layer by layer.
 
     norm_offset: files in Hugging Face layout hold the weights of norms less this number.
     permuted_heads: GGUF files have the rows of q and k in llama.cpp's rotary order.
+    expert_names: of a model with experts.
     """
     q, kv, hidden = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size
     heads, kv_heads = (c.num_heads, c.num_kv_heads) if permuted_heads else (0, 0)
     inner = c.intermediate_size
-    weights = [
+    attention = [
         TensorSpec("q", "self_attn.q_proj", "attn_q", (q, hidden), "qkv", 0, heads),
         TensorSpec("k", "self_attn.k_proj", "attn_k", (kv, hidden), "qkv", 0, kv_heads),
         TensorSpec("v", "self_attn.v_proj", "attn_v", (kv, hidden), "qkv", 0),
         TensorSpec("out", "self_attn.o_proj", "attn_output", (hidden, q), "out", 1),
+    ]
+    dense = [
         TensorSpec("gate", "mlp.gate_proj", "ffn_gate", (inner, hidden), "gate_up", 0),
         TensorSpec("up", "mlp.up_proj", "ffn_up", (inner, hidden), "gate_up", 0),
         TensorSpec("down", "mlp.down_proj", "ffn_down", (hidden, inner), "down", 1),
     ]
-    for name, names in norms.items():
-        size = c.head_dim if name in HEAD_NORMS else hidden
-        weights.append(TensorSpec(name, *names, (size,), name, None, offset=norm_offset))
+    scales = [
+        TensorSpec(
+            name,
+            *names,
+            (c.head_dim if name in HEAD_NORMS else hidden,),
+            name,
+            None,
+            offset=norm_offset,
+        )
+        for name, names in norms.items()
+    ]
     has_bias = {
         "qkv": c.attention_bias,
         "out": c.output_bias,
@@ -66,8 +86,15 @@ def decoder_tensors(
         "down": c.mlp_bias,
     }
     biased = frozenset(name for name, present in has_bias.items() if present)
+    others = [_sinks(c.num_heads)] if c.attention_sinks else []
     for layer in range(c.num_layers):
-        yield from layer_tensors(layer, weights, biased)
+        if (experts := c.experts) and expert_names and layer in experts.layers:
+            weights = expert_weights(c, experts, expert_names)
+            biases = biased | (EXPERT_BIASES if experts.biased else frozenset())
+            vectors = others + expert_vectors(experts, expert_names)
+            yield from layer_tensors(layer, [*attention, *weights, *scales], biases, vectors)
+        else:
+            yield from layer_tensors(layer, [*attention, *dense, *scales], biased, others)
     yield from outer_tensors(c, norm_offset)
 
 
@@ -81,6 +108,12 @@ def forward(step: Step, layers: Sequence[Layer]) -> Tensor:
         if attention is None:
             return step.no_logits()
         x = step.add(x, layer["out"](attention), layer.get("out_norm"))
-        inner = step.gated(layer["gate_up"](layer["mlp_norm"](x)))
-        x = step.add(x, layer["down"](inner), layer.get("down_norm"))
+        x = step.add(x, feed_forward(step, layer, layer["mlp_norm"](x)), layer.get("down_norm"))
     return step.logits(x)
+
+
+def feed_forward(step: Step, layer: Layer, x: Tensor) -> Tensor:
+    """The layer's feed-forward, or its experts."""
+    if experts := layer.get("experts"):
+        return experts(x)
+    return layer["down"](step.gated(layer["gate_up"](x)))

@@ -19,6 +19,7 @@ from engine.cache.kv_cache import KVCache
 from engine.models.architecture import Layer, Op, architecture_of
 from engine.models.config import NO_ROPE, ModelConfig
 from engine.runner.base import Host
+from engine.runner.experts import EXPERT_TENSORS, experts_of
 from engine.runner.layers import DenseProjection, Norm, capped, gated, logits
 from engine.runner.rope import make_ropes, rotate
 from engine.runner.runner import Runner
@@ -39,16 +40,19 @@ class TorchModel:
         self.device, self.dtype = weights["embedding"].device, weights["embedding"].dtype
         self.ropes = make_ropes(config, self.device)
         self._offsets = {s.joined: s.offset for s in architecture_of(config).tensors(config)}
-        self.layers = tuple(self._layer(f"{i}.") for i in range(config.num_layers))
+        self.layers = tuple(self._layer(i) for i in range(config.num_layers))
         self.norm = self._norm("norm")
         self.head = weights.get("head", weights["embedding"])
         self._forward = architecture_of(config).forward
 
-    def _layer(self, prefix: str) -> Layer:
+    def _layer(self, layer: int) -> Layer:
         """Matrices become projections, vectors norms; a bias belongs to its matrix."""
-        ops: dict[str, Op] = {}
+        prefix, ops = f"{layer}.", dict[str, Op]()
+        if experts := experts_of(self.config, self.weights, layer):
+            ops["experts"] = experts
+        others = {prefix + name for name in (*EXPERT_TENSORS, "sinks")}
         for name, tensor in self.weights.items():
-            if not name.startswith(prefix) or name.endswith(".bias"):
+            if not name.startswith(prefix) or name.endswith(".bias") or name in others:
                 continue
             if tensor.dim() == 2:
                 op: Op = DenseProjection(tensor, self.weights.get(f"{name}.bias"))

@@ -20,13 +20,14 @@ from engine.checkpoint import digest
 from engine.checkpoint.digest import file_digests, hash_ranges
 from engine.checkpoint.fingerprint import (
     CONFIG_FIELDS,
+    EXPERT_FIELDS,
     OPTIONAL_FIELDS,
     ROPE_FIELDS,
     config_digest,
     gguf_fingerprint,
 )
 from engine.checkpoint.source import resolve
-from engine.models.config import ModelConfig, RopeScaling, RopeSpec
+from engine.models.config import ExpertSpec, ModelConfig, RopeScaling, RopeSpec
 from tests.support import tiny_gguf
 from tests.support.hf_folder import SHARDS, folder
 from tests.support.paged import tiny_config
@@ -183,7 +184,7 @@ def test_every_field_of_the_configuration_counts() -> None:
     config = tiny_config()
     seen = {config_digest(config)}
     other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v * (1 + 1e-15) + 1e-300}
-    changed = []
+    changed, experts = [], ExpertSpec(8, 2, 32, (1,))
     for name in (*CONFIG_FIELDS, *OPTIONAL_FIELDS):
         value = getattr(config, name)
         if name == "rope_scaling":
@@ -202,10 +203,16 @@ def test_every_field_of_the_configuration_counts() -> None:
                 "activation": "gelu_tanh",
                 "other_ropes": (RopeSpec(5.0),),
                 "layer_ropes": (0, 1),
+                "experts": experts,
             }[name]
             changed.append({name: new})
     specs = (RopeSpec(6.0), RopeSpec(5.0, RopeScaling("linear", 2.0)), RopeSpec(5.0, dim=4))
     changed += [{"other_ropes": (spec,)} for spec in specs]
+    assert set(EXPERT_FIELDS) == {f.name for f in dataclasses.fields(ExpertSpec)}
+    for name in EXPERT_FIELDS:
+        value = getattr(experts, name)
+        new = other[type(value)](value) if type(value) in other else {"layers": (2,)}.get(name, "x")
+        changed.append({"experts": dataclasses.replace(experts, **{name: new})})
     assert {f.name for f in dataclasses.fields(RopeSpec)} == {"theta", "scaling", "dim"}
     for change in changed:
         found = config_digest(dataclasses.replace(config, **change))

@@ -47,6 +47,12 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+Mixtral, Qwen2Moe, Qwen3Moe = (
+    transformers.MixtralConfig,
+    transformers.Qwen2MoeConfig,
+    transformers.Qwen3MoeConfig,
+)
 Llama, Mistral, Qwen2, Qwen3, Gemma2, Gemma3 = (
     transformers.LlamaConfig,
     transformers.MistralConfig,
@@ -84,6 +90,18 @@ MODELS: dict[str, transformers.PretrainedConfig] = {
     "gemma 2": Gemma2(**COMMON, head_dim=16, sliding_window=13, query_pre_attn_scalar=20),
     "gemma 3": Gemma3(
         **COMMON | {"num_hidden_layers": 7}, head_dim=12, sliding_window=13, use_cache=False
+    ),
+    "mixtral, window of 13": Mixtral(**COMMON, num_local_experts=5, sliding_window=13),
+    "qwen2 moe, windows and plain layers": Qwen2Moe(
+        **COMMON | EXPERTS,
+        shared_expert_intermediate_size=56,
+        mlp_only_layers=[1],
+        use_sliding_window=True,
+        sliding_window=13,
+        max_window_layers=1,
+    ),
+    "qwen3 moe, normalised, every second layer": Qwen3Moe(
+        **COMMON | EXPERTS, head_dim=16, norm_topk_prob=True, decoder_sparse_step=2
     ),
 }
 
