@@ -37,11 +37,17 @@ class BackendChoice:
 
 
 def choose_backend(
-    layout: KVLayout, num_heads: int, *, arch: str, flashinfer: str | None
+    layout: KVLayout,
+    num_heads: int,
+    *,
+    arch: str,
+    flashinfer: str | None,
+    sinks: bool = False,
 ) -> BackendChoice:
     """FlashInfer where it is installed and has kernels for the layout; else torch.
 
     `arch` is a GPU's, such as sm90; "": a CPU. `flashinfer` is the installed version, if any.
+    `sinks`: the model has attention sinks.
     """
     if not arch:
         return BackendChoice("torch", "", "on a CPU")
@@ -49,6 +55,8 @@ def choose_backend(
     lacks = ""
     if flashinfer is None:
         lacks = "flashinfer is not installed (install diptych[gpu])"
+    elif sinks:
+        lacks = "the model has attention sinks"
     elif layout.dtype not in _DTYPES:
         lacks = f"flashinfer has no {layout.dtype} kernels"
     elif layout.head_dim not in _HEAD_SIZES:

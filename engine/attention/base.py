@@ -22,8 +22,17 @@ class AttentionBackend(Protocol[P]):
     def plan(self, batch: Batch) -> P:
         """Compute what depends on the batch and not on the layer."""
 
-    def run(self, plan: P, layer: int, q: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
+    def run(
+        self,
+        plan: P,
+        layer: int,
+        q: torch.Tensor,
+        kv_cache: KVCache,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Attention of q [T, num_heads, head_dim], scaled by head_dim ** -0.5; same shape, dtype.
+
+        sinks: one more score for each head [num_heads], which takes a share and has no value.
 
         The K and V of the step's tokens are in the cache already. Query head h reads K/V head
         h // (num_heads // num_kv_heads). Unused positions of a block never affect the result.

@@ -139,9 +139,16 @@ class FlashInferBackend:
         return FlashInferPlan(self._serial, num_decode, tokens, order)
 
     def run(
-        self, plan: FlashInferPlan, layer: int, q: torch.Tensor, kv_cache: KVCache
+        self,
+        plan: FlashInferPlan,
+        layer: int,
+        q: torch.Tensor,
+        kv_cache: KVCache,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of q [T, num_heads, head_dim] over layer `layer`; see AttentionBackend."""
+        if sinks is not None:  # the choice of a backend leaves such models to torch
+            raise ValueError("attention sinks are not computed by FlashInfer here")
         if plan.serial != self._serial:
             raise RuntimeError("this plan is void: the backend has planned another step since")
         kv = kv_cache.layer(layer)

@@ -29,8 +29,13 @@ class GroupedBackend:
         return tuple(backend.plan(batch) for backend in self._backends)
 
     def run(
-        self, plan: tuple[Any, ...], layer: int, q: torch.Tensor, kv_cache: KVCache
+        self,
+        plan: tuple[Any, ...],
+        layer: int,
+        q: torch.Tensor,
+        kv_cache: KVCache,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of q [T, num_heads, head_dim] over layer `layer`; see AttentionBackend."""
         group = self._group_of[layer]
-        return self._backends[group].run(plan[group], layer, q, kv_cache)
+        return self._backends[group].run(plan[group], layer, q, kv_cache, sinks)

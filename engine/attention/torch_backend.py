@@ -209,14 +209,26 @@ class TorchBackend:
         out: _Ints = (part * kvh + np.arange(kvh)[None, :, None]) * num_keys + key
         return out
 
-    def run(self, plan: TorchPlan, layer: int, q: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
+    def run(
+        self,
+        plan: TorchPlan,
+        layer: int,
+        q: torch.Tensor,
+        kv_cache: KVCache,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Attention of q [T, num_heads, head_dim] over layer `layer`; see AttentionBackend."""
-        outputs = [self._run_group(group, layer, q, kv_cache) for group in plan.groups]
+        outputs = [self._run_group(group, layer, q, kv_cache, sinks) for group in plan.groups]
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return joined.index_select(0, plan.order)
 
     def _run_group(
-        self, group: _Group, layer: int, q: torch.Tensor, kv_cache: KVCache
+        self,
+        group: _Group,
+        layer: int,
+        q: torch.Tensor,
+        kv_cache: KVCache,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """[n * m, num_heads, head_dim] in the group's own order."""
         layout, n = self._layout, group.num_rows
@@ -229,13 +241,16 @@ class TorchBackend:
         # [n, m, kvh, g, d] -> [n, kvh, g, m, d]
         heads = q.index_select(0, group.queries).view(n, -1, kvh, self._group, d)
         heads = heads.permute(0, 2, 3, 1, 4)
+        if sinks is not None:  # one a query vector [..., group, m, 1], as the heads are
+            sinks = sinks.float().view(kvh, self._group, 1, 1).expand(-1, -1, heads.shape[3], -1)
         if group.folded:
             folded = heads.reshape(n, kvh, -1, d)
-            out = self._attend(folded, k, v, group.mask, False)
+            sinks = None if sinks is None else sinks.reshape(kvh, -1, 1)
+            out = self._attend(folded, k, v, group.mask, False, sinks)
             out = out.reshape(n, kvh, self._group, -1, d)
         else:
             k, v = (x[0][:, None].expand(-1, self._group, -1, -1) for x in (k, v))
-            out = self._attend(heads[0], k, v, group.mask, group.causal)[None]
+            out = self._attend(heads[0], k, v, group.mask, group.causal, sinks)[None]
         return out.permute(0, 3, 1, 2, 4).reshape(-1, kvh * self._group, d)
 
     def _attend(
@@ -245,16 +260,24 @@ class TorchBackend:
         v: torch.Tensor,
         mask: torch.Tensor | None,
         causal: bool,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Softmax of the scores of q with k, times v; [..., m, head_dim], in q's dtype."""
+        """Softmax of the scores of q with k, times v; [..., m, head_dim], in q's dtype.
+
+        sinks: [..., m, 1] scores that only take a share.
+        """
         softcap, scale = self._spec.softcap, self._spec.scale or q.shape[-1] ** -0.5
-        if not softcap:
+        if not softcap and sinks is None:
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal, scale=self._spec.scale or None
             )
         scores = q.float() @ k.float().transpose(-1, -2) * scale
-        scores = softcap * torch.tanh(scores / softcap)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
         if causal:
             mask = torch.full_like(scores, float("-inf")).triu(1)
-        weights = torch.softmax(scores if mask is None else scores + mask, -1)
+        scores = scores if mask is None else scores + mask
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.expand(*scores.shape[:-1], 1)), -1)
+        weights = torch.softmax(scores, -1)[..., : k.shape[-2]]
         return (weights @ v.float()).to(q.dtype)

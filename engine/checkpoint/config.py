@@ -26,7 +26,7 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     raw = ConfigReader(read_json(path), path)
     architecture = _architecture(raw)
-    if method := raw.get("quantization_config"):
+    if (method := raw.get("quantization_config")) and not _is_read(method, architecture):
         right = "use unquantised weights or a .gguf file"
         raise raw.refuse("quantization_config", method, right)
     config = architecture.read_config(raw)
@@ -40,6 +40,11 @@ def read_config(folder: Path) -> ModelConfig:
         bos_token_id=next(iter(first), None),
         eos_token_ids=eos_token_ids(folder, named, config.vocab_size),
     )
+
+
+def _is_read(quantisation: object, architecture: Architecture) -> bool:
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    return method in architecture.quantisations
 
 
 def _architecture(raw: ConfigReader) -> Architecture:

@@ -38,7 +38,7 @@ _ROPE_OPTIONAL = ("rotary_dim", "other_ropes", "layer_ropes")
 OPTIONAL_FIELDS = (
     *("layer_windows", "attention_scale", "attention_softcap", "activation", "embedding_scale"),
     *("residual_scale", "logit_scale", "logit_softcap", *_ROPE_OPTIONAL),
-    *("experts", "attention_sinks"),
+    *("experts", "attention_sinks", "head_norms"),
 )
 EXPERT_FIELDS = (
     *("number", "per_token", "width", "layers", "scoring", "normalise", "scale", "corrected"),

@@ -110,6 +110,9 @@ class Architecture:
     gguf: str = ""  # a GGUF file's general.architecture; "": such files are not read
     gguf_keys: Callable[[GGUFMetadata], dict[str, Any]] = no_keys  # beside the shared ones
     native: bool = True  # decoder.c computes this forward pass, where it knows all tensors
+    quantisations: tuple[str, ...] = ()  # `quant_method` of files in Hugging Face layout
+    # Hugging Face names of tensors that files have and the forward pass does not use
+    left_out: Callable[[ModelConfig, str], bool] = lambda config, name: False
 
 
 @cache
@@ -179,7 +182,7 @@ def _named(w: TensorSpec, kind: str, shape: tuple[int, ...]) -> TensorSpec:
         return w
     if w.fused:
         fused = replace(w.fused, hf_name=f"{w.fused.hf_name}_{kind}", transposed=False)
-        w = replace(w, fused=fused, exact=False)
+        w = replace(w, fused=fused)
     axis = 0 if w.shard_axis == 0 else None  # outputs that every rank adds up have one bias
     name, joined = f"{w.name}.bias", f"{w.joined}.bias"
     return replace(w, name=name, joined=joined, shape=shape, shard_axis=axis)

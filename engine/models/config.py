@@ -117,6 +117,7 @@ class ModelConfig:
     layer_ropes: tuple[int, ...] = ()  # one a layer, or NO_ROPE; (): all use table 0
     experts: ExpertSpec | None = None
     attention_sinks: bool = False  # each head has one more score, of no position
+    head_norms: bool = False  # q and k are normalised by head, where checkpoints may differ in it
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 

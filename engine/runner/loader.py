@@ -7,15 +7,18 @@ the right shape.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.base.errors import CheckpointError
-from engine.models.architecture import architecture_of
+from engine.checkpoint.fused import BLOCKS, SCALES, cut, dequantise_mxfp4, fused_tensors
+from engine.models.architecture import TensorSpec, architecture_of
 from engine.models.config import ModelConfig
 from engine.runner.torch_model import TorchModel
 from engine.telemetry.progress import Bar, bar
@@ -56,22 +59,60 @@ def _fill(place: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
     place.copy_(tensor)
 
 
-def _load_shard(
-    path: Path, config: ModelConfig, places: _Tensors, filled: dict[str, Path], shown: Bar
-) -> None:
-    """Copy a shard's tensors to their places and note in `filled` where they came from."""
-    with safe_open(path, framework="pt") as shard:
-        for name in shard.offset_keys():
-            tied = config.tie_word_embeddings and name == "lm_head.weight"
-            if tied or name.endswith(_IGNORED):
-                continue
-            if name not in places:
-                raise CheckpointError(f"unexpected tensor {name} in a {config.architecture}")
-            if name in filled:
-                raise CheckpointError(f"tensor {name} is in {filled[name]} already")
-            _fill(places[name], name, shard.get_tensor(name))
-            filled[name] = path
-            shown.update()
+@dataclass(slots=True)
+class _Loading:
+    """An empty model's tensors, which are filled from one shard after another."""
+
+    config: ModelConfig
+    places: _Tensors
+    shown: Bar
+    fused: Mapping[str, list[TensorSpec]]
+    filled: dict[str, Path] = field(default_factory=dict)
+    halves: _Tensors = field(default_factory=dict)  # blocks without scales, or the other way round
+
+    def load(self, path: Path) -> None:
+        """Copy a shard's tensors to their places and note in `filled` where they came from."""
+        tied = self.config.tie_word_embeddings
+        left_out = architecture_of(self.config).left_out
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.offset_keys():
+                if (tied and name == "lm_head.weight") or name.endswith(_IGNORED):
+                    continue
+                if left_out(self.config, name):
+                    continue
+                for target, tensor in self._named(name, shard):
+                    if target in self.filled:
+                        raise CheckpointError(
+                            f"tensor {target} is in {self.filled[target]} already"
+                        )
+                    _fill(self.places[target], target, tensor)
+                    self.filled[target] = path
+                    self.shown.update()
+
+    def _named(self, name: str, shard: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of the list that a tensor of a file gives, and their names."""
+        if name in self.places:
+            yield name, shard.get_tensor(name)
+        elif name in self.fused:
+            whole = shard.get_tensor(name)
+            for spec in self.fused[name]:
+                if spec.fused is not None:
+                    yield spec.hf_name, cut(whole, spec.fused)
+        elif name.endswith((BLOCKS, SCALES)) and name.rpartition("_")[0] in self.fused:
+            self.halves[name] = shard.get_tensor(name)
+            yield from self._dequantised(name.rpartition("_")[0])
+        else:
+            raise CheckpointError(f"unexpected tensor {name} in a {self.config.architecture}")
+
+    def _dequantised(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """MXFP4, once both of its tensors are there."""
+        if name + BLOCKS not in self.halves or name + SCALES not in self.halves:
+            return
+        halves = [self.halves.pop(name + suffix).numpy() for suffix in (BLOCKS, SCALES)]
+        for spec in self.fused[name]:
+            if spec.fused is not None:
+                parts = (cut(half, spec.fused, quantised=True) for half in halves)
+                yield spec.hf_name, torch.from_numpy(dequantise_mxfp4(*parts))
 
 
 def load_model(
@@ -86,11 +127,11 @@ def load_model(
     `progress` shows how far it is on standard error.
     """
     joined, places = _allocate(config, dtype, device)
-    filled: dict[str, Path] = {}
     with bar(total=len(places), desc="Loading weights", unit="tensor", show=progress) as shown:
+        loading = _Loading(config, places, shown, fused_tensors(config))
         for path in shard_paths:
             try:
-                _load_shard(path, config, places, filled, shown)
+                loading.load(path)
             except CheckpointError as error:
                 raise CheckpointError(f"{path}: {error.message}") from None
             except FileNotFoundError:
@@ -99,7 +140,7 @@ def load_model(
                 raise CheckpointError(
                     f"{path}: not a readable safetensors file ({error})"
                 ) from None
-    missing = [name for name in places if name not in filled]
+    missing = [name for name in places if name not in loading.filled]
     if missing:
         files = ", ".join(str(path) for path in shard_paths) or "no files"
         raise CheckpointError(f"{files}: tensor {missing[0]} is missing ({len(missing)} in all)")

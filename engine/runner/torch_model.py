@@ -126,7 +126,8 @@ class _Step:
         self._kv_cache.write(layer, batch.blocks, batch.offsets, k, v)
         if layer == self._model.config.num_layers - 1 and batch.num_logits == 0:
             return None
-        return self._backend.run(self._plan, layer, q, self._kv_cache).flatten(1)
+        sinks = self._model.weights.get(f"{layer}.sinks")
+        return self._backend.run(self._plan, layer, q, self._kv_cache, sinks).flatten(1)
 
     def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
         return gated(gate_up, self._model.config.activation)

@@ -176,7 +176,8 @@ class Loader:
         layout = layout_of(config, self.cache, self.dtype)
         arch = self.device.arch
         found = flashinfer_version() if arch else None
-        return choose_backend(layout, config.num_heads, arch=arch, flashinfer=found)
+        sinks = config.attention_sinks
+        return choose_backend(layout, config.num_heads, arch=arch, flashinfer=found, sinks=sinks)
 
     def _kernels(self, config: ModelConfig) -> Kernels | None:
         on_gpu = self.device.on_gpu

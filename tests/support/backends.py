@@ -21,7 +21,10 @@ def select_backend(kv_cache: KVCache, config: ModelConfig) -> AttentionBackend[A
         major, minor = torch.cuda.get_device_capability(kv_cache.device)
         arch = f"sm{major}{minor}"
     found = flashinfer_version()
-    choice = choose_backend(kv_cache.layout, config.num_heads, arch=arch, flashinfer=found)
+    sinks = config.attention_sinks
+    choice = choose_backend(
+        kv_cache.layout, config.num_heads, arch=arch, flashinfer=found, sinks=sinks
+    )
     return make_backend(choice, kv_cache, config)
 
 

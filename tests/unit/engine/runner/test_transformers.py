@@ -48,10 +48,12 @@ YARN = {
     "original_max_position_embeddings": 64,
 }
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
-Mixtral, Qwen2Moe, Qwen3Moe = (
+Mixtral, Qwen2Moe, Qwen3Moe, GptOss, Glm4Moe = (
     transformers.MixtralConfig,
     transformers.Qwen2MoeConfig,
     transformers.Qwen3MoeConfig,
+    transformers.GptOssConfig,
+    transformers.Glm4MoeConfig,
 )
 Llama, Mistral, Qwen2, Qwen3, Gemma2, Gemma3 = (
     transformers.LlamaConfig,
@@ -103,6 +105,37 @@ MODELS: dict[str, transformers.PretrainedConfig] = {
     "qwen3 moe, normalised, every second layer": Qwen3Moe(
         **COMMON | EXPERTS, head_dim=16, norm_topk_prob=True, decoder_sparse_step=2
     ),
+    "gpt-oss": GptOss(
+        **COMMON,
+        head_dim=16,
+        num_local_experts=5,
+        num_experts_per_tok=3,
+        sliding_window=13,
+        swiglu_limit=0.7,
+    ),
+    "glm-4.5, groups": Glm4Moe(
+        **COMMON,
+        head_dim=16,
+        attention_bias=True,
+        use_qk_norm=True,
+        moe_intermediate_size=40,
+        n_routed_experts=12,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.5,
+        num_nextn_predict_layers=0,
+    ),
+    "glm-4.5, one group, no norms of heads": Glm4Moe(
+        **COMMON,
+        head_dim=16,
+        moe_intermediate_size=40,
+        n_routed_experts=5,
+        n_shared_experts=2,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        num_nextn_predict_layers=0,
+    ),
 }
 
 
@@ -124,6 +157,9 @@ def pair(
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
+        for name, buffer in reference.named_buffers():
+            if "correction" in name:
+                buffer.normal_(0.0, 0.15)
     folder = tmp_path_factory.mktemp("model")
     reference.save_pretrained(folder, max_shard_size="40KB")
     shards = find_shards(folder)
