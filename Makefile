@@ -22,8 +22,8 @@ echo "setup: no Python 3 runs here; Debian, Ubuntu: apt-get install python3 pyth
 exit 2
 endef
 
-.PHONY: demo serve test faults chaos fuzz ecosystem conformance lint protos bench bench-peers clean \
-        setup-run setup-dev setup-bench
+.PHONY: demo serve test test-models faults chaos fuzz ecosystem conformance lint protos bench \
+        bench-peers clean setup-run setup-dev setup-bench
 
 demo: setup-run
 	$(BIN)/python -m coordinator.commands.demo
@@ -40,6 +40,11 @@ else
 	@$(BIN)/python -m compileall -q $(SOURCES)
 	@JOBS=$(JOBS) $(BIN)/python -m tests.support.parts $(PYTEST_ARGS)
 endif
+
+# Real models and tokenizers, which are downloaded into the cache once: make test-models [TESTS=...]
+test-models: TESTS ?= tests/models
+test-models: setup-dev
+	$(PYTEST) --junitxml=build/junit/models.xml $(TESTS) $(PYTEST_ARGS)
 
 # The fault suite at its full length. FULL= gives the shortened form.
 faults: FULL ?= --full

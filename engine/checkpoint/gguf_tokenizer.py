@@ -1,9 +1,7 @@
 """GGUF metadata -> `tokenizer.json` and `tokenizer_config.json`.
 
 A GGUF file holds the vocabulary and, for byte-level BPE, the merges, but only the *name* of the
-pre-tokenizer (`tokenizer.ggml.pre`). The expressions for those names are taken from the models'
-tokenizers. An unknown name is refused: a wrong split of digits or spaces would silently give other
-token ids and worse outputs.
+pre-tokenizer (gguf_pretokenizers.py).
 
 Some converters give control tokens the type NORMAL, and a prompt would then spell `<|im_start|>` in
 letters. A NORMAL token counts as a control token if the metadata give it a role, or if only control
@@ -20,6 +18,7 @@ from typing import Any
 
 from engine.base.errors import CheckpointError
 from engine.checkpoint.added_tokens import END_OF_TURN, FLAGS
+from engine.checkpoint.gguf_pretokenizers import PRE_TOKENIZERS, byte_level
 
 _Json = dict[str, Any]
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token types of the format
@@ -34,51 +33,8 @@ _TURNS = END_OF_TURN | {
     *("<s>", "<bos>", "<|begin_of_text|>", "<|user|>", "<|assistant|>", "<|system|>"),
     *("<pad>", "<unk>"),
 }
+_PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 _SPACE = "\u2581"  # how SentencePiece writes a space
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
-    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# llama.cpp's own choice for files that name no pre-tokenizer
-_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
-
-
-def _byte_level(use_regex: bool) -> _Json:
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": use_regex,
-    }
-
-
-def _split(*patterns: str) -> list[_Json]:
-    """Cut at every match of each expression in turn, then map bytes to characters."""
-    steps: list[_Json] = [
-        {"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}
-        for p in patterns
-    ]
-    return [*steps, _byte_level(False)]
-
-
-_DIGITS = [{"type": "Digits", "individual_digits": True}, _byte_level(True)]
-_LLAMA3, _QWEN2 = _split(_WORDS.format(digits="{1,3}")), _split(_WORDS.format(digits=""))
-# name -> (pre-tokenizers, normalizer, ignore_merges, add a BOS by default)
-_PRE: dict[str, tuple[list[_Json], str | None, bool, bool]] = {
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (_DIGITS, None, False, False)),
-    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo"), ([_byte_level(True)], None, False, False)),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (_LLAMA3, None, True, True)),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (_QWEN2, "NFC", False, False)),
-    "tekken": (_split(_TEKKEN), None, True, True),
-    "default": (_split(*_DEFAULT), None, False, False),
-}
 
 
 def tokenizer_files(meta: Mapping[str, Any], path: Path) -> dict[str, _Json]:
@@ -89,6 +45,9 @@ def tokenizer_files(meta: Mapping[str, Any], path: Path) -> dict[str, _Json]:
     tokens: list[str] = meta.get("tokenizer.ggml.tokens") or []
     check_tokenizer(meta, len(tokens), path)
     types: list[int] = meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    is_byte_level = meta.get("tokenizer.ggml.model") == "gpt2"
+    if not is_byte_level:
+        tokens = _marked_spaces(tokens, types)
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens) or len(types) != len(tokens):
         raise CheckpointError(f"{path}: tokenizer.ggml.tokens has duplicates or lacks types")
@@ -98,7 +57,7 @@ def tokenizer_files(meta: Mapping[str, Any], path: Path) -> dict[str, _Json]:
             raise CheckpointError(f"{path}: tokenizer.ggml.{role}_token_id names no token")
     typed, types = types, _typed(meta, tokens, types)
     by_name = [token for token, old, new in zip(tokens, typed, types, strict=True) if old != new]
-    if meta.get("tokenizer.ggml.model") == "gpt2":
+    if is_byte_level:
         body, bos = _byte_level_bpe(meta, vocab, path)
     else:
         body, bos = _sentencepiece(meta, vocab, types, path)
@@ -106,11 +65,7 @@ def tokenizer_files(meta: Mapping[str, Any], path: Path) -> dict[str, _Json]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            _added(i, tokens[i], special=t != _USER_DEFINED)
-            for i, t in enumerate(types)
-            if t in (_UNKNOWN, _CONTROL, _USER_DEFINED)
-        ],
+        "added_tokens": _added_tokens(meta, tokens, types),
         **body,
         "post_processor": _template(meta, tokens, add_bos=bos),
     }
@@ -128,10 +83,22 @@ def check_tokenizer(meta: Mapping[str, Any], num_tokens: int, path: Path) -> Non
         raise CheckpointError(
             f"{path}: tokenizer.ggml.model {model!r} is not supported; known are 'gpt2' and 'llama'"
         )
-    if model == "gpt2" and (pre := _pre(meta)) not in _PRE:
+    if model == "gpt2" and (pre := _pre(meta)) not in PRE_TOKENIZERS:
         raise CheckpointError(
-            f"{path}: tokenizer.ggml.pre {pre!r} is not known; known are {', '.join(sorted(_PRE))}"
+            f"{path}: tokenizer.ggml.pre {pre!r} is not known; "
+            f"known are {', '.join(sorted(PRE_TOKENIZERS))}"
         )
+
+
+def _marked_spaces(tokens: list[str], types: list[int]) -> list[str]:
+    """Runs of spaces with SentencePiece's mark: llama.cpp's converter spells them with spaces."""
+    known = set(tokens)
+    return [
+        _SPACE * len(token)
+        if t == _USER_DEFINED and token.strip(" ") == "" and _SPACE * len(token) not in known
+        else token
+        for token, t in zip(tokens, types, strict=False)
+    ] + tokens[len(types) :]
 
 
 def _pre(meta: Mapping[str, Any]) -> Any:
@@ -178,14 +145,15 @@ def _byte_level_bpe(
     merges: list[str] = meta.get("tokenizer.ggml.merges") or []
     if not merges:
         raise CheckpointError(f"{path}: tokenizer.ggml.merges is missing")
-    steps, normalizer, ignore_merges, add_bos = _PRE[_pre(meta)]
+    pre = PRE_TOKENIZERS[_pre(meta)]
+    pairs = [merge.split(" ", 1) for merge in merges]
     body = {
-        "normalizer": {"type": normalizer} if normalizer else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "decoder": {**_byte_level(True), "add_prefix_space": True},
-        "model": _bpe(vocab, [m.split(" ", 1) for m in merges], ignore_merges=ignore_merges),
+        "normalizer": {"type": pre.normalizer} if pre.normalizer else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre.steps},
+        "decoder": {**byte_level(True), "add_prefix_space": True},
+        "model": _bpe(vocab, pairs, ignore_merges=pre.ignore_merges),
     }
-    return body, add_bos
+    return body, pre.add_bos
 
 
 def _sentencepiece(
@@ -221,14 +189,27 @@ def _merges(vocab: dict[str, int], scores: list[float], types: list[int]) -> lis
     """Every way to make a normal piece of two others, best score first, as SentencePiece merges
     them.
     """
-    normal = {piece for piece, i in vocab.items() if types[i] == 1}
+    normal = {piece for piece, i in vocab.items() if types[i] == _NORMAL}
+    # Runs of one character, which are whole pieces wherever they stand: the longest first.
+    runs = {piece for piece, i in vocab.items() if types[i] == _USER_DEFINED and _is_run(piece)}
+    known = runs | {piece for piece in normal if len(piece) == 1}
+    first = [
+        (-cut, cut - len(piece), piece[:cut], piece[cut:])
+        for piece in runs
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    ]
     found = [
         (-scores[vocab[piece]], -cut, piece[:cut], piece[cut:])  # a longer left part goes first
         for piece in normal
         for cut in range(1, len(piece))
         if piece[:cut] in normal and piece[cut:] in normal
     ]
-    return [[left, right] for _, _, left, right in sorted(found)]
+    return [[left, right] for _, _, left, right in (*sorted(first), *sorted(found))]
+
+
+def _is_run(piece: str) -> bool:
+    return len(piece) > 1 and len(set(piece)) == 1 and piece[0] in f"{_SPACE}\n\t\r"
 
 
 def _bpe(
@@ -252,9 +233,22 @@ def _bpe(
     }
 
 
-def _added(token_id: int, content: str, *, special: bool) -> _Json:
-    flags = dict.fromkeys(FLAGS, False) | {"special": special}
-    return {"id": token_id, "content": content, **flags}
+def _added_tokens(meta: Mapping[str, Any], tokens: list[str], types: list[int]) -> list[_Json]:
+    """The tokens that are found in a text before it is cut and merged.
+
+    Control tokens of Phi-3's SentencePiece vocabulary take the spaces behind them; no key of the
+    file states it.
+    """
+    keys = ("general.architecture", "tokenizer.ggml.model")
+    is_phi3 = [meta.get(key) for key in keys] == ["phi3", "llama"]
+    out = []
+    for i, t in enumerate(types):
+        if t in (_UNKNOWN, _CONTROL, _USER_DEFINED):
+            special = t != _USER_DEFINED
+            strip = is_phi3 and special and tokens[i] not in _PHI3_PLAIN
+            flags = dict.fromkeys(FLAGS, False) | {"special": special, "rstrip": strip}
+            out.append({"id": i, "content": tokens[i], **flags})
+    return out
 
 
 def _template(meta: Mapping[str, Any], tokens: list[str], *, add_bos: bool) -> _Json | None:

@@ -62,7 +62,37 @@ def test_named_splits(pre: str, expected: list[str]) -> None:
     assert found == joined
 
 
-@pytest.mark.parametrize(("pre", "name"), [("qwen2", "Qwen2Tokenizer"), ("gpt-2", "GPT2Tokenizer")])
+# Of a text with what the families treat differently: case, apostrophes, digits, scripts, slashes.
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("gpt-2 olmo", "DoIt|'|S| 12345| 你好ab| (|x|)/|\n"),
+        ("refact starcoder command-r", "DoIt|'|S| |1|2|3|4|5| 你好ab| (|x|)/|\n"),
+        ("llama-bpe dbrx smaug-bpe glm4 chatglm-bpe", "DoIt|'S| |123|45| 你好ab| (|x|)/\n"),
+        ("qwen2 qwen35", "DoIt|'S| |1|2|3|4|5| 你好ab| (|x|)/\n"),
+        ("gpt-4o minimax-m2", "Do|It'S| |123|45| 你好ab| (|x|)/\n"),
+        ("tekken", "Do|It|'S| |1|2|3|4|5| 你好ab| (|x|)/\n"),
+        ("kimi-k2", "Do|It'S| |123|45| |你好|ab| (|x|)/\n"),
+        ("deepseek-llm deepseek-coder", "DoIt|'|S| |1|2|3|4|5| |你好|ab| (|x|)/|\n"),
+        ("deepseek-v3", "DoIt|'S| |123|45| |你好|ab| (|x|)/\n"),
+    ],
+)
+def test_families_cut_differently(names: str, expected: str) -> None:
+    text = expected.replace("|", "")
+    for pre in names.split():
+        pieces = byte_level(pre).pre_tokenizer.pre_tokenize_str(text)
+        assert "|".join(text[first:end] for _, (first, end) in pieces) == expected, pre
+
+
+@pytest.mark.parametrize(
+    ("pre", "name"),
+    [
+        ("qwen2", "Qwen2Tokenizer"),
+        ("qwen35", "Qwen3_5Tokenizer"),
+        ("gpt-2", "GPT2Tokenizer"),
+        ("command-r", "CohereTokenizer"),
+    ],
+)
 def test_splits_equal_transformers(pre: str, name: str) -> None:
     import transformers
 
@@ -157,6 +187,43 @@ def test_sentencepiece_equals_its_rule(seed: int) -> None:
 def test_control_tokens_in_text_are_read_as_such() -> None:
     tokenizer = make(spm_meta(spm_pieces(0)))
     assert tokenizer.encode("a</s>b").ids.count(2) == 1
+
+
+def test_runs_of_spaces_are_pieces_as_gemma_has_them() -> None:
+    """The converter spells the marks of user-defined pieces as spaces; text gives them too."""
+    pieces = {"\u2581": -1.0, "a": -2.0, "\u2581a": -3.0, "  ": -9.0, "   ": -9.0, "\n\n": -9.0}
+    meta = spm_meta(pieces) | {"tokenizer.ggml.add_space_prefix": False}
+    meta["tokenizer.ggml.token_type"][-3:] = [4, 4, 4]
+    tokenizer = make(meta)
+    two, three, lines = (259 + i for i in (3, 4, 5))
+    a, mark, spaced = (meta["tokenizer.ggml.tokens"].index(t) for t in ("a", "\u2581", "\u2581a"))
+    cases = {
+        "a": [a],
+        " a": [spaced],
+        "  a": [two, a],
+        "a    a": [a, three, spaced],
+        "a\n\n\u2581\u2581a": [a, lines, two, a],
+        "     ": [three, two],
+        " ": [mark],
+    }
+    for text, expected in cases.items():
+        assert tokenizer.encode(text).ids == [1, *expected], text
+        assert tokenizer.decode(expected) == text.replace("\u2581", " ")
+
+
+def test_control_tokens_of_phi3_take_the_spaces_behind_them() -> None:
+    pieces = {"\u2581": -1.0, "a": -2.0, "\u2581a": -3.0, "<|end|>": 0.0}
+    meta = spm_meta(pieces) | {"general.architecture": "phi3"}
+    meta["tokenizer.ggml.token_type"][-1] = 3
+    spaced, end = 261, 262
+
+    def ids(text: str) -> list[int]:
+        return make(meta).encode(text, add_special_tokens=False).ids
+
+    assert ids("a<|end|>\n a") == [spaced, end, spaced]
+    assert ids("a<s> a") == [spaced, 1, 259, spaced]
+    meta["general.architecture"] = "llama"
+    assert ids("a<|end|>\n a") == [spaced, end, 259, 3 + 10, spaced]
 
 
 def special(meta: dict[str, Any]) -> set[str]:
