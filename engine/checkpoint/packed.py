@@ -9,9 +9,11 @@ Each (checkpoint, choice) is one entry of the cache (kept.py). Torch is not need
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.base.errors import CheckpointError
+from engine.checkpoint.fused import entry_array, expert_tensors, floats
 from engine.checkpoint.gguf_weights import PackedTensor, cast
 from engine.checkpoint.kept import kept
 from engine.checkpoint.packing import (
@@ -69,13 +72,26 @@ def _tensors(checkpoint: Checkpoint) -> Mapping[str, _Tensor]:
         return {t.name: _of_gguf(path, t) for t in packed}
     from engine.checkpoint.source import weights
 
-    found: dict[str, _Tensor] = {}
+    entries: dict[str, TensorEntry] = {}
     for entry in chain.from_iterable(map(read_header, weights(checkpoint, "bfloat16"))):
-        if entry.name in found:
-            other = found[entry.name].path
+        if entry.name in entries:
+            other = entries[entry.name].path
             raise CheckpointError(f"{entry.path}: tensor {entry.name} is in {other} already")
-        found[entry.name] = _of_entry(entry)
-    return found
+        entries[entry.name] = entry
+    experts = {
+        spec.hf_name: _Tensor(path, spec.shape, "", _no_rows, partial(_some, read))
+        for spec, path, read in expert_tensors(entries, checkpoint.config)
+    }
+    return {name: _of_entry(entry) for name, entry in entries.items()} | experts
+
+
+def _some(read: Callable[[], Floats], first: int, end: int) -> Floats:
+    """Rows of an expert's tensor, which is small enough to be read whole."""
+    return read()[first:end]
+
+
+def _no_rows() -> Bytes:
+    return np.empty((0, 0), np.uint8)
 
 
 def _of_gguf(path: Path, t: PackedTensor) -> _Tensor:
@@ -90,20 +106,15 @@ def _of_gguf(path: Path, t: PackedTensor) -> _Tensor:
 
 
 def _of_entry(entry: TensorEntry) -> _Tensor:
-    kinds = {"BF16": np.uint16, "F32": np.float32, "F16": np.float16}
-
     def values(first: int, end: int) -> Floats:
-        if entry.dtype not in kinds:
+        if entry.dtype == "U8":
             raise CheckpointError(
-                f"{entry.path}: tensor {entry.name} has type {entry.dtype}, expected plain floats"
+                f"{entry.path}: tensor {entry.name} has type U8, expected plain floats"
             )
-        raw = np.memmap(entry.path, np.uint8, "r", entry.offset, (entry.num_bytes,))
-        rows = raw.view(kinds[entry.dtype]).reshape(-1, entry.shape[-1])[first:end]
-        if entry.dtype == "BF16":
-            return (rows.astype(np.uint32) << 16).view(np.float32)
-        return rows.astype(np.float32)
+        rows = entry_array(entry).reshape(-1, entry.shape[-1])[first:end]
+        return floats(rows, entry.dtype)
 
-    return _Tensor(entry.path, entry.shape, "", lambda: np.empty((0, 0), np.uint8), values)
+    return _Tensor(entry.path, entry.shape, "", _no_rows, values)
 
 
 # -- what a model consists of ----------------------------------------------------------------------
@@ -124,13 +135,22 @@ class _Joined:
     def columns(self) -> int:
         return self.parts[0].shape[1]
 
+    @property
+    def is_packed(self) -> bool:
+        return len(self.parts[0].shape) == 2 and not self.parts[0].exact
+
+    @property
+    def numbers(self) -> int:
+        """How many there are, where they are not packed."""
+        return sum(math.prod(part.shape) for part in self.parts)
+
 
 def _joined(config: ModelConfig) -> tuple[list[_Joined], list[_Joined]]:
-    """(matrices, vectors) in the order of the architecture's list."""
+    """(matrices, vectors and what else is fp32) in the order of the architecture's list."""
     specs = architecture_of(config).tensors(config)
     groups = [_Joined(name, tuple(parts)) for name, parts in groupby(specs, lambda s: s.joined)]
-    matrices = [group for group in groups if len(group.parts[0].shape) == 2]
-    return matrices, [group for group in groups if len(group.parts[0].shape) == 1]
+    matrices = [group for group in groups if group.is_packed]
+    return matrices, [group for group in groups if not group.is_packed]
 
 
 def _check(source: Mapping[str, _Tensor], checkpoint: Checkpoint) -> None:
@@ -144,6 +164,8 @@ def _check(source: Mapping[str, _Tensor], checkpoint: Checkpoint) -> None:
     for name, tensor in source.items():
         follows = name.endswith("rotary_emb.inv_freq")
         if follows or (name == "lm_head.weight" and config.tie_word_embeddings):
+            continue
+        if architecture_of(config).left_out(config, name):
             continue
         if name not in shapes:
             raise CheckpointError(
@@ -220,7 +242,7 @@ def _write(path: Path, checkpoint: Checkpoint, choice: str) -> None:
     for m in matrices:
         runs = _runs(m, kinds[m.name])
         header.append((entry_name(m.name, runs), "U8", entry_shape(runs, m.columns)))
-    header += [(v.name, "F32", (v.rows,)) for v in vectors]
+    header += [(v.name, "F32", (v.numbers,)) for v in vectors]
 
     def arrays() -> Iterator[npt.NDArray[Any]]:
         title = f"Packing {checkpoint.name} ({choice})"
@@ -229,7 +251,8 @@ def _write(path: Path, checkpoint: Checkpoint, choice: str) -> None:
                 yield from _packed(source[part.hf_name], kind)  # whole groups: kernels/decoder.py
         for vector in vectors:
             for part in vector.parts:
-                yield source[part.hf_name].values(0, 1) + np.float32(part.offset)
+                rows = part.shape[0] if part.exact else 1
+                yield source[part.hf_name].values(0, rows) + np.float32(part.offset)
 
     write_shard(path, header, (np.ascontiguousarray(a).data.cast("B") for a in arrays()))
 
@@ -267,7 +290,7 @@ def read_packed(path: Path, config: ModelConfig) -> PackedWeights:
         data = raw(entry_name(m.name, parts), "U8", entry_shape(parts, m.columns))
         found[m.name] = tuple(_cut(data, parts, m.columns))
     return PackedWeights(
-        found, {v.name: raw(v.name, "F32", (v.rows,)).view(np.float32) for v in vectors}
+        found, {v.name: raw(v.name, "F32", (v.numbers,)).view(np.float32) for v in vectors}
     )
 
 

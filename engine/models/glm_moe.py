@@ -64,7 +64,5 @@ def _left_out(c: ModelConfig, name: str) -> bool:
 
 
 ARCHITECTURES = (
-    Architecture(
-        _NAME, "glm4_moe", _read_config, _tensors, forward, native=False, left_out=_left_out
-    ),
+    Architecture(_NAME, "glm4_moe", _read_config, _tensors, forward, left_out=_left_out),
 )

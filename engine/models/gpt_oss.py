@@ -76,7 +76,6 @@ ARCHITECTURES = (
         _read_config,
         _tensors,
         forward,
-        native=False,
         quantisations=("mxfp4",),
     ),
 )

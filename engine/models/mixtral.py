@@ -37,4 +37,4 @@ def _tensors(c: ModelConfig) -> Iterator[TensorSpec]:
     return decoder_tensors(c, permuted_heads=True, expert_names=_NAMES)
 
 
-ARCHITECTURES = (Architecture(_NAME, "mixtral", _read_config, _tensors, forward, native=False),)
+ARCHITECTURES = (Architecture(_NAME, "mixtral", _read_config, _tensors, forward),)

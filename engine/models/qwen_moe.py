@@ -82,6 +82,6 @@ def _tensors(c: ModelConfig) -> Iterator[TensorSpec]:
 
 
 ARCHITECTURES = (
-    Architecture(QWEN2, "qwen2_moe", _read_qwen2, _tensors, forward, native=False),
-    Architecture(QWEN3, "qwen3_moe", _read_qwen3, _tensors, forward, native=False),
+    Architecture(QWEN2, "qwen2_moe", _read_qwen2, _tensors, forward),
+    Architecture(QWEN3, "qwen3_moe", _read_qwen3, _tensors, forward),
 )
