@@ -16,6 +16,10 @@ from engine.checkpoint.jsonfile import read_json
 from engine.models.architecture import Architecture, architectures
 from engine.models.config import ConfigReader, ModelConfig
 
+# Keys of a wrapper that hold for its text model.
+_OUTER_KEYS = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "quantization_config")
+_READ_BOTH_WAYS = ("PaliGemmaForConditionalGeneration",)
+
 
 def read_config(folder: Path) -> ModelConfig:
     """The configuration of a folder in Hugging Face layout.
@@ -24,7 +28,8 @@ def read_config(folder: Path) -> ModelConfig:
     Raises CheckpointError naming the file and the key that is missing or not supported.
     """
     path = folder / "config.json"
-    raw = ConfigReader(read_json(path), path)
+    raw, wrapper = _text_model(ConfigReader(read_json(path), path))
+    _refuse_latent(raw)
     architecture = _architecture(raw)
     if (method := raw.get("quantization_config")) and not _is_read(method, architecture):
         right = "use unquantised weights or a .gguf file"
@@ -37,6 +42,7 @@ def read_config(folder: Path) -> ModelConfig:
     first = [i for data in (tokens, raw.data) for i in _ids(data, "bos_token_id", raw)]
     return dataclasses.replace(
         config,
+        wrapper=wrapper,
         bos_token_id=next(iter(first), None),
         eos_token_ids=eos_token_ids(folder, named, config.vocab_size),
     )
@@ -45,6 +51,36 @@ def read_config(folder: Path) -> ModelConfig:
 def _is_read(quantisation: object, architecture: Architecture) -> bool:
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
     return method in architecture.quantisations
+
+
+def _text_model(raw: ConfigReader) -> tuple[ConfigReader, str]:
+    """The keys of the text model, and the name of the wrapper that they are a part of, or "".
+
+    A wrapper also reads pictures or sound. Its own keys for tokens, and for the head being the
+    embedding, take precedence.
+    """
+    text, name = raw.get("text_config"), _name(raw)
+    if not isinstance(text, dict) or name in {a.name for a in architectures()}:
+        return raw, ""
+    if name in _READ_BOTH_WAYS:
+        raise raw.refuse("architecture", name, "its prompts attend in both directions")
+    of_types = {a.model_type: a.name for a in architectures()}
+    if (found := of_types.get(str(text.get("model_type")))) is None:
+        return raw, ""
+    outer = {key: raw.data[key] for key in _OUTER_KEYS if raw.get(key) is not None}
+    return ConfigReader({**text, **outer, "architectures": [found]}, raw.path), str(name)
+
+
+def _refuse_latent(raw: ConfigReader) -> None:
+    if raw.get("kv_lora_rank") is not None:
+        right = "its latent KV (multi-head latent attention, MLA) is not built"
+        raise raw.refuse("architecture", _name(raw), right)
+
+
+def _name(raw: ConfigReader) -> object:
+    """The first of `architectures`, else the model's type."""
+    names = raw.get("architectures") or raw.get("model_type")
+    return names[0] if isinstance(names, list) and names else names
 
 
 def _architecture(raw: ConfigReader) -> Architecture:

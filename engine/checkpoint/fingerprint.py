@@ -34,17 +34,17 @@ CONFIG_FIELDS = (
     *("mlp_bias", "sliding_window", "bos_token_id", "eos_token_ids"),
 )
 # Later fields count where they differ from their default, so that other models' digests stay.
-_ROPE_OPTIONAL = ("rotary_dim", "other_ropes", "layer_ropes")
+ROPE_LATER_FIELDS = ("factors", "short_factors", "proportion")
+_ROPE_OPTIONAL = ("rotary_dim", "other_ropes", "layer_ropes", "query_beta", "query_period")
 OPTIONAL_FIELDS = (
     *("layer_windows", "attention_scale", "attention_softcap", "activation", "embedding_scale"),
     *("residual_scale", "logit_scale", "logit_softcap", *_ROPE_OPTIONAL),
-    *("experts", "attention_sinks", "head_norms"),
+    *("experts", "attention_sinks", "head_norms", "whole_qk_norm", "wrapper"),
 )
 EXPERT_FIELDS = (
     *("number", "per_token", "width", "layers", "scoring", "normalise", "scale", "corrected"),
     *("groups", "chosen_groups", "biased", "shared_width", "shared_gated", "limit", "alpha"),
 )
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
 
 def config_digest(config: ModelConfig) -> str:
@@ -64,10 +64,11 @@ def rope_text(config: ModelConfig) -> str:
     return " ".join((first, *_set_fields(config, _ROPE_OPTIONAL)))
 
 
-def _set_fields(config: ModelConfig, names: Sequence[str]) -> list[str]:
+def _set_fields(value: ModelConfig | RopeScaling, names: Sequence[str]) -> list[str]:
     """`name=value` of the fields that differ from their default."""
-    values = {name: getattr(config, name) for name in names}
-    return [f"{name}={_text(v)}" for name, v in values.items() if v != _DEFAULTS[name]]
+    defaults = {field.name: field.default for field in dataclasses.fields(value)}
+    found = {name: getattr(value, name) for name in names}
+    return [f"{name}={_text(v)}" for name, v in found.items() if v != defaults[name]]
 
 
 def _text(value: object) -> str:
@@ -77,7 +78,8 @@ def _text(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(map(_text, value))
     if isinstance(value, RopeScaling):
-        return " ".join(f"{name}={_text(getattr(value, name))}" for name in ROPE_FIELDS)
+        always = [f"{name}={_text(getattr(value, name))}" for name in ROPE_FIELDS]
+        return " ".join(always + _set_fields(value, ROPE_LATER_FIELDS))
     if isinstance(value, ExpertSpec):
         return " ".join(f"{name}={_text(getattr(value, name))}" for name in EXPERT_FIELDS)
     if isinstance(value, RopeSpec):

@@ -129,7 +129,7 @@ def _metadata(file: GGUFFile) -> GGUFMetadata:
     }
     shapes = {t.name: tuple(map(int, reversed(t.shape))) for t in file.tensors}
     factors = {
-        t.name: tuple(map(float, np.asarray(t.data).reshape(-1)))
+        t.name: tuple(float(str(value)) for value in np.asarray(t.data, np.float32).reshape(-1))
         for t in file.tensors
         if t.name.startswith(ROPE_TENSORS)
     }

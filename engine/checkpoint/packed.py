@@ -9,11 +9,9 @@ Each (checkpoint, choice) is one entry of the cache (kept.py). Torch is not need
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.base.errors import CheckpointError
-from engine.checkpoint.fused import entry_array, expert_tensors, floats
 from engine.checkpoint.gguf_weights import PackedTensor, cast
 from engine.checkpoint.kept import kept
 from engine.checkpoint.packing import (
@@ -40,7 +37,7 @@ from engine.checkpoint.packing import (
 )
 from engine.checkpoint.shards import TensorEntry, read_header, write_shard
 from engine.checkpoint.source import Checkpoint
-from engine.models.architecture import TensorSpec, architecture_of
+from engine.models.architecture import TensorSpec, architecture_of, listed_name
 from engine.models.config import ModelConfig
 from engine.telemetry.progress import bar
 
@@ -72,26 +69,15 @@ def _tensors(checkpoint: Checkpoint) -> Mapping[str, _Tensor]:
         return {t.name: _of_gguf(path, t) for t in packed}
     from engine.checkpoint.source import weights
 
-    entries: dict[str, TensorEntry] = {}
+    found: dict[str, _Tensor] = {}
     for entry in chain.from_iterable(map(read_header, weights(checkpoint, "bfloat16"))):
-        if entry.name in entries:
-            other = entries[entry.name].path
+        if (name := listed_name(checkpoint.config, entry.name)) is None:
+            continue
+        if name in found:
+            other = found[name].path
             raise CheckpointError(f"{entry.path}: tensor {entry.name} is in {other} already")
-        entries[entry.name] = entry
-    experts = {
-        spec.hf_name: _Tensor(path, spec.shape, "", _no_rows, partial(_some, read))
-        for spec, path, read in expert_tensors(entries, checkpoint.config)
-    }
-    return {name: _of_entry(entry) for name, entry in entries.items()} | experts
-
-
-def _some(read: Callable[[], Floats], first: int, end: int) -> Floats:
-    """Rows of an expert's tensor, which is small enough to be read whole."""
-    return read()[first:end]
-
-
-def _no_rows() -> Bytes:
-    return np.empty((0, 0), np.uint8)
+        found[name] = _of_entry(entry)
+    return found
 
 
 def _of_gguf(path: Path, t: PackedTensor) -> _Tensor:
@@ -106,15 +92,20 @@ def _of_gguf(path: Path, t: PackedTensor) -> _Tensor:
 
 
 def _of_entry(entry: TensorEntry) -> _Tensor:
-    def values(first: int, end: int) -> Floats:
-        if entry.dtype == "U8":
-            raise CheckpointError(
-                f"{entry.path}: tensor {entry.name} has type U8, expected plain floats"
-            )
-        rows = entry_array(entry).reshape(-1, entry.shape[-1])[first:end]
-        return floats(rows, entry.dtype)
+    kinds = {"BF16": np.uint16, "F32": np.float32, "F16": np.float16}
 
-    return _Tensor(entry.path, entry.shape, "", _no_rows, values)
+    def values(first: int, end: int) -> Floats:
+        if entry.dtype not in kinds:
+            raise CheckpointError(
+                f"{entry.path}: tensor {entry.name} has type {entry.dtype}, expected plain floats"
+            )
+        raw = np.memmap(entry.path, np.uint8, "r", entry.offset, (entry.num_bytes,))
+        rows = raw.view(kinds[entry.dtype]).reshape(-1, entry.shape[-1])[first:end]
+        if entry.dtype == "BF16":
+            return (rows.astype(np.uint32) << 16).view(np.float32)
+        return rows.astype(np.float32)
+
+    return _Tensor(entry.path, entry.shape, "", lambda: np.empty((0, 0), np.uint8), values)
 
 
 # -- what a model consists of ----------------------------------------------------------------------
@@ -135,22 +126,13 @@ class _Joined:
     def columns(self) -> int:
         return self.parts[0].shape[1]
 
-    @property
-    def is_packed(self) -> bool:
-        return len(self.parts[0].shape) == 2 and not self.parts[0].exact
-
-    @property
-    def numbers(self) -> int:
-        """How many there are, where they are not packed."""
-        return sum(math.prod(part.shape) for part in self.parts)
-
 
 def _joined(config: ModelConfig) -> tuple[list[_Joined], list[_Joined]]:
-    """(matrices, vectors and what else is fp32) in the order of the architecture's list."""
+    """(matrices, vectors) in the order of the architecture's list."""
     specs = architecture_of(config).tensors(config)
     groups = [_Joined(name, tuple(parts)) for name, parts in groupby(specs, lambda s: s.joined)]
-    matrices = [group for group in groups if group.is_packed]
-    return matrices, [group for group in groups if not group.is_packed]
+    matrices = [group for group in groups if len(group.parts[0].shape) == 2]
+    return matrices, [group for group in groups if len(group.parts[0].shape) == 1]
 
 
 def _check(source: Mapping[str, _Tensor], checkpoint: Checkpoint) -> None:
@@ -162,11 +144,6 @@ def _check(source: Mapping[str, _Tensor], checkpoint: Checkpoint) -> None:
         where = checkpoint.gguf or checkpoint.folder
         raise CheckpointError(f"{where}: tensor {missing[0]} is missing ({len(missing)} in all)")
     for name, tensor in source.items():
-        follows = name.endswith("rotary_emb.inv_freq")
-        if follows or (name == "lm_head.weight" and config.tie_word_embeddings):
-            continue
-        if architecture_of(config).left_out(config, name):
-            continue
         if name not in shapes:
             raise CheckpointError(
                 f"{tensor.path}: unexpected tensor {name} in a {config.architecture}"
@@ -218,6 +195,25 @@ def _runs(matrix: _Joined, kinds: Sequence[str]) -> list[Run]:
     return runs
 
 
+def _in_order(tensor: _Tensor, part: TensorSpec) -> _Tensor:
+    """The tensor with its rows as the list has them; they move within a head alone."""
+    if (order := part.row_order()) is None:
+        return tensor
+    rows, size = np.array(order), part.shape[0] // part.num_heads
+
+    def values(first: int, end: int) -> Floats:
+        start = first // size * size
+        heads = tensor.values(start, -(-end // size) * size)
+        return np.take(heads, rows[first:end] - start, axis=0)
+
+    return replace(tensor, rows=lambda: tensor.rows()[rows], values=values)
+
+
+def _vector(tensor: _Tensor, part: TensorSpec) -> Floats:
+    values, order = tensor.values(0, 1) + np.float32(part.offset), part.row_order()
+    return values if order is None else values[:, order]
+
+
 def _packed(tensor: _Tensor, kind: str) -> Iterator[Bytes]:
     """A weight's data, a bounded number of whole groups at a time."""
     num_rows, num_columns = tensor.shape
@@ -242,17 +238,17 @@ def _write(path: Path, checkpoint: Checkpoint, choice: str) -> None:
     for m in matrices:
         runs = _runs(m, kinds[m.name])
         header.append((entry_name(m.name, runs), "U8", entry_shape(runs, m.columns)))
-    header += [(v.name, "F32", (v.numbers,)) for v in vectors]
+    header += [(v.name, "F32", (v.rows,)) for v in vectors]
 
     def arrays() -> Iterator[npt.NDArray[Any]]:
         title = f"Packing {checkpoint.name} ({choice})"
         for matrix in bar(matrices, desc=title):
             for kind, part in zip(kinds[matrix.name], matrix.parts, strict=True):
-                yield from _packed(source[part.hf_name], kind)  # whole groups: kernels/decoder.py
+                tensor = _in_order(source[part.hf_name], part)
+                yield from _packed(tensor, kind)  # whole groups: kernels/decoder.py
         for vector in vectors:
             for part in vector.parts:
-                rows = part.shape[0] if part.exact else 1
-                yield source[part.hf_name].values(0, rows) + np.float32(part.offset)
+                yield _vector(source[part.hf_name], part)
 
     write_shard(path, header, (np.ascontiguousarray(a).data.cast("B") for a in arrays()))
 
@@ -290,7 +286,7 @@ def read_packed(path: Path, config: ModelConfig) -> PackedWeights:
         data = raw(entry_name(m.name, parts), "U8", entry_shape(parts, m.columns))
         found[m.name] = tuple(_cut(data, parts, m.columns))
     return PackedWeights(
-        found, {v.name: raw(v.name, "F32", (v.numbers,)).view(np.float32) for v in vectors}
+        found, {v.name: raw(v.name, "F32", (v.rows,)).view(np.float32) for v in vectors}
     )
 
 

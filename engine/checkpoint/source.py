@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.base.errors import CheckpointError
@@ -49,6 +49,10 @@ class Checkpoint:
     fingerprint: str  # of the source's weights; "" if `resolve` was called without weights
     gguf: Path | None = None  # the original file, with the packed tensors
     sources: tuple[FileState, ...] = ()  # the files of the fingerprint, as they were
+
+    def for_length(self, max_model_len: int) -> Checkpoint:
+        """The model for texts of up to `max_model_len` tokens; 0: of its whole context."""
+        return replace(self, config=self.config.for_length(max_model_len))
 
     def check_unchanged(self) -> None:
         """After weights were read: raise CheckpointError where they are not the fingerprint's."""

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# How names of a wrapper's text model begin, by age of the checkpoint.
+_TEXT_MODELS = ("model.language_model.", "language_model.", "model.text_model.")
+
+
 @dataclass(frozen=True, slots=True)
 class FusedPart:
     """Where a file in Hugging Face layout may hold a tensor: in one of all experts."""
@@ -56,6 +60,19 @@ class TensorSpec:
     expert: int = -1  # along axis 0 of a GGUF file's tensor, which is of all experts; -1: none
     fused: FusedPart | None = None
     exact: bool = False  # a matrix that the kernels hold in fp32
+    # In files the first so many rows of each head turn in pairs (0 1), (2 3), ...; here a head's
+    # pairs are its halves. 0: they are halves in files too.
+    paired_rows: int = 0
+    num_heads: int = 0  # of paired rows
+
+    def row_order(self) -> list[int] | None:
+        """Row i of the joined tensor is this row of the file; None: they are alike."""
+        if not self.paired_rows:
+            return None
+        size = self.shape[0] // self.num_heads
+        turned = range(self.paired_rows)
+        head = [*turned[::2], *turned[1::2], *range(self.paired_rows, size)]
+        return [h * size + row for h in range(self.num_heads) for row in head]
 
 
 # A projection or a norm: [T, inputs] -> [T, outputs].
@@ -128,6 +145,25 @@ def architectures() -> tuple[Architecture, ...]:
 def architecture_of(config: ModelConfig) -> Architecture:
     """The architecture of a configuration that was read by one."""
     return next(a for a in architectures() if a.name == config.architecture)
+
+
+def listed_name(config: ModelConfig, name: str) -> str | None:
+    """The name in the architecture's list of a checkpoint's tensor; None: it is not read.
+
+    Not read are buffers that follow from the configuration, a head that is the embedding, and the
+    parts of a wrapper that are not its text model.
+    """
+    if config.wrapper:
+        found = (name.partition(part)[2] for part in _TEXT_MODELS if name.startswith(part))
+        inner = next(found, None)
+        if inner is not None:
+            name = inner if inner.startswith(("model.", "lm_head.")) else f"model.{inner}"
+        elif not name.startswith("lm_head."):
+            return None
+    tied = config.tie_word_embeddings and name == "lm_head.weight"
+    if tied or name.endswith("rotary_emb.inv_freq"):
+        return None
+    return None if architecture_of(config).left_out(config, name) else name
 
 
 # -- writing a list --------------------------------------------------------------------------------

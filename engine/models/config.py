@@ -1,29 +1,28 @@
 """ModelConfig: what describes any decoder here, and checked access to a config.json. No torch.
 
-Each architecture's file fills a ModelConfig from the keys that its checkpoints use. Both spellings
-of rotary parameters are read: `rope_theta` + `rope_scaling`, and `rope_parameters` (transformers
-5). A key that would change the forward pass in a way that is not built is refused with its name.
+Each architecture's file fills a ModelConfig from the keys that its checkpoints use (config_keys.py
+has the common ones). A key that would change the forward pass in a way that is not built is refused
+with its name.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from engine.base.errors import CheckpointError
 
-_KINDS = ("full_attention", "sliding_attention")
-_ROPE_KINDS = ("default", "linear", "llama3", "yarn", "dynamic")
+ROPE_KINDS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope", "proportional")
 
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
     """Rotary scaling; fields that a kind does not use keep their default."""
 
-    kind: str = "default"  # default, linear, llama3, yarn, dynamic
+    kind: str = "default"  # one of ROPE_KINDS
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -32,6 +31,9 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float = 0.0  # 0: derived
     truncate: bool = True  # yarn: the ramp begins and ends at whole dimensions
+    factors: tuple[float, ...] = ()  # longrope: divisors of the frequencies, [dim / 2]
+    short_factors: tuple[float, ...] = ()  # the same for texts within the original context
+    proportion: float = 1.0  # proportional: so many of the frequencies are not zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,11 @@ class ModelConfig:
     experts: ExpertSpec | None = None
     attention_sinks: bool = False  # each head has one more score, of no position
     head_norms: bool = False  # q and k are normalised by head, where checkpoints may differ in it
+    whole_qk_norm: bool = False  # norms of q and k are over all heads together, not by head
+    # Queries grow with their position: times 1 + beta * log(1 + floor(position / period)).
+    query_beta: float = 0.0  # 0: they do not
+    query_period: int = 0
+    wrapper: str = ""  # the architecture of a checkpoint that holds more than a text model
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -134,6 +141,18 @@ class ModelConfig:
         if scaling.kind not in ("yarn", "linear"):
             return limit
         return int((scaling.original_max_position_embeddings or limit) * scaling.factor)
+
+    def for_length(self, max_model_len: int) -> ModelConfig:
+        """The configuration for texts of up to `max_model_len` tokens; 0: of the whole context.
+
+        LongRoPE has factors for texts within the original context, and others for longer ones. The
+        choice is by the longest text that is served, not by each text: so a cached block is
+        rotated alike whatever text it is a part of.
+        """
+        scaling, length = self.rope_scaling, max_model_len or self.context
+        if scaling.kind != "longrope" or length > scaling.original_max_position_embeddings:
+            return self
+        return replace(self, rope_scaling=replace(scaling, factors=scaling.short_factors))
 
     @property
     def ropes(self) -> tuple[RopeSpec, ...]:
@@ -188,114 +207,3 @@ class ConfigReader:
     def refuse(self, key: str, value: object, right: str) -> CheckpointError:
         """The error for a value that is not supported; `right` names what would be."""
         return CheckpointError(f"{self.path}: {key} {value!r} is not supported; {right}")
-
-
-def decoder_fields(raw: ConfigReader, rope: RopeSpec | None = None) -> dict[str, Any]:
-    """Fields of ModelConfig that all decoders spell alike. Raises CheckpointError.
-
-    Left to the architecture: `architecture`, biases, windows and what else has a default; `rope`
-    where it reads that itself.
-    """
-    num_heads, hidden_size = raw.integer("num_attention_heads"), raw.integer("hidden_size")
-    num_kv_heads = raw.integer("num_key_value_heads", num_heads)
-    if num_heads % num_kv_heads:
-        right = f"expected a divisor of num_attention_heads, {num_heads}"
-        raise raw.refuse("num_key_value_heads", num_kv_heads, right)
-    if (act := raw.get("hidden_act", "silu")) not in ACTIVATIONS:
-        raise raw.refuse("hidden_act", act, f"known are {', '.join(ACTIVATIONS)}")
-    rope = rope or read_rope(raw)
-    return {
-        "num_layers": raw.integer("num_hidden_layers"),
-        "hidden_size": hidden_size,
-        "intermediate_size": raw.integer("intermediate_size"),
-        "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": raw.integer("head_dim", hidden_size // num_heads),
-        "vocab_size": raw.integer("vocab_size"),
-        "max_position_embeddings": raw.integer("max_position_embeddings"),
-        "rms_norm_eps": raw.number("rms_norm_eps", 1e-6),
-        "rope_theta": rope.theta,
-        "rope_scaling": rope.scaling,
-        "activation": ACTIVATIONS[act],
-        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
-    }
-
-
-def qwen_windows(raw: ConfigReader) -> dict[str, Any]:
-    """Fields of ModelConfig for the windows of Qwen models: the later layers may have one."""
-    if not raw.get("use_sliding_window", False):
-        return {}
-    num_layers, window = raw.integer("num_hidden_layers"), raw.integer("sliding_window", 4096)
-    first = int(raw.get("max_window_layers", 28))
-    kinds = attention_kinds(raw, [_KINDS[i >= first] for i in range(num_layers)])
-    windows = tuple(window * _KINDS.index(kind) for kind in kinds)
-    if len(set(windows)) == 1:
-        return {"sliding_window": windows[0]}
-    return {"layer_windows": windows}
-
-
-def attention_kinds(raw: ConfigReader, default: list[str]) -> list[str]:
-    """`layer_types`: full_attention or sliding_attention, one a layer. Raises CheckpointError."""
-    kinds = raw.get("layer_types", default)
-    if not isinstance(kinds, list) or len(kinds) != len(default) or not {*_KINDS} >= {*kinds}:
-        right = f"expected {len(default)} times {' or '.join(_KINDS)}"
-        raise raw.refuse("layer_types", kinds, right)
-    return kinds
-
-
-def read_rope(raw: ConfigReader, kind_of_layer: str = "", theta: float = 10000.0) -> RopeSpec:
-    """A rotary table from either spelling; older keys fill what the newer object leaves out.
-
-    Args:
-        raw: the configuration.
-        kind_of_layer: whose parameters, where the file has a set for each kind.
-        theta: the default.
-    """
-    data = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if isinstance(data, dict) and isinstance(data.get(kind_of_layer), dict):
-        data = data[kind_of_layer]
-    if not isinstance(data, dict) or any(isinstance(value, dict) for value in data.values()):
-        raise raw.refuse("rope_parameters", data, "expected one flat set for all layers")
-    keys = ConfigReader(data, raw.path)
-    theta = keys.number("rope_theta", raw.number("rope_theta", theta))
-    partial = keys.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise raw.refuse("partial_rotary_factor", partial, "expected 1.0")
-    kind = keys.get("rope_type", keys.get("type", "default"))
-    if kind not in _ROPE_KINDS:
-        raise raw.refuse("rope type", kind, f"known are {', '.join(_ROPE_KINDS)}")
-    if kind == "default":
-        return RopeSpec(theta)
-    original = keys.get("original_max_position_embeddings")
-    original = original or raw.get("original_max_position_embeddings")
-    if original is not None:
-        both = ConfigReader({**raw.data, **data}, raw.path)
-        original = both.integer("original_max_position_embeddings")
-    if kind == "yarn" and original and keys.get("factor") is None:
-        factor = raw.integer("max_position_embeddings") / original
-        keys = ConfigReader({**data, "factor": factor}, raw.path)
-    if kind in ("yarn", "dynamic"):
-        original = original or raw.integer("max_position_embeddings")
-    elif kind == "llama3" and not original:
-        raise CheckpointError(f"{raw.path}: original_max_position_embeddings is missing")
-    scaling = RopeScaling(
-        kind=kind,
-        factor=keys.number("factor"),
-        low_freq_factor=keys.number("low_freq_factor", 1.0),
-        high_freq_factor=keys.number("high_freq_factor", 4.0),
-        original_max_position_embeddings=int(original or 0),
-        beta_fast=keys.number("beta_fast", 32.0),
-        beta_slow=keys.number("beta_slow", 1.0),
-        attention_factor=_attention_factor(keys) if kind == "yarn" else 0.0,
-        truncate=bool(keys.get("truncate", True)) if kind == "yarn" else True,
-    )
-    return RopeSpec(theta, scaling)
-
-
-def _attention_factor(keys: ConfigReader) -> float:
-    """YaRN's attention factor if the file fixes it, else 0 (derived from `factor`)."""
-    if keys.get("mscale") and keys.get("mscale_all_dim") and not keys.get("attention_factor"):
-        m, m_all = keys.number("mscale"), keys.number("mscale_all_dim")
-        log = 0.1 * math.log(max(keys.number("factor"), 1.0))
-        return (m * log + 1.0) / (m_all * log + 1.0)
-    return keys.number("attention_factor") if keys.get("attention_factor") else 0.0

@@ -11,21 +11,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from engine.models.architecture import Architecture, TensorSpec
-from engine.models.config import (
-    ConfigReader,
-    ModelConfig,
-    RopeSpec,
-    attention_kinds,
-    decoder_fields,
-    read_rope,
-)
+from engine.models.config import ConfigReader, ModelConfig, RopeSpec
+from engine.models.config_keys import FULL, WINDOW, attention_kinds, decoder_fields, read_rope
 from engine.models.decoder import HEAD_NORMS, Norms, decoder_tensors, forward
 from engine.models.gguf_metadata import GGUFMetadata
 
 GEMMA2, GEMMA3 = "Gemma2ForCausalLM", "Gemma3ForCausalLM"
 _LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the models of 27B, by the name in GGUF
 _CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # Gemma 2's defaults
-_FULL, _WINDOW = "full_attention", "sliding_attention"
 _NORMS: Norms = {
     "input_norm": ("input_layernorm", "attn_norm"),
     "out_norm": ("post_attention_layernorm", "post_attention_norm"),
@@ -39,10 +32,10 @@ def _fields(raw: ConfigReader, period: int, rope: RopeSpec) -> dict[str, Any]:
     activation = raw.get("hidden_activation", "gelu_pytorch_tanh")
     data = {"head_dim": 256, "tie_word_embeddings": True, **raw.data, "hidden_act": activation}
     fields = decoder_fields(ConfigReader(data, raw.path), rope)
-    kinds = attention_kinds(raw, [_FULL if i % period == 0 else _WINDOW for i in _layers(raw)])
+    kinds = attention_kinds(raw, [FULL if i % period == 0 else WINDOW for i in _layers(raw)])
     window = raw.integer("sliding_window", 4096)
     return fields | {
-        "layer_windows": tuple(0 if kind == _FULL else window for kind in kinds),
+        "layer_windows": tuple(0 if kind == FULL else window for kind in kinds),
         "attention_bias": bool(raw.get("attention_bias", False)),
         "output_bias": bool(raw.get("attention_bias", False)),
         "attention_scale": raw.number("query_pre_attn_scalar", 256) ** -0.5,
@@ -67,13 +60,13 @@ def _read_gemma2(raw: ConfigReader) -> ModelConfig:
 
 
 def _read_gemma3(raw: ConfigReader) -> ModelConfig:
-    full = read_rope(raw, _FULL, theta=1e6)
+    full = read_rope(raw, FULL, theta=1e6)
     local = ConfigReader({"rope_theta": raw.number("rope_local_base_freq", 1e4)}, raw.path)
-    if _WINDOW in (raw.get("rope_parameters") or {}):
+    if WINDOW in (raw.get("rope_parameters") or {}):
         local = ConfigReader({"rope_parameters": raw.get("rope_parameters")}, raw.path)
     fields = _fields(raw, raw.integer("sliding_window_pattern", 6), full)
     ropes = tuple(min(window, 1) for window in fields["layer_windows"])
-    others = (read_rope(local, _WINDOW),)
+    others = (read_rope(local, WINDOW),)
     return ModelConfig(GEMMA3, **fields, other_ropes=others, layer_ropes=ropes)
 
 

@@ -53,6 +53,10 @@ class GGUFMetadata:
         whole = self.integer("embedding_length") // self.integer("attention.head_count")
         return self.integer("attention.key_length", whole)
 
+    def rotary_share(self) -> float:
+        """`partial_rotary_factor`."""
+        return self.integer("rope.dimension_count", self.head_dim()) / self.head_dim()
+
     def windows(self, period: int, window: int = 0) -> dict[str, Any]:
         """`sliding_window` and `layer_types`.
 

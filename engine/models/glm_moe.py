@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.models.architecture import Architecture, TensorSpec
-from engine.models.config import ConfigReader, ExpertSpec, ModelConfig, decoder_fields, read_rope
+from engine.models.config import ConfigReader, ExpertSpec, ModelConfig
+from engine.models.config_keys import decoder_fields, read_rope
 from engine.models.decoder import HEAD_NORMS, Norms, decoder_tensors, forward
 from engine.models.experts import ExpertNames
 
@@ -18,15 +19,11 @@ _NORMS: Norms = {
     "mlp_norm": ("post_attention_layernorm", "post_attention_norm"),
 }
 _NAMES = ExpertNames(shared="mlp.shared_experts.")
-_PARTIAL = "partial_rotary_factor"
 
 
 def _read_config(raw: ConfigReader) -> ModelConfig:
-    rope = dict(raw.get("rope_parameters") or {})
-    part = rope.pop(_PARTIAL, raw.get(_PARTIAL, 0.5))
-    data = {"rms_norm_eps": 1e-5, **raw.data, "rope_parameters": rope, _PARTIAL: 1.0}
-    raw = ConfigReader(data, raw.path)
-    fields = decoder_fields(raw, read_rope(raw))
+    raw = ConfigReader({"rms_norm_eps": 1e-5, **raw.data}, raw.path)
+    fields = decoder_fields(raw, read_rope(raw, partial=0.5))
     first = int(raw.get("first_k_dense_replace", 1))
     width = raw.integer("moe_intermediate_size", 1408)
     experts = ExpertSpec(
@@ -46,7 +43,6 @@ def _read_config(raw: ConfigReader) -> ModelConfig:
         _NAME,
         **fields,
         attention_bias=bool(raw.get("attention_bias", False)),
-        rotary_dim=int(fields["head_dim"] * part),
         head_norms=bool(raw.get("use_qk_norm", False)),
         experts=experts,
     )
@@ -64,5 +60,7 @@ def _left_out(c: ModelConfig, name: str) -> bool:
 
 
 ARCHITECTURES = (
-    Architecture(_NAME, "glm4_moe", _read_config, _tensors, forward, left_out=_left_out),
+    Architecture(
+        _NAME, "glm4_moe", _read_config, _tensors, forward, native=False, left_out=_left_out
+    ),
 )

@@ -9,14 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.models.architecture import Architecture, TensorSpec
-from engine.models.config import (
-    ConfigReader,
-    ExpertSpec,
-    ModelConfig,
-    attention_kinds,
-    decoder_fields,
-    read_rope,
-)
+from engine.models.config import ConfigReader, ExpertSpec, ModelConfig
+from engine.models.config_keys import attention_kinds, decoder_fields, read_rope
 from engine.models.decoder import Norms, decoder_tensors, forward
 from engine.models.experts import ExpertNames
 
@@ -76,6 +70,7 @@ ARCHITECTURES = (
         _read_config,
         _tensors,
         forward,
+        native=False,
         quantisations=("mxfp4",),
     ),
 )

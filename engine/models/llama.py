@@ -1,4 +1,4 @@
-"""Llama, Mistral and Qwen2 (SmolLM2 and many others are Llamas).
+"""Llama and Qwen2 (SmolLM2 and many others are Llamas).
 
 They differ in what their configuration files leave to a default: biases and windows.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.models.architecture import Architecture, TensorSpec
-from engine.models.config import ConfigReader, ModelConfig, decoder_fields, qwen_windows
+from engine.models.config import ConfigReader, ModelConfig
+from engine.models.config_keys import decoder_fields, qwen_windows
 from engine.models.decoder import decoder_tensors, forward
 
-LLAMA, MISTRAL, QWEN2 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"
+LLAMA, QWEN2 = "LlamaForCausalLM", "Qwen2ForCausalLM"
 
 
 def _read_llama(raw: ConfigReader) -> ModelConfig:
@@ -25,12 +26,6 @@ def _read_llama(raw: ConfigReader) -> ModelConfig:
     )
 
 
-def _read_mistral(raw: ConfigReader) -> ModelConfig:
-    # An absent key means the architecture's default; only a null means full attention.
-    window = raw.data.get("sliding_window", 4096)
-    return ModelConfig(MISTRAL, **decoder_fields(raw), sliding_window=int(window or 0))
-
-
 def _read_qwen2(raw: ConfigReader) -> ModelConfig:
     return ModelConfig(QWEN2, **decoder_fields(raw), attention_bias=True, **qwen_windows(raw))
 
@@ -42,6 +37,5 @@ def _tensors(c: ModelConfig) -> Iterator[TensorSpec]:
 
 ARCHITECTURES = (
     Architecture(LLAMA, "llama", _read_llama, _tensors, forward, gguf="llama"),
-    Architecture(MISTRAL, "mistral", _read_mistral, _tensors, forward),
     Architecture(QWEN2, "qwen2", _read_qwen2, _tensors, forward, gguf="qwen2"),
 )

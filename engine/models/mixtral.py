@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.models.architecture import Architecture, TensorSpec
-from engine.models.config import ConfigReader, ExpertSpec, ModelConfig, decoder_fields, read_rope
+from engine.models.config import ConfigReader, ExpertSpec, ModelConfig
+from engine.models.config_keys import decoder_fields, read_rope
 from engine.models.decoder import decoder_tensors, forward
 from engine.models.experts import ExpertNames
 
@@ -37,4 +38,4 @@ def _tensors(c: ModelConfig) -> Iterator[TensorSpec]:
     return decoder_tensors(c, permuted_heads=True, expert_names=_NAMES)
 
 
-ARCHITECTURES = (Architecture(_NAME, "mixtral", _read_config, _tensors, forward),)
+ARCHITECTURES = (Architecture(_NAME, "mixtral", _read_config, _tensors, forward, native=False),)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.models.architecture import Architecture, TensorSpec
-from engine.models.config import ConfigReader, ModelConfig, decoder_fields, qwen_windows
+from engine.models.config import ConfigReader, ModelConfig
+from engine.models.config_keys import decoder_fields, qwen_windows
 from engine.models.decoder import HEAD_NORMS, PRE_NORMS, decoder_tensors, forward
 
 _NAME, _HEAD_DIM = "Qwen3ForCausalLM", 128

@@ -11,13 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from engine.models.architecture import Architecture, TensorSpec
-from engine.models.config import (
-    ConfigReader,
-    ExpertSpec,
-    ModelConfig,
-    attention_kinds,
-    decoder_fields,
-)
+from engine.models.config import ConfigReader, ExpertSpec, ModelConfig
+from engine.models.config_keys import attention_kinds, decoder_fields
 from engine.models.decoder import HEAD_NORMS, PRE_NORMS, decoder_tensors, forward
 from engine.models.experts import ExpertNames
 
@@ -82,6 +77,6 @@ def _tensors(c: ModelConfig) -> Iterator[TensorSpec]:
 
 
 ARCHITECTURES = (
-    Architecture(QWEN2, "qwen2_moe", _read_qwen2, _tensors, forward),
-    Architecture(QWEN3, "qwen3_moe", _read_qwen3, _tensors, forward),
+    Architecture(QWEN2, "qwen2_moe", _read_qwen2, _tensors, forward, native=False),
+    Architecture(QWEN3, "qwen3_moe", _read_qwen3, _tensors, forward, native=False),
 )

@@ -4,6 +4,8 @@ default   theta ** (-2i / head_dim)
 linear    default / factor                              (position interpolation)
 llama3    long waves / factor, short ones kept, a ramp between   (Llama 3.1)
 yarn      the ramp by number of rotations, and cos/sin scaled    (arXiv 2309.00071)
+longrope  each frequency / a factor of its own, and cos/sin scaled    (arXiv 2402.13753)
+proportional   the slow frequencies are zero; those left / factor
 dynamic   default: up to max_position_embeddings dynamic NTK changes nothing. Beyond it the base
           would change with the length, and no cached block survives that.
 """
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.base.errors import CheckpointError
-from engine.models.config import ModelConfig, RopeScaling, RopeSpec
+from engine.models.config import ROPE_KINDS, ModelConfig, RopeScaling, RopeSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     first, second = x.chunk(2, dim=-1)  # products with fp32 tables are fp32
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x.dtype)
+
+
+def query_growth(config: ModelConfig, positions: torch.Tensor) -> torch.Tensor | None:
+    """What queries at `positions` [T] are multiplied by: [T, 1, 1] fp32; None: nothing."""
+    if not config.query_beta:
+        return None
+    periods = torch.floor(positions.to(torch.float32) / config.query_period)
+    return (1.0 + config.query_beta * torch.log1p(periods))[:, None, None]
 
 
 def _llama3(inv_freq: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
@@ -73,6 +83,14 @@ def _yarn(inv_freq: torch.Tensor, scaling: RopeScaling, theta: float) -> torch.T
     return inv_freq / scaling.factor * stretched + inv_freq * (1 - stretched)
 
 
+def _longrope_scale(scaling: RopeScaling) -> float:
+    """LongRoPE: the wider the stretch, the larger cos and sin."""
+    if scaling.factor <= 1.0:
+        return 1.0
+    original = scaling.original_max_position_embeddings
+    return math.sqrt(1.0 + math.log(scaling.factor) / math.log(original))
+
+
 def make_ropes(config: ModelConfig, device: torch.device) -> tuple[Rope, ...]:
     """The model's tables. Raises CheckpointError for a scaling that is not known."""
     return tuple(_make_rope(spec, spec.dim or config.head_dim, device) for spec in config.ropes)
@@ -93,9 +111,14 @@ def _make_rope(spec: RopeSpec, d: int, device: torch.device) -> Rope:
         case "yarn":
             inv_freq = _yarn(inv_freq, scaling, spec.theta)
             scale = scaling.attention_factor or 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
+        case "longrope":
+            inv_freq = inv_freq / torch.tensor(scaling.factors, dtype=torch.float32)
+            scale = scaling.attention_factor or _longrope_scale(scaling)
+        case "proportional":
+            kept = torch.arange(d // 2) < int(scaling.proportion * d // 2)
+            inv_freq = torch.where(kept, inv_freq / scaling.factor, 0.0)
         case kind:
             raise CheckpointError(
-                f"rope_scaling: kind {kind!r} is not known; "
-                "known are default, linear, llama3, yarn and dynamic"
+                f"rope_scaling: kind {kind!r} is not known; known are {', '.join(ROPE_KINDS)}"
             )
     return Rope(inv_freq.to(device), scale)

@@ -21,7 +21,7 @@ from engine.models.config import NO_ROPE, ModelConfig
 from engine.runner.base import Host
 from engine.runner.experts import EXPERT_TENSORS, experts_of
 from engine.runner.layers import DenseProjection, Norm, capped, gated, logits
-from engine.runner.rope import make_ropes, rotate
+from engine.runner.rope import make_ropes, query_growth, rotate
 from engine.runner.runner import Runner
 
 
@@ -101,6 +101,7 @@ class _Step:
         self._backend = backend
         self._plan = plan
         self._tables = [rope.tables(batch.positions) for rope in model.ropes]
+        self._growth = query_growth(model.config, batch.positions)
 
     def embed(self) -> torch.Tensor:
         x = F.embedding(self._batch.token_ids, self._model.weights["embedding"])
@@ -114,10 +115,16 @@ class _Step:
         heads = qkv.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         qk, v = heads[:, : -c.num_kv_heads], heads[:, -c.num_kv_heads :]
         if q_norm is not None and k_norm is not None:
-            qk = torch.cat((q_norm(qk[:, : c.num_heads]), k_norm(qk[:, c.num_heads :])), dim=1)
+            q, k = qk[:, : c.num_heads], qk[:, c.num_heads :]
+            if c.whole_qk_norm:
+                q, k = q_norm(q.flatten(1)).view_as(q), k_norm(k.flatten(1)).view_as(k)
+            else:
+                q, k = q_norm(q), k_norm(k)
+            qk = torch.cat((q, k), dim=1)
         if (table := c.rope_of(layer)) != NO_ROPE:
             qk = rotate(qk, *self._tables[table])  # together: a kernel less for each operation
-        return qk[:, : c.num_heads], qk[:, c.num_heads :], v
+        q = qk[:, : c.num_heads]
+        return q if self._growth is None else q * self._growth, qk[:, c.num_heads :], v
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

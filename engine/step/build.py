@@ -112,10 +112,12 @@ def _build(
 ) -> Engine:
     dtype = pick_dtype(model, device)
     checkpoint = resolve(model.model, weights=model.seed_weights < 0)
+    checkpoint = checkpoint.for_length(model.max_model_len)
     layout = layout_of(checkpoint.config, cache, dtype)
     draft: Checkpoint | None = None
     if model.draft_model:
         draft = resolve_draft(checkpoint, model.draft_model, weights=model.seed_weights < 0)
+        draft = draft.for_length(model.max_model_len or checkpoint.config.context)
         layout = dataclasses.replace(layout, draft=layout_of(draft.config, cache, dtype))
     window = min(drafting.max_draft_tokens, cache.block_size) if drafting else 0
     pool_of = _PoolSizer(checkpoint.config, model, cache, layout, window)

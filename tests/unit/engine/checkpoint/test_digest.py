@@ -23,6 +23,7 @@ from engine.checkpoint.fingerprint import (
     EXPERT_FIELDS,
     OPTIONAL_FIELDS,
     ROPE_FIELDS,
+    ROPE_LATER_FIELDS,
     config_digest,
     gguf_fingerprint,
 )
@@ -180,7 +181,8 @@ def test_bytes_of_no_tensor_are_refused(tmp_path: Path) -> None:
 def test_every_field_of_the_configuration_counts() -> None:
     fields = {f.name for f in dataclasses.fields(ModelConfig)}
     assert {*CONFIG_FIELDS, *OPTIONAL_FIELDS} == fields
-    assert set(ROPE_FIELDS) == {f.name for f in dataclasses.fields(RopeScaling)}
+    rope_fields = (*ROPE_FIELDS, *ROPE_LATER_FIELDS)
+    assert set(rope_fields) == {f.name for f in dataclasses.fields(RopeScaling)}
     config = tiny_config()
     seen = {config_digest(config)}
     other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v * (1 + 1e-15) + 1e-300}
@@ -188,9 +190,10 @@ def test_every_field_of_the_configuration_counts() -> None:
     for name in (*CONFIG_FIELDS, *OPTIONAL_FIELDS):
         value = getattr(config, name)
         if name == "rope_scaling":
-            for inner in ROPE_FIELDS:
+            for inner in rope_fields:
                 part = getattr(value, inner)
-                new = other[type(part)](part) if type(part) in other else "linear"
+                unlike = {"kind": "linear", "factors": (2.0,), "short_factors": (3.0, 4.0)}
+                new = other[type(part)](part) if type(part) in other else unlike[inner]
                 changed.append({name: dataclasses.replace(value, **{inner: new})})
         elif type(value) in other:
             changed.append({name: other[type(value)](value)})
@@ -204,6 +207,7 @@ def test_every_field_of_the_configuration_counts() -> None:
                 "other_ropes": (RopeSpec(5.0),),
                 "layer_ropes": (0, 1),
                 "experts": experts,
+                "wrapper": "X",
             }[name]
             changed.append({name: new})
     specs = (RopeSpec(6.0), RopeSpec(5.0, RopeScaling("linear", 2.0)), RopeSpec(5.0, dim=4))

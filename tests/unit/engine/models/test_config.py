@@ -12,6 +12,7 @@ import pytest
 
 from engine.base.errors import CheckpointError
 from engine.checkpoint.config import read_config
+from engine.checkpoint.fingerprint import rope_text
 from engine.models.config import ModelConfig, RopeScaling
 
 BASE: dict[str, Any] = {
@@ -34,6 +35,15 @@ def read(folder: Path, changes: dict[str, Any], generation: Any = None) -> Model
 
 def qwen2(**changes: Any) -> dict[str, Any]:
     return {"architectures": ["Qwen2ForCausalLM"], **changes}
+
+
+LONG, SHORT = [2.0] * 8, [1.5] * 8
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "long_factor": LONG,
+    "short_factor": SHORT,
+    "original_max_position_embeddings": 128,
+}
 
 
 def mistral(**changes: Any) -> dict[str, Any]:
@@ -192,7 +202,14 @@ def test_end_tokens(tmp_path: Path, changes: Any, generation: Any, expected: Any
     [
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
         ({"architectures": None, "model_type": "gemma3"}, "gemma3"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "spiral"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "original_max_position"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": 64}},
+            "long_factor None is not supported; expected 8 numbers",
+        ),
+        ({"kv_lora_rank": 512}, r"latent KV \(multi-head latent attention, MLA\) is not built"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "original_max_position"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_parameters"),
@@ -232,6 +249,39 @@ def test_later_layers_of_qwen_may_have_a_window(tmp_path: Path) -> None:
     kinds = ["full_attention", "sliding_attention"] * 2
     config = read(tmp_path, qwen2(use_sliding_window=True, layer_types=kinds, sliding_window=8))
     assert config.layer_windows == (0, 8, 0, 8)
+
+
+def test_longropes_factors_are_chosen_by_the_longest_text(tmp_path: Path) -> None:
+    config = read(tmp_path, {"rope_scaling": LONGROPE})
+    scaling = config.rope_scaling
+    assert (scaling.factor, scaling.factors, config.context) == (4.0, tuple(LONG), 512)
+    for length, factors in ((0, LONG), (512, LONG), (129, LONG), (128, SHORT), (1, SHORT)):
+        served = config.for_length(length)
+        assert served.rope_scaling.factors == tuple(factors)
+        assert (rope_text(served) == rope_text(config)) is (factors is LONG)
+    plain = read(tmp_path, {})
+    assert plain.for_length(1) is plain
+
+
+def test_the_text_model_of_a_wrapper(tmp_path: Path) -> None:
+    text = {k: v for k, v in BASE.items() if k != "architectures"} | {"model_type": "mistral"}
+    outer = {"architectures": ["Mistral3ForConditionalGeneration"], "eos_token_id": [3, 4]}
+    config = read(tmp_path, outer | {"text_config": text | {"eos_token_id": 5}})
+    assert (config.architecture, config.wrapper) == (
+        "MistralForCausalLM",
+        outer["architectures"][0],
+    )
+    assert (config.hidden_size, config.eos_token_ids) == (64, (3, 4))
+    assert not config.tie_word_embeddings
+    tied = read(tmp_path, outer | {"text_config": text, "tie_word_embeddings": True})
+    assert tied.tie_word_embeddings
+    with pytest.raises(CheckpointError, match="Mistral3ForConditionalGeneration"):
+        read(tmp_path, outer | {"text_config": text | {"model_type": "unheard_of"}})
+    with pytest.raises(CheckpointError, match="MLA"):
+        read(tmp_path, outer | {"text_config": text | {"kv_lora_rank": 8}})
+    both_ways = {"architectures": ["PaliGemmaForConditionalGeneration"], "text_config": text}
+    with pytest.raises(CheckpointError, match="attend in both directions"):
+        read(tmp_path, both_ways)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])

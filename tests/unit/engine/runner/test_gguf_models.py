@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -21,7 +23,7 @@ from engine.kernels import kernels
 from engine.runner.loader import load_model
 from engine.runner.native_model import NativeModel
 from engine.runner.torch_model import TorchModel
-from tests.support import gguf_of
+from tests.support import dense_models, gguf_of
 from tests.support.paged import CPU, Bench, bfloat16_kv
 from tests.support.reference_model import logits_of
 
@@ -40,6 +42,8 @@ COMMON: dict[str, Any] = {
     "pad_token_id": None,
 }
 HEAD = {"attention.key_length": 32, "attention.value_length": 32}
+DENSE = dense_models.MODELS
+LONGROPE_ATTENTION = math.sqrt(1 + math.log(1024 / 4) / math.log(4))  # as the converter has it
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Case:
     numbers: dict[str, Any] = field(default_factory=dict)
     lists: dict[str, list[Any]] = field(default_factory=dict)
     stored: Callable[[str, Any], Any] = lambda name, values: values
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 CASES: dict[str, Case] = {
@@ -100,6 +105,99 @@ CASES: dict[str, Case] = {
         {"attention.sliding_window_pattern": [False, True, False]},
         stored=gguf_of.norms_plus_one,
     ),
+    "phi 3, window": Case(
+        DENSE["phi 3, window"],
+        "phi3",
+        {
+            "rope.dimension_count": 32,
+            "rope.freq_base": 10000.0,
+            "rope.scaling.original_context_length": 4096,
+            "attention.sliding_window": 13,
+        },
+    ),
+    "phi 4 mini": Case(
+        DENSE["phi 4 mini"],
+        "phi3",
+        {
+            "rope.dimension_count": 32,
+            "rope.freq_base": 10000.0,
+            "rope.scaling.original_context_length": 4,
+            "rope.scaling.attn_factor": LONGROPE_ATTENTION,
+            "attention.sliding_window": 0,
+        },
+        extra={
+            "rope_factors_long.weight": np.array(dense_models.LONG[:16], np.float32),
+            "rope_factors_short.weight": np.array(dense_models.SHORT[:16], np.float32),
+        },
+    ),
+    "smollm3": Case(
+        DENSE["smollm3"],
+        "smollm3",
+        {"rope.freq_base": 2e6, "rope.dimension_count": 32},
+        stored=gguf_of.permuted(3, 1),
+    ),
+    "granite": Case(
+        DENSE["granite"],
+        "granite",
+        {
+            "rope.freq_base": 10000.0,
+            "rope.dimension_count": 32,
+            "embedding_scale": 12.0,
+            "attention.scale": 0.125,
+            "residual_scale": 0.25,
+            "logit_scale": 8.0,
+        },
+        stored=gguf_of.permuted(3, 1),
+    ),
+    "olmo 2": Case(DENSE["olmo 2"], "olmo2", {"rope.freq_base": 10000.0}),
+    "olmo 3": Case(
+        DENSE["olmo 3"],
+        "olmo2",
+        {
+            "rope.freq_base": 1000.0,
+            "rope.freq_base_swa": 1000.0,
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 256,
+            "attention.sliding_window": 13,
+        },
+        {
+            "rope.scaling.type": "yarn",
+            "attention.sliding_window_pattern": [True, False],
+        },
+    ),
+    "glm 4": Case(
+        DENSE["glm 4"],
+        "glm4",
+        {
+            "attention.key_length": 64,
+            "attention.value_length": 64,
+            "rope.freq_base": 10000.0,
+            "rope.dimension_count": 32,
+        },
+    ),
+    "ministral 3": Case(
+        DENSE["ministral 3"],
+        "mistral3",
+        {
+            **HEAD,
+            "rope.freq_base": 1000.0,
+            "rope.dimension_count": 32,
+            "rope.scaling.factor": 16.0,
+            "rope.scaling.original_context_length": 16,
+            "rope.scaling.yarn_beta_fast": 32.0,
+            "rope.scaling.yarn_beta_slow": 1.0,
+            "rope.scaling.yarn_log_multiplier": 1.0,
+            "attention.temperature_scale": 0.1,
+        },
+        {"rope.scaling.type": "yarn"},
+        stored=gguf_of.permuted(3, 1),
+    ),
+    "mistral, of a vision model": Case(
+        transformers.MistralConfig(**COMMON, sliding_window=None),
+        "mistral3",
+        HEAD | {"rope.freq_base": 10000.0, "rope.dimension_count": 32},
+        stored=gguf_of.permuted(6, 2),
+    ),
 }
 
 
@@ -125,7 +223,7 @@ def pair(
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
             parameter.copy_(parameter.bfloat16())
     path = tmp_path_factory.mktemp("model") / "m.gguf"
-    how = {"lists": case.lists, "stored": case.stored}
+    how = {"lists": case.lists, "stored": case.stored, "extra": case.extra}
     gguf_of.write(path, reference, case.arch, case.numbers, **how)
     return case, reference, resolve(str(path))
 

@@ -84,7 +84,7 @@ def test_half_precision_is_rotated_in_fp32() -> None:
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        (RopeScaling(kind="longrope"), "'longrope' is not known"),
+        (RopeScaling(kind="spiral"), "'spiral' is not known"),
         (RopeScaling(kind="llama3", factor=8.0), "llama3 needs original_max_position_embeddings"),
         (RopeScaling(kind="yarn", factor=8.0), "yarn needs original_max_position_embeddings"),
     ],

@@ -17,6 +17,7 @@ from engine.checkpoint.shards import find_shards
 from engine.checkpoint.source import resolve, weights
 from engine.runner.loader import load_model
 from engine.runner.torch_model import TorchModel
+from tests.support import dense_models
 from tests.support.paged import CPU, Bench
 from tests.support.reference_model import default_model, logits_of
 
@@ -136,6 +137,7 @@ MODELS: dict[str, transformers.PretrainedConfig] = {
         norm_topk_prob=False,
         num_nextn_predict_layers=0,
     ),
+    **dense_models.MODELS,
 }
 
 
