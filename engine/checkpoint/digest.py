@@ -136,6 +136,13 @@ def hash_ranges(
     return [h.hexdigest() for h in whole]
 
 
+def joined_digest(digests: Sequence[str]) -> str:
+    """Hex digest of several files in their order; of one file its own."""
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
 def whole_file(path: Path, update: Callable[[int], object] = lambda n: None) -> tuple[int, str]:
     """(size in bytes, digest) of a file now, never remembered. Raises CheckpointError."""
     size = FileState.of(path).size_bytes

@@ -1,7 +1,7 @@
 """Converts a GGUF file to a folder in Hugging Face layout, the only layout that other modules read.
 
 The architectures are those of engine/models that name a GGUF architecture (Mistral files use
-`llama`). The `gguf` package reads the format; this module interprets its keys. It is imported only
+`llama`). gguf_header.py reads the format; this module interprets its keys. It is imported only
 when there is a file to convert, because numpy and gguf cost start-up time.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,27 @@ import numpy.typing as npt
 
 from engine.base.errors import CheckpointError
 from engine.checkpoint.config import read_config
-from engine.checkpoint.gguf_header import damaged, gguf_architectures, read_header
+from engine.checkpoint.gguf_header import TYPES, Header, gguf_architectures
+from engine.checkpoint.gguf_parts import find_parts
 from engine.checkpoint.gguf_tokenizer import tokenizer_files
 from engine.checkpoint.gguf_weights import ROPE_FREQS, ROPE_TENSORS, PackedTensor, packed_tensors
 from engine.models.config import ModelConfig
 from engine.models.gguf_metadata import GGUFMetadata
 from engine.telemetry.progress import bar
 
+_PLAIN = {"F32": np.float32, "F16": np.float16}  # types that numpy has
 # Files of Llama 3.1 and 3.2 store the divisors that follow from these numbers, not the numbers.
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
+
+
+@dataclass(frozen=True, slots=True)
+class MappedTensor:
+    """One tensor of a file, memory-mapped."""
+
+    name: str
+    shape: tuple[int, ...]  # as the format has it: the fastest dimension first
+    tensor_type: Any  # gguf.GGMLQuantizationType
+    data: npt.NDArray[Any]  # rows of values (F32, F16) or of packed bytes, the last dimension last
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +48,7 @@ class GGUFFile:
 
     path: Path
     meta: Mapping[str, Any]
-    tensors: list[Any]  # gguf.ReaderTensor
+    tensors: list[MappedTensor]  # of all parts
 
     @property
     def architecture(self) -> str:
@@ -49,20 +61,30 @@ class GGUFFile:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Read a file's metadata, which takes seconds, and map its tensors. Raises CheckpointError in
-    one sentence naming the file.
-    """
-    read_header(path)  # refuses other files and byte orders
-    import gguf
+    """Read the metadata of a file, or of the parts of a split one, and map all tensors.
 
-    try:
-        with bar(total=1, desc=f"Reading {path.name}"):
-            reader = gguf.GGUFReader(path)
-            meta = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, UnicodeDecodeError):
-        # The reader runs past the end of the map; which exception that is depends on where.
-        raise damaged(path) from None
-    return GGUFFile(path, meta, list(reader.tensors))
+    Raises CheckpointError in one sentence naming the file.
+    """
+    with bar(total=1, desc=f"Reading {path.name}"):
+        parts = find_parts(path, arrays=True)
+    first = parts.headers[0]
+    tensors = [tensor for header in parts.headers for tensor in _mapped(header)]
+    return GGUFFile(path, {**first.scalars, **first.arrays}, tensors)
+
+
+def _mapped(header: Header) -> Iterator[MappedTensor]:
+    from gguf import GGMLQuantizationType
+
+    mapped = np.memmap(header.path, np.uint8, "r")
+    for t in header.tensors:
+        name, num_values, num_bytes = TYPES[t.kind]
+        rows = tuple(reversed(t.shape[1:]))
+        raw = mapped[t.offset : t.offset + t.num_bytes]
+        if name in _PLAIN:
+            data = raw.view(_PLAIN[name]).reshape(*rows, t.shape[0])
+        else:
+            data = raw.reshape(*rows, t.shape[0] // num_values * num_bytes)
+        yield MappedTensor(t.name, t.shape, GGMLQuantizationType(t.kind), data)
 
 
 def convert(path: Path, folder: Path) -> None:

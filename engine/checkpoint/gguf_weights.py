@@ -71,7 +71,7 @@ def unpermute(rows: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
 
 
 def packed_tensors(tensors: list[Any], config: ModelConfig, path: Path) -> list[PackedTensor]:
-    """Name the tensors of a GGUFReader. Raises CheckpointError for one that is not in the
+    """Name the tensors of a file. Raises CheckpointError for one that is not in the
     architecture's list, is missing, or has another shape.
     """
     specs = {spec.gguf_name: spec for spec in architecture_of(config).tensors(config)}

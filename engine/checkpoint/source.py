@@ -1,6 +1,6 @@
 """Finds the model that a user names, as a folder in Hugging Face layout.
 
-The name is that of the default model, a .gguf file, a folder or a hub id.
+The name is that of the default model, a GGUF file or a part of one, a folder or a hub id.
 
 A GGUF file is converted once and kept:
 
@@ -21,10 +21,11 @@ from pathlib import Path
 from engine.base.errors import CheckpointError
 from engine.checkpoint.added_tokens import TOKENIZER
 from engine.checkpoint.config import read_config
-from engine.checkpoint.digest import file_digests
+from engine.checkpoint.digest import file_digests, joined_digest
 from engine.checkpoint.files import FileState
 from engine.checkpoint.fingerprint import gguf_fingerprint, shards_fingerprint
-from engine.checkpoint.gguf_header import check_gguf
+from engine.checkpoint.gguf_header import is_gguf, read_header
+from engine.checkpoint.gguf_parts import find_parts, model_stem
 from engine.checkpoint.kept import kept
 from engine.checkpoint.shards import SINGLE, find_shards
 from engine.models.config import ModelConfig
@@ -47,7 +48,7 @@ class Checkpoint:
     name: str  # the name it is served under unless the user gives another
     config: ModelConfig
     fingerprint: str  # of the source's weights; "" if `resolve` was called without weights
-    gguf: Path | None = None  # the original file, with the packed tensors
+    gguf: Path | None = None  # the original file, or the first part of it, with packed tensors
     sources: tuple[FileState, ...] = ()  # the files of the fingerprint, as they were
 
     def for_length(self, max_model_len: int) -> Checkpoint:
@@ -73,14 +74,12 @@ def resolve(model: str, *, weights: bool = True) -> Checkpoint:
             "the model's name is empty; expected a hub id, a folder or a .gguf file"
         )
     path = Path(model).expanduser()
-    if model.endswith(".gguf"):
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file")
-        return _from_gguf(path, path.stem)
     if path.is_dir():
         return _from_folder(path, path.resolve().name, weights)
     if path.exists():
-        raise CheckpointError(f"{path}: neither a folder in Hugging Face layout nor a .gguf file")
+        return _from_file(path)
+    if model.endswith(".gguf"):
+        raise CheckpointError(f"{path}: no such file")
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model}: no such folder, and no hub id (owner/name) either")
     folder = _fetch(model, weights)
@@ -138,22 +137,42 @@ def _require_tokenizer(folder: Path) -> None:
         raise CheckpointError(f"{path}: this file is missing (tokenizer.model is not read)")
 
 
+def _from_file(path: Path) -> Checkpoint:
+    """A GGUF file by any name, such as the blobs of Ollama."""
+    if path.suffix == ".gguf":
+        return _from_gguf(path, model_stem(path))
+    try:
+        if not is_gguf(path):
+            raise CheckpointError(
+                f"{path}: neither a folder in Hugging Face layout nor a GGUF file, which begins "
+                "with the letters GGUF"
+            )
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    name = read_header(path).scalars.get("general.name")
+    named = "-".join(name.split()) if isinstance(name, str) else ""
+    return _from_gguf(path, named or path.name)
+
+
 def _from_gguf(path: Path, name: str) -> Checkpoint:
-    check_gguf(path)  # refuse what can be refused before all of it is hashed
-    digested = file_digests(path)
-    (digest,) = digested.digests
+    parts = find_parts(path)
+    parts.check()  # refuse what can be refused before all of it is hashed
+    digested = [file_digests(part) for part in parts.paths]
+    states = tuple(found.state for found in digested)
+    digest = joined_digest([found.digests[0] for found in digested])
 
     def make(folder: Path) -> None:
         from engine.checkpoint.gguf import convert
 
-        convert(path, folder)
-        digested.state.check()
+        convert(parts.paths[0], folder)
+        for state in states:
+            state.check()
 
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:80]
     folder = kept("models", f"{safe}-{digest[:32]}-{_CONVERTER}", make)
     config = read_config(folder)
     fingerprint = gguf_fingerprint(config, digest)
-    return Checkpoint(folder, name, config, fingerprint, path, (digested.state,))
+    return Checkpoint(folder, name, config, fingerprint, parts.paths[0], states)
 
 
 def _fetch(model: str, with_weights: bool) -> Path:

@@ -48,12 +48,14 @@ def write(
     meta: dict[str, Any] | None = None,
     pre: str = "smollm",
     tokens_more: Sequence[tuple[str, int]] = (),
+    part_tensors: int = 0,
 ) -> Path:
     """`numbers` are keys under `arch.`, `meta` whole keys; `tensors` by GGUF name, fp32.
 
-    `tokens_more` are (token, type) behind the usual vocabulary.
+    `tokens_more` are (token, type) behind the usual vocabulary. Files of at most `part_tensors`
+    tensors where that is not 0: path-00001-of-0000N.gguf.
     """
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=part_tensors)
     for key, value in numbers.items():
         if isinstance(value, int):
             writer.add_uint32(f"{arch}.{key}", value)

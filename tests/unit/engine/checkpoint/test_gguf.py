@@ -217,7 +217,7 @@ def test_control_tokens_end_an_answer_by_name_and_words_do_not(tmp_path: Path) -
     ("kwargs", "named"),
     [
         ({"arch": "falcon"}, "falcon"),
-        ({"meta": {"split.count": 3, "split.no": 1}}, "part 2 of 3 of a split GGUF.*merge"),
+        ({"meta": {"split.count": 3, "split.no": 1}}, "part 2 of 3 of a split GGUF"),
         ({"meta": {"split.count": "x"}}, "split.count"),
         ({"pre": "klingon"}, "klingon"),
         ({"meta": {"tokenizer.ggml.eot_token_id": "x"}}, "eot_token_id names no token"),

@@ -11,14 +11,13 @@ import time
 from pathlib import Path
 from unittest import mock
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from engine.base.errors import CheckpointError
-from engine.checkpoint import source
+from engine.checkpoint import gguf_parts, source
 from engine.checkpoint.fingerprint import tokenizer_digest
 from engine.checkpoint.lock import exclusive
 from engine.checkpoint.source import resolve, weights
@@ -90,13 +89,13 @@ def test_reading_a_gguf_again_shows_lines(
     tiny_gguf.tiny(tmp_path / "m.gguf")
     found = resolve(str(tmp_path / "m.gguf"))
     capsys.readouterr()
-    slowly = gguf.GGUFReader
+    slowly = gguf_parts.read_header
 
-    def reader(path: Path) -> gguf.GGUFReader:
+    def reader(path: Path, *, arrays: bool = False) -> gguf_parts.Header:
         time.sleep(0.5)
-        return slowly(path)
+        return slowly(path, arrays=arrays)
 
-    monkeypatch.setattr(gguf, "GGUFReader", reader)
+    monkeypatch.setattr(gguf_parts, "read_header", reader)
     monkeypatch.setattr(progress, "_FIRST_LINE_S", 0.1)
     weights(found, "float32")
     assert "Reading m.gguf: 0 s" in capsys.readouterr().err
