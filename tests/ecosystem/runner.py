@@ -25,7 +25,8 @@ from pathlib import Path
 
 import tests.ecosystem
 from coordinator.client import Client as DiptychClient
-from engine.checkpoint.source import DEFAULT_MODEL, resolve
+from engine.checkpoint.packaged import DEFAULT_MODEL
+from engine.checkpoint.source import resolve
 from tests.ecosystem.client import Client, Target
 from tests.ecosystem.environments import Failed, LeftOut
 from tests.support.stack import Stack

@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from engine.checkpoint.source import DEFAULT_MODEL, resolve
+from engine.checkpoint.packaged import DEFAULT_MODEL
+from engine.checkpoint.source import resolve
 from tests.ecosystem.conformance import answers, offline, report, sources
 from tests.ecosystem.conformance.sources import Case
 from tests.support.stack import Stack

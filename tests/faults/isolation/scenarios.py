@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 
-from engine.checkpoint.source import default_file
+from engine.checkpoint.packaged import packaged_file
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from tests.faults.isolation.attack import (
     DEADLINE_S,
@@ -499,7 +499,7 @@ def looping_model(path: Path) -> Path:
 
     Spliced in behind its key, by a multiple of the file's alignment: tensors keep their offsets.
     """
-    raw = default_file().read_bytes()
+    raw = packaged_file("smollm2").read_bytes()
     at = raw.index(_TEMPLATE_KEY) + len(_TEMPLATE_KEY) + 4  # a type, then the text's length
     begin = at + 8
     length = int.from_bytes(raw[at:begin], "little")

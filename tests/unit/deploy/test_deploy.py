@@ -20,7 +20,7 @@ from coordinator.cli import START_GROUPS
 from coordinator.process import _STOP_S
 from engine.base.option_groups import WORKER_GROUPS, DraftOptions
 from engine.base.options import add_flags, parser, resolve
-from engine.checkpoint.source import _DEFAULT_INSTALL
+from engine.checkpoint.packaged import DEFAULT_MODEL, PACKAGED
 from engine.http.guard import refusals_counter
 from engine.rpc.auth import ClusterToken, stays_on_this_machine
 from engine.telemetry.coordinator_metrics import CoordinatorMetrics
@@ -116,7 +116,7 @@ def test_what_an_image_installs_exists(path):
     extras = pyproject()["project"]["optional-dependencies"]
     wanted = build_arguments(path).get("EXTRAS", "").split(",")
     assert all(extra in extras for extra in wanted if extra)
-    assert build_arguments(path)["DEFAULT_MODEL"] in _DEFAULT_INSTALL
+    assert build_arguments(path)["DEFAULT_MODEL"] in PACKAGED[DEFAULT_MODEL].install
     environ = image_environment(path)
     assert {n for n in environ if n.startswith("DIPTYCH_")} <= OTHER_VARIABLES
     assert rest(path, "VOLUME") == [environ["DIPTYCH_CACHE_DIR"]]

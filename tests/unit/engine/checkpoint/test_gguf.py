@@ -23,6 +23,7 @@ from engine.checkpoint import source
 from engine.checkpoint.config import read_config
 from engine.checkpoint.gguf import config_json, llama3_divisors, open_gguf
 from engine.checkpoint.gguf_weights import cast, write_weights
+from engine.checkpoint.packaged import packaged_file
 from engine.checkpoint.source import Checkpoint, resolve, weights
 from tests.support import tiny_gguf
 
@@ -78,7 +79,7 @@ def test_default_model_equals_transformers(tmp_path: Path) -> None:
     """Tensors of each kind of the real file, bit by bit, against transformers' own GGUF reader."""
     from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
-    path = source.default_file()
+    path = packaged_file("smollm2")
     file = open_gguf(path)
     (tmp_path / "config.json").write_text(json.dumps(config_json(file)))
     config = read_config(tmp_path)

