@@ -9,6 +9,7 @@ Each (checkpoint, choice) is one entry of the cache (kept.py). Torch is not need
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,10 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.base.errors import CheckpointError
+from engine.checkpoint.gguf_header import TYPES
+from engine.checkpoint.gguf_parts import find_parts
 from engine.checkpoint.gguf_weights import PackedTensor, cast
 from engine.checkpoint.kept import kept
 from engine.checkpoint.packing import (
     GROUP,
+    KINDS,
     Bytes,
     Floats,
     Matrix,
@@ -39,10 +43,13 @@ from engine.checkpoint.shards import TensorEntry, read_header, write_shard
 from engine.checkpoint.source import Checkpoint
 from engine.models.architecture import TensorSpec, architecture_of, listed_name
 from engine.models.config import ModelConfig
+from engine.telemetry.log import get_logger
 from engine.telemetry.progress import bar
 
-_VERSION = 1  # part of the entry's name: raise it with the layout
+_log = get_logger(__name__)
+_FIRST_KINDS = {"q4_0", "q4_1", "q8_0"}  # of version 1, which kept parts of one kind only
 _FILE = "weights.safetensors"
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _PIECE_BYTES = 64 << 20  # of fp32 at a time
 
 
@@ -55,7 +62,8 @@ class _Tensor:
 
     path: Path
     shape: tuple[int, ...]
-    kind: str  # q4_0, q4_1, q8_0; "" for any other
+    type_name: str  # the file's: Q4_K, BF16
+    kind: str  # one of KINDS; "" for any other
     rows: Callable[[], Bytes]  # packed
     values: Callable[[int, int], Floats]  # of rows first .. end - 1; a vector is one row
 
@@ -85,7 +93,8 @@ def _of_gguf(path: Path, t: PackedTensor) -> _Tensor:
     return _Tensor(
         path,
         t.shape,
-        kind if kind in ("q4_0", "q4_1", "q8_0") else "",
+        t.kind.name,
+        kind if kind in KINDS else "",
         t.rows,
         lambda first, end: t.values(first, end, f"{path}: {t.gguf_name}"),
     )
@@ -105,7 +114,9 @@ def _of_entry(entry: TensorEntry) -> _Tensor:
             return (rows.astype(np.uint32) << 16).view(np.float32)
         return rows.astype(np.float32)
 
-    return _Tensor(entry.path, entry.shape, "", lambda: np.empty((0, 0), np.uint8), values)
+    return _Tensor(
+        entry.path, entry.shape, entry.dtype, "", lambda: np.empty((0, 0), np.uint8), values
+    )
 
 
 # -- what a model consists of ----------------------------------------------------------------------
@@ -168,8 +179,22 @@ def packed_file(checkpoint: Checkpoint, choice: str, *, read: bool = True) -> Pa
         _write(folder / _FILE, checkpoint, choice)
         checkpoint.check_unchanged()
 
-    name = f"{checkpoint.fingerprint}-{choice}-{_VERSION}"
+    name = f"{checkpoint.fingerprint}-{choice}-{layout_version(checkpoint, choice)}"
     return kept("packed", name, make, read=read) / _FILE
+
+
+def layout_version(checkpoint: Checkpoint, choice: str) -> int:
+    """2 where a file keeps types that version 1 rounded to bfloat16; 1 where both are the same."""
+    if choice != "auto" or checkpoint.gguf is None:
+        return 1
+    tensors = find_parts(checkpoint.gguf).tensors()
+    types = {tensor.name: TYPES[tensor.kind][0].lower() for tensor in tensors}
+    for matrix in _joined(checkpoint.config)[0]:
+        found = {types.get(part.gguf_name, "") for part in matrix.parts}
+        kept_kinds = found & KINDS.keys()
+        if kept_kinds and (len(found) > 1 or not found <= _FIRST_KINDS):
+            return 2
+    return 1
 
 
 def _kind(matrix: _Joined, tensor: _Tensor, choice: str) -> str:
@@ -229,11 +254,26 @@ def _packed(tensor: _Tensor, kind: str) -> Iterator[Bytes]:
             yield pack_rows(kind, quantise(kind, tensor.values(first, end)))
 
 
+def _report_widened(checkpoint: Checkpoint, source: Mapping[str, _Tensor]) -> None:
+    """Log the quantised types that no kernel multiplies."""
+    unknown = (t.type_name for t in source.values() if not t.kind)
+    for name, count in sorted(Counter(unknown).items()):
+        if name not in _FLOATS:
+            _log.warning(
+                f"{name} is widened to bfloat16, more memory than in the file: "
+                "no kernel keeps this type packed",
+                path=str(checkpoint.gguf),
+                tensors=count,
+            )
+
+
 def _write(path: Path, checkpoint: Checkpoint, choice: str) -> None:
     source = _tensors(checkpoint)
     _check(source, checkpoint)
     matrices, vectors = _joined(checkpoint.config)
     kinds = {m.name: _kinds(m, source, choice) for m in matrices}
+    if choice == "auto":
+        _report_widened(checkpoint, source)
     header: list[tuple[str, str, tuple[int, ...]]] = []
     for m in matrices:
         runs = _runs(m, kinds[m.name])

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.checkpoint.packed import PackedWeights
-from engine.checkpoint.packing import BLOCK, Matrix
+from engine.checkpoint.packing import BLOCK, KINDS, Matrix
 from engine.models.architecture import architecture_of
 from engine.models.config import ModelConfig
 
-_KINDS = {"bf16": 0, "q4_0": 1, "q4_1": 2, "q8_0": 3}
+_KINDS = {kind: number for number, kind in enumerate(("bf16", *KINDS))}  # as in matmul.h
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _VECTORS = ("input_norm", "mlp_norm", "q_norm", "k_norm", "out_norm", "down_norm")
 _MATRICES = ("qkv", "out", "gate_up", "down")

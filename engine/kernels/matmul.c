@@ -15,114 +15,130 @@
 
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "records.h"
 
 enum { FEW = 12 };
 
-INLINE int head_bytes(int kind) { return kind == BF16 ? 0 : kind == Q4_1 ? 64 : 32; }
-INLINE int record_bytes(int kind) {
-    return head_bytes(kind) + (kind == BF16 ? 1024 : kind == Q8_0 ? 512 : 256);
+size_t group_bytes(int kind, int columns) {
+    return (size_t)columns / BLOCK / blocks_of(kind) * record_bytes(kind);
 }
 
-size_t group_bytes(int kind, int columns) { return (size_t)columns / BLOCK * record_bytes(kind); }
-
-INLINE __m512 halves(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE __m512 low_half(__m512i pair) { return _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)); }
 INLINE __m512 high_half(__m512i pair) {
     return _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32((int)0xffff0000)));
 }
 
-/* Pairs of columns 2j and 2j + 1 of a record's weights as int16 [16 rows, 2]. `q` is behind the scales. */
-INLINE void unpack_pairs(const uint8_t *q, int kind, int j, __m512i *first, __m512i *second) {
-    if (kind == Q8_0) {
-        *first = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(q + 64 * j)));
-        *second = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(q + 64 * j + 32)));
-    } else {
-        __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(q + 32 * j)));
-        *first = _mm512_and_si512(both, _mm512_set1_epi16(15));
-        *second = _mm512_srli_epi16(both, 4);
-    }
-}
-
 INLINE __m512i pair_of(const int16_t *q) { int32_t both; memcpy(&both, q, 4); return _mm512_set1_epi32(both); }
 
-/* What a block starts from: the weights of Q4_0 are q - 8. */
-INLINE __m512i start(int kind, int32_t count) {
-    return kind == Q4_0 ? _mm512_set1_epi32(-8 * count) : _mm512_setzero_si512();
+/* Two groups unpacked: integers less their zero, in pairs of columns, and factors. */
+typedef struct {
+    int16_t *pairs;  /* [2, columns / 4, 2, 16 rows, 2] */
+    float *scale;    /* [2, columns / 16 or 32, 16 rows] */
+    float *offset;   /* [2, columns / 32, 16 rows] */
+} unpacked;
+
+static unpacked unpacked_at(int16_t *panel, int columns) {
+    float *scale = (float *)(panel + (size_t)2 * GROUP * columns);
+    return (unpacked){panel, scale, scale + (size_t)2 * columns};
 }
 
-/* M rows x N groups of one block, given its integer sums. */
-INLINE void add_block(int kind, const uint8_t *record, __m512i *ints, const operand *x, size_t at, size_t step, int M,
-                      int N, __m512 *sums) {
-    __m512 d = halves(record), m = kind == Q4_1 ? halves(record + 32) : d;
-#pragma GCC unroll 6
-    for (int i = 0; i < M; i++) {
-        __m512 scale = _mm512_mul_ps(d, _mm512_set1_ps(x->scale[at + i * step]));
-        sums[i * N] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(ints[i * N]), scale, sums[i * N]);
-        if (kind == Q4_1) sums[i * N] = _mm512_fmadd_ps(m, _mm512_set1_ps(x->sum[at + i * step]), sums[i * N]);
+/* The kind whose loop takes an unpacked weight. */
+INLINE int unpacked_kind(int kind) { return halves_of(kind) > 1 ? Q6_K : has_offset(kind) ? Q4_1 : Q8_0; }
+
+/* Where a tile finds a weight: in the records of its first group, the next one `stride` bytes on; or unpacked. */
+typedef struct {
+    const uint8_t *group;
+    size_t stride;
+    const unpacked *panel;
+} weight;
+
+INLINE void pairs_of(const weight *w, int kind, int n, int b, int j, int columns, __m512i *first, __m512i *second) {
+    if (w->panel) {
+        const int16_t *pairs = w->panel->pairs + (size_t)n * GROUP * columns + ((size_t)b * BLOCK + 4 * j) * GROUP;
+        *first = _mm512_loadu_si512(pairs);
+        *second = _mm512_loadu_si512(pairs + 2 * GROUP);
+    } else {
+        const uint8_t *record = record_at(kind, w->group + n * w->stride, b);
+        unpack_pairs(values_at(kind, record, b), kind, j, first, second);
     }
 }
 
-/* M rows x N groups of a packed weight. `panel`: the weights as int16 pairs, or NULL to unpack here. */
-INLINE void packed_tile(int kind, const uint8_t *group, size_t stride_bytes, const int16_t *panel, const operand *x,
-                        int row, int M, int N, __m512 *sums) {
-    const int K = x->columns, blocks = K / BLOCK;
-    const int16_t *q = x->q + (size_t)row * K;
-    for (int b = 0; b < blocks; b++) {
-        const uint8_t *record = group + (size_t)b * record_bytes(kind);
-        const size_t at = (size_t)row * blocks + b;
-        /* Two sums each where there are few: one alone would wait for itself. */
-        const int two = M * N < 8;
-        __m512i ints[MAX_ROWS * MAX_GROUPS], more[MAX_ROWS * MAX_GROUPS];
-#pragma GCC unroll 24
-        for (int i = 0; i < M * N; i++) {
-            ints[i] = start(kind, x->count[at + i / N * blocks]);
-            more[i] = _mm512_setzero_si512();
-        }
-#pragma GCC unroll 8
-        for (int j = 0; j < BLOCK / 4; j++) {
-            __m512i first[MAX_GROUPS], second[MAX_GROUPS];
-#pragma GCC unroll 4
-            for (int n = 0; n < N; n++)
-                if (panel) {
-                    const int16_t *pairs = panel + (size_t)n * GROUP * K + ((size_t)b * BLOCK + 4 * j) * GROUP;
-                    first[n] = _mm512_loadu_si512(pairs);
-                    second[n] = _mm512_loadu_si512(pairs + 2 * GROUP);
-                } else {
-                    unpack_pairs(record + n * stride_bytes + head_bytes(kind), kind, j, &first[n], &second[n]);
-                }
+INLINE factors factors_at(const weight *w, int kind, int n, int b, int half, int columns) {
+    if (!w->panel)
+        return factors_of(kind, record_at(kind, w->group + n * w->stride, b), b % blocks_of(kind), half);
+    const int blocks = columns / BLOCK, parts = halves_of(kind);
+    const size_t at = (size_t)n * blocks + b;
+    const __m512 scale = _mm512_loadu_ps(w->panel->scale + (at * parts + half) * GROUP);
+    return (factors){scale, has_offset(kind) ? _mm512_loadu_ps(w->panel->offset + at * GROUP) : scale};
+}
+
+/* M rows x N groups of one block, or of half of one, given its integer sums. */
+INLINE void add_block(int kind, factors f, const __m512i *ints, const operand *x, size_t at, size_t step, int M, int N,
+                      __m512 *sums) {
 #pragma GCC unroll 6
-            for (int i = 0; i < M; i++) {
-                const int16_t *at_k = q + (size_t)i * K + b * BLOCK + 4 * j;
-                __m512i lower = pair_of(at_k), upper = pair_of(at_k + 2);
+    for (int i = 0; i < M; i++) {
+        __m512 scale = _mm512_mul_ps(f.scale, _mm512_set1_ps(x->scale[at + i * step]));
+        sums[i * N] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(ints[i * N]), scale, sums[i * N]);
+        if (has_offset(kind))
+            sums[i * N] = _mm512_fmadd_ps(f.offset, _mm512_set1_ps(x->sum[at + i * step]), sums[i * N]);
+    }
+}
+
+/* What the sums of a block start from: integers in records still have their zero. */
+INLINE __m512i start(const weight *w, int kind, int32_t count) {
+    const int zero = w->panel ? 0 : zero_of(kind);
+    return zero ? _mm512_set1_epi32(-zero * count) : _mm512_setzero_si512();
+}
+
+/* M rows x N groups of a packed weight. */
+INLINE void packed_tile(int kind, const weight *w, const operand *x, int row, int M, int N, __m512 *sums) {
+    const int K = x->columns, blocks = K / BLOCK, parts = halves_of(kind), fours = FOURS / parts;
+    const int two = M * N < 8; /* two sums each where there are few: one alone would wait for itself */
+    for (int b = 0; b < blocks; b++) {
+        const size_t at = (size_t)row * blocks + b;
+        for (int half = 0; half < parts; half++) {
+            const int16_t *q = x->q + (size_t)row * K + b * BLOCK + half * 4 * fours;
+            __m512i ints[MAX_ROWS * MAX_GROUPS], more[MAX_ROWS * MAX_GROUPS];
+#pragma GCC unroll 24
+            for (int i = 0; i < M * N; i++) {
+                ints[i] = start(w, kind, x->count[at + i / N * blocks]);
+                more[i] = _mm512_setzero_si512();
+            }
+#pragma GCC unroll 8
+            for (int j = 0; j < fours; j++) {
+                __m512i first[MAX_GROUPS], second[MAX_GROUPS];
 #pragma GCC unroll 4
-                for (int n = 0; n < N; n++) {
-                    ints[i * N + n] = _mm512_dpwssd_epi32(ints[i * N + n], first[n], lower);
-                    if (two)
-                        more[i * N + n] = _mm512_dpwssd_epi32(more[i * N + n], second[n], upper);
-                    else
-                        ints[i * N + n] = _mm512_dpwssd_epi32(ints[i * N + n], second[n], upper);
+                for (int n = 0; n < N; n++) pairs_of(w, kind, n, b, half * fours + j, K, &first[n], &second[n]);
+#pragma GCC unroll 6
+                for (int i = 0; i < M; i++) {
+                    __m512i lower = pair_of(q + (size_t)i * K + 4 * j), upper = pair_of(q + (size_t)i * K + 4 * j + 2);
+#pragma GCC unroll 4
+                    for (int n = 0; n < N; n++) {
+                        __m512i *other = two ? more : ints;
+                        ints[i * N + n] = _mm512_dpwssd_epi32(ints[i * N + n], first[n], lower);
+                        other[i * N + n] = _mm512_dpwssd_epi32(other[i * N + n], second[n], upper);
+                    }
                 }
             }
-        }
-        if (two)
+            if (two)
 #pragma GCC unroll 24
-            for (int i = 0; i < M * N; i++) ints[i] = _mm512_add_epi32(ints[i], more[i]);
+                for (int i = 0; i < M * N; i++) ints[i] = _mm512_add_epi32(ints[i], more[i]);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; n++)
-            add_block(kind, record + n * stride_bytes, ints + n, x, at, blocks, M, N, sums + n);
+            for (int n = 0; n < N; n++)
+                add_block(kind, factors_at(w, kind, n, b, half, K), ints + n, x, at, blocks, M, N, sums + n);
+        }
     }
 }
 
 /* M rows x N groups of a dense weight. */
-INLINE void dense_tile(const uint8_t *group, size_t stride_bytes, const operand *x, int row, int M, int N, __m512 *sums) {
+INLINE void dense_tile(const weight *w, const operand *x, int row, int M, int N, __m512 *sums) {
     const int K = x->columns;
     const float *at = x->x + (size_t)row * K;
     for (int k = 0; k < K; k += 2) {
         __m512 even[MAX_GROUPS], odd[MAX_GROUPS];
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++) {
-            __m512i pair = _mm512_loadu_si512(group + n * stride_bytes + (size_t)k * 2 * GROUP);
+            __m512i pair = _mm512_loadu_si512(w->group + n * w->stride + (size_t)k * 2 * GROUP);
             even[n] = low_half(pair);
             odd[n] = high_half(pair);
         }
@@ -138,86 +154,115 @@ INLINE void dense_tile(const uint8_t *group, size_t stride_bytes, const operand 
     }
 }
 
-INLINE void tile(const matrix *w, int kind, int group, const int16_t *panel, const operand *x, int row, int M, int N,
-                 float *out, int stride) {
-    const size_t bytes = (size_t)w->columns / BLOCK * record_bytes(kind);
-    const uint8_t *data = w->data + group * bytes;
+/* Where outputs go: groups `group` ... of a matrix, the first `groups` of a tile's. */
+typedef struct {
+    const matrix *w;
+    int group, groups;
+    float *out;
+    int stride;
+} outputs;
+
+INLINE void tile(int kind, const weight *w, const operand *x, int row, int M, int N, const outputs *to, float *out) {
     __m512 sums[MAX_ROWS * MAX_GROUPS];
 #pragma GCC unroll 24
     for (int i = 0; i < M * N; i++) sums[i] = _mm512_setzero_ps();
     if (kind == BF16)
-        dense_tile(data, bytes, x, row, M, N, sums);
+        dense_tile(w, x, row, M, N, sums);
     else
-        packed_tile(kind, data, bytes, panel, x, row, M, N, sums);
+        packed_tile(kind, w, x, row, M, N, sums);
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) {
-        const int first = (group + n) * GROUP, left = w->rows - first;
-        __m512 bias = w->bias ? _mm512_maskz_loadu_ps(lanes(left), w->bias + first) : _mm512_setzero_ps();
+        if (n >= to->groups) break;
+        const int first = (to->group + n) * GROUP, left = to->w->rows - first;
+        const float *bias = to->w->bias;
+        __m512 added = bias ? _mm512_maskz_loadu_ps(lanes(left), bias + first) : _mm512_setzero_ps();
 #pragma GCC unroll 6
         for (int i = 0; i < M; i++)
-            _mm512_storeu_ps(out + (size_t)i * stride + n * GROUP, _mm512_add_ps(sums[i * N + n], bias));
+            _mm512_storeu_ps(out + (size_t)i * to->stride + n * GROUP, _mm512_add_ps(sums[i * N + n], added));
     }
 }
 
-/* The weights of N groups as int16 pairs, one group after the other. If there is `more`, it is sent for and
- * comes while these are used. */
-INLINE void unpack_panel(const matrix *w, int kind, int group, int N, int more, int16_t *panel) {
-    const int blocks = N * w->columns / BLOCK;
-    const uint8_t *record = w->data + (size_t)group * w->columns / BLOCK * record_bytes(kind);
-    for (int i = 0; i < blocks; i++, record += record_bytes(kind)) {
+/* Unpack N groups. If there is `more`, it is sent for and comes while these are used. */
+INLINE void unpack(int kind, const uint8_t *group, int columns, int N, int more, const unpacked *to) {
+    const int blocks = columns / BLOCK, records = N * blocks / blocks_of(kind), zero = zero_of(kind);
+    int16_t *pairs = to->pairs;
+    float *scale = to->scale, *offset = to->offset;
+    for (int i = 0; i < records; i++, group += record_bytes(kind)) {
         for (int line = 0; more && line < record_bytes(kind); line += 64)
-            _mm_prefetch((const char *)record + (size_t)blocks * record_bytes(kind) + line, _MM_HINT_T1);
+            _mm_prefetch((const char *)group + (size_t)records * record_bytes(kind) + line, _MM_HINT_T1);
+        for (int b = 0; b < blocks_of(kind); b++) {
 #pragma GCC unroll 8
-        for (int j = 0; j < BLOCK / 4; j++, panel += 4 * GROUP) {
-            __m512i first, second;
-            unpack_pairs(record + head_bytes(kind), kind, j, &first, &second);
-            _mm512_storeu_si512(panel, first);
-            _mm512_storeu_si512(panel + 2 * GROUP, second);
+            for (int j = 0; j < FOURS; j++, pairs += 4 * GROUP) {
+                __m512i first, second;
+                unpack_pairs(values_at(kind, group, b), kind, j, &first, &second);
+                _mm512_storeu_si512(pairs, _mm512_sub_epi16(first, _mm512_set1_epi16(zero)));
+                _mm512_storeu_si512(pairs + 2 * GROUP, _mm512_sub_epi16(second, _mm512_set1_epi16(zero)));
+            }
+            for (int half = 0; half < halves_of(kind); half++, scale += GROUP)
+                _mm512_storeu_ps(scale, factors_of(kind, group, b, half).scale);
+            _mm512_storeu_ps(offset, factors_of(kind, group, b, 0).offset);
+            offset += GROUP;
         }
     }
 }
 
-/* M rows x N groups by tiles of at most six rows, the last two of them alike: a tile of one row is slow. */
-INLINE void strips(const matrix *w, int kind, int group, int N, const int16_t *panel, const operand *x, int row, int M,
-                   float *out, int stride) {
+/* M rows x 2 groups by tiles of at most six rows, the last two of them alike: a tile of one row is slow. */
+INLINE void strips(int kind, const weight *w, const operand *x, int row, int M, const outputs *to) {
+    float *out = to->out;
     while (M > 0) {
         const int rows = M >= 12 || M == 6 ? 6 : M > 6 ? (M + 1) / 2 : M;
         switch (rows) {
-        case 1: tile(w, kind, group, panel, x, row, 1, N, out, stride); break;
-        case 2: tile(w, kind, group, panel, x, row, 2, N, out, stride); break;
-        case 3: tile(w, kind, group, panel, x, row, 3, N, out, stride); break;
-        case 4: tile(w, kind, group, panel, x, row, 4, N, out, stride); break;
-        case 5: tile(w, kind, group, panel, x, row, 5, N, out, stride); break;
-        default: tile(w, kind, group, panel, x, row, 6, N, out, stride);
+        case 1: tile(kind, w, x, row, 1, 2, to, out); break;
+        case 2: tile(kind, w, x, row, 2, 2, to, out); break;
+        case 3: tile(kind, w, x, row, 3, 2, to, out); break;
+        case 4: tile(kind, w, x, row, 4, 2, to, out); break;
+        case 5: tile(kind, w, x, row, 5, 2, to, out); break;
+        default: tile(kind, w, x, row, 6, 2, to, out);
         }
-        M -= rows, row += rows, out += (size_t)rows * stride;
+        M -= rows, row += rows, out += (size_t)rows * to->stride;
     }
 }
 
-INLINE void product_of(const matrix *w, int kind, int group, int groups, const operand *x, int row, int M, float *out,
-                       int stride, int16_t *panel) {
-    if (M == 1 && groups == 4) {
-        tile(w, kind, group, NULL, x, row, 1, 4, out, stride);
-        return;
-    }
-    const int use_panel = kind != BF16 && M > FEW;
-    for (; groups > 0; groups -= 2, group += 2, out += 2 * GROUP) {
-        const int N = groups > 1 ? 2 : 1;
-        if (use_panel) unpack_panel(w, kind, group, N, groups > 2, panel);
-        if (N == 2 && use_panel) strips(w, kind, group, 2, panel, x, row, M, out, stride);
-        if (N == 2 && !use_panel) strips(w, kind, group, 2, NULL, x, row, M, out, stride);
-        if (N == 1 && use_panel) strips(w, kind, group, 1, panel, x, row, M, out, stride);
-        if (N == 1 && !use_panel) strips(w, kind, group, 1, NULL, x, row, M, out, stride);
+static void unpacked_strips(int kind, const unpacked *panel, const operand *x, int row, int M, const outputs *to) {
+    const weight w = {NULL, 0, panel};
+    switch (unpacked_kind(kind)) {
+    case Q4_1: strips(Q4_1, &w, x, row, M, to); break;
+    case Q6_K: strips(Q6_K, &w, x, row, M, to); break;
+    default: strips(Q8_0, &w, x, row, M, to);
     }
 }
+
+INLINE void product_of(int kind, const matrix *m, int group, int groups, const operand *x, int row, int M, float *out,
+                       int stride, int16_t *scratch) {
+    const size_t bytes = (size_t)m->columns / BLOCK / blocks_of(kind) * record_bytes(kind);
+    const unpacked panel = unpacked_at(scratch, m->columns);
+    weight w = {m->data + group * bytes, bytes, NULL};
+    outputs to = {m, group, groups, out, stride};
+    if (M == 1 && groups == 4) {
+        tile(kind, &w, x, row, 1, 4, &to, out);
+        return;
+    }
+    for (; to.groups > 0; to.groups -= 2, to.group += 2, to.out += 2 * GROUP, w.group += 2 * bytes) {
+        if (to.groups == 1) w.stride = 0; /* the group twice; only the first is stored */
+        if (kind != BF16 && M > FEW) {
+            unpack(kind, w.group, m->columns, to.groups > 1 ? 2 : 1, to.groups > 2, &panel);
+            unpacked_strips(kind, &panel, x, row, M, &to);
+        } else {
+            strips(kind, &w, x, row, M, &to);
+        }
+    }
+}
+
+/* A case for each kind, with its loops. */
+#define EACH_KIND(DO) \
+    DO(BF16) DO(Q4_0) DO(Q4_1) DO(Q8_0) DO(Q5_0) DO(Q5_1) DO(Q4_K) DO(Q5_K) DO(Q6_K) DO(IQ4_NL) DO(IQ4_XS) DO(MXFP4)
 
 void product(const matrix *w, int group, int groups, const operand *x, int row, int M, float *out, int stride,
              int16_t *panel) {
     switch (w->kind) {
-    case BF16: product_of(w, BF16, group, groups, x, row, M, out, stride, panel); break;
-    case Q4_0: product_of(w, Q4_0, group, groups, x, row, M, out, stride, panel); break;
-    case Q4_1: product_of(w, Q4_1, group, groups, x, row, M, out, stride, panel); break;
-    default: product_of(w, Q8_0, group, groups, x, row, M, out, stride, panel);
+#define PRODUCT_OF(kind) \
+    case kind: product_of(kind, w, group, groups, x, row, M, out, stride, panel); break;
+        EACH_KIND(PRODUCT_OF)
     }
 }
 
@@ -256,25 +301,36 @@ void quantise(const operand *x, int row, int first, int count) {
     }
 }
 
-void unpack_row(const matrix *w, int row, float *out) {
-    const int r = row % GROUP, kind = w->kind;
-    const uint8_t *record = w->data + (size_t)(row / GROUP) * group_bytes(kind, w->columns);
-    for (int k = 0; k < w->columns; k++) {
-        const int c = k % BLOCK;
-        if (k && c == 0) record += record_bytes(kind);
-        const uint8_t *q = record + head_bytes(kind);
-        if (kind == BF16) {
-            uint32_t wide = (uint32_t)((const bf16 *)q)[c / 2 * 32 + 2 * r + c % 2] << 16;
-            memcpy(out + k, &wide, 4);
-            continue;
-        }
-        const float d = _cvtsh_ss(((const uint16_t *)record)[r]);
-        if (kind == Q8_0) {
-            out[k] = d * (float)((const int8_t *)q)[c / 2 * 32 + 2 * r + c % 2];
-            continue;
-        }
-        const uint8_t both = q[c / 4 * 32 + 2 * r + c % 2];
-        const int value = c % 4 < 2 ? both & 15 : both >> 4;
-        out[k] = kind == Q4_0 ? d * (float)(value - 8) : fmaf(d, (float)value, _cvtsh_ss(((const uint16_t *)record)[GROUP + r]));
+static void unpack_bf16_row(const bf16 *group, int columns, int r, float *out) {
+    for (int k = 0; k < columns; k++) {
+        uint32_t wide = (uint32_t)group[k / 2 * 32 + 2 * r + k % 2] << 16;
+        memcpy(out + k, &wide, 4);
     }
+}
+
+/* Block b of sixteen rows is unpacked, and one row of them taken. */
+static void unpack_block(int kind, const uint8_t *group, int b, int r, float *out) {
+    const uint8_t *record = record_at(kind, group, b);
+    float scale[2][GROUP], offset[GROUP];
+    for (int half = 0; half < 2; half++)
+        _mm512_storeu_ps(scale[half], factors_of(kind, record, b % blocks_of(kind), half).scale);
+    _mm512_storeu_ps(offset, factors_of(kind, record, b % blocks_of(kind), 0).offset);
+    for (int j = 0; j < FOURS; j++) {
+        __m512i pairs[2];
+        unpack_pairs(values_at(kind, record, b), kind, j, &pairs[0], &pairs[1]);
+        const float factor = scale[halves_of(kind) > 1 && j >= FOURS / 2][r];
+        for (int i = 0; i < 4; i++) {
+            const float value = (float)(((const int16_t *)&pairs[i / 2])[2 * r + i % 2] - zero_of(kind));
+            out[4 * j + i] = has_offset(kind) ? fmaf(factor, value, offset[r]) : factor * value;
+        }
+    }
+}
+
+void unpack_row(const matrix *w, int row, float *out) {
+    const uint8_t *group = w->data + (size_t)(row / GROUP) * group_bytes(w->kind, w->columns);
+    if (w->kind == BF16) {
+        unpack_bf16_row((const bf16 *)group, w->columns, row % GROUP, out);
+        return;
+    }
+    for (int b = 0; b < w->columns / BLOCK; b++, out += BLOCK) unpack_block(w->kind, group, b, row % GROUP, out);
 }

@@ -15,7 +15,7 @@ from engine.base.kv_layout import KVLayout
 from engine.base.option_groups import CacheOptions, ModelOptions, StepOptions
 from engine.cache.kv_cache import DTYPES, KVCache
 from engine.checkpoint.fingerprint import config_digest
-from engine.checkpoint.packed import packed_file, read_packed
+from engine.checkpoint.packed import layout_version, packed_file, read_packed
 from engine.checkpoint.source import Checkpoint, weights
 from engine.kernels import Kernels, kernels
 from engine.kernels.backend_selection import first_layers, packing, pick_kernels
@@ -58,8 +58,9 @@ def numeric_profile(
         source = f"random-{options.seed_weights}-{config_digest(checkpoint.config)}"
     if not native:
         return f"{source} weights={dtype} activations={dtype} kv={dtype}{on and ' ' + on}"
-    names = {"auto": "gguf", "bf16": "bfloat16"}
     choice = packing(checkpoint, options)
+    version = layout_version(checkpoint, choice)
+    names = {"auto": "gguf" if version == 1 else f"gguf-{version}", "bf16": "bfloat16"}
     return f"{source} weights={names.get(choice, choice)} activations=float32/int16 kv={dtype}"
 
 

@@ -14,7 +14,6 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -24,15 +23,15 @@ from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
 from engine.checkpoint.gguf_weights import cast
 from engine.checkpoint.packed import PackedWeights
-from engine.checkpoint.packing import Matrix, pack_bf16, pack_rows, quantise
+from engine.checkpoint.packing import KINDS, Matrix, pack_bf16, pack_rows, quantise
 from engine.kernels import Kernels, kernels
 from engine.kernels.threads import Threads
 from engine.models.config import NO_ROPE, ModelConfig, RopeScaling, RopeSpec
 from engine.runner.native_model import NativeModel
+from tests.support.packed_rows import dequantised, random_rows
 from tests.support.paged import CPU, tiny_config
 
 Floats = npt.NDArray[np.floating[Any]]
-KINDS = ("bf16", "q4_0", "q4_1", "q8_0")
 HEADS = ((1, 1), (2, 1), (3, 3), (4, 2), (7, 1), (12, 2), (13, 1), (96, 1))
 WINDOWS = (0, 0, 0, 1, 2, 16, 17, 63, 64, 65, 255, 256, 257, 300)
 
@@ -162,8 +161,8 @@ def make(rng: random.Random, library: Kernels) -> Decoder:
     features = _features(rng, num_layers, head_dim)
     c = tiny_config(
         num_layers=num_layers,
-        hidden_size=32 * rng.randint(1, 5),
-        intermediate_size=32 * rng.randint(1, 6),
+        hidden_size=32 * rng.choice((1, 2, 3, 4, 5, 8, 8)),
+        intermediate_size=32 * rng.choice((1, 2, 3, 4, 5, 6, 8, 8)),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
@@ -183,14 +182,16 @@ def make(rng: random.Random, library: Kernels) -> Decoder:
         if kind == "bf16":
             data = pack_bf16(cast(wanted, "bfloat16", ""))
             return Matrix(kind, rows, columns, data), rounded(wanted)
-        packed = quantise(kind, wanted)
-        ggml = gguf.GGMLQuantizationType[kind.upper()]
-        exact = gguf.quants.dequantize(packed, ggml).reshape(rows, columns)
-        return Matrix(kind, rows, columns, pack_rows(kind, packed)), exact
+        if kind in ("q4_0", "q4_1", "q8_0"):
+            packed = quantise(kind, wanted)
+        else:
+            packed = random_rows(kind, rows, columns, noise, columns**-0.5)
+        return Matrix(kind, rows, columns, pack_rows(kind, packed)), dequantised(kind, packed)
 
     def add(name: str, columns: int, *sizes: int) -> None:
         joined = [sum(sizes)] if rng.random() < 0.5 else sizes
-        parts = [matrix(rng.choice(KINDS), size, columns) for size in joined]
+        kinds = ["bf16", *(kind for kind, k in KINDS.items() if columns % k.columns == 0)]
+        parts = [matrix(rng.choice(kinds), size, columns) for size in joined]
         matrices[name] = tuple(part for part, _ in parts)
         values[name] = np.concatenate([exact for _, exact in parts])
         if name != "embedding" and rng.random() < 0.4:

@@ -4,7 +4,7 @@ llama).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def write(
     numbers: dict[str, int | float],
     tensors: dict[str, np.ndarray],
     quantized: frozenset[str] = frozenset(),
+    packed: Mapping[str, tuple[str, np.ndarray]] | None = None,
     meta: dict[str, Any] | None = None,
     pre: str = "smollm",
     tokens_more: Sequence[tuple[str, int]] = (),
@@ -52,8 +53,9 @@ def write(
 ) -> Path:
     """`numbers` are keys under `arch.`, `meta` whole keys; `tensors` by GGUF name, fp32.
 
-    `tokens_more` are (token, type) behind the usual vocabulary. Files of at most `part_tensors`
-    tensors where that is not 0: path-00001-of-0000N.gguf.
+    `packed` are types and rows of bytes; `tokens_more` are (token, type) behind the usual
+    vocabulary. Files of at most `part_tensors` tensors where that is not 0:
+    path-00001-of-0000N.gguf.
     """
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=part_tensors)
     for key, value in numbers.items():
@@ -83,6 +85,8 @@ def write(
             writer.add_tensor(name, quantize(values, Q8_0), raw_dtype=Q8_0)
         else:
             writer.add_tensor(name, values)
+    for name, (kind, rows) in (packed or {}).items():
+        writer.add_tensor(name, rows, raw_dtype=gguf.GGMLQuantizationType[kind.upper()])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -9,17 +9,22 @@ import gguf
 import numpy as np
 import pytest
 
-from engine.checkpoint.packing import Matrix, pack_bf16, pack_rows
+from engine.checkpoint.packing import KINDS, Matrix, pack_bf16, pack_rows
 from engine.kernels import kernels
 from engine.kernels.decoder import MatrixStruct
+from tests.support.packed_rows import dequantised, ggml_type, random_rows, scale_bytes
 
 LIBRARY = kernels()
 pytestmark = pytest.mark.skipif(
     LIBRARY is None, reason="needs a C compiler and a CPU with AVX512 and VNNI"
 )
-QUANTS = gguf.GGMLQuantizationType
-KINDS = ("q4_0", "q4_1", "q8_0", "bf16")
 SHAPES = ((16, 32), (37, 96), (128, 576), (100, 1536))
+WIDE_SHAPES = ((16, 256), (37, 512), (100, 1536))  # for blocks of 256 columns
+CASES = [
+    (kind, shape)
+    for kind in ("bf16", *KINDS)
+    for shape in (SHAPES if kind == "bf16" or KINDS[kind].columns == 32 else WIDE_SHAPES)
+]
 
 
 class Operand(ctypes.Structure):
@@ -55,14 +60,8 @@ def random_matrix(kind: str, num_rows: int, width: int) -> tuple[Matrix, np.ndar
         bits = rng.standard_normal((num_rows, width)).astype(np.float32).view(np.uint32) >> 16
         values = (bits << 16).view(np.float32)
         return Matrix(kind, num_rows, width, pack_bf16(bits.astype(np.uint16))), values
-    size = {"q4_0": 18, "q4_1": 20, "q8_0": 34}[kind]
-    blocks = rng.integers(0, 256, (num_rows, width // 32, size), dtype=np.uint8)
-    num_scales = 2 if kind == "q4_1" else 1
-    scales = rng.standard_normal((num_rows, width // 32, num_scales)) * 10.0 ** rng.integers(-4, 2)
-    blocks[:, :, : 2 * num_scales] = scales.astype(np.float16).view(np.uint8)
-    rows = blocks.reshape(num_rows, -1)
-    values = gguf.quants.dequantize(rows, QUANTS[kind.upper()]).reshape(num_rows, width)
-    return Matrix(kind, num_rows, width, pack_rows(kind, rows)), values
+    rows = random_rows(kind, num_rows, width, rng, 10.0 ** rng.integers(-3, 3))
+    return Matrix(kind, num_rows, width, pack_rows(kind, rows)), dequantised(kind, rows)
 
 
 def product(matrix: Matrix, rows: Rows, first: int, count: int) -> np.ndarray:
@@ -70,7 +69,7 @@ def product(matrix: Matrix, rows: Rows, first: int, count: int) -> np.ndarray:
     assert LIBRARY
     num_groups = matrix.data.shape[0]
     out = np.full((count, num_groups * 16), np.nan, np.float32)
-    panel = np.zeros(64 * matrix.columns, np.int16)
+    panel = np.zeros(38 * matrix.columns, np.int16)  # `panel_bytes`
     struct = MatrixStruct.of(matrix, None)
     for group in range(0, num_groups, 4):
         LIBRARY.library.product(
@@ -87,8 +86,7 @@ def product(matrix: Matrix, rows: Rows, first: int, count: int) -> np.ndarray:
     return out[:, : matrix.rows]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "shape"), CASES)
 def test_every_value_is_the_files(kind: str, shape: tuple[int, int]) -> None:
     assert LIBRARY
     matrix, values = random_matrix(kind, *shape)
@@ -97,12 +95,14 @@ def test_every_value_is_the_files(kind: str, shape: tuple[int, int]) -> None:
     for row in range(shape[0]):
         at = ctypes.c_void_p(out[row].ctypes.data)
         LIBRARY.library.unpack_row(ctypes.byref(struct), row, at)
-    # d * q + m: the package rounds twice where the kernel rounds once.
-    np.testing.assert_allclose(out, values, rtol=1e-6, atol=1e-6 * np.abs(values).max())
+    np.testing.assert_array_equal(out, values)
+    size = matrix.data.nbytes * shape[0] / (-(-shape[0] // 16) * 16)
+    if kind != "bf16":
+        columns, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type(kind)]
+        assert size == shape[0] * shape[1] // columns * block_bytes, "no more than in the file"
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "shape"), CASES)
 def test_products_of_any_number_of_rows(kind: str, shape: tuple[int, int]) -> None:
     matrix, values = random_matrix(kind, *shape)
     rng = np.random.default_rng(7)
@@ -117,11 +117,44 @@ def test_products_of_any_number_of_rows(kind: str, shape: tuple[int, int]) -> No
         assert np.array_equal(part, whole[3 : 3 + count]), f"{count} rows"
 
 
-def test_fixed_point_keeps_a_nan_and_an_empty_block() -> None:
-    x = np.zeros((2, 64), np.float32)
-    x[0, 40] = np.nan
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_largest_sums_fit_in_their_integers(kind: str) -> None:
+    """All activations are the largest of their blocks; integers and scales are extremes."""
+    columns, num_bytes = gguf.GGML_QUANT_SIZES[ggml_type(kind)]
+    blocks = np.empty((4, 16, 512 // columns, num_bytes), np.uint8)
+    for i, byte in enumerate((0x00, 0xFF, 0x80, 0x7F)):
+        template = random_rows(kind, 16, 512, np.random.default_rng(i), 1.0)
+        blocks[i] = byte
+        kept = scale_bytes(kind)
+        blocks[i][..., kept] = template.reshape(blocks[i].shape)[..., kept]
+    rows = blocks.reshape(64, -1)
+    values = dequantised(kind, rows).astype(np.float64)
+    activations = Rows(np.repeat([[1.0], [-1.0]] * 7, 512, 1))
+    exact = activations.x.astype(np.float64) @ values.T
+    got = product(Matrix(kind, 64, 512, pack_rows(kind, rows)), activations, 0, 14)
+    assert (np.abs(got - exact) <= 2e-6 * 512 * np.abs(values).max()).all()
+
+
+def test_the_smallest_scales_of_mxfp4_are_subnormal() -> None:
+    assert LIBRARY
+    rows = np.full((16, 17), 0x77, np.uint8)
+    rows[:, 0] = np.arange(16)
+    struct = MatrixStruct.of(Matrix("mxfp4", 16, 32, pack_rows("mxfp4", rows)), None)
+    for row, exact in enumerate(dequantised("mxfp4", rows)):
+        out = np.empty(32, np.float32)
+        LIBRARY.library.unpack_row(ctypes.byref(struct), row, ctypes.c_void_p(out.ctypes.data))
+        np.testing.assert_array_equal(out, exact)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fixed_point_keeps_a_nan_and_an_empty_block(kind: str) -> None:
+    x = np.zeros((14, 512), np.float32)
+    x[0, 300] = np.nan
+    x[2, 10] = np.inf
     rows = Rows(x)
     assert not rows.scale[1].any() and not rows.q[1].any()
-    matrix, _ = random_matrix("q4_1", 16, 64)
-    out = product(matrix, rows, 0, 2)
-    assert np.isnan(out[0]).all() and not out[1].any()
+    matrix, _ = random_matrix(kind, 16, 512)
+    for count in (2, 14):
+        out = product(matrix, rows, 0, count)
+        assert np.isnan(out[0]).all() and not out[1].any()
+    assert np.isnan(out[2]).all() and not out[3:].any()
