@@ -128,7 +128,7 @@ def config_json(file: GGUFFile) -> dict[str, Any]:
         "rope_theta": meta.number("rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(meta, head_dim),
         "tie_word_embeddings": "output.weight" not in shapes,
-        "attention_bias": "blk.0.attn_q.bias" in shapes,
+        "attention_bias": bool(shapes.keys() & {"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"}),
         "mlp_bias": "blk.0.ffn_gate.bias" in shapes,
         "bos_token_id": file.meta.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": file.meta.get("tokenizer.ggml.eos_token_id"),

@@ -100,6 +100,11 @@ def gguf_architectures() -> dict[str, Architecture]:
 def check_header(header: Header, tensors: Iterable[TensorInfo]) -> None:
     """Raise CheckpointError if the file cannot be served; `tensors` are those of all parts."""
     path, arch = header.path, header.architecture
+    if f"{arch}.attention.kv_lora_rank" in header.scalars:
+        raise CheckpointError(
+            f"{path}: architecture {arch!r} is not supported; its latent KV (multi-head latent "
+            "attention, MLA) is not built"
+        )
     if arch not in (known := gguf_architectures()):
         raise CheckpointError(
             f"{path}: architecture {arch!r} is not supported; known are {', '.join(known)} "

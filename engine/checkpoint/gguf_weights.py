@@ -24,13 +24,15 @@ import numpy.typing as npt
 
 from engine.base.errors import CheckpointError
 from engine.checkpoint.shards import write_shard
-from engine.models.architecture import architecture_of
+from engine.models.architecture import TensorSpec, architecture_of
 from engine.models.config import ModelConfig
 from engine.telemetry.progress import Bar, bar
 
 SAFETENSORS_DTYPE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _PIECE_BYTES = 64 << 20  # of dequantised fp32 at a time
 
+# One tensor may hold q, k and v one after another (llama.cpp's converter with --fuse-qkv).
+_QKV, _QKV_PARTS = "attn_qkv", ("attn_q", "attn_k", "attn_v")
 ROPE_FREQS = "rope_freqs.weight"
 ROPE_TENSORS = ("rope_freqs.", "rope_factors_")  # become keys of config.json, not weights
 
@@ -70,6 +72,11 @@ def unpermute(rows: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
+def _packed_tensor(spec: TensorSpec, t: Any, data: npt.NDArray[Any]) -> PackedTensor:
+    order = (spec.permuted_heads, spec.offset)
+    return PackedTensor(spec.hf_name, t.name, t.tensor_type, spec.shape, data, *order)
+
+
 def packed_tensors(tensors: list[Any], config: ModelConfig, path: Path) -> list[PackedTensor]:
     """Name the tensors of a file. Raises CheckpointError for one that is not in the
     architecture's list, is missing, or has another shape.
@@ -79,16 +86,22 @@ def packed_tensors(tensors: list[Any], config: ModelConfig, path: Path) -> list[
     for t in tensors:
         if t.name.startswith(ROPE_TENSORS):
             continue
-        if (spec := specs.pop(t.name, None)) is None:
+        names = _QKV_PARTS if _QKV in t.name and t.name not in specs else (_QKV,)
+        parts = [specs.pop(t.name.replace(_QKV, name), None) for name in names]
+        found = [spec for spec in parts if spec is not None]
+        if len(found) < len(parts):
             raise CheckpointError(f"{path}: unexpected tensor {t.name} in a {config.architecture}")
-        shape = tuple(int(n) for n in reversed(t.shape))
-        if shape != spec.shape:
+        shape, first = tuple(int(n) for n in reversed(t.shape)), 0
+        expected = (sum(spec.shape[0] for spec in found), *found[0].shape[1:])
+        if shape != expected:
             raise CheckpointError(
-                f"{path}: tensor {spec.hf_name} has shape {list(shape)}, "
-                f"expected {list(spec.shape)}"
+                f"{path}: tensor {found[0].hf_name} has shape {list(shape)}, "
+                f"expected {list(expected)}"
             )
-        order = (spec.permuted_heads, spec.offset)
-        out.append(PackedTensor(spec.hf_name, t.name, t.tensor_type, shape, t.data, *order))
+        for spec in found:
+            data = t.data if len(found) == 1 else t.data[first : first + spec.shape[0]]
+            first += spec.shape[0]
+            out.append(_packed_tensor(spec, t, data))
     missing = [spec.hf_name for spec in specs.values() if len(spec.shape) > 1]
     if missing:  # vectors are looked for where they are loaded
         raise CheckpointError(f"{path}: tensor {missing[0]} is missing ({len(missing)} in all)")

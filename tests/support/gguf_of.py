@@ -29,6 +29,7 @@ def write(
     lists: dict[str, list[Any]] | None = None,
     stored: Callable[[str, Values], Values] = lambda name, values: values,
     extra: dict[str, Values] | None = None,
+    fuse_qkv: bool = False,
 ) -> None:
     """Write `model`, of VOCAB tokens.
 
@@ -40,6 +41,7 @@ def write(
         lists: arrays under the name.
         stored: what the file holds of a tensor, by its Hugging Face name.
         extra: tensors of the file alone, by their names there.
+        fuse_qkv: q, k and v are one tensor.
     """
     config: Any = model.config
     kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
@@ -49,6 +51,9 @@ def write(
         known = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert known, f"the gguf package does not know {name}"
         tensors[known] = np.ascontiguousarray(stored(name, parameter.detach().numpy()))
+    for name in [name for name in tensors if fuse_qkv and ".attn_q." in name]:
+        parts = [tensors.pop(name.replace("attn_q", f"attn_{part}")) for part in "qkv"]
+        tensors[name.replace("attn_q", "attn_qkv")] = np.concatenate(parts)
     shared: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,

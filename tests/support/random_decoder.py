@@ -68,6 +68,8 @@ class Decoder:
         positions = np.arange(num_tokens)
 
         def norm(name: str, x: Floats) -> Floats:
+            if name not in self.vectors:
+                return x
             scale = np.sqrt((x * x).mean(-1, keepdims=True) + c.rms_norm_eps)
             out: Floats = x / scale * self.vectors[name]
             return out
@@ -92,8 +94,7 @@ class Decoder:
             return out
 
         def add(name: str, x: Floats, part: Floats) -> Floats:
-            part = norm(name, part) if name in self.vectors else part
-            return x + c.residual_scale * part
+            return x + c.residual_scale * norm(name, part)
 
         x: Floats = self.values["embedding"][token_ids].astype(np.float64) * c.embedding_scale
         for i in range(c.num_layers):
@@ -104,11 +105,18 @@ class Decoder:
             qkv = product(f"{i}.qkv", norm(f"{i}.input_norm", x))
             qkv = qkv.reshape(num_tokens, -1, c.head_dim)
             q, k, v = np.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], 1)
-            if f"{i}.q_norm" in self.vectors:
+            if c.whole_qk_norm:
+                q = norm(f"{i}.q_norm", q.reshape(num_tokens, -1)).reshape(q.shape)
+                k = norm(f"{i}.k_norm", k.reshape(num_tokens, -1)).reshape(k.shape)
+            else:
                 q, k = norm(f"{i}.q_norm", q), norm(f"{i}.k_norm", k)
             group = c.num_heads // c.num_kv_heads
             k, v = (np.repeat(rounded(part), group, 1) for part in (rotated(i, k), v))
-            scores = np.einsum("qhd,khd->hqk", rotated(i, q), k)
+            q = rotated(i, q)
+            if c.query_beta:
+                growth = 1 + c.query_beta * np.log1p(positions // c.query_period)
+                q = q * growth[:, None, None]
+            scores = np.einsum("qhd,khd->hqk", q, k)
             scores = capped(scores * (spec.scale or c.head_dim**-0.5), spec.softcap)
             scores = np.where(hidden, -np.inf, scores)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -143,10 +151,14 @@ def _features(rng: random.Random, num_layers: int, head_dim: int) -> dict[str, A
         "residual_scale": rng.choice((0.2, 2.0)),
         "logit_scale": rng.choice((0.06, 4.0)),
         "logit_softcap": rng.choice((0.3, 5.0, 30.0)),
+        "whole_qk_norm": True,
+        "query_beta": rng.choice((0.05, 0.1)),
         "rotary_dim": dims[0],
         "other_ropes": (RopeSpec(500.0, RopeScaling(), dims[1]),),
     }
     chosen = {name: value for name, value in found.items() if rng.random() < 0.5}
+    if "query_beta" in chosen:
+        chosen["query_period"] = rng.choice((7, 100))
     tables = range(NO_ROPE, 1 + len(chosen.get("other_ropes", ())))
     if rng.random() < 0.5:
         chosen["layer_ropes"] = tuple(rng.choice(tables) for _ in range(num_layers))
@@ -171,7 +183,15 @@ def make(rng: random.Random, library: Kernels) -> Decoder:
         tie_word_embeddings=rng.random() < 0.5,
         **features,
     )
-    more_norms = [name for name in ("q_norm", "out_norm", "down_norm") if rng.random() < 0.3]
+    before, after = ["input_norm", "mlp_norm"], ["out_norm", "down_norm"]
+    norms = before + [name for name in after if rng.random() < 0.3]
+    if rng.random() < 0.2:
+        norms = after  # without any, numbers grow from layer to layer
+    if c.whole_qk_norm or rng.random() < 0.3:
+        norms += ["q_norm", "k_norm"]
+    sizes = dict.fromkeys(("q_norm", "k_norm"), head_dim)
+    if c.whole_qk_norm:
+        sizes = {"q_norm": heads * head_dim, "k_norm": kv_heads * head_dim}
     noise = np.random.default_rng(rng.randrange(1 << 30))
     matrices: dict[str, tuple[Matrix, ...]] = {}
     values: dict[str, Floats] = {}
@@ -204,10 +224,8 @@ def make(rng: random.Random, library: Kernels) -> Decoder:
         add(f"{i}.out", inner, c.hidden_size)
         add(f"{i}.gate_up", c.hidden_size, *[c.intermediate_size] * 2)
         add(f"{i}.down", c.intermediate_size, c.hidden_size)
-        norms = ["input_norm", "mlp_norm", *more_norms]
-        for name in norms + ["k_norm"] * ("q_norm" in more_norms):
-            size = c.head_dim if name in ("q_norm", "k_norm") else c.hidden_size
-            norm = 1 + 0.1 * noise.standard_normal(size)
+        for name in norms:
+            norm = 1 + 0.1 * noise.standard_normal(sizes.get(name, c.hidden_size))
             vectors[f"{i}.{name}"] = norm.astype(np.float32)
     add("embedding", c.hidden_size, c.vocab_size)
     if not c.tie_word_embeddings:

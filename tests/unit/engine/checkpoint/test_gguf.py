@@ -227,6 +227,7 @@ def test_control_tokens_end_an_answer_by_name_and_words_do_not(tmp_path: Path) -
         ({"extra": {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}}, "attn_sinks"),
         ({"numbers": {"block_count": 3}}, "layers.2"),
         ({"numbers": {"attention.head_count": None}}, "attention.head_count"),
+        ({"numbers": {"attention.kv_lora_rank": 8}}, "latent KV .* is not built"),
         ({"numbers": {"rope.dimension_count": 8}}, "rope.dimension_count"),
         (
             {
@@ -247,7 +248,7 @@ def test_what_is_not_supported_is_named(
         mock.patch.object(source, "file_digests", hashed),
     ):
         resolve(str(tmp_path / "m.gguf"))
-    early = ("falcon", "klingon", "longrope", "split GGUF", "split.count")
+    early = ("falcon", "klingon", "longrope", "split GGUF", "split.count", "latent")
     assert hashed.called is not any(name in named for name in early), "refused before it is hashed"
     assert "m.gguf" in error.value.message
     assert "\n" not in error.value.message

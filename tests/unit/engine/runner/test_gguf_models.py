@@ -259,6 +259,20 @@ def test_the_file_equals_transformers(
     assert found < 3e-3
 
 
+def test_one_tensor_of_q_k_and_v(tmp_path: Path) -> None:
+    """llama.cpp's converter joins them on demand; rows of q and k are in its order by head."""
+    config = transformers.LlamaConfig(**COMMON, attention_bias=True)
+    torch.manual_seed(3)
+    reference = transformers.LlamaForCausalLM(config).eval()
+    path = tmp_path / "m.gguf"
+    numbers = HEAD | {"rope.freq_base": 10000.0}
+    gguf_of.write(path, reference, "llama", numbers, stored=gguf_of.permuted(6, 2), fuse_qkv=True)
+    checkpoint = resolve(str(path))
+    exact = load_model(checkpoint.config, weights(checkpoint, "float32"), torch.float32, CPU)
+    prompt = list(range(60))
+    assert error(logits(exact, prompt), logits_of(reference, prompt)) < 1e-4
+
+
 def test_its_configuration_is_that_of_the_folder(
     pair: tuple[Case, torch.nn.Module, Checkpoint], tmp_path: Path
 ) -> None:
