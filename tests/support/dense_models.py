@@ -101,6 +101,10 @@ MODELS: dict[str, transformers.PretrainedConfig] = {
             "partial_rotary_factor": 1.0,
         },
     ),
+    "exaone 4": transformers.Exaone4Config(**FOUR, sliding_window=13),
+    "exaone 4, no windows": transformers.Exaone4Config(
+        **COMMON, sliding_window=None, layer_types=["full_attention"] * 2
+    ),
     "ministral": transformers.MinistralConfig(
         **FOUR, head_dim=32, sliding_window=13, layer_types=KINDS
     ),

@@ -179,6 +179,15 @@ CASES: dict[str, Case] = {
             "rope.dimension_count": 32,
         },
     ),
+    "exaone 4": Case(
+        DENSE["exaone 4"],
+        "exaone4",
+        {"rope.freq_base": 10000.0, "attention.sliding_window": 13},
+        {"attention.sliding_window_pattern": [True, True, True, False]},
+    ),
+    "exaone 4, no windows": Case(
+        DENSE["exaone 4, no windows"], "exaone4", {"rope.freq_base": 10000.0}
+    ),
     "ministral 3": Case(
         DENSE["ministral 3"],
         "mistral3",
