@@ -24,7 +24,7 @@ from coordinator.generation.request import GenerationRequest
 from coordinator.text.detokenizer import BROKEN, Detokenizer, scored_token
 from coordinator.text.stops import StopChecker, StopSet
 from coordinator.text.tokenizer import Tokenizer
-from coordinator.text.tool_parser import ToolCalls, call_id
+from coordinator.text.tools.parser import ToolCalls, call_id
 from coordinator.text.values import ScoredToken, ToolCallPiece
 from engine.base.types import FinishReason, TokenLogprobs
 
@@ -57,10 +57,10 @@ class Output:
     def __post_init__(self) -> None:
         request, tokenizer = self.request, self.tokenizer
         markers: tuple[int, ...] = ()
-        if request.tools:
+        if request.tools and request.tools.callable:
             form = request.tools.format
             markers = tuple(form.tokens.values())
-            make_id = partial(call_id, f"{request.request_id}/{request.index}", form.id_chars)
+            make_id = partial(call_id, f"{request.request_id}/{request.index}", form)
             self._calls = ToolCalls(request.tools, make_id)
         skips = request.skip_special_tokens
         self._detokenizer = Detokenizer(tokenizer, skips, markers, self.prompt)

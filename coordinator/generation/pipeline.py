@@ -98,7 +98,7 @@ class Pipeline:
                         gauge.inc(count)
                     yield event
         except InvalidRequest as error:
-            if error.field == "constraint" and request.tools:
+            if error.field == "constraint" and request.tools and request.tools.callable:
                 raise InvalidRequest("tools_json", error.description) from None
             raise
         finally:

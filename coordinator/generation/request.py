@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from coordinator.text.tool_format import ToolUse
+from coordinator.text.tools.format import ToolUse
 from coordinator.text.values import Message
 from engine.base.seeds import choice_seed
 from engine.base.types import Constraint, SamplingParams

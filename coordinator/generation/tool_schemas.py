@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from coordinator.generation.request import GenerationRequest
-from coordinator.text.tool_format import ANY_OBJECT, Tool, ToolUse, tool_grammar
+from coordinator.text.tools.format import ANY_OBJECT, Tool, ToolUse
+from coordinator.text.tools.grammar import tool_grammar
 from engine.base.errors import InvalidRequest
 from engine.base.types import Constraint
 from engine.constraints import Checker
@@ -34,7 +35,7 @@ async def fitting_constraint(
     Raises InvalidRequest, of a strict tool or of the schema of text; Unavailable.
     """
     use = request.tools
-    if use is None or error.field != "constraint":
+    if use is None or not use.callable or error.field != "constraint":
         raise error
     fitting = _Fitting(checker)
     if use.text_schema is not None:

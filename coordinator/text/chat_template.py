@@ -23,7 +23,8 @@ from jinja2 import meta
 
 from coordinator.text.template_budget import TooCostly, rendering
 from coordinator.text.template_environment import template_environment
-from coordinator.text.tool_format import HERMES, ToolFormat
+from coordinator.text.tools.format import ToolFormat
+from coordinator.text.tools.json_forms import HERMES
 from coordinator.text.untrusted_text import joined
 from coordinator.text.values import Message
 from engine.base.errors import InvalidRequest
@@ -89,16 +90,20 @@ class ChatTemplate:
         tools: Messages | None = None,
         add_generation_prompt: bool = True,
         tool_format: ToolFormat = HERMES,
+        writes_calls: bool = True,
     ) -> str:
         """The prompt of a conversation. Raises InvalidRequest if the template refuses it.
 
-        `tool_format` is the form of calls for a template without tools.
+        `tool_format` is the form of calls for a template without tools, or one that shows tools but
+        does not write calls.
         """
         name = self._named(bool(tools))
         if "developer" not in self.text:  # OpenAI's newer name for the system role
             messages = [
                 {**m, "role": "system"} if m["role"] == "developer" else m for m in messages
             ]
+        if name in self.knowing_tools and not writes_calls and not tool_format.is_unknown:
+            messages = [_with_written_calls(message, tool_format) for message in messages]
         if name in self.knowing_tools or not (tools or any(map(_is_of_tools, messages))):
             return self._render(name, messages, tools, add_generation_prompt)
         plain_messages = _without_tools(messages, tools, tool_format)
@@ -109,6 +114,16 @@ class ChatTemplate:
                 raise
             # Some templates refuse a system message; its text goes before the first message.
             return self._render(name, _without_system(plain_messages), None, add_generation_prompt)
+
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the template for requests with tools writes their definitions."""
+        names = [name for name in (_TOOL_USE, "default") if name in self.templates]
+        return any(name in self.knowing_tools for name in names or self.templates)
+
+    def probe(self, messages: Messages, tools: Messages) -> str:
+        """What the template itself writes. Raises InvalidRequest."""
+        return self._render(self._named(bool(tools)), messages, tools, False)
 
     def _render(
         self, name: str, messages: Messages, tools: Messages | None, add_generation_prompt: bool
@@ -167,7 +182,21 @@ def template_messages(
                 for call in message.tool_calls
             ]
         out.append(turn)
-    return out
+    return _with_numbered_ids(out) if tool_format.numbered_ids else out
+
+
+def _with_numbered_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with ids functions.NAME:INDEX, counted through the conversation."""
+    ids: dict[str, str] = {}
+    num_calls = 0
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            name = f"functions.{call['function']['name']}:{num_calls}"
+            ids[call["id"]] = call["id"] = name
+            num_calls += 1
+        if "tool_call_id" in message:
+            message["tool_call_id"] = ids.get(message["tool_call_id"], message["tool_call_id"])
+    return messages
 
 
 def _with_written_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -187,17 +216,26 @@ def _is_of_tools(message: Mapping[str, Any]) -> bool:
     return bool(message.get("tool_calls")) or message.get("role") == "tool"
 
 
+def _with_written_calls(message: Mapping[str, Any], form: ToolFormat) -> Mapping[str, Any]:
+    """The message with its calls as a part of the content."""
+    content, calls = message["content"], message.get("tool_calls")
+    if not calls:
+        return message
+    functions = [call["function"] for call in calls]
+    written = form.write([(f["name"], _json(f)) for f in functions])
+    between = "" if not content or content.endswith("\n") else "\n"
+    rest = {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**rest, "content": joined((content, between, written))}
+
+
 def _without_tools(messages: Messages, tools: Messages | None, form: ToolFormat) -> Messages:
     """The conversation with roles and contents only."""
     out: list[dict[str, Any]] = []
     previous = ""
     for message in messages:
         role, content = message["role"], message["content"]
-        if calls := message.get("tool_calls"):
-            functions = [call["function"] for call in calls]
-            written = form.write([(f["name"], _json(f)) for f in functions])
-            between = "" if not content or content.endswith("\n") else "\n"
-            out.append({"role": role, "content": joined((content, between, written))})
+        if message.get("tool_calls"):
+            out.append({"role": role, "content": _with_written_calls(message, form)["content"]})
         elif role == "tool":
             result = joined(("<tool_response>\n", content, "\n</tool_response>"))
             if previous == "tool":

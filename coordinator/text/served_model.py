@@ -8,20 +8,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from coordinator.text.chat_prompt import chat_prompt
 from coordinator.text.chat_template import ChatTemplate, Messages, template_messages
 from coordinator.text.tokenizer import Tokenizer
-from coordinator.text.tool_format import AUTO, HERMES, Tool, ToolFormat, choose_format
+from coordinator.text.tools.detection import Detected, detect
+from coordinator.text.tools.format import AUTO, Tool, ToolFormat
+from coordinator.text.tools.forms import FORMATS, NO_FORMAT
+from coordinator.text.tools.json_forms import HERMES
 from coordinator.text.values import Message
 from engine.base.errors import InvalidRequest
 from engine.checkpoint.fingerprint import tokenizer_digest
 from engine.checkpoint.source import Checkpoint
 from engine.constraints import Checker, Vocabulary
 from engine.models.config import ModelConfig
+from engine.telemetry.log import get_logger
+
+_log = get_logger(__name__)
 
 _NUM_THREADS = 4
 
@@ -54,16 +60,36 @@ class ServedModel:
     def __post_init__(self) -> None:
         config, folder = self.config, self.folder
         self.max_model_len = self.max_model_len or config.context
+        detected = self._detected()
+        self._writes_calls = detected.writes_calls
         self.limits = Limits(
             self.name,
             config.vocab_size,
             config.eos_token_ids,
             self.max_model_len,
-            choose_format(self.tool_format, self.template.text).bound(self.tokenizer),
+            detected.form.bound(self.tokenizer),
         )
         vocabulary = Vocabulary(folder, config.vocab_size, config.eos_token_ids) if folder else None
         self.checker = Checker(vocabulary) if vocabulary else None  # of constraints
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
+
+    def _detected(self) -> Detected:
+        """The form of tool calls: that of --tool-format, or the template's."""
+        template, option = self.template, self.tool_format
+        found = Detected(HERMES, "prompt")
+        if template.templates:
+            text, shows_tools = template.text, template.shows_tools
+            found = detect(template.probe, text, shows_tools=shows_tools)
+        if option != AUTO:
+            return replace(found, form=FORMATS.get(option, NO_FORMAT), evidence="--tool-format")
+        if found.form.is_unknown:
+            _log.warning(
+                "the form of this model's tool calls is not known; answers beside tools are text",
+                option="--tool-format",
+            )
+        else:
+            _log.info("form of tool calls", name=found.form.name, evidence=found.evidence)
+        return found
 
     @classmethod
     def load(
@@ -126,7 +152,8 @@ class ServedModel:
         form = self.limits.tool_format
 
         def render(messages: Messages, tools: Messages) -> str:
-            return self.template.render(messages, tools, add_generation_prompt, form)
+            ask = add_generation_prompt
+            return self.template.render(messages, tools, ask, form, self._writes_calls)
 
         def encode() -> list[int]:
             prompt = chat_prompt(

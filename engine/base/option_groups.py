@@ -12,10 +12,12 @@ from engine.base.option_values import (
     DISABLABLE,
     MAX_CLIENT_S,
     MAX_REQUEST_S,
+    TOOL_FORMATS,
     option,
     parse_address,
     parse_addresses,
     parse_disabled,
+    parse_form,
     parse_hosts,
     parse_origins,
     parse_size,
@@ -207,8 +209,9 @@ class FrontOptions:
     internal_listen: str = option("", "HOST:PORT for workers alone; default: they use --listen")
     tool_format: str = option(
         "auto",
-        "how the model writes tool calls; auto: detected from its chat template",
-        choices=("auto", "hermes", "llama3", "mistral", "mistral_args"),
+        "how the model writes tool calls; auto: detected from its chat template; none: not at all",
+        choices=("auto", "none", *TOOL_FORMATS),
+        parse=parse_form,
     )
     parse_special: str = option(
         "prompts",

@@ -89,6 +89,22 @@ def parse_bool(text: str | bool) -> bool:
     raise ValueError("expected true or false")
 
 
+# The forms of tool calls, by the names of coordinator/text/tools/forms.py.
+TOOL_FORMATS = (
+    *("hermes", "llama3", "mistral", "mistral_args", "mistral_call_id"),
+    *("apertus", "apriel", "command_r", "command_r7b", "deepseek_v3", "deepseek_v31"),
+    *("deepseek_v32", "deepseek_v4", "firefunction", "functionary_v31", "gemma4", "gigachat3"),
+    *("gigachat31", "glm", "granite", "harmony", "hunyuan", "kimi_k2", "kimi_k3", "lfm2"),
+    *("minicpm5", "minimax_m1", "minimax_m2", "minimax_m3", "muse", "nemotron", "phi4_mini"),
+    *("qwen3_coder", "seed_oss", "solar"),
+)
+
+
+def parse_form(value: str) -> str:
+    """The name of a form, which may be written with dashes."""
+    return value.strip().lower().replace("-", "_")
+
+
 def option(
     default: Any,
     help: str,

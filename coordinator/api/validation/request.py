@@ -12,12 +12,18 @@ from dataclasses import replace
 
 from coordinator.api.validation.bounds import check_count
 from coordinator.api.validation.constraint import constraint_from
-from coordinator.api.validation.tools import check_tool_calls, check_tools, text_schema, tool_use
+from coordinator.api.validation.tools import (
+    check_enforced,
+    check_tool_calls,
+    check_tools,
+    text_schema,
+    tool_use,
+)
 from coordinator.api.values import GenerateRequest, Sampling, Stop
 from coordinator.generation.request import DEFAULT_MAX_TOKENS, GenerationRequest, Resume
 from coordinator.text import json_bounds as nesting
 from coordinator.text.served_model import Limits
-from coordinator.text.tool_format import tool_grammar
+from coordinator.text.tools.grammar import tool_grammar
 from coordinator.text.values import ASSISTANT, Message
 from engine.base.errors import InvalidRequest, NotFound
 from engine.base.seeds import default_seed
@@ -58,7 +64,9 @@ def validate(request: GenerateRequest, limits: Limits) -> GenerationRequest:
             raise InvalidRequest(field, what)
     elif request.text is None:  # an empty one is a prompt where the tokenizer adds a token
         raise InvalidRequest("prompt", "unset; expected text or token_ids")
-    if tools:
+    calls = tools is not None and bool(tools.callable)
+    if tools and calls:
+        check_enforced("tools_json", tools)
         tools = replace(tools, text_schema=text_schema(request.constraint, tools))
         constraint: Constraint | None = tool_grammar(tools, tools.text_schema)
     else:
@@ -86,8 +94,8 @@ def validate(request: GenerateRequest, limits: Limits) -> GenerationRequest:
         default_max_tokens=DEFAULT_MAX_TOKENS if messages is None else None,
         min_tokens=stop.min_tokens,
         stop_strings=_stop_strings(stop.stop),
-        stop_token_ids=stop_ids & frozenset(limits.eos_token_ids) if tools else stop_ids,
-        content_stop_ids=stop_ids - frozenset(limits.eos_token_ids) if tools else frozenset(),
+        stop_token_ids=stop_ids & frozenset(limits.eos_token_ids) if calls else stop_ids,
+        content_stop_ids=stop_ids - frozenset(limits.eos_token_ids) if calls else frozenset(),
         include_stop=stop.include_stop_str_in_output,
         skip_special_tokens=output.skip_special_tokens,
         priority=request.priority,

@@ -14,7 +14,13 @@ from typing import Any
 from coordinator.api.validation.bounds import check_count
 from coordinator.api.values import Constraint, GenerateRequest
 from coordinator.text import json_bounds as nesting
-from coordinator.text.tool_format import Tool, ToolFormat, ToolUse, argument_schema
+from coordinator.text.tools.format import (
+    NO_PARAMETERS,
+    Tool,
+    ToolFormat,
+    ToolUse,
+    argument_schema,
+)
 from coordinator.text.values import ToolCall
 from engine.base.errors import InvalidRequest, NotOffered
 from engine.constraints.grammar import MAX_SOURCE_CHARS
@@ -27,7 +33,6 @@ TOOL_MODES = ("", "none", "auto", "required")
 UNPARSED = "unparsed"  # the name under which arguments stand that are no object
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")  # of a tool
 _OTHER_TYPES = ("null", "boolean", "integer", "number", "string", "array")
-_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 def check_tools(field: str, source: str) -> tuple[Tool, ...]:
@@ -60,6 +65,12 @@ def tool_use(request: GenerateRequest, tools: tuple[Tool, ...], form: ToolFormat
         if name is not None or mode == "required":
             raise InvalidRequest("tool_choice", "there are no tools to choose from")
         return None
+    if form.is_unknown and (name is not None or mode == "required"):
+        raise InvalidRequest(
+            "tool_choice",
+            "the form in which this model writes calls is not known, so the answer can only be"
+            " text; expected auto or none, or a server with --tool-format",
+        )
     if name is not None:
         named = tuple(tool for tool in tools if tool.name == name)
         if not named:
@@ -69,7 +80,17 @@ def tool_use(request: GenerateRequest, tools: tuple[Tool, ...], form: ToolFormat
     if mode == "none":
         return None
     single = form.single or not request.parallel_tool_calls
-    return ToolUse(form, tools, tools, required=mode == "required", single=single)
+    callable_tools = () if form.is_unknown else tools
+    return ToolUse(form, tools, callable_tools, required=mode == "required", single=single)
+
+
+def check_enforced(field: str, use: ToolUse) -> None:
+    """Raise InvalidRequest for a strict tool that the model's form of calls cannot enforce."""
+    for tool in use.callable:
+        if tool.strict and (keyword := use.format.body.not_enforced(tool.parameters)):
+            where = f"{field}[{use.tools.index(tool)}].function.parameters"
+            what = f"{keyword} cannot be enforced in the form {use.format.name}"
+            raise InvalidRequest(where, f"{what}; expected strict: false")
 
 
 def text_schema(constraint: Constraint | None, use: ToolUse) -> str | None:
@@ -77,7 +98,7 @@ def text_schema(constraint: Constraint | None, use: ToolUse) -> str | None:
     if constraint is None or use.required:  # an output of calls has no text
         return None
     kind, value = constraint.kind, constraint.value
-    if not use.format.trigger:
+    if not use.format.trigger and use.callable:
         raise NotOffered(f"constraint.{kind} beside tools, with a model whose calls are bare JSON")
     if kind == "json_object":
         return prepare_schema('{"type": "object"}') if value else None
@@ -154,7 +175,7 @@ def _tool(field: str, item: Any) -> Tool:
             expected = {str: "text", bool: "true or false", dict: "a JSON schema, an object"}[kind]
             raise InvalidRequest(f"{field}.function.{key}", f"expected {expected}")
     strict = function.get("strict") is True
-    parameters = function.get("parameters") or _NO_PARAMETERS
+    parameters = function.get("parameters") or NO_PARAMETERS
     kinds = parameters.get("type", "object")
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if "object" not in kinds and (strict or any(kind in _OTHER_TYPES for kind in kinds)):

@@ -14,7 +14,7 @@ import structlog
 from coordinator.api.validation.tools import check_tool_calls
 from coordinator.text import template_budget
 from coordinator.text.chat_template import ChatTemplate, template_messages
-from coordinator.text.tool_format import HERMES, MISTRAL
+from coordinator.text.tools.json_forms import HERMES, MISTRAL
 from coordinator.text.values import Message, ToolCall
 from engine.base.errors import InvalidRequest
 from engine.checkpoint.source import resolve

@@ -16,7 +16,7 @@ from coordinator.text.chat_prompt import Prompt, _strings, chat_prompt
 from coordinator.text.chat_template import ChatTemplate, template_messages
 from coordinator.text.served_model import ServedModel
 from coordinator.text.special_tokens import SpecialTokens, _longest_of
-from coordinator.text.tool_format import Tool
+from coordinator.text.tools.format import Tool
 from coordinator.text.values import Message, ToolCall
 from engine.base.errors import InvalidRequest
 from engine.checkpoint.source import resolve

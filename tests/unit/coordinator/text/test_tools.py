@@ -5,6 +5,7 @@ output.
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 from functools import cache
@@ -21,18 +22,11 @@ from coordinator.generation.events import Ending
 from coordinator.generation.output import Output
 from coordinator.text.served_model import Limits
 from coordinator.text.tokenizer import Tokenizer
-from coordinator.text.tool_format import (
-    FORMATS,
-    HERMES,
-    LLAMA3,
-    MISTRAL,
-    MISTRAL_ARGS,
-    ToolFormat,
-    ToolUse,
-    choose_format,
-    tool_grammar,
-)
-from coordinator.text.tool_parser import ToolCalls, call_id
+from coordinator.text.tools.format import ToolFormat, ToolUse
+from coordinator.text.tools.forms import FORMATS
+from coordinator.text.tools.grammar import tool_grammar
+from coordinator.text.tools.json_forms import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS
+from coordinator.text.tools.parser import ToolCalls, call_id
 from coordinator.text.values import Message
 from engine.base.errors import InvalidRequest, NotOffered
 from engine.base.option_groups import FrontOptions
@@ -58,6 +52,8 @@ WEATHER = {
 ADD = {"type": "function", "function": {"name": "add", "strict": True}}
 TOOLS = check_tools("tools_json", json.dumps([WEATHER, ADD]))
 EVERY = list(FORMATS.values())
+ONE_A_KIND = [HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS]
+ONE_A_KIND += [FORMATS[name] for name in ("glm", "lfm2", "kimi_k2")]
 AUTO, REQUIRED = pb.ToolChoice.MODE_AUTO, pb.ToolChoice.MODE_REQUIRED
 
 
@@ -72,12 +68,17 @@ def read(
     form: ToolFormat, pieces, *, is_cut: bool = False, mode: int = AUTO
 ) -> tuple[str, list[tuple[str, str]]]:
     """(text, [(name, arguments)]) of an output in `pieces`."""
-    parser = ToolCalls(use(form, mode), lambda i: f"id{i}")
+    parser = ToolCalls(use(form, mode), lambda i, name: f"id{i}")
     parsed = [*map(parser.push, pieces), parser.flush(is_cut), parser.flush(is_cut)]
     calls = [call for each in parsed for call in each.pieces]
     assert [call.index for call in calls] == list(range(parser.num_calls))
     assert [call.id for call in calls] == [f"id{call.index}" for call in calls]
     return "".join(each.text for each in parsed), [(call.name, call.arguments) for call in calls]
+
+
+def num_closing(form: ToolFormat) -> int:
+    """Characters after the last call, which is complete without them."""
+    return len(form.closing)
 
 
 ARGUMENTS = ['{"city": "a \\"b\\" } ] \\\\"}', "{}", '{"x": [{"y": "]}"}, [1, 2]], "z": null}']
@@ -137,7 +138,7 @@ def test_a_call_is_released_at_its_end_and_not_if_cut_off(form, mode):
     if not form.single:
         calls.append(("add", '{"a": [1]}'))
     whole = form.write(calls)
-    ends = [len(form.write(calls[: i + 1])) - form.as_list for i in range(len(calls))]
+    ends = [len(form.write(calls[: i + 1])) - num_closing(form) for i in range(len(calls))]
     for cut in range(len(whole) + 1):
         announced = calls[: sum(end <= cut for end in ends)]
         text, found = read(form, list(whole[:cut]), is_cut=True, mode=mode)
@@ -148,7 +149,7 @@ def test_a_call_is_released_at_its_end_and_not_if_cut_off(form, mode):
 @pytest.mark.parametrize("form", [HERMES, MISTRAL, MISTRAL_ARGS], ids=lambda f: f.name)
 def test_text_before_a_cut_off_call_is_released(form):
     whole = form.write([("add", '{"a": 1}')])
-    for cut in range(len(whole) - form.as_list):
+    for cut in range(len(whole) - num_closing(form)):
         assert read(form, ["I look. ", whole[:cut]], is_cut=True) == ("I look. ", [])
 
 
@@ -161,35 +162,36 @@ def test_an_output_that_ends_within_a_call(form):
         "",
         [],
     )  # cut off
-    closed = whole[: whole.index("}") + 1]  # complete arguments: a call
-    assert read(form, list(closed)) == ("", [("get_weather", '{"city": "Par"}')])
+    if form.body.is_json:
+        closed = whole[: whole.index("}", whole.index("Par")) + 1]  # complete arguments: a call
+        assert read(form, list(closed)) == ("", [("get_weather", '{"city": "Par"}')])
 
 
 @pytest.mark.parametrize("form", [HERMES, MISTRAL, MISTRAL_ARGS], ids=lambda f: f.name)
 def test_an_incomplete_second_call_is_no_text(form):
     calls = [("add", '{"a": 1}'), ("get_weather", "{}")]
     whole = form.write(calls)
-    first = len(form.write(calls[:1])) - form.as_list
+    first = len(form.write(calls[:1])) - num_closing(form)
     for end in range(first, whole.index("weather")):
         assert read(form, list(whole[:end])) == ("", calls[:1]), whole[:end]
 
 
 @pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
 def test_what_is_content(form):
-    parser = ToolCalls(use(form), str)
-    assert parser.is_content("x")
+    parser = ToolCalls(use(form), lambda i, name: str(i))
+    assert parser.is_content("~")
     assert not parser.is_content(form.write([("add", "{}")]))
     whole = form.write([("get_weather", '{"city": "Par"}')])
     begun = len(form.trigger) or 1
-    end = len(whole) - form.as_list
+    end = len(whole) - num_closing(form)
     for i, char in enumerate(whole):
-        assert parser.is_content("x") == (i < begun), whole[:i]
+        assert parser.is_content("~") == (i < begun), whole[:i]
         assert parser.is_in_call == (i >= begun), whole[:i]
         if i == end:
             break
         parser.push(char)
-    if not form.as_list:  # a list ends with its bracket
-        assert parser.is_content("x")
+    if not form.once:  # several calls have an end
+        assert parser.is_content("~")
 
 
 @settings(max_examples=300)
@@ -229,20 +231,20 @@ def test_the_grouping_into_messages_changes_nothing(form, parts, cuts):
     assert read(form, pieces) == read(form, list(text))
 
 
-@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("form", ONE_A_KIND, ids=lambda f: f.name)
 @pytest.mark.parametrize("place", ["text", "call", "begin", "name"])
 def test_time_is_linear_in_the_held_text(form, place):
     """A copy of the held text for each character would take 16 times as long."""
-    opened = form.trigger + ("[" if form.as_list else "")
+    opened = form.trigger + form.opening
     before = {
         "text": "",
         "call": form.write([("add", "{}")]),
-        "begin": opened + form.begin[:3],
-        "name": opened + form.begin,
+        "begin": opened + form.body.begin[:3],
+        "name": opened + form.body.begin,
     }[place]
 
     def took_s(size):
-        parser = ToolCalls(use(form), str)
+        parser = ToolCalls(use(form), lambda i, name: str(i))
         begun_s = time.thread_time()
         parser.push(before + ("a" if place == "name" else "\n") * size)
         parser.flush(is_cut=False)
@@ -252,25 +254,18 @@ def test_time_is_linear_in_the_held_text(form, place):
 
 
 def test_call_ids_do_not_depend_on_the_worker():
-    assert call_id("request/0", 24, 1) == call_id("request/0", 24, 1)
-    ids = {call_id(f"request/{choice}", 24, call) for choice in range(3) for call in range(3)}
+    assert call_id("request/0", HERMES, 1, "f") == call_id("request/0", HERMES, 1, "f")
+    ids = {
+        call_id(f"request/{choice}", HERMES, call, "f") for choice in range(3) for call in range(3)
+    }
     assert len(ids) == 9
     assert all(i.startswith("call_") for i in ids)
-    assert len(call_id("r/0", MISTRAL.id_chars, 0)) == 9  # Mistral's templates need nine
-
-
-def test_the_family_is_detected_from_the_template():
-    assert choose_format("auto", "{{ message.content }}") is HERMES
-    assert choose_format("auto", "<tool_call>\n{{ x }} 'parameters': ") is HERMES
-    assert choose_format("auto", """{{- '"parameters": ' }}""") is LLAMA3
-    assert choose_format("auto", "[TOOL_CALLS] [") is MISTRAL
-    assert choose_format("auto", "[TOOL_CALLS]name[ARGS]") is MISTRAL_ARGS
-    assert choose_format("llama3", "<tool_call>") is LLAMA3
+    assert len(call_id("r/0", MISTRAL, 0, "f")) == 9  # Mistral's templates need nine
 
 
 def test_the_option_has_all_families():
     (field,) = [f for f in FrontOptions.__dataclass_fields__.values() if f.name == "tool_format"]
-    assert set(field.metadata["choices"]) == {"auto", *FORMATS}
+    assert set(field.metadata["choices"]) == {"auto", "none", *FORMATS}
 
 
 LIMITS = Limits("m", 100, (2,), 1000)
@@ -284,7 +279,7 @@ def chat(**fields) -> pb.ChatRequest:
 def test_auto_is_the_default_with_tools():
     got = validated(chat(), LIMITS)
     assert got.tools
-    assert got.tools.names == {"get_weather", "add"}
+    assert set(got.tools.by_name) == {"get_weather", "add"}
     assert not got.tools.required
     assert got.constraint == tool_grammar(got.tools)
     assert validated(chat(tools_json=""), LIMITS).tools is None
@@ -297,7 +292,7 @@ def test_choices():
     assert use(HERMES, REQUIRED).required
     named = tool_use(read_request(chat(tool_choice=pb.ToolChoice(name="add"))), TOOLS, HERMES)
     assert named
-    assert (named.names, named.required, named.single) == ({"add"}, True, True)
+    assert (set(named.by_name), named.required, named.single) == ({"add"}, True, True)
     assert len(named.tools) == 2  # the prompt shows all
     assert not use(HERMES).single
     assert use(HERMES, parallel_tool_calls=False).single
@@ -475,6 +470,12 @@ def test_a_schema_for_text_beside_tools():
 
 # Calls from tokens
 
+MARKER = re.compile(r'\]<\]minimax\[>\[|</?[|｜]?[\w:▁｜"]{2,}[|｜]?>|<\|"\|>|\[[A-Z_]+\]')
+
+
+def markers_of(form: ToolFormat) -> list[str]:
+    return list(dict.fromkeys(MARKER.findall(form.sample)))
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
@@ -486,7 +487,7 @@ def marked(tokenizer: Tokenizer) -> Tokenizer:
     """The same with every family's markers as special tokens."""
     spec = json.loads(tokenizer.library.to_str())
     first = tokenizer.library.get_vocab_size()
-    markers = dict.fromkeys(m for form in EVERY for m in form.markers)
+    markers = dict.fromkeys(m for form in EVERY for m in markers_of(form))
     for i, content in enumerate(markers):
         spec["added_tokens"].append(
             {**spec["added_tokens"][0], "id": first + i, "content": content}
@@ -510,7 +511,7 @@ def test_calls_are_read_from_tokens_and_after_a_resume(tokenizer, marked, form, 
     if markers:
         tokenizer = marked
         form = form.bound(tokenizer)
-        assert form.tokens
+        assert set(form.tokens) == set(markers_of(form))
     text = form.write([("get_weather", '{"city": "Zürich \U0001f600"}')])
     tokens = [*tokenizer.encode(text), 2]
     whole = answer_of(tokenizer, form)
@@ -536,6 +537,8 @@ def test_stops_do_not_act_inside_calls(tokenizer, marked, form, markers, choice)
     if markers:
         tokenizer = marked
         form = form.bound(tokenizer)
+    elif not form.sample.isascii():
+        pytest.skip("this vocabulary splits its markers within a character")
     chosen = {
         "auto": pb.ToolChoice(mode=AUTO),
         "required": pb.ToolChoice(mode=REQUIRED),
@@ -543,7 +546,7 @@ def test_stops_do_not_act_inside_calls(tokenizer, marked, form, markers, choice)
     }[choice]
     arguments = '{"city": "stop here"}'
     tokens = tokenizer.encode(form.write([("get_weather", arguments)]))
-    words = ["city", "stop", "{", "get", "<", "[", "}", *form.markers]
+    words = ["city", "stop", "{", "get", "<", "[", "}", *markers_of(form)]
     stop = pb.Stop(stop=words[:16], stop_token_ids=set(tokens))
     for include in (False, True):
         stop.include_stop_str_in_output = include
@@ -575,7 +578,11 @@ def test_stops_act_on_text_around_calls(tokenizer, form):
     assert answer.ending.matched_token == full_stop
 
 
-@pytest.mark.parametrize("form", EVERY, ids=lambda f: f.name)
+# The others have markers that this vocabulary splits within a character; theirs have them whole.
+PLAIN = [form for form in EVERY if form.sample.isascii()]
+
+
+@pytest.mark.parametrize("form", PLAIN, ids=lambda f: f.name)
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_max_tokens_within_a_call(tokenizer, form, size):
     calls = [("get_weather", '{"city": "Paris"}')]

@@ -17,7 +17,9 @@ from llguidance import LLTokenizer
 from coordinator.api import values
 from coordinator.api.grpc.requests import read_request
 from coordinator.api.validation.tools import check_tools, text_schema, tool_use
-from coordinator.text.tool_format import FORMATS, ToolUse, tool_grammar
+from coordinator.text.tools.format import ToolUse
+from coordinator.text.tools.forms import FORMATS
+from coordinator.text.tools.grammar import tool_grammar
 from engine.base.types import Constraint, ConstraintKind
 from engine.checkpoint.source import resolve
 from engine.constraints import Compiler, Masks, Matcher, Vocabulary
@@ -281,13 +283,14 @@ async def test_arguments_of_calls_come_to_an_end(
     compiler: Compiler, tokens: LLTokenizer, name: str, mode: int
 ) -> None:
     use = called(name, mode)
-    begin = use.format.write([("f", '{"a": ')]).partition('{"a": ')[0] + '{"a": '
+    begin = use.format.write([("f", '{"a": 7}')]).rpartition("7")[0]
     for text in ("", "3.1415926535897932384626433832795 "):
         if text and (mode == pb.ToolChoice.MODE_REQUIRED or not use.format.trigger):
             continue
         matcher = await compiler.matcher(tool_grammar(use), tokens.tokenize_str(text + begin))
         rest = written(matcher, tokens, "8")
-        assert max(map(len, re.findall("8+", rest))) == 24
+        bounds = (24,) if use.format.body.is_json else (20, 24)  # others may end at once
+        assert max(map(len, re.findall("8+", rest))) in bounds
     if mode == pb.ToolChoice.MODE_AUTO:  # text is unconstrained
         matcher = await compiler.matcher(tool_grammar(use), tokens.tokenize_str("x " + "8" * 40))
         assert tokens.tokenize_str("8")[0] in allowed(Masks(VOCAB), matcher)[0]
