@@ -31,9 +31,7 @@ def read_config(folder: Path) -> ModelConfig:
     raw, wrapper = _text_model(ConfigReader(read_json(path), path))
     _refuse_latent(raw)
     architecture = _architecture(raw)
-    if (method := raw.get("quantization_config")) and not _is_read(method, architecture):
-        right = "use unquantised weights or a .gguf file"
-        raise raw.refuse("quantization_config", method, right)
+    _refuse_quantisation(raw, architecture)
     config = architecture.read_config(raw)
     generation = folder / "generation_config.json"
     tokens = read_json(generation) if generation.exists() else {}
@@ -48,9 +46,17 @@ def read_config(folder: Path) -> ModelConfig:
     )
 
 
-def _is_read(quantisation: object, architecture: Architecture) -> bool:
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-    return method in architecture.quantisations
+def _refuse_quantisation(raw: ConfigReader, architecture: Architecture) -> None:
+    """Raise CheckpointError that names the method, where it is not read."""
+    found = raw.get("quantization_config")
+    if not found:
+        return
+    keys = found if isinstance(found, dict) else {"quant_method": found}
+    method = keys.get("quant_method") or keys.get("quant_algo") or "unknown"
+    if method not in architecture.quantisations:
+        read = " and ".join(architecture.quantisations) or "no method"
+        right = f"{architecture.name} is read in {read}; use unquantised weights or a GGUF file"
+        raise raw.refuse("quantization_config of method", method, right)
 
 
 def _text_model(raw: ConfigReader) -> tuple[ConfigReader, str]:
@@ -90,7 +96,8 @@ def _architecture(raw: ConfigReader) -> Architecture:
     for architecture in architectures():
         if architecture.name == name:
             return architecture
-    right = f"known are {', '.join(a.name for a in architectures())}"
+    known = ", ".join(a.name for a in architectures())
+    right = f"known are {known} (docs/models.md: how to add one)"
     raise raw.refuse("architecture", name or raw.get("model_type"), right)
 
 

@@ -33,6 +33,7 @@ _TURNS = END_OF_TURN | {
     *("<s>", "<bos>", "<|begin_of_text|>", "<|user|>", "<|assistant|>", "<|system|>"),
     *("<pad>", "<unk>"),
 }
+_TAGS = {"<s>", "</s>"}  # of HTML in a vocabulary that has <bos> for a control token: Gemma
 _PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 _SPACE = "\u2581"  # how SentencePiece writes a space
 
@@ -111,7 +112,8 @@ def _typed(meta: Mapping[str, Any], tokens: list[str], types: list[int]) -> list
     roles = {meta.get(f"tokenizer.ggml.{role}_token_id") for role in _ENDS}
     normal = [i for i, t in enumerate(types) if t == _NORMAL and len(tokens[i]) > 1]
     named = [i for i in normal if i not in roles and _looks_control(tokens[i])]
-    wrong = [i for i, t in enumerate(types) if t == _USER_DEFINED and tokens[i] in _TURNS]
+    turns = _TURNS - _TAGS if "<bos>" in tokens else _TURNS
+    wrong = [i for i, t in enumerate(types) if t == _USER_DEFINED and tokens[i] in turns]
     wrong += [i for i in normal if i in roles]
     if named:
         is_word = _words(meta, tokens, types)

@@ -27,6 +27,7 @@ DTYPE_BYTES = {
     **dict.fromkeys(("I32", "U32", "F32"), 4),
     **dict.fromkeys(("F64", "I64", "U64"), 8),
 }
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".h5", ".msgpack")
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -113,9 +114,9 @@ def find_shards(folder: Path) -> list[Path]:
     if not index.exists():
         single = folder / SINGLE
         if not single.exists():
-            raise CheckpointError(
-                f"{folder}: no weights, neither {SINGLE} nor {INDEX} (other formats are not read)"
-            )
+            found = sorted(p.name for p in folder.iterdir() if p.suffix in _OTHER_FORMATS)
+            others = f"{', '.join(found)} is not read" if found else "other formats are not read"
+            raise CheckpointError(f"{folder}: no weights, neither {SINGLE} nor {INDEX} ({others})")
         read_header(single)
         return [single]
     weight_map = read_json(index).get("weight_map")

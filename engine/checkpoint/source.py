@@ -1,6 +1,6 @@
 """Finds the model that a user names, as a folder in Hugging Face layout.
 
-The name is one of packaged.py, a GGUF file or a part of one, a folder or a hub id.
+The name is one of packaged.py, a GGUF file or a part of one, a folder, or a hub id (hub.py).
 
 A GGUF file is converted once and kept:
 
@@ -13,7 +13,6 @@ Both are entries of the cache (kept.py): whole or absent, checked at each use, m
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,8 +22,10 @@ from engine.checkpoint.config import read_config
 from engine.checkpoint.digest import file_digests, joined_digest
 from engine.checkpoint.files import FileState
 from engine.checkpoint.fingerprint import gguf_fingerprint, shards_fingerprint
+from engine.checkpoint.foreign import check_vocabulary, refuse_draft_heads, refuse_other_kinds
 from engine.checkpoint.gguf_header import is_gguf, read_header
 from engine.checkpoint.gguf_parts import find_parts, model_stem
+from engine.checkpoint.hub import GGUF_ID, HUB_ID, fetch_folder, fetch_gguf
 from engine.checkpoint.kept import kept
 from engine.checkpoint.packaged import PACKAGED, packaged_file
 from engine.checkpoint.shards import SINGLE, find_shards
@@ -32,9 +33,6 @@ from engine.models.config import ModelConfig
 
 _CONVERTER = 3  # part of an entry's name: raise it when a conversion would come out differently
 _NAMES = f"names known here are {', '.join(PACKAGED)}"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# Subfolders hold other formats of a model, but for its further chat templates.
-_NOT_FETCHED = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "consolidated*"]
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -78,11 +76,15 @@ def resolve(model: str, *, weights: bool = True) -> Checkpoint:
         return _from_file(path)
     if model.endswith(".gguf"):
         raise CheckpointError(f"{path}: no such file")
-    if not _HUB_ID.fullmatch(model):
+    if match := GGUF_ID.fullmatch(model):
+        path = fetch_gguf(match[1], match[2])
+        return _from_gguf(path, model_stem(path))
+    if not HUB_ID.fullmatch(model):
         raise CheckpointError(
             f"{model}: no such folder, and no hub id (owner/name) either; {_NAMES}"
         )
-    folder = _fetch(model, weights)
+    known = "" if "/" in model else f"; {_NAMES}"
+    folder = fetch_folder(model, weights, (_read_folder, _require_tokenizer), known)
     return _from_folder(folder, model.rsplit("/", 1)[-1], weights)
 
 
@@ -112,12 +114,22 @@ def weights(checkpoint: Checkpoint, dtype: str, *, read: bool = True) -> list[Pa
 
 
 def _from_folder(folder: Path, name: str, with_weights: bool) -> Checkpoint:
-    config = read_config(folder)
+    config = _read_folder(folder)
     _require_tokenizer(folder)
+    check_vocabulary(folder, config)
     if not with_weights:
         return Checkpoint(folder, name, config, "")
-    fingerprint, states = shards_fingerprint(config, find_shards(folder))
+    shards = find_shards(folder)
+    refuse_draft_heads(folder, shards)
+    fingerprint, states = shards_fingerprint(config, shards)
     return Checkpoint(folder, name, config, fingerprint, sources=states)
+
+
+def _read_folder(folder: Path) -> ModelConfig:
+    """The configuration. Raises CheckpointError where the folder holds no model to serve."""
+    refuse_other_kinds(folder, {path.name for path in folder.iterdir()})
+    refuse_draft_heads(folder, ())
+    return read_config(folder)
 
 
 def _require_tokenizer(folder: Path) -> None:
@@ -161,40 +173,3 @@ def _from_gguf(path: Path, name: str) -> Checkpoint:
     config = read_config(folder)
     fingerprint = gguf_fingerprint(config, digest)
     return Checkpoint(folder, name, config, fingerprint, parts.paths[0], states)
-
-
-def _fetch(model: str, with_weights: bool) -> Path:
-    """Download a model from the hub, or find it in the hub's own cache.
-
-    config.json comes first, then the tokenizer, then the weights: a model that cannot be served is
-    refused for a few kilobytes.
-    """
-    # Imported here: it would cost start-up time everywhere else.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
-
-    class Bar(hub_tqdm):
-        def __init__(self, *args: object, **kwargs: object) -> None:
-            if not sys.stderr.isatty():
-                kwargs["disable"] = True
-            super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def download(*patterns: str) -> Path:
-        try:
-            folder = snapshot_download(
-                model, allow_patterns=list(patterns), ignore_patterns=_NOT_FETCHED, tqdm_class=Bar
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            lines = str(error).strip().splitlines()
-            reason = lines[0].rstrip(". ") if lines else type(error).__name__
-            known = "" if "/" in model else f"; {_NAMES}"
-            raise CheckpointError(
-                f"{model}: neither a folder here nor a model that the hub would give "
-                f"({reason}){known}"
-            ) from None
-        return Path(folder)
-
-    read_config(download("config.json"))
-    folder = download("*.json", "*.jinja")
-    _require_tokenizer(folder)
-    return download("*.json", "*.jinja", "*.safetensors") if with_weights else folder

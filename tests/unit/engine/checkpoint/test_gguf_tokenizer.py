@@ -278,6 +278,17 @@ def test_user_defined_tokens_stay_text_unless_they_mark_turns() -> None:
     }
 
 
+def test_tags_of_gemma_stay_text() -> None:
+    meta = spm_meta(spm_pieces(0) | {"<bos>": 0.0, "<s>!": 0.0})
+    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    types[1] = types[2] = 4  # <s> and </s>: user-defined
+    types[tokens.index("<bos>")] = 3
+    meta["tokenizer.ggml.bos_token_id"] = meta["tokenizer.ggml.eos_token_id"] = tokens.index(
+        "<bos>"
+    )
+    assert special(meta) == {"<unk>", "<bos>"}
+
+
 def test_all_templates_of_the_metadata_are_kept() -> None:
     key = "tokenizer.chat_template"
     meta = spm_meta(spm_pieces(0)) | {
