@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from engine.base.errors import CheckpointError
 from engine.checkpoint.config import read_config
-from engine.checkpoint.gguf_header import TYPES, Header, gguf_architectures
+from engine.checkpoint.gguf_header import TYPES, Header, gguf_architecture
 from engine.checkpoint.gguf_parts import find_parts
 from engine.checkpoint.gguf_tokenizer import tokenizer_files
 from engine.checkpoint.gguf_weights import ROPE_FREQS, ROPE_TENSORS, PackedTensor, packed_tensors
@@ -107,8 +107,8 @@ def config_json(file: GGUFFile) -> dict[str, Any]:
 
     Raises CheckpointError naming the key that is missing or not supported.
     """
-    meta, architecture = _metadata(file), gguf_architectures()[file.architecture]
-    shapes = meta.shapes
+    meta = _metadata(file)
+    architecture, shapes = gguf_architecture(meta), meta.shapes
     if "token_embd.weight" not in shapes:
         raise CheckpointError(f"{file.path}: tensor 'token_embd.weight' is missing")
     num_heads, head_dim = meta.integer("attention.head_count"), meta.head_dim()

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from engine.base.errors import CheckpointError
 from engine.checkpoint.gguf_tokenizer import check_tokenizer
 from engine.models.architecture import Architecture, architectures
+from engine.models.gguf_metadata import GGUFMetadata
 
 ROPE_TYPES = ("none", "linear", "yarn")
 # type -> struct format; 8 is a string, 9 an array
@@ -92,9 +93,16 @@ class Header:
         return str(self.scalars.get("general.architecture"))
 
 
-def gguf_architectures() -> dict[str, Architecture]:
-    """Each architecture that is read, by the format's name."""
-    return {a.gguf: a for a in architectures() if a.gguf}
+def gguf_architectures() -> tuple[str, ...]:
+    """The format's names of the architectures that are read."""
+    return tuple(dict.fromkeys(a.gguf for a in architectures() if a.gguf))
+
+
+def gguf_architecture(meta: GGUFMetadata) -> Architecture:
+    """The architecture of a file that names one of them; `llama` has two."""
+    named = [a for a in architectures() if a.gguf == meta.architecture]
+    has_experts = meta.get("expert_count", 0) > 0
+    return next((a for a in named if a.gguf_experts == has_experts), named[0])
 
 
 def check_header(header: Header, tensors: Iterable[TensorInfo]) -> None:

@@ -72,40 +72,48 @@ def unpermute(rows: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _packed_tensor(spec: TensorSpec, t: Any, data: npt.NDArray[Any]) -> PackedTensor:
-    order = (spec.permuted_heads, spec.offset)
-    return PackedTensor(spec.hf_name, t.name, t.tensor_type, spec.shape, data, *order)
-
-
 def packed_tensors(tensors: list[Any], config: ModelConfig, path: Path) -> list[PackedTensor]:
     """Name the tensors of a file. Raises CheckpointError for one that is not in the
     architecture's list, is missing, or has another shape.
     """
-    specs = {spec.gguf_name: spec for spec in architecture_of(config).tensors(config)}
-    out = []
+    specs: dict[str, list[TensorSpec]] = {}
+    architecture = architecture_of(config)
+    for spec in architecture.tensors(config):
+        specs.setdefault(spec.gguf_name, []).append(spec)
+    out: list[PackedTensor] = []
     for t in tensors:
         if t.name.startswith(ROPE_TENSORS):
             continue
+        if architecture.left_out(config, t.name.replace("blk.", "model.layers.")):
+            continue
         names = _QKV_PARTS if _QKV in t.name and t.name not in specs else (_QKV,)
-        parts = [specs.pop(t.name.replace(_QKV, name), None) for name in names]
-        found = [spec for spec in parts if spec is not None]
-        if len(found) < len(parts):
+        lists = [specs.pop(t.name.replace(_QKV, name), None) for name in names]
+        found = [parts for parts in lists if parts is not None]
+        if len(found) < len(lists):
             raise CheckpointError(f"{path}: unexpected tensor {t.name} in a {config.architecture}")
-        shape, first = tuple(int(n) for n in reversed(t.shape)), 0
-        expected = (sum(spec.shape[0] for spec in found), *found[0].shape[1:])
-        if shape != expected:
-            raise CheckpointError(
-                f"{path}: tensor {found[0].hf_name} has shape {list(shape)}, "
-                f"expected {list(expected)}"
-            )
-        for spec in found:
-            data = t.data if len(found) == 1 else t.data[first : first + spec.shape[0]]
-            first += spec.shape[0]
-            out.append(_packed_tensor(spec, t, data))
-    missing = [spec.hf_name for spec in specs.values() if len(spec.shape) > 1]
+        out += _parts(t, [spec for parts in found for spec in parts], path)
+    missing = [spec.hf_name for parts in specs.values() for spec in parts if len(spec.shape) > 1]
     if missing:  # vectors are looked for where they are loaded
         raise CheckpointError(f"{path}: tensor {missing[0]} is missing ({len(missing)} in all)")
     return out
+
+
+def _parts(t: Any, specs: list[TensorSpec], path: Path) -> Iterator[PackedTensor]:
+    """A tensor of the file: one of the list; q, k and v; or those of all experts."""
+    shape, spec = tuple(int(n) for n in reversed(t.shape)), specs[0]
+    rows = sum(spec.shape[0] for spec in specs)
+    expected = (rows, *spec.shape[1:]) if spec.expert < 0 else (len(specs), *spec.shape)
+    # The format leaves out a leading 1 at times.
+    if shape != expected and (1, *shape) != expected:
+        raise CheckpointError(
+            f"{path}: tensor {spec.hf_name} has shape {list(shape)}, expected {list(expected)}"
+        )
+    data, first = t.data.reshape(rows, -1) if len(spec.shape) > 1 else t.data.reshape(-1), 0
+    for spec in specs:
+        part = data[first : first + spec.shape[0]]
+        first += spec.shape[0]
+        order = (spec.permuted_heads, spec.offset)
+        yield PackedTensor(spec.hf_name, t.name, t.tensor_type, spec.shape, part, *order)
 
 
 def write_weights(out: Path, tensors: list[PackedTensor], dtype: str, *, source: Path) -> None:

@@ -9,10 +9,12 @@ Each (checkpoint, choice) is one entry of the cache (kept.py). Torch is not need
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.base.errors import CheckpointError
+from engine.checkpoint.fused import ExpertTensor, entry_array, expert_tensors, floats
 from engine.checkpoint.gguf_header import TYPES
 from engine.checkpoint.gguf_parts import find_parts
 from engine.checkpoint.gguf_weights import PackedTensor, cast
@@ -77,15 +80,31 @@ def _tensors(checkpoint: Checkpoint) -> Mapping[str, _Tensor]:
         return {t.name: _of_gguf(path, t) for t in packed}
     from engine.checkpoint.source import weights
 
-    found: dict[str, _Tensor] = {}
+    entries: dict[str, TensorEntry] = {}
     for entry in chain.from_iterable(map(read_header, weights(checkpoint, "bfloat16"))):
         if (name := listed_name(checkpoint.config, entry.name)) is None:
             continue
-        if name in found:
-            other = found[name].path
+        if name in entries:
+            other = entries[name].path
             raise CheckpointError(f"{entry.path}: tensor {entry.name} is in {other} already")
-        found[name] = _of_entry(entry)
-    return found
+        entries[name] = entry
+    experts = {t.spec.hf_name: _of_expert(t) for t in expert_tensors(entries, checkpoint.config)}
+    return {name: _of_entry(entry) for name, entry in entries.items()} | experts
+
+
+def _of_expert(t: ExpertTensor) -> _Tensor:
+    """It is small enough to be read whole, whatever rows are asked for."""
+    kind = "" if t.rows is None else t.type_name.lower()
+    values = partial(_some, t.values)
+    return _Tensor(t.path, t.spec.shape, t.type_name, kind, t.rows or _no_rows, values)
+
+
+def _some(read: Callable[[], Floats], first: int, end: int) -> Floats:
+    return read()[first:end]
+
+
+def _no_rows() -> Bytes:
+    return np.empty((0, 0), np.uint8)
 
 
 def _of_gguf(path: Path, t: PackedTensor) -> _Tensor:
@@ -101,22 +120,15 @@ def _of_gguf(path: Path, t: PackedTensor) -> _Tensor:
 
 
 def _of_entry(entry: TensorEntry) -> _Tensor:
-    kinds = {"BF16": np.uint16, "F32": np.float32, "F16": np.float16}
-
     def values(first: int, end: int) -> Floats:
-        if entry.dtype not in kinds:
+        if entry.dtype == "U8":
             raise CheckpointError(
-                f"{entry.path}: tensor {entry.name} has type {entry.dtype}, expected plain floats"
+                f"{entry.path}: tensor {entry.name} has type U8, expected plain floats"
             )
-        raw = np.memmap(entry.path, np.uint8, "r", entry.offset, (entry.num_bytes,))
-        rows = raw.view(kinds[entry.dtype]).reshape(-1, entry.shape[-1])[first:end]
-        if entry.dtype == "BF16":
-            return (rows.astype(np.uint32) << 16).view(np.float32)
-        return rows.astype(np.float32)
+        rows = entry_array(entry).reshape(-1, entry.shape[-1])[first:end]
+        return floats(rows, entry.dtype)
 
-    return _Tensor(
-        entry.path, entry.shape, entry.dtype, "", lambda: np.empty((0, 0), np.uint8), values
-    )
+    return _Tensor(entry.path, entry.shape, entry.dtype, "", _no_rows, values)
 
 
 # -- what a model consists of ----------------------------------------------------------------------
@@ -137,13 +149,22 @@ class _Joined:
     def columns(self) -> int:
         return self.parts[0].shape[1]
 
+    @property
+    def is_packed(self) -> bool:
+        return len(self.parts[0].shape) == 2 and not self.parts[0].exact
+
+    @property
+    def numbers(self) -> int:
+        """How many there are, where they are not packed."""
+        return sum(math.prod(part.shape) for part in self.parts)
+
 
 def _joined(config: ModelConfig) -> tuple[list[_Joined], list[_Joined]]:
-    """(matrices, vectors) in the order of the architecture's list."""
+    """(matrices, vectors and what else is fp32) in the order of the architecture's list."""
     specs = architecture_of(config).tensors(config)
     groups = [_Joined(name, tuple(parts)) for name, parts in groupby(specs, lambda s: s.joined)]
-    matrices = [group for group in groups if len(group.parts[0].shape) == 2]
-    return matrices, [group for group in groups if len(group.parts[0].shape) == 1]
+    matrices = [group for group in groups if group.is_packed]
+    return matrices, [group for group in groups if not group.is_packed]
 
 
 def _check(source: Mapping[str, _Tensor], checkpoint: Checkpoint) -> None:
@@ -235,7 +256,8 @@ def _in_order(tensor: _Tensor, part: TensorSpec) -> _Tensor:
 
 
 def _vector(tensor: _Tensor, part: TensorSpec) -> Floats:
-    values, order = tensor.values(0, 1) + np.float32(part.offset), part.row_order()
+    rows, order = part.shape[0] if part.exact else 1, part.row_order()
+    values = tensor.values(0, rows) + np.float32(part.offset)
     return values if order is None else values[:, order]
 
 
@@ -278,7 +300,7 @@ def _write(path: Path, checkpoint: Checkpoint, choice: str) -> None:
     for m in matrices:
         runs = _runs(m, kinds[m.name])
         header.append((entry_name(m.name, runs), "U8", entry_shape(runs, m.columns)))
-    header += [(v.name, "F32", (v.rows,)) for v in vectors]
+    header += [(v.name, "F32", (v.numbers,)) for v in vectors]
 
     def arrays() -> Iterator[npt.NDArray[Any]]:
         title = f"Packing {checkpoint.name} ({choice})"
@@ -326,7 +348,7 @@ def read_packed(path: Path, config: ModelConfig) -> PackedWeights:
         data = raw(entry_name(m.name, parts), "U8", entry_shape(parts, m.columns))
         found[m.name] = tuple(_cut(data, parts, m.columns))
     return PackedWeights(
-        found, {v.name: raw(v.name, "F32", (v.rows,)).view(np.float32) for v in vectors}
+        found, {v.name: raw(v.name, "F32", (v.numbers,)).view(np.float32) for v in vectors}
     )
 
 

@@ -315,8 +315,14 @@ void attend_all(const geometry *g, const queries *w, const queries *then, int th
     }
 }
 
-void finalize(const partial *total, int vector, int head_dim, float *out) {
-    const __m512 share = _mm512_set1_ps(1.0f / total->sum[vector]);
+void finalize(const partial *total, int vector, int head_dim, const float *sink, float *out) {
+    float sum = total->sum[vector], factor = 1.0f;
+    if (sink) { /* one more score without a value */
+        const float score = *sink * LOG2_E, max = total->max[vector], top = score > max ? score : max;
+        factor = _mm512_cvtss_f32(exp2_ps(_mm512_set1_ps(max - top)));
+        sum = sum * factor + _mm512_cvtss_f32(exp2_ps(_mm512_set1_ps(score - top)));
+    }
+    const __m512 share = _mm512_set1_ps(factor / sum);
     for (int d = 0; d < head_dim; d += 16)
         _mm512_storeu_ps(out + d, _mm512_mul_ps(_mm512_loadu_ps(total->out + (size_t)vector * head_dim + d), share));
 }

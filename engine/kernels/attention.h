@@ -54,7 +54,7 @@ void merge(partial *total, const partial *part, int vectors, int head_dim);
 void attend_all(const geometry *g, const queries *w, const queries *then, int then_segment, partial *total, partial *part,
                 float *scratch);
 
-/* One vector's attention, fp32 [head_dim]. */
-void finalize(const partial *total, int vector, int head_dim, float *out);
+/* One vector's attention, fp32 [head_dim]. `sink`: one more score, scaled as it is, that takes its share; or NULL. */
+void finalize(const partial *total, int vector, int head_dim, const float *sink, float *out);
 
 #endif

@@ -15,6 +15,7 @@ from engine.checkpoint.source import Checkpoint, resolve, weights
 from engine.kernels import TIMES_SLOWER, Kernels, kernels, why_not
 from engine.kernels.decoder import why_not_decoder
 from engine.kernels.precision import auto_dtype
+from engine.models.architecture import architecture_of
 from engine.models.config import ModelConfig
 from engine.telemetry.progress import print_line
 
@@ -48,8 +49,9 @@ def why_torch(config: ModelConfig, model: ModelOptions, cache: CacheOptions) -> 
 
 
 def packing(checkpoint: Checkpoint, options: ModelOptions) -> str:
-    """The packing of weights for the kernels: only a GGUF file has one already."""
-    return "bf16" if options.weights == "auto" and checkpoint.gguf is None else options.weights
+    """The packing of weights for the kernels: few files but GGUF have one already."""
+    is_packed = checkpoint.gguf or architecture_of(checkpoint.config).quantisations
+    return "bf16" if options.weights == "auto" and not is_packed else options.weights
 
 
 def first_layers(spec: str) -> int:

@@ -1,7 +1,7 @@
 /* A step of a decoder on the CPU: ragged rows in, logits out, one call.
  *
  *     x --norm--> qkv --(q, k norm), rotate, write KV--> attention --> out --(norm), + x
- *       --norm--> gate, up --> down --(norm), + x
+ *       --norm--> gate, up --> down --(norm), + x       or, in place of this product, experts.c
  *     once a layer, then norm and the vocabulary, for the tokens whose logits are wanted
  *
  * What is in brackets, and every scale, cap, window and rotation, follows the model's description, layer
@@ -20,17 +20,20 @@
 #include <string.h>
 
 #include "attention.h"
-#include "matmul.h"
+#include "experts.h"
+#include "products.h"
 #include "threads.h"
 
-enum { ROWS_PER_ITEM = 128, TOKENS_PER_ITEM = 8, MAX_GROUPS_PER_ITEM = 16 };
+enum { TOKENS_PER_ITEM = 8 };
 
 /* Filled in by engine/kernels/decoder.py, which also keeps widths to multiples of 32. */
 typedef struct {
     const float *input_norm, *mlp_norm;       /* [hidden], or NULL: none */
     const float *q_norm, *k_norm;             /* [head_dim], or of all heads; or NULL: none */
     const float *out_norm, *down_norm;        /* [hidden], before the sum with x; or NULL: none */
-    joined qkv, out, gate_up, down;
+    const float *sinks;                       /* [heads]: one more score of each head; or NULL */
+    joined qkv, out, gate_up, down;           /* gate_up and down are unused where there are experts */
+    const expert_layer *experts;              /* or NULL */
     int32_t window; /* positions that a query sees, itself included; 0: all */
     int32_t rope;   /* which of the model's tables turns q and k; -1: none */
     float score_scale; /* 0: 1 / sqrt(head_dim) */
@@ -43,8 +46,6 @@ typedef struct {
     float scale;           /* of cos and sin */
     int32_t dim;
 } rope_table;
-
-typedef enum { SILU, GELU_TANH } activation;
 
 typedef struct {
     int32_t num_layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, num_ropes;
@@ -59,6 +60,7 @@ typedef struct {
     const float *norm; /* [hidden] */
     joined embedding, head; /* of one part each */
     const layer_weights *layers;
+    expert_spec experts; /* number 0: no layer has experts */
 } decoder;
 
 /* T tokens of R rows, S wanted logits; the KV of earlier positions is in the pool. */
@@ -94,13 +96,13 @@ typedef struct {
     geometry at;                /* ... and its part of the pool */
     operand normed, context, inner; /* context: what attention gives */
     float *x, *qkv, *rope, *logits;
-    float *added; /* [T, hidden], to be normalised and added to x; NULL: no layer has such a norm */
+    float *added; /* [T, hidden], to be added to x after a norm or as a sum of experts; NULL: not needed */
     attention_task *tasks; /* for the layer's window */
     char *parts;
     int num_tasks, split;
     int32_t *row_of; /* [T] */
-    char *scratch;   /* one part a thread */
-    size_t scratch_bytes;
+    product_context products; /* its scratch memory serves all loops */
+    expert_memory experts;
 } step;
 
 /* ---- memory ------------------------------------------------------------------------------------------ */
@@ -133,9 +135,6 @@ static operand take_operand(arena *a, size_t rows, int columns) {
     o.count = take(a, sizeof(int32_t) * blocks);
     return o;
 }
-
-static int at_most(int a, int b) { return a < b ? a : b; }
-static int at_least(int a, int b) { return a > b ? a : b; }
 
 /* ---- loops over tokens -------------------------------------------------------------------------------- */
 
@@ -187,15 +186,15 @@ static int position_of(const step *s, int token) {
     return s->b->position[row] + token - s->b->first_token[row];
 }
 
-/* x += scale * the norm of what was added. */
-static void add_normed_item(void *arg, int index, int thread) {
+/* x += scale * what was added, or its norm. */
+static void add_item(void *arg, int index, int thread) {
     (void)thread;
     const norm_loop *l = arg;
     const int width = l->s->model->hidden, end = at_most((index + 1) * TOKENS_PER_ITEM, l->count);
     const __m512 scale = _mm512_set1_ps(l->s->model->residual_scale);
     for (int i = index * TOKENS_PER_ITEM; i < end; i++) {
         float *x = l->s->x + (size_t)i * width, *added = l->s->added + (size_t)i * width;
-        norm_vector(added, l->weight, l->s->model->eps, width, added);
+        if (l->weight) norm_vector(added, l->weight, l->s->model->eps, width, added);
         for (int c = 0; c < width; c += 16)
             _mm512_storeu_ps(x + c, _mm512_fmadd_ps(_mm512_loadu_ps(added + c), scale, _mm512_loadu_ps(x + c)));
     }
@@ -287,88 +286,6 @@ static void over_tokens(step *s, work_item run) {
     parallel((s->b->num_tokens + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM, run, s);
 }
 
-/* ---- products ------------------------------------------------------------------------------------------ */
-
-/* What follows a product. ADD: scaled, to a residual; GATED: activation of the first half, times the second
- * half; CAP: logits scaled and capped. */
-typedef enum { STORE, ADD, GATED, CAP } epilogue;
-
-typedef struct {
-    step *s;
-    const joined *w;
-    const operand *from;
-    epilogue epilogue;
-    float *to;
-    const operand *gated;
-    int M, stride, groups, groups_per_item, rows_per_item, num_row_parts;
-} product_loop;
-
-/* x times the logistic function of x, or of 2 sqrt(2 / pi) (x + 0.044715 x^3): 0.5 x (1 + tanh(...)), the usual
- * approximation of GELU (Hendrycks, Gimpel 2016). */
-static __m512 activate(__m512 x, activation kind) {
-    __m512 z = x;
-    if (kind == GELU_TANH) {
-        const __m512 square = _mm512_mul_ps(x, x), cubic = _mm512_set1_ps(0.044715f);
-        z = _mm512_mul_ps(x, _mm512_fmadd_ps(square, cubic, _mm512_set1_ps(1.0f)));
-        z = _mm512_mul_ps(z, _mm512_set1_ps(1.5957691216f));
-    }
-    __m512 e = exp_ps(_mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_sub_ps(_mm512_setzero_ps(), z)));
-    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
-}
-
-/* Outputs of groups first .. first + N - 1 for M rows. */
-static void some_outputs(const product_loop *l, int first, int N, int row, int M, float *tile, int16_t *panel) {
-    const int wide = MAX_GROUPS * GROUP, column = first * GROUP;
-    if (l->epilogue == STORE && column + N * GROUP <= l->stride) {
-        float *to = l->to + (size_t)row * l->stride + column;
-        joined_product(l->w, first, N, l->from, row, M, to, l->stride, panel);
-        return;
-    }
-    joined_product(l->w, first, N, l->from, row, M, tile, wide, panel);
-    float *up = tile + ROWS_PER_ITEM * wide;
-    if (l->epilogue == GATED) joined_product(l->w, l->groups + first, N, l->from, row, M, up, wide, panel);
-    const decoder *m = l->s->model;
-    const __m512 residual = _mm512_set1_ps(m->residual_scale), logit = _mm512_set1_ps(m->logit_scale);
-    for (int i = 0; i < M; i++, tile += wide, up += wide) {
-        const size_t at = (size_t)(row + i) * l->stride + column;
-        for (int c = 0; c < N * GROUP; c += GROUP) {
-            const __mmask16 mask = lanes(l->stride - column - c);
-            __m512 value = _mm512_loadu_ps(tile + c);
-            if (l->epilogue == ADD)
-                value = _mm512_fmadd_ps(value, residual, _mm512_maskz_loadu_ps(mask, l->to + at + c));
-            if (l->epilogue == GATED) value = _mm512_mul_ps(activate(value, m->activation), _mm512_loadu_ps(up + c));
-            if (l->epilogue == CAP) value = cap_ps(_mm512_mul_ps(value, logit), m->logit_cap);
-            _mm512_mask_storeu_ps(l->to + at + c, mask, value);
-        }
-        if (l->epilogue == GATED) quantise(l->gated, row + i, column, N * GROUP);
-    }
-}
-
-static void product_item(void *arg, int index, int thread) {
-    const product_loop *l = arg;
-    char *scratch = l->s->scratch + l->s->scratch_bytes * thread;
-    float *tile = (float *)scratch;
-    int16_t *panel = (int16_t *)(tile + 2 * ROWS_PER_ITEM * MAX_GROUPS * GROUP);
-    const int row = index % l->num_row_parts * l->rows_per_item, M = at_most(l->rows_per_item, l->M - row);
-    const int first = index / l->num_row_parts * l->groups_per_item;
-    const int end = at_most(first + l->groups_per_item, l->groups);
-    for (int group = first; group < end; group += MAX_GROUPS)
-        some_outputs(l, group, at_most(MAX_GROUPS, end - group), row, M, tile, panel);
-}
-
-/* to [M, outputs] = from [M, columns] times w, then the epilogue. `gated`: what GATED quantises. */
-static void multiply(step *s, const joined *w, const operand *from, int M, epilogue epilogue, float *to,
-                     const operand *gated) {
-    product_loop l = {s, w, from, epilogue, to, gated, M, .stride = w->rows};
-    if (epilogue == GATED) l.stride = w->rows / 2;
-    l.groups = (l.stride + GROUP - 1) / GROUP;
-    l.rows_per_item = at_most(M, ROWS_PER_ITEM);
-    l.num_row_parts = (M + l.rows_per_item - 1) / l.rows_per_item;
-    const int share = l.groups / (MAX_GROUPS * 8 * num_threads());
-    l.groups_per_item = at_most(MAX_GROUPS_PER_ITEM, MAX_GROUPS * at_least(1, share));
-    parallel((l.groups + l.groups_per_item - 1) / l.groups_per_item * l.num_row_parts, product_item, &l);
-}
-
 /* ---- attention ----------------------------------------------------------------------------------------- */
 
 static queries queries_of(const step *s, const attention_task *task) {
@@ -389,7 +306,8 @@ static void finalize_task(const step *s, const attention_task *task, const parti
     for (int i = 0; i < task->num_tokens * s->at.group; i++) {
         const int token = task->token + i / s->at.group;
         const int column = (task->head * s->at.group + i % s->at.group) * m->head_dim;
-        finalize(total, i, m->head_dim, s->context.x + (size_t)token * s->context.columns + column);
+        const float *sink = s->layer->sinks ? s->layer->sinks + column / m->head_dim : NULL;
+        finalize(total, i, m->head_dim, sink, s->context.x + (size_t)token * s->context.columns + column);
         quantise(&s->context, token, column, m->head_dim);
     }
 }
@@ -398,7 +316,7 @@ static void attend_item(void *arg, int index, int thread) {
     step *s = arg;
     const attention_task *task = &s->tasks[index];
     const int D = s->model->head_dim;
-    char *scratch = s->scratch + s->scratch_bytes * thread;
+    char *scratch = s->products.scratch + s->products.scratch_bytes * thread;
     partial *total = (partial *)scratch, *part = (partial *)(scratch + partial_bytes(D));
     float *rest = (float *)(scratch + 2 * partial_bytes(D));
     const queries w = queries_of(s, task);
@@ -481,6 +399,40 @@ static void enter_layer(step *s, int i) {
 
 /* ---- the step ------------------------------------------------------------------------------------------ */
 
+static void lay_out_products(step *s, arena *a) {
+    const decoder *m = s->model;
+    int widest = at_least(at_least(m->hidden, m->intermediate), m->heads * m->head_dim);
+    widest = at_least(widest, at_least(m->experts.width, m->experts.shared_width));
+    const size_t product = product_bytes(widest);
+    const size_t attend = 2 * partial_bytes(m->head_dim) + attention_bytes(m->head_dim);
+    s->products = (product_context){
+        .activation = m->activation,
+        .residual_scale = m->residual_scale,
+        .logit_scale = m->logit_scale,
+        .logit_cap = m->logit_cap,
+        .scratch_bytes = ((product > attend ? product : attend) + 4095) & ~(size_t)4095,
+    };
+    s->products.scratch = take(a, s->products.scratch_bytes * num_threads());
+}
+
+static void lay_out_experts(step *s, arena *a) {
+    const expert_spec *spec = &s->model->experts;
+    const size_t T = s->b->num_tokens, number = spec->number, pairs = T * spec->per_token;
+    expert_memory *e = &s->experts;
+    e->scores = take(a, sizeof(float) * T * number);
+    e->ranked = take(a, sizeof(float) * T * number);
+    e->ids = take(a, sizeof(int32_t) * pairs);
+    e->weights = take(a, sizeof(float) * pairs);
+    e->rows = take(a, sizeof(int32_t) * pairs);
+    e->first_row = take(a, sizeof(int32_t) * (number + 1));
+    e->tensors = take(a, sizeof(joined) * 2 * number);
+    e->jobs = take(a, sizeof(product_job) * 2 * number);
+    e->sorted = take_operand(a, pairs, s->model->hidden);
+    e->inner = take_operand(a, pairs, spec->width);
+    e->outputs = take(a, sizeof(float) * pairs * s->model->hidden);
+    if (spec->shared_width) e->shared_inner = take_operand(a, T, spec->shared_width);
+}
+
 static void lay_out(step *s, arena *a) {
     const decoder *m = s->model;
     const size_t T = s->b->num_tokens, S = s->b->num_logits, most = T > S ? T : S;
@@ -492,35 +444,51 @@ static void lay_out(step *s, arena *a) {
     s->normed = take_operand(a, most, m->hidden);
     s->context = take_operand(a, T, m->heads * m->head_dim);
     s->inner = take_operand(a, T, m->intermediate);
-    const int widest = at_least(at_least(m->hidden, m->intermediate), m->heads * m->head_dim);
-    const size_t product_bytes = sizeof(float) * 2 * ROWS_PER_ITEM * MAX_GROUPS * GROUP + panel_bytes(widest);
-    const size_t attend_bytes = 2 * partial_bytes(m->head_dim) + attention_bytes(m->head_dim);
-    s->scratch_bytes = ((product_bytes > attend_bytes ? product_bytes : attend_bytes) + 4095) & ~(size_t)4095;
-    s->scratch = take(a, s->scratch_bytes * num_threads());
+    lay_out_products(s, a);
+    if (m->experts.number) lay_out_experts(s, a);
     size_t num_tasks = 0, num_parts = 0; /* the most of any layer */
-    int normed_sums = 0;
+    int adds_later = m->experts.number != 0;
     for (int i = 0; i < m->num_layers; i++) {
-        if (m->layers[i].out_norm || m->layers[i].down_norm) normed_sums = 1;
+        if (m->layers[i].out_norm || m->layers[i].down_norm) adds_later = 1;
         if (i && m->layers[i].window == m->layers[i - 1].window) continue;
         count_tasks(s, m->layers[i].window);
         if ((size_t)s->num_tasks > num_tasks) num_tasks = s->num_tasks;
         if (s->split && (size_t)s->num_tasks > num_parts) num_parts = s->num_tasks;
     }
-    s->added = normed_sums ? take(a, sizeof(float) * T * m->hidden) : NULL;
+    s->added = adds_later ? take(a, sizeof(float) * T * m->hidden) : NULL;
     s->tasks = take(a, sizeof(attention_task) * num_tasks);
     s->parts = take(a, partial_bytes(m->head_dim) * num_parts);
 }
 
-/* x += what w makes of `from`, normalised before where the layer has such a norm. */
+/* x += s->added, normalised before where the layer has such a norm. */
+static void add_later(step *s, const float *weight) {
+    const int T = s->b->num_tokens;
+    norm_loop l = {s, weight, NULL, T};
+    parallel((T + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM, add_item, &l);
+}
+
+/* x += what w makes of `from`. */
 static void add_product(step *s, const joined *w, const operand *from, const float *weight) {
     const int T = s->b->num_tokens;
     if (!weight) {
-        multiply(s, w, from, T, ADD, s->x, NULL);
+        multiply(&s->products, w, from, T, ADD, s->x, NULL);
         return;
     }
-    multiply(s, w, from, T, STORE, s->added, NULL);
-    norm_loop l = {s, weight, NULL, T};
-    parallel((T + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM, add_normed_item, &l);
+    multiply(&s->products, w, from, T, STORE, s->added, NULL);
+    add_later(s, weight);
+}
+
+/* x += what the layer's feed-forward, or its experts, make of the normed rows. */
+static void feed_forward(step *s) {
+    const layer_weights *w = s->layer;
+    const int T = s->b->num_tokens;
+    if (w->experts) {
+        compute_experts(&s->model->experts, w->experts, &s->products, &s->experts, &s->normed, T, s->added);
+        add_later(s, w->down_norm);
+        return;
+    }
+    multiply(&s->products, &w->gate_up, &s->normed, T, GATED, s->inner.x, &s->inner);
+    add_product(s, &w->down, &s->inner, w->down_norm);
 }
 
 /* logits [S, vocab] fp32 of the batch, whose KV is written on the way. Returns 0, or 1 when there is no
@@ -544,18 +512,17 @@ int diptych_forward(const decoder *m, const batch *b, const kv_pool *pool, arena
         enter_layer(&s, i);
         const layer_weights *w = s.layer;
         norm(&s, w->input_norm, NULL, b->num_tokens);
-        multiply(&s, &w->qkv, &s.normed, b->num_tokens, STORE, s.qkv, NULL);
+        multiply(&s.products, &w->qkv, &s.normed, b->num_tokens, STORE, s.qkv, NULL);
         over_tokens(&s, write_item);
         if (i == m->num_layers - 1 && !b->num_logits) return 0; /* nothing reads what follows */
         attention(&s);
         add_product(&s, &w->out, &s.context, w->out_norm);
         norm(&s, w->mlp_norm, NULL, b->num_tokens);
-        multiply(&s, &w->gate_up, &s.normed, b->num_tokens, GATED, s.inner.x, &s.inner);
-        add_product(&s, &w->down, &s.inner, w->down_norm);
+        feed_forward(&s);
         s.at.layer += 2 * (int64_t)pool->block_size * m->head_dim;
     }
     norm(&s, m->norm, b->logit_index, b->num_logits);
     const int plain = m->logit_scale == 1.0f && !m->logit_cap;
-    multiply(&s, &m->head, &s.normed, b->num_logits, plain ? STORE : CAP, logits, NULL);
+    multiply(&s.products, &m->head, &s.normed, b->num_logits, plain ? STORE : CAP, logits, NULL);
     return 0;
 }

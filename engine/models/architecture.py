@@ -126,6 +126,7 @@ class Architecture:
     forward: Callable[[Step, Sequence[Layer]], Tensor]
     gguf: str = ""  # a GGUF file's general.architecture; "": such files are not read
     gguf_keys: Callable[[GGUFMetadata], dict[str, Any]] = no_keys  # beside the shared ones
+    gguf_experts: bool = False  # such a file has experts: `llama` names two architectures
     native: bool = True  # decoder.c computes this forward pass, where it knows all tensors
     quantisations: tuple[str, ...] = ()  # `quant_method` of files in Hugging Face layout
     # Hugging Face names of tensors that files have and the forward pass does not use

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from engine.models.architecture import FusedPart, TensorSpec
 from engine.models.config import ExpertSpec, ModelConfig
+from engine.models.gguf_metadata import GGUFMetadata
 
 # Joined tensors that have a bias where the model's experts have one.
 EXPERT_BIASES = frozenset(("router", "gate_experts", "up_experts", "down_experts"))
@@ -100,3 +102,11 @@ def expert_vectors(spec: ExpertSpec, names: ExpertNames) -> list[TensorSpec]:
         return []
     shape, name = (spec.number,), names.correction
     return [TensorSpec("correction", name, "exp_probs_b.bias", shape, "correction", None)]
+
+
+def gguf_expert_keys(file: GGUFMetadata, number: str = "num_experts") -> dict[str, Any]:
+    """Keys of `config.json` for a GGUF file's experts; `number` is what the count is called."""
+    return {
+        number: file.integer("expert_count"),
+        "num_experts_per_tok": file.integer("expert_used_count"),
+    }

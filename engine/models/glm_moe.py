@@ -6,12 +6,14 @@ Half of each head turns. The layers that predict further tokens (MTP) are left o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from engine.models.architecture import Architecture, TensorSpec
 from engine.models.config import ConfigReader, ExpertSpec, ModelConfig
 from engine.models.config_keys import decoder_fields, read_rope
 from engine.models.decoder import HEAD_NORMS, Norms, decoder_tensors, forward
-from engine.models.experts import ExpertNames
+from engine.models.experts import ExpertNames, gguf_expert_keys
+from engine.models.gguf_metadata import GGUFMetadata
 
 _NAME = "Glm4MoeForCausalLM"
 _NORMS: Norms = {
@@ -59,8 +61,35 @@ def _left_out(c: ModelConfig, name: str) -> bool:
     return name != parts[0] and parts[0].isdecimal() and int(parts[0]) >= c.num_layers
 
 
+def _gguf_keys(file: GGUFMetadata) -> dict[str, Any]:
+    """The format counts the layers of MTP, too."""
+    num_layers = file.integer("block_count") - int(file.get("nextn_predict_layers", 0))
+    head_dim = file.head_dim()
+    rotary_dim = file.integer("rope.dimension_count", head_dim)
+    return gguf_expert_keys(file, "n_routed_experts") | {
+        "num_hidden_layers": num_layers,
+        "first_k_dense_replace": int(file.get("leading_dense_block_count", 0)),
+        "moe_intermediate_size": file.integer("expert_feed_forward_length"),
+        "n_shared_experts": int(file.get("expert_shared_count", 0)),
+        "n_group": file.integer("expert_group_count", 1),
+        "topk_group": file.integer("expert_group_used_count", 1),
+        "norm_topk_prob": bool(file.get("expert_weights_norm", False)),
+        "routed_scaling_factor": file.number("expert_weights_scale", 1.0),
+        "partial_rotary_factor": rotary_dim / head_dim,
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in file.shapes,
+    }
+
+
 ARCHITECTURES = (
     Architecture(
-        _NAME, "glm4_moe", _read_config, _tensors, forward, native=False, left_out=_left_out
+        _NAME,
+        "glm4_moe",
+        _read_config,
+        _tensors,
+        forward,
+        gguf="glm4moe",
+        gguf_experts=True,
+        gguf_keys=_gguf_keys,
+        left_out=_left_out,
     ),
 )

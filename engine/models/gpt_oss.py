@@ -7,12 +7,14 @@ those that were published are quantised as MXFP4.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from engine.models.architecture import Architecture, TensorSpec
 from engine.models.config import ConfigReader, ExpertSpec, ModelConfig
 from engine.models.config_keys import attention_kinds, decoder_fields, read_rope
 from engine.models.decoder import Norms, decoder_tensors, forward
-from engine.models.experts import ExpertNames
+from engine.models.experts import ExpertNames, gguf_expert_keys
+from engine.models.gguf_metadata import GGUFMetadata
 
 _NAME = "GptOssForCausalLM"
 _FULL, _WINDOW = "full_attention", "sliding_attention"
@@ -21,7 +23,7 @@ _NORMS: Norms = {
     "mlp_norm": ("post_attention_layernorm", "post_attention_norm"),
 }
 _NAMES = ExpertNames(router="mlp.router", interleaved=True)
-_YARN = {
+_YARN: dict[str, Any] = {
     "rope_type": "yarn",
     "factor": 32.0,
     "truncate": False,
@@ -63,6 +65,21 @@ def _tensors(c: ModelConfig) -> Iterator[TensorSpec]:
     return decoder_tensors(c, _NORMS, expert_names=_NAMES)
 
 
+def _gguf_keys(file: GGUFMetadata) -> dict[str, Any]:
+    """The format leaves out that the ramp of YaRN begins and ends between dimensions."""
+    rope = _YARN | {
+        "factor": file.number("rope.scaling.factor", 1.0),
+        "original_max_position_embeddings": file.integer("rope.scaling.original_context_length"),
+        "beta_fast": file.number("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": file.number("rope.scaling.yarn_beta_slow", 1.0),
+    }
+    return gguf_expert_keys(file, "num_local_experts") | {
+        "intermediate_size": file.integer("expert_feed_forward_length"),
+        "sliding_window": file.integer("attention.sliding_window"),
+        "rope_scaling": rope,
+    }
+
+
 ARCHITECTURES = (
     Architecture(
         _NAME,
@@ -70,7 +87,9 @@ ARCHITECTURES = (
         _read_config,
         _tensors,
         forward,
-        native=False,
+        gguf="gpt-oss",
+        gguf_experts=True,
+        gguf_keys=_gguf_keys,
         quantisations=("mxfp4",),
     ),
 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from engine.models.architecture import Architecture, TensorSpec
 from engine.models.config import ConfigReader, ExpertSpec, ModelConfig
 from engine.models.config_keys import decoder_fields, read_rope
 from engine.models.decoder import decoder_tensors, forward
-from engine.models.experts import ExpertNames
+from engine.models.experts import ExpertNames, gguf_expert_keys
+from engine.models.gguf_metadata import GGUFMetadata
 
 _NAME = "MixtralForCausalLM"
 _NAMES = ExpertNames(
@@ -38,4 +40,19 @@ def _tensors(c: ModelConfig) -> Iterator[TensorSpec]:
     return decoder_tensors(c, permuted_heads=True, expert_names=_NAMES)
 
 
-ARCHITECTURES = (Architecture(_NAME, "mixtral", _read_config, _tensors, forward, native=False),)
+def _gguf_keys(file: GGUFMetadata) -> dict[str, Any]:
+    return gguf_expert_keys(file, "num_local_experts")
+
+
+ARCHITECTURES = (
+    Architecture(
+        _NAME,
+        "mixtral",
+        _read_config,
+        _tensors,
+        forward,
+        gguf="llama",
+        gguf_experts=True,
+        gguf_keys=_gguf_keys,
+    ),
+)

@@ -14,7 +14,8 @@ from engine.models.architecture import Architecture, TensorSpec
 from engine.models.config import ConfigReader, ExpertSpec, ModelConfig
 from engine.models.config_keys import attention_kinds, decoder_fields
 from engine.models.decoder import HEAD_NORMS, PRE_NORMS, decoder_tensors, forward
-from engine.models.experts import ExpertNames
+from engine.models.experts import ExpertNames, gguf_expert_keys
+from engine.models.gguf_metadata import GGUFMetadata
 
 QWEN2, QWEN3 = "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"
 _FULL, _WINDOW = "full_attention", "sliding_attention"
@@ -76,7 +77,41 @@ def _tensors(c: ModelConfig) -> Iterator[TensorSpec]:
     return decoder_tensors(c, norms, expert_names=ExpertNames())
 
 
+def _gguf_qwen2(file: GGUFMetadata) -> dict[str, Any]:
+    inner, experts = file.integer("feed_forward_length"), gguf_expert_keys(file)
+    width = inner // experts["num_experts_per_tok"]
+    return experts | {
+        "moe_intermediate_size": file.integer("expert_feed_forward_length", width),
+        "shared_expert_intermediate_size": file.integer("expert_shared_feed_forward_length", inner),
+        "qkv_bias": "blk.0.attn_q.bias" in file.shapes,
+    }
+
+
+def _gguf_qwen3(file: GGUFMetadata) -> dict[str, Any]:
+    """The format's weights of experts are always divided by their sum."""
+    width = file.integer("expert_feed_forward_length")
+    return gguf_expert_keys(file) | {"moe_intermediate_size": width, "norm_topk_prob": True}
+
+
 ARCHITECTURES = (
-    Architecture(QWEN2, "qwen2_moe", _read_qwen2, _tensors, forward, native=False),
-    Architecture(QWEN3, "qwen3_moe", _read_qwen3, _tensors, forward, native=False),
+    Architecture(
+        QWEN2,
+        "qwen2_moe",
+        _read_qwen2,
+        _tensors,
+        forward,
+        gguf="qwen2moe",
+        gguf_experts=True,
+        gguf_keys=_gguf_qwen2,
+    ),
+    Architecture(
+        QWEN3,
+        "qwen3_moe",
+        _read_qwen3,
+        _tensors,
+        forward,
+        gguf="qwen3moe",
+        gguf_experts=True,
+        gguf_keys=_gguf_qwen3,
+    ),
 )

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine.base.errors import CheckpointError
 from engine.checkpoint.fused import BLOCKS, SCALES, cut, dequantise_mxfp4, fused_tensors
-from engine.models.architecture import TensorSpec, architecture_of, listed_name
+from engine.models.architecture import FusedPart, TensorSpec, architecture_of, listed_name
 from engine.models.config import ModelConfig
 from engine.runner.torch_model import TorchModel
 from engine.telemetry.progress import Bar, bar
@@ -76,7 +76,7 @@ class _Loading:
     config: ModelConfig
     places: _Places
     shown: Bar
-    fused: Mapping[str, list[TensorSpec]]
+    fused: Mapping[str, list[tuple[TensorSpec, FusedPart]]]
     filled: dict[str, Path] = field(default_factory=dict)
     halves: _Tensors = field(default_factory=dict)  # blocks without scales, or the other way round
 
@@ -104,9 +104,8 @@ class _Loading:
             yield name, shard.get_tensor(stored)
         elif name in self.fused:
             whole = shard.get_tensor(stored)
-            for spec in self.fused[name]:
-                if spec.fused is not None:
-                    yield spec.hf_name, cut(whole, spec.fused)
+            for spec, part in self.fused[name]:
+                yield spec.hf_name, cut(whole, part)
         elif name.endswith((BLOCKS, SCALES)) and name.rpartition("_")[0] in self.fused:
             self.halves[name] = shard.get_tensor(stored)
             yield from self._dequantised(name.rpartition("_")[0])
@@ -118,10 +117,9 @@ class _Loading:
         if name + BLOCKS not in self.halves or name + SCALES not in self.halves:
             return
         halves = [self.halves.pop(name + suffix).numpy() for suffix in (BLOCKS, SCALES)]
-        for spec in self.fused[name]:
-            if spec.fused is not None:
-                parts = (cut(half, spec.fused, quantised=True) for half in halves)
-                yield spec.hf_name, torch.from_numpy(dequantise_mxfp4(*parts))
+        for spec, part in self.fused[name]:
+            parts = (cut(half, part, quantised=True) for half in halves)
+            yield spec.hf_name, torch.from_numpy(dequantise_mxfp4(*parts))
 
 
 def load_model(

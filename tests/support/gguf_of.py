@@ -6,7 +6,7 @@ What the converter does with metadata and values, a test states by hand.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,10 @@ def write(
     kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     tensors = {}
-    for name, parameter in model.named_parameters():  # a tied head is listed once
+    for name, values in _converted(model):
         known = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert known, f"the gguf package does not know {name}"
-        tensors[known] = np.ascontiguousarray(stored(name, parameter.detach().numpy()))
+        tensors[known] = np.ascontiguousarray(stored(name, values))
     for name in [name for name in tensors if fuse_qkv and ".attn_q." in name]:
         parts = [tensors.pop(name.replace("attn_q", f"attn_{part}")) for part in "qkv"]
         tensors[name.replace("attn_q", "attn_qkv")] = np.concatenate(parts)
@@ -70,6 +70,32 @@ def write(
         tensors=tensors | (extra or {}),
         meta={f"{arch}.{key}": value for key, value in (lists or {}).items()},
     )
+
+
+def _converted(model: torch.nn.Module) -> Iterator[tuple[str, Values]]:
+    """The model's tensors as the converter names and cuts them: gate and up of experts apart."""
+    for name, parameter in model.named_parameters():  # a tied head is listed once
+        values = parameter.detach().numpy()
+        if ".mlp.experts." not in name:
+            yield name + ".weight" * name.endswith(".sinks"), values
+            continue
+        is_gpt_oss = model.config.model_type == "gpt_oss"  # type: ignore[union-attr]
+        suffix = "bias" if name.endswith("_bias") else "weight"
+        name = name.removesuffix("_bias")
+        if is_gpt_oss and suffix == "weight":
+            values = values.swapaxes(1, 2)
+        if name.endswith("down_proj"):
+            yield f"{name}.{suffix}", values
+            continue
+        half = values.shape[1] // 2
+        gate, up = slice(half), slice(half, None)
+        if is_gpt_oss:
+            gate, up = slice(0, None, 2), slice(1, None, 2)
+        for part, rows in (("gate", gate), ("up", up)):
+            yield f"{name.replace('gate_up', part)}.{suffix}", values[:, rows]
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            yield name.replace("_bias", ".bias"), buffer.detach().numpy()
 
 
 def permuted(num_heads: int, num_kv_heads: int) -> Callable[[str, Values], Values]:

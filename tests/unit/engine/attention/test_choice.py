@@ -14,9 +14,10 @@ def choose(
     heads: int = 32,
     arch: str = "sm90",
     flashinfer: str | None = "0.7.4",
+    sinks: bool = False,
 ) -> tuple[str, str]:
     layout = KVLayout(2, 8, head_dim, 16, dtype)
-    choice = choose_backend(layout, heads, arch=arch, flashinfer=flashinfer)
+    choice = choose_backend(layout, heads, arch=arch, flashinfer=flashinfer, sinks=sinks)
     return str(choice), choice.reason
 
 
@@ -37,6 +38,7 @@ def test_flashinfer_where_it_has_kernels(head_dim: int, arch: str) -> None:
         ({"heads": 31}, "31 heads are no multiple of 8"),
         ({"arch": "sm75"}, "needs sm80 or later, this GPU is sm75"),
         ({"flashinfer": None}, "not installed"),
+        ({"sinks": True}, "attention sinks"),
         ({"arch": ""}, "CPU"),
     ],
 )

@@ -13,12 +13,19 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from engine.base.errors import CheckpointError
+from engine.base.option_groups import ModelOptions
 from engine.checkpoint.config import read_config
+from engine.checkpoint.packed import packed_file, read_packed
 from engine.checkpoint.shards import find_shards
+from engine.checkpoint.source import resolve
+from engine.kernels import kernels
+from engine.kernels.backend_selection import packing
 from engine.models.config import ExpertSpec
 from engine.runner.experts import route
 from engine.runner.loader import load_model
-from tests.support.paged import CPU, Bench
+from engine.runner.native_model import NativeModel
+from engine.runner.torch_model import TorchModel
+from tests.support.paged import CPU, Bench, bfloat16_kv
 from tests.support.reference_model import logits_of
 
 SPEC = ExpertSpec(number=6, per_token=2, width=32, layers=(0,))
@@ -28,7 +35,7 @@ GPT_OSS = transformers.GptOssConfig(
     intermediate_size=96,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=16,
+    head_dim=32,
     vocab_size=131,
     max_position_embeddings=4096,
     num_local_experts=3,
@@ -78,6 +85,7 @@ def quantised(folder: Path) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
+            parameter.copy_(parameter.bfloat16())
     reference.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     scales = {}
@@ -127,6 +135,36 @@ def test_mxfp4_experts_are_read_exactly(tmp_path: Path) -> None:
     expected = logits_of(reference, prompt)
     error = (got - expected).abs().amax(-1) / expected.abs().amax(-1)
     assert error.max() < 1e-4
+
+
+def test_mxfp4_experts_stay_packed_for_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same values whichever way they are packed; a packed one takes a fraction of bfloat16."""
+    library = kernels()
+    if library is None:
+        pytest.skip("needs a C compiler and a CPU with AVX512 and VNNI")
+    monkeypatch.setenv("DIPTYCH_CACHE_DIR", str(tmp_path / "cache"))
+    quantised(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text("{}")  # a folder without one is refused
+    checkpoint = resolve(str(tmp_path / "m"))
+    config, prompt = checkpoint.config, list(range(5, 60))
+
+    def logits(model: TorchModel | NativeModel) -> torch.Tensor:
+        bench = Bench(model, block_size=16)
+        return bench.step((bench.sequence(prompt), len(prompt), len(prompt)))
+
+    with bfloat16_kv():
+        shards = find_shards(tmp_path / "m")
+        expected = logits(load_model(config, shards, torch.float32, CPU))
+    assert packing(checkpoint, ModelOptions()) == "auto"
+    for choice, kind in (("auto", "mxfp4"), ("bf16", "bf16")):
+        weights = read_packed(packed_file(checkpoint, choice), config)
+        assert {m.kind for m in weights.matrices["1.down_experts"]} == {kind}
+        native = NativeModel(config, weights, library)
+        error = (logits(native) - expected).abs().amax(-1) / expected.abs().amax(-1)
+        assert error.max() < 3e-3, choice
+        assert error.median() < 3e-4, choice
 
 
 def test_blocks_without_scales_are_missing_tensors(tmp_path: Path) -> None:

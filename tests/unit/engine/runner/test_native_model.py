@@ -49,6 +49,14 @@ Llama, Mistral, Qwen2, Qwen3, Gemma2, Gemma3 = (
     transformers.Gemma2Config,
     transformers.Gemma3TextConfig,
 )
+Mixtral, Qwen2Moe, Qwen3Moe, GptOss, Glm4Moe = (
+    transformers.MixtralConfig,
+    transformers.Qwen2MoeConfig,
+    transformers.Qwen3MoeConfig,
+    transformers.GptOssConfig,
+    transformers.Glm4MoeConfig,
+)
+EXPERTS = {"num_experts": 20, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
 QWEN2 = {k: v for k, v in COMMON.items() if k != "head_dim"} | {"hidden_size": 192}
 MODELS: dict[str, transformers.PretrainedConfig] = {
     "llama, tied": Llama(**COMMON, tie_word_embeddings=True),
@@ -74,6 +82,30 @@ MODELS: dict[str, transformers.PretrainedConfig] = {
     "gemma 2": Gemma2(**COMMON, sliding_window=13, query_pre_attn_scalar=20),
     "gemma 3": Gemma3(**COMMON, sliding_window=13, query_pre_attn_scalar=20),
     **dense_models.MODELS,
+    "mixtral": Mixtral(**COMMON, num_local_experts=5),
+    "qwen2 moe, plain first layer": Qwen2Moe(
+        **QWEN2 | EXPERTS, shared_expert_intermediate_size=96, mlp_only_layers=[0]
+    ),
+    "qwen3 moe": Qwen3Moe(**COMMON | EXPERTS, norm_topk_prob=True),
+    "gpt-oss": GptOss(
+        **COMMON,
+        num_local_experts=5,
+        num_experts_per_tok=3,
+        sliding_window=300,
+        swiglu_limit=0.7,
+    ),
+    "glm-4.5": Glm4Moe(
+        **COMMON | {"head_dim": 64},
+        attention_bias=True,
+        use_qk_norm=True,
+        moe_intermediate_size=64,
+        n_routed_experts=12,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.5,
+        num_nextn_predict_layers=0,
+    ),
 }
 
 
@@ -101,6 +133,9 @@ def pair(
     with torch.no_grad():
         for name, parameter in source.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
+        for name, buffer in source.named_buffers():
+            if "correction" in name:
+                buffer.normal_(0.0, 0.15)
     folder = tmp_path_factory.mktemp("model")
     source.to(torch.bfloat16).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")  # a folder without one is refused
