@@ -129,7 +129,7 @@ def _named(names: str, *values: Any, **more: Any) -> dict[str, PreTokenizer]:
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     # GPT-2 and its descendants
-    **_named("gpt-2 phi-2 mpt olmo a.x-4.0 mellum trillion", [byte_level(True)]),
+    **_named("gpt-2 phi-2 mpt olmo a.x-4.0 mellum trillion exaone4", [byte_level(True)]),
     **_named("smollm starcoder refact codeshell minerva-7b mellum2", _DIGITS),
     **_named("command-r", _DIGITS, "NFC"),
     **_named("default", _split(*_DEFAULT)),
