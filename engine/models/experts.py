@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.models.architecture import FusedPart, TensorSpec
-from engine.models.config import ExpertSpec, ModelConfig
+from engine.models.config import ConfigReader, ExpertSpec, ModelConfig
 from engine.models.gguf_metadata import GGUFMetadata
 
 # Joined tensors that have a bias where the model's experts have one.
@@ -37,6 +37,19 @@ class ExpertNames:
     correction: str = "mlp.gate.e_score_correction_bias"
     shared: str = "mlp.shared_expert."
     shared_gate: str = "mlp.shared_expert_gate"
+
+
+def checked(raw: ConfigReader, spec: ExpertSpec) -> ExpertSpec:
+    """The description, if a token can take so many experts of it. Raises CheckpointError."""
+    groups, chosen = spec.groups, spec.chosen_groups
+    if spec.number % groups:
+        raise raw.refuse("n_group", groups, f"expected a divisor of the {spec.number} experts")
+    if chosen > groups:
+        raise raw.refuse("topk_group", chosen, f"expected at most n_group, {groups}")
+    if spec.per_token > (most := spec.number // groups * chosen):
+        right = f"expected at most {most}, the experts that can be taken"
+        raise raw.refuse("num_experts_per_tok", spec.per_token, right)
+    return spec
 
 
 def expert_weights(c: ModelConfig, spec: ExpertSpec, names: ExpertNames) -> list[TensorSpec]:

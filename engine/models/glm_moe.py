@@ -12,7 +12,7 @@ from engine.models.architecture import Architecture, TensorSpec
 from engine.models.config import ConfigReader, ExpertSpec, ModelConfig
 from engine.models.config_keys import decoder_fields, read_rope
 from engine.models.decoder import HEAD_NORMS, Norms, decoder_tensors, forward
-from engine.models.experts import ExpertNames, gguf_expert_keys
+from engine.models.experts import ExpertNames, checked, gguf_expert_keys
 from engine.models.gguf_metadata import GGUFMetadata
 
 _NAME = "Glm4MoeForCausalLM"
@@ -46,7 +46,7 @@ def _read_config(raw: ConfigReader) -> ModelConfig:
         **fields,
         attention_bias=bool(raw.get("attention_bias", False)),
         head_norms=bool(raw.get("use_qk_norm", False)),
-        experts=experts,
+        experts=checked(raw, experts),
     )
 
 

@@ -13,7 +13,7 @@ from engine.models.architecture import Architecture, TensorSpec
 from engine.models.config import ConfigReader, ExpertSpec, ModelConfig
 from engine.models.config_keys import attention_kinds, decoder_fields, read_rope
 from engine.models.decoder import Norms, decoder_tensors, forward
-from engine.models.experts import ExpertNames, gguf_expert_keys
+from engine.models.experts import ExpertNames, checked, gguf_expert_keys
 from engine.models.gguf_metadata import GGUFMetadata
 
 _NAME = "GptOssForCausalLM"
@@ -56,7 +56,7 @@ def _read_config(raw: ConfigReader) -> ModelConfig:
         attention_bias=bias,
         output_bias=bias,
         layer_windows=tuple(0 if kind == _FULL else window for kind in kinds),
-        experts=experts,
+        experts=checked(raw, experts),
         attention_sinks=True,
     )
 

@@ -9,7 +9,7 @@ from engine.models.architecture import Architecture, TensorSpec
 from engine.models.config import ConfigReader, ExpertSpec, ModelConfig
 from engine.models.config_keys import decoder_fields, read_rope
 from engine.models.decoder import decoder_tensors, forward
-from engine.models.experts import ExpertNames, gguf_expert_keys
+from engine.models.experts import ExpertNames, checked, gguf_expert_keys
 from engine.models.gguf_metadata import GGUFMetadata
 
 _NAME = "MixtralForCausalLM"
@@ -32,7 +32,7 @@ def _read_config(raw: ConfigReader) -> ModelConfig:
         normalise=True,
     )
     window = int(raw.get("sliding_window", 0))
-    return ModelConfig(_NAME, **fields, sliding_window=window, experts=experts)
+    return ModelConfig(_NAME, **fields, sliding_window=window, experts=checked(raw, experts))
 
 
 def _tensors(c: ModelConfig) -> Iterator[TensorSpec]:

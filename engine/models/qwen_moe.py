@@ -14,7 +14,7 @@ from engine.models.architecture import Architecture, TensorSpec
 from engine.models.config import ConfigReader, ExpertSpec, ModelConfig
 from engine.models.config_keys import attention_kinds, decoder_fields
 from engine.models.decoder import HEAD_NORMS, PRE_NORMS, decoder_tensors, forward
-from engine.models.experts import ExpertNames, gguf_expert_keys
+from engine.models.experts import ExpertNames, checked, gguf_expert_keys
 from engine.models.gguf_metadata import GGUFMetadata
 
 QWEN2, QWEN3 = "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"
@@ -55,7 +55,7 @@ def _read_qwen2(raw: ConfigReader) -> ModelConfig:
     bias = bool(raw.get("qkv_bias", True))
     windows = _qwen2_windows(raw)
     return ModelConfig(
-        QWEN2, **decoder_fields(raw), attention_bias=bias, experts=experts, **windows
+        QWEN2, **decoder_fields(raw), attention_bias=bias, experts=checked(raw, experts), **windows
     )
 
 
@@ -68,7 +68,7 @@ def _read_qwen3(raw: ConfigReader) -> ModelConfig:
         attention_bias=bias,
         output_bias=bias,
         sliding_window=raw.integer("sliding_window", 4096) if is_windowed else 0,
-        experts=_experts(raw, 128, 8, 768),
+        experts=checked(raw, _experts(raw, 128, 8, 768)),
     )
 
 

@@ -7,17 +7,31 @@ What the converter does with metadata and values, a test states by hand.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
+import transformers
 
 from tests.support import tiny_gguf
 
 VOCAB = len(tiny_gguf.byte_level_vocab()[0])
 Values = np.ndarray
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration of transformers, and what the converter makes of it."""
+
+    config: transformers.PretrainedConfig
+    arch: str
+    numbers: dict[str, Any] = field(default_factory=dict)
+    lists: dict[str, Any] = field(default_factory=dict)  # and what else is no number
+    stored: Callable[[str, Any], Any] = lambda name, values: values
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def write(
@@ -26,10 +40,11 @@ def write(
     arch: str,
     numbers: dict[str, Any],
     *,
-    lists: dict[str, list[Any]] | None = None,
+    lists: dict[str, Any] | None = None,
     stored: Callable[[str, Values], Values] = lambda name, values: values,
     extra: dict[str, Values] | None = None,
     fuse_qkv: bool = False,
+    quantized: frozenset[str] = frozenset(),
 ) -> None:
     """Write `model`, of VOCAB tokens.
 
@@ -42,6 +57,7 @@ def write(
         stored: what the file holds of a tensor, by its Hugging Face name.
         extra: tensors of the file alone, by their names there.
         fuse_qkv: q, k and v are one tensor.
+        quantized: tensors that become Q8_0, by their names there.
     """
     config: Any = model.config
     kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
@@ -68,6 +84,7 @@ def write(
         arch=arch,
         numbers=shared | numbers,
         tensors=tensors | (extra or {}),
+        quantized=quantized,
         meta={f"{arch}.{key}": value for key, value in (lists or {}).items()},
     )
 
@@ -112,3 +129,22 @@ def permuted(num_heads: int, num_kv_heads: int) -> Callable[[str, Values], Value
 def norms_plus_one(name: str, values: Values) -> Values:
     """The converter adds Gemma's 1."""
     return values + np.float32(1) if name.endswith("norm.weight") else values
+
+
+def random_file(path: Path, case: Case, quantized: frozenset[str] = frozenset()) -> torch.nn.Module:
+    """Write a random model of the case, and return it. bfloat16 holds its weights."""
+    torch.manual_seed(3)
+    make: Any = transformers.AutoModelForCausalLM.from_config
+    reference: torch.nn.Module = make(
+        case.config, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
+            parameter.copy_(parameter.bfloat16())
+        for name, buffer in reference.named_buffers():
+            if "correction" in name:
+                buffer.normal_(0.0, 0.15)
+    how: dict[str, Any] = {"lists": case.lists, "stored": case.stored, "extra": case.extra}
+    write(path, reference, case.arch, case.numbers, quantized=quantized, **how)
+    return reference

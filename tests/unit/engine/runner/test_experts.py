@@ -181,3 +181,27 @@ def test_another_quantisation_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="quantization_config"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 .* at most 4"),
+        ({"n_group": 3}, "n_group 3 .* divisor of the 8 experts"),
+        ({"topk_group": 5}, "topk_group 5 .* at most n_group, 4"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_refused(
+    tmp_path: Path, change: dict[str, int], message: str
+) -> None:
+    config = transformers.Glm4MoeConfig(
+        num_hidden_layers=2,
+        n_routed_experts=8,
+        n_group=4,
+        topk_group=2,
+        num_experts_per_tok=4,
+        architectures=["Glm4MoeForCausalLM"],
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | change))
+    with pytest.raises(CheckpointError, match=message):
+        read_config(tmp_path)

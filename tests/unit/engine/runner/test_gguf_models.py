@@ -7,7 +7,6 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from engine.kernels import kernels
 from engine.runner.loader import load_model
 from engine.runner.native_model import NativeModel
 from engine.runner.torch_model import TorchModel
-from tests.support import dense_models, gguf_of
+from tests.support import dense_models, expert_models, gguf_of
+from tests.support.gguf_of import Case
 from tests.support.paged import CPU, Bench, bfloat16_kv
 from tests.support.reference_model import logits_of
 
@@ -45,22 +45,7 @@ HEAD = {"attention.key_length": 32, "attention.value_length": 32}
 DENSE = dense_models.MODELS
 LONGROPE_ATTENTION = math.sqrt(1 + math.log(1024 / 4) / math.log(4))  # as the converter has it
 
-WITHOUT_HEAD = {key: value for key, value in COMMON.items() if key != "head_dim"}
-EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
-EXPERT_NUMBERS = {"expert_count": 6, "expert_used_count": 3, "expert_feed_forward_length": 64}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A configuration of transformers, and what the converter makes of it."""
-
-    config: transformers.PretrainedConfig
-    arch: str
-    numbers: dict[str, Any] = field(default_factory=dict)
-    lists: dict[str, list[Any]] = field(default_factory=dict)
-    stored: Callable[[str, Any], Any] = lambda name, values: values
-    extra: dict[str, Any] = field(default_factory=dict)
-
+PARTS = ("gate", "up", "down")
 
 CASES: dict[str, Case] = {
     "qwen3": Case(
@@ -211,71 +196,7 @@ CASES: dict[str, Case] = {
         HEAD | {"rope.freq_base": 10000.0, "rope.dimension_count": 32},
         stored=gguf_of.permuted(6, 2),
     ),
-    "mixtral": Case(
-        transformers.MixtralConfig(**COMMON, num_local_experts=5, sliding_window=None),
-        "llama",
-        HEAD | {"rope.freq_base": 1e6, "expert_count": 5, "expert_used_count": 2},
-        stored=gguf_of.permuted(6, 2),
-    ),
-    "qwen2 moe": Case(
-        transformers.Qwen2MoeConfig(
-            **WITHOUT_HEAD | EXPERTS | {"hidden_size": 192}, shared_expert_intermediate_size=96
-        ),
-        "qwen2moe",
-        {**EXPERT_NUMBERS, "expert_shared_feed_forward_length": 96},
-    ),
-    "qwen3 moe": Case(
-        transformers.Qwen3MoeConfig(**COMMON | EXPERTS, norm_topk_prob=True),
-        "qwen3moe",
-        HEAD | EXPERT_NUMBERS,
-    ),
-    "gpt-oss": Case(
-        transformers.GptOssConfig(
-            **COMMON, num_local_experts=6, num_experts_per_tok=3, sliding_window=13
-        ),
-        "gpt-oss",
-        {
-            **HEAD,
-            **EXPERT_NUMBERS,
-            "expert_feed_forward_length": 160,
-            "attention.sliding_window": 13,
-            "rope.freq_base": 150000.0,
-            "rope.scaling.factor": 32.0,
-            "rope.scaling.original_context_length": 4096,
-            "rope.scaling.yarn_beta_fast": 32.0,
-            "rope.scaling.yarn_beta_slow": 1.0,
-        },
-        {"rope.scaling.type": "yarn"},
-    ),
-    "glm-4.5, with a layer of MTP": Case(
-        transformers.Glm4MoeConfig(
-            **COMMON | {"head_dim": 64},
-            use_qk_norm=True,
-            attention_bias=True,
-            moe_intermediate_size=64,
-            n_routed_experts=6,
-            num_experts_per_tok=3,
-            n_group=3,
-            topk_group=2,
-            routed_scaling_factor=1.5,
-        ),
-        "glm4moe",
-        {
-            **EXPERT_NUMBERS,
-            "block_count": 4,
-            "nextn_predict_layers": 1,
-            "attention.key_length": 64,
-            "rope.dimension_count": 32,
-            "leading_dense_block_count": 1,
-            "expert_shared_count": 1,
-            "expert_group_count": 3,
-            "expert_group_used_count": 2,
-            "expert_weights_scale": 1.5,
-            "expert_gating_func": 2,
-        },
-        {"expert_weights_norm": True},
-        extra={"blk.3.nextn.eh_proj.weight": np.zeros((96, 192), np.float32)},
-    ),
+    **expert_models.CASES,
 }
 
 
@@ -292,20 +213,8 @@ def pair(
 ) -> tuple[Case, torch.nn.Module, Checkpoint]:
     """A random model with weights that bfloat16 holds, and the file."""
     case: Case = request.param
-    torch.manual_seed(3)
-    reference = transformers.AutoModelForCausalLM.from_config(
-        case.config, attn_implementation="eager", dtype=torch.float32
-    ).eval()
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
-            parameter.copy_(parameter.bfloat16())
-        for name, buffer in reference.named_buffers():
-            if "correction" in name:
-                buffer.normal_(0.0, 0.15)
     path = tmp_path_factory.mktemp("model") / "m.gguf"
-    how = {"lists": case.lists, "stored": case.stored, "extra": case.extra}
-    gguf_of.write(path, reference, case.arch, case.numbers, **how)
+    reference = gguf_of.random_file(path, case)
     return case, reference, resolve(str(path))
 
 
@@ -366,3 +275,25 @@ def test_its_configuration_is_that_of_the_folder(
     )
     written = json.loads((checkpoint.folder / "config.json").read_text())
     assert transformers.AutoConfig.for_model(**written).model_type == case.config.model_type
+
+
+def test_quantised_experts_stay_packed(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """One tensor of all experts, Q8_0 here, is cut into theirs with its integers."""
+    names = (f"blk.{i}.ffn_{part}_exps.weight" for i in range(3) for part in ("gate", "down"))
+    path = tmp_path / "m.gguf"
+    gguf_of.random_file(path, expert_models.CASES["qwen3 moe"], frozenset(names))
+    checkpoint = resolve(str(path))
+    exact = load_model(checkpoint.config, weights(checkpoint, "float32"), torch.float32, CPU)
+    if LIBRARY is None:
+        pytest.skip("needs a C compiler and a CPU with AVX512 and VNNI")
+    packed = read_packed(packed_file(checkpoint, "auto"), checkpoint.config)
+    kinds = {name: {m.kind for m in packed.matrices[f"1.{name}_experts"]} for name in PARTS}
+    assert kinds == {"gate": {"q8_0"}, "up": {"bf16"}, "down": {"q8_0"}}
+    prompt = list(range(60))
+    with bfloat16_kv():
+        expected = logits(exact, prompt)
+    found = error(logits(NativeModel(checkpoint.config, packed, LIBRARY), prompt), expected)
+    record_property("C", found)
+    assert found < 3e-3
