@@ -13,12 +13,9 @@ from typing import Any
 
 from engine.checkpoint.added_tokens import eos_token_ids
 from engine.checkpoint.jsonfile import read_json
+from engine.checkpoint.wrappers import outer_name, text_model
 from engine.models.architecture import Architecture, architectures
 from engine.models.config import ConfigReader, ModelConfig
-
-# Keys of a wrapper that hold for its text model.
-_OUTER_KEYS = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "quantization_config")
-_READ_BOTH_WAYS = ("PaliGemmaForConditionalGeneration",)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -28,7 +25,7 @@ def read_config(folder: Path) -> ModelConfig:
     Raises CheckpointError naming the file and the key that is missing or not supported.
     """
     path = folder / "config.json"
-    raw, wrapper = _text_model(ConfigReader(read_json(path), path))
+    raw, wrapper = text_model(ConfigReader(read_json(path), path))
     _refuse_latent(raw)
     architecture = _architecture(raw)
     _refuse_quantisation(raw, architecture)
@@ -59,34 +56,10 @@ def _refuse_quantisation(raw: ConfigReader, architecture: Architecture) -> None:
         raise raw.refuse("quantization_config of method", method, right)
 
 
-def _text_model(raw: ConfigReader) -> tuple[ConfigReader, str]:
-    """The keys of the text model, and the name of the wrapper that they are a part of, or "".
-
-    A wrapper also reads pictures or sound. Its own keys for tokens, and for the head being the
-    embedding, take precedence.
-    """
-    text, name = raw.get("text_config"), _name(raw)
-    if not isinstance(text, dict) or name in {a.name for a in architectures()}:
-        return raw, ""
-    if name in _READ_BOTH_WAYS:
-        raise raw.refuse("architecture", name, "its prompts attend in both directions")
-    of_types = {a.model_type: a.name for a in architectures()}
-    if (found := of_types.get(str(text.get("model_type")))) is None:
-        return raw, ""
-    outer = {key: raw.data[key] for key in _OUTER_KEYS if raw.get(key) is not None}
-    return ConfigReader({**text, **outer, "architectures": [found]}, raw.path), str(name)
-
-
 def _refuse_latent(raw: ConfigReader) -> None:
     if raw.get("kv_lora_rank") is not None:
         right = "its latent KV (multi-head latent attention, MLA) is not built"
-        raise raw.refuse("architecture", _name(raw), right)
-
-
-def _name(raw: ConfigReader) -> object:
-    """The first of `architectures`, else the model's type."""
-    names = raw.get("architectures") or raw.get("model_type")
-    return names[0] if isinstance(names, list) and names else names
+        raise raw.refuse("architecture", outer_name(raw), right)
 
 
 def _architecture(raw: ConfigReader) -> Architecture:

@@ -4,6 +4,7 @@ same.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from engine.base.errors import CheckpointError
 from engine.checkpoint.config import read_config
 from engine.checkpoint.fingerprint import rope_text
+from engine.checkpoint.wrappers import DEFAULTS
 from engine.models.config import ModelConfig, RopeScaling
 
 BASE: dict[str, Any] = {
@@ -264,7 +266,8 @@ def test_longropes_factors_are_chosen_by_the_longest_text(tmp_path: Path) -> Non
 
 
 def test_the_text_model_of_a_wrapper(tmp_path: Path) -> None:
-    text = {k: v for k, v in BASE.items() if k != "architectures"} | {"model_type": "mistral"}
+    text = {k: v for k, v in BASE.items() if k != "architectures"}
+    text |= {"model_type": "mistral", "num_key_value_heads": 4}
     outer = {"architectures": ["Mistral3ForConditionalGeneration"], "eos_token_id": [3, 4]}
     config = read(tmp_path, outer | {"text_config": text | {"eos_token_id": 5}})
     assert (config.architecture, config.wrapper) == (
@@ -282,6 +285,22 @@ def test_the_text_model_of_a_wrapper(tmp_path: Path) -> None:
     both_ways = {"architectures": ["PaliGemmaForConditionalGeneration"], "text_config": text}
     with pytest.raises(CheckpointError, match="attend in both directions"):
         read(tmp_path, both_ways)
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_a_text_config_leaves_out_the_defaults_of_its_class(tmp_path: Path, kind: str) -> None:
+    import transformers
+
+    outer = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "text_config": {"model_type": kind},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(outer))
+    ours = read_config(tmp_path)
+    transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    tokens = {"bos_token_id": None, "eos_token_ids": (), "wrapper": ""}
+    theirs = dataclasses.replace(read_config(tmp_path), **tokens)
+    assert dataclasses.replace(ours, **tokens) == theirs
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
