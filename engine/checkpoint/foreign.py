@@ -45,11 +45,6 @@ def refuse_other_kinds(where: Path | str, names: Collection[str]) -> None:
             raise CheckpointError(f"{where}: {what} ({file})")
     if "config.json" in names:
         return
-    if files := [name for name in sorted(names) if name.endswith(".gguf")]:
-        models = [n for n in files if (part := PART.search(n)) is None or int(part[1]) == 1]
-        raise CheckpointError(
-            f"{where}: a folder of GGUF files; name one of them: {', '.join(models or files)}"
-        )
     if _MISTRAL in names:
         raise CheckpointError(
             f"{where}: a model in Mistral's own format ({_MISTRAL}), which is not read; "
@@ -57,6 +52,18 @@ def refuse_other_kinds(where: Path | str, names: Collection[str]) -> None:
         )
     if TOKENIZER in names:
         raise CheckpointError(f"{where}: a tokenizer without a model; config.json is missing")
+
+
+def refuse_gguf_folder(where: Path, names: Collection[str]) -> None:
+    """Raise CheckpointError for a folder of GGUF files, of which one must be named."""
+    if {"config.json", TOKENIZER} <= set(names):
+        return
+    files = [name for name in sorted(names) if name.endswith(".gguf")]
+    models = [n for n in files if (part := PART.search(n)) is None or int(part[1]) == 1]
+    if files:
+        raise CheckpointError(
+            f"{where}: a folder of GGUF files; name one of them: {', '.join(models or files)}"
+        )
 
 
 def refuse_draft_heads(folder: Path, shards: Iterable[Path]) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from engine.base.errors import CheckpointError
+from engine.checkpoint.added_tokens import TOKENIZER
 from engine.checkpoint.foreign import refuse_other_kinds
 from engine.checkpoint.gguf_header import check_header, parse_header
 from engine.checkpoint.gguf_parts import PART, model_stem, part_paths
@@ -59,20 +60,32 @@ def fetch_folder(
     check_config(folder)
     patterns = ["*.json", "*.jinja"]
     folder = download(patterns)
+    if not (folder / TOKENIZER).exists():
+        _refuse_gguf(model, list_files(model, known))
     check_tokenizer(folder)
-    return download([*patterns, "*.safetensors"]) if with_weights else folder
+    if not with_weights:
+        return folder
+    folder = download([*patterns, "*.safetensors"])
+    if not any(folder.glob("*.safetensors")):
+        _refuse_gguf(model, list_files(model, known))
+    return folder
 
 
 def _refuse_without_config(model: str, known: str) -> None:
     """Raise CheckpointError that names what the repository holds."""
     files = list_files(model, known)
+    _refuse_gguf(model, files)
+    refuse_other_kinds(model, files)
+    raise CheckpointError(f"{model}: this repository of the hub has no config.json")
+
+
+def _refuse_gguf(model: str, files: Iterable[str]) -> None:
+    """Raise CheckpointError where a repository has GGUF files, of which one must be named."""
     if labels := [label for label, _ in _models(files)]:
         raise CheckpointError(
             f"{model}: holds GGUF files; name one by its quantisation, {model}:{labels[0]} "
             f"(there are {', '.join(labels)})"
         )
-    refuse_other_kinds(model, files)
-    raise CheckpointError(f"{model}: this repository of the hub has no config.json")
 
 
 def fetch_gguf(repository: str, wanted: str) -> Path:

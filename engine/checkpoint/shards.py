@@ -116,6 +116,8 @@ def find_shards(folder: Path) -> list[Path]:
         if not single.exists():
             found = sorted(p.name for p in folder.iterdir() if p.suffix in _OTHER_FORMATS)
             others = f"{', '.join(found)} is not read" if found else "other formats are not read"
+            if files := sorted(p.name for p in folder.glob("*.gguf")):
+                others = f"of its GGUF files name one: {', '.join(files)}"
             raise CheckpointError(f"{folder}: no weights, neither {SINGLE} nor {INDEX} ({others})")
         read_header(single)
         return [single]

@@ -22,7 +22,12 @@ from engine.checkpoint.config import read_config
 from engine.checkpoint.digest import file_digests, joined_digest
 from engine.checkpoint.files import FileState
 from engine.checkpoint.fingerprint import gguf_fingerprint, shards_fingerprint
-from engine.checkpoint.foreign import check_vocabulary, refuse_draft_heads, refuse_other_kinds
+from engine.checkpoint.foreign import (
+    check_vocabulary,
+    refuse_draft_heads,
+    refuse_gguf_folder,
+    refuse_other_kinds,
+)
 from engine.checkpoint.gguf_header import is_gguf, read_header
 from engine.checkpoint.gguf_parts import find_parts, model_stem
 from engine.checkpoint.hub import GGUF_ID, HUB_ID, fetch_folder, fetch_gguf
@@ -114,6 +119,7 @@ def weights(checkpoint: Checkpoint, dtype: str, *, read: bool = True) -> list[Pa
 
 
 def _from_folder(folder: Path, name: str, with_weights: bool) -> Checkpoint:
+    refuse_gguf_folder(folder, {path.name for path in folder.iterdir()})
     config = _read_folder(folder)
     _require_tokenizer(folder)
     check_vocabulary(folder, config)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-_COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)?")
 
 
@@ -47,6 +46,12 @@ class FakeHub:
             self._server.shutdown()
             self._server.server_close()
             thread.join()
+
+    def commit(self, repository: str) -> str:
+        """Another one whenever a file is added or changed."""
+        folder = self.root / repository
+        state = [(name, _etag(folder / name)) for name in self.files(repository)]
+        return hashlib.sha1(json.dumps(state).encode(), usedforsecurity=False).hexdigest()
 
     def files(self, repository: str) -> list[str]:
         """The names of a repository's files; none where it does not exist."""
@@ -93,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._error("RepoNotFound")
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-            self._file(self.served.root / match[1] / match[2], f"{match[1]}/{match[2]}")
+            self._file(match[1], match[2])
         else:
             self._error("RepoNotFound")
 
@@ -103,9 +108,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._error("RepoNotFound")
             return
         names = [{"rfilename": name} for name in files]
-        self._json({"id": repository, "modelId": repository, "sha": _COMMIT, "siblings": names})
+        self._json(
+            {
+                "id": repository,
+                "modelId": repository,
+                "sha": self.served.commit(repository),
+                "siblings": names,
+            }
+        )
 
-    def _file(self, path: Path, name: str) -> None:
+    def _file(self, repository: str, file: str) -> None:
+        path, name = self.served.root / repository / file, f"{repository}/{file}"
         if not path.is_file():
             self._error("EntryNotFound")
             return
@@ -115,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
             first, status = int(match[1]), 206
             end = min(end, int(match[2]) + 1) if match[2] else end
         self.send_response(status)
-        self.send_header("x-repo-commit", _COMMIT)
+        self.send_header("x-repo-commit", self.served.commit(repository))
         self.send_header("etag", f'"{_etag(path)}"')
         self.send_header("accept-ranges", "bytes")
         if status == 206:

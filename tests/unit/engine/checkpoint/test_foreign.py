@@ -41,6 +41,7 @@ def refused(place: Path, match: str) -> None:
             ["a-00001-of-00002.gguf", "a-00002-of-00002.gguf"],
             r"name one of them: a-00001-of-00002\.gguf$",
         ),
+        (["a.gguf", "config.json"], r"a folder of GGUF files; name one of them: a\.gguf$"),
         (["notes.txt"], r"config\.json: this file of the model is missing"),
     ],
 )
@@ -122,3 +123,5 @@ def test_weights_of_other_formats_are_named(tmp_path: Path) -> None:
     place = folder(tmp_path / "m")
     (place / "model.safetensors").rename(place / "pytorch_model.bin")
     refused(place, r"no weights, neither .* \(pytorch_model\.bin is not read\)")
+    (place / "m.gguf").write_text("")
+    refused(place, r"no weights, neither .* \(of its GGUF files name one: m\.gguf\)")

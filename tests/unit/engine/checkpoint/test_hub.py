@@ -71,12 +71,13 @@ def test_a_quantisation_is_found_by_its_name(hub: FakeHub) -> None:
     hub.sent.clear()
     assert ask(hub, f"{REPOSITORY}:F32", offline=True) == [f32]
     there = "there are F32, Q8_0"
+    (place / "config.json").write_text(json.dumps(CONFIG))  # some repositories have it beside them
     assert ask(hub, *(f"{REPOSITORY}{end}" for end in (":F32", ":Q4_K_M", ""))) == [
         f32,
         f"{REPOSITORY}: no GGUF file of quantisation 'Q4_K_M'; {there}",
         f"{REPOSITORY}: holds GGUF files; name one by its quantisation, {REPOSITORY}:F32 ({there})",
     ]
-    assert not hub.sent, "what was fetched stays"
+    assert set(hub.sent) == {f"{REPOSITORY}/config.json"}, "what was fetched stays"
 
 
 def test_what_the_header_tells_goes_before_the_weights(hub: FakeHub) -> None:

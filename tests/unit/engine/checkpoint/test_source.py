@@ -253,6 +253,7 @@ def test_what_configuration_tells_goes_before_the_weights(
         return str(place)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("engine.checkpoint.hub.list_files", lambda *_: ["config.json"])
 
     def refused(named: str, upto: list[str]) -> None:
         fetched.clear()
