@@ -97,8 +97,9 @@ class Experts:
     def _shared(self, x: torch.Tensor) -> torch.Tensor:
         """What every token takes, fp32."""
         t = self.tensors
-        inner = gated(F.linear(x, t["shared_gate_up"]), self.activation)
-        out = F.linear(inner, t["shared_down"]).float()
+        both = F.linear(x, t["shared_gate_up"], t.get("shared_gate_up.bias"))
+        inner = gated(both, self.activation)
+        out = F.linear(inner, t["shared_down"], t.get("shared_down.bias")).float()
         if self.spec.shared_gated:
             out = out * F.linear(x.float(), t["shared_gate"].float()).sigmoid()
         return out

@@ -83,6 +83,7 @@ CASES: dict[str, Case] = {
             "block_count": 4,
             "nextn_predict_layers": 1,
             "attention.key_length": 64,
+            "attention.value_length": 64,
             "rope.dimension_count": 32,
             "leading_dense_block_count": 1,
             "expert_shared_count": 1,

@@ -108,7 +108,7 @@ def test_the_head_is_exact_however_it_is_cut(dtype: torch.dtype, vocab: int) -> 
 @pytest.mark.skipif(LIBRARY is None, reason="the random decoders are made for the kernels")
 @pytest.mark.parametrize("seed", range(16))
 def test_features_of_some_models_equal_doubles(seed: int) -> None:
-    """Scales, caps, windows, activations, and rotations by layer, of a part of a head, or none."""
+    """Scales, caps, windows, activations, experts, sinks, and rotations by layer or of a part."""
     assert LIBRARY
     rng = random.Random(seed)
     decoder = make(rng, LIBRARY)
@@ -118,6 +118,8 @@ def test_features_of_some_models_equal_doubles(seed: int) -> None:
         del decoder.vectors[name]
     weights = {**decoder.values, **decoder.vectors}
     tensors = {name: torch.tensor(value, dtype=torch.float32) for name, value in weights.items()}
+    for name in [name for name in tensors if name.endswith((".router", ".shared_gate"))]:
+        tensors[name] = tensors[name].view(-1, decoder.config.hidden_size)
     text = [rng.randrange(decoder.config.vocab_size) for _ in range(70)]
     bench = Bench(TorchModel(decoder.config, tensors), block_size=16)
     with bfloat16_kv():
