@@ -53,7 +53,7 @@ _log = get_logger(__name__)
 _FIRST_KINDS = {"q4_0", "q4_1", "q8_0"}  # of version 1, which kept parts of one kind only
 _FILE = "weights.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_PIECE_BYTES = 64 << 20  # of fp32 at a time
+_PIECE_BYTES = 2 << 20  # of fp32 at a time: what caches hold
 
 
 # -- where weights come from -----------------------------------------------------------------------

@@ -8,8 +8,8 @@
  * products a cycle where AVX512-BF16 gives 16 and fp32 32 on the machine this was written on).
  *
  *   M = 1         four groups at once           weights unpacked in registers, as they come from memory
- *   M = 2 .. 12   tiles of <= 6 rows x 32 outputs   the same, again for each tile
- *   M > 12        the same tiles                weights of two groups unpacked into the cache once
+ *   M = 2 .. 24   tiles of <= 6 rows x 32 outputs   the same, again for each tile
+ *   M > 24        the same tiles                weights of two groups unpacked into the cache once
  */
 #include "matmul.h"
 
@@ -17,7 +17,7 @@
 
 #include "records.h"
 
-enum { FEW = 12 };
+enum { FEW = 24 };
 
 size_t group_bytes(int kind, int columns) {
     return (size_t)columns / BLOCK / blocks_of(kind) * record_bytes(kind);
@@ -198,9 +198,11 @@ INLINE void unpack(int kind, const uint8_t *group, int columns, int N, int more,
                 _mm512_storeu_si512(pairs, _mm512_sub_epi16(first, _mm512_set1_epi16(zero)));
                 _mm512_storeu_si512(pairs + 2 * GROUP, _mm512_sub_epi16(second, _mm512_set1_epi16(zero)));
             }
-            for (int half = 0; half < halves_of(kind); half++, scale += GROUP)
-                _mm512_storeu_ps(scale, factors_of(kind, group, b, half).scale);
-            _mm512_storeu_ps(offset, factors_of(kind, group, b, 0).offset);
+            for (int half = 0; half < halves_of(kind); half++, scale += GROUP) {
+                const factors f = factors_of(kind, group, b, half);
+                _mm512_storeu_ps(scale, f.scale);
+                if (has_offset(kind)) _mm512_storeu_ps(offset, f.offset);
+            }
             offset += GROUP;
         }
     }
