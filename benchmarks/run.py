@@ -30,7 +30,8 @@ from benchmarks.workloads import pick as pick_workloads
 from benchmarks.workloads import quick as quicken
 from coordinator.text.tokenizer import Tokenizer
 from engine.base.options import child_environment
-from engine.checkpoint.source import DEFAULT_MODEL, resolve
+from engine.checkpoint.packaged import DEFAULT_MODEL
+from engine.checkpoint.source import resolve
 
 _WARM_UP = Lane(Plain((64, 384)), 16, 4, concurrency=2)
 _WARM_UP_S = 300.0

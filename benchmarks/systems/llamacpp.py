@@ -30,6 +30,13 @@ def server() -> Path | None:
     return next(found, None)
 
 
+def tool(name: str) -> Path:
+    """A program of llama.cpp. Raises FileNotFoundError where it is not installed."""
+    if (program := server()) is None:
+        raise FileNotFoundError("llama.cpp is not installed; run `python -m benchmarks.peers`")
+    return program.with_name(name)
+
+
 def systems() -> tuple[System, ...]:
     """Each format at the default batch sizes, then the sweep of `-b/-ub` and n-gram drafts."""
     found = [_system(name, name) for name in FORMATS]
