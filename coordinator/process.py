@@ -73,7 +73,12 @@ def serve(options: StartOptions) -> int:
     check_length(checkpoint.config, model.max_model_len)
     name = model.model_name or checkpoint.name
     served = ServedModel.load(
-        checkpoint, name, model.max_model_len, front.tool_format, front.parse_special
+        checkpoint,
+        name,
+        model.max_model_len,
+        front.tool_format,
+        front.parse_special,
+        front.reasoning_parser,
     )
     served.prepare()
     gpus = tuple(find_gpus()) if local and model.device != "cpu" else ()

@@ -27,6 +27,7 @@ from coordinator.api.validation.request import (
     check_token_ids,
     validate,
 )
+from coordinator.api.validation.template_kwargs import check_template_kwargs
 from coordinator.api.validation.tools import check_tools
 from coordinator.api.values import GenerateRequest, ModelCard, TokenizeRequest
 from coordinator.cluster.membership import Membership
@@ -121,8 +122,15 @@ class Frontend:
         async with self._admitted(size // _CHARS_A_TOKEN, left_s):
             messages = check_messages("chat.messages", request.messages, limits)
             tools = await asyncio.to_thread(check_tools, field, source)
-            ask = request.add_generation_prompt
-            return await self.served.encode_chat(messages, longest, tools, ask, "chat.messages")
+            name = "chat.template_kwargs_json"
+            return await self.served.encode_chat(
+                messages,
+                longest,
+                tools,
+                request.add_generation_prompt,
+                "chat.messages",
+                check_template_kwargs(name, request.template_kwargs_json),
+            )
 
     async def detokenize(
         self,

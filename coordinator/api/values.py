@@ -79,6 +79,7 @@ class GenerateRequest:
     token_ids: Sequence[int] | None = None
     messages: Collection[Message] | None = None
     tools_json: str = ""
+    template_kwargs_json: str = ""  # an object: variables of the chat template
     tool_choice: ToolChoice = ToolChoice()
     parallel_tool_calls: bool = True
     sampling: Sampling = field(default_factory=Sampling)
@@ -103,6 +104,7 @@ class TokenizeRequest:
     add_special_tokens: bool = True
     messages: Collection[Message] | None = None
     tools_json: str = ""
+    template_kwargs_json: str = ""
     add_generation_prompt: bool = True
 
 

@@ -57,10 +57,13 @@ class Choice:
             self._repeated.clear()
             calls = tuple(delta.tool_calls)
             ids, logprobs = tuple(delta.token_ids), tuple(delta.logprobs)
-            return TextDelta(delta.text, ids, self.index, logprobs, calls)
+            return TextDelta(delta.text, ids, self.index, logprobs, calls, delta.reasoning)
         text = self._new("text", delta.text)
         calls = tuple(filter(None, map(self._new_piece, delta.tool_calls)))
-        return TextDelta(text, (), self.index, (), calls) if text or calls else None
+        reasoning = self._new("reasoning", delta.reasoning)
+        if not (text or calls or reasoning):
+            return None
+        return TextDelta(text, (), self.index, (), calls, reasoning)
 
     def _new_piece(self, piece: pb.ToolCallDelta) -> pb.ToolCallDelta | None:
         """The new part of a piece of a tool call, or None."""

@@ -26,6 +26,7 @@ class TextDelta:
     index: int = 0  # of the choice
     logprobs: tuple[pb.TokenLogprobs, ...] = ()  # one a token, if requested
     tool_calls: tuple[pb.ToolCallDelta, ...] = ()  # the next pieces of calls
+    reasoning: str = ""  # comes before the text, and is no part of it
 
 
 @dataclass(frozen=True, slots=True)

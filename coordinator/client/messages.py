@@ -41,6 +41,7 @@ def chat_request(
     tools: Sequence[Mapping[str, Any]] | None = None,
     tool_choice: str | Mapping[str, Any] | None = None,
     parallel_tool_calls: bool | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> pb.ChatRequest:
     """A request for the next message; messages, tools and choice are in OpenAI's form.
@@ -52,6 +53,7 @@ def chat_request(
         tools_json=json.dumps(list(tools)) if tools else None,
         tool_choice=chat_messages.tool_choice(tool_choice),
         parallel_tool_calls=parallel_tool_calls,
+        template_kwargs_json=json.dumps(dict(template_kwargs)) if template_kwargs else None,
         **_common(options),
     )
 

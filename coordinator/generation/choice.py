@@ -132,7 +132,7 @@ class ChoiceRunner:
         if prompt_is_due:
             yield await self._prompt_event(state)
         rest = output.finish()
-        if not request.resume.finished and (rest.text or rest.tool_calls):
+        if not request.resume.finished and (rest.text or rest.reasoning or rest.tool_calls):
             yield rest
         timeline.mark(Moment.FINISHED)
         yield self._finished(state, timeline)

@@ -30,6 +30,7 @@ class Delta:
     token_ids: Sequence[int] = ()
     logprobs: Sequence[ScoredToken] = ()  # one a token, or none
     tool_calls: Sequence[ToolCallPiece] = ()
+    reasoning: str = ""  # before the content, of models that think aloud
     affinity_token: str = ""  # with a decode worker's first tokens: its `affinity_token_of`
 
 
@@ -42,6 +43,7 @@ class Usage:
     cached_tokens: int
     draft_tokens: int
     accepted_tokens: int
+    reasoning_tokens: int = 0  # of the completion
 
 
 @dataclass(frozen=True, slots=True)

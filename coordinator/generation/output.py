@@ -2,9 +2,9 @@
 
     token -> stop token? --yes--> STOP, its text is not shown (unless the client wants it)
                |
-               '-> detokenizer -> tool calls -> content -> stop strings -> text that may be released
-                                       |                       '-> complete? STOP
-                                       '-> calls that ended            max_tokens reached? LENGTH
+               '-> detokenizer -> reasoning -> tool calls -> content -> stop strings -> text
+                                                    |                       '-> complete? STOP
+                                                    '-> calls               max_tokens? LENGTH
 
 Stop strings, and stop tokens that the client named, act on content. A part of a tool call, or what
 may become one, is no content. A special token ends an output also where a stop string spells it and
@@ -22,6 +22,7 @@ from functools import partial
 from coordinator.generation.events import Delta, Ending
 from coordinator.generation.request import GenerationRequest
 from coordinator.text.detokenizer import BROKEN, Detokenizer, scored_token
+from coordinator.text.reasoning import ReasoningReader, prompt_end
 from coordinator.text.stops import StopChecker, StopSet
 from coordinator.text.tokenizer import Tokenizer
 from coordinator.text.tools.parser import ToolCalls, call_id
@@ -51,6 +52,9 @@ class Output:
     # An echoed prompt and the output make one text: decode(prompt + output). Where the prompt ends
     # within a character, that character belongs to the output. A prompt given as text is whole.
     broken_prompt_end: str = ""
+    num_reasoning: int = 0  # tokens of reasoning
+    _reasoning: ReasoningReader | None = None
+    _thoughts: list[str] = field(default_factory=list)  # reasoning since the last time
     _calls: ToolCalls | None = None
     _ended_calls: list[ToolCallPiece] = field(default_factory=list)
 
@@ -62,6 +66,10 @@ class Output:
             markers = tuple(form.tokens.values())
             make_id = partial(call_id, f"{request.request_id}/{request.index}", form)
             self._calls = ToolCalls(request.tools, make_id)
+        if (reasoning := request.reasoning) is not None:
+            markers += tuple(reasoning.tokens.values())
+            is_open = reasoning.is_open(prompt_end(tokenizer, self.prompt))
+            self._reasoning = reasoning.reader(is_open)
         skips = request.skip_special_tokens
         self._detokenizer = Detokenizer(tokenizer, skips, markers, self.prompt)
         if request.echo and request.text is None and BROKEN in self._detokenizer.due:
@@ -101,11 +109,17 @@ class Output:
                 )
             texts.append(self._push(token_id))
         ids = tuple(token_ids[: len(texts)])
-        return Delta(self.request.index, "".join(texts), ids, scored, self._take_calls())
+        return self._delta("".join(texts), ids, scored)
 
     def finish(self) -> Delta:
         """What was held back, where something else than the last token ended the output."""
-        return Delta(self.request.index, self._rest(), tool_calls=self._take_calls())
+        return self._delta(self._rest())
+
+    def _delta(
+        self, text: str, ids: tuple[int, ...] = (), scored: Sequence[ScoredToken] = ()
+    ) -> Delta:
+        reasoning, self._thoughts = "".join(self._thoughts), []
+        return Delta(self.request.index, text, ids, scored, self._take_calls(), reasoning)
 
     def _take_calls(self) -> tuple[ToolCallPiece, ...]:
         """Calls that have ended since the last time."""
@@ -123,6 +137,16 @@ class Output:
     def _push(self, token_id: int) -> str:
         """Text that a token releases; it may end the output."""
         self.token_ids.append(token_id)
+        was_reasoning = self._is_reasoning
+        text = self._read(token_id)
+        self.num_reasoning += was_reasoning or self._is_reasoning
+        return text
+
+    @property
+    def _is_reasoning(self) -> bool:
+        return self._reasoning is not None and self._reasoning.is_reasoning
+
+    def _read(self, token_id: int) -> str:
         if self._is_stop_token(token_id):
             self.ending = Ending(FinishReason.STOP, matched_token=token_id)
             return self._end_at(token_id)
@@ -131,7 +155,7 @@ class Output:
         )
         if name and not shown:
             text = self._push_hidden(name)
-        elif self._calls is not None:  # a special token that is shown is a marker of calls
+        elif self._calls or self._reasoning:  # a special token that is shown is a marker
             text = self._checker.push(self._content(self._detokenizer.push((token_id,))))
         else:
             text = self._detokenizer.push((token_id,)).removesuffix(shown)
@@ -147,7 +171,14 @@ class Output:
         return text
 
     def _content(self, text: str) -> str:
-        """The part of the next text that belongs to no call."""
+        """The part of the next text that belongs to no call, and is no reasoning."""
+        if self._reasoning is not None:
+            split = self._reasoning.push(text)
+            self._thoughts.append(split.reasoning)
+            text = split.content
+        return self._without_calls(text)
+
+    def _without_calls(self, text: str) -> str:
         if self._calls is None:
             return text
         parsed = self._calls.push(text)
@@ -175,7 +206,8 @@ class Output:
 
         Only a stop string acts on it; all text that is still held stands before it then.
         """
-        if not self._checker.names(name) or (self._calls and self._calls.is_in_call):
+        is_inside = self._is_reasoning or (self._calls and self._calls.is_in_call)
+        if not self._checker.names(name) or is_inside:
             return self._checker.push("")
         before = self._calls.held_text if self._calls else ""
         before += self._detokenizer.peek()
@@ -212,6 +244,10 @@ class Output:
     def _last_content(self, text: str, is_cut: bool) -> str:
         """The content of the last text; what waited for the end of the output is decided."""
         content = self._content(text)
+        if self._reasoning is not None:
+            split = self._reasoning.flush()
+            self._thoughts.append(split.reasoning)
+            content += self._without_calls(split.content)
         if self._calls is not None:
             rest = self._calls.flush(is_cut)
             self._ended_calls += rest.pieces

@@ -8,6 +8,7 @@ from dataclasses import replace
 from coordinator.generation.request import GenerationRequest
 from coordinator.generation.tool_schemas import fitting_constraint
 from coordinator.text.detokenizer import leading_text_of
+from coordinator.text.reasoning import prompt_end
 from coordinator.text.served_model import ServedModel
 from engine.base.errors import InvalidRequest
 from engine.constraints.checker import refusal
@@ -24,7 +25,10 @@ async def prompt_of(
         field, ids = "token_ids", list(request.token_ids)
     elif request.messages is not None:
         tools = request.tools.tools if request.tools else ()
-        field, ids = "messages", await model.encode_chat(request.messages, max_model_len, tools)
+        ids = await model.encode_chat(
+            request.messages, max_model_len, tools, template_kwargs=request.template_kwargs
+        )
+        field = "messages"
     else:
         assert request.text is not None, "a checked request has a prompt"
         field, ids = "text", await model.encode("text", request.text, True, max_model_len)
@@ -36,6 +40,15 @@ async def prompt_of(
             field, f"{len(ids)} tokens leave no room for an answer in a context of {max_model_len}"
         )
     return ids
+
+
+def _prologue(model: ServedModel, request: GenerationRequest, prompt: Sequence[int]) -> str:
+    """The grammar of the reasoning before a constrained text; "": there is none."""
+    if request.reasoning is None:
+        return ""
+    is_open = request.reasoning.is_open(prompt_end(model.tokenizer, prompt))
+    has_calls = request.tools is not None and bool(request.tools.callable)
+    return request.reasoning.prologue(is_open, has_calls=has_calls)
 
 
 async def checked(
@@ -50,11 +63,12 @@ async def checked(
     if request.constraint is None or model.checker is None:
         return request
     leading_text = leading_text_of(model.tokenizer, prompt, request.skip_special_tokens)
-    constraint = replace(request.constraint, leading_text=leading_text)
+    prologue = _prologue(model, request, prompt)
+    constraint = replace(request.constraint, leading_text=leading_text, prologue=prologue)
     found = await model.checker.check(constraint)
     if found.reason:
         fitting = await fitting_constraint(model.checker, request, refusal(found))
-        constraint = replace(fitting, leading_text=leading_text)
+        constraint = replace(fitting, leading_text=leading_text, prologue=prologue)
     resumed = [resume.token_ids for resume in request.resumes]
     if any(resumed):
         found = await model.checker.check(constraint, resumed)

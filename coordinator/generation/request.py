@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from coordinator.text.reasoning import ReasoningFormat
 from coordinator.text.tools.format import ToolUse
 from coordinator.text.values import Message
 from engine.base.seeds import choice_seed
@@ -46,6 +48,8 @@ class GenerationRequest:
     priority: int
     cache_salt: str
     tools: ToolUse | None = None  # None: the output is text
+    reasoning: ReasoningFormat | None = None  # how the output marks it; None: it is all content
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
     constraint: Constraint | None = None  # on the output
     num_logprobs: int | None = None  # alternatives sent with each token; None: no logprobs
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens

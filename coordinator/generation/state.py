@@ -65,6 +65,7 @@ class GenerationState:
             cached_tokens=min(self._first.cached_tokens, len(self.prompt)),
             draft_tokens=sum(r.draft_tokens for r in self.reports.values()),
             accepted_tokens=sum(r.accepted_tokens for r in self.reports.values()),
+            reasoning_tokens=self.output.num_reasoning,
         )
 
     def timing(self, timeline: Timeline) -> Timing:

@@ -22,7 +22,7 @@ from engine.base.errors import InvalidRequest
 
 # Templates build special tokens from these roles: '<|' + role + '|>'.
 _ROLES = frozenset({"system", "user", "assistant", "tool", "developer"})
-Render = Callable[[Messages, Messages], str]
+Render = Callable[[Messages, Messages, Mapping[str, Any]], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +41,31 @@ def chat_prompt(
     check: Callable[[str], None],
     *,
     parse_all: bool,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Prompt:
     """Render a conversation; `parse_all`: read special tokens in the client's texts too.
 
+    `kwargs` are variables of the template, of the client too.
+
     `check` checks the text. Raises InvalidRequest if it or the template refuses the conversation.
     """
-    text = without_surrogates(render(messages, tools))
+    kwargs = kwargs or {}
+    text = without_surrogates(render(messages, tools, kwargs))
     check(text)
     if parse_all:
         return Prompt(text, special.spelled(text))
     marks = special.marks
     marked: str | None
     try:
-        rendered = render([_marked(m, marks) for m in messages], marks.mark_all(tools))
+        marked_kwargs = {name: marks.mark_all(value) for name, value in kwargs.items()}
+        marked_messages = [_marked(m, marks) for m in messages]
+        rendered = render(marked_messages, marks.mark_all(tools), marked_kwargs)
         marked = str.__str__(rendered)  # without its class
     except InvalidRequest:
         marked = None
     if marked is not None and marks.plain(marked) == text:
         return Prompt(text, special.spelled(marked))
-    forged = any(special.spelled(t) for t in _strings((messages, tools)))
+    forged = any(special.spelled(t) for t in _strings((messages, tools, kwargs)))
     if not forged and (marked is None or _same(special, text, marked)):
         return Prompt(text, special.spelled(text))
     if marked is None:

@@ -91,12 +91,14 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tool_format: ToolFormat = HERMES,
         writes_calls: bool = True,
+        kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt of a conversation. Raises InvalidRequest if the template refuses it.
 
         `tool_format` is the form of calls for a template without tools, or one that shows tools but
-        does not write calls.
+        does not write calls. `kwargs` are further variables, of the client.
         """
+        render = partial(self._render, kwargs=kwargs)
         name = self._named(bool(tools))
         if "developer" not in self.text:  # OpenAI's newer name for the system role
             messages = [
@@ -105,15 +107,15 @@ class ChatTemplate:
         if name in self.knowing_tools and not writes_calls and not tool_format.is_unknown:
             messages = [_with_written_calls(message, tool_format) for message in messages]
         if name in self.knowing_tools or not (tools or any(map(_is_of_tools, messages))):
-            return self._render(name, messages, tools, add_generation_prompt)
+            return render(name, messages, tools, add_generation_prompt)
         plain_messages = _without_tools(messages, tools, tool_format)
         try:
-            return self._render(name, plain_messages, None, add_generation_prompt)
+            return render(name, plain_messages, None, add_generation_prompt)
         except InvalidRequest:
             if not tools or messages[0]["role"] == "system":
                 raise
             # Some templates refuse a system message; its text goes before the first message.
-            return self._render(name, _without_system(plain_messages), None, add_generation_prompt)
+            return render(name, _without_system(plain_messages), None, add_generation_prompt)
 
     @property
     def shows_tools(self) -> bool:
@@ -126,15 +128,16 @@ class ChatTemplate:
         return self._render(self._named(bool(tools)), messages, tools, False)
 
     def _render(
-        self, name: str, messages: Messages, tools: Messages | None, add_generation_prompt: bool
+        self,
+        name: str,
+        messages: Messages,
+        tools: Messages | None,
+        add_generation_prompt: bool,
+        kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        render = partial(
-            self.templates[name].render,
-            tools=list(tools) if tools else None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **self.special_tokens,
-        )
+        own: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "documents": None}
+        own |= {"tools": list(tools) if tools else None, **self.special_tokens}
+        render = partial(self.templates[name].render, {**(kwargs or {}), **own})
         try:
             with rendering():
                 try:
@@ -169,6 +172,8 @@ def template_messages(
         turn: dict[str, Any] = {"role": message.role, "content": message.content or ""}
         if message.name:
             turn["name"] = message.name
+        if message.reasoning:
+            turn["reasoning_content"] = message.reasoning
         is_result = message.tool_call_id or message.role == "tool"
         if is_result and (call_id := tool_format.call_id(message.tool_call_id)):
             turn["tool_call_id"] = call_id

@@ -11,11 +11,14 @@ one output.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from coordinator.text.tokenizer import Tokenizer
+from engine.constraints.numbers import json_after
 
 NONE = "none"
 _TAIL_TOKENS = 32  # of a prompt, which hold the marker at its end
@@ -37,6 +40,9 @@ class ReasoningFormat:
     name: str
     begin: str = "<think>"
     end: str = "</think>"
+    between: str = ""  # after the reasoning, before content or calls
+    content_begin: str = ""  # before content, in models that mark it
+    content_end: str = ""
     dropped: tuple[str, ...] = ()  # markers of content without a meaning for clients
     signs: tuple[str, ...] = ()  # all stand in the source of the family's templates
     is_channels: bool = False
@@ -46,7 +52,8 @@ class ReasoningFormat:
     def bound(self, tokenizer: Tokenizer) -> ReasoningFormat:
         """The format with the tokens of its markers in a vocabulary."""
         added = tokenizer.library.get_added_tokens_decoder()
-        sample = "".join((self.begin, self.end, *self.dropped, *_HEADERS.get(self.name, ())))
+        parts = (self.begin, self.end, self.between, self.content_begin, self.content_end)
+        sample = "".join((*parts, *self.dropped))
         found = {
             token.content: token_id
             for token_id, token in added.items()
@@ -54,6 +61,42 @@ class ReasoningFormat:
         }
         longest_first = sorted(found, key=len, reverse=True)
         return replace(self, tokens={name: found[name] for name in longest_first})
+
+    def prologue(self, is_open: bool | None, *, has_calls: bool) -> str:
+        """A grammar of what stands before constrained text, which is @text; "": nothing does.
+
+        `is_open`: see is_open(). Grammars of tool calls begin content themselves.
+        """
+        begin, end, between = map(self._lark, (self.begin, self.end, self.between))
+        content = "" if has_calls else self._lark(self.content_begin)
+        if is_open is False and not content:
+            return ""
+        spelled = f"/(?s:.*){_regex(self.end.strip())}(?s:.*)/"
+        rules = [r"SPACE: /[ \t\r\n]{1,8}/"]
+        if end.startswith("<["):
+            thinks = f"THOUGHT? {end}"
+            rules.append(f"THOUGHT: /(?s:.+)/ & ~{spelled}")
+        else:
+            thinks = "thought"
+            rules.append(f"thought[lazy]: /(?s:.*)/ {end}")
+        space = "" if self.is_channels else "SPACE?"
+        if is_open is None:
+            start = f"({begin} {thinks} {between} {space})?"
+        else:
+            start = f"{thinks} {between} {space}" if is_open else ""
+        header = json_after(self.end.strip()) if is_open else ""
+        return header + "\n".join([f"start: {start} {content} @text", *rules]) + "\n"
+
+    def _lark(self, literal: str) -> str:
+        """A literal in Lark, with tokens for markers."""
+        text = literal.strip("\n") if not self.is_channels else literal
+        parts = re.split(f"({'|'.join(map(re.escape, self.tokens))})", text)
+        parts = parts if self.tokens else [text]
+        return " ".join(
+            f"<[{self.tokens[part]}]>" if part in self.tokens else json.dumps(part)
+            for part in parts
+            if part
+        )
 
     def is_open(self, prompt_end: str) -> bool | None:
         """Whether a prompt has opened the reasoning; None: it has not, and has not closed it."""
@@ -88,6 +131,20 @@ def prompt_end(tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
     return tokenizer.decode(prompt[-_TAIL_TOKENS:], skip_special_tokens=False)
 
 
+def _regex(text: str) -> str:
+    """A regular expression of Lark that matches `text`."""
+    return re.escape(text).replace("/", "\\/")
+
+
+def detect_reasoning(source: str, vocabulary: Collection[str]) -> ReasoningFormat | None:
+    """The form of the model with this template, or with <think> in its vocabulary."""
+    for form in REASONING.values():
+        if all(sign in source for sign in form.signs):
+            return form
+    known = THINK.begin in vocabulary and THINK.end in vocabulary
+    return THINK if known else None
+
+
 def overlap(text: str, markers: Sequence[str]) -> int:
     """Length of the longest suffix of `text` that is a proper prefix of one of the markers."""
     longest = max(map(len, markers), default=1) - 1
@@ -105,7 +162,7 @@ class TagReader:
         self._begin, self._end = form.begin.strip(), form.end.strip()
         self._state = {True: "reasoning", False: "content", None: "start"}[is_open]
         self._held = ""
-        self._skips_space = True  # before the next released character
+        self._skips_space = is_open is not False  # before the next released character
 
     @property
     def is_reasoning(self) -> bool:
@@ -166,10 +223,6 @@ class TagReader:
         return released
 
 
-_HEADERS = {
-    "harmony": ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>"),
-    "muse": ("<|start|>", "<|message|>", "<|eom|>"),
-}
 _CALL_HEADER = "<|channel|>commentary to={} <|constrain|>json<|message|>"
 
 
@@ -269,6 +322,9 @@ REASONING = {
             "harmony",
             "<|channel|>analysis<|message|>",
             "<|end|>",
+            between="<|start|>assistant",
+            content_begin="<|channel|>final<|message|>",
+            dropped=("<|constrain|>",),
             signs=("<|channel|>analysis<|message|>",),
             is_channels=True,
         ),
@@ -276,6 +332,8 @@ REASONING = {
             "muse",
             " to=self<|message|>",
             "<|eom|>",
+            between="<|start|>assistant",
+            content_begin=" to=user<|message|>",
             signs=("to=self<|message|>",),
             is_channels=True,
         ),
@@ -283,6 +341,8 @@ REASONING = {
             "kimi_k3",
             "<|open|>think<|sep|>",
             "<|close|>think<|sep|>",
+            content_begin="<|open|>response<|sep|>",
+            content_end="<|close|>response<|sep|>",
             dropped=("<|open|>response<|sep|>", "<|close|>response<|sep|>"),
             signs=("<|open|>", "<|close|>"),
         ),
@@ -290,6 +350,8 @@ REASONING = {
             "solar",
             "<|think|>",
             "<|end|>",
+            between="<|begin|>assistant",
+            content_begin="<|content|>",
             dropped=("<|begin|>assistant", "<|content|>"),
             signs=("<|begin|>assistant<|think|>",),
         ),

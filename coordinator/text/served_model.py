@@ -6,14 +6,16 @@ Tokenizing runs on threads, because a prompt of megabytes takes seconds.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from coordinator.text.chat_prompt import chat_prompt
 from coordinator.text.chat_template import ChatTemplate, Messages, template_messages
+from coordinator.text.reasoning import NONE, REASONING, ReasoningFormat, detect_reasoning
 from coordinator.text.tokenizer import Tokenizer
 from coordinator.text.tools.detection import Detected, detect
 from coordinator.text.tools.format import AUTO, Tool, ToolFormat
@@ -41,6 +43,7 @@ class Limits:
     eos_token_ids: tuple[int, ...]
     max_model_len: int  # prompt plus output, in tokens
     tool_format: ToolFormat = HERMES  # how the model writes calls
+    reasoning: ReasoningFormat | None = None  # how it marks reasoning
 
 
 @dataclass(eq=False)
@@ -56,6 +59,7 @@ class ServedModel:
     folder: Path | None = None  # of the checkpoint
     parse_special: str = "prompts"
     tokenizer_digest: str = ""
+    reasoning_parser: str = AUTO
 
     def __post_init__(self) -> None:
         config, folder = self.config, self.folder
@@ -68,10 +72,27 @@ class ServedModel:
             config.eos_token_ids,
             self.max_model_len,
             detected.form.bound(self.tokenizer),
+            self._reasoning(detected.form),
         )
         vocabulary = Vocabulary(folder, config.vocab_size, config.eos_token_ids) if folder else None
         self.checker = Checker(vocabulary) if vocabulary else None  # of constraints
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
+
+    def _reasoning(self, form: ToolFormat) -> ReasoningFormat | None:
+        """The form of --reasoning-parser, or that of the template and the vocabulary."""
+        option = self.reasoning_parser
+        if option == NONE:
+            return None
+        if option != AUTO:
+            found: ReasoningFormat | None = REASONING[option]
+        else:
+            vocabulary = self.tokenizer.library.get_vocab(with_added_tokens=True)
+            source = self.template.text
+            found = REASONING.get(form.name) if form.text_begin else None
+            found = found or detect_reasoning(source, vocabulary) if source else found
+        if found is not None:
+            _log.info("form of reasoning", name=found.name)
+        return found.bound(self.tokenizer) if found else None
 
     def _detected(self) -> Detected:
         """The form of tool calls: that of --tool-format, or the template's."""
@@ -99,6 +120,7 @@ class ServedModel:
         max_model_len: int,
         tool_format: str = AUTO,
         parse_special: str = "prompts",
+        reasoning_parser: str = AUTO,
     ) -> ServedModel:
         """Read tokenizer and template of a checkpoint. Raises CheckpointError."""
         return cls(
@@ -111,6 +133,7 @@ class ServedModel:
             checkpoint.folder,
             parse_special,
             tokenizer_digest(checkpoint.folder),
+            reasoning_parser,
         )
 
     def prepare(self) -> None:
@@ -143,6 +166,7 @@ class ServedModel:
         tools: Sequence[Tool] = (),
         add_generation_prompt: bool = True,
         field: str = "messages",
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation, by default with the start of the assistant's next message.
 
@@ -151,9 +175,10 @@ class ServedModel:
         """
         form = self.limits.tool_format
 
-        def render(messages: Messages, tools: Messages) -> str:
+        def render(messages: Messages, tools: Messages, kwargs: Mapping[str, Any]) -> str:
             ask = add_generation_prompt
-            return self.template.render(messages, tools, ask, form, self._writes_calls)
+            writes = self._writes_calls
+            return self.template.render(messages, tools, ask, form, writes, kwargs)
 
         def encode() -> list[int]:
             prompt = chat_prompt(
@@ -163,6 +188,7 @@ class ServedModel:
                 [tool.definition for tool in tools],
                 partial(self._check_length, field, max_model_len),
                 parse_all=self.parse_special == "all",
+                kwargs=template_kwargs,
             )
             return self.tokenizer.encode(prompt.text, False, prompt.special_spans)
 

@@ -27,6 +27,7 @@ class Message:
     content: str | None = None  # None: an assistant's message without text
     name: str = ""
     tool_calls: Sequence[ToolCall] = ()
+    reasoning: str = ""  # of an assistant's message, for templates that show it
     tool_call_id: str = ""  # the call of which this message is the result
 
 

@@ -12,6 +12,7 @@ from engine.base.option_values import (
     DISABLABLE,
     MAX_CLIENT_S,
     MAX_REQUEST_S,
+    REASONING_PARSERS,
     TOOL_FORMATS,
     option,
     parse_address,
@@ -211,6 +212,12 @@ class FrontOptions:
         "auto",
         "how the model writes tool calls; auto: detected from its chat template; none: not at all",
         choices=("auto", "none", *TOOL_FORMATS),
+        parse=parse_form,
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "how the model marks its reasoning; auto: as its chat template does; none: all is content",
+        choices=("auto", "none", *REASONING_PARSERS),
         parse=parse_form,
     )
     parse_special: str = option(

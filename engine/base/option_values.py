@@ -99,6 +99,12 @@ TOOL_FORMATS = (
     *("qwen3_coder", "seed_oss", "solar"),
 )
 
+# The forms of reasoning, by the names of coordinator/text/reasoning.py.
+REASONING_PARSERS = (
+    *("think", "apertus", "apriel", "command_r", "gemma4", "granite", "harmony", "hunyuan"),
+    *("kimi_k3", "minimax_m3", "mistral", "muse", "seed_oss", "solar"),
+)
+
 
 def parse_form(value: str) -> str:
     """The name of a form, which may be written with dashes."""

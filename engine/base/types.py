@@ -102,6 +102,8 @@ class Constraint:
     # Output before the constrained text: tokenizers strip a space from the start of a text that has
     # no prompt before it.
     leading_text: str = ""
+    # A grammar in Lark of what stands between, which refers to the constrained text as @text.
+    prologue: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,5 +135,6 @@ def busy() -> Unavailable:
 def digest(constraint: Constraint) -> bytes:
     """The cache key of a constraint."""
     kind = constraint.kind.value.encode()
-    source = f"{constraint.leading_text}\0{constraint.source}".encode("utf-8", "surrogatepass")
+    parts = (constraint.leading_text, constraint.prologue, constraint.source)
+    source = "\0".join(parts).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(source, digest_size=16, person=kind).digest()

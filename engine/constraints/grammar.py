@@ -72,7 +72,8 @@ def grammar_of(
     if (num_chars := len(constraint.source)) > MAX_SOURCE_CHARS:
         return Grammar(reason=f"{num_chars} characters; expected at most {MAX_SOURCE_CHARS}")
     try:
-        text = _with_leading_text(_text(constraint, tokenizer), constraint.leading_text)
+        text = _with_prologue(_text(constraint, tokenizer), constraint.prologue)
+        text = _with_leading_text(text, constraint.leading_text)
     except UnsupportedSchema as error:
         return Grammar(reason=short_message(str(error)))
     except (ValueError, RecursionError) as error:
@@ -130,11 +131,13 @@ def no_tokenizer(error: Exception) -> str:
 
 
 def _scanner(constraint: Constraint) -> NumberScanner | None:
+    begins = constraint.prologue  # its first line names the text after which JSON may begin
     match constraint.kind:
         case ConstraintKind.JSON_SCHEMA:
-            return NumberScanner(step=step_of(constraint.source))
+            source = begins.partition("\n")[0] + "\n" + constraint.source
+            return NumberScanner.of_lark(source) or NumberScanner(step=step_of(constraint.source))
         case ConstraintKind.LARK:
-            return NumberScanner.of_lark(constraint.source)
+            return NumberScanner.of_lark(constraint.source, begins)
     return None
 
 
@@ -150,6 +153,16 @@ def _text(constraint: Constraint, tokenizer: LLTokenizer) -> str:
             return LLMatcher.grammar_from_regex(_with_ascii_classes(source))
         case ConstraintKind.LARK:
             return json.dumps({"grammars": [{"lark_grammar": with_token_ids(source, tokenizer)}]})
+
+
+def _with_prologue(grammar: str, prologue: str) -> str:
+    """The grammar after what the prologue describes."""
+    if not prologue:
+        return grammar
+    whole = json.loads(grammar)
+    whole["grammars"][0]["name"] = "text"
+    whole["grammars"].insert(0, {"lark_grammar": prologue})
+    return json.dumps(whole)
 
 
 def _with_leading_text(grammar: str, leading_text: str) -> str:

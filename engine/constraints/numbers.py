@@ -86,10 +86,16 @@ class NumberScanner:
         self._trigger, self._tail = trigger.encode(), b""
 
     @classmethod
-    def of_lark(cls, source: str) -> NumberScanner | None:
-        """The scanner of a grammar that begins with the line of `json_after`, else None."""
-        match = _CALLS.match(source)
-        return cls(json.loads(match[1]), step_of(source)) if match else None
+    def of_lark(cls, source: str, prologue: str = "") -> NumberScanner | None:
+        """The scanner of a grammar that begins with the line of `json_after`, else None.
+
+        JSON from the start begins after the text that a prologue names in the same way.
+        """
+        match, before = _CALLS.match(source), _CALLS.match(prologue)
+        if not match:
+            return None
+        trigger = json.loads(match[1]) or (json.loads(before[1]) if before else "")
+        return cls(trigger, step_of(source))
 
     def copy(self) -> NumberScanner:
         """Another scanner in the same state."""

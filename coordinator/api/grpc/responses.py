@@ -33,6 +33,7 @@ def response(request_id: str, event: Event) -> pb.GenerateResponse:
             logprobs=_logprobs(event.logprobs),
             tool_calls=[pb.ToolCallDelta(**asdict(piece)) for piece in event.tool_calls],
             affinity_token=event.affinity_token,
+            reasoning=event.reasoning,
         )
         return pb.GenerateResponse(request_id=request_id, index=event.index, delta=delta)
     return pb.GenerateResponse(request_id=request_id, index=event.index, finished=_finished(event))

@@ -37,7 +37,13 @@ from coordinator.api.openai.messages import read_messages
 from coordinator.api.openai.models import DetokenizeBody, TokenizeChat, TokenizeText
 from coordinator.api.openai.openapi import description, page
 from coordinator.api.openai.read import check_rest, read
-from coordinator.api.openai.requests import Call, read_chat, read_completion, tools_json
+from coordinator.api.openai.requests import (
+    Call,
+    read_chat,
+    read_completion,
+    template_kwargs_json,
+    tools_json,
+)
 from coordinator.api.openai.responses import Choice, Writer
 from coordinator.api.values import GenerateRequest, ModelCard, TokenizeRequest
 from coordinator.api.version import installed_version
@@ -48,7 +54,11 @@ from engine.telemetry.metrics import PREFIX
 
 _OWNER = "diptych"
 _MANY_LOGPROBS = 256  # of a prompt; more of them are written in a thread
-_CHAT_NAMES = {"chat.messages": "messages", "chat.tools_json": "tools"}
+_CHAT_NAMES = {
+    "chat.messages": "messages",
+    "chat.tools_json": "tools",
+    "chat.template_kwargs_json": "chat_template_kwargs",
+}
 
 
 @dataclass(eq=False)
@@ -151,6 +161,7 @@ class OpenAiApi:
             text=request.text,
             messages=request.messages,
             tools_json="" if no_tools else request.tools_json,
+            template_kwargs_json=request.template_kwargs_json,
         )
         with in_words_of(names):
             return await self.frontend.tokenize(tokenize)
@@ -181,6 +192,7 @@ class OpenAiApi:
                 model=chat.model or "",
                 messages=read_messages(chat.messages, values["messages"]),
                 tools_json=tools_json(chat.tools),
+                template_kwargs_json=template_kwargs_json(chat.chat_template_kwargs),
                 add_generation_prompt=chat.add_generation_prompt is not False,
             )
         else:

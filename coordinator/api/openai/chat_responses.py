@@ -48,8 +48,10 @@ class ChatWriter(Writer):
 
     def _of_delta(self, index: int, delta: Delta) -> Choice:
         choice = self._bare(index)
-        if delta.text or not self._request.tools_json:
+        if delta.text or not (self._request.tools_json or delta.reasoning):
             choice["delta"]["content"] = delta.text
+        if delta.reasoning:
+            choice["delta"]["reasoning_content"] = delta.reasoning
         if delta.tool_calls:
             self._calling.add(index)
             choice["delta"]["tool_calls"] = [_tool_call(piece) for piece in delta.tool_calls]
@@ -101,6 +103,8 @@ class ChatWriter(Writer):
     def _add(self, whole: Choice, part: Choice) -> None:
         delta, message = part["delta"], whole["message"]
         message["content"] += delta.get("content") or ""
+        if reasoning := delta.get("reasoning_content"):
+            message["reasoning_content"] = message.get("reasoning_content", "") + reasoning
         for call in delta.get("tool_calls", ()):
             calls = message.setdefault("tool_calls", [])
             calls.append({key: call[key] for key in ("id", "type", "function")})

@@ -35,7 +35,6 @@ CHAT_NEUTRAL: dict[str, Values] = {
     "audio": (),
     "best_of": (1,),  # and `n`
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
@@ -56,7 +55,7 @@ IGNORED = frozenset(
     {
         # OpenAI's
         **_all("metadata moderation prediction prompt_cache_key prompt_cache_options"),
-        **_all("prompt_cache_retention reasoning_effort safety_identifier service_tier store"),
+        **_all("prompt_cache_retention safety_identifier service_tier store"),
         **_all("user verbosity"),
         # vLLM's
         **_all("guided_decoding_backend include_reasoning return_mm_kwargs return_token_offsets"),
@@ -68,7 +67,6 @@ TOKENIZE_CHAT_NEUTRAL: dict[str, Values] = {
     **TOKENIZE_NEUTRAL,
     "add_special_tokens": (False,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
 }
 TOKENIZE_IGNORED = ("media_io_kwargs", "mm_processor_kwargs")

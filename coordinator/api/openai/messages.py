@@ -74,9 +74,16 @@ def _message(path: str, message: ChatMessage, values: Mapping[str, Any]) -> Mess
         role="tool" if role == "function" else role,
         content=content,
         name=message.name or "",
+        reasoning=_reasoning(message) if is_output else "",
         tool_calls=tuple(calls),
         tool_call_id=message.tool_call_id or "",
     )
+
+
+def _reasoning(message: ChatMessage) -> str:
+    """The reasoning of an earlier answer, under either name that servers give it."""
+    other = message.reasoning if isinstance(message.reasoning, str) else ""
+    return message.reasoning_content or other
 
 
 def _joined(path: str, parts: Sequence[Part], is_output: bool) -> str:

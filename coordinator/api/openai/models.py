@@ -124,6 +124,7 @@ class CommonBody(Struct, kw_only=True):
     request_id: Annotated[str, _shown(maxLength=MAX_REQUEST_ID_CHARS)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    reasoning_effort: str | None = None  # a variable of the chat template
 
 
 _TEXTS: dict[str, Any] = {"items": {"type": "string"}, "maxItems": MAX_PROMPTS}
@@ -191,6 +192,8 @@ class ChatMessage(Struct):
     refusal: str | None = None
     audio: Audio | None = None
     function_call: Function | None = None
+    reasoning_content: str | None = None
+    reasoning: Any = None
     annotations: list[Any] | None = None
 
 
@@ -236,6 +239,9 @@ Choice = Annotated[
 ]
 
 
+Variables = Annotated[dict[str, Any], Meta(description="an object: variables of the template")]
+
+
 class ChatBody(CommonBody, kw_only=True):
     """The body of /v1/chat/completions."""
 
@@ -246,6 +252,7 @@ class ChatBody(CommonBody, kw_only=True):
     tools: Tools | None = None
     tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: Variables | None = None
 
 
 class TokenizeText(Struct):
@@ -262,6 +269,7 @@ class TokenizeChat(Struct):
     messages: Messages
     model: str | None = None
     tools: Tools | None = None
+    chat_template_kwargs: Variables | None = None
     add_generation_prompt: bool | None = None
 
 

@@ -164,6 +164,7 @@ def read_chat(values: Mapping[str, Any], request_id: str) -> Call:
         messages=read_messages(body.messages, values["messages"]),
         constraint=constraint,
         tools_json=tools_json(body.tools),
+        template_kwargs_json=template_kwargs_json(body.chat_template_kwargs, body.reasoning_effort),
         tool_choice=choice,
         parallel_tool_calls=body.parallel_tool_calls is not False,
     )
@@ -174,6 +175,7 @@ def read_chat(values: Mapping[str, Any], request_id: str) -> Call:
         "output.logprobs": "top_logprobs",
         "output.prompt_logprobs": "prompt_logprobs",
         "tool_choice.name": "tool_choice.function.name",
+        "template_kwargs_json": "chat_template_kwargs",
     }
     return Call(body, request_id, (request,), logprobs, names)
 
@@ -185,6 +187,14 @@ def tools_json(tools: Sequence[Any] | None) -> str:
         if isinstance(kind, str) and kind != "function":
             raise unsupported(f"tools[{i}].type", kind[:40])
     return json.dumps(tools) if tools else ""
+
+
+def template_kwargs_json(values: Mapping[str, Any] | None, effort: str | None = None) -> str:
+    """The variables of the template as JSON; the frontend checks them."""
+    values = values or {}
+    if effort is not None:
+        values = {"reasoning_effort": effort, **values}
+    return json.dumps(values) if values else ""
 
 
 def _tool_choice(choice: str | NamedChoice | None) -> ToolChoice:

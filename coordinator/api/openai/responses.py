@@ -30,6 +30,7 @@ class Usage:
         self.prompt: dict[int, int] = {}
         self._cached: dict[int, int] = {}
         self._written: dict[int, int] = {}  # by choice
+        self._reasoning: dict[int, int] = {}
 
     def wrote(self, choice: int, num_tokens: int) -> None:
         """Tokens of a choice came."""
@@ -42,15 +43,20 @@ class Usage:
         cached = self._cached.get(prompt, usage.cached_tokens)
         self._cached[prompt] = min(cached, usage.cached_tokens)
         self._written[choice] = usage.completion_tokens
+        self._reasoning[choice] = usage.reasoning_tokens
 
     def as_dict(self) -> dict[str, Any]:
         """As OpenAI writes it."""
+        details: dict[str, Any] = {}
+        if reasoning := sum(self._reasoning.values()):
+            details["completion_tokens_details"] = {"reasoning_tokens": reasoning}
         prompt, written = sum(self.prompt.values()), sum(self._written.values())
         return {
             "prompt_tokens": prompt,
             "completion_tokens": written,
             "total_tokens": prompt + written,
             "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
+            **details,
         }
 
 

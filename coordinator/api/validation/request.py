@@ -9,9 +9,11 @@ import math
 from array import array
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from coordinator.api.validation.bounds import check_count
 from coordinator.api.validation.constraint import constraint_from
+from coordinator.api.validation.template_kwargs import check_template_kwargs
 from coordinator.api.validation.tools import (
     check_enforced,
     check_tool_calls,
@@ -52,8 +54,11 @@ def validate(request: GenerateRequest, limits: Limits) -> GenerationRequest:
     """Check a request. Raises InvalidRequest, NotFound, NotOffered."""
     check_model(request.model, limits)
     token_ids, messages, tools = None, None, None
+    template_kwargs: dict[str, Any] = {}
     if request.messages is not None:
         messages = check_messages("messages", request.messages, limits)
+        source = request.template_kwargs_json
+        template_kwargs = check_template_kwargs("template_kwargs_json", source)
         found = check_tools("tools_json", request.tools_json)
         tools = tool_use(request, found, limits.tool_format)
     elif request.token_ids is not None:
@@ -101,6 +106,8 @@ def validate(request: GenerateRequest, limits: Limits) -> GenerationRequest:
         priority=request.priority,
         cache_salt=request.cache_salt,
         tools=tools,
+        reasoning=limits.reasoning if messages is not None else None,
+        template_kwargs=template_kwargs,
         constraint=constraint,
         num_logprobs=_num_logprobs("logprobs", output.logprobs),
         num_prompt_logprobs=num_prompt_logprobs,

@@ -16,7 +16,7 @@ _MAX_NAME_CHARS = 64  # of a tool
 # Each character scans the held text, so its length is bounded; longer text is no call.
 MAX_HELD = 1024
 # Places in a literal at which a model writes what the server chooses: ids, indexes, types.
-_PLACES = re.compile(r"\{(?:id|index|type)\}")
+_PLACES = re.compile(r"\{(?:id|index|type|name)\}")
 _OF_PLACE = _NAME | {":"}
 Result = TypeVar("Result")
 Reading = Generator[None, str, Result]  # gets characters, until it has a result

@@ -96,6 +96,9 @@ class ToolFormat:
     separator: str = ""  # between calls
     closing: str = ""  # after the last call
     single: bool = False  # at most one call in an output
+    text_begin: str = ""  # before text, in models that mark it
+    text_end: str = ""
+    header: str = ""  # of a message with calls, before the trigger
     prefix: str = ""  # may stand before a call, without a meaning
     id_chars: int = 24  # length of a call's id
     short_ids: bool = False  # templates refuse ids of another length
@@ -140,7 +143,8 @@ class ToolFormat:
     @property
     def sample(self) -> str:
         """Text with all markers of the form."""
-        return self.prefix + self.write([_SAMPLE, _SAMPLE])
+        parts = (self.prefix, self.text_begin, self.text_end, self.header)
+        return "".join((*parts, self.write([_SAMPLE, _SAMPLE])))
 
     def bound(self, tokenizer: Tokenizer) -> ToolFormat:
         """The format with the tokens of its markers in a vocabulary.

@@ -13,7 +13,7 @@ from coordinator.text.tools.typed_values import may_be_text
 from engine.base.types import Constraint, ConstraintKind
 from engine.constraints.numbers import json_after
 
-_OF_PLACE = {"{index}": "/[0-9]{1,3}/"}
+_OF_PLACE = {"{index}": "/[0-9]{1,3}/", "{name}": "/[A-Za-z0-9_.-]{1,64}/"}
 
 
 def tool_grammar(
@@ -60,11 +60,14 @@ def _start(use: ToolUse, text_schema: str | None) -> list[str]:
     """The rule `start`, with the transition from text to calls."""
     form = use.format
     prefix = f"{_lark(form, form.prefix)}? " if form.prefix in form.tokens else ""
-    trigger = _lark(form, form.trigger)
+    trigger = _lark(form, form.header + form.trigger)
+    begin, end = _lark(form, form.text_begin), _lark(form, form.text_end)
     if use.required:
         return [f"start: {prefix}{trigger} calls".replace("  ", " ")]
     if text_schema is not None:
-        return [f"start: text | {trigger} calls"]
+        return [f"start: {begin} text {end} | {trigger} calls"]
+    if begin:
+        return [f"start: {begin} TEXT? {end} | {trigger} calls", "TEXT: /(?s:.+)/"]
     if not form.trigger:
         names = "|".join(re.escape(name) for name in sorted(use.by_name))
         space = r"[ \t\r\n]*"

@@ -177,6 +177,7 @@ SOLAR = ToolFormat(
         end="<|tool_call:end|>",
     ),
     trigger="<|tool_calls|>",
+    text_begin="<|content|>",
     once=True,
     id_chars=10,
     signs=("<|tool_call:begin|>",),
@@ -187,6 +188,7 @@ HARMONY = ToolFormat(
     name="harmony",
     body=JsonBody(begin="", middle=" <|constrain|>json<|message|>", end=""),
     trigger="<|channel|>commentary to=functions.",
+    text_begin="<|channel|>final<|message|>",
     single=True,
     signs=("<|channel|>", "to=functions."),
 )

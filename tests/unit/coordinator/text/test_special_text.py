@@ -214,7 +214,7 @@ def conversation(*said: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
 def prompt(
     template: ChatTemplate, special: SpecialTokens, *said: str, tools: bool = True, **kwargs: Any
 ) -> Prompt:
-    def render(messages: Any, tools: Any) -> str:
+    def render(messages: Any, tools: Any, _: Any = None) -> str:
         return template.render(messages, tools)
 
     messages, defined = conversation(*said)
@@ -286,7 +286,7 @@ def test_texts_in_pieces_and_names_in_brackets_forge_nothing(tmp_path: Path) -> 
         messages = [{"role": "user", "content": content, "name": name}]
         template = load(tmp_path, source)
         found = chat_prompt(
-            lambda m, t, template=template: template.render(m, t),
+            lambda m, t, _, template=template: template.render(m, t),
             special,
             messages,
             [],
@@ -314,7 +314,7 @@ def test_only_usual_roles_form_special_tokens(tmp_path: Path) -> None:
 
     def meant(role: str) -> list[str]:
         found = chat_prompt(
-            lambda m, t: template.render(m, t),
+            lambda m, t, _: template.render(m, t),
             special,
             [{"role": role, "content": "x"}],
             [],

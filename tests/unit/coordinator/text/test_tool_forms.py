@@ -157,8 +157,9 @@ def test_calls_are_written_as_in_the_example(name):
 def test_the_grammar_accepts_its_form_and_no_other(name, vocabulary, tokenizer):
     form = FORMATS[name]
     constraint = tool_grammar(use(form))
+    header = form.header.replace("{name}", "look")
     for other, text in EXAMPLES.items():
-        grammar = grammar_of(vocabulary, constraint, [tokenizer.encode(text)])
+        grammar = grammar_of(vocabulary, constraint, [tokenizer.encode(header + text)])
         accepts = not grammar.reason and grammar.mismatch_index < 0
         assert accepts is (other == name or (other, name) in ALIKE), (other, grammar.reason)
 
@@ -217,8 +218,23 @@ def test_values_keep_their_types(name, values, vocabulary, tokenizer):
     written = form.write([("put", json.dumps(values, ensure_ascii=False))])
     for pieces in ([written], list(written)):
         assert calls_in(form, pieces, TYPED) == ("", [("put", values)])
-    grammar = grammar_of(vocabulary, tool_grammar(use(form, TYPED)), [tokenizer.encode(written)])
+    tokens = tokenizer.encode(form.header.replace("{name}", "put") + written)
+    grammar = grammar_of(vocabulary, tool_grammar(use(form, TYPED)), [tokens])
     assert (grammar.reason, grammar.mismatch_index) == ("", -1), written
+
+
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.text_begin])
+def test_text_is_marked_where_the_family_marks_it(name, vocabulary, tokenizer):
+    form = FORMATS[name]
+    constraint = tool_grammar(use(form, mode="MODE_AUTO"))
+    header = form.header.replace("{name}", "look")
+    for text, fits in (
+        (f"{form.text_begin}It rains.{form.text_end}", True),
+        (header + EXAMPLES[name], True),
+        ("It rains.", False),
+    ):
+        grammar = grammar_of(vocabulary, constraint, [tokenizer.encode(text)])
+        assert (grammar.mismatch_index < 0) is fits, (text, grammar.reason)
 
 
 @pytest.mark.parametrize("name", ["qwen3_coder", "glm", "lfm2", "gemma4"])

@@ -277,26 +277,31 @@ def called(form_name: str, mode: int) -> ToolUse:
     return found
 
 
+UNMARKED = [name for name, form in FORMATS.items() if form.trigger and not form.text_begin]
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("mode", [pb.ToolChoice.MODE_AUTO, pb.ToolChoice.MODE_REQUIRED])
 async def test_arguments_of_calls_come_to_an_end(
     compiler: Compiler, tokens: LLTokenizer, name: str, mode: int
 ) -> None:
     use = called(name, mode)
-    begin = use.format.write([("f", '{"a": 7}')]).rpartition("7")[0]
+    header = use.format.header.replace("{name}", "f")
+    begin = header + use.format.write([("f", '{"a": 7}')]).rpartition("7")[0]
     for text in ("", "3.1415926535897932384626433832795 "):
-        if text and (mode == pb.ToolChoice.MODE_REQUIRED or not use.format.trigger):
+        is_free = use.format.trigger and not use.format.text_begin
+        if text and (mode == pb.ToolChoice.MODE_REQUIRED or not is_free):
             continue
         matcher = await compiler.matcher(tool_grammar(use), tokens.tokenize_str(text + begin))
         rest = written(matcher, tokens, "8")
         bounds = (24,) if use.format.body.is_json else (20, 24)  # others may end at once
         assert max(map(len, re.findall("8+", rest))) in bounds
-    if mode == pb.ToolChoice.MODE_AUTO:  # text is unconstrained
+    if mode == pb.ToolChoice.MODE_AUTO and not use.format.text_begin:  # text is unconstrained
         matcher = await compiler.matcher(tool_grammar(use), tokens.tokenize_str("x " + "8" * 40))
         assert tokens.tokenize_str("8")[0] in allowed(Masks(VOCAB), matcher)[0]
 
 
-@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.trigger])
+@pytest.mark.parametrize("name", UNMARKED)
 async def test_json_beside_calls_comes_to_an_end(
     compiler: Compiler, tokens: LLTokenizer, name: str
 ) -> None:

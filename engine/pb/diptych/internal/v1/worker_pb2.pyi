@@ -49,7 +49,7 @@ class DecodeRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., prefill: _Optional[_Union[PrefillPeer, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., incarnation: _Optional[str] = ..., num_logprobs: _Optional[int] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., num_prompt_logprobs: _Optional[int] = ..., shared_key: _Optional[bytes] = ...) -> None: ...
 
 class Constraint(_message.Message):
-    __slots__ = ("kind", "source", "leading_text")
+    __slots__ = ("kind", "source", "leading_text", "prologue")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[Constraint.Kind]
@@ -63,10 +63,12 @@ class Constraint(_message.Message):
     KIND_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     LEADING_TEXT_FIELD_NUMBER: _ClassVar[int]
+    PROLOGUE_FIELD_NUMBER: _ClassVar[int]
     kind: Constraint.Kind
     source: str
     leading_text: str
-    def __init__(self, kind: _Optional[_Union[Constraint.Kind, str]] = ..., source: _Optional[str] = ..., leading_text: _Optional[str] = ...) -> None: ...
+    prologue: str
+    def __init__(self, kind: _Optional[_Union[Constraint.Kind, str]] = ..., source: _Optional[str] = ..., leading_text: _Optional[str] = ..., prologue: _Optional[str] = ...) -> None: ...
 
 class Logprobs(_message.Message):
     __slots__ = ("chosen", "token_ids", "logprobs")

@@ -129,8 +129,6 @@ OF_AN_OUTPUT = {
     "audio": None,
     "function_call": None,
     "parsed": {"any": 1},
-    "reasoning": "so",
-    "reasoning_content": "so",
     "reasoning_details": [{"type": "reasoning.text"}],
     "thinking_blocks": [{"type": "thinking"}],
     "provider_specific_fields": {"x": 1},
@@ -140,6 +138,12 @@ OF_AN_OUTPUT = {
     "token_ids": [1],
     "whatever": {"comes": "next"},
 }
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_reasoning_comes_back(name):
+    expected = Message(role="assistant", content="a", reasoning="so")
+    assert message(content="a", **{name: "so"}) == expected
 
 
 @pytest.mark.parametrize("name", OF_AN_OUTPUT)

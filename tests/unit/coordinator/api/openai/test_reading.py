@@ -225,7 +225,7 @@ def test_messages():
         Message(role="user", content="a\nb"),
         Message(role="assistant", tool_calls=(ToolCall(id="c", name="f", arguments='{"a": 1}'),)),
         Message(role="tool", content="r", tool_call_id="c", name="f"),
-        Message(role="assistant", content="t"),
+        Message(role="assistant", content="t", reasoning="never mind"),
     ]
 
 
@@ -416,7 +416,7 @@ def test_the_tables_match_the_readers(path):
     assert not (served | IGNORED) & neutral.keys()
     odd = {"an": ["odd", {"thing": None}]}
     for name in served:
-        value = 5 if name == "guided_json" else odd  # which is a schema
+        value = 5 if name in ("guided_json", "chat_template_kwargs") else odd  # any object
         found = failure(read, **{name: value})  # it is checked
         assert found.param
         assert found.param.startswith(name)
