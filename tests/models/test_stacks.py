@@ -42,7 +42,7 @@ def prompts() -> list[list[int]]:
 
 def assert_equal_in_a_stack(folder: Path, name: str, model: Model, *flags: str) -> None:
     expected = [greedy(model, prompt, NUM_TOKENS) for prompt in prompts()]
-    flags = ("--model", name, "--max-model-len", "512", "--drafter", "ngram", *flags)
+    flags = ("--model", name, "--max-model-len", "128", "--drafter", "ngram", *flags)
     with Stack(folder, *flags, "--kv-cache-memory", "64MiB") as stack:
         for prompt, tokens in zip(prompts(), expected, strict=True):
             found, _, _ = stack.generate(prompt, max_tokens=NUM_TOKENS, ignore_eos=True)
