@@ -94,7 +94,7 @@ class KvFetcher:
         try:
             for _ in range(_MAX_ROUNDS):
                 num_committed = await self._round(fetch, wanted, num_committed)
-                if num_committed == wanted.first_block + len(wanted.block_ids):
+                if num_committed == wanted.end:
                     break
         except DiptychError as error:
             if isinstance(error, InvalidRequest | Overloaded) and not fetch.reads:
@@ -152,7 +152,7 @@ class KvFetcher:
                 fetch.timeline.mark(Mark.ANNOUNCED)
                 _check_expected(ready, wanted, num_committed)
                 num_fresh = await self._pull(fetch, wanted, pool, ready, call)
-                num_committed += num_fresh
+                num_committed += wanted.entries(num_committed, num_fresh)
                 self._host.engine.post(BlocksArrived(fetch.key, num_committed))
                 fetch.timeline.mark(Mark.COMMITTED)
                 call.release(self._host.in_background(renewer.release(ready.lease)))
@@ -162,7 +162,7 @@ class KvFetcher:
             self._host.in_background(call.close())
         if call.finished is not None and fetch.num_cached_tokens is None:
             fetch.num_cached_tokens = call.finished.num_cached_tokens
-        if num_missing := wanted.first_block + len(wanted.block_ids) - num_committed:
+        if num_missing := wanted.end - num_committed:
             self._host.metrics.kv_transfer_failed("Incomplete")
             _log.warning(
                 "blocks were not announced",
@@ -181,7 +181,7 @@ class KvFetcher:
         call: PrefillCall,
     ) -> int:
         """Read one chunk; returns how many leading blocks passed the fence and their checksums."""
-        start = ready.first_block - wanted.first_block
+        start = wanted.offset(ready.first_block)
         local = wanted.block_ids[start : start + len(ready.block_ids)]
         pull = self._host.plane.pull(
             pool,
@@ -245,8 +245,11 @@ def _check_expected(ready: worker_pb2.BlocksReady, wanted: FetchEvent, num_commi
     """Raise Unavailable unless the announced blocks are the next ones of this prompt."""
     if ready.first_block != num_committed:
         raise Unavailable(f"blocks announced from {ready.first_block}, expected {num_committed}")
-    start = num_committed - wanted.first_block
+    start = wanted.offset(num_committed)
     hashes = wanted.hashes[start : start + len(ready.block_ids)]
     counts = {len(ready.block_ids), len(ready.generations), len(hashes)}
     if len(counts) > 1 or list(ready.hashes) != hashes:
         raise Unavailable("blocks announced are not those of the prompt: their hashes differ")
+    end = num_committed + wanted.entries(num_committed, len(hashes))
+    if wanted.offset(end) != start + len(hashes):
+        raise Unavailable("blocks announced end within an entry of the block table")

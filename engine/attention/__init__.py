@@ -93,4 +93,6 @@ def make_backend(
         return TorchBackend(layout, config.num_heads, spec, kv_cache.block_stride)
 
     specs = config.attention
-    return make(specs[0]) if len(set(specs)) == 1 else GroupedBackend(specs, make)
+    if len(set(specs)) == 1 and layout.num_columns == 1:
+        return make(specs[0])
+    return GroupedBackend(specs, make, [layout.place(i)[0] for i in range(len(specs))])

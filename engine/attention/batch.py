@@ -10,7 +10,7 @@ A row is a prompt chunk, a decode token or a draft to be verified; all are laid 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple, overload
 
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+# Of a row: [entries], or [entries, columns] where its model's block tables have several columns.
 BlockIds = Sequence[int] | npt.NDArray[np.int32]
 Tables = Sequence[BlockIds]
 Ints = npt.NDArray[np.int64]
@@ -73,6 +74,13 @@ class StepRows(Sequence[Row]):
             [*self.tables, *other.tables],
         )
 
+    def column(self, index: int) -> StepRows:
+        """The same rows with one column of their block tables."""
+        tables = [
+            t[:, index] if isinstance(t, np.ndarray) and t.ndim > 1 else t for t in self.tables
+        ]
+        return replace(self, tables=tables)
+
     def check(self, block_size: int) -> None:
         """Raise ValueError on a row that contradicts itself."""
         num_blocks = np.fromiter(map(len, self.tables), np.int64, len(self.tables))
@@ -106,6 +114,11 @@ class StepRows(Sequence[Row]):
             first += count
 
 
+def _column_of(table: BlockIds, index: int) -> BlockIds:
+    """A column of a row's block table; a table of one column stands for all."""
+    return table[:, index] if isinstance(table, np.ndarray) and table.ndim > 1 else table
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """All rows of a step: T tokens, S of them with logits. int64, on the model's device.
@@ -115,11 +128,18 @@ class Batch:
 
     token_ids: torch.Tensor  # [T]
     positions: torch.Tensor  # [T]
-    blocks: torch.Tensor  # [T]: the block where the token's K and V go ...
+    blocks: torch.Tensor  # [columns, T]: the blocks where the token's K and V go ...
     offsets: torch.Tensor  # [T]: ... and the position in it
     logit_index: torch.Tensor  # [S]: tokens that get logits, row by row
     block_size: int
     rows: StepRows  # the same on the host, for planning
+
+    def column(self, index: int) -> Batch:
+        """The batch with one column of its block tables, for planning."""
+        if len(self.blocks) == 1:
+            return self
+        rows = self.rows.column(index)
+        return replace(self, blocks=self.blocks[index : index + 1], rows=rows)
 
     @property
     def num_tokens(self) -> int:
@@ -148,24 +168,28 @@ class TableStaging:
     an array that is the same object as in the last step is there already.
     """
 
-    def __init__(self) -> None:
-        self._tables: npt.NDArray[np.int32] = np.zeros((0, 0), np.int32)
+    def __init__(self, num_columns: int = 1) -> None:
+        self._num_columns = num_columns
+        self._tables: npt.NDArray[np.int32] = np.zeros((num_columns, 0, 0), np.int32)
         self._staged: list[BlockIds] = []
 
     def lay_out(self, rows: Sequence[Row]) -> npt.NDArray[np.int32]:
-        """int32 [at least len(rows), stride]; entries beyond a row's table are of no meaning."""
+        """int32 [columns, at least len(rows), stride], for the model's block tables.
+
+        Entries beyond a row's table are of no meaning.
+        """
         tables, staged = self._tables, self._staged
         all_ids = StepRows.of(rows).tables
         width = max(map(len, all_ids))
-        if len(rows) > tables.shape[0] or width > tables.shape[1]:
-            height = max(2 * len(rows), tables.shape[0])
-            tables = self._tables = np.zeros((height, max(2 * width, tables.shape[1])), np.int32)
+        if len(rows) > tables.shape[1] or width > tables.shape[2]:
+            height, stride = max(2 * len(rows), tables.shape[1]), max(2 * width, tables.shape[2])
+            tables = self._tables = np.zeros((self._num_columns, height, stride), np.int32)
             staged.clear()
         staged += [()] * (len(all_ids) - len(staged))
         for i, (before, block_ids) in enumerate(zip(staged, all_ids, strict=False)):
             if before is not block_ids or not isinstance(block_ids, np.ndarray):
                 staged[i] = block_ids
-                tables[i, : len(block_ids)] = block_ids
+                tables[:, i, : len(block_ids)] = np.transpose(block_ids)
         return tables
 
 
@@ -175,8 +199,10 @@ class BatchBuilder:
     A batch on the CPU is a view of that buffer: it is valid until the next one is built.
     """
 
-    def __init__(self, block_size: int, device: torch.device) -> None:
+    def __init__(self, block_size: int, device: torch.device, num_columns: int = 1) -> None:
+        """`num_columns`: of the rows' block tables."""
         self._block_size = block_size
+        self._num_columns = num_columns
         self._device = device
         self._host = self._allocate(1024)
 
@@ -190,19 +216,23 @@ class BatchBuilder:
         step.check(self._block_size)
         num_tokens, num_logits = step.num_tokens, step.num_logits
         total, num_wanted = int(num_tokens.sum()), int(num_logits.sum())
-        size = 4 * total + num_wanted
+        num_columns = self._num_columns
+        width = 3 + num_columns
+        size = width * total + num_wanted
         if size > len(self._host):
             self._host = self._allocate(2 * size)
         host = self._host.numpy()
-        token_ids, positions, blocks, offsets = host[: 4 * total].reshape(4, total)
+        token_ids, positions, offsets, *blocks = host[: width * total].reshape(width, total)
         token_ids[:] = step.token_ids
         positions[:] = ranges(step.starts, num_tokens)
         entry, offsets[:] = np.divmod(positions, self._block_size)
-        blocks[:] = self._blocks(step, entry)
-        host[4 * total : size] = ranges(np.cumsum(num_tokens) - num_logits, num_logits)
+        for column, ids in enumerate(blocks):
+            ids[:] = self._blocks(step.column(column), entry)
+        host[width * total : size] = ranges(np.cumsum(num_tokens) - num_logits, num_logits)
         moved = self._host[:size].to(self._device, non_blocking=True)
-        views = moved.split_with_sizes([total] * 4 + [num_wanted])
-        return Batch(views[0], views[1], views[2], views[3], views[4], self._block_size, step)
+        views = moved.split_with_sizes([total] * 3 + [num_columns * total, num_wanted])
+        into = views[3].view(num_columns, total)
+        return Batch(views[0], views[1], into, views[2], views[4], self._block_size, step)
 
     @staticmethod
     def _blocks(step: StepRows, entry: Ints) -> Ints:

@@ -1,4 +1,7 @@
-"""Attention of layers that differ: one backend and one plan for each group of equal layers."""
+"""Attention of layers that differ: one backend and one plan for each group of equal layers.
+
+Equal are layers with one AttentionSpec in one column of the block tables.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,24 @@ class GroupedBackend:
     """AttentionBackend over those of the groups."""
 
     def __init__(
-        self, specs: Sequence[AttentionSpec], make: Callable[[AttentionSpec], AttentionBackend[Any]]
+        self,
+        specs: Sequence[AttentionSpec],
+        make: Callable[[AttentionSpec], AttentionBackend[Any]],
+        columns: Sequence[int] = (),
     ) -> None:
-        """`specs`: one a layer; `make` gives the backend of a group."""
-        groups = list(dict.fromkeys(specs))
-        self._group_of = [groups.index(spec) for spec in specs]
-        self._backends = [make(spec) for spec in groups]
+        """`specs`, `columns`: one a layer, ()= all in column 0; `make` gives a group's backend."""
+        layers = list(zip(specs, columns or [0] * len(specs), strict=True))
+        groups = list(dict.fromkeys(layers))
+        self._group_of = [groups.index(each) for each in layers]
+        self._columns = [column for _, column in groups]
+        self._backends = [make(spec) for spec, _ in groups]
 
     def plan(self, batch: Batch) -> tuple[Any, ...]:
         """The plan of each group."""
-        return tuple(backend.plan(batch) for backend in self._backends)
+        return tuple(
+            backend.plan(batch.column(column))
+            for backend, column in zip(self._backends, self._columns, strict=True)
+        )
 
     def run(
         self,

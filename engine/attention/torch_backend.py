@@ -233,7 +233,7 @@ class TorchBackend:
         """[n * m, num_heads, head_dim] in the group's own order."""
         layout, n = self._layout, group.num_rows
         kvh, d = layout.num_kv_heads, layout.head_dim
-        runs = kv_cache.runs[2 * layer :]
+        runs = kv_cache.runs[2 * layout.place(layer)[1] :]
         gathered = runs.index_select(0, group.kv_rows)
         if group.unused is not None:
             gathered.view(-1, d).index_fill_(0, group.unused, 0.0)

@@ -23,6 +23,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from engine.base.kv_columns import FULL, blocks_needed
 from engine.base.types import PROTOCOL_VERSION
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -67,18 +68,34 @@ class LayerGroup:
 class KVLayout:
     """Geometry of the KV pool of one model, and of the draft model beside it."""
 
-    num_layers: int
+    num_layers: int  # of a block
     num_kv_heads: int
     head_dim: int
     block_size: int  # tokens a block
     dtype: str  # of the cache: float32, bfloat16 or float16
     draft: KVLayout | None = None  # of the same block_size and dtype
     first_kv_head: int = 0  # of a rank's part of the heads, see `shard`
+    windows: tuple[int, ...] = FULL  # of the columns of block tables, see kv_columns
+    places: tuple[tuple[int, int], ...] = ()  # of each layer, as Columns has it; (): one column
 
     def __post_init__(self) -> None:
         ours = (self.block_size, self.dtype)
         if self.draft and (self.draft.block_size, self.draft.dtype) != ours:
             raise ValueError("a draft model's layers have the target's block_size and dtype")
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of a block table."""
+        return len(self.windows)
+
+    @property
+    def total_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.places) or self.num_layers
+
+    def place(self, layer: int) -> tuple[int, int]:
+        """A layer's column, and its place among the layers of a block."""
+        return self.places[layer] if self.places else (0, layer)
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
@@ -149,11 +166,19 @@ class KVLayout:
         """The part of the compatibility digest that describes the whole model's layout."""
         fields = " ".join(f"{name}={getattr(self, name)}" for name in _DIGEST_FIELDS)
         draft = f" draft=({self.draft.text})" if self.draft else ""
-        return f"layout={_LAYOUT_VERSION} {fields}{draft}"
+        columns = ""
+        if self.windows != FULL:
+            places = ",".join(f"{column}:{index}" for column, index in self.places)
+            columns = f" windows={','.join(map(str, self.windows))} places={places}"
+        return f"layout={_LAYOUT_VERSION} {fields}{columns}{draft}"
 
     def num_blocks(self, num_tokens: int) -> int:
-        """Blocks that `num_tokens` positions occupy."""
+        """Blocks that `num_tokens` positions occupy, in one column."""
         return -(-num_tokens // self.block_size)
+
+    def pool_blocks(self, num_tokens: int, ahead: int = 0) -> int:
+        """Blocks that a request of `num_tokens` positions holds at most; `ahead`: kv_columns."""
+        return blocks_needed(self.windows, num_tokens, self.block_size, ahead)
 
 
 def _round_up(n: int, unit: int) -> int:
@@ -182,6 +207,11 @@ def compatibility_digest(
 def hash_salt(*, digest: str, adapter: str = "", cache_salt: str = "") -> bytes:
     """The root of a chain of block hashes: hashes of different salts never meet."""
     return digest_of(b"diptych-salt", digest.encode(), adapter.encode(), cache_salt.encode())
+
+
+def column_hash(block: bytes, column: int) -> bytes:
+    """The hash of a column's block, from that of the positions: column 0 has the latter."""
+    return digest_of(b"diptych-column", block, bytes([column])) if column else block
 
 
 def block_hash(parent: bytes, token_ids: Sequence[int], salt: bytes) -> bytes:

@@ -137,7 +137,7 @@ class KVCache:
 
         A layer reads the one before it, so a position that is not finite below is not finite here.
         """
-        parts = self.layer(self.layout.num_layers - 1)
+        parts = self.layer(self.layout.total_layers - 1)
         ok = np.ones(len(blocks), np.bool_)
         if self.device.type == "cpu":
             # By numpy on this thread: torch would first wake its threads.
@@ -153,8 +153,12 @@ class KVCache:
         return ok
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K, V of a layer: strided views [num_blocks, num_kv_heads, block_size, head_dim] (HND)."""
-        return self.pool[:, :, index, 0], self.pool[:, :, index, 1]
+        """K, V of a layer: strided views [num_blocks, num_kv_heads, block_size, head_dim] (HND).
+
+        The blocks of its column hold them; in those of other columns they are of other layers.
+        """
+        _, place = self.layout.place(index)
+        return self.pool[:, :, place, 0], self.pool[:, :, place, 1]
 
     def write(
         self,

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.base.errors import ConfigError
+from engine.base.kv_columns import longest_text
 from engine.base.kv_layout import KVLayout
 from engine.base.memory import HostMemory, readable_size
 
@@ -88,17 +89,24 @@ def gpu_budget(memory: GpuMemory, utilization: float) -> PoolBudget:
 
 
 def fit_pool(
-    budget: PoolBudget, layout: KVLayout, *, longest: int, requested: int, draft_window: int
+    budget: PoolBudget,
+    layout: KVLayout,
+    *,
+    longest: int,
+    requested: int,
+    draft_window: int,
+    ahead: int = 0,
 ) -> PoolSize:
     """The pool of a budget for requests of `longest` tokens, or of fewer if it holds no more.
 
-    `requested` is --max-model-len, which is not shortened; 0: unset. Raises ConfigError.
+    `requested` is --max-model-len, which is not shortened; 0: unset. `ahead` as kv_columns has it.
+    Raises ConfigError.
     """
     num_blocks = budget.num_bytes // layout.block_bytes
-    fits = num_blocks * layout.block_size - draft_window
+    fits = longest_text(layout.windows, num_blocks, layout.block_size, ahead) - draft_window
     least = requested or 2 * layout.block_size
     if fits < least:
-        needed = layout.num_blocks(least + draft_window) * layout.block_bytes
+        needed = layout.pool_blocks(least + draft_window, ahead) * layout.block_bytes
         cause = f", limited by {budget.limit}" if budget.limit else ""
         raise ConfigError(
             f"the KV pool of {max(0, budget.num_bytes)} bytes{cause}: one request of {least} tokens"

@@ -66,10 +66,11 @@ typedef struct {
 /* T tokens of R rows, S wanted logits; the KV of earlier positions is in the pool. */
 typedef struct {
     int32_t num_tokens, num_rows, num_logits, table_stride;
+    int64_t column_stride; /* from one column of the block tables to the next */
     const int32_t *token_ids;   /* [T] */
     const int32_t *first_token; /* [R + 1] */
     const int32_t *position;    /* [R], of the row's first token */
-    const int32_t *tables;      /* [R, table_stride]: block ids */
+    const int32_t *tables;      /* [columns][R, table_stride]: block ids */
     const int32_t *logit_index; /* [S]: tokens */
 } batch;
 
@@ -78,6 +79,8 @@ typedef struct {
     bf16 *first;          /* of block 0: [kv_heads, layers, 2, block_size, head_dim] */
     int64_t block_stride; /* elements from one block to the next */
     int64_t head_stride;  /* and from one head of a block to the next: all layers that lie there */
+    const int32_t *columns; /* [layers]: the column of the block tables whose blocks hold a layer */
+    const int32_t *places;  /* [layers]: where in a block it lies */
     int32_t block_size, unused;
 } kv_pool;
 
@@ -93,7 +96,8 @@ typedef struct {
     const batch *b;
     kv_pool pool;
     const layer_weights *layer; /* in work ... */
-    geometry at;                /* ... and its part of the pool */
+    geometry at;                /* ... its part of the pool ... */
+    const int32_t *tables;      /* ... and its column of the block tables */
     operand normed, context, inner; /* context: what attention gives */
     float *x, *qkv, *rope, *logits;
     float *added; /* [T, hidden], to be added to x after a norm or as a sum of experts; NULL: not needed */
@@ -271,7 +275,7 @@ static void write_item(void *arg, int index, int thread) {
         for (int h = 0; turns >= 0 && h < m->heads + m->kv_heads; h++)
             rotate(heads + h * D, rope_of(s, t) + turns * D, m->ropes[turns].dim / 2);
         if (m->query_beta) grow_queries(m, position, heads);
-        const int32_t block = s->b->tables[(size_t)s->row_of[t] * s->b->table_stride + position / size];
+        const int32_t block = s->tables[(size_t)s->row_of[t] * s->b->table_stride + position / size];
         bf16 *to = (bf16 *)s->at.layer + block * s->pool.block_stride + (size_t)(position % size) * D;
         const float *k = heads + m->heads * D, *v = k + m->kv_heads * D;
         for (int h = 0; h < m->kv_heads; h++, to += s->pool.head_stride, k += D, v += D)
@@ -292,7 +296,7 @@ static queries queries_of(const step *s, const attention_task *task) {
     const decoder *m = s->model;
     const int width = (m->heads + 2 * m->kv_heads) * m->head_dim;
     return (queries){
-        .table = s->b->tables + (size_t)task->row * s->b->table_stride,
+        .table = s->tables + (size_t)task->row * s->b->table_stride,
         .q = s->qkv + (size_t)task->token * width + task->head * s->at.group * m->head_dim,
         .q_stride = width,
         .head = task->head,
@@ -389,6 +393,8 @@ static void count_tasks(step *s, int window) {
 static void enter_layer(step *s, int i) {
     const layer_weights *before = s->layer;
     s->layer = &s->model->layers[i];
+    s->tables = s->b->tables + s->pool.columns[i] * s->b->column_stride;
+    s->at.layer = s->pool.first + 2 * (int64_t)s->pool.places[i] * s->at.block_size * s->at.head_dim;
     const float log2 = s->layer->score_cap ? 1.0f : LOG2_E, scale = s->layer->score_scale;
     s->at.cap = s->layer->score_cap;
     s->at.scale = scale ? log2 * scale : log2 / sqrtf((float)s->at.head_dim);
@@ -519,7 +525,6 @@ int diptych_forward(const decoder *m, const batch *b, const kv_pool *pool, arena
         add_product(&s, &w->out, &s.context, w->out_norm);
         norm(&s, w->mlp_norm, NULL, b->num_tokens);
         feed_forward(&s);
-        s.at.layer += 2 * (int64_t)pool->block_size * m->head_dim;
     }
     norm(&s, m->norm, b->logit_index, b->num_logits);
     const int plain = m->logit_scale == 1.0f && !m->logit_cap;

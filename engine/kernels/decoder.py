@@ -146,6 +146,7 @@ class BatchStruct(ctypes.Structure):
 
     _fields_ = (
         *_fields(ctypes.c_int32, "num_tokens", "num_rows", "num_logits", "table_stride"),
+        ("column_stride", ctypes.c_int64),
         *_fields(ctypes.c_void_p, "token_ids", "first_token", "position", "tables", "logit_index"),
     )
 
@@ -156,6 +157,7 @@ class PoolStruct(ctypes.Structure):
     _fields_ = (
         ("first", ctypes.c_void_p),
         *_fields(ctypes.c_int64, "block_stride", "head_stride"),
+        *_fields(ctypes.c_void_p, "columns", "places"),
         *_fields(ctypes.c_int32, "block_size", "unused"),
     )
 

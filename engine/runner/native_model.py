@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from engine.attention.batch import Row, StepRows, TableStaging, ranges
+from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
 from engine.checkpoint.packed import PackedWeights
 from engine.kernels import Kernels
@@ -42,7 +43,9 @@ class NativeModel:
         self._library = library.library
         self._library.diptych_arena_new.restype = ctypes.c_void_p
         self._logits = torch.empty(0, config.vocab_size, dtype=torch.float32)
+        self._layout: KVLayout | None = None  # of the pool that the next two suit
         self._tables = TableStaging()
+        self._places: _Ints = np.empty(0, np.int32)  # [2, layers]: their columns and places
         self._arena = ctypes.c_void_p(self._library.diptych_arena_new())
         ropes = make_ropes(config, self.device)
         tables = [(rope.inv_freq.numpy(), rope.scale) for rope in ropes]
@@ -75,7 +78,7 @@ class NativeModel:
         if step.token_ids.view(np.uint64).max() >= self.config.vocab_size:
             raise ValueError(f"a token id is not below {self.config.vocab_size}")
         ends = np.cumsum(step.num_tokens)
-        tables = self._tables.lay_out(step)
+        tables = self._staging(layout).lay_out(step)
         arrays: Mapping[str, _Ints] = {
             "token_ids": step.token_ids.astype(np.int32),
             "first_token": np.concatenate([[0], ends]).astype(np.int32),
@@ -89,11 +92,19 @@ class NativeModel:
             int(ends[-1]),
             len(step),
             num_logits,
-            tables.shape[1],
+            tables.shape[2],
+            tables[0].size,
             *(array.ctypes.data for array in arrays.values()),
         )
         strides = (kv_cache.block_stride, layout.head_elements)
-        pool = PoolStruct(kv_cache.address, *strides, layout.block_size)
+        columns, places = self._places
+        pool = PoolStruct(
+            kv_cache.address,
+            *strides,
+            columns.ctypes.data,
+            places.ctypes.data,
+            layout.block_size,
+        )
         failed = self._library.diptych_forward(
             ctypes.byref(self._decoder.struct),
             ctypes.byref(batch),
@@ -104,6 +115,14 @@ class NativeModel:
         if failed:
             raise MemoryError(f"no memory for a step of {int(ends[-1])} tokens")
         return logits
+
+    def _staging(self, layout: KVLayout) -> TableStaging:
+        """The staged block tables, with as many columns as the pool's layout has."""
+        if layout is not self._layout:
+            self._layout, self._tables = layout, TableStaging(layout.num_columns)
+            places = [layout.place(i) for i in range(self.config.num_layers)]
+            self._places = np.ascontiguousarray(np.array(places, np.int32).T)
+        return self._tables
 
     def _logits_buffer(self, num_logits: int) -> torch.Tensor:
         """Memory for logits [num_logits, vocab], reused: new pages cost as much as a row."""

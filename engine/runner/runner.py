@@ -45,7 +45,8 @@ class Runner(ModelRunner):
         self._model = model
         self._kv_cache = kv_cache
         self._backend = backend
-        self._batches = BatchBuilder(kv_cache.layout.block_size, model.device)
+        layout = kv_cache.layout
+        self._batches = BatchBuilder(layout.block_size, model.device, layout.num_columns)
         self._done = _event(model.device)
 
     def over(self, kv_cache: KVCache) -> Runner:

@@ -130,7 +130,8 @@ class _Step:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor | None:
         batch = self._batch
-        self._kv_cache.write(layer, batch.blocks, batch.offsets, k, v)
+        column, _ = self._kv_cache.layout.place(layer)
+        self._kv_cache.write(layer, batch.blocks[column], batch.offsets, k, v)
         if layer == self._model.config.num_layers - 1 and batch.num_logits == 0:
             return None
         sinks = self._model.weights.get(f"{layer}.sinks")

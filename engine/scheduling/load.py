@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 from engine.base.errors import InvalidRequest
+from engine.base.kv_columns import FULL, blocks_needed
 from engine.base.types import NO_BUDGETS, RoleBudgets
 from engine.scheduling.request import EngineRequest
 
@@ -54,16 +55,25 @@ class Limits:
     block_size: int
     max_model_len: int
     draft_window: int  # positions beyond the known tokens that a request reserves
+    windows: tuple[int, ...] = FULL  # of the columns of block tables
+    blocks_ahead: int = 0  # in a column with a window
+
+    def entries_needed(self, num_tokens: int) -> int:
+        """Entries of a block table for so many known tokens and one draft window."""
+        return -(-(num_tokens + self.draft_window) // self.block_size)
 
     def room_needed(self, num_tokens: int) -> int:
-        """Blocks for so many known tokens and one draft window."""
-        return -(-(num_tokens + self.draft_window) // self.block_size)
+        """Blocks that such a request holds at most."""
+        return self._blocks(num_tokens + self.draft_window)
+
+    def _blocks(self, num_positions: int) -> int:
+        return blocks_needed(self.windows, num_positions, self.block_size, self.blocks_ahead)
 
     def check_fits(self, request: EngineRequest) -> None:
         """Raise InvalidRequest for a request that could never have its memory."""
         num_prompt, stop = len(request.prompt), request.stop
         if stop is None:
-            needed = num_prompt // self.block_size
+            needed = self._blocks(num_prompt)
         elif num_prompt >= self.max_model_len:
             expected = f"expected fewer than {self.max_model_len}"
             raise InvalidRequest("prompt", f"{num_prompt} tokens; {expected}")

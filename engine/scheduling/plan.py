@@ -20,6 +20,13 @@ class Budgets:
     num_logits: int = 1 << 30  # positions of answers and drafts of one step: each costs memory
 
 
+def blocks_ahead(prompt_tokens: int, block_size: int) -> int:
+    """Blocks that a column with a window needs from the next position on: a whole chunk, the rest
+    of its last block, and a draft of up to a block.
+    """
+    return -(-prompt_tokens // block_size) + 3
+
+
 class PlannedRow(NamedTuple):
     """The tokens [start, start + num_tokens) of one request in a step, and then its draft.
 

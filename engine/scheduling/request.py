@@ -117,6 +117,7 @@ class Request:
     draft_id: int = NO_DRAFT_ID  # see `speculation`
     num_prompt: int = field(init=False)  # tokens of the prompt, without any of the answer
     is_answer: bool = field(init=False)  # else only the KV of whole blocks is wanted
+    may_fetch: bool = field(init=False)  # missing whole blocks may come from a peer
     wants_tokens: bool = field(init=False)  # not where the prompt's log-probabilities are all
 
     def __post_init__(self) -> None:
@@ -124,6 +125,7 @@ class Request:
         self.rank = self.work.priority
         self.num_prompt = len(self.work.prompt)
         self.is_answer = self.work.sampling is not None
+        self.may_fetch = self.work.fetch
         self.wants_tokens = self.work.stop is not None and self.work.stop.max_tokens > 0
         self.num_announced = max(0, self.work.announce_from)
 
@@ -136,6 +138,11 @@ class Request:
     def num_to_score(self) -> int:
         """Leading positions to score: the prompt's last one has no next token in it."""
         return 0 if self.work.num_prompt_logprobs is None else self.num_prompt - 1
+
+    @property
+    def fetches(self) -> bool:
+        """Whether blocks that are not here come from a peer; not before its prompt is scored."""
+        return self.may_fetch and self.num_scored >= self.num_to_score
 
     @property
     def decoding(self) -> bool:
@@ -176,6 +183,10 @@ class Request:
             chunk = self.tokens[start : start + block_size]
             self.hashes.append(block_hash(parent, chunk, self.work.salt))
         return self.hashes[: usable // block_size]
+
+    def num_whole(self, block_size: int) -> int:
+        """How many blocks a hit or a peer may supply."""
+        return len(self.whole_hashes(block_size))
 
     def hittable_hashes(self, block_size: int) -> list[bytes]:
         """Those of them whose positions need not be computed for their logits."""

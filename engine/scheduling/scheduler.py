@@ -19,9 +19,11 @@ and takes over when the producer is gone or the wait has lasted `owner_wait_s`.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Container
+from collections.abc import Callable, Container
 from itertools import chain
 
+from engine.base.kv_columns import FULL
+from engine.base.kv_layout import column_hash
 from engine.base.types import RoleBudgets
 from engine.scheduling.block_pool import BlockPool, NoRoom
 from engine.scheduling.drafts import DraftPlanner
@@ -35,7 +37,9 @@ from engine.scheduling.plan import (
     Plan,
     PlannedRow,
     StepBudget,
+    blocks_ahead,
 )
+from engine.scheduling.prefix_hits import PrefixHits, find_hits
 from engine.scheduling.request import NO_SLOT, Request, State
 from engine.scheduling.slots import DecodeSlots, is_plain
 from engine.scheduling.speculation import Speculation
@@ -51,8 +55,11 @@ class Scheduler:
         budgets: Budgets,
         speculation: Speculation | None,
         max_model_len: int,
+        windows: tuple[int, ...] = FULL,
     ) -> None:
+        """`windows`: of the columns of block tables, see kv_columns."""
         self.pool = pool
+        self.windows = windows
         self.block_size = block_size
         self.budgets = budgets
         self.role_budgets = RoleBudgets(budgets.prompt_tokens, budgets.num_seqs)
@@ -85,7 +92,13 @@ class Scheduler:
         """
         speculation, size = self.speculation, self.block_size
         window = min(speculation.max_draft_tokens, size) if speculation else 0
-        return Limits(self.pool.num_blocks, size, self.max_model_len, window)
+        columns = (self.windows, self.blocks_ahead)
+        return Limits(self.pool.num_blocks, size, self.max_model_len, window, *columns)
+
+    @property
+    def blocks_ahead(self) -> int:
+        """Blocks that a column with a window holds ahead: a step's prompt tokens and a draft."""
+        return blocks_ahead(self.budgets.prompt_tokens, self.block_size)
 
     @property
     def waiting_tokens(self) -> int:
@@ -144,19 +157,29 @@ class Scheduler:
 
     def _reserve(self, request: Request) -> bool:
         """Pin its hits and take the rest of its room, or leave everything as it was."""
-        hits = self.pool.match(request.hittable_hashes(self.block_size))
-        needed = self.limits.room_needed(len(request.tokens)) - len(hits)
-        if not request.is_answer:
-            needed = len(request.tokens) // self.block_size - len(hits)
-        if needed + self.pool.num_cached_of(hits) > self.pool.num_available:
+        size = self.block_size
+        hits = self._hits(request)
+        end = len(request.tokens) // size
+        if request.is_answer:
+            end = self.limits.entries_needed(len(request.tokens))
+        first = request.num_whole(size) if request.fetches else hits.num_entries
+        place = (hits.columns, hits.num_entries, first * size, end)
+        needed = request.table.needed(*place)
+        if needed + self.pool.num_cached_of(hits.blocks) > self.pool.num_available:
             return False
-        request.table.adopt(hits)
-        request.table.reserve((len(hits) + needed) * self.block_size)
-        request.num_hashed = len(hits)
-        request.sources = self.pool.sources(hits)
-        request.num_computed = len(hits) * self.block_size
+        request.table.open(*place)
+        request.num_hashed = hits.num_entries
+        request.sources = self.pool.sources(hits.blocks)
+        request.num_computed = hits.num_entries * size
         request.draft_lag = 0  # a block with a hash holds the draft model's KV, too
         return True
+
+    def _hits(self, request: Request) -> PrefixHits:
+        """Cached blocks from which the request can go on."""
+        size = self.block_size
+        hashes = request.hittable_hashes(size)
+        position = request.num_whole(size) * size if request.fetches else None
+        return find_hits(self.pool, hashes, self.windows, size, position)
 
     def _enter(self, request: Request, now_s: float) -> None:
         hashes = request.whole_hashes(self.block_size)
@@ -165,14 +188,13 @@ class Scheduler:
             request.num_cached_tokens = min(request.num_computed, request.num_prompt)
         for block_hash in hashes[request.num_hashed :]:
             self._producers.setdefault(block_hash, request)
-        scores = request.num_scored < request.num_to_score
-        fetching = request.work.fetch and request.num_hashed < len(hashes) and not scores
+        fetching = request.fetches and request.num_hashed < len(hashes)
         request.move(State.FETCHING if fetching else State.RUNNING)
         bisect.insort(self.active, request, key=lambda r: r.sort_key)
 
     def _waits_for_producer(self, request: Request, now_s: float) -> bool:
         hashes = request.hittable_hashes(self.block_size)
-        hits = len(self.pool.match(hashes))
+        hits = self._hits(request).num_entries
         producer = self._producers.get(hashes[hits]) if hits < len(hashes) else None
         return producer is not None and now_s - request.arrival_s < self.budgets.owner_wait_s
 
@@ -199,7 +221,8 @@ class Scheduler:
                 continue
             num_tokens = len(request.tokens)
             if not request.is_answer or num_tokens - request.num_computed != 1:
-                prompts.append(request)
+                if self._make_room_ahead(request):
+                    prompts.append(request)
             elif held and request.key in held:
                 continue
             elif request.table.num_positions >= num_tokens or self._make_room(request, num_tokens):
@@ -211,6 +234,7 @@ class Scheduler:
                     self.slots.enter(request)
                 else:
                     decoding.append(request)
+        prompts = [r for r in prompts if r.state is State.RUNNING]  # not preempted for a later one
         prompts.sort(key=lambda r: self._turn(r, now_s))
         self._let_the_oldest_go_first(prompts)
         num_decoding = len(self.slots) + len(decoding)
@@ -226,7 +250,9 @@ class Scheduler:
             rows = [PlannedRow(r, 1, (), 0, int(r.wants_tokens)) for r in decoding]
             return Plan(self.slots, rows + chunks)
         num_queued = self.limits.room_needed(len(self.waiting[0].tokens)) if self.waiting else 0
-        spare = max(0, self.pool.num_available - num_decoding - num_queued)
+        num_columns = len(self.windows)
+        spare = max(0, self.pool.num_available - num_decoding * num_columns - num_queued)
+        spare //= num_columns
         planner = DraftPlanner(
             self.speculation, self.slots, self.block_size, self.max_model_len, spare
         )
@@ -255,15 +281,23 @@ class Scheduler:
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Blocks for `num_tokens` positions, at the cost of the youngest; False: that was it."""
-        while request.table.missing(num_tokens):
+        return self._preempt_until(request, lambda: request.table.reserve(num_tokens))
+
+    def _make_room_ahead(self, request: Request) -> bool:
+        """Blocks for a prompt's next chunk in columns with a window, likewise."""
+        table, position = request.table, request.num_computed
+        return self._preempt_until(request, lambda: table.reserve_ahead(position))
+
+    def _preempt_until(self, request: Request, reserve: Callable[[], None]) -> bool:
+        while True:
             try:
-                request.table.reserve(num_tokens)
+                reserve()
+                return True
             except NoRoom:
                 victim = self._youngest_running()
                 self.preempt(victim)
                 if victim is request:
                     return False
-        return request.state is State.RUNNING
 
     def _youngest_running(self) -> Request:
         return next(r for r in reversed(self.active) if r.state is State.RUNNING)
@@ -293,7 +327,22 @@ class Scheduler:
             request.whole_hashes(self.block_size)
         for index in range(request.num_hashed, full):
             block_hash = request.hashes[index]
-            self.pool.set_hash(request.table.blocks[index], block_hash, request.sources)
+            for column, block in request.table.entry(index):
+                hashed = column_hash(block_hash, column)
+                self.pool.set_hash(block, hashed, request.sources)
             if self._producers.get(block_hash) is request:
                 del self._producers[block_hash]
         request.num_hashed = full
+        if self.windows != FULL and request.table.release_behind(num_computed):
+            self.slots.got_blocks(request)
+
+    def go_on(self, request: Request) -> None:
+        """Let a running request compute what its peer did not send.
+
+        Blocks of columns with a window were to come for the prompt's end alone. Where they did not,
+        it waits again and begins where all columns have what it reads.
+        """
+        if not request.table.covers(request.num_computed):
+            request.may_fetch = False
+            self.preempt(request)
+            self.num_preemptions -= 1

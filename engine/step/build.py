@@ -32,7 +32,7 @@ from engine.kernels.backend_selection import check_length, resolve_draft
 from engine.models.config import ModelConfig
 from engine.sampling import Sampler
 from engine.scheduling.block_pool import BlockPool
-from engine.scheduling.plan import Budgets
+from engine.scheduling.plan import Budgets, blocks_ahead
 from engine.scheduling.scheduler import Scheduler
 from engine.step.core import EngineCore
 from engine.step.device import Device, pick_device
@@ -113,21 +113,24 @@ def _build(
     dtype = pick_dtype(model, device)
     checkpoint = resolve(model.model, weights=model.seed_weights < 0)
     checkpoint = checkpoint.for_length(model.max_model_len)
-    layout = layout_of(checkpoint.config, cache, dtype)
+    # A draft model's layers lie in the target's blocks: then every layer keeps every block.
+    layout = layout_of(checkpoint.config, cache, dtype, by_window=not model.draft_model)
     draft: Checkpoint | None = None
     if model.draft_model:
         draft = resolve_draft(checkpoint, model.draft_model, weights=model.seed_weights < 0)
         draft = draft.for_length(model.max_model_len or checkpoint.config.context)
-        layout = dataclasses.replace(layout, draft=layout_of(draft.config, cache, dtype))
+        drafts = layout_of(draft.config, cache, dtype, by_window=False)
+        layout = dataclasses.replace(layout, draft=drafts)
+    budgets = pick_budgets(step, device)
     window = min(drafting.max_draft_tokens, cache.block_size) if drafting else 0
-    pool_of = _PoolSizer(checkpoint.config, model, cache, layout, window)
+    ahead = blocks_ahead(budgets.prompt_tokens, layout.block_size)
+    pool_of = _PoolSizer(checkpoint.config, model, cache, layout, window, ahead)
     size = None if device.on_gpu and not cache.kv_cache_memory else pool_of(device)
     loader = Loader(model, cache, step, dtype, device)
     models = loader.load_all(checkpoint, draft, layout)
     sampler = Sampler(checkpoint.config.vocab_size, device.place)
-    budgets = pick_budgets(step, device)
     _warm_up(models, sampler, budgets, layout, pool_of.length, window, device)
-    self_tests = models.self_tests(layout.block_size, checkpoint.config.vocab_size)
+    self_tests = models.self_tests(layout, checkpoint.config.vocab_size)
     _test(self_tests)
     size = size or pool_of(device)
     kv_cache = KVCache(layout, size.num_blocks, device.place, device.allocate)
@@ -141,7 +144,8 @@ def _build(
         raise ValueError("a draft model needs a drafter, which computes its KV")
     speculation = drafting.begin(draft_runner, sampler, layout.block_size) if drafting else None
     pool = BlockPool(size.num_blocks)
-    scheduler = Scheduler(pool, layout.block_size, budgets, speculation, size.max_model_len)
+    length = size.max_model_len
+    scheduler = Scheduler(pool, layout.block_size, budgets, speculation, length, layout.windows)
     scheduler.set_role_budgets(default_budgets(role, budgets))
     metrics = WorkerMetrics(registry, identity.name)
     health = EngineHealth(kv_cache, self_tests)
@@ -230,20 +234,22 @@ class _PoolSizer:
         cache: CacheOptions,
         layout: KVLayout,
         draft_window: int,
+        ahead: int,
     ) -> None:
-        """Raises ConfigError for a length that the model does not have."""
+        """`ahead` as kv_columns has it. Raises ConfigError for a length that the model lacks."""
         check_length(config, model.max_model_len)
         self.length = model.max_model_len or config.context
         self._requested = model.max_model_len
         self._cache = cache
         self._layout = layout
         self._draft_window = draft_window
+        self._ahead = ahead
 
     def __call__(self, device: Device) -> PoolSize:
         """The size that fits now. Raises ConfigError."""
         layout, window = self._layout, self._draft_window
         lengths = {"longest": self.length, "requested": self._requested, "draft_window": window}
-        size = fit_pool(self._budget(device), layout, **lengths)
+        size = fit_pool(self._budget(device), layout, **lengths, ahead=self._ahead)
         if size.max_model_len < self.length:
             _log.warning(
                 "max_model_len reduced to what the KV pool holds",
@@ -259,7 +265,8 @@ class _PoolSizer:
             return PoolBudget(cache.kv_cache_memory, "--kv-cache-memory")
         if device.memory is not None:
             return gpu_budget(device.memory(), cache.gpu_memory_utilization)
-        longest_bytes = layout.num_blocks(self.length + self._draft_window) * layout.block_bytes
+        longest = self.length + self._draft_window
+        longest_bytes = layout.pool_blocks(longest, self._ahead) * layout.block_bytes
         memory = HostMemory.parse(cache.memory_share) or host_memory()
         return host_budget(longest_bytes, memory)
 

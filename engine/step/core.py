@@ -83,7 +83,9 @@ class EngineCore:
 
     def add(self, key: int, work: EngineRequest) -> None:
         """Queue a request under a fresh key. A retry may bring an answer that is complete."""
-        table = BlockTable(self.pool, self.scheduler.block_size)
+        scheduler = self.scheduler
+        columns = (scheduler.windows, scheduler.blocks_ahead)
+        table = BlockTable(self.pool, scheduler.block_size, *columns)
         request = Request(key, work, table, self._clock())
         self._requests[key] = request
         self.scheduler.add(request)
@@ -119,6 +121,8 @@ class EngineCore:
             request.move(State.RUNNING)
             if self.pool.has_forgotten(request.sources):
                 self._lifecycle.finish(request, FinishReason.ABORTED, degraded_peer())
+            else:
+                self.scheduler.go_on(request)
 
     def forget(self, source: str, *, for_good: bool = True) -> None:
         """Use no block that a peer, by its incarnation, had a part in; see `Faults.forget`."""

@@ -46,7 +46,7 @@ class Faults:
         part in are forgotten.
         """
         self.metrics.non_finite_requests.inc(len(broken))
-        damaged = [self.health.damaged(r.table.blocks[: r.num_hashed]) for r in broken]
+        damaged = [self.health.damaged(r.table.held(0, r.num_hashed)) for r in broken]
         # A second copy of a block has no hash, and its sources are not kept: any may be it.
         causes = [
             (self.scheduler.pool.sources(blocks) or request.sources) if blocks else NO_SOURCES

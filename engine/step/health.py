@@ -47,7 +47,9 @@ class EngineHealth(Health):
         some = np.flatnonzero(step.num_logits < step.num_tokens)
         if not len(some):
             return []
-        size = self._kv_cache.layout.block_size
+        layout = self._kv_cache.layout
+        size, (column, _) = layout.block_size, layout.place(layout.total_layers - 1)
+        step = step.column(column)
         starts, lengths = step.starts[some], step.num_tokens[some]
         block_ids = [np.asarray(step.tables[i], np.int64) for i in some.tolist()]
         entry, offsets = np.divmod(ranges(starts, lengths), size)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from engine.base.errors import DiptychError, Unavailable
+from engine.base.kv_layout import column_hash
 from engine.base.types import FinishReason, TokenLogprobs
 from engine.scheduling.events import (
     AnnouncedEvent,
@@ -51,10 +52,10 @@ class Lifecycle:
             self.finish(request, FinishReason.ABORTED, degraded_peer())
         else:
             size = self._scheduler.block_size
-            first, hashes = request.num_hashed, request.whole_hashes(size)
-            blocks = request.table.blocks[first : len(hashes)]
-            tokens = request.tokens[: len(hashes) * size]
-            self._events.append(FetchEvent(request.key, first, blocks, hashes[first:], tokens))
+            first, end = request.num_hashed, len(request.whole_hashes(size))
+            blocks, hashes, counts = self._travelling(request, first, end)
+            tokens = request.tokens[: end * size]
+            self._events.append(FetchEvent(request.key, first, blocks, hashes, tokens, counts))
 
     def emit(self, request: Request, tokens: list[int], logprobs: Sequence[TokenLogprobs]) -> None:
         """Report new tokens; the prompt's log-probabilities once they are complete."""
@@ -76,14 +77,33 @@ class Lifecycle:
         first, end = request.num_announced, request.num_hashed
         if request.work.announce_from < 0 or end <= first:
             return
-        blocks = request.table.blocks[first:end]
+        blocks, hashes, _ = self._travelling(request, first, end)
+        if not blocks:  # a query at the end reads none of these
+            return
         self._pool.pin(blocks)
         request.num_announced = end
         self._events.append(
-            AnnouncedEvent(
-                request.key, first, blocks, request.hashes[first:end], self.generations(blocks)
-            )
+            AnnouncedEvent(request.key, first, blocks, hashes, self.generations(blocks))
         )
+
+    def _travelling(
+        self, request: Request, first: int, end: int
+    ) -> tuple[list[int], list[bytes], list[int]]:
+        """Blocks of the entries first .. end - 1 that are read behind the prompt's whole blocks.
+
+        Returns the blocks by entry and column, their hashes, and how many each entry has. A prefill
+        and a decode worker come to the same ones.
+        """
+        size = self._scheduler.block_size
+        position = len(request.whole_hashes(size)) * size
+        entries = [request.table.entry(i, position) for i in range(first, end)]
+        blocks = [block for entry in entries for _, block in entry]
+        hashes = [
+            column_hash(request.hashes[i], column)
+            for i, entry in enumerate(entries, first)
+            for column, _ in entry
+        ]
+        return blocks, hashes, [len(entry) for entry in entries]
 
     def generations(self, blocks: Sequence[int]) -> list[int]:
         """Of each block, as its reader compares them."""

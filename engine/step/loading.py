@@ -5,12 +5,14 @@ The C kernels compute a model on the CPU where they can, torch everywhere else.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 from engine.attention import BackendChoice, choose_backend, flashinfer_version, make_backend
 from engine.attention.base import AttentionBackend
 from engine.base.errors import ConfigError
+from engine.base.kv_columns import FULL, Columns, deal
 from engine.base.kv_layout import KVLayout
 from engine.base.option_groups import CacheOptions, ModelOptions, StepOptions
 from engine.cache.kv_cache import DTYPES, KVCache
@@ -64,10 +66,18 @@ def numeric_profile(
     return f"{source} weights={names.get(choice, choice)} activations=float32/int16 kv={dtype}"
 
 
-def layout_of(config: ModelConfig, cache: CacheOptions, dtype: str) -> KVLayout:
-    """The KV blocks of one model."""
-    sizes = (config.num_layers, config.num_kv_heads, config.head_dim)
-    return KVLayout(*sizes, cache.block_size, dtype)
+def layout_of(
+    config: ModelConfig, cache: CacheOptions, dtype: str, *, by_window: bool = True
+) -> KVLayout:
+    """The KV blocks of one model; `by_window`: layers with a window have columns of their own."""
+    columns = Columns.one(config.num_layers)
+    if by_window:
+        columns = deal([spec.window for spec in config.attention], config.context)
+    sizes = (columns.num_layers, config.num_kv_heads, config.head_dim)
+    layout = KVLayout(*sizes, cache.block_size, dtype)
+    if columns.windows == FULL:
+        return layout
+    return dataclasses.replace(layout, windows=columns.windows, places=columns.places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +105,14 @@ class Models:
         """Of both."""
         return [each.runner for each in (self.target, self.draft) if each is not None]
 
-    def self_tests(self, block_size: int, vocab_size: int) -> list[SelfTest]:
+    def self_tests(self, layout: KVLayout, vocab_size: int) -> list[SelfTest]:
         """Of both, on the scratch pool."""
         found = (("the model", self.target), ("the draft model", self.draft))
-        sizes = {"block_size": block_size, "vocab_size": vocab_size}
+        sizes = {
+            "block_size": layout.block_size,
+            "vocab_size": vocab_size,
+            "num_columns": layout.num_columns,
+        }
         return [
             SelfTest(name, each.runner, exact=each.model.exact, **sizes)
             for name, each in found
@@ -128,7 +142,8 @@ class Loader:
         self, checkpoint: Checkpoint, draft: Checkpoint | None, layout: KVLayout
     ) -> Models:
         """Both models over a scratch pool of a few blocks. Raises CheckpointError, ConfigError."""
-        scratch = KVCache(layout, num_scratch_blocks(layout.block_size), self.device.place)
+        num_blocks = num_scratch_blocks(layout.block_size, layout.num_columns)
+        scratch = KVCache(layout, num_blocks, self.device.place)
         target = self._load(checkpoint)
         loaded_draft = None
         if draft is not None and scratch.draft is not None:

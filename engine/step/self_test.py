@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from engine.attention.batch import Row
@@ -23,21 +24,29 @@ _TOLERANCE = 0.1  # of the largest logit: reduced precision and another order of
 _ADVICE = "this machine's processor or memory, the weights or the precision are not to be trusted"
 
 
-def num_scratch_blocks(block_size: int) -> int:
+def num_scratch_blocks(block_size: int, num_columns: int = 1) -> int:
     """Blocks that the test writes."""
-    return -(-(NUM_PROMPT + NUM_STEPS) // block_size)
+    return -(-(NUM_PROMPT + NUM_STEPS) // block_size) * num_columns
 
 
 class SelfTest:
     """Of one model. Runs on its scratch pool, so that it needs no block of a full one."""
 
     def __init__(
-        self, name: str, runner: ModelRunner, *, block_size: int, vocab_size: int, exact: bool
+        self,
+        name: str,
+        runner: ModelRunner,
+        *,
+        block_size: int,
+        vocab_size: int,
+        exact: bool,
+        num_columns: int = 1,
     ) -> None:
         """`runner` is over a pool of `num_scratch_blocks`. `exact`: equal means bit for bit."""
         self._name = name
         self._runner = runner
-        self._table = list(range(num_scratch_blocks(block_size)))
+        blocks = np.arange(num_scratch_blocks(block_size, num_columns), dtype=np.int32)
+        self._table = blocks if num_columns == 1 else blocks.reshape(-1, num_columns)
         self._prompt = [(7919 * i + 13) % vocab_size for i in range(NUM_PROMPT)]
         self._exact = exact
         self._tokens: list[int] | None = None

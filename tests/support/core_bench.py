@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from decode.speculative.ngram import NgramDrafter
 from decode.speculative.verify import verify
+from engine.base.kv_columns import FULL
 from engine.base.kv_layout import hash_salt
 from engine.base.types import FinishReason, SamplingParams, StopParams, TokenLogprobs
 from engine.sampling import Sampler, SampleRow
@@ -21,7 +22,7 @@ from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import Speculation
 from engine.step.core import EngineCore
 from engine.telemetry.metrics import WorkerMetrics
-from tests.support.history_model import VOCAB, HistoryRunner, logits_of
+from tests.support.history_model import VOCAB, HistoryRunner, logits_of, seen
 from tests.support.invariants import check_pool, check_request
 
 SIZE = 4
@@ -38,15 +39,16 @@ class Bench:
         num_seqs: int = 8,
         draft_tokens: int = 0,
         max_model_len: int = 200,
+        windows: tuple[int, ...] = FULL,
     ) -> None:
         self.pool = BlockPool(num_blocks)
-        self.runner = HistoryRunner(num_blocks, SIZE)
+        self.windows = windows
+        self.runner = HistoryRunner(num_blocks, SIZE, windows)
         self.now_s = 0.0
         self.clock: Callable[[], float] = lambda: self.now_s
         speculation = Speculation(NgramDrafter(), verify, draft_tokens) if draft_tokens else None
-        self.scheduler = Scheduler(
-            self.pool, SIZE, Budgets(prompt_tokens, num_seqs, 5.0), speculation, max_model_len
-        )
+        budgets = Budgets(prompt_tokens, num_seqs, 5.0)
+        self.scheduler = Scheduler(self.pool, SIZE, budgets, speculation, max_model_len, windows)
         sampler = Sampler(VOCAB, torch.device("cpu"))
         metrics = WorkerMetrics(CollectorRegistry(), "test")
         self.core = EngineCore(self.scheduler, self.runner, sampler, metrics, lambda: self.clock())
@@ -101,7 +103,9 @@ class Bench:
         assert not self.core._requests
 
 
-def oracle(work: EngineRequest, max_model_len: int = 200) -> tuple[list[int], FinishReason]:
+def oracle(
+    work: EngineRequest, max_model_len: int = 200, windows: Sequence[int] = FULL
+) -> tuple[list[int], FinishReason]:
     """The plain loop: one token at a time, no cache, no batch."""
     assert work.sampling
     assert work.stop
@@ -111,7 +115,7 @@ def oracle(work: EngineRequest, max_model_len: int = 200) -> tuple[list[int], Fi
         num_output = len(tokens) - len(work.prompt)
         banned = work.stop.stop_token_ids if num_output < work.stop.min_tokens else frozenset()
         row = SampleRow(work.sampling, len(tokens), tokens, len(work.prompt), [], banned)
-        token = sampler.sample(logits_of(tokens)[None], [row])[0]
+        token = sampler.sample(logits_of(seen(tokens, windows))[None], [row])[0]
         tokens.append(token)
         new.append(token)
         if token in work.stop.stop_token_ids and num_output + 1 >= work.stop.min_tokens:
@@ -144,6 +148,6 @@ def random_work(rng: random.Random, longest: int = 40, shared: Sequence[int] = (
 
 def check_answers(bench: Bench, works: dict[int, EngineRequest]) -> None:
     for key, work in works.items():
-        expected, reason = oracle(work)
+        expected, reason = oracle(work, windows=bench.windows)
         assert bench.tokens[key] == expected
         assert bench.finished[key].reason is reason

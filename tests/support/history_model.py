@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from engine.attention.batch import Row
+from engine.base.kv_columns import FULL
 from engine.runner.base import ModelRunner, StepOutput
 
 VOCAB = 50
@@ -35,11 +36,27 @@ def logits_of(history: Sequence[object]) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-class HistoryRunner(ModelRunner):
-    """Looks like engine.runner.Runner."""
+def seen(tokens: Sequence[object], windows: Sequence[int] = FULL) -> list[object]:
+    """What layers with these windows (0: all) read of a text, one column after the other."""
+    return [token for window in windows for token in tokens[-window:]]
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+
+def places(row: Row, position: int, size: int, windows: Sequence[int]) -> list[tuple[int, int]]:
+    """(block, offset) of what a query at `position` of `row` reads, one column after the other."""
+    table = np.asarray(row.block_ids).reshape(len(row.block_ids), -1)
+    return [
+        (int(table[p // size, column]), p % size)
+        for column, window in enumerate(windows)
+        for p in range(max(0, position - window + 1) if window else 0, position + 1)
+    ]
+
+
+class HistoryRunner(ModelRunner):
+    """Looks like engine.runner.Runner, of a model whose layers lie in columns of `windows`."""
+
+    def __init__(self, num_blocks: int, block_size: int, windows: Sequence[int] = FULL) -> None:
         self.block_size = block_size
+        self.windows = windows
         self.memory: list[list[object]] = [
             ["never written"] * block_size for _ in range(num_blocks)
         ]
@@ -59,13 +76,14 @@ class HistoryRunner(ModelRunner):
         size = self.block_size
         for row in rows:
             for ahead, token in enumerate(row.token_ids):
-                block, offset = divmod(row.start + ahead, size)
-                self.memory[row.block_ids[block]][offset] = token
+                entry, offset = divmod(row.start + ahead, size)
+                for block in np.atleast_1d(row.block_ids[entry]).tolist():
+                    self.memory[block][offset] = token
                 self.num_tokens += 1
         out = []
         for row in rows:
             end = row.start + len(row.token_ids)
-            history = [self.memory[row.block_ids[p // size]][p % size] for p in range(end)]
             for position in range(end - row.num_logits, end):
-                out.append(logits_of(history[: position + 1]))
+                at = places(row, position, size, self.windows)
+                out.append(logits_of([self.memory[block][offset] for block, offset in at]))
         return torch.stack(out) if out else torch.empty(0, VOCAB)

@@ -21,7 +21,7 @@ def check_pool(pool: BlockPool) -> None:
 def check_request(request: Request, block_size: int) -> None:
     """Assert that computed and hashed positions, and the blocks, fit the state of a request."""
     assert 0 <= request.num_computed <= len(request.tokens)
-    assert request.num_computed <= len(request.table.blocks) * block_size
+    assert request.num_computed <= request.table.num_positions or not request.table.blocks
     assert 0 <= request.draft_lag <= request.num_computed
     assert request.num_hashed * block_size <= request.num_computed - request.draft_lag
     holds = request.state in (State.FETCHING, State.RUNNING)

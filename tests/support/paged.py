@@ -10,10 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
-from engine.attention.batch import Row
+from engine.attention.batch import BlockIds, Row
+from engine.base.kv_columns import Columns, deal, first_visible
 from engine.base.kv_layout import KVLayout
 from engine.cache.kv_cache import KVCache
 from engine.models.config import ModelConfig, RopeScaling
@@ -52,9 +54,15 @@ def tiny_config(**changes: object) -> ModelConfig:
     return ModelConfig(**(values | changes))  # type: ignore[arg-type]
 
 
-def layout_of(config: ModelConfig, block_size: int, dtype: str = "float32") -> KVLayout:
-    """The layout of a model's cache."""
-    return KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype)
+def layout_of(
+    config: ModelConfig, block_size: int, dtype: str = "float32", *, by_window: bool = True
+) -> KVLayout:
+    """The layout of a model's cache; `by_window`: with columns for layers with a window."""
+    columns = Columns.one(config.num_layers)
+    if by_window:
+        columns = deal([spec.window for spec in config.attention], config.context)
+    sizes = (columns.num_layers, config.num_kv_heads, config.head_dim, block_size)
+    return KVLayout(*sizes, dtype, windows=columns.windows, places=columns.places)
 
 
 @dataclass(slots=True)
@@ -62,7 +70,7 @@ class Sequence_:
     """A request: its tokens, and how many of them are in the cache."""
 
     token_ids: list[int]
-    block_ids: list[int]
+    block_ids: list[list[int]]  # of each column
     num_cached: int = 0
 
 
@@ -106,6 +114,7 @@ class Bench:
         config = model.config
         dtype = "bfloat16" if isinstance(model, NativeModel) else str(model.dtype)
         layout = layout_of(config, block_size, dtype.removeprefix("torch."))
+        num_blocks *= layout.num_columns
         self.kv_cache = KVCache(layout, num_blocks, CPU)
         self.kv_cache.pool.fill_(float("nan"))
         self.runner: ModelRunner
@@ -121,23 +130,28 @@ class Bench:
     def sequence(self, token_ids: Sequence[int], room: int = 0) -> Sequence_:
         """A new request with blocks for its tokens and `room` more."""
         need = self._layout.num_blocks(len(token_ids) + room)
-        taken, self._free = self._free[:need], self._free[need:]
-        assert len(taken) == need, "the test's pool is too small"
-        return Sequence_(list(token_ids), taken)
+        columns = []
+        for _ in self._layout.windows:
+            taken, self._free = self._free[:need], self._free[need:]
+            assert len(taken) == need, "the test's pool is too small"
+            columns.append(taken)
+        return Sequence_(list(token_ids), columns)
+
+    def _table(self, seq: Sequence_, end: int) -> BlockIds:
+        """The block table as an engine has it: blocks behind a window are gone, and poisoned."""
+        used, columns = self._layout.num_blocks(end), []
+        for window, blocks in zip(self._layout.windows, seq.block_ids, strict=True):
+            first = first_visible(window, seq.num_cached, self._layout.block_size)
+            self.kv_cache.pool[blocks[:first]] = float("nan")
+            columns.append([*[blocks[first]] * first, *blocks[first:used]])
+        return columns[0] if len(columns) == 1 else np.array(columns, np.int32).T
 
     def step(self, *work: tuple[Sequence_, int, int]) -> torch.Tensor:
         """One step: (sequence, tokens to compute next, logits wanted of the last ones)."""
         rows = []
         for seq, count, num_logits in work:
             end = seq.num_cached + count
-            used = self._layout.num_blocks(end)
-            rows.append(
-                Row(
-                    seq.token_ids[seq.num_cached : end],
-                    seq.num_cached,
-                    seq.block_ids[:used],
-                    num_logits,
-                )
-            )
+            tokens = seq.token_ids[seq.num_cached : end]
+            rows.append(Row(tokens, seq.num_cached, self._table(seq, end), num_logits))
             seq.num_cached = end
         return self.runner.run(rows)

@@ -25,6 +25,7 @@ from decode.speculative.ngram import NgramDrafter
 from decode.speculative.verify import verify
 from engine.attention.batch import Row
 from engine.base.errors import DiptychError
+from engine.base.kv_columns import FULL
 from engine.base.kv_layout import KVLayout, hash_salt
 from engine.base.option_groups import TransferOptions, WorkerOptions
 from engine.base.types import ModelIdentity, Role, SamplingParams, StopParams
@@ -45,7 +46,7 @@ from engine.telemetry.metrics import WorkerMetrics
 from kvtransfer.transport import Extent, MemoryRegion, ReadState
 from tests.support.core_bench import oracle
 from tests.support.engine_probe import Probe
-from tests.support.history_model import VOCAB, logits_of
+from tests.support.history_model import VOCAB, logits_of, places
 from tests.support.invariants import check_pool
 from worker.process import WorkerProcess, WorkerSettings
 from worker.services import make_services
@@ -59,29 +60,26 @@ GREEDY = SamplingParams()
 class ArrayRunner(ModelRunner):
     """HistoryRunner over plain memory: [num_blocks, SIZE] int64, the token at every slot."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, windows: Sequence[int] = FULL) -> None:
+        self.windows = windows
         self.memory = np.full((num_blocks, SIZE), NEVER_WRITTEN, dtype=np.int64)
         self.before_step: Callable[[], None] = lambda: None
         self.num_tokens = 0
 
     def launch(self, rows: Sequence[Row]) -> StepOutput:
         self.before_step()
-        flat = self.memory.reshape(-1)
-        slots = [self._slots(row) for row in rows]
-        for row, where in zip(rows, slots, strict=True):
-            flat[where[row.start :]] = row.token_ids
+        for row in rows:
+            for ahead, token in enumerate(row.token_ids):
+                entry, offset = divmod(row.start + ahead, SIZE)
+                self.memory[row.block_ids[entry], offset] = token
             self.num_tokens += len(row.token_ids)
         out = []
-        for row, where in zip(rows, slots, strict=True):
-            history = flat[where].tolist()
-            for end in range(len(history) - row.num_logits, len(history)):
-                out.append(logits_of(history[: end + 1]))
+        for row in rows:
+            end = row.start + len(row.token_ids)
+            for position in range(end - row.num_logits, end):
+                at = np.array(places(row, position, SIZE, self.windows))
+                out.append(logits_of(self.memory[at[:, 0], at[:, 1]].tolist()))
         return StepOutput(torch.stack(out) if out else torch.empty(0, VOCAB))
-
-    @staticmethod
-    def _slots(row: Row) -> np.ndarray:
-        positions = np.arange(row.context_len)
-        return np.asarray(row.block_ids)[positions // SIZE] * SIZE + positions % SIZE
 
 
 @dataclass
@@ -207,12 +205,14 @@ async def start(
     draft_tokens: int = 0,
     transfer: TransferOptions | None = None,
     max_model_len: int = 120,
+    windows: tuple[int, ...] = FULL,
 ) -> PairedWorker:
     """A serving worker; the caller stops it."""
-    runner, transport = ArrayRunner(num_blocks), LocalTransport()
+    runner, transport = ArrayRunner(num_blocks, windows), LocalTransport()
     speculation = Speculation(NgramDrafter(), verify, draft_tokens) if draft_tokens else None
     budgets = Budgets(prompt_tokens, 8, 2.0)
-    scheduler = Scheduler(BlockPool(num_blocks), SIZE, budgets, speculation, max_model_len)
+    pool = BlockPool(num_blocks)
+    scheduler = Scheduler(pool, SIZE, budgets, speculation, max_model_len, windows)
     scheduler.set_role_budgets(default_budgets(role, budgets))
     metrics = WorkerMetrics(CollectorRegistry(), "test")
     sampler = Sampler(VOCAB, torch.device("cpu"))
@@ -263,9 +263,9 @@ class Ask:
     max_tokens: int
     sampling: SamplingParams = GREEDY
 
-    def answer(self) -> list[int]:
+    def answer(self, windows: Sequence[int] = FULL) -> list[int]:
         """The tokens that law 1 demands."""
-        return oracle(self.work(), 120)[0]
+        return oracle(self.work(), 120, windows)[0]
 
     def work(self) -> EngineRequest:
         """The same as the engine takes it."""

@@ -202,8 +202,10 @@ def test_first_layers_beside_the_target_in_the_same_blocks(
     _, native_model = pair
     draft = native_model.first_layers(1)
     prompt = tokens(70)
-    layout = layout_of(native_model.config, 16, "bfloat16")
-    layout = dataclasses.replace(layout, draft=layout_of(draft.config, 16, "bfloat16"))
+    layout, draft_layout = (
+        layout_of(each.config, 16, "bfloat16", by_window=False) for each in (native_model, draft)
+    )
+    layout = dataclasses.replace(layout, draft=draft_layout)
     cache = KVCache(layout, 8, CPU)
     assert cache.draft
     for view in (cache, cache.draft):

@@ -43,7 +43,7 @@ def test_rows_of_a_step_may_share_blocks() -> None:
     first = bench.sequence(range(8), room=4)
     bench.step((first, 8, 0))
     tails = [bench.sequence([5, 6]), bench.sequence([7, 8])]
-    rows = [Row(t.token_ids, 8, [*first.block_ids[:2], *t.block_ids], 2) for t in tails]
+    rows = [Row(t.token_ids, 8, [*first.block_ids[0][:2], *t.block_ids[0]], 2) for t in tails]
     got = bench.runner.run(rows)
     alone = Bench(MODEL)
     for i, t in enumerate(tails):

@@ -93,7 +93,7 @@ class PoolMachine(RuleBasedStateMachine):
         table = BlockTable(self.pool, BLOCK_SIZE)
         self.live.append(table)
         blocks = self.pool.match([bytes([name])])
-        table.adopt(blocks)
+        table.open([blocks], len(blocks), len(blocks) * BLOCK_SIZE, len(blocks))
         for block in blocks:
             assert self.bytes[block] == self.promised[bytes([name])], "a name outlived its bytes"
         return table
@@ -101,7 +101,8 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(target=tables, table=tables, num_blocks=st.integers(0, 7))
     def share(self, table: BlockTable, num_blocks: int) -> BlockTable:
         twin = BlockTable(self.pool, BLOCK_SIZE)
-        twin.adopt(table.blocks[:num_blocks])
+        blocks = table.blocks[:num_blocks]
+        twin.open([blocks], len(blocks), len(blocks) * BLOCK_SIZE, len(blocks))
         self.live.append(twin)
         return twin
 

@@ -17,13 +17,19 @@ from engine.scheduling.request import EngineRequest, State
 from tests.support.core_bench import SALT, SIZE, Bench, check_answers, oracle, random_work
 from tests.support.history_model import VOCAB
 
+# Windows of the columns of block tables, and blocks of a pool that preempts for them.
+COLUMNS = [((0,), 24), ((0, 6, 6), 52), ((9,), 18), ((0, 5, 17), 52)]
+
 
 @pytest.mark.parametrize("draft_tokens", [0, 4])
-@pytest.mark.parametrize("num_blocks", [24, 64])
+@pytest.mark.parametrize(("windows", "num_blocks"), [*COLUMNS, ((0,), 64), ((0, 6, 6), 150)])
 @pytest.mark.parametrize("seed", range(4))
-def test_answers_equal_the_plain_loop(seed: int, num_blocks: int, draft_tokens: int) -> None:
+def test_answers_equal_the_plain_loop(
+    seed: int, windows: tuple[int, ...], num_blocks: int, draft_tokens: int
+) -> None:
     rng = random.Random(seed)
-    bench = Bench(num_blocks, prompt_tokens=rng.choice([5, 16]), draft_tokens=draft_tokens)
+    prompt_tokens = rng.choice([5, 16])
+    bench = Bench(num_blocks, prompt_tokens, draft_tokens=draft_tokens, windows=windows)
     shared = [rng.randrange(VOCAB) for _ in range(24)]
     works = {}
     for _ in range(24):
@@ -34,7 +40,7 @@ def test_answers_equal_the_plain_loop(seed: int, num_blocks: int, draft_tokens: 
     bench.run()
     check_answers(bench, works)
     bench.at_rest()
-    if num_blocks == 24:
+    if (windows, num_blocks) in COLUMNS:
         assert bench.scheduler.num_preemptions > 0, "the scenario is meant to preempt"
     if draft_tokens:
         assert bench.core.totals.accepted_tokens > 0, "the scenario is meant to accept drafts"
@@ -341,28 +347,32 @@ class Peer:
     def __init__(self, bench: Bench, event: FetchEvent) -> None:
         self.bench = bench
         self.event = event
-        self.num_read = 0  # of event.block_ids
+        self.entry = event.first_block  # of the block table, the next to read
         bench.write(event.block_ids, ["torn"] * SIZE)
 
     def read(self, count: int) -> None:
-        """`count` more blocks pass the fence."""
-        event, end = self.event, min(len(self.event.block_ids), self.num_read + count)
-        for i in range(self.num_read, end):
-            first = (event.first_block + i) * SIZE
-            self.bench.write(event.block_ids[i : i + 1], event.token_ids[first : first + SIZE])
-        self.num_read = end
-        self.bench.core.blocks_arrived(event.key, event.first_block + end)
+        """The blocks of `count` more entries pass the fence."""
+        event, end = self.event, min(self.event.end, self.entry + count)
+        for entry in range(self.entry, end):
+            blocks = event.block_ids[event.offset(entry) : event.offset(entry + 1)]
+            first = entry * SIZE
+            self.bench.write(blocks, event.token_ids[first : first + SIZE])
+        self.entry = end
+        self.bench.core.blocks_arrived(event.key, end)
 
     @property
     def done(self) -> bool:
-        return self.num_read == len(self.event.block_ids)
+        return self.entry == self.event.end
 
 
+@pytest.mark.parametrize(("windows", "num_blocks"), [((0,), 26), ((0, 7, 7), 60), ((10,), 22)])
 @pytest.mark.parametrize("seed", range(8))
-def test_fetches_aborts_and_preemption_in_any_order(seed: int) -> None:
+def test_fetches_aborts_and_preemption_in_any_order(
+    seed: int, windows: tuple[int, ...], num_blocks: int
+) -> None:
     """Whole fetches, halves of one, none at all; blocks with torn bytes never reach a token."""
     rng = random.Random(seed)
-    bench = Bench(num_blocks=26, prompt_tokens=12, draft_tokens=3, max_model_len=90)
+    bench = Bench(num_blocks, 12, draft_tokens=3, max_model_len=90, windows=windows)
     shared = [rng.randrange(VOCAB) for _ in range(24)]
     works: dict[int, EngineRequest] = {}
     peers: dict[int, Peer] = {}
@@ -392,7 +402,7 @@ def test_fetches_aborts_and_preemption_in_any_order(seed: int) -> None:
             break
     assert len(bench.finished) == 40
     for key, work in works.items():
-        expected, reason = oracle(work, 90)
+        expected, reason = oracle(work, 90, windows)
         got = bench.tokens[key]
         assert got == expected[: len(got)]
         assert bench.finished[key].reason in (reason, FinishReason.ABORTED)
