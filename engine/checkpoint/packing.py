@@ -103,13 +103,21 @@ def _half_blocks(blocks: Array, first: int, values: Array) -> None:
     _four_bits(words, out[..., :4, :], out[..., 4:, :])
 
 
-def _fifth_bits(bits: Array, values: Array) -> None:
-    """A bit a column, [groups, records, 16, blocks, 32], behind the four: by pairs of columns."""
-    pairs = bits.reshape(*bits.shape[:-1], BLOCK // 4, 2, 2)  # [.., 16, blocks, 8, 2, pair]
-    order = np.ascontiguousarray(np.moveaxis(pairs, 2, -2))  # [.., blocks, 8, 2, 16, pair]
-    packed = np.packbits(order.reshape(*order.shape[:-2], 2 * GROUP), -1, "little")
-    out = values[..., GROUP * BLOCK // 2 :]
-    out[:] = packed.reshape(out.shape)
+def _fifth_bits(words: Array, values: Array) -> None:
+    """A bit a column, [groups, records, 16, blocks] uint32, behind the four bits.
+
+    Row r of a block holds sixteen pairs of bits, by pairs of columns, and word k of the result the
+    k-th pair of all rows: a matrix of pairs is transposed, by ever smaller squares.
+    """
+    square = np.ascontiguousarray(np.moveaxis(words, 2, 0))  # [16, groups, records, blocks]
+    for size, mask in ((8, 0xFFFF), (4, 0xFF00FF), (2, 0x0F0F0F0F), (1, 0x33333333)):
+        halves = square.reshape(GROUP // (2 * size), 2, size, *square.shape[1:])
+        above, below = halves[:, 0], halves[:, 1]
+        moved = ((above >> (2 * size)) ^ below) & np.uint32(mask)
+        below ^= moved
+        above ^= moved << (2 * size)
+    out = values[..., GROUP * BLOCK // 2 :].view(np.uint32)
+    out[:] = np.moveaxis(square, 0, -1)
 
 
 def _fill_simple(num_scales: int) -> Callable[[Array, Array, Array], None]:
@@ -129,8 +137,7 @@ def _fill_q5(num_scales: int) -> Callable[[Array, Array, Array], None]:
         first = 2 * num_scales
         _halves(blocks, heads, num_scales)
         _half_blocks(blocks, first + 4, values)
-        bits = np.unpackbits(_words(blocks, first, 4, np.uint8), axis=-1, bitorder="little")
-        _fifth_bits(bits[..., None, :], values)
+        _fifth_bits(_words(blocks, first, 4, np.uint32), values)
 
     return fill
 
@@ -149,13 +156,14 @@ def _fill_mxfp4(blocks: Array, heads: Array, values: Array) -> None:
 def _k_scales(blocks: Array, heads: Array) -> None:
     """Q4_K, Q5_K: eight scales and minima of six bits in twelve bytes."""
     _halves(blocks, heads, 2)
-    first, second, both = np.split(blocks[..., 4:16], 3, axis=-1)
-    scale = np.concatenate([first & 63, (both & 15) | ((first >> 6) << 4)], -1)
-    least = np.concatenate([second & 63, (both >> 4) | ((second >> 6) << 4)], -1)
+    twelve = np.ascontiguousarray(np.moveaxis(blocks[..., 4:16], -1, 0))
+    first, second, both = twelve[:4], twelve[4:8], twelve[8:]  # [4, groups, records, 16]
+    scale = np.concatenate([first & 63, (both & 15) | ((first >> 6) << 4)])
+    least = np.concatenate([second & 63, (both >> 4) | ((second >> 6) << 4)])
     upper = least >> 2
-    planes = [scale | ((least & 3) << 6), upper[..., ::2] | (upper[..., 1::2] << 4)]
-    joined = _to_rows(np.concatenate(planes, -1))
-    heads[..., 4 * GROUP :].reshape(joined.shape)[:] = joined
+    planes = np.concatenate([scale | ((least & 3) << 6), upper[::2] | (upper[1::2] << 4)])
+    out = heads[..., 4 * GROUP :].reshape(*heads.shape[:2], len(planes), GROUP)
+    out[:] = np.moveaxis(planes, 0, 2)
 
 
 def _k_nibbles(blocks: Array, first: int, values: Array) -> None:
@@ -174,8 +182,13 @@ def _fill_q4_k(blocks: Array, heads: Array, values: Array) -> None:
 def _fill_q5_k(blocks: Array, heads: Array, values: Array) -> None:
     _k_scales(blocks, heads)
     _k_nibbles(blocks, 48, values)
-    bits = np.unpackbits(blocks[..., 16:48, None], axis=-1, bitorder="little")
-    _fifth_bits(bits.swapaxes(-1, -2), values)  # a byte has a column of all eight blocks
+    columns = _words(blocks, 16, 32, np.uint64)  # a byte has a column's bits of all eight blocks
+    bits = np.empty((*columns.shape[:-1], 8, 4), np.uint8)
+    for block in range(8):
+        ones = (columns >> np.uint64(block)) & np.uint64(0x0101010101010101)
+        # The product brings the lowest bits of eight bytes together in the highest byte.
+        bits[..., block, :] = (ones * np.uint64(0x0102040810204080)) >> np.uint64(56)
+    _fifth_bits(bits.view(np.uint32)[..., 0], values)
 
 
 def _fill_q6_k(blocks: Array, heads: Array, values: Array) -> None:
