@@ -48,6 +48,7 @@ class PackedTensor:
     data: npt.NDArray[Any]  # rows of values (F32, F16) or of packed bytes; memory-mapped
     num_permuted_heads: int  # 0: the rows are as they were
     offset: float = 0.0  # a file in Hugging Face layout holds the values less this number
+    exact: bool = False  # fp32 in every copy
 
     def rows(self) -> npt.NDArray[Any]:
         """[num_rows, ...]: packed rows in Hugging Face order; a vector is one row."""
@@ -112,15 +113,14 @@ def _parts(t: Any, specs: list[TensorSpec], path: Path) -> Iterator[PackedTensor
     for spec in specs:
         part = data[first : first + spec.shape[0]]
         first += spec.shape[0]
-        order = (spec.permuted_heads, spec.offset)
+        order = (spec.permuted_heads, spec.offset, spec.exact)
         yield PackedTensor(spec.hf_name, t.name, t.tensor_type, spec.shape, part, *order)
 
 
 def write_weights(out: Path, tensors: list[PackedTensor], dtype: str, *, source: Path) -> None:
     """Dequantise into one safetensors file of `dtype` (float32, bfloat16, float16; round to nearest
-    even).
+    even); exact tensors stay float32.
     """
-    kind = SAFETENSORS_DTYPE[dtype]
     shown = bar(
         total=sum(int(np.prod(t.shape)) for t in tensors),
         desc=f"Converting {source.name} to {dtype}",
@@ -128,8 +128,10 @@ def write_weights(out: Path, tensors: list[PackedTensor], dtype: str, *, source:
         unit_scale=True,
     )
     with shown:
-        pieces = (piece for t in tensors for piece in _pieces(t, dtype, source, shown))
-        write_shard(out, [(t.name, kind, t.shape) for t in tensors], pieces)
+        dtypes = ["float32" if t.exact else dtype for t in tensors]
+        pairs = list(zip(tensors, dtypes, strict=True))
+        pieces = (piece for t, held in pairs for piece in _pieces(t, held, source, shown))
+        write_shard(out, [(t.name, SAFETENSORS_DTYPE[held], t.shape) for t, held in pairs], pieces)
 
 
 def _pieces(tensor: PackedTensor, dtype: str, source: Path, shown: Bar) -> Iterator[memoryview]:

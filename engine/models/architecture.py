@@ -59,7 +59,7 @@ class TensorSpec:
     offset: float = 0.0
     expert: int = -1  # along axis 0 of a GGUF file's tensor, which is of all experts; -1: none
     fused: FusedPart | None = None
-    exact: bool = False  # a matrix that the kernels hold in fp32
+    exact: bool = False  # held in fp32, whatever the model's precision
     # In files the first so many rows of each head turn in pairs (0 1), (2 3), ...; here a head's
     # pairs are its halves. 0: they are halves in files too.
     paired_rows: int = 0

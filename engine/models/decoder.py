@@ -43,7 +43,7 @@ HEAD_NORMS: Norms = {
 
 def _sinks(num_heads: int) -> TensorSpec:
     names = ("self_attn.sinks", "attn_sinks.weight")
-    return TensorSpec("sinks", *names, (num_heads,), "sinks", 0)
+    return TensorSpec("sinks", *names, (num_heads,), "sinks", 0, exact=True)
 
 
 def _attention(c: ModelConfig, permuted: bool, paired: bool, fused: bool) -> list[TensorSpec]:

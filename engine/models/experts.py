@@ -113,8 +113,8 @@ def expert_vectors(spec: ExpertSpec, names: ExpertNames) -> list[TensorSpec]:
     """Vectors that are neither weights nor biases of a product."""
     if not spec.corrected:
         return []
-    shape, name = (spec.number,), names.correction
-    return [TensorSpec("correction", name, "exp_probs_b.bias", shape, "correction", None)]
+    files = (names.correction, "exp_probs_b.bias")
+    return [TensorSpec("correction", *files, (spec.number,), "correction", None, exact=True)]
 
 
 def gguf_expert_keys(file: GGUFMetadata, number: str = "num_experts") -> dict[str, Any]:

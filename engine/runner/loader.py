@@ -62,7 +62,8 @@ def _allocate(
     for joined, group in groupby(specs, key=lambda spec: spec.joined):
         parts = list(group)
         sizes = [spec.shape[0] for spec in parts]
-        whole = torch.empty(sum(sizes), *parts[0].shape[1:], dtype=dtype, device=device)
+        held = torch.float32 if parts[0].exact else dtype
+        whole = torch.empty(sum(sizes), *parts[0].shape[1:], dtype=held, device=device)
         weights[joined] = whole
         for spec, part in zip(parts, whole.split_with_sizes(sizes), strict=True):
             places[spec.hf_name] = _Place(spec, part)

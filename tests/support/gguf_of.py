@@ -131,8 +131,10 @@ def norms_plus_one(name: str, values: Values) -> Values:
     return values + np.float32(1) if name.endswith("norm.weight") else values
 
 
-def random_file(path: Path, case: Case, quantized: frozenset[str] = frozenset()) -> torch.nn.Module:
-    """Write a random model of the case, and return it. bfloat16 holds its weights."""
+def random_file(
+    path: Path, case: Case, quantized: frozenset[str] = frozenset(), *, rounded: bool = True
+) -> torch.nn.Module:
+    """Write a random model of the case, and return it. `rounded`: bfloat16 holds its weights."""
     torch.manual_seed(3)
     make: Any = transformers.AutoModelForCausalLM.from_config
     reference: torch.nn.Module = make(
@@ -141,7 +143,8 @@ def random_file(path: Path, case: Case, quantized: frozenset[str] = frozenset())
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
-            parameter.copy_(parameter.bfloat16())
+            if rounded:
+                parameter.copy_(parameter.bfloat16())
         for name, buffer in reference.named_buffers():
             if "correction" in name:
                 buffer.normal_(0.0, 0.15)

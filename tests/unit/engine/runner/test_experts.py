@@ -17,7 +17,7 @@ from engine.base.option_groups import ModelOptions
 from engine.checkpoint.config import read_config
 from engine.checkpoint.packed import packed_file, read_packed
 from engine.checkpoint.shards import find_shards
-from engine.checkpoint.source import resolve
+from engine.checkpoint.source import resolve, weights
 from engine.kernels import kernels
 from engine.kernels.backend_selection import packing
 from engine.models.config import ExpertSpec
@@ -25,6 +25,7 @@ from engine.runner.experts import route
 from engine.runner.loader import load_model
 from engine.runner.native_model import NativeModel
 from engine.runner.torch_model import TorchModel
+from tests.support import expert_models, gguf_of
 from tests.support.paged import CPU, Bench, bfloat16_kv
 from tests.support.reference_model import logits_of
 
@@ -159,9 +160,9 @@ def test_mxfp4_experts_stay_packed_for_the_kernels(
         expected = logits(load_model(config, shards, torch.float32, CPU))
     assert packing(checkpoint, ModelOptions()) == "auto"
     for choice, kind in (("auto", "mxfp4"), ("bf16", "bf16")):
-        weights = read_packed(packed_file(checkpoint, choice), config)
-        assert {m.kind for m in weights.matrices["1.down_experts"]} == {kind}
-        native = NativeModel(config, weights, library)
+        packed = read_packed(packed_file(checkpoint, choice), config)
+        assert {m.kind for m in packed.matrices["1.down_experts"]} == {kind}
+        native = NativeModel(config, packed, library)
         error = (logits(native) - expected).abs().amax(-1) / expected.abs().amax(-1)
         assert error.max() < 3e-3, choice
         assert error.median() < 3e-4, choice
@@ -205,3 +206,30 @@ def test_a_choice_that_cannot_be_made_is_refused(
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | change))
     with pytest.raises(CheckpointError, match=message):
         read_config(tmp_path)
+
+
+def test_what_decides_a_choice_is_never_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Router, correction and the gate of the shared part are fp32 in a bfloat16 model, too."""
+    monkeypatch.setenv("DIPTYCH_CACHE_DIR", str(tmp_path / "cache"))
+    case = expert_models.CASES["glm-4.5, with a layer of MTP"]
+    reference = gguf_of.random_file(tmp_path / "m.gguf", case, rounded=False)
+    checkpoint = resolve(str(tmp_path / "m.gguf"))
+    model = load_model(checkpoint.config, weights(checkpoint, "bfloat16"), torch.bfloat16, CPU)
+    gate = reference.get_submodule("model.layers.1.mlp.gate")
+    assert torch.equal(model.weights["1.router"], gate.get_parameter("weight"))
+    assert torch.equal(model.weights["1.correction"], gate.get_buffer("e_score_correction_bias"))
+    assert model.weights["1.gate_experts"].dtype == torch.bfloat16
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    config = expert_models.CASES["glm-4.5, with a layer of MTP"].config
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(
+        tmp_path
+    )
+    path = tmp_path / "model.safetensors"
+    further = {"model.layers.3.eh_proj.weight": torch.ones(96, 192)}
+    save_file(load_file(path) | further, path, {"format": "pt"})
+    model = load_model(read_config(tmp_path), [path], torch.float32, CPU)
+    assert len(model.layers) == 3
