@@ -79,6 +79,7 @@ def serve(options: StartOptions) -> int:
         front.tool_format,
         front.parse_special,
         front.reasoning_parser,
+        front.generation_config,
     )
     served.prepare()
     gpus = tuple(find_gpus()) if local and model.device != "cpu" else ()

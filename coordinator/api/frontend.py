@@ -149,15 +149,18 @@ class Frontend:
     def model(self, name: str = "") -> ModelCard:
         """The model of that name, or the only one. Raises NotFound."""
         check_model(name, self.served.limits)
-        identity = self.membership.identity
+        identity, limits = self.membership.identity, self.served.limits
         return ModelCard(
             name=self.served.name,
             max_model_len=self.pipeline.max_model_len,
-            vocab_size=self.served.limits.vocab_size,
+            vocab_size=limits.vocab_size,
             block_size=identity.block_size if identity else 0,
             numeric_profile=identity.numeric_profile if identity else "",
             ready=self.membership.ready(Role.DECODE),
             disabled=self.switches.off,
+            default_sampling=limits.sampling.values(),
+            tool_format=limits.tool_format.name,
+            reasoning_parser=limits.reasoning.name if limits.reasoning else "none",
         )
 
     def _limit_s(self, left_s: float | None) -> float:

@@ -29,6 +29,7 @@ class Sampling:
     repetition_penalty: float | None = None
     seed: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    default_temperature: float = 0.0  # the protocol's, where request and model name none
 
 
 @dataclass(slots=True)
@@ -119,3 +120,6 @@ class ModelCard:
     numeric_profile: str
     ready: bool
     disabled: tuple[str, ...]
+    default_sampling: Mapping[str, float] = field(default_factory=dict)
+    tool_format: str = ""
+    reasoning_parser: str = ""

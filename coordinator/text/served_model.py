@@ -24,6 +24,11 @@ from coordinator.text.tools.json_forms import HERMES
 from coordinator.text.values import Message
 from engine.base.errors import InvalidRequest
 from engine.checkpoint.fingerprint import tokenizer_digest
+from engine.checkpoint.generation_config import (
+    NO_SAMPLING,
+    SamplingDefaults,
+    read_sampling,
+)
 from engine.checkpoint.source import Checkpoint
 from engine.constraints import Checker, Vocabulary
 from engine.models.config import ModelConfig
@@ -44,6 +49,7 @@ class Limits:
     max_model_len: int  # prompt plus output, in tokens
     tool_format: ToolFormat = HERMES  # how the model writes calls
     reasoning: ReasoningFormat | None = None  # how it marks reasoning
+    sampling: SamplingDefaults = NO_SAMPLING  # where a request is silent
 
 
 @dataclass(eq=False)
@@ -60,6 +66,7 @@ class ServedModel:
     parse_special: str = "prompts"
     tokenizer_digest: str = ""
     reasoning_parser: str = AUTO
+    sampling: SamplingDefaults = NO_SAMPLING
 
     def __post_init__(self) -> None:
         config, folder = self.config, self.folder
@@ -73,6 +80,7 @@ class ServedModel:
             self.max_model_len,
             detected.form.bound(self.tokenizer),
             self._reasoning(detected.form),
+            self.sampling,
         )
         vocabulary = Vocabulary(folder, config.vocab_size, config.eos_token_ids) if folder else None
         self.checker = Checker(vocabulary) if vocabulary else None  # of constraints
@@ -121,8 +129,14 @@ class ServedModel:
         tool_format: str = AUTO,
         parse_special: str = "prompts",
         reasoning_parser: str = AUTO,
+        generation_config: str = "model",
     ) -> ServedModel:
         """Read tokenizer and template of a checkpoint. Raises CheckpointError."""
+        sampling = NO_SAMPLING
+        if generation_config == "model":
+            sampling = read_sampling(checkpoint.folder)
+            if values := sampling.values():
+                _log.info("sampling of generation_config.json is the default", **values)
         return cls(
             name,
             checkpoint.config,
@@ -134,6 +148,7 @@ class ServedModel:
             parse_special,
             tokenizer_digest(checkpoint.folder),
             reasoning_parser,
+            sampling,
         )
 
     def prepare(self) -> None:

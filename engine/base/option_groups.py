@@ -220,6 +220,12 @@ class FrontOptions:
         choices=("auto", "none", *REASONING_PARSERS),
         parse=parse_form,
     )
+    generation_config: str = option(
+        "model",
+        "sampling of requests that name none: the one of the model's generation_config.json, or "
+        "that of each protocol",
+        choices=("model", "diptych"),
+    )
     parse_special: str = option(
         "prompts",
         "where text like <|im_end|> is read as a special token: in raw prompts only, in texts of "

@@ -257,7 +257,7 @@ def _sampling(body: CommonBody) -> Sampling:
     return _part(
         Sampling,
         body,
-        temperature=DEFAULT_TEMPERATURE if body.temperature is None else body.temperature,
+        default_temperature=DEFAULT_TEMPERATURE,
         top_p=top_p,
         top_k=0 if top_k == -1 else top_k,  # vLLM's other value for off
         seed=None if seed is None or seed == -1 else seed % (UINT64 + 1),

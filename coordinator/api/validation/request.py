@@ -221,10 +221,12 @@ def _sampling(sampling: Sampling, limits: Limits, request_id: str) -> SamplingPa
             raise InvalidRequest(field, f"not a token; expected 0 to {limits.vocab_size - 1}")
         raise InvalidRequest(field, f"{value:g}; expected a number from -100 to 100")
 
+    defaults = limits.sampling.values()
+
     def number(name: str, default: float, low: float, high: float, *, above: bool = False) -> float:
         """The field in [low, high], or (low, high] if `above`; NaN and infinity never are."""
         if getattr(sampling, name) is None:
-            return default
+            return _rounded([defaults.get(name, default)])[0]
         (value,) = _rounded([getattr(sampling, name)])
         if math.isfinite(value) and low <= value <= high and not (above and value == low):
             return value
@@ -234,9 +236,9 @@ def _sampling(sampling: Sampling, limits: Limits, request_id: str) -> SamplingPa
         raise InvalidRequest(f"sampling.{name}", what)
 
     return SamplingParams(
-        temperature=number("temperature", 0.0, 0.0, math.inf),
+        temperature=number("temperature", sampling.default_temperature, 0.0, math.inf),
         top_p=number("top_p", 1.0, 0.0, 1.0, above=True),
-        top_k=sampling.top_k or 0,
+        top_k=limits.sampling.top_k or 0 if sampling.top_k is None else sampling.top_k,
         min_p=number("min_p", 0.0, 0.0, 1.0),
         frequency_penalty=number("frequency_penalty", 0.0, -2.0, 2.0),
         presence_penalty=number("presence_penalty", 0.0, -2.0, 2.0),

@@ -65,7 +65,8 @@ def _sampling(params: pb.SamplingParams) -> Sampling:
             raise InvalidRequest(f"sampling_params.logit_bias[{token}]", "not a token id")
     has = params.HasField
     return Sampling(
-        temperature=params.temperature if has("temperature") else _DEFAULT_TEMPERATURE,
+        temperature=params.temperature if has("temperature") else None,
+        default_temperature=_DEFAULT_TEMPERATURE,
         seed=params.seed % (1 << 64) if has("seed") else None,  # the frontend's has no sign
         logit_bias=params.logit_bias,
         **{name: value for name in _SAMPLING if (value := getattr(params, name))},

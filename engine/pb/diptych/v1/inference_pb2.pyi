@@ -418,7 +418,7 @@ class GetModelRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "max_model_len", "vocab_size", "block_size", "numeric_profile", "ready", "disabled")
+    __slots__ = ("name", "max_model_len", "vocab_size", "block_size", "numeric_profile", "ready", "disabled", "default_sampling", "tool_format", "reasoning_parser")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -426,6 +426,9 @@ class Model(_message.Message):
     NUMERIC_PROFILE_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     DISABLED_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    TOOL_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    REASONING_PARSER_FIELD_NUMBER: _ClassVar[int]
     name: str
     max_model_len: int
     vocab_size: int
@@ -433,4 +436,7 @@ class Model(_message.Message):
     numeric_profile: str
     ready: bool
     disabled: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., block_size: _Optional[int] = ..., numeric_profile: _Optional[str] = ..., ready: _Optional[bool] = ..., disabled: _Optional[_Iterable[str]] = ...) -> None: ...
+    default_sampling: Sampling
+    tool_format: str
+    reasoning_parser: str
+    def __init__(self, name: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., block_size: _Optional[int] = ..., numeric_profile: _Optional[str] = ..., ready: _Optional[bool] = ..., disabled: _Optional[_Iterable[str]] = ..., default_sampling: _Optional[_Union[Sampling, _Mapping]] = ..., tool_format: _Optional[str] = ..., reasoning_parser: _Optional[str] = ...) -> None: ...

@@ -94,6 +94,7 @@ def test_every_option_arrives():
         "request_id": "id",
         "sampling": Sampling(
             temperature=0.5,
+            default_temperature=1.0,
             top_p=0.75,
             top_k=5,
             min_p=0.25,
@@ -127,18 +128,18 @@ def test_every_option_arrives():
 
 def test_defaults_are_openais():
     (request,) = completion().requests
-    assert request.sampling == Sampling(temperature=1.0)
+    assert request.sampling == Sampling(default_temperature=1.0)
     assert request.stop.max_tokens == 16
     assert request.n == 1
     assert request.output.logprobs is None
     got = chat(max_tokens=None, stop=None, temperature=None, tools=None, user=None)
-    assert got.requests[0].sampling == Sampling(temperature=1.0)
+    assert got.requests[0].sampling == Sampling(default_temperature=1.0)
     assert got.requests[0].stop.max_tokens is None  # the room left
     assert not got.body.stream
 
 
 def test_small_agreements():
-    assert chat(top_p=0).requests[0].sampling == Sampling(temperature=1.0, top_k=1)
+    assert chat(top_p=0).requests[0].sampling == Sampling(default_temperature=1.0, top_k=1)
     (request,) = completion(stop="x", top_k=-1, seed=-2, max_tokens=16.0).requests
     assert list(request.stop.stop) == ["x"]
     assert request.sampling.top_k == 0

@@ -54,7 +54,8 @@ async def responses(call):
 def test_zero_is_unset_and_defaults_are_vllms():
     generate = translated(pb.GenerateRequest(text="x"))
     assert generate.text == "x"
-    assert generate.sampling.temperature == 1.0
+    assert generate.sampling.temperature is None
+    assert generate.sampling.default_temperature == 1.0
     for name in ("top_p", "top_k", "min_p", "repetition_penalty", "seed"):
         assert getattr(generate.sampling, name) is None, name
     assert generate.stop.max_tokens == LIMIT
@@ -97,6 +98,7 @@ def test_every_field_is_carried():
         n=2,
         sampling=Sampling(
             temperature=0.5,
+            default_temperature=1.0,
             top_p=0.75,
             top_k=5,
             min_p=0.125,
