@@ -185,7 +185,9 @@ def _rope_scaling(meta: GGUFMetadata, head_dim: int) -> dict[str, Any] | None:
         for name in ("beta_fast", "beta_slow"):
             if value := meta.get(f"rope.scaling.yarn_{name}"):
                 out[name] = value
-        if (attention := meta.number("rope.scaling.attn_factor", 1.0)) != 1.0:
+        if attention := meta.get("rope.scaling.yarn_attn_factor"):
+            out["attention_factor"] = attention
+        elif (attention := meta.number("rope.scaling.attn_factor", 1.0)) != 1.0:
             # The format's factor multiplies the one that follows from `factor`.
             out["attention_factor"] = attention * (0.1 * math.log(max(factor, 1.0)) + 1.0)
     elif kind != "linear":

@@ -20,6 +20,11 @@ _NAME = "Phi3ForCausalLM"
 def _read_config(raw: ConfigReader) -> ModelConfig:
     defaults = {"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
     raw = ConfigReader(defaults | dict(raw.data), raw.path)
+    scaling = raw.get("rope_parameters") or raw.get("rope_scaling")
+    if isinstance(scaling, dict) and "yarn" in (scaling.get("rope_type"), scaling.get("type")):
+        # So the first files name LongRoPE.
+        longrope = {**scaling, "rope_type": "longrope"}
+        raw = ConfigReader({**raw.data, "rope_parameters": longrope}, raw.path)
     fields = decoder_fields(raw, read_rope(raw, partial=1.0))
     return ModelConfig(_NAME, **fields, sliding_window=int(raw.get("sliding_window", 0)))
 

@@ -136,6 +136,7 @@ CASES: dict[str, Case] = {
             "rope.freq_base": 1000.0,
             "rope.freq_base_swa": 1000.0,
             "rope.scaling.factor": 4.0,
+            "rope.scaling.yarn_attn_factor": 1.25,
             "rope.scaling.original_context_length": 256,
             "attention.sliding_window": 13,
         },

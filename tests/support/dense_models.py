@@ -86,7 +86,7 @@ MODELS: dict[str, transformers.PretrainedConfig] = {
         sliding_window=13,
         layer_types=KINDS[2:],
         rope_parameters={
-            "full_attention": YARN,
+            "full_attention": YARN | {"attention_factor": 1.25},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
         },
     ),

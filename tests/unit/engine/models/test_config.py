@@ -265,6 +265,14 @@ def test_longropes_factors_are_chosen_by_the_longest_text(tmp_path: Path) -> Non
     assert plain.for_length(1) is plain
 
 
+def test_first_files_of_phi_3_name_longrope_otherwise(tmp_path: Path) -> None:
+    phi = {"architectures": ["Phi3ForCausalLM"], "original_max_position_embeddings": 128}
+    factors = {"long_factor": LONG, "short_factor": SHORT}
+    expected = read(tmp_path, phi | {"rope_scaling": LONGROPE})
+    for name in ("su", "yarn", "longrope"):
+        assert read(tmp_path, phi | {"rope_scaling": factors | {"type": name}}) == expected
+
+
 def test_the_text_model_of_a_wrapper(tmp_path: Path) -> None:
     text = {k: v for k, v in BASE.items() if k != "architectures"}
     text |= {"model_type": "mistral", "num_key_value_heads": 4}
