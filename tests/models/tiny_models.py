@@ -45,7 +45,7 @@ ARCHITECTURES: dict[str, transformers.PretrainedConfig] = {
         **_HEADS, num_local_experts=5, num_experts_per_tok=3, sliding_window=13
     ),
     "Glm4MoeForCausalLM": transformers.Glm4MoeConfig(
-        **_HEADS,
+        **COMMON | {"head_dim": 64},  # half of it turns
         moe_intermediate_size=64,
         n_routed_experts=6,
         num_experts_per_tok=2,
