@@ -14,7 +14,7 @@ the original order. The layout is specified in gguf.md of the ggml project.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,12 @@ from engine.telemetry.progress import Bar, bar
 SAFETENSORS_DTYPE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _PIECE_BYTES = 64 << 20  # of dequantised fp32 at a time
 
-# One tensor may hold q, k and v one after another (llama.cpp's converter with --fuse-qkv).
-_QKV, _QKV_PARTS = "attn_qkv", ("attn_q", "attn_k", "attn_v")
+# One tensor may hold several one after another (llama.cpp's converter with --fuse-qkv and
+# --fuse-gate-up-exps), of experts expert by expert.
+_FUSED = {
+    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+    "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
+}
 ROPE_FREQS = "rope_freqs.weight"
 ROPE_TENSORS = ("rope_freqs.", "rope_factors_")  # become keys of config.json, not weights
 
@@ -87,23 +91,34 @@ def packed_tensors(tensors: list[Any], config: ModelConfig, path: Path) -> list[
             continue
         if architecture.left_out(config, t.name.replace("blk.", "model.layers.")):
             continue
-        names = _QKV_PARTS if _QKV in t.name and t.name not in specs else (_QKV,)
-        lists = [specs.pop(t.name.replace(_QKV, name), None) for name in names]
+        lists = [specs.pop(name, None) for name in _names(t.name, specs)]
         found = [parts for parts in lists if parts is not None]
         if len(found) < len(lists):
             raise CheckpointError(f"{path}: unexpected tensor {t.name} in a {config.architecture}")
-        out += _parts(t, [spec for parts in found for spec in parts], path)
+        parts = sorted((spec for some in found for spec in some), key=lambda spec: spec.expert)
+        out += _parts(t, parts, path)
     missing = [spec.hf_name for parts in specs.values() for spec in parts if len(spec.shape) > 1]
     if missing:  # vectors are looked for where they are loaded
         raise CheckpointError(f"{path}: tensor {missing[0]} is missing ({len(missing)} in all)")
     return out
 
 
+def _names(name: str, known: Container[str]) -> list[str]:
+    """The names in the list of what a tensor of a file holds."""
+    for fused, parts in _FUSED.items():
+        if fused in name and name not in known:
+            return [name.replace(fused, part) for part in parts]
+    return [name]
+
+
 def _parts(t: Any, specs: list[TensorSpec], path: Path) -> Iterator[PackedTensor]:
     """A tensor of the file: one of the list; q, k and v; or those of all experts."""
     shape, spec = tuple(int(n) for n in reversed(t.shape)), specs[0]
     rows = sum(spec.shape[0] for spec in specs)
-    expected = (rows, *spec.shape[1:]) if spec.expert < 0 else (len(specs), *spec.shape)
+    number = specs[-1].expert + 1  # of experts
+    expected = (rows, *spec.shape[1:])
+    if number:
+        expected = (number, rows // number, *spec.shape[1:])
     # The format leaves out a leading 1 at times.
     if shape != expected and (1, *shape) != expected:
         raise CheckpointError(

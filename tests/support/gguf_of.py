@@ -44,6 +44,7 @@ def write(
     stored: Callable[[str, Values], Values] = lambda name, values: values,
     extra: dict[str, Values] | None = None,
     fuse_qkv: bool = False,
+    fuse_experts: bool = False,
     quantized: frozenset[str] = frozenset(),
 ) -> None:
     """Write `model`, of VOCAB tokens.
@@ -57,6 +58,7 @@ def write(
         stored: what the file holds of a tensor, by its Hugging Face name.
         extra: tensors of the file alone, by their names there.
         fuse_qkv: q, k and v are one tensor.
+        fuse_experts: gate and up of experts are one tensor.
         quantized: tensors that become Q8_0, by their names there.
     """
     config: Any = model.config
@@ -67,6 +69,9 @@ def write(
         known = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert known, f"the gguf package does not know {name}"
         tensors[known] = np.ascontiguousarray(stored(name, values))
+    for name in [name for name in tensors if fuse_experts and ".ffn_gate_exps." in name]:
+        parts = [tensors.pop(name.replace("gate", part)) for part in ("gate", "up")]
+        tensors[name.replace("gate", "gate_up")] = np.concatenate(parts, axis=1)
     for name in [name for name in tensors if fuse_qkv and ".attn_q." in name]:
         parts = [tensors.pop(name.replace("attn_q", f"attn_{part}")) for part in "qkv"]
         tensors[name.replace("attn_q", "attn_qkv")] = np.concatenate(parts)

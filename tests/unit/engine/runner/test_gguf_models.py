@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,3 +128,17 @@ def test_quantised_experts_stay_packed(
     found = error(logits(NativeModel(checkpoint.config, packed, LIBRARY), prompt), expected)
     record_property("C", found)
     assert found < 3e-3
+
+
+def test_gate_and_up_of_experts_in_one_tensor(tmp_path: Path) -> None:
+    case = expert_models.CASES["gpt-oss"]  # has biases, too
+    apart, together = tmp_path / "apart.gguf", tmp_path / "together.gguf"
+    reference = gguf_of.random_file(apart, case)
+    how: dict[str, Any] = {"lists": case.lists, "fuse_experts": True}
+    gguf_of.write(together, reference, case.arch, case.numbers, **how)
+    found = [
+        load_model(each.config, weights(each, "float32"), torch.float32, CPU).weights
+        for each in (resolve(str(apart)), resolve(str(together)))
+    ]
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
