@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain, groupby
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.base.errors import CheckpointError
-from engine.checkpoint.fused import ExpertTensor, entry_array, expert_tensors, floats
 from engine.checkpoint.gguf_header import TYPES
 from engine.checkpoint.gguf_parts import find_parts
-from engine.checkpoint.gguf_weights import PackedTensor, cast
+from engine.checkpoint.gguf_weights import cast
 from engine.checkpoint.kept import kept
 from engine.checkpoint.packing import (
     GROUP,
@@ -42,9 +40,10 @@ from engine.checkpoint.packing import (
     quantise,
     runs_of,
 )
-from engine.checkpoint.shards import TensorEntry, read_header, write_shard
+from engine.checkpoint.shards import read_header, write_shard
 from engine.checkpoint.source import Checkpoint
-from engine.models.architecture import TensorSpec, architecture_of, listed_name
+from engine.checkpoint.source_tensors import SourceTensor, in_order, source_tensors, vector
+from engine.models.architecture import TensorSpec, architecture_of
 from engine.models.config import ModelConfig
 from engine.telemetry.log import get_logger
 from engine.telemetry.progress import bar
@@ -54,81 +53,6 @@ _FIRST_KINDS = {"q4_0", "q4_1", "q8_0"}  # of version 1, which kept parts of one
 _FILE = "weights.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _PIECE_BYTES = 2 << 20  # of fp32 at a time: what caches hold
-
-
-# -- where weights come from -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """A tensor of the checkpoint: in its packing, if a kernel takes that, or as fp32."""
-
-    path: Path
-    shape: tuple[int, ...]
-    type_name: str  # the file's: Q4_K, BF16
-    kind: str  # one of KINDS; "" for any other
-    rows: Callable[[], Bytes]  # packed
-    values: Callable[[int, int], Floats]  # of rows first .. end - 1; a vector is one row
-
-
-def _tensors(checkpoint: Checkpoint) -> Mapping[str, _Tensor]:
-    if checkpoint.gguf is not None:
-        from engine.checkpoint.gguf import open_gguf
-
-        path = checkpoint.gguf
-        packed = open_gguf(path).packed(checkpoint.config)
-        return {t.name: _of_gguf(path, t) for t in packed}
-    from engine.checkpoint.source import weights
-
-    entries: dict[str, TensorEntry] = {}
-    for entry in chain.from_iterable(map(read_header, weights(checkpoint, "bfloat16"))):
-        if (name := listed_name(checkpoint.config, entry.name)) is None:
-            continue
-        if name in entries:
-            other = entries[name].path
-            raise CheckpointError(f"{entry.path}: tensor {entry.name} is in {other} already")
-        entries[name] = entry
-    experts = {t.spec.hf_name: _of_expert(t) for t in expert_tensors(entries, checkpoint.config)}
-    return {name: _of_entry(entry) for name, entry in entries.items()} | experts
-
-
-def _of_expert(t: ExpertTensor) -> _Tensor:
-    """It is small enough to be read whole, whatever rows are asked for."""
-    kind = "" if t.rows is None else t.type_name.lower()
-    values = partial(_some, t.values)
-    return _Tensor(t.path, t.spec.shape, t.type_name, kind, t.rows or _no_rows, values)
-
-
-def _some(read: Callable[[], Floats], first: int, end: int) -> Floats:
-    return read()[first:end]
-
-
-def _no_rows() -> Bytes:
-    return np.empty((0, 0), np.uint8)
-
-
-def _of_gguf(path: Path, t: PackedTensor) -> _Tensor:
-    kind = t.kind.name.lower()
-    return _Tensor(
-        path,
-        t.shape,
-        t.kind.name,
-        kind if kind in KINDS else "",
-        t.rows,
-        lambda first, end: t.values(first, end, f"{path}: {t.gguf_name}"),
-    )
-
-
-def _of_entry(entry: TensorEntry) -> _Tensor:
-    def values(first: int, end: int) -> Floats:
-        if entry.dtype == "U8":
-            raise CheckpointError(
-                f"{entry.path}: tensor {entry.name} has type U8, expected plain floats"
-            )
-        rows = entry_array(entry).reshape(-1, entry.shape[-1])[first:end]
-        return floats(rows, entry.dtype)
-
-    return _Tensor(entry.path, entry.shape, entry.dtype, "", _no_rows, values)
 
 
 # -- what a model consists of ----------------------------------------------------------------------
@@ -167,26 +91,6 @@ def _joined(config: ModelConfig) -> tuple[list[_Joined], list[_Joined]]:
     return matrices, [group for group in groups if not group.is_packed]
 
 
-def _check(source: Mapping[str, _Tensor], checkpoint: Checkpoint) -> None:
-    """The checkpoint has the tensors of its architecture and no others. Raises CheckpointError."""
-    config = checkpoint.config
-    shapes = {spec.hf_name: spec.shape for spec in architecture_of(config).tensors(config)}
-    missing = [name for name in shapes if name not in source]
-    if missing:
-        where = checkpoint.gguf or checkpoint.folder
-        raise CheckpointError(f"{where}: tensor {missing[0]} is missing ({len(missing)} in all)")
-    for name, tensor in source.items():
-        if name not in shapes:
-            raise CheckpointError(
-                f"{tensor.path}: unexpected tensor {name} in a {config.architecture}"
-            )
-        if tensor.shape != shapes[name]:
-            raise CheckpointError(
-                f"{tensor.path}: tensor {name} has shape {list(tensor.shape)}, "
-                f"expected {list(shapes[name])}"
-            )
-
-
 # -- the file --------------------------------------------------------------------------------------
 
 
@@ -218,7 +122,7 @@ def layout_version(checkpoint: Checkpoint, choice: str) -> int:
     return 1
 
 
-def _kind(matrix: _Joined, tensor: _Tensor, choice: str) -> str:
+def _kind(matrix: _Joined, tensor: SourceTensor, choice: str) -> str:
     """How a part of the matrix is packed: as it was, if a kernel takes that."""
     if choice == "auto" and tensor.kind:
         return tensor.kind
@@ -228,7 +132,7 @@ def _kind(matrix: _Joined, tensor: _Tensor, choice: str) -> str:
     return "q4_1" if choice == "int4" else "bf16"
 
 
-def _kinds(matrix: _Joined, source: Mapping[str, _Tensor], choice: str) -> list[str]:
+def _kinds(matrix: _Joined, source: Mapping[str, SourceTensor], choice: str) -> list[str]:
     """The kind of each part of the matrix."""
     return [_kind(matrix, source[part.hf_name], choice) for part in matrix.parts]
 
@@ -241,27 +145,7 @@ def _runs(matrix: _Joined, kinds: Sequence[str]) -> list[Run]:
     return runs
 
 
-def _in_order(tensor: _Tensor, part: TensorSpec) -> _Tensor:
-    """The tensor with its rows as the list has them; they move within a head alone."""
-    if (order := part.row_order()) is None:
-        return tensor
-    rows, size = np.array(order), part.shape[0] // part.num_heads
-
-    def values(first: int, end: int) -> Floats:
-        start = first // size * size
-        heads = tensor.values(start, -(-end // size) * size)
-        return np.take(heads, rows[first:end] - start, axis=0)
-
-    return replace(tensor, rows=lambda: tensor.rows()[rows], values=values)
-
-
-def _vector(tensor: _Tensor, part: TensorSpec) -> Floats:
-    rows, order = part.shape[0] if part.exact else 1, part.row_order()
-    values = tensor.values(0, rows) + np.float32(part.offset)
-    return values if order is None else values[:, order]
-
-
-def _packed(tensor: _Tensor, kind: str) -> Iterator[Bytes]:
+def _packed(tensor: SourceTensor, kind: str) -> Iterator[Bytes]:
     """A weight's data, a bounded number of whole groups at a time."""
     num_rows, num_columns = tensor.shape
     rows = tensor.rows() if kind == tensor.kind else None
@@ -276,7 +160,7 @@ def _packed(tensor: _Tensor, kind: str) -> Iterator[Bytes]:
             yield pack_rows(kind, quantise(kind, tensor.values(first, end)))
 
 
-def _report_widened(checkpoint: Checkpoint, source: Mapping[str, _Tensor]) -> None:
+def _report_widened(checkpoint: Checkpoint, source: Mapping[str, SourceTensor]) -> None:
     """Log the quantised types that no kernel multiplies."""
     unknown = (t.type_name for t in source.values() if not t.kind)
     for name, count in sorted(Counter(unknown).items()):
@@ -290,8 +174,7 @@ def _report_widened(checkpoint: Checkpoint, source: Mapping[str, _Tensor]) -> No
 
 
 def _write(path: Path, checkpoint: Checkpoint, choice: str) -> None:
-    source = _tensors(checkpoint)
-    _check(source, checkpoint)
+    source = source_tensors(checkpoint)
     matrices, vectors = _joined(checkpoint.config)
     kinds = {m.name: _kinds(m, source, choice) for m in matrices}
     if choice == "auto":
@@ -306,11 +189,11 @@ def _write(path: Path, checkpoint: Checkpoint, choice: str) -> None:
         title = f"Packing {checkpoint.name} ({choice})"
         for matrix in bar(matrices, desc=title):
             for kind, part in zip(kinds[matrix.name], matrix.parts, strict=True):
-                tensor = _in_order(source[part.hf_name], part)
+                tensor = in_order(source[part.hf_name], part)
                 yield from _packed(tensor, kind)  # whole groups: kernels/decoder.py
-        for vector in vectors:
-            for part in vector.parts:
-                yield _vector(source[part.hf_name], part)
+        for group in vectors:
+            for part in group.parts:
+                yield vector(source[part.hf_name], part)
 
     write_shard(path, header, (np.ascontiguousarray(a).data.cast("B") for a in arrays()))
 
