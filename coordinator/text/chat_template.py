@@ -62,7 +62,7 @@ class ChatTemplate:
                 if "tools" in meta.find_undeclared_variables(environment.parse(source)):
                     knowing.add(name)
             except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
-                broken[name] = " ".join(str(error).split()) or type(error).__name__
+                broken[name] = _reason(error)
         for name, reason in broken.items():
             _log.warning("chat template cannot be used; Generate works", name=name, reason=reason)
         text = "\n".join(sources.values())
@@ -158,6 +158,13 @@ class ChatTemplate:
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             # Templates add strings and index lists without checks.
             raise InvalidRequest("messages", f"the chat template failed: {error}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Why a template does not compile, with the line."""
+    what = " ".join(str(error).split()) or type(error).__name__
+    line = getattr(error, "lineno", None)
+    return f"line {line}: {what}" if line else what
 
 
 def template_messages(

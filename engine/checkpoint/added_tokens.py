@@ -44,6 +44,8 @@ END_OF_TURN = frozenset(
         *("<|end_of_turn|>", "<end_of_turn>", "<turn|>", "<end_of_utterance>", "<|tool_response>"),
         *("<|end|>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>"),
         *("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "[EOS]"),
+        *("<|END_OF_TURN_TOKEN|>", "<|assistant_end|>", "<|role_end|>", "<|end_of_msg|>"),
+        *("<seed:eos>", "[e~[", "<end_of_sentence>"),
         *("<EOT>", "_<EOT>", "\u2581<EOT>", "[EOT]"),
         "<\uff5cend\u2581of\u2581sentence\uff5c>",
     }

@@ -25,7 +25,8 @@ def read_config(folder: Path) -> ModelConfig:
     Raises CheckpointError naming the file and the key that is missing or not supported.
     """
     path = folder / "config.json"
-    raw, wrapper = text_model(ConfigReader(read_json(path), path))
+    whole = ConfigReader(read_json(path), path)
+    raw, wrapper = text_model(whole)
     _refuse_latent(raw)
     architecture = _architecture(raw)
     _refuse_quantisation(raw, architecture)
@@ -33,8 +34,10 @@ def read_config(folder: Path) -> ModelConfig:
     generation = folder / "generation_config.json"
     tokens = read_json(generation) if generation.exists() else {}
     # Each file may name some of the tokens that end an output, and none is complete.
-    named = [i for data in (tokens, raw.data) for i in _ids(data, "eos_token_id", raw)]
-    first = [i for data in (tokens, raw.data) for i in _ids(data, "bos_token_id", raw)]
+    text = whole.get("text_config")  # of a wrapper, whose own keys win in `raw`
+    files = (tokens, raw.data, text if isinstance(text, dict) else {})
+    named = [i for data in files for i in _ids(data, "eos_token_id", raw)]
+    first = [i for data in files for i in _ids(data, "bos_token_id", raw)]
     return dataclasses.replace(
         config,
         wrapper=wrapper,

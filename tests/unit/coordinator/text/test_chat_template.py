@@ -435,3 +435,12 @@ def test_fallback_places_of_a_template_and_its_tokens(tmp_path: Path) -> None:
     write(tmp_path, {"default": "config", "tool_use": "config t"}, eos_token="<e>")
     loaded = ChatTemplate.load(tmp_path)
     assert (loaded.render([USER]), loaded.render([USER], TOOLS)) == ("config", "config t")
+
+
+def test_a_template_that_does_not_compile_is_reported_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ bos_token }}\n{% for m in messages %}\n{% if %}"
+    )
+    template = ChatTemplate.load(tmp_path)
+    with pytest.raises(InvalidRequest, match=r"cannot be used \(line 3: Expected an expression"):
+        template.render([{"role": "user", "content": "x"}])

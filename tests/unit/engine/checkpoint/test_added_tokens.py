@@ -69,10 +69,27 @@ def test_every_file_may_name_an_end(tmp_path: Path, files: Any, expected: Any) -
     assert ends(folder(tmp_path, ADDED, **files)) == expected
 
 
+def test_a_wrapper_and_its_text_model_may_both_name_ends(tmp_path: Path) -> None:
+    heads = {"num_key_value_heads": 4}
+    outer = {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "mistral3",
+        "eos_token_id": 6,
+        "text_config": {**CONFIG, "model_type": "mistral", "eos_token_id": [7], **heads},
+    }
+    assert ends(folder(tmp_path, ADDED, config=outer)) == (6, 7, 5)
+
+
 def test_a_name_counts_for_control_tokens_alone(tmp_path: Path) -> None:
     vocab = {"a": 0, "<|im_end|>": 1}  # a word
     added = [token(2, "<|eot_id|>", False), token(3, "<|im_start|>"), token(4, "<end_of_turn>")]
     assert ends(folder(tmp_path, added, vocab)) == (4,)
+
+
+def test_ends_of_turns_of_many_families() -> None:
+    names = ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>"]
+    names += ["<|assistant_end|>", "<|role_end|>", "<|end_of_msg|>", "<seed:eos>", "[e~["]
+    assert end_of_turn([*names, "<|im_start|>", "<|sep|>"]) == sorted(names)
 
 
 def test_families_that_use_a_name_otherwise() -> None:
