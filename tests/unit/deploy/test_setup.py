@@ -23,6 +23,7 @@ from deploy.setup import machine, pip, venv
 from deploy.setup.machine import Python, check_cpu, check_disk, check_platform, judge, pick_python
 from deploy.setup.venv import Venv
 from engine.base.cpu_features import KERNEL_FLAGS
+from engine.checkpoint.packaged import DEFAULT_MODEL, PACKAGED
 from tests.support.paths import ROOT
 
 FOLDER = ROOT / "deploy" / "setup"
@@ -117,7 +118,7 @@ def test_it_and_pyproject_name_the_same_things() -> None:
     assert setup.FLASHINFER in project["optional-dependencies"]["gpu"]
     assert sorted(machine.KERNEL_FLAGS) == sorted(KERNEL_FLAGS)
     assert machine.TIMES_SLOWER == engine.kernels.TIMES_SLOWER
-    assert setup.MODEL in (ROOT / "engine/checkpoint/source.py").read_text()
+    assert PACKAGED[DEFAULT_MODEL].requirement == setup.MODEL
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda p: p.name)
