@@ -22,7 +22,8 @@ from functools import partial
 from coordinator.generation.events import Delta, Ending
 from coordinator.generation.request import GenerationRequest
 from coordinator.text.detokenizer import BROKEN, Detokenizer, scored_token
-from coordinator.text.reasoning import ReasoningReader, prompt_end
+from coordinator.text.reasoning import prompt_end
+from coordinator.text.reasoning_readers import ReasoningReader
 from coordinator.text.stops import StopChecker, StopSet
 from coordinator.text.tokenizer import Tokenizer
 from coordinator.text.tools.parser import ToolCalls, call_id

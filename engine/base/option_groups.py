@@ -222,8 +222,7 @@ class FrontOptions:
     )
     generation_config: str = option(
         "model",
-        "sampling of requests that name none: the one of the model's generation_config.json, or "
-        "that of each protocol",
+        "sampling of silent requests: of the model's generation_config.json, or of the protocol",
         choices=("model", "diptych"),
     )
     parse_special: str = option(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.text.chat_template import ChatTemplate
+from coordinator.text.reasoning import detect_reasoning
 from coordinator.text.tools.detection import detect
 from tests.models.downloads import llamacpp_source
 
@@ -87,6 +88,44 @@ TABLE = {
 }
 
 
+# Template -> the form of its reasoning; the vocabulary decides for the others ("none" here).
+REASONING = {
+    "Apertus-8B-Instruct": "apertus",
+    "Apriel-1.6-15b-Thinker-fixed": "apriel",
+    "unsloth-Apriel-1.5": "apriel",
+    "ByteDance-Seed-OSS": "seed_oss",
+    "Cohere2MoE": "command_r",
+    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": "command_r",
+    "Kimi-K3": "kimi_k3",
+    "MiniMax-M3": "minimax_m3",
+    "google-gemma-4-31B-it": "gemma4",
+    "google-gemma-4-31B-it-interleaved": "gemma4",
+    "ibm-granite-granite-3.3-2B-Instruct": "granite",
+    "llm-jp-llm-jp-4.1-8b-thinking": "harmony",
+    "openai-gpt-oss-120b": "harmony",
+    "mistralai-Ministral-3-14B-Reasoning-2512": "mistral",
+    "muse-glimmer": "muse",
+    "upstage-Solar-Open-100B": "solar",
+    "tencent-Hy3": "hunyuan",
+    **dict.fromkeys(
+        (
+            *("Bielik-11B-v3.0-Instruct", "GLM-4.6", "GLM-4.7-Flash", "HuggingFaceTB-SmolLM3-3B"),
+            *("Kimi-K2-Thinking", "LFM2.5-8B-A1B", "LFM2.5-Instruct", "MiniMax-M2"),
+            *("NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "NVIDIA-Nemotron-Nano-v2", "Qwen-QwQ-32B"),
+            *("Qwen-Qwen3-0.6B", "Qwen3.5-4B", "Reka-Edge", "Spark2.5", "StepFun3.5-Flash"),
+            "deepseek-ai-DeepSeek-R1-Distill-Llama-8B",
+            "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B",
+            *("deepseek-ai-DeepSeek-V3.1", "deepseek-ai-DeepSeek-V3.2"),
+            *("deepseek-ai-DeepSeek-V4", "deepseek-ai-DeepSeek-V4-Flash-0731"),
+            *("inclusionai-ling-3.0-flash", "llama-cpp-deepseek-r1", "llama-cpp-rwkv-world"),
+            *("openbmb-MiniCPM5-1B", "poolside-Laguna-S-2.1", "poolside-Laguna-XS-2.1"),
+            "poolside-Laguna-XS.2",
+        ),
+        "think",
+    ),
+}
+
+
 @pytest.fixture(scope="module")
 def sources() -> dict[str, str]:
     folder = llamacpp_source() / "models" / "templates"
@@ -105,3 +144,9 @@ def test_the_form_is_found(name, sources, tmp_path: Path):
     assert not template.broken
     found = detect(template.probe, template.text, shows_tools=template.shows_tools)
     assert found.form.name == TABLE[name]
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_form_of_reasoning_is_found(name, sources):
+    found = detect_reasoning(sources[name], ())
+    assert (found.name if found else "none") == REASONING.get(name, "none")
