@@ -8,7 +8,8 @@
 The ratio is ours over llama.cpp's of the same round.
 
 `--requantise Q4_K_M` first makes the file of the default model, by way of fp32. llama.cpp runs as
-`llama-batched-bench`, on as many threads; both compute logits and sample nothing.
+`llama-batched-bench`, on as many threads; both compute logits and sample nothing. `--cpu-time`
+counts CPU time of one thread in place of time, for a machine that other programs use as well.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +42,7 @@ from engine.kernels import kernels
 from engine.kernels.threads import Threads
 from engine.runner.native_model import NativeModel
 
-CONTEXT, PROMPT, STEPS, BLOCK = 128, 512, 32, 16
+CONTEXT, PROMPT, STEPS, BLOCK = 128, 512, 128, 16
 ROWS = (1, 8)
 Rates = dict[str, float]  # tokens a second: "decode 1", "decode 8", "prompt"
 
@@ -67,6 +69,7 @@ class Ours:
     model: NativeModel
     cache: KVCache
     packed: Path
+    clock: Callable[[], float] = time.perf_counter
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, threads: int) -> Ours:
@@ -100,9 +103,9 @@ class Ours:
         return found
 
     def _seconds(self, rows: list[Row]) -> float:
-        start = time.perf_counter()
+        start = self.clock()
         self.model.forward(rows, self.cache)
-        return time.perf_counter() - start
+        return self.clock() - start
 
     def resident_bytes(self) -> int:
         """Of the mapped weights."""
@@ -126,6 +129,22 @@ def theirs(model: Path, threads: int) -> Rates:
                 found["prompt"] = line["speed_pp"]
             else:
                 found[f"decode {int(line['pl'])}"] = line["speed_tg"]
+    return found
+
+
+def theirs_by_cpu_time(model: Path) -> Rates:
+    """One round of llama.cpp on one thread: the difference of runs of two lengths."""
+
+    def seconds(prompt: int, tokens: int, rows: int) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        list(_batched_bench(model, 1, prompt, tokens, str(rows)))
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    found = {"prompt": PROMPT / (seconds(CONTEXT + PROMPT, 1, 1) - seconds(CONTEXT, 1, 1))}
+    for rows in ROWS:
+        took = seconds(CONTEXT, 1 + STEPS, rows) - seconds(CONTEXT, 1, rows)
+        found[f"decode {rows}"] = rows * STEPS / took
     return found
 
 
@@ -179,14 +198,19 @@ def main() -> int:
     parser.add_argument("--requantise", metavar="TYPE", default="Q4_K_M")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--cpu-time", action="store_true")
     args = parser.parse_args()
     path = args.model or requantised(args.requantise)
     checkpoint = resolve(str(path))
-    ours = Ours.load(checkpoint, args.threads)
+    ours = Ours.load(checkpoint, 1 if args.cpu_time else args.threads)
+    if args.cpu_time:
+        ours.clock = time.thread_time
     rounds = []
     for number in range(args.rounds):
-        rounds.append((ours.measure(), theirs(path, args.threads)))
-        print(json.dumps({"round": number, "ours": rounds[-1][0], "theirs": rounds[-1][1]}))
+        found = theirs_by_cpu_time(path) if args.cpu_time else theirs(path, args.threads)
+        rounds.append((ours.measure(), found))
+        line = {"round": number, "ours": rounds[-1][0], "theirs": found, "load": os.getloadavg()}
+        print(json.dumps(line), flush=True)
     print("\n".join(summary(rounds)), flush=True)
     size = path.stat().st_size
     memory = {"resident": ours.resident_bytes(), "file": size}
