@@ -111,14 +111,10 @@ def _build(
     device: Device,
 ) -> Engine:
     dtype = pick_dtype(model, device)
-    checkpoint = resolve(model.model, weights=model.seed_weights < 0)
-    checkpoint = checkpoint.for_length(model.max_model_len)
+    checkpoint, draft = _checkpoints(model)
     # A draft model's layers lie in the target's blocks: then every layer keeps every block.
     layout = layout_of(checkpoint.config, cache, dtype, by_window=not model.draft_model)
-    draft: Checkpoint | None = None
-    if model.draft_model:
-        draft = resolve_draft(checkpoint, model.draft_model, weights=model.seed_weights < 0)
-        draft = draft.for_length(model.max_model_len or checkpoint.config.context)
+    if draft is not None:
         drafts = layout_of(draft.config, cache, dtype, by_window=False)
         layout = dataclasses.replace(layout, draft=drafts)
     budgets = pick_budgets(step, device)
@@ -167,6 +163,16 @@ def _build(
     vocabulary = Vocabulary(checkpoint.folder, config.vocab_size, config.eos_token_ids)
     kv_pool = KVPool(size.num_bytes, size.limit)
     return Engine(core, kv_cache, layout, identity, metrics, vocabulary, kv_pool)
+
+
+def _checkpoints(model: ModelOptions) -> tuple[Checkpoint, Checkpoint | None]:
+    """The model and its draft model, for the texts that are served."""
+    weights, length = model.seed_weights < 0, model.max_model_len
+    checkpoint = resolve(model.model, weights=weights).for_length(length)
+    if not model.draft_model:
+        return checkpoint, None
+    draft = resolve_draft(checkpoint, model.draft_model, weights=weights)
+    return checkpoint, draft.for_length(length or checkpoint.config.context)
 
 
 @contextmanager

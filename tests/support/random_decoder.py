@@ -181,6 +181,20 @@ def _features(rng: random.Random, num_layers: int, head_dim: int) -> dict[str, A
     return chosen
 
 
+def _norms(rng: random.Random, c: ModelConfig) -> dict[str, int]:
+    """The norms of a layer, and their sizes."""
+    before, after = ["input_norm", "mlp_norm"], ["out_norm", "down_norm"]
+    names = before + [name for name in after if rng.random() < 0.3]
+    if rng.random() < 0.2:
+        names = after  # without any, numbers grow from layer to layer
+    sizes = dict.fromkeys(names, c.hidden_size)
+    if c.whole_qk_norm:
+        return sizes | {"q_norm": c.num_heads * c.head_dim, "k_norm": c.num_kv_heads * c.head_dim}
+    if rng.random() < 0.3:
+        return sizes | {"q_norm": c.head_dim, "k_norm": c.head_dim}
+    return sizes
+
+
 def make(rng: random.Random, library: Kernels) -> Decoder:
     """A decoder of a random shape, every matrix or part of one in a kind of its own."""
     heads, kv_heads = rng.choice(HEADS)
@@ -201,15 +215,7 @@ def make(rng: random.Random, library: Kernels) -> Decoder:
         attention_sinks=rng.random() < 0.3,
         **features,
     )
-    before, after = ["input_norm", "mlp_norm"], ["out_norm", "down_norm"]
-    norms = before + [name for name in after if rng.random() < 0.3]
-    if rng.random() < 0.2:
-        norms = after  # without any, numbers grow from layer to layer
-    if c.whole_qk_norm or rng.random() < 0.3:
-        norms += ["q_norm", "k_norm"]
-    sizes = dict.fromkeys(("q_norm", "k_norm"), head_dim)
-    if c.whole_qk_norm:
-        sizes = {"q_norm": heads * head_dim, "k_norm": kv_heads * head_dim}
+    norms = _norms(rng, c)
     noise = np.random.default_rng(rng.randrange(1 << 30))
     matrices: dict[str, tuple[Matrix, ...]] = {}
     values: dict[str, Floats] = {}
@@ -250,8 +256,8 @@ def make(rng: random.Random, library: Kernels) -> Decoder:
         else:
             add(f"{i}.gate_up", c.hidden_size, *[c.intermediate_size] * 2)
             add(f"{i}.down", c.intermediate_size, c.hidden_size)
-        for name in norms:
-            norm = 1 + 0.1 * noise.standard_normal(sizes.get(name, c.hidden_size))
+        for name, size in norms.items():
+            norm = 1 + 0.1 * noise.standard_normal(size)
             vectors[f"{i}.{name}"] = norm.astype(np.float32)
     add("embedding", c.hidden_size, c.vocab_size)
     if not c.tie_word_embeddings:
