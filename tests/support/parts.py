@@ -71,6 +71,7 @@ STACKS = (
     "tests/system",
     "tests/faults",
 )
+DOWNLOADED = "tests/models"  # make test-models
 # The longest files begin first: no process waits for another one's last file.
 LONGEST = (
     "tests/unit/engine/step/test_speculation_law.py",
@@ -123,8 +124,9 @@ class Parts:
 
 
 def parts_of(jobs: int) -> Parts:
-    """All tests of the repository."""
-    paths = [str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py")]
+    """All tests of the repository but those of real models, which are downloaded."""
+    found = (str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py"))
+    paths = [path for path in found if not path.startswith(f"{DOWNLOADED}/")]
     paths.sort(key=lambda path: (LONGEST.index(path) if path in LONGEST else len(LONGEST), path))
     files: dict[str, list[str]] = {"limits": [], "compilers": [], "stacks": [], "computing": []}
     for path in paths:

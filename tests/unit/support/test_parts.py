@@ -47,7 +47,7 @@ def test_each_file_is_in_one_part() -> None:
     all_parts = parts.parts_of(2)
     counts = Counter(path for name in NAMES for path in getattr(all_parts, name).files)
     found = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
-    assert set(counts) == found
+    assert set(counts) == {path for path in found if not path.startswith("tests/models/")}
     assert set(counts.values()) == {1}
     assert all_parts.stacks.files[0].startswith(parts.STACKS[0])
     assert "tests/faults" in all_parts.stacks.files[-1]
