@@ -48,7 +48,8 @@ def assert_equal_in_a_stack(folder: Path, name: str, model: Model, *flags: str) 
             found, _, _ = stack.generate(prompt, max_tokens=NUM_TOKENS, ignore_eos=True)
             assert found == tokens
         seen = stack.metrics("decode")
-        assert seen["diptych_kv_transfer_blocks_total"] >= 70 // 16 + 33 // 16
+        # Of two prompts; where all layers have windows, only the last block of each is read.
+        assert seen["diptych_kv_transfer_blocks_total"] >= 2
         assert seen["diptych_spec_decode_num_draft_tokens_total"] > 0
         stack.assert_at_rest()
 
