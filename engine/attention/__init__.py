@@ -84,12 +84,16 @@ def make_backend(
 ) -> AttentionBackend[Any]:
     """The backend of a choice. Raises ConfigError where FlashInfer is broken."""
     layout = kv_cache.layout
+    shared: list[torch.Tensor] = []  # the workspace of all groups, which run one after the other
 
     def make(spec: AttentionSpec) -> AttentionBackend[Any]:
         if choice.name == "flashinfer":
             from engine.attention.flashinfer_backend import FlashInferBackend
 
-            return FlashInferBackend(layout, config.num_heads, kv_cache.device, spec)
+            place = (kv_cache.device, spec, shared[0] if shared else None)
+            backend = FlashInferBackend(layout, config.num_heads, *place)
+            shared[:] = [backend.workspace]
+            return backend
         return TorchBackend(layout, config.num_heads, spec, kv_cache.block_stride)
 
     specs = config.attention

@@ -90,8 +90,12 @@ class FlashInferBackend:
         num_heads: int,
         device: torch.device,
         spec: AttentionSpec = FULL_ATTENTION,
+        workspace: torch.Tensor | None = None,
     ) -> None:
-        """Raises ConfigError for fp32, and where the package (extra `gpu`) cannot be imported."""
+        """`workspace`: of another backend of the same stream; None: one of its own.
+
+        Raises ConfigError for fp32, and where the package (extra `gpu`) cannot be imported.
+        """
         if layout.dtype == "float32":
             raise ConfigError(
                 "--dtype float32: FlashInfer has no fp32 kernels; use the torch backend"
@@ -109,7 +113,9 @@ class FlashInferBackend:
         self._device = device
         self._serial = 0
         # The float workspace is scratch of a single run, and runs follow one another on one stream.
-        workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        if workspace is None:
+            workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self.workspace = workspace
         group = num_heads // layout.num_kv_heads
         self._prefill: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
             workspace, "HND", backend="fa2"
