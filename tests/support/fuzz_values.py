@@ -122,6 +122,7 @@ TAME: dict[str, Tame | None] = {
     "name": lambda r: b"look_up",
     "arguments": lambda r: b'{"word": "river"}',
     "tools_json": lambda r: TOOLS if r.random() < 0.8 else parameters(r),
+    "template_kwargs_json": lambda r: r.choice((b"", b"{}", b'{"enable_thinking": false}')),
     "mode": lambda r: r.choice((0, 0, 1, 1, 2, 3)),
     "ToolCall.id": lambda r: b"call-1",
     "tool_call_id": lambda r: b"call-1",

@@ -28,6 +28,7 @@ from tests.support.validated import validated
 from tests.support.vitals import MIB
 
 SEED = 7
+SEED_IN_PROCESS = 13  # ten of its inputs have a part that is not served
 IN_PROCESS, BESIDE_IN_PROCESS, OVER_THE_WIRE = 2_500, 1_000, 250
 LIMITS = Limits(MODEL, VOCAB_SIZE, (2,), MAX_MODEL_LEN)
 
@@ -50,7 +51,7 @@ def clean(report: Report) -> None:
 
 @pytest.mark.timeout(180)
 def test_in_process() -> None:
-    report = fuzz_in_process(SEED, range(IN_PROCESS))
+    report = fuzz_in_process(SEED_IN_PROCESS, range(IN_PROCESS))
     clean(report)
     assert report.growth_bytes < 64 * MIB
 

@@ -282,7 +282,7 @@ def test_the_text_model_of_a_wrapper(tmp_path: Path) -> None:
         "MistralForCausalLM",
         outer["architectures"][0],
     )
-    assert (config.hidden_size, config.eos_token_ids) == (64, (3, 4))
+    assert (config.hidden_size, config.eos_token_ids) == (64, (3, 4, 5))  # of both
     assert not config.tie_word_embeddings
     tied = read(tmp_path, outer | {"text_config": text, "tie_word_embeddings": True})
     assert tied.tie_word_embeddings
