@@ -112,11 +112,7 @@ def _build(
 ) -> Engine:
     dtype = pick_dtype(model, device)
     checkpoint, draft = _checkpoints(model)
-    # A draft model's layers lie in the target's blocks: then every layer keeps every block.
-    layout = layout_of(checkpoint.config, cache, dtype, by_window=not model.draft_model)
-    if draft is not None:
-        drafts = layout_of(draft.config, cache, dtype, by_window=False)
-        layout = dataclasses.replace(layout, draft=drafts)
+    layout = _layout(checkpoint, draft, cache, dtype)
     budgets = pick_budgets(step, device)
     window = min(drafting.max_draft_tokens, cache.block_size) if drafting else 0
     ahead = blocks_ahead(budgets.prompt_tokens, layout.block_size)
@@ -163,6 +159,17 @@ def _build(
     vocabulary = Vocabulary(checkpoint.folder, config.vocab_size, config.eos_token_ids)
     kv_pool = KVPool(size.num_bytes, size.limit)
     return Engine(core, kv_cache, layout, identity, metrics, vocabulary, kv_pool)
+
+
+def _layout(
+    checkpoint: Checkpoint, draft: Checkpoint | None, cache: CacheOptions, dtype: str
+) -> KVLayout:
+    """The blocks of both. A draft model's layers lie in them: then each layer keeps every block."""
+    layout = layout_of(checkpoint.config, cache, dtype, by_window=draft is None)
+    if draft is None:
+        return layout
+    drafts = layout_of(draft.config, cache, dtype, by_window=False)
+    return dataclasses.replace(layout, draft=drafts)
 
 
 def _checkpoints(model: ModelOptions) -> tuple[Checkpoint, Checkpoint | None]:

@@ -61,14 +61,8 @@ def validate(request: GenerateRequest, limits: Limits) -> GenerationRequest:
         template_kwargs = check_template_kwargs("template_kwargs_json", source)
         found = check_tools("tools_json", request.tools_json)
         tools = tool_use(request, found, limits.tool_format)
-    elif request.token_ids is not None:
-        field, longest = "token_ids.ids", limits.max_model_len
-        token_ids = check_token_ids(field, request.token_ids, limits, longest)
-        if not token_ids:
-            what = "empty; expected at least one token, such as the model's first"
-            raise InvalidRequest(field, what)
-    elif request.text is None:  # an empty one is a prompt where the tokenizer adds a token
-        raise InvalidRequest("prompt", "unset; expected text or token_ids")
+    else:
+        token_ids = _prompt_tokens(request, limits)
     calls = tools is not None and bool(tools.callable)
     if tools and calls:
         check_enforced("tools_json", tools)
@@ -115,6 +109,20 @@ def validate(request: GenerateRequest, limits: Limits) -> GenerationRequest:
         num_choices=num_choices,
         resumes=_resumes(request.resume, num_choices, limits, max_tokens),
     )
+
+
+def _prompt_tokens(request: GenerateRequest, limits: Limits) -> tuple[int, ...] | None:
+    """The tokens of a raw prompt; None where it is a text."""
+    if request.token_ids is None:
+        if request.text is None:  # an empty one is a prompt where the tokenizer adds a token
+            raise InvalidRequest("prompt", "unset; expected text or token_ids")
+        return None
+    field = "token_ids.ids"
+    token_ids = check_token_ids(field, request.token_ids, limits, limits.max_model_len)
+    if not token_ids:
+        what = "empty; expected at least one token, such as the model's first"
+        raise InvalidRequest(field, what)
+    return token_ids
 
 
 def check_messages(
