@@ -76,10 +76,7 @@ class StepRows(Sequence[Row]):
 
     def column(self, index: int) -> StepRows:
         """The same rows with one column of their block tables."""
-        tables = [
-            t[:, index] if isinstance(t, np.ndarray) and t.ndim > 1 else t for t in self.tables
-        ]
-        return replace(self, tables=tables)
+        return replace(self, tables=[_column_of(table, index) for table in self.tables])
 
     def check(self, block_size: int) -> None:
         """Raise ValueError on a row that contradicts itself."""

@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import transformers
 
 from tests.support import dense_models, gguf_of
-from tests.support.gguf_of import Case
+from tests.support.gguf_of import COMMON, HEAD, Case
 
-COMMON: dict[str, Any] = {
-    "num_hidden_layers": 3,
-    "hidden_size": 96,
-    "intermediate_size": 160,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": gguf_of.VOCAB,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 0,
-    "pad_token_id": None,
-}
-HEAD = {"attention.key_length": 32, "attention.value_length": 32}
 DENSE = dense_models.MODELS
 LONGROPE_ATTENTION = math.sqrt(1 + math.log(1024 / 4) / math.log(4))  # as the converter has it
 

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import transformers
 
 from tests.support import gguf_of
-from tests.support.gguf_of import Case
+from tests.support.gguf_of import COMMON, HEAD, Case
 
-COMMON: dict[str, Any] = {
-    "num_hidden_layers": 3,
-    "hidden_size": 96,
-    "intermediate_size": 160,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": gguf_of.VOCAB,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 0,
-    "pad_token_id": None,
-}
-HEAD = {"attention.key_length": 32, "attention.value_length": 32}
 WITHOUT_HEAD = {key: value for key, value in COMMON.items() if key != "head_dim"}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
 EXPERT_NUMBERS = {"expert_count": 6, "expert_used_count": 3, "expert_feed_forward_length": 64}

@@ -20,6 +20,21 @@ from tests.support import tiny_gguf
 
 VOCAB = len(tiny_gguf.byte_level_vocab()[0])
 Values = np.ndarray
+# What the tiny configurations share, and the metadata of their heads.
+COMMON: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+HEAD = {"attention.key_length": 32, "attention.value_length": 32}
 
 
 @dataclass(frozen=True)

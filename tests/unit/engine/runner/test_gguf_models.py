@@ -21,8 +21,7 @@ from engine.runner.loader import load_model
 from engine.runner.native_model import NativeModel
 from engine.runner.torch_model import TorchModel
 from tests.support import dense_cases, expert_models, gguf_of
-from tests.support.dense_cases import COMMON, HEAD
-from tests.support.gguf_of import Case
+from tests.support.gguf_of import COMMON, HEAD, Case
 from tests.support.paged import CPU, Bench, bfloat16_kv
 from tests.support.reference_model import logits_of
 
